@@ -1,0 +1,63 @@
+//! The trait that every implementation of attention fulfils.
+
+use crate::{BackwardCall, Capabilities, Error, ForwardCall, Problem, Scratch, Unavailable, Unsupported};
+
+/// An implementation of attention.
+///
+/// The contract, which the conformance suite checks:
+/// - Results follow the semantics of [`Problem`] in the numerics class that [`capabilities`](Self::capabilities)
+///   declare, for every problem that [`supports`](Self::supports) accepts.
+/// - A refused call writes nothing. An accepted call writes every element of every output, including the zeros of
+///   empty and padded rows; what outputs and scratch held before does not matter.
+/// - What lies at masked positions, in padding or between the elements of a strided view never reaches a result.
+/// - No option is ignored, and nothing else is run in the backend's place.
+/// - No panic on any call that a [`ForwardCall`] or [`BackwardCall`] can hold.
+///
+/// Backends are values: configuration (threads, chunk sizes, streams) belongs to the value, so the trait has no
+/// room for options that only some backends have.
+pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
+    /// The name by which users ask for it, in lower case: `cpu`, `chunked`, `cudnn`.
+    fn name(&self) -> &str;
+
+    /// The version of the implementation, stored with choices.
+    fn version(&self) -> &str;
+
+    /// What it can do, as data.
+    fn capabilities(&self) -> &Capabilities;
+
+    /// Whether its library and device are there.
+    ///
+    /// # Errors
+    /// [`Unavailable`] names what is missing and where it was looked for.
+    fn available(&self) -> Result<(), Unavailable>;
+
+    /// Whether it can serve this problem. Pure: runs nothing, allocates no device memory, needs no device.
+    ///
+    /// # Errors
+    /// [`Unsupported`] names the limit and the value that meets it.
+    fn supports(&self, problem: &Problem) -> Result<(), Unsupported>;
+
+    /// Bytes of scratch memory that a call of this problem must be given, exactly.
+    ///
+    /// # Errors
+    /// As [`supports`](Self::supports).
+    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported>;
+
+    /// Computes the output and, where the problem wants it, the logsumexp.
+    ///
+    /// # Errors
+    /// [`Error::InvalidCall`] where the scratch is too small, misaligned or elsewhere; [`Error::Unsupported`] as
+    /// [`supports`](Self::supports); [`Error::Unavailable`] and [`Error::Backend`] by the machine.
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error>;
+
+    /// Computes the wanted gradients.
+    ///
+    /// # Semantics
+    /// Probabilities are `exp(x - lse)` with the logsumexp that the call gives, and the row term of the softmax
+    /// gradient is `<d_out, out> - d_lse`. With the output and logsumexp of a row's *whole* set of keys, a call on
+    /// a part of the keys gives that part's share of the gradients, so parts can be computed apart and added.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error>;
+}

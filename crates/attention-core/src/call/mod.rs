@@ -1,0 +1,288 @@
+//! A problem together with its data.
+
+mod overlap;
+
+use crate::{Device, InvalidCall, Pass, Problem, ProblemBuilder, Role, TensorDesc, View, ViewMut};
+use overlap::Placed;
+
+/// The inputs that forward and backward share.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// `[B, T, N, H]`.
+    pub query: View<'a>,
+    /// `[B, S, K, H]`.
+    pub key: View<'a>,
+    /// `[B, S, K, Hv]`.
+    pub value: View<'a>,
+    /// Boolean, `true` takes part; broadcasts to `[B, N, T, S]`.
+    pub mask: Option<View<'a>>,
+    /// Added to the logits; broadcasts to `[B, N, T, S]`.
+    pub bias: Option<View<'a>>,
+    /// `[N]` or `[B, N]`.
+    pub alibi_slopes: Option<View<'a>>,
+    /// `[N]`.
+    pub sinks: Option<View<'a>>,
+}
+
+impl<'a> Inputs<'a> {
+    /// Inputs without optional tensors.
+    pub fn new(query: View<'a>, key: View<'a>, value: View<'a>) -> Self {
+        Self { query, key, value, mask: None, bias: None, alibi_slopes: None, sinks: None }
+    }
+
+    /// Starts the problem of these inputs: their layouts, and the query's device.
+    pub fn problem(&self) -> ProblemBuilder {
+        let builder = Problem::builder(self.query.desc(), self.key.desc(), self.value.desc());
+        let optional = [
+            (Role::Mask, self.mask),
+            (Role::Bias, self.bias),
+            (Role::AlibiSlopes, self.alibi_slopes),
+            (Role::Sinks, self.sinks),
+        ];
+        (optional.into_iter().filter_map(|(role, view)| Some((role, view?))))
+            .fold(builder.device(self.query.device()), |builder, (role, view)| {
+                builder.layout(role, view.desc())
+            })
+    }
+
+    fn views(&self) -> [(Role, Option<View<'a>>); 7] {
+        [
+            (Role::Query, Some(self.query)),
+            (Role::Key, Some(self.key)),
+            (Role::Value, Some(self.value)),
+            (Role::Mask, self.mask),
+            (Role::Bias, self.bias),
+            (Role::AlibiSlopes, self.alibi_slopes),
+            (Role::Sinks, self.sinks),
+        ]
+    }
+
+    /// Brings mask and bias to the four axes that the problem describes them with. Called on checked inputs.
+    fn with_full_rank(mut self) -> Self {
+        for view in [&mut self.mask, &mut self.bias].into_iter().flatten() {
+            *view = full_rank(*view, |view| view.unsqueeze().ok(), |view| view.shape().rank());
+        }
+        self
+    }
+}
+
+/// Adds leading axes of size 1 until there are four.
+fn full_rank<V>(mut view: V, unsqueeze: impl Fn(V) -> Option<V>, rank: impl Fn(&V) -> usize) -> V {
+    while rank(&view) < 4 {
+        view = unsqueeze(view).expect("a rank below four leaves room for another axis");
+    }
+    view
+}
+
+/// What a forward call writes.
+#[derive(Debug)]
+pub struct ForwardOutputs<'a> {
+    /// `[B, T, N, Hv]`, of the query's dtype.
+    pub out: ViewMut<'a>,
+    /// `[B, T, N]`, f32 (f64 for f64 operands); present where the problem wants it.
+    pub lse: Option<ViewMut<'a>>,
+}
+
+/// What a backward call reads besides the shared inputs.
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardInputs<'a> {
+    /// The forward's output, `[B, T, N, Hv]`.
+    pub out: View<'a>,
+    /// The forward's logsumexp, `[B, T, N]`.
+    pub lse: View<'a>,
+    /// The incoming gradient of the output, `[B, T, N, Hv]`.
+    pub d_out: View<'a>,
+    /// The incoming gradient of the logsumexp, `[B, T, N]`.
+    pub d_lse: Option<View<'a>>,
+}
+
+/// What a backward call writes: each present where the problem wants that gradient.
+#[derive(Debug, Default)]
+pub struct BackwardOutputs<'a> {
+    /// The gradient of the query.
+    pub dq: Option<ViewMut<'a>>,
+    /// The gradient of the key.
+    pub dk: Option<ViewMut<'a>>,
+    /// The gradient of the value.
+    pub dv: Option<ViewMut<'a>>,
+    /// The gradient of the bias, of the bias's shape.
+    pub dbias: Option<ViewMut<'a>>,
+    /// The gradient of the sinks.
+    pub dsinks: Option<ViewMut<'a>>,
+}
+
+/// A forward problem with its data, checked: every tensor is there, is as the problem says, lies on its device, and
+/// no output overlaps anything.
+#[derive(Debug)]
+pub struct ForwardCall<'a> {
+    problem: &'a Problem,
+    inputs: Inputs<'a>,
+    outputs: ForwardOutputs<'a>,
+}
+
+/// A backward problem with its data, checked as in [`ForwardCall`].
+#[derive(Debug)]
+pub struct BackwardCall<'a> {
+    problem: &'a Problem,
+    inputs: Inputs<'a>,
+    saved: BackwardInputs<'a>,
+    outputs: BackwardOutputs<'a>,
+}
+
+impl<'a> ForwardCall<'a> {
+    /// Checks the data against the problem.
+    ///
+    /// # Errors
+    /// [`InvalidCall`]: a missing or unexpected tensor, one that differs from the problem's description, one on
+    /// another device, an output that overlaps another tensor, a problem of the other pass.
+    pub fn new(
+        problem: &'a Problem,
+        inputs: Inputs<'a>,
+        outputs: ForwardOutputs<'a>,
+    ) -> Result<Self, InvalidCall> {
+        expect_pass(problem, Pass::Forward)?;
+        let mut checker = Checker::new(problem);
+        for (role, view) in inputs.views() {
+            checker.read(role, view)?;
+        }
+        checker.written(Role::Out, Some(&outputs.out))?;
+        checker.written(Role::Lse, outputs.lse.as_ref())?;
+        checker.overlaps()?;
+        Ok(Self { problem, inputs: inputs.with_full_rank(), outputs })
+    }
+
+    /// The problem.
+    pub fn problem(&self) -> &'a Problem {
+        self.problem
+    }
+
+    /// The problem, the inputs (mask and bias with four axes) and the outputs.
+    pub fn into_parts(self) -> (&'a Problem, Inputs<'a>, ForwardOutputs<'a>) {
+        (self.problem, self.inputs, self.outputs)
+    }
+}
+
+impl<'a> BackwardCall<'a> {
+    /// Checks the data against the problem.
+    ///
+    /// # Errors
+    /// As [`ForwardCall::new`].
+    pub fn new(
+        problem: &'a Problem,
+        inputs: Inputs<'a>,
+        saved: BackwardInputs<'a>,
+        outputs: BackwardOutputs<'a>,
+    ) -> Result<Self, InvalidCall> {
+        expect_pass(problem, Pass::Backward)?;
+        let mut checker = Checker::new(problem);
+        for (role, view) in inputs.views() {
+            checker.read(role, view)?;
+        }
+        checker.read(Role::Out, Some(saved.out))?;
+        checker.read(Role::Lse, Some(saved.lse))?;
+        checker.read(Role::DOut, Some(saved.d_out))?;
+        checker.read(Role::DLse, saved.d_lse)?;
+        checker.written(Role::DQuery, outputs.dq.as_ref())?;
+        checker.written(Role::DKey, outputs.dk.as_ref())?;
+        checker.written(Role::DValue, outputs.dv.as_ref())?;
+        checker.written(Role::DBias, outputs.dbias.as_ref())?;
+        checker.written(Role::DSinks, outputs.dsinks.as_ref())?;
+        checker.overlaps()?;
+        let outputs = BackwardOutputs {
+            dbias: outputs
+                .dbias
+                .map(|view| full_rank(view, |view| view.unsqueeze().ok(), |view| view.shape().rank())),
+            ..outputs
+        };
+        Ok(Self { problem, inputs: inputs.with_full_rank(), saved, outputs })
+    }
+
+    /// The problem.
+    pub fn problem(&self) -> &'a Problem {
+        self.problem
+    }
+
+    /// The problem, the inputs (mask and bias with four axes), what the forward left, and the outputs.
+    pub fn into_parts(self) -> (&'a Problem, Inputs<'a>, BackwardInputs<'a>, BackwardOutputs<'a>) {
+        (self.problem, self.inputs, self.saved, self.outputs)
+    }
+}
+
+fn expect_pass(problem: &Problem, call: Pass) -> Result<(), InvalidCall> {
+    let problem = problem.pass();
+    if problem != call {
+        return Err(InvalidCall::WrongPass { problem, call });
+    }
+    Ok(())
+}
+
+/// Compares tensors with the problem and collects where they lie.
+struct Checker<'p> {
+    problem: &'p Problem,
+    inputs: Vec<Placed>,
+    outputs: Vec<Placed>,
+}
+
+impl<'p> Checker<'p> {
+    fn new(problem: &'p Problem) -> Self {
+        Self { problem, inputs: Vec::with_capacity(11), outputs: Vec::with_capacity(5) }
+    }
+
+    fn read(&mut self, role: Role, view: Option<View<'_>>) -> Result<(), InvalidCall> {
+        self.matches(role, view.map(|view| (view.desc(), view.device())))?;
+        self.inputs.extend(view.map(|view| Placed::new(role, view.address_range(), view.desc())));
+        Ok(())
+    }
+
+    fn written(&mut self, role: Role, view: Option<&ViewMut<'_>>) -> Result<(), InvalidCall> {
+        self.matches(role, view.map(|view| (view.desc(), view.device())))?;
+        self.outputs.extend(view.map(|view| Placed::new(role, view.address_range(), view.desc())));
+        Ok(())
+    }
+
+    fn matches(&self, role: Role, given: Option<(TensorDesc, Device)>) -> Result<(), InvalidCall> {
+        let (given, device, expected) = match (given, self.problem.tensor(role)) {
+            (None, None) => return Ok(()),
+            (None, Some(_)) => return Err(InvalidCall::Missing { role }),
+            (Some(_), None) => return Err(InvalidCall::Unexpected { role }),
+            (Some((given, device)), Some(&expected)) => (given, device, expected),
+        };
+        if device != self.problem.device() {
+            return Err(InvalidCall::Device { role, device, expected: self.problem.device() });
+        }
+        // Masks and biases have four axes in the problem, and may come with fewer.
+        let padding = if matches!(role, Role::Mask | Role::Bias | Role::DBias) {
+            expected.rank().saturating_sub(given.rank())
+        } else {
+            0
+        };
+        let shape_fits = given.dtype() == expected.dtype()
+            && given.rank() + padding == expected.rank()
+            && expected.shape()[..padding].iter().all(|&size| size == 1)
+            && expected.shape()[padding..] == given.shape()[..];
+        // The stride of an axis with at most one element says nothing, and no stride of an empty tensor does.
+        let strides_fit = given.is_empty()
+            || (0..given.rank()).all(|axis| {
+                given.shape()[axis] == 1 || given.strides()[axis] == expected.strides()[axis + padding]
+            });
+        if !(shape_fits && strides_fit) {
+            return Err(InvalidCall::NotAsInProblem { role, given, expected });
+        }
+        Ok(())
+    }
+
+    fn overlaps(&self) -> Result<(), InvalidCall> {
+        for (index, output) in self.outputs.iter().enumerate() {
+            // The gaps of an input count as its memory: views promise that nobody writes to them.
+            let input = self.inputs.iter().find(|input| input.range_meets(output));
+            let other = input.or_else(|| self.outputs[..index].iter().find(|other| other.meets(output)));
+            if let Some(other) = other {
+                return Err(InvalidCall::Overlap { first: output.role, second: other.role });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,190 @@
+//! Element types: what they are called, how large they are, and how they convert.
+
+use half::{bf16, f16};
+
+/// The type of a tensor's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
+#[non_exhaustive]
+pub enum DType {
+    /// IEEE 754 binary64.
+    F64,
+    /// IEEE 754 binary32.
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// bfloat16: the upper half of a binary32.
+    Bf16,
+    /// 8-bit float, 4 exponent and 3 mantissa bits. Named so that it can be refused; no call accepts it yet.
+    F8E4M3,
+    /// 8-bit float, 5 exponent and 2 mantissa bits. Named so that it can be refused; no call accepts it yet.
+    F8E5M2,
+    /// One byte an element, zero is `false` and everything else is `true`.
+    Bool,
+}
+
+impl DType {
+    /// The float dtypes that queries, keys, values and biases can have.
+    pub const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::Bf16];
+
+    /// Bytes an element takes.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F64 => 8,
+            DType::F32 => 4,
+            DType::F16 | DType::Bf16 => 2,
+            DType::F8E4M3 | DType::F8E5M2 | DType::Bool => 1,
+        }
+    }
+
+    /// The lower-case name, as used in messages, file names and on command lines.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F64 => "f64",
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::Bf16 => "bf16",
+            DType::F8E4M3 => "f8e4m3",
+            DType::F8E5M2 => "f8e5m2",
+            DType::Bool => "bool",
+        }
+    }
+
+    /// True for the dtypes of [`DType::FLOATS`].
+    pub const fn is_supported_float(self) -> bool {
+        matches!(self, DType::F64 | DType::F32 | DType::F16 | DType::Bf16)
+    }
+
+    /// The dtype of logits, softmax statistics and the logsumexp for operands of this dtype:
+    /// [`F64`](DType::F64) for f64 and [`F32`](DType::F32) for everything else.
+    pub const fn accumulator(self) -> DType {
+        match self {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        }
+    }
+}
+
+impl std::fmt::Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl std::str::FromStr for DType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let all =
+            [DType::F64, DType::F32, DType::F16, DType::Bf16, DType::F8E4M3, DType::F8E5M2, DType::Bool];
+        all.into_iter().find(|dtype| dtype.name() == text).ok_or_else(|| {
+            format!("unknown dtype '{text}'; known are f64, f32, f16, bf16, f8e4m3, f8e5m2, bool")
+        })
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A Rust type that a view can be made of. Sealed: f64, f32, f16, bf16 and bool.
+pub trait Element: Copy + Send + Sync + 'static + sealed::Sealed {
+    /// The dtype of this element.
+    const DTYPE: DType;
+}
+
+/// A float [`Element`]: can be read back from a view and converted.
+pub trait Scalar: Element + bytemuck::Pod {
+    /// The value as f32; f64 is rounded to nearest even.
+    fn to_f32(self) -> f32;
+    /// The value as f64; exact for every dtype.
+    fn to_f64(self) -> f64;
+    /// Rounds to nearest even.
+    fn from_f32(value: f32) -> Self;
+    /// Rounds to nearest even, once, for every dtype.
+    fn from_f64(value: f64) -> Self;
+}
+
+impl sealed::Sealed for bool {}
+impl Element for bool {
+    const DTYPE: DType = DType::Bool;
+}
+
+macro_rules! scalar {
+    ($type:ty, $dtype:expr, $to32:expr, $to64:expr, $from32:expr, $from64:expr) => {
+        impl sealed::Sealed for $type {}
+        impl Element for $type {
+            const DTYPE: DType = $dtype;
+        }
+        impl Scalar for $type {
+            #[inline(always)]
+            fn to_f32(self) -> f32 {
+                $to32(self)
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                $to64(self)
+            }
+            #[inline(always)]
+            fn from_f32(value: f32) -> Self {
+                $from32(value)
+            }
+            #[inline(always)]
+            fn from_f64(value: f64) -> Self {
+                $from64(value)
+            }
+        }
+    };
+}
+
+scalar!(f64, DType::F64, |x| x as f32, |x| x, f64::from, |x| x);
+scalar!(f32, DType::F32, |x| x, f64::from, |x| x, |x| x as f32);
+scalar!(f16, DType::F16, f16::to_f32, f16::to_f64, f16::from_f32, |x| f16::from_f32(round_to_odd(x)));
+scalar!(bf16, DType::Bf16, bf16::to_f32, bf16::to_f64, bf16::from_f32, |x| bf16::from_f32(round_to_odd(x)));
+
+/// An f32 from which rounding to a half gives the same as rounding the f64 would: inexact values get an odd last
+/// bit, which keeps them off the midpoints (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums").
+/// The conversions of `half` go through a rounded f32 where the processor has instructions for it.
+fn round_to_odd(value: f64) -> f32 {
+    let rounded = value as f32;
+    let back = f64::from(rounded);
+    if back == value || value.is_nan() {
+        return rounded;
+    }
+    // One step towards zero where rounding went away from it; infinity steps to the largest finite number.
+    let bits = rounded.to_bits() - u32::from(back.abs() > value.abs());
+    f32::from_bits(bits | 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_parse_back() {
+        for dtype in [DType::F64, DType::F32, DType::F16, DType::Bf16, DType::F8E4M3, DType::Bool] {
+            assert_eq!(dtype.name().parse::<DType>(), Ok(dtype));
+        }
+        assert!("int8".parse::<DType>().unwrap_err().contains("unknown dtype 'int8'"));
+    }
+
+    #[test]
+    fn sizes_are_those_of_the_types() {
+        assert_eq!(f64::DTYPE.size(), size_of::<f64>());
+        assert_eq!(f32::DTYPE.size(), size_of::<f32>());
+        assert_eq!(f16::DTYPE.size(), size_of::<f16>());
+        assert_eq!(bf16::DTYPE.size(), size_of::<bf16>());
+        assert_eq!(bool::DTYPE.size(), size_of::<bool>());
+    }
+
+    #[test]
+    fn f64_rounds_once_to_the_halves() {
+        // 1 + 2^-11 + 2^-40 is above the midpoint between 1 and 1 + 2^-10 in f16; through f32 it would be
+        // rounded to the midpoint first and then down to even.
+        let value = 1.0 + 2f64.powi(-11) + 2f64.powi(-40);
+        assert_eq!(<f16 as Scalar>::from_f64(value).to_f64(), 1.0 + 2f64.powi(-10));
+        let value = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
+        assert_eq!(<bf16 as Scalar>::from_f64(value).to_f64(), 1.0 + 2f64.powi(-7));
+    }
+}

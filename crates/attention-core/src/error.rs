@@ -1,0 +1,418 @@
+//! Errors, grouped by who can do something about them.
+
+use crate::{
+    DType, Device, DeviceKind, Dims, Feature, Gradients, NumericsClass, Pass, Role, Strides, TensorDesc,
+};
+
+/// Why a call did not run. Each variant names a culprit; nothing was written to any output for the first three.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The call itself is wrong: no backend would accept it.
+    #[error("invalid call: {0}")]
+    InvalidCall(#[from] InvalidCall),
+    /// The call is fine, and this backend cannot serve it.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
+    /// The backend's library or device is not there.
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+    /// The backend failed while running.
+    #[error(transparent)]
+    Backend(#[from] BackendFailure),
+}
+
+/// The caller's mistake, with the numbers in it.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidCall {
+    /// A tensor has the wrong number of axes.
+    #[error("{role} has rank {rank} (shape {shape}), expected rank {expected}")]
+    Rank {
+        /// Which tensor.
+        role: Role,
+        /// Its rank.
+        rank: usize,
+        /// Its shape.
+        shape: Dims,
+        /// The rank that is accepted.
+        expected: &'static str,
+    },
+    /// More axes than any tensor of a call has.
+    #[error("rank {rank} is above the largest supported rank of {max}")]
+    RankTooLarge {
+        /// The rank given.
+        rank: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// Shape and strides have different lengths.
+    #[error("shape has {shape} axes and strides have {strides}")]
+    StridesRank {
+        /// Axes of the shape.
+        shape: usize,
+        /// Axes of the strides.
+        strides: usize,
+    },
+    /// A tensor has the wrong shape.
+    #[error("{role} has shape {shape}, expected {expected} ({why})")]
+    Shape {
+        /// Which tensor.
+        role: Role,
+        /// Its shape.
+        shape: Dims,
+        /// The shape it must have.
+        expected: Dims,
+        /// What the expectation follows from.
+        why: &'static str,
+    },
+    /// A tensor does not broadcast to the logits.
+    #[error(
+        "{role} of shape {shape} does not broadcast to {target} ({axes}): axis {axis} must be 1 or {expected}, is {size}"
+    )]
+    NotBroadcastable {
+        /// Which tensor.
+        role: Role,
+        /// Its shape.
+        shape: Dims,
+        /// The shape to broadcast to.
+        target: Dims,
+        /// The names of the target's axes.
+        axes: &'static str,
+        /// The offending axis, counted in `shape`.
+        axis: usize,
+        /// Its size.
+        size: usize,
+        /// The size it must have if not 1.
+        expected: usize,
+    },
+    /// A tensor has a dtype that it cannot have.
+    #[error("{role} has dtype {dtype}, expected {expected}")]
+    DType {
+        /// Which tensor.
+        role: Role,
+        /// Its dtype.
+        dtype: DType,
+        /// What is accepted.
+        expected: String,
+    },
+    /// Query heads are no multiple of the key/value heads.
+    #[error("{query_heads} query heads are not a multiple of {key_heads} key/value heads")]
+    HeadsNotDivisible {
+        /// `N`.
+        query_heads: usize,
+        /// `K`.
+        key_heads: usize,
+    },
+    /// A head dimension is zero.
+    #[error("{role} has head dimension 0 (shape {shape}), expected at least 1")]
+    ZeroHeadDim {
+        /// Which tensor.
+        role: Role,
+        /// Its shape.
+        shape: Dims,
+    },
+    /// A number that must be finite is not, in f64 or in the precision of the logits.
+    #[error("{what} is {value}, which is not finite in {dtype}")]
+    NotFinite {
+        /// Which option.
+        what: &'static str,
+        /// The value given.
+        value: f64,
+        /// The precision it is used in.
+        dtype: DType,
+    },
+    /// A softcap must be above zero.
+    #[error("softcap is {value}, expected a number above 0 (leave it out for no softcap)")]
+    SoftcapNotPositive {
+        /// The value given.
+        value: f64,
+    },
+    /// A dropout rate outside `[0, 1)`, or one that rounds to dropping everything.
+    #[error("dropout rate is {rate}, expected 0 <= rate < 1 - 2^-17 (it is applied in steps of 1/65536)")]
+    DropoutRate {
+        /// The rate given.
+        rate: f64,
+    },
+    /// More positions than the dropout stream's 32-bit counters can number.
+    #[error("dropout numbers {what} with 32 bits, {value} does not fit")]
+    DropoutCounter {
+        /// What is counted.
+        what: &'static str,
+        /// How many there are.
+        value: usize,
+    },
+    /// There must be one length a batch row.
+    #[error("{count} {which} lengths were given for a batch of {batch}")]
+    LengthCount {
+        /// `query` or `key/value`.
+        which: &'static str,
+        /// How many were given.
+        count: usize,
+        /// `B`.
+        batch: usize,
+    },
+    /// A length exceeds the tensor.
+    #[error("{which} length {length} of batch row {batch} exceeds the tensor's length {max}")]
+    LengthOutOfRange {
+        /// `query` or `key/value`.
+        which: &'static str,
+        /// The batch row.
+        batch: usize,
+        /// The length given.
+        length: usize,
+        /// The largest legal length.
+        max: usize,
+    },
+    /// Element counts or offsets overflow the address space.
+    #[error("{what} of shape {shape} overflows the address space")]
+    Overflow {
+        /// Which tensor, or the logits.
+        what: &'static str,
+        /// Its shape.
+        shape: Dims,
+    },
+    /// A slice holds too few elements for the view.
+    #[error(
+        "a view of shape {shape} and strides {strides} from offset {offset} needs elements {first} to {last}, the slice has {available}"
+    )]
+    BufferTooSmall {
+        /// The shape wanted.
+        shape: Dims,
+        /// The strides wanted.
+        strides: Strides,
+        /// The offset of the first element.
+        offset: usize,
+        /// The lowest element touched.
+        first: i128,
+        /// The highest element touched.
+        last: i128,
+        /// The slice's length.
+        available: usize,
+    },
+    /// A slice without strides must have exactly the elements of the shape.
+    #[error("shape {shape} has {expected} elements, the slice has {available}")]
+    BufferLength {
+        /// The shape wanted.
+        shape: Dims,
+        /// Its element count.
+        expected: usize,
+        /// The slice's length.
+        available: usize,
+    },
+    /// A pointer is null or not aligned to its element.
+    #[error("pointer {address:#x} is null or not aligned to the {align} bytes of {dtype}")]
+    Pointer {
+        /// The address.
+        address: usize,
+        /// The dtype.
+        dtype: DType,
+        /// The alignment needed.
+        align: usize,
+    },
+    /// An axis that a view does not have, or a range beyond it.
+    #[error("{what} is out of range for a view of shape {shape}")]
+    ViewIndex {
+        /// What was asked for.
+        what: String,
+        /// The view's shape.
+        shape: Dims,
+    },
+    /// An output in which two indices reach the same element.
+    #[error("output of shape {shape} and strides {strides} overlaps itself")]
+    SelfOverlap {
+        /// The shape.
+        shape: Dims,
+        /// The strides.
+        strides: Strides,
+    },
+    /// An output shares memory with another tensor of the call.
+    #[error("{first} and {second} overlap in memory")]
+    Overlap {
+        /// An output.
+        first: Role,
+        /// The other tensor.
+        second: Role,
+    },
+    /// The tensors of a call are on different devices.
+    #[error("{role} is on {device}, the call is on {expected}")]
+    Device {
+        /// Which tensor.
+        role: Role,
+        /// Where it is.
+        device: Device,
+        /// Where the problem is.
+        expected: Device,
+    },
+    /// The problem has a tensor that the call was not given.
+    #[error("the problem has a {role}, the call was given none")]
+    Missing {
+        /// Which tensor.
+        role: Role,
+    },
+    /// The call was given a tensor that the problem does not have.
+    #[error("the call was given a {role}, the problem has none")]
+    Unexpected {
+        /// Which tensor.
+        role: Role,
+    },
+    /// A tensor differs from what the problem says of it.
+    #[error("{role} is {given}, the problem says {expected}")]
+    NotAsInProblem {
+        /// Which tensor.
+        role: Role,
+        /// The tensor of the call.
+        given: TensorDesc,
+        /// The tensor of the problem.
+        expected: TensorDesc,
+    },
+    /// A forward call was made of a backward problem, or the reverse.
+    #[error("the problem is a {problem} problem, this is a {call} call")]
+    WrongPass {
+        /// The problem's pass.
+        problem: Pass,
+        /// The call's pass.
+        call: Pass,
+    },
+    /// A gradient of a tensor that the problem does not have.
+    #[error("{gradient} was asked for, the problem has no {role}")]
+    GradientWithoutTensor {
+        /// Which gradient.
+        gradient: Gradients,
+        /// The missing tensor.
+        role: Role,
+    },
+    /// A backward problem without any gradient.
+    #[error("no gradient was asked for")]
+    NoGradient,
+    /// The scratch memory is too small.
+    #[error("scratch of {given} bytes is too small, {needed} are needed")]
+    ScratchTooSmall {
+        /// Bytes needed.
+        needed: usize,
+        /// Bytes given.
+        given: usize,
+    },
+    /// The scratch memory is not aligned.
+    #[error("scratch at {address:#x} is not aligned to {align} bytes")]
+    ScratchMisaligned {
+        /// Its address.
+        address: usize,
+        /// The alignment needed.
+        align: usize,
+    },
+    /// The scratch memory is on another device than the call.
+    #[error("scratch is on {device}, the call is on {expected}")]
+    ScratchDevice {
+        /// Where the scratch is.
+        device: Device,
+        /// Where the call is.
+        expected: Device,
+    },
+}
+
+/// What a backend cannot do: which limit, and which value of the problem meets it.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unsupported {
+    /// The memory is where this backend cannot reach it.
+    #[error("{backend} works on {expected} memory, the call is on {device}")]
+    Device {
+        /// The backend.
+        backend: String,
+        /// Where the call is.
+        device: Device,
+        /// What the backend works on.
+        expected: DeviceKind,
+    },
+    /// The operand dtype.
+    #[error("{backend} does not take {dtype} operands, only {}", names(.supported))]
+    DType {
+        /// The backend.
+        backend: String,
+        /// The problem's dtype.
+        dtype: DType,
+        /// What the backend takes.
+        supported: Vec<DType>,
+    },
+    /// An option, for this pass.
+    #[error("{backend} does not support {feature} in its {pass} pass")]
+    Feature {
+        /// The backend.
+        backend: String,
+        /// The option.
+        feature: Feature,
+        /// The pass.
+        pass: Pass,
+    },
+    /// A pass that the backend does not have.
+    #[error("{backend} has no {pass} pass")]
+    Pass {
+        /// The backend.
+        backend: String,
+        /// The pass.
+        pass: Pass,
+    },
+    /// A numeric limit.
+    #[error("{backend} needs {what} {limit}, the call has {value}")]
+    Limit {
+        /// The backend.
+        backend: String,
+        /// What is limited.
+        what: String,
+        /// The problem's value.
+        value: String,
+        /// The limit, worded to follow `what`: "at most 256".
+        limit: String,
+    },
+    /// The scratch memory would exceed the limit that the caller set.
+    #[error("{backend} needs {needed} bytes of scratch, the limit is {limit}")]
+    ScratchLimit {
+        /// The backend.
+        backend: String,
+        /// Bytes needed.
+        needed: usize,
+        /// Bytes allowed.
+        limit: usize,
+    },
+    /// The numerics class differs from the one asked for.
+    #[error("{backend} computes {dtype} in class {class}, class {wanted} was asked for")]
+    Numerics {
+        /// The backend.
+        backend: String,
+        /// The problem's dtype.
+        dtype: DType,
+        /// The backend's class for it.
+        class: NumericsClass,
+        /// The class asked for.
+        wanted: NumericsClass,
+    },
+}
+
+fn names(dtypes: &[DType]) -> String {
+    dtypes.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ")
+}
+
+/// A library or device that is not there.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{backend} is not available: {what}; looked for {}", .looked_for.join(", "))]
+pub struct Unavailable {
+    /// The backend.
+    pub backend: String,
+    /// What is missing, too old or broken.
+    pub what: String,
+    /// The names and places that were tried.
+    pub looked_for: Vec<String>,
+}
+
+/// A failure of the machine or of a library while a backend ran.
+#[derive(Debug, thiserror::Error)]
+#[error("{backend} failed in {operation}: {source}")]
+pub struct BackendFailure {
+    /// The backend.
+    pub backend: String,
+    /// What was being done.
+    pub operation: String,
+    /// What the machine or the library said.
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}

@@ -1,0 +1,273 @@
+//! The associative merge of partial softmax results, which chunked, split-KV and multi-device runs share.
+//!
+//! Attention over a set of keys is determined by attention over the parts of the set: with per-part outputs `o_i`
+//! and logsumexps `l_i`, `l = ln(sum of exp(l_i))` and `o = sum of exp(l_i - l) o_i` (Rabe and Staats,
+//! arXiv 2112.05682, section 3; the online form is Milakov and Gimelshein, arXiv 1805.02867). A part without keys
+//! has output 0 and logsumexp -inf, and is the neutral element. Where there is a sink, exactly one part carries it.
+
+use crate::{DType, InvalidCall, Role, Scalar, View, ViewMut};
+
+/// The floats that softmax statistics are kept in.
+pub trait Accumulator: Scalar + PartialOrd {
+    /// Negative infinity: the logsumexp of nothing.
+    const NEG_INFINITY: Self;
+    /// Zero.
+    const ZERO: Self;
+    /// `e` to this.
+    fn exp(self) -> Self;
+    /// The natural logarithm.
+    fn ln(self) -> Self;
+    /// `self * b + c`.
+    fn scaled_plus(self, b: Self, c: Self) -> Self;
+    /// `self - b`.
+    fn minus(self, b: Self) -> Self;
+}
+
+macro_rules! accumulator {
+    ($type:ty) => {
+        impl Accumulator for $type {
+            const NEG_INFINITY: Self = <$type>::NEG_INFINITY;
+            const ZERO: Self = 0.0;
+
+            #[inline(always)]
+            fn exp(self) -> Self {
+                self.exp()
+            }
+            #[inline(always)]
+            fn ln(self) -> Self {
+                self.ln()
+            }
+            #[inline(always)]
+            fn scaled_plus(self, b: Self, c: Self) -> Self {
+                self * b + c
+            }
+            #[inline(always)]
+            fn minus(self, b: Self) -> Self {
+                self - b
+            }
+        }
+    };
+}
+accumulator!(f32);
+accumulator!(f64);
+
+/// The statistics of a softmax over some logits: their maximum and the sum of `exp(x - max)`.
+///
+/// Carried together with `value = sum of exp(x - max) v`, which [`push`](Self::push) and [`merge`](Self::merge)
+/// tell how to rescale.
+///
+/// ```
+/// use attention_core::merge::RunningSoftmax;
+///
+/// let mut left = RunningSoftmax::<f64>::EMPTY;
+/// left.push(&[1.0, 2.0]);
+/// let mut right = RunningSoftmax::EMPTY;
+/// right.push(&[3.0]);
+/// left.merge(right);
+/// let whole = (1f64.exp() + 2f64.exp() + 3f64.exp()).ln();
+/// assert!((left.lse() - whole).abs() < 1e-15);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RunningSoftmax<F> {
+    /// The largest logit so far; -inf where there is none.
+    pub max: F,
+    /// The sum of `exp(x - max)` so far.
+    pub sum: F,
+}
+
+/// What the two values of a merge are multiplied by before they are added.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rescale<F> {
+    /// The factor of the value that was there.
+    pub old: F,
+    /// The factor of the value that joins.
+    pub new: F,
+}
+
+impl<F: Accumulator> RunningSoftmax<F> {
+    /// Of no logits: the neutral element.
+    pub const EMPTY: Self = Self { max: F::NEG_INFINITY, sum: F::ZERO };
+
+    /// Of one logit. -inf counts as no logit.
+    pub fn of(logit: F) -> Self {
+        let sum = if logit == F::NEG_INFINITY { F::ZERO } else { F::from_f64(1.0) };
+        Self { max: logit, sum }
+    }
+
+    /// Adds the statistics of more logits and returns the factors of the two values.
+    pub fn merge(&mut self, other: Self) -> Rescale<F> {
+        // NaN joins as NaN: a comparison with it is false, and the sum carries it on.
+        let max = if other.max > self.max { other.max } else { self.max };
+        let factor = |part: F| if part == F::NEG_INFINITY { F::ZERO } else { part.minus(max).exp() };
+        let rescale = Rescale { old: factor(self.max), new: factor(other.max) };
+        self.sum = self.sum.scaled_plus(rescale.old, other.sum.scaled_plus(rescale.new, F::ZERO));
+        self.max = max;
+        rescale
+    }
+
+    /// Adds logits one by one.
+    pub fn push(&mut self, logits: &[F]) {
+        for &logit in logits {
+            self.merge(Self::of(logit));
+        }
+    }
+
+    /// `ln(sum of exp(x))`: -inf where there is no logit.
+    pub fn lse(&self) -> F {
+        if self.max == F::NEG_INFINITY {
+            return F::NEG_INFINITY;
+        }
+        self.sum.ln().scaled_plus(F::from_f64(1.0), self.max)
+    }
+}
+
+/// The logsumexp of two parts, and the factors of their outputs.
+pub fn merge_lse<F: Accumulator>(lse: F, other: F) -> (F, Rescale<F>) {
+    let mut running = RunningSoftmax::of(lse);
+    running.merge(RunningSoftmax::of(other));
+    let merged = running.lse();
+    let factor = |part: F| if part == F::NEG_INFINITY { F::ZERO } else { part.minus(merged).exp() };
+    (merged, Rescale { old: factor(lse), new: factor(other) })
+}
+
+/// Merges the result of a part into a row: `out` and `lse` hold one part's result and receive that of both.
+///
+/// # Panics
+/// Where the rows differ in length.
+pub fn merge_row<F: Accumulator>(out: &mut [F], lse: &mut F, other_out: &[F], other_lse: F) {
+    assert_eq!(out.len(), other_out.len(), "rows of one head have one length");
+    let (merged, rescale) = merge_lse(*lse, other_lse);
+    *lse = merged;
+    for (out, &other) in out.iter_mut().zip(other_out) {
+        *out = out.scaled_plus(rescale.old, other.scaled_plus(rescale.new, F::ZERO));
+    }
+}
+
+/// Merges partial results over any number of parts of the keys, for whole tensors on the host: parts `(out, lse)`
+/// of shapes `[B, T, N, Hv]` and `[B, T, N]` into an output of any float dtype.
+///
+/// The parts are merged in order, in f32 (f64 where the logsumexps are f64).
+///
+/// # Errors
+/// [`InvalidCall::Shape`] or [`InvalidCall::DType`] where the parts do not fit, [`InvalidCall::Device`] for memory
+/// that is not on the host.
+pub fn merge_partials(
+    parts: &[(View<'_>, View<'_>)],
+    out: ViewMut<'_>,
+    lse: ViewMut<'_>,
+) -> Result<(), InvalidCall> {
+    match lse.desc().dtype() {
+        DType::F64 => merge_parts::<f64>(parts, out, lse),
+        _ => merge_parts::<f32>(parts, out, lse),
+    }
+}
+
+fn merge_parts<F: Accumulator>(
+    parts: &[(View<'_>, View<'_>)],
+    out: ViewMut<'_>,
+    lse: ViewMut<'_>,
+) -> Result<(), InvalidCall> {
+    let (shape, rows) = (out.shape(), lse.shape());
+    let expected: [usize; 4] = shape[..].try_into().map_err(|_| InvalidCall::Rank {
+        role: Role::Out,
+        rank: shape.rank(),
+        shape,
+        expected: "4",
+    })?;
+    let [batch, length, heads, head_dim] = expected;
+    if rows[..] != shape[..3] {
+        let expected = [batch, length, heads].into();
+        return Err(InvalidCall::Shape { role: Role::Lse, shape: rows, expected, why: "[B, T, N] of out" });
+    }
+    let dtype = out.desc().dtype();
+    let mut sources = Vec::with_capacity(parts.len());
+    for (part_out, part_lse) in parts {
+        for (role, view, expected) in [(Role::Out, part_out, shape), (Role::Lse, part_lse, rows)] {
+            if view.shape() != expected {
+                let why = "every part has the shape of the whole";
+                return Err(InvalidCall::Shape { role, shape: view.shape(), expected, why });
+            }
+        }
+        sources.push((rows_of::<F>(Role::Out, part_out)?, host::<F>(Role::Lse, part_lse)?));
+    }
+    let mut lse = host_mut::<F>(Role::Lse, lse)?;
+    let mut write_out = row_writer::<F>(Role::Out, out, dtype)?;
+    let (mut merged, mut other) = (vec![F::ZERO; head_dim], vec![F::ZERO; head_dim]);
+    for index in (0..batch).flat_map(|b| (0..length).flat_map(move |t| (0..heads).map(move |n| [b, t, n]))) {
+        merged.fill(F::ZERO);
+        let mut merged_lse = F::NEG_INFINITY;
+        for (part_out, part_lse) in &sources {
+            part_out(&index, &mut other);
+            merge_row(&mut merged, &mut merged_lse, &other, part_lse.at(&index));
+        }
+        write_out(&index, &merged);
+        lse.set(&index, merged_lse);
+    }
+    Ok(())
+}
+
+fn host<'a, T: Scalar>(role: Role, view: &View<'a>) -> Result<crate::HostView<'a, T>, InvalidCall> {
+    view.host().ok_or_else(|| not_on_host::<T>(role, view.device(), view.desc().dtype()))
+}
+
+fn host_mut<'a, T: Scalar>(role: Role, view: ViewMut<'a>) -> Result<crate::HostViewMut<'a, T>, InvalidCall> {
+    let refused = not_on_host::<T>(role, view.device(), view.desc().dtype());
+    view.host_mut().ok_or(refused)
+}
+
+fn not_on_host<T: Scalar>(role: Role, device: crate::Device, dtype: DType) -> InvalidCall {
+    if device != crate::Device::Cpu {
+        return InvalidCall::Device { role, device, expected: crate::Device::Cpu };
+    }
+    InvalidCall::DType { role, dtype, expected: T::DTYPE.name().to_owned() }
+}
+
+type ReadRow<'a, F> = Box<dyn Fn(&[usize], &mut [F]) + 'a>;
+type WriteRow<'a, F> = Box<dyn FnMut(&[usize], &[F]) + 'a>;
+
+/// A reader of rows of any float dtype.
+fn rows_of<'a, F: Accumulator>(role: Role, view: &View<'a>) -> Result<ReadRow<'a, F>, InvalidCall> {
+    fn typed<'a, T: Scalar, F: Accumulator>(
+        role: Role,
+        view: &View<'a>,
+    ) -> Result<ReadRow<'a, F>, InvalidCall> {
+        let host = host::<T>(role, view)?;
+        Ok(Box::new(move |index, row| {
+            for (to, from) in row.iter_mut().zip(host.row(index).iter()) {
+                *to = F::from_f64(from.to_f64());
+            }
+        }))
+    }
+    match view.desc().dtype() {
+        DType::F64 => typed::<f64, F>(role, view),
+        DType::F32 => typed::<f32, F>(role, view),
+        DType::F16 => typed::<half::f16, F>(role, view),
+        DType::Bf16 => typed::<half::bf16, F>(role, view),
+        dtype => Err(InvalidCall::DType { role, dtype, expected: "f64, f32, f16 or bf16".to_owned() }),
+    }
+}
+
+/// A writer of rows of any float dtype.
+fn row_writer<'a, F: Accumulator>(
+    role: Role,
+    view: ViewMut<'a>,
+    dtype: DType,
+) -> Result<WriteRow<'a, F>, InvalidCall> {
+    fn typed<'a, T: Scalar, F: Accumulator>(
+        role: Role,
+        view: ViewMut<'a>,
+    ) -> Result<WriteRow<'a, F>, InvalidCall> {
+        let mut host = host_mut::<T>(role, view)?;
+        Ok(Box::new(move |index, row| host.row_mut(index).fill_with(|i| T::from_f64(row[i].to_f64()))))
+    }
+    match dtype {
+        DType::F64 => typed::<f64, F>(role, view),
+        DType::F32 => typed::<f32, F>(role, view),
+        DType::F16 => typed::<half::f16, F>(role, view),
+        DType::Bf16 => typed::<half::bf16, F>(role, view),
+        dtype => Err(InvalidCall::DType { role, dtype, expected: "f64, f32, f16 or bf16".to_owned() }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

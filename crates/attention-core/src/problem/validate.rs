@@ -1,0 +1,276 @@
+//! The checks of a problem: the only place where calls are judged.
+
+use super::{Dimensions, Pass, Problem, Spec};
+use crate::float_bits::FloatBits;
+use crate::shape::element_count;
+use crate::{DType, Dims, Gradients, InvalidCall, Lengths, Role, Sequences, TensorDesc};
+
+const ANY_FLOAT: &str = "f64, f32, f16 or bf16";
+
+/// Checks a spec, fills in its defaults, and makes the problem.
+pub(super) fn problem(mut spec: Spec) -> Result<Problem, InvalidCall> {
+    let (dims, dtype) = operands(&spec)?;
+    optional_inputs(&mut spec, dims)?;
+    numbers(&spec, dtype)?;
+    sequences(&spec.sequences, dims)?;
+    dropout(&spec, dims)?;
+    results(&mut spec, dims, dtype)?;
+    for (desc, role) in
+        spec.tensors.iter().zip(Role::ALL).filter_map(|(desc, role)| Some((desc.as_ref()?, role)))
+    {
+        desc.span().ok_or(InvalidCall::Overflow { what: role.name(), shape: desc.shape() })?;
+    }
+    let scale = spec.scale.unwrap_or_else(|| FloatBits::new(1.0 / (dims.head_dim as f64).sqrt()));
+    Ok(Problem { spec, dims, dtype, scale })
+}
+
+/// Ranks, dtypes and shapes of query, key and value, and what follows from them.
+fn operands(spec: &Spec) -> Result<(Dimensions, DType), InvalidCall> {
+    let operand = |role: Role| {
+        let desc = spec.tensors[role as usize].ok_or(InvalidCall::Missing { role })?;
+        if desc.rank() != 4 {
+            return Err(InvalidCall::Rank { role, rank: desc.rank(), shape: desc.shape(), expected: "4" });
+        }
+        Ok(desc)
+    };
+    let (query, key, value) = (operand(Role::Query)?, operand(Role::Key)?, operand(Role::Value)?);
+
+    let dtype = query.dtype();
+    if !dtype.is_supported_float() {
+        return Err(InvalidCall::DType { role: Role::Query, dtype, expected: ANY_FLOAT.to_owned() });
+    }
+    for (role, desc) in [(Role::Key, key), (Role::Value, value)] {
+        if desc.dtype() != dtype {
+            let expected = format!("{dtype} as the query has");
+            return Err(InvalidCall::DType { role, dtype: desc.dtype(), expected });
+        }
+    }
+
+    let [batch, query_length, query_heads, head_dim] = axes(&query);
+    let [_, key_length, key_heads, _] = axes(&key);
+    let value_head_dim = value.shape()[3];
+    let dims =
+        Dimensions { batch, query_length, key_length, query_heads, key_heads, head_dim, value_head_dim };
+    for (role, desc) in [(Role::Query, query), (Role::Value, value)] {
+        if desc.shape()[3] == 0 {
+            return Err(InvalidCall::ZeroHeadDim { role, shape: desc.shape() });
+        }
+    }
+    expect_shape(
+        Role::Key,
+        &key,
+        [batch, key_length, key_heads, head_dim],
+        "[B, S, K, H]; B and H of the query",
+    )?;
+    expect_shape(
+        Role::Value,
+        &value,
+        [batch, key_length, key_heads, value_head_dim],
+        "[B, S, K, Hv]; B, S and K of the key",
+    )?;
+    if query_heads.checked_rem(key_heads).unwrap_or(query_heads) != 0 {
+        return Err(InvalidCall::HeadsNotDivisible { query_heads, key_heads });
+    }
+    element_count(&dims.logits())
+        .ok_or(InvalidCall::Overflow { what: "the logits [B, N, T, S]", shape: dims.logits().into() })?;
+    Ok((dims, dtype))
+}
+
+fn axes(desc: &TensorDesc) -> [usize; 4] {
+    std::array::from_fn(|axis| desc.shape()[axis])
+}
+
+fn expect_shape(
+    role: Role,
+    desc: &TensorDesc,
+    expected: impl Into<Dims>,
+    why: &'static str,
+) -> Result<(), InvalidCall> {
+    let expected = expected.into();
+    if desc.shape() == expected {
+        return Ok(());
+    }
+    Err(InvalidCall::Shape { role, shape: desc.shape(), expected, why })
+}
+
+/// Mask, bias, slopes and sinks. Masks and biases are brought to rank 4.
+fn optional_inputs(spec: &mut Spec, dims: Dimensions) -> Result<(), InvalidCall> {
+    for role in [Role::Mask, Role::Bias] {
+        if let Some(desc) = &mut spec.tensors[role as usize] {
+            *desc = broadcast_to_logits(role, desc, dims)?;
+        }
+    }
+    if let Some(desc) = spec.tensors[Role::Mask as usize].filter(|desc| desc.dtype() != DType::Bool) {
+        let expected = "bool (an additive mask of floats is a bias)".to_owned();
+        return Err(InvalidCall::DType { role: Role::Mask, dtype: desc.dtype(), expected });
+    }
+    for role in [Role::Bias, Role::AlibiSlopes, Role::Sinks] {
+        if let Some(desc) = spec.tensors[role as usize].filter(|desc| !desc.dtype().is_supported_float()) {
+            return Err(InvalidCall::DType { role, dtype: desc.dtype(), expected: ANY_FLOAT.to_owned() });
+        }
+    }
+    if let Some(slopes) = &spec.tensors[Role::AlibiSlopes as usize] {
+        match slopes.rank() {
+            1 => expect_shape(Role::AlibiSlopes, slopes, [dims.query_heads], "[N]")?,
+            2 => expect_shape(Role::AlibiSlopes, slopes, [dims.batch, dims.query_heads], "[B, N]")?,
+            rank => {
+                let expected = "1 or 2";
+                return Err(InvalidCall::Rank {
+                    role: Role::AlibiSlopes,
+                    rank,
+                    shape: slopes.shape(),
+                    expected,
+                });
+            }
+        }
+    }
+    if let Some(sinks) = &spec.tensors[Role::Sinks as usize] {
+        if sinks.rank() != 1 {
+            let (rank, shape) = (sinks.rank(), sinks.shape());
+            return Err(InvalidCall::Rank { role: Role::Sinks, rank, shape, expected: "1" });
+        }
+        expect_shape(Role::Sinks, sinks, [dims.query_heads], "[N]")?;
+    }
+    Ok(())
+}
+
+/// Checks that a mask or bias broadcasts to `[B, N, T, S]` and gives it four axes.
+fn broadcast_to_logits(role: Role, desc: &TensorDesc, dims: Dimensions) -> Result<TensorDesc, InvalidCall> {
+    let (rank, shape, strides) = (desc.rank(), desc.shape(), desc.strides());
+    if rank == 0 {
+        return Err(InvalidCall::Rank { role, rank, shape, expected: "1 to 4" });
+    }
+    let target = dims.logits();
+    let (mut full_shape, mut full_strides) = ([1; 4], [0; 4]);
+    for axis in 0..rank {
+        let aligned = axis + 4 - rank;
+        let (size, expected) = (shape[axis], target[aligned]);
+        if size != 1 && size != expected {
+            let (target, axes) = (target.into(), "[B, N, T, S]");
+            return Err(InvalidCall::NotBroadcastable { role, shape, target, axes, axis, size, expected });
+        }
+        full_shape[aligned] = size;
+        full_strides[aligned] = strides[axis];
+    }
+    Ok(TensorDesc::strided(desc.dtype(), full_shape, full_strides).expect("both have four axes"))
+}
+
+/// Scale and softcap.
+fn numbers(spec: &Spec, dtype: DType) -> Result<(), InvalidCall> {
+    let accumulator = dtype.accumulator();
+    let finite = |value: f64| match accumulator {
+        DType::F64 => value.is_finite(),
+        _ => (value as f32).is_finite(),
+    };
+    for (what, value) in [("scale", spec.scale), ("softcap", spec.softcap)] {
+        if let Some(value) = value.map(FloatBits::get).filter(|&value| !finite(value)) {
+            return Err(InvalidCall::NotFinite { what, value, dtype: accumulator });
+        }
+    }
+    // A softcap that vanishes in the precision of the logits would divide by zero.
+    let positive = |value: f64| match accumulator {
+        DType::F64 => value > 0.0,
+        _ => value as f32 > 0.0,
+    };
+    match spec.softcap.map(FloatBits::get) {
+        Some(value) if !positive(value) => Err(InvalidCall::SoftcapNotPositive { value }),
+        _ => Ok(()),
+    }
+}
+
+fn sequences(sequences: &Sequences, dims: Dimensions) -> Result<(), InvalidCall> {
+    let Sequences::Dense { query, key_value } = sequences;
+    for (which, lengths, max) in
+        [("query", query, dims.query_length), ("key/value", key_value, dims.key_length)]
+    {
+        let Lengths::PerBatch(lengths) = lengths else { continue };
+        if lengths.len() != dims.batch {
+            return Err(InvalidCall::LengthCount { which, count: lengths.len(), batch: dims.batch });
+        }
+        if let Some((batch, &length)) = lengths.iter().enumerate().find(|&(_, &length)| length > max) {
+            return Err(InvalidCall::LengthOutOfRange { which, batch, length, max });
+        }
+    }
+    Ok(())
+}
+
+fn dropout(spec: &Spec, dims: Dimensions) -> Result<(), InvalidCall> {
+    let Some(dropout) = spec.dropout else { return Ok(()) };
+    dropout.stream()?;
+    for (what, value) in [
+        ("query rows T", dims.query_length),
+        ("keys S", dims.key_length),
+        // The logits' element count was checked, so this product is small enough unless T or S is 0.
+        ("batch rows times heads B*N", dims.batch.saturating_mul(dims.query_heads)),
+    ] {
+        if u32::try_from(value).is_err() {
+            return Err(InvalidCall::DropoutCounter { what, value });
+        }
+    }
+    Ok(())
+}
+
+/// Outputs of the pass, and what backward reads of the forward.
+fn results(spec: &mut Spec, dims: Dimensions, dtype: DType) -> Result<(), InvalidCall> {
+    let out = Dims::from([dims.batch, dims.query_length, dims.query_heads, dims.value_head_dim]);
+    let lse = Dims::from([dims.batch, dims.query_length, dims.query_heads]);
+    let accumulator = dtype.accumulator();
+    spec.gradients = spec.gradients.known();
+
+    let backward = spec.pass == Pass::Backward;
+    if backward && spec.gradients.is_empty() {
+        return Err(InvalidCall::NoGradient);
+    }
+    let like = |role: Role| spec.tensors[role as usize].map(|desc| (desc.dtype(), desc.shape()));
+    let wants = |single: Gradients| spec.gradients.contains(single);
+    // Each role with whether the pass has it and what it looks like.
+    let expected = [
+        (Role::Out, true, Some((dtype, out)), "[B, T, N, Hv]"),
+        (Role::Lse, backward || spec.lse, Some((accumulator, lse)), "[B, T, N]"),
+        (Role::DOut, backward, Some((dtype, out)), "[B, T, N, Hv]"),
+        (Role::DLse, backward && spec.d_lse, Some((accumulator, lse)), "[B, T, N]"),
+        (Role::DQuery, wants(Gradients::QUERY), like(Role::Query), "that of the query"),
+        (Role::DKey, wants(Gradients::KEY), like(Role::Key), "that of the key"),
+        (Role::DValue, wants(Gradients::VALUE), like(Role::Value), "that of the value"),
+        (Role::DBias, wants(Gradients::BIAS), like(Role::Bias), "that of the bias"),
+        (Role::DSinks, wants(Gradients::SINKS), like(Role::Sinks), "that of the sinks"),
+    ];
+    for (gradient, role) in [(Gradients::BIAS, Role::Bias), (Gradients::SINKS, Role::Sinks)] {
+        if wants(gradient) && like(role).is_none() {
+            return Err(InvalidCall::GradientWithoutTensor { gradient, role });
+        }
+    }
+    let written = |role: Role| match role {
+        Role::Out | Role::Lse => !backward,
+        Role::DOut | Role::DLse => false,
+        _ => true,
+    };
+    for (role, present, shape, why) in expected {
+        let slot = &mut spec.tensors[role as usize];
+        let Some((dtype, shape)) = shape.filter(|_| present) else {
+            // The backward variant of a forward problem (`to_builder`) arrives here with layouts it has no use for.
+            *slot = None;
+            continue;
+        };
+        let desc = slot.get_or_insert_with(|| TensorDesc::contiguous(dtype, shape));
+        if role == Role::DBias && desc.rank() < 4 {
+            *desc = broadcast_to_logits(role, desc, dims)?;
+        }
+        if desc.dtype() != dtype {
+            return Err(InvalidCall::DType { role, dtype: desc.dtype(), expected: dtype.name().to_owned() });
+        }
+        if desc.rank() != shape.rank() {
+            let expected = match shape.rank() {
+                1 => "1",
+                3 => "3",
+                _ => "4",
+            };
+            return Err(InvalidCall::Rank { role, rank: desc.rank(), shape: desc.shape(), expected });
+        }
+        expect_shape(role, desc, shape, why)?;
+        if written(role) && desc.may_overlap_itself() {
+            return Err(InvalidCall::SelfOverlap { shape: desc.shape(), strides: desc.strides() });
+        }
+    }
+    Ok(())
+}

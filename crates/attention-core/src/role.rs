@@ -1,0 +1,94 @@
+//! The tensors of a call, by what they are for.
+
+/// What a tensor is in a call: every message, layout table and call check names tensors by role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Role {
+    /// `[B, T, N, H]`.
+    Query,
+    /// `[B, S, K, H]`.
+    Key,
+    /// `[B, S, K, Hv]`.
+    Value,
+    /// Boolean, broadcastable to `[B, N, T, S]`; `true` takes part.
+    Mask,
+    /// Any float dtype, broadcastable to `[B, N, T, S]`; added to the scaled and soft-capped logits.
+    Bias,
+    /// `[N]` or `[B, N]`, any float dtype.
+    AlibiSlopes,
+    /// `[N]`, any float dtype.
+    Sinks,
+    /// `[B, T, N, Hv]`: written by forward, read by backward.
+    Out,
+    /// `[B, T, N]`, f32 (f64 for f64 operands): written by forward, read by backward.
+    Lse,
+    /// `[B, T, N, Hv]`: the incoming gradient of the output.
+    DOut,
+    /// `[B, T, N]`: the incoming gradient of the logsumexp.
+    DLse,
+    /// The gradient of the query.
+    DQuery,
+    /// The gradient of the key.
+    DKey,
+    /// The gradient of the value.
+    DValue,
+    /// The gradient of the bias.
+    DBias,
+    /// The gradient of the sinks.
+    DSinks,
+}
+
+impl Role {
+    /// How many roles there are.
+    pub(crate) const COUNT: usize = 16;
+
+    /// Every role, in declaration order.
+    pub const ALL: [Role; Role::COUNT] = [
+        Role::Query,
+        Role::Key,
+        Role::Value,
+        Role::Mask,
+        Role::Bias,
+        Role::AlibiSlopes,
+        Role::Sinks,
+        Role::Out,
+        Role::Lse,
+        Role::DOut,
+        Role::DLse,
+        Role::DQuery,
+        Role::DKey,
+        Role::DValue,
+        Role::DBias,
+        Role::DSinks,
+    ];
+
+    /// The name used in messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Query => "query",
+            Role::Key => "key",
+            Role::Value => "value",
+            Role::Mask => "mask",
+            Role::Bias => "bias",
+            Role::AlibiSlopes => "ALiBi slopes",
+            Role::Sinks => "sinks",
+            Role::Out => "out",
+            Role::Lse => "lse",
+            Role::DOut => "d_out",
+            Role::DLse => "d_lse",
+            Role::DQuery => "dq",
+            Role::DKey => "dk",
+            Role::DValue => "dv",
+            Role::DBias => "dbias",
+            Role::DSinks => "dsinks",
+        }
+    }
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}

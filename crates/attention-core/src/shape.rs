@@ -1,0 +1,295 @@
+//! Shapes, strides, and the description of a tensor without its memory.
+
+use crate::DType;
+
+/// The largest rank of any tensor in a call.
+pub const MAX_RANK: usize = 4;
+
+/// One number for each axis, for up to [`MAX_RANK`] axes. Dereferences to a slice.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "Vec<T>", into = "Vec<T>"))]
+#[cfg_attr(
+    feature = "serde",
+    serde(bound = "T: Copy + Default + serde::Serialize + serde::de::DeserializeOwned")
+)]
+pub struct Axes<T> {
+    rank: u8,
+    // Entries at and after `rank` hold the default, so that the derived comparisons and hashes are right.
+    values: [T; MAX_RANK],
+}
+
+/// A shape: the number of elements along each axis.
+pub type Dims = Axes<usize>;
+
+/// The distance between neighbours along each axis, in elements. Negative and zero strides are legal for inputs.
+pub type Strides = Axes<isize>;
+
+impl<T: Copy + Default> Axes<T> {
+    /// The axes of a slice, or `None` where there are more than [`MAX_RANK`].
+    pub fn from_slice(values: &[T]) -> Option<Self> {
+        let mut axes = Self { rank: u8::try_from(values.len()).ok()?, values: [T::default(); MAX_RANK] };
+        axes.values.get_mut(..values.len())?.copy_from_slice(values);
+        Some(axes)
+    }
+
+    /// The number of axes.
+    pub fn rank(&self) -> usize {
+        usize::from(self.rank)
+    }
+
+    /// A copy without `axis`.
+    pub(crate) fn without(&self, axis: usize) -> Self {
+        let mut axes = Self { rank: 0, values: [T::default(); MAX_RANK] };
+        for (_, &value) in self.iter().enumerate().filter(|&(index, _)| index != axis) {
+            axes.values[axes.rank()] = value;
+            axes.rank += 1;
+        }
+        axes
+    }
+}
+
+impl<T> std::ops::Deref for Axes<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.values[..usize::from(self.rank)]
+    }
+}
+
+impl<T> std::ops::DerefMut for Axes<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.values[..usize::from(self.rank)]
+    }
+}
+
+macro_rules! axes_from_arrays {
+    ($($rank:literal),*) => {$(
+        impl<T: Copy + Default> From<[T; $rank]> for Axes<T> {
+            fn from(values: [T; $rank]) -> Self {
+                let mut all = [T::default(); MAX_RANK];
+                all[..$rank].copy_from_slice(&values);
+                Self { rank: $rank, values: all }
+            }
+        }
+    )*};
+}
+axes_from_arrays!(0, 1, 2, 3, 4);
+
+impl<T: Copy + Default> TryFrom<Vec<T>> for Axes<T> {
+    type Error = String;
+
+    fn try_from(values: Vec<T>) -> Result<Self, String> {
+        Self::from_slice(&values).ok_or_else(|| format!("rank {} is above {MAX_RANK}", values.len()))
+    }
+}
+
+impl<T: Copy> From<Axes<T>> for Vec<T> {
+    fn from(axes: Axes<T>) -> Self {
+        axes.to_vec()
+    }
+}
+
+impl<T: std::fmt::Debug> std::fmt::Debug for Axes<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
+}
+
+impl<T: std::fmt::Debug> std::fmt::Display for Axes<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&format!("{:?}", &**self))
+    }
+}
+
+/// The element count of a shape, or `None` on overflow of `isize`.
+pub(crate) fn element_count(shape: &[usize]) -> Option<usize> {
+    // A zero anywhere makes the tensor empty, whatever the other axes say.
+    if shape.contains(&0) {
+        return Some(0);
+    }
+    let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size))?;
+    isize::try_from(count).ok().map(|_| count)
+}
+
+/// A tensor without its memory: dtype, shape and strides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct TensorDesc {
+    dtype: DType,
+    shape: Dims,
+    strides: Strides,
+}
+
+impl TensorDesc {
+    /// A row-major tensor without gaps.
+    ///
+    /// ```
+    /// use attention_core::{DType, TensorDesc};
+    ///
+    /// let query = TensorDesc::contiguous(DType::F32, [2, 128, 8, 64]);
+    /// assert_eq!(&query.strides()[..], [65536, 512, 64, 1]);
+    /// ```
+    pub fn contiguous(dtype: DType, shape: impl Into<Dims>) -> Self {
+        let shape = shape.into();
+        let mut strides = Strides { rank: shape.rank, values: [0; MAX_RANK] };
+        let mut step = 1isize;
+        for axis in (0..shape.rank()).rev() {
+            strides[axis] = step;
+            // Saturates instead of overflowing: `span` refuses such a tensor with the shape in the message.
+            step = step.saturating_mul(isize::try_from(shape[axis].max(1)).unwrap_or(isize::MAX));
+        }
+        Self { dtype, shape, strides }
+    }
+
+    /// A tensor with strides of its own, counted in elements; `None` if the ranks differ.
+    pub fn strided(dtype: DType, shape: impl Into<Dims>, strides: impl Into<Strides>) -> Option<Self> {
+        let (shape, strides) = (shape.into(), strides.into());
+        (shape.rank == strides.rank).then_some(Self { dtype, shape, strides })
+    }
+
+    /// The same dtype with other axes; the ranks must be equal.
+    pub(crate) fn reshaped(&self, shape: Dims, strides: Strides) -> Self {
+        debug_assert_eq!(shape.rank(), strides.rank());
+        Self { dtype: self.dtype, shape, strides }
+    }
+
+    /// The same tensor without `axis`.
+    pub(crate) fn without_axis(&self, axis: usize) -> Self {
+        Self { dtype: self.dtype, shape: self.shape.without(axis), strides: self.strides.without(axis) }
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The shape.
+    pub fn shape(&self) -> Dims {
+        self.shape
+    }
+
+    /// The strides, in elements.
+    pub fn strides(&self) -> Strides {
+        self.strides
+    }
+
+    /// The number of axes.
+    pub fn rank(&self) -> usize {
+        self.shape.rank()
+    }
+
+    /// Whether the tensor has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// The number of elements, or `None` on overflow.
+    pub fn element_count(&self) -> Option<usize> {
+        element_count(&self.shape)
+    }
+
+    /// The lowest and highest element offset from the first element, or `None` where the tensor does not fit in
+    /// an address space. An empty tensor spans `(0, -1)`.
+    pub fn span(&self) -> Option<(isize, isize)> {
+        if self.is_empty() {
+            return Some((0, -1));
+        }
+        self.element_count()?.checked_mul(self.dtype.size()).filter(|&bytes| bytes <= isize::MAX as usize)?;
+        let (mut low, mut high) = (0isize, 0isize);
+        for (&size, &stride) in self.shape.iter().zip(self.strides.iter()) {
+            let reach = isize::try_from(size - 1).ok()?.checked_mul(stride)?;
+            low = low.checked_add(reach.min(0))?;
+            high = high.checked_add(reach.max(0))?;
+        }
+        let bytes = high.checked_sub(low)?.checked_add(1)?.checked_mul(self.dtype.size() as isize)?;
+        (bytes > 0).then_some((low, high))
+    }
+
+    /// Whether the elements lie in row-major order without gaps.
+    pub fn is_contiguous(&self) -> bool {
+        self.is_empty() || {
+            let dense = Self::contiguous(self.dtype, self.shape);
+            (0..self.rank()).all(|axis| self.shape[axis] == 1 || self.strides[axis] == dense.strides[axis])
+        }
+    }
+
+    /// Whether two indices of the tensor can reach the same element. Sufficient, not exact: with the axes sorted by
+    /// stride, every stride must be larger than the reach of all smaller ones. Layouts that interleave in another
+    /// way count as overlapping.
+    pub fn may_overlap_itself(&self) -> bool {
+        if self.is_empty() {
+            return false;
+        }
+        let mut axes: Vec<(usize, usize)> = (self.shape.iter().zip(self.strides.iter()))
+            .filter(|&(&size, _)| size > 1)
+            .map(|(&size, &stride)| (stride.unsigned_abs(), size))
+            .collect();
+        axes.sort_unstable();
+        let mut reach = 0usize;
+        axes.into_iter().any(|(stride, size)| {
+            let overlaps = stride <= reach;
+            reach = reach.saturating_add((size - 1).saturating_mul(stride));
+            overlaps
+        })
+    }
+}
+
+impl std::fmt::Display for TensorDesc {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.dtype, self.shape)?;
+        if self.is_contiguous() { Ok(()) } else { write!(f, " strides {}", self.strides) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn span_covers_negative_strides() {
+        let desc = TensorDesc::strided(DType::F32, [3, 4], [-4, 1]).unwrap();
+        assert_eq!(desc.span(), Some((-8, 3)));
+    }
+
+    #[test]
+    fn overflow_is_none_not_a_panic() {
+        let desc = TensorDesc::contiguous(DType::F32, [usize::MAX, usize::MAX, 2, 2]);
+        assert_eq!(desc.element_count(), None);
+        assert_eq!(desc.span(), None);
+        let desc = TensorDesc::contiguous(DType::F64, [isize::MAX as usize / 4]);
+        assert_eq!(desc.span(), None);
+        let desc = TensorDesc::strided(DType::F32, [2, 2], [isize::MAX, isize::MIN]).unwrap();
+        assert_eq!(desc.span(), None);
+    }
+
+    #[test]
+    fn broadcast_outputs_overlap() {
+        assert!(TensorDesc::strided(DType::F32, [2, 3], [0, 1]).unwrap().may_overlap_itself());
+        assert!(!TensorDesc::strided(DType::F32, [1, 3], [0, 1]).unwrap().may_overlap_itself());
+        assert!(!TensorDesc::contiguous(DType::F32, [2, 3, 4, 5]).may_overlap_itself());
+    }
+
+    proptest! {
+        /// Whatever the rule calls free of overlap has as many distinct offsets as elements.
+        #[test]
+        fn no_overlap_means_distinct_offsets(
+            shape in proptest::array::uniform3(1usize..4),
+            strides in proptest::array::uniform3(-12isize..12),
+        ) {
+            let desc = TensorDesc::strided(DType::F32, shape, strides).unwrap();
+            let mut offsets = std::collections::HashSet::new();
+            let mut distinct = true;
+            for i in 0..shape[0] {
+                for j in 0..shape[1] {
+                    for k in 0..shape[2] {
+                        let offset = i as isize * strides[0] + j as isize * strides[1] + k as isize * strides[2];
+                        distinct &= offsets.insert(offset);
+                    }
+                }
+            }
+            prop_assert!(desc.may_overlap_itself() || distinct);
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! Typed access to views of host memory.
+
+use std::marker::PhantomData;
+
+use super::{View, ViewMut};
+use crate::{DType, Device, Dims, Scalar, Strides};
+
+/// A view of host memory with a known element type: indexed, bounds-checked, safe.
+#[derive(Clone, Copy, Debug)]
+pub struct HostView<'a, T> {
+    /// The memory from the lowest to the highest element.
+    span: &'a [T],
+    /// Where in `span` the element at index 0 is.
+    origin: usize,
+    shape: Dims,
+    strides: Strides,
+}
+
+/// The elements along the last axis of a [`HostView`].
+#[derive(Clone, Copy, Debug)]
+pub struct Row<'a, T> {
+    span: &'a [T],
+    origin: usize,
+    stride: isize,
+    len: usize,
+}
+
+impl<'a> View<'a> {
+    /// The view with elements of type `T`, or `None` where it has another dtype or is not in host memory.
+    pub fn host<T: Scalar>(&self) -> Option<HostView<'a, T>> {
+        (self.desc.dtype() == T::DTYPE).then(|| self.host_as())?
+    }
+
+    /// A boolean view as bytes, zero for `false`; `None` where it has another dtype or is not in host memory.
+    pub fn host_mask(&self) -> Option<HostView<'a, u8>> {
+        (self.desc.dtype() == DType::Bool).then(|| self.host_as())?
+    }
+
+    /// `T` must have the size and alignment of the view's dtype and accept every bit pattern.
+    fn host_as<T: bytemuck::Pod>(&self) -> Option<HostView<'a, T>> {
+        if self.device != Device::Cpu {
+            return None;
+        }
+        let (shape, strides) = (self.desc.shape(), self.desc.strides());
+        // Checked when the view was made.
+        let (low, high) = self.desc.span()?;
+        if self.desc.is_empty() {
+            return Some(HostView { span: &[], origin: 0, shape, strides });
+        }
+        let first = self.pointer.with_addr(self.offset_pointer(low)).cast::<T>();
+        // SAFETY: by the invariant of View, the span from `low` to `high` elements around the pointer is allocated
+        // host memory, initialised and not written during 'a; the pointer is aligned for the dtype, `T` is plain
+        // data of the same size, and the length in bytes fits isize (`span` checks it).
+        let span = unsafe { std::slice::from_raw_parts(first, high.abs_diff(low) + 1) };
+        Some(HostView { span, origin: low.unsigned_abs(), shape, strides })
+    }
+}
+
+impl<'a, T: Copy> HostView<'a, T> {
+    /// The shape.
+    pub fn shape(&self) -> Dims {
+        self.shape
+    }
+
+    /// The strides, in elements.
+    pub fn strides(&self) -> Strides {
+        self.strides
+    }
+
+    /// Where in the span an index is. Wraps on nonsense: the caller indexes a slice with it.
+    #[inline]
+    fn position(&self, index: &[usize]) -> usize {
+        index.iter().zip(self.strides.iter()).fold(self.origin, |position, (&index, &stride)| {
+            position.wrapping_add_signed((index as isize).wrapping_mul(stride))
+        })
+    }
+
+    /// One element.
+    ///
+    /// # Panics
+    /// Where the index has another rank or is outside the shape.
+    #[inline]
+    pub fn at(&self, index: &[usize]) -> T {
+        assert!(
+            index.len() == self.shape.rank() && index.iter().zip(self.shape.iter()).all(|(i, size)| i < size),
+            "index {index:?} outside shape {}",
+            self.shape
+        );
+        self.span[self.position(index)]
+    }
+
+    /// The elements along the last axis at these indices of the others.
+    ///
+    /// # Panics
+    /// Where `leading` does not have one index less than the rank, or is outside the shape.
+    #[inline]
+    pub fn row(&self, leading: &[usize]) -> Row<'a, T> {
+        let last = leading.len();
+        assert!(
+            last + 1 == self.shape.rank() && leading.iter().zip(self.shape.iter()).all(|(i, size)| i < size),
+            "row {leading:?} outside shape {}",
+            self.shape
+        );
+        let len = self.shape[last];
+        let origin = if len == 0 { 0 } else { self.position(leading) };
+        Row { span: self.span, origin, stride: self.strides[last], len }
+    }
+
+    /// The elements over two axes of a view, as a slice that starts at the first of them with the row and column
+    /// strides, or `None` where a stride is negative or there are none. For matrix products that take strides.
+    ///
+    /// # Panics
+    /// Where `fixed` is outside the shape or `row_axis` and `column_axis` are not two axes of the view.
+    pub fn matrix(
+        &self,
+        fixed: &[usize],
+        row_axis: usize,
+        column_axis: usize,
+    ) -> Option<(&'a [T], usize, usize)> {
+        assert!(row_axis != column_axis && row_axis.max(column_axis) < self.shape.rank());
+        assert!(
+            fixed.len() == self.shape.rank() && fixed.iter().zip(self.shape.iter()).all(|(i, size)| i < size)
+        );
+        let row_stride = usize::try_from(self.strides[row_axis]).ok()?;
+        let column_stride = usize::try_from(self.strides[column_axis]).ok()?;
+        Some((self.span.get(self.position(fixed)..)?, row_stride, column_stride))
+    }
+}
+
+impl<'a, T: Copy> Row<'a, T> {
+    /// How many elements there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The elements as a slice, where they lie side by side.
+    #[inline]
+    pub fn contiguous(&self) -> Option<&'a [T]> {
+        (self.stride == 1 || self.len <= 1).then(|| &self.span[self.origin..self.origin + self.len])
+    }
+
+    /// One element.
+    ///
+    /// # Panics
+    /// Where `index` is not below [`len`](Self::len).
+    #[inline]
+    pub fn at(&self, index: usize) -> T {
+        assert!(index < self.len, "index {index} of a row of {}", self.len);
+        self.span[self.origin.wrapping_add_signed((index as isize).wrapping_mul(self.stride))]
+    }
+
+    /// The elements in order.
+    #[inline]
+    pub fn iter(self) -> impl ExactSizeIterator<Item = T> {
+        (0..self.len).map(move |index| self.at(index))
+    }
+}
+
+/// A view of host memory that is written, with a known element type.
+#[derive(Debug)]
+pub struct HostViewMut<'a, T> {
+    pointer: *mut T,
+    shape: Dims,
+    strides: Strides,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: as for ViewMut: an exclusive reference to plain data.
+unsafe impl<T: Send> Send for HostViewMut<'_, T> {}
+
+/// The elements along the last axis of a [`HostViewMut`].
+#[derive(Debug)]
+pub struct RowMut<'a, T> {
+    pointer: *mut T,
+    stride: isize,
+    len: usize,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+impl<'a> ViewMut<'a> {
+    /// The view with elements of type `T`, or `None` where it has another dtype or is not in host memory.
+    pub fn host_mut<T: Scalar>(self) -> Option<HostViewMut<'a, T>> {
+        if self.desc.dtype() != T::DTYPE || self.device != Device::Cpu {
+            return None;
+        }
+        let (shape, strides) = (self.desc.shape(), self.desc.strides());
+        Some(HostViewMut { pointer: self.pointer.cast(), shape, strides, memory: PhantomData })
+    }
+}
+
+impl<T: Copy> HostViewMut<'_, T> {
+    /// The shape.
+    pub fn shape(&self) -> Dims {
+        self.shape
+    }
+
+    /// The pointer to the first element of a row, with the row's stride and length.
+    fn row_parts(&self, leading: &[usize]) -> (*mut T, isize, usize) {
+        let last = leading.len();
+        assert!(
+            last + 1 == self.shape.rank() && leading.iter().zip(self.shape.iter()).all(|(i, size)| i < size),
+            "row {leading:?} outside shape {}",
+            self.shape
+        );
+        let offset: isize = (leading.iter().zip(self.strides.iter()))
+            .map(|(&index, &stride)| (index as isize).wrapping_mul(stride))
+            .fold(0, isize::wrapping_add);
+        (self.pointer.wrapping_offset(offset), self.strides[last], self.shape[last])
+    }
+
+    /// The elements along the last axis at these indices of the others.
+    ///
+    /// # Panics
+    /// Where `leading` does not have one index less than the rank, or is outside the shape.
+    #[inline]
+    pub fn row_mut(&mut self, leading: &[usize]) -> RowMut<'_, T> {
+        let (pointer, stride, len) = self.row_parts(leading);
+        RowMut { pointer, stride, len, memory: PhantomData }
+    }
+
+    /// Writes one element.
+    ///
+    /// # Panics
+    /// Where the index has another rank or is outside the shape.
+    #[inline]
+    pub fn set(&mut self, index: &[usize], value: T) {
+        let (&last, leading) = index.split_last().expect("a tensor has at least one axis");
+        self.row_mut(leading).set(last, value);
+    }
+}
+
+impl<T: Copy> RowMut<'_, T> {
+    /// How many elements there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The elements as a slice, where they lie side by side.
+    #[inline]
+    pub fn contiguous_mut(&mut self) -> Option<&mut [T]> {
+        if self.len == 0 {
+            return Some(&mut []);
+        }
+        // SAFETY: the row was taken at indices inside the shape of a ViewMut, so its elements are allocated,
+        // initialised, aligned host memory; with stride 1 (or one element) they are `len` neighbours, and the view
+        // has them to itself while this row borrows it.
+        (self.stride == 1 || self.len == 1)
+            .then(|| unsafe { std::slice::from_raw_parts_mut(self.pointer, self.len) })
+    }
+
+    /// Writes one element.
+    ///
+    /// # Panics
+    /// Where `index` is not below [`len`](Self::len).
+    #[inline]
+    pub fn set(&mut self, index: usize, value: T) {
+        assert!(index < self.len, "index {index} of a row of {}", self.len);
+        // SAFETY: `index` is inside the row, whose elements are allocated host memory that this row borrows
+        // exclusively; the offset was checked to fit isize when the view was made.
+        unsafe { self.pointer.offset(index as isize * self.stride).write(value) }
+    }
+
+    /// Writes every element, in order, by its index.
+    #[inline]
+    pub fn fill_with(&mut self, mut value: impl FnMut(usize) -> T) {
+        if let Some(elements) = self.contiguous_mut() {
+            for (index, element) in elements.iter_mut().enumerate() {
+                *element = value(index);
+            }
+        } else {
+            for index in 0..self.len {
+                self.set(index, value(index));
+            }
+        }
+    }
+}
