@@ -51,9 +51,13 @@ impl Placed {
     fn level(&self, stride: i128) -> Option<(i128, i128)> {
         let mut same = self.axes.iter().filter(|axis| axis.0 == stride);
         let size = same.next().map_or(1, |axis| axis.1);
-        let smaller = self.axes.iter().filter(|axis| axis.0 < stride);
-        let reach = self.element + smaller.map(|&(stride, size)| stride * (size - 1)).sum::<i128>();
-        same.next().is_none().then_some((size, reach))
+        same.next().is_none().then_some((size, self.reach(stride - 1)))
+    }
+
+    /// The bytes from the first to behind the last that the axes up to this stride reach.
+    fn reach(&self, largest: i128) -> i128 {
+        let axes = self.axes.iter().filter(|axis| axis.0 <= largest);
+        self.element + axes.map(|&(stride, size)| stride * (size - 1)).sum::<i128>()
     }
 }
 
@@ -62,6 +66,10 @@ fn meet(a: &Placed, b: &Placed, strides: &[i128], delta: i128) -> bool {
     let Some((&stride, smaller)) = strides.split_first() else {
         return -b.element < delta && delta < a.element;
     };
+    // Whole parts that lie one behind the other: rows of another length in one fused buffer, for example.
+    if delta >= a.reach(stride) || -delta >= b.reach(stride) {
+        return false;
+    }
     let (Some((a_size, a_reach)), Some((b_size, b_reach))) = (a.level(stride), b.level(stride)) else {
         return true;
     };
@@ -75,3 +83,6 @@ fn meet(a: &Placed, b: &Placed, strides: &[i128], delta: i128) -> bool {
     (reachable(blocks) && meet(a, b, smaller, rest))
         || (reachable(blocks + 1) && meet(a, b, smaller, rest - stride))
 }
+
+#[cfg(test)]
+mod tests;
