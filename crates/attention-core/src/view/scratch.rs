@@ -122,6 +122,9 @@ pub struct ScratchBuffer {
 
 impl ScratchBuffer {
     /// A buffer of this many bytes. Memory that is never touched is never mapped by the operating system.
+    ///
+    /// # Panics
+    /// Where the memory cannot be had.
     pub fn new(bytes: usize) -> Self {
         let mut buffer = Self::default();
         buffer.reserve(bytes);
@@ -129,14 +132,27 @@ impl ScratchBuffer {
     }
 
     /// Makes the buffer at least this large, without keeping its contents.
+    ///
+    /// # Panics
+    /// Where the memory cannot be had.
     pub fn reserve(&mut self, bytes: usize) {
+        assert!(self.try_reserve(bytes), "no memory for {bytes} bytes of scratch");
+    }
+
+    /// As [`reserve`](Self::reserve); `false`, with the buffer empty, where the memory cannot be had.
+    #[must_use]
+    pub fn try_reserve(&mut self, bytes: usize) -> bool {
         let lines = bytes.div_ceil(SCRATCH_ALIGNMENT);
         if lines > self.lines.len() {
             // Freed first, so that the old and the new one never exist together.
-            self.lines = Vec::new();
-            self.lines = bytemuck::zeroed_vec(lines);
+            (self.lines, self.len) = (Vec::new(), 0);
+            match bytemuck::try_zeroed_vec(lines) {
+                Ok(zeroed) => self.lines = zeroed,
+                Err(()) => return false,
+            }
         }
         self.len = self.len.max(bytes);
+        true
     }
 
     /// Its size in bytes.
