@@ -68,7 +68,8 @@ pub enum InvalidCall {
     },
     /// A tensor does not broadcast to the logits.
     #[error(
-        "{role} of shape {shape} does not broadcast to {target} ({axes}): axis {axis} must be 1 or {expected}, is {size}"
+        "{role} of shape {shape} does not broadcast to {target} ({axes}): axis {axis} must be {}, is {size}",
+        one_or(*.expected)
     )]
     NotBroadcastable {
         /// Which tensor.
@@ -245,13 +246,13 @@ pub enum InvalidCall {
         expected: Device,
     },
     /// The problem has a tensor that the call was not given.
-    #[error("the problem has a {role}, the call was given none")]
+    #[error("the problem has {role}, the call was given none")]
     Missing {
         /// Which tensor.
         role: Role,
     },
     /// The call was given a tensor that the problem does not have.
-    #[error("the call was given a {role}, the problem has none")]
+    #[error("the call was given {role}, the problem has none")]
     Unexpected {
         /// Which tensor.
         role: Role,
@@ -389,6 +390,10 @@ pub enum Unsupported {
     },
 }
 
+fn one_or(size: usize) -> String {
+    if size == 1 { "1".to_owned() } else { format!("1 or {size}") }
+}
+
 fn names(dtypes: &[DType]) -> String {
     dtypes.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ")
 }
@@ -416,3 +421,6 @@ pub struct BackendFailure {
     /// What the machine or the library said.
     pub source: Box<dyn std::error::Error + Send + Sync>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,363 @@
+//! [`InvalidCall`]: every variant through the public API.
+
+#![allow(unsafe_code)]
+
+use std::collections::HashSet;
+
+use super::{assert_all_seen, variants};
+use crate::{
+    BackwardCall, BackwardInputs, BackwardOutputs, DType, Device, Dims, Dropout, ForwardCall, ForwardOutputs,
+    Gradients, Inputs, InvalidCall, Problem, ProblemBuilder, Role, Scratch, Strides, TensorDesc, View,
+    ViewMut,
+};
+
+variants!(
+    InvalidCall, NAMES, name_of:
+    Rank, RankTooLarge, StridesRank, Shape, NotBroadcastable, DType, HeadsNotDivisible, ZeroHeadDim, NotFinite,
+    SoftcapNotPositive, DropoutRate, DropoutCounter, LengthCount, LengthOutOfRange, Overflow, BufferTooSmall,
+    BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected, NotAsInProblem, WrongPass,
+    GradientWithoutTensor, NoGradient, ScratchTooSmall, ScratchMisaligned, ScratchDevice,
+);
+
+type Case = (InvalidCall, &'static str);
+
+fn desc(shape: impl Into<Dims>) -> TensorDesc {
+    TensorDesc::contiguous(DType::F32, shape)
+}
+
+fn typed(dtype: DType, shape: impl Into<Dims>) -> TensorDesc {
+    TensorDesc::contiguous(dtype, shape)
+}
+
+/// B = 2, T = 3, S = 5, N = 4, K = 2, H = 8, Hv = 6.
+fn problem() -> ProblemBuilder {
+    Problem::builder(desc([2, 3, 4, 8]), desc([2, 5, 2, 8]), desc([2, 5, 2, 6]))
+}
+
+fn refused(builder: ProblemBuilder) -> InvalidCall {
+    builder.build().unwrap_err()
+}
+
+fn of(query: TensorDesc, key: TensorDesc, value: TensorDesc) -> InvalidCall {
+    refused(Problem::builder(query, key, value))
+}
+
+/// Query, key and value that fit.
+fn fitting() -> [TensorDesc; 3] {
+    [desc([2, 3, 4, 8]), desc([2, 5, 2, 8]), desc([2, 5, 2, 6])]
+}
+
+fn of_ranks_and_shapes() -> Vec<Case> {
+    let [query, key, value] = fitting();
+    vec![
+        (of(desc([3, 4, 8]), key, value), "query has rank 3 (shape [3, 4, 8]), expected rank 4"),
+        (of(query, desc([5, 8]), value), "key has rank 2 (shape [5, 8]), expected rank 4"),
+        (of(query, key, desc([])), "value has rank 0 (shape []), expected rank 4"),
+        (refused(problem().sinks(desc([1, 4]))), "sinks has rank 2 (shape [1, 4]), expected rank 1"),
+        (
+            refused(problem().alibi_slopes(desc([2, 4, 1]))),
+            "ALiBi slopes has rank 3 (shape [2, 4, 1]), expected rank 1 or 2",
+        ),
+        (refused(problem().bias(desc([]))), "bias has rank 0 (shape []), expected rank 1 to 4"),
+        (
+            refused(problem().layout(Role::Out, desc([3, 4, 6]))),
+            "out has rank 3 (shape [3, 4, 6]), expected rank 4",
+        ),
+        (
+            refused(problem().lse(true).layout(Role::Lse, desc([2, 3, 4, 1]))),
+            "lse has rank 4 (shape [2, 3, 4, 1]), expected rank 3",
+        ),
+        (
+            of(query, desc([1, 5, 2, 8]), value),
+            "key has shape [1, 5, 2, 8], expected [2, 5, 2, 8] ([B, S, K, H]; B and H of the query)",
+        ),
+        (
+            of(query, desc([2, 5, 2, 7]), value),
+            "key has shape [2, 5, 2, 7], expected [2, 5, 2, 8] ([B, S, K, H]; B and H of the query)",
+        ),
+        (
+            of(query, key, desc([2, 4, 2, 6])),
+            "value has shape [2, 4, 2, 6], expected [2, 5, 2, 6] ([B, S, K, Hv]; B, S and K of the key)",
+        ),
+        (refused(problem().sinks(desc([3]))), "sinks has shape [3], expected [4] ([N])"),
+        (refused(problem().alibi_slopes(desc([2]))), "ALiBi slopes has shape [2], expected [4] ([N])"),
+        (
+            refused(problem().alibi_slopes(desc([1, 4]))),
+            "ALiBi slopes has shape [1, 4], expected [2, 4] ([B, N])",
+        ),
+        (
+            refused(problem().layout(Role::Out, query)),
+            "out has shape [2, 3, 4, 8], expected [2, 3, 4, 6] ([B, T, N, Hv])",
+        ),
+        (
+            refused(problem().gradients(Gradients::KEY).layout(Role::DKey, query)),
+            "dk has shape [2, 3, 4, 8], expected [2, 5, 2, 8] (that of the key)",
+        ),
+        (
+            refused(problem().mask(typed(DType::Bool, [2, 4, 3, 4]))),
+            "mask of shape [2, 4, 3, 4] does not broadcast to [2, 4, 3, 5] ([B, N, T, S]): \
+             axis 3 must be 1 or 5, is 4",
+        ),
+        (
+            refused(problem().bias(desc([2, 1, 5]))),
+            "bias of shape [2, 1, 5] does not broadcast to [2, 4, 3, 5] ([B, N, T, S]): \
+             axis 0 must be 1 or 4, is 2",
+        ),
+        (
+            refused(Problem::builder(desc([2, 1, 4, 8]), key, value).bias(desc([7, 5]))),
+            "bias of shape [7, 5] does not broadcast to [2, 4, 1, 5] ([B, N, T, S]): axis 0 must be 1, is 7",
+        ),
+        (of(desc([2, 3, 5, 8]), key, value), "5 query heads are not a multiple of 2 key/value heads"),
+        (
+            of(query, desc([2, 5, 0, 8]), desc([2, 5, 0, 6])),
+            "4 query heads are not a multiple of 0 key/value heads",
+        ),
+        (
+            of(desc([2, 3, 4, 0]), desc([2, 5, 2, 0]), value),
+            "query has head dimension 0 (shape [2, 3, 4, 0]), expected at least 1",
+        ),
+        (
+            of(query, key, desc([2, 5, 2, 0])),
+            "value has head dimension 0 (shape [2, 5, 2, 0]), expected at least 1",
+        ),
+    ]
+}
+
+fn of_dtypes() -> Vec<Case> {
+    let [query, key, value] = fitting();
+    vec![
+        (
+            of(typed(DType::F8E4M3, [2, 3, 4, 8]), key, value),
+            "query has dtype f8e4m3, expected f64, f32, f16 or bf16",
+        ),
+        (
+            of(query, typed(DType::F16, [2, 5, 2, 8]), value),
+            "key has dtype f16, expected f32 as the query has",
+        ),
+        (
+            of(query, key, typed(DType::F64, [2, 5, 2, 6])),
+            "value has dtype f64, expected f32 as the query has",
+        ),
+        (
+            refused(problem().mask(desc([3, 5]))),
+            "mask has dtype f32, expected bool (an additive mask of floats is a bias)",
+        ),
+        (
+            refused(problem().bias(typed(DType::Bool, [3, 5]))),
+            "bias has dtype bool, expected f64, f32, f16 or bf16",
+        ),
+        (
+            refused(problem().alibi_slopes(typed(DType::Bool, [4]))),
+            "ALiBi slopes has dtype bool, expected f64, f32, f16 or bf16",
+        ),
+        (
+            refused(problem().sinks(typed(DType::F8E5M2, [4]))),
+            "sinks has dtype f8e5m2, expected f64, f32, f16 or bf16",
+        ),
+        (
+            refused(problem().layout(Role::Out, typed(DType::F16, [2, 3, 4, 6]))),
+            "out has dtype f16, expected f32",
+        ),
+        (
+            refused(problem().lse(true).layout(Role::Lse, typed(DType::F64, [2, 3, 4]))),
+            "lse has dtype f64, expected f32",
+        ),
+    ]
+}
+
+fn of_options() -> Vec<Case> {
+    let dropout = Dropout::new(0.5, 0);
+    let row = |length: usize| desc([1, length, 1, 1]);
+    let many = desc([1 << 16, 1, 1, 1]);
+    let huge = 1 << 40;
+    vec![
+        (refused(problem().scale(f64::NAN)), "scale is NaN, which is not finite in f32"),
+        (refused(problem().scale(f64::NEG_INFINITY)), "scale is -inf, which is not finite in f32"),
+        (refused(problem().softcap(f64::INFINITY)), "softcap is inf, which is not finite in f32"),
+        (
+            refused(problem().softcap(0.0)),
+            "softcap is 0, expected a number above 0 (leave it out for no softcap)",
+        ),
+        (
+            refused(problem().softcap(-30.0)),
+            "softcap is -30, expected a number above 0 (leave it out for no softcap)",
+        ),
+        (
+            refused(problem().dropout(Dropout::new(1.0, 0))),
+            "dropout rate is 1, expected 0 <= rate < 1 - 2^-17 (it is applied in steps of 1/65536)",
+        ),
+        (
+            refused(problem().dropout(Dropout::new(f64::NAN, 0))),
+            "dropout rate is NaN, expected 0 <= rate < 1 - 2^-17 (it is applied in steps of 1/65536)",
+        ),
+        (
+            refused(Problem::builder(row(1 << 32), row(1), row(1)).dropout(dropout)),
+            "dropout numbers query rows T with 32 bits, 4294967296 does not fit",
+        ),
+        (
+            refused(Problem::builder(row(1), row(1 << 32), row(1 << 32)).dropout(dropout)),
+            "dropout numbers keys S with 32 bits, 4294967296 does not fit",
+        ),
+        (
+            refused(Problem::builder(desc([1 << 16, 0, 1 << 16, 1]), many, many).dropout(dropout)),
+            "dropout numbers batch rows times heads B*N with 32 bits, 4294967296 does not fit",
+        ),
+        (refused(problem().query_lengths([1])), "1 query lengths were given for a batch of 2"),
+        (refused(problem().key_value_lengths([1, 2, 3])), "3 key/value lengths were given for a batch of 2"),
+        (
+            refused(problem().query_lengths([3, 4])),
+            "query length 4 of batch row 1 exceeds the tensor's length 3",
+        ),
+        (
+            refused(problem().key_value_lengths([6, 5])),
+            "key/value length 6 of batch row 0 exceeds the tensor's length 5",
+        ),
+        (
+            of(row(huge), row(huge), row(huge)),
+            "the logits [B, N, T, S] of shape [1, 1, 1099511627776, 1099511627776] overflows the address space",
+        ),
+        (
+            of(desc([1, huge, 1, huge]), desc([1, 1, 1, huge]), row(1)),
+            "query of shape [1, 1099511627776, 1, 1099511627776] overflows the address space",
+        ),
+        (refused(problem().gradients(Gradients::BIAS)), "dbias was asked for, the problem has no bias"),
+        (
+            refused(problem().gradients(Gradients::QKV | Gradients::SINKS)),
+            "dsinks was asked for, the problem has no sinks",
+        ),
+        (refused(problem().gradients(Gradients::NONE)), "no gradient was asked for"),
+        (
+            refused(
+                problem().layout(
+                    Role::Out,
+                    TensorDesc::strided(DType::F32, [2, 3, 4, 6], [72, 24, 0, 1]).unwrap(),
+                ),
+            ),
+            "output of shape [2, 3, 4, 6] and strides [72, 24, 0, 1] overlaps itself",
+        ),
+    ]
+}
+
+/// What the constructors of views and scratch refuse.
+fn of_views() -> Vec<Case> {
+    let mut data = [0f32; 12];
+    let mut bytes = [0u8; 256];
+    let raw = |address: usize, device: Device| {
+        // SAFETY: the views are not made.
+        unsafe { View::from_raw_parts(std::ptr::without_provenance(address), device, desc([2])).unwrap_err() }
+    };
+    // SAFETY: nothing is reached through it.
+    let misaligned =
+        unsafe { Scratch::from_raw_parts(std::ptr::without_provenance_mut(0x1020), 128, Device::Cpu) };
+    let split = ViewMut::from_slice(&mut data, [3, 4]).unwrap().split(0, [1, 1]).unwrap_err();
+    let overlap = ViewMut::strided(&mut data, 0, [3, 4], [3, 1]).unwrap_err();
+    let view = View::from_slice(&data, [3, 4]).unwrap();
+    let strided = |offset, strides: [isize; 2]| View::strided(&data, offset, [3, 4], strides).unwrap_err();
+    vec![
+        (
+            View::from_slice(&data, [1, 3, 4, 1]).unwrap().unsqueeze().unwrap_err(),
+            "rank 5 is above the largest supported rank of 4",
+        ),
+        (View::strided(&data, 0, [3, 4], [1]).unwrap_err(), "shape has 2 axes and strides have 1"),
+        (
+            strided(1, [4, 1]),
+            "a view of shape [3, 4] and strides [4, 1] from offset 1 needs elements 1 to 12, the slice has 12",
+        ),
+        (
+            strided(3, [-4, 1]),
+            "a view of shape [3, 4] and strides [-4, 1] from offset 3 needs elements -5 to 6, the slice has 12",
+        ),
+        (View::from_slice(&data, [3, 5]).unwrap_err(), "shape [3, 5] has 15 elements, the slice has 12"),
+        (
+            View::from_slice(&data, [usize::MAX, 2]).unwrap_err(),
+            "a view of shape [18446744073709551615, 2] overflows the address space",
+        ),
+        (
+            view.narrow(0, 0..1).unwrap().expand([usize::MAX, 4]).unwrap_err(),
+            "a view of shape [18446744073709551615, 4] overflows the address space",
+        ),
+        (raw(0, Device::Cpu), "pointer 0x0 is null or not aligned to the 4 bytes of f32"),
+        (raw(0x1006, Device::Cuda(0)), "pointer 0x1006 is null or not aligned to the 4 bytes of f32"),
+        (
+            view.narrow(1, 2..5).unwrap_err(),
+            "range 2..5 of axis 1 is out of range for a view of shape [3, 4]",
+        ),
+        (view.index_axis(0, 3).unwrap_err(), "index 3 of axis 0 is out of range for a view of shape [3, 4]"),
+        (view.permute([0, 0]).unwrap_err(), "axis order [0, 0] is out of range for a view of shape [3, 4]"),
+        (view.expand([3, 8]).unwrap_err(), "expansion to [3, 8] is out of range for a view of shape [3, 4]"),
+        (split, "split of axis 0 into [1, 1] is out of range for a view of shape [3, 4]"),
+        (overlap, "output of shape [3, 4] and strides [3, 1] overlaps itself"),
+        (
+            Scratch::host(&mut bytes).check(Device::Cpu, 257).unwrap_err(),
+            "scratch of 256 bytes is too small, 257 are needed",
+        ),
+        (misaligned.check(Device::Cpu, 1).unwrap_err(), "scratch at 0x1020 is not aligned to 64 bytes"),
+        (
+            Scratch::none(Device::Cpu).check(Device::Cuda(2), 1).unwrap_err(),
+            "scratch is on cpu, the call is on cuda:2",
+        ),
+    ]
+}
+
+/// What the constructors of calls refuse.
+fn of_calls() -> Vec<Case> {
+    let mut data = vec![0f32; 256];
+    let (mut out_data, mut lse_data) = (vec![0f32; 144], vec![0f32; 24]);
+    // SAFETY: the memory is allocated, and the call that gets this output is refused.
+    let dv = unsafe { ViewMut::from_raw_parts(data.as_mut_ptr().cast(), Device::Cpu, desc([2, 5, 2, 6])) }
+        .unwrap();
+    let inputs = Inputs::new(
+        View::from_slice(&data[..192], [2, 3, 4, 8]).unwrap(),
+        View::from_slice(&data[..160], [2, 5, 2, 8]).unwrap(),
+        View::from_slice(&data[..120], [2, 5, 2, 6]).unwrap(),
+    );
+    let plain = inputs.problem().build().unwrap();
+    let with_lse = inputs.problem().lse(true).build().unwrap();
+    let on_gpu = inputs.problem().device(Device::Cuda(1)).build().unwrap();
+    let backward = inputs.problem().gradients(Gradients::VALUE).build().unwrap();
+    let mut forward = |problem: &Problem, inputs, lse: bool| {
+        let out = ViewMut::from_slice(&mut out_data, [2, 3, 4, 6]).unwrap();
+        let lse = lse.then(|| ViewMut::from_slice(&mut lse_data, [2, 3, 4]).unwrap());
+        ForwardCall::new(problem, inputs, ForwardOutputs { out, lse }).unwrap_err()
+    };
+    let slopes = Inputs { alibi_slopes: Some(View::from_slice(&data[..4], [4]).unwrap()), ..inputs };
+    let stored_bnth = View::from_slice(&data[..160], [2, 2, 5, 8]).unwrap().permute([0, 2, 1, 3]).unwrap();
+    let out = View::from_slice(&data[..144], [2, 3, 4, 6]).unwrap();
+    let lse = View::from_slice(&data[..24], [2, 3, 4]).unwrap();
+    let saved = BackwardInputs { out, lse, d_out: out, d_lse: None };
+    let call = |problem: &Problem, dv| {
+        BackwardCall::new(problem, inputs, saved, BackwardOutputs { dv, ..Default::default() }).unwrap_err()
+    };
+    vec![
+        (forward(&plain, slopes, false), "the call was given ALiBi slopes, the problem has none"),
+        (forward(&plain, inputs, true), "the call was given lse, the problem has none"),
+        (forward(&with_lse, inputs, false), "the problem has lse, the call was given none"),
+        (
+            forward(&plain, Inputs { key: stored_bnth, ..inputs }, false),
+            "key is f32 [2, 5, 2, 8] strides [80, 8, 40, 1], the problem says f32 [2, 5, 2, 8]",
+        ),
+        (forward(&on_gpu, inputs, false), "query is on cpu, the call is on cuda:1"),
+        (forward(&backward, inputs, false), "the problem is a backward problem, this is a forward call"),
+        (call(&plain, None), "the problem is a forward problem, this is a backward call"),
+        (call(&backward, None), "the problem has dv, the call was given none"),
+        (call(&backward, Some(dv)), "dv and query overlap in memory"),
+    ]
+}
+
+#[test]
+fn every_variant_is_provoked_and_says_what_is_wrong() {
+    let cases = [of_ranks_and_shapes(), of_dtypes(), of_options(), of_views(), of_calls()];
+    let mut seen = HashSet::new();
+    for (error, message) in cases.into_iter().flatten() {
+        assert_eq!(error.to_string(), message, "{error:?}");
+        seen.insert(name_of(&error));
+    }
+    assert_all_seen(NAMES, &seen);
+}
+
+#[test]
+fn ranks_above_the_limit_are_no_shape() {
+    assert_eq!(Dims::from_slice(&[1; 5]), None);
+    assert_eq!(Strides::from_slice(&[1; 300]), None);
+    assert_eq!(Dims::try_from(vec![1; 5]), Err("rank 5 is above 4".to_owned()));
+}

@@ -1,0 +1,131 @@
+//! The errors of backends: each variant's message, with the numbers in it.
+
+use std::collections::HashSet;
+use std::error::Error as _;
+
+use super::{assert_all_seen, variants};
+use crate::{
+    BackendFailure, Capabilities, DType, Device, DeviceKind, Dimensions, Error, Feature, FeatureSet,
+    Gradients, InvalidCall, NumericsClass, Pass, PassCapabilities, ProblemBuilder, ScratchGrowth,
+    Unavailable, Unsupported,
+};
+
+variants!(
+    Unsupported, UNSUPPORTED, name_of_unsupported:
+    Device, DType, Feature, Pass, Limit, ScratchLimit, Numerics,
+);
+variants!(Error, ERRORS, name_of_error: InvalidCall, Unsupported, Unavailable, Backend);
+
+fn sized(dtype: DType, head_dim: usize, value_head_dim: usize) -> ProblemBuilder {
+    let dims = Dimensions {
+        batch: 1,
+        query_length: 2,
+        key_length: 3,
+        query_heads: 4,
+        key_heads: 4,
+        head_dim,
+        value_head_dim,
+    };
+    dims.problem(dtype)
+}
+
+/// A backend of limited means.
+fn capabilities() -> Capabilities {
+    Capabilities {
+        device: DeviceKind::Cpu,
+        numerics: vec![(DType::F32, NumericsClass::F32), (DType::F16, NumericsClass::HalfF32)],
+        forward: PassCapabilities {
+            features: FeatureSet::all().without(Feature::Softcap),
+            max_head_dim: Some(128),
+            max_value_head_dim: Some(96),
+        },
+        backward: None,
+        scratch: ScratchGrowth::Constant,
+    }
+}
+
+#[test]
+fn every_unsupported_variant_names_the_limit_and_the_value() {
+    let check = |builder: ProblemBuilder| capabilities().check("toy", &builder.build().unwrap()).unwrap_err();
+    let problem = || sized(DType::F32, 64, 64);
+    let backend = || "toy".to_owned();
+    let cases = [
+        (check(problem().device(Device::Cuda(3))), "toy works on cpu memory, the call is on cuda:3"),
+        (check(sized(DType::F64, 8, 8)), "toy does not take f64 operands, only f32, f16"),
+        (check(problem().softcap(20.0)), "toy does not support softcap in its forward pass"),
+        (check(problem().gradients(Gradients::QKV)), "toy has no backward pass"),
+        (check(sized(DType::F32, 129, 8)), "toy needs head dimension at most 128, the call has 129"),
+        (check(sized(DType::F32, 128, 97)), "toy needs value head dimension at most 96, the call has 97"),
+        (
+            Unsupported::ScratchLimit { backend: backend(), needed: 4096, limit: 1024 },
+            "toy needs 4096 bytes of scratch, the limit is 1024",
+        ),
+        (
+            Unsupported::Numerics {
+                backend: backend(),
+                dtype: DType::F32,
+                class: NumericsClass::Tf32,
+                wanted: NumericsClass::F32,
+            },
+            "toy computes f32 in class Tf32, class F32 was asked for",
+        ),
+    ];
+    let mut seen = HashSet::new();
+    for (error, message) in cases {
+        assert_eq!(error.to_string(), message);
+        seen.insert(name_of_unsupported(&error));
+    }
+    assert_all_seen(UNSUPPORTED, &seen);
+}
+
+#[test]
+fn capabilities_accept_what_they_declare() {
+    let at_the_limits = sized(DType::F16, 128, 96).causal(true).build().unwrap();
+    assert_eq!(capabilities().check("toy", &at_the_limits), Ok(()));
+    assert_eq!(capabilities().numerics_of(DType::F16), Some(NumericsClass::HalfF32));
+    assert_eq!(capabilities().numerics_of(DType::Bf16), None);
+    assert_eq!(capabilities().pass(Pass::Forward), Some(&capabilities().forward));
+    assert_eq!(capabilities().pass(Pass::Backward), None);
+}
+
+#[test]
+fn errors_show_their_culprit() {
+    let failure = BackendFailure {
+        backend: "toy".to_owned(),
+        operation: "matrix product".to_owned(),
+        source: "out of tea".into(),
+    };
+    let unavailable = Unavailable {
+        backend: "toy".to_owned(),
+        what: "libtoy is missing".to_owned(),
+        looked_for: vec!["libtoy.so.9".to_owned(), "libtoy.so".to_owned()],
+    };
+    let unsupported = Unsupported::Pass { backend: "toy".to_owned(), pass: Pass::Backward };
+    let cases: [(Error, &str); 4] = [
+        (InvalidCall::NoGradient.into(), "invalid call: no gradient was asked for"),
+        (unsupported.into(), "toy has no backward pass"),
+        (unavailable.into(), "toy is not available: libtoy is missing; looked for libtoy.so.9, libtoy.so"),
+        (failure.into(), "toy failed in matrix product: out of tea"),
+    ];
+    let mut seen = HashSet::new();
+    for (error, message) in cases {
+        assert_eq!(error.to_string(), message);
+        seen.insert(name_of_error(&error));
+        if let Error::Backend(_) = &error {
+            assert_eq!(error.source().unwrap().to_string(), "out of tea");
+        }
+    }
+    assert_all_seen(ERRORS, &seen);
+}
+
+/// Errors go through `?` into boxed and threaded code, and backends are shared objects.
+#[test]
+fn errors_and_backends_cross_threads() {
+    fn crosses<T: Send + Sync + ?Sized>() -> &'static str {
+        std::any::type_name::<T>()
+    }
+    assert!(crosses::<Error>().ends_with("Error"));
+    assert!(crosses::<dyn crate::AttentionBackend>().ends_with("AttentionBackend"));
+    let boxed: Box<dyn std::error::Error + Send + Sync> = Error::from(InvalidCall::NoGradient).into();
+    assert!(boxed.downcast::<Error>().is_ok());
+}
