@@ -90,8 +90,11 @@ impl<'a> Scratch<'a> {
         if self.device != Device::Cpu {
             return None;
         }
-        // SAFETY: made from an exclusive slice of host bytes, from nothing (a dangling, aligned pointer with length
-        // 0), or from a pointer whose caller vouched for the same.
+        // A pointer to no bytes may be null, which a slice may not be.
+        if self.len == 0 {
+            return Some(&mut []);
+        }
+        // SAFETY: made from an exclusive slice of host bytes, or from a pointer whose caller vouched for the same.
         Some(unsafe { std::slice::from_raw_parts_mut(self.pointer, self.len) })
     }
 }
