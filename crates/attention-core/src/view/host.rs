@@ -117,9 +117,15 @@ impl<'a, T: Copy> HostView<'a, T> {
         row_axis: usize,
         column_axis: usize,
     ) -> Option<(&'a [T], usize, usize)> {
-        assert!(row_axis != column_axis && row_axis.max(column_axis) < self.shape.rank());
         assert!(
-            fixed.len() == self.shape.rank() && fixed.iter().zip(self.shape.iter()).all(|(i, size)| i < size)
+            row_axis != column_axis && row_axis.max(column_axis) < self.shape.rank(),
+            "axes {row_axis} and {column_axis} of shape {}",
+            self.shape
+        );
+        assert!(
+            fixed.len() == self.shape.rank() && fixed.iter().zip(self.shape.iter()).all(|(i, size)| i < size),
+            "index {fixed:?} outside shape {}",
+            self.shape
         );
         let row_stride = usize::try_from(self.strides[row_axis]).ok()?;
         let column_stride = usize::try_from(self.strides[column_axis]).ok()?;
@@ -199,6 +205,11 @@ impl<T: Copy> HostViewMut<'_, T> {
         self.shape
     }
 
+    /// The strides, in elements.
+    pub fn strides(&self) -> Strides {
+        self.strides
+    }
+
     /// The pointer to the first element of a row, with the row's stride and length.
     fn row_parts(&self, leading: &[usize]) -> (*mut T, isize, usize) {
         let last = leading.len();
@@ -207,10 +218,15 @@ impl<T: Copy> HostViewMut<'_, T> {
             "row {leading:?} outside shape {}",
             self.shape
         );
-        let offset: isize = (leading.iter().zip(self.strides.iter()))
+        (self.element(leading), self.strides[last], self.shape[last])
+    }
+
+    /// The pointer to the element at these indices of the first axes and 0 on the others.
+    fn element(&self, indices: &[usize]) -> *mut T {
+        let offset = (indices.iter().zip(self.strides.iter()))
             .map(|(&index, &stride)| (index as isize).wrapping_mul(stride))
             .fold(0, isize::wrapping_add);
-        (self.pointer.wrapping_offset(offset), self.strides[last], self.shape[last])
+        self.pointer.wrapping_offset(offset)
     }
 
     /// The elements along the last axis at these indices of the others.
@@ -229,8 +245,14 @@ impl<T: Copy> HostViewMut<'_, T> {
     /// Where the index has another rank or is outside the shape.
     #[inline]
     pub fn set(&mut self, index: &[usize], value: T) {
-        let (&last, leading) = index.split_last().expect("a tensor has at least one axis");
-        self.row_mut(leading).set(last, value);
+        assert!(
+            index.len() == self.shape.rank() && index.iter().zip(self.shape.iter()).all(|(i, size)| i < size),
+            "index {index:?} outside shape {}",
+            self.shape
+        );
+        // SAFETY: the index is inside the shape of a ViewMut, so the element is allocated, aligned host memory that
+        // this view has to itself.
+        unsafe { self.element(index).write(value) }
     }
 }
 
