@@ -105,6 +105,7 @@ impl DropoutStream {
     }
 
     /// Calls `visit(s, keep)` for the keys `range` of a row, in order, with one evaluation of Philox for eight keys.
+    /// Keys are numbered with 32 bits; a [`Problem`] with more is refused.
     #[inline]
     pub fn for_each(
         &self,
@@ -116,7 +117,7 @@ impl DropoutStream {
         let mut s = range.start;
         while s < range.end {
             let lanes = self.lanes(batch_head, t, (s / 8) as u32);
-            let end = range.end.min((s / 8 + 1) * 8);
+            let end = range.end.min((s | 7).saturating_add(1));
             for key in s..end {
                 visit(key, u32::from(lanes[key % 8]) >= self.threshold);
             }
@@ -127,11 +128,18 @@ impl DropoutStream {
 
 /// The keep mask of a problem, `[B, N, T, S]` in row-major order, or `None` without dropout. Positions outside the
 /// lengths have bits too; they are not used.
+///
+/// # Panics
+/// Where the mask does not fit in memory: it has a byte for each element of the logits.
 pub fn dropout_mask(problem: &Problem) -> Option<Vec<bool>> {
     let stream = problem.dropout_stream()?;
     let dims = problem.dims();
     let rows = dims.batch * dims.query_heads;
     let mut mask = Vec::with_capacity(rows * dims.query_length * dims.key_length);
+    if mask.capacity() == 0 {
+        // Without keys there may be any number of rows.
+        return Some(mask);
+    }
     for batch_head in 0..rows as u32 {
         for t in 0..dims.query_length as u32 {
             stream.for_each(batch_head, t, 0..dims.key_length, |_, keep| mask.push(keep));
