@@ -1,1 +1,43 @@
-//! tmp
+#![cfg_attr(feature = "cpu", doc = include_str!("../README.md"))]
+#![cfg_attr(
+    not(feature = "cpu"),
+    doc = "Scaled dot-product attention, in a build without implementations: register your own in a [`Registry`]."
+)]
+#![forbid(unsafe_code)]
+
+mod attention;
+mod backward;
+mod error;
+mod forward;
+mod into_view;
+mod operands;
+mod options;
+mod registry;
+mod scratch;
+mod selection;
+mod tensor;
+
+pub use attention::{Attention, dot_product_attention};
+pub use attention_core as core;
+pub use attention_core::{
+    AttentionBackend, BackwardInputs, BackwardOutputs, DType, Device, DeviceKind, Dimensions, Dims, Dropout,
+    Element, Gradients, InvalidCall, Lengths, NumericsClass, Pass, Problem, ProblemBuilder, QueryOffset,
+    Role, Scalar, Strides, TensorDesc, Unavailable, Unsupported, View, ViewMut, Window, dropout_mask,
+};
+pub use backward::Backward;
+pub use error::{Error, Refusal};
+pub use forward::Forward;
+pub use into_view::{IntoView, IntoViewMut};
+pub use options::Options;
+pub use registry::Registry;
+pub use selection::{
+    Candidate, Cause, Choice, Explanation, Implementation, Reason, Selection, Verdict, explain,
+};
+pub use tensor::Tensor;
+
+/// The CPU implementation of this build, to configure and hand to [`Implementation::Exactly`].
+#[cfg(feature = "cpu")]
+pub use attention_cpu as cpu;
+
+/// The half-precision element types.
+pub use half::{bf16, f16};

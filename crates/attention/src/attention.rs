@@ -1,0 +1,312 @@
+//! The builder: what a call is, apart from query, key and value.
+
+use attention_core::{
+    Dropout, Gradients, InvalidCall, Lengths, NumericsClass, Problem, QueryOffset, Role, View, Window,
+};
+
+use crate::operands::Operands;
+use crate::selection::Policy;
+use crate::{Choice, Error, Explanation, Implementation, IntoView, Options, Registry, Selection, Tensor};
+
+/// A call of scaled dot-product attention, apart from its query, key and value: options, mask and bias, and which
+/// implementation shall run it.
+///
+/// # Shapes
+/// | tensor | with a batch | without |
+/// |---|---|---|
+/// | query | `[B, T, N, H]` | `[T, N, H]` |
+/// | key | `[B, S, K, H]` | `[S, K, H]` |
+/// | value | `[B, S, K, Hv]` | `[S, K, Hv]` |
+/// | output and its gradient | `[B, T, N, Hv]` | `[T, N, Hv]` |
+/// | logsumexp and its gradient | `[B, T, N]` | `[T, N]` |
+/// | mask, bias | 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full | the same with `B = 1` |
+/// | ALiBi slopes | `[N]` or `[B, N]` | `[N]` or `[1, N]` |
+/// | sinks | `[N]` | `[N]` |
+///
+/// Query heads are a multiple of the key/value heads (`N % K == 0`), and each group of `N / K` shares one.
+///
+/// # Semantics
+/// Those of [`Problem`].
+///
+/// # Examples
+/// ```
+/// # #[cfg(feature = "cpu")] {
+/// use attention::{Attention, QueryOffset, Window};
+///
+/// // Decoding: 2 new queries behind 6 cached keys, 4 query heads on 2 key/value heads, a window of 4 keys.
+/// let query = vec![0.5f32; 2 * 4 * 8];
+/// let cache = vec![0.25f32; 8 * 2 * 8];
+/// let out = Attention::new()
+///     .causal(true)
+///     .query_offset(QueryOffset::BottomRight)
+///     .window(Window { left: Some(3), right: None })
+///     .forward((&query, [1, 2, 4, 8]), (&cache, [1, 8, 2, 8]), (&cache, [1, 8, 2, 8]))?;
+/// assert_eq!(out.shape(), [1, 2, 4, 8].into());
+/// # }
+/// # Ok::<(), attention::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+#[must_use = "a call does nothing until `forward` or `backward`"]
+pub struct Attention<'a> {
+    pub(crate) options: Options,
+    pub(crate) mask: Option<View<'a>>,
+    pub(crate) bias: Option<View<'a>>,
+    pub(crate) alibi_slopes: Option<View<'a>>,
+    pub(crate) sinks: Option<View<'a>>,
+    pub(crate) d_lse: Option<View<'a>>,
+    pub(crate) gradients: Option<Gradients>,
+    pub(crate) policy: Policy,
+    /// The first tensor given to the builder that was none; the call reports it.
+    pub(crate) broken: Option<(Role, InvalidCall)>,
+}
+
+/// Attention with every option at its default: scale `1 / sqrt(H)`, nothing masked.
+///
+/// Shapes as for [`Attention`].
+///
+/// # Errors
+/// As [`Attention::forward`].
+///
+/// # Examples
+/// ```
+/// # #[cfg(feature = "cpu")] {
+/// // One batch row, one query, two keys, one head: equal logits, so the mean of the two values.
+/// let out = attention::dot_product_attention(
+///     (&[1.0f32, 2.0], [1, 1, 1, 2]),
+///     (&[0.0f32; 4], [1, 2, 1, 2]),
+///     (&[1.0f32, 2.0, 3.0, 4.0], [1, 2, 1, 2]),
+/// )?;
+/// assert_eq!(out.as_slice::<f32>(), Some(&[2.0, 3.0][..]));
+/// # }
+/// # Ok::<(), attention::Error>(())
+/// ```
+pub fn dot_product_attention<'a>(
+    query: impl IntoView<'a>,
+    key: impl IntoView<'a>,
+    value: impl IntoView<'a>,
+) -> Result<Tensor, Error> {
+    Attention::new().forward(query, key, value)
+}
+
+impl<'a> Attention<'a> {
+    /// A call with every option at its default.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Replaces all options that are no tensors.
+    pub fn options(mut self, options: Options) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// What the products of query and key are multiplied by; `1 / sqrt(H)` by default or with `None`. 0 and
+    /// negative numbers are honoured.
+    pub fn scale(mut self, scale: impl Into<Option<f64>>) -> Self {
+        self.options.scale = scale.into();
+        self
+    }
+
+    /// Masks keys after the position of the query row, `j > t + offset`. With `T != S`, mind
+    /// [`query_offset`](Self::query_offset): it is top-left (JAX's and torch's alignment) by default.
+    pub fn causal(mut self, causal: bool) -> Self {
+        self.options.causal = causal;
+        self
+    }
+
+    /// Where query row `t` stands among the keys, `pos = t + offset`: causal masking, windows and ALiBi count from it.
+    pub fn query_offset(mut self, offset: QueryOffset) -> Self {
+        self.options.query_offset = offset;
+        self
+    }
+
+    /// A sliding window: only keys `pos - left ..= pos + right` take part.
+    pub fn window(mut self, window: Window) -> Self {
+        self.options.window = window;
+        self
+    }
+
+    /// A boolean mask, `true` takes part; 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full.
+    pub fn mask(mut self, mask: impl IntoView<'a>) -> Self {
+        self.mask = self.tensor(Role::Mask, mask);
+        self
+    }
+
+    /// An additive bias of any float dtype, shapes as for the [mask](Self::mask). It is added to the scaled and
+    /// soft-capped logits; -inf masks.
+    pub fn bias(mut self, bias: impl IntoView<'a>) -> Self {
+        self.bias = self.tensor(Role::Bias, bias);
+        self
+    }
+
+    /// ALiBi slopes, `[N]` or `[B, N]`, of any float dtype: `slope * |pos - j|` is taken off the logits.
+    pub fn alibi_slopes(mut self, slopes: impl IntoView<'a>) -> Self {
+        self.alibi_slopes = self.tensor(Role::AlibiSlopes, slopes);
+        self
+    }
+
+    /// Attention sinks, `[N]`, of any float dtype: one extra logit a head that joins the softmax's denominator only.
+    pub fn sinks(mut self, sinks: impl IntoView<'a>) -> Self {
+        self.sinks = self.tensor(Role::Sinks, sinks);
+        self
+    }
+
+    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0.
+    pub fn query_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
+        self.options.query_lengths = lengths.into();
+        self
+    }
+
+    /// How many keys and values of each batch row are real, from the first.
+    pub fn key_value_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
+        self.options.key_value_lengths = lengths.into();
+        self
+    }
+
+    /// Caps logits at `c` by `c * tanh(x / c)`, before the bias; no cap by default or with `None`.
+    pub fn softcap(mut self, softcap: impl Into<Option<f64>>) -> Self {
+        self.options.softcap = softcap.into();
+        self
+    }
+
+    /// Dropout of the probabilities, from the published stream: backward must be given the same.
+    pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
+        self.options.dropout = dropout.into();
+        self
+    }
+
+    /// Asks for bitwise reproducible results: an implementation that cannot give them refuses.
+    pub fn deterministic(mut self, deterministic: bool) -> Self {
+        self.options.deterministic = deterministic;
+        self
+    }
+
+    /// Which gradients backward computes. By default those of query, key and value, and of the bias and the sinks
+    /// where the call has them; leave the bias out where it is a constant, its gradient can be large.
+    pub fn gradients(mut self, gradients: Gradients) -> Self {
+        self.gradients = Some(gradients);
+        self
+    }
+
+    /// The incoming gradient of the logsumexp, `[B, T, N]`, for backward; forward has no use for it.
+    pub fn d_lse(mut self, d_lse: impl IntoView<'a>) -> Self {
+        self.d_lse = self.tensor(Role::DLse, d_lse);
+        self
+    }
+
+    /// Which implementation shall run the call; [`Implementation::Auto`] by default. Takes a name, a list of names in
+    /// order of preference, an `Arc` of a backend, or a numerics class.
+    pub fn implementation(mut self, implementation: impl Into<Implementation>) -> Self {
+        self.policy.implementation = implementation.into();
+        self
+    }
+
+    /// The implementations to choose from; [`Registry::shared`] by default.
+    pub fn registry(mut self, registry: &Registry) -> Self {
+        self.policy.registry = Some(registry.clone());
+        self
+    }
+
+    /// Refuses implementations that need more scratch memory than this: an automatic choice goes past them, a named
+    /// one is an error.
+    pub fn scratch_limit(mut self, bytes: impl Into<Option<usize>>) -> Self {
+        self.policy.scratch_limit = bytes.into();
+        self
+    }
+
+    /// Refuses implementations that compute in another numerics class, whichever way they were asked for. Without
+    /// it, an automatic choice keeps to the standard class of the dtype (F64, F32, HalfF32), and a named one may
+    /// compute in any.
+    pub fn numerics(mut self, class: impl Into<Option<NumericsClass>>) -> Self {
+        self.policy.numerics = class.into();
+        self
+    }
+
+    /// Runs on what a stored choice stands for in the call's registry, which must have been set before.
+    ///
+    /// # Errors
+    /// As [`Registry::resolve`].
+    pub fn choice(mut self, choice: &Choice) -> Result<Self, Error> {
+        self.policy.implementation = self.policy.registry().resolve(choice)?;
+        Ok(self)
+    }
+
+    /// The forward problem of these inputs, checked. It has no logsumexp; `to_builder().lse(true)` adds it.
+    ///
+    /// # Errors
+    /// [`Error::Core`] with the [`InvalidCall`], [`Error::Input`], [`Error::MixedRanks`].
+    pub fn problem<'b>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+    ) -> Result<Problem, Error> {
+        let operands = Operands::new(self, query, key, value)?;
+        Ok(operands.problem(&self.options).build()?)
+    }
+
+    /// The backward problem of these inputs, checked, with the [gradients](Self::gradients) that backward would
+    /// compute.
+    ///
+    /// # Errors
+    /// As [`problem`](Self::problem).
+    pub fn backward_problem<'b>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+    ) -> Result<Problem, Error> {
+        let operands = Operands::new(self, query, key, value)?;
+        let builder = operands.problem(&self.options).gradients(self.wanted());
+        Ok(builder.d_lse(self.d_lse.is_some()).build()?)
+    }
+
+    /// What would run forward on these inputs, and why: every implementation with its verdict.
+    ///
+    /// # Errors
+    /// As [`problem`](Self::problem). A problem that nothing serves is no error here.
+    pub fn explain<'b>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+    ) -> Result<Explanation, Error> {
+        Ok(self.explain_problem(&self.problem(query, key, value)?))
+    }
+
+    /// What would run a problem, and why. Of this call, only what concerns the choice counts: implementation,
+    /// registry, scratch limit and numerics class.
+    pub fn explain_problem(&self, problem: &Problem) -> Explanation {
+        self.policy.explain(problem)
+    }
+
+    /// The implementation that would run a problem; of this call, the same counts as in
+    /// [`explain_problem`](Self::explain_problem).
+    ///
+    /// # Errors
+    /// [`Error::NoImplementation`], [`Error::UnknownImplementation`], or the refusal of the one asked for inside
+    /// [`Error::Core`].
+    pub fn select(&self, problem: &Problem) -> Result<Selection, Error> {
+        self.policy.select(problem)
+    }
+
+    /// The gradients that backward computes where nobody says otherwise.
+    pub(crate) fn wanted(&self) -> Gradients {
+        let given = |present: bool, gradient| if present { gradient } else { Gradients::NONE };
+        self.gradients.unwrap_or(
+            Gradients::QKV
+                | given(self.bias.is_some(), Gradients::BIAS)
+                | given(self.sinks.is_some(), Gradients::SINKS),
+        )
+    }
+
+    fn tensor(&mut self, role: Role, tensor: impl IntoView<'a>) -> Option<View<'a>> {
+        match tensor.into_view() {
+            Ok(view) => Some(view),
+            Err(error) => {
+                self.broken.get_or_insert((role, error));
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! The backward pass: with owned gradients, or into the caller's memory.
+
+use attention_core::{
+    BackwardCall, BackwardInputs, BackwardOutputs, Gradients, InvalidCall, Problem, ProblemBuilder, Role,
+    View,
+};
+
+use crate::forward::{allocate, host_outputs};
+use crate::operands::{Operands, input};
+use crate::scratch::with_scratch;
+use crate::{Attention, Error, Forward, IntoView, Tensor};
+
+/// The gradients of a call: each present where it was wanted, with the shape and dtype of the tensor it belongs to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Backward {
+    /// The gradient of the query.
+    pub dq: Option<Tensor>,
+    /// The gradient of the key.
+    pub dk: Option<Tensor>,
+    /// The gradient of the value.
+    pub dv: Option<Tensor>,
+    /// The gradient of the bias, in the shape in which the bias was given: summed over every axis along which it
+    /// was broadcast.
+    pub dbias: Option<Tensor>,
+    /// The gradient of the sinks.
+    pub dsinks: Option<Tensor>,
+}
+
+impl Backward {
+    /// The gradients of query, key and value, or `None` where not all three were wanted.
+    pub fn into_qkv(self) -> Option<(Tensor, Tensor, Tensor)> {
+        Some((self.dq?, self.dk?, self.dv?))
+    }
+}
+
+impl<'a> Attention<'a> {
+    /// Computes gradients from what the forward returned and the incoming gradient of its output, `d_out`
+    /// `[B, T, N, Hv]`, of any strides.
+    ///
+    /// The call must have the forward's options. [`gradients`](Self::gradients) says which are computed, and
+    /// [`d_lse`](Self::d_lse) gives the incoming gradient of the logsumexp, if there is one.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn backward<'b>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+        forward: &Forward,
+        d_out: impl IntoView<'b>,
+    ) -> Result<Backward, Error> {
+        let operands = Operands::new(self, query, key, value)?;
+        let d_out = input(Role::DOut, d_out)?;
+        self.backward_owned(&operands, forward, d_out)
+    }
+
+    /// As [`backward`](Self::backward), for a caller who kept nothing of the forward: runs it again first.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn backward_recompute<'b>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+        d_out: impl IntoView<'b>,
+    ) -> Result<Backward, Error> {
+        let operands = Operands::new(self, query, key, value)?;
+        let d_out = input(Role::DOut, d_out)?;
+        host_outputs(operands.device(), "backward_into")?;
+        // Judged first, so that a backward that cannot run does not cost a forward.
+        let incoming = Incoming::new(&operands, d_out, self.d_lse)?;
+        self.select(&incoming.problem(self, &operands, self.wanted()).build()?)?;
+        let forward = self.forward_owned(&operands, "backward_into")?;
+        self.backward_owned(&operands, &forward, d_out)
+    }
+
+    /// As [`backward`](Self::backward), into memory of the caller's and from views: `saved` holds the forward's
+    /// output and logsumexp and the incoming gradients, and the gradients computed are those that `outputs` has
+    /// memory for. A [`d_lse`](Self::d_lse) of the builder counts where `saved` has none.
+    ///
+    /// Tensors come without the batch axis where query, key and value do. A refused call writes nothing.
+    ///
+    /// # Errors
+    /// As [`forward_into`](Self::forward_into). Where [`gradients`](Self::gradients) was set and says something else
+    /// than `outputs`, the call is invalid.
+    pub fn backward_into<'b>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+        saved: BackwardInputs<'_>,
+        outputs: BackwardOutputs<'_>,
+    ) -> Result<(), Error> {
+        let operands = Operands::new(self, query, key, value)?;
+        let incoming = Incoming::new(&operands, saved.d_out, saved.d_lse.or(self.d_lse))?;
+        let saved = incoming.with(&operands, saved.out, saved.lse)?;
+        let outputs = with_batch(&operands, outputs)?;
+        let mut given = Gradients::NONE;
+        let mut layouts = Vec::with_capacity(5);
+        for (gradient, role, output) in [
+            (Gradients::QUERY, Role::DQuery, &outputs.dq),
+            (Gradients::KEY, Role::DKey, &outputs.dk),
+            (Gradients::VALUE, Role::DValue, &outputs.dv),
+            (Gradients::BIAS, Role::DBias, &outputs.dbias),
+            (Gradients::SINKS, Role::DSinks, &outputs.dsinks),
+        ] {
+            if let Some(output) = output {
+                given = given | gradient;
+                layouts.push((role, output.desc()));
+            }
+        }
+        let builder = incoming.problem(self, &operands, self.gradients.unwrap_or(given));
+        let builder = builder.layout(Role::Out, saved.out.desc()).layout(Role::Lse, saved.lse.desc());
+        let problem =
+            layouts.into_iter().fold(builder, |builder, (role, desc)| builder.layout(role, desc)).build()?;
+        self.run_backward(&problem, &operands, saved, outputs)
+    }
+
+    fn backward_owned(
+        &self,
+        operands: &Operands<'_>,
+        forward: &Forward,
+        d_out: View<'_>,
+    ) -> Result<Backward, Error> {
+        host_outputs(operands.device(), "backward_into")?;
+        let incoming = Incoming::new(operands, d_out, self.d_lse)?;
+        // What the forward returned is contiguous, as the problem has it by default.
+        let problem = incoming.problem(self, operands, self.wanted()).build()?;
+        let saved = incoming.with(operands, forward.out.view(), forward.lse.view())?;
+        let mut gradients = Backward::allocate(self, operands, &problem)?;
+        self.run_backward(&problem, operands, saved, with_batch(operands, gradients.outputs())?)?;
+        Ok(gradients)
+    }
+
+    fn run_backward(
+        &self,
+        problem: &Problem,
+        operands: &Operands<'_>,
+        saved: BackwardInputs<'_>,
+        outputs: BackwardOutputs<'_>,
+    ) -> Result<(), Error> {
+        let span = tracing::debug_span!("attention", %problem, backend = tracing::field::Empty).entered();
+        let call = BackwardCall::new(problem, operands.inputs, saved, outputs)?;
+        let selection = self.select(problem)?;
+        let backend = selection.backend();
+        span.record("backend", backend.name());
+        with_scratch(backend.name(), problem.device(), selection.scratch_bytes(), |scratch| {
+            Ok(backend.backward(call, scratch)?)
+        })
+    }
+}
+
+/// The incoming gradients, with the batch axis.
+struct Incoming<'a> {
+    d_out: View<'a>,
+    d_lse: Option<View<'a>>,
+}
+
+impl<'a> Incoming<'a> {
+    fn new(operands: &Operands<'_>, d_out: View<'a>, d_lse: Option<View<'a>>) -> Result<Self, InvalidCall> {
+        Ok(Self {
+            d_out: operands.read(Role::DOut, d_out)?,
+            d_lse: d_lse.map(|d_lse| operands.read(Role::DLse, d_lse)).transpose()?,
+        })
+    }
+
+    /// What the forward left, and these.
+    fn with<'v>(
+        &self,
+        operands: &Operands<'_>,
+        out: View<'v>,
+        lse: View<'v>,
+    ) -> Result<BackwardInputs<'v>, InvalidCall>
+    where
+        'a: 'v,
+    {
+        Ok(BackwardInputs {
+            out: operands.read(Role::Out, out)?,
+            lse: operands.read(Role::Lse, lse)?,
+            d_out: self.d_out,
+            d_lse: self.d_lse,
+        })
+    }
+
+    fn problem(&self, call: &Attention<'_>, operands: &Operands<'_>, wanted: Gradients) -> ProblemBuilder {
+        let builder = operands.problem(&call.options).gradients(wanted).layout(Role::DOut, self.d_out.desc());
+        match self.d_lse {
+            Some(d_lse) => builder.d_lse(true).layout(Role::DLse, d_lse.desc()),
+            None => builder,
+        }
+    }
+}
+
+/// Gives the gradients of query, key and value the batch axis.
+fn with_batch<'o>(
+    operands: &Operands<'_>,
+    outputs: BackwardOutputs<'o>,
+) -> Result<BackwardOutputs<'o>, InvalidCall> {
+    let BackwardOutputs { dq, dk, dv, dbias, dsinks } = outputs;
+    let written = |role, view: Option<_>| view.map(|view| operands.written(role, view)).transpose();
+    Ok(BackwardOutputs {
+        dq: written(Role::DQuery, dq)?,
+        dk: written(Role::DKey, dk)?,
+        dv: written(Role::DValue, dv)?,
+        dbias,
+        dsinks,
+    })
+}
+
+impl Backward {
+    /// Memory for every gradient of the problem.
+    fn allocate(call: &Attention<'_>, operands: &Operands<'_>, problem: &Problem) -> Result<Self, Error> {
+        let wanted = |role| problem.has(role).then(|| allocate(operands, problem, role)).transpose();
+        let like = |role, view: Option<View<'_>>| {
+            let view = view.filter(|_| problem.has(role));
+            view.map(|view| Tensor::zeros_of(view.desc().dtype(), view.shape())).transpose()
+        };
+        Ok(Self {
+            dq: wanted(Role::DQuery)?,
+            dk: wanted(Role::DKey)?,
+            dv: wanted(Role::DValue)?,
+            // In the caller's shape, which may have fewer axes than the problem's.
+            dbias: like(Role::DBias, call.bias)?,
+            dsinks: like(Role::DSinks, call.sinks)?,
+        })
+    }
+
+    fn outputs(&mut self) -> BackwardOutputs<'_> {
+        let Self { dq, dk, dv, dbias, dsinks } = self;
+        let [dq, dk, dv, dbias, dsinks] =
+            [dq, dk, dv, dbias, dsinks].map(|tensor| tensor.as_mut().map(Tensor::view_mut));
+        BackwardOutputs { dq, dk, dv, dbias, dsinks }
+    }
+}

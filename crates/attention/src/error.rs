@@ -1,0 +1,217 @@
+//! Why a call through the facade did not run.
+
+use attention_core::{
+    BackendFailure, DType, Device, Dims, InvalidCall, NumericsClass, Role, Unavailable, Unsupported,
+};
+
+/// Why a call through the facade did not run. Each variant names a culprit.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// What the core says: an invalid call, or the refusal or failure of the implementation that was asked for.
+    #[error(transparent)]
+    Core(#[from] attention_core::Error),
+    /// Something given as a tensor is none: a slice that does not fit its shape.
+    #[error("invalid call: {role}: {source}")]
+    Input {
+        /// Which tensor.
+        role: Role,
+        /// What is wrong with it.
+        source: InvalidCall,
+    },
+    /// Some of query, key and value have a batch axis and others have none.
+    #[error(
+        "invalid call: query {query}, key {key} and value {value} have different ranks; all must have 4 ([B, T, N, H]) or all 3 ([T, N, H])"
+    )]
+    MixedRanks {
+        /// The query's shape.
+        query: Dims,
+        /// The key's shape.
+        key: Dims,
+        /// The value's shape.
+        value: Dims,
+    },
+    /// No candidate serves the problem.
+    #[error("no implementation serves: {problem}{}", list(.refusals))]
+    NoImplementation {
+        /// The problem, in words.
+        problem: String,
+        /// Each candidate's reason, in the order in which they were asked.
+        refusals: Vec<Refusal>,
+    },
+    /// A name that no registered implementation has.
+    #[error("no implementation is named '{name}'; {}", there_are(.known))]
+    UnknownImplementation {
+        /// The name asked for.
+        name: String,
+        /// The names that there are.
+        known: Vec<String>,
+    },
+    /// A stored choice names an implementation that computes in another class here.
+    #[error(
+        "the stored choice has {name} computing {dtype} in class {stored}, here {}",
+        .here.map_or_else(|| format!("{name} does not take {dtype}"), |class| format!("it computes in class {class}"))
+    )]
+    OtherNumerics {
+        /// The implementation.
+        name: String,
+        /// The dtype of the stored choice.
+        dtype: DType,
+        /// The class of the stored choice.
+        stored: NumericsClass,
+        /// The implementation's class here, if it takes the dtype.
+        here: Option<NumericsClass>,
+    },
+    /// A stored choice names another version of an implementation.
+    #[error(
+        "the stored choice is for {name} {stored}, here is version {here} (a choice without a version takes any)"
+    )]
+    OtherVersion {
+        /// The implementation.
+        name: String,
+        /// The version of the stored choice.
+        stored: String,
+        /// The version here.
+        here: String,
+    },
+    /// A stored choice names a numerics class that no implementation here has.
+    #[error("no implementation here computes in class {class}; {}", there_are(.known))]
+    NoNumerics {
+        /// The class of the stored choice.
+        class: NumericsClass,
+        /// The names of the implementations that there are.
+        known: Vec<String>,
+    },
+    /// Outputs are allocated in host memory only.
+    #[error(
+        "the call is on {device}, and outputs are allocated in host memory only: give it memory there with `{method}`"
+    )]
+    DeviceOutput {
+        /// Where the inputs are.
+        device: Device,
+        /// The method that takes the caller's memory.
+        method: &'static str,
+    },
+    /// Scratch memory is allocated in host memory only.
+    #[error(
+        "{backend} needs {bytes} bytes of scratch on {device}, the facade has scratch in host memory only"
+    )]
+    DeviceScratch {
+        /// The implementation.
+        backend: String,
+        /// Where the call is.
+        device: Device,
+        /// Bytes needed.
+        bytes: usize,
+    },
+    /// The allocator refused.
+    #[error("no memory for {what} of {bytes} bytes")]
+    OutOfMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// Bytes asked for.
+        bytes: usize,
+    },
+}
+
+/// Why one candidate was refused.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// It cannot serve the problem, or not within the caller's limits.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
+    /// Its library or device is not there.
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+    /// It is not in the registry.
+    #[error("no implementation is named '{name}'; {}", there_are(.known))]
+    NotRegistered {
+        /// The name asked for.
+        name: String,
+        /// The names that there are.
+        known: Vec<String>,
+    },
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Unsupported(reason) => reason.into(),
+            Refusal::Unavailable(reason) => reason.into(),
+            Refusal::NotRegistered { name, known } => Self::UnknownImplementation { name, known },
+        }
+    }
+}
+
+macro_rules! through_core {
+    ($($source:ty),*) => {$(
+        impl From<$source> for Error {
+            fn from(error: $source) -> Self {
+                Self::Core(error.into())
+            }
+        }
+    )*};
+}
+through_core!(InvalidCall, Unsupported, Unavailable, BackendFailure);
+
+fn there_are(names: &[String]) -> String {
+    if names.is_empty() {
+        "none is registered".to_owned()
+    } else {
+        format!("there are: {}", names.join(", "))
+    }
+}
+
+fn list(refusals: &[Refusal]) -> String {
+    if refusals.is_empty() {
+        return " (none is registered)".to_owned();
+    }
+    refusals.iter().map(|refusal| format!("\n  {refusal}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages() {
+        let none = Error::NoImplementation { problem: "forward f32".to_owned(), refusals: vec![] };
+        assert_eq!(none.to_string(), "no implementation serves: forward f32 (none is registered)");
+        let missing = |name: &str| Unavailable {
+            backend: name.to_owned(),
+            what: "libcudnn is missing".to_owned(),
+            looked_for: vec!["libcudnn.so.9".to_owned(), "libcudnn.so".to_owned()],
+        };
+        let both = Error::NoImplementation {
+            problem: "forward f32".to_owned(),
+            refusals: vec![
+                missing("cudnn").into(),
+                Refusal::NotRegistered { name: "other".to_owned(), known: vec!["cpu".to_owned()] },
+            ],
+        };
+        assert_eq!(
+            both.to_string(),
+            "no implementation serves: forward f32\n  cudnn is not available: libcudnn is missing; looked for \
+             libcudnn.so.9, libcudnn.so\n  no implementation is named 'other'; there are: cpu"
+        );
+        let unavailable = Error::from(Refusal::from(missing("cudnn")));
+        assert!(matches!(unavailable, Error::Core(attention_core::Error::Unavailable(_))));
+        let mixed = Error::MixedRanks {
+            query: [2, 3, 4].into(),
+            key: [1, 2, 3, 4].into(),
+            value: [1, 2, 3, 4].into(),
+        };
+        assert_eq!(
+            mixed.to_string(),
+            "invalid call: query [2, 3, 4], key [1, 2, 3, 4] and value [1, 2, 3, 4] have different ranks; all must \
+             have 4 ([B, T, N, H]) or all 3 ([T, N, H])"
+        );
+        let failure = Error::from(BackendFailure {
+            backend: "cudnn".to_owned(),
+            operation: "forward".to_owned(),
+            source: "out of luck".into(),
+        });
+        assert_eq!(failure.to_string(), "cudnn failed in forward: out of luck");
+    }
+}

@@ -1,0 +1,152 @@
+//! The forward pass: with owned outputs, or into the caller's memory.
+
+use attention_core::{Device, ForwardCall, ForwardOutputs, Problem, Role};
+
+use crate::operands::{Operands, output};
+use crate::scratch::with_scratch;
+use crate::{Attention, Error, IntoView, IntoViewMut, Tensor};
+
+/// What a forward call with logsumexp returns, and what backward wants back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Forward {
+    /// `[B, T, N, Hv]`, of the query's dtype; `[T, N, Hv]` where the inputs had no batch axis.
+    pub out: Tensor,
+    /// The logsumexp of each row's logits, natural logarithm, `[B, T, N]` (`[T, N]`): f32, or f64 for f64 operands.
+    /// -inf for a row with nothing to attend to.
+    pub lse: Tensor,
+}
+
+impl<'a> Attention<'a> {
+    /// Computes the output, `[B, T, N, Hv]` in the query's dtype (`[T, N, Hv]` for inputs without a batch axis).
+    ///
+    /// Query, key and value are [views](crate::View) of any strides, references to [tensors](Tensor), or slices with
+    /// a shape; the table of [`Attention`] has the shapes.
+    ///
+    /// # Errors
+    /// [`Error::Core`] with the [`InvalidCall`](crate::InvalidCall), [`Error::Input`] or [`Error::MixedRanks`] where
+    /// the call is wrong; [`Error::NoImplementation`], [`Error::UnknownImplementation`], or [`Error::Core`] with the
+    /// refusal of the one asked for, where nothing runs it; [`Error::DeviceOutput`], [`Error::OutOfMemory`].
+    pub fn forward<'b>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+    ) -> Result<Tensor, Error> {
+        let operands = Operands::new(self, query, key, value)?;
+        host_outputs(operands.device(), "forward_into")?;
+        let problem = operands.problem(&self.options).build()?;
+        let mut out = allocate(&operands, &problem, Role::Out)?;
+        self.run_forward(&operands, &problem, &mut out, None)?;
+        Ok(out)
+    }
+
+    /// As [`forward`](Self::forward), with the logsumexp.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_with_lse<'b>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+    ) -> Result<Forward, Error> {
+        self.forward_owned(&Operands::new(self, query, key, value)?, "forward_into")
+    }
+
+    /// As [`forward`](Self::forward), into memory of the caller's, of any strides in which no two elements meet:
+    /// `out` `[B, T, N, Hv]`, and `lse` `[B, T, N]` where it is wanted (each without `B` for inputs without it).
+    ///
+    /// A refused call writes nothing.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); an output that overlaps itself or another tensor is an invalid call.
+    ///
+    /// # Examples
+    /// ```
+    /// # #[cfg(feature = "cpu")] {
+    /// use attention::{Attention, ViewMut};
+    ///
+    /// let x = vec![1.0f32; 2 * 3 * 4];
+    /// let (mut out, mut lse) = (vec![0.0f32; 2 * 3 * 4], vec![0.0f32; 2 * 3]);
+    /// let x = (&x, [1, 2, 3, 4]);
+    /// Attention::new().forward_into(x, x, x, (&mut out, [1, 2, 3, 4]), Some((&mut lse, [1, 2, 3])))?;
+    /// assert_eq!(out, [1.0; 24]);
+    /// // Without the logsumexp:
+    /// Attention::new().forward_into(x, x, x, (&mut out, [1, 2, 3, 4]), None::<ViewMut>)?;
+    /// # }
+    /// # Ok::<(), attention::Error>(())
+    /// ```
+    pub fn forward_into<'b, 'o>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+        out: impl IntoViewMut<'o>,
+        lse: Option<impl IntoViewMut<'o>>,
+    ) -> Result<(), Error> {
+        let operands = Operands::new(self, query, key, value)?;
+        let out = operands.written(Role::Out, output(Role::Out, out)?)?;
+        let lse = lse.map(|lse| Ok::<_, Error>(operands.written(Role::Lse, output(Role::Lse, lse)?)?));
+        let lse = lse.transpose()?;
+        let mut builder = operands.problem(&self.options).layout(Role::Out, out.desc());
+        if let Some(lse) = &lse {
+            builder = builder.lse(true).layout(Role::Lse, lse.desc());
+        }
+        self.forward_views(&operands, &builder.build()?, ForwardOutputs { out, lse })
+    }
+
+    /// Forward with logsumexp into owned tensors.
+    pub(crate) fn forward_owned(
+        &self,
+        operands: &Operands<'_>,
+        method: &'static str,
+    ) -> Result<Forward, Error> {
+        host_outputs(operands.device(), method)?;
+        let problem = operands.problem(&self.options).lse(true).build()?;
+        let mut out = allocate(operands, &problem, Role::Out)?;
+        let mut lse = allocate(operands, &problem, Role::Lse)?;
+        self.run_forward(operands, &problem, &mut out, Some(&mut lse))?;
+        Ok(Forward { out, lse })
+    }
+
+    fn run_forward(
+        &self,
+        operands: &Operands<'_>,
+        problem: &Problem,
+        out: &mut Tensor,
+        lse: Option<&mut Tensor>,
+    ) -> Result<(), Error> {
+        let outputs = ForwardOutputs {
+            out: operands.written(Role::Out, out.view_mut())?,
+            lse: lse.map(|lse| operands.written(Role::Lse, lse.view_mut())).transpose()?,
+        };
+        self.forward_views(operands, problem, outputs)
+    }
+
+    fn forward_views(
+        &self,
+        operands: &Operands<'_>,
+        problem: &Problem,
+        outputs: ForwardOutputs<'_>,
+    ) -> Result<(), Error> {
+        let span = tracing::debug_span!("attention", %problem, backend = tracing::field::Empty).entered();
+        let call = ForwardCall::new(problem, operands.inputs, outputs)?;
+        let selection = self.select(problem)?;
+        let backend = selection.backend();
+        span.record("backend", backend.name());
+        with_scratch(backend.name(), problem.device(), selection.scratch_bytes(), |scratch| {
+            Ok(backend.forward(call, scratch)?)
+        })
+    }
+}
+
+/// Refuses to allocate outputs for a call whose inputs are not in host memory.
+pub(crate) fn host_outputs(device: Device, method: &'static str) -> Result<(), Error> {
+    if device == Device::Cpu { Ok(()) } else { Err(Error::DeviceOutput { device, method }) }
+}
+
+/// A tensor for an output of a problem, without the batch axis if the caller gave none.
+pub(crate) fn allocate(operands: &Operands<'_>, problem: &Problem, role: Role) -> Result<Tensor, Error> {
+    let desc = problem.tensor(role).expect("the problem was built with this output");
+    Tensor::zeros_of(desc.dtype(), operands.returned(&desc.shape()))
+}

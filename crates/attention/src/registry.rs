@@ -1,0 +1,101 @@
+//! The implementations that a call can choose from.
+
+use std::sync::{Arc, LazyLock};
+
+use attention_core::AttentionBackend;
+
+use crate::{Choice, Error, Implementation};
+
+/// An ordered list of implementations. The default one holds those of this build; others join by value.
+///
+/// The order is the order of preference of [`Implementation::Auto`], except where a measured crossover between two
+/// implementations of ours says otherwise. A name stands for one implementation: adding another of the same name puts
+/// it in the place of the first, which is how a configured one replaces a default one.
+///
+/// # Examples
+/// ```
+/// use attention::Registry;
+///
+/// let registry = Registry::default();
+/// println!("this build has {:?}", registry.names());
+/// assert!(Registry::empty().names().is_empty());
+/// ```
+#[derive(Clone, Debug)]
+pub struct Registry {
+    backends: Vec<Arc<dyn AttentionBackend>>,
+}
+
+impl Registry {
+    /// A registry without implementations.
+    pub const fn empty() -> Self {
+        Self { backends: Vec::new() }
+    }
+
+    /// The default registry, made once: what a call without a registry of its own uses.
+    pub fn shared() -> &'static Self {
+        static SHARED: LazyLock<Registry> = LazyLock::new(Registry::default);
+        &SHARED
+    }
+
+    /// Adds an implementation at the end, or in the place of the one that has its name.
+    #[must_use]
+    pub fn with(mut self, backend: Arc<dyn AttentionBackend>) -> Self {
+        self.register(backend);
+        self
+    }
+
+    /// Adds an implementation before all others, and takes out the one that has its name.
+    #[must_use]
+    pub fn with_preferred(mut self, backend: Arc<dyn AttentionBackend>) -> Self {
+        self.backends.retain(|other| other.name() != backend.name());
+        self.backends.insert(0, backend);
+        self
+    }
+
+    /// Adds an implementation at the end, or in the place of the one that has its name, which is returned.
+    pub fn register(&mut self, backend: Arc<dyn AttentionBackend>) -> Option<Arc<dyn AttentionBackend>> {
+        match self.backends.iter_mut().find(|other| other.name() == backend.name()) {
+            Some(place) => Some(std::mem::replace(place, backend)),
+            None => {
+                self.backends.push(backend);
+                None
+            }
+        }
+    }
+
+    /// The implementation of this name.
+    pub fn get(&self, name: &str) -> Option<&Arc<dyn AttentionBackend>> {
+        self.backends.iter().find(|backend| backend.name() == name)
+    }
+
+    /// The implementations, in order of preference.
+    pub fn backends(&self) -> &[Arc<dyn AttentionBackend>] {
+        &self.backends
+    }
+
+    /// The names of the implementations, in order of preference.
+    pub fn names(&self) -> Vec<String> {
+        self.backends.iter().map(|backend| backend.name().to_owned()).collect()
+    }
+
+    /// The implementation that a stored choice stands for here.
+    ///
+    /// # Errors
+    /// [`Error::UnknownImplementation`] where the choice names one that is missing here, [`Error::OtherVersion`],
+    /// [`Error::OtherNumerics`]; [`Error::NoNumerics`] where the choice names a class that no implementation here
+    /// computes in.
+    pub fn resolve(&self, choice: &Choice) -> Result<Implementation, Error> {
+        choice.resolve(self)
+    }
+}
+
+impl Default for Registry {
+    /// The implementations of this build, by feature.
+    fn default() -> Self {
+        #[allow(unused_mut, reason = "without any implementation there is nothing to add")]
+        let mut registry = Self::empty();
+        #[cfg(feature = "cpu")]
+        registry.register(Arc::new(attention_cpu::CpuBackend::default()));
+        registry
+    }
+}

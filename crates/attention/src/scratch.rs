@@ -1,0 +1,95 @@
+//! Scratch memory of host calls, kept between calls.
+
+use std::cell::Cell;
+
+use attention_core::{Device, Scratch, ScratchBuffer};
+
+use crate::Error;
+
+/// What a thread keeps at most. Large enough that the calls of a model's layers find their memory mapped; a backend
+/// that materialises long sequences gives its memory back.
+pub(crate) const KEPT_BYTES: usize = 64 << 20;
+
+thread_local! {
+    static KEPT: Cell<ScratchBuffer> = Cell::default();
+}
+
+/// Runs `call` with at least `bytes` of scratch memory on `device`.
+///
+/// The buffer is taken out of its place for the call, so a call made inside another one on the same thread (a
+/// thread pool that steals work) gets a buffer of its own.
+pub(crate) fn with_scratch<R>(
+    backend: &str,
+    device: Device,
+    bytes: usize,
+    call: impl FnOnce(Scratch<'_>) -> Result<R, Error>,
+) -> Result<R, Error> {
+    if bytes == 0 {
+        return call(Scratch::none(device));
+    }
+    if device != Device::Cpu {
+        return Err(Error::DeviceScratch { backend: backend.to_owned(), device, bytes });
+    }
+    let mut buffer = KEPT.take();
+    if !buffer.try_reserve(bytes) {
+        return Err(Error::OutOfMemory { what: "scratch", bytes });
+    }
+    let result = call(buffer.scratch());
+    if buffer.len() <= KEPT_BYTES {
+        KEPT.set(buffer);
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept() -> usize {
+        let buffer = KEPT.take();
+        let len = buffer.len();
+        KEPT.set(buffer);
+        len
+    }
+
+    #[test]
+    fn buffers_are_kept_up_to_a_bound() {
+        let run = |bytes| {
+            with_scratch("test", Device::Cpu, bytes, |mut scratch| {
+                Ok((scratch.as_mut_ptr() as usize, scratch.len()))
+            })
+        };
+        let (first, len) = run(1000).unwrap();
+        assert!(len >= 1000);
+        assert_eq!(run(500).unwrap(), (first, len));
+        run(KEPT_BYTES).unwrap();
+        assert_eq!(kept(), KEPT_BYTES);
+        run(KEPT_BYTES + 1).unwrap();
+        assert_eq!(kept(), 0);
+    }
+
+    #[test]
+    fn a_call_inside_a_call_has_its_own_memory() {
+        with_scratch("test", Device::Cpu, 100, |mut outer| {
+            with_scratch("test", Device::Cpu, 100, |mut inner| {
+                assert_ne!(outer.as_mut_ptr(), inner.as_mut_ptr());
+                Ok(())
+            })
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_an_error() {
+        let error = with_scratch("toy", Device::Cpu, 1 << 62, |_| Ok(())).unwrap_err();
+        assert_eq!(error.to_string(), "no memory for scratch of 4611686018427387904 bytes");
+        let error = with_scratch("toy", Device::Cuda(1), 64, |_| Ok(())).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "toy needs 64 bytes of scratch on cuda:1, the facade has scratch in host memory only"
+        );
+        // None is needed, none is looked for.
+        with_scratch("toy", Device::Cuda(1), 0, |scratch| Ok(assert_eq!(scratch.device(), Device::Cuda(1))))
+            .unwrap();
+    }
+}

@@ -1,0 +1,86 @@
+//! A choice that can be stored and loaded on another machine.
+
+use attention_core::{DType, NumericsClass};
+
+use crate::{Error, Implementation, Registry};
+
+/// A choice of implementation in a form to store, with feature `serde`.
+///
+/// Loaded on another machine by [`Registry::resolve`], it gives the same numerics or fails with a clear error.
+///
+/// # Examples
+/// ```
+/// use attention::{Choice, NumericsClass, Registry};
+///
+/// let anything_in_f32 = Choice::Numerics(NumericsClass::F32);
+/// let error = Registry::empty().resolve(&anything_in_f32).unwrap_err();
+/// assert_eq!(error.to_string(), "no implementation here computes in class F32; none is registered");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
+pub enum Choice {
+    /// One implementation, which must compute as it did where the choice was made.
+    Implementation {
+        /// Its name.
+        name: String,
+        /// Its version; any where there is none.
+        #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Option::is_none"))]
+        version: Option<String>,
+        /// The operand dtype that the choice was made for.
+        dtype: DType,
+        /// The class that it computed that dtype in.
+        numerics: NumericsClass,
+    },
+    /// Any implementation of a numerics class.
+    Numerics(NumericsClass),
+}
+
+impl Choice {
+    /// The same without a version, which takes any.
+    #[must_use]
+    pub fn any_version(mut self) -> Self {
+        if let Self::Implementation { version, .. } = &mut self {
+            *version = None;
+        }
+        self
+    }
+
+    /// The numerics class.
+    pub fn numerics(&self) -> NumericsClass {
+        match self {
+            Self::Implementation { numerics, .. } | Self::Numerics(numerics) => *numerics,
+        }
+    }
+
+    pub(crate) fn resolve(&self, registry: &Registry) -> Result<Implementation, Error> {
+        match self {
+            Self::Implementation { name, version, dtype, numerics } => {
+                let missing = || Error::UnknownImplementation { name: name.clone(), known: registry.names() };
+                let backend = registry.get(name).ok_or_else(missing)?;
+                let here = backend.capabilities().numerics_of(*dtype);
+                if here != Some(*numerics) {
+                    let (name, dtype, stored) = (name.clone(), *dtype, *numerics);
+                    return Err(Error::OtherNumerics { name, dtype, stored, here });
+                }
+                match version {
+                    Some(version) if version != backend.version() => Err(Error::OtherVersion {
+                        name: name.clone(),
+                        stored: version.clone(),
+                        here: backend.version().to_owned(),
+                    }),
+                    _ => Ok(Implementation::Exactly(backend.clone())),
+                }
+            }
+            Self::Numerics(class) => {
+                let has_class = registry.backends().iter().any(|backend| {
+                    backend.capabilities().numerics.iter().any(|(_, candidate)| candidate == class)
+                });
+                if !has_class {
+                    return Err(Error::NoNumerics { class: *class, known: registry.names() });
+                }
+                Ok(Implementation::Numerics(*class))
+            }
+        }
+    }
+}

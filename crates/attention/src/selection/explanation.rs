@@ -1,0 +1,250 @@
+//! Every implementation with its verdict, as data.
+
+use attention_core::{AttentionBackend, DeviceKind, NumericsClass, Problem, Unsupported};
+
+use super::select::{Asked, Policy, Served};
+use super::{Choice, Reason, Selection, table};
+use crate::Refusal;
+
+/// What would run a problem, and why nothing else would: every implementation with its verdict.
+///
+/// Printed, it is a table; with feature `serde` it can be stored.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Explanation {
+    /// The problem.
+    pub problem: Problem,
+    /// What was asked for, in words: `auto`, a name, a list.
+    pub asked_for: String,
+    /// The limit on scratch bytes.
+    pub scratch_limit: Option<usize>,
+    /// The numerics class asked for.
+    pub numerics: Option<NumericsClass>,
+    /// What would run, in a form to store; `None` where nothing serves the problem.
+    pub choice: Option<Choice>,
+    /// Every implementation: those that were asked, in order, then the others of the registry.
+    pub candidates: Vec<Candidate>,
+}
+
+/// One implementation and what became of it.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Candidate {
+    /// Its name.
+    pub name: String,
+    /// Its version; `None` for a name that is not registered.
+    pub version: Option<String>,
+    /// The memory it works on; `None` for a name that is not registered.
+    pub device: Option<DeviceKind>,
+    /// The class that it computes the problem's dtype in, if it takes that dtype.
+    pub numerics: Option<NumericsClass>,
+    /// Bytes of scratch memory that a call would take, where it serves the problem.
+    pub scratch_bytes: Option<usize>,
+    /// What became of it.
+    pub verdict: Verdict,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// What became of a candidate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+pub enum Verdict {
+    /// It runs the problem.
+    Chosen(Reason),
+    /// It would serve the problem; another one comes first, or it was not asked for.
+    Eligible,
+    /// It does not serve the problem, or not within the caller's limits.
+    Refused(Cause),
+}
+
+/// The kind of a refusal; the candidate's reason has the details.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Cause {
+    /// The memory is on another kind of device.
+    Device,
+    /// Its library or device is not there.
+    Unavailable,
+    /// It computes in another numerics class.
+    Numerics,
+    /// It needs more scratch memory than the limit.
+    ScratchLimit,
+    /// It does not support the problem.
+    Unsupported,
+    /// No registered implementation has this name.
+    NotRegistered,
+}
+
+impl From<&Refusal> for Cause {
+    fn from(refusal: &Refusal) -> Self {
+        match refusal {
+            Refusal::NotRegistered { .. } => Self::NotRegistered,
+            Refusal::Unavailable(_) => Self::Unavailable,
+            Refusal::Unsupported(Unsupported::Device { .. }) => Self::Device,
+            Refusal::Unsupported(Unsupported::Numerics { .. }) => Self::Numerics,
+            Refusal::Unsupported(Unsupported::ScratchLimit { .. }) => Self::ScratchLimit,
+            Refusal::Unsupported(_) => Self::Unsupported,
+        }
+    }
+}
+
+/// What an automatic choice from the default registry would run a problem on. Needs no data and no device.
+///
+/// # Examples
+/// ```
+/// use attention::{DType, Dimensions, explain};
+///
+/// let dims = Dimensions {
+///     batch: 1, query_length: 128, key_length: 128, query_heads: 8, key_heads: 2, head_dim: 64, value_head_dim: 64,
+/// };
+/// let explanation = explain(&dims.problem(DType::Bf16).causal(true).build()?);
+/// println!("{explanation}");
+/// # Ok::<(), attention::InvalidCall>(())
+/// ```
+pub fn explain(problem: &Problem) -> Explanation {
+    Policy::default().explain(problem)
+}
+
+impl Explanation {
+    /// The candidate that would run, if any serves the problem.
+    pub fn chosen(&self) -> Option<&Candidate> {
+        self.candidates.iter().find(|candidate| matches!(candidate.verdict, Verdict::Chosen(_)))
+    }
+
+    /// The candidate of this name.
+    pub fn candidate(&self, name: &str) -> Option<&Candidate> {
+        self.candidates.iter().find(|candidate| candidate.name == name)
+    }
+}
+
+impl std::fmt::Display for Explanation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}\nasked for: {}", self.problem, self.asked_for)?;
+        if let Some(class) = self.numerics {
+            write!(f, ", in class {class}")?;
+        }
+        if let Some(limit) = self.scratch_limit {
+            write!(f, ", with at most {} of scratch", table::bytes(limit))?;
+        }
+        if self.candidates.is_empty() {
+            return write!(f, "\nno implementation is registered");
+        }
+        let header = ["implementation", "version", "device", "verdict", "class", "scratch", "reason"];
+        let dash = || "-".to_owned();
+        let rows = self.candidates.iter().map(|candidate| {
+            let verdict = match candidate.verdict {
+                Verdict::Chosen(_) => "chosen",
+                Verdict::Eligible => "eligible",
+                Verdict::Refused(_) => "refused",
+            };
+            [
+                candidate.name.clone(),
+                candidate.version.clone().unwrap_or_else(dash),
+                candidate.device.map_or_else(dash, |device| device.to_string()),
+                verdict.to_owned(),
+                candidate.numerics.map_or_else(dash, |class| class.to_string()),
+                candidate.scratch_bytes.map_or_else(dash, table::bytes),
+                candidate.reason.clone(),
+            ]
+        });
+        write!(f, "\n{}", table::render(header, rows))
+    }
+}
+
+impl Policy {
+    pub(crate) fn explain(&self, problem: &Problem) -> Explanation {
+        let mut chosen: Option<Selection> = None;
+        let mut candidates: Vec<Candidate> = Vec::new();
+        for Asked { backend, reason, class } in self.asked(problem) {
+            let candidate = match backend {
+                Err(refusal) => unregistered(&refusal),
+                // A list may come to the same one twice.
+                Ok(backend) if candidates.iter().any(|other| other.name == backend.name()) => continue,
+                Ok(backend) => {
+                    let verdict = self.judge(&*backend, class, problem);
+                    let candidate = match (&verdict, &chosen) {
+                        (Ok(served), None) => describe(
+                            &*backend,
+                            problem,
+                            Verdict::Chosen(reason),
+                            reason.to_string(),
+                            Some(*served),
+                        ),
+                        (Ok(served), Some(first)) => {
+                            let reason = format!("{} comes before it", first.backend.name());
+                            describe(&*backend, problem, Verdict::Eligible, reason, Some(*served))
+                        }
+                        (Err(refusal), _) => refused(&*backend, problem, refusal),
+                    };
+                    if let (Ok(served), None) = (verdict, &chosen) {
+                        chosen = Some(Selection { backend, reason, served });
+                    }
+                    candidate
+                }
+            };
+            candidates.push(candidate);
+        }
+        for backend in self.registry().backends() {
+            if candidates.iter().any(|other| other.name == backend.name()) {
+                continue;
+            }
+            candidates.push(match self.judge(&**backend, None, problem) {
+                Ok(served) => {
+                    let reason = "not asked for".to_owned();
+                    describe(&**backend, problem, Verdict::Eligible, reason, Some(served))
+                }
+                Err(refusal) => refused(&**backend, problem, &refusal),
+            });
+        }
+        Explanation {
+            problem: problem.clone(),
+            asked_for: self.implementation.to_string(),
+            scratch_limit: self.scratch_limit,
+            numerics: self.numerics,
+            choice: chosen.map(|selection| selection.choice(problem.dtype())),
+            candidates,
+        }
+    }
+}
+
+fn describe(
+    backend: &dyn AttentionBackend,
+    problem: &Problem,
+    verdict: Verdict,
+    reason: String,
+    served: Option<Served>,
+) -> Candidate {
+    Candidate {
+        name: backend.name().to_owned(),
+        version: Some(backend.version().to_owned()),
+        device: Some(backend.capabilities().device),
+        numerics: backend.capabilities().numerics_of(problem.dtype()),
+        scratch_bytes: served.map(|served| served.scratch_bytes),
+        verdict,
+        reason,
+    }
+}
+
+fn refused(backend: &dyn AttentionBackend, problem: &Problem, refusal: &Refusal) -> Candidate {
+    describe(backend, problem, Verdict::Refused(refusal.into()), refusal.to_string(), None)
+}
+
+fn unregistered(refusal: &Refusal) -> Candidate {
+    let name = match refusal {
+        Refusal::NotRegistered { name, .. } => name.clone(),
+        other => unreachable!("only a name can fail to be found: {other}"),
+    };
+    Candidate {
+        name,
+        version: None,
+        device: None,
+        numerics: None,
+        scratch_bytes: None,
+        verdict: Verdict::Refused(refusal.into()),
+        reason: refusal.to_string(),
+    }
+}

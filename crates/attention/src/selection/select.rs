@@ -1,0 +1,239 @@
+//! Choosing an implementation for a problem.
+
+use std::sync::Arc;
+
+use attention_core::{AttentionBackend, DType, NumericsClass, Problem, Unsupported};
+
+use super::preference::{CROSSOVERS, order};
+use super::{Choice, Implementation};
+use crate::{Error, Refusal, Registry};
+
+/// What a caller asks of the choice.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Policy {
+    pub(crate) implementation: Implementation,
+    /// The default registry where there is none.
+    pub(crate) registry: Option<Registry>,
+    pub(crate) scratch_limit: Option<usize>,
+    pub(crate) numerics: Option<NumericsClass>,
+}
+
+/// The implementation that runs a problem.
+#[derive(Clone, Debug)]
+pub struct Selection {
+    pub(crate) backend: Arc<dyn AttentionBackend>,
+    pub(crate) reason: Reason,
+    pub(crate) served: Served,
+}
+
+/// Why an implementation was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Reason {
+    /// It was asked for by name.
+    Named,
+    /// The caller gave its value.
+    Given,
+    /// The first in order of preference that serves the problem.
+    FirstInOrder,
+    /// The first in order of preference that serves the problem, of the numerics class that was asked for.
+    FirstOfClass,
+    /// The first in the caller's list that serves the problem: its place, counted from 1.
+    Preferred(usize),
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Named => f.write_str("asked for by name"),
+            Self::Given => f.write_str("given by the caller"),
+            Self::FirstInOrder => f.write_str("the first in order of preference that serves the problem"),
+            Self::FirstOfClass => {
+                f.write_str("the first in order of preference that serves the problem in the class asked for")
+            }
+            Self::Preferred(place) => {
+                write!(f, "number {place} of the caller's list, the first that serves the problem")
+            }
+        }
+    }
+}
+
+/// What a backend that serves a problem says of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Served {
+    pub(crate) numerics: NumericsClass,
+    pub(crate) scratch_bytes: usize,
+}
+
+/// An implementation to ask, or the name of one that is not there.
+pub(crate) struct Asked {
+    pub(crate) backend: Result<Arc<dyn AttentionBackend>, Refusal>,
+    pub(crate) reason: Reason,
+    /// The class that it must compute in, by the kind of choice.
+    pub(crate) class: Option<NumericsClass>,
+}
+
+impl Selection {
+    /// The implementation.
+    pub fn backend(&self) -> &Arc<dyn AttentionBackend> {
+        &self.backend
+    }
+
+    /// Why it was chosen.
+    pub fn reason(&self) -> Reason {
+        self.reason
+    }
+
+    /// The numerics class that it computes this problem in.
+    pub fn numerics(&self) -> NumericsClass {
+        self.served.numerics
+    }
+
+    /// Bytes of scratch memory that a call takes.
+    pub fn scratch_bytes(&self) -> usize {
+        self.served.scratch_bytes
+    }
+
+    /// The choice in a form to store.
+    pub fn choice(&self, dtype: DType) -> Choice {
+        Choice::Implementation {
+            name: self.backend.name().to_owned(),
+            version: Some(self.backend.version().to_owned()),
+            dtype,
+            numerics: self.served.numerics,
+        }
+    }
+}
+
+/// The class that an automatic choice keeps to.
+fn standard_class(dtype: DType) -> NumericsClass {
+    match dtype {
+        DType::F64 => NumericsClass::F64,
+        DType::F32 => NumericsClass::F32,
+        _ => NumericsClass::HalfF32,
+    }
+}
+
+impl Policy {
+    pub(crate) fn registry(&self) -> &Registry {
+        self.registry.as_ref().unwrap_or_else(|| Registry::shared())
+    }
+
+    /// Whom to ask, in order.
+    pub(crate) fn asked(&self, problem: &Problem) -> Vec<Asked> {
+        let mut asked = Vec::new();
+        self.ask(&self.implementation, None, problem, &mut asked);
+        asked
+    }
+
+    fn ask(
+        &self,
+        implementation: &Implementation,
+        place: Option<usize>,
+        problem: &Problem,
+        asked: &mut Vec<Asked>,
+    ) {
+        let reason = |own: Reason| place.map_or(own, Reason::Preferred);
+        let mut in_order = |class: NumericsClass, own: Reason| {
+            let mut backends = self.registry().backends().to_vec();
+            order(&mut backends, problem, CROSSOVERS);
+            asked.extend(backends.into_iter().map(|backend| Asked {
+                backend: Ok(backend),
+                reason: reason(own),
+                class: Some(class),
+            }));
+        };
+        match implementation {
+            Implementation::Auto => in_order(
+                self.numerics.unwrap_or_else(|| standard_class(problem.dtype())),
+                if self.numerics.is_some() { Reason::FirstOfClass } else { Reason::FirstInOrder },
+            ),
+            Implementation::Numerics(class) => in_order(*class, Reason::FirstOfClass),
+            Implementation::Named(name) => {
+                let missing =
+                    || Refusal::NotRegistered { name: name.to_string(), known: self.registry().names() };
+                let backend = self.registry().get(name).cloned().ok_or_else(missing);
+                asked.push(Asked { backend, reason: reason(Reason::Named), class: None });
+            }
+            Implementation::Exactly(backend) => {
+                let backend = Ok(Arc::clone(backend));
+                asked.push(Asked { backend, reason: reason(Reason::Given), class: None });
+            }
+            Implementation::Prefer(list) => {
+                for (index, implementation) in list.iter().enumerate() {
+                    self.ask(implementation, place.or(Some(index + 1)), problem, asked);
+                }
+            }
+        }
+    }
+
+    /// Whether a backend serves a problem inside the caller's limits. From the cheapest and most telling reason to
+    /// the most particular: device, availability, numerics class, the problem, the scratch limit.
+    pub(crate) fn judge(
+        &self,
+        backend: &dyn AttentionBackend,
+        class: Option<NumericsClass>,
+        problem: &Problem,
+    ) -> Result<Served, Refusal> {
+        let capabilities = backend.capabilities();
+        let name = || backend.name().to_owned();
+        if capabilities.device != problem.device().kind() {
+            let (device, expected) = (problem.device(), capabilities.device);
+            return Err(Unsupported::Device { backend: name(), device, expected }.into());
+        }
+        backend.available()?;
+        let dtype = problem.dtype();
+        // Without a class, the dtype is one that the backend does not take, which `supports` says better.
+        let numerics = capabilities.numerics_of(dtype);
+        for wanted in [class, self.numerics].into_iter().flatten() {
+            if let Some(class) = numerics.filter(|&numerics| numerics != wanted) {
+                return Err(Unsupported::Numerics { backend: name(), dtype, class, wanted }.into());
+            }
+        }
+        backend.supports(problem)?;
+        let supported = || capabilities.numerics.iter().map(|&(dtype, _)| dtype).collect();
+        let numerics =
+            numerics.ok_or_else(|| Unsupported::DType { backend: name(), dtype, supported: supported() })?;
+        let scratch_bytes = backend.scratch_bytes(problem)?;
+        if let Some(limit) = self.scratch_limit.filter(|&limit| scratch_bytes > limit) {
+            return Err(Unsupported::ScratchLimit { backend: name(), needed: scratch_bytes, limit }.into());
+        }
+        Ok(Served { numerics, scratch_bytes })
+    }
+
+    /// The implementation that runs the problem.
+    pub(crate) fn select(&self, problem: &Problem) -> Result<Selection, Error> {
+        let mut refusals = Vec::new();
+        for Asked { backend, reason, class } in self.asked(problem) {
+            let verdict = backend.and_then(|backend| {
+                self.judge(&*backend, class, problem).map(|served| Selection { backend, reason, served })
+            });
+            match verdict {
+                Ok(selection) => {
+                    tracing::debug!(
+                        backend = selection.backend.name(),
+                        version = selection.backend.version(),
+                        numerics = %selection.served.numerics,
+                        scratch_bytes = selection.served.scratch_bytes,
+                        reason = %selection.reason,
+                        "chosen"
+                    );
+                    return Ok(selection);
+                }
+                Err(refusal) => {
+                    tracing::debug!(reason = %refusal, "refused");
+                    refusals.push(refusal);
+                }
+            }
+        }
+        match &self.implementation {
+            // One was asked for: its reason is the error.
+            Implementation::Named(_) | Implementation::Exactly(_) if refusals.len() == 1 => {
+                Err(refusals.remove(0).into())
+            }
+            _ => Err(Error::NoImplementation { problem: problem.to_string(), refusals }),
+        }
+    }
+}

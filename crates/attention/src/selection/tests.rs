@@ -1,0 +1,86 @@
+//! The order of an automatic choice.
+
+use std::sync::Arc;
+
+use attention_core::{
+    AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Dimensions, Error, FeatureSet,
+    ForwardCall, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
+};
+
+use crate::selection::preference::{Crossover, order};
+
+/// A name without an implementation.
+#[derive(Debug)]
+struct Named(&'static str, Capabilities);
+
+impl AttentionBackend for Named {
+    fn name(&self) -> &str {
+        self.0
+    }
+    fn version(&self) -> &str {
+        "0"
+    }
+    fn capabilities(&self) -> &Capabilities {
+        &self.1
+    }
+    fn available(&self) -> Result<(), Unavailable> {
+        Ok(())
+    }
+    fn supports(&self, _: &Problem) -> Result<(), Unsupported> {
+        Ok(())
+    }
+    fn scratch_bytes(&self, _: &Problem) -> Result<usize, Unsupported> {
+        Ok(0)
+    }
+    fn forward(&self, _: ForwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
+        Ok(())
+    }
+    fn backward(&self, _: BackwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+const TABLE: &[Crossover] =
+    &[Crossover { small: "plain", large: "tiled", pass: Pass::Forward, logits_per_head: 64 * 64 }];
+
+fn ordered(names: &[&'static str], length: usize) -> Vec<String> {
+    let capabilities = Capabilities {
+        device: DeviceKind::Cpu,
+        numerics: vec![],
+        forward: PassCapabilities {
+            features: FeatureSet::EMPTY,
+            max_head_dim: None,
+            max_value_head_dim: None,
+        },
+        backward: None,
+        scratch: ScratchGrowth::Constant,
+    };
+    let mut backends: Vec<Arc<dyn AttentionBackend>> =
+        names.iter().map(|name| Arc::new(Named(name, capabilities.clone())) as _).collect();
+    let dims = Dimensions {
+        batch: 1,
+        query_length: length,
+        key_length: length,
+        query_heads: 1,
+        key_heads: 1,
+        head_dim: 8,
+        value_head_dim: 8,
+    };
+    order(&mut backends, &dims.problem(DType::F32).build().unwrap(), TABLE);
+    backends.iter().map(|backend| backend.name().to_owned()).collect()
+}
+
+#[test]
+fn a_crossover_decides_between_its_two() {
+    assert_eq!(ordered(&["tiled", "plain"], 63), ["plain", "tiled"]);
+    assert_eq!(ordered(&["tiled", "plain"], 64), ["tiled", "plain"]);
+    assert_eq!(ordered(&["plain", "tiled"], 63), ["plain", "tiled"]);
+    assert_eq!(ordered(&["plain", "tiled"], 64), ["tiled", "plain"]);
+}
+
+#[test]
+fn others_keep_their_place() {
+    assert_eq!(ordered(&["own", "tiled", "other", "plain"], 8), ["own", "plain", "tiled", "other"]);
+    assert_eq!(ordered(&["own", "plain"], 100), ["own", "plain"]);
+    assert_eq!(ordered(&[], 100), [""; 0]);
+}

@@ -1,0 +1,218 @@
+//! An owned tensor in host memory.
+
+use std::any::Any;
+
+use attention_core::{DType, Dims, Element, InvalidCall, TensorDesc, View, ViewMut};
+use half::{bf16, f16};
+
+use crate::Error;
+
+/// An owned, row-major tensor in host memory: what the facade returns, and one way to hand it inputs.
+///
+/// # Examples
+/// ```
+/// use attention::Tensor;
+///
+/// let tensor = Tensor::from_vec(vec![1.0f32, 2.0, 3.0, 4.0], [1, 2, 1, 2])?;
+/// assert_eq!(tensor.as_slice::<f32>(), Some(&[1.0, 2.0, 3.0, 4.0][..]));
+/// assert_eq!(tensor.as_slice::<f64>(), None);
+/// # Ok::<(), attention::InvalidCall>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    shape: Dims,
+    data: Data,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Data {
+    F64(Vec<f64>),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+    Bool(Vec<bool>),
+}
+
+/// Runs the same expression on the vector of whichever dtype there is.
+macro_rules! with_data {
+    ($data:expr, $vec:ident => $expression:expr) => {
+        match $data {
+            Data::F64($vec) => $expression,
+            Data::F32($vec) => $expression,
+            Data::F16($vec) => $expression,
+            Data::Bf16($vec) => $expression,
+            Data::Bool($vec) => $expression,
+        }
+    };
+}
+
+/// A value as another type, where the two are the same type.
+fn same_type<A: 'static, B: 'static>(value: A) -> Option<B> {
+    let mut slot = Some(value);
+    (&mut slot as &mut dyn Any).downcast_mut::<Option<B>>()?.take()
+}
+
+impl Tensor {
+    /// A tensor of these elements, in row-major order.
+    ///
+    /// # Errors
+    /// [`InvalidCall::BufferLength`] where the shape has another number of elements, [`InvalidCall::Overflow`].
+    pub fn from_vec<T: Element>(data: Vec<T>, shape: impl Into<Dims>) -> Result<Self, InvalidCall> {
+        let shape = shape.into();
+        // The view's checks are the tensor's.
+        View::from_slice(&data, shape)?;
+        let data = match T::DTYPE {
+            DType::F64 => same_type(data).map(Data::F64),
+            DType::F32 => same_type(data).map(Data::F32),
+            DType::F16 => same_type(data).map(Data::F16),
+            DType::Bf16 => same_type(data).map(Data::Bf16),
+            DType::Bool => same_type(data).map(Data::Bool),
+            _ => None,
+        };
+        Ok(Self { shape, data: data.expect("the element types are a closed set, each with its own dtype") })
+    }
+
+    /// A tensor of zeros (of `false` for bool).
+    ///
+    /// # Errors
+    /// [`InvalidCall::Overflow`] inside [`Error::Core`]; [`Error::OutOfMemory`].
+    pub fn zeros<T: Element>(shape: impl Into<Dims>) -> Result<Self, Error> {
+        Self::zeros_of(T::DTYPE, shape.into())
+    }
+
+    /// As [`zeros`](Self::zeros), for a dtype of a checked problem.
+    pub(crate) fn zeros_of(dtype: DType, shape: Dims) -> Result<Self, Error> {
+        let desc = TensorDesc::contiguous(dtype, shape);
+        let overflow = InvalidCall::Overflow { what: "a tensor", shape };
+        desc.span().ok_or_else(|| overflow.clone())?;
+        let count = desc.element_count().ok_or(overflow)?;
+        Ok(Self { shape, data: Data::zeros(dtype, count)? })
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        match self.data {
+            Data::F64(_) => DType::F64,
+            Data::F32(_) => DType::F32,
+            Data::F16(_) => DType::F16,
+            Data::Bf16(_) => DType::Bf16,
+            Data::Bool(_) => DType::Bool,
+        }
+    }
+
+    /// The shape.
+    pub fn shape(&self) -> Dims {
+        self.shape
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        with_data!(&self.data, data => data.len())
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The elements in row-major order, or `None` where they are of another type.
+    pub fn as_slice<T: Element>(&self) -> Option<&[T]> {
+        with_data!(&self.data, data => (data as &dyn Any).downcast_ref::<Vec<T>>()).map(Vec::as_slice)
+    }
+
+    /// The elements in row-major order, to be changed, or `None` where they are of another type.
+    pub fn as_mut_slice<T: Element>(&mut self) -> Option<&mut [T]> {
+        with_data!(&mut self.data, data => (data as &mut dyn Any).downcast_mut::<Vec<T>>())
+            .map(Vec::as_mut_slice)
+    }
+
+    /// The elements in row-major order, without a copy, or the tensor itself where they are of another type.
+    ///
+    /// # Errors
+    /// The tensor, unchanged.
+    pub fn into_vec<T: Element>(self) -> Result<Vec<T>, Self> {
+        if self.dtype() != T::DTYPE {
+            return Err(self);
+        }
+        let data = with_data!(self.data, data => same_type::<_, Vec<T>>(data));
+        Ok(data.expect("one element type has this dtype"))
+    }
+
+    /// A view of the whole tensor.
+    pub fn view(&self) -> View<'_> {
+        with_data!(&self.data, data => View::from_slice(data, self.shape)).expect("checked when it was made")
+    }
+
+    /// A view of the whole tensor, to be written.
+    pub fn view_mut(&mut self) -> ViewMut<'_> {
+        with_data!(&mut self.data, data => ViewMut::from_slice(data, self.shape))
+            .expect("checked when it was made")
+    }
+}
+
+impl Data {
+    /// Asks the allocator for zeroed memory, which it maps when it is first touched, and survives a refusal.
+    fn zeros(dtype: DType, count: usize) -> Result<Self, Error> {
+        let data = match dtype {
+            DType::F64 => bytemuck::try_zeroed_vec(count).map(Self::F64),
+            DType::F32 => bytemuck::try_zeroed_vec(count).map(Self::F32),
+            DType::F16 => bytemuck::try_zeroed_vec(count).map(Self::F16),
+            DType::Bf16 => bytemuck::try_zeroed_vec(count).map(Self::Bf16),
+            DType::Bool => bytemuck::try_zeroed_vec(count).map(Self::Bool),
+            _ => unreachable!("no problem and no element type has dtype {dtype}"),
+        };
+        data.map_err(|()| Error::OutOfMemory { what: "a tensor", bytes: count.saturating_mul(dtype.size()) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round_trip<T: Element + PartialEq + std::fmt::Debug>(values: Vec<T>) {
+        let mut tensor = Tensor::from_vec(values.clone(), [values.len()]).unwrap();
+        assert_eq!(tensor.dtype(), T::DTYPE);
+        assert_eq!(tensor.as_slice::<T>(), Some(&values[..]));
+        assert_eq!(tensor.view().desc(), TensorDesc::contiguous(T::DTYPE, [values.len()]));
+        assert_eq!(tensor.view_mut().desc(), tensor.view().desc());
+        tensor.as_mut_slice::<T>().unwrap()[0] = values[1];
+        assert_eq!(tensor.into_vec::<T>().unwrap()[0], values[1]);
+    }
+
+    #[test]
+    fn every_element_type_goes_in_and_out() {
+        round_trip(vec![1.0f64, 2.0]);
+        round_trip(vec![1.0f32, 2.0]);
+        round_trip(vec![f16::from_f32(1.0), f16::from_f32(2.0)]);
+        round_trip(vec![bf16::from_f32(1.0), bf16::from_f32(2.0)]);
+        round_trip(vec![true, false]);
+    }
+
+    #[test]
+    fn another_type_gets_nothing() {
+        let mut tensor = Tensor::zeros::<f32>([2, 3]).unwrap();
+        assert_eq!((tensor.len(), tensor.is_empty(), tensor.shape()), (6, false, [2, 3].into()));
+        assert!(tensor.as_slice::<f64>().is_none());
+        assert!(tensor.as_mut_slice::<bool>().is_none());
+        assert_eq!(tensor.clone().into_vec::<f64>(), Err(tensor));
+    }
+
+    #[test]
+    fn wrong_sizes_are_errors() {
+        let error = Tensor::from_vec(vec![0.0f32; 5], [2, 3]).unwrap_err();
+        assert_eq!(error.to_string(), "shape [2, 3] has 6 elements, the slice has 5");
+        let error = Tensor::zeros::<f32>([usize::MAX, 2]).unwrap_err();
+        assert!(error.to_string().contains("overflows the address space"), "{error}");
+        // Fits an address space, and no machine.
+        let error = Tensor::zeros::<f64>([1 << 59]).unwrap_err();
+        assert_eq!(error.to_string(), "no memory for a tensor of 4611686018427387904 bytes");
+    }
+
+    #[test]
+    fn empty_tensors_work() {
+        let mut tensor = Tensor::zeros::<f32>([2, 0, 4]).unwrap();
+        assert!(tensor.is_empty());
+        assert!(tensor.view_mut().desc().is_empty());
+        assert_eq!(tensor.into_vec::<f32>(), Ok(vec![]));
+    }
+}

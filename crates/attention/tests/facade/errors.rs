@@ -1,0 +1,213 @@
+//! Every refusal of a call, with its text.
+
+use attention::{Attention, Device, Error, Gradients, InvalidCall, Registry, Role, Tensor, View, ViewMut};
+
+use crate::support::{Toy, numbers, registry};
+
+/// The error of a forward call with these shapes of f32 tensors.
+#[track_caller]
+fn refused<Q, K, V>(call: Attention<'_>, query: Q, key: K, value: V) -> String
+where
+    Q: Into<attention::Dims>,
+    K: Into<attention::Dims>,
+    V: Into<attention::Dims>,
+{
+    let toy = Toy::new("toy").arc();
+    let registry = registry([toy.clone()]);
+    let tensor = |shape: attention::Dims| Tensor::zeros::<f32>(shape).unwrap();
+    let (query, key, value) = (tensor(query.into()), tensor(key.into()), tensor(value.into()));
+    let error = call.registry(&registry).forward_with_lse(&query, &key, &value).unwrap_err();
+    assert_eq!(toy.runs(), 0);
+    error.to_string()
+}
+
+const X: [usize; 4] = [2, 3, 4, 8];
+
+#[test]
+fn ranks() {
+    assert_eq!(
+        refused(Attention::new(), [3, 8], X, X),
+        "invalid call: query has rank 2 (shape [3, 8]), expected rank 4 ([B, T, N, H]) or 3 ([T, N, H])"
+    );
+    assert_eq!(
+        refused(Attention::new(), X, X, [8]),
+        "invalid call: value has rank 1 (shape [8]), expected rank 4 ([B, T, N, H]) or 3 ([T, N, H])"
+    );
+    assert_eq!(
+        refused(Attention::new(), X, [3, 4, 8], X),
+        "invalid call: query [2, 3, 4, 8], key [3, 4, 8] and value [2, 3, 4, 8] have different ranks; all must have \
+         4 ([B, T, N, H]) or all 3 ([T, N, H])"
+    );
+}
+
+#[test]
+fn shapes_and_numbers_come_from_the_core() {
+    assert_eq!(
+        refused(Attention::new(), [2, 3, 5, 8], X, X),
+        "invalid call: 5 query heads are not a multiple of 4 key/value heads"
+    );
+    assert_eq!(
+        refused(Attention::new().scale(f64::NAN), X, X, X),
+        "invalid call: scale is NaN, which is not finite in f32"
+    );
+    assert_eq!(
+        refused(Attention::new().key_value_lengths([3, 4]), X, X, X),
+        "invalid call: key/value length 4 of batch row 1 exceeds the tensor's length 3"
+    );
+    let mask = [true; 2];
+    assert_eq!(
+        refused(Attention::new().mask((&mask, [2])), X, X, X),
+        "invalid call: mask of shape [2] does not broadcast to [2, 4, 3, 3] ([B, N, T, S]): axis 0 must be 1 or 3, is 2"
+    );
+    // Without a batch axis the batch is one row.
+    assert_eq!(
+        refused(Attention::new().query_lengths([3, 3]), [3, 4, 8], [3, 4, 8], [3, 4, 8]),
+        "invalid call: 2 query lengths were given for a batch of 1"
+    );
+}
+
+#[test]
+fn slices_that_do_not_fit_are_named() {
+    let data = vec![0.0f32; 24];
+    let x = (&data, [1, 3, 2, 4]);
+    let registry = registry([Toy::new("toy").arc()]);
+    let call = Attention::new().registry(&registry);
+    let error = call.forward(x, (&data, [1, 3, 2, 5]), x).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: key: shape [1, 3, 2, 5] has 30 elements, the slice has 24");
+    let error = call.clone().bias((&data, [5])).sinks((&data, [1])).forward(x, x, x).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: bias: shape [5] has 5 elements, the slice has 24");
+    let mut out = vec![7.0f32; 23];
+    let error = call.forward_into(x, x, x, (&mut out, [1, 3, 2, 4]), None::<ViewMut>).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: out: shape [1, 3, 2, 4] has 24 elements, the slice has 23");
+    assert!(matches!(error, Error::Input { role: Role::Out, source: InvalidCall::BufferLength { .. } }));
+    assert_eq!(out, [7.0; 23]);
+}
+
+#[test]
+fn outputs_that_do_not_fit_are_refused_before_anything_is_written() {
+    let data = numbers(24, 1);
+    let x = (&data, [1, 3, 2, 4]);
+    let flat = (&data, [3, 2, 4]);
+    let registry = registry([Toy::new("toy").arc()]);
+    let call = Attention::new().registry(&registry);
+    let mut out = vec![7.0f32; 24];
+    let mut lse = vec![7.0f32; 6];
+    let error = call.forward_into(x, x, x, (&mut out, [1, 2, 3, 4]), None::<ViewMut>).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "invalid call: out has shape [1, 2, 3, 4], expected [1, 3, 2, 4] ([B, T, N, Hv])"
+    );
+    let error = call.forward_into(x, x, x, (&mut out, [3, 2, 4]), None::<ViewMut>).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: out has rank 3 (shape [3, 2, 4]), expected rank 4");
+    let error = call.forward_into(flat, flat, flat, (&mut out, [1, 3, 2, 4]), None::<ViewMut>).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "invalid call: out has rank 4 (shape [1, 3, 2, 4]), expected rank 3, as the query has no batch axis"
+    );
+    let error =
+        call.forward_into(flat, flat, flat, (&mut out, [3, 2, 4]), Some((&mut lse, [1, 3, 2]))).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "invalid call: lse has rank 3 (shape [1, 3, 2]), expected rank 2, as the query has no batch axis"
+    );
+    let mut wide = vec![7.0f64; 24];
+    let error = call.forward_into(x, x, x, (&mut wide, [1, 3, 2, 4]), None::<ViewMut>).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: out has dtype f64, expected f32");
+    assert!(out.iter().chain(&lse).all(|&x| x == 7.0));
+}
+
+#[test]
+fn backward_calls() {
+    let data = numbers(24, 1);
+    let (x, flat) = ((&data, [1, 3, 2, 4]), (&data, [3, 2, 4]));
+    let registry = registry([Toy::new("toy").arc()]);
+    let call = Attention::new().registry(&registry);
+    let forward = call.forward_with_lse(x, x, x).unwrap();
+    let error = call.backward(x, x, x, &forward, (&data, [1, 3, 4, 2])).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "invalid call: d_out has shape [1, 3, 4, 2], expected [1, 3, 2, 4] ([B, T, N, Hv])"
+    );
+    let error = call.backward_recompute(flat, flat, flat, x).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "invalid call: d_out has rank 4 (shape [1, 3, 2, 4]), expected rank 3, as the query has no batch axis"
+    );
+    let error = call.backward(flat, flat, flat, &forward, flat).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "invalid call: out has rank 4 (shape [1, 3, 2, 4]), expected rank 3, as the query has no batch axis"
+    );
+    let error = call.clone().gradients(Gradients::BIAS).backward(x, x, x, &forward, x).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: dbias was asked for, the problem has no bias");
+    let error = call.clone().gradients(Gradients::NONE).backward(x, x, x, &forward, x).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: no gradient was asked for");
+    let d_lse = [0.0f32; 5];
+    let error = call.clone().d_lse((&d_lse, [1, 5, 1])).backward(x, x, x, &forward, x).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: d_lse has shape [1, 5, 1], expected [1, 3, 2] ([B, T, N])");
+}
+
+/// A view that claims to be in the memory of a CUDA device. Nothing here looks at its elements.
+fn on_cuda(view: View<'_>, ordinal: u32) -> View<'_> {
+    // SAFETY: the pointer, lifetime and description are those of a live view, and no backend of these tests takes
+    // memory of a device, so nobody follows the pointer.
+    unsafe { View::from_raw_parts(view.as_ptr(), Device::Cuda(ordinal), view.desc()) }.unwrap()
+}
+
+#[test]
+fn devices() {
+    let data = Tensor::zeros::<f32>(X).unwrap();
+    let host = data.view();
+    let device = on_cuda(host, 1);
+    let registry = registry([Toy::new("toy").arc()]);
+    let call = Attention::new().registry(&registry);
+    let error = call.forward(host, device, host).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: key is on cuda:1, the call is on cpu");
+    let error = call.forward(device, device, on_cuda(host, 0)).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: value is on cuda:0, the call is on cuda:1");
+    let mask = Tensor::zeros::<bool>([1]).unwrap();
+    let error = call.clone().mask(&mask).forward(device, device, device).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: mask is on cpu, the call is on cuda:1");
+    for error in [
+        call.forward(device, device, device).unwrap_err(),
+        call.forward_with_lse(device, device, device).unwrap_err(),
+    ] {
+        assert_eq!(
+            error.to_string(),
+            "the call is on cuda:1, and outputs are allocated in host memory only: give it memory there with \
+             `forward_into`"
+        );
+    }
+    let error = call.backward_recompute(device, device, device, device).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the call is on cuda:1, and outputs are allocated in host memory only: give it memory there with \
+         `backward_into`"
+    );
+    let mut out = Tensor::zeros::<f32>(X).unwrap();
+    let error = call.forward_into(device, device, device, &mut out, None::<ViewMut>).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: out is on cpu, the call is on cuda:1");
+}
+
+#[test]
+fn an_output_larger_than_any_memory_is_an_error() {
+    // One query seen 2^56 times by stride 0: the problem is fine, its output is not.
+    let x = [1.0f32; 4];
+    let key = (&x, [1, 1, 1, 4]);
+    let query = View::from_slice(&x, [1, 1, 1, 4]).unwrap().expand([1, 1 << 56, 1, 4]).unwrap();
+    let registry = registry([Toy::new("toy").arc()]);
+    let error = Attention::new().registry(&registry).forward(query, key, key).unwrap_err();
+    assert_eq!(error.to_string(), "no memory for a tensor of 1152921504606846976 bytes");
+}
+
+#[test]
+fn a_build_without_implementations_says_so() {
+    let x = Tensor::zeros::<f32>(X).unwrap();
+    let call = Attention::new().registry(&Registry::empty());
+    assert_eq!(
+        call.forward(&x, &x, &x).unwrap_err().to_string(),
+        "no implementation serves: forward f32 B2 T3 S3 N4 K4 H8 on cpu (none is registered)"
+    );
+    let error = call.implementation("cpu").forward(&x, &x, &x).unwrap_err();
+    assert_eq!(error.to_string(), "no implementation is named 'cpu'; none is registered");
+}

@@ -1,0 +1,13 @@
+//! The facade: what a user can ask for, what reaches the implementation, and what is said when nothing can.
+
+#![allow(missing_docs)]
+
+mod backward;
+mod errors;
+mod inputs;
+mod options;
+mod selection;
+#[cfg(feature = "serde")]
+mod stored;
+mod support;
+mod traced;

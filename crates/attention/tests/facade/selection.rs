@@ -1,0 +1,305 @@
+//! Which implementation runs, which are refused, and the reasons given.
+
+use std::sync::Arc;
+
+use attention::{
+    Attention, AttentionBackend, Cause, Choice, DType, DeviceKind, Dimensions, Error, Implementation,
+    NumericsClass, Problem, Reason, Refusal, Registry, Tensor, Unsupported, Verdict,
+};
+
+use crate::support::{Toy, registry};
+
+fn x() -> Tensor {
+    Tensor::zeros::<f32>([1, 2, 2, 4]).unwrap()
+}
+
+fn problem() -> Problem {
+    let dims = Dimensions {
+        batch: 1,
+        query_length: 2,
+        key_length: 2,
+        query_heads: 2,
+        key_heads: 2,
+        head_dim: 4,
+        value_head_dim: 4,
+    };
+    dims.problem(DType::F32).build().unwrap()
+}
+
+/// One of each kind that an automatic choice passes over, then two that serve.
+fn crowd() -> Registry {
+    let mut narrow = Toy::new("narrow");
+    narrow.capabilities.forward.max_head_dim = Some(2);
+    registry([
+        Toy::new("gpu").device(DeviceKind::Cuda).arc(),
+        Toy::new("lib").missing("libtoy is missing", &["libtoy.so.1", "libtoy.so"]).arc(),
+        Toy::new("tf32").numerics(&[(DType::F32, NumericsClass::Tf32)]).arc(),
+        Toy::new("half").numerics(&[(DType::F16, NumericsClass::HalfF32)]).arc(),
+        narrow.arc(),
+        Toy::new("hungry").scratch(1001).arc(),
+        Toy::new("first").scratch(1000).arc(),
+        Toy::new("second").arc(),
+    ])
+}
+
+const REFUSALS: [(&str, Cause, &str); 6] = [
+    ("gpu", Cause::Device, "gpu works on cuda memory, the call is on cpu"),
+    ("lib", Cause::Unavailable, "lib is not available: libtoy is missing; looked for libtoy.so.1, libtoy.so"),
+    ("tf32", Cause::Numerics, "tf32 computes f32 in class Tf32, class F32 was asked for"),
+    ("half", Cause::Unsupported, "half does not take f32 operands, only f16"),
+    ("narrow", Cause::Unsupported, "narrow needs head dimension at most 2, the call has 4"),
+    ("hungry", Cause::ScratchLimit, "hungry needs 1001 bytes of scratch, the limit is 1000"),
+];
+
+#[test]
+fn auto_takes_the_first_that_serves() {
+    let registry = crowd();
+    let call = Attention::new().registry(&registry).scratch_limit(1000);
+    let selection = call.select(&problem()).unwrap();
+    assert_eq!(selection.backend().name(), "first");
+    assert_eq!(selection.reason(), Reason::FirstInOrder);
+    assert_eq!((selection.numerics(), selection.scratch_bytes()), (NumericsClass::F32, 1000));
+    // Without the limit, the hungry one is first.
+    let call = call.scratch_limit(None);
+    assert_eq!(call.select(&problem()).unwrap().backend().name(), "hungry");
+    assert!(call.forward(&x(), &x(), &x()).is_ok());
+}
+
+#[test]
+fn an_explanation_has_every_verdict_and_reason() {
+    let registry = crowd();
+    let explanation =
+        Attention::new().registry(&registry).scratch_limit(1000).explain(&x(), &x(), &x()).unwrap();
+    for (name, cause, reason) in REFUSALS {
+        let candidate = explanation.candidate(name).unwrap();
+        assert_eq!(candidate.verdict, Verdict::Refused(cause), "{name}");
+        assert_eq!(candidate.reason, reason);
+    }
+    let chosen = explanation.chosen().unwrap();
+    assert_eq!((chosen.name.as_str(), chosen.verdict), ("first", Verdict::Chosen(Reason::FirstInOrder)));
+    assert_eq!(explanation.candidate("second").unwrap().verdict, Verdict::Eligible);
+    let expected = "\
+forward f32 B1 T2 S2 N2 K2 H4 on cpu
+asked for: auto, with at most 1000 B of scratch
+implementation  version  device  verdict   class  scratch  reason
+--------------  -------  ------  --------  -----  -------  --------------------------------------------------------------------------
+gpu             1.2.3    cuda    refused   F32    -        gpu works on cuda memory, the call is on cpu
+lib             1.2.3    cpu     refused   F32    -        lib is not available: libtoy is missing; looked for libtoy.so.1, libtoy.so
+tf32            1.2.3    cpu     refused   Tf32   -        tf32 computes f32 in class Tf32, class F32 was asked for
+half            1.2.3    cpu     refused   -      -        half does not take f32 operands, only f16
+narrow          1.2.3    cpu     refused   F32    -        narrow needs head dimension at most 2, the call has 4
+hungry          1.2.3    cpu     refused   F32    -        hungry needs 1001 bytes of scratch, the limit is 1000
+first           1.2.3    cpu     chosen    F32    1000 B   the first in order of preference that serves the problem
+second          1.2.3    cpu     eligible  F32    0 B      first comes before it";
+    assert_eq!(explanation.to_string(), expected);
+}
+
+#[test]
+fn a_named_one_runs_or_fails_with_its_reason() {
+    let registry = crowd();
+    let named =
+        |name: &'static str| Attention::new().registry(&registry).scratch_limit(1000).implementation(name);
+    for (name, cause, reason) in REFUSALS {
+        match cause {
+            // Asked for by name, a class is the caller's own decision.
+            Cause::Numerics => assert!(named(name).forward(&x(), &x(), &x()).is_ok()),
+            _ => assert_eq!(named(name).forward(&x(), &x(), &x()).unwrap_err().to_string(), reason),
+        }
+    }
+    let error = named("lib").forward(&x(), &x(), &x()).unwrap_err();
+    assert!(matches!(error, Error::Core(attention::core::Error::Unavailable(_))));
+    let error = named("gpu").forward(&x(), &x(), &x()).unwrap_err();
+    assert!(matches!(error, Error::Core(attention::core::Error::Unsupported(Unsupported::Device { .. }))));
+    assert_eq!(named("second").select(&problem()).unwrap().reason(), Reason::Named);
+    let error = named("cudnn").forward(&x(), &x(), &x()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "no implementation is named 'cudnn'; there are: gpu, lib, tf32, half, narrow, hungry, first, second"
+    );
+    // What it says in a table: the others would serve, and were not asked for.
+    let explanation = named("cudnn").explain_problem(&problem());
+    assert_eq!((explanation.chosen(), explanation.asked_for.as_str()), (None, "cudnn"));
+    assert_eq!(explanation.candidates[0].verdict, Verdict::Refused(Cause::NotRegistered));
+    assert_eq!(explanation.candidate("second").unwrap().reason, "not asked for");
+    assert_eq!(explanation.candidates.len(), 9);
+}
+
+#[test]
+fn a_class_holds_for_every_way_of_asking() {
+    let registry = crowd();
+    let call = Attention::new().registry(&registry);
+    let tf32 = call.clone().numerics(NumericsClass::Tf32);
+    let selection = tf32.select(&problem()).unwrap();
+    assert_eq!((selection.backend().name(), selection.reason()), ("tf32", Reason::FirstOfClass));
+    let by_class = call.clone().implementation(NumericsClass::Tf32);
+    assert_eq!(by_class.select(&problem()).unwrap().backend().name(), "tf32");
+    let error = tf32.clone().implementation("first").select(&problem()).unwrap_err();
+    assert_eq!(error.to_string(), "first computes f32 in class F32, class Tf32 was asked for");
+    let error = by_class.numerics(NumericsClass::F32).select(&problem()).unwrap_err();
+    assert!(matches!(error, Error::NoImplementation { .. }));
+    let explanation = tf32.explain_problem(&problem());
+    assert!(explanation.to_string().contains("asked for: auto, in class Tf32\n"), "{explanation}");
+}
+
+#[test]
+fn a_list_goes_in_order_and_no_further() {
+    let registry = crowd();
+    let call = Attention::new().registry(&registry);
+    let listed = call.clone().implementation(["cudnn", "gpu", "second", "first"]);
+    let selection = listed.select(&problem()).unwrap();
+    assert_eq!((selection.backend().name(), selection.reason()), ("second", Reason::Preferred(3)));
+    let explanation = listed.explain_problem(&problem());
+    assert_eq!(
+        explanation.chosen().unwrap().reason,
+        "number 3 of the caller's list, the first that serves the problem"
+    );
+    assert_eq!(explanation.asked_for, "the first of cudnn, gpu, second, first");
+    assert_eq!(explanation.candidate("first").unwrap().reason, "second comes before it");
+    assert_eq!(explanation.candidate("hungry").unwrap().reason, "not asked for");
+
+    let error = call.clone().implementation(vec!["gpu", "narrow"]).select(&problem()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "no implementation serves: forward f32 B1 T2 S2 N2 K2 H4 on cpu\n  gpu works on cuda memory, the call is on \
+         cpu\n  narrow needs head dimension at most 2, the call has 4"
+    );
+    let Error::NoImplementation { refusals, .. } = error else { unreachable!() };
+    assert!(matches!(&refusals[1], Refusal::Unsupported(Unsupported::Limit { .. })));
+    // Anything can be in the list, an automatic choice too.
+    let toy: Arc<dyn AttentionBackend> = Toy::new("own").device(DeviceKind::Cuda).arc();
+    let mixed = vec![Implementation::from(toy), Implementation::Auto];
+    let selection = call.implementation(Implementation::Prefer(mixed)).select(&problem()).unwrap();
+    assert_eq!((selection.backend().name(), selection.reason()), ("hungry", Reason::Preferred(2)));
+}
+
+#[test]
+fn a_third_party_joins_by_value() {
+    let own = Toy::new("own").arc();
+    // Without joining: given as it is.
+    let exactly = Attention::new().implementation(own.clone());
+    assert_eq!(exactly.select(&problem()).unwrap().reason(), Reason::Given);
+    exactly.forward(&x(), &x(), &x()).unwrap();
+    assert_eq!(own.runs(), 1);
+    let explanation = exactly.explain_problem(&problem());
+    assert_eq!(explanation.asked_for, "exactly own 1.2.3");
+    assert_eq!(explanation.chosen().unwrap().reason, "given by the caller");
+    // Its refusal is the call's error.
+    let gpu = Toy::new("gpu").device(DeviceKind::Cuda).arc();
+    let error = Attention::new().implementation(gpu).forward(&x(), &x(), &x()).unwrap_err();
+    assert_eq!(error.to_string(), "gpu works on cuda memory, the call is on cpu");
+
+    // Joined: found by name, and automatically where it comes first.
+    let registry = Registry::default().with(own.clone());
+    assert_eq!(registry.names().last().map(String::as_str), Some("own"));
+    let call = Attention::new().registry(&registry).implementation(String::from("own"));
+    assert_eq!(call.select(&problem()).unwrap().backend().name(), "own");
+    let registry = Registry::default().with_preferred(own);
+    let selection = Attention::new().registry(&registry).select(&problem()).unwrap();
+    assert_eq!(selection.backend().name(), "own");
+}
+
+#[test]
+fn a_name_stands_for_one_implementation() {
+    let mut registry = registry([Toy::new("a").arc(), Toy::new("b").arc()]);
+    let mut configured = Toy::new("a");
+    configured.version = "2".to_owned();
+    let replaced = registry.register(configured.arc()).unwrap();
+    assert_eq!(replaced.version(), "1.2.3");
+    assert_eq!(registry.get("a").unwrap().version(), "2");
+    assert_eq!(registry.names(), ["a", "b"]);
+    assert_eq!(registry.clone().with_preferred(Toy::new("b").arc()).names(), ["b", "a"]);
+    assert!(registry.get("c").is_none());
+    assert_eq!(registry.backends().len(), 2);
+}
+
+#[test]
+fn scratch_is_given_as_asked_for() {
+    // The toy checks that it gets what it asked for.
+    for bytes in [0, 1, 64, 100_000] {
+        let registry = registry([Toy::new("toy").scratch(bytes).arc()]);
+        Attention::new().registry(&registry).forward(&x(), &x(), &x()).unwrap();
+        Attention::new().registry(&registry).backward_recompute(&x(), &x(), &x(), &x()).unwrap();
+    }
+    let registry = registry([Toy::new("toy").scratch(usize::MAX / 2).arc()]);
+    let error = Attention::new().registry(&registry).forward(&x(), &x(), &x()).unwrap_err();
+    assert_eq!(error.to_string(), format!("no memory for scratch of {} bytes", usize::MAX / 2));
+    let error = Attention::new()
+        .registry(&registry)
+        .scratch_limit(1 << 30)
+        .implementation("toy")
+        .forward(&x(), &x(), &x())
+        .unwrap_err();
+    assert!(error.to_string().ends_with("bytes of scratch, the limit is 1073741824"), "{error}");
+}
+
+#[test]
+fn a_choice_moves_to_another_machine_or_says_why_not() {
+    let here = registry([Toy::new("fast").arc(), Toy::new("toy").arc()]);
+    let call = Attention::new().registry(&here);
+    let choice = call.select(&problem()).unwrap().choice(DType::F32);
+    assert_eq!(
+        choice,
+        Choice::Implementation {
+            name: "fast".to_owned(),
+            version: Some("1.2.3".to_owned()),
+            dtype: DType::F32,
+            numerics: NumericsClass::F32,
+        }
+    );
+    assert_eq!(call.explain_problem(&problem()).choice, Some(choice.clone()));
+    assert_eq!(call.clone().choice(&choice).unwrap().select(&problem()).unwrap().backend().name(), "fast");
+
+    let without = registry([Toy::new("toy").arc()]);
+    let error = without.resolve(&choice).unwrap_err();
+    assert_eq!(error.to_string(), "no implementation is named 'fast'; there are: toy");
+    let other_class = registry([Toy::new("fast").numerics(&[(DType::F32, NumericsClass::Tf32)]).arc()]);
+    let error = other_class.resolve(&choice).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the stored choice has fast computing f32 in class F32, here it computes in class Tf32"
+    );
+    let other_dtype = registry([Toy::new("fast").numerics(&[(DType::F64, NumericsClass::F64)]).arc()]);
+    let error = other_dtype.resolve(&choice).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the stored choice has fast computing f32 in class F32, here fast does not take f32"
+    );
+    let mut newer = Toy::new("fast");
+    newer.version = "2.0.0".to_owned();
+    let newer = registry([newer.arc()]);
+    let error = newer.resolve(&choice).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the stored choice is for fast 1.2.3, here is version 2.0.0 (a choice without a version takes any)"
+    );
+    assert!(newer.resolve(&choice.any_version()).is_ok());
+}
+
+#[test]
+fn a_stored_class_takes_any_of_that_class() {
+    let choice = Choice::Numerics(NumericsClass::F32);
+    assert_eq!(choice.numerics(), NumericsClass::F32);
+    let tf32 = || Toy::new("tf32").numerics(&[(DType::F32, NumericsClass::Tf32)]).arc();
+    let here = registry([tf32(), Toy::new("toy").arc()]);
+    let call = Attention::new().registry(&here).choice(&choice).unwrap();
+    assert_eq!(call.select(&problem()).unwrap().backend().name(), "toy");
+    let error = registry([tf32()]).resolve(&choice).unwrap_err();
+    assert_eq!(error.to_string(), "no implementation here computes in class F32; there are: tf32");
+}
+
+#[test]
+#[cfg(feature = "cpu")]
+fn the_default_registry_has_the_cpu() {
+    assert_eq!(Registry::shared().names(), ["cpu"]);
+    let explanation = attention::explain(&problem());
+    assert_eq!(explanation.chosen().unwrap().name, "cpu");
+    assert_eq!(explanation.chosen().unwrap().numerics, Some(NumericsClass::F32));
+}
+
+#[test]
+#[cfg(not(feature = "cpu"))]
+fn a_build_without_features_has_no_implementation() {
+    assert!(Registry::shared().names().is_empty());
+    let text = attention::explain(&problem()).to_string();
+    assert!(text.ends_with("no implementation is registered"), "{text}");
+}

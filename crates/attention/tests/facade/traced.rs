@@ -1,0 +1,55 @@
+//! What `tracing` sees of a call.
+
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+
+use attention::{Attention, DeviceKind, Tensor};
+
+use crate::support::{Toy, registry};
+
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_call_is_a_span_and_its_choice_an_event() {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG)
+        .with_span_events(tracing_subscriber::fmt::format::FmtSpan::CLOSE)
+        .with_ansi(false)
+        .without_time()
+        .with_writer(move || writer.clone())
+        .finish();
+    let registry =
+        registry([Toy::new("gpu").device(DeviceKind::Cuda).arc(), Toy::new("toy").scratch(64).arc()]);
+    let x = Tensor::zeros::<f32>([1, 2, 2, 4]).unwrap();
+    tracing::subscriber::with_default(subscriber, || {
+        Attention::new().registry(&registry).causal(true).forward(&x, &x, &x).unwrap();
+    });
+    let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    let lines: Vec<_> = text.lines().collect();
+    let span = "attention{problem=forward f32 B1 T2 S2 N2 K2 H4 on cpu, causal";
+    assert_eq!(lines.len(), 3, "{text}");
+    assert!(
+        lines[0].contains(span) && lines[0].contains("refused reason=gpu works on cuda memory"),
+        "{text}"
+    );
+    assert!(
+        lines[1].contains(
+            "chosen backend=\"toy\" version=\"1.2.3\" numerics=F32 scratch_bytes=64 reason=the first"
+        ),
+        "{text}"
+    );
+    assert!(lines[2].contains("backend=\"toy\"}") && lines[2].contains("close"), "{text}");
+}
