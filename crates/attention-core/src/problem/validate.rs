@@ -14,12 +14,10 @@ pub(super) fn problem(mut spec: Spec) -> Result<Problem, InvalidCall> {
     numbers(&spec, dtype)?;
     sequences(&spec.sequences, dims)?;
     dropout(&spec, dims)?;
-    results(&mut spec, dims, dtype)?;
-    for (desc, role) in
-        spec.tensors.iter().zip(Role::ALL).filter_map(|(desc, role)| Some((desc.as_ref()?, role)))
-    {
-        desc.span().ok_or(InvalidCall::Overflow { what: role.name(), shape: desc.shape() })?;
+    for (role, desc) in Role::ALL.into_iter().zip(&spec.tensors).filter(|(role, _)| *role < Role::Out) {
+        desc.as_ref().map_or(Ok(()), |desc| fits(role, desc))?;
     }
+    results(&mut spec, dims, dtype)?;
     let scale = spec.scale.unwrap_or_else(|| FloatBits::new(1.0 / (dims.head_dim as f64).sqrt()));
     Ok(Problem { spec, dims, dtype, scale })
 }
@@ -71,9 +69,25 @@ fn operands(spec: &Spec) -> Result<(Dimensions, DType), InvalidCall> {
     if query_heads.checked_rem(key_heads).unwrap_or(query_heads) != 0 {
         return Err(InvalidCall::HeadsNotDivisible { query_heads, key_heads });
     }
-    element_count(&dims.logits())
-        .ok_or(InvalidCall::Overflow { what: "the logits [B, N, T, S]", shape: dims.logits().into() })?;
+    if !countable(&dims.logits()) {
+        return Err(InvalidCall::Overflow { what: "the logits [B, N, T, S]", shape: dims.logits().into() });
+    }
     Ok((dims, dtype))
+}
+
+/// Whether the elements can be counted, taking sizes of zero for one: backends may then multiply any of the sizes
+/// without overflow, also where another axis makes the tensor empty.
+fn countable(shape: &[usize]) -> bool {
+    let mut sizes = Dims::from([1; 4]);
+    for (size, &given) in sizes.iter_mut().zip(shape) {
+        *size = given.max(1);
+    }
+    element_count(&sizes).is_some()
+}
+
+fn fits(role: Role, desc: &TensorDesc) -> Result<(), InvalidCall> {
+    let fits = desc.span().is_some() && countable(&desc.shape());
+    fits.then_some(()).ok_or(InvalidCall::Overflow { what: role.name(), shape: desc.shape() })
 }
 
 fn axes(desc: &TensorDesc) -> [usize; 4] {
@@ -200,8 +214,7 @@ fn dropout(spec: &Spec, dims: Dimensions) -> Result<(), InvalidCall> {
     for (what, value) in [
         ("query rows T", dims.query_length),
         ("keys S", dims.key_length),
-        // The logits' element count was checked, so this product is small enough unless T or S is 0.
-        ("batch rows times heads B*N", dims.batch.saturating_mul(dims.query_heads)),
+        ("batch rows times heads B*N", dims.batch * dims.query_heads),
     ] {
         if u32::try_from(value).is_err() {
             return Err(InvalidCall::DropoutCounter { what, value });
@@ -215,9 +228,15 @@ fn results(spec: &mut Spec, dims: Dimensions, dtype: DType) -> Result<(), Invali
     let out = Dims::from([dims.batch, dims.query_length, dims.query_heads, dims.value_head_dim]);
     let lse = Dims::from([dims.batch, dims.query_length, dims.query_heads]);
     let accumulator = dtype.accumulator();
-    spec.gradients = spec.gradients.known();
 
     let backward = spec.pass == Pass::Backward;
+    if backward {
+        // Always read, so that problems that do the same are equal.
+        spec.lse = true;
+    } else {
+        // The builder cannot ask for these, a stored problem can.
+        spec.gradients = Gradients::NONE;
+    }
     if backward && spec.gradients.is_empty() {
         return Err(InvalidCall::NoGradient);
     }
@@ -268,6 +287,8 @@ fn results(spec: &mut Spec, dims: Dimensions, dtype: DType) -> Result<(), Invali
             return Err(InvalidCall::Rank { role, rank: desc.rank(), shape: desc.shape(), expected });
         }
         expect_shape(role, desc, shape, why)?;
+        // The strides of a default layout saturate where they overflow.
+        fits(role, desc)?;
         if written(role) && desc.may_overlap_itself() {
             return Err(InvalidCall::SelfOverlap { shape: desc.shape(), strides: desc.strides() });
         }
