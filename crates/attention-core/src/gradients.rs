@@ -14,7 +14,7 @@ use crate::Role;
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(transparent))]
+#[cfg_attr(feature = "serde", serde(try_from = "Vec<Role>", into = "Vec<Role>"))]
 pub struct Gradients(u8);
 
 impl Gradients {
@@ -48,11 +48,6 @@ impl Gradients {
         Self(self.0 & !other.0)
     }
 
-    /// The set without bits that stand for no gradient (a stored set may come from elsewhere).
-    pub(crate) const fn known(self) -> Self {
-        Self(self.0 & 31)
-    }
-
     /// The single gradients of the set, with the role of the tensor that each is written to.
     pub fn iter(self) -> impl Iterator<Item = (Self, Role)> {
         [
@@ -72,6 +67,25 @@ impl std::ops::BitOr for Gradients {
 
     fn bitor(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+}
+
+impl TryFrom<Vec<Role>> for Gradients {
+    type Error = String;
+
+    /// The gradients that are written to the tensors of these roles.
+    fn try_from(roles: Vec<Role>) -> Result<Self, String> {
+        let all = Self::QKV | Self::BIAS | Self::SINKS;
+        roles.into_iter().try_fold(Self::NONE, |set, role| {
+            let single = all.iter().find(|&(_, written)| written == role).map(|(single, _)| single);
+            single.map(|single| set | single).ok_or_else(|| format!("{role} is not a gradient of an input"))
+        })
+    }
+}
+
+impl From<Gradients> for Vec<Role> {
+    fn from(set: Gradients) -> Self {
+        set.iter().map(|(_, role)| role).collect()
     }
 }
 

@@ -1,6 +1,8 @@
 //! A call without its data, checked once.
 
 mod builder;
+#[cfg(feature = "serde")]
+mod by_role;
 mod geometry;
 mod validate;
 
@@ -53,7 +55,7 @@ pub struct Dimensions {
 }
 
 impl Dimensions {
-    /// `G = N / K`: how many query heads share a key/value head. 1 where there are no heads.
+    /// `G = N / K`: how many query heads share a key/value head. 1 where there are no key/value heads.
     pub fn group_size(&self) -> usize {
         self.query_heads.checked_div(self.key_heads).unwrap_or(1)
     }
@@ -78,9 +80,12 @@ impl std::fmt::Display for Dimensions {
 /// Everything of a problem that is given rather than derived. `Problem` holds a checked one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+// An option that this version does not know is an error, not ignored.
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 struct Spec {
     pass: Pass,
     device: Device,
+    #[cfg_attr(feature = "serde", serde(with = "by_role"))]
     tensors: [Option<TensorDesc>; Role::COUNT],
     scale: Option<FloatBits>,
     causal: bool,
