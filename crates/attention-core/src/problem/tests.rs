@@ -1,3 +1,31 @@
-//! Problems: what is accepted, what is refused, and what they say of themselves.
+//! Problems: what they say of themselves, what is accepted, and how they compare and are stored.
+//! What is refused, with which words, is in `error/tests`.
 
+mod accepted;
+mod defaults;
+mod features;
 mod geometry;
+mod identity;
+#[cfg(feature = "serde")]
+mod stored;
+
+use crate::{DType, Dimensions, Problem, ProblemBuilder};
+
+/// B = 2, T = 3, S = 5, N = 4, K = 4, H = Hv = 8.
+const DIMS: Dimensions = Dimensions {
+    batch: 2,
+    query_length: 3,
+    key_length: 5,
+    query_heads: 4,
+    key_heads: 4,
+    head_dim: 8,
+    value_head_dim: 8,
+};
+
+fn builder() -> ProblemBuilder {
+    DIMS.problem(DType::F32)
+}
+
+fn built(builder: ProblemBuilder) -> Problem {
+    builder.build().unwrap()
+}
