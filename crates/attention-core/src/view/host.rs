@@ -106,6 +106,40 @@ impl<'a, T: Copy> HostView<'a, T> {
         Row { span: self.span, origin, stride: self.strides[last], len }
     }
 
+    /// The view at `index` of `axis`, without that axis.
+    ///
+    /// # Panics
+    /// Where the view has no such axis or the axis no such index.
+    pub fn index_axis(&self, axis: usize, index: usize) -> Self {
+        assert!(
+            self.shape.get(axis).is_some_and(|&size| index < size),
+            "index {index} of axis {axis} outside shape {}",
+            self.shape
+        );
+        let origin = if self.shape.contains(&0) {
+            self.origin
+        } else {
+            self.origin.wrapping_add_signed((index as isize).wrapping_mul(self.strides[axis]))
+        };
+        let (shape, strides) = (self.shape.without(axis), self.strides.without(axis));
+        Self { span: self.span, origin, shape, strides }
+    }
+
+    /// Row `index` of a view of two axes: [`row`](Self::row) without the loop over axes, for inner loops.
+    ///
+    /// # Panics
+    /// Where the view has another rank or fewer rows.
+    #[inline(always)]
+    pub fn matrix_row(&self, index: usize) -> Row<'a, T> {
+        let &[rows, len] = &self.shape[..] else {
+            panic!("row {index} of a view of shape {}, which is no matrix", self.shape)
+        };
+        assert!(index < rows, "row {index} outside shape {}", self.shape);
+        let offset = (index as isize).wrapping_mul(self.strides[0]);
+        let origin = if len == 0 { 0 } else { self.origin.wrapping_add_signed(offset) };
+        Row { span: self.span, origin, stride: self.strides[1], len }
+    }
+
     /// The elements over two axes of a view, as a slice that starts at the first of them with the row and column
     /// strides, or `None` where a stride is negative or there are none. For matrix products that take strides.
     ///

@@ -1,0 +1,75 @@
+//! Small tensors of any float dtype: bias rows, ALiBi slopes and sinks.
+
+use attention_core::{DType, HostView, Row, Scalar, View};
+use half::{bf16, f16};
+
+use crate::elementary::Compute;
+
+/// A tensor of any float dtype that the logits take numbers from.
+#[derive(Clone, Copy)]
+pub(crate) enum AnyFloat<'a> {
+    F64(HostView<'a, f64>),
+    F32(HostView<'a, f32>),
+    F16(HostView<'a, f16>),
+    Bf16(HostView<'a, bf16>),
+}
+
+impl<'a> AnyFloat<'a> {
+    /// Of a view in host memory with a float dtype, which a checked call guarantees.
+    pub(crate) fn new(view: View<'a>) -> Self {
+        let typed = match view.desc().dtype() {
+            DType::F64 => view.host().map(Self::F64),
+            DType::F32 => view.host().map(Self::F32),
+            DType::F16 => view.host().map(Self::F16),
+            DType::Bf16 => view.host().map(Self::Bf16),
+            _ => None,
+        };
+        typed.unwrap_or_else(|| {
+            unreachable!("a checked call has float tensors in host memory, got {}", view.desc())
+        })
+    }
+
+    /// One number.
+    pub(crate) fn at<C: Compute>(&self, index: &[usize]) -> C {
+        match self {
+            Self::F64(view) => C::from_f64(view.at(index)),
+            Self::F32(view) => C::from_f32(view.at(index)),
+            Self::F16(view) => C::from_f32(view.at(index).to_f32()),
+            Self::Bf16(view) => C::from_f32(view.at(index).to_f32()),
+        }
+    }
+
+    /// Adds the numbers of a row from `start` on to `logits`; a row of one number is the same for every key.
+    #[inline(always)]
+    pub(crate) fn add_row<C: Compute>(&self, leading: [usize; 3], start: usize, logits: &mut [C]) {
+        match self {
+            Self::F64(view) => add_row(view.row(&leading), start, logits, C::from_f64),
+            Self::F32(view) => add_row(view.row(&leading), start, logits, C::from_f32),
+            Self::F16(view) => add_row(view.row(&leading), start, logits, |x| C::from_f32(x.to_f32())),
+            Self::Bf16(view) => add_row(view.row(&leading), start, logits, |x| C::from_f32(x.to_f32())),
+        }
+    }
+}
+
+#[inline(always)]
+fn add_row<C: Compute, T: Scalar>(row: Row<'_, T>, start: usize, logits: &mut [C], convert: impl Fn(T) -> C) {
+    if row.len() == 1 {
+        let value = convert(row.at(0));
+        for logit in logits {
+            *logit += value;
+        }
+    } else if let Some(values) = row.contiguous() {
+        for (logit, &value) in logits.iter_mut().zip(&values[start..]) {
+            *logit += convert(value);
+        }
+    } else {
+        for (index, logit) in logits.iter_mut().enumerate() {
+            *logit += convert(row.at(start + index));
+        }
+    }
+}
+
+/// The index of a broadcast tensor of four axes for a row of the logits: 0 along axes of size 1.
+pub(crate) fn broadcast(shape: &[usize], index: [usize; 3]) -> [usize; 3] {
+    std::array::from_fn(|axis| if shape[axis] == 1 { 0 } else { index[axis] })
+}

@@ -1,0 +1,219 @@
+//! The gradient of the bias, for every broadcast: a pass of its own over the parts of `dbias`.
+//!
+//! A part is a range of elements of `dbias` that no other task writes; its task visits, in order, every block of
+//! logits that the bias was broadcast to and adds their gradients. That recomputes the logits, and needs neither
+//! a matrix of the size of the logits nor an order among threads.
+
+use std::ops::Range;
+
+use attention_core::{DType, HostViewMut, Problem, Role, Scalar, ViewMut};
+use bytemuck::Pod;
+use half::{bf16, f16};
+
+use crate::backward::{self, GradientOf, MATRICES, Shared};
+use crate::config::CpuConfig;
+use crate::logits::Rows;
+use crate::operand::{Head, Operand};
+use crate::packed::Panels;
+use crate::plan;
+use crate::scratch::{Carver, piece_bytes};
+use crate::workers;
+
+/// Keys of a part where the bias has an axis of keys.
+const PART_KEYS: usize = 4096;
+
+/// Queries of a part where the bias has an axis of queries.
+const PART_QUERIES: usize = 128;
+
+/// The ranges of the logits `[B, N, T, S]` that one part of `dbias` was broadcast to.
+#[derive(Clone, Debug)]
+struct Part {
+    batches: Range<usize>,
+    heads: Range<usize>,
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// The parts along each axis: single indices or pieces where the bias has the axis, all of it where it does not.
+fn axis_parts(size: usize, bias_size: usize, piece: usize) -> Vec<Range<usize>> {
+    if bias_size == 1 {
+        return vec![0..size];
+    }
+    (0..size).step_by(piece).map(|start| start..(start + piece).min(size)).collect()
+}
+
+fn bias_shape(problem: &Problem) -> Option<[usize; 4]> {
+    let desc = problem.tensor(Role::DBias)?;
+    Some(std::array::from_fn(|axis| desc.shape()[axis]))
+}
+
+fn parts(problem: &Problem, shape: [usize; 4]) -> [Vec<Range<usize>>; 4] {
+    let [batch, heads, queries, keys] = problem.dims().logits();
+    [
+        axis_parts(batch, shape[0], 1),
+        axis_parts(heads, shape[1], 1),
+        axis_parts(queries, shape[2], PART_QUERIES),
+        axis_parts(keys, shape[3], PART_KEYS),
+    ]
+}
+
+/// How many parts can run side by side.
+pub(crate) fn task_count(problem: &Problem) -> usize {
+    bias_shape(problem).map_or(0, |shape| parts(problem, shape).iter().map(Vec::len).product())
+}
+
+/// Elements of the sums of the largest part.
+fn sums_elements(problem: &Problem, shape: [usize; 4]) -> Option<usize> {
+    let largest = |axis: usize| {
+        let parts = &parts(problem, shape)[axis];
+        if shape[axis] == 1 { 1 } else { parts.first().map_or(0, |part| part.len()) }
+    };
+    largest(2).checked_mul(largest(3))
+}
+
+/// Bytes of scratch a worker needs for the gradient of the bias: 0 where it is not wanted, `None` on overflow.
+pub(crate) fn bytes_per_worker<C>(problem: &Problem) -> Option<usize> {
+    let Some(shape) = bias_shape(problem) else { return Some(0) };
+    let sums = piece_bytes::<f64>(sums_elements(problem, shape)?)?;
+    backward::Pieces::of(problem)?.bytes::<C>()?.checked_add(sums)
+}
+
+/// A worker's scratch: that of the backward pass, and the sums of a part.
+struct Scratch<'a, C> {
+    sums: &'a mut [f64],
+    backward: backward::Scratch<'a, C>,
+}
+
+impl<'a, C: Pod> Scratch<'a, C> {
+    fn carve(pieces: &backward::Pieces, sums: usize, bytes: &'a mut [u8]) -> Self {
+        let sum_bytes = piece_bytes::<f64>(sums).unwrap_or_else(|| unreachable!("sized before"));
+        let (own, rest) = bytes.split_at_mut(sum_bytes);
+        Self { sums: Carver::new(own).take(sums), backward: backward::Scratch::carve(pieces, rest) }
+    }
+}
+
+/// Computes `dbias`, `[Bb, Nb, Tb, Sb]`, each axis 1 or that of the logits.
+pub(crate) fn run<E: Operand>(
+    shared: &Shared<'_, E>,
+    dbias: ViewMut<'_>,
+    config: &CpuConfig,
+    scratch: &mut [u8],
+) {
+    match dbias.desc().dtype() {
+        DType::F64 => write::<E, f64>(shared, dbias, config, scratch),
+        DType::F32 => write::<E, f32>(shared, dbias, config, scratch),
+        DType::F16 => write::<E, f16>(shared, dbias, config, scratch),
+        DType::Bf16 => write::<E, bf16>(shared, dbias, config, scratch),
+        dtype => unreachable!("a checked call has a bias of a float dtype, got {dtype}"),
+    }
+}
+
+fn write<E: Operand, T: Scalar>(
+    shared: &Shared<'_, E>,
+    dbias: ViewMut<'_>,
+    config: &CpuConfig,
+    scratch: &mut [u8],
+) {
+    let problem = shared.problem;
+    let shape = bias_shape(problem).unwrap_or_else(|| unreachable!("the problem has the gradient"));
+    let [batches, heads, queries, keys] = parts(problem, shape);
+    let size = |axis: usize, piece: usize| if shape[axis] == 1 { 1 } else { piece };
+    // Both lists go over batches, heads, queries and keys in this order.
+    let views = dbias
+        .into_axis(0)
+        .flat_map(|view| view.into_axis(0))
+        .flat_map(|view| view.into_chunks(0, size(2, PART_QUERIES)))
+        .flat_map(|view| view.into_chunks(1, size(3, PART_KEYS)))
+        .map(|view| {
+            view.host_mut::<T>().unwrap_or_else(|| unreachable!("a checked call has dbias in host memory"))
+        });
+    let mut ranges = Vec::new();
+    for batches in &batches {
+        for heads in &heads {
+            for queries in &queries {
+                for keys in &keys {
+                    let [batches, heads, queries, keys] = [batches, heads, queries, keys].map(Clone::clone);
+                    ranges.push(Part { batches, heads, queries, keys });
+                }
+            }
+        }
+    }
+    let tasks: Vec<(Part, HostViewMut<'_, T>)> = ranges.into_iter().zip(views).collect();
+
+    let pieces = backward::Pieces::of(problem).unwrap_or_else(|| unreachable!("sized before"));
+    let sums = sums_elements(problem, shape).unwrap_or_else(|| unreachable!("sized before"));
+    let bytes = bytes_per_worker::<E::Compute>(problem).unwrap_or_else(|| unreachable!("sized before"));
+    let workers = config.thread_count().min(tasks.len()).min(scratch.len().checked_div(bytes).unwrap_or(0));
+    let scratch = (scratch.chunks_exact_mut(bytes.max(1)).take(workers))
+        .map(|bytes| Scratch::<E::Compute>::carve(&pieces, sums, bytes))
+        .collect();
+    workers::run(tasks, scratch, |(part, mut view), scratch| {
+        let columns = view.shape()[1];
+        let sums = &mut scratch.sums[..view.shape()[0] * columns];
+        sums.fill(0.0);
+        add_part(shared, &part, shape, sums, columns, &mut scratch.backward);
+        for (row, sums) in sums.chunks_exact(columns.max(1)).enumerate() {
+            view.row_mut(&[row]).fill_with(|column| T::from_f64(sums[column]));
+        }
+    });
+}
+
+/// Adds the gradients of all logits of a part to its sums, rows of `columns`.
+fn add_part<E: Operand>(
+    shared: &Shared<'_, E>,
+    part: &Part,
+    shape: [usize; 4],
+    sums: &mut [f64],
+    columns: usize,
+    scratch: &mut backward::Scratch<'_, E::Compute>,
+) {
+    let problem = shared.problem;
+    let group = problem.dims().group_size();
+    for batch in part.batches.clone() {
+        // Blocks and strides are those of the whole batch row, for which the scratch was sized.
+        let all_keys = problem.key_range_of_rows(batch, 0..problem.query_len(batch));
+        let stride = plan::logits_stride(all_keys.len()).unwrap_or_else(|| unreachable!("sized before"));
+        let queries = part.queries.start..part.queries.end.min(problem.query_len(batch));
+        let keys = intersection(&problem.key_range_of_rows(batch, queries.clone()), &part.keys);
+        if keys.is_empty() {
+            continue;
+        }
+        for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {
+            let head = |view| Head::new(view, batch, key_head);
+            let key_panels = Panels::pack(&head(&shared.key), keys.clone(), scratch.key_panels, scratch.row);
+            let value_panels =
+                Panels::pack(&head(&shared.value), keys.clone(), scratch.value_panels, scratch.row);
+            for head in intersection(&(key_head * group..(key_head + 1) * group), &part.heads) {
+                let rows = Rows { batch, heads: head..head + 1, queries: queries.clone() };
+                for (rows, block_keys) in plan::blocks(problem, &rows, &all_keys, MATRICES) {
+                    let block_keys = intersection(&block_keys, &keys);
+                    if block_keys.is_empty() {
+                        continue;
+                    }
+                    let block = &mut scratch.block;
+                    let block_columns = key_panels.columns(&block_keys);
+                    let of = GradientOf::Logits;
+                    shared.d_logits(of, &rows, &block_columns, &key_panels, &value_panels, stride, block);
+                    for (query, d_logits) in rows.queries.zip(block.d_logits.chunks(stride)) {
+                        let row = if shape[2] == 1 { 0 } else { (query - part.queries.start) * columns };
+                        let d_logits =
+                            &d_logits[block_keys.start - block_columns.start..][..block_keys.len()];
+                        if shape[3] == 1 {
+                            sums[row] += d_logits.iter().map(|d| d.to_f64()).sum::<f64>();
+                        } else {
+                            let sums = &mut sums[row + block_keys.start - part.keys.start..];
+                            for (sum, d) in sums.iter_mut().zip(d_logits) {
+                                *sum += d.to_f64();
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn intersection(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
+    let start = a.start.max(b.start);
+    start..a.end.min(b.end).max(start)
+}

@@ -1,0 +1,118 @@
+//! From products of queries and keys to logits: softcap, ALiBi, bias, and the marks of what takes no part.
+//!
+//! semantics of `Problem`, steps 2 and 3. The scale is applied by the matrix product.
+
+use std::ops::Range;
+
+use attention_core::{HostView, Inputs, Problem};
+
+use crate::bias::{AnyFloat, broadcast};
+use crate::elementary::Compute;
+use crate::packed::Columns;
+
+/// The query rows of a block: the same rows of some neighbouring heads, head by head.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Rows {
+    pub(crate) batch: usize,
+    pub(crate) heads: Range<usize>,
+    pub(crate) queries: Range<usize>,
+}
+
+impl Rows {
+    pub(crate) fn len(&self) -> usize {
+        self.heads.len() * self.queries.len()
+    }
+
+    /// Head and query of each row.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let queries = self.queries.clone();
+        self.heads.clone().flat_map(move |head| queries.clone().map(move |query| (head, query)))
+    }
+}
+
+/// What turns products into logits, read from the call once.
+pub(crate) struct Terms<'a, C> {
+    pub(crate) problem: &'a Problem,
+    pub(crate) scale: C,
+    pub(crate) softcap: Option<C>,
+    slopes: Option<AnyFloat<'a>>,
+    slopes_per_batch: bool,
+    bias: Option<(AnyFloat<'a>, [usize; 4])>,
+    mask: Option<HostView<'a, u8>>,
+}
+
+impl<'a, C: Compute> Terms<'a, C> {
+    pub(crate) fn new(problem: &'a Problem, inputs: &Inputs<'a>) -> Self {
+        let mask = inputs.mask.map(|mask| {
+            mask.host_mask()
+                .unwrap_or_else(|| unreachable!("a checked call has a boolean mask in host memory"))
+        });
+        let shape = |view: attention_core::View<'_>| std::array::from_fn(|axis| view.shape()[axis]);
+        Self {
+            problem,
+            scale: C::from_f64(problem.scale()),
+            softcap: problem.softcap().map(C::from_f64),
+            slopes: inputs.alibi_slopes.map(AnyFloat::new),
+            slopes_per_batch: inputs.alibi_slopes.is_some_and(|slopes| slopes.shape().rank() == 2),
+            bias: inputs.bias.map(|bias| (AnyFloat::new(bias), shape(bias))),
+            mask,
+        }
+    }
+
+    /// Turns a row of scaled products into logits: -inf at every column that takes no part.
+    ///
+    /// With a softcap, `capped` receives the soft-capped products, from which the backward pass takes the slope.
+    #[inline(always)]
+    pub(crate) fn apply<const FMA: bool>(
+        &self,
+        batch: usize,
+        (head, query): (usize, usize),
+        columns: &Columns,
+        logits: &mut [C],
+        capped: Option<&mut [C]>,
+    ) {
+        let keys = self.problem.key_range(batch, query);
+        // A block may hold a part of the row's keys, and an empty range may lie anywhere.
+        let inside = |key: usize| key.clamp(columns.start, columns.start + columns.count);
+        let keys = inside(keys.start)..inside(keys.end);
+        let (before, rest) = logits[..columns.count].split_at_mut(keys.start - columns.start);
+        let (inside, behind) = rest.split_at_mut(keys.len());
+        before.fill(C::NEG_INFINITY);
+        behind.fill(C::NEG_INFINITY);
+
+        if let Some(cap) = self.softcap {
+            for logit in inside.iter_mut() {
+                *logit = cap * (*logit / cap).tanh_lane::<FMA>();
+            }
+            if let Some(capped) = capped {
+                capped[keys.start - columns.start..][..keys.len()].copy_from_slice(inside);
+            }
+        }
+        if let Some(slopes) = &self.slopes {
+            let slope: C = if self.slopes_per_batch { slopes.at(&[batch, head]) } else { slopes.at(&[head]) };
+            let position = self.problem.position(batch, query);
+            for (index, logit) in inside.iter_mut().enumerate() {
+                *logit = *logit - slope * C::from_distance(position.abs_diff((keys.start + index) as i64));
+            }
+        }
+        if let Some((bias, shape)) = &self.bias {
+            bias.add_row(broadcast(shape, [batch, head, query]), keys.start, inside);
+        }
+        if let Some(mask) = &self.mask {
+            let row = mask.row(&broadcast(&mask.shape(), [batch, head, query]));
+            if row.len() == 1 {
+                if row.at(0) == 0 {
+                    inside.fill(C::NEG_INFINITY);
+                }
+            } else if let Some(mask) = row.contiguous() {
+                for (logit, &mask) in inside.iter_mut().zip(&mask[keys.start..]) {
+                    *logit = if mask == 0 { C::NEG_INFINITY } else { *logit };
+                }
+            } else {
+                for (index, logit) in inside.iter_mut().enumerate() {
+                    *logit = if row.at(keys.start + index) == 0 { C::NEG_INFINITY } else { *logit };
+                }
+            }
+        }
+    }
+}

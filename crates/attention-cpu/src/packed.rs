@@ -1,0 +1,194 @@
+//! Keys and values of one head, packed once for a task: the layouts that matrix products run at full speed on.
+//!
+//! `gemm` wants the operand along which it vectorises to be contiguous. For logits that is the transposed key, so
+//! keys are packed as panels `[panel][H][64 keys]`; for outputs it is the value as it lies, packed densely since
+//! large row strides cost a third of the speed.
+
+use std::ops::Range;
+
+use crate::elementary::Compute;
+use crate::gemm::{Destination, MAX_DEPTH, Mat, MatMut, gemm};
+use crate::operand::{Head, Operand};
+
+/// Keys in a panel. 64 columns a product reach full speed from 48 rows on (benches/record).
+pub(crate) const PANEL: usize = 64;
+
+/// Terms of a product over keys: the chunk of values that stays in the first cache levels.
+const KEY_CHUNK: usize = 256;
+
+/// Elements of the panels of `keys` rows of `width`.
+pub(crate) fn panel_elements(keys: usize, width: usize) -> Option<usize> {
+    keys.checked_next_multiple_of(PANEL)?.checked_mul(width)
+}
+
+/// The rows `keys` of a head, transposed into panels.
+pub(crate) struct Panels<'a, C> {
+    data: &'a [C],
+    width: usize,
+    keys: Range<usize>,
+}
+
+/// Which keys the columns of a block of logits stand for: from `start` on, in whole panels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Columns {
+    /// The key of column 0.
+    pub(crate) start: usize,
+    /// How many columns there are, a multiple of [`PANEL`].
+    pub(crate) count: usize,
+}
+
+impl<'a, C: Compute> Panels<'a, C> {
+    /// Packs the rows `keys`; `row` is room for one.
+    pub(crate) fn pack<E: Operand<Compute = C>>(
+        head: &Head<'_, E>,
+        keys: Range<usize>,
+        data: &'a mut [C],
+        row: &mut [C],
+    ) -> Self {
+        let width = head.width();
+        let data = &mut data[..keys.len().next_multiple_of(PANEL) * width];
+        if let Some(last) = data.chunks_exact_mut(PANEL * width).next_back() {
+            // The columns behind the last key are computed and ignored.
+            last.fill(C::ZERO);
+        }
+        for (index, position) in keys.clone().enumerate() {
+            head.read(position, &mut row[..width]);
+            let panel = &mut data[index / PANEL * (PANEL * width)..][..PANEL * width];
+            for (column, &value) in panel.chunks_exact_mut(PANEL).zip(&row[..width]) {
+                column[index % PANEL] = value;
+            }
+        }
+        Self { data, width, keys }
+    }
+
+    /// The columns that hold all of `keys`, which must be among the packed ones.
+    pub(crate) fn columns(&self, keys: &Range<usize>) -> Columns {
+        let first = (keys.start - self.keys.start) / PANEL;
+        let end = (keys.end - self.keys.start).div_ceil(PANEL);
+        Columns { start: self.keys.start + first * PANEL, count: (end - first) * PANEL }
+    }
+
+    /// `products[row][column] = factor * <rows[row], packed row of the column>`, rows of `products` `stride` apart.
+    pub(crate) fn product(
+        &self,
+        rows: &[C],
+        columns: &Columns,
+        factor: C,
+        products: &mut [C],
+        stride: usize,
+    ) {
+        let count = rows.len() / self.width;
+        let first = (columns.start - self.keys.start) / PANEL;
+        for index in 0..columns.count / PANEL {
+            let panel = &self.data[(first + index) * PANEL * self.width..][..PANEL * self.width];
+            let mut mode = Destination::Overwrite;
+            for depth in (0..self.width).step_by(MAX_DEPTH) {
+                let terms = MAX_DEPTH.min(self.width - depth);
+                gemm(
+                    MatMut::new(&mut products[index * PANEL..], count, PANEL, stride),
+                    mode,
+                    factor,
+                    Mat::new(&rows[depth..], count, terms, self.width),
+                    Mat::new(&panel[depth * PANEL..], terms, PANEL, PANEL),
+                );
+                mode = Destination::Accumulate;
+            }
+        }
+    }
+}
+
+/// The rows `keys` of a head, dense, with the ones that are not finite kept apart: their weight is zero wherever
+/// they take no part, and zero times infinity would be NaN.
+pub(crate) struct Dense<'a, C> {
+    data: &'a [C],
+    width: usize,
+    keys: Range<usize>,
+    /// Positions whose packed row is zero because the row is not finite, with the row itself.
+    not_finite: Vec<(usize, Vec<C>)>,
+}
+
+impl<'a, C: Compute> Dense<'a, C> {
+    /// Packs the rows `keys`.
+    pub(crate) fn pack<E: Operand<Compute = C>>(
+        head: &Head<'_, E>,
+        keys: Range<usize>,
+        data: &'a mut [C],
+    ) -> Self {
+        let width = head.width();
+        let data = &mut data[..keys.len() * width];
+        for (row, position) in data.chunks_exact_mut(width).zip(keys.clone()) {
+            head.read(position, row);
+        }
+        let not_finite = set_apart(data, width);
+        Self { data, width, keys, not_finite }
+    }
+
+    /// `sums[row] (+)= factor * sum over keys of weights[row][key] * packed row of the key`.
+    ///
+    /// Row `r` of `weights` and `marks` begins at `r * stride`; its columns stand for `columns`. A key takes part in
+    /// a row where `marks` is not [`Compute::DISALLOWED`]; where it takes no part its weight must be zero.
+    #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
+    pub(crate) fn weighted_sum(
+        &self,
+        weights: &[C],
+        marks: &[C],
+        stride: usize,
+        rows: usize,
+        columns: &Columns,
+        factor: C,
+        sums: &mut [C],
+    ) {
+        let end = (columns.start + columns.count).min(self.keys.end);
+        let mut mode = Destination::Overwrite;
+        for start in (columns.start..end).step_by(KEY_CHUNK) {
+            let terms = KEY_CHUNK.min(end - start);
+            gemm(
+                MatMut::new(sums, rows, self.width, self.width),
+                mode,
+                factor,
+                Mat::new(&weights[start - columns.start..], rows, terms, stride),
+                Mat::new(&self.data[(start - self.keys.start) * self.width..], terms, self.width, self.width),
+            );
+            mode = Destination::Accumulate;
+        }
+        if mode == Destination::Overwrite {
+            sums[..rows * self.width].fill(C::ZERO);
+        }
+        for (index, values) in &self.not_finite {
+            let position = self.keys.start + index;
+            if !(columns.start..end).contains(&position) {
+                continue;
+            }
+            let column = position - columns.start;
+            for (row, sums) in sums.chunks_exact_mut(self.width).take(rows).enumerate() {
+                if !marks[row * stride + column].is_disallowed() {
+                    add_scaled(sums, factor * weights[row * stride + column], values);
+                }
+            }
+        }
+    }
+}
+
+/// Zeroes the rows that are not finite and returns them with their index.
+pub(crate) fn set_apart<C: Compute>(rows: &mut [C], width: usize) -> Vec<(usize, Vec<C>)> {
+    let finite = |row: &[C]| row.iter().fold(true, |finite, value| finite & value.is_finite());
+    let mut apart = Vec::new();
+    // One test for all: the rows are almost always finite.
+    if !finite(rows) {
+        for (index, row) in rows.chunks_exact_mut(width).enumerate() {
+            if !finite(row) {
+                apart.push((index, row.to_vec()));
+                row.fill(C::ZERO);
+            }
+        }
+    }
+    apart
+}
+
+/// `sums += weight * values`.
+#[inline(always)]
+pub(crate) fn add_scaled<C: Compute>(sums: &mut [C], weight: C, values: &[C]) {
+    for (sum, &value) in sums.iter_mut().zip(values) {
+        *sum += weight * value;
+    }
+}

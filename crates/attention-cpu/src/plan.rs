@@ -1,0 +1,102 @@
+//! How a problem is cut into tasks and blocks, and what memory that takes.
+//!
+//! Cuts depend on the lengths of the batch row at hand and on nothing else: not on threads, not on other batch
+//! rows, not on padding. So neither do the results, to the bit.
+
+use std::ops::Range;
+
+use attention_core::Problem;
+
+use crate::logits::Rows;
+use crate::packed::PANEL;
+
+/// Query rows that share one packing of keys and values. Packing costs about as much as 30 rows of products, and
+/// fewer, larger tasks leave threads idle.
+const TASK_ROWS: usize = 512;
+
+/// Logits of a block: 1 MiB in f32, half of a typical second-level cache.
+const BLOCK_LOGITS: usize = 1 << 18;
+
+/// Rows of a block: matrix products reach full speed from 48 rows on.
+const BLOCK_ROWS: Range<usize> = 48..128;
+
+/// A task: query rows of some heads that share a key/value head.
+#[derive(Clone, Debug)]
+pub(crate) struct Task {
+    pub(crate) key_head: usize,
+    pub(crate) rows: Rows,
+    /// The keys that any of the rows can see.
+    pub(crate) keys: Range<usize>,
+}
+
+/// How the query rows of one batch row are cut into tasks: so many heads times so many queries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TaskSize {
+    pub(crate) heads: usize,
+    pub(crate) queries: usize,
+}
+
+impl TaskSize {
+    /// For `queries` real rows a head and groups of `group` heads.
+    pub(crate) fn of(queries: usize, group: usize) -> Self {
+        let queries = queries.clamp(1, TASK_ROWS);
+        Self { heads: (TASK_ROWS / queries).clamp(1, group.max(1)), queries }
+    }
+}
+
+/// The tasks of a problem, in an order in which the query rows of a head ascend.
+pub(crate) fn tasks(problem: &Problem) -> impl Iterator<Item = Task> + '_ {
+    let dims = problem.dims();
+    let group = dims.group_size();
+    (0..dims.batch).flat_map(move |batch| {
+        let queries = problem.query_len(batch);
+        let size = TaskSize::of(queries, group);
+        (0..dims.key_heads).flat_map(move |key_head| {
+            let heads = key_head * group..(key_head + 1) * group;
+            heads.clone().step_by(size.heads).flat_map(move |head| {
+                let heads = head..(head + size.heads).min(heads.end);
+                (0..queries).step_by(size.queries).map(move |query| {
+                    let rows = query..(query + size.queries).min(queries);
+                    let keys = problem.key_range_of_rows(batch, rows.clone());
+                    Task { key_head, rows: Rows { batch, heads: heads.clone(), queries: rows }, keys }
+                })
+            })
+        })
+    })
+}
+
+/// The blocks of a task, each with the keys it can see. `matrices` of the size of a block's logits are in use at a
+/// time.
+pub(crate) fn blocks(
+    problem: &Problem,
+    rows: &Rows,
+    keys: &Range<usize>,
+    matrices: usize,
+) -> impl Iterator<Item = (Rows, Range<usize>)> {
+    let limit = block_rows(keys.len(), matrices);
+    let queries = rows.queries.len().clamp(1, limit);
+    let heads = (limit / queries).clamp(1, rows.heads.len().max(1));
+    let Rows { batch, heads: all_heads, queries: all_queries } = rows.clone();
+    all_heads.clone().step_by(heads).flat_map(move |head| {
+        let heads = head..(head + heads).min(all_heads.end);
+        let all_queries = all_queries.clone();
+        all_queries.clone().step_by(queries).map(move |query| {
+            let queries = query..(query + queries).min(all_queries.end);
+            let keys = problem.key_range_of_rows(batch, queries.clone());
+            (Rows { batch, heads: heads.clone(), queries }, keys)
+        })
+    })
+}
+
+/// The most rows of a block over this many keys.
+pub(crate) fn block_rows(keys: usize, matrices: usize) -> usize {
+    let rows = BLOCK_LOGITS / (keys.max(1) * matrices.max(1));
+    (rows / 16 * 16).clamp(BLOCK_ROWS.start, BLOCK_ROWS.end)
+}
+
+/// The distance between rows of logits over this many keys. A multiple of a panel, and a bit more: rows a power of
+/// two apart would share the sets of the cache. `None` on overflow.
+pub(crate) fn logits_stride(keys: usize) -> Option<usize> {
+    // A block may begin inside a panel of its task.
+    keys.checked_add(PANEL)?.checked_next_multiple_of(PANEL)?.checked_add(16)
+}
