@@ -261,11 +261,13 @@ impl<'p> Checker<'p> {
             && expected.shape()[..padding].iter().all(|&size| size == 1)
             && expected.shape()[padding..] == given.shape()[..];
         // The stride of an axis with at most one element says nothing, and no stride of an empty tensor does.
-        let strides_fit = given.is_empty()
-            || (0..given.rank()).all(|axis| {
-                given.shape()[axis] == 1 || given.strides()[axis] == expected.strides()[axis + padding]
-            });
-        if !(shape_fits && strides_fit) {
+        let strides_fit = || {
+            given.is_empty()
+                || (0..given.rank()).all(|axis| {
+                    given.shape()[axis] == 1 || given.strides()[axis] == expected.strides()[axis + padding]
+                })
+        };
+        if !(shape_fits && strides_fit()) {
             return Err(InvalidCall::NotAsInProblem { role, given, expected });
         }
         Ok(())
