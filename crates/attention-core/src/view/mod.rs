@@ -343,8 +343,9 @@ impl<'a> ViewMut<'a> {
     /// As [`View::from_raw_parts`], and [`InvalidCall::SelfOverlap`].
     ///
     /// # Safety
-    /// `pointer` is the element at index 0. During `'a` every element is allocated on `device`, initialised, and
-    /// neither read nor written through anything but this view. The gaps between elements may belong to others.
+    /// `pointer` is the element at index 0. During `'a` every element is allocated on `device`, initialised if on the
+    /// host, and neither read nor written through anything but this view. The gaps between elements may belong to
+    /// others.
     pub unsafe fn from_raw_parts(
         pointer: *mut u8,
         device: Device,
@@ -420,6 +421,18 @@ impl<'a> ViewMut<'a> {
             // The ranges are disjoint and no two indices of the whole meet, so the parts are exclusive.
             self.with(desc, offset)
         }))
+    }
+
+    /// Cuts the view along `axis` into parts of `size`, the last one shorter where it does not divide. Empty where
+    /// the view has no such axis; a `size` of 0 counts as 1.
+    pub fn into_chunks(self, axis: usize, size: usize) -> impl ExactSizeIterator<Item = ViewMut<'a>> {
+        let (length, size) = (self.shape().get(axis).copied().unwrap_or(0), size.max(1));
+        (0..length.div_ceil(size)).map(move |index| {
+            let start = index * size;
+            let (desc, offset) = self.part(axis, &(start..length.min(start.saturating_add(size))));
+            // As in `split`: the ranges are disjoint and visited once each.
+            self.with(desc, offset)
+        })
     }
 
     /// Cuts the view into one tensor for each index of `axis`, without that axis: the way to hand parts of an
