@@ -1,0 +1,200 @@
+//! Reading views, and making other views of them.
+
+use proptest::prelude::*;
+
+use super::{Layout, agrees, indices, layout};
+use crate::{DType, Device, Dims, Scalar, TensorDesc, View};
+
+/// A layout with one of its axes, where it has any.
+fn layout_and_axis() -> impl Strategy<Value = (Layout, usize)> {
+    (layout().prop_filter("has axes", |layout| layout.shape.rank() > 0), 0usize..4)
+        .prop_map(|(layout, axis)| (layout.clone(), axis % layout.shape.rank()))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn strided_views_read_what_the_strides_say(layout in layout()) {
+        let data = layout.data();
+        let view = layout.view(&data);
+        prop_assert_eq!(view.device(), Device::Cpu);
+        agrees(&view, |index| layout.at(index))?;
+    }
+
+    #[test]
+    fn narrowing_shifts_one_index((layout, axis) in layout_and_axis(), cut in (0usize..5, 0usize..5)) {
+        let data = layout.data();
+        let range = cut.0.min(cut.1)..cut.0.max(cut.1);
+        match layout.view(&data).narrow(axis, range.clone()) {
+            Err(_) => prop_assert!(range.end > layout.shape[axis]),
+            Ok(part) => {
+                let mut shape = layout.shape;
+                shape[axis] = range.len();
+                prop_assert_eq!(part.shape(), shape);
+                agrees(&part, |index| {
+                    let mut whole = index.to_vec();
+                    whole[axis] += range.start;
+                    layout.at(&whole)
+                })?;
+            }
+        }
+    }
+
+    #[test]
+    fn indexing_drops_an_axis((layout, axis) in layout_and_axis(), at in 0usize..5) {
+        let data = layout.data();
+        match layout.view(&data).index_axis(axis, at) {
+            Err(_) => prop_assert!(at >= layout.shape[axis]),
+            Ok(part) => {
+                prop_assert_eq!(part.shape().rank(), layout.shape.rank() - 1);
+                agrees(&part, |index| {
+                    let mut whole = index.to_vec();
+                    whole.insert(axis, at);
+                    layout.at(&whole)
+                })?;
+            }
+        }
+    }
+
+    #[test]
+    fn permuting_reorders_indices(layout in layout(), order in Just([0usize, 1, 2, 3]).prop_shuffle()) {
+        let data = layout.data();
+        let rank = layout.shape.rank();
+        let order: Vec<_> = order.into_iter().filter(|&axis| axis < rank).collect();
+        let permuted = layout.view(&data).permute(&order).unwrap();
+        agrees(&permuted, |index| {
+            let mut whole = vec![0; rank];
+            for (to, &from) in order.iter().enumerate() {
+                whole[from] = index[to];
+            }
+            layout.at(&whole)
+        })?;
+    }
+
+    #[test]
+    fn unsqueezing_adds_an_axis_in_front(layout in layout()) {
+        let data = layout.data();
+        match layout.view(&data).unsqueeze() {
+            Err(_) => prop_assert_eq!(layout.shape.rank(), 4),
+            Ok(view) => {
+                prop_assert_eq!(view.shape()[0], 1);
+                agrees(&view, |index| layout.at(&index[1..]))?;
+            }
+        }
+    }
+
+    #[test]
+    fn expanding_repeats(layout in layout(), to in proptest::array::uniform4(0usize..4)) {
+        let data = layout.data();
+        let to = Dims::from_slice(&to[..layout.shape.rank()]).unwrap();
+        let fits = layout.shape.iter().zip(to.iter()).all(|(&from, &to)| from == to || from == 1);
+        match layout.view(&data).expand(to) {
+            Err(_) => prop_assert!(!fits),
+            Ok(view) => {
+                prop_assert!(fits);
+                prop_assert_eq!(view.shape(), to);
+                agrees(&view, |index| {
+                    let whole: Vec<_> = index.iter().zip(layout.shape.iter()).map(|(&i, &size)| i.min(size - 1)).collect();
+                    layout.at(&whole)
+                })?;
+            }
+        }
+    }
+
+    /// The slice of `matrix` reaches every element by the strides that it gives.
+    #[test]
+    fn matrices_are_slices_with_strides((layout, row_axis) in layout_and_axis(), column_axis in 0usize..4) {
+        let rank = layout.shape.rank();
+        if column_axis >= rank || column_axis == row_axis {
+            return Ok(());
+        }
+        let data = layout.data();
+        let host = layout.view(&data).host::<f32>().unwrap();
+        for index in indices(layout.shape) {
+            let mut fixed = index.clone();
+            (fixed[row_axis], fixed[column_axis]) = (0, 0);
+            let negative = layout.strides[row_axis] < 0 || layout.strides[column_axis] < 0;
+            match host.matrix(&fixed, row_axis, column_axis) {
+                None => prop_assert!(negative),
+                Some((elements, row_stride, column_stride)) => {
+                    let position = index[row_axis] * row_stride + index[column_axis] * column_stride;
+                    prop_assert_eq!(elements[position], layout.at(&index));
+                }
+            }
+        }
+    }
+
+    /// Strides and offsets of any size are refused or read inside the slice.
+    #[test]
+    fn nothing_makes_strided_views_reach_outside(
+        axes in proptest::collection::vec(
+            (
+                prop_oneof![4 => 0usize..4, 1 => Just(1 << 62), 1 => Just(usize::MAX)],
+                prop_oneof![4 => -9isize..10, 1 => Just(isize::MIN), 1 => Just(isize::MAX)],
+            ),
+            0..=4,
+        ),
+        offset in prop_oneof![4 => 0usize..40, 1 => Just(usize::MAX), 1 => Just(isize::MAX as usize)],
+    ) {
+        let data: Vec<f32> = (0..32).map(|value| value as f32).collect();
+        let (shape, strides): (Vec<_>, Vec<_>) = axes.into_iter().unzip();
+        let (shape, strides) = (Dims::try_from(shape).unwrap(), crate::Strides::try_from(strides).unwrap());
+        let Ok(view) = View::strided(&data, offset, shape, strides) else { return Ok(()) };
+        let host = view.host::<f32>().unwrap();
+        if shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size)).is_some_and(|count| count < 4096) {
+            for index in indices(shape) {
+                let position = offset as i128 + super::offset(&index, &strides) as i128;
+                prop_assert_eq!(host.at(&index), position as f32);
+            }
+        }
+    }
+}
+
+fn reads<T: Scalar>(other: DType) {
+    let data: Vec<T> = (0..6).map(|value| T::from_f32(value as f32 / 2.0)).collect();
+    let view = View::from_slice(&data, [2, 3]).unwrap();
+    assert_eq!(view.desc(), TensorDesc::contiguous(T::DTYPE, [2, 3]));
+    let host = view.host::<T>().unwrap();
+    assert_eq!(host.at(&[1, 2]).to_f64(), 2.5);
+    assert_eq!(host.row(&[1]).iter().map(T::to_f32).collect::<Vec<_>>(), [1.5, 2.0, 2.5]);
+    assert_ne!(T::DTYPE, other);
+    assert!(view.host_mask().is_none());
+}
+
+#[test]
+fn every_float_dtype_reads_as_itself_only() {
+    reads::<f64>(DType::F32);
+    reads::<f32>(DType::F64);
+    reads::<half::f16>(DType::Bf16);
+    reads::<half::bf16>(DType::F16);
+    let halves = [half::f16::ONE; 2];
+    let view = View::from_slice(&halves, [2]).unwrap();
+    assert!(view.host::<half::bf16>().is_none() && view.host::<f32>().is_none());
+}
+
+#[test]
+fn masks_read_as_bytes() {
+    let data = [true, false, false, true, true, false];
+    let view = View::from_slice(&data, [2, 3]).unwrap();
+    assert!(view.host::<f32>().is_none());
+    let host = view.host_mask().unwrap();
+    for index in indices(view.shape()) {
+        assert_eq!(host.at(&index) != 0, data[index[0] * 3 + index[1]]);
+    }
+    let columns = view.permute([1, 0]).unwrap().host_mask().unwrap();
+    assert_eq!(columns.row(&[0]).iter().collect::<Vec<_>>(), [1, 1]);
+}
+
+/// Other libraries store `true` as any byte but zero; no `bool` is ever made of it.
+#[test]
+fn masks_of_other_libraries_may_hold_any_byte() {
+    let bytes = [0u8, 1, 2, 255, 128, 0];
+    let desc = TensorDesc::contiguous(DType::Bool, [2, 3]);
+    // SAFETY: the array outlives the view and is not written.
+    let view = unsafe { View::from_raw_parts(bytes.as_ptr(), Device::Cpu, desc) }.unwrap();
+    let host = view.host_mask().unwrap();
+    let taken: Vec<_> = indices(view.shape()).map(|index| host.at(&index) != 0).collect();
+    assert_eq!(taken, [false, true, true, true, true, false]);
+    assert_eq!(host.row(&[1]).contiguous(), Some(&bytes[3..]));
+}
