@@ -137,6 +137,16 @@ pub fn merge_lse<F: Accumulator>(lse: F, other: F) -> (F, Rescale<F>) {
 
 /// Merges the result of a part into a row: `out` and `lse` hold one part's result and receive that of both.
 ///
+/// # Examples
+/// ```
+/// use attention_core::merge::merge_row;
+///
+/// // Two parts of equal weight.
+/// let (mut out, mut lse) = ([1.0f32, 5.0], 0.0);
+/// merge_row(&mut out, &mut lse, &[3.0, 5.0], 0.0);
+/// assert!((out[0] - 2.0).abs() < 1e-6 && (lse - 2f32.ln()).abs() < 1e-6);
+/// ```
+///
 /// # Panics
 /// Where the rows differ in length.
 pub fn merge_row<F: Accumulator>(out: &mut [F], lse: &mut F, other_out: &[F], other_lse: F) {
@@ -151,10 +161,11 @@ pub fn merge_row<F: Accumulator>(out: &mut [F], lse: &mut F, other_out: &[F], ot
 /// Merges partial results over any number of parts of the keys, for whole tensors on the host: parts `(out, lse)`
 /// of shapes `[B, T, N, Hv]` and `[B, T, N]` into an output of any float dtype.
 ///
-/// The parts are merged in order, in f32 (f64 where the logsumexps are f64).
+/// The parts are merged in order, in f32 (f64 where the logsumexps are f64). Without parts the result is that of no
+/// keys: output 0, logsumexp -inf. Nothing is written on a refusal.
 ///
 /// # Errors
-/// [`InvalidCall::Shape`] or [`InvalidCall::DType`] where the parts do not fit, [`InvalidCall::Device`] for memory
+/// [`InvalidCall::Rank`], [`InvalidCall::Shape`] or [`InvalidCall::DType`] where the parts do not fit, [`InvalidCall::Device`] for memory
 /// that is not on the host.
 pub fn merge_partials(
     parts: &[(View<'_>, View<'_>)],

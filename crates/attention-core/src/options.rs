@@ -85,6 +85,9 @@ pub enum Lengths {
 
 impl Lengths {
     /// The length of batch row `batch` where a full row has `full` positions.
+    ///
+    /// # Panics
+    /// Where lengths were given and none of them is for this batch row.
     pub fn of(&self, batch: usize, full: usize) -> usize {
         match self {
             Self::Full => full,

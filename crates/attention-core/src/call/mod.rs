@@ -113,6 +113,21 @@ pub struct BackwardOutputs<'a> {
 
 /// A forward problem with its data, checked: every tensor is there, is as the problem says, lies on its device, and
 /// no output overlaps anything.
+///
+/// # Examples
+/// ```
+/// use attention_core::{ForwardCall, ForwardOutputs, Inputs, View, ViewMut};
+///
+/// let (tokens, mut out) = (vec![0.5f32; 4 * 2 * 8], vec![0f32; 4 * 2 * 8]);
+/// let x = View::from_slice(&tokens, [1, 4, 2, 8])?;
+/// let inputs = Inputs::new(x, x, x);
+/// let problem = inputs.problem().causal(true).build()?;
+/// let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, [1, 4, 2, 8])?, lse: None };
+/// // Ready for `AttentionBackend::forward`.
+/// let call = ForwardCall::new(&problem, inputs, outputs)?;
+/// # assert!(call.problem().causal());
+/// # Ok::<(), attention_core::InvalidCall>(())
+/// ```
 #[derive(Debug)]
 pub struct ForwardCall<'a> {
     problem: &'a Problem,

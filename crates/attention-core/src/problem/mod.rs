@@ -105,6 +105,23 @@ struct Spec {
 /// is valid; `Eq` and `Hash` (floats by bits) make it the key of plan caches; with feature `serde` it can be
 /// stored, and loading one checks it again.
 ///
+/// # Shapes
+/// `B` batch, `T` query length, `S` key/value length, `N` query heads, `K` key/value heads (`N` is a multiple of
+/// `K`), `H` head dimension of queries and keys, `Hv` of values. Every size but `H` and `Hv` may be zero.
+///
+/// | tensor | shape | dtype |
+/// |---|---|---|
+/// | query | `[B, T, N, H]` | f64, f32, f16 or bf16 |
+/// | key | `[B, S, K, H]` | the query's |
+/// | value | `[B, S, K, Hv]` | the query's |
+/// | mask | rank 1 to 4, right-aligned to `[B, N, T, S]`, each axis 1 or full | bool |
+/// | bias | as the mask | any float |
+/// | ALiBi slopes | `[N]` or `[B, N]` | any float |
+/// | sinks | `[N]` | any float |
+/// | out, d_out | `[B, T, N, Hv]` | the query's |
+/// | lse, d_lse | `[B, T, N]` | f32, f64 for f64 operands |
+/// | dq, dk, dv, dbias, dsinks | that of what they are the gradient of | the same |
+///
 /// # Semantics
 /// For batch row `b`, query head `n` with key/value head `n / (N / K)`, query row `t`, key `j`:
 /// 1. `pos = t + offset` ([`QueryOffset`]).
