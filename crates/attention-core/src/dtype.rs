@@ -187,4 +187,55 @@ mod tests {
         let value = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
         assert_eq!(<bf16 as Scalar>::from_f64(value).to_f64(), 1.0 + 2f64.powi(-7));
     }
+
+    /// The nearest of a value's neighbours, the even one in the middle, judged in f64 where all of them are exact.
+    fn is_nearest<T: Scalar>(value: f64, bits: impl Fn(T) -> u16, from_bits: impl Fn(u16) -> T) -> bool {
+        let rounded = T::from_f64(value);
+        let distance = |other: T| (other.to_f64() - value).abs();
+        [bits(rounded).wrapping_sub(1), bits(rounded).wrapping_add(1)].into_iter().all(|neighbour| {
+            let other = from_bits(neighbour);
+            let other_distance = distance(other);
+            let tie = distance(rounded) == other_distance && bits(rounded) % 2 == 0;
+            !other.to_f64().is_finite() || distance(rounded) < other_distance || tie
+        })
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(4000))]
+
+        /// Also close to the midpoints between two halves, where rounding twice goes wrong.
+        #[test]
+        fn halves_are_the_nearest(
+            bits in proptest::prelude::any::<u16>(),
+            nudge in -3i32..4,
+            scale in 20i32..60,
+        ) {
+            for half in [f16::from_bits(bits).to_f64(), bf16::from_bits(bits).to_f64()] {
+                let next_f16 = f16::from_bits(bits.wrapping_add(1)).to_f64();
+                let next_bf16 = bf16::from_bits(bits.wrapping_add(1)).to_f64();
+                for middle in [half, (half + next_f16) / 2.0, (half + next_bf16) / 2.0] {
+                    let value = middle * (1.0 + f64::from(nudge) * 2f64.powi(-scale));
+                    if value.abs() < 65504.0 {
+                        proptest::prop_assert!(is_nearest(value, f16::to_bits, f16::from_bits), "{value:e} to f16");
+                    }
+                    if value.abs() < 3e38 {
+                        proptest::prop_assert!(is_nearest(value, bf16::to_bits, bf16::from_bits), "{value:e} to bf16");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        for value in [f64::INFINITY, f64::NEG_INFINITY, 1e300, -1e300] {
+            let infinite = f64::INFINITY.copysign(value);
+            assert_eq!(<f16 as Scalar>::from_f64(value).to_f64(), infinite);
+            assert_eq!(<bf16 as Scalar>::from_f64(value).to_f64(), infinite);
+        }
+        assert!(
+            <f16 as Scalar>::from_f64(f64::NAN).is_nan() && <bf16 as Scalar>::from_f64(f64::NAN).is_nan()
+        );
+        assert_eq!(<f16 as Scalar>::from_f64(-0.0).to_bits(), 0x8000);
+    }
 }
