@@ -8,12 +8,12 @@ use crate::config::CpuConfig;
 use crate::elementary::Compute;
 use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, read_row, write_row};
-use crate::packed::{Columns, Dense, Panels, add_scaled, panel_elements};
+use crate::packed::{Columns, Dense, Panels, panel_elements};
 use crate::plan::{self, Task, TaskSize};
 use crate::scratch::{Carver, piece_bytes};
 use crate::simd::{Kernel, dispatch};
-use crate::softmax::{LANES, RowDropout, RowSoftmax, fold, softmax};
-use crate::workers;
+use crate::softmax::{RowDropout, RowSoftmax, softmax};
+use crate::{direct, workers};
 
 /// Up to this many query rows a task, keys and values are read once, as they lie, instead of being packed: decoding.
 const DIRECT_ROWS: usize = 8;
@@ -33,7 +33,8 @@ impl Pieces {
     /// Large enough for every task of the problem; `None` on overflow.
     fn of(problem: &Problem) -> Option<Self> {
         let dims = problem.dims();
-        let mut pieces = Self { row: dims.head_dim.max(dims.value_head_dim), ..Self::default() };
+        let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
+        let mut pieces = Self { row, ..Self::default() };
         for task in plan::tasks(problem) {
             let keys = task.keys.len();
             let packed = task.rows.len() > DIRECT_ROWS;
@@ -331,96 +332,12 @@ impl<'a, E: Operand> Shared<'a, E> {
         let stride = plan::logits_stride(task.keys.len()).unwrap_or_else(|| unreachable!("sized before"));
         let (width, value_width) = (keys.width(), values.width());
         self.read_queries(rows, scratch.query);
-        dispatch(DirectProducts {
-            keys,
-            range: task.keys.clone(),
-            queries: &scratch.query[..rows.len() * width],
-            scale: self.terms.scale,
-            row: &mut scratch.row[..width],
-            logits: scratch.logits,
-            stride,
-        });
+        let queries = &scratch.query[..rows.len() * width];
+        let scale = self.terms.scale;
+        direct::products(keys, task.keys.clone(), queries, scale, scratch.row, scratch.logits, stride);
         let results = self.softmax(rows, &columns, scratch.logits, stride);
         let sums = &mut scratch.sums[..rows.len() * value_width];
-        sums.fill(E::Compute::ZERO);
-        dispatch(DirectSums {
-            values,
-            range: task.keys.clone(),
-            weights: scratch.logits,
-            stride,
-            row: &mut scratch.row[..value_width],
-            sums,
-        });
+        direct::weighted_sums(values, task.keys.clone(), scratch.logits, stride, scratch.row, sums);
         self.write(task, rows, &results, scratch.sums, outputs);
-    }
-}
-
-/// Products of few queries with every key, as the keys lie.
-struct DirectProducts<'b, 'a, E: Operand> {
-    keys: &'b Head<'a, E>,
-    range: std::ops::Range<usize>,
-    queries: &'b [E::Compute],
-    scale: E::Compute,
-    row: &'b mut [E::Compute],
-    logits: &'b mut [E::Compute],
-    stride: usize,
-}
-
-impl<E: Operand> Kernel for DirectProducts<'_, '_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let width = self.row.len();
-        for (column, position) in self.range.enumerate() {
-            let key = self.keys.borrow(position, self.row);
-            for (row, query) in self.queries.chunks_exact(width).enumerate() {
-                self.logits[row * self.stride + column] = self.scale * dot::<_, FMA>(query, key);
-            }
-        }
-    }
-}
-
-/// A dot product with independent accumulators.
-#[inline(always)]
-fn dot<C: Compute, const FMA: bool>(a: &[C], b: &[C]) -> C {
-    let mut lanes = [C::ZERO; LANES];
-    let ((a_chunks, a_tail), (b_chunks, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
-        for lane in 0..LANES {
-            lanes[lane] = a[lane].scaled_plus::<FMA>(b[lane], lanes[lane]);
-        }
-    }
-    for (lane, (&a, &b)) in lanes.iter_mut().zip(a_tail.iter().zip(b_tail)) {
-        *lane = a.scaled_plus::<FMA>(b, *lane);
-    }
-    fold(lanes, |a, b| a + b)
-}
-
-/// Weighted sums of every value for few rows, as the values lie.
-struct DirectSums<'b, 'a, E: Operand> {
-    values: &'b Head<'a, E>,
-    range: std::ops::Range<usize>,
-    weights: &'b [E::Compute],
-    stride: usize,
-    row: &'b mut [E::Compute],
-    sums: &'b mut [E::Compute],
-}
-
-impl<E: Operand> Kernel for DirectSums<'_, '_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let width = self.row.len();
-        for (column, position) in self.range.enumerate() {
-            let value = self.values.borrow(position, self.row);
-            for (row, sums) in self.sums.chunks_exact_mut(width).enumerate() {
-                let weight = self.weights[row * self.stride + column];
-                if !weight.is_disallowed() {
-                    add_scaled(sums, weight, value);
-                }
-            }
-        }
     }
 }

@@ -6,6 +6,7 @@ mod backward;
 mod bias;
 mod bias_gradient;
 mod config;
+mod direct;
 mod elementary;
 mod forward;
 mod gemm;

@@ -6,7 +6,7 @@ use crate::elementary::Compute;
 use crate::packed::Columns;
 
 /// Independent accumulators of a reduction: enough for four vectors of the widest kind.
-pub(crate) const LANES: usize = 64;
+const LANES: usize = 64;
 
 /// Reduces a row with [`LANES`] accumulators, in an order that depends on its length alone.
 #[inline(always)]
@@ -26,7 +26,7 @@ fn reduce<C: Compute>(row: &[C], start: C, combine: impl Fn(C, C) -> C) -> C {
 
 /// Combines accumulators by halves.
 #[inline(always)]
-pub(crate) fn fold<C: Compute>(mut lanes: [C; LANES], combine: impl Fn(C, C) -> C) -> C {
+fn fold<C: Compute>(mut lanes: [C; LANES], combine: impl Fn(C, C) -> C) -> C {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
