@@ -195,7 +195,7 @@ mod tests {
         [bits(rounded).wrapping_sub(1), bits(rounded).wrapping_add(1)].into_iter().all(|neighbour| {
             let other = from_bits(neighbour);
             let other_distance = distance(other);
-            let tie = distance(rounded) == other_distance && bits(rounded) % 2 == 0;
+            let tie = distance(rounded) == other_distance && bits(rounded).is_multiple_of(2);
             !other.to_f64().is_finite() || distance(rounded) < other_distance || tie
         })
     }
