@@ -6,7 +6,7 @@ use attention_core::{
 
 use crate::operands::Operands;
 use crate::selection::Policy;
-use crate::{Choice, Error, Explanation, Implementation, IntoView, Options, Registry, Selection, Tensor};
+use crate::{Error, Explanation, Implementation, IntoView, Options, Registry, Selection, Tensor};
 
 /// A call of scaled dot-product attention, apart from its query, key and value: options, mask and bias, and which
 /// implementation shall run it.
@@ -195,7 +195,8 @@ impl<'a> Attention<'a> {
     }
 
     /// Which implementation shall run the call; [`Implementation::Auto`] by default. Takes a name, a list of names in
-    /// order of preference, an `Arc` of a backend, or a numerics class.
+    /// order of preference, an `Arc` of a backend, a numerics class, or what a stored [`Choice`](crate::Choice) stands
+    /// for, from [`Registry::resolve`].
     pub fn implementation(mut self, implementation: impl Into<Implementation>) -> Self {
         self.policy.implementation = implementation.into();
         self
@@ -220,15 +221,6 @@ impl<'a> Attention<'a> {
     pub fn numerics(mut self, class: impl Into<Option<NumericsClass>>) -> Self {
         self.policy.numerics = class.into();
         self
-    }
-
-    /// Runs on what a stored choice stands for in the call's registry, which must have been set before.
-    ///
-    /// # Errors
-    /// As [`Registry::resolve`].
-    pub fn choice(mut self, choice: &Choice) -> Result<Self, Error> {
-        self.policy.implementation = self.policy.registry().resolve(choice)?;
-        Ok(self)
     }
 
     /// The forward problem of these inputs, checked. It has no logsumexp; `to_builder().lse(true)` adds it.

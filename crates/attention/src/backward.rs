@@ -5,7 +5,7 @@ use attention_core::{
     View,
 };
 
-use crate::forward::{allocate, host_outputs};
+use crate::forward::{allocate, call_span, host_outputs};
 use crate::operands::{Operands, input};
 use crate::scratch::with_scratch;
 use crate::{Attention, Error, Forward, IntoView, Tensor};
@@ -141,7 +141,7 @@ impl<'a> Attention<'a> {
         saved: BackwardInputs<'_>,
         outputs: BackwardOutputs<'_>,
     ) -> Result<(), Error> {
-        let span = tracing::debug_span!("attention", %problem, backend = tracing::field::Empty).entered();
+        let span = call_span(problem);
         let call = BackwardCall::new(problem, operands.inputs, saved, outputs)?;
         let selection = self.select(problem)?;
         let backend = selection.backend();

@@ -1,6 +1,6 @@
 //! The forward pass: with owned outputs, or into the caller's memory.
 
-use attention_core::{Device, ForwardCall, ForwardOutputs, Problem, Role};
+use attention_core::{Device, ForwardCall, ForwardOutputs, Problem, Role, ViewMut};
 
 use crate::operands::{Operands, output};
 use crate::scratch::with_scratch;
@@ -67,12 +67,13 @@ impl<'a> Attention<'a> {
     /// use attention::{Attention, ViewMut};
     ///
     /// let x = vec![1.0f32; 2 * 3 * 4];
-    /// let (mut out, mut lse) = (vec![0.0f32; 2 * 3 * 4], vec![0.0f32; 2 * 3]);
     /// let x = (&x, [1, 2, 3, 4]);
-    /// Attention::new().forward_into(x, x, x, (&mut out, [1, 2, 3, 4]), Some((&mut lse, [1, 2, 3])))?;
+    /// let (mut out, mut lse) = (vec![0.0f32; 2 * 3 * 4], vec![0.0f32; 2 * 3]);
+    /// let lse = ViewMut::from_slice(&mut lse, [1, 2, 3])?;
+    /// Attention::new().forward_into(x, x, x, (&mut out, [1, 2, 3, 4]), Some(lse))?;
     /// assert_eq!(out, [1.0; 24]);
     /// // Without the logsumexp:
-    /// Attention::new().forward_into(x, x, x, (&mut out, [1, 2, 3, 4]), None::<ViewMut>)?;
+    /// Attention::new().forward_into(x, x, x, (&mut out, [1, 2, 3, 4]), None)?;
     /// # }
     /// # Ok::<(), attention::Error>(())
     /// ```
@@ -82,12 +83,11 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
         out: impl IntoViewMut<'o>,
-        lse: Option<impl IntoViewMut<'o>>,
+        lse: Option<ViewMut<'o>>,
     ) -> Result<(), Error> {
         let operands = Operands::new(self, query, key, value)?;
         let out = operands.written(Role::Out, output(Role::Out, out)?)?;
-        let lse = lse.map(|lse| Ok::<_, Error>(operands.written(Role::Lse, output(Role::Lse, lse)?)?));
-        let lse = lse.transpose()?;
+        let lse = lse.map(|lse| operands.written(Role::Lse, lse)).transpose()?;
         let mut builder = operands.problem(&self.options).layout(Role::Out, out.desc());
         if let Some(lse) = &lse {
             builder = builder.lse(true).layout(Role::Lse, lse.desc());
@@ -129,7 +129,7 @@ impl<'a> Attention<'a> {
         problem: &Problem,
         outputs: ForwardOutputs<'_>,
     ) -> Result<(), Error> {
-        let span = tracing::debug_span!("attention", %problem, backend = tracing::field::Empty).entered();
+        let span = call_span(problem);
         let call = ForwardCall::new(problem, operands.inputs, outputs)?;
         let selection = self.select(problem)?;
         let backend = selection.backend();
@@ -138,6 +138,12 @@ impl<'a> Attention<'a> {
             Ok(backend.forward(call, scratch)?)
         })
     }
+}
+
+/// The span of a call, entered; its implementation is recorded once it is chosen.
+pub(crate) fn call_span(problem: &Problem) -> tracing::span::EnteredSpan {
+    let backend = tracing::field::Empty;
+    tracing::debug_span!(target: "attention", "attention", %problem, backend).entered()
 }
 
 /// Refuses to allocate outputs for a call whose inputs are not in host memory.

@@ -89,7 +89,7 @@ mod tests {
             "toy needs 64 bytes of scratch on cuda:1, the facade has scratch in host memory only"
         );
         // None is needed, none is looked for.
-        with_scratch("toy", Device::Cuda(1), 0, |scratch| Ok(assert_eq!(scratch.device(), Device::Cuda(1))))
-            .unwrap();
+        let device = with_scratch("toy", Device::Cuda(1), 0, |scratch| Ok(scratch.device()));
+        assert_eq!(device.unwrap(), Device::Cuda(1));
     }
 }

@@ -69,7 +69,10 @@ impl Tensor {
             DType::Bool => same_type(data).map(Data::Bool),
             _ => None,
         };
-        Ok(Self { shape, data: data.expect("the element types are a closed set, each with its own dtype") })
+        let Some(data) = data else {
+            unreachable!("the element types are a closed set, each with its own dtype");
+        };
+        Ok(Self { shape, data })
     }
 
     /// A tensor of zeros (of `false` for bool).
@@ -134,8 +137,10 @@ impl Tensor {
         if self.dtype() != T::DTYPE {
             return Err(self);
         }
-        let data = with_data!(self.data, data => same_type::<_, Vec<T>>(data));
-        Ok(data.expect("one element type has this dtype"))
+        let Some(data) = with_data!(self.data, data => same_type::<_, Vec<T>>(data)) else {
+            unreachable!("one element type has this dtype");
+        };
+        Ok(data)
     }
 
     /// A view of the whole tensor.

@@ -1,5 +1,7 @@
 //! Every implementation with its verdict, as data.
 
+use std::sync::Arc;
+
 use attention_core::{AttentionBackend, DeviceKind, NumericsClass, Problem, Unsupported};
 
 use super::select::{Asked, Policy, Served};
@@ -115,7 +117,7 @@ impl Explanation {
         self.candidates.iter().find(|candidate| matches!(candidate.verdict, Verdict::Chosen(_)))
     }
 
-    /// The candidate of this name.
+    /// The first candidate of this name.
     pub fn candidate(&self, name: &str) -> Option<&Candidate> {
         self.candidates.iter().find(|candidate| candidate.name == name)
     }
@@ -159,37 +161,39 @@ impl Policy {
     pub(crate) fn explain(&self, problem: &Problem) -> Explanation {
         let mut chosen: Option<Selection> = None;
         let mut candidates: Vec<Candidate> = Vec::new();
+        // Whom was asked, in which class, and whether it serves the problem.
+        let mut judged: Vec<(Arc<dyn AttentionBackend>, Option<NumericsClass>, bool)> = Vec::new();
         for Asked { backend, reason, class } in self.asked(problem) {
-            let candidate = match backend {
-                Err(refusal) => unregistered(&refusal),
-                // A list may come to the same one twice.
-                Ok(backend) if candidates.iter().any(|other| other.name == backend.name()) => continue,
-                Ok(backend) => {
-                    let verdict = self.judge(&*backend, class, problem);
-                    let candidate = match (&verdict, &chosen) {
-                        (Ok(served), None) => describe(
-                            &*backend,
-                            problem,
-                            Verdict::Chosen(reason),
-                            reason.to_string(),
-                            Some(*served),
-                        ),
-                        (Ok(served), Some(first)) => {
-                            let reason = format!("{} comes before it", first.backend.name());
-                            describe(&*backend, problem, Verdict::Eligible, reason, Some(*served))
-                        }
-                        (Err(refusal), _) => refused(&*backend, problem, refusal),
-                    };
-                    if let (Ok(served), None) = (verdict, &chosen) {
-                        chosen = Some(Selection { backend, reason, served });
-                    }
-                    candidate
+            let backend = match backend {
+                Ok(backend) => backend,
+                Err(refusal) => {
+                    candidates.push(unregistered(&refusal));
+                    continue;
                 }
             };
-            candidates.push(candidate);
+            // A list may come to the same one twice, and asking in a class where it was asked in any is no news.
+            if judged.iter().any(|(other, in_class, served)| {
+                Arc::ptr_eq(other, &backend) && (*served || in_class.is_none() || *in_class == class)
+            }) {
+                continue;
+            }
+            let verdict = self.judge(&*backend, class, problem);
+            judged.push((backend.clone(), class, verdict.is_ok()));
+            candidates.push(match (verdict, &chosen) {
+                (Ok(served), None) => {
+                    let dtype = problem.dtype();
+                    chosen = Some(Selection { backend: backend.clone(), reason, dtype, served });
+                    describe(&*backend, problem, Verdict::Chosen(reason), reason.to_string(), Some(served))
+                }
+                (Ok(served), Some(first)) => {
+                    let reason = format!("{} comes before it", first.backend.name());
+                    describe(&*backend, problem, Verdict::Eligible, reason, Some(served))
+                }
+                (Err(refusal), _) => refused(&*backend, problem, &refusal),
+            });
         }
         for backend in self.registry().backends() {
-            if candidates.iter().any(|other| other.name == backend.name()) {
+            if judged.iter().any(|(other, ..)| Arc::ptr_eq(other, backend)) {
                 continue;
             }
             candidates.push(match self.judge(&**backend, None, problem) {
@@ -205,7 +209,7 @@ impl Policy {
             asked_for: self.implementation.to_string(),
             scratch_limit: self.scratch_limit,
             numerics: self.numerics,
-            choice: chosen.map(|selection| selection.choice(problem.dtype())),
+            choice: chosen.map(|selection| selection.choice()),
             candidates,
         }
     }

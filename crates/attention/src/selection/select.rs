@@ -23,6 +23,7 @@ pub(crate) struct Policy {
 pub struct Selection {
     pub(crate) backend: Arc<dyn AttentionBackend>,
     pub(crate) reason: Reason,
+    pub(crate) dtype: DType,
     pub(crate) served: Served,
 }
 
@@ -97,11 +98,11 @@ impl Selection {
     }
 
     /// The choice in a form to store.
-    pub fn choice(&self, dtype: DType) -> Choice {
+    pub fn choice(&self) -> Choice {
         Choice::Implementation {
             name: self.backend.name().to_owned(),
             version: Some(self.backend.version().to_owned()),
-            dtype,
+            dtype: self.dtype,
             numerics: self.served.numerics,
         }
     }
@@ -208,11 +209,13 @@ impl Policy {
         let mut refusals = Vec::new();
         for Asked { backend, reason, class } in self.asked(problem) {
             let verdict = backend.and_then(|backend| {
-                self.judge(&*backend, class, problem).map(|served| Selection { backend, reason, served })
+                let served = self.judge(&*backend, class, problem)?;
+                Ok(Selection { backend, reason, dtype: problem.dtype(), served })
             });
             match verdict {
                 Ok(selection) => {
                     tracing::debug!(
+                        target: "attention",
                         backend = selection.backend.name(),
                         version = selection.backend.version(),
                         numerics = %selection.served.numerics,
@@ -223,7 +226,7 @@ impl Policy {
                     return Ok(selection);
                 }
                 Err(refusal) => {
-                    tracing::debug!(reason = %refusal, "refused");
+                    tracing::debug!(target: "attention", reason = %refusal, "refused");
                     refusals.push(refusal);
                 }
             }

@@ -77,7 +77,7 @@ fn slices_that_do_not_fit_are_named() {
     let error = call.clone().bias((&data, [5])).sinks((&data, [1])).forward(x, x, x).unwrap_err();
     assert_eq!(error.to_string(), "invalid call: bias: shape [5] has 5 elements, the slice has 24");
     let mut out = vec![7.0f32; 23];
-    let error = call.forward_into(x, x, x, (&mut out, [1, 3, 2, 4]), None::<ViewMut>).unwrap_err();
+    let error = call.forward_into(x, x, x, (&mut out, [1, 3, 2, 4]), None).unwrap_err();
     assert_eq!(error.to_string(), "invalid call: out: shape [1, 3, 2, 4] has 24 elements, the slice has 23");
     assert!(matches!(error, Error::Input { role: Role::Out, source: InvalidCall::BufferLength { .. } }));
     assert_eq!(out, [7.0; 23]);
@@ -92,26 +92,33 @@ fn outputs_that_do_not_fit_are_refused_before_anything_is_written() {
     let call = Attention::new().registry(&registry);
     let mut out = vec![7.0f32; 24];
     let mut lse = vec![7.0f32; 6];
-    let error = call.forward_into(x, x, x, (&mut out, [1, 2, 3, 4]), None::<ViewMut>).unwrap_err();
+    let error = call.forward_into(x, x, x, (&mut out, [1, 2, 3, 4]), None).unwrap_err();
     assert_eq!(
         error.to_string(),
         "invalid call: out has shape [1, 2, 3, 4], expected [1, 3, 2, 4] ([B, T, N, Hv])"
     );
-    let error = call.forward_into(x, x, x, (&mut out, [3, 2, 4]), None::<ViewMut>).unwrap_err();
+    let error = call.forward_into(x, x, x, (&mut out, [3, 2, 4]), None).unwrap_err();
     assert_eq!(error.to_string(), "invalid call: out has rank 3 (shape [3, 2, 4]), expected rank 4");
-    let error = call.forward_into(flat, flat, flat, (&mut out, [1, 3, 2, 4]), None::<ViewMut>).unwrap_err();
+    let error = call.forward_into(flat, flat, flat, (&mut out, [1, 3, 2, 4]), None).unwrap_err();
     assert_eq!(
         error.to_string(),
         "invalid call: out has rank 4 (shape [1, 3, 2, 4]), expected rank 3, as the query has no batch axis"
     );
-    let error =
-        call.forward_into(flat, flat, flat, (&mut out, [3, 2, 4]), Some((&mut lse, [1, 3, 2]))).unwrap_err();
+    let error = call
+        .forward_into(
+            flat,
+            flat,
+            flat,
+            (&mut out, [3, 2, 4]),
+            Some(ViewMut::from_slice(&mut lse, [1, 3, 2]).unwrap()),
+        )
+        .unwrap_err();
     assert_eq!(
         error.to_string(),
         "invalid call: lse has rank 3 (shape [1, 3, 2]), expected rank 2, as the query has no batch axis"
     );
     let mut wide = vec![7.0f64; 24];
-    let error = call.forward_into(x, x, x, (&mut wide, [1, 3, 2, 4]), None::<ViewMut>).unwrap_err();
+    let error = call.forward_into(x, x, x, (&mut wide, [1, 3, 2, 4]), None).unwrap_err();
     assert_eq!(error.to_string(), "invalid call: out has dtype f64, expected f32");
     assert!(out.iter().chain(&lse).all(|&x| x == 7.0));
 }
@@ -185,7 +192,7 @@ fn devices() {
          `backward_into`"
     );
     let mut out = Tensor::zeros::<f32>(X).unwrap();
-    let error = call.forward_into(device, device, device, &mut out, None::<ViewMut>).unwrap_err();
+    let error = call.forward_into(device, device, device, &mut out, None).unwrap_err();
     assert_eq!(error.to_string(), "invalid call: out is on cpu, the call is on cuda:1");
 }
 

@@ -21,6 +21,7 @@ fn two_keys_by_hand() {
 }
 
 #[test]
+#[allow(clippy::needless_borrows_for_generic_args, reason = "references are among the ways")]
 fn every_way_to_give_a_tensor_is_the_same_tensor() {
     let registry = toy();
     let call = Attention::new().registry(&registry);
@@ -64,7 +65,7 @@ fn strides_are_honoured() {
     // Into BNTH storage.
     let mut stored = vec![f32::NAN; 2 * 2 * 5 * 4];
     let out = ViewMut::from_slice(&mut stored, [2, 2, 5, 4]).unwrap().permute([0, 2, 1, 3]).unwrap();
-    call.forward_into(q, k, v, out, None::<ViewMut>).unwrap();
+    call.forward_into(q, k, v, out, None).unwrap();
     let transposed = View::from_slice(&stored, [2, 2, 5, 4]).unwrap().permute([0, 2, 1, 3]).unwrap();
     assert_eq!(dense(transposed), want);
 }
@@ -107,15 +108,15 @@ fn into_memory_of_every_kind() {
     let want = call.forward_with_lse(x, x, x).unwrap();
     let mut out = Tensor::zeros::<f32>([1, 3, 2, 4]).unwrap();
     let mut lse = Tensor::zeros::<f32>([1, 3, 2]).unwrap();
-    call.forward_into(x, x, x, &mut out, Some(&mut lse)).unwrap();
+    call.forward_into(x, x, x, &mut out, Some(lse.view_mut())).unwrap();
     assert_eq!((&out, &lse), (&want.out, &want.lse));
     let mut array = [f32::NAN; 24];
-    call.forward_into(x, x, x, (&mut array, [1, 3, 2, 4]), None::<ViewMut>).unwrap();
+    call.forward_into(x, x, x, (&mut array, [1, 3, 2, 4]), None).unwrap();
     assert_eq!(Some(&array[..]), want.out.as_slice::<f32>());
     array.fill(f32::NAN);
-    call.forward_into(x, x, x, (&mut array[..], [1, 3, 2, 4]), None::<&mut Tensor>).unwrap();
+    call.forward_into(x, x, x, (&mut array[..], [1, 3, 2, 4]), None).unwrap();
     let mut view = ViewMut::from_slice(&mut array, [1, 3, 2, 4]).unwrap();
-    call.forward_into(x, x, x, &mut view, None::<ViewMut>).unwrap();
+    call.forward_into(x, x, x, &mut view, None).unwrap();
     assert_eq!(Some(&array[..]), want.out.as_slice::<f32>());
 }
 
@@ -171,12 +172,28 @@ fn the_default_registry_agrees_with_the_naive_backend() {
     let want = Attention::new().registry(&registry).forward(q, k, v).unwrap();
     let got = attention::dot_product_attention(q, k, v).unwrap();
     crate::support::assert_close(got.as_slice().unwrap(), want.as_slice().unwrap());
-    let call = Attention::new().causal(true).key_value_lengths([9, 4]).query_offset(QueryOffset::BottomRight);
+    let (bias, slopes, sinks) = (numbers(4 * 7 * 9, 5), numbers(4, 6), numbers(4, 7));
+    let call = Attention::new()
+        .causal(true)
+        .key_value_lengths([9, 4])
+        .query_lengths([5, 7])
+        .query_offset(QueryOffset::BottomRight)
+        .bias((&bias, [4, 7, 9]))
+        .alibi_slopes((&slopes, [4]))
+        .sinks((&sinks, [4]))
+        .softcap(3.0)
+        .dropout(attention::Dropout::new(0.3, 11));
     let d_out = numbers(2 * 7 * 4 * 8, 4);
     let d_out = (&d_out, [2, 7, 4, 8]);
     let got = call.backward_recompute(q, k, v, d_out).unwrap();
     let want = call.registry(&registry).backward_recompute(q, k, v, d_out).unwrap();
-    for (got, want) in [(got.dq, want.dq), (got.dk, want.dk), (got.dv, want.dv)] {
+    for (got, want) in [
+        (got.dq, want.dq),
+        (got.dk, want.dk),
+        (got.dv, want.dv),
+        (got.dbias, want.dbias),
+        (got.dsinks, want.dsinks),
+    ] {
         crate::support::assert_close(got.unwrap().as_slice().unwrap(), want.unwrap().as_slice().unwrap());
     }
 }

@@ -10,4 +10,3 @@ mod selection;
 #[cfg(feature = "serde")]
 mod stored;
 mod support;
-mod traced;

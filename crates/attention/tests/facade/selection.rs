@@ -172,6 +172,33 @@ fn a_list_goes_in_order_and_no_further() {
     assert_eq!((selection.backend().name(), selection.reason()), ("hungry", Reason::Preferred(2)));
 }
 
+/// Two values of one name and two configurations are two candidates; the same value is one, however often it is named.
+#[test]
+fn a_list_may_hold_one_name_twice() {
+    let registry = registry([Toy::new("toy").scratch(500).arc()]);
+    let (large, small) = (Toy::new("toy").scratch(2000).arc(), Toy::new("toy").scratch(10).arc());
+    let list = vec![Implementation::from(large), Implementation::from(small), "toy".into(), "toy".into()];
+    let call = Attention::new().registry(&registry).scratch_limit(1000).implementation(list);
+    assert_eq!(call.select(&problem()).unwrap().scratch_bytes(), 10);
+    let explanation = call.explain_problem(&problem());
+    let scratch: Vec<_> = explanation.candidates.iter().map(|candidate| candidate.scratch_bytes).collect();
+    assert_eq!(scratch, [None, Some(10), Some(500)]);
+    assert_eq!(explanation.chosen().unwrap().scratch_bytes, Some(10));
+
+    // Asked in two classes, it has two verdicts.
+    let classes = [NumericsClass::Tf32, NumericsClass::F32];
+    let call = Attention::new().registry(&registry).implementation(classes);
+    let explanation = call.explain_problem(&problem());
+    assert_eq!(explanation.candidates.len(), 2);
+    assert_eq!(explanation.chosen().unwrap().verdict, Verdict::Chosen(Reason::Preferred(2)));
+}
+
+#[test]
+fn calls_and_errors_cross_threads() {
+    fn sendable<T: Send + Sync>() {}
+    sendable::<(Attention<'static>, Registry, Error, attention::Selection, attention::Explanation, Tensor)>();
+}
+
 #[test]
 fn a_third_party_joins_by_value() {
     let own = Toy::new("own").arc();
@@ -236,7 +263,7 @@ fn scratch_is_given_as_asked_for() {
 fn a_choice_moves_to_another_machine_or_says_why_not() {
     let here = registry([Toy::new("fast").arc(), Toy::new("toy").arc()]);
     let call = Attention::new().registry(&here);
-    let choice = call.select(&problem()).unwrap().choice(DType::F32);
+    let choice = call.select(&problem()).unwrap().choice();
     assert_eq!(
         choice,
         Choice::Implementation {
@@ -247,7 +274,15 @@ fn a_choice_moves_to_another_machine_or_says_why_not() {
         }
     );
     assert_eq!(call.explain_problem(&problem()).choice, Some(choice.clone()));
-    assert_eq!(call.clone().choice(&choice).unwrap().select(&problem()).unwrap().backend().name(), "fast");
+    assert_eq!(
+        call.clone()
+            .implementation(here.resolve(&choice).unwrap())
+            .select(&problem())
+            .unwrap()
+            .backend()
+            .name(),
+        "fast"
+    );
 
     let without = registry([Toy::new("toy").arc()]);
     let error = without.resolve(&choice).unwrap_err();
@@ -281,7 +316,7 @@ fn a_stored_class_takes_any_of_that_class() {
     assert_eq!(choice.numerics(), NumericsClass::F32);
     let tf32 = || Toy::new("tf32").numerics(&[(DType::F32, NumericsClass::Tf32)]).arc();
     let here = registry([tf32(), Toy::new("toy").arc()]);
-    let call = Attention::new().registry(&here).choice(&choice).unwrap();
+    let call = Attention::new().registry(&here).implementation(here.resolve(&choice).unwrap());
     assert_eq!(call.select(&problem()).unwrap().backend().name(), "toy");
     let error = registry([tf32()]).resolve(&choice).unwrap_err();
     assert_eq!(error.to_string(), "no implementation here computes in class F32; there are: tf32");

@@ -328,6 +328,7 @@ pub(crate) fn numbers(count: usize, seed: u64) -> Vec<f32> {
 }
 
 /// Asserts that two slices are equal up to rounding.
+#[cfg(feature = "cpu")]
 #[track_caller]
 pub(crate) fn assert_close(got: &[f32], want: &[f32]) {
     assert_eq!(got.len(), want.len());

@@ -1,11 +1,19 @@
 //! What `tracing` sees of a call.
+//!
+//! In a binary of its own: tests on other threads, which have no subscriber, can switch events off for all.
+
+#![allow(missing_docs)]
+
+#[path = "../facade/support.rs"]
+#[allow(dead_code, reason = "shared with the tests that need all of it")]
+mod support;
 
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
 use attention::{Attention, DeviceKind, Tensor};
 
-use crate::support::{Toy, registry};
+use support::{Toy, registry};
 
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<u8>>>);
