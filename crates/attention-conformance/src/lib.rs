@@ -1,1 +1,19 @@
-//! tmp
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod assert;
+pub mod cases;
+pub mod golden;
+pub mod oracle;
+pub mod report;
+mod rng;
+mod run;
+pub mod suite;
+pub mod tensor;
+pub mod tolerance;
+#[cfg(feature = "libtest")]
+mod trials;
+
+pub use assert::assert_conforms;
+#[cfg(feature = "libtest")]
+pub use trials::trials;

@@ -1,0 +1,43 @@
+//! The suite as one line of a test.
+
+use attention_core::DType;
+
+use crate::golden::{GoldenSet, own_sets};
+use crate::report::Report;
+use crate::suite::{Subject, Suite};
+
+/// Failures that a panic lists in full; the rest is counted.
+const LISTED: usize = 20;
+
+/// Runs the whole suite and the golden sets of this crate on a backend: every case that it declares to serve must
+/// pass. Returns the reports, the suite's first.
+///
+/// ```
+/// # use attention_core::AttentionBackend;
+/// # fn test(backend: &dyn AttentionBackend, four_threads: &dyn AttentionBackend) {
+/// use attention_conformance::{assert_conforms, suite::Subject};
+///
+/// assert_conforms(backend);
+/// // With a second value of the backend that must give the same bits:
+/// assert_conforms(Subject::new(backend).same_as("four threads", four_threads));
+/// # }
+/// ```
+///
+/// # Panics
+/// Where a case fails, listing the first failures; where no case passes at all, which would prove nothing; where a
+/// golden set of this crate cannot be read.
+pub fn assert_conforms<'a>(subject: impl Into<Subject<'a>>) -> Vec<Report> {
+    let subject = subject.into();
+    let mut reports = vec![Suite::new().run(subject.clone(), |_| {})];
+    for directory in own_sets() {
+        let set = GoldenSet::open(&directory).unwrap_or_else(|error| panic!("{error}"));
+        reports.push(set.run(subject.clone(), &DType::FLOATS, None, |_| {}));
+    }
+    let totals: crate::report::Totals = reports.iter().map(Report::totals).sum();
+    let failures: Vec<String> = reports.iter().flat_map(Report::failures).map(ToString::to_string).collect();
+    let listed = failures[..failures.len().min(LISTED)].join("\n");
+    let name = subject.backend.name();
+    assert!(failures.is_empty(), "{name} does not conform: {totals}\n{listed}");
+    assert!(totals.passed > 0, "{name} was not tested: {totals}");
+    reports
+}

@@ -1,0 +1,132 @@
+//! Random cases: any combination of everything.
+
+use attention_core::{DType, Dimensions, Dropout, Gradients, QueryOffset, Role, Window};
+
+use super::{
+    AlibiShape, BiasContent, Broadcast, Case, Layout, Layouts, MaskContent, Saved, Values, Wanted, dims,
+};
+use crate::rng::Rng;
+
+/// The random case of a seed: sizes, options, layouts and contents all drawn, always a valid call.
+pub fn case_from_seed(seed: u64) -> Case {
+    let mut rng = Rng::new(seed);
+    let mut case = Case::new(format!("random/{seed}"), sizes(&mut rng));
+    case.content.seed = rng.next();
+    let density = rng.pick(&[0.15, 0.35, 0.6]);
+    options(&mut case, &mut rng, density);
+    contents(&mut case, &mut rng);
+    case.layouts = layouts(&case.dims, &mut rng);
+    if rng.chance(0.15) {
+        case.saved = Saved::Backend;
+    }
+    case
+}
+
+fn sizes(rng: &mut Rng) -> Dimensions {
+    let length = |rng: &mut Rng| match rng.below(8) {
+        0 => 1,
+        1..=5 => 2 + rng.below(20),
+        6 => rng.pick(&[15, 16, 17, 31, 32, 33]),
+        _ => rng.pick(&[47, 63, 64, 65, 80]),
+    };
+    let key_heads = 1 + rng.below(3);
+    let query_heads = key_heads * rng.pick(&[1, 1, 2, 3]);
+    let head_dim = rng.pick(&[1, 3, 4, 8, 8, 16, 16, 17, 32, 33, 40, 64]);
+    let mut sizes = dims([1 + rng.below(3), length(rng), length(rng), query_heads, key_heads, head_dim]);
+    if rng.chance(0.25) {
+        sizes.key_length = sizes.query_length;
+    }
+    if rng.chance(0.2) {
+        sizes.value_head_dim = rng.pick(&[1, 5, 8, 16, 24, 65]);
+    }
+    sizes
+}
+
+fn options(case: &mut Case, rng: &mut Rng, density: f64) {
+    let d = case.dims;
+    let options = &mut case.options;
+    let pattern = |rng: &mut Rng| rng.pick(&Broadcast::all());
+    if rng.chance(density / 2.0) {
+        options.scale = Some(rng.pick(&[0.0, 0.5, 1.0, -0.25]));
+    }
+    options.causal = rng.chance(density);
+    if rng.chance(density) {
+        options.query_offset = match rng.below(3) {
+            0 => QueryOffset::BottomRight,
+            1 => QueryOffset::Fixed(rng.below(d.key_length + 2) as i64),
+            _ => QueryOffset::Fixed(-(rng.below(d.query_length + 2) as i64)),
+        };
+    }
+    if rng.chance(density) {
+        let side = |rng: &mut Rng| rng.chance(0.7).then(|| rng.below(d.key_length + 2));
+        options.window = Window { left: side(rng), right: side(rng) };
+    }
+    if rng.chance(density / 2.0) {
+        options.softcap = Some(rng.pick(&[0.5, 1.0, 4.0, 50.0]));
+    }
+    let lengths = |rng: &mut Rng, full: usize| {
+        Some((0..d.batch).map(|_| if rng.chance(0.1) { 0 } else { full - rng.below(full) }).collect())
+    };
+    if rng.chance(density / 2.0) {
+        options.query_lengths = lengths(rng, d.query_length);
+    }
+    if rng.chance(density / 2.0) {
+        options.key_value_lengths = lengths(rng, d.key_length);
+    }
+    options.mask = rng.chance(density).then(|| pattern(rng));
+    options.bias = rng.chance(density).then(|| pattern(rng));
+    options.bias_dtype = rng.chance(0.5).then(|| rng.pick(&DType::FLOATS));
+    options.alibi = rng.chance(density / 2.0).then(|| rng.pick(&[AlibiShape::Heads, AlibiShape::BatchHeads]));
+    options.sinks = rng.chance(density / 2.0);
+    if rng.chance(density / 2.0) {
+        let rate = rng.pick(&[0.05, 0.3, 0.5, 0.8]);
+        options.dropout = Some(Dropout::new(rate, rng.next()).with_offset(rng.next() as u32));
+    }
+    options.lse = rng.pick(&[Wanted::IfDeclared, Wanted::IfDeclared, Wanted::Never]);
+    options.d_lse = rng.chance(density);
+    options.gradients = [Gradients::QUERY, Gradients::KEY, Gradients::VALUE]
+        .into_iter()
+        .filter(|_| rng.chance(0.85))
+        .fold(Gradients::NONE, |all, gradient| all | gradient);
+    if options.gradients.is_empty() {
+        options.gradients = Gradients::QKV;
+    }
+    options.deterministic = rng.chance(0.2);
+}
+
+fn contents(case: &mut Case, rng: &mut Rng) {
+    case.content.values = match rng.below(8) {
+        0 => Values::Amplified(rng.pick(&[3.0, 10.0])),
+        1 => Values::Scaled(rng.pick(&[0.25, 4.0])),
+        _ => Values::Normal,
+    };
+    case.content.mask =
+        rng.pick(&[MaskContent::Random, MaskContent::Random, MaskContent::Sparse, MaskContent::EmptyRows]);
+    case.content.bias = rng.pick(&[
+        BiasContent::Normal,
+        BiasContent::Normal,
+        BiasContent::NegativeInfinity,
+        BiasContent::NegativeInfinityRows,
+        BiasContent::LargeNegative,
+    ]);
+    case.content.garbage = rng.chance(0.7);
+}
+
+fn layouts(d: &Dimensions, rng: &mut Rng) -> Layouts {
+    const PLAIN: [Layout; 5] = [
+        Layout::Contiguous,
+        Layout::Transposed,
+        Layout::Padded,
+        Layout::InnerStride,
+        Layout::Reversed { axis: 1 },
+    ];
+    match rng.below(5) {
+        0 | 1 => Layouts::default(),
+        2 => Layouts::operands(rng.pick(&PLAIN[1..3])),
+        3 if d.query_length == d.key_length && d.head_dim == d.value_head_dim => {
+            Layouts::fused_qkv(d.query_heads, d.key_heads)
+        }
+        _ => (Role::ALL.into_iter())
+            .fold(Layouts::default(), |layouts, role| layouts.with(role, rng.pick(&PLAIN))),
+    }
+}

@@ -1,0 +1,96 @@
+//! A golden case as a call.
+
+use attention_core::{DType, Dropout, Inputs, InvalidCall, ProblemBuilder, QueryOffset, Window};
+
+use super::file::{Stored, Tensors};
+use super::{Entry, Offset};
+use crate::cases::Layout;
+use crate::tensor::HostTensor;
+
+/// The inputs of a case in one dtype.
+pub(super) struct GoldenInputs {
+    query: HostTensor,
+    key: HostTensor,
+    value: HostTensor,
+    mask: Option<HostTensor>,
+    bias: Option<HostTensor>,
+    alibi_slopes: Option<HostTensor>,
+    sinks: Option<HostTensor>,
+    pub(super) d_out: HostTensor,
+    pub(super) d_lse: Option<HostTensor>,
+}
+
+/// A stored tensor in a dtype, with a batch axis in front where the case has none.
+fn tensor(stored: &Stored, dtype: DType, batch_axis: bool) -> HostTensor {
+    let mut shape = stored.shape.clone();
+    if batch_axis {
+        shape.insert(0, 1);
+    }
+    let shape = attention_core::Dims::from_slice(&shape).expect("checked: at most four axes");
+    HostTensor::from_values(dtype, shape, Layout::Contiguous, |index| stored.values[index])
+}
+
+impl GoldenInputs {
+    pub(super) fn new(entry: &Entry, tensors: &Tensors, dtype: DType) -> Self {
+        let batch_axis = entry.rank == 3;
+        let operand =
+            |name: &str| tensor(tensors.get(name).expect("checked with the manifest"), dtype, batch_axis);
+        // Only where the option is on: equivalent calls may bring tensors of their own.
+        let extra = |name: &str, wanted: bool| {
+            tensors.get(name).filter(|_| wanted).map(|stored| tensor(stored, dtype, false))
+        };
+        let params = &entry.params;
+        let mask = params.mask_shape.as_ref().and(tensors.get("mask"));
+        Self {
+            query: operand("q"),
+            key: operand("k"),
+            value: operand("v"),
+            mask: mask.map(|stored| tensor(stored, DType::Bool, false)),
+            bias: extra("bias", params.bias_shape.is_some()),
+            alibi_slopes: extra("alibi_slopes", params.alibi.is_some()),
+            sinks: extra("sinks", params.sinks),
+            d_out: operand("d_out"),
+            d_lse: (tensors.get("d_lse").filter(|_| params.d_lse))
+                .map(|stored| tensor(stored, dtype.accumulator(), batch_axis)),
+        }
+    }
+
+    pub(super) fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            mask: self.mask.as_ref().map(HostTensor::view),
+            bias: self.bias.as_ref().map(HostTensor::view),
+            alibi_slopes: self.alibi_slopes.as_ref().map(HostTensor::view),
+            sinks: self.sinks.as_ref().map(HostTensor::view),
+            ..Inputs::new(self.query.view(), self.key.view(), self.value.view())
+        }
+    }
+
+    /// The problem without its pass.
+    pub(super) fn problem(&self, entry: &Entry) -> Result<ProblemBuilder, InvalidCall> {
+        let params = &entry.params;
+        let offset = match params.query_offset {
+            None => QueryOffset::TOP_LEFT,
+            Some(Offset::Fixed(offset)) => QueryOffset::Fixed(offset),
+            // The manifest was checked for other names.
+            Some(Offset::Named(_)) => QueryOffset::BottomRight,
+        };
+        let [left, right] = params.local_window_size.unwrap_or_default();
+        let dropout = params
+            .dropout
+            .map(|dropout| Dropout::new(dropout.rate, dropout.seed).with_offset(dropout.offset));
+        let mut builder = (self.inputs().problem())
+            .scale(params.scale)
+            .causal(params.is_causal)
+            .query_offset(offset)
+            .window(Window { left, right })
+            .softcap(params.softcap)
+            .dropout(dropout);
+        if let Some(lengths) = &params.query_seq_lengths {
+            builder = builder.query_lengths(lengths);
+        }
+        if let Some(lengths) = &params.key_value_seq_lengths {
+            builder = builder.key_value_lengths(lengths);
+        }
+        builder.clone().build().map(|_| builder)
+    }
+}

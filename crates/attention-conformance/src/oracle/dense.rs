@@ -1,0 +1,79 @@
+//! Tensors as the oracle sees them: f64, row-major.
+
+use attention_core::{DType, Scalar, View};
+use half::{bf16, f16};
+
+/// A row-major tensor of f64.
+#[derive(Clone, Debug)]
+pub struct Dense {
+    /// The shape.
+    pub shape: Vec<usize>,
+    /// The elements.
+    pub data: Vec<f64>,
+}
+
+impl Dense {
+    /// Reads a view of any float dtype, or of booleans as 0 and 1. Exact.
+    ///
+    /// # Panics
+    /// Where the view is not in host memory.
+    pub fn read(view: &View<'_>) -> Self {
+        let shape = view.shape().to_vec();
+        let data = match view.desc().dtype() {
+            DType::F64 => floats::<f64>(view),
+            DType::F32 => floats::<f32>(view),
+            DType::F16 => floats::<f16>(view),
+            DType::Bf16 => floats::<bf16>(view),
+            DType::Bool => {
+                let mask = view.host_mask().expect("the oracle reads host memory");
+                indices(&shape).map(|index| f64::from(u8::from(mask.at(&index) != 0))).collect()
+            }
+            other => panic!("{other} is no dtype of a call"),
+        };
+        Self { shape, data }
+    }
+
+    /// A tensor of these elements.
+    pub fn new(shape: &[usize], data: Vec<f64>) -> Self {
+        assert_eq!(shape.iter().product::<usize>(), data.len());
+        Self { shape: shape.to_vec(), data }
+    }
+
+    /// The element at an index.
+    ///
+    /// # Panics
+    /// Where the index is outside the shape.
+    pub fn at(&self, index: &[usize]) -> f64 {
+        self.data[self.flat(index)]
+    }
+
+    /// The row-major position of an index.
+    pub(crate) fn flat(&self, index: &[usize]) -> usize {
+        debug_assert!(index.len() == self.shape.len());
+        index.iter().zip(&self.shape).fold(0, |flat, (&index, &size)| {
+            debug_assert!(index < size);
+            flat * size + index
+        })
+    }
+
+    /// The position of the element that broadcasting reads at an index of the same rank.
+    pub(crate) fn broadcast_flat(&self, index: [usize; 4]) -> usize {
+        let mut own = index;
+        for (axis, index) in own.iter_mut().enumerate() {
+            if self.shape[axis] == 1 {
+                *index = 0;
+            }
+        }
+        self.flat(&own)
+    }
+}
+
+fn floats<T: Scalar>(view: &View<'_>) -> Vec<f64> {
+    let host = view.host::<T>().expect("the oracle reads host memory");
+    indices(&view.shape()).map(|index| host.at(&index).to_f64()).collect()
+}
+
+/// Every index of a shape, in row-major order.
+fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> + '_ {
+    (0..shape.iter().product()).map(move |flat| crate::tensor::unravel(flat, shape))
+}

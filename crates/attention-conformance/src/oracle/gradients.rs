@@ -1,0 +1,71 @@
+//! The exact derivatives of the formula.
+
+use super::{Dense, Oracle};
+
+/// Every gradient, row-major in the shape of its tensor.
+#[derive(Clone, Debug)]
+pub struct OracleGradients {
+    /// `[B, T, N, H]`.
+    pub dq: Vec<f64>,
+    /// `[B, S, K, H]`.
+    pub dk: Vec<f64>,
+    /// `[B, S, K, Hv]`.
+    pub dv: Vec<f64>,
+    /// In the shape of the bias with four axes; empty without a bias.
+    pub dbias: Vec<f64>,
+    /// `[N]`; empty without sinks.
+    pub dsinks: Vec<f64>,
+}
+
+impl Oracle {
+    /// The gradients for these incoming ones: `d_out` of `[B, T, N, Hv]`, `d_lse` of `[B, T, N]`.
+    pub fn gradients(&self, d_out: &Dense, d_lse: Option<&Dense>) -> OracleGradients {
+        let d = self.problem.dims();
+        let scale = self.problem.scale();
+        let out = Dense::new(&d_out.shape, self.out());
+        let mut gradients = OracleGradients {
+            dq: vec![0.0; self.query.data.len()],
+            dk: vec![0.0; self.key.data.len()],
+            dv: vec![0.0; self.value.data.len()],
+            dbias: self.bias.as_ref().map_or(Vec::new(), |bias| vec![0.0; bias.data.len()]),
+            dsinks: self.sinks.as_ref().map_or(Vec::new(), |sinks| vec![0.0; sinks.data.len()]),
+        };
+        self.for_each_row(|[b, t, n], row| {
+            // A row without any term has no derivatives, whatever comes in for it.
+            if row.entries.is_empty() && row.sink.is_none() {
+                return;
+            }
+            let kv = n / d.group_size();
+            let incoming = |dim: usize| d_out.at(&[b, t, n, dim]);
+            let d_lse = d_lse.map_or(0.0, |d_lse| d_lse.at(&[b, t, n]));
+            // With y = sum_j p'_j v_j: dL/dp_j = keep_j <d_out, v_j>, and through the softmax
+            // dL/dx_j = p_j (dL/dp_j - sum_i p_i dL/dp_i) + p_j dL/dlse, whose sum over i is <d_out, y>.
+            let delta: f64 = (0..d.value_head_dim).map(|dim| incoming(dim) * out.at(&[b, t, n, dim])).sum();
+            for entry in &row.entries {
+                let j = entry.key;
+                let mut d_probability = 0.0;
+                if entry.keep > 0.0 {
+                    for dim in 0..d.value_head_dim {
+                        let at = self.value.flat(&[b, j, kv, dim]);
+                        d_probability += entry.keep * incoming(dim) * self.value.data[at];
+                        gradients.dv[at] += entry.keep * entry.probability * incoming(dim);
+                    }
+                }
+                let d_logit = entry.probability * (d_probability - delta + d_lse);
+                if let Some(bias) = &self.bias {
+                    gradients.dbias[bias.broadcast_flat([b, n, t, j])] += d_logit;
+                }
+                let d_product = d_logit * entry.cap_slope;
+                for h in 0..d.head_dim {
+                    let (at_query, at_key) = (self.query.flat(&[b, t, n, h]), self.key.flat(&[b, j, kv, h]));
+                    gradients.dq[at_query] += scale * d_product * self.key.data[at_key];
+                    gradients.dk[at_key] += scale * d_product * self.query.data[at_query];
+                }
+            }
+            if row.sink.is_some() {
+                gradients.dsinks[n] += row.sink_probability() * (d_lse - delta);
+            }
+        });
+        gradients
+    }
+}

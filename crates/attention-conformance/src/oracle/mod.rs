@@ -1,0 +1,105 @@
+//! Attention in f64, straight from the formula: slow, short, and obviously right.
+//!
+//! Shares no code with any backend: the positions, masks and even the dropout stream are written again here, from
+//! `docs/semantics.md` and the paper. Operands are the values stored in their dtype, converted exactly.
+
+mod dense;
+mod gradients;
+mod philox;
+mod rows;
+mod structure;
+
+pub use dense::Dense;
+pub use gradients::OracleGradients;
+pub use philox::keep;
+pub use rows::{Entry, Row};
+pub use structure::{Dead, Structure};
+
+use attention_core::{Inputs, Problem};
+
+/// The logits, probabilities and results of one call.
+#[derive(Clone, Debug)]
+pub struct Oracle {
+    pub(crate) problem: Problem,
+    pub(crate) structure: Structure,
+    pub(crate) query: Dense,
+    pub(crate) key: Dense,
+    pub(crate) value: Dense,
+    pub(crate) bias: Option<Dense>,
+    pub(crate) sinks: Option<Dense>,
+    /// `[B, T, N]` in row-major order.
+    pub(crate) rows: Vec<Row>,
+}
+
+impl Oracle {
+    /// Computes the probabilities of a call of either pass.
+    ///
+    /// # Panics
+    /// Where the inputs are not those of the problem, or not in host memory.
+    pub fn new(problem: &Problem, inputs: &Inputs<'_>) -> Self {
+        rows::compute(problem, inputs)
+    }
+
+    /// The row of query `t` of head `n` in batch row `b`.
+    pub fn row(&self, b: usize, t: usize, n: usize) -> &Row {
+        let d = self.problem.dims();
+        &self.rows[(b * d.query_length + t) * d.query_heads + n]
+    }
+
+    /// The output, `[B, T, N, Hv]` in row-major order: `sum over j of p' v`.
+    pub fn out(&self) -> Vec<f64> {
+        let d = self.problem.dims();
+        let mut out = Vec::with_capacity(self.rows.len() * d.value_head_dim);
+        self.for_each_row(|[b, _, n], row| {
+            for dim in 0..d.value_head_dim {
+                out.push(
+                    row.entries
+                        .iter()
+                        .filter(|entry| entry.keep > 0.0)
+                        .map(|entry| {
+                            let v = self.value.at(&[b, entry.key, n / d.group_size(), dim]);
+                            entry.keep * entry.probability * v
+                        })
+                        .sum(),
+                );
+            }
+        });
+        out
+    }
+
+    /// The logsumexp, `[B, T, N]` in row-major order.
+    pub fn lse(&self) -> Vec<f64> {
+        self.rows.iter().map(|row| row.lse).collect()
+    }
+
+    /// Whether each row can attend to a key, `[B, T, N]` in row-major order.
+    pub fn row_has_keys(&self) -> Vec<bool> {
+        self.rows.iter().map(|row| !row.entries.is_empty()).collect()
+    }
+
+    /// The keep bits of every position, `[B, N, T, S]` in row-major order, or `None` without dropout.
+    pub fn keep_mask(&self) -> Option<Vec<bool>> {
+        let dropout = self.problem.dropout()?;
+        let [batch, heads, queries, keys] = self.problem.dims().logits();
+        let mut mask = Vec::with_capacity(batch * heads * queries * keys);
+        for batch_head in 0..batch * heads {
+            for t in 0..queries {
+                mask.extend((0..keys).map(|s| keep(&dropout, batch_head, t, s)));
+            }
+        }
+        Some(mask)
+    }
+
+    /// Calls `visit([b, t, n], row)` for every row, in the order of `[B, T, N]`.
+    pub(crate) fn for_each_row(&self, mut visit: impl FnMut([usize; 3], &Row)) {
+        let d = self.problem.dims();
+        for (index, row) in self.rows.iter().enumerate() {
+            let n = index % d.query_heads;
+            let t = index / d.query_heads % d.query_length;
+            visit([index / d.query_heads / d.query_length, t, n], row);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

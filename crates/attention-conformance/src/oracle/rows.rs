@@ -1,0 +1,130 @@
+//! Logits and probabilities, row by row.
+
+use attention_core::{Inputs, Problem};
+
+use super::philox::{keep, keep_factor};
+use super::structure::{Structure, full_rank};
+use super::{Dense, Oracle};
+
+/// One allowed key of a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// The key.
+    pub key: usize,
+    /// `scale * <q, k>`.
+    pub product: f64,
+    /// `|scale| * sum |q| |k|`: what rounding errors of the product are measured by.
+    pub product_magnitude: f64,
+    /// The product after softcap.
+    pub capped: f64,
+    /// The derivative of the softcap at the product; 1 without softcap.
+    pub cap_slope: f64,
+    /// `|slope| * |pos - j| + |bias|`: what is added after softcap, without cancellation.
+    pub added_magnitude: f64,
+    /// The logit.
+    pub logit: f64,
+    /// `exp(logit - lse)`.
+    pub probability: f64,
+    /// What dropout multiplies the probability by: 0 where dropped, 1 without dropout.
+    pub keep: f64,
+}
+
+/// One row of the matrix of probabilities.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// The allowed keys.
+    pub entries: Vec<Entry>,
+    /// The sink's logit; `None` without sinks and for padded rows.
+    pub sink: Option<f64>,
+    /// The largest of logits and sink.
+    pub max: f64,
+    /// The logsumexp.
+    pub lse: f64,
+}
+
+impl Row {
+    /// The probability that the sink takes; 0 without one.
+    pub fn sink_probability(&self) -> f64 {
+        self.sink.map_or(0.0, |sink| (sink - self.lse).exp())
+    }
+}
+
+pub(super) fn compute(problem: &Problem, inputs: &Inputs<'_>) -> Oracle {
+    let d = problem.dims();
+    let structure = Structure::read(problem, inputs);
+    let (query, key) = (Dense::read(&inputs.query), Dense::read(&inputs.key));
+    let bias = inputs.bias.map(|view| full_rank(Dense::read(&view)));
+    let slopes = inputs.alibi_slopes.map(|view| Dense::read(&view));
+    let sinks = inputs.sinks.map(|view| Dense::read(&view));
+
+    let logits = |b: usize, t: usize, n: usize| -> Vec<Entry> {
+        let slope = slopes.as_ref().map(|slopes| match slopes.shape.len() {
+            1 => slopes.at(&[n]),
+            _ => slopes.at(&[b, n]),
+        });
+        (0..d.key_length)
+            .filter(|&j| structure.allows(b, n, t, j))
+            .map(|j| {
+                let (mut product, mut magnitude) = (0.0, 0.0);
+                for h in 0..d.head_dim {
+                    let term = query.at(&[b, t, n, h]) * key.at(&[b, j, n / d.group_size(), h]);
+                    product += term;
+                    magnitude += term.abs();
+                }
+                product *= problem.scale();
+                let (capped, cap_slope) = match problem.softcap() {
+                    None => (product, 1.0),
+                    Some(cap) => {
+                        let tanh = (product / cap).tanh();
+                        // 1 - tanh^2 without the cancellation where tanh is close to 1.
+                        (cap * tanh, (product / cap).cosh().powi(-2))
+                    }
+                };
+                let distance = (structure.position(b, t) - j as i128).unsigned_abs() as f64;
+                let alibi = slope.map_or(0.0, |slope| slope * distance);
+                let bias = bias.as_ref().map_or(0.0, |bias| bias.data[bias.broadcast_flat([b, n, t, j])]);
+                let kept = match problem.dropout() {
+                    None => 1.0,
+                    Some(dropout) if keep(&dropout, b * d.query_heads + n, t, j) => keep_factor(&dropout),
+                    Some(_) => 0.0,
+                };
+                Entry {
+                    key: j,
+                    product,
+                    product_magnitude: magnitude * problem.scale().abs(),
+                    capped,
+                    cap_slope,
+                    added_magnitude: alibi.abs() + bias.abs(),
+                    logit: capped - alibi + bias,
+                    probability: 0.0,
+                    keep: kept,
+                }
+            })
+            .filter(|entry| entry.logit != f64::NEG_INFINITY)
+            .collect()
+    };
+
+    let mut rows = Vec::with_capacity(d.batch * d.query_length * d.query_heads);
+    for b in 0..d.batch {
+        for t in 0..d.query_length {
+            for n in 0..d.query_heads {
+                let mut entries = logits(b, t, n);
+                let sink = sinks.as_ref().filter(|_| !structure.is_padded(b, t)).map(|sinks| sinks.at(&[n]));
+                let terms = || entries.iter().map(|entry| entry.logit).chain(sink);
+                // `f64::max` ignores NaN, which the sum below then brings back.
+                let max = terms().fold(f64::NEG_INFINITY, f64::max);
+                let lse = if terms().all(|x| x == f64::NEG_INFINITY) {
+                    f64::NEG_INFINITY
+                } else {
+                    max + terms().map(|x| (x - max).exp()).sum::<f64>().ln()
+                };
+                for entry in &mut entries {
+                    entry.probability = (entry.logit - lse).exp();
+                }
+                rows.push(Row { entries, sink, max, lse });
+            }
+        }
+    }
+    let value = Dense::read(&inputs.value);
+    Oracle { problem: problem.clone(), structure, query, key, value, bias, sinks, rows }
+}

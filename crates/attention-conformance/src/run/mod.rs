@@ -1,0 +1,223 @@
+//! Runs one case on one backend.
+
+mod call;
+mod capability;
+mod compare;
+mod invariance;
+mod results;
+mod saved;
+mod scratch;
+
+use std::time::Instant;
+
+use attention_core::{
+    AttentionBackend, DType, DeviceKind, FeatureSet, NumericsClass, Pass, Problem, dropout_mask,
+};
+
+use crate::cases::{Case, CaseData, Saved, Values, Wanted};
+use crate::oracle::Oracle;
+use crate::report::{CaseResult, Outcome};
+use crate::suite::Subject;
+use crate::tolerance::{ForwardBounds, Precision};
+pub(crate) use call::Invocation;
+pub(crate) use compare::Judge;
+pub(crate) use results::Results;
+pub(crate) use saved::SavedTensors;
+
+/// Why a case ends before all checks are done.
+pub(crate) enum Stop {
+    /// The backend is wrong.
+    Failed(String, Vec<crate::report::Difference>),
+    /// The backend does not claim to serve the case.
+    Skipped(String),
+}
+
+impl Stop {
+    pub(crate) fn failed(reason: impl Into<String>) -> Self {
+        Stop::Failed(reason.into(), Vec::new())
+    }
+}
+
+/// Runs one case with all its checks.
+pub(crate) fn run_case(subject: &Subject<'_>, case: &Case, dtype: DType, pass: Pass) -> CaseResult {
+    let start = Instant::now();
+    let mut features = FeatureSet::EMPTY;
+    let outcome = match judge_case(subject, case, dtype, pass, &mut features) {
+        Ok(judge) => judge.outcome(),
+        Err(Stop::Failed(reason, differences)) => Outcome::Failed { reason, differences },
+        Err(Stop::Skipped(reason)) => Outcome::Skipped { reason },
+    };
+    CaseResult {
+        case: case.name.clone(),
+        dtype,
+        pass,
+        features: features.iter().collect(),
+        outcome,
+        ms: start.elapsed().as_secs_f64() * 1e3,
+    }
+}
+
+/// Whether a backend refuses a case, without running it.
+#[cfg(feature = "libtest")]
+pub(crate) fn is_refused(backend: &dyn AttentionBackend, case: &Case, dtype: DType, pass: Pass) -> bool {
+    let data = case.data(dtype);
+    let declared = backend.capabilities().pass(pass).map_or(FeatureSet::EMPTY, |pass| pass.features);
+    let refused = |problem: Problem| backend.supports(&problem).is_err();
+    usable(backend).is_err() || case.problem(&data, pass, declared).is_ok_and(refused)
+}
+
+fn judge_case(
+    subject: &Subject<'_>,
+    case: &Case,
+    dtype: DType,
+    pass: Pass,
+    features: &mut FeatureSet,
+) -> Result<Judge, Stop> {
+    let backend = subject.backend;
+    let data = case.data(dtype);
+    let declared = backend.capabilities().pass(pass).map_or(FeatureSet::EMPTY, |pass| pass.features);
+    let problem = case
+        .problem(&data, pass, declared)
+        .map_err(|error| Stop::failed(format!("the case is no valid call: {error}")))?;
+    *features = problem.features();
+    usable(backend)?;
+    capability::agrees(backend, &problem, &data, case)?;
+    let class = backend.capabilities().numerics_of(dtype).unwrap_or(NumericsClass::F32);
+    let precision = Precision::new(dtype, class);
+    let oracle = Oracle::new(&problem, &data.inputs());
+    match pass {
+        Pass::Forward => forward(subject, case, &data, &problem, &oracle, precision),
+        Pass::Backward => backward(subject, case, &data, &problem, &oracle, precision),
+    }
+}
+
+/// Whether the backend can run here at all.
+pub(crate) fn usable(backend: &dyn AttentionBackend) -> Result<(), Stop> {
+    backend.available().map_err(|unavailable| Stop::Skipped(unavailable.to_string()))?;
+    if backend.capabilities().device != DeviceKind::Cpu {
+        let device = backend.capabilities().device;
+        return Err(Stop::Skipped(format!("works on {device} memory, this suite has host memory")));
+    }
+    Ok(())
+}
+
+fn forward(
+    subject: &Subject<'_>,
+    case: &Case,
+    data: &CaseData,
+    problem: &Problem,
+    oracle: &Oracle,
+    precision: Precision,
+) -> Result<Judge, Stop> {
+    let invocation = Invocation { problem, inputs: data.inputs(), saved: None, layouts: Some(&case.layouts) };
+    let results = invocation.run(subject.backend)?;
+    let mut judge = Judge::new(problem.dtype());
+    compare_forward(&mut judge, &results, oracle, &precision.forward(oracle));
+    if case.content.values == Values::Identity {
+        dropout_bits(&results, problem)?;
+    }
+    after_the_first_call(subject, case, &invocation, &results)?;
+    Ok(judge)
+}
+
+fn compare_forward(judge: &mut Judge, results: &Results, oracle: &Oracle, bounds: &ForwardBounds) {
+    judge.compare(results, attention_core::Role::Out, &oracle.out(), &bounds.out);
+    judge.compare(results, attention_core::Role::Lse, &oracle.lse(), &bounds.lse);
+}
+
+fn backward(
+    subject: &Subject<'_>,
+    case: &Case,
+    data: &CaseData,
+    problem: &Problem,
+    oracle: &Oracle,
+    precision: Precision,
+) -> Result<Judge, Stop> {
+    use crate::oracle::Dense;
+    use attention_core::Role;
+
+    let mut judge = Judge::new(problem.dtype());
+    let mut saved = match case.saved {
+        Saved::Oracle => SavedTensors::of_oracle(oracle, problem, &case.layouts),
+        Saved::Backend => {
+            let mut forward = case.clone();
+            forward.options.lse = Wanted::Always;
+            let forward = (forward.problem(data, Pass::Forward, FeatureSet::EMPTY))
+                .map_err(|error| Stop::failed(format!("no valid forward call: {error}")))?;
+            // A backend without a forward pass for this, or without logsumexp, has no end to end.
+            subject.backend.supports(&forward).map_err(|error| Stop::Skipped(error.to_string()))?;
+            let invocation = Invocation {
+                problem: &forward,
+                inputs: data.inputs(),
+                saved: None,
+                layouts: Some(&case.layouts),
+            };
+            let results = invocation.run(subject.backend)?;
+            compare_forward(&mut judge, &results, oracle, &precision.forward(oracle));
+            SavedTensors::of_results(results)
+        }
+    };
+    let errors = saved.errors(oracle);
+    if data.garbage {
+        saved.add_garbage(oracle);
+    }
+    let d_out = Dense::read(&data.d_out.view());
+    let d_lse = data.d_lse.as_ref().map(|d_lse| Dense::read(&d_lse.view()));
+    let invocation = Invocation {
+        problem,
+        inputs: data.inputs(),
+        saved: Some(saved.inputs(data)),
+        layouts: Some(&case.layouts),
+    };
+    let results = invocation.run(subject.backend)?;
+    let want = oracle.gradients(&d_out, d_lse.as_ref());
+    let bounds = precision.backward(oracle, &d_out, d_lse.as_ref(), &errors);
+    judge.compare(&results, Role::DQuery, &want.dq, &bounds.dq);
+    judge.compare(&results, Role::DKey, &want.dk, &bounds.dk);
+    judge.compare(&results, Role::DValue, &want.dv, &bounds.dv);
+    judge.compare(&results, Role::DBias, &want.dbias, &bounds.dbias);
+    judge.compare(&results, Role::DSinks, &want.dsinks, &bounds.dsinks);
+    after_the_first_call(subject, case, &invocation, &results)?;
+    Ok(judge)
+}
+
+/// The checks that compare calls with each other rather than with the oracle.
+fn after_the_first_call(
+    subject: &Subject<'_>,
+    case: &Case,
+    invocation: &Invocation<'_>,
+    results: &Results,
+) -> Result<(), Stop> {
+    scratch::is_checked(subject.backend, invocation)?;
+    // Host backends are always reproducible, others where the problem asks for it.
+    let reproducible = subject.backend.capabilities().device == DeviceKind::Cpu;
+    if reproducible || invocation.problem.deterministic() {
+        invariance::repeated(subject, invocation, results)?;
+    }
+    if reproducible {
+        invariance::batch_rows_alone(subject.backend, case, invocation, results)?;
+    }
+    Ok(())
+}
+
+/// Reads the keep bits off the output, where values are rows of the identity, and compares them with the stream.
+fn dropout_bits(results: &Results, problem: &Problem) -> Result<(), Stop> {
+    let (Some(mask), Some(out)) = (dropout_mask(problem), results.get(attention_core::Role::Out)) else {
+        return Ok(());
+    };
+    let d = problem.dims();
+    let out = out.values();
+    let [_, heads, queries, keys] = d.logits();
+    for (position, keep) in mask.into_iter().enumerate() {
+        let [b, n, t, s] = crate::tensor::unravel(position, &d.logits())[..] else { unreachable!() };
+        debug_assert!(n < heads && t < queries && s < keys);
+        let kept = out[((b * queries + t) * heads + n) * d.value_head_dim + s] != 0.0;
+        if kept != keep {
+            let wanted = if keep { "kept" } else { "dropped" };
+            return Err(Stop::failed(format!(
+                "dropout: the stream has key {s} of batch row {b}, head {n}, query {t} {wanted}, the output shows the opposite"
+            )));
+        }
+    }
+    Ok(())
+}

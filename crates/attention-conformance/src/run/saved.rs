@@ -1,0 +1,69 @@
+//! What a backward call reads of its forward call.
+
+use attention_core::{BackwardInputs, Problem, Role};
+
+use super::Results;
+use crate::cases::{CaseData, Layouts};
+use crate::oracle::Oracle;
+use crate::tensor::{HostTensor, unravel};
+use crate::tolerance::SavedErrors;
+
+/// Output and logsumexp.
+pub(crate) struct SavedTensors {
+    out: HostTensor,
+    lse: HostTensor,
+}
+
+impl SavedTensors {
+    /// The oracle's, rounded to their dtypes.
+    pub(crate) fn of_oracle(oracle: &Oracle, problem: &Problem, layouts: &Layouts) -> Self {
+        let tensor = |role: Role, values: Vec<f64>| {
+            let desc = problem.tensor(role).expect("backward problems have it");
+            HostTensor::from_values(desc.dtype(), desc.shape(), layouts.of(role), |index| values[index])
+        };
+        Self { out: tensor(Role::Out, oracle.out()), lse: tensor(Role::Lse, oracle.lse()) }
+    }
+
+    /// Those that a backend wrote.
+    pub(crate) fn of_results(mut results: Results) -> Self {
+        let mut take = |role| results.take(role).expect("the forward call wanted both");
+        Self { out: take(Role::Out), lse: take(Role::Lse) }
+    }
+
+    /// How far they are from the oracle's.
+    pub(crate) fn errors(&self, oracle: &Oracle) -> SavedErrors {
+        SavedErrors::between(&self.out.values(), &self.lse.values(), oracle)
+    }
+
+    /// NaN in padded rows, which nothing may read.
+    pub(crate) fn add_garbage(&mut self, oracle: &Oracle) {
+        for tensor in [&mut self.out, &mut self.lse] {
+            let shape = tensor.desc().shape();
+            for index in 0..tensor.desc().element_count().unwrap_or(0) {
+                let at = unravel(index, &shape);
+                if oracle.structure.is_padded(at[0], at[1]) {
+                    tensor.set(index, f64::NAN);
+                }
+            }
+        }
+    }
+
+    /// The inputs of a backward call on this data.
+    pub(crate) fn inputs<'a>(&'a self, data: &'a CaseData) -> BackwardInputs<'a> {
+        self.with(&data.d_out, data.d_lse.as_ref())
+    }
+
+    /// The inputs of a backward call with these incoming gradients.
+    pub(crate) fn with<'a>(
+        &'a self,
+        d_out: &'a HostTensor,
+        d_lse: Option<&'a HostTensor>,
+    ) -> BackwardInputs<'a> {
+        BackwardInputs {
+            out: self.out.view(),
+            lse: self.lse.view(),
+            d_out: d_out.view(),
+            d_lse: d_lse.map(HostTensor::view),
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The generated cases, chosen and run.
+
+use std::fmt;
+
+use attention_core::{AttentionBackend, DType, Pass};
+use serde::{Deserialize, Serialize};
+
+use crate::cases::{self, Case};
+use crate::report::{CaseResult, Report};
+
+/// A backend under test, and further values of it whose results must be bitwise the same.
+#[derive(Clone, Debug)]
+pub struct Subject<'a> {
+    pub(crate) backend: &'a dyn AttentionBackend,
+    pub(crate) same: Vec<(String, &'a dyn AttentionBackend)>,
+}
+
+impl<'a> Subject<'a> {
+    /// One backend.
+    pub fn new(backend: &'a dyn AttentionBackend) -> Self {
+        Self { backend, same: Vec::new() }
+    }
+
+    /// The same backend in a configuration that must not change a bit, such as another number of threads.
+    #[must_use]
+    pub fn same_as(mut self, label: impl Into<String>, backend: &'a dyn AttentionBackend) -> Self {
+        self.same.push((label.into(), backend));
+        self
+    }
+}
+
+impl<'a> From<&'a dyn AttentionBackend> for Subject<'a> {
+    fn from(backend: &'a dyn AttentionBackend) -> Self {
+        Self::new(backend)
+    }
+}
+
+impl<'a, B: AttentionBackend> From<&'a B> for Subject<'a> {
+    fn from(backend: &'a B) -> Self {
+        Self::new(backend)
+    }
+}
+
+/// One case in one dtype and pass. Displays as `name dtype pass`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunId {
+    /// The name of the case.
+    pub case: String,
+    /// The operands' dtype.
+    pub dtype: DType,
+    /// The pass.
+    pub pass: Pass,
+}
+
+impl fmt::Display for RunId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.case, self.dtype, self.pass)
+    }
+}
+
+/// How far a run has come.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// How many cases are done.
+    pub done: usize,
+    /// How many there are.
+    pub total: usize,
+    /// The one that has just ended.
+    pub result: &'a CaseResult,
+}
+
+/// The cases to run, in which dtypes and passes.
+///
+/// ```no_run
+/// use attention_conformance::suite::Suite;
+/// use attention_core::{DType, Pass};
+///
+/// # fn run(backend: &dyn attention_core::AttentionBackend) {
+/// let suite = Suite::new().dtypes([DType::F32]).passes([Pass::Forward]).filter("causal");
+/// let report = suite.run(backend, |progress| eprintln!("{}/{}", progress.done, progress.total));
+/// println!("{}", report.totals());
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Suite {
+    cases: Vec<Case>,
+    dtypes: Vec<DType>,
+    passes: Vec<Pass>,
+}
+
+impl Default for Suite {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Suite {
+    /// Every case, in every dtype and pass.
+    pub fn new() -> Self {
+        Self::with_cases(cases::all())
+    }
+
+    /// These cases, in every dtype and pass.
+    pub fn with_cases(cases: Vec<Case>) -> Self {
+        Self { cases, dtypes: DType::FLOATS.into(), passes: vec![Pass::Forward, Pass::Backward] }
+    }
+
+    /// Only these dtypes.
+    #[must_use]
+    pub fn dtypes(mut self, dtypes: impl IntoIterator<Item = DType>) -> Self {
+        self.dtypes = dtypes.into_iter().collect();
+        self
+    }
+
+    /// Only these passes.
+    #[must_use]
+    pub fn passes(mut self, passes: impl IntoIterator<Item = Pass>) -> Self {
+        self.passes = passes.into_iter().collect();
+        self
+    }
+
+    /// Only cases whose name contains this.
+    #[must_use]
+    pub fn filter(mut self, part_of_name: &str) -> Self {
+        self.cases.retain(|case| case.name.contains(part_of_name));
+        self
+    }
+
+    /// The cases.
+    pub fn cases(&self) -> &[Case] {
+        &self.cases
+    }
+
+    /// What [`run`](Self::run) will run, in order.
+    pub fn list(&self) -> Vec<RunId> {
+        self.runs().map(|(case, dtype, pass)| RunId { case: case.name.clone(), dtype, pass }).collect()
+    }
+
+    /// Runs everything on a backend, and tells `progress` after each case.
+    pub fn run<'a>(&self, subject: impl Into<Subject<'a>>, mut progress: impl FnMut(Progress<'_>)) -> Report {
+        let subject = subject.into();
+        let total = self.cases.len() * self.dtypes.len() * self.passes.len();
+        let mut results = Vec::with_capacity(total);
+        for (case, dtype, pass) in self.runs() {
+            let result = crate::run::run_case(&subject, case, dtype, pass);
+            progress(Progress { done: results.len() + 1, total, result: &result });
+            results.push(result);
+        }
+        let (backend, version) = (subject.backend.name().to_owned(), subject.backend.version().to_owned());
+        Report { backend, version, results }
+    }
+
+    fn runs(&self) -> impl Iterator<Item = (&Case, DType, Pass)> {
+        self.dtypes.iter().flat_map(move |&dtype| {
+            self.passes.iter().flat_map(move |&pass| self.cases.iter().map(move |case| (case, dtype, pass)))
+        })
+    }
+}
+
+/// Runs one case with all its checks: for property tests on [`cases::strategy`], and to look at one failure.
+pub fn run_case<'a>(subject: impl Into<Subject<'a>>, case: &Case, dtype: DType, pass: Pass) -> CaseResult {
+    crate::run::run_case(&subject.into(), case, dtype, pass)
+}

@@ -1,0 +1,308 @@
+//! Tensors that the suite owns: any dtype, any strides, with guard elements around and between their elements.
+
+use attention_core::{DType, Dims, Scalar, Strides, TensorDesc, View, ViewMut};
+use half::{bf16, f16};
+
+use crate::cases::Layout;
+
+/// Elements before the lowest and after the highest one that no call may touch: two of the widest vectors of halves.
+const GUARD: usize = 64;
+
+/// The elements of a [`HostTensor`] in memory order, gaps and guards included.
+#[derive(Clone, Debug)]
+enum Storage {
+    F64(Vec<f64>),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+    Bool(Vec<bool>),
+}
+
+/// Runs the same expression on the vector of whichever dtype the storage has.
+macro_rules! on_storage {
+    ($storage:expr, $data:ident => $body:expr) => {
+        match $storage {
+            Storage::F64($data) => $body,
+            Storage::F32($data) => $body,
+            Storage::F16($data) => $body,
+            Storage::Bf16($data) => $body,
+            Storage::Bool($data) => $body,
+        }
+    };
+}
+
+/// What a float buffer is filled with where the suite has not written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// NaN: what lies between the elements of an input, and what outputs hold before a call.
+    Nan,
+    /// A finite pattern that no computation produces by accident: what lies around the elements of an output.
+    Canary,
+}
+
+impl Fill {
+    /// The bits of the fill, the same in every build.
+    fn bits(self, dtype: DType) -> u64 {
+        match (self, dtype) {
+            (Fill::Nan, DType::F64) => 0x7FF8_0000_DEAD_BEEF,
+            (Fill::Nan, DType::F32) => 0x7FC0_BEEF,
+            (Fill::Nan, DType::F16) => 0x7EEF,
+            (Fill::Nan, DType::Bf16) => 0x7FEF,
+            (Fill::Canary, DType::F64) => 0x5A5A_A5A5_5A5A_A5A5,
+            (Fill::Canary, DType::F32) => 0x5A5A_A5A5,
+            (Fill::Canary, DType::F16 | DType::Bf16) => 0x5AA5,
+            _ => 0,
+        }
+    }
+}
+
+/// A strided tensor in memory of its own.
+#[derive(Clone, Debug)]
+pub struct HostTensor {
+    storage: Storage,
+    desc: TensorDesc,
+    /// Where in the storage the element at index 0 is.
+    origin: usize,
+}
+
+impl HostTensor {
+    /// A tensor whose elements, gaps and guards all hold `fill` (`false` for booleans).
+    ///
+    /// # Panics
+    /// For a dtype that no tensor of a call has.
+    pub fn filled(dtype: DType, shape: impl Into<Dims>, layout: Layout, fill: Fill) -> Self {
+        let shape = shape.into();
+        let placement = layout.place(&shape);
+        let len = placement.len + 2 * GUARD;
+        let bits = fill.bits(dtype);
+        let storage = match dtype {
+            DType::F64 => Storage::F64(vec![f64::from_bits(bits); len]),
+            DType::F32 => Storage::F32(vec![f32::from_bits(bits as u32); len]),
+            DType::F16 => Storage::F16(vec![f16::from_bits(bits as u16); len]),
+            DType::Bf16 => Storage::Bf16(vec![bf16::from_bits(bits as u16); len]),
+            DType::Bool => Storage::Bool(vec![false; len]),
+            other => panic!("{other} is not a dtype of the suite"),
+        };
+        let strides = Strides::from_slice(&placement.strides).expect("as many strides as axes");
+        let desc = TensorDesc::strided(dtype, shape, strides).expect("as many strides as axes");
+        Self { storage, desc, origin: placement.origin + GUARD }
+    }
+
+    /// An input tensor: `value` gives the elements in row-major order, rounded to the dtype; NaN lies around them.
+    pub fn from_values(
+        dtype: DType,
+        shape: impl Into<Dims>,
+        layout: Layout,
+        mut value: impl FnMut(usize) -> f64,
+    ) -> Self {
+        let mut tensor = Self::filled(dtype, shape, layout, Fill::Nan);
+        for (index, position) in tensor.positions().enumerate() {
+            tensor.store(position, value(index));
+        }
+        tensor
+    }
+
+    /// A boolean tensor in which `value` gives the elements in row-major order.
+    pub fn from_bools(shape: impl Into<Dims>, layout: Layout, mut value: impl FnMut(usize) -> bool) -> Self {
+        let mut tensor = Self::filled(DType::Bool, shape, layout, Fill::Nan);
+        for (index, position) in tensor.positions().enumerate() {
+            tensor.store(position, f64::from(u8::from(value(index))));
+        }
+        tensor
+    }
+
+    /// An output tensor before a call: elements hold NaN, what lies around them a canary.
+    pub fn poisoned(desc: &TensorDesc, layout: Layout) -> Self {
+        let mut tensor = Self::filled(desc.dtype(), desc.shape(), layout, Fill::Canary);
+        let bits = Fill::Nan.bits(desc.dtype());
+        for position in tensor.positions() {
+            match &mut tensor.storage {
+                Storage::F64(data) => data[position] = f64::from_bits(bits),
+                Storage::F32(data) => data[position] = f32::from_bits(bits as u32),
+                Storage::F16(data) => data[position] = f16::from_bits(bits as u16),
+                Storage::Bf16(data) => data[position] = bf16::from_bits(bits as u16),
+                Storage::Bool(_) => {}
+            }
+        }
+        tensor
+    }
+
+    /// Dtype, shape and strides.
+    pub fn desc(&self) -> TensorDesc {
+        self.desc
+    }
+
+    /// The tensor as the input of a call.
+    pub fn view(&self) -> View<'_> {
+        let (shape, strides) = (self.desc.shape(), self.desc.strides());
+        on_storage!(&self.storage, data => View::strided(data, self.origin, shape, strides))
+            .expect("the placement lies inside the storage")
+    }
+
+    /// The tensor as the output of a call.
+    pub fn view_mut(&mut self) -> ViewMut<'_> {
+        let (shape, strides) = (self.desc.shape(), self.desc.strides());
+        on_storage!(&mut self.storage, data => ViewMut::strided(data, self.origin, shape, strides))
+            .expect("the placement of an output has no overlaps")
+    }
+
+    /// The elements in row-major order as f64 (exact; 0 and 1 for booleans).
+    pub fn values(&self) -> Vec<f64> {
+        self.positions().map(|position| self.load(position)).collect()
+    }
+
+    /// The bits of the elements in row-major order.
+    pub fn bits(&self) -> Vec<u64> {
+        self.positions().map(|position| self.bits_at(position)).collect()
+    }
+
+    /// Replaces the element at this row-major index; the value is rounded to the dtype.
+    pub fn set(&mut self, index: usize, value: f64) {
+        let position = self.position(index);
+        self.store(position, value);
+    }
+
+    /// Whether the element at this row-major index is what [`poisoned`](Self::poisoned) left there.
+    pub fn is_unwritten(&self, index: usize) -> bool {
+        self.bits_at(self.position(index)) == Fill::Nan.bits(self.desc.dtype())
+    }
+
+    /// Whether no element was written since [`poisoned`](Self::poisoned).
+    pub fn is_untouched(&self) -> bool {
+        let poison = Fill::Nan.bits(self.desc.dtype());
+        self.first_stray_write().is_none()
+            && self.positions().all(|position| self.bits_at(position) == poison)
+    }
+
+    /// The first place outside the elements that does not hold the canary any more, counted in elements from the
+    /// element at index 0.
+    pub fn first_stray_write(&self) -> Option<isize> {
+        let len = on_storage!(&self.storage, data => data.len());
+        let mut is_element = vec![false; len];
+        for position in self.positions() {
+            is_element[position] = true;
+        }
+        let canary = Fill::Canary.bits(self.desc.dtype());
+        (0..len)
+            .find(|&position| !is_element[position] && self.bits_at(position) != canary)
+            .map(|position| position as isize - self.origin as isize)
+    }
+
+    /// Where in the storage the elements lie, in row-major order.
+    fn positions(&self) -> impl Iterator<Item = usize> + use<> {
+        let tensor = (self.desc, self.origin);
+        let count = self.desc.element_count().expect("the shape was allocated");
+        (0..count).map(move |index| position(&tensor.0, tensor.1, index))
+    }
+
+    fn position(&self, index: usize) -> usize {
+        position(&self.desc, self.origin, index)
+    }
+
+    fn store(&mut self, position: usize, value: f64) {
+        match &mut self.storage {
+            Storage::F64(data) => data[position] = value,
+            Storage::F32(data) => data[position] = f32::from_f64(value),
+            Storage::F16(data) => data[position] = <f16 as Scalar>::from_f64(value),
+            Storage::Bf16(data) => data[position] = <bf16 as Scalar>::from_f64(value),
+            Storage::Bool(data) => data[position] = value != 0.0,
+        }
+    }
+
+    fn load(&self, position: usize) -> f64 {
+        match &self.storage {
+            Storage::F64(data) => data[position],
+            Storage::F32(data) => f64::from(data[position]),
+            Storage::F16(data) => Scalar::to_f64(data[position]),
+            Storage::Bf16(data) => Scalar::to_f64(data[position]),
+            Storage::Bool(data) => f64::from(u8::from(data[position])),
+        }
+    }
+
+    fn bits_at(&self, position: usize) -> u64 {
+        match &self.storage {
+            Storage::F64(data) => data[position].to_bits(),
+            Storage::F32(data) => data[position].to_bits().into(),
+            Storage::F16(data) => data[position].to_bits().into(),
+            Storage::Bf16(data) => data[position].to_bits().into(),
+            Storage::Bool(data) => data[position].into(),
+        }
+    }
+}
+
+/// Where in the storage the element at a row-major index lies.
+fn position(desc: &TensorDesc, origin: usize, index: usize) -> usize {
+    let (shape, strides) = (desc.shape(), desc.strides());
+    let (mut rest, mut offset) = (index, 0isize);
+    for axis in (0..shape.rank()).rev() {
+        offset += (rest % shape[axis]) as isize * strides[axis];
+        rest /= shape[axis];
+    }
+    origin.wrapping_add_signed(offset)
+}
+
+/// The multi-axis form of a row-major index, for messages.
+pub fn unravel(index: usize, shape: &[usize]) -> Vec<usize> {
+    let mut rest = index;
+    let mut axes: Vec<usize> = (shape.iter().rev())
+        .map(|&size| {
+            let axis = rest % size.max(1);
+            rest /= size.max(1);
+            axis
+        })
+        .collect();
+    axes.reverse();
+    axes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAYOUTS: [Layout; 7] = [
+        Layout::Contiguous,
+        Layout::Transposed,
+        Layout::Padded,
+        Layout::InnerStride,
+        Layout::Reversed { axis: 1 },
+        Layout::Reversed { axis: 3 },
+        Layout::FusedSlice { start: 1, total: 6 },
+    ];
+
+    #[test]
+    fn values_read_back_through_every_layout_and_dtype() {
+        for layout in LAYOUTS {
+            for dtype in DType::FLOATS {
+                let tensor = HostTensor::from_values(dtype, [2, 3, 4, 5], layout, |index| index as f64);
+                let want: Vec<f64> = (0..120).map(f64::from).collect();
+                assert_eq!(tensor.values(), want, "{layout:?} {dtype}");
+                if dtype == DType::F32 {
+                    let view = tensor.view().host::<f32>().unwrap();
+                    assert_eq!(view.at(&[1, 2, 3, 4]), 119.0, "{layout:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn stray_writes_are_seen() {
+        for layout in LAYOUTS {
+            let desc = TensorDesc::contiguous(DType::F32, [2, 3, 4, 5]);
+            let mut tensor = HostTensor::poisoned(&desc, layout);
+            assert!(tensor.is_untouched() && tensor.is_unwritten(7));
+            for index in 0..120 {
+                tensor.set(index, 1.0);
+            }
+            assert_eq!(tensor.first_stray_write(), None, "{layout:?}");
+            let Storage::F32(data) = &mut tensor.storage else { unreachable!() };
+            data[3] = 0.0;
+            assert_eq!(tensor.first_stray_write(), Some(3 - tensor.origin as isize));
+        }
+    }
+
+    #[test]
+    fn indices_unravel_row_major() {
+        assert_eq!(unravel(119, &[2, 3, 4, 5]), [1, 2, 3, 4]);
+        assert_eq!(unravel(0, &[3]), [0]);
+    }
+}

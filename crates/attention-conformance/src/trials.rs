@@ -1,0 +1,43 @@
+//! Each case as a test of its own.
+
+use std::sync::Arc;
+
+use attention_core::AttentionBackend;
+use libtest_mimic::{Failed, Trial};
+
+use crate::report::Outcome;
+use crate::suite::{Suite, run_case};
+
+/// The cases of the suite as tests named `backend/case dtype pass`, for a `harness = false` test of a backend crate:
+///
+/// ```no_run
+/// # use std::sync::Arc;
+/// # fn backend() -> Arc<dyn attention_core::AttentionBackend> { unimplemented!() }
+/// fn main() {
+///     let arguments = libtest_mimic::Arguments::from_args();
+///     libtest_mimic::run(&arguments, attention_conformance::trials(&backend())).exit();
+/// }
+/// ```
+///
+/// A case that the backend refuses is listed as ignored, never as passed: whether it does is asked here, so that
+/// listing needs no run.
+pub fn trials(backend: &Arc<dyn AttentionBackend>) -> Vec<Trial> {
+    let suite = Suite::new();
+    let cases: Vec<Arc<crate::cases::Case>> = suite.cases().iter().cloned().map(Arc::new).collect();
+    let mut trials = Vec::new();
+    for (index, run) in suite.list().into_iter().enumerate() {
+        let case = Arc::clone(&cases[index % cases.len()]);
+        let name = format!("{}/{run}", backend.name());
+        let ignored = crate::run::is_refused(backend.as_ref(), &case, run.dtype, run.pass);
+        let backend = Arc::clone(backend);
+        let trial = Trial::test(name, move || {
+            let result = run_case(backend.as_ref(), &case, run.dtype, run.pass);
+            match result.outcome {
+                Outcome::Failed { .. } => Err(Failed::from(result.to_string())),
+                _ => Ok(()),
+            }
+        });
+        trials.push(trial.with_ignored_flag(ignored));
+    }
+    trials
+}

@@ -1,0 +1,51 @@
+//! The ways in which a backend can be wrong.
+
+use attention_core::{Feature, FeatureSet};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Flaw {
+    None,
+    // In the contract.
+    PoisonLeft,
+    WritesOutside,
+    WritesBehindScratchCheck,
+    Panic,
+    ScratchUnchecked,
+    AcceptsEverything,
+    RefusesWhatItDeclares,
+    RunsWhatItRefuses,
+    ChangesFromCallToCall,
+    DependsOnTheBatch,
+    // In the numbers.
+    ScaleOff(f64),
+    OutputOff(f64),
+    GradientOff(f64),
+    LastKeyMissing,
+    Ignores(Feature),
+    WindowOffByOne,
+    OffsetOffByOne,
+    MaskInverted,
+    DropoutOtherSeed,
+    DropoutUnscaled,
+    SoftcapAfterBias,
+    GroupsInterleaved,
+    EmptyRowsAreMeans,
+    MaskedByMultiplication,
+    LseInBaseTwo,
+    BiasGradientNotSummed,
+    CapSlopeMissing,
+}
+
+impl Flaw {
+    /// The features that a backend with this flaw declares.
+    pub(crate) fn declared(self, all: FeatureSet) -> FeatureSet {
+        match self {
+            Flaw::AcceptsEverything | Flaw::RunsWhatItRefuses => all.without(Feature::Causal),
+            _ => all,
+        }
+    }
+
+    pub(crate) fn ignores(self, feature: Feature) -> bool {
+        self == Flaw::Ignores(feature)
+    }
+}

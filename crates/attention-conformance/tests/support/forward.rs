@@ -1,0 +1,106 @@
+use std::sync::atomic::Ordering;
+
+use attention_core::{ForwardCall, Role, Scalar};
+
+use super::arithmetic::{Real, read, write};
+use super::{Flaw, Naive};
+
+impl Naive {
+    pub(crate) fn run_forward<T: Scalar, A: Real>(&self, call: ForwardCall<'_>) {
+        let (problem, inputs, mut outputs) = call.into_parts();
+        let d = problem.dims();
+        let zero = A::from_f64(0.0);
+        let mut factor = match self.flaw {
+            Flaw::OutputOff(factor) => factor,
+            _ => 1.0,
+        };
+        if self.flaw == Flaw::ChangesFromCallToCall && self.calls.fetch_add(1, Ordering::Relaxed) % 2 == 1 {
+            factor = 1.0 + f64::EPSILON;
+        }
+        if self.flaw == Flaw::DependsOnTheBatch && d.batch == 1 {
+            factor = 1.0 - f64::EPSILON;
+        }
+        let (mut out, mut lse) = (Vec::new(), Vec::new());
+        for b in 0..d.batch {
+            for t in 0..d.query_length {
+                for n in 0..d.query_heads {
+                    let row = [b, t, n];
+                    let terms: Vec<(usize, A)> = (self.keys(problem, &inputs, row).into_iter())
+                        .map(|j| (j, self.logit::<A>(problem, &inputs, row, j).value))
+                        .filter(|(_, x)| x.to_f64() != f64::NEG_INFINITY)
+                        .collect();
+                    let sink = self.sink::<A>(problem, &inputs, b, t, n);
+                    let all = || terms.iter().map(|&(_, x)| x).chain(sink);
+                    let max =
+                        all().fold(A::from_f64(f64::NEG_INFINITY), |max, x| if x > max { x } else { max });
+                    let mut sum = zero;
+                    for x in all() {
+                        sum += (x - max).exp();
+                    }
+                    let empty = terms.is_empty();
+                    let row_lse = match (empty, sink) {
+                        (true, None) => f64::NEG_INFINITY,
+                        _ => (max + sum.ln()).to_f64(),
+                    };
+                    lse.push(if self.flaw == Flaw::LseInBaseTwo { row_lse / 2f64.ln() } else { row_lse });
+                    let kv = self.key_head(problem, n);
+                    for dim in 0..d.value_head_dim {
+                        let mut total = zero;
+                        for &(j, x) in &terms {
+                            let p = (x - max).exp() / sum * self.kept::<A>(problem, row, j);
+                            if p.to_f64() != 0.0 {
+                                // Rounded to the operands' dtype, as the class allows.
+                                let p = if A::DTYPE == T::DTYPE {
+                                    p
+                                } else {
+                                    A::from_f64(T::from_f64(p.to_f64()).to_f64())
+                                };
+                                total += p * read::<A>(&inputs.value, &[b, j, kv, dim]);
+                            }
+                        }
+                        if self.flaw == Flaw::MaskedByMultiplication {
+                            for j in 0..d.key_length {
+                                total += zero * read::<A>(&inputs.value, &[b, j, kv, dim]);
+                            }
+                        }
+                        if self.flaw == Flaw::EmptyRowsAreMeans && empty && d.key_length > 0 {
+                            total = read::<A>(&inputs.value, &[b, 0, kv, dim]);
+                        }
+                        // The flaws that change a single bit do so in the output's own precision.
+                        let rounded = T::from_f64(total.to_f64());
+                        let value =
+                            if factor > 1.0 && factor < 1.0 + 1e-9 || factor < 1.0 && factor > 1.0 - 1e-9 {
+                                rounded.to_f64() * (1.0 + (factor - 1.0).signum() * 1.5 * epsilon::<T>())
+                            } else {
+                                total.to_f64() * factor
+                            };
+                        out.push(value);
+                    }
+                }
+            }
+        }
+        if self.flaw == Flaw::WritesOutside && !out.is_empty() {
+            let desc = problem.tensor(Role::Out).unwrap();
+            let last = desc.span().unwrap().1;
+            // SAFETY: not sound in general, which is the point: the suite keeps guard elements behind the last one.
+            unsafe { outputs.out.as_mut_ptr().cast::<T>().offset(last + 1).write(T::from_f64(0.0)) };
+        }
+        if self.flaw == Flaw::PoisonLeft {
+            // All rows but the last batch row.
+            let rows = d.query_length * d.query_heads * d.value_head_dim;
+            out.truncate(out.len().saturating_sub(rows));
+        }
+        write(outputs.out.reborrow(), &out);
+        if let Some(view) = outputs.lse {
+            write(view, &lse);
+        }
+    }
+}
+
+fn epsilon<T: Scalar>() -> f64 {
+    match T::DTYPE.size() {
+        8 => f64::EPSILON,
+        4 => f64::from(f32::EPSILON),
+        _ => 2f64.powi(-7),
+    }
+}
