@@ -1,1 +1,9 @@
-//! tmp
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod buffer;
+mod shapes;
+mod workload;
+
+pub use shapes::{SHAPES, Shape, parse_shape};
+pub use workload::{Mask, Work, Workload};
