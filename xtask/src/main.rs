@@ -1,1 +1,108 @@
-fn main() {}
+//! What is done with this repository, one file a command: `cargo xtask --help`.
+
+mod backends;
+mod bench;
+mod cargo;
+mod check;
+mod conformance;
+mod features;
+mod golden;
+mod machine;
+mod reporting;
+mod test;
+mod trees;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What went wrong, as one sentence for the person at the terminal.
+type Error = Box<dyn std::error::Error + Send + Sync>;
+/// What a command returns: whether everything it looked at is as it should be.
+type Result<T = bool> = std::result::Result<T, Error>;
+
+/// Checks, tests and measures this repository.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Check(check::Arguments),
+    Test(test::Arguments),
+    Features(features::Arguments),
+    Conformance(conformance::Arguments),
+    Golden(golden::Arguments),
+    Bench(bench::Arguments),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Check(arguments) => check::run(&arguments),
+        Command::Test(arguments) => test::run(&arguments),
+        Command::Features(arguments) => features::run(&arguments),
+        Command::Conformance(arguments) => conformance::run(&arguments),
+        Command::Golden(arguments) => golden::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_are_as_the_readme_names_them() {
+        for line in [
+            "check --allow-dirty",
+            "test",
+            "features",
+            "conformance --backend cpu --dtype f32 --dtype bf16 --pass backward --filter causal --list",
+            "conformance --json a.json --html a.html --threads 1,4",
+            "golden --dir a --dir b --backend cpu --dtype f64",
+            "golden --check",
+            "bench --shape 1,2,3,4,2,8 --shape 1,2,3,4,2,8,5 --dtype f32 --pass both --causal --mask bias",
+            "bench --peer torch --peer jax --peer-path math --threads 2 --repeats 3 --json a --record b",
+            "bench --quick --peer-python python3",
+        ] {
+            let words = ["cargo xtask"].into_iter().chain(line.split(' '));
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{line}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_options_are_refused() {
+        for (line, what) in [
+            ("conformance --dtype int8", "unknown dtype 'int8'"),
+            ("conformance --dtype f8e4m3", "f8e4m3"),
+            ("conformance --pass both", "unknown pass 'both'"),
+            ("bench --pass backward", "unknown pass 'backward'"),
+            ("bench --shape 1,2", "has 2 sizes"),
+            ("golden --check --dir a", "cannot be used with"),
+        ] {
+            let words = ["cargo xtask"].into_iter().chain(line.split(' '));
+            let error = Cli::try_parse_from(words).err().expect(line).to_string();
+            assert!(error.contains(what), "{line}: {error}");
+        }
+    }
+}

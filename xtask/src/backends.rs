@@ -1,0 +1,126 @@
+//! Backends by name, and on pools of a certain size.
+
+use std::sync::Arc;
+
+use attention::Registry;
+use attention_core::{
+    AttentionBackend, BackwardCall, Capabilities, DType, Error, ForwardCall, Pass, Problem, Scratch,
+    Unavailable, Unsupported,
+};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+/// The backends of these names, or all that are available here if there are none.
+pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBackend>>> {
+    let registry = Registry::default();
+    if names.is_empty() {
+        let (there, missing): (Vec<_>, Vec<_>) =
+            registry.backends().iter().cloned().partition(|backend| backend.available().is_ok());
+        for backend in missing {
+            if let Err(reason) = backend.available() {
+                eprintln!("backend {} left out: {reason}", backend.name());
+            }
+        }
+        return Ok(there);
+    }
+    let mut backends: Vec<Arc<dyn AttentionBackend>> = Vec::new();
+    for name in names {
+        let Some(backend) = registry.get(name) else {
+            let known = registry.names().join(", ");
+            return Err(format!("unknown backend '{name}'; this build has {known}").into());
+        };
+        backend.available()?;
+        if backends.iter().all(|other| other.name() != name) {
+            backends.push(backend.clone());
+        }
+    }
+    Ok(backends)
+}
+
+/// A pool of this many threads.
+pub(crate) fn pool(threads: usize) -> crate::Result<Arc<ThreadPool>> {
+    Ok(Arc::new(ThreadPoolBuilder::new().num_threads(threads).build()?))
+}
+
+/// A backend whose every call is made from inside a pool, so that it has that pool's threads. Results must not
+/// depend on how many those are.
+#[derive(Debug)]
+pub(crate) struct InPool {
+    backend: Arc<dyn AttentionBackend>,
+    pool: Arc<ThreadPool>,
+}
+
+impl InPool {
+    /// A backend in a pool of this many threads.
+    pub(crate) fn new(backend: Arc<dyn AttentionBackend>, threads: usize) -> crate::Result<Self> {
+        Ok(Self { backend, pool: pool(threads)? })
+    }
+}
+
+impl AttentionBackend for InPool {
+    fn name(&self) -> &str {
+        self.backend.name()
+    }
+
+    fn version(&self) -> &str {
+        self.backend.version()
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        self.backend.capabilities()
+    }
+
+    fn available(&self) -> Result<(), Unavailable> {
+        self.backend.available()
+    }
+
+    fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
+        self.pool.install(|| self.backend.supports(problem))
+    }
+
+    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
+        self.pool.install(|| self.backend.scratch_bytes(problem))
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.pool.install(|| self.backend.forward(call, scratch))
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.pool.install(|| self.backend.backward(call, scratch))
+    }
+}
+
+/// Reads a dtype that operands can have.
+pub(crate) fn parse_dtype(text: &str) -> Result<DType, String> {
+    let dtype: DType = text.parse()?;
+    if !dtype.is_supported_float() {
+        let known = DType::FLOATS.map(DType::name).join(", ");
+        return Err(format!("no call has operands of {dtype}; possible are {known}"));
+    }
+    Ok(dtype)
+}
+
+/// Reads a pass.
+pub(crate) fn parse_pass(text: &str) -> Result<Pass, String> {
+    [Pass::Forward, Pass::Backward]
+        .into_iter()
+        .find(|pass| pass.to_string() == text)
+        .ok_or_else(|| format!("unknown pass '{text}'; known are forward, backward"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_name_is_answered_with_the_known_ones() {
+        let error = named(&["nosuch".to_owned()]).unwrap_err().to_string();
+        assert_eq!(error, "unknown backend 'nosuch'; this build has cpu");
+    }
+
+    #[test]
+    fn a_name_given_twice_counts_once() {
+        let backends = named(&["cpu".to_owned(), "cpu".to_owned()]).unwrap();
+        assert_eq!(backends.len(), 1);
+    }
+}

@@ -1,0 +1,236 @@
+//! `cargo xtask bench`: backends on the shared shapes, beside other libraries.
+
+mod measure;
+mod peer;
+mod row;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use attention_benches::{Mask, SHAPES, Shape, Work, Workload, parse_shape};
+use attention_core::{AttentionBackend, DType, Dimensions};
+
+use crate::backends::{self, InPool, parse_dtype};
+use crate::{machine, reporting};
+use peer::Peer;
+use row::Row;
+
+/// Measures backends, and other libraries on the same shapes in turn
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// A backend to measure; all by default
+    #[arg(long, value_name = "NAME")]
+    backend: Vec<String>,
+    /// A shape, B,T,S,N,K,H or B,T,S,N,K,H,Hv; the shared list by default
+    #[arg(long, value_parser = parse_shape, value_name = "B,T,S,N,K,H[,Hv]")]
+    shape: Vec<Dimensions>,
+    /// Only the short part of the shared list
+    #[arg(long, conflicts_with = "shape")]
+    quick: bool,
+    /// A dtype: f64, f32, f16 or bf16; those of the shared list by default, f32 for other shapes
+    #[arg(long, value_parser = parse_dtype, value_delimiter = ',', value_name = "D")]
+    dtype: Vec<DType>,
+    /// forward, or both for forward and backward together; one after the other by default
+    #[arg(long)]
+    pass: Option<Work>,
+    /// Causal calls instead of full ones; leaves the decoding steps out of the shared list
+    #[arg(long)]
+    causal: bool,
+    /// What masks the logits: none, bool [B,1,T,S] or bias [1,N,T,S]
+    #[arg(long, default_value = "none")]
+    mask: Mask,
+    /// How many threads both sides have; all cores by default
+    #[arg(long, value_name = "N", value_parser = positive)]
+    threads: Option<usize>,
+    /// Another library to measure in turn with ours: torch or jax
+    #[arg(long, value_name = "torch|jax", value_parser = ["torch", "jax"])]
+    peer: Vec<String>,
+    /// The peer's implementation: math materialises the logits, default is what its users get
+    #[arg(long, default_value = "default", value_parser = ["math", "default", "fused"])]
+    peer_path: String,
+    /// The Python that has torch or jax
+    #[arg(long, env = "ATTENTION_PYTHON", default_value = "python3", value_name = "PATH")]
+    peer_python: PathBuf,
+    /// How many turns each side has; as many as fit into some seconds by default
+    #[arg(long, value_name = "N", value_parser = positive)]
+    repeats: Option<usize>,
+    /// Write the rows to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the rows to this file as CSV, with the machine and the versions on top
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a number above 0".to_owned())
+}
+
+/// What a row measures, but for the backend and the peer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Case {
+    pub(crate) dims: Dimensions,
+    pub(crate) dtype: DType,
+    pub(crate) work: Work,
+    pub(crate) causal: bool,
+    pub(crate) mask: Mask,
+}
+
+/// Runs the command.
+pub(crate) fn run(arguments: &Arguments) -> crate::Result {
+    let threads = arguments.threads.unwrap_or_else(machine::cores);
+    let backends = (backends::named(&arguments.backend)?.into_iter())
+        .map(|backend| Ok(Arc::new(InPool::new(backend, threads)?) as Arc<dyn AttentionBackend>))
+        .collect::<crate::Result<Vec<_>>>()?;
+    let mut peers: Vec<Peer> = Vec::new();
+    for name in &arguments.peer {
+        match Peer::start(name, &arguments.peer_path, &arguments.peer_python, threads) {
+            Ok(peer) => peers.push(peer),
+            Err(reason) => eprintln!("peer {name} skipped: {reason}"),
+        }
+    }
+    println!("{}, {}, {threads} threads", machine::description(), machine::level());
+
+    let cases = cases(arguments);
+    let mut rows = Vec::new();
+    for (index, case) in cases.iter().enumerate() {
+        for backend in &backends {
+            let new = measure_case(case, &**backend, &mut peers, arguments.repeats, threads)?;
+            for row in &new {
+                eprintln!("{}/{} {}", index + 1, cases.len(), row.cells().join("  "));
+            }
+            rows.extend(new);
+        }
+    }
+    row::print(&rows);
+    if let Some(path) = &arguments.json {
+        reporting::write(path, &row::json(&rows)?)?;
+    }
+    if let Some(path) = &arguments.record {
+        let versions: Vec<_> = (peers.iter())
+            .map(|peer| format!("{} {} ({})", peer.name, peer.version, arguments.peer_path))
+            .collect();
+        reporting::write(path, &row::csv(&rows, &versions)?)?;
+    }
+    Ok(true)
+}
+
+/// Everything that the options ask for, in the order of the rows.
+fn cases(arguments: &Arguments) -> Vec<Case> {
+    let listed =
+        |shape: &&Shape| (shape.quick || !arguments.quick) && !(arguments.causal && shape.is_decode());
+    let shapes: Vec<(Dimensions, &[DType])> = if arguments.shape.is_empty() {
+        SHAPES.iter().filter(listed).map(|shape| (shape.dims, shape.dtypes)).collect()
+    } else {
+        arguments.shape.iter().map(|&dims| (dims, &[DType::F32][..])).collect()
+    };
+    let works = arguments.pass.map_or_else(|| vec![Work::Forward, Work::Both], |work| vec![work]);
+    let mut cases = Vec::new();
+    for (dims, dtypes) in shapes {
+        let dtypes = if arguments.dtype.is_empty() { dtypes } else { &arguments.dtype };
+        for &dtype in dtypes {
+            for &work in &works {
+                cases.push(Case { dims, dtype, work, causal: arguments.causal, mask: arguments.mask });
+            }
+        }
+    }
+    cases
+}
+
+/// One row for each peer that serves the case, or one without a peer.
+fn measure_case(
+    case: &Case,
+    backend: &dyn AttentionBackend,
+    peers: &mut [Peer],
+    turns: Option<usize>,
+    threads: usize,
+) -> crate::Result<Vec<Row>> {
+    let mut workload = Workload::new(case.dims, case.dtype, case.work, case.causal, case.mask)?;
+    let scratch_bytes = match workload.scratch_bytes(backend) {
+        Ok(bytes) => bytes,
+        Err(refusal) => {
+            eprintln!("backend {} skipped: {refusal}", backend.name());
+            return Ok(Vec::new());
+        }
+    };
+    let mut rows = Vec::new();
+    for peer in peers {
+        match peer.prepare(case) {
+            Err(reason) => eprintln!("peer {} skipped: {reason}", peer.name),
+            Ok(path) => {
+                let times = measure::measure(&mut workload, backend, Some(peer), turns)?;
+                if times.peer_median_ms.is_some() {
+                    rows.push((times, Some((peer.name.clone(), path))));
+                }
+            }
+        }
+    }
+    if rows.is_empty() {
+        rows.push((measure::measure(&mut workload, backend, None, turns)?, None));
+    }
+    let Dimensions { batch, query_length, key_length, query_heads, key_heads, head_dim, value_head_dim } =
+        case.dims;
+    let row = |(times, peer): (measure::Times, Option<(String, String)>)| {
+        let (peer, peer_path) = peer.unzip();
+        Row {
+            backend: backend.name().to_owned(),
+            dtype: case.dtype.to_string(),
+            pass: case.work.to_string(),
+            b: batch,
+            t: query_length,
+            s: key_length,
+            n: query_heads,
+            k: key_heads,
+            h: head_dim,
+            hv: value_head_dim,
+            causal: case.causal,
+            mask: case.mask.to_string(),
+            median_ms: times.median_ms,
+            gflops: 1e-6 * workload.flops() / times.median_ms,
+            scratch_bytes,
+            peer,
+            peer_median_ms: times.peer_median_ms,
+            ratio: times.peer_median_ms.map(|ms| ms / times.median_ms),
+            level: machine::level().to_owned(),
+            threads,
+            machine: machine::description(),
+            peer_path: peer_path.unwrap_or_default(),
+            peak_bytes: times.peak_bytes,
+        }
+    };
+    Ok(rows.into_iter().map(row).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    fn cases_of(line: &str) -> Vec<Case> {
+        cases(&Line::parse_from(["bench"].into_iter().chain(line.split_whitespace())).arguments)
+    }
+
+    #[test]
+    fn options_narrow_the_shared_list() {
+        let all = cases_of("");
+        assert!(cases_of("--quick").len() < all.len());
+        assert_eq!(cases_of("--pass forward").len() * 2, all.len());
+        assert!(cases_of("--causal").iter().all(|case| case.causal && case.dims.query_length > 1));
+        assert!(cases_of("--dtype f64").iter().all(|case| case.dtype == DType::F64));
+    }
+
+    #[test]
+    fn shapes_of_ones_own_are_f32_unless_said_otherwise() {
+        let own = cases_of("--shape 1,2,3,4,4,5 --pass both --mask bool");
+        assert_eq!(own.len(), 1);
+        assert_eq!((own[0].dtype, own[0].work, own[0].mask), (DType::F32, Work::Both, Mask::Bool));
+        assert_eq!(cases_of("--shape 1,2,3,4,4,5 --shape 1,1,1,1,1,1 --dtype f32,bf16").len(), 8);
+    }
+}

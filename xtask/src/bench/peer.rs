@@ -1,0 +1,138 @@
+//! Another library, in a process of its own. `benches/peers/peer.py` says how it is talked to.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::Case;
+use crate::{cargo, machine};
+
+/// A running peer.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    /// What it was asked for by: `torch` or `jax`.
+    pub(crate) name: String,
+    /// The library's version.
+    pub(crate) version: String,
+    path: String,
+    threads: usize,
+    process: Child,
+    to: Option<ChildStdin>,
+    from: BufReader<ChildStdout>,
+}
+
+/// Every answer that there is, with the fields of each.
+#[derive(Debug, Deserialize)]
+struct Answer {
+    #[serde(default)]
+    ready: bool,
+    #[serde(default)]
+    ok: bool,
+    reason: Option<String>,
+    version: Option<String>,
+    path: Option<String>,
+    #[serde(default)]
+    ms: Vec<f64>,
+}
+
+impl Peer {
+    /// Starts a peer.
+    ///
+    /// # Errors
+    /// Why it cannot run here, as a sentence.
+    pub(crate) fn start(name: &str, path: &str, python: &Path, threads: usize) -> Result<Self, String> {
+        let mut command = Command::new(python);
+        command.arg(cargo::root().join("benches/peers/peer.py")).args(["--peer", name]);
+        command.args(["--threads", &threads.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let spawned = command.spawn();
+        let mut process = spawned.map_err(|error| format!("{} cannot be run: {error}", python.display()))?;
+        let to = process.stdin.take();
+        let from = process.stdout.take().ok_or("its output cannot be read")?;
+        let (name, path) = (name.to_owned(), path.to_owned());
+        let (version, from) = (String::new(), BufReader::new(from));
+        let mut peer = Self { name, version, path, threads, process, to, from };
+        let answer = peer.answer()?;
+        if !answer.ready {
+            return Err(answer.reason.unwrap_or_else(|| "it is not ready and does not say why".to_owned()));
+        }
+        peer.version = answer.version.unwrap_or_default();
+        Ok(peer)
+    }
+
+    /// Makes the data of a call, and calls once; the name of the implementation that runs.
+    ///
+    /// # Errors
+    /// Why the peer does not serve the call.
+    pub(crate) fn prepare(&mut self, case: &Case) -> Result<String, String> {
+        let dims = case.dims;
+        let request = json!({
+            "op": "prepare",
+            "b": dims.batch, "t": dims.query_length, "s": dims.key_length, "n": dims.query_heads,
+            "k": dims.key_heads, "h": dims.head_dim, "hv": dims.value_head_dim,
+            "dtype": case.dtype.name(), "pass": case.work.name(), "causal": case.causal,
+            "mask": case.mask.name(), "path": self.path, "threads": self.threads,
+            // Half, because the estimate leaves out what a library holds on to besides.
+            "limit_bytes": machine::available_memory().map(|bytes| bytes / 2),
+        });
+        Ok(self.ask(&request)?.path.unwrap_or_default())
+    }
+
+    /// The milliseconds of each of some calls of what was prepared.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub(crate) fn time(&mut self, repeats: usize) -> Result<Vec<f64>, String> {
+        let answer = self.ask(&json!({"op": "time", "repeats": repeats}))?;
+        if answer.ms.len() != repeats {
+            return Err(format!("{} times were asked for and {} given", repeats, answer.ms.len()));
+        }
+        Ok(answer.ms)
+    }
+
+    fn ask(&mut self, request: &Value) -> Result<Answer, String> {
+        let to = self.to.as_mut().ok_or("it was told to end")?;
+        let written = writeln!(to, "{request}").and_then(|()| to.flush());
+        // Where it has ended, its exit status says more than the broken pipe.
+        let answer = self.answer()?;
+        written.map_err(|error| error.to_string())?;
+        if answer.ok {
+            return Ok(answer);
+        }
+        Err(answer.reason.unwrap_or_else(|| "it refuses and does not say why".to_owned()))
+    }
+
+    fn answer(&mut self) -> Result<Answer, String> {
+        let mut line = String::new();
+        match self.from.read_line(&mut line) {
+            Ok(0) => {
+                let status =
+                    self.process.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+                Err(format!("the process ended without an answer ({status})"))
+            }
+            Ok(_) => serde_json::from_str(&line).map_err(|error| format!("'{}': {error}", line.trim())),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // The end of its input ends it.
+        drop(self.to.take());
+        let _ = self.process.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_python_is_a_reason_and_not_a_failure() {
+        let error = Peer::start("torch", "math", Path::new("no-such-python"), 1).unwrap_err();
+        assert!(error.starts_with("no-such-python cannot be run: "), "{error}");
+    }
+}

@@ -1,0 +1,195 @@
+//! A line of a benchmark, as JSON, as CSV and in a table.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use crate::{machine, reporting};
+
+/// One measurement. The names are those of the JSON objects and the CSV columns.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Row {
+    pub(crate) backend: String,
+    pub(crate) dtype: String,
+    pub(crate) pass: String,
+    pub(crate) b: usize,
+    pub(crate) t: usize,
+    pub(crate) s: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) h: usize,
+    pub(crate) hv: usize,
+    pub(crate) causal: bool,
+    pub(crate) mask: String,
+    pub(crate) median_ms: f64,
+    pub(crate) gflops: f64,
+    pub(crate) scratch_bytes: usize,
+    pub(crate) peer: Option<String>,
+    pub(crate) peer_median_ms: Option<f64>,
+    pub(crate) ratio: Option<f64>,
+    pub(crate) level: String,
+    pub(crate) threads: usize,
+    pub(crate) machine: String,
+    /// For the table alone: what the peer ran.
+    #[serde(skip)]
+    pub(crate) peer_path: String,
+    /// For the table alone: memory in use during a call, beyond inputs and outputs.
+    #[serde(skip)]
+    pub(crate) peak_bytes: Option<u64>,
+}
+
+impl Row {
+    /// The row as cells of the table.
+    pub(crate) fn cells(&self) -> Vec<String> {
+        let Self { b, t, s, n, k, h, hv, .. } = self;
+        let causal = if self.causal { "causal " } else { "" };
+        let mask = if self.mask == "none" { "" } else { &self.mask };
+        let mut shape = format!("{b},{t},{s},{n},{k},{h}");
+        if hv != h {
+            let _ = write!(shape, ",{hv}");
+        }
+        let optional = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        vec![
+            self.backend.clone(),
+            self.dtype.clone(),
+            self.pass.clone(),
+            shape,
+            format!("{causal}{mask}").trim_end().to_owned(),
+            format!("{:.3}", self.median_ms),
+            format!("{:.1}", self.gflops),
+            megabytes(self.scratch_bytes as u64),
+            optional(self.peak_bytes.map(megabytes)),
+            optional(self.peer.as_ref().map(|peer| format!("{peer} {}", self.peer_path))),
+            optional(self.peer_median_ms.map(|ms| format!("{ms:.3}"))),
+            optional(self.ratio.map(|ratio| format!("{ratio:.2}"))),
+        ]
+    }
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.2}", bytes as f64 / f64::from(1 << 20))
+}
+
+/// Prints the rows.
+pub(crate) fn print(rows: &[Row]) {
+    let header =
+        "backend|dtype|pass|B,T,S,N,K,H|options|median ms|GFLOP/s|scratch MiB|peak MiB|peer|peer ms|ratio";
+    let header: Vec<String> = header.split('|').map(str::to_owned).collect();
+    reporting::print_cells(&header, &rows.iter().map(Row::cells).collect::<Vec<_>>());
+}
+
+/// The rows as a JSON list.
+pub(crate) fn json(rows: &[Row]) -> crate::Result<String> {
+    Ok(serde_json::to_string_pretty(rows)? + "\n")
+}
+
+/// The rows as CSV, below comments about the machine, the date and the versions.
+pub(crate) fn csv(rows: &[Row], peers: &[String]) -> crate::Result<String> {
+    let mut text = format!(
+        "# machine: {}, {} instructions\n# date: {}\n# attention {}, peers: {}\n# medians of calls taken in turn \
+         with the peer's; ratio is the peer's time over ours\n",
+        machine::description(),
+        machine::level(),
+        machine::today(),
+        env!("CARGO_PKG_VERSION"),
+        if peers.is_empty() { "none".to_owned() } else { peers.join(", ") },
+    );
+    for (index, row) in rows.iter().enumerate() {
+        let serde_json::Value::Object(fields) = serde_json::to_value(row)? else {
+            unreachable!("a row is a struct");
+        };
+        // serde_json sorts an object's keys; the order of the struct is the readable one.
+        let order = columns(row)?;
+        if index == 0 {
+            text += &format!("{}\n", order.join(","));
+        }
+        let cells: Vec<String> = order.iter().map(|name| cell(&fields[name])).collect();
+        text += &format!("{}\n", cells.join(","));
+    }
+    Ok(text)
+}
+
+/// The names of a row's fields, in order.
+fn columns(row: &Row) -> crate::Result<Vec<String>> {
+    let text = serde_json::to_string_pretty(row)?;
+    let names = text.lines().filter_map(|line| line.trim().strip_prefix('"')?.split('"').next());
+    Ok(names.map(str::to_owned).collect())
+}
+
+fn cell(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::Null => String::new(),
+        serde_json::Value::String(text) if text.contains([',', '"']) => {
+            format!("\"{}\"", text.replace('"', "\"\""))
+        }
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row() -> Row {
+        Row {
+            backend: "cpu".to_owned(),
+            dtype: "f32".to_owned(),
+            pass: "forward".to_owned(),
+            b: 1,
+            t: 2,
+            s: 3,
+            n: 8,
+            k: 4,
+            h: 5,
+            hv: 6,
+            causal: true,
+            mask: "bias".to_owned(),
+            median_ms: 1.5,
+            gflops: 100.0,
+            scratch_bytes: 1 << 20,
+            peer: None,
+            peer_median_ms: None,
+            ratio: None,
+            level: "avx512".to_owned(),
+            threads: 2,
+            machine: "A, 2 cores".to_owned(),
+            peer_path: String::new(),
+            peak_bytes: None,
+        }
+    }
+
+    const KEYS: &str = "backend,dtype,pass,b,t,s,n,k,h,hv,causal,mask,median_ms,gflops,scratch_bytes,peer,\
+        peer_median_ms,ratio,level,threads,machine";
+
+    #[test]
+    fn json_has_exactly_the_promised_keys() {
+        assert_eq!(columns(&row()).unwrap().join(","), KEYS);
+        let rows: Vec<serde_json::Value> = serde_json::from_str(&json(&[row()]).unwrap()).unwrap();
+        assert_eq!(rows[0].as_object().unwrap().len(), 21);
+        assert_eq!(rows[0]["ratio"], serde_json::Value::Null);
+        assert_eq!(rows[0]["causal"], true);
+    }
+
+    #[test]
+    fn csv_quotes_what_has_commas_and_names_the_machine() {
+        let text = csv(&[row(), row()], &["torch 2.1".to_owned()]).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[0].starts_with("# machine: ") && lines[2].ends_with("peers: torch 2.1"), "{text}");
+        assert_eq!(lines[4], KEYS);
+        assert_eq!(
+            lines[5],
+            "cpu,f32,forward,1,2,3,8,4,5,6,true,bias,1.5,100.0,1048576,,,,avx512,2,\"A, 2 cores\""
+        );
+        assert_eq!(lines.len(), 7);
+    }
+
+    #[test]
+    fn cells_show_options_and_leave_out_what_is_missing() {
+        let cells = row().cells();
+        assert_eq!(cells[3], "1,2,3,8,4,5,6");
+        assert_eq!(cells[4], "causal bias");
+        assert_eq!(cells[7], "1.00");
+        assert_eq!(cells[11], "-");
+    }
+}

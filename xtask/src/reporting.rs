@@ -1,0 +1,139 @@
+//! Reports on the terminal: a progress bar, a table, the failures, and the closing line.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+
+use attention_conformance::report::{Outcome, Report, Totals, table};
+use attention_conformance::suite::Progress;
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// How many failing cases are printed in full; every one is in the JSON and HTML reports.
+const SHOWN_FAILURES: usize = 50;
+
+/// A progress bar on a terminal, and nothing elsewhere.
+pub(crate) struct Bar(Option<ProgressBar>);
+
+impl Bar {
+    /// A bar named after a backend.
+    pub(crate) fn new(name: &str) -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self(None);
+        }
+        let template = "{prefix} [{bar:40}] {pos}/{len} {elapsed} {wide_msg}";
+        let style = ProgressStyle::with_template(template).expect("the template is well-formed");
+        let bar = ProgressBar::new(0).with_style(style.progress_chars("=> "));
+        bar.set_prefix(name.to_owned());
+        Self(Some(bar))
+    }
+
+    /// Moves on by a case.
+    pub(crate) fn show(&self, progress: Progress<'_>) {
+        if let Some(bar) = &self.0 {
+            bar.set_length(progress.total as u64);
+            bar.set_position(progress.done as u64);
+            let result = progress.result;
+            bar.set_message(format!("{} {} {}", result.case, result.dtype, result.pass));
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Prints one line for each item. A reader that has gone away (`| head`) is no error.
+pub(crate) fn print_lines(lines: impl IntoIterator<Item = impl Display>) {
+    let mut out = std::io::stdout().lock();
+    for line in lines {
+        if writeln!(out, "{line}").is_err() {
+            return;
+        }
+    }
+}
+
+/// Prints a table with borders.
+pub(crate) fn print_cells(header: &[String], rows: &[Vec<String>]) {
+    let mut cells = comfy_table::Table::new();
+    cells.load_style(comfy_table::presets::UTF8_FULL_CONDENSED);
+    cells.set_header(header);
+    cells.add_rows(rows);
+    println!("{cells}");
+}
+
+/// Prints backends by features.
+pub(crate) fn print_table(reports: &[Report]) {
+    let table = table(reports);
+    print_cells(&table.header, &table.rows);
+}
+
+/// Prints what failed, with the first differing elements, and what was skipped and why.
+pub(crate) fn print_details(report: &Report) {
+    for result in report.failures().take(SHOWN_FAILURES) {
+        println!("{}: {result}", report.backend);
+    }
+    let hidden = report.failures().count().saturating_sub(SHOWN_FAILURES);
+    if hidden > 0 {
+        println!("{}: {hidden} more failures", report.backend);
+    }
+    for (reason, count) in skips(report) {
+        println!("{}: skipped {count}: {reason}", report.backend);
+    }
+}
+
+/// How often each reason for skipping occurs.
+fn skips(report: &Report) -> BTreeMap<&str, usize> {
+    let mut reasons = BTreeMap::new();
+    for result in &report.results {
+        if let Outcome::Skipped { reason } = &result.outcome {
+            *reasons.entry(reason.as_str()).or_default() += 1;
+        }
+    }
+    reasons
+}
+
+/// Prints the closing line; whether nothing failed.
+pub(crate) fn close(reports: &[Report]) -> bool {
+    let totals: Totals = reports.iter().map(Report::totals).sum();
+    println!("{totals}");
+    totals.failed == 0
+}
+
+/// Writes a file, and its folder if that is missing.
+pub(crate) fn write(path: &Path, text: &str) -> crate::Result<()> {
+    let written =
+        path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(path, text));
+    written.map_err(|error| format!("{} cannot be written: {error}", path.display()).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use attention_conformance::report::CaseResult;
+    use attention_core::{DType, Pass};
+
+    use super::*;
+
+    #[test]
+    fn reasons_are_grouped() {
+        let skipped = |reason: &str| CaseResult {
+            case: "case".to_owned(),
+            dtype: DType::F32,
+            pass: Pass::Forward,
+            features: vec![],
+            outcome: Outcome::Skipped { reason: reason.to_owned() },
+            ms: 0.0,
+        };
+        let report = Report {
+            backend: "toy".to_owned(),
+            version: "1".to_owned(),
+            results: vec![skipped("no sinks"), skipped("no bias"), skipped("no sinks")],
+        };
+        assert_eq!(skips(&report), BTreeMap::from([("no bias", 1), ("no sinks", 2)]));
+        assert!(close(&[report]));
+    }
+}
