@@ -1,6 +1,6 @@
 //! The gradients of query, key and value: one task for each key/value head, block by block of its query rows.
 //!
-//! With `P = exp(x - lse)`, dropout factors `D` and `delta = <d_out, out> - d_lse` for a row:
+//! With probabilities `P`, dropout factors `D` and `delta = <d_out, out> - d_lse` for a row:
 //! `dv = (D P)^T d_out`, `dx = P (D (d_out v^T) - delta)`, `dq = scale * dx k`, `dk = scale * dx^T q`, with the slope
 //! of the softcap between `dx` and the products (Dao et al., arXiv 2205.14135, appendix B.2).
 
@@ -21,7 +21,7 @@ use crate::packed::{Columns, Dense, Panels, add_scaled, panel_elements, set_apar
 use crate::plan;
 use crate::scratch::{Carver, piece_bytes};
 use crate::simd::{Kernel, dispatch};
-use crate::softmax::{RowDropout, exponentials};
+use crate::softmax::{RowDropout, softmax, sum_of_products};
 use crate::{bias_gradient, sink_gradient, workers};
 
 /// Elements of each piece of a worker's scratch.
@@ -250,13 +250,34 @@ pub(crate) enum GradientOf {
     Logits,
 }
 
-/// The statistics of a query row that the backward pass starts from.
+/// What the forward pass left of a query row, with its incoming gradients.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowState<C> {
     /// The logsumexp; -inf for a row that attends to nothing.
     pub(crate) lse: C,
-    /// `<d_out, out> - d_lse`.
-    pub(crate) delta: C,
+    /// `<d_out, out>`: the sum over keys of probability times its gradient.
+    product: C,
+    /// The incoming gradient of the logsumexp.
+    d_lse: C,
+}
+
+impl<C: Compute> RowState<C> {
+    /// The row term of the softmax gradient, `<d_out, out> - d_lse`.
+    pub(crate) fn delta(&self) -> C {
+        self.product - self.d_lse
+    }
+
+    /// Whether the logsumexp of the keys at hand is that of the whole row, to within rounding.
+    ///
+    /// A logsumexp in f32 has lost digits, and an output in f16 or bf16 has lost more. Where the keys at hand are all
+    /// the row has, their own sums give both back. Where they are a part (context parallelism), the given numbers
+    /// stand for the rest of the row. Four units in the last place is what two ways of summing differ by; a rest of
+    /// the row that hides in it is as small as the rounding of the logsumexp itself.
+    fn is_of(&self, own: C) -> bool {
+        let magnitude = |x: C| x.to_f64().abs();
+        let unit = C::EPSILON.to_f64() * magnitude(own).max(magnitude(self.lse)).max(1.0);
+        magnitude(own - self.lse) <= 4.0 * unit
+    }
 }
 
 impl<'a, E: Operand> Shared<'a, E> {
@@ -279,21 +300,25 @@ impl<'a, E: Operand> Shared<'a, E> {
         }
     }
 
-    /// The statistics of a row. The product of output and its gradient is summed in f64: it is subtracted from
-    /// products that it nearly equals.
+    /// What the forward pass left of a row. The product of output and its gradient is summed in f64: it is
+    /// subtracted from products that it nearly equals.
     pub(crate) fn row_state(&self, batch: usize, head: usize, query: usize) -> RowState<E::Compute> {
         let lse = self.lse.at(&[batch, query, head]);
         if lse == E::Compute::NEG_INFINITY {
             // The row attends to nothing, and whatever its gradients hold does not matter.
-            return RowState { lse, delta: E::Compute::ZERO };
+            return RowState { lse, product: E::Compute::ZERO, d_lse: E::Compute::ZERO };
         }
         let (out, d_out) = (self.out.row(&[batch, query, head]), self.d_out.row(&[batch, query, head]));
         let product: f64 = match (out.contiguous(), d_out.contiguous()) {
             (Some(out), Some(d_out)) => out.iter().zip(d_out).map(|(o, d)| o.to_f64() * d.to_f64()).sum(),
             _ => out.iter().zip(d_out.iter()).map(|(o, d)| o.to_f64() * d.to_f64()).sum(),
         };
-        let d_lse = self.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.at(&[batch, query, head]).to_f64());
-        RowState { lse, delta: E::Compute::from_f64(product - d_lse) }
+        let d_lse = self.d_lse.as_ref().map_or(E::Compute::ZERO, |d_lse| d_lse.at(&[batch, query, head]));
+        RowState { lse, product: E::Compute::from_f64(product), d_lse }
+    }
+
+    fn sink(&self, head: usize) -> Option<E::Compute> {
+        self.sinks.as_ref().map(|sinks| sinks.at(&[head]))
     }
 
     fn task(&self, mut task: Task<'_, E>, scratch: &mut Scratch<'_, E::Compute>) {
@@ -451,19 +476,26 @@ impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
             let p = &mut probabilities[at..][..columns.count];
             let d = &mut d_logits[at..][..columns.count];
             let mut capped = shared.terms.softcap.map(|_| &mut capped[at..][..columns.count]);
-            let RowState { lse, delta } = states[index];
-            if lse == E::Compute::NEG_INFINITY {
+            let state = &states[index];
+            if state.lse == E::Compute::NEG_INFINITY {
                 p.fill(E::Compute::DISALLOWED);
                 d.fill(E::Compute::ZERO);
                 continue;
             }
             shared.terms.apply::<FMA>(batch, (head, query), columns, p, capped.as_deref_mut());
-            exponentials::<_, FMA>(p, lse);
+            let own = softmax::<_, FMA>(p, shared.sink(head));
+            let whole = state.is_of(own.lse);
+            let normaliser =
+                if whole { own.normaliser } else { own.normaliser * (own.lse - state.lse).exp_lane::<FMA>() };
             if let Some(dropout) = RowDropout::new(problem, batch, head, query) {
-                dropout.for_each(columns, keys, |column, factor| {
-                    d[column] *= factor;
-                });
+                dropout.for_each(columns, keys, |column, factor| d[column] *= factor);
             }
+            for (d, p) in d.iter_mut().zip(p.iter_mut()) {
+                let allowed = !p.is_disallowed();
+                *p = if allowed { *p * normaliser } else { *p };
+                *d = if allowed { *d } else { E::Compute::ZERO };
+            }
+            let delta = if whole { sum_of_products(p, d) - state.d_lse } else { state.delta() };
             for (d, &p) in d.iter_mut().zip(&*p) {
                 *d = if p.is_disallowed() { E::Compute::ZERO } else { p * (*d - delta) };
             }

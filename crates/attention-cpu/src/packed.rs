@@ -7,14 +7,19 @@
 use std::ops::Range;
 
 use crate::elementary::Compute;
-use crate::gemm::{Destination, MAX_DEPTH, Mat, MatMut, gemm};
+use crate::gemm::{Destination, Mat, MatMut, gemm};
 use crate::operand::{Head, Operand};
+use crate::simd::{Kernel, dispatch};
 
 /// Keys in a panel. 64 columns a product reach full speed from 48 rows on (benches/record).
 pub(crate) const PANEL: usize = 64;
 
 /// Terms of a product over keys: the chunk of values that stays in the first cache levels.
 const KEY_CHUNK: usize = 256;
+
+/// Terms of a product over a head dimension. The error of a sum grows with its length, so longer ones are cut; at
+/// 64 the cut costs nothing that can be measured.
+const DEPTH: usize = 64;
 
 /// Elements of the panels of `keys` rows of `width`.
 pub(crate) fn panel_elements(keys: usize, width: usize) -> Option<usize> {
@@ -78,12 +83,16 @@ impl<'a, C: Compute> Panels<'a, C> {
         stride: usize,
     ) {
         let count = rows.len() / self.width;
+        if count == 1 {
+            dispatch(SingleRow { panels: self, row: rows, columns, factor, products });
+            return;
+        }
         let first = (columns.start - self.keys.start) / PANEL;
         for index in 0..columns.count / PANEL {
             let panel = &self.data[(first + index) * PANEL * self.width..][..PANEL * self.width];
             let mut mode = Destination::Overwrite;
-            for depth in (0..self.width).step_by(MAX_DEPTH) {
-                let terms = MAX_DEPTH.min(self.width - depth);
+            for depth in (0..self.width).step_by(DEPTH) {
+                let terms = DEPTH.min(self.width - depth);
                 gemm(
                     MatMut::new(&mut products[index * PANEL..], count, PANEL, stride),
                     mode,
@@ -92,6 +101,47 @@ impl<'a, C: Compute> Panels<'a, C> {
                     Mat::new(&panel[depth * PANEL..], terms, PANEL, PANEL),
                 );
                 mode = Destination::Accumulate;
+            }
+        }
+    }
+}
+
+/// The products of one row: `gemm` would sum them in another order, and less exactly.
+struct SingleRow<'b, 'a, C> {
+    panels: &'b Panels<'a, C>,
+    row: &'b [C],
+    columns: &'b Columns,
+    factor: C,
+    products: &'b mut [C],
+}
+
+impl<C: Compute> Kernel for SingleRow<'_, '_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        /// Terms that are summed before they join the total.
+        const TERMS: usize = 16;
+        let Self { panels, row, columns, factor, products } = self;
+        let first = (columns.start - panels.keys.start) / PANEL;
+        let (products, _) = products[..columns.count].as_chunks_mut::<PANEL>();
+        for (index, products) in products.iter_mut().enumerate() {
+            let panel = &panels.data[(first + index) * PANEL * panels.width..][..PANEL * panels.width];
+            let (panel, _) = panel.as_chunks::<PANEL>();
+            let mut totals = [C::ZERO; PANEL];
+            for (terms, keys) in row.chunks(TERMS).zip(panel.chunks(TERMS)) {
+                let mut sums = [C::ZERO; PANEL];
+                for (&term, keys) in terms.iter().zip(keys) {
+                    for column in 0..PANEL {
+                        sums[column] = term.scaled_plus::<FMA>(keys[column], sums[column]);
+                    }
+                }
+                for column in 0..PANEL {
+                    totals[column] += sums[column];
+                }
+            }
+            for column in 0..PANEL {
+                products[column] = factor * totals[column];
             }
         }
     }

@@ -31,7 +31,7 @@ fn write<E: Operand, T: Scalar>(shared: &Shared<'_, E>, dsinks: Option<HostViewM
             for query in 0..shared.problem.query_len(batch) {
                 let state = shared.row_state(batch, head, query);
                 if state.lse != E::Compute::NEG_INFINITY {
-                    sum -= (sink - state.lse.to_f64()).exp() * state.delta.to_f64();
+                    sum -= (sink - state.lse.to_f64()).exp() * state.delta().to_f64();
                 }
             }
         }

@@ -43,6 +43,22 @@ fn sum<C: Compute>(row: &[C]) -> C {
     reduce(row, C::ZERO, |a, b| a + b)
 }
 
+/// The sum of the products of two rows.
+#[inline(always)]
+pub(crate) fn sum_of_products<C: Compute>(a: &[C], b: &[C]) -> C {
+    let mut lanes = [C::ZERO; LANES];
+    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            lanes[lane] += a[lane] * b[lane];
+        }
+    }
+    for (lane, (&a, &b)) in lanes.iter_mut().zip(a_tail.iter().zip(b_tail)) {
+        *lane += a * b;
+    }
+    fold(lanes, |a, b| a + b)
+}
+
 /// What a row of logits comes to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowSoftmax<C> {
@@ -72,7 +88,7 @@ pub(crate) fn softmax<C: Compute, const FMA: bool>(row: &mut [C], sink: Option<C
 
 /// `x = exp(x - shift)`, [`Compute::DISALLOWED`] where `x` is -inf.
 #[inline(always)]
-pub(crate) fn exponentials<C: Compute, const FMA: bool>(row: &mut [C], shift: C) {
+fn exponentials<C: Compute, const FMA: bool>(row: &mut [C], shift: C) {
     for x in row {
         let p = (*x - shift).exp_lane::<FMA>();
         *x = if *x == C::NEG_INFINITY { C::DISALLOWED } else { p };
