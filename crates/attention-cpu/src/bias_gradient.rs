@@ -37,7 +37,7 @@ struct Part {
 /// The parts along each axis: single indices or pieces where the bias has the axis, all of it where it does not.
 fn axis_parts(size: usize, bias_size: usize, piece: usize) -> Vec<Range<usize>> {
     if bias_size == 1 {
-        return vec![0..size];
+        return std::iter::once(0..size).collect();
     }
     (0..size).step_by(piece).map(|start| start..(start + piece).min(size)).collect()
 }

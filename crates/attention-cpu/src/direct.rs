@@ -211,7 +211,7 @@ fn finish<C: Compute, const FMA: bool>(mut sums: [C; LANES], a: &[C], b: &[C]) -
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
-            sums[lane] = sums[lane] + sums[lane + width];
+            sums[lane] += sums[lane + width];
         }
         width /= 2;
     }
