@@ -1,18 +1,68 @@
-//! The suite accepts a backend that is right.
+//! The suite accepts a backend that is right, dtype by dtype so that the tests share the processors.
 
 mod support;
 
-use attention_conformance::suite::Suite;
+use attention_conformance::cases;
+use attention_conformance::report::Outcome;
+use attention_conformance::suite::{Subject, Suite, run_case};
+use attention_core::{DType, Pass};
+use proptest::prelude::*;
 use support::{Flaw, Naive};
 
+fn passes_everything(dtype: DType) {
+    let (naive, other) = (Naive::new(Flaw::None), Naive::new(Flaw::None));
+    let suite = Suite::new().dtypes([dtype]);
+    let mut seen = 0;
+    let report = suite.run(Subject::new(&naive).same_as("another value", &other), |progress| {
+        seen += 1;
+        assert_eq!((progress.done, progress.total), (seen, suite.list().len()));
+    });
+    let failures: Vec<String> = report.failures().map(ToString::to_string).collect();
+    assert!(failures.is_empty(), "{}\n{}", report.totals(), failures.join("\n"));
+    assert_eq!(report.totals().passed, suite.list().len(), "nothing was skipped");
+    // A bound that nothing comes near would be no bound.
+    assert!(report.worst() > 0.2, "{dtype}: {}", report.worst());
+}
+
 #[test]
-fn a_right_backend_passes_everything() {
-    let naive = Naive::new(Flaw::None);
-    let suite = Suite::new();
-    let report = suite.run(&naive, |_| {});
-    for failure in report.failures().take(20) {
-        println!("{failure}");
+fn a_right_backend_passes_in_f64() {
+    passes_everything(DType::F64);
+}
+
+#[test]
+fn a_right_backend_passes_in_f32() {
+    passes_everything(DType::F32);
+}
+
+#[test]
+fn a_right_backend_passes_in_f16() {
+    passes_everything(DType::F16);
+}
+
+#[test]
+fn a_right_backend_passes_in_bf16() {
+    passes_everything(DType::Bf16);
+}
+
+#[test]
+fn filters_choose_by_name_dtype_and_pass() {
+    let suite = Suite::new().filter("fused-qkv").dtypes([DType::F16]).passes([Pass::Backward]);
+    let list = suite.list();
+    assert_eq!(list.len(), suite.cases().len());
+    assert!(!list.is_empty() && list.len() < 20);
+    assert_eq!(list[0].to_string(), format!("{} f16 backward", list[0].case));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn random_cases_pass(case in cases::strategy(), dtype in 0..4usize) {
+        let naive = Naive::new(Flaw::None);
+        for pass in [Pass::Forward, Pass::Backward] {
+            let result = run_case(&naive, &case, DType::FLOATS[dtype], pass);
+            let passed = matches!(result.outcome, Outcome::Passed { .. });
+            prop_assert!(passed, "{}", result);
+        }
     }
-    println!("{}", attention_conformance::report::table(&[report.clone()]));
-    assert_eq!(report.totals().passed, suite.list().len(), "{}", report.totals());
 }

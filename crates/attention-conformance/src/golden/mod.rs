@@ -4,6 +4,7 @@
 //! `jax.nn.dot_product_attention` can do, format 2 what it has no option for; `golden/README.md` of this crate
 //! describes both. A key that this reader does not know is an error: it might change what is computed.
 
+mod bounds;
 mod error;
 mod file;
 mod limits;
@@ -21,11 +22,22 @@ use attention_core::{DType, Pass};
 use crate::report::Report;
 use crate::suite::{Progress, Subject};
 
+/// What results are measured by in f32 and half precision. In f64 it is always an error of 1e-12.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Limits {
+    /// Twice the error of unmodified JAX on the same case: a measure of quality.
+    #[default]
+    Jax,
+    /// The bounds of [`tolerance`](crate::tolerance), which every backend of the class keeps.
+    Derived,
+}
+
 /// A directory with golden cases.
 #[derive(Clone, Debug)]
 pub struct GoldenSet {
     directory: PathBuf,
     manifest: Manifest,
+    limits: Limits,
 }
 
 impl GoldenSet {
@@ -37,7 +49,14 @@ impl GoldenSet {
     pub fn open(directory: impl AsRef<Path>) -> Result<Self, GoldenError> {
         let directory = directory.as_ref().to_owned();
         let manifest = Manifest::read(&directory.join("manifest.json"))?;
-        Ok(Self { directory, manifest })
+        Ok(Self { directory, manifest, limits: Limits::default() })
+    }
+
+    /// Measures by these limits instead of [`Limits::Jax`].
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// The manifest.
@@ -78,7 +97,7 @@ impl GoldenSet {
         for &dtype in dtypes {
             for entry in &entries {
                 for pass in [Pass::Forward, Pass::Backward] {
-                    let result = run::run_entry(&self.directory, &subject, entry, dtype, pass);
+                    let result = run::run_entry(self, &subject, entry, dtype, pass);
                     progress(Progress { done: results.len() + 1, total, result: &result });
                     results.push(result);
                 }

@@ -1,35 +1,21 @@
 //! Runs a golden case.
 
-use std::path::Path;
 use std::time::Instant;
 
-use attention_core::{
-    DType, Feature, FeatureSet, Gradients, NumericsClass, Pass, Problem, Role, dropout_mask,
-};
+use attention_core::{DType, Feature, FeatureSet, Gradients, NumericsClass, Pass, Problem, dropout_mask};
 
-use super::Entry;
+use super::bounds::Bounds;
 use super::file::Tensors;
-use super::limits::limit;
 use super::problem::GoldenInputs;
-use crate::oracle::{Dense, Oracle};
+use super::{Entry, GoldenSet};
+use crate::oracle::Oracle;
 use crate::report::{CaseResult, Outcome};
-use crate::run::{Invocation, Judge, Results, SavedTensors, Stop, usable};
+use crate::run::{Invocation, Judge, SavedTensors, Stop, usable};
 use crate::suite::Subject;
 use crate::tolerance::Precision;
 
-/// The outputs with their names in the files.
-const OUTPUTS: [(Role, &str); 7] = [
-    (Role::Out, "out"),
-    (Role::Lse, "lse"),
-    (Role::DQuery, "dq"),
-    (Role::DKey, "dk"),
-    (Role::DValue, "dv"),
-    (Role::DBias, "dbias"),
-    (Role::DSinks, "dsink"),
-];
-
 pub(super) fn run_entry(
-    directory: &Path,
+    set: &GoldenSet,
     subject: &Subject<'_>,
     entry: &Entry,
     dtype: DType,
@@ -37,7 +23,7 @@ pub(super) fn run_entry(
 ) -> CaseResult {
     let start = Instant::now();
     let mut features = FeatureSet::EMPTY;
-    let outcome = match run(directory, subject, entry, dtype, pass, &mut features) {
+    let outcome = match run(set, subject, entry, dtype, pass, &mut features) {
         Ok(judge) => judge.outcome(),
         Err(Stop::Failed(reason, differences)) => Outcome::Failed { reason, differences },
         Err(Stop::Skipped(reason)) => Outcome::Skipped { reason },
@@ -53,7 +39,7 @@ pub(super) fn run_entry(
 }
 
 fn run(
-    directory: &Path,
+    set: &GoldenSet,
     subject: &Subject<'_>,
     entry: &Entry,
     dtype: DType,
@@ -62,7 +48,7 @@ fn run(
 ) -> Result<Judge, Stop> {
     let backend = subject.backend;
     usable(backend)?;
-    let tensors = Tensors::read(directory, entry).map_err(|error| Stop::failed(error.to_string()))?;
+    let tensors = Tensors::read(&set.directory, entry).map_err(|error| Stop::failed(error.to_string()))?;
     if matches!(dtype, DType::F16 | DType::Bf16) && !entry.inputs_half_exact {
         return Err(Stop::Skipped("the inputs are not exact in half precision".to_owned()));
     }
@@ -88,8 +74,12 @@ fn run(
     let oracle = Oracle::new(&problem, &data.inputs());
     check_case(&tensors, &problem, &oracle)?;
     let invocation = |problem, saved| Invocation { problem, inputs: data.inputs(), saved, layouts: None };
-    let results = match pass {
-        Pass::Forward => invocation(&problem, None).run(backend)?,
+    let class = backend.capabilities().numerics_of(dtype).unwrap_or(NumericsClass::F32);
+    let precision = Precision::new(dtype, class);
+    let bounds =
+        Bounds { limits: set.limits, entry, problem: &problem, oracle: &oracle, data: &data, precision };
+    match pass {
+        Pass::Forward => bounds.judge(&tensors, &invocation(&problem, None).run(backend)?, None),
         Pass::Backward => {
             let saved = if has_lse && backend.supports(&forward).is_ok() {
                 SavedTensors::of_results(invocation(&forward, None).run(backend)?)
@@ -97,11 +87,9 @@ fn run(
                 SavedTensors::of_oracle(&oracle, &problem, &Default::default())
             };
             let given = saved.with(&data.d_out, data.d_lse.as_ref());
-            let results = invocation(&problem, Some(given)).run(backend)?;
-            return compare(entry, &tensors, &problem, &oracle, &data, &results, Some(&saved), backend);
+            bounds.judge(&tensors, &invocation(&problem, Some(given)).run(backend)?, Some(&saved))
         }
-    };
-    compare(entry, &tensors, &problem, &oracle, &data, &results, None, backend)
+    }
 }
 
 /// The gradients that the file has expected values for.
@@ -137,54 +125,4 @@ fn check_case(tensors: &Tensors, problem: &Problem, oracle: &Oracle) -> Result<(
             Err(Stop::failed(format!("keep_mask{at:?} of the file disagrees with the dropout stream")))
         }
     }
-}
-
-#[allow(clippy::too_many_arguments)]
-fn compare(
-    entry: &Entry,
-    tensors: &Tensors,
-    problem: &Problem,
-    oracle: &Oracle,
-    data: &GoldenInputs,
-    results: &Results,
-    saved: Option<&SavedTensors>,
-    backend: &dyn attention_core::AttentionBackend,
-) -> Result<Judge, Stop> {
-    let class = backend.capabilities().numerics_of(problem.dtype()).unwrap_or(NumericsClass::F32);
-    let precision = Precision::new(problem.dtype(), class);
-    let derived = |role: Role| -> Vec<f64> {
-        match saved {
-            None => {
-                let bounds = precision.forward(oracle);
-                if role == Role::Out { bounds.out } else { bounds.lse }
-            }
-            Some(saved) => {
-                let d_out = Dense::read(&data.d_out.view());
-                let d_lse = data.d_lse.as_ref().map(|d_lse| Dense::read(&d_lse.view()));
-                let bounds = precision.backward(oracle, &d_out, d_lse.as_ref(), &saved.errors(oracle));
-                match role {
-                    Role::DQuery => bounds.dq,
-                    Role::DKey => bounds.dk,
-                    Role::DValue => bounds.dv,
-                    Role::DBias => bounds.dbias,
-                    _ => bounds.dsinks,
-                }
-            }
-        }
-    };
-    let mut judge = Judge::new(problem.dtype());
-    for (role, name) in OUTPUTS {
-        let Some(tensor) = results.get(role) else { continue };
-        let Some(want) = tensors.expected(name) else {
-            return Err(Stop::failed(format!("the file has no expected {name}")));
-        };
-        let limit = limit(entry, name, problem.dtype(), &want.values);
-        let bounds = match (limit, problem.dtype()) {
-            (Some(limit), DType::F64 | DType::F32) => vec![limit; want.values.len()],
-            // A backward call starts from an output that was rounded to half precision, JAX's does not.
-            (limit, _) => derived(role).into_iter().map(|bound| bound.max(limit.unwrap_or(0.0))).collect(),
-        };
-        judge.compare_tensor(tensor, role, &want.values, &bounds);
-    }
-    Ok(judge)
 }

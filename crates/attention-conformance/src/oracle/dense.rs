@@ -47,11 +47,20 @@ impl Dense {
         self.data[self.flat(index)]
     }
 
-    /// The row-major position of an index.
+    /// The elements along the last axis, at these indices of the others.
+    ///
+    /// # Panics
+    /// Where the index is outside the shape.
+    pub fn row(&self, leading: &[usize]) -> &[f64] {
+        let len = self.shape[leading.len()];
+        let start = self.flat(leading) * len;
+        &self.data[start..start + len]
+    }
+
+    /// The row-major position of an index, or of the start of a part in units of the part where axes are left out.
     pub(crate) fn flat(&self, index: &[usize]) -> usize {
-        debug_assert!(index.len() == self.shape.len());
         index.iter().zip(&self.shape).fold(0, |flat, (&index, &size)| {
-            debug_assert!(index < size);
+            assert!(index < size, "index outside the shape");
             flat * size + index
         })
     }

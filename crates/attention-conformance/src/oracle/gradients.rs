@@ -36,19 +36,19 @@ impl Oracle {
                 return;
             }
             let kv = n / d.group_size();
-            let incoming = |dim: usize| d_out.at(&[b, t, n, dim]);
+            let incoming = d_out.row(&[b, t, n]);
             let d_lse = d_lse.map_or(0.0, |d_lse| d_lse.at(&[b, t, n]));
             // With y = sum_j p'_j v_j: dL/dp_j = keep_j <d_out, v_j>, and through the softmax
             // dL/dx_j = p_j (dL/dp_j - sum_i p_i dL/dp_i) + p_j dL/dlse, whose sum over i is <d_out, y>.
-            let delta: f64 = (0..d.value_head_dim).map(|dim| incoming(dim) * out.at(&[b, t, n, dim])).sum();
+            let delta: f64 = incoming.iter().zip(out.row(&[b, t, n])).map(|(g, y)| g * y).sum();
             for entry in &row.entries {
                 let j = entry.key;
                 let mut d_probability = 0.0;
                 if entry.keep > 0.0 {
-                    for dim in 0..d.value_head_dim {
-                        let at = self.value.flat(&[b, j, kv, dim]);
-                        d_probability += entry.keep * incoming(dim) * self.value.data[at];
-                        gradients.dv[at] += entry.keep * entry.probability * incoming(dim);
+                    let start = self.value.flat(&[b, j, kv]) * d.value_head_dim;
+                    for (dim, g) in incoming.iter().enumerate() {
+                        d_probability += entry.keep * g * self.value.data[start + dim];
+                        gradients.dv[start + dim] += entry.keep * entry.probability * g;
                     }
                 }
                 let d_logit = entry.probability * (d_probability - delta + d_lse);
@@ -56,10 +56,11 @@ impl Oracle {
                     gradients.dbias[bias.broadcast_flat([b, n, t, j])] += d_logit;
                 }
                 let d_product = d_logit * entry.cap_slope;
+                let at_query = self.query.flat(&[b, t, n]) * d.head_dim;
+                let at_key = self.key.flat(&[b, j, kv]) * d.head_dim;
                 for h in 0..d.head_dim {
-                    let (at_query, at_key) = (self.query.flat(&[b, t, n, h]), self.key.flat(&[b, j, kv, h]));
-                    gradients.dq[at_query] += scale * d_product * self.key.data[at_key];
-                    gradients.dk[at_key] += scale * d_product * self.query.data[at_query];
+                    gradients.dq[at_query + h] += scale * d_product * self.key.data[at_key + h];
+                    gradients.dk[at_key + h] += scale * d_product * self.query.data[at_query + h];
                 }
             }
             if row.sink.is_some() {

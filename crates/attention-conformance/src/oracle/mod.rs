@@ -51,18 +51,14 @@ impl Oracle {
         let d = self.problem.dims();
         let mut out = Vec::with_capacity(self.rows.len() * d.value_head_dim);
         self.for_each_row(|[b, _, n], row| {
-            for dim in 0..d.value_head_dim {
-                out.push(
-                    row.entries
-                        .iter()
-                        .filter(|entry| entry.keep > 0.0)
-                        .map(|entry| {
-                            let v = self.value.at(&[b, entry.key, n / d.group_size(), dim]);
-                            entry.keep * entry.probability * v
-                        })
-                        .sum(),
-                );
+            let mut sums = vec![0.0; d.value_head_dim];
+            for entry in row.entries.iter().filter(|entry| entry.keep > 0.0) {
+                let value = self.value.row(&[b, entry.key, n / d.group_size()]);
+                for (sum, v) in sums.iter_mut().zip(value) {
+                    *sum += entry.keep * entry.probability * v;
+                }
             }
+            out.extend(sums);
         });
         out
     }

@@ -23,7 +23,7 @@ pub struct Entry {
     pub added_magnitude: f64,
     /// The logit.
     pub logit: f64,
-    /// `exp(logit - lse)`.
+    /// `exp(logit - lse)`, computed as `exp(logit - max) / sum`.
     pub probability: f64,
     /// What dropout multiplies the probability by: 0 where dropped, 1 without dropout.
     pub keep: f64,
@@ -38,6 +38,8 @@ pub struct Row {
     pub sink: Option<f64>,
     /// The largest of logits and sink.
     pub max: f64,
+    /// The sum of `exp(x - max)` over logits and sink.
+    pub sum: f64,
     /// The logsumexp.
     pub lse: f64,
 }
@@ -45,7 +47,8 @@ pub struct Row {
 impl Row {
     /// The probability that the sink takes; 0 without one.
     pub fn sink_probability(&self) -> f64 {
-        self.sink.map_or(0.0, |sink| (sink - self.lse).exp())
+        let terms = self.lse != f64::NEG_INFINITY;
+        self.sink.filter(|_| terms).map_or(0.0, |sink| (sink - self.max).exp() / self.sum)
     }
 }
 
@@ -66,10 +69,9 @@ pub(super) fn compute(problem: &Problem, inputs: &Inputs<'_>) -> Oracle {
             .filter(|&j| structure.allows(b, n, t, j))
             .map(|j| {
                 let (mut product, mut magnitude) = (0.0, 0.0);
-                for h in 0..d.head_dim {
-                    let term = query.at(&[b, t, n, h]) * key.at(&[b, j, n / d.group_size(), h]);
-                    product += term;
-                    magnitude += term.abs();
+                for (q, k) in query.row(&[b, t, n]).iter().zip(key.row(&[b, j, n / d.group_size()])) {
+                    product += q * k;
+                    magnitude += (q * k).abs();
                 }
                 product *= problem.scale();
                 let (capped, cap_slope) = match problem.softcap() {
@@ -113,15 +115,17 @@ pub(super) fn compute(problem: &Problem, inputs: &Inputs<'_>) -> Oracle {
                 let terms = || entries.iter().map(|entry| entry.logit).chain(sink);
                 // `f64::max` ignores NaN, which the sum below then brings back.
                 let max = terms().fold(f64::NEG_INFINITY, f64::max);
-                let lse = if terms().all(|x| x == f64::NEG_INFINITY) {
-                    f64::NEG_INFINITY
+                let (sum, lse) = if terms().all(|x| x == f64::NEG_INFINITY) {
+                    (0.0, f64::NEG_INFINITY)
                 } else {
-                    max + terms().map(|x| (x - max).exp()).sum::<f64>().ln()
+                    let sum = terms().map(|x| (x - max).exp()).sum::<f64>();
+                    (sum, max + sum.ln())
                 };
                 for entry in &mut entries {
-                    entry.probability = (entry.logit - lse).exp();
+                    // Not exp(logit - lse): rounding a large logsumexp would show in every probability.
+                    entry.probability = (entry.logit - max).exp() / sum;
                 }
-                rows.push(Row { entries, sink, max, lse });
+                rows.push(Row { entries, sink, max, sum, lse });
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Whether what a backend declares and what it does agree.
 
-use attention_core::{AttentionBackend, Device, Error, Pass, Problem, Scratch, Unsupported};
+use attention_core::{AttentionBackend, Error, Pass, Problem, ScratchBuffer, Unsupported};
 
 use super::call::{Invocation, catch};
 use super::{Results, SavedTensors, Stop};
@@ -55,7 +55,9 @@ fn refuses_to_run(
         layouts: Some(&case.layouts),
     };
     let mut results = Results::poisoned(problem, Some(&case.layouts));
-    let outcome = invocation.attempt(backend, &mut results, Scratch::none(Device::Cpu))?;
+    // Plenty, so that a backend that would run is not stopped by its scratch.
+    let mut scratch = ScratchBuffer::new(1 << 20);
+    let outcome = invocation.attempt(backend, &mut results, scratch.scratch())?;
     match outcome {
         Err(Error::Unsupported(_)) => results.expect_untouched("a refused call"),
         Err(error) => Err(Stop::failed(format!("refused in supports, and the call says instead: {error}"))),

@@ -1,5 +1,7 @@
 //! Bounds on the gradients. `docs/numerics.md`, "Backward".
 
+use attention_core::DType;
+
 use super::{Precision, probability_error, unit_roundoff};
 use crate::oracle::{Dense, Oracle};
 
@@ -31,14 +33,19 @@ impl SavedErrors {
     /// Measured: what the call is given against what the oracle has. Positions where either is not finite count as
     /// exact: only rows without gradients have them.
     pub fn between(given_out: &[f64], given_lse: &[f64], oracle: &Oracle) -> Self {
-        let differences = |given: &[f64], want: Vec<f64>| {
+        let differences = |given: &[f64], want: Vec<f64>| -> Vec<f64> {
             (given.iter().zip(want))
                 .map(|(given, want)| {
                     Some((given - want).abs()).filter(|error| error.is_finite()).unwrap_or(0.0)
                 })
                 .collect()
         };
-        Self { out: differences(given_out, oracle.out()), lse: differences(given_lse, oracle.lse()) }
+        let mut lse = differences(given_lse, oracle.lse());
+        // The oracle's logsumexp is itself rounded to f64, unlike its probabilities.
+        for (error, lse) in lse.iter_mut().zip(oracle.lse()) {
+            *error += if lse.is_finite() { unit_roundoff(DType::F64) * lse.abs() } else { 0.0 };
+        }
+        Self { out: differences(given_out, oracle.out()), lse }
     }
 }
 
@@ -105,15 +112,15 @@ impl Precision {
                 return;
             }
             let kv = n / d.group_size();
-            let incoming = |dim: usize| d_out.at(&[b, t, n, dim]);
+            let incoming = d_out.row(&[b, t, n]);
             let d_lse = d_lse.map_or(0.0, |d_lse| d_lse.at(&[b, t, n]));
             // delta = <d_out, out> - d_lse.
             let (mut delta, mut delta_size, mut delta_error) = (-d_lse, d_lse.abs(), 0.0);
-            for dim in 0..d.value_head_dim {
+            for (dim, g) in incoming.iter().enumerate() {
                 let at = index * d.value_head_dim + dim;
-                delta += incoming(dim) * out[at];
-                delta_size += (incoming(dim) * out[at]).abs();
-                delta_error += incoming(dim).abs() * saved.out[at];
+                delta += g * out[at];
+                delta_size += (g * out[at]).abs();
+                delta_error += g.abs() * saved.out[at];
             }
             delta_error += self.sum(d.value_head_dim) * delta_size;
             for entry in &row.entries {
@@ -123,12 +130,12 @@ impl Precision {
                 let (mut dp, mut dp_size) = (0.0, 0.0);
                 if entry.keep > 0.0 {
                     let weight = entry.keep * (p_error + p * (self.weight + 2.0 * u) + self.weight_underflow);
-                    for dim in 0..d.value_head_dim {
-                        let at = oracle.value.flat(&[b, j, kv, dim]);
-                        let term = entry.keep * incoming(dim) * oracle.value.data[at];
+                    let start = oracle.value.flat(&[b, j, kv]) * d.value_head_dim;
+                    for (dim, g) in incoming.iter().enumerate() {
+                        let term = entry.keep * g * oracle.value.data[start + dim];
                         dp += term;
                         dp_size += term.abs();
-                        dv.add(at, weight * incoming(dim).abs(), entry.keep * p * incoming(dim).abs());
+                        dv.add(start + dim, weight * g.abs(), entry.keep * p * g.abs());
                     }
                 }
                 // d_logit = p (dp - delta).
@@ -151,12 +158,13 @@ impl Precision {
                 error += self.weight * (d_product + error);
                 error = scale * error + self.weight_underflow * scale.max(1.0);
                 d_product *= scale;
+                let at_query = oracle.query.flat(&[b, t, n]) * d.head_dim;
+                let at_key = oracle.key.flat(&[b, j, kv]) * d.head_dim;
                 for h in 0..d.head_dim {
-                    let (at_query, at_key) =
-                        (oracle.query.flat(&[b, t, n, h]), oracle.key.flat(&[b, j, kv, h]));
-                    let (query, key) = (oracle.query.data[at_query].abs(), oracle.key.data[at_key].abs());
-                    dq.add(at_query, error * key, d_product * key);
-                    dk.add(at_key, error * query, d_product * query);
+                    let query = oracle.query.data[at_query + h].abs();
+                    let key = oracle.key.data[at_key + h].abs();
+                    dq.add(at_query + h, error * key, d_product * key);
+                    dk.add(at_key + h, error * query, d_product * query);
                 }
             }
             if let Some(sink) = row.sink {

@@ -86,13 +86,16 @@ impl Precision {
                         * (computed + p * (self.sum(row.entries.len()) + self.weight) + self.weight_underflow)
                 })
                 .collect();
-            for dim in 0..d.value_head_dim {
+            let mut errors = vec![0.0; d.value_head_dim];
+            for (entry, weight) in row.entries.iter().zip(&weights).filter(|(entry, _)| entry.keep > 0.0) {
+                for (error, v) in errors.iter_mut().zip(oracle.value.row(&[b, entry.key, kv])) {
+                    *error += weight * v.abs();
+                }
+            }
+            // Nothing is computed where no key is kept.
+            let empty = row.entries.iter().all(|entry| entry.keep == 0.0);
+            for error in errors {
                 let value = out[bounds.out.len()];
-                let error: f64 = (row.entries.iter().zip(&weights))
-                    .filter(|(entry, _)| entry.keep > 0.0)
-                    .map(|(entry, weight)| weight * oracle.value.at(&[b, entry.key, kv, dim]).abs())
-                    .sum();
-                let empty = row.entries.iter().all(|entry| entry.keep == 0.0);
                 bounds.out.push(if empty { 0.0 } else { error + self.rounding(dtype, value) });
             }
         });

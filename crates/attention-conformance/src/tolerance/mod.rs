@@ -51,10 +51,8 @@ pub struct Precision {
     pub weight: f64,
     /// The absolute error of that rounding where it underflows.
     pub weight_underflow: f64,
-    /// The unit roundoff of the results.
-    pub result: f64,
-    /// The absolute error of rounding a result that underflows.
-    pub result_underflow: f64,
+    /// Whether results are rounded to their dtypes.
+    pub rounds_results: bool,
 }
 
 /// Half of the distance between 1 and the next number.
@@ -88,8 +86,7 @@ impl Precision {
             logit: 0.0,
             weight: 0.0,
             weight_underflow: underflow(dtype.accumulator()),
-            result: unit_roundoff(dtype),
-            result_underflow: underflow(dtype),
+            rounds_results: true,
         };
         let half = Self { weight: unit_roundoff(dtype), weight_underflow: underflow(dtype), ..exact };
         // tf32 keeps 10 bits behind the leading one.
@@ -102,6 +99,16 @@ impl Precision {
         }
     }
 
+    /// No rounding anywhere: what is left of a bound is what the saved tensors' errors do to it.
+    pub const EXACT: Self = Self {
+        accumulator: 0.0,
+        factor: 0.0,
+        logit: 0.0,
+        weight: 0.0,
+        weight_underflow: 0.0,
+        rounds_results: false,
+    };
+
     /// The relative error of a sum of `terms` products, in units of the sum of their absolute values.
     fn sum(&self, terms: usize) -> f64 {
         // Each factor of a product may have been rounded.
@@ -110,7 +117,7 @@ impl Precision {
 
     /// The error of rounding `value` to a result of `dtype`.
     fn rounding(&self, dtype: DType, value: f64) -> f64 {
-        unit_roundoff(dtype) * value.abs() + underflow(dtype)
+        if self.rounds_results { unit_roundoff(dtype) * value.abs() + underflow(dtype) } else { 0.0 }
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
-use attention_core::{DType, Scalar, View, ViewMut};
+use attention_conformance::oracle::Dense;
+use attention_core::{DType, Inputs, Scalar, View, ViewMut};
 use half::{bf16, f16};
 
 /// f32 or f64.
@@ -39,14 +40,35 @@ macro_rules! real {
 real!(f32);
 real!(f64);
 
-/// One element of a tensor of any float dtype.
-pub(crate) fn read<A: Real>(view: &View<'_>, index: &[usize]) -> A {
-    A::from_f64(match view.desc().dtype() {
-        DType::F64 => view.host::<f64>().unwrap().at(index),
-        DType::F32 => view.host::<f32>().unwrap().at(index).into(),
-        DType::F16 => Scalar::to_f64(view.host::<f16>().unwrap().at(index)),
-        _ => Scalar::to_f64(view.host::<bf16>().unwrap().at(index)),
-    })
+/// The inputs of a call, loaded once.
+pub(crate) struct Loaded {
+    pub(crate) query: Dense,
+    pub(crate) key: Dense,
+    pub(crate) value: Dense,
+    pub(crate) mask: Option<Dense>,
+    pub(crate) bias: Option<Dense>,
+    pub(crate) alibi_slopes: Option<Dense>,
+    pub(crate) sinks: Option<Dense>,
+}
+
+impl Loaded {
+    pub(crate) fn new(inputs: &Inputs<'_>) -> Self {
+        let load = |view: Option<View<'_>>| view.map(|view| Dense::read(&view));
+        Self {
+            query: Dense::read(&inputs.query),
+            key: Dense::read(&inputs.key),
+            value: Dense::read(&inputs.value),
+            mask: load(inputs.mask),
+            bias: load(inputs.bias),
+            alibi_slopes: load(inputs.alibi_slopes),
+            sinks: load(inputs.sinks),
+        }
+    }
+}
+
+/// One element, rounded to the accumulator.
+pub(crate) fn read<A: Real>(tensor: &Dense, index: &[usize]) -> A {
+    A::from_f64(tensor.at(index))
 }
 
 /// Writes a row-major list of numbers, rounded to the tensor's dtype.
@@ -68,6 +90,6 @@ fn write_as<T: Scalar>(view: ViewMut<'_>, values: &[f64]) {
 }
 
 /// The index that broadcasting reads.
-pub(crate) fn clamp(view: &View<'_>, index: [usize; 4]) -> [usize; 4] {
-    std::array::from_fn(|axis| if view.shape()[axis] == 1 { 0 } else { index[axis] })
+pub(crate) fn clamp(tensor: &Dense, index: [usize; 4]) -> [usize; 4] {
+    std::array::from_fn(|axis| if tensor.shape[axis] == 1 { 0 } else { index[axis] })
 }

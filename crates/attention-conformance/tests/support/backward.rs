@@ -1,11 +1,16 @@
+use attention_conformance::oracle::Dense;
 use attention_core::{BackwardCall, Feature, Role, Scalar, ViewMut};
 
-use super::arithmetic::{Real, clamp, read, write};
+use super::arithmetic::{Loaded, Real, clamp, read, write};
 use super::{Flaw, Naive};
 
 impl Naive {
     pub(crate) fn run_backward<T: Scalar, A: Real>(&self, call: BackwardCall<'_>) {
-        let (problem, inputs, saved, outputs) = call.into_parts();
+        let (problem, views, saved, outputs) = call.into_parts();
+        let inputs = Loaded::new(&views);
+        let (out, lse, d_out) = (Dense::read(&saved.out), Dense::read(&saved.lse), Dense::read(&saved.d_out));
+        let d_lse =
+            saved.d_lse.filter(|_| !self.flaw.ignores(Feature::DLse)).map(|d_lse| Dense::read(&d_lse));
         let d = problem.dims();
         let zero = A::from_f64(0.0);
         let scale = A::from_f64(match self.flaw {
@@ -18,7 +23,7 @@ impl Naive {
         let (mut dq, mut dk, mut dv) = (empty(Role::Query), empty(Role::Key), empty(Role::Value));
         let (mut dbias, mut dsinks) = (like(Role::Bias, Role::DBias), like(Role::Sinks, Role::DSinks));
         let round =
-            |x: A| if A::DTYPE == T::DTYPE { x } else { A::from_f64(T::from_f64(x.to_f64()).to_f64()) };
+            |x: A| if T::DTYPE.size() >= 4 { x } else { A::from_f64(T::from_f64(x.to_f64()).to_f64()) };
 
         for b in 0..d.batch {
             for t in 0..d.query_length {
@@ -30,33 +35,32 @@ impl Naive {
                     if keys.is_empty() && sink.is_none() {
                         continue;
                     }
-                    let lse = read::<A>(&saved.lse, &[b, t, n]);
-                    let d_lse = saved.d_lse.filter(|_| !self.flaw.ignores(Feature::DLse));
-                    let mut delta = d_lse.map_or(zero, |d_lse| -read::<A>(&d_lse, &[b, t, n]));
+                    let row_lse = read::<A>(&lse, &[b, t, n]);
+                    let mut delta = d_lse.as_ref().map_or(zero, |d_lse| -read::<A>(d_lse, &[b, t, n]));
                     for dim in 0..d.value_head_dim {
-                        delta +=
-                            read::<A>(&saved.d_out, &[b, t, n, dim]) * read::<A>(&saved.out, &[b, t, n, dim]);
+                        delta += read::<A>(&d_out, &[b, t, n, dim]) * read::<A>(&out, &[b, t, n, dim]);
                     }
                     for j in keys {
                         let logit = self.logit::<A>(problem, &inputs, row, j);
                         if logit.value.to_f64() == f64::NEG_INFINITY {
                             continue;
                         }
-                        let p = (logit.value - lse).exp();
+                        let p = (logit.value - row_lse).exp();
                         let kept = self.kept::<A>(problem, row, j);
                         let mut dp = zero;
                         if kept.to_f64() != 0.0 {
+                            let at = ((b * d.key_length + j) * d.key_heads + kv) * d.value_head_dim;
+                            let (incoming, value) = (d_out.row(&[b, t, n]), inputs.value.row(&[b, j, kv]));
                             for dim in 0..d.value_head_dim {
-                                let at = ((b * d.key_length + j) * d.key_heads + kv) * d.value_head_dim + dim;
-                                let incoming = read::<A>(&saved.d_out, &[b, t, n, dim]);
-                                dp += incoming * read::<A>(&inputs.value, &[b, j, kv, dim]);
-                                dv[at] += round(p * kept) * incoming;
+                                let g = A::from_f64(incoming[dim]);
+                                dp += g * A::from_f64(value[dim]);
+                                dv[at + dim] += round(p * kept) * g;
                             }
                         }
                         let ds = p * (dp * kept - delta);
-                        if let (Some(bias), false) = (inputs.bias, dbias.is_empty()) {
-                            let shape = bias.shape();
-                            let at = clamp(&bias, [b, n, t, j]);
+                        if let (Some(bias), false) = (&inputs.bias, dbias.is_empty()) {
+                            let shape = &bias.shape;
+                            let at = clamp(bias, [b, n, t, j]);
                             let flat =
                                 at.iter().zip(shape.iter()).fold(0, |flat, (&i, &size)| flat * size + i);
                             if self.flaw == Flaw::BiasGradientNotSummed {
@@ -66,15 +70,16 @@ impl Naive {
                             }
                         }
                         let ds = round(ds * logit.slope);
+                        let at_query = ((b * d.query_length + t) * d.query_heads + n) * d.head_dim;
+                        let at_key = ((b * d.key_length + j) * d.key_heads + kv) * d.head_dim;
+                        let (query, key) = (inputs.query.row(&[b, t, n]), inputs.key.row(&[b, j, kv]));
                         for h in 0..d.head_dim {
-                            let at_query = ((b * d.query_length + t) * d.query_heads + n) * d.head_dim + h;
-                            let at_key = ((b * d.key_length + j) * d.key_heads + kv) * d.head_dim + h;
-                            dq[at_query] += ds * scale * read::<A>(&inputs.key, &[b, j, kv, h]);
-                            dk[at_key] += ds * scale * read::<A>(&inputs.query, &[b, t, n, h]);
+                            dq[at_query + h] += ds * scale * A::from_f64(key[h]);
+                            dk[at_key + h] += ds * scale * A::from_f64(query[h]);
                         }
                     }
                     if let (Some(sink), false) = (sink, dsinks.is_empty()) {
-                        dsinks[n] += -((sink - lse).exp() * delta);
+                        dsinks[n] += -((sink - row_lse).exp() * delta);
                     }
                 }
             }

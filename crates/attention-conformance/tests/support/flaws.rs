@@ -8,7 +8,6 @@ pub(crate) enum Flaw {
     // In the contract.
     PoisonLeft,
     WritesOutside,
-    WritesBehindScratchCheck,
     Panic,
     ScratchUnchecked,
     AcceptsEverything,

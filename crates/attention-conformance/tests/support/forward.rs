@@ -2,12 +2,13 @@ use std::sync::atomic::Ordering;
 
 use attention_core::{ForwardCall, Role, Scalar};
 
-use super::arithmetic::{Real, read, write};
+use super::arithmetic::{Loaded, Real, read, write};
 use super::{Flaw, Naive};
 
 impl Naive {
     pub(crate) fn run_forward<T: Scalar, A: Real>(&self, call: ForwardCall<'_>) {
-        let (problem, inputs, mut outputs) = call.into_parts();
+        let (problem, views, mut outputs) = call.into_parts();
+        let inputs = Loaded::new(&views);
         let d = problem.dims();
         let zero = A::from_f64(0.0);
         let mut factor = match self.flaw {
@@ -44,19 +45,18 @@ impl Naive {
                     };
                     lse.push(if self.flaw == Flaw::LseInBaseTwo { row_lse / 2f64.ln() } else { row_lse });
                     let kv = self.key_head(problem, n);
+                    // Probabilities rounded to the operands' dtype, as the class of halves allows.
+                    let round = |p: A| {
+                        if T::DTYPE.size() >= 4 { p } else { A::from_f64(T::from_f64(p.to_f64()).to_f64()) }
+                    };
+                    let weights: Vec<(usize, A)> = (terms.iter())
+                        .map(|&(j, x)| (j, round((x - max).exp() / sum * self.kept::<A>(problem, row, j))))
+                        .filter(|(_, p)| p.to_f64() != 0.0)
+                        .collect();
                     for dim in 0..d.value_head_dim {
                         let mut total = zero;
-                        for &(j, x) in &terms {
-                            let p = (x - max).exp() / sum * self.kept::<A>(problem, row, j);
-                            if p.to_f64() != 0.0 {
-                                // Rounded to the operands' dtype, as the class allows.
-                                let p = if A::DTYPE == T::DTYPE {
-                                    p
-                                } else {
-                                    A::from_f64(T::from_f64(p.to_f64()).to_f64())
-                                };
-                                total += p * read::<A>(&inputs.value, &[b, j, kv, dim]);
-                            }
+                        for &(j, p) in &weights {
+                            total += p * read::<A>(&inputs.value, &[b, j, kv, dim]);
                         }
                         if self.flaw == Flaw::MaskedByMultiplication {
                             for j in 0..d.key_length {

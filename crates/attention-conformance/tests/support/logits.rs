@@ -1,8 +1,8 @@
 //! The logits of a row.
 
-use attention_core::{Feature, Inputs, Problem, Scalar};
+use attention_core::{Feature, Problem};
 
-use super::arithmetic::{Real, clamp, read};
+use super::arithmetic::{Loaded, Real, clamp, read};
 use super::{Flaw, Naive};
 
 /// A logit, and what its gradient is multiplied by on its way to the product.
@@ -14,7 +14,7 @@ pub(crate) struct Logit<A> {
 
 impl Naive {
     /// Which keys a row attends to, by structure and mask.
-    pub(crate) fn keys(&self, problem: &Problem, inputs: &Inputs<'_>, [b, t, n]: [usize; 3]) -> Vec<usize> {
+    pub(crate) fn keys(&self, problem: &Problem, inputs: &Loaded, [b, t, n]: [usize; 3]) -> Vec<usize> {
         let ignores = |feature| self.flaw.ignores(feature);
         let query_len =
             if ignores(Feature::QueryLengths) { problem.dims().query_length } else { problem.query_len(b) };
@@ -42,8 +42,10 @@ impl Naive {
                         || window.right.is_none_or(|right| j <= position + right as i128))
             })
             .filter(|&j| {
-                let Some(mask) = inputs.mask.filter(|_| !ignores(Feature::Mask)) else { return true };
-                let attends = mask.host_mask().unwrap().at(&clamp(&mask, [b, n, t, j])) != 0;
+                let Some(mask) = inputs.mask.as_ref().filter(|_| !ignores(Feature::Mask)) else {
+                    return true;
+                };
+                let attends = mask.at(&clamp(mask, [b, n, t, j])) != 0.0;
                 attends != (self.flaw == Flaw::MaskInverted)
             })
             .collect();
@@ -56,14 +58,15 @@ impl Naive {
     pub(crate) fn logit<A: Real>(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_>,
+        inputs: &Loaded,
         [b, t, n]: [usize; 3],
         j: usize,
     ) -> Logit<A> {
         let kv = self.key_head(problem, n);
         let mut product = A::from_f64(0.0);
-        for h in 0..problem.dims().head_dim {
-            product += read::<A>(&inputs.query, &[b, t, n, h]) * read::<A>(&inputs.key, &[b, j, kv, h]);
+        let (query, key) = (inputs.query.row(&[b, t, n]), inputs.key.row(&[b, j, kv]));
+        for (&q, &k) in query.iter().zip(key) {
+            product += A::from_f64(q) * A::from_f64(k);
         }
         let scale = match self.flaw {
             Flaw::ScaleOff(factor) => problem.scale() * factor,
@@ -84,13 +87,13 @@ impl Naive {
         };
         let mut value =
             if self.flaw == Flaw::SoftcapAfterBias { product } else { capped(product, &mut slope) };
-        if let Some(slopes) = inputs.alibi_slopes.filter(|_| !self.flaw.ignores(Feature::Alibi)) {
-            let at: &[usize] = if slopes.shape().rank() == 1 { &[n] } else { &[b, n] };
+        if let Some(slopes) = inputs.alibi_slopes.as_ref().filter(|_| !self.flaw.ignores(Feature::Alibi)) {
+            let at: &[usize] = if slopes.shape.len() == 1 { &[n] } else { &[b, n] };
             let distance = (problem.position(b, t) as f64 - j as f64).abs();
-            value = value - read::<A>(&slopes, at) * A::from_f64(distance);
+            value = value - read::<A>(slopes, at) * A::from_f64(distance);
         }
-        if let Some(bias) = inputs.bias.filter(|_| !self.flaw.ignores(Feature::Bias)) {
-            value += read::<A>(&bias, &clamp(&bias, [b, n, t, j]));
+        if let Some(bias) = inputs.bias.as_ref().filter(|_| !self.flaw.ignores(Feature::Bias)) {
+            value += read::<A>(bias, &clamp(bias, [b, n, t, j]));
         }
         if self.flaw == Flaw::SoftcapAfterBias {
             value = capped(value, &mut slope);
@@ -119,13 +122,15 @@ impl Naive {
     pub(crate) fn sink<A: Real>(
         &self,
         problem: &Problem,
-        inputs: &Inputs<'_>,
+        inputs: &Loaded,
         b: usize,
         t: usize,
         n: usize,
     ) -> Option<A> {
-        let sinks =
-            inputs.sinks.filter(|_| t < problem.query_len(b) && !self.flaw.ignores(Feature::Sinks))?;
-        Some(A::from_f64(read::<A>(&sinks, &[n]).to_f64()))
+        let sinks = inputs
+            .sinks
+            .as_ref()
+            .filter(|_| t < problem.query_len(b) && !self.flaw.ignores(Feature::Sinks))?;
+        Some(read(sinks, &[n]))
     }
 }

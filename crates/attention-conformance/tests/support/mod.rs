@@ -17,8 +17,10 @@ use half::{bf16, f16};
 /// Every option, every dtype, one row at a time.
 #[derive(Debug)]
 pub(crate) struct Naive {
-    capabilities: Capabilities,
+    pub(crate) capabilities: Capabilities,
     pub(crate) flaw: Flaw,
+    /// Whether f32 operands are accumulated in f64.
+    pub(crate) wide: bool,
     /// Counts calls, for flaws that depend on it.
     pub(crate) calls: std::sync::atomic::AtomicUsize,
 }
@@ -42,7 +44,7 @@ impl Naive {
             backward: Some(pass),
             scratch: ScratchGrowth::RowBlock,
         };
-        Self { capabilities, flaw, calls: Default::default() }
+        Self { capabilities, flaw, wide: false, calls: Default::default() }
     }
 
     fn needed(&self, problem: &Problem) -> usize {
@@ -108,6 +110,7 @@ impl AttentionBackend for Naive {
         self.check(call.problem(), scratch)?;
         match call.problem().dtype() {
             DType::F64 => self.run_forward::<f64, f64>(call),
+            DType::F32 if self.wide => self.run_forward::<f32, f64>(call),
             DType::F32 => self.run_forward::<f32, f32>(call),
             DType::F16 => self.run_forward::<f16, f32>(call),
             _ => self.run_forward::<bf16, f32>(call),
@@ -119,6 +122,7 @@ impl AttentionBackend for Naive {
         self.check(call.problem(), scratch)?;
         match call.problem().dtype() {
             DType::F64 => self.run_backward::<f64, f64>(call),
+            DType::F32 if self.wide => self.run_backward::<f32, f64>(call),
             DType::F32 => self.run_backward::<f32, f32>(call),
             DType::F16 => self.run_backward::<f16, f32>(call),
             _ => self.run_backward::<bf16, f32>(call),

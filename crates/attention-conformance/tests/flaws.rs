@@ -1,0 +1,155 @@
+//! The suite refuses backends that are wrong in one thing.
+
+mod support;
+
+use attention_conformance::report::{Outcome, Report};
+use attention_conformance::suite::Suite;
+use attention_core::{DType, Feature, Pass};
+use support::{Flaw, Naive};
+
+fn run(flaw: Flaw, filter: &str, dtypes: &[DType], passes: &[Pass]) -> Report {
+    let suite = Suite::new().filter(filter).dtypes(dtypes.iter().copied()).passes(passes.iter().copied());
+    assert!(!suite.list().is_empty(), "{filter} names no case");
+    suite.run(&Naive::new(flaw), |_| {})
+}
+
+/// The reasons of all failures.
+fn reasons(report: &Report) -> Vec<&str> {
+    (report.results.iter())
+        .filter_map(|result| match &result.outcome {
+            Outcome::Failed { reason, .. } => Some(reason.as_str()),
+            _ => None,
+        })
+        .collect()
+}
+
+/// A flaw of the contract fails with a reason that names it.
+fn fails_with(flaw: Flaw, filter: &str, passes: &[Pass], words: &str) {
+    let report = run(flaw, filter, &[DType::F32], passes);
+    let reasons = reasons(&report);
+    let named = reasons.iter().filter(|reason| reason.contains(words)).count();
+    assert!(named > 0, "{flaw:?}: no failure says '{words}': {reasons:?}");
+}
+
+const BOTH: [Pass; 2] = [Pass::Forward, Pass::Backward];
+
+#[test]
+fn breaches_of_the_contract_are_named() {
+    fails_with(Flaw::PoisonLeft, "groups/", &BOTH, "never written");
+    fails_with(Flaw::WritesOutside, "layout/padded", &[Pass::Forward], "wrote outside the elements of out");
+    fails_with(Flaw::Panic, "scale/", &BOTH, "panicked: on purpose");
+    fails_with(Flaw::ScratchUnchecked, "scale/", &BOTH, "one byte less scratch");
+    fails_with(
+        Flaw::AcceptsEverything,
+        "scale/1-causal",
+        &BOTH,
+        "capabilities do not declare (naive does not support causal",
+    );
+    fails_with(
+        Flaw::RefusesWhatItDeclares,
+        "scale/1-causal",
+        &BOTH,
+        "supports refuses what the capabilities declare",
+    );
+    fails_with(Flaw::RunsWhatItRefuses, "scale/1-causal", &BOTH, "runs a call that supports refuses");
+    fails_with(Flaw::ChangesFromCallToCall, "groups/", &[Pass::Forward], "differs when the call is repeated");
+    fails_with(Flaw::DependsOnTheBatch, "groups/", &[Pass::Forward], "alone");
+    fails_with(Flaw::MaskedByMultiplication, "lengths/keys", &[Pass::Forward], "out of bounds");
+    fails_with(Flaw::DropoutOtherSeed, "dropout/bits", &[Pass::Forward], "dropout: the stream has key");
+}
+
+/// A flaw of the numbers is out of bounds in at least this share of the cases that it touches, in every dtype.
+fn is_out_of_bounds(flaw: Flaw, filter: &str, pass: Pass, share: f64) {
+    for dtype in DType::FLOATS {
+        let report = run(flaw, filter, &[dtype], &[pass]);
+        let totals = report.totals();
+        let found = totals.failed as f64 / (totals.failed + totals.passed) as f64;
+        println!("{flaw:?} {filter} {dtype} {pass}: {totals}");
+        assert!(found >= share, "{flaw:?} in {filter} {dtype} {pass}: {totals}");
+    }
+}
+
+#[test]
+fn wrong_numbers_are_out_of_bounds_forward() {
+    let forward = Pass::Forward;
+    for (flaw, filter, share) in [
+        (Flaw::ScaleOff(1.01), "groups/", 0.9),
+        (Flaw::ScaleOff(0.99), "values/queries", 0.9),
+        (Flaw::LastKeyMissing, "groups/", 0.9),
+        (Flaw::GroupsInterleaved, "groups/n6-k2", 0.9),
+        (Flaw::Ignores(Feature::Causal), "pair/causal-", 0.9),
+        (Flaw::Ignores(Feature::QueryOffset), "position/3-causal", 0.9),
+        (Flaw::Ignores(Feature::BottomRight), "position/bottom-right-causal", 0.9),
+        (Flaw::Ignores(Feature::WindowLeft), "pair/window-left-mask", 0.9),
+        (Flaw::Ignores(Feature::WindowRight), "position/top-left-right", 0.5),
+        (Flaw::Ignores(Feature::Mask), "mask/rank4-BNTS", 0.9),
+        (Flaw::Ignores(Feature::Bias), "bias/rank", 0.7),
+        (Flaw::Ignores(Feature::QueryLengths), "lengths/queries", 0.9),
+        (Flaw::Ignores(Feature::KeyValueLengths), "lengths/keys", 0.7),
+        (Flaw::Ignores(Feature::Softcap), "softcap/2-", 0.9),
+        (Flaw::Ignores(Feature::Alibi), "alibi/", 0.9),
+        (Flaw::Ignores(Feature::Sinks), "sinks/", 0.7),
+        (Flaw::Ignores(Feature::Dropout), "dropout/0.5", 0.9),
+        (Flaw::WindowOffByOne, "position/top-left-both", 0.9),
+        (Flaw::OffsetOffByOne, "position/3-causal-t9", 0.9),
+        (Flaw::MaskInverted, "mask/rank", 0.9),
+        (Flaw::DropoutOtherSeed, "dropout/0.5", 0.9),
+        (Flaw::DropoutUnscaled, "dropout/0.5", 0.9),
+        (Flaw::SoftcapAfterBias, "softcap/2-bias", 0.9),
+        (Flaw::EmptyRowsAreMeans, "mask/all-false", 0.9),
+        (Flaw::LseInBaseTwo, "groups/", 0.9),
+    ] {
+        is_out_of_bounds(flaw, filter, forward, share);
+    }
+}
+
+#[test]
+fn wrong_numbers_are_out_of_bounds_backward() {
+    for (flaw, filter, share) in [
+        (Flaw::ScaleOff(1.1), "groups/", 0.9),
+        (Flaw::LastKeyMissing, "groups/", 0.9),
+        (Flaw::GroupsInterleaved, "groups/n6-k2", 0.9),
+        (Flaw::Ignores(Feature::Causal), "position/top-left-causal", 0.9),
+        (Flaw::Ignores(Feature::Bias), "bias/rank4-B", 0.9),
+        (Flaw::Ignores(Feature::Softcap), "softcap/2-", 0.9),
+        (Flaw::Ignores(Feature::Alibi), "alibi/", 0.9),
+        (Flaw::Ignores(Feature::Sinks), "sinks/", 0.7),
+        (Flaw::Ignores(Feature::Dropout), "dropout/0.5", 0.9),
+        (Flaw::Ignores(Feature::DLse), "results/d-lse", 0.9),
+        (Flaw::WindowOffByOne, "position/top-left-both", 0.9),
+        (Flaw::MaskInverted, "mask/rank4-BNTS", 0.9),
+        (Flaw::DropoutUnscaled, "dropout/0.5", 0.9),
+        (Flaw::BiasGradientNotSummed, "bias/rank2-TS", 0.9),
+        (Flaw::CapSlopeMissing, "softcap/2-", 0.9),
+        (Flaw::GradientOff(1.03), "groups/", 0.9),
+    ] {
+        is_out_of_bounds(flaw, filter, Pass::Backward, share);
+    }
+}
+
+/// One per cent is far outside the bounds of the wide dtypes.
+#[test]
+fn one_per_cent_is_out_of_bounds_in_f64_and_f32() {
+    for dtype in [DType::F64, DType::F32] {
+        for (flaw, pass) in [
+            (Flaw::OutputOff(1.01), Pass::Forward),
+            (Flaw::ScaleOff(1.01), Pass::Forward),
+            (Flaw::GradientOff(1.01), Pass::Backward),
+            (Flaw::ScaleOff(1.01), Pass::Backward),
+        ] {
+            let report = run(flaw, "groups/", &[dtype], &[pass]);
+            assert_eq!(report.totals().passed, 0, "{flaw:?} {dtype} {pass}: {}", report.totals());
+        }
+    }
+}
+
+#[test]
+fn failures_say_which_elements() {
+    let report = run(Flaw::OutputOff(2.0), "groups/n1-k1-t5", &[DType::F32], &[Pass::Forward]);
+    let Outcome::Failed { differences, .. } = &report.results[0].outcome else {
+        panic!("{}", report.results[0]);
+    };
+    assert_eq!(differences.len(), 5);
+    let first = &differences[0];
+    assert!((first.got / first.want - 2.0).abs() < 1e-5 && first.bound < 1e-4, "{first}");
+}
