@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
     /// Causal calls instead of full ones; leaves the decoding steps out of the shared list
     #[arg(long)]
     causal: bool,
-    /// What masks the logits: none, bool [B,1,T,S] or bias [1,N,T,S]
+    /// What masks the logits: none, bool (of shape B,1,T,S) or bias (of shape 1,N,T,S)
     #[arg(long, default_value = "none")]
     mask: Mask,
     /// How many threads both sides have; all cores by default
@@ -107,9 +107,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         reporting::write(path, &row::json(&rows)?)?;
     }
     if let Some(path) = &arguments.record {
-        let versions: Vec<_> = (peers.iter())
-            .map(|peer| format!("{} {} ({})", peer.name, peer.version, arguments.peer_path))
-            .collect();
+        let versions: Vec<_> = peers.iter().map(|peer| (peer.name.clone(), peer.version.clone())).collect();
         reporting::write(path, &row::csv(&rows, &versions)?)?;
     }
     Ok(true)

@@ -1,5 +1,6 @@
 //! A line of a benchmark, as JSON, as CSV and in a table.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use serde::Serialize;
@@ -84,7 +85,15 @@ pub(crate) fn json(rows: &[Row]) -> crate::Result<String> {
 }
 
 /// The rows as CSV, below comments about the machine, the date and the versions.
-pub(crate) fn csv(rows: &[Row], peers: &[String]) -> crate::Result<String> {
+///
+/// `peers` holds the name of each peer with its version.
+pub(crate) fn csv(rows: &[Row], peers: &[(String, String)]) -> crate::Result<String> {
+    let described = |(name, version): &(String, String)| {
+        let ran = rows.iter().filter(|row| row.peer.as_ref() == Some(name));
+        let paths: BTreeSet<&str> = ran.map(|row| row.peer_path.as_str()).collect();
+        format!("{name} {version} ({})", paths.into_iter().collect::<Vec<_>>().join(" and "))
+    };
+    let peers: Vec<String> = peers.iter().map(described).collect();
     let mut text = format!(
         "# machine: {}, {} instructions\n# date: {}\n# attention {}, peers: {}\n# medians of calls taken in turn \
          with the peer's; ratio is the peer's time over ours\n",
@@ -123,6 +132,9 @@ fn cell(value: &serde_json::Value) -> String {
             format!("\"{}\"", text.replace('"', "\"\""))
         }
         serde_json::Value::String(text) => text.clone(),
+        serde_json::Value::Number(number) if number.is_f64() => {
+            format!("{:.4}", number.as_f64().unwrap_or(f64::NAN))
+        }
         other => other.to_string(),
     }
 }
@@ -173,13 +185,17 @@ mod tests {
 
     #[test]
     fn csv_quotes_what_has_commas_and_names_the_machine() {
-        let text = csv(&[row(), row()], &["torch 2.1".to_owned()]).unwrap();
+        let beside = Row { peer: Some("torch".to_owned()), peer_path: "MATH".to_owned(), ..row() };
+        let text = csv(&[row(), beside], &[("torch".to_owned(), "2.1".to_owned())]).unwrap();
         let lines: Vec<&str> = text.lines().collect();
-        assert!(lines[0].starts_with("# machine: ") && lines[2].ends_with("peers: torch 2.1"), "{text}");
+        assert!(
+            lines[0].starts_with("# machine: ") && lines[2].ends_with("peers: torch 2.1 (MATH)"),
+            "{text}"
+        );
         assert_eq!(lines[4], KEYS);
         assert_eq!(
             lines[5],
-            "cpu,f32,forward,1,2,3,8,4,5,6,true,bias,1.5,100.0,1048576,,,,avx512,2,\"A, 2 cores\""
+            "cpu,f32,forward,1,2,3,8,4,5,6,true,bias,1.5000,100.0000,1048576,,,,avx512,2,\"A, 2 cores\""
         );
         assert_eq!(lines.len(), 7);
     }
