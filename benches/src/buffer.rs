@@ -40,8 +40,9 @@ impl Buffer {
     pub(crate) fn mask(desc: &TensorDesc, seed: u64) -> Self {
         let shape = desc.shape();
         let keys = shape.last().copied().unwrap_or(1);
-        let elements =
-            (0..count(desc)).map(|index| index % keys == 0 || random(seed, index) % 10 != 0).collect();
+        let elements = (0..count(desc))
+            .map(|index| index % keys == 0 || !random(seed, index).is_multiple_of(10))
+            .collect();
         Self { shape, elements: Elements::Bool(elements) }
     }
 

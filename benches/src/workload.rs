@@ -124,9 +124,6 @@ impl Workload {
             Work::Both => Some(builder.lse(false).gradients(Gradients::QKV).build()?),
         };
 
-        let desc = |problem: &Problem, role| {
-            *problem.tensor(role).expect("every problem has its pass's operands and outputs")
-        };
         let normal = |role: Role| Buffer::normal(&desc(&forward, role), role as u64);
         let saved = backward.as_ref().map(|backward| Saved {
             d_out: Buffer::normal(&desc(backward, Role::DOut), Role::DOut as u64),
@@ -198,6 +195,11 @@ impl Workload {
         let all = self.forward.flops() + self.backward.as_ref().map_or(0.0, Problem::flops);
         if self.forward.causal() { 0.5 * all } else { all }
     }
+}
+
+/// A tensor that every problem of the pass has.
+fn desc(problem: &Problem, role: Role) -> TensorDesc {
+    *problem.tensor(role).expect("every problem has its pass's operands and outputs")
 }
 
 #[cfg(test)]
