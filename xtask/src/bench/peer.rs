@@ -1,8 +1,9 @@
 //! Another library, in a process of its own. `benches/peers/peer.py` says how it is talked to.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::thread::JoinHandle;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -22,6 +23,8 @@ pub(crate) struct Peer {
     process: Child,
     to: Option<ChildStdin>,
     from: BufReader<ChildStdout>,
+    /// Gives the last line that the process wrote to stderr, once it has ended.
+    last_words: Option<JoinHandle<String>>,
 }
 
 /// Every answer that there is, with the fields of each.
@@ -46,14 +49,16 @@ impl Peer {
     pub(crate) fn start(name: &str, path: &str, python: &Path, threads: usize) -> Result<Self, String> {
         let mut command = Command::new(python);
         command.arg(cargo::root().join("benches/peers/peer.py")).args(["--peer", name]);
-        command.args(["--threads", &threads.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(["--threads", &threads.to_string()]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let spawned = command.spawn();
         let mut process = spawned.map_err(|error| format!("{} cannot be run: {error}", python.display()))?;
         let to = process.stdin.take();
         let from = process.stdout.take().ok_or("its output cannot be read")?;
+        let last_words = process.stderr.take().map(|stderr| std::thread::spawn(move || last_line(stderr)));
         let (name, path) = (name.to_owned(), path.to_owned());
         let (version, from) = (String::new(), BufReader::new(from));
-        let mut peer = Self { name, version, path, threads, process, to, from };
+        let mut peer = Self { name, version, path, threads, process, to, from, last_words };
         let answer = peer.answer()?;
         if !answer.ready {
             return Err(answer.reason.unwrap_or_else(|| "it is not ready and does not say why".to_owned()));
@@ -110,7 +115,11 @@ impl Peer {
             Ok(0) => {
                 let status =
                     self.process.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
-                Err(format!("the process ended without an answer ({status})"))
+                let last_words = self.last_words.take().and_then(|reader| reader.join().ok());
+                Err(match last_words.filter(|words| !words.is_empty()) {
+                    Some(words) => format!("the process ended ({status}): {words}"),
+                    None => format!("the process ended ({status})"),
+                })
             }
             Ok(_) => serde_json::from_str(&line).map_err(|error| format!("'{}': {error}", line.trim())),
             Err(error) => Err(error.to_string()),
@@ -126,6 +135,13 @@ impl Drop for Peer {
     }
 }
 
+/// Reads to the end, so that the writer never waits, and keeps the last line that is not empty: of a Python
+/// traceback, that is the exception.
+fn last_line(stderr: impl Read) -> String {
+    let lines = BufReader::new(stderr).lines().map_while(Result::ok);
+    lines.filter(|line| !line.trim().is_empty()).last().unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,5 +150,25 @@ mod tests {
     fn a_missing_python_is_a_reason_and_not_a_failure() {
         let error = Peer::start("torch", "math", Path::new("no-such-python"), 1).unwrap_err();
         assert!(error.starts_with("no-such-python cannot be run: "), "{error}");
+    }
+
+    #[test]
+    fn the_last_line_of_a_traceback_is_kept() {
+        assert_eq!(
+            last_line(&b"Traceback\n  line 1\nModuleNotFoundError: x\n\n"[..]),
+            "ModuleNotFoundError: x"
+        );
+        assert_eq!(last_line(&b""[..]), "");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_process_that_ends_is_quoted() {
+        // `cat` does not know the option --peer, and says so on stderr.
+        let error = Peer::start("torch", "math", Path::new("cat"), 1).unwrap_err();
+        assert!(
+            error.starts_with("the process ended (exit status: 1): ") && error.contains("cat"),
+            "{error}"
+        );
     }
 }
