@@ -47,6 +47,9 @@ impl CaseData {
 
 impl Case {
     /// The tensors of this case for operands of `dtype`.
+    ///
+    /// # Panics
+    /// For a dtype that operands cannot have, and for a case that is no valid call; generated ones are.
     pub fn data(&self, dtype: DType) -> CaseData {
         let (d, options, seed) = (&self.dims, &self.options, self.content.seed);
         let normal = |role: Role, dtype: DType, shape: &[usize], factor: f64| {

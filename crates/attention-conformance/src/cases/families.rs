@@ -92,7 +92,8 @@ fn positions(cases: &mut Vec<Case>) {
 }
 
 fn lengths(cases: &mut Vec<Case>) {
-    let variants: [(&str, Option<[usize; 3]>, Option<[usize; 3]>); 7] = [
+    type Lengths = Option<[usize; 3]>;
+    let variants: [(&str, Lengths, Lengths); 7] = [
         ("queries", Some([9, 4, 1]), None),
         ("keys", None, Some([13, 6, 1])),
         ("both", Some([5, 9, 2]), Some([13, 7, 3])),

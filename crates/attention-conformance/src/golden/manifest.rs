@@ -236,10 +236,11 @@ impl Entry {
         if let Some(convention) = self.convention.as_deref().filter(|&convention| convention != "zero") {
             return Err(format!("convention '{convention}' is unknown, this reader knows 'zero'"));
         }
-        if let Some(Offset::Named(name)) = self.params.query_offset.as_ref() {
-            if name != "bottom_right" {
+        match &self.params.query_offset {
+            Some(Offset::Named(name)) if name != "bottom_right" => {
                 return Err(format!("query_offset '{name}' is unknown, this reader knows 'bottom_right'"));
             }
+            _ => {}
         }
         for name in self.tensors.keys() {
             let expected = QUANTITIES.iter().any(|quantity| {

@@ -34,6 +34,9 @@ impl Dense {
     }
 
     /// A tensor of these elements.
+    ///
+    /// # Panics
+    /// Where their number is not that of the shape.
     pub fn new(shape: &[usize], data: Vec<f64>) -> Self {
         assert_eq!(shape.iter().product::<usize>(), data.len());
         Self { shape: shape.to_vec(), data }

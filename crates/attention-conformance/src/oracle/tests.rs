@@ -87,7 +87,8 @@ fn gradients_are_central_differences() {
         let gradients = Oracle::new(&problem, &data.inputs()).gradients(&d_out, d_lse.as_ref());
 
         let mut rng = crate::rng::Rng::new(seed);
-        let tensors: [(&[f64], fn(&mut cases::CaseData) -> &mut crate::tensor::HostTensor); 5] = [
+        type Tensor = fn(&mut cases::CaseData) -> &mut crate::tensor::HostTensor;
+        let tensors: [(&[f64], Tensor); 5] = [
             (&gradients.dq, |data| &mut data.query),
             (&gradients.dk, |data| &mut data.key),
             (&gradients.dv, |data| &mut data.value),

@@ -13,18 +13,30 @@ const TOP: f64 = 28.0;
 /// The axis goes from 10^-4 of a bound to 10 times it.
 const DECADES: (f64, f64) = (-4.0, 1.0);
 
+/// One case.
+struct Dot<'a> {
+    /// Its error as a fraction of its bound.
+    fraction: f64,
+    failed: bool,
+    case: &'a str,
+}
+
 /// Every case as a dot: its error as a fraction of its bound, one line a backend, dtype and pass. Errors of zero
 /// lie at the left end; failures, whose error has no upper end, at the right one.
 pub(super) fn errors(reports: &[Report]) -> String {
-    let mut lines: Vec<(String, Vec<(f64, bool, String)>)> = Vec::new();
+    let mut lines: Vec<(String, Vec<Dot<'_>>)> = Vec::new();
     for report in reports {
         for dtype in DType::FLOATS {
             for pass in [Pass::Forward, Pass::Backward] {
                 let dots: Vec<_> = (report.results.iter())
                     .filter(|result| (result.dtype, result.pass) == (dtype, pass))
                     .filter_map(|result| match result.outcome {
-                        Outcome::Passed { worst, .. } => Some((worst, false, result.case.clone())),
-                        Outcome::Failed { .. } => Some((f64::INFINITY, true, result.case.clone())),
+                        Outcome::Passed { worst, .. } => {
+                            Some(Dot { fraction: worst, failed: false, case: &result.case })
+                        }
+                        Outcome::Failed { .. } => {
+                            Some(Dot { fraction: f64::INFINITY, failed: true, case: &result.case })
+                        }
                         Outcome::Skipped { .. } => None,
                     })
                     .collect();
@@ -51,7 +63,7 @@ pub(super) fn errors(reports: &[Report]) -> String {
     for (index, (name, dots)) in lines.iter().enumerate() {
         let middle = TOP + ROW * (index as f64 + 0.5);
         let _ = writeln!(svg, "<text x=\"4\" y=\"{:.1}\">{}</text>", middle + 4.0, super::html::escape(name));
-        for (dot, (fraction, failed, case)) in dots.iter().enumerate() {
+        for (dot, Dot { fraction, failed, case }) in dots.iter().enumerate() {
             // Spread over the line's height, so that dots of equal error stay apart.
             let y = middle + ROW * 0.7 * ((dot as f64 * 0.618_034).fract() - 0.5);
             let class = if *failed { "failed" } else { "passed" };

@@ -2,6 +2,8 @@
 
 use attention_core::{Feature, FeatureSet};
 
+// Each test binary uses some of them.
+#[allow(dead_code)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Flaw {
     None,
