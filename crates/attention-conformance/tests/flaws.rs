@@ -150,6 +150,7 @@ fn failures_say_which_elements() {
         panic!("{}", report.results[0]);
     };
     assert_eq!(differences.len(), 5);
+
     let first = &differences[0];
     assert!((first.got / first.want - 2.0).abs() < 1e-5 && first.bound < 1e-4, "{first}");
 }

@@ -64,7 +64,7 @@ pub struct CaseResult {
     pub case: String,
     /// The operands' dtype.
     pub dtype: DType,
-    /// The pass. Golden cases run both; their results say backward, unless the backend has none.
+    /// The pass.
     pub pass: Pass,
     /// The features that the call needs.
     pub features: Vec<Feature>,

@@ -130,3 +130,6 @@ fn probability_error(log_p: f64, p: f64, error: f64) -> f64 {
         (log_p + error).exp() - p
     }
 }
+
+#[cfg(test)]
+mod tests;
