@@ -37,7 +37,8 @@ pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
     /// [`Unsupported`] names the limit and the value that meets it.
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported>;
 
-    /// Bytes of scratch memory that a call of this problem must be given, exactly.
+    /// Bytes of scratch memory that a call of this problem must be given, exactly. A backend that works on as many
+    /// threads as the caller's pool has answers for the pool that it is asked on: ask where the call will be made.
     ///
     /// # Errors
     /// As [`supports`](Self::supports).
@@ -56,6 +57,9 @@ pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
     /// Probabilities are `exp(x - lse)` with the logsumexp that the call gives, and the row term of the softmax
     /// gradient is `<d_out, out> - d_lse`. With the output and logsumexp of a row's *whole* set of keys, a call on
     /// a part of the keys gives that part's share of the gradients, so parts can be computed apart and added.
+    ///
+    /// Both were rounded when they were stored. A backend may put its own, more exact numbers in their place where
+    /// the keys at hand account for the whole logsumexp to within that rounding.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).

@@ -114,7 +114,7 @@ pub enum InvalidCall {
         shape: Dims,
     },
     /// A number that must be finite is not, in f64 or in the precision of the logits.
-    #[error("{what} is {value}, which is not finite in {dtype}")]
+    #[error("{what} is {}, which is not finite in {dtype}", number(.value))]
     NotFinite {
         /// Which option.
         what: &'static str,
@@ -124,13 +124,13 @@ pub enum InvalidCall {
         dtype: DType,
     },
     /// A softcap must be above zero.
-    #[error("softcap is {value}, expected a number above 0 (leave it out for no softcap)")]
+    #[error("softcap is {}, expected a number above 0 (leave it out for no softcap)", number(.value))]
     SoftcapNotPositive {
         /// The value given.
         value: f64,
     },
     /// A dropout rate outside `[0, 1)`, or one that rounds to dropping everything.
-    #[error("dropout rate is {rate}, expected 0 <= rate < 1 - 2^-17 (it is applied in steps of 1/65536)")]
+    #[error("dropout rate is {}, expected 0 <= rate < 1 - 2^-17 (it is applied in steps of 1/65536)", number(.rate))]
     DropoutRate {
         /// The rate given.
         rate: f64,
@@ -392,6 +392,12 @@ pub enum Unsupported {
 
 fn one_or(size: usize) -> String {
     if size == 1 { "1".to_owned() } else { format!("1 or {size}") }
+}
+
+/// A number for a message: without hundreds of digits.
+fn number(value: &f64) -> String {
+    let readable = *value == 0.0 || (1e-6..1e16).contains(&value.abs());
+    if readable { value.to_string() } else { format!("{value:e}") }
 }
 
 fn names(dtypes: &[DType]) -> String {
