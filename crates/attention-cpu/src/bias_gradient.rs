@@ -168,7 +168,8 @@ fn add_part<E: Operand>(
     scratch: &mut backward::Scratch<'_, E::Compute>,
 ) {
     let problem = shared.problem;
-    let group = problem.dims().group_size();
+    // 0 where there are no query heads, and then no head of a part either.
+    let group = problem.dims().group_size().max(1);
     for batch in part.batches.clone() {
         // Blocks and strides are those of the whole batch row, for which the scratch was sized.
         let all_keys = problem.key_range_of_rows(batch, 0..problem.query_len(batch));

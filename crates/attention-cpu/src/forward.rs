@@ -156,7 +156,8 @@ fn cut<'a, T: attention_core::Scalar>(output: ViewMut<'a>, problem: &Problem) ->
         let size = TaskSize::of(queries, dims.group_size());
         let mut heads: Vec<Vec<_>> =
             live.into_axis(1).map(|head| head.into_chunks(0, size.queries).map(host).rev_collect()).collect();
-        for group in heads.chunks_mut(dims.group_size()) {
+        // No query heads make no groups, and the size of a group may be 0 then.
+        for group in heads.chunks_mut(dims.group_size().max(1)) {
             for heads in group.chunks_mut(size.heads) {
                 for _ in 0..queries.div_ceil(size.queries) {
                     parts.extend(heads.iter_mut().filter_map(Vec::pop));
