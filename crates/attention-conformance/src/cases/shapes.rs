@@ -52,6 +52,7 @@ fn small_axes(cases: &mut Vec<Case>) {
         ("no-queries-no-keys", [2, 0, 0, 2, 2, 8]),
         ("no-batch", [0, 5, 6, 2, 2, 8]),
         ("no-heads", [2, 5, 6, 0, 0, 8]),
+        ("no-query-heads", [2, 5, 6, 0, 2, 8]),
         ("one-query", [3, 1, 13, 4, 2, 16]),
         ("one-key", [3, 6, 1, 4, 2, 16]),
         ("one-of-each", [1, 1, 1, 1, 1, 1]),
