@@ -485,14 +485,14 @@ impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
             shared.terms.apply::<FMA>(batch, (head, query), columns, p, capped.as_deref_mut());
             let own = softmax::<_, FMA>(p, shared.sink(head));
             let whole = state.is_of(own.lse);
-            let normaliser =
-                if whole { own.normaliser } else { own.normaliser * (own.lse - state.lse).exp_lane::<FMA>() };
+            // exp(x - lse) = exp(x - max) / (sum * exp(lse - own lse)).
+            let total = if whole { own.total } else { own.total * (state.lse - own.lse).exp_lane::<FMA>() };
             if let Some(dropout) = RowDropout::new(problem, batch, head, query) {
                 dropout.for_each(columns, keys, |column, factor| d[column] *= factor);
             }
             for (d, p) in d.iter_mut().zip(p.iter_mut()) {
                 let allowed = !p.is_disallowed();
-                *p = if allowed { *p * normaliser } else { *p };
+                *p = if allowed { *p / total } else { *p };
                 *d = if allowed { *d } else { E::Compute::ZERO };
             }
             let delta = if whole { sum_of_products(p, d) - state.d_lse } else { state.delta() };

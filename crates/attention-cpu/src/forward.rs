@@ -309,7 +309,7 @@ impl<'a, E: Operand> Shared<'a, E> {
         let width = self.value.shape()[3];
         for (((head, query), result), sums) in rows.iter().zip(results).zip(sums.chunks_exact_mut(width)) {
             for sum in sums.iter_mut() {
-                *sum *= result.normaliser;
+                *sum = *sum / result.total;
             }
             let (head, query) = (head - task.rows.heads.start, query - task.rows.queries.start);
             write_row(outputs.out[head].row_mut(&[query]), sums);

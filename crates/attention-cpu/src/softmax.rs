@@ -62,8 +62,8 @@ pub(crate) fn sum_of_products<C: Compute>(a: &[C], b: &[C]) -> C {
 /// What a row of logits comes to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowSoftmax<C> {
-    /// What unnormalised probabilities are multiplied by; 0 for a row without keys.
-    pub(crate) normaliser: C,
+    /// What unnormalised probabilities are divided by: the sum of `exp(x - max)`, and 1 for a row without keys.
+    pub(crate) total: C,
     /// The logsumexp; -inf for a row without keys or sink.
     pub(crate) lse: C,
 }
@@ -81,9 +81,9 @@ pub(crate) fn softmax<C: Compute, const FMA: bool>(row: &mut [C], sink: Option<C
     let keys = sum(row);
     let total = sink.map_or(keys, |sink| keys + (sink - shift).exp_lane::<FMA>());
     if total == C::ZERO {
-        return RowSoftmax { normaliser: C::ZERO, lse: C::NEG_INFINITY };
+        return RowSoftmax { total: C::ONE, lse: C::NEG_INFINITY };
     }
-    RowSoftmax { normaliser: C::ONE / total, lse: shift + total.ln() }
+    RowSoftmax { total, lse: shift + total.ln() }
 }
 
 /// `x = exp(x - shift)`, [`Compute::DISALLOWED`] where `x` is -inf.
@@ -137,7 +137,7 @@ mod tests {
     fn a_row_without_keys_is_empty_and_a_sink_fills_it() {
         let mut row = [f32::NEG_INFINITY; 3];
         let empty = softmax::<f32, false>(&mut row, None);
-        assert_eq!((empty.normaliser, empty.lse), (0.0, f32::NEG_INFINITY));
+        assert_eq!((empty.total, empty.lse), (1.0, f32::NEG_INFINITY));
         assert!(row.iter().all(|p| p.is_disallowed()));
 
         let mut row = [f32::NEG_INFINITY; 3];
@@ -160,7 +160,7 @@ mod tests {
             let mut row = [1.0, bad, 2.0];
             let result = softmax::<f64, false>(&mut row, None);
             assert!(result.lse.is_nan() || result.lse == f64::INFINITY, "{result:?}");
-            assert!((row[1] * result.normaliser).is_nan());
+            assert!((row[1] / result.total).is_nan());
         }
         let mut only_nan = [f64::NAN, f64::NEG_INFINITY];
         assert!(softmax::<f64, false>(&mut only_nan, None).lse.is_nan());
