@@ -7,6 +7,7 @@ use attention_core::{
 use half::{bf16, f16};
 
 use crate::config::CpuConfig;
+use crate::operand::Operand;
 use crate::{backward, forward};
 
 const NAME: &str = "cpu";
@@ -80,18 +81,18 @@ impl CpuBackend {
 
     /// Scratch a worker needs, and how many workers can be busy.
     fn scratch_of(&self, problem: &Problem) -> Option<(usize, usize)> {
-        let f64s = problem.dtype() == DType::F64;
-        let (bytes, tasks) = match problem.pass() {
-            Pass::Forward if f64s => {
-                (forward::bytes_per_worker::<f64>(problem), forward::task_count(problem))
-            }
-            Pass::Forward => (forward::bytes_per_worker::<f32>(problem), forward::task_count(problem)),
-            Pass::Backward if f64s => {
-                (backward::bytes_per_worker::<f64>(problem), backward::task_count(problem))
-            }
-            Pass::Backward => (backward::bytes_per_worker::<f32>(problem), backward::task_count(problem)),
-        };
-        Some((bytes?, tasks))
+        fn of<E: Operand>(problem: &Problem) -> Option<(usize, usize)> {
+            Some(match problem.pass() {
+                Pass::Forward => (forward::bytes_per_worker::<E>(problem)?, forward::task_count(problem)),
+                Pass::Backward => (backward::bytes_per_worker::<E>(problem)?, backward::task_count(problem)),
+            })
+        }
+        match problem.dtype() {
+            DType::F64 => of::<f64>(problem),
+            DType::F32 => of::<f32>(problem),
+            DType::F16 => of::<f16>(problem),
+            _ => of::<bf16>(problem),
+        }
     }
 
     /// Checks what is left to check of a call and gives its scratch as bytes.

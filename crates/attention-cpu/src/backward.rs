@@ -82,12 +82,12 @@ impl BlockPieces {
 pub(crate) const MATRICES: usize = 2;
 
 impl Pieces {
-    /// Large enough for every batch row of the problem; `None` on overflow.
-    pub(crate) fn of(problem: &Problem) -> Option<Self> {
+    /// Large enough for every small batch row of the problem, or for the others; `None` on overflow.
+    pub(crate) fn of<E: Operand>(problem: &Problem, small: bool) -> Option<Self> {
         let dims = problem.dims();
         let mut pieces = Self { row: dims.head_dim.max(dims.value_head_dim), ..Self::default() };
         let wants = |gradient| problem.gradients().contains(gradient);
-        for batch in 0..dims.batch {
+        for batch in (0..dims.batch).filter(|&batch| plan::is_small::<E>(problem, batch) == small) {
             let queries = problem.query_len(batch);
             let keys = problem.key_range_of_rows(batch, 0..queries).len();
             pieces.key_panels = pieces.key_panels.max(panel_elements(keys, dims.head_dim)?);
@@ -105,6 +105,13 @@ impl Pieces {
             pieces.block = pieces.block.max(BlockPieces::of(problem, rows, keys)?);
         }
         Some(pieces)
+    }
+
+    /// Those of the batch rows that are not small and of those that are, after the scratch was sized.
+    pub(crate) fn both<E: Operand>(problem: &Problem) -> [Self; 2] {
+        [false, true].map(|small| {
+            Self::of::<E>(problem, small).unwrap_or_else(|| unreachable!("the scratch was sized before"))
+        })
     }
 
     pub(crate) fn bytes<C>(&self) -> Option<usize> {
@@ -157,10 +164,16 @@ impl<'a, C: Pod> Scratch<'a, C> {
     }
 }
 
-/// Bytes of scratch a worker needs for this problem, with f32 or f64 as `C`; `None` on overflow.
-pub(crate) fn bytes_per_worker<C>(problem: &Problem) -> Option<usize> {
-    let main = Pieces::of(problem)?.bytes::<C>()?;
-    Some(main.max(bias_gradient::bytes_per_worker::<C>(problem)?))
+/// Bytes of scratch a worker needs for this problem; `None` on overflow.
+pub(crate) fn bytes_per_worker<E: Operand>(problem: &Problem) -> Option<usize> {
+    bytes_per_task::<E>(problem)?.checked_add(bias_gradient::sums_bytes(problem)?)
+}
+
+/// Bytes of scratch that a task over a part of one batch row works in; `None` on overflow.
+pub(crate) fn bytes_per_task<E: Operand>(problem: &Problem) -> Option<usize> {
+    let bytes = Pieces::of::<E>(problem, false)?.bytes::<E::Compute>()?;
+    let small = Pieces::of::<E>(problem, true)?.bytes::<<E::Small as Operand>::Compute>()?;
+    Some(bytes.max(small))
 }
 
 /// How many tasks can run side by side.
@@ -172,47 +185,48 @@ pub(crate) fn task_count(problem: &Problem) -> usize {
 /// Everything that the tasks of a call share.
 pub(crate) struct Shared<'a, E: Operand> {
     pub(crate) problem: &'a Problem,
-    query: HostView<'a, E>,
-    pub(crate) key: HostView<'a, E>,
-    pub(crate) value: HostView<'a, E>,
-    out: HostView<'a, E>,
-    d_out: HostView<'a, E>,
-    pub(crate) lse: HostView<'a, E::Compute>,
-    d_lse: Option<HostView<'a, E::Compute>>,
+    query: HostView<'a, E::Element>,
+    pub(crate) key: HostView<'a, E::Element>,
+    pub(crate) value: HostView<'a, E::Element>,
+    out: HostView<'a, E::Element>,
+    d_out: HostView<'a, E::Element>,
+    lse: HostView<'a, E::Statistics>,
+    d_lse: Option<HostView<'a, E::Statistics>>,
     terms: Terms<'a, E::Compute>,
     pub(crate) sinks: Option<AnyFloat<'a>>,
 }
 
 /// One key/value head of one batch row, with the gradients it writes.
-struct Task<'a, E: Operand> {
+struct Task<'a, T> {
     batch: usize,
     key_head: usize,
     /// `[T, H]` for each query head of the group.
-    dq: Vec<HostViewMut<'a, E>>,
+    dq: Vec<HostViewMut<'a, T>>,
     /// `[S, H]`.
-    dk: Option<HostViewMut<'a, E>>,
+    dk: Option<HostViewMut<'a, T>>,
     /// `[S, Hv]`.
-    dv: Option<HostViewMut<'a, E>>,
+    dv: Option<HostViewMut<'a, T>>,
 }
 
 /// Runs a checked call in checked scratch.
 pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, config: &CpuConfig, scratch: &mut [u8]) {
     let (problem, inputs, saved, outputs) = call.into_parts();
     let shared = Shared::<E>::new(problem, &inputs, &saved);
+    let small = Shared::<E::Small>::new(problem, &inputs, &saved);
     if let Some(dsinks) = outputs.dsinks {
-        sink_gradient::run(&shared, dsinks);
+        sink_gradient::run(&small, dsinks);
     }
     if let Some(dbias) = outputs.dbias {
-        bias_gradient::run(&shared, dbias, config, scratch);
+        bias_gradient::run(&shared, &small, dbias, config, scratch);
     }
     if outputs.dq.is_none() && outputs.dk.is_none() && outputs.dv.is_none() {
         return;
     }
 
     let dims = problem.dims();
-    let mut dq = outputs.dq.map(|view| heads::<E>(view).into_iter());
-    let mut dk = outputs.dk.map(|view| heads::<E>(view).into_iter());
-    let mut dv = outputs.dv.map(|view| heads::<E>(view).into_iter());
+    let mut dq = outputs.dq.map(|view| heads::<E::Element>(view).into_iter());
+    let mut dk = outputs.dk.map(|view| heads::<E::Element>(view).into_iter());
+    let mut dv = outputs.dv.map(|view| heads::<E::Element>(view).into_iter());
     let tasks: Vec<_> = (0..dims.batch)
         .flat_map(|batch| (0..dims.key_heads).map(move |key_head| (batch, key_head)))
         .map(|(batch, key_head)| Task {
@@ -223,17 +237,20 @@ pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, config: &CpuConfig, scratc
             dv: dv.as_mut().and_then(Iterator::next),
         })
         .collect();
-    let pieces = Pieces::of(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
-    let bytes = pieces.bytes::<E::Compute>().unwrap_or_else(|| unreachable!("the scratch was sized before"));
-    let workers = config.thread_count().min(tasks.len()).min(scratch.len().checked_div(bytes).unwrap_or(0));
-    let scratch = (scratch.chunks_exact_mut(bytes.max(1)).take(workers))
-        .map(|bytes| Scratch::<E::Compute>::carve(&pieces, bytes))
-        .collect();
-    workers::run(tasks, scratch, |task, scratch| shared.task(task, scratch));
+    let bytes = bytes_per_task::<E>(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
+    let [pieces, small_pieces] = Pieces::both::<E>(problem);
+    let scratch = workers::divide(scratch, bytes, config.thread_count());
+    workers::run(tasks, scratch, |task, scratch| {
+        if plan::is_small::<E>(problem, task.batch) {
+            small.task(task, &mut Scratch::carve(&small_pieces, scratch));
+        } else {
+            shared.task(task, &mut Scratch::carve(&pieces, scratch));
+        }
+    });
 }
 
 /// Cuts a gradient `[B, length, heads, D]` into `[length, D]` of each head, batch row by batch row.
-fn heads<'a, E: Operand>(view: ViewMut<'a>) -> Vec<HostViewMut<'a, E>> {
+fn heads<'a, T: Scalar>(view: ViewMut<'a>) -> Vec<HostViewMut<'a, T>> {
     (view.into_axis(0).flat_map(|batch| batch.into_axis(1)))
         .map(|head| {
             head.host_mut().unwrap_or_else(|| unreachable!("a checked call has gradients of its dtype"))
@@ -272,10 +289,11 @@ impl<C: Compute> RowState<C> {
     /// A logsumexp in f32 has lost digits, and an output in f16 or bf16 has lost more. Where the keys at hand are all
     /// the row has, their own sums give both back. Where they are a part (context parallelism), the given numbers
     /// stand for the rest of the row. Four units in the last place is what two ways of summing differ by; a rest of
-    /// the row that hides in it is as small as the rounding of the logsumexp itself.
-    fn is_of(&self, own: C) -> bool {
+    /// the row that hides in it is as small as the rounding of the logsumexp itself. `epsilon` is that of the stored
+    /// logsumexp.
+    fn is_of(&self, own: C, epsilon: f64) -> bool {
         let magnitude = |x: C| x.to_f64().abs();
-        let unit = C::EPSILON.to_f64() * magnitude(own).max(magnitude(self.lse)).max(1.0);
+        let unit = epsilon * magnitude(own).max(magnitude(self.lse)).max(1.0);
         magnitude(own - self.lse) <= 4.0 * unit
     }
 }
@@ -303,7 +321,8 @@ impl<'a, E: Operand> Shared<'a, E> {
     /// What the forward pass left of a row. The product of output and its gradient is summed in f64: it is
     /// subtracted from products that it nearly equals.
     pub(crate) fn row_state(&self, batch: usize, head: usize, query: usize) -> RowState<E::Compute> {
-        let lse = self.lse.at(&[batch, query, head]);
+        let statistic = |value: E::Statistics| E::Compute::from_f64(value.to_f64());
+        let lse = statistic(self.lse.at(&[batch, query, head]));
         if lse == E::Compute::NEG_INFINITY {
             // The row attends to nothing, and whatever its gradients hold does not matter.
             return RowState { lse, product: E::Compute::ZERO, d_lse: E::Compute::ZERO };
@@ -313,7 +332,8 @@ impl<'a, E: Operand> Shared<'a, E> {
             (Some(out), Some(d_out)) => out.iter().zip(d_out).map(|(o, d)| o.to_f64() * d.to_f64()).sum(),
             _ => out.iter().zip(d_out.iter()).map(|(o, d)| o.to_f64() * d.to_f64()).sum(),
         };
-        let d_lse = self.d_lse.as_ref().map_or(E::Compute::ZERO, |d_lse| d_lse.at(&[batch, query, head]));
+        let d_lse =
+            self.d_lse.as_ref().map_or(E::Compute::ZERO, |d_lse| statistic(d_lse.at(&[batch, query, head])));
         RowState { lse, product: E::Compute::from_f64(product), d_lse }
     }
 
@@ -321,13 +341,13 @@ impl<'a, E: Operand> Shared<'a, E> {
         self.sinks.as_ref().map(|sinks| sinks.at(&[head]))
     }
 
-    fn task(&self, mut task: Task<'_, E>, scratch: &mut Scratch<'_, E::Compute>) {
+    fn task(&self, mut task: Task<'_, E::Element>, scratch: &mut Scratch<'_, E::Compute>) {
         let (problem, batch) = (self.problem, task.batch);
         let dims = problem.dims();
         let queries = problem.query_len(batch);
         let keys = problem.key_range_of_rows(batch, 0..queries);
-        let key_head = Head::new(&self.key, batch, task.key_head);
-        let value_head = Head::new(&self.value, batch, task.key_head);
+        let key_head = Head::<E>::new(&self.key, batch, task.key_head);
+        let value_head = Head::<E>::new(&self.value, batch, task.key_head);
         let key_panels = Panels::pack(&key_head, keys.clone(), scratch.key_panels, scratch.row);
         let value_panels = Panels::pack(&value_head, keys.clone(), scratch.value_panels, scratch.row);
         let dense_keys = (!task.dq.is_empty()).then(|| Dense::pack(&key_head, keys.clone(), scratch.keys));
@@ -374,7 +394,7 @@ impl<'a, E: Operand> Shared<'a, E> {
                     dense_keys.weighted_sum(weights, marks, stride, count, &columns, scale, block.dq);
                     let dq = &mut task.dq[head - group.start];
                     for (query, row) in rows.queries.clone().zip(block.dq.chunks_exact(dims.head_dim)) {
-                        write_row(dq.row_mut(&[query]), row);
+                        write_row::<E>(dq.row_mut(&[query]), row);
                     }
                 }
                 if task.dk.is_some() {
@@ -386,7 +406,7 @@ impl<'a, E: Operand> Shared<'a, E> {
         }
         for dq in &mut task.dq {
             for query in queries..dims.query_length {
-                dq.row_mut(&[query]).fill_with(|_| E::from_f32(0.0));
+                dq.row_mut(&[query]).fill_with(|_| E::Element::from_f32(0.0));
             }
         }
         for (gradient, sums, width) in [(task.dk, &*dk, dims.head_dim), (task.dv, &*dv, dims.value_head_dim)]
@@ -394,10 +414,10 @@ impl<'a, E: Operand> Shared<'a, E> {
             let Some(mut gradient) = gradient else { continue };
             let untouched = (0..keys.start).chain(keys.end..dims.key_length);
             for key in untouched {
-                gradient.row_mut(&[key]).fill_with(|_| E::from_f32(0.0));
+                gradient.row_mut(&[key]).fill_with(|_| E::Element::from_f32(0.0));
             }
             for (key, row) in keys.clone().zip(sums.chunks_exact(width)) {
-                write_row(gradient.row_mut(&[key]), row);
+                write_row::<E>(gradient.row_mut(&[key]), row);
             }
         }
     }
@@ -422,11 +442,11 @@ impl<'a, E: Operand> Shared<'a, E> {
         let mut states = Vec::with_capacity(rows.len());
         for (index, (head, query)) in rows.iter().enumerate() {
             let batch = rows.batch;
-            read_row(
+            read_row::<E>(
                 self.query.row(&[batch, query, head]),
                 &mut block.query[index * dims.head_dim..][..dims.head_dim],
             );
-            read_row(
+            read_row::<E>(
                 self.d_out.row(&[batch, query, head]),
                 &mut block.d_out[index * dims.value_head_dim..][..dims.value_head_dim],
             );
@@ -484,7 +504,7 @@ impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
             }
             shared.terms.apply::<FMA>(batch, (head, query), columns, p, capped.as_deref_mut());
             let own = softmax::<_, FMA>(p, shared.sink(head));
-            let whole = state.is_of(own.lse);
+            let whole = state.is_of(own.lse, E::STATISTICS_EPSILON);
             // exp(x - lse) = exp(x - max) / (sum * exp(lse - own lse)).
             let total = if whole { own.total } else { own.total * (state.lse - own.lse).exp_lane::<FMA>() };
             if let Some(dropout) = RowDropout::new(problem, batch, head, query) {

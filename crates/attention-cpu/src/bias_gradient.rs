@@ -7,7 +7,6 @@
 use std::ops::Range;
 
 use attention_core::{DType, HostViewMut, Problem, Role, Scalar, ViewMut};
-use bytemuck::Pod;
 use half::{bf16, f16};
 
 use crate::backward::{self, GradientOf, MATRICES, Shared};
@@ -71,45 +70,32 @@ fn sums_elements(problem: &Problem, shape: [usize; 4]) -> Option<usize> {
     largest(2).checked_mul(largest(3))
 }
 
-/// Bytes of scratch a worker needs for the gradient of the bias: 0 where it is not wanted, `None` on overflow.
-pub(crate) fn bytes_per_worker<C>(problem: &Problem) -> Option<usize> {
+/// Bytes of the sums of a part: 0 where the gradient is not wanted, `None` on overflow.
+pub(crate) fn sums_bytes(problem: &Problem) -> Option<usize> {
     let Some(shape) = bias_shape(problem) else { return Some(0) };
-    let sums = piece_bytes::<f64>(sums_elements(problem, shape)?)?;
-    backward::Pieces::of(problem)?.bytes::<C>()?.checked_add(sums)
-}
-
-/// A worker's scratch: that of the backward pass, and the sums of a part.
-struct Scratch<'a, C> {
-    sums: &'a mut [f64],
-    backward: backward::Scratch<'a, C>,
-}
-
-impl<'a, C: Pod> Scratch<'a, C> {
-    fn carve(pieces: &backward::Pieces, sums: usize, bytes: &'a mut [u8]) -> Self {
-        let sum_bytes = piece_bytes::<f64>(sums).unwrap_or_else(|| unreachable!("sized before"));
-        let (own, rest) = bytes.split_at_mut(sum_bytes);
-        Self { sums: Carver::new(own).take(sums), backward: backward::Scratch::carve(pieces, rest) }
-    }
+    piece_bytes::<f64>(sums_elements(problem, shape)?)
 }
 
 /// Computes `dbias`, `[Bb, Nb, Tb, Sb]`, each axis 1 or that of the logits.
 pub(crate) fn run<E: Operand>(
     shared: &Shared<'_, E>,
+    small: &Shared<'_, E::Small>,
     dbias: ViewMut<'_>,
     config: &CpuConfig,
     scratch: &mut [u8],
 ) {
     match dbias.desc().dtype() {
-        DType::F64 => write::<E, f64>(shared, dbias, config, scratch),
-        DType::F32 => write::<E, f32>(shared, dbias, config, scratch),
-        DType::F16 => write::<E, f16>(shared, dbias, config, scratch),
-        DType::Bf16 => write::<E, bf16>(shared, dbias, config, scratch),
+        DType::F64 => write::<E, f64>(shared, small, dbias, config, scratch),
+        DType::F32 => write::<E, f32>(shared, small, dbias, config, scratch),
+        DType::F16 => write::<E, f16>(shared, small, dbias, config, scratch),
+        DType::Bf16 => write::<E, bf16>(shared, small, dbias, config, scratch),
         dtype => unreachable!("a checked call has a bias of a float dtype, got {dtype}"),
     }
 }
 
 fn write<E: Operand, T: Scalar>(
     shared: &Shared<'_, E>,
+    small: &Shared<'_, E::Small>,
     dbias: ViewMut<'_>,
     config: &CpuConfig,
     scratch: &mut [u8],
@@ -140,27 +126,34 @@ fn write<E: Operand, T: Scalar>(
     }
     let tasks: Vec<(Part, HostViewMut<'_, T>)> = ranges.into_iter().zip(views).collect();
 
-    let pieces = backward::Pieces::of(problem).unwrap_or_else(|| unreachable!("sized before"));
-    let sums = sums_elements(problem, shape).unwrap_or_else(|| unreachable!("sized before"));
-    let bytes = bytes_per_worker::<E::Compute>(problem).unwrap_or_else(|| unreachable!("sized before"));
-    let workers = config.thread_count().min(tasks.len()).min(scratch.len().checked_div(bytes).unwrap_or(0));
-    let scratch = (scratch.chunks_exact_mut(bytes.max(1)).take(workers))
-        .map(|bytes| Scratch::<E::Compute>::carve(&pieces, sums, bytes))
-        .collect();
+    let bytes = backward::bytes_per_worker::<E>(problem).unwrap_or_else(|| unreachable!("sized before"));
+    let sums_bytes = sums_bytes(problem).unwrap_or_else(|| unreachable!("sized before"));
+    let [pieces, small_pieces] = backward::Pieces::both::<E>(problem);
+    let scratch = workers::divide(scratch, bytes, config.thread_count());
     workers::run(tasks, scratch, |(part, mut view), scratch| {
         let columns = view.shape()[1];
-        let sums = &mut scratch.sums[..view.shape()[0] * columns];
+        let (sums, rest) = scratch.split_at_mut(sums_bytes);
+        let sums = Carver::new(sums).take::<f64>(view.shape()[0] * columns);
         sums.fill(0.0);
-        add_part(shared, &part, shape, sums, columns, &mut scratch.backward);
+        for batch in part.batches.clone() {
+            if plan::is_small::<E>(problem, batch) {
+                let mut scratch = backward::Scratch::carve(&small_pieces, rest);
+                add_batch(small, batch, &part, shape, sums, columns, &mut scratch);
+            } else {
+                let mut scratch = backward::Scratch::carve(&pieces, rest);
+                add_batch(shared, batch, &part, shape, sums, columns, &mut scratch);
+            }
+        }
         for (row, sums) in sums.chunks_exact(columns.max(1)).enumerate() {
             view.row_mut(&[row]).fill_with(|column| T::from_f64(sums[column]));
         }
     });
 }
 
-/// Adds the gradients of all logits of a part to its sums, rows of `columns`.
-fn add_part<E: Operand>(
+/// Adds the gradients of all logits of a part that are in one batch row to the part's sums, rows of `columns`.
+fn add_batch<E: Operand>(
     shared: &Shared<'_, E>,
+    batch: usize,
     part: &Part,
     shape: [usize; 4],
     sums: &mut [f64],
@@ -170,42 +163,39 @@ fn add_part<E: Operand>(
     let problem = shared.problem;
     // 0 where there are no query heads, and then no head of a part either.
     let group = problem.dims().group_size().max(1);
-    for batch in part.batches.clone() {
-        // Blocks and strides are those of the whole batch row, for which the scratch was sized.
-        let all_keys = problem.key_range_of_rows(batch, 0..problem.query_len(batch));
-        let stride = plan::logits_stride(all_keys.len()).unwrap_or_else(|| unreachable!("sized before"));
-        let queries = part.queries.start..part.queries.end.min(problem.query_len(batch));
-        let keys = intersection(&problem.key_range_of_rows(batch, queries.clone()), &part.keys);
-        if keys.is_empty() {
-            continue;
-        }
-        for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {
-            let head = |view| Head::new(view, batch, key_head);
-            let key_panels = Panels::pack(&head(&shared.key), keys.clone(), scratch.key_panels, scratch.row);
-            let value_panels =
-                Panels::pack(&head(&shared.value), keys.clone(), scratch.value_panels, scratch.row);
-            for head in intersection(&(key_head * group..(key_head + 1) * group), &part.heads) {
-                let rows = Rows { batch, heads: head..head + 1, queries: queries.clone() };
-                for (rows, block_keys) in plan::blocks(problem, &rows, &all_keys, MATRICES) {
-                    let block_keys = intersection(&block_keys, &keys);
-                    if block_keys.is_empty() {
-                        continue;
-                    }
-                    let block = &mut scratch.block;
-                    let block_columns = key_panels.columns(&block_keys);
-                    let of = GradientOf::Logits;
-                    shared.d_logits(of, &rows, &block_columns, &key_panels, &value_panels, stride, block);
-                    for (query, d_logits) in rows.queries.zip(block.d_logits.chunks(stride)) {
-                        let row = if shape[2] == 1 { 0 } else { (query - part.queries.start) * columns };
-                        let d_logits =
-                            &d_logits[block_keys.start - block_columns.start..][..block_keys.len()];
-                        if shape[3] == 1 {
-                            sums[row] += d_logits.iter().map(|d| d.to_f64()).sum::<f64>();
-                        } else {
-                            let sums = &mut sums[row + block_keys.start - part.keys.start..];
-                            for (sum, d) in sums.iter_mut().zip(d_logits) {
-                                *sum += d.to_f64();
-                            }
+    // Blocks and strides are those of the whole batch row, for which the scratch was sized.
+    let all_keys = problem.key_range_of_rows(batch, 0..problem.query_len(batch));
+    let stride = plan::logits_stride(all_keys.len()).unwrap_or_else(|| unreachable!("sized before"));
+    let queries = part.queries.start..part.queries.end.min(problem.query_len(batch));
+    let keys = intersection(&problem.key_range_of_rows(batch, queries.clone()), &part.keys);
+    if keys.is_empty() {
+        return;
+    }
+    for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {
+        let head = |view| Head::<E>::new(view, batch, key_head);
+        let key_panels = Panels::pack(&head(&shared.key), keys.clone(), scratch.key_panels, scratch.row);
+        let value_panels =
+            Panels::pack(&head(&shared.value), keys.clone(), scratch.value_panels, scratch.row);
+        for head in intersection(&(key_head * group..(key_head + 1) * group), &part.heads) {
+            let rows = Rows { batch, heads: head..head + 1, queries: queries.clone() };
+            for (rows, block_keys) in plan::blocks(problem, &rows, &all_keys, MATRICES) {
+                let block_keys = intersection(&block_keys, &keys);
+                if block_keys.is_empty() {
+                    continue;
+                }
+                let block = &mut scratch.block;
+                let block_columns = key_panels.columns(&block_keys);
+                let of = GradientOf::Logits;
+                shared.d_logits(of, &rows, &block_columns, &key_panels, &value_panels, stride, block);
+                for (query, d_logits) in rows.queries.zip(block.d_logits.chunks(stride)) {
+                    let row = if shape[2] == 1 { 0 } else { (query - part.queries.start) * columns };
+                    let d_logits = &d_logits[block_keys.start - block_columns.start..][..block_keys.len()];
+                    if shape[3] == 1 {
+                        sums[row] += d_logits.iter().map(|d| d.to_f64()).sum::<f64>();
+                    } else {
+                        let sums = &mut sums[row + block_keys.start - part.keys.start..];
+                        for (sum, d) in sums.iter_mut().zip(d_logits) {
+                            *sum += d.to_f64();
                         }
                     }
                 }

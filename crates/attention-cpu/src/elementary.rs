@@ -18,8 +18,6 @@ pub(crate) trait Compute:
     const ZERO: Self;
     const ONE: Self;
     const NEG_INFINITY: Self;
-    /// The distance from 1 to the next number.
-    const EPSILON: Self;
 
     /// The probability at a position that takes no part: negative zero, which adds nothing to a sum and can be told
     /// from an allowed probability that is zero.
@@ -61,7 +59,6 @@ impl Compute for f32 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
-    const EPSILON: Self = f32::EPSILON;
     const DISALLOWED: Self = -0.0;
 
     #[inline(always)]
@@ -128,7 +125,6 @@ impl Compute for f64 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const NEG_INFINITY: Self = f64::NEG_INFINITY;
-    const EPSILON: Self = f64::EPSILON;
     const DISALLOWED: Self = -0.0;
 
     #[inline(always)]

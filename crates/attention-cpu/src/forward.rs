@@ -1,6 +1,6 @@
 //! The forward pass: blocks of query rows against all their keys.
 
-use attention_core::{ForwardCall, HostView, HostViewMut, Inputs, Problem, ViewMut};
+use attention_core::{ForwardCall, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
 use bytemuck::Pod;
 
 use crate::bias::AnyFloat;
@@ -30,12 +30,15 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// Large enough for every task of the problem; `None` on overflow.
-    fn of(problem: &Problem) -> Option<Self> {
+    /// Large enough for every task of the problem's small batch rows, or of the others; `None` on overflow.
+    fn of<E: Operand>(problem: &Problem, small: bool) -> Option<Self> {
         let dims = problem.dims();
         let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
         let mut pieces = Self { row, ..Self::default() };
         for task in plan::tasks(problem) {
+            if plan::is_small::<E>(problem, task.rows.batch) != small {
+                continue;
+            }
             let keys = task.keys.len();
             let packed = task.rows.len() > DIRECT_ROWS;
             if packed {
@@ -81,9 +84,11 @@ impl<'a, C: Pod> Scratch<'a, C> {
     }
 }
 
-/// Bytes of scratch a worker needs for this problem, with f32 or f64 as `C`; `None` on overflow.
-pub(crate) fn bytes_per_worker<C>(problem: &Problem) -> Option<usize> {
-    Pieces::of(problem)?.bytes::<C>()
+/// Bytes of scratch a worker needs for this problem; `None` on overflow.
+pub(crate) fn bytes_per_worker<E: Operand>(problem: &Problem) -> Option<usize> {
+    let bytes = Pieces::of::<E>(problem, false)?.bytes::<E::Compute>()?;
+    let small = Pieces::of::<E>(problem, true)?.bytes::<<E::Small as Operand>::Compute>()?;
+    Some(bytes.max(small))
 }
 
 /// How many tasks can run side by side.
@@ -92,17 +97,17 @@ pub(crate) fn task_count(problem: &Problem) -> usize {
 }
 
 /// What a task writes: for each of its heads, its query rows of the output and the logsumexp.
-struct Outputs<'a, E: Operand> {
-    out: Vec<HostViewMut<'a, E>>,
-    lse: Vec<HostViewMut<'a, E::Compute>>,
+struct Outputs<'a, T, L> {
+    out: Vec<HostViewMut<'a, T>>,
+    lse: Vec<HostViewMut<'a, L>>,
 }
 
 /// Everything that the tasks of a call share.
 struct Shared<'a, E: Operand> {
     problem: &'a Problem,
-    query: HostView<'a, E>,
-    key: HostView<'a, E>,
-    value: HostView<'a, E>,
+    query: HostView<'a, E::Element>,
+    key: HostView<'a, E::Element>,
+    value: HostView<'a, E::Element>,
     terms: Terms<'a, E::Compute>,
     sinks: Option<AnyFloat<'a>>,
 }
@@ -111,8 +116,9 @@ struct Shared<'a, E: Operand> {
 pub(crate) fn run<E: Operand>(call: ForwardCall<'_>, config: &CpuConfig, scratch: &mut [u8]) {
     let (problem, inputs, outputs) = call.into_parts();
     let shared = Shared::<E>::new(problem, &inputs);
-    let lse = outputs.lse.map(|lse| cut::<E::Compute>(lse, problem));
-    let mut out = cut::<E>(outputs.out, problem).into_iter();
+    let small = Shared::<E::Small>::new(problem, &inputs);
+    let lse = outputs.lse.map(|lse| cut::<E::Statistics>(lse, problem));
+    let mut out = cut::<E::Element>(outputs.out, problem).into_iter();
     let mut lse = lse.map(Vec::into_iter);
     // The outputs were cut in the order of the tasks.
     let mut tasks: Vec<_> = plan::tasks(problem)
@@ -126,13 +132,20 @@ pub(crate) fn run<E: Operand>(call: ForwardCall<'_>, config: &CpuConfig, scratch
     // Under causal masking the last rows of a head see the most keys: begin with those.
     tasks.reverse();
 
-    let pieces = Pieces::of(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
-    let bytes = pieces.bytes::<E::Compute>().unwrap_or_else(|| unreachable!("the scratch was sized before"));
-    let workers = config.thread_count().min(tasks.len()).min(scratch.len().checked_div(bytes).unwrap_or(0));
-    let scratch = (scratch.chunks_exact_mut(bytes.max(1)).take(workers))
-        .map(|bytes| Scratch::<E::Compute>::carve(&pieces, bytes))
-        .collect();
-    workers::run(tasks, scratch, |(task, mut outputs), scratch| shared.task(&task, &mut outputs, scratch));
+    let sized = |small| {
+        Pieces::of::<E>(problem, small).unwrap_or_else(|| unreachable!("the scratch was sized before"))
+    };
+    let (pieces, small_pieces) = (sized(false), sized(true));
+    let bytes =
+        bytes_per_worker::<E>(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
+    let scratch = workers::divide(scratch, bytes, config.thread_count());
+    workers::run(tasks, scratch, |(task, mut outputs), scratch| {
+        if plan::is_small::<E>(problem, task.rows.batch) {
+            small.task(&task, &mut outputs, &mut Scratch::carve(&small_pieces, scratch));
+        } else {
+            shared.task(&task, &mut outputs, &mut Scratch::carve(&pieces, scratch));
+        }
+    });
 }
 
 /// Cuts an output `[B, T, N]` or `[B, T, N, Hv]` into parts of one head each, in the order of the tasks, and fills
@@ -195,7 +208,7 @@ pub(crate) fn fill<T: attention_core::Scalar>(mut view: HostViewMut<'_, T>, valu
 impl<'a, E: Operand> Shared<'a, E> {
     fn new(problem: &'a Problem, inputs: &Inputs<'a>) -> Self {
         let host = |view: attention_core::View<'a>| {
-            view.host::<E>()
+            view.host::<E::Element>()
                 .unwrap_or_else(|| unreachable!("a checked call has operands of its dtype in host memory"))
         };
         Self {
@@ -212,10 +225,15 @@ impl<'a, E: Operand> Shared<'a, E> {
         self.sinks.as_ref().map(|sinks| sinks.at(&[head]))
     }
 
-    fn task(&self, task: &Task, outputs: &mut Outputs<'_, E>, scratch: &mut Scratch<'_, E::Compute>) {
+    fn task(
+        &self,
+        task: &Task,
+        outputs: &mut Outputs<'_, E::Element, E::Statistics>,
+        scratch: &mut Scratch<'_, E::Compute>,
+    ) {
         let batch = task.rows.batch;
-        let keys = Head::new(&self.key, batch, task.key_head);
-        let values = Head::new(&self.value, batch, task.key_head);
+        let keys = Head::<E>::new(&self.key, batch, task.key_head);
+        let values = Head::<E>::new(&self.value, batch, task.key_head);
         if task.rows.len() <= DIRECT_ROWS {
             self.direct(task, &keys, &values, outputs, scratch);
             return;
@@ -251,7 +269,7 @@ impl<'a, E: Operand> Shared<'a, E> {
     fn read_queries(&self, rows: &Rows, to: &mut [E::Compute]) {
         let width = self.query.shape()[3];
         for ((head, query), to) in rows.iter().zip(to.chunks_exact_mut(width)) {
-            read_row(self.query.row(&[rows.batch, query, head]), to);
+            read_row::<E>(self.query.row(&[rows.batch, query, head]), to);
         }
     }
 
@@ -304,7 +322,7 @@ impl<'a, E: Operand> Shared<'a, E> {
         rows: &Rows,
         results: &[RowSoftmax<E::Compute>],
         sums: &mut [E::Compute],
-        outputs: &mut Outputs<'_, E>,
+        outputs: &mut Outputs<'_, E::Element, E::Statistics>,
     ) {
         let width = self.value.shape()[3];
         for (((head, query), result), sums) in rows.iter().zip(results).zip(sums.chunks_exact_mut(width)) {
@@ -312,9 +330,9 @@ impl<'a, E: Operand> Shared<'a, E> {
                 *sum = *sum / result.total;
             }
             let (head, query) = (head - task.rows.heads.start, query - task.rows.queries.start);
-            write_row(outputs.out[head].row_mut(&[query]), sums);
+            write_row::<E>(outputs.out[head].row_mut(&[query]), sums);
             if let Some(lse) = outputs.lse.get_mut(head) {
-                lse.set(&[query], result.lse);
+                lse.set(&[query], E::Statistics::from_f64(result.lse.to_f64()));
             }
         }
     }
@@ -325,7 +343,7 @@ impl<'a, E: Operand> Shared<'a, E> {
         task: &Task,
         keys: &Head<'_, E>,
         values: &Head<'_, E>,
-        outputs: &mut Outputs<'_, E>,
+        outputs: &mut Outputs<'_, E::Element, E::Statistics>,
         scratch: &mut Scratch<'_, E::Compute>,
     ) {
         let rows = &task.rows;

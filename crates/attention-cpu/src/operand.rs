@@ -6,119 +6,165 @@ use half::{bf16, f16};
 
 use crate::elementary::Compute;
 
-/// A dtype of queries, keys and values.
-pub(crate) trait Operand: Scalar {
-    /// What it is computed in.
+/// A way to compute on queries, keys and values of one dtype.
+pub(crate) trait Operand: 'static {
+    /// The elements of queries, keys, values, outputs and their gradients.
+    type Element: Scalar;
+    /// The elements of logsumexps.
+    type Statistics: Scalar;
+    /// What is computed in.
     type Compute: Compute;
+    /// The way to compute on small batch rows ([`plan::is_small`](crate::plan::is_small)).
+    type Small: Operand<Element = Self::Element, Statistics = Self::Statistics>;
+
+    /// Whether [`Small`](Self::Small) is another way than this.
+    const HAS_SMALL: bool = false;
+    /// The distance from 1 to the next number of [`Statistics`](Self::Statistics).
+    const STATISTICS_EPSILON: f64;
 
     /// Neighbours as they are computed in, where that is the same type.
-    fn as_compute(from: &[Self]) -> Option<&[Self::Compute]>;
+    fn as_compute(from: &[Self::Element]) -> Option<&[Self::Compute]>;
     /// Converts neighbours; exact.
-    fn widen(from: &[Self], to: &mut [Self::Compute]);
+    fn widen(from: &[Self::Element], to: &mut [Self::Compute]);
     /// Converts neighbours, rounding to nearest even.
-    fn narrow(from: &[Self::Compute], to: &mut [Self]);
+    fn narrow(from: &[Self::Compute], to: &mut [Self::Element]);
     /// One number.
-    fn widen_one(self) -> Self::Compute;
+    fn widen_one(value: Self::Element) -> Self::Compute;
     /// One number, rounded.
-    fn narrow_one(value: Self::Compute) -> Self;
+    fn narrow_one(value: Self::Compute) -> Self::Element;
 }
 
 macro_rules! same {
-    ($type:ty) => {
+    ($type:ty, $small:ty, $has_small:literal) => {
         impl Operand for $type {
+            type Element = $type;
+            type Statistics = $type;
             type Compute = $type;
+            type Small = $small;
+
+            const HAS_SMALL: bool = $has_small;
+            const STATISTICS_EPSILON: f64 = <$type>::EPSILON as f64;
 
             #[inline(always)]
-            fn as_compute(from: &[Self]) -> Option<&[Self]> {
+            fn as_compute(from: &[$type]) -> Option<&[$type]> {
                 Some(from)
             }
             #[inline(always)]
-            fn widen(from: &[Self], to: &mut [Self]) {
+            fn widen(from: &[$type], to: &mut [$type]) {
                 to.copy_from_slice(from);
             }
-            fn narrow(from: &[Self], to: &mut [Self]) {
+            #[inline(always)]
+            fn narrow(from: &[$type], to: &mut [$type]) {
                 to.copy_from_slice(from);
             }
-            fn widen_one(self) -> Self {
-                self
+            #[inline(always)]
+            fn widen_one(value: $type) -> $type {
+                value
             }
-            fn narrow_one(value: Self) -> Self {
+            #[inline(always)]
+            fn narrow_one(value: $type) -> $type {
                 value
             }
         }
     };
 }
-same!(f64);
-same!(f32);
+same!(f64, f64, false);
+same!(f32, F32InF64, true);
 
-impl Operand for f16 {
-    type Compute = f32;
+/// f32 operands computed in f64. Small batch rows cost little, and errors of a small sum do not average out.
+pub(crate) enum F32InF64 {}
 
-    #[inline(always)]
-    fn as_compute(_: &[Self]) -> Option<&[f32]> {
-        None
-    }
-    #[inline(always)]
-    fn widen(from: &[Self], to: &mut [f32]) {
-        from.convert_to_f32_slice(to);
-    }
-    #[inline(always)]
-    fn narrow(from: &[f32], to: &mut [Self]) {
-        to.convert_from_f32_slice(from);
-    }
-    #[inline(always)]
-    fn widen_one(self) -> f32 {
-        self.to_f32()
-    }
-    #[inline(always)]
-    fn narrow_one(value: f32) -> Self {
-        Self::from_f32(value)
-    }
-}
+macro_rules! converted {
+    ($operand:ty, $element:ty, $compute:ty, $widen:expr, $narrow:expr, $widen_all:expr, $narrow_all:expr) => {
+        impl Operand for $operand {
+            type Element = $element;
+            type Statistics = f32;
+            type Compute = $compute;
+            type Small = $operand;
 
-impl Operand for bf16 {
-    type Compute = f32;
+            const STATISTICS_EPSILON: f64 = f32::EPSILON as f64;
 
-    #[inline(always)]
-    fn as_compute(_: &[Self]) -> Option<&[f32]> {
-        None
-    }
-    #[inline(always)]
-    fn widen(from: &[Self], to: &mut [f32]) {
-        // A shift vectorises where the conversion of `half`, which quiets NaNs, does not.
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = from.widen_one();
+            #[inline(always)]
+            fn as_compute(_: &[$element]) -> Option<&[$compute]> {
+                None
+            }
+            #[inline(always)]
+            fn widen(from: &[$element], to: &mut [$compute]) {
+                $widen_all(from, to)
+            }
+            #[inline(always)]
+            fn narrow(from: &[$compute], to: &mut [$element]) {
+                $narrow_all(from, to)
+            }
+            #[inline(always)]
+            fn widen_one(value: $element) -> $compute {
+                $widen(value)
+            }
+            #[inline(always)]
+            fn narrow_one(value: $compute) -> $element {
+                $narrow(value)
+            }
         }
-    }
-    #[inline(always)]
-    fn narrow(from: &[f32], to: &mut [Self]) {
-        to.convert_from_f32_slice(from);
-    }
-    #[inline(always)]
-    fn widen_one(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-    #[inline(always)]
-    fn narrow_one(value: f32) -> Self {
-        Self::from_f32(value)
+    };
+}
+
+/// Converts neighbours one by one, in a loop that vectorises.
+#[inline(always)]
+fn convert<A: Copy, B>(from: &[A], to: &mut [B], one: impl Fn(A) -> B) {
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = one(from);
     }
 }
+
+/// A shift, which vectorises where the conversion of `half`, which quiets NaNs, does not.
+#[inline(always)]
+fn widen_bf16(value: bf16) -> f32 {
+    f32::from_bits(u32::from(value.to_bits()) << 16)
+}
+
+converted!(
+    F32InF64,
+    f32,
+    f64,
+    f64::from,
+    |value| value as f32,
+    |from, to| convert(from, to, f64::from),
+    |from, to| convert(from, to, |value| value as f32)
+);
+converted!(
+    f16,
+    f16,
+    f32,
+    f16::to_f32,
+    f16::from_f32,
+    |from: &[f16], to| from.convert_to_f32_slice(to),
+    |from, to: &mut [f16]| to.convert_from_f32_slice(from)
+);
+converted!(
+    bf16,
+    bf16,
+    f32,
+    widen_bf16,
+    bf16::from_f32,
+    |from, to| convert(from, to, widen_bf16),
+    |from, to: &mut [bf16]| to.convert_from_f32_slice(from)
+);
 
 /// Copies a row of any stride.
 #[inline(always)]
-pub(crate) fn read_row<E: Operand>(row: Row<'_, E>, to: &mut [E::Compute]) {
+pub(crate) fn read_row<E: Operand>(row: Row<'_, E::Element>, to: &mut [E::Compute]) {
     match row.contiguous() {
         Some(from) => E::widen(from, to),
         None => {
             for (to, from) in to.iter_mut().zip(row.iter()) {
-                *to = from.widen_one();
+                *to = E::widen_one(from);
             }
         }
     }
 }
 
 /// Writes a row of any stride.
-pub(crate) fn write_row<E: Operand>(mut row: RowMut<'_, E>, from: &[E::Compute]) {
+pub(crate) fn write_row<E: Operand>(mut row: RowMut<'_, E::Element>, from: &[E::Compute]) {
     match row.contiguous_mut() {
         Some(to) => E::narrow(from, to),
         None => row.fill_with(|index| E::narrow_one(from[index])),
@@ -126,13 +172,12 @@ pub(crate) fn write_row<E: Operand>(mut row: RowMut<'_, E>, from: &[E::Compute])
 }
 
 /// The rows of one head of a tensor `[B, length, heads, D]`: a matrix `[length, D]`.
-#[derive(Clone, Copy)]
-pub(crate) struct Head<'a, E> {
-    rows: HostView<'a, E>,
+pub(crate) struct Head<'a, E: Operand> {
+    rows: HostView<'a, E::Element>,
 }
 
 impl<'a, E: Operand> Head<'a, E> {
-    pub(crate) fn new(view: &HostView<'a, E>, batch: usize, head: usize) -> Self {
+    pub(crate) fn new(view: &HostView<'a, E::Element>, batch: usize, head: usize) -> Self {
         Self { rows: view.index_axis(2, head).index_axis(0, batch) }
     }
 
@@ -151,13 +196,13 @@ impl<'a, E: Operand> Head<'a, E> {
         if let Some(same) = row.contiguous().and_then(E::as_compute) {
             return same;
         }
-        read_row(row, room);
+        read_row::<E>(row, room);
         room
     }
 
     /// Copies one row.
     #[inline(always)]
     pub(crate) fn read(&self, position: usize, to: &mut [E::Compute]) {
-        read_row(self.rows.matrix_row(position), to);
+        read_row::<E>(self.rows.matrix_row(position), to);
     }
 }

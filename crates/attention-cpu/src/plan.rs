@@ -8,6 +8,7 @@ use std::ops::Range;
 use attention_core::Problem;
 
 use crate::logits::Rows;
+use crate::operand::Operand;
 use crate::packed::PANEL;
 
 /// Query rows that share one packing of keys and values. Packing costs about as much as 30 rows of products, and
@@ -19,6 +20,16 @@ const BLOCK_LOGITS: usize = 1 << 18;
 
 /// Rows of a block: matrix products reach full speed from 48 rows on.
 const BLOCK_ROWS: Range<usize> = 48..128;
+
+/// Logits of a head up to which a batch row is small: 64 queries against 64 keys, where calls and conversions cost
+/// more than arithmetic.
+const SMALL_LOGITS: usize = 1 << 12;
+
+/// Whether a batch row is computed the way of [`Operand::Small`].
+pub(crate) fn is_small<E: Operand>(problem: &Problem, batch: usize) -> bool {
+    let logits = problem.query_len(batch).saturating_mul(problem.key_value_len(batch));
+    E::HAS_SMALL && logits <= SMALL_LOGITS
+}
 
 /// A task: query rows of some heads that share a key/value head.
 #[derive(Clone, Debug)]

@@ -2,6 +2,14 @@
 
 use std::sync::Mutex;
 
+/// Cuts scratch into pieces of `bytes` for at most `threads` workers.
+pub(crate) fn divide(scratch: &mut [u8], bytes: usize, threads: usize) -> Vec<&mut [u8]> {
+    if bytes == 0 {
+        return (0..threads).map(|_| [].as_mut_slice()).collect();
+    }
+    scratch.chunks_exact_mut(bytes).take(threads).collect()
+}
+
 /// Runs `work` on every task, on as many threads as there are pieces of scratch, each with a piece of its own.
 pub(crate) fn run<T: Send, S: Send>(tasks: Vec<T>, scratch: Vec<S>, work: impl Fn(T, &mut S) + Sync) {
     let mut scratch = scratch.into_iter();
