@@ -11,7 +11,7 @@ use crate::gemm::{Destination, Mat, MatMut, gemm};
 use crate::operand::{Head, Operand};
 use crate::simd::{Kernel, dispatch};
 
-/// Keys in a panel. 64 columns a product reach full speed from 48 rows on (benches/record).
+/// Keys in a panel. 64 columns a product reach full speed from 48 rows on (docs/performance.md).
 pub(crate) const PANEL: usize = 64;
 
 /// Terms of a product over keys: the chunk of values that stays in the first cache levels.
