@@ -29,16 +29,9 @@ impl Default for Toy {
             .with(Feature::InnerStride)
             .with(Feature::NegativeStrides)
             .with(Feature::Deterministic);
-        let forward = PassCapabilities { features, max_head_dim: Some(256), max_value_head_dim: None };
-        Self {
-            capabilities: Capabilities {
-                device: DeviceKind::Cpu,
-                numerics: vec![(DType::F32, NumericsClass::F32)],
-                forward,
-                backward: None,
-                scratch: ScratchGrowth::RowBlock,
-            },
-        }
+        let forward = PassCapabilities::new(features).with_max_head_dims(256, 256);
+        let numerics = [(DType::F32, NumericsClass::F32)];
+        Self { capabilities: Capabilities::new(DeviceKind::Cpu, numerics, forward, ScratchGrowth::RowBlock) }
     }
 }
 // ANCHOR_END: capabilities

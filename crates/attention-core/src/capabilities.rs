@@ -151,6 +151,7 @@ impl std::fmt::Debug for FeatureSet {
 /// What a backend can do in one pass.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub struct PassCapabilities {
     /// The features it serves.
     pub features: FeatureSet,
@@ -158,6 +159,19 @@ pub struct PassCapabilities {
     pub max_head_dim: Option<usize>,
     /// The largest head dimension of values, if there is a limit.
     pub max_value_head_dim: Option<usize>,
+}
+
+impl PassCapabilities {
+    /// These features, without limits.
+    pub const fn new(features: FeatureSet) -> Self {
+        Self { features, max_head_dim: None, max_value_head_dim: None }
+    }
+
+    /// With the largest head dimensions: of queries and keys, and of values.
+    #[must_use]
+    pub const fn with_max_head_dims(self, query: usize, value: usize) -> Self {
+        Self { max_head_dim: Some(query), max_value_head_dim: Some(value), ..self }
+    }
 }
 
 /// How a backend's scratch memory grows.
@@ -191,6 +205,7 @@ impl std::fmt::Display for ScratchGrowth {
 /// that [`supports`](crate::AttentionBackend::supports) looks at.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub struct Capabilities {
     /// The memory it works on.
     pub device: DeviceKind,
@@ -205,6 +220,22 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
+    /// A backend on this memory, for these operands, with a forward pass only.
+    pub fn new(
+        device: DeviceKind,
+        numerics: impl Into<Vec<(DType, NumericsClass)>>,
+        forward: PassCapabilities,
+        scratch: ScratchGrowth,
+    ) -> Self {
+        Self { device, numerics: numerics.into(), forward, backward: None, scratch }
+    }
+
+    /// With a backward pass.
+    #[must_use]
+    pub fn with_backward(self, backward: PassCapabilities) -> Self {
+        Self { backward: Some(backward), ..self }
+    }
+
     /// The numerics class for operands of `dtype`, or `None` where the backend does not take them.
     pub fn numerics_of(&self, dtype: DType) -> Option<NumericsClass> {
         self.numerics.iter().find(|(candidate, _)| *candidate == dtype).map(|&(_, class)| class)

@@ -62,20 +62,16 @@ impl CpuBackend {
 
     /// With a configuration of its own.
     pub fn with_config(config: CpuConfig) -> Self {
-        let pass =
-            || PassCapabilities { features: FeatureSet::all(), max_head_dim: None, max_value_head_dim: None };
-        let capabilities = Capabilities {
-            device: DeviceKind::Cpu,
-            numerics: vec![
-                (DType::F64, NumericsClass::F64),
-                (DType::F32, NumericsClass::F32),
-                (DType::F16, NumericsClass::HalfF32),
-                (DType::Bf16, NumericsClass::HalfF32),
-            ],
-            forward: pass(),
-            backward: Some(pass()),
-            scratch: ScratchGrowth::RowBlock,
-        };
+        let pass = PassCapabilities::new(FeatureSet::all());
+        let numerics = [
+            (DType::F64, NumericsClass::F64),
+            (DType::F32, NumericsClass::F32),
+            (DType::F16, NumericsClass::HalfF32),
+            (DType::Bf16, NumericsClass::HalfF32),
+        ];
+        let capabilities =
+            Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::RowBlock)
+                .with_backward(pass);
         Self { config, capabilities }
     }
 

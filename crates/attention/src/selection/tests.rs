@@ -44,17 +44,8 @@ const TABLE: &[Crossover] =
     &[Crossover { small: "plain", large: "tiled", pass: Pass::Forward, logits_per_head: 64 * 64 }];
 
 fn ordered(names: &[&'static str], length: usize) -> Vec<String> {
-    let capabilities = Capabilities {
-        device: DeviceKind::Cpu,
-        numerics: vec![],
-        forward: PassCapabilities {
-            features: FeatureSet::EMPTY,
-            max_head_dim: None,
-            max_value_head_dim: None,
-        },
-        backward: None,
-        scratch: ScratchGrowth::Constant,
-    };
+    let nothing = PassCapabilities::new(FeatureSet::EMPTY);
+    let capabilities = Capabilities::new(DeviceKind::Cpu, [], nothing, ScratchGrowth::Constant);
     let mut backends: Vec<Arc<dyn AttentionBackend>> =
         names.iter().map(|name| Arc::new(Named(name, capabilities.clone())) as _).collect();
     let dims = Dimensions {

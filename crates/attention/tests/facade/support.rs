@@ -23,18 +23,13 @@ pub(crate) struct Toy {
 
 impl Toy {
     pub(crate) fn new(name: &str) -> Self {
-        let all =
-            || PassCapabilities { features: FeatureSet::all(), max_head_dim: None, max_value_head_dim: None };
+        let all = PassCapabilities::new(FeatureSet::all());
+        let numerics = [(DType::F64, NumericsClass::F64), (DType::F32, NumericsClass::F32)];
         Self {
             name: name.to_owned(),
             version: "1.2.3".to_owned(),
-            capabilities: Capabilities {
-                device: DeviceKind::Cpu,
-                numerics: vec![(DType::F64, NumericsClass::F64), (DType::F32, NumericsClass::F32)],
-                forward: all(),
-                backward: Some(all()),
-                scratch: ScratchGrowth::Constant,
-            },
+            capabilities: Capabilities::new(DeviceKind::Cpu, numerics, all.clone(), ScratchGrowth::Constant)
+                .with_backward(all),
             unavailable: None,
             scratch: 0,
             seen: Mutex::default(),

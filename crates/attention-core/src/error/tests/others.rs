@@ -31,17 +31,10 @@ fn sized(dtype: DType, head_dim: usize, value_head_dim: usize) -> ProblemBuilder
 
 /// A backend of limited means.
 fn capabilities() -> Capabilities {
-    Capabilities {
-        device: DeviceKind::Cpu,
-        numerics: vec![(DType::F32, NumericsClass::F32), (DType::F16, NumericsClass::HalfF32)],
-        forward: PassCapabilities {
-            features: FeatureSet::all().without(Feature::Softcap),
-            max_head_dim: Some(128),
-            max_value_head_dim: Some(96),
-        },
-        backward: None,
-        scratch: ScratchGrowth::Constant,
-    }
+    let forward =
+        PassCapabilities::new(FeatureSet::all().without(Feature::Softcap)).with_max_head_dims(128, 96);
+    let numerics = [(DType::F32, NumericsClass::F32), (DType::F16, NumericsClass::HalfF32)];
+    Capabilities::new(DeviceKind::Cpu, numerics, forward, ScratchGrowth::Constant)
 }
 
 #[test]
