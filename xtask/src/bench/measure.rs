@@ -26,7 +26,7 @@ pub(crate) struct Times {
     pub(crate) median_ms: f64,
     /// The median of the peer's calls.
     pub(crate) peer_median_ms: Option<f64>,
-    /// How much memory a call had in use beyond inputs and outputs, where the system says so.
+    /// How much memory a call had in use beyond inputs and outputs, where that can be seen.
     pub(crate) peak_bytes: Option<u64>,
 }
 
@@ -43,9 +43,10 @@ pub(crate) fn measure(
     let mut scratch = ScratchBuffer::new(workload.scratch_bytes(backend)?);
     // The first call maps memory and starts threads; the second says how long one takes.
     workload.run(backend, &mut scratch)?;
+    // Less than the scratch means that it came from memory which an earlier measurement had left mapped.
     let peak_bytes = (before.zip(machine::resident()))
-        .filter(|_| resets)
-        .map(|(before, after)| after.peak.saturating_sub(before.now));
+        .map(|(before, after)| after.peak.saturating_sub(before.now))
+        .filter(|&bytes| resets && bytes >= scratch.len() as u64);
     let mut time = |calls: usize| -> crate::Result<Vec<f64>> {
         let mut times = Vec::with_capacity(calls);
         for _ in 0..calls {

@@ -34,7 +34,7 @@ pub(crate) struct Row {
     /// For the table alone: what the peer ran.
     #[serde(skip)]
     pub(crate) peer_path: String,
-    /// For the table alone: memory in use during a call, beyond inputs and outputs.
+    /// For the table alone: memory in use during a call, beyond inputs and outputs, where that can be seen.
     #[serde(skip)]
     pub(crate) peak_bytes: Option<u64>,
 }
