@@ -150,9 +150,14 @@ fn add_block<C: Compute, const FMA: bool>(sums: &mut [C], weights: &[C], values:
 /// Adds a weighted value, unless it takes no part.
 #[inline(always)]
 fn add_allowed<C: Compute, const FMA: bool>(sums: &mut [C], weight: C, value: &[C]) {
-    if weight.is_disallowed() {
-        return;
+    if !weight.is_disallowed() {
+        add_weighted::<_, FMA>(sums, weight, value);
     }
+}
+
+/// Adds a weighted value.
+#[inline(always)]
+pub(crate) fn add_weighted<C: Compute, const FMA: bool>(sums: &mut [C], weight: C, value: &[C]) {
     for (sum, &value) in sums.iter_mut().zip(value) {
         *sum = weight.scaled_plus::<FMA>(value, *sum);
     }

@@ -15,9 +15,6 @@ use crate::simd::{Kernel, dispatch};
 use crate::softmax::{RowDropout, RowSoftmax, softmax};
 use crate::{direct, workers};
 
-/// Up to this many query rows a task, keys and values are read once, as they lie, instead of being packed: decoding.
-const DIRECT_ROWS: usize = 8;
-
 /// Elements of each piece of a worker's scratch.
 #[derive(Clone, Copy, Debug, Default)]
 struct Pieces {
@@ -40,7 +37,7 @@ impl Pieces {
                 continue;
             }
             let keys = task.keys.len();
-            let packed = task.rows.len() > DIRECT_ROWS;
+            let packed = !plan::few_rows(task.rows.len());
             if packed {
                 pieces.panels = pieces.panels.max(panel_elements(keys, dims.head_dim)?);
                 pieces.values = pieces.values.max(keys.checked_mul(dims.value_head_dim)?);
@@ -234,7 +231,7 @@ impl<'a, E: Operand> Shared<'a, E> {
         let batch = task.rows.batch;
         let keys = Head::<E>::new(&self.key, batch, task.key_head);
         let values = Head::<E>::new(&self.value, batch, task.key_head);
-        if task.rows.len() <= DIRECT_ROWS {
+        if plan::few_rows(task.rows.len()) {
             self.direct(task, &keys, &values, outputs, scratch);
             return;
         }

@@ -31,6 +31,13 @@ pub(crate) fn is_small<E: Operand>(problem: &Problem, batch: usize) -> bool {
     E::HAS_SMALL && logits <= SMALL_LOGITS
 }
 
+/// Whether so few query rows share a key/value head that reading keys and values as they lie beats packing them:
+/// decoding. Packing reads and writes them once more, and products of few rows are bound by memory.
+pub(crate) fn few_rows(rows: usize) -> bool {
+    const FEW: usize = 8;
+    rows <= FEW
+}
+
 /// A task: query rows of some heads that share a key/value head.
 #[derive(Clone, Debug)]
 pub(crate) struct Task {

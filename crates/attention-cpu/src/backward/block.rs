@@ -1,0 +1,207 @@
+//! The gradients of a block of logits.
+
+use attention_core::Scalar;
+
+use super::Shared;
+use super::pieces::BlockScratch;
+use crate::elementary::Compute;
+use crate::logits::Rows;
+use crate::operand::{Operand, read_row};
+use crate::packed::{Columns, Panels};
+use crate::simd::{Kernel, dispatch};
+use crate::softmax::{RowDropout, softmax, sum_of_products};
+
+/// What a block's gradient is taken of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GradientOf {
+    /// The scaled products of queries and keys, below the softcap: what dq and dk are made of.
+    Products,
+    /// The logits, above the softcap: what dbias is made of.
+    Logits,
+}
+
+/// What the forward pass left of a query row, with its incoming gradients.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowState<C> {
+    /// The logsumexp; -inf for a row that attends to nothing.
+    pub(crate) lse: C,
+    /// `<d_out, out>`: the sum over keys of probability times its gradient.
+    product: C,
+    /// The incoming gradient of the logsumexp.
+    d_lse: C,
+}
+
+impl<C: Compute> RowState<C> {
+    /// The row term of the softmax gradient, `<d_out, out> - d_lse`.
+    pub(crate) fn delta(&self) -> C {
+        self.product - self.d_lse
+    }
+
+    /// Whether the logsumexp of the keys at hand is that of the whole row, to within rounding.
+    ///
+    /// A logsumexp in f32 has lost digits, and an output in f16 or bf16 has lost more. Where the keys at hand are all
+    /// the row has, their own sums give both back. Where they are a part (context parallelism), the given numbers
+    /// stand for the rest of the row. Four units in the last place is what two ways of summing differ by; a rest of
+    /// the row that hides in it is as small as the rounding of the logsumexp itself. `epsilon` is that of the stored
+    /// logsumexp.
+    fn is_of(&self, own: C, epsilon: f64) -> bool {
+        let magnitude = |x: C| x.to_f64().abs();
+        let unit = epsilon * magnitude(own).max(magnitude(self.lse)).max(1.0);
+        magnitude(own - self.lse) <= 4.0 * unit
+    }
+}
+
+impl<E: Operand> Shared<'_, E> {
+    /// What the forward pass left of a row. The product of output and its gradient is summed in f64: it is
+    /// subtracted from products that it nearly equals.
+    pub(crate) fn row_state(&self, batch: usize, head: usize, query: usize) -> RowState<E::Compute> {
+        let statistic = |value: E::Statistics| E::Compute::from_f64(value.to_f64());
+        let lse = statistic(self.lse.at(&[batch, query, head]));
+        if lse == E::Compute::NEG_INFINITY {
+            // The row attends to nothing, and whatever its gradients hold does not matter.
+            return RowState { lse, product: E::Compute::ZERO, d_lse: E::Compute::ZERO };
+        }
+        let (out, d_out) = (self.out.row(&[batch, query, head]), self.d_out.row(&[batch, query, head]));
+        let product: f64 = match (out.contiguous(), d_out.contiguous()) {
+            (Some(out), Some(d_out)) => out.iter().zip(d_out).map(|(o, d)| o.to_f64() * d.to_f64()).sum(),
+            _ => out.iter().zip(d_out.iter()).map(|(o, d)| o.to_f64() * d.to_f64()).sum(),
+        };
+        let d_lse =
+            self.d_lse.as_ref().map_or(E::Compute::ZERO, |d_lse| statistic(d_lse.at(&[batch, query, head])));
+        RowState { lse, product: E::Compute::from_f64(product), d_lse }
+    }
+
+    fn sink(&self, head: usize) -> Option<E::Compute> {
+        self.sinks.as_ref().map(|sinks| sinks.at(&[head]))
+    }
+
+    /// Computes a block's probabilities after dropout (with the marks of what takes no part) and the gradients of
+    /// its logits or products, and leaves its queries and output gradients packed.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the packed operands belong to the task, the rest to the block"
+    )]
+    pub(crate) fn d_logits(
+        &self,
+        of: GradientOf,
+        rows: &Rows,
+        columns: &Columns,
+        key_panels: &Panels<'_, E::Compute>,
+        value_panels: &Panels<'_, E::Compute>,
+        stride: usize,
+        block: &mut BlockScratch<'_, E::Compute>,
+    ) {
+        let dims = self.problem.dims();
+        let states = self.read_rows(rows, block);
+        let queries = &block.query[..rows.len() * dims.head_dim];
+        key_panels.product(queries, columns, self.terms.scale, block.probabilities, stride);
+        let d_out = &block.d_out[..rows.len() * dims.value_head_dim];
+        value_panels.product(d_out, columns, E::Compute::ONE, block.d_logits, stride);
+        self.softmax_gradient(of, rows, columns, &states, stride, block);
+    }
+
+    /// Packs the queries and output gradients of a block, and gives what the forward left of its rows.
+    pub(super) fn read_rows(
+        &self,
+        rows: &Rows,
+        block: &mut BlockScratch<'_, E::Compute>,
+    ) -> Vec<RowState<E::Compute>> {
+        let (batch, dims) = (rows.batch, self.problem.dims());
+        let mut states = Vec::with_capacity(rows.len());
+        let rows_of_block = (block.query.chunks_exact_mut(dims.head_dim))
+            .zip(block.d_out.chunks_exact_mut(dims.value_head_dim));
+        for ((head, query), (to_query, to_d_out)) in rows.iter().zip(rows_of_block) {
+            read_row::<E>(self.query.row(&[batch, query, head]), to_query);
+            read_row::<E>(self.d_out.row(&[batch, query, head]), to_d_out);
+            states.push(self.row_state(batch, head, query));
+        }
+        states
+    }
+
+    /// From the products of queries and keys and of output gradients and values, in `block.probabilities` and
+    /// `block.d_logits`, to what these are named after.
+    pub(super) fn softmax_gradient(
+        &self,
+        of: GradientOf,
+        rows: &Rows,
+        columns: &Columns,
+        states: &[RowState<E::Compute>],
+        stride: usize,
+        block: &mut BlockScratch<'_, E::Compute>,
+    ) {
+        dispatch(SoftmaxGradient {
+            shared: self,
+            rows,
+            columns,
+            states,
+            probabilities: block.probabilities,
+            d_logits: block.d_logits,
+            capped: block.capped,
+            stride,
+            of,
+        });
+    }
+}
+
+/// From products to probabilities, and from products of output gradients and values to gradients of the logits.
+struct SoftmaxGradient<'b, 'a, E: Operand> {
+    shared: &'b Shared<'a, E>,
+    rows: &'b Rows,
+    columns: &'b Columns,
+    states: &'b [RowState<E::Compute>],
+    probabilities: &'b mut [E::Compute],
+    d_logits: &'b mut [E::Compute],
+    capped: &'b mut [E::Compute],
+    stride: usize,
+    of: GradientOf,
+}
+
+impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Self { shared, rows, columns, states, probabilities, d_logits, capped, stride, of } = self;
+        let (problem, batch) = (shared.problem, rows.batch);
+        let keys = problem.key_value_len(batch);
+        for (index, (head, query)) in rows.iter().enumerate() {
+            let at = index * stride;
+            let p = &mut probabilities[at..][..columns.count];
+            let d = &mut d_logits[at..][..columns.count];
+            let mut capped = shared.terms.softcap.map(|_| &mut capped[at..][..columns.count]);
+            let state = &states[index];
+            if state.lse == E::Compute::NEG_INFINITY {
+                p.fill(E::Compute::DISALLOWED);
+                d.fill(E::Compute::DISALLOWED);
+                continue;
+            }
+            shared.terms.apply::<FMA>(batch, (head, query), columns, p, capped.as_deref_mut());
+            let own = softmax::<_, FMA>(p, shared.sink(head));
+            let whole = state.is_of(own.lse, E::STATISTICS_EPSILON);
+            // exp(x - lse) = exp(x - max) / (sum * exp(lse - own lse)).
+            let total = if whole { own.total } else { own.total * (state.lse - own.lse).exp_lane::<FMA>() };
+            if let Some(dropout) = RowDropout::new(problem, batch, head, query) {
+                dropout.for_each(columns, keys, |column, factor| d[column] *= factor);
+            }
+            for (d, p) in d.iter_mut().zip(p.iter_mut()) {
+                let allowed = !p.is_disallowed();
+                *p = if allowed { *p / total } else { *p };
+                *d = if allowed { *d } else { E::Compute::ZERO };
+            }
+            let delta = if whole { sum_of_products(p, d) - state.d_lse } else { state.delta() };
+            for (d, &p) in d.iter_mut().zip(&*p) {
+                *d = if p.is_disallowed() { E::Compute::DISALLOWED } else { p * (*d - delta) };
+            }
+            if let (Some(cap), Some(capped), GradientOf::Products) = (shared.terms.softcap, capped, of) {
+                for (d, (&capped, &p)) in d.iter_mut().zip(capped.iter().zip(&*p)) {
+                    let ratio = capped / cap;
+                    let slope = E::Compute::ONE - ratio * ratio;
+                    *d = if p.is_disallowed() { E::Compute::DISALLOWED } else { *d * slope };
+                }
+            }
+            if let Some(dropout) = RowDropout::new(problem, batch, head, query) {
+                dropout.apply(columns, keys, p);
+            }
+        }
+    }
+}

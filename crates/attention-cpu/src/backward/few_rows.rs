@@ -1,0 +1,91 @@
+//! The gradients of few query rows: keys and values are read once, as they lie, and their gradients written once.
+
+use std::ops::Range;
+
+use attention_core::HostViewMut;
+
+use super::Shared;
+use super::pieces::Scratch;
+use super::{GradientOf, Task};
+use crate::elementary::Compute;
+use crate::logits::Rows;
+use crate::operand::{Head, Operand, write_row};
+use crate::packed::Columns;
+use crate::simd::{Kernel, dispatch};
+use crate::{direct, plan};
+
+impl<E: Operand> Shared<'_, E> {
+    /// As [`task`](Self::task), for the `rows` of a whole group against `keys`. Padding is the caller's to fill.
+    pub(super) fn few_rows(
+        &self,
+        task: &mut Task<'_, E::Element>,
+        rows: &Rows,
+        keys: Range<usize>,
+        scratch: &mut Scratch<'_, E::Compute>,
+    ) {
+        let dims = self.problem.dims();
+        let key_head = Head::<E>::new(&self.key, task.batch, task.key_head);
+        let value_head = Head::<E>::new(&self.value, task.batch, task.key_head);
+        let columns = Columns { start: keys.start, count: keys.len() };
+        let stride = plan::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));
+        let (scale, one) = (self.terms.scale, E::Compute::ONE);
+        let (block, room) = (&mut scratch.block, &mut *scratch.row);
+
+        let states = self.read_rows(rows, block);
+        let queries = &block.query[..rows.len() * dims.head_dim];
+        let d_out = &block.d_out[..rows.len() * dims.value_head_dim];
+        direct::products(&key_head, keys.clone(), queries, scale, room, block.probabilities, stride);
+        direct::products(&value_head, keys.clone(), d_out, one, room, block.d_logits, stride);
+        self.softmax_gradient(GradientOf::Products, rows, &columns, &states, stride, block);
+
+        if !task.dq.is_empty() {
+            let sums = &mut block.dq[..rows.len() * dims.head_dim];
+            direct::weighted_sums(&key_head, keys.clone(), block.d_logits, stride, room, sums);
+            for ((head, query), row) in rows.iter().zip(sums.chunks_exact_mut(dims.head_dim)) {
+                row.iter_mut().for_each(|sum| *sum *= scale);
+                write_row::<E>(task.dq[head - rows.heads.start].row_mut(&[query]), row);
+            }
+        }
+        let queries = &block.query[..rows.len() * dims.head_dim];
+        let d_out = &block.d_out[..rows.len() * dims.value_head_dim];
+        for (gradient, weights, values, factor, width) in [
+            (&mut task.dk, &*block.d_logits, queries, scale, dims.head_dim),
+            (&mut task.dv, &*block.probabilities, d_out, one, dims.value_head_dim),
+        ] {
+            let Some(gradient) = gradient else { continue };
+            let sums = &mut room[..width];
+            dispatch(Columnwise::<E> { gradient, keys: keys.clone(), weights, stride, values, factor, sums });
+        }
+    }
+}
+
+/// Writes `factor * sum over rows of weights[row][key] * values[row]` for each key, leaving out rows in which the key
+/// takes no part.
+struct Columnwise<'b, 'a, E: Operand> {
+    gradient: &'b mut HostViewMut<'a, E::Element>,
+    keys: Range<usize>,
+    weights: &'b [E::Compute],
+    stride: usize,
+    values: &'b [E::Compute],
+    factor: E::Compute,
+    sums: &'b mut [E::Compute],
+}
+
+impl<E: Operand> Kernel for Columnwise<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Self { gradient, keys, weights, stride, values, factor, sums } = self;
+        for (column, key) in keys.enumerate() {
+            sums.fill(E::Compute::ZERO);
+            for (row, values) in values.chunks_exact(sums.len()).enumerate() {
+                let weight = weights[row * stride + column];
+                if !weight.is_disallowed() {
+                    direct::add_weighted::<_, FMA>(sums, factor * weight, values);
+                }
+            }
+            write_row::<E>(gradient.row_mut(&[key]), sums);
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! The gradients of query, key and value: one task for each key/value head, block by block of its query rows.
+//!
+//! With probabilities `P`, dropout factors `D` and `delta = <d_out, out> - d_lse` for a row:
+//! `dv = (D P)^T d_out`, `dx = P (D (d_out v^T) - delta)`, `dq = scale * dx k`, `dk = scale * dx^T q`, with the slope
+//! of the softcap between `dx` and the products (Dao et al., arXiv 2205.14135, appendix B.2).
+
+mod block;
+mod few_rows;
+mod pieces;
+
+use std::ops::Range;
+
+use attention_core::{BackwardCall, BackwardInputs, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
+
+pub(crate) use self::block::GradientOf;
+pub(crate) use self::pieces::{MATRICES, Pieces, Scratch};
+use crate::bias::AnyFloat;
+use crate::config::CpuConfig;
+use crate::elementary::Compute;
+use crate::gemm::{Destination, Mat, MatMut, gemm};
+use crate::logits::{Rows, Terms};
+use crate::operand::{Head, Operand, write_row};
+use crate::packed::{Dense, Panels, add_scaled, set_apart};
+use crate::{bias_gradient, plan, sink_gradient, workers};
+
+/// Bytes of scratch a worker needs for this problem; `None` on overflow.
+pub(crate) fn bytes_per_worker<E: Operand>(problem: &Problem) -> Option<usize> {
+    bytes_per_task::<E>(problem)?.checked_add(bias_gradient::sums_bytes(problem)?)
+}
+
+/// Bytes of scratch that a task over a part of one batch row works in; `None` on overflow.
+pub(crate) fn bytes_per_task<E: Operand>(problem: &Problem) -> Option<usize> {
+    let bytes = Pieces::of::<E>(problem, false)?.bytes::<E::Compute>()?;
+    let small = Pieces::of::<E>(problem, true)?.bytes::<<E::Small as Operand>::Compute>()?;
+    Some(bytes.max(small))
+}
+
+/// How many tasks can run side by side.
+pub(crate) fn task_count(problem: &Problem) -> usize {
+    let dims = problem.dims();
+    (dims.batch * dims.key_heads).max(bias_gradient::task_count(problem))
+}
+
+/// Everything that the tasks of a call share.
+pub(crate) struct Shared<'a, E: Operand> {
+    pub(crate) problem: &'a Problem,
+    query: HostView<'a, E::Element>,
+    pub(crate) key: HostView<'a, E::Element>,
+    pub(crate) value: HostView<'a, E::Element>,
+    out: HostView<'a, E::Element>,
+    d_out: HostView<'a, E::Element>,
+    lse: HostView<'a, E::Statistics>,
+    d_lse: Option<HostView<'a, E::Statistics>>,
+    terms: Terms<'a, E::Compute>,
+    pub(crate) sinks: Option<AnyFloat<'a>>,
+}
+
+/// One key/value head of one batch row, with the gradients it writes.
+struct Task<'a, T> {
+    batch: usize,
+    key_head: usize,
+    /// `[T, H]` for each query head of the group.
+    dq: Vec<HostViewMut<'a, T>>,
+    /// `[S, H]`.
+    dk: Option<HostViewMut<'a, T>>,
+    /// `[S, Hv]`.
+    dv: Option<HostViewMut<'a, T>>,
+}
+
+/// Runs a checked call in checked scratch.
+pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, config: &CpuConfig, scratch: &mut [u8]) {
+    let (problem, inputs, saved, outputs) = call.into_parts();
+    let shared = Shared::<E>::new(problem, &inputs, &saved);
+    let small = Shared::<E::Small>::new(problem, &inputs, &saved);
+    if let Some(dsinks) = outputs.dsinks {
+        sink_gradient::run(&small, dsinks);
+    }
+    if let Some(dbias) = outputs.dbias {
+        bias_gradient::run(&shared, &small, dbias, config, scratch);
+    }
+    if outputs.dq.is_none() && outputs.dk.is_none() && outputs.dv.is_none() {
+        return;
+    }
+
+    let dims = problem.dims();
+    let mut dq = outputs.dq.map(|view| heads::<E::Element>(view).into_iter());
+    let mut dk = outputs.dk.map(|view| heads::<E::Element>(view).into_iter());
+    let mut dv = outputs.dv.map(|view| heads::<E::Element>(view).into_iter());
+    let tasks: Vec<_> = (0..dims.batch)
+        .flat_map(|batch| (0..dims.key_heads).map(move |key_head| (batch, key_head)))
+        .map(|(batch, key_head)| Task {
+            batch,
+            key_head,
+            dq: dq.as_mut().map_or_else(Vec::new, |dq| dq.by_ref().take(dims.group_size()).collect()),
+            dk: dk.as_mut().and_then(Iterator::next),
+            dv: dv.as_mut().and_then(Iterator::next),
+        })
+        .collect();
+    let bytes = bytes_per_task::<E>(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
+    let [pieces, small_pieces] = Pieces::both::<E>(problem);
+    let scratch = workers::divide(scratch, bytes, config.thread_count());
+    workers::run(tasks, scratch, |task, scratch| {
+        if plan::is_small::<E>(problem, task.batch) {
+            small.task(task, &mut Scratch::carve(&small_pieces, scratch));
+        } else {
+            shared.task(task, &mut Scratch::carve(&pieces, scratch));
+        }
+    });
+}
+
+/// Cuts a gradient `[B, length, heads, D]` into `[length, D]` of each head, batch row by batch row.
+fn heads<'a, T: Scalar>(view: ViewMut<'a>) -> Vec<HostViewMut<'a, T>> {
+    (view.into_axis(0).flat_map(|batch| batch.into_axis(1)))
+        .map(|head| {
+            head.host_mut().unwrap_or_else(|| unreachable!("a checked call has gradients of its dtype"))
+        })
+        .collect()
+}
+
+impl<'a, E: Operand> Shared<'a, E> {
+    fn new(problem: &'a Problem, inputs: &Inputs<'a>, saved: &BackwardInputs<'a>) -> Self {
+        fn host<'a, T: attention_core::Scalar>(view: attention_core::View<'a>) -> HostView<'a, T> {
+            view.host()
+                .unwrap_or_else(|| unreachable!("a checked call has tensors of its dtypes in host memory"))
+        }
+        Self {
+            problem,
+            query: host(inputs.query),
+            key: host(inputs.key),
+            value: host(inputs.value),
+            out: host(saved.out),
+            d_out: host(saved.d_out),
+            lse: host(saved.lse),
+            d_lse: saved.d_lse.map(host),
+            terms: Terms::new(problem, inputs),
+            sinks: inputs.sinks.map(AnyFloat::new),
+        }
+    }
+
+    fn task(&self, mut task: Task<'_, E::Element>, scratch: &mut Scratch<'_, E::Compute>) {
+        let (problem, batch) = (self.problem, task.batch);
+        let dims = problem.dims();
+        let queries = problem.query_len(batch);
+        let keys = problem.key_range_of_rows(batch, 0..queries);
+        let group = task.key_head * dims.group_size()..(task.key_head + 1) * dims.group_size();
+        let rows = Rows { batch, heads: group.clone(), queries: 0..queries };
+        if plan::few_rows(rows.len()) {
+            self.few_rows(&mut task, &rows, keys.clone(), scratch);
+            fill_padding(task, queries, &keys);
+            return;
+        }
+        let key_head = Head::<E>::new(&self.key, batch, task.key_head);
+        let value_head = Head::<E>::new(&self.value, batch, task.key_head);
+        let key_panels = Panels::pack(&key_head, keys.clone(), scratch.key_panels, scratch.row);
+        let value_panels = Panels::pack(&value_head, keys.clone(), scratch.value_panels, scratch.row);
+        let dense_keys = (!task.dq.is_empty()).then(|| Dense::pack(&key_head, keys.clone(), scratch.keys));
+        let dk = &mut scratch.dk[..if task.dk.is_some() { keys.len() * dims.head_dim } else { 0 }];
+        let dv = &mut scratch.dv[..if task.dv.is_some() { keys.len() * dims.value_head_dim } else { 0 }];
+        dk.fill(E::Compute::ZERO);
+        dv.fill(E::Compute::ZERO);
+
+        let stride = plan::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));
+        for head in group.clone() {
+            let all = Rows { batch, heads: head..head + 1, queries: 0..queries };
+            for (rows, block_keys) in plan::blocks(problem, &all, &keys, MATRICES) {
+                let columns = key_panels.columns(&block_keys);
+                let block = &mut scratch.block;
+                self.d_logits(
+                    GradientOf::Products,
+                    &rows,
+                    &columns,
+                    &key_panels,
+                    &value_panels,
+                    stride,
+                    block,
+                );
+                let count = rows.len();
+                // Only columns of real keys: behind them lies the padding of the last panel.
+                let valid = columns.start..(columns.start + columns.count).min(keys.end);
+                if task.dv.is_some() {
+                    let d_out = &mut block.d_out[..count * dims.value_head_dim];
+                    add_outer(
+                        block.probabilities,
+                        block.probabilities,
+                        stride,
+                        &valid,
+                        &keys,
+                        E::Compute::ONE,
+                        d_out,
+                        dv,
+                    );
+                }
+                if let Some(dense_keys) = &dense_keys {
+                    let scale = self.terms.scale;
+                    let (weights, marks) = (&*block.d_logits, &*block.probabilities);
+                    dense_keys.weighted_sum(weights, marks, stride, count, &columns, scale, block.dq);
+                    let dq = &mut task.dq[head - group.start];
+                    for (query, row) in rows.queries.clone().zip(block.dq.chunks_exact(dims.head_dim)) {
+                        write_row::<E>(dq.row_mut(&[query]), row);
+                    }
+                }
+                if task.dk.is_some() {
+                    let query = &mut block.query[..count * dims.head_dim];
+                    let scale = self.terms.scale;
+                    add_outer(block.d_logits, block.probabilities, stride, &valid, &keys, scale, query, dk);
+                }
+            }
+        }
+        let sums = [(&mut task.dk, &*dk, dims.head_dim), (&mut task.dv, &*dv, dims.value_head_dim)];
+        for (gradient, sums, width) in sums {
+            let Some(gradient) = gradient else { continue };
+            for (key, row) in keys.clone().zip(sums.chunks_exact(width)) {
+                write_row::<E>(gradient.row_mut(&[key]), row);
+            }
+        }
+        fill_padding(task, queries, &keys);
+    }
+}
+
+/// Writes zeros to the gradients of padded queries and of keys that no query can see.
+fn fill_padding<T: Scalar>(task: Task<'_, T>, queries: usize, keys: &Range<usize>) {
+    let zero = |rows: &mut dyn Iterator<Item = usize>, gradient: &mut HostViewMut<'_, T>| {
+        for row in rows {
+            gradient.row_mut(&[row]).fill_with(|_| T::from_f32(0.0));
+        }
+    };
+    for mut dq in task.dq {
+        let length = dq.shape()[0];
+        zero(&mut (queries..length), &mut dq);
+    }
+    for mut gradient in [task.dk, task.dv].into_iter().flatten() {
+        let length = gradient.shape()[0];
+        zero(&mut (0..keys.start).chain(keys.end..length), &mut gradient);
+    }
+}
+
+/// `sums[key] += factor * sum over rows of weights[row][key] * values[row]` for the columns `valid`; `sums` begins
+/// at the first of `keys`.
+///
+/// A row of `values` that is not finite counts only where `marks` says that the key takes part, and is zeroed.
+#[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
+fn add_outer<C: Compute>(
+    weights: &[C],
+    marks: &[C],
+    stride: usize,
+    valid: &Range<usize>,
+    keys: &Range<usize>,
+    factor: C,
+    values: &mut [C],
+    sums: &mut [C],
+) {
+    let (count, width) = (valid.len(), sums.len() / keys.len().max(1));
+    if count == 0 {
+        return;
+    }
+    let rows = values.len() / width;
+    let sums = &mut sums[(valid.start - keys.start) * width..][..count * width];
+    let not_finite = set_apart(values, width);
+    gemm(
+        MatMut::new(sums, count, width, width),
+        Destination::Accumulate,
+        factor,
+        Mat::new(weights, rows, count, stride).transposed(),
+        Mat::new(values, rows, width, width),
+    );
+    for (row, values) in not_finite {
+        for (column, sums) in sums.chunks_exact_mut(width).enumerate() {
+            if !marks[row * stride + column].is_disallowed() {
+                add_scaled(sums, factor * weights[row * stride + column], &values);
+            }
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! The scratch of the backward pass.
+
+use attention_core::{Gradients, Problem, Role};
+use bytemuck::Pod;
+
+use crate::direct;
+use crate::operand::Operand;
+use crate::packed::panel_elements;
+use crate::plan;
+use crate::scratch::{Carver, piece_bytes};
+
+/// Elements of each piece of a worker's scratch.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pieces {
+    key_panels: usize,
+    value_panels: usize,
+    keys: usize,
+    row: usize,
+    dk: usize,
+    dv: usize,
+    block: BlockPieces,
+}
+
+/// Elements of what a block of rows works in.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BlockPieces {
+    query: usize,
+    d_out: usize,
+    probabilities: usize,
+    d_logits: usize,
+    capped: usize,
+    dq: usize,
+}
+
+impl BlockPieces {
+    /// For blocks of `rows` rows over `keys` keys; `None` on overflow.
+    fn of(problem: &Problem, rows: usize, keys: usize) -> Option<Self> {
+        let dims = problem.dims();
+        let logits = rows.checked_mul(plan::logits_stride(keys)?)?;
+        Some(Self {
+            query: rows.checked_mul(dims.head_dim)?,
+            d_out: rows.checked_mul(dims.value_head_dim)?,
+            probabilities: logits,
+            d_logits: logits,
+            capped: if problem.softcap().is_some() { logits } else { 0 },
+            dq: rows.checked_mul(dims.head_dim)?,
+        })
+    }
+
+    fn max(self, other: Self) -> Self {
+        Self {
+            query: self.query.max(other.query),
+            d_out: self.d_out.max(other.d_out),
+            probabilities: self.probabilities.max(other.probabilities),
+            d_logits: self.d_logits.max(other.d_logits),
+            capped: self.capped.max(other.capped),
+            dq: self.dq.max(other.dq),
+        }
+    }
+
+    fn counts(&self) -> [usize; 6] {
+        [self.query, self.d_out, self.probabilities, self.d_logits, self.capped, self.dq]
+    }
+}
+
+/// Matrices of a block's logits that are in use at a time.
+pub(crate) const MATRICES: usize = 2;
+
+impl Pieces {
+    /// Large enough for every small batch row of the problem, or for the others; `None` on overflow.
+    pub(crate) fn of<E: Operand>(problem: &Problem, small: bool) -> Option<Self> {
+        let dims = problem.dims();
+        let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
+        let mut pieces = Self { row, ..Self::default() };
+        let wants = |gradient| problem.gradients().contains(gradient);
+        for batch in (0..dims.batch).filter(|&batch| plan::is_small::<E>(problem, batch) == small) {
+            let queries = problem.query_len(batch);
+            let keys = problem.key_range_of_rows(batch, 0..queries).len();
+            let few = plan::few_rows(dims.group_size().checked_mul(queries)?);
+            if few {
+                let rows = dims.group_size() * queries;
+                pieces.block = pieces.block.max(BlockPieces::of(problem, rows, keys)?);
+            }
+            // The gradient of the bias is computed from packed keys and values, however few rows there are.
+            if few && !problem.has(Role::DBias) {
+                continue;
+            }
+            pieces.key_panels = pieces.key_panels.max(panel_elements(keys, dims.head_dim)?);
+            pieces.value_panels = pieces.value_panels.max(panel_elements(keys, dims.value_head_dim)?);
+            if wants(Gradients::QUERY) {
+                pieces.keys = pieces.keys.max(keys.checked_mul(dims.head_dim)?);
+            }
+            if wants(Gradients::KEY) {
+                pieces.dk = pieces.dk.max(keys.checked_mul(dims.head_dim)?);
+            }
+            if wants(Gradients::VALUE) {
+                pieces.dv = pieces.dv.max(keys.checked_mul(dims.value_head_dim)?);
+            }
+            let rows = queries.min(plan::block_rows(keys, MATRICES));
+            pieces.block = pieces.block.max(BlockPieces::of(problem, rows, keys)?);
+        }
+        Some(pieces)
+    }
+
+    /// Those of the batch rows that are not small and of those that are, after the scratch was sized.
+    pub(crate) fn both<E: Operand>(problem: &Problem) -> [Self; 2] {
+        [false, true].map(|small| {
+            Self::of::<E>(problem, small).unwrap_or_else(|| unreachable!("the scratch was sized before"))
+        })
+    }
+
+    pub(crate) fn bytes<C>(&self) -> Option<usize> {
+        let own = [self.key_panels, self.value_panels, self.keys, self.row, self.dk, self.dv];
+        (own.into_iter().chain(self.block.counts()))
+            .try_fold(0usize, |bytes, count| bytes.checked_add(piece_bytes::<C>(count)?))
+    }
+}
+
+/// A worker's scratch.
+pub(crate) struct Scratch<'a, C> {
+    pub(crate) key_panels: &'a mut [C],
+    pub(crate) value_panels: &'a mut [C],
+    pub(super) keys: &'a mut [C],
+    pub(crate) row: &'a mut [C],
+    pub(super) dk: &'a mut [C],
+    pub(super) dv: &'a mut [C],
+    pub(crate) block: BlockScratch<'a, C>,
+}
+
+/// What a block of rows works in.
+pub(crate) struct BlockScratch<'a, C> {
+    pub(super) query: &'a mut [C],
+    pub(super) d_out: &'a mut [C],
+    pub(crate) probabilities: &'a mut [C],
+    pub(crate) d_logits: &'a mut [C],
+    pub(super) capped: &'a mut [C],
+    pub(super) dq: &'a mut [C],
+}
+
+impl<'a, C: Pod> Scratch<'a, C> {
+    pub(crate) fn carve(pieces: &Pieces, bytes: &'a mut [u8]) -> Self {
+        let mut carver = Carver::new(bytes);
+        Self {
+            key_panels: carver.take(pieces.key_panels),
+            value_panels: carver.take(pieces.value_panels),
+            keys: carver.take(pieces.keys),
+            row: carver.take(pieces.row),
+            dk: carver.take(pieces.dk),
+            dv: carver.take(pieces.dv),
+            block: BlockScratch {
+                query: carver.take(pieces.block.query),
+                d_out: carver.take(pieces.block.d_out),
+                probabilities: carver.take(pieces.block.probabilities),
+                d_logits: carver.take(pieces.block.d_logits),
+                capped: carver.take(pieces.block.capped),
+                dq: carver.take(pieces.block.dq),
+            },
+        }
+    }
+}
