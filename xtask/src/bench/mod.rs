@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use attention_benches::{Mask, SHAPES, Shape, Work, Workload, parse_shape};
-use attention_core::{AttentionBackend, DType, Dimensions};
+use attention_core::{AttentionBackend, DType, Dimensions, ScratchGrowth};
 
 use crate::backends::{self, InPool, parse_dtype};
 use crate::{machine, reporting};
@@ -45,9 +45,10 @@ pub(crate) struct Arguments {
     /// Another library to measure in turn with ours: torch or jax
     #[arg(long, value_name = "torch|jax", value_parser = ["torch", "jax"])]
     peer: Vec<String>,
-    /// The peer's implementation: math materialises the logits, default is what its users get
-    #[arg(long, default_value = "default", value_parser = ["math", "default", "fused"])]
-    peer_path: String,
+    /// The peer's implementation: math materialises the logits, default is what its users get. Without this,
+    /// backends of ours that materialise logits are measured beside math, others beside default
+    #[arg(long, value_parser = ["math", "default", "fused"])]
+    peer_path: Option<String>,
     /// The Python that has torch or jax
     #[arg(long, env = "ATTENTION_PYTHON", default_value = "python3", value_name = "PATH")]
     peer_python: PathBuf,
@@ -84,7 +85,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         .collect::<crate::Result<Vec<_>>>()?;
     let mut peers: Vec<Peer> = Vec::new();
     for name in &arguments.peer {
-        match Peer::start(name, &arguments.peer_path, &arguments.peer_python, threads) {
+        match Peer::start(name, &arguments.peer_python, threads) {
             Ok(peer) => peers.push(peer),
             Err(reason) => eprintln!("peer {name} skipped: {reason}"),
         }
@@ -95,7 +96,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     let mut rows = Vec::new();
     for (index, case) in cases.iter().enumerate() {
         for backend in &backends {
-            let new = measure_case(case, &**backend, &mut peers, arguments.repeats, threads)?;
+            let new = measure_case(case, &**backend, &mut peers, arguments, threads)?;
             for row in &new {
                 eprintln!("{}/{} {}", index + 1, cases.len(), row.cells().join("  "));
             }
@@ -135,12 +136,20 @@ fn cases(arguments: &Arguments) -> Vec<Case> {
     cases
 }
 
+/// The peer's implementation that is of a backend's kind.
+fn like(backend: &dyn AttentionBackend) -> &'static str {
+    match backend.capabilities().scratch {
+        ScratchGrowth::RowBlock | ScratchGrowth::Logits => "math",
+        _ => "default",
+    }
+}
+
 /// One row for each peer that serves the case, or one without a peer.
 fn measure_case(
     case: &Case,
     backend: &dyn AttentionBackend,
     peers: &mut [Peer],
-    turns: Option<usize>,
+    arguments: &Arguments,
     threads: usize,
 ) -> crate::Result<Vec<Row>> {
     let mut workload = Workload::new(case.dims, case.dtype, case.work, case.causal, case.mask)?;
@@ -151,9 +160,11 @@ fn measure_case(
             return Ok(Vec::new());
         }
     };
+    let path = arguments.peer_path.as_deref().unwrap_or_else(|| like(backend));
+    let turns = arguments.repeats;
     let mut rows = Vec::new();
     for peer in peers {
-        match peer.prepare(case) {
+        match peer.prepare(case, path) {
             Err(reason) => eprintln!("peer {} skipped: {reason}", peer.name),
             Ok(path) => {
                 let times = measure::measure(&mut workload, backend, Some(peer), turns)?;

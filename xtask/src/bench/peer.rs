@@ -18,7 +18,6 @@ pub(crate) struct Peer {
     pub(crate) name: String,
     /// The library's version.
     pub(crate) version: String,
-    path: String,
     threads: usize,
     process: Child,
     to: Option<ChildStdin>,
@@ -46,7 +45,7 @@ impl Peer {
     ///
     /// # Errors
     /// Why it cannot run here, as a sentence.
-    pub(crate) fn start(name: &str, path: &str, python: &Path, threads: usize) -> Result<Self, String> {
+    pub(crate) fn start(name: &str, python: &Path, threads: usize) -> Result<Self, String> {
         let mut command = Command::new(python);
         command.arg(cargo::root().join("benches/peers/peer.py")).args(["--peer", name]);
         command.args(["--threads", &threads.to_string()]);
@@ -56,9 +55,9 @@ impl Peer {
         let to = process.stdin.take();
         let from = process.stdout.take().ok_or("its output cannot be read")?;
         let last_words = process.stderr.take().map(|stderr| std::thread::spawn(move || last_line(stderr)));
-        let (name, path) = (name.to_owned(), path.to_owned());
+        let name = name.to_owned();
         let (version, from) = (String::new(), BufReader::new(from));
-        let mut peer = Self { name, version, path, threads, process, to, from, last_words };
+        let mut peer = Self { name, version, threads, process, to, from, last_words };
         let answer = peer.answer()?;
         if !answer.ready {
             return Err(answer.reason.unwrap_or_else(|| "it is not ready and does not say why".to_owned()));
@@ -67,18 +66,19 @@ impl Peer {
         Ok(peer)
     }
 
-    /// Makes the data of a call, and calls once; the name of the implementation that runs.
+    /// Makes the data of a call, and calls once, on the implementation that `path` names; the name of the one that
+    /// runs.
     ///
     /// # Errors
     /// Why the peer does not serve the call.
-    pub(crate) fn prepare(&mut self, case: &Case) -> Result<String, String> {
+    pub(crate) fn prepare(&mut self, case: &Case, path: &str) -> Result<String, String> {
         let dims = case.dims;
         let request = json!({
             "op": "prepare",
             "b": dims.batch, "t": dims.query_length, "s": dims.key_length, "n": dims.query_heads,
             "k": dims.key_heads, "h": dims.head_dim, "hv": dims.value_head_dim,
             "dtype": case.dtype.name(), "pass": case.work.name(), "causal": case.causal,
-            "mask": case.mask.name(), "path": self.path, "threads": self.threads,
+            "mask": case.mask.name(), "path": path, "threads": self.threads,
             // Half, because the estimate leaves out what a library holds on to besides.
             "limit_bytes": machine::available_memory().map(|bytes| bytes / 2),
         });
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_missing_python_is_a_reason_and_not_a_failure() {
-        let error = Peer::start("torch", "math", Path::new("no-such-python"), 1).unwrap_err();
+        let error = Peer::start("torch", Path::new("no-such-python"), 1).unwrap_err();
         assert!(error.starts_with("no-such-python cannot be run: "), "{error}");
     }
 
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn a_process_that_ends_is_quoted() {
         // `cat` does not know the option --peer, and says so on stderr.
-        let error = Peer::start("torch", "math", Path::new("cat"), 1).unwrap_err();
+        let error = Peer::start("torch", Path::new("cat"), 1).unwrap_err();
         assert!(
             error.starts_with("the process ended (exit status: 1): ") && error.contains("cat"),
             "{error}"
