@@ -44,13 +44,21 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
 }
 
 /// Packages every published crate, and builds each from its package and those of its siblings.
+///
+/// In a folder of its own each time: Cargo keeps what it has unpacked of a sibling by the folder and the version, so
+/// that in the same folder it would build against the sibling of an earlier run.
 fn package(allow_dirty: bool) -> crate::Result {
+    let folder = cargo::root().join(format!("target/package-check-{}", std::process::id()));
     let mut command = cargo::command(["package", "--quiet"]);
+    command.arg("--target-dir").arg(&folder);
     for package in Workspace::read()?.published() {
         command.args(["-p", &package.name]);
     }
     if allow_dirty {
         command.arg("--allow-dirty");
     }
-    cargo::run(&mut command)
+    let packaged = cargo::run(&mut command);
+    // What is left of it is in nobody's way, so failing to remove it is no failure.
+    let _ = std::fs::remove_dir_all(&folder);
+    packaged
 }
