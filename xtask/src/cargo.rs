@@ -1,7 +1,7 @@
 //! Cargo, as a process; and the workspace as it describes it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde::Deserialize;
@@ -54,6 +54,8 @@ fn line(command: &Command) -> String {
 pub(crate) struct Workspace {
     /// In the order of their names.
     pub(crate) packages: Vec<Package>,
+    /// Where cargo builds.
+    pub(crate) target_directory: PathBuf,
 }
 
 /// A package of the workspace.
@@ -61,6 +63,8 @@ pub(crate) struct Workspace {
 pub(crate) struct Package {
     /// Its name.
     pub(crate) name: String,
+    /// Its version.
+    pub(crate) version: String,
     /// Its features, with what each switches on.
     pub(crate) features: BTreeMap<String, Vec<String>>,
     /// What its manifest asks for.

@@ -8,6 +8,7 @@ mod conformance;
 mod features;
 mod golden;
 mod machine;
+mod packages;
 mod reporting;
 mod test;
 mod trees;
