@@ -79,7 +79,10 @@ impl CpuBackend {
     fn scratch_of(&self, problem: &Problem) -> Option<(usize, usize)> {
         fn of<E: Operand>(problem: &Problem) -> Option<(usize, usize)> {
             Some(match problem.pass() {
-                Pass::Forward => (forward::bytes_per_worker::<E>(problem)?, forward::task_count(problem)),
+                Pass::Forward => {
+                    let sizes = forward::Sizes::of::<E>(problem)?;
+                    (sizes.bytes_per_worker, sizes.tasks)
+                }
                 Pass::Backward => (backward::bytes_per_worker::<E>(problem)?, backward::task_count(problem)),
             })
         }

@@ -80,15 +80,16 @@ pub(crate) fn sums_bytes(problem: &Problem) -> Option<usize> {
 pub(crate) fn run<E: Operand>(
     shared: &Shared<'_, E>,
     small: &Shared<'_, E::Small>,
+    sizes: &backward::Sizes,
     dbias: ViewMut<'_>,
     config: &CpuConfig,
     scratch: &mut [u8],
 ) {
     match dbias.desc().dtype() {
-        DType::F64 => write::<E, f64>(shared, small, dbias, config, scratch),
-        DType::F32 => write::<E, f32>(shared, small, dbias, config, scratch),
-        DType::F16 => write::<E, f16>(shared, small, dbias, config, scratch),
-        DType::Bf16 => write::<E, bf16>(shared, small, dbias, config, scratch),
+        DType::F64 => write::<E, f64>(shared, small, sizes, dbias, config, scratch),
+        DType::F32 => write::<E, f32>(shared, small, sizes, dbias, config, scratch),
+        DType::F16 => write::<E, f16>(shared, small, sizes, dbias, config, scratch),
+        DType::Bf16 => write::<E, bf16>(shared, small, sizes, dbias, config, scratch),
         dtype => unreachable!("a checked call has a bias of a float dtype, got {dtype}"),
     }
 }
@@ -96,6 +97,7 @@ pub(crate) fn run<E: Operand>(
 fn write<E: Operand, T: Scalar>(
     shared: &Shared<'_, E>,
     small: &Shared<'_, E::Small>,
+    sizes: &backward::Sizes,
     dbias: ViewMut<'_>,
     config: &CpuConfig,
     scratch: &mut [u8],
@@ -126,10 +128,8 @@ fn write<E: Operand, T: Scalar>(
     }
     let tasks: Vec<(Part, HostViewMut<'_, T>)> = ranges.into_iter().zip(views).collect();
 
-    let bytes = backward::bytes_per_worker::<E>(problem).unwrap_or_else(|| unreachable!("sized before"));
     let sums_bytes = sums_bytes(problem).unwrap_or_else(|| unreachable!("sized before"));
-    let [pieces, small_pieces] = backward::Pieces::both::<E>(problem);
-    let scratch = workers::divide(scratch, bytes, config.thread_count());
+    let scratch = workers::divide(scratch, sizes.bytes_per_task + sums_bytes, config.thread_count());
     workers::run(tasks, scratch, |(part, mut view), scratch| {
         let columns = view.shape()[1];
         let (sums, rest) = scratch.split_at_mut(sums_bytes);
@@ -137,10 +137,10 @@ fn write<E: Operand, T: Scalar>(
         sums.fill(0.0);
         for batch in part.batches.clone() {
             if plan::is_small::<E>(problem, batch) {
-                let mut scratch = backward::Scratch::carve(&small_pieces, rest);
+                let mut scratch = backward::Scratch::carve(&sizes.small_pieces, rest);
                 add_batch(small, batch, &part, shape, sums, columns, &mut scratch);
             } else {
-                let mut scratch = backward::Scratch::carve(&pieces, rest);
+                let mut scratch = backward::Scratch::carve(&sizes.pieces, rest);
                 add_batch(shared, batch, &part, shape, sums, columns, &mut scratch);
             }
         }

@@ -55,21 +55,43 @@ macro_rules! horner {
     }};
 }
 
+/// What f32 and f64 do alike.
+macro_rules! same_for_all {
+    ($float:ident) => {
+        const ZERO: Self = 0.0;
+        const ONE: Self = 1.0;
+        const NEG_INFINITY: Self = $float::NEG_INFINITY;
+        const DISALLOWED: Self = -0.0;
+
+        #[inline(always)]
+        fn is_disallowed(self) -> bool {
+            self.to_bits() == Self::DISALLOWED.to_bits()
+        }
+
+        #[inline(always)]
+        fn is_finite(self) -> bool {
+            self.abs() < $float::INFINITY
+        }
+
+        #[inline(always)]
+        fn scaled_plus<const FMA: bool>(self, b: Self, c: Self) -> Self {
+            fma!(self, b, c)
+        }
+
+        #[inline(always)]
+        fn ln(self) -> Self {
+            $float::ln(self)
+        }
+
+        #[inline(always)]
+        fn from_distance(distance: u64) -> Self {
+            distance as $float
+        }
+    };
+}
+
 impl Compute for f32 {
-    const ZERO: Self = 0.0;
-    const ONE: Self = 1.0;
-    const NEG_INFINITY: Self = f32::NEG_INFINITY;
-    const DISALLOWED: Self = -0.0;
-
-    #[inline(always)]
-    fn is_disallowed(self) -> bool {
-        self.to_bits() == Self::DISALLOWED.to_bits()
-    }
-
-    #[inline(always)]
-    fn is_finite(self) -> bool {
-        self.abs() < f32::INFINITY
-    }
+    same_for_all!(f32);
 
     /// Cody and Waite's reduction to `|r| <= ln 2 / 2` and the minimax polynomial of Cephes (`expf`).
     #[inline(always)]
@@ -104,38 +126,10 @@ impl Compute for f32 {
         let large = 1.0 - 2.0 / ((y + y).exp_lane::<FMA>() + 1.0);
         (if y < 0.625 { small } else { large }).copysign(self)
     }
-
-    #[inline(always)]
-    fn scaled_plus<const FMA: bool>(self, b: Self, c: Self) -> Self {
-        fma!(self, b, c)
-    }
-
-    #[inline(always)]
-    fn ln(self) -> Self {
-        f32::ln(self)
-    }
-
-    #[inline(always)]
-    fn from_distance(distance: u64) -> Self {
-        distance as f32
-    }
 }
 
 impl Compute for f64 {
-    const ZERO: Self = 0.0;
-    const ONE: Self = 1.0;
-    const NEG_INFINITY: Self = f64::NEG_INFINITY;
-    const DISALLOWED: Self = -0.0;
-
-    #[inline(always)]
-    fn is_disallowed(self) -> bool {
-        self.to_bits() == Self::DISALLOWED.to_bits()
-    }
-
-    #[inline(always)]
-    fn is_finite(self) -> bool {
-        self.abs() < f64::INFINITY
-    }
+    same_for_all!(f64);
 
     /// As for f32, with a polynomial of degree 12.
     #[inline(always)]
@@ -180,21 +174,6 @@ impl Compute for f64 {
         let small = fma!(self * z, p / q, self);
         let large = 1.0 - 2.0 / ((y + y).exp_lane::<FMA>() + 1.0);
         (if y < 0.625 { small } else { large }).copysign(self)
-    }
-
-    #[inline(always)]
-    fn scaled_plus<const FMA: bool>(self, b: Self, c: Self) -> Self {
-        fma!(self, b, c)
-    }
-
-    #[inline(always)]
-    fn ln(self) -> Self {
-        f64::ln(self)
-    }
-
-    #[inline(always)]
-    fn from_distance(distance: u64) -> Self {
-        distance as f64
     }
 }
 

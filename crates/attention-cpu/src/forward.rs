@@ -1,6 +1,6 @@
 //! The forward pass: blocks of query rows against all their keys.
 
-use attention_core::{ForwardCall, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
+use attention_core::{Dimensions, ForwardCall, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
 use bytemuck::Pod;
 
 use crate::bias::AnyFloat;
@@ -27,27 +27,18 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// Large enough for every task of the problem's small batch rows, or of the others; `None` on overflow.
-    fn of<E: Operand>(problem: &Problem, small: bool) -> Option<Self> {
-        let dims = problem.dims();
-        let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
-        let mut pieces = Self { row, ..Self::default() };
-        for task in plan::tasks(problem) {
-            if plan::is_small::<E>(problem, task.rows.batch) != small {
-                continue;
-            }
-            let keys = task.keys.len();
-            let packed = !plan::few_rows(task.rows.len());
-            if packed {
-                pieces.panels = pieces.panels.max(panel_elements(keys, dims.head_dim)?);
-                pieces.values = pieces.values.max(keys.checked_mul(dims.value_head_dim)?);
-            }
-            let rows = task.rows.len().min(plan::block_rows(keys, 1));
-            pieces.query = pieces.query.max(rows.checked_mul(dims.head_dim)?);
-            pieces.logits = pieces.logits.max(rows.checked_mul(plan::logits_stride(keys)?)?);
-            pieces.sums = pieces.sums.max(rows.checked_mul(dims.value_head_dim)?);
+    /// Makes room for a task; `None` on overflow.
+    fn make_room(&mut self, task: &Task, dims: Dimensions) -> Option<()> {
+        let keys = task.keys.len();
+        if !plan::few_rows(task.rows.len()) {
+            self.panels = self.panels.max(panel_elements(keys, dims.head_dim)?);
+            self.values = self.values.max(keys.checked_mul(dims.value_head_dim)?);
         }
-        Some(pieces)
+        let rows = task.rows.len().min(plan::block_rows(keys, 1));
+        self.query = self.query.max(rows.checked_mul(dims.head_dim)?);
+        self.logits = self.logits.max(rows.checked_mul(plan::logits_stride(keys)?)?);
+        self.sums = self.sums.max(rows.checked_mul(dims.value_head_dim)?);
+        Some(())
     }
 
     fn bytes<C>(&self) -> Option<usize> {
@@ -81,16 +72,34 @@ impl<'a, C: Pod> Scratch<'a, C> {
     }
 }
 
-/// Bytes of scratch a worker needs for this problem; `None` on overflow.
-pub(crate) fn bytes_per_worker<E: Operand>(problem: &Problem) -> Option<usize> {
-    let bytes = Pieces::of::<E>(problem, false)?.bytes::<E::Compute>()?;
-    let small = Pieces::of::<E>(problem, true)?.bytes::<<E::Small as Operand>::Compute>()?;
-    Some(bytes.max(small))
+/// What a problem takes, read off its tasks once.
+pub(crate) struct Sizes {
+    /// Large enough for every task of the batch rows that are not small.
+    pieces: Pieces,
+    /// Large enough for every task of the small batch rows.
+    small_pieces: Pieces,
+    /// Bytes of scratch a worker needs.
+    pub(crate) bytes_per_worker: usize,
+    /// How many tasks can run side by side.
+    pub(crate) tasks: usize,
 }
 
-/// How many tasks can run side by side.
-pub(crate) fn task_count(problem: &Problem) -> usize {
-    plan::tasks(problem).count()
+impl Sizes {
+    /// `None` on overflow.
+    pub(crate) fn of<E: Operand>(problem: &Problem) -> Option<Self> {
+        let dims = problem.dims();
+        let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
+        let empty = Pieces { row, ..Pieces::default() };
+        let (mut pieces, mut small_pieces, mut tasks) = (empty, empty, 0);
+        for task in plan::tasks(problem) {
+            let small = plan::is_small::<E>(problem, task.rows.batch);
+            if small { &mut small_pieces } else { &mut pieces }.make_room(&task, dims)?;
+            tasks += 1;
+        }
+        let bytes = pieces.bytes::<E::Compute>()?;
+        let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
+        Some(Self { pieces, small_pieces, bytes_per_worker: bytes.max(small_bytes), tasks })
+    }
 }
 
 /// What a task writes: for each of its heads, its query rows of the output and the logsumexp.
@@ -129,18 +138,13 @@ pub(crate) fn run<E: Operand>(call: ForwardCall<'_>, config: &CpuConfig, scratch
     // Under causal masking the last rows of a head see the most keys: begin with those.
     tasks.reverse();
 
-    let sized = |small| {
-        Pieces::of::<E>(problem, small).unwrap_or_else(|| unreachable!("the scratch was sized before"))
-    };
-    let (pieces, small_pieces) = (sized(false), sized(true));
-    let bytes =
-        bytes_per_worker::<E>(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
-    let scratch = workers::divide(scratch, bytes, config.thread_count());
+    let sizes = Sizes::of::<E>(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
+    let scratch = workers::divide(scratch, sizes.bytes_per_worker, config.thread_count());
     workers::run(tasks, scratch, |(task, mut outputs), scratch| {
         if plan::is_small::<E>(problem, task.rows.batch) {
-            small.task(&task, &mut outputs, &mut Scratch::carve(&small_pieces, scratch));
+            small.task(&task, &mut outputs, &mut Scratch::carve(&sizes.small_pieces, scratch));
         } else {
-            shared.task(&task, &mut outputs, &mut Scratch::carve(&pieces, scratch));
+            shared.task(&task, &mut outputs, &mut Scratch::carve(&sizes.pieces, scratch));
         }
     });
 }

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use crate::direct::add_weighted;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
 use crate::operand::{Head, Operand};
@@ -212,7 +213,7 @@ impl<'a, C: Compute> Dense<'a, C> {
             let column = position - columns.start;
             for (row, sums) in sums.chunks_exact_mut(self.width).take(rows).enumerate() {
                 if !marks[row * stride + column].is_disallowed() {
-                    add_scaled(sums, factor * weights[row * stride + column], values);
+                    add_weighted::<_, false>(sums, factor * weights[row * stride + column], values);
                 }
             }
         }
@@ -233,12 +234,4 @@ pub(crate) fn set_apart<C: Compute>(rows: &mut [C], width: usize) -> Vec<(usize,
         }
     }
     apart
-}
-
-/// `sums += weight * values`.
-#[inline(always)]
-pub(crate) fn add_scaled<C: Compute>(sums: &mut [C], weight: C, values: &[C]) {
-    for (sum, &value) in sums.iter_mut().zip(values) {
-        *sum += weight * value;
-    }
 }

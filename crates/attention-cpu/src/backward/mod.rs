@@ -13,26 +13,20 @@ use std::ops::Range;
 use attention_core::{BackwardCall, BackwardInputs, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
 
 pub(crate) use self::block::GradientOf;
-pub(crate) use self::pieces::{MATRICES, Pieces, Scratch};
+pub(crate) use self::pieces::{MATRICES, Scratch, Sizes};
 use crate::bias::AnyFloat;
 use crate::config::CpuConfig;
+use crate::direct::add_weighted;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
 use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, write_row};
-use crate::packed::{Dense, Panels, add_scaled, set_apart};
+use crate::packed::{Dense, Panels, set_apart};
 use crate::{bias_gradient, plan, sink_gradient, workers};
 
 /// Bytes of scratch a worker needs for this problem; `None` on overflow.
 pub(crate) fn bytes_per_worker<E: Operand>(problem: &Problem) -> Option<usize> {
-    bytes_per_task::<E>(problem)?.checked_add(bias_gradient::sums_bytes(problem)?)
-}
-
-/// Bytes of scratch that a task over a part of one batch row works in; `None` on overflow.
-pub(crate) fn bytes_per_task<E: Operand>(problem: &Problem) -> Option<usize> {
-    let bytes = Pieces::of::<E>(problem, false)?.bytes::<E::Compute>()?;
-    let small = Pieces::of::<E>(problem, true)?.bytes::<<E::Small as Operand>::Compute>()?;
-    Some(bytes.max(small))
+    Sizes::of::<E>(problem)?.bytes_per_task.checked_add(bias_gradient::sums_bytes(problem)?)
 }
 
 /// How many tasks can run side by side.
@@ -72,11 +66,12 @@ pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, config: &CpuConfig, scratc
     let (problem, inputs, saved, outputs) = call.into_parts();
     let shared = Shared::<E>::new(problem, &inputs, &saved);
     let small = Shared::<E::Small>::new(problem, &inputs, &saved);
+    let sizes = Sizes::of::<E>(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
     if let Some(dsinks) = outputs.dsinks {
         sink_gradient::run(&small, dsinks);
     }
     if let Some(dbias) = outputs.dbias {
-        bias_gradient::run(&shared, &small, dbias, config, scratch);
+        bias_gradient::run(&shared, &small, &sizes, dbias, config, scratch);
     }
     if outputs.dq.is_none() && outputs.dk.is_none() && outputs.dv.is_none() {
         return;
@@ -96,14 +91,12 @@ pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, config: &CpuConfig, scratc
             dv: dv.as_mut().and_then(Iterator::next),
         })
         .collect();
-    let bytes = bytes_per_task::<E>(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
-    let [pieces, small_pieces] = Pieces::both::<E>(problem);
-    let scratch = workers::divide(scratch, bytes, config.thread_count());
+    let scratch = workers::divide(scratch, sizes.bytes_per_task, config.thread_count());
     workers::run(tasks, scratch, |task, scratch| {
         if plan::is_small::<E>(problem, task.batch) {
-            small.task(task, &mut Scratch::carve(&small_pieces, scratch));
+            small.task(task, &mut Scratch::carve(&sizes.small_pieces, scratch));
         } else {
-            shared.task(task, &mut Scratch::carve(&pieces, scratch));
+            shared.task(task, &mut Scratch::carve(&sizes.pieces, scratch));
         }
     });
 }
@@ -266,7 +259,7 @@ fn add_outer<C: Compute>(
     for (row, values) in not_finite {
         for (column, sums) in sums.chunks_exact_mut(width).enumerate() {
             if !marks[row * stride + column].is_disallowed() {
-                add_scaled(sums, factor * weights[row * stride + column], &values);
+                add_weighted::<_, false>(sums, factor * weights[row * stride + column], &values);
             }
         }
     }

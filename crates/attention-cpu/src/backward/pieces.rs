@@ -68,7 +68,7 @@ pub(crate) const MATRICES: usize = 2;
 
 impl Pieces {
     /// Large enough for every small batch row of the problem, or for the others; `None` on overflow.
-    pub(crate) fn of<E: Operand>(problem: &Problem, small: bool) -> Option<Self> {
+    fn of<E: Operand>(problem: &Problem, small: bool) -> Option<Self> {
         let dims = problem.dims();
         let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
         let mut pieces = Self { row, ..Self::default() };
@@ -102,17 +102,30 @@ impl Pieces {
         Some(pieces)
     }
 
-    /// Those of the batch rows that are not small and of those that are, after the scratch was sized.
-    pub(crate) fn both<E: Operand>(problem: &Problem) -> [Self; 2] {
-        [false, true].map(|small| {
-            Self::of::<E>(problem, small).unwrap_or_else(|| unreachable!("the scratch was sized before"))
-        })
-    }
-
-    pub(crate) fn bytes<C>(&self) -> Option<usize> {
+    fn bytes<C>(&self) -> Option<usize> {
         let own = [self.key_panels, self.value_panels, self.keys, self.row, self.dk, self.dv];
         (own.into_iter().chain(self.block.counts()))
             .try_fold(0usize, |bytes, count| bytes.checked_add(piece_bytes::<C>(count)?))
+    }
+}
+
+/// What a problem takes, read off its batch rows once.
+pub(crate) struct Sizes {
+    /// Large enough for every batch row that is not small.
+    pub(crate) pieces: Pieces,
+    /// Large enough for every small batch row.
+    pub(crate) small_pieces: Pieces,
+    /// Bytes of scratch that a task over a part of one batch row works in.
+    pub(crate) bytes_per_task: usize,
+}
+
+impl Sizes {
+    /// `None` on overflow.
+    pub(crate) fn of<E: Operand>(problem: &Problem) -> Option<Self> {
+        let (pieces, small_pieces) = (Pieces::of::<E>(problem, false)?, Pieces::of::<E>(problem, true)?);
+        let bytes = pieces.bytes::<E::Compute>()?;
+        let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
+        Some(Self { pieces, small_pieces, bytes_per_task: bytes.max(small_bytes) })
     }
 }
 
