@@ -168,13 +168,12 @@ fn cut<'a, T: attention_core::Scalar>(output: ViewMut<'a>, problem: &Problem) ->
             fill(host(row), if is_lse { T::from_f32(f32::NEG_INFINITY) } else { T::from_f32(0.0) });
         }
         let size = TaskSize::of(queries, dims.group_size());
-        let mut heads: Vec<Vec<_>> =
-            live.into_axis(1).map(|head| head.into_chunks(0, size.queries).map(host).rev_collect()).collect();
+        let mut heads: Vec<_> = live.into_axis(1).map(|head| head.into_chunks(0, size.queries)).collect();
         // No query heads make no groups, and the size of a group may be 0 then.
         for group in heads.chunks_mut(dims.group_size().max(1)) {
             for heads in group.chunks_mut(size.heads) {
                 for _ in 0..queries.div_ceil(size.queries) {
-                    parts.extend(heads.iter_mut().filter_map(Vec::pop));
+                    parts.extend(heads.iter_mut().filter_map(Iterator::next).map(host));
                 }
             }
         }
@@ -182,21 +181,8 @@ fn cut<'a, T: attention_core::Scalar>(output: ViewMut<'a>, problem: &Problem) ->
     parts
 }
 
-/// Collects backwards, so that `pop` gives the elements in order.
-trait RevCollect<T> {
-    fn rev_collect(self) -> Vec<T>;
-}
-
-impl<T, I: Iterator<Item = T>> RevCollect<T> for I {
-    fn rev_collect(self) -> Vec<T> {
-        let mut all: Vec<T> = self.collect();
-        all.reverse();
-        all
-    }
-}
-
 /// Writes one number everywhere: `[N]` or `[N, Hv]`.
-pub(crate) fn fill<T: attention_core::Scalar>(mut view: HostViewMut<'_, T>, value: T) {
+fn fill<T: attention_core::Scalar>(mut view: HostViewMut<'_, T>, value: T) {
     if view.shape().rank() == 1 {
         view.row_mut(&[]).fill_with(|_| value);
     } else {
