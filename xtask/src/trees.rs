@@ -6,7 +6,8 @@ use crate::cargo::{self, Package, Workspace};
 
 /// What a published crate may depend on among the crates of this workspace. A new crate needs a row.
 const SIBLINGS: &[(&str, &[&str])] = &[
-    ("attention", &["attention-core", "attention-cpu"]),
+    ("attention", &["attention-chunked", "attention-core", "attention-cpu"]),
+    ("attention-chunked", &["attention-core"]),
     ("attention-conformance", &["attention-core"]),
     ("attention-core", &[]),
     ("attention-cpu", &["attention-core"]),

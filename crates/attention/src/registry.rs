@@ -94,6 +94,8 @@ impl Default for Registry {
     fn default() -> Self {
         #[allow(unused_mut, reason = "without any implementation there is nothing to add")]
         let mut registry = Self::empty();
+        #[cfg(feature = "chunked")]
+        registry.register(Arc::new(attention_chunked::ChunkedBackend::default()));
         #[cfg(feature = "cpu")]
         registry.register(Arc::new(attention_cpu::CpuBackend::default()));
         registry

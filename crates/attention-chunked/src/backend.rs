@@ -1,0 +1,243 @@
+//! The backend: capabilities, scratch, and the choice of the engine.
+
+use attention_core::{
+    AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet, ForwardCall,
+    NumericsClass, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
+};
+
+use crate::config::ChunkedConfig;
+use crate::engine::Engine;
+use crate::engine::vector::Fused;
+use crate::simd::{Scalar, Simd};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{Avx2, Avx512};
+use crate::{Level, backward, forward};
+
+const NAME: &str = "chunked";
+
+/// The memory-efficient CPU backend: every option, every dtype, forward and backward, in memory that does not grow
+/// with the sequences.
+///
+/// The algorithm is that of Rabe and Staats (arXiv 2112.05682): an outer loop over chunks of queries, an inner one
+/// over chunks of keys and values, carrying the maximum, the sum and the value of each row; backward recomputes the
+/// logits of a chunk from the logsumexp.
+///
+/// # Semantics
+/// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16.
+/// - Results are bitwise the same for any number of threads, any composition of the batch and any amount of padding,
+///   on one [`Level`] and with one `key_chunk`.
+///
+/// # Examples
+/// ```
+/// use attention_chunked::ChunkedBackend;
+/// use attention_core::{AttentionBackend, ForwardCall, ForwardOutputs, Inputs, ScratchBuffer, View, ViewMut};
+///
+/// let backend = ChunkedBackend::new();
+/// let data = vec![0.5f32; 4 * 2 * 8];
+/// let view = View::from_slice(&data, [1, 4, 2, 8])?;
+/// let inputs = Inputs::new(view, view, view);
+/// let problem = inputs.problem().causal(true).build()?;
+///
+/// let mut out = vec![0.0f32; 4 * 2 * 8];
+/// let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, [1, 4, 2, 8])?, lse: None };
+/// let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem)?);
+/// backend.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch.scratch())?;
+/// assert!(out.iter().all(|&x| (x - 0.5).abs() < 1e-6));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct ChunkedBackend {
+    config: ChunkedConfig,
+    level: Result<Level, String>,
+    capabilities: Capabilities,
+}
+
+impl Default for ChunkedBackend {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What is done with the engines of a dtype: the one for batch rows of any size, and one for small ones where that
+/// is another.
+trait WithEngines {
+    type Output;
+
+    fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) -> Self::Output;
+}
+
+impl ChunkedBackend {
+    /// At the fastest level of the machine, on all threads of the caller's rayon pool.
+    pub fn new() -> Self {
+        Self::with_config(ChunkedConfig::default())
+    }
+
+    /// With a configuration of its own.
+    pub fn with_config(config: ChunkedConfig) -> Self {
+        let pass = PassCapabilities::new(FeatureSet::all());
+        let numerics = [
+            (DType::F64, NumericsClass::F64),
+            (DType::F32, NumericsClass::F32),
+            (DType::F16, NumericsClass::HalfF32),
+            (DType::Bf16, NumericsClass::HalfF32),
+        ];
+        let capabilities = Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::Constant)
+            .with_backward(pass);
+        Self { level: config.chosen_level(), config, capabilities }
+    }
+
+    /// The instruction set it uses; `None` where the machine lacks the one that was asked for.
+    pub fn level(&self) -> Option<Level> {
+        self.level.as_ref().ok().copied()
+    }
+
+    /// Runs `work` with the engines for a dtype.
+    fn with_engines<W: WithEngines>(&self, dtype: DType, work: W) -> W::Output {
+        let level = self.level().unwrap_or(Level::Scalar);
+        fn fused<S: Simd<f32> + Simd<f64>, W: WithEngines>(simd: S, dtype: DType, work: W) -> W::Output {
+            let (single, double) = (Fused::<f32, S>::new(simd), Fused::<f64, S>::new(simd));
+            match dtype {
+                DType::F64 => work.run(double, None::<Fused<f64, S>>),
+                DType::F32 => work.run(single, Some(double)),
+                _ => work.run(single, None::<Fused<f32, S>>),
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        {
+            if level >= Level::Avx512
+                && let Some(simd) = Avx512::detect()
+            {
+                return fused(simd, dtype, work);
+            }
+            if level >= Level::Avx2
+                && let Some(simd) = Avx2::detect()
+            {
+                return fused(simd, dtype, work);
+            }
+        }
+        let _ = level;
+        fused(Scalar::new(), dtype, work)
+    }
+
+    /// Bytes of a worker's scratch, and of what all of them share.
+    fn needs(&self, problem: &Problem) -> Option<usize> {
+        struct Needs<'p> {
+            problem: &'p Problem,
+            config: &'p ChunkedConfig,
+        }
+
+        impl WithEngines for Needs<'_> {
+            type Output = Option<usize>;
+
+            fn run<E: Engine, Small: Engine>(self, _: E, small: Option<Small>) -> Option<usize> {
+                let (sizes, threads) = (self.config.sizes(), self.config.thread_count());
+                match self.problem.pass() {
+                    Pass::Forward => {
+                        let (bytes, tasks) =
+                            forward::needs::<E, Small>(self.problem, small.is_some(), &sizes, threads)?;
+                        bytes.checked_mul(threads.min(tasks))
+                    }
+                    Pass::Backward => {
+                        backward::needs::<E, Small>(self.problem, small.is_some(), &sizes, threads)
+                    }
+                }
+            }
+        }
+
+        self.with_engines(problem.dtype(), Needs { problem, config: &self.config })
+    }
+
+    /// Checks what is left to check of a call and gives its scratch as bytes.
+    fn host_scratch<'a>(&self, problem: &Problem, scratch: Scratch<'a>) -> Result<&'a mut [u8], Error> {
+        let needed = self.scratch_bytes(problem)?;
+        self.available()?;
+        scratch.check(problem.device(), needed)?;
+        // Device and size were checked; a call without scratch may bring one from anywhere.
+        Ok(scratch.into_host().unwrap_or_default())
+    }
+}
+
+impl AttentionBackend for ChunkedBackend {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn version(&self) -> &str {
+        env!("CARGO_PKG_VERSION")
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn available(&self) -> Result<(), Unavailable> {
+        match &self.level {
+            Ok(_) => Ok(()),
+            Err(reason) => Err(Unavailable {
+                backend: NAME.to_owned(),
+                what: reason.clone(),
+                looked_for: Level::available().map(|level| format!("level {level}: there")).collect(),
+            }),
+        }
+    }
+
+    fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
+        self.scratch_bytes(problem).map(drop)
+    }
+
+    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
+        self.capabilities.check(NAME, problem)?;
+        self.needs(problem).ok_or_else(|| Unsupported::Limit {
+            backend: NAME.to_owned(),
+            what: "scratch".to_owned(),
+            value: problem.dims().to_string(),
+            limit: "that fits an address space".to_owned(),
+        })
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        struct Run<'c, 'd> {
+            call: ForwardCall<'c>,
+            config: &'c ChunkedConfig,
+            scratch: &'d mut [u8],
+        }
+
+        impl WithEngines for Run<'_, '_> {
+            type Output = ();
+
+            fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
+                let (sizes, threads) = (self.config.sizes(), self.config.thread_count());
+                forward::run(engine, small, self.call, &sizes, threads, self.scratch);
+            }
+        }
+
+        let scratch = self.host_scratch(call.problem(), scratch)?;
+        let dtype = call.problem().dtype();
+        let run = Run { call, config: &self.config, scratch };
+        self.config.install(|| self.with_engines(dtype, run));
+        Ok(())
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        struct Run<'c, 'd> {
+            call: BackwardCall<'c>,
+            config: &'c ChunkedConfig,
+            scratch: &'d mut [u8],
+        }
+
+        impl WithEngines for Run<'_, '_> {
+            type Output = ();
+
+            fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
+                let (sizes, threads) = (self.config.sizes(), self.config.thread_count());
+                backward::run(engine, small, self.call, &sizes, threads, self.scratch);
+            }
+        }
+
+        let scratch = self.host_scratch(call.problem(), scratch)?;
+        let dtype = call.problem().dtype();
+        let run = Run { call, config: &self.config, scratch };
+        self.config.install(|| self.with_engines(dtype, run));
+        Ok(())
+    }
+}

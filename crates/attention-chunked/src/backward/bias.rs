@@ -1,0 +1,192 @@
+//! The gradient of the bias, for every broadcast: a pass of its own over the parts of `dbias`.
+//!
+//! A part is a range of elements of `dbias` that no other task writes; its task visits, in order, every block of
+//! logits that the bias was broadcast to and adds their gradients. That computes the logits once more, and needs
+//! neither a matrix of the size of the logits nor an order among threads.
+
+use std::ops::Range;
+
+use attention_core::{Problem, Role, Scalar, ViewMut};
+
+use super::Backward;
+use super::gradient::GradientOf;
+use super::pair::{Pair, Scratch};
+use crate::engine::Engine;
+use crate::forward::tile_stride;
+use crate::plan::{self, Rows, intersection};
+use crate::scratch::Pieces;
+use crate::tensor::SharedOutput;
+use crate::workers;
+
+/// Keys of a part where the bias has an axis of keys: a multiple of every engine's block.
+const PART_KEYS: usize = 512;
+
+/// Queries of a part where the bias has an axis of queries.
+const PART_QUERIES: usize = 64;
+
+/// The ranges of the logits `[B, N, T, S]` that one part of `dbias` was broadcast to.
+#[derive(Clone, Debug)]
+pub(super) struct Part {
+    batches: Range<usize>,
+    heads: Range<usize>,
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+fn shape(problem: &Problem) -> Option<[usize; 4]> {
+    let desc = problem.tensor(Role::DBias)?;
+    Some(std::array::from_fn(|axis| desc.shape()[axis]))
+}
+
+/// The parts along each axis: single indices or pieces where the bias has the axis, all of it where it does not.
+fn axis(size: usize, bias_size: usize, piece: usize) -> Vec<Range<usize>> {
+    if bias_size == 1 {
+        return std::iter::once(0..size).collect();
+    }
+    (0..size).step_by(piece).map(|start| start..(start + piece).min(size)).collect()
+}
+
+/// The parts of the gradient; `None` where it is not wanted.
+pub(super) fn parts(problem: &Problem) -> Option<Vec<Part>> {
+    let shape = shape(problem)?;
+    let [batch, heads, queries, keys] = problem.dims().logits();
+    let mut parts = Vec::new();
+    for batches in axis(batch, shape[0], 1) {
+        for heads in axis(heads, shape[1], 1) {
+            for queries in axis(queries, shape[2], PART_QUERIES) {
+                for keys in axis(keys, shape[3], PART_KEYS) {
+                    let [batches, heads, queries] = [&batches, &heads, &queries].map(Clone::clone);
+                    parts.push(Part { batches, heads, queries, keys });
+                }
+            }
+        }
+    }
+    Some(parts)
+}
+
+/// Elements of the sums of the largest part.
+pub(super) fn sums_len(problem: &Problem) -> usize {
+    let Some(shape) = shape(problem) else { return 0 };
+    let dims = problem.dims();
+    let queries = if shape[2] == 1 { 1 } else { dims.query_length.min(PART_QUERIES) };
+    let keys = if shape[3] == 1 { 1 } else { dims.key_length.min(PART_KEYS) };
+    queries * keys
+}
+
+/// Computes `dbias`, `[Bb, Nb, Tb, Sb]`, each axis 1 or that of the logits.
+pub(super) fn run<E: Engine, Small: Engine>(
+    backward: &Backward<'_, E>,
+    small: Option<&Backward<'_, Small>>,
+    dbias: ViewMut<'_>,
+    threads: usize,
+    bytes: usize,
+    scratch: &mut [u8],
+) {
+    let problem = backward.problem;
+    let (Some(parts), Some(shape)) = (parts(problem), shape(problem)) else {
+        unreachable!("the problem has the gradient of the bias")
+    };
+    let dbias = SharedOutput::new(dbias);
+    workers::run(parts.len(), threads, scratch, bytes, |index, memory| {
+        let part = &parts[index];
+        let length = |axis: usize, range: &Range<usize>| if shape[axis] == 1 { 1 } else { range.len() };
+        let (rows, columns) = (length(2, &part.queries), length(3, &part.keys));
+        let sums = Sums { shape, columns, part };
+        // The sums come first in the scratch of every engine.
+        Pieces::of(memory).take::<f64>(rows * columns).fill(0.0);
+        for batch in part.batches.clone() {
+            match small {
+                Some(small) if plan::is_small(problem, batch) => sums.add_batch(small, batch, memory),
+                _ => sums.add_batch(backward, batch, memory),
+            }
+        }
+        let totals = Pieces::of(memory).take::<f64>(rows * columns);
+        let first = |axis: usize, range: &Range<usize>| if shape[axis] == 1 { 0 } else { range.start };
+        let (batch, head) = (first(0, &part.batches), first(1, &part.heads));
+        let (query, key) = (first(2, &part.queries), first(3, &part.keys));
+        for row in 0..rows {
+            for column in 0..columns {
+                let index = [batch, head, query + row, key + column];
+                // SAFETY: parts are different elements, and each is written by its task.
+                unsafe { dbias.write(index, totals[row * columns + column]) };
+            }
+        }
+    });
+}
+
+struct Sums<'p> {
+    shape: [usize; 4],
+    columns: usize,
+    part: &'p Part,
+}
+
+impl Sums<'_> {
+    /// Adds the gradients of all logits of the part that are in one batch row.
+    fn add_batch<E: Engine>(&self, backward: &Backward<'_, E>, batch: usize, memory: &mut [u8]) {
+        let mut scratch = backward.layout.scratch::<E>(&mut Pieces::of(memory));
+        let problem = backward.problem;
+        // 0 where there are no query heads, and then no head of a part either.
+        let group = problem.dims().group_size().max(1);
+        let part = self.part;
+        let queries = part.queries.start..part.queries.end.min(problem.query_len(batch));
+        let range = intersection(&problem.key_range_of_rows(batch, queries.clone()), &part.keys);
+        if range.is_empty() {
+            return;
+        }
+        backward.engine.with_state(|| {
+            for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {
+                let heads = intersection(&(key_head * group..(key_head + 1) * group), &part.heads);
+                let rows = Rows { batch, key_head, heads, queries: queries.clone() };
+                let pair = Pair { backward, rows: &rows, dq: false, dkv: false };
+                let step = backward.layout.keys();
+                let mut first = range.start / step * step;
+                while first < range.end {
+                    let keys = first..range.end.min(first + step);
+                    pair.pack_keys(&keys, &mut scratch);
+                    self.add_keys(&pair, &keys, &range, &mut scratch);
+                    first += step;
+                }
+            }
+        });
+    }
+
+    /// Adds the gradients of a packed chunk of keys, of those in `range`.
+    fn add_keys<E: Engine>(
+        &self,
+        pair: &Pair<'_, '_, E>,
+        keys: &Range<usize>,
+        range: &Range<usize>,
+        scratch: &mut Scratch<'_, E>,
+    ) {
+        let (stride, step) = (tile_stride::<E>(), pair.backward.layout.rows());
+        for chunk in (0..pair.rows.len()).step_by(step) {
+            let chunk = chunk..pair.rows.len().min(chunk + step);
+            pair.pack_rows(&chunk, scratch);
+            for first in (0..chunk.len()).step_by(E::BLOCK_ROWS) {
+                let rows = first..chunk.len().min(first + E::BLOCK_ROWS);
+                let block = pair.block(chunk.start, rows);
+                for block_keys in Pair::<E>::key_blocks(&block, keys) {
+                    if intersection(&block_keys, range).is_empty()
+                        || !pair.gradients(GradientOf::Logits, &block, &block_keys, keys, scratch)
+                    {
+                        continue;
+                    }
+                    let inside = intersection(&block_keys, range);
+                    for (index, info) in block.infos().iter().enumerate() {
+                        let row = if self.shape[2] == 1 { 0 } else { info.query - self.part.queries.start };
+                        let d = &scratch.gradients[index * stride + inside.start - block_keys.start..]
+                            [..inside.len()];
+                        if self.shape[3] == 1 {
+                            scratch.bias[row * self.columns] += d.iter().map(|d| d.to_f64()).sum::<f64>();
+                        } else {
+                            let first = row * self.columns + inside.start - self.part.keys.start;
+                            for (sum, d) in scratch.bias[first..].iter_mut().zip(d) {
+                                *sum += d.to_f64();
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

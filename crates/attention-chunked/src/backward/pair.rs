@@ -1,0 +1,555 @@
+//! Query rows against keys, chunk by chunk: the loops that dq, dk and dv share.
+
+use std::ops::Range;
+
+use attention_core::merge::Accumulator;
+use attention_core::{Gradients, Problem, Role, Scalar};
+
+use super::gradient::{BlockGradient, GradientOf, RowState};
+use super::{Backward, Outputs, bias};
+use crate::config::Sizes;
+use crate::engine::{Before, Engine, STAGE, Weights};
+use crate::float::Float;
+use crate::forward::{MAX_BLOCK_ROWS, tile_stride};
+use crate::plan::{self, Rows};
+use crate::scratch::Pieces;
+use crate::simd::Simd;
+use crate::tensor::Floats;
+use crate::terms::QueryRow;
+
+/// The sizes of a task's scratch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// Rows of a chunk, a multiple of the block.
+    rows: usize,
+    /// Keys of a chunk, a multiple of the block or all of them.
+    keys: usize,
+    head_dim: usize,
+    value_head_dim: usize,
+    /// Rows whose dq is summed up at a time.
+    dq_rows: usize,
+    dk: bool,
+    dv: bool,
+    /// Elements of a part's sums of the bias gradient.
+    bias: usize,
+}
+
+/// What a task works in.
+pub(crate) struct Scratch<'a, E: Engine> {
+    /// The sums of a part of the bias gradient.
+    pub(crate) bias: &'a mut [f64],
+    stage: &'a mut [E::F],
+    queries: &'a mut [E::Packed],
+    d_out: &'a mut [E::Packed],
+    query_terms: &'a mut [E::Packed],
+    d_out_terms: &'a mut [E::Packed],
+    keys: &'a mut [E::Packed],
+    values: &'a mut [E::Packed],
+    key_rows: &'a mut [E::Packed],
+    /// Products, then probabilities.
+    pub(crate) products: &'a mut [E::F],
+    /// Gradients of probabilities, then of products or logits.
+    pub(crate) gradients: &'a mut [E::F],
+    slopes: &'a mut [E::F],
+    weights: &'a mut [E::Packed],
+    key_weights: &'a mut [E::Packed],
+    dq: &'a mut [E::F],
+    dk: &'a mut [E::F],
+    dv: &'a mut [E::F],
+    /// One row, for those that are not finite, and to write gradients from.
+    row: &'a mut [E::F],
+    /// For each group of staged rows, which are not finite.
+    bad_queries: &'a mut [u32],
+    bad_d_out: &'a mut [u32],
+    bad_keys: &'a mut [u32],
+}
+
+impl Layout {
+    /// For at most `all_rows` query rows a key/value head.
+    pub(crate) fn of<E: Engine>(
+        problem: &Problem,
+        sizes: &Sizes,
+        all_rows: usize,
+        together: bool,
+    ) -> Self {
+        let dims = problem.dims();
+        let (head_dim, value_head_dim) = (dims.head_dim, dims.value_head_dim);
+        let wanted = problem.gradients();
+        let (dk, dv) = (wanted.contains(Gradients::KEY), wanted.contains(Gradients::VALUE));
+        let most_keys = (0..dims.batch).map(|batch| problem.key_value_len(batch)).max().unwrap_or(0);
+        let packed = size_of::<E::Packed>();
+        let key_bytes = (packed
+            * (E::keys_len(STAGE, head_dim)
+                + E::keys_len(STAGE, value_head_dim)
+                + E::values_len(STAGE, head_dim))
+            + size_of::<E::F>()
+                * (E::key_sums_len(STAGE, head_dim) + E::key_sums_len(STAGE, value_head_dim)))
+            / STAGE;
+        let row_bytes = packed
+            * (E::queries_len(STAGE, head_dim)
+                + E::queries_len(STAGE, value_head_dim)
+                + E::terms_len(STAGE, head_dim)
+                + E::terms_len(STAGE, value_head_dim))
+            / STAGE;
+        // Query rows are packed once for each chunk of keys, so keys have the larger part.
+        let keys = sizes.keys.map_or(sizes.budget / key_bytes.max(1), |keys| keys.get());
+        let keys = (keys / E::BLOCK_KEYS * E::BLOCK_KEYS).clamp(E::BLOCK_KEYS, 8 * E::BLOCK_KEYS);
+        let rows = sizes.rows.map_or((sizes.budget / 2 / row_bytes.max(1)).min(512), |rows| rows.get());
+        let rows = rows.min(all_rows).max(1).next_multiple_of(E::BLOCK_ROWS);
+        let dq = problem.has(Role::DQuery);
+        Self {
+            rows,
+            keys: keys.min(most_keys.next_multiple_of(STAGE).max(STAGE)),
+            head_dim,
+            value_head_dim,
+            dq_rows: if !dq { 0 } else if together { all_rows.max(1) } else { rows },
+            dk,
+            dv,
+            bias: bias::sums_len(problem),
+        }
+    }
+
+    /// Keys of a chunk.
+    pub(crate) fn keys(&self) -> usize {
+        self.keys
+    }
+
+    /// Rows of a chunk.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Rows of a chunk, with those that groups are filled up with.
+    fn packed_rows(&self) -> usize {
+        self.rows.next_multiple_of(STAGE)
+    }
+
+    pub(crate) fn scratch<'a, E: Engine>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, E> {
+        let Self { keys, head_dim, value_head_dim, .. } = *self;
+        let (rows, keys) = (self.packed_rows(), keys.next_multiple_of(STAGE));
+        let width = head_dim.max(value_head_dim);
+        let tile = E::BLOCK_ROWS * tile_stride::<E>();
+        let some = |wanted: bool, len: usize| if wanted { len } else { 0 };
+        Scratch {
+            // First, so that it is in the same place for every engine.
+            bias: pieces.take(self.bias),
+            stage: pieces.take(Floats::stage_len(width)),
+            queries: pieces.take(E::queries_len(rows, head_dim)),
+            d_out: pieces.take(E::queries_len(rows, value_head_dim)),
+            query_terms: pieces.take(some(self.dk, E::terms_len(rows, head_dim))),
+            d_out_terms: pieces.take(some(self.dv, E::terms_len(rows, value_head_dim))),
+            keys: pieces.take(E::keys_len(keys, head_dim)),
+            values: pieces.take(E::keys_len(keys, value_head_dim)),
+            key_rows: pieces.take(some(self.dq_rows > 0, E::values_len(keys, head_dim))),
+            products: pieces.take(tile),
+            gradients: pieces.take(tile),
+            slopes: pieces.take(tile_stride::<E>()),
+            weights: pieces.take(E::weights_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
+            key_weights: pieces.take(E::gradients_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
+            dq: pieces.take(self.dq_rows.next_multiple_of(STAGE).saturating_mul(E::sum_stride(head_dim))),
+            dk: pieces.take(some(self.dk, E::key_sums_len(keys, head_dim))),
+            dv: pieces.take(some(self.dv, E::key_sums_len(keys, value_head_dim))),
+            row: pieces.take(width),
+            bad_queries: pieces.take(rows / STAGE),
+            bad_d_out: pieces.take(rows / STAGE),
+            bad_keys: pieces.take(keys / STAGE),
+        }
+    }
+
+    /// Bytes of a task's scratch; `None` on overflow.
+    pub(crate) fn bytes<E: Engine>(&self) -> Option<usize> {
+        let mut pieces = Pieces::counting();
+        let _ = self.scratch::<E>(&mut pieces);
+        pieces.bytes()
+    }
+}
+
+/// Whether bit `index` of a list of groups is set.
+fn is_bad(groups: &[u32], index: usize) -> bool {
+    groups[index / STAGE] >> (index % STAGE) & 1 == 1
+}
+
+/// Some query rows of a key/value head against its keys.
+pub(crate) struct Pair<'s, 'a, E: Engine> {
+    pub(crate) backward: &'s Backward<'a, E>,
+    pub(crate) rows: &'s Rows,
+    /// Which gradients are summed up.
+    pub(crate) dq: bool,
+    pub(crate) dkv: bool,
+}
+
+/// A block of query rows, with the keys that any and all of them can see.
+pub(crate) struct Block {
+    infos: [QueryRow; MAX_BLOCK_ROWS],
+    states: [RowState; MAX_BLOCK_ROWS],
+    /// Its rows among those of the chunk.
+    pub(crate) rows: Range<usize>,
+    any: Range<usize>,
+    all: Range<usize>,
+}
+
+impl Block {
+    pub(crate) fn infos(&self) -> &[QueryRow] {
+        &self.infos[..self.rows.len()]
+    }
+}
+
+impl<'a, E: Engine> Pair<'_, 'a, E> {
+    /// All rows against all keys.
+    ///
+    /// # Safety
+    /// No other thread writes the gradients of these rows, and with `dkv` of these keys.
+    pub(super) unsafe fn all(&self, outputs: &Outputs<'a>, scratch: &mut Scratch<'_, E>) {
+        let layout = self.backward.layout;
+        let problem = self.backward.problem;
+        let range = problem.key_range_of_rows(self.rows.batch, self.rows.queries.clone());
+        let stride = E::sum_stride(layout.head_dim);
+        scratch.dq[..self.rows.len() * stride].fill(E::F::ZERO);
+        let end = if self.dkv { problem.dims().key_length } else { range.end };
+        let first = if self.dkv { 0 } else { range.start / layout.keys * layout.keys };
+        for first in (first..end).step_by(layout.keys) {
+            // SAFETY: the caller's.
+            unsafe { self.keys(first, outputs, scratch) };
+        }
+        if let Some(dq) = &outputs.dq {
+            let factor = E::F::from_f64(problem.scale());
+            for row in 0..self.rows.len() {
+                let (head, query) = self.rows.at(row);
+                let sums = &scratch.dq[row * stride..][..layout.head_dim];
+                // SAFETY: the caller's.
+                unsafe { dq.write_row([self.rows.batch, query, head], sums, factor) };
+            }
+        }
+    }
+
+    /// All rows against the chunk of keys that begins at `first`.
+    ///
+    /// # Safety
+    /// No other thread writes the gradients of these keys.
+    pub(super) unsafe fn keys(&self, first: usize, outputs: &Outputs<'a>, scratch: &mut Scratch<'_, E>) {
+        let layout = self.backward.layout;
+        let problem = self.backward.problem;
+        let (batch, key_head) = (self.rows.batch, self.rows.key_head);
+        let range = problem.key_range_of_rows(batch, self.rows.queries.clone());
+        let all = first..problem.dims().key_length.min(first + layout.keys);
+        let keys = first..range.end.min(all.end).max(first);
+        let is_seen = !plan::intersection(&keys, &range).is_empty();
+        if is_seen {
+            self.pack_keys(&keys, scratch);
+            scratch.dk.fill(E::F::ZERO);
+            scratch.dv.fill(E::F::ZERO);
+            for chunk in (0..self.rows.len()).step_by(layout.rows) {
+                let chunk = chunk..self.rows.len().min(chunk + layout.rows);
+                self.chunk(&chunk, &keys, scratch);
+            }
+        }
+        if !self.dkv {
+            return;
+        }
+        let scale = E::F::from_f64(problem.scale());
+        let capacity = keys.len().next_multiple_of(STAGE);
+        let gradients = [
+            (&outputs.dk, &*scratch.dk, layout.head_dim, scale),
+            (&outputs.dv, &*scratch.dv, layout.value_head_dim, E::F::ONE),
+        ];
+        for (output, sums, width, factor) in gradients {
+            let Some(output) = output else { continue };
+            for key in all.clone() {
+                let index = [batch, key, key_head];
+                if is_seen && keys.contains(&key) {
+                    let row = &mut scratch.row[..width];
+                    for (column, to) in row.iter_mut().enumerate() {
+                        *to = sums[E::key_sum_at(capacity, width, key - first, column)];
+                    }
+                    // SAFETY: the caller's.
+                    unsafe { output.write_row(index, row, factor) };
+                } else {
+                    // SAFETY: the caller's.
+                    unsafe { output.zero_row(index) };
+                }
+            }
+        }
+    }
+
+    /// Packs a chunk of keys and values.
+    pub(crate) fn pack_keys(&self, keys: &Range<usize>, scratch: &mut Scratch<'_, E>) {
+        let Backward { engine, layout, key, value, .. } = self.backward;
+        let packed = keys.len().next_multiple_of(STAGE);
+        for first in (0..keys.len()).step_by(STAGE) {
+            let staged = STAGE.min(keys.len() - first);
+            let index = |row: usize| [self.rows.batch, keys.start + first + row, self.rows.key_head];
+            value.stage(engine.simd(), staged, index, E::F::ONE, false, scratch.stage);
+            let rows = Floats::staged(scratch.stage, layout.value_head_dim);
+            engine.pack_keys(rows, first, packed, scratch.values);
+            let bad = key.stage(engine.simd(), staged, index, E::F::ONE, false, scratch.stage);
+            engine.pack_keys(Floats::staged(scratch.stage, layout.head_dim), first, packed, scratch.keys);
+            scratch.bad_keys[first / STAGE] = bad;
+            if self.dq {
+                if bad != 0 {
+                    key.stage(engine.simd(), staged, index, E::F::ONE, true, scratch.stage);
+                }
+                let rows = Floats::staged(scratch.stage, layout.head_dim);
+                engine.pack_values(rows, first, packed, scratch.key_rows);
+            }
+        }
+    }
+
+    /// Packs a chunk of query rows.
+    pub(crate) fn pack_rows(&self, chunk: &Range<usize>, scratch: &mut Scratch<'_, E>) {
+        let Backward { engine, layout, query, d_out, terms, .. } = self.backward;
+        let simd = engine.simd();
+        let packed = layout.packed_rows();
+        for first in (0..chunk.len()).step_by(STAGE) {
+            let staged = STAGE.min(chunk.len() - first);
+            let index = |row: usize| {
+                let (head, query) = self.rows.at(chunk.start + first + row);
+                [self.rows.batch, query, head]
+            };
+            let sign = terms.query_sign();
+            let bad = query.stage(simd, staged, index, sign, false, scratch.stage);
+            scratch.bad_queries[first / STAGE] = bad;
+            engine.pack_queries(
+                Floats::staged(scratch.stage, layout.head_dim),
+                first,
+                packed,
+                scratch.queries,
+            );
+            if self.dkv && layout.dk {
+                if bad != 0 || sign != E::F::ONE {
+                    query.stage(simd, staged, index, E::F::ONE, true, scratch.stage);
+                }
+                let rows = Floats::staged(scratch.stage, layout.head_dim);
+                engine.pack_terms(rows, first, packed, scratch.query_terms);
+            }
+            let bad = d_out.stage(simd, staged, index, E::F::ONE, false, scratch.stage);
+            scratch.bad_d_out[first / STAGE] = bad;
+            engine.pack_queries(
+                Floats::staged(scratch.stage, layout.value_head_dim),
+                first,
+                packed,
+                scratch.d_out,
+            );
+            if self.dkv && layout.dv {
+                if bad != 0 {
+                    d_out.stage(simd, staged, index, E::F::ONE, true, scratch.stage);
+                }
+                let rows = Floats::staged(scratch.stage, layout.value_head_dim);
+                engine.pack_terms(rows, first, packed, scratch.d_out_terms);
+            }
+        }
+    }
+
+    /// The rows `rows` of the chunk that begins at `chunk`.
+    pub(crate) fn block(&self, chunk: usize, rows: Range<usize>) -> Block {
+        let empty = QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 };
+        let mut block = Block {
+            infos: [empty; MAX_BLOCK_ROWS],
+            states: [RowState { lse: f64::NEG_INFINITY, delta: 0.0 }; MAX_BLOCK_ROWS],
+            rows: rows.clone(),
+            any: usize::MAX..0,
+            all: 0..usize::MAX,
+        };
+        for (index, row) in rows.enumerate() {
+            let info = self.rows.row(self.backward.problem, chunk + row);
+            block.infos[index] = info;
+            block.states[index] = self.backward.state(info.batch, info.head, info.query);
+            block.all = block.all.start.max(info.begin)..block.all.end.min(info.end);
+            if info.begin < info.end {
+                block.any = block.any.start.min(info.begin)..block.any.end.max(info.end);
+            }
+        }
+        block.any.start = block.any.start.min(block.any.end);
+        block
+    }
+
+    /// The blocks of keys of a packed chunk that a block of rows meets.
+    pub(crate) fn key_blocks(block: &Block, keys: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<E> {
+        let seen = plan::intersection(&block.any, keys);
+        let first = seen.start / E::BLOCK_KEYS * E::BLOCK_KEYS;
+        (first..seen.end).step_by(E::BLOCK_KEYS).map(move |start| {
+            start.max(seen.start / E::KEY_STEP * E::KEY_STEP)..seen.end.min(start + E::BLOCK_KEYS)
+        })
+    }
+
+    /// Computes probabilities and gradients of a block against keys `keys` of the packed `chunk`; whether there are
+    /// any.
+    pub(crate) fn gradients(
+        &self,
+        of: GradientOf,
+        block: &Block,
+        keys: &Range<usize>,
+        chunk: &Range<usize>,
+        scratch: &mut Scratch<'_, E>,
+    ) -> bool {
+        let Backward { engine, layout, terms, .. } = self.backward;
+        if terms.has_mask() && terms.masks_all(block.infos(), keys.clone()) {
+            return false;
+        }
+        let stride = tile_stride::<E>();
+        let lanes = <E::S as Simd<E::F>>::LANES;
+        let (rows, packed) = (layout.packed_rows(), chunk.len().next_multiple_of(STAGE));
+        let (begin, count) = (keys.start - chunk.start, keys.len());
+        let end = (begin + count).next_multiple_of(E::KEY_STEP).min(packed);
+        let sides = [
+            (&*scratch.queries, &*scratch.keys, layout.head_dim, &mut *scratch.products),
+            (&*scratch.d_out, &*scratch.values, layout.value_head_dim, &mut *scratch.gradients),
+        ];
+        for (left, right, width, out) in sides {
+            let rows_at = (block.rows.start, block.rows.len());
+            engine.products((left, rows), rows_at, (right, packed), (begin, end), width, out, stride);
+        }
+        let columns = count.next_multiple_of(lanes.max(E::WEIGHT_STEP));
+        let inside = block.all.start <= keys.start && block.all.end >= keys.end;
+        engine.simd().vectorize(BlockGradient {
+            engine: *engine,
+            terms,
+            of,
+            rows: block.infos(),
+            states: &block.states,
+            first: keys.start,
+            columns,
+            apply: !inside || columns != count || !terms.is_plain() || terms.has_mask(),
+            products: scratch.products,
+            gradients: scratch.gradients,
+            slopes: scratch.slopes,
+            stride,
+        });
+        true
+    }
+
+    /// A chunk of query rows against a packed chunk of keys.
+    fn chunk(&self, chunk: &Range<usize>, keys: &Range<usize>, scratch: &mut Scratch<'_, E>) {
+        let Backward { engine, layout, .. } = self.backward;
+        let stride = tile_stride::<E>();
+        let packed = keys.len().next_multiple_of(STAGE);
+        let mut is_packed = false;
+        for first in (0..chunk.len()).step_by(E::BLOCK_ROWS) {
+            let rows = first..chunk.len().min(first + E::BLOCK_ROWS);
+            let block = self.block(chunk.start, rows.clone());
+            if plan::intersection(&block.any, keys).is_empty() {
+                continue;
+            }
+            if !is_packed {
+                self.pack_rows(chunk, scratch);
+                is_packed = true;
+            }
+            for block_keys in Self::key_blocks(&block, keys) {
+                if !self.gradients(GradientOf::Products, &block, &block_keys, keys, scratch) {
+                    continue;
+                }
+                let (begin, count) = (block_keys.start - keys.start, block_keys.len());
+                if self.dkv && layout.dv {
+                    engine.pack_gradients(
+                        scratch.products,
+                        stride,
+                        rows.len(),
+                        count,
+                        None,
+                        Some(scratch.key_weights),
+                    );
+                    engine.add_key_sums(
+                        Weights { tile: scratch.products, stride, packed: scratch.key_weights },
+                        (rows.start, rows.len()),
+                        (scratch.d_out_terms, layout.packed_rows()),
+                        begin,
+                        count,
+                        layout.value_head_dim,
+                        (scratch.dv, packed),
+                    );
+                }
+                engine.pack_gradients(
+                    scratch.gradients,
+                    stride,
+                    rows.len(),
+                    count,
+                    self.dq.then_some(&mut *scratch.weights),
+                    (self.dkv && layout.dk).then_some(&mut *scratch.key_weights),
+                );
+                if self.dkv && layout.dk {
+                    engine.add_key_sums(
+                        Weights { tile: scratch.gradients, stride, packed: scratch.key_weights },
+                        (rows.start, rows.len()),
+                        (scratch.query_terms, layout.packed_rows()),
+                        begin,
+                        count,
+                        layout.head_dim,
+                        (scratch.dk, packed),
+                    );
+                }
+                if self.dq {
+                    let out_stride = E::sum_stride(layout.head_dim);
+                    engine.weighted_sums(
+                        Weights { tile: scratch.gradients, stride, packed: scratch.weights },
+                        rows.len(),
+                        (scratch.key_rows, packed),
+                        begin,
+                        count,
+                        layout.head_dim,
+                        Before::Kept,
+                        &mut scratch.dq[(chunk.start + rows.start) * out_stride..],
+                        out_stride,
+                    );
+                }
+                self.add_apart(&block, chunk.start, &block_keys, keys, scratch);
+            }
+        }
+    }
+
+    /// Adds what rows and keys that are not finite contribute: they were packed as zeros, since zero times infinity
+    /// would be NaN where they take no part.
+    fn add_apart(
+        &self,
+        block: &Block,
+        chunk: usize,
+        block_keys: &Range<usize>,
+        keys: &Range<usize>,
+        scratch: &mut Scratch<'_, E>,
+    ) {
+        let Backward { layout, query, d_out, key, .. } = self.backward;
+        let stride = tile_stride::<E>();
+        let packed = keys.len().next_multiple_of(STAGE);
+        let begin = block_keys.start - keys.start;
+        for (index, info) in block.infos().iter().enumerate() {
+            let row = block.rows.start + index;
+            let at = [info.batch, info.query, info.head];
+            let sides = [
+                (self.dkv && layout.dk, &*scratch.bad_queries, query, &*scratch.gradients, &mut *scratch.dk, layout.head_dim),
+                (self.dkv && layout.dv, &*scratch.bad_d_out, d_out, &*scratch.products, &mut *scratch.dv, layout.value_head_dim),
+            ];
+            for (wanted, bad, source, weights, sums, width) in sides {
+                if !wanted || !is_bad(bad, row) {
+                    continue;
+                }
+                source.read_row(at, &mut scratch.row[..width]);
+                for column in 0..block_keys.len() {
+                    let tile = index * stride + column;
+                    if scratch.products[tile].is_disallowed() {
+                        continue;
+                    }
+                    for (at, &x) in scratch.row[..width].iter().enumerate() {
+                        sums[E::key_sum_at(packed, width, begin + column, at)] += weights[tile] * x;
+                    }
+                }
+            }
+        }
+        if !self.dq {
+            return;
+        }
+        let out_stride = E::sum_stride(layout.head_dim);
+        for column in (0..block_keys.len()).filter(|column| is_bad(scratch.bad_keys, begin + column)) {
+            let at = [self.rows.batch, block_keys.start + column, self.rows.key_head];
+            key.read_row(at, &mut scratch.row[..layout.head_dim]);
+            for index in 0..block.rows.len() {
+                let tile = index * stride + column;
+                if scratch.products[tile].is_disallowed() {
+                    continue;
+                }
+                let weight = scratch.gradients[tile];
+                let sums = &mut scratch.dq[(chunk + block.rows.start + index) * out_stride..];
+                for (sum, &x) in sums.iter_mut().zip(&scratch.row[..layout.head_dim]) {
+                    *sum += weight * x;
+                }
+            }
+        }
+    }
+}

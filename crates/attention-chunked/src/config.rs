@@ -1,0 +1,128 @@
+//! What a user can set about the chunked CPU backend.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use rayon::ThreadPool;
+
+use crate::Level;
+
+/// Bytes that a worker's packed chunks and running values stay inside by default: half of a typical second-level
+/// cache. Chosen from the measurements in docs/performance.md.
+const DEFAULT_BUDGET: usize = 768 << 10;
+
+/// Chunk sizes, threads and instruction set of a [`ChunkedBackend`](crate::ChunkedBackend).
+///
+/// Threads, pool, `query_chunk` and budget do not change a bit of a result; the level does, inside the bounds of the
+/// numerics class.
+///
+/// ```
+/// use attention_chunked::{ChunkedBackend, ChunkedConfig};
+///
+/// // Chunks of 256 query rows and 512 keys, on at most two threads of the caller's rayon pool.
+/// let config = ChunkedConfig::default().query_chunk(256).key_chunk(512).threads(2);
+/// let backend = ChunkedBackend::with_config(config);
+/// # let _ = backend;
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct ChunkedConfig {
+    query_chunk: Option<NonZeroUsize>,
+    key_chunk: Option<NonZeroUsize>,
+    budget: Option<NonZeroUsize>,
+    threads: Option<NonZeroUsize>,
+    pool: Option<Arc<ThreadPool>>,
+    level: Option<Level>,
+}
+
+/// The sizes of a configuration, as tasks are cut by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sizes {
+    pub(crate) rows: Option<NonZeroUsize>,
+    pub(crate) keys: Option<NonZeroUsize>,
+    pub(crate) budget: usize,
+}
+
+impl ChunkedConfig {
+    /// Query rows (of all heads that share a key/value head) that go over the keys together. Rounded up to whole
+    /// blocks of the engine; 0 stands for a size chosen from the budget.
+    #[must_use]
+    pub fn query_chunk(self, rows: usize) -> Self {
+        Self { query_chunk: NonZeroUsize::new(rows), ..self }
+    }
+
+    /// Keys and values that are packed together. Rounded to whole blocks of the engine, at least one; 0 stands for a
+    /// size chosen from the budget.
+    #[must_use]
+    pub fn key_chunk(self, keys: usize) -> Self {
+        Self { key_chunk: NonZeroUsize::new(keys), ..self }
+    }
+
+    /// About how many bytes of scratch a thread may use for its chunks, where their sizes are not given; 0 stands
+    /// for the default, 768 KiB. What a call takes exactly, `scratch_bytes` says.
+    #[must_use]
+    pub fn budget(self, bytes: usize) -> Self {
+        Self { budget: NonZeroUsize::new(bytes), ..self }
+    }
+
+    /// Uses at most this many threads; 0 and the default stand for all threads of the pool.
+    #[must_use]
+    pub fn threads(self, threads: usize) -> Self {
+        Self { threads: NonZeroUsize::new(threads), ..self }
+    }
+
+    /// Works in this pool instead of the caller's.
+    #[must_use]
+    pub fn pool(self, pool: Arc<ThreadPool>) -> Self {
+        Self { pool: Some(pool), ..self }
+    }
+
+    /// Uses this instruction set; the backend is unavailable where the machine lacks it. By default the one that
+    /// `ATTENTION_CPU_LEVEL` names, else the fastest of the machine.
+    #[must_use]
+    pub fn level(self, level: Level) -> Self {
+        Self { level: Some(level), ..self }
+    }
+
+    /// The level to use, or what is wrong with the one that was asked for.
+    pub(crate) fn chosen_level(&self) -> Result<Level, String> {
+        if let Some(level) = self.level {
+            return level.check().map(|()| level).map_err(|reason| format!("level {level}: {reason}"));
+        }
+        match std::env::var(Level::VARIABLE) {
+            Ok(name) => {
+                let level: Level = name.parse().map_err(|error| format!("{}: {error}", Level::VARIABLE))?;
+                level
+                    .check()
+                    .map(|()| level)
+                    .map_err(|reason| format!("{} asks for {level}: {reason}", Level::VARIABLE))
+            }
+            Err(_) => Ok(Level::best()),
+        }
+    }
+
+    /// The sizes.
+    pub(crate) fn sizes(&self) -> Sizes {
+        Sizes {
+            rows: self.query_chunk,
+            keys: self.key_chunk,
+            budget: self.budget.map_or(DEFAULT_BUDGET, NonZeroUsize::get),
+        }
+    }
+
+    /// How many threads a call from here may use.
+    pub(crate) fn thread_count(&self) -> usize {
+        let available = match &self.pool {
+            Some(pool) => pool.current_num_threads(),
+            None => rayon::current_num_threads(),
+        };
+        self.threads.map_or(available, |limit| limit.get().min(available)).max(1)
+    }
+
+    /// Runs `work` in the configured pool.
+    pub(crate) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match &self.pool {
+            Some(pool) => pool.install(work),
+            None => work(),
+        }
+    }
+}

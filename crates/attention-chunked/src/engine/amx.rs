@@ -1,0 +1,1 @@
+pub(crate) fn lacks() -> Option<String> { Some("not yet".to_owned()) }

@@ -1,0 +1,187 @@
+//! Matrix products on packed operands: what an implementation of the chunked algorithm is built from.
+//!
+//! The algorithm ([`forward`](crate::forward), [`backward`](crate::backward)) is written once over [`Engine`]. An
+//! engine decides how operands are packed, multiplies them, and says with which vectors everything between the
+//! products is done. [`Fused`](vector::Fused) multiplies with fused multiply-add on any vector level;
+//! [`Tiles`](amx::Tiles) with the matrix unit of AMX.
+//!
+//! Shapes of one block: `rows` query rows, `keys` keys, `width` the head dimension of the operand at hand.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+pub(crate) mod vector;
+
+use bytemuck::Pod;
+
+use crate::float::Float;
+use crate::simd::Simd;
+
+/// Rows that are staged at a time: read from the caller's tensors, widened, and handed over to be packed.
+pub(crate) const STAGE: usize = 32;
+
+/// Some staged rows: `STAGE` rows of `width` elements, `stride` apart. Rows behind the last real one are zero.
+#[derive(Clone, Copy)]
+pub(crate) struct Staged<'a, F> {
+    pub(crate) data: &'a [F],
+    pub(crate) stride: usize,
+    pub(crate) width: usize,
+}
+
+/// A block of weights: probabilities, or gradients of logits.
+#[derive(Clone, Copy)]
+pub(crate) struct Weights<'a, F, P> {
+    /// Row-major, `stride` apart.
+    pub(crate) tile: &'a [F],
+    pub(crate) stride: usize,
+    /// As the engine packed them, where it packs weights.
+    pub(crate) packed: &'a [P],
+}
+
+/// What becomes of sums that are there already.
+#[derive(Clone, Copy)]
+pub(crate) enum Before<'a, F> {
+    /// They are overwritten.
+    Forgotten,
+    /// The new ones are added.
+    Kept,
+    /// The new ones are added to a multiple of them, one factor a row.
+    Scaled(&'a [F]),
+}
+
+/// A way to multiply. All lengths are in elements of [`Packed`](Self::Packed) unless they say otherwise; all
+/// methods panic where a buffer is shorter than its length function says, so no argument reaches memory it should
+/// not.
+pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
+    /// What logits, softmax and sums are computed in.
+    type F: Float;
+    /// The vectors of everything between the products.
+    type S: Simd<Self::F>;
+    /// Elements of packed operands.
+    type Packed: Pod + Default;
+
+    /// Query rows of a block. Packed rows are padded to a multiple of it.
+    const BLOCK_ROWS: usize;
+    /// Keys of a block: the unit in which the online softmax advances.
+    const BLOCK_KEYS: usize;
+    /// Blocks of keys begin and end at multiples of this, at most [`BLOCK_KEYS`](Self::BLOCK_KEYS).
+    const KEY_STEP: usize;
+
+    /// Columns of packed weights come in multiples of this.
+    const WEIGHT_STEP: usize;
+
+    /// The distance between rows of weighted sums of `width` columns.
+    fn sum_stride(width: usize) -> usize;
+
+    /// The vectors.
+    fn simd(self) -> Self::S;
+
+    /// Runs `work` with the state that products need set up on this thread.
+    fn with_state<R>(self, work: impl FnOnce() -> R) -> R {
+        work()
+    }
+
+    /// Length of `rows` packed queries.
+    fn queries_len(rows: usize, width: usize) -> usize;
+    /// Packs staged rows `first..first + STAGE` of `rows`.
+    fn pack_queries(
+        self,
+        staged: Staged<'_, Self::F>,
+        first: usize,
+        rows: usize,
+        to: &mut [Self::Packed],
+    );
+    /// Length of `keys` keys packed for products with queries; `keys` is a multiple of [`STAGE`].
+    fn keys_len(keys: usize, width: usize) -> usize;
+    /// Packs staged keys `first..first + STAGE` of `keys`.
+    fn pack_keys(self, staged: Staged<'_, Self::F>, first: usize, keys: usize, to: &mut [Self::Packed]);
+    /// Length of `keys` rows packed for sums weighted by keys.
+    fn values_len(keys: usize, width: usize) -> usize;
+    /// Packs staged rows `first..first + STAGE` of `keys`.
+    fn pack_values(self, staged: Staged<'_, Self::F>, first: usize, keys: usize, to: &mut [Self::Packed]);
+
+    /// `out[row][key - begin] = <queries[first + row], keys[key]>` for `rows` rows and the packed keys `begin..end`,
+    /// both multiples of [`KEY_STEP`](Self::KEY_STEP) or `end` the number of keys.
+    #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
+    fn products(
+        self,
+        queries: (&[Self::Packed], usize),
+        rows: (usize, usize),
+        keys: (&[Self::Packed], usize),
+        range: (usize, usize),
+        width: usize,
+        out: &mut [Self::F],
+        stride: usize,
+    );
+
+    /// Length of the packed weights of a block.
+    fn weights_len(rows: usize, keys: usize) -> usize;
+
+    /// Takes two neighbouring vectors of weights of a row on their way to the tile.
+    ///
+    /// Called inside [`Simd::vectorize`].
+    ///
+    /// # Safety
+    /// `packed` points to [`weights_len`](Self::weights_len) elements of a block with `keys` columns; `row` and the
+    /// columns `column..column + 2 * LANES` are inside the block; `tile` points to those columns of the row.
+    unsafe fn put_weights(
+        simd: Self::S,
+        packed: *mut Self::Packed,
+        keys: usize,
+        row: usize,
+        column: usize,
+        tile: *mut Self::F,
+        weights: [<Self::S as Simd<Self::F>>::V; 2],
+    );
+
+    /// `out[row] = sum over keys of weights[row][key] * values[begin + key]` for `count` keys of the tile.
+    #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
+    fn weighted_sums(
+        self,
+        weights: Weights<'_, Self::F, Self::Packed>,
+        rows: usize,
+        values: (&[Self::Packed], usize),
+        begin: usize,
+        count: usize,
+        width: usize,
+        before: Before<'_, Self::F>,
+        out: &mut [Self::F],
+        stride: usize,
+    );
+
+    // The gradients of keys and values: sums over query rows.
+
+    /// Length of `rows` query-side rows packed for sums over queries.
+    fn terms_len(rows: usize, width: usize) -> usize;
+    /// Packs staged rows `first..first + STAGE` of `rows`.
+    fn pack_terms(self, staged: Staged<'_, Self::F>, first: usize, rows: usize, to: &mut [Self::Packed]);
+    /// Length of the scratch that [`pack_gradients`](Self::pack_gradients) fills.
+    fn gradients_len(rows: usize, keys: usize) -> usize;
+    /// Packs a tile of `rows` rows, the first `count` real, of `keys` columns, for
+    /// [`weighted_sums`](Self::weighted_sums) (`as_weights`) and for [`add_key_sums`](Self::add_key_sums). Nothing to
+    /// do where products take the tile as it is.
+    fn pack_gradients(
+        self,
+        tile: &[Self::F],
+        stride: usize,
+        count: usize,
+        keys: usize,
+        as_weights: Option<&mut [Self::Packed]>,
+        for_keys: Option<&mut [Self::Packed]>,
+    );
+    /// Elements of the sums of `keys` keys.
+    fn key_sums_len(keys: usize, width: usize) -> usize;
+    /// `sums[begin + key] += sum over rows of weights[row][key] * terms[first + row]` for `count` keys of the tile.
+    #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
+    fn add_key_sums(
+        self,
+        weights: Weights<'_, Self::F, Self::Packed>,
+        rows: (usize, usize),
+        terms: (&[Self::Packed], usize),
+        begin: usize,
+        count: usize,
+        width: usize,
+        sums: (&mut [Self::F], usize),
+    );
+    /// Where the sum of a key and column is.
+    fn key_sum_at(keys: usize, width: usize, key: usize, column: usize) -> usize;
+}

@@ -1,0 +1,520 @@
+//! The forward pass: chunks of query rows, against chunks of keys and values that are packed once for all of them
+//! (Rabe and Staats, arXiv 2112.05682).
+//!
+//! A task is a chunk of query rows of heads that share a key/value head. It goes over its keys chunk by chunk; a
+//! chunk of keys and values is packed, and each block of rows meets it in blocks of keys: products, online softmax,
+//! weighted sum of values. What is carried from block to block is the maximum, the sum and the value of each row.
+
+mod softmax;
+
+use std::ops::Range;
+
+use attention_core::merge::{Accumulator, RunningSoftmax};
+use attention_core::{ForwardCall, ForwardOutputs, Inputs, Problem};
+
+use self::softmax::BlockSoftmax;
+use crate::config::Sizes;
+use crate::engine::{Before, Engine, STAGE, Weights};
+use crate::float::Float;
+use crate::plan::{self, Rows};
+use crate::scratch::Pieces;
+use crate::simd::{Kernel, Simd};
+use crate::tensor::{Floats, SharedOutput};
+use crate::terms::{QueryRow, Terms};
+use crate::workers;
+
+/// Rows of the largest block of any engine.
+pub(crate) const MAX_BLOCK_ROWS: usize = 64;
+
+/// The distance between rows of a tile: a bit more than a block, since rows a power of two apart would share the sets
+/// of the cache.
+pub(crate) const fn tile_stride<E: Engine>() -> usize {
+    E::BLOCK_KEYS + 16
+}
+
+/// What a task works in.
+struct Scratch<'a, E: Engine> {
+    stage: &'a mut [E::F],
+    queries: &'a mut [E::Packed],
+    keys: &'a mut [E::Packed],
+    values: &'a mut [E::Packed],
+    tile: &'a mut [E::F],
+    weights: &'a mut [E::Packed],
+    /// The value of each row, unnormalised.
+    out: &'a mut [E::F],
+    maxima: &'a mut [E::F],
+    sums: &'a mut [E::F],
+    factors: &'a mut [E::F],
+    /// The keys that structure lets each row see.
+    begins: &'a mut [u64],
+    ends: &'a mut [u64],
+    /// One value row, for those that are not finite.
+    row: &'a mut [E::F],
+    /// For each group of staged values, which are not finite.
+    not_finite: &'a mut [u32],
+}
+
+/// The sizes of a task's scratch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// Rows of a chunk, a multiple of what blocks are padded to.
+    rows: usize,
+    /// Keys of a chunk, a multiple of the block.
+    keys: usize,
+    head_dim: usize,
+    value_head_dim: usize,
+}
+
+impl Layout {
+    /// For problems of these dimensions: chunks as configured, or such that a task stays inside a budget.
+    pub(crate) fn of<E: Engine>(problem: &Problem, sizes: &Sizes, threads: usize) -> Self {
+        let dims = problem.dims();
+        let (head_dim, value_head_dim) = (dims.head_dim, dims.value_head_dim);
+        let most_keys = (0..dims.batch).map(|batch| problem.key_value_len(batch)).max().unwrap_or(0);
+        let all_rows = plan::total_rows(problem);
+        let group_rows = dims.query_length.saturating_mul(dims.group_size().max(1));
+        // Enough tasks for every thread to have a few, where rows allow it.
+        let fair = (all_rows / (threads * 3).max(1)).clamp(4 * E::BLOCK_ROWS, usize::MAX);
+        let row_bytes = size_of::<E::Packed>() * E::queries_len(1, head_dim)
+            + size_of::<E::F>() * E::sum_stride(value_head_dim);
+        let key_bytes =
+            size_of::<E::Packed>() * (E::keys_len(STAGE, head_dim) + E::values_len(STAGE, value_head_dim)) / STAGE;
+        let keys = sizes.keys.map_or(sizes.budget / 2 / key_bytes.max(1), |keys| keys.get());
+        let keys = (keys / E::BLOCK_KEYS * E::BLOCK_KEYS)
+            .clamp(E::BLOCK_KEYS, 8 * E::BLOCK_KEYS)
+            .min(most_keys.next_multiple_of(STAGE).max(STAGE));
+        let rows = sizes.rows.map_or((sizes.budget / 2 / row_bytes.max(1)).min(1024).min(fair), |rows| rows.get());
+        let rows = rows.min(group_rows).max(1).next_multiple_of(E::BLOCK_ROWS);
+        Self { rows, keys, head_dim, value_head_dim }
+    }
+
+    fn scratch<'a, E: Engine>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, E> {
+        let Self { rows, keys, head_dim, value_head_dim } = *self;
+        let width = head_dim.max(value_head_dim);
+        Scratch {
+            stage: pieces.take(Floats::stage_len(width)),
+            queries: pieces.take(E::queries_len(rows.next_multiple_of(STAGE), head_dim)),
+            keys: pieces.take(E::keys_len(keys.next_multiple_of(STAGE), head_dim)),
+            values: pieces.take(E::values_len(keys.next_multiple_of(STAGE), value_head_dim)),
+            tile: pieces.take(E::BLOCK_ROWS * tile_stride::<E>()),
+            weights: pieces.take(E::weights_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
+            out: pieces.take(rows * E::sum_stride(value_head_dim)),
+            maxima: pieces.take(rows),
+            sums: pieces.take(rows),
+            factors: pieces.take(E::BLOCK_ROWS),
+            begins: pieces.take(rows),
+            ends: pieces.take(rows),
+            row: pieces.take(value_head_dim),
+            not_finite: pieces.take(keys.div_ceil(STAGE)),
+        }
+    }
+
+    /// Bytes of a task's scratch; `None` on overflow.
+    pub(crate) fn bytes<E: Engine>(&self) -> Option<usize> {
+        let mut pieces = Pieces::counting();
+        let _ = self.scratch::<E>(&mut pieces);
+        pieces.bytes()
+    }
+}
+
+/// Everything that the tasks of a call share.
+pub(crate) struct Forward<'a, E: Engine> {
+    engine: E,
+    problem: &'a Problem,
+    query: Floats<'a>,
+    key: Floats<'a>,
+    value: Floats<'a>,
+    sinks: Option<Floats<'a>>,
+    terms: Terms<'a, E::F>,
+    layout: Layout,
+}
+
+/// What the tasks of a call write.
+pub(crate) struct Outputs<'a> {
+    pub(crate) out: SharedOutput<'a>,
+    pub(crate) lse: Option<SharedOutput<'a>>,
+}
+
+impl<'a> Outputs<'a> {
+    /// Takes the outputs of a call and fills the padded rows: with 0 an output, with -inf a logsumexp.
+    pub(crate) fn new(problem: &Problem, outputs: ForwardOutputs<'a>) -> Self {
+        let new = Self { out: SharedOutput::new(outputs.out), lse: outputs.lse.map(SharedOutput::new) };
+        let dims = problem.dims();
+        for batch in 0..dims.batch {
+            for query in problem.query_len(batch)..dims.query_length {
+                for head in 0..dims.query_heads {
+                    // SAFETY: no task has begun.
+                    unsafe { new.empty_row(batch, query, head) };
+                }
+            }
+        }
+        new
+    }
+
+    /// # Safety
+    /// No other thread writes this row.
+    unsafe fn empty_row(&self, batch: usize, query: usize, head: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            self.out.zero_row([batch, query, head]);
+            if let Some(lse) = &self.lse {
+                lse.write([batch, query, head, 0], f64::NEG_INFINITY);
+            }
+        }
+    }
+}
+
+impl<'a, E: Engine> Forward<'a, E> {
+    pub(crate) fn new(
+        engine: E,
+        problem: &'a Problem,
+        inputs: &Inputs<'a>,
+        sizes: &Sizes,
+        threads: usize,
+    ) -> Self {
+        Self {
+            engine,
+            problem,
+            query: Floats::new(inputs.query),
+            key: Floats::new(inputs.key),
+            value: Floats::new(inputs.value),
+            sinks: inputs.sinks.map(Floats::new),
+            terms: Terms::new(problem, inputs),
+            layout: Layout::of::<E>(problem, sizes, threads),
+        }
+    }
+
+    /// Computes the rows of a task.
+    ///
+    /// # Safety
+    /// No other thread writes these rows of the outputs.
+    unsafe fn task(&self, rows: &Rows, outputs: &Outputs<'a>, memory: &mut [u8]) {
+        let mut scratch = self.layout.scratch::<E>(&mut Pieces::of(memory));
+        let range = self.problem.key_range_of_rows(rows.batch, rows.queries.clone());
+        self.engine.with_state(|| {
+            self.begin(rows, &mut scratch);
+            let mut chunk = range.start / self.layout.keys * self.layout.keys;
+            while chunk < range.end {
+                let keys = chunk..range.end.min(chunk + self.layout.keys);
+                let all_finite = self.pack(rows, &keys, range.start, &mut scratch);
+                for first in (0..rows.len()).step_by(E::BLOCK_ROWS) {
+                    let count = E::BLOCK_ROWS.min(rows.len() - first);
+                    self.block_rows(rows, first..first + count, &keys, all_finite, &mut scratch);
+                }
+                chunk += self.layout.keys;
+            }
+        });
+        // SAFETY: the caller's.
+        unsafe { self.finish(rows, outputs, &mut scratch) };
+    }
+
+    /// Packs the queries and sets every row to the value of no keys.
+    fn begin(&self, rows: &Rows, scratch: &mut Scratch<'_, E>) {
+        let count = rows.len();
+        for first in (0..count).step_by(STAGE) {
+            let index = |row: usize| {
+                let (head, query) = rows.at(first + row);
+                [rows.batch, query, head]
+            };
+            let sign = self.terms.query_sign();
+            let staged = STAGE.min(count - first);
+            self.query.stage(self.engine.simd(), staged, index, sign, false, scratch.stage);
+            let staged = Floats::staged(scratch.stage, self.layout.head_dim);
+            self.engine.pack_queries(staged, first, self.layout.rows.next_multiple_of(STAGE), scratch.queries);
+        }
+        for query in rows.queries.clone() {
+            let keys = self.problem.key_range(rows.batch, query);
+            for head in 0..rows.heads.len() {
+                let row = head * rows.queries.len() + query - rows.queries.start;
+                (scratch.begins[row], scratch.ends[row]) = (keys.start as u64, keys.end as u64);
+            }
+        }
+        let stride = E::sum_stride(self.layout.value_head_dim);
+        scratch.out[..count * stride].fill(E::F::ZERO);
+        scratch.maxima[..count].fill(E::F::NEG_INFINITY);
+        scratch.sums[..count].fill(E::F::ZERO);
+    }
+
+    /// Packs the keys and values of a chunk from `needed` on; whether all of the values are finite.
+    fn pack(&self, rows: &Rows, keys: &Range<usize>, needed: usize, scratch: &mut Scratch<'_, E>) -> bool {
+        let Layout { head_dim, value_head_dim, .. } = self.layout;
+        let simd = self.engine.simd();
+        let packed = keys.len().next_multiple_of(STAGE);
+        let skipped = needed.saturating_sub(keys.start) / E::BLOCK_KEYS * E::BLOCK_KEYS;
+        let mut all = 0;
+        for first in (skipped..keys.len()).step_by(STAGE) {
+            let staged = STAGE.min(keys.len() - first);
+            let index = |row: usize| [rows.batch, keys.start + first + row, rows.key_head];
+            self.key.stage(simd, staged, index, E::F::ONE, false, scratch.stage);
+            self.engine.pack_keys(Floats::staged(scratch.stage, head_dim), first, packed, scratch.keys);
+            let not_finite = self.value.stage(simd, staged, index, E::F::ONE, true, scratch.stage);
+            self.engine.pack_values(
+                Floats::staged(scratch.stage, value_head_dim),
+                first,
+                packed,
+                scratch.values,
+            );
+            scratch.not_finite[first / STAGE] = not_finite;
+            all |= not_finite;
+        }
+        all == 0
+    }
+
+    /// A block of rows against a packed chunk of keys.
+    fn block_rows(
+        &self,
+        rows: &Rows,
+        block: Range<usize>,
+        chunk: &Range<usize>,
+        all_finite: bool,
+        scratch: &mut Scratch<'_, E>,
+    ) {
+        let mut room = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; MAX_BLOCK_ROWS];
+        let infos = &mut room[..block.len()];
+        let (mut begin, mut end, mut inner_begin, mut inner_end) = (usize::MAX, 0, 0, usize::MAX);
+        for (info, row) in infos.iter_mut().zip(block.clone()) {
+            let (head, query) = rows.at(row);
+            let keys = scratch.begins[row] as usize..scratch.ends[row] as usize;
+            *info = QueryRow { batch: rows.batch, head, query, begin: keys.start, end: keys.end };
+            (inner_begin, inner_end) = (inner_begin.max(keys.start), inner_end.min(keys.end));
+            if !keys.is_empty() {
+                (begin, end) = (begin.min(keys.start), end.max(keys.end));
+            }
+        }
+        let seen = plan::intersection(&(begin.min(end)..end), chunk);
+        let mut start = seen.start / E::BLOCK_KEYS * E::BLOCK_KEYS;
+        while start < seen.end {
+            let next = start + E::BLOCK_KEYS;
+            let first = start.max(seen.start / E::KEY_STEP * E::KEY_STEP);
+            let last = seen.end.min(next);
+            start = next;
+            if self.terms.has_mask() && self.terms.masks_all(infos, first..last) {
+                continue;
+            }
+            let inside = inner_begin <= first && inner_end >= last;
+            self.block(&block, infos, chunk, first..last, inside, all_finite, scratch);
+        }
+    }
+
+    /// A block of rows against a block of keys.
+    #[allow(clippy::too_many_arguments, reason = "what the loops around it know")]
+    fn block(
+        &self,
+        block: &Range<usize>,
+        infos: &[QueryRow],
+        chunk: &Range<usize>,
+        keys: Range<usize>,
+        inside: bool,
+        all_finite: bool,
+        scratch: &mut Scratch<'_, E>,
+    ) {
+        let Layout { head_dim, value_head_dim, .. } = self.layout;
+        let engine = self.engine;
+        let stride = tile_stride::<E>();
+        let pair = 2 * <E::S as Simd<E::F>>::LANES;
+        let packed = chunk.len().next_multiple_of(STAGE);
+        let (begin, count) = (keys.start - chunk.start, keys.len());
+        let end = (begin + count).next_multiple_of(E::KEY_STEP).min(packed);
+        engine.products(
+            (scratch.queries, self.layout.rows.next_multiple_of(STAGE)),
+            (block.start, block.len()),
+            (scratch.keys, packed),
+            (begin, end),
+            head_dim,
+            scratch.tile,
+            stride,
+        );
+        let columns = count.next_multiple_of(pair.max(E::WEIGHT_STEP));
+        let rescaled = engine.simd().vectorize(BlockSoftmax {
+            engine,
+            terms: &self.terms,
+            rows: infos,
+            first: keys.start,
+            columns,
+            apply: !inside || columns != count || !self.terms.is_plain() || self.terms.has_mask(),
+            mark: !all_finite,
+            tile: scratch.tile,
+            stride,
+            packed_columns: E::BLOCK_KEYS,
+            packed: scratch.weights,
+            maxima: &mut scratch.maxima[block.clone()],
+            sums: &mut scratch.sums[block.clone()],
+            factors: scratch.factors,
+        });
+        let out_stride = E::sum_stride(value_head_dim);
+        let out = &mut scratch.out[block.start * out_stride..];
+        engine.weighted_sums(
+            Weights { tile: scratch.tile, stride, packed: scratch.weights },
+            block.len(),
+            (scratch.values, packed),
+            begin,
+            count,
+            value_head_dim,
+            if rescaled { Before::Scaled(scratch.factors) } else { Before::Kept },
+            out,
+            out_stride,
+        );
+        if !all_finite {
+            let groups = begin / STAGE..(begin + count).div_ceil(STAGE);
+            for group in groups {
+                let bits = scratch.not_finite[group];
+                for key in (0..STAGE).filter(|key| bits >> key & 1 == 1).map(|key| group * STAGE + key) {
+                    if !(begin..begin + count).contains(&key) {
+                        continue;
+                    }
+                    let index = [infos[0].batch, chunk.start + key, infos[0].head / self.group()];
+                    self.value.read_row(index, scratch.row);
+                    add_apart(scratch.row, scratch.tile, stride, key - begin, infos.len(), out, out_stride);
+                }
+            }
+        }
+    }
+
+    fn group(&self) -> usize {
+        self.problem.dims().group_size().max(1)
+    }
+
+    /// Normalises the rows and writes them.
+    ///
+    /// # Safety
+    /// As for [`task`](Self::task).
+    unsafe fn finish(&self, rows: &Rows, outputs: &Outputs<'a>, scratch: &mut Scratch<'_, E>) {
+        self.engine.simd().vectorize(Finish { forward: self, rows, outputs, scratch });
+    }
+}
+
+/// Adds a value row that is not finite to the rows in which its key takes part.
+fn add_apart<F: Float>(
+    value: &[F],
+    weights: &[F],
+    stride: usize,
+    column: usize,
+    rows: usize,
+    out: &mut [F],
+    out_stride: usize,
+) {
+    for row in 0..rows {
+        let weight = weights[row * stride + column];
+        if !weight.is_disallowed() {
+            for (out, &value) in out[row * out_stride..].iter_mut().zip(value) {
+                *out += weight * value;
+            }
+        }
+    }
+}
+
+struct Finish<'s, 'o, 'a, 'm, E: Engine> {
+    forward: &'s Forward<'a, E>,
+    rows: &'s Rows,
+    outputs: &'s Outputs<'o>,
+    scratch: &'s mut Scratch<'m, E>,
+}
+
+impl<E: Engine> Kernel for Finish<'_, '_, '_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { forward, rows, outputs, scratch } = self;
+        let width = forward.layout.value_head_dim;
+        let stride = E::sum_stride(width);
+        for row in 0..rows.len() {
+            let (head, query) = rows.at(row);
+            let running = RunningSoftmax { max: scratch.maxima[row] * E::F::LN_2, sum: scratch.sums[row] };
+            let sink = forward.sinks.as_ref().map(|sinks| sinks.at(&[head]));
+            let values = &mut scratch.out[row * stride..][..width];
+            let lse = normalise(running, sink, values);
+            // SAFETY: the caller of `finish` vouches for the rows of the task.
+            unsafe {
+                outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
+                if let Some(to) = &outputs.lse {
+                    to.write([rows.batch, query, head, 0], lse);
+                }
+            }
+        }
+    }
+}
+
+/// Divides the value of a row by the sum of its weights and its sink's, and gives the logsumexp.
+#[inline(always)]
+pub(crate) fn normalise<F: Float>(mut running: RunningSoftmax<F>, sink: Option<F>, values: &mut [F]) -> F {
+    let mut factor = F::ONE;
+    if let Some(sink) = sink.filter(|&sink| sink != F::NEG_INFINITY) {
+        factor = running.merge(RunningSoftmax::of(sink)).old;
+    }
+    if running.sum == F::ZERO {
+        values.fill(F::ZERO);
+        return F::NEG_INFINITY;
+    }
+    let is_nan = !(running.sum > F::ZERO);
+    // The sum without the sink's scale; a row of keys that are nothing beside the sink has factor 0.
+    let total = running.sum / factor;
+    if factor == F::ZERO && !is_nan {
+        values.fill(F::ZERO);
+    } else {
+        for value in values.iter_mut() {
+            *value = *value / total;
+        }
+    }
+    // The maximum may have missed a NaN, the sum cannot.
+    if is_nan { running.sum } else { running.lse() }
+}
+
+/// Tasks of a call, with the rows of each.
+pub(crate) fn tasks(problem: &Problem, rows: impl Fn(usize) -> usize) -> Vec<Rows> {
+    let mut tasks: Vec<_> = plan::row_tasks(problem, rows).collect();
+    // Under causal masking the last rows of a head see the most keys: begin with those.
+    tasks.reverse();
+    tasks
+}
+
+/// Bytes of a worker's scratch, and how many tasks there are; `None` on overflow.
+pub(crate) fn needs<E: Engine, Small: Engine>(
+    problem: &Problem,
+    has_small: bool,
+    sizes: &Sizes,
+    threads: usize,
+) -> Option<(usize, usize)> {
+    let layout = Layout::of::<E>(problem, sizes, threads);
+    let small = Layout::of::<Small>(problem, sizes, threads);
+    let any = |small: bool| {
+        (0..problem.dims().batch).any(|batch| (has_small && plan::is_small(problem, batch)) == small)
+    };
+    let bytes = if any(false) { layout.bytes::<E>()? } else { 0 };
+    let small_bytes = if any(true) { small.bytes::<Small>()? } else { 0 };
+    let limit = |batch: usize| if has_small && plan::is_small(problem, batch) { small.rows } else { layout.rows };
+    Some((bytes.max(small_bytes), plan::row_tasks(problem, limit).count()))
+}
+
+/// Runs a checked call in scratch of `bytes` a worker.
+pub(crate) fn run<E: Engine, Small: Engine>(
+    engine: E,
+    small: Option<Small>,
+    call: ForwardCall<'_>,
+    sizes: &Sizes,
+    threads: usize,
+    scratch: &mut [u8],
+) {
+    let (problem, inputs, outputs) = call.into_parts();
+    let outputs = Outputs::new(problem, outputs);
+    let forward = Forward::new(engine, problem, &inputs, sizes, threads);
+    let small = small.map(|small| Forward::new(small, problem, &inputs, sizes, threads));
+    let is_small = |batch: usize| small.is_some() && plan::is_small(problem, batch);
+    let limit = |batch: usize| match &small {
+        Some(small) if is_small(batch) => small.layout.rows,
+        _ => forward.layout.rows,
+    };
+    let tasks = tasks(problem, limit);
+    let (bytes, _) = needs::<E, Small>(problem, small.is_some(), sizes, threads)
+        .unwrap_or_else(|| unreachable!("the scratch was sized before"));
+    workers::run(tasks.len(), threads, scratch, bytes, |index, memory| {
+        let rows = &tasks[index];
+        // SAFETY: the tasks are different rows, and each is run once.
+        unsafe {
+            match &small {
+                Some(small) if is_small(rows.batch) => small.task(rows, &outputs, memory),
+                _ => forward.task(rows, &outputs, memory),
+            }
+        }
+    });
+}

@@ -1,0 +1,19 @@
+#![doc = include_str!("../README.md")]
+
+mod backend;
+mod backward;
+mod config;
+mod engine;
+mod float;
+mod forward;
+mod level;
+mod plan;
+mod scratch;
+mod simd;
+mod tensor;
+mod terms;
+mod workers;
+
+pub use backend::ChunkedBackend;
+pub use config::ChunkedConfig;
+pub use level::Level;

@@ -1,0 +1,296 @@
+//! AVX-512: 512-bit vectors, mask registers, scaling by powers of two in one instruction.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Kernel, Simd};
+use crate::Level;
+
+/// The proof that the processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    pub(crate) fn detect() -> Option<Self> {
+        Level::Avx512.is_available().then_some(Self(()))
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+fn vectorized<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}
+
+macro_rules! common {
+    ($float:ident, $v:ident, $mask:ident, $load:ident, $store:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident,
+     $div:ident, $fma:ident, $max:ident, $min:ident, $abs:ident, $and:ident, $or:ident, $round:ident, $scalef:ident,
+     $compare:ident, $blend:ident, $sum:ident, $reduce_max:ident) => {
+        type V = $v;
+        type Mask = $mask;
+
+        const LANES: usize = 64 / size_of::<$float>();
+        // 24 accumulators, 4 vectors of the panel and a broadcast: 29 of 32 registers, and 10 loads to 24 products.
+        const TILE_ROWS: usize = 6;
+        const TILE_VECTORS: usize = 4;
+
+        #[inline(always)]
+        fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+            // SAFETY: `self` proves that the processor has the features.
+            unsafe { vectorized(kernel) }
+        }
+        #[inline(always)]
+        fn splat(self, x: $float) -> Self::V {
+            // SAFETY: `self` proves that the processor has the instruction. The same holds for every block below.
+            unsafe { $splat(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(self, from: *const $float) -> Self::V {
+            // SAFETY: the caller vouches for LANES elements.
+            unsafe { $load(from) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut $float, x: Self::V) {
+            // SAFETY: the caller vouches for LANES elements.
+            unsafe { $store(to, x) }
+        }
+        #[inline(always)]
+        fn add(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $add(a, b) }
+        }
+        #[inline(always)]
+        fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $sub(a, b) }
+        }
+        #[inline(always)]
+        fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $mul(a, b) }
+        }
+        #[inline(always)]
+        fn div(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $div(a, b) }
+        }
+        #[inline(always)]
+        fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $fma(a, b, c) }
+        }
+        #[inline(always)]
+        fn max(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $max(a, b) }
+        }
+        #[inline(always)]
+        fn min(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $min(a, b) }
+        }
+        #[inline(always)]
+        fn abs(self, a: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $abs(a) }
+        }
+        #[inline(always)]
+        fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $or(a, $and(b, $splat(-0.0))) }
+        }
+        #[inline(always)]
+        fn round(self, a: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $round::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+        }
+        #[inline(always)]
+        fn times_power_of_two(self, a: Self::V, k: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $scalef(a, k) }
+        }
+        #[inline(always)]
+        fn less(self, a: Self::V, b: Self::V) -> Self::Mask {
+            // SAFETY: as in `splat`.
+            unsafe { $compare::<_CMP_LT_OQ>(a, b) }
+        }
+        #[inline(always)]
+        fn equal(self, a: Self::V, b: Self::V) -> Self::Mask {
+            // SAFETY: as in `splat`.
+            unsafe { $compare::<_CMP_EQ_OQ>(a, b) }
+        }
+        #[inline(always)]
+        fn select(self, mask: Self::Mask, yes: Self::V, no: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $blend(mask, no, yes) }
+        }
+        #[inline(always)]
+        fn reduce_sum(self, a: Self::V) -> $float {
+            // SAFETY: as in `splat`.
+            unsafe { $sum(a) }
+        }
+        #[inline(always)]
+        fn reduce_max(self, a: Self::V) -> $float {
+            // SAFETY: as in `splat`.
+            unsafe { $reduce_max(a) }
+        }
+    };
+}
+
+impl Simd<f32> for Avx512 {
+    common!(
+        f32,
+        __m512,
+        __mmask16,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_set1_ps,
+        _mm512_add_ps,
+        _mm512_sub_ps,
+        _mm512_mul_ps,
+        _mm512_div_ps,
+        _mm512_fmadd_ps,
+        _mm512_max_ps,
+        _mm512_min_ps,
+        _mm512_abs_ps,
+        _mm512_and_ps,
+        _mm512_or_ps,
+        _mm512_roundscale_ps,
+        _mm512_scalef_ps,
+        _mm512_cmp_ps_mask,
+        _mm512_mask_blend_ps,
+        _mm512_reduce_add_ps,
+        _mm512_reduce_max_ps
+    );
+
+    #[inline(always)]
+    unsafe fn load_f64(self, from: *const f64) -> __m512 {
+        // SAFETY: the caller vouches for 16 elements.
+        unsafe {
+            let low = _mm512_cvtpd_ps(_mm512_loadu_pd(from));
+            let high = _mm512_cvtpd_ps(_mm512_loadu_pd(from.add(8)));
+            _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f32(self, from: *const f32) -> __m512 {
+        // SAFETY: the caller vouches for 16 elements.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const f16) -> __m512 {
+        // SAFETY: the caller vouches for 16 elements.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> __m512 {
+        // SAFETY: the caller vouches for 16 elements.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_mask(self, from: *const u8) -> __mmask16 {
+        // SAFETY: the caller vouches for 16 bytes.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            _mm_test_epi8_mask(bytes, bytes)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+        // SAFETY: the caller vouches for 16 rows of 16 elements on both sides; every index is below 16.
+        unsafe {
+            // In three steps: pairs of rows, groups of four, and then the quarters of the registers.
+            let mut a = [_mm512_setzero_ps(); 16];
+            for (row, a) in a.iter_mut().enumerate() {
+                *a = _mm512_loadu_ps(from.add(row * from_row));
+            }
+            let mut b = a;
+            for i in 0..8 {
+                b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+                b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+            }
+            let pair = |x| _mm512_castps_pd(x);
+            for i in 0..4 {
+                let (p, q) = (4 * i, 4 * i + 2);
+                a[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(b[p]), pair(b[q])));
+                a[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(b[p]), pair(b[q])));
+                a[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(b[p + 1]), pair(b[q + 1])));
+                a[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(b[p + 1]), pair(b[q + 1])));
+            }
+            // a[4 i + c] holds, in its quarter k, column 4 k + c of rows 4 i to 4 i + 3.
+            for c in 0..4 {
+                let low = _mm512_shuffle_f32x4::<0x44>(a[c], a[4 + c]);
+                let high = _mm512_shuffle_f32x4::<0xee>(a[c], a[4 + c]);
+                let low_2 = _mm512_shuffle_f32x4::<0x44>(a[8 + c], a[12 + c]);
+                let high_2 = _mm512_shuffle_f32x4::<0xee>(a[8 + c], a[12 + c]);
+                _mm512_storeu_ps(to.add(c * to_row), _mm512_shuffle_f32x4::<0x88>(low, low_2));
+                _mm512_storeu_ps(to.add((4 + c) * to_row), _mm512_shuffle_f32x4::<0xdd>(low, low_2));
+                _mm512_storeu_ps(to.add((8 + c) * to_row), _mm512_shuffle_f32x4::<0x88>(high, high_2));
+                _mm512_storeu_ps(to.add((12 + c) * to_row), _mm512_shuffle_f32x4::<0xdd>(high, high_2));
+            }
+        }
+    }
+}
+
+impl Simd<f64> for Avx512 {
+    common!(
+        f64,
+        __m512d,
+        __mmask8,
+        _mm512_loadu_pd,
+        _mm512_storeu_pd,
+        _mm512_set1_pd,
+        _mm512_add_pd,
+        _mm512_sub_pd,
+        _mm512_mul_pd,
+        _mm512_div_pd,
+        _mm512_fmadd_pd,
+        _mm512_max_pd,
+        _mm512_min_pd,
+        _mm512_abs_pd,
+        _mm512_and_pd,
+        _mm512_or_pd,
+        _mm512_roundscale_pd,
+        _mm512_scalef_pd,
+        _mm512_cmp_pd_mask,
+        _mm512_mask_blend_pd,
+        _mm512_reduce_add_pd,
+        _mm512_reduce_max_pd
+    );
+
+    #[inline(always)]
+    unsafe fn load_f64(self, from: *const f64) -> __m512d {
+        // SAFETY: the caller vouches for 8 elements.
+        unsafe { _mm512_loadu_pd(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_f32(self, from: *const f32) -> __m512d {
+        // SAFETY: the caller vouches for 8 elements.
+        unsafe { _mm512_cvtps_pd(_mm256_loadu_ps(from)) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const f16) -> __m512d {
+        // SAFETY: the caller vouches for 8 elements.
+        unsafe { _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> __m512d {
+        // SAFETY: the caller vouches for 8 elements.
+        unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_mask(self, from: *const u8) -> __mmask8 {
+        // SAFETY: the caller vouches for 8 bytes.
+        unsafe {
+            let bytes = _mm_loadl_epi64(from.cast());
+            _mm_test_epi8_mask(bytes, bytes) as __mmask8
+        }
+    }
+}

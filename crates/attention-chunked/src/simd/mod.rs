@@ -1,0 +1,170 @@
+//! Vectors of one instruction set, behind one trait: kernels are written once, over [`Simd`], and compiled for each
+//! level in its file.
+//!
+//! A value of a type that implements [`Simd`] is the proof that the machine has the level: it is made by detection
+//! alone. Whatever uses its operations must be inlined into [`Simd::vectorize`], which is where the instructions are
+//! enabled; so kernels are structs whose `run` and helpers are `#[inline(always)]`.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod elementary;
+mod scalar;
+
+use half::{bf16, f16};
+
+use crate::float::Float;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+pub(crate) use elementary::{exp2, tanh};
+pub(crate) use scalar::Scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use crate::engine::amx::lacks as amx_lacks;
+
+/// A loop nest that is compiled for each level.
+pub(crate) trait Kernel {
+    /// What it returns.
+    type Output;
+
+    /// Must be `#[inline(always)]`, like everything in it that uses vectors.
+    fn run(self) -> Self::Output;
+}
+
+/// Vector operations on one kind of float, at one level.
+///
+/// # Safety
+/// The methods that take pointers are unsafe and say how many elements they reach. The others are safe because a
+/// value of the type proves that the instructions exist.
+pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static {
+    /// A vector.
+    type V: Copy;
+    /// One truth value for each lane.
+    type Mask: Copy;
+
+    /// Elements of a vector.
+    const LANES: usize;
+    /// Rows of the register tile of a matrix product.
+    const TILE_ROWS: usize;
+    /// Vectors in a row of the register tile: 1, 2 or 4.
+    const TILE_VECTORS: usize;
+    /// Columns of the register tile.
+    const TILE_COLUMNS: usize = Self::LANES * Self::TILE_VECTORS;
+
+    /// Runs a kernel with the instructions of the level.
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
+
+    /// The same number in every lane.
+    fn splat(self, x: F) -> Self::V;
+    /// `LANES` elements at `from`.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load(self, from: *const F) -> Self::V;
+    /// Writes `LANES` elements at `to`.
+    ///
+    /// # Safety
+    /// They can be written.
+    unsafe fn store(self, to: *mut F, x: Self::V);
+    /// `LANES` elements of another type, converted.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_f64(self, from: *const f64) -> Self::V;
+    /// As [`load_f64`](Self::load_f64).
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_f32(self, from: *const f32) -> Self::V;
+    /// As [`load_f64`](Self::load_f64).
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_f16(self, from: *const f16) -> Self::V;
+    /// As [`load_f64`](Self::load_f64).
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
+    /// Which of `LANES` bytes are not zero.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_mask(self, from: *const u8) -> Self::Mask;
+
+    /// `a + b`.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, fused where the level has the instruction.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger; `b` where either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; `b` where either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The absolute value.
+    fn abs(self, a: Self::V) -> Self::V;
+    /// `a` with the sign of `b`; `a` must not be negative.
+    fn copysign(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The nearest integer, for numbers inside [`Float::EXPONENTS`].
+    fn round(self, a: Self::V) -> Self::V;
+    /// `a * 2^k` for integers `k` inside [`Float::EXPONENTS`].
+    fn times_power_of_two(self, a: Self::V, k: Self::V) -> Self::V;
+    /// `a < b`, false for NaN.
+    fn less(self, a: Self::V, b: Self::V) -> Self::Mask;
+    /// `a == b`, false for NaN.
+    fn equal(self, a: Self::V, b: Self::V) -> Self::Mask;
+    /// `yes` where the mask is true, `no` elsewhere.
+    fn select(self, mask: Self::Mask, yes: Self::V, no: Self::V) -> Self::V;
+    /// The sum of the lanes, by halves.
+    fn reduce_sum(self, a: Self::V) -> F;
+    /// The largest lane; a NaN may win or lose.
+    fn reduce_max(self, a: Self::V) -> F;
+
+    /// Transposes `LANES x LANES` elements: `to[j * to_row + i] = from[i * from_row + j]`.
+    ///
+    /// # Safety
+    /// `LANES` rows of `LANES` elements can be read and written at these distances.
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const F, from_row: usize, to: *mut F, to_row: usize) {
+        for i in 0..Self::LANES {
+            for j in 0..Self::LANES {
+                // SAFETY: both indices are below LANES, which the caller vouches for.
+                unsafe { *to.add(j * to_row + i) = *from.add(i * from_row + j) };
+            }
+        }
+    }
+}
+
+/// What an x86-64 machine lacks for a level.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn x86_lacks(level: crate::Level) -> Option<String> {
+    use crate::Level;
+    macro_rules! first_missing {
+        ($($feature:tt),*) => {
+            [$(($feature, is_x86_feature_detected!($feature))),*]
+                .into_iter()
+                .find(|(_, there)| !there)
+                .map(|(name, _)| format!("the processor has no {name}"))
+        };
+    }
+    match level {
+        Level::Avx2 => first_missing!("avx2", "fma", "f16c"),
+        Level::Avx512 => {
+            first_missing!("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+        }
+        Level::Amx => x86_lacks(Level::Avx512).or_else(|| first_missing!("avx512bf16")).or_else(amx_lacks),
+        Level::Scalar => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

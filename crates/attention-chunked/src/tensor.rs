@@ -1,0 +1,343 @@
+//! The caller's tensors: rows of any float dtype and stride, read in groups and written one by one.
+
+use std::marker::PhantomData;
+
+use attention_core::{DType, Dims, HostView, Scalar, View, ViewMut};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::engine::{STAGE, Staged};
+use crate::float::Float;
+use crate::simd::{Kernel, Simd};
+
+/// A tensor of any float dtype in host memory.
+#[derive(Clone, Copy)]
+pub(crate) enum Floats<'a> {
+    F64(HostView<'a, f64>),
+    F32(HostView<'a, f32>),
+    F16(HostView<'a, f16>),
+    Bf16(HostView<'a, bf16>),
+}
+
+/// Runs `$body` with `$view` bound to the typed view.
+macro_rules! typed {
+    ($floats:expr, $view:ident => $body:expr) => {
+        match $floats {
+            Floats::F64($view) => $body,
+            Floats::F32($view) => $body,
+            Floats::F16($view) => $body,
+            Floats::Bf16($view) => $body,
+        }
+    };
+}
+pub(crate) use typed;
+
+/// An element type, with its widening load.
+pub(crate) trait Source: Scalar {
+    /// `LANES` elements, converted.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load<F: Float, S: Simd<F>>(simd: S, from: *const Self) -> S::V;
+
+    /// One element, converted.
+    fn widen<F: Float>(self) -> F;
+}
+
+macro_rules! source {
+    ($type:ty, $load:ident, $widen:expr) => {
+        impl Source for $type {
+            #[inline(always)]
+            unsafe fn load<F: Float, S: Simd<F>>(simd: S, from: *const Self) -> S::V {
+                // SAFETY: the caller's.
+                unsafe { simd.$load(from) }
+            }
+            #[inline(always)]
+            fn widen<F: Float>(self) -> F {
+                $widen(self)
+            }
+        }
+    };
+}
+source!(f64, load_f64, F::from_f64);
+source!(f32, load_f32, F::from_f32);
+source!(f16, load_f16, |x: f16| F::from_f32(x.to_f32()));
+source!(bf16, load_bf16, |x: bf16| F::from_f32(f32::from_bits(u32::from(x.to_bits()) << 16)));
+
+impl<'a> Floats<'a> {
+    /// Of a view in host memory with a float dtype, which a checked call guarantees.
+    pub(crate) fn new(view: View<'a>) -> Self {
+        let typed = match view.desc().dtype() {
+            DType::F64 => view.host().map(Self::F64),
+            DType::F32 => view.host().map(Self::F32),
+            DType::F16 => view.host().map(Self::F16),
+            DType::Bf16 => view.host().map(Self::Bf16),
+            _ => None,
+        };
+        typed.unwrap_or_else(|| {
+            unreachable!("a checked call has float tensors in host memory, got {}", view.desc())
+        })
+    }
+
+    /// One number.
+    pub(crate) fn at<F: Float>(&self, index: &[usize]) -> F {
+        typed!(self, view => view.at(index).widen())
+    }
+
+    /// Stages the rows `index(0), .., index(count - 1)` of the last axis, each multiplied by `factor`, and zero rows
+    /// up to [`STAGE`]. Bit `r` of the result says that row `r` has an element that is not finite; with `clean` such
+    /// a row is staged as zeros.
+    pub(crate) fn stage<F: Float, S: Simd<F>>(
+        &self,
+        simd: S,
+        count: usize,
+        index: impl Fn(usize) -> [usize; 3],
+        factor: F,
+        clean: bool,
+        room: &mut [F],
+    ) -> u32 {
+        typed!(self, view => simd.vectorize(StageRows { simd, view, count, index, factor, clean, to: room }))
+    }
+
+    /// The distance of staged rows of `width` elements.
+    pub(crate) const fn stage_stride(width: usize) -> usize {
+        // Rows a power of two apart would share the sets of the cache.
+        width.next_multiple_of(16) + 16
+    }
+
+    /// Elements of the room that staging needs.
+    pub(crate) const fn stage_len(width: usize) -> usize {
+        STAGE * Self::stage_stride(width)
+    }
+
+    /// What was staged.
+    pub(crate) fn staged<F>(room: &[F], width: usize) -> Staged<'_, F> {
+        Staged { data: room, stride: Self::stage_stride(width), width }
+    }
+
+    /// One row, unstaged.
+    pub(crate) fn read_row<F: Float>(&self, index: [usize; 3], to: &mut [F]) {
+        typed!(self, view => {
+            let row = view.row(&index);
+            for (to, from) in to.iter_mut().zip(row.iter()) {
+                *to = from.widen();
+            }
+        });
+    }
+
+    /// The sum of the products of two rows, in f64.
+    pub(crate) fn dot(&self, other: &Self, index: [usize; 3]) -> f64 {
+        typed!(self, a => typed!(other, b => {
+            let (a, b) = (a.row(&index), b.row(&index));
+            match (a.contiguous(), b.contiguous()) {
+                (Some(a), Some(b)) => dot(a.iter().copied(), b.iter().copied()),
+                _ => dot(a.iter(), b.iter()),
+            }
+        }))
+    }
+}
+
+/// With four sums, so that additions overlap.
+#[inline(always)]
+fn dot<A: Source, B: Source>(
+    a: impl ExactSizeIterator<Item = A>,
+    b: impl ExactSizeIterator<Item = B>,
+) -> f64 {
+    let mut sums = [0.0; 4];
+    for (index, (a, b)) in a.zip(b).enumerate() {
+        sums[index % 4] += a.widen::<f64>() * b.widen::<f64>();
+    }
+    (sums[0] + sums[2]) + (sums[1] + sums[3])
+}
+
+struct StageRows<'v, 'r, F, S, T, I> {
+    simd: S,
+    view: &'r HostView<'v, T>,
+    count: usize,
+    index: I,
+    factor: F,
+    clean: bool,
+    to: &'r mut [F],
+}
+
+impl<F: Float, S: Simd<F>, T: Source, I: Fn(usize) -> [usize; 3]> Kernel for StageRows<'_, '_, F, S, T, I> {
+    type Output = u32;
+
+    #[inline(always)]
+    fn run(self) -> u32 {
+        let Self { simd, view, count, index, factor, clean, to } = self;
+        let width = view.shape()[3];
+        let stride = Floats::stage_stride(width);
+        let mut not_finite = 0;
+        for (row, to) in to.chunks_exact_mut(stride).take(STAGE).enumerate() {
+            let to = &mut to[..width];
+            if row >= count {
+                to.fill(F::ZERO);
+                continue;
+            }
+            let from = view.row(&index(row));
+            // Zero times a number that is not finite is NaN, which every sum keeps.
+            let mut nothing = simd.splat(F::ZERO);
+            let mut nothing_left = F::ZERO;
+            let mut done = 0;
+            if let Some(from) = from.contiguous() {
+                while done + S::LANES <= width {
+                    // SAFETY: `done + LANES` elements are in both rows, which have `width`.
+                    unsafe {
+                        let x = T::load(simd, from.as_ptr().add(done));
+                        nothing = simd.fma(x, simd.splat(F::ZERO), nothing);
+                        simd.store(to.as_mut_ptr().add(done), simd.mul(x, simd.splat(factor)));
+                    }
+                    done += S::LANES;
+                }
+            }
+            for column in done..width {
+                let x: F = from.at(column).widen();
+                nothing_left += x * F::ZERO;
+                to[column] = x * factor;
+            }
+            if simd.reduce_sum(nothing) + nothing_left != F::ZERO {
+                not_finite |= 1 << row;
+                if clean {
+                    to.fill(F::ZERO);
+                }
+            }
+        }
+        not_finite
+    }
+}
+
+/// An output that the tasks of a call share: each writes rows of its own.
+pub(crate) struct SharedOutput<'a> {
+    pointer: *mut u8,
+    dtype: DType,
+    shape: Dims,
+    strides: [isize; 4],
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: an exclusive reference to plain data, whose rows are written through unsafe methods that ask their callers
+// for different rows on different threads.
+unsafe impl Sync for SharedOutput<'_> {}
+// SAFETY: as above.
+unsafe impl Send for SharedOutput<'_> {}
+
+impl<'a> SharedOutput<'a> {
+    /// Of a view in host memory, which a checked call guarantees.
+    pub(crate) fn new(mut view: ViewMut<'a>) -> Self {
+        let desc = view.desc();
+        let mut strides = [0; 4];
+        for (to, &from) in strides.iter_mut().zip(desc.strides().iter()) {
+            *to = from;
+        }
+        Self { pointer: view.as_mut_ptr(), dtype: desc.dtype(), shape: desc.shape(), strides, memory: PhantomData }
+    }
+
+    /// The address of an element: checks the index.
+    fn element(&self, index: [usize; 4]) -> *mut u8 {
+        assert!(
+            index.iter().zip(self.shape.iter()).all(|(index, size)| index < size),
+            "index {index:?} outside shape {}",
+            self.shape
+        );
+        let offset: isize =
+            index.iter().zip(self.strides).map(|(&index, stride)| index as isize * stride).sum();
+        self.pointer.wrapping_offset(offset * self.dtype.size() as isize)
+    }
+
+    /// Writes the row of the last of four axes at `index`, each number multiplied by `factor`.
+    ///
+    /// # Safety
+    /// No other thread writes this row at the same time.
+    #[inline(always)]
+    pub(crate) unsafe fn write_row<F: Float>(&self, index: [usize; 3], from: &[F], factor: F) {
+        let [a, b, c] = index;
+        let width = self.shape[3];
+        if width == 0 {
+            return;
+        }
+        let first = self.element([a, b, c, 0]);
+        let from = &from[..width];
+        // SAFETY: the element is inside a ViewMut in host memory of this dtype, and so are the `width` elements at the
+        // last axis's stride; the caller vouches that this thread has the row to itself.
+        unsafe {
+            match self.dtype {
+                DType::F64 => put(first.cast::<f64>(), self.strides[3], from, factor, |x| x.to_f64()),
+                DType::F32 => put(first.cast::<f32>(), self.strides[3], from, factor, |x| x.to_f32()),
+                DType::Bf16 => put(first.cast::<u16>(), self.strides[3], from, factor, |x| bf16_bits(x.to_f32())),
+                _ if self.strides[3] == 1 => {
+                    let to = std::slice::from_raw_parts_mut(first.cast::<f16>(), width);
+                    let mut room = [0f32; 64];
+                    for (to, from) in to.chunks_mut(64).zip(from.chunks(64)) {
+                        for (room, &from) in room.iter_mut().zip(from) {
+                            *room = (from * factor).to_f32();
+                        }
+                        to.convert_from_f32_slice(&room[..from.len()]);
+                    }
+                }
+                _ => put(first.cast::<f16>(), self.strides[3], from, factor, |x| f16::from_f64(x.to_f64())),
+            }
+        }
+    }
+
+    /// Fills the row at `index` with zeros.
+    ///
+    /// # Safety
+    /// As [`write_row`](Self::write_row).
+    pub(crate) unsafe fn zero_row(&self, index: [usize; 3]) {
+        for column in 0..self.shape[3] {
+            // SAFETY: the caller's.
+            unsafe { self.write([index[0], index[1], index[2], column], 0f32) };
+        }
+    }
+
+    /// Writes one element; axes that the tensor does not have are 0.
+    ///
+    /// # Safety
+    /// No other thread writes this element at the same time.
+    pub(crate) unsafe fn write<F: Float>(&self, index: [usize; 4], x: F) {
+        let to = self.element(index);
+        // SAFETY: as in `write_row`.
+        unsafe {
+            match self.dtype {
+                DType::F64 => to.cast::<f64>().write(x.to_f64()),
+                DType::F32 => to.cast::<f32>().write(f32::from_f64(x.to_f64())),
+                DType::Bf16 => to.cast::<bf16>().write(Scalar::from_f64(x.to_f64())),
+                _ => to.cast::<f16>().write(Scalar::from_f64(x.to_f64())),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `from.len()` elements, `stride` apart, can be written from `first` on.
+#[inline(always)]
+unsafe fn put<F: Float, T: Copy>(
+    first: *mut T,
+    stride: isize,
+    from: &[F],
+    factor: F,
+    convert: impl Fn(F) -> T,
+) {
+    if stride == 1 {
+        // SAFETY: with stride 1 the elements are neighbours.
+        let to = unsafe { std::slice::from_raw_parts_mut(first, from.len()) };
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = convert(from * factor);
+        }
+    } else {
+        for (index, &from) in from.iter().enumerate() {
+            // SAFETY: the caller's; the offset was checked to fit isize when the view was made.
+            unsafe { first.offset(index as isize * stride).write(convert(from * factor)) };
+        }
+    }
+}
+
+/// The nearest bf16, ties to even, without a branch; NaN stays NaN.
+#[inline(always)]
+fn bf16_bits(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    (if x.is_nan() { quiet } else { rounded }) as u16
+}
