@@ -73,6 +73,13 @@ pub(super) fn sums_len(problem: &Problem) -> usize {
     queries * keys
 }
 
+/// Bytes of the sums of the largest part; `None` on overflow.
+pub(super) fn sums_bytes(problem: &Problem) -> Option<usize> {
+    let mut pieces = Pieces::counting();
+    let _ = pieces.take::<f64>(sums_len(problem));
+    pieces.bytes()
+}
+
 /// Computes `dbias`, `[Bb, Nb, Tb, Sb]`, each axis 1 or that of the logits.
 pub(super) fn run<E: Engine, Small: Engine>(
     backward: &Backward<'_, E>,

@@ -199,7 +199,8 @@ impl Needs {
         let layout_of = |small: bool| rows_of(small).unwrap_or(0).checked_mul(dims.group_size());
         let layout = Layout::of::<E>(problem, sizes, layout_of(false)?, is_together);
         let small = Layout::of::<Small>(problem, sizes, layout_of(true)?, is_together);
-        let mut bytes = 0;
+        // A bias without batch rows has a gradient of zeros all the same.
+        let mut bytes = bias::sums_bytes(problem)?;
         if rows_of(false).is_some() {
             bytes = bytes.max(layout.bytes::<E>()?);
         }
