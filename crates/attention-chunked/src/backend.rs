@@ -8,6 +8,8 @@ use attention_core::{
 use crate::config::ChunkedConfig;
 use crate::engine::Engine;
 use crate::engine::vector::Fused;
+#[cfg(target_arch = "x86_64")]
+use crate::engine::amx::Tiles;
 use crate::simd::{Scalar, Simd};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
@@ -104,8 +106,26 @@ impl ChunkedBackend {
         }
         #[cfg(target_arch = "x86_64")]
         {
+            match dtype {
+                DType::Bf16 if level >= Level::Amx => {
+                    if let Some(engine) = Tiles::<1>::detect() {
+                        return work.run(engine, None::<Tiles<1>>);
+                    }
+                }
+                DType::F16 if level >= Level::Amx => {
+                    if let Some(engine) = Tiles::<2>::detect() {
+                        return work.run(engine, None::<Tiles<2>>);
+                    }
+                }
+                DType::F32 if level >= Level::Amx => {
+                    if let Some((engine, simd)) = Tiles::<3>::detect().zip(Avx512::<false>::detect()) {
+                        return work.run(engine, Some(Fused::<f64, _>::new(simd)));
+                    }
+                }
+                _ => {}
+            }
             if level >= Level::Avx512
-                && let Some(simd) = Avx512::detect()
+                && let Some(simd) = Avx512::<false>::detect()
             {
                 return fused(simd, dtype, work);
             }

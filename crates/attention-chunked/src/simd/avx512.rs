@@ -7,14 +7,21 @@ use half::{bf16, f16};
 use super::{Kernel, Simd};
 use crate::Level;
 
-/// The proof that the processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C.
+/// The proof that the processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C; with `BF16` also AVX-512 BF16, which
+/// kernels are then compiled with.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const BF16: bool = false>(());
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     pub(crate) fn detect() -> Option<Self> {
-        Level::Avx512.is_available().then_some(Self(()))
+        let has_bf16 = !BF16 || is_x86_feature_detected!("avx512bf16");
+        (Level::Avx512.is_available() && has_bf16).then_some(Self(()))
     }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn vectorized_bf16<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
@@ -37,7 +44,7 @@ macro_rules! common {
         #[inline(always)]
         fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
             // SAFETY: `self` proves that the processor has the features.
-            unsafe { vectorized(kernel) }
+            unsafe { if BF16 { vectorized_bf16(kernel) } else { vectorized(kernel) } }
         }
         #[inline(always)]
         fn splat(self, x: $float) -> Self::V {
@@ -137,7 +144,7 @@ macro_rules! common {
     };
 }
 
-impl Simd<f32> for Avx512 {
+impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
     common!(
         f32,
         __m512,
@@ -236,7 +243,7 @@ impl Simd<f32> for Avx512 {
     }
 }
 
-impl Simd<f64> for Avx512 {
+impl<const BF16: bool> Simd<f64> for Avx512<BF16> {
     common!(
         f64,
         __m512d,
