@@ -153,9 +153,7 @@ impl ChunkedBackend {
                 let (sizes, threads) = (self.config.sizes(), self.config.thread_count());
                 match self.problem.pass() {
                     Pass::Forward => {
-                        let (bytes, tasks) =
-                            forward::needs::<E, Small>(self.problem, small.is_some(), &sizes, threads)?;
-                        bytes.checked_mul(threads.min(tasks))
+                        forward::needs::<E, Small>(self.problem, small.is_some(), &sizes, threads)
                     }
                     Pass::Backward => {
                         backward::needs::<E, Small>(self.problem, small.is_some(), &sizes, threads)

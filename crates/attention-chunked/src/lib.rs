@@ -17,3 +17,4 @@ mod workers;
 pub use backend::ChunkedBackend;
 pub use config::ChunkedConfig;
 pub use level::Level;
+#[cfg(test)] mod phases;

@@ -5,7 +5,8 @@
 //! chunk of keys and values is packed, and each block of rows meets it in blocks of keys: products, online softmax,
 //! weighted sum of values. What is carried from block to block is the maximum, the sum and the value of each row.
 
-mod softmax;
+mod few_rows;
+pub(crate) mod softmax;
 
 use std::ops::Range;
 
@@ -165,13 +166,7 @@ impl<'a> Outputs<'a> {
 }
 
 impl<'a, E: Engine> Forward<'a, E> {
-    pub(crate) fn new(
-        engine: E,
-        problem: &'a Problem,
-        inputs: &Inputs<'a>,
-        sizes: &Sizes,
-        threads: usize,
-    ) -> Self {
+    fn new(engine: E, problem: &'a Problem, inputs: &Inputs<'a>, layout: Layout) -> Self {
         Self {
             engine,
             problem,
@@ -180,7 +175,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             value: Floats::new(inputs.value),
             sinks: inputs.sinks.map(Floats::new),
             terms: Terms::new(problem, inputs),
-            layout: Layout::of::<E>(problem, sizes, threads),
+            layout,
         }
     }
 
@@ -460,33 +455,128 @@ pub(crate) fn normalise<F: Float>(mut running: RunningSoftmax<F>, sink: Option<F
     if is_nan { running.sum } else { running.lse() }
 }
 
-/// Tasks of a call, with the rows of each.
-pub(crate) fn tasks(problem: &Problem, rows: impl Fn(usize) -> usize) -> Vec<Rows> {
-    let mut tasks: Vec<_> = plan::row_tasks(problem, rows).collect();
-    // Under causal masking the last rows of a head see the most keys: begin with those.
-    tasks.reverse();
-    tasks
+/// What a task computes.
+#[derive(Clone, Debug)]
+enum Task {
+    /// A chunk of rows.
+    Chunk(Rows),
+    /// All keys of few rows.
+    Few(Rows),
+    /// A part of the keys of few rows, into a slot for partial results.
+    Part { rows: Rows, keys: Range<usize>, slot: usize },
 }
 
-/// Bytes of a worker's scratch, and how many tasks there are; `None` on overflow.
+/// The tasks of a call.
+struct Tasks {
+    tasks: Vec<Task>,
+    /// Few rows whose parts are merged afterwards, with their slots.
+    merges: Vec<(Rows, Range<usize>)>,
+    slots: usize,
+}
+
+/// Whether the rows of a key/value head are few in a batch row.
+fn is_few(problem: &Problem, batch: usize) -> bool {
+    problem.query_len(batch).saturating_mul(problem.dims().group_size()) <= few_rows::FEW
+}
+
+impl Tasks {
+    /// With at most `limit(batch)` rows in a chunk.
+    fn of(problem: &Problem, threads: usize, limit: impl Fn(usize) -> usize) -> Self {
+        let dims = problem.dims();
+        let few = (0..dims.batch).filter(|&batch| is_few(problem, batch) && problem.query_len(batch) > 0);
+        let groups = few.count().saturating_mul(dims.key_heads);
+        // Parts of their own where whole rows are too few for the threads; the bits are the same.
+        let in_parts = threads > 1 && groups < 4 * threads;
+        let (mut tasks, mut merges, mut slots) = (Vec::new(), Vec::new(), 0);
+        let limit = |batch: usize| if is_few(problem, batch) { few_rows::FEW } else { limit(batch) };
+        for rows in plan::row_tasks(problem, limit) {
+            if !is_few(problem, rows.batch) {
+                tasks.push(Task::Chunk(rows));
+            } else if !in_parts {
+                tasks.push(Task::Few(rows));
+            } else {
+                let keys = problem.key_range_of_rows(rows.batch, rows.queries.clone());
+                let first = slots;
+                for keys in few_rows::parts(&keys) {
+                    tasks.push(Task::Part { rows: rows.clone(), keys, slot: slots });
+                    slots += 1;
+                }
+                merges.push((rows, first..slots));
+            }
+        }
+        // Under causal masking the last rows of a head see the most keys: begin with those.
+        tasks.reverse();
+        Self { tasks, merges, slots }
+    }
+
+    fn workers(&self, threads: usize) -> usize {
+        threads.min(self.tasks.len().max(self.merges.len()))
+    }
+}
+
+/// What a call takes.
+struct Needs {
+    layout: Layout,
+    small: Layout,
+    /// Bytes of a worker's scratch.
+    bytes: usize,
+    /// Bytes of a partial result.
+    slot: usize,
+    tasks: Tasks,
+}
+
+impl Needs {
+    /// `None` on overflow.
+    fn of<E: Engine, Small: Engine>(
+        problem: &Problem,
+        has_small: bool,
+        sizes: &Sizes,
+        threads: usize,
+    ) -> Option<Self> {
+        let dims = problem.dims();
+        let layout = Layout::of::<E>(problem, sizes, threads);
+        let small = Layout::of::<Small>(problem, sizes, threads);
+        let (mut bytes, mut slot) = (0usize, 0usize);
+        for batch in 0..dims.batch {
+            let is_small = has_small && plan::is_small(problem, batch);
+            let needed = match (is_few(problem, batch), is_small) {
+                (true, true) => few_rows::bytes::<Small::F>(dims.head_dim, dims.value_head_dim),
+                (true, false) => few_rows::bytes::<E::F>(dims.head_dim, dims.value_head_dim),
+                (false, true) => small.bytes::<Small>(),
+                (false, false) => layout.bytes::<E>(),
+            };
+            bytes = bytes.max(needed?);
+            if is_few(problem, batch) {
+                slot = slot.max(if is_small {
+                    few_rows::partial_bytes::<Small::F>(dims.value_head_dim)?
+                } else {
+                    few_rows::partial_bytes::<E::F>(dims.value_head_dim)?
+                });
+            }
+        }
+        let limit =
+            |batch: usize| if has_small && plan::is_small(problem, batch) { small.rows } else { layout.rows };
+        let tasks = Tasks::of(problem, threads, limit);
+        Some(Self { layout, small, bytes, slot, tasks })
+    }
+
+    fn total(&self, threads: usize) -> Option<usize> {
+        let slots = self.slot.checked_mul(self.tasks.slots)?;
+        self.bytes.checked_mul(self.tasks.workers(threads))?.checked_add(slots)
+    }
+}
+
+/// Bytes of scratch of a call; `None` on overflow.
 pub(crate) fn needs<E: Engine, Small: Engine>(
     problem: &Problem,
     has_small: bool,
     sizes: &Sizes,
     threads: usize,
-) -> Option<(usize, usize)> {
-    let layout = Layout::of::<E>(problem, sizes, threads);
-    let small = Layout::of::<Small>(problem, sizes, threads);
-    let any = |small: bool| {
-        (0..problem.dims().batch).any(|batch| (has_small && plan::is_small(problem, batch)) == small)
-    };
-    let bytes = if any(false) { layout.bytes::<E>()? } else { 0 };
-    let small_bytes = if any(true) { small.bytes::<Small>()? } else { 0 };
-    let limit = |batch: usize| if has_small && plan::is_small(problem, batch) { small.rows } else { layout.rows };
-    Some((bytes.max(small_bytes), plan::row_tasks(problem, limit).count()))
+) -> Option<usize> {
+    Needs::of::<E, Small>(problem, has_small, sizes, threads)?.total(threads)
 }
 
-/// Runs a checked call in scratch of `bytes` a worker.
+/// Runs a checked call in checked scratch.
 pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,
@@ -497,24 +587,69 @@ pub(crate) fn run<E: Engine, Small: Engine>(
 ) {
     let (problem, inputs, outputs) = call.into_parts();
     let outputs = Outputs::new(problem, outputs);
-    let forward = Forward::new(engine, problem, &inputs, sizes, threads);
-    let small = small.map(|small| Forward::new(small, problem, &inputs, sizes, threads));
-    let is_small = |batch: usize| small.is_some() && plan::is_small(problem, batch);
-    let limit = |batch: usize| match &small {
-        Some(small) if is_small(batch) => small.layout.rows,
-        _ => forward.layout.rows,
-    };
-    let tasks = tasks(problem, limit);
-    let (bytes, _) = needs::<E, Small>(problem, small.is_some(), sizes, threads)
-        .unwrap_or_else(|| unreachable!("the scratch was sized before"));
-    workers::run(tasks.len(), threads, scratch, bytes, |index, memory| {
-        let rows = &tasks[index];
-        // SAFETY: the tasks are different rows, and each is run once.
+    let Needs { layout, small: small_layout, bytes, slot, tasks } =
+        Needs::of::<E, Small>(problem, small.is_some(), sizes, threads)
+            .unwrap_or_else(|| unreachable!("the scratch was sized before"));
+    let forward = Forward::new(engine, problem, &inputs, layout);
+    let small = small.map(|small| Forward::new(small, problem, &inputs, small_layout));
+    let small_of = |rows: &Rows| small.as_ref().filter(|_| plan::is_small(problem, rows.batch));
+    let (slots, scratch) = scratch.split_at_mut(slot * tasks.slots);
+    let slots = Slots { first: slots.as_mut_ptr(), bytes: slot, count: tasks.slots };
+
+    workers::run(tasks.tasks.len(), threads, scratch, bytes, |index, memory| {
+        // SAFETY: the tasks are different rows or different slots, and each is run once.
         unsafe {
-            match &small {
-                Some(small) if is_small(rows.batch) => small.task(rows, &outputs, memory),
-                _ => forward.task(rows, &outputs, memory),
+            match &tasks.tasks[index] {
+                Task::Chunk(rows) => match small_of(rows) {
+                    Some(small) => small.task(rows, &outputs, memory),
+                    None => forward.task(rows, &outputs, memory),
+                },
+                Task::Few(rows) => match small_of(rows) {
+                    Some(small) => small.few_rows(rows, &outputs, memory),
+                    None => forward.few_rows(rows, &outputs, memory),
+                },
+                Task::Part { rows, keys, slot } => {
+                    let to = slots.range(*slot..slot + 1);
+                    match small_of(rows) {
+                        Some(small) => small.few_rows_part(rows, keys.clone(), to, memory),
+                        None => forward.few_rows_part(rows, keys.clone(), to, memory),
+                    }
+                }
             }
         }
     });
+    workers::run(tasks.merges.len(), threads, scratch, bytes, |index, memory| {
+        let (rows, range) = &tasks.merges[index];
+        // SAFETY: the merges are different rows with different slots, whose parts are done.
+        unsafe {
+            let parts = slots.range(range.clone());
+            match small_of(rows) {
+                Some(small) => small.merge_parts(rows, parts, slot, &outputs, memory),
+                None => forward.merge_parts(rows, parts, slot, &outputs, memory),
+            }
+        }
+    });
+}
+
+/// Memory for partial results that tasks share: each uses slots of its own.
+struct Slots {
+    first: *mut u8,
+    bytes: usize,
+    count: usize,
+}
+
+// SAFETY: an exclusive piece of memory, whose parts are handed out by an unsafe method.
+unsafe impl Sync for Slots {}
+
+impl Slots {
+    /// # Safety
+    /// Nobody else uses these slots, and the memory is still borrowed.
+    #[allow(clippy::mut_from_ref, reason = "the caller vouches for exclusive slots")]
+    unsafe fn range(&self, slots: Range<usize>) -> &mut [u8] {
+        assert!(slots.start <= slots.end && slots.end <= self.count);
+        // SAFETY: inside the memory that the slots were made of; exclusive by the caller's word.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.first.add(slots.start * self.bytes), slots.len() * self.bytes)
+        }
+    }
 }

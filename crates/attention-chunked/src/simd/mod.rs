@@ -144,6 +144,20 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     }
 }
 
+/// Asks for the cache lines of `bytes` bytes from `from` on, where the machine has an instruction for it. Any address
+/// will do: nothing is read.
+#[inline(always)]
+pub(crate) fn prefetch(from: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for offset in (0..bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 processor has the instruction, which never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(offset).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, bytes);
+}
+
 /// What an x86-64 machine lacks for a level.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn x86_lacks(level: crate::Level) -> Option<String> {

@@ -1,0 +1,477 @@
+//! Decoding: few query rows a key/value head, where reading keys and values is all the work.
+//!
+//! Keys and values are read once, as they lie, for all rows of the group. The keys are cut into parts by their number
+//! alone; each part gives a partial result, and the parts are merged in order, so that a single row can use every
+//! thread and gives the same bits on one.
+
+use std::ops::Range;
+
+use attention_core::HostView;
+use attention_core::merge::{Accumulator, RunningSoftmax};
+
+use super::softmax::BlockSoftmax;
+use super::{Forward, Outputs, normalise};
+use crate::engine::Engine;
+use crate::engine::vector::Fused;
+use crate::float::Float;
+use crate::plan::Rows;
+use crate::scratch::Pieces;
+use crate::simd::{Kernel, Simd, prefetch};
+use crate::tensor::{Floats, Source, typed};
+use crate::terms::QueryRow;
+
+/// Rows of a key/value head up to which they are few: more have products enough to pay for packing keys and values.
+pub(crate) const FEW: usize = 8;
+
+/// Keys whose logits are held at a time.
+const BLOCK_KEYS: usize = 256;
+
+/// The distance between rows of logits.
+const STRIDE: usize = BLOCK_KEYS + 16;
+
+/// Keys of a part: at least so many, and at most so many parts.
+const PART_KEYS: usize = 1024;
+const MAX_PARTS: usize = 64;
+
+/// Rows that share one pass over the values.
+const ROW_GROUP: usize = 4;
+
+/// How many keys ahead rows are asked for: rows of neighbouring keys are as far apart as all heads together, often a
+/// page or more, which no processor's own prefetching bridges.
+const AHEAD: usize = 8;
+
+/// What a task of few rows works in.
+struct Scratch<'a, F> {
+    stage: &'a mut [F],
+    tile: &'a mut [F],
+    factors: &'a mut [F],
+    row: &'a mut [F],
+    part: Partial<'a, F>,
+    /// The parts so far.
+    running: Partial<'a, F>,
+}
+
+/// The result of some keys for each row.
+pub(super) struct Partial<'a, F> {
+    /// Of base two.
+    maxima: &'a mut [F],
+    sums: &'a mut [F],
+    /// Unnormalised, rows of the value head dimension.
+    values: &'a mut [F],
+}
+
+impl<'a, F: Float> Partial<'a, F> {
+    fn take(pieces: &mut Pieces<'a>, value_head_dim: usize) -> Self {
+        Self {
+            maxima: pieces.take(FEW),
+            sums: pieces.take(FEW),
+            values: pieces.take(FEW * value_head_dim),
+        }
+    }
+
+    fn clear(&mut self) {
+        self.maxima.fill(F::NEG_INFINITY);
+        self.sums.fill(F::ZERO);
+        self.values.fill(F::ZERO);
+    }
+
+    /// Adds the result of further keys.
+    fn merge(&mut self, part: &Self, rows: usize) {
+        let width = self.values.len() / FEW;
+        for row in 0..rows {
+            let natural = |part: &Self| RunningSoftmax { max: part.maxima[row] * F::LN_2, sum: part.sums[row] };
+            let mut running = natural(self);
+            let factors = running.merge(natural(part));
+            self.sums[row] = running.sum;
+            // Not back from the natural maximum, which was rounded.
+            let takes_over = running.max == part.maxima[row] * F::LN_2;
+            if takes_over {
+                self.maxima[row] = part.maxima[row];
+            }
+            let values = &mut self.values[row * width..][..width];
+            for (value, &new) in values.iter_mut().zip(&part.values[row * width..]) {
+                *value = *value * factors.old + new * factors.new;
+            }
+        }
+    }
+}
+
+fn scratch<'a, F: Float>(pieces: &mut Pieces<'a>, head_dim: usize, value_head_dim: usize) -> Scratch<'a, F> {
+    Scratch {
+        stage: pieces.take(Floats::stage_len(head_dim)),
+        tile: pieces.take(FEW * STRIDE),
+        factors: pieces.take(FEW),
+        row: pieces.take(value_head_dim),
+        part: Partial::take(pieces, value_head_dim),
+        running: Partial::take(pieces, value_head_dim),
+    }
+}
+
+/// Bytes of a task's scratch; `None` on overflow.
+pub(super) fn bytes<F: Float>(head_dim: usize, value_head_dim: usize) -> Option<usize> {
+    let mut pieces = Pieces::counting();
+    let _ = scratch::<F>(&mut pieces, head_dim, value_head_dim);
+    pieces.bytes()
+}
+
+/// Bytes of a partial result that is kept; `None` on overflow.
+pub(super) fn partial_bytes<F: Float>(value_head_dim: usize) -> Option<usize> {
+    let mut pieces = Pieces::counting();
+    let _ = Partial::<F>::take(&mut pieces, value_head_dim);
+    pieces.bytes()
+}
+
+/// The parts that the keys of some rows are cut into.
+pub(super) fn parts(keys: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+    let size = PART_KEYS.max(keys.len().div_ceil(MAX_PARTS).next_multiple_of(BLOCK_KEYS));
+    let keys = keys.clone();
+    (0..keys.len().div_ceil(size)).map(move |part| {
+        let start = keys.start + part * size;
+        start..keys.end.min(start + size)
+    })
+}
+
+impl<'a, E: Engine> Forward<'a, E> {
+    /// All keys of some rows.
+    ///
+    /// # Safety
+    /// No other thread writes these rows of the outputs.
+    pub(super) unsafe fn few_rows(&self, rows: &Rows, outputs: &Outputs<'a>, memory: &mut [u8]) {
+        let dims = self.problem.dims();
+        let mut scratch = scratch::<E::F>(&mut Pieces::of(memory), dims.head_dim, dims.value_head_dim);
+        scratch.running.clear();
+        self.stage_queries(rows, scratch.stage);
+        let keys = self.problem.key_range_of_rows(rows.batch, rows.queries.clone());
+        for part in parts(&keys) {
+            self.part(rows, part, &mut scratch);
+            scratch.running.merge(&scratch.part, rows.len());
+        }
+        // SAFETY: the caller's.
+        unsafe { self.finish_few(rows, &mut scratch.running, outputs) };
+    }
+
+    /// One part of the keys of some rows, into memory of [`partial_bytes`].
+    pub(super) fn few_rows_part(&self, rows: &Rows, keys: Range<usize>, to: &mut [u8], memory: &mut [u8]) {
+        let dims = self.problem.dims();
+        let mut scratch = scratch::<E::F>(&mut Pieces::of(memory), dims.head_dim, dims.value_head_dim);
+        scratch.part = Partial::take(&mut Pieces::of(to), dims.value_head_dim);
+        self.stage_queries(rows, scratch.stage);
+        self.part(rows, keys, &mut scratch);
+    }
+
+    /// Merges the parts of some rows, each in `bytes` of the memory, and writes the rows.
+    ///
+    /// # Safety
+    /// No other thread writes these rows of the outputs.
+    pub(super) unsafe fn merge_parts(
+        &self,
+        rows: &Rows,
+        parts: &mut [u8],
+        bytes: usize,
+        outputs: &Outputs<'a>,
+        memory: &mut [u8],
+    ) {
+        let dims = self.problem.dims();
+        let mut scratch = scratch::<E::F>(&mut Pieces::of(memory), dims.head_dim, dims.value_head_dim);
+        scratch.running.clear();
+        for part in parts.chunks_exact_mut(bytes) {
+            let part = Partial::take(&mut Pieces::of(part), dims.value_head_dim);
+            scratch.running.merge(&part, rows.len());
+        }
+        // SAFETY: the caller's.
+        unsafe { self.finish_few(rows, &mut scratch.running, outputs) };
+    }
+
+    fn stage_queries(&self, rows: &Rows, stage: &mut [E::F]) {
+        let index = |row: usize| {
+            let (head, query) = rows.at(row);
+            [rows.batch, query, head]
+        };
+        let sign = self.terms.query_sign();
+        self.query.stage(self.engine.simd(), rows.len(), index, sign, false, stage);
+    }
+
+    /// # Safety
+    /// As for [`few_rows`](Self::few_rows).
+    unsafe fn finish_few(&self, rows: &Rows, result: &mut Partial<'_, E::F>, outputs: &Outputs<'a>) {
+        let width = self.layout.value_head_dim;
+        for row in 0..rows.len() {
+            let (head, query) = rows.at(row);
+            let running = RunningSoftmax { max: result.maxima[row] * E::F::LN_2, sum: result.sums[row] };
+            let sink = self.sinks.as_ref().map(|sinks| sinks.at(&[head]));
+            let values = &mut result.values[row * width..][..width];
+            let lse = normalise(running, sink, values);
+            // SAFETY: the caller's.
+            unsafe {
+                outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
+                if let Some(to) = &outputs.lse {
+                    to.write([rows.batch, query, head, 0], lse);
+                }
+            }
+        }
+    }
+
+    /// Computes a part, and once more with care where something in it is not finite: a weight of zero times a value
+    /// that takes no part must not count.
+    fn part(&self, rows: &Rows, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
+        self.part_blocks(rows, keys.clone(), false, scratch);
+        let zero = E::F::ZERO;
+        let is_finite = scratch.part.values.iter().fold(zero, |sum, &value| sum + value * zero) == zero;
+        if !is_finite {
+            self.part_blocks(rows, keys, true, scratch);
+        }
+    }
+
+    fn part_blocks(&self, rows: &Rows, keys: Range<usize>, careful: bool, scratch: &mut Scratch<'_, E::F>) {
+        scratch.part.clear();
+        let mut infos = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; FEW];
+        let infos = &mut infos[..rows.len()];
+        for (row, info) in infos.iter_mut().enumerate() {
+            *info = rows.row(self.problem, row);
+        }
+        for first in keys.clone().step_by(BLOCK_KEYS) {
+            let block = first..keys.end.min(first + BLOCK_KEYS);
+            self.few_block(rows, infos, block, careful, scratch);
+        }
+    }
+
+    fn few_block(
+        &self,
+        rows: &Rows,
+        infos: &[QueryRow],
+        keys: Range<usize>,
+        careful: bool,
+        scratch: &mut Scratch<'_, E::F>,
+    ) {
+        let simd = self.engine.simd();
+        let (batch, key_head) = (rows.batch, rows.key_head);
+        let queries = Floats::staged(scratch.stage, self.layout.head_dim);
+        typed!(&self.key, view => simd.vectorize(Dots {
+            simd, view, batch, key_head, keys: keys.clone(), rows: rows.len(), queries: queries.data,
+            queries_stride: queries.stride, tile: scratch.tile,
+        }));
+        let columns = keys.len().next_multiple_of(2 * <E::S as Simd<E::F>>::LANES);
+        let inside = infos.iter().all(|row| row.begin <= keys.start && row.end >= keys.end);
+        let part = &mut scratch.part;
+        simd.vectorize(BlockSoftmax {
+            engine: Fused::<E::F, E::S>::new(simd),
+            terms: &self.terms,
+            rows: infos,
+            first: keys.start,
+            columns,
+            apply: !inside || columns != keys.len() || !self.terms.is_plain() || self.terms.has_mask(),
+            mark: careful,
+            tile: scratch.tile,
+            stride: STRIDE,
+            packed_columns: BLOCK_KEYS,
+            packed: &mut [],
+            maxima: part.maxima,
+            sums: part.sums,
+            factors: scratch.factors,
+        });
+        let width = self.layout.value_head_dim;
+        if careful {
+            for row in 0..rows.len() {
+                let values = &mut part.values[row * width..][..width];
+                values.iter_mut().for_each(|value| *value = *value * scratch.factors[row]);
+            }
+            for (column, key) in keys.enumerate() {
+                self.value.read_row([batch, key, key_head], scratch.row);
+                let weights = &scratch.tile[column..];
+                super::add_apart(scratch.row, weights, STRIDE, 0, rows.len(), part.values, width);
+            }
+        } else {
+            typed!(&self.value, view => simd.vectorize(WeightedSums {
+                simd, view, batch, key_head, keys, rows: rows.len(), weights: scratch.tile, factors: scratch.factors,
+                values: part.values,
+            }));
+        }
+    }
+}
+
+/// The products of few queries with keys as they lie.
+struct Dots<'v, 'r, F, S, T> {
+    simd: S,
+    view: &'r HostView<'v, T>,
+    batch: usize,
+    key_head: usize,
+    keys: Range<usize>,
+    rows: usize,
+    queries: &'r [F],
+    queries_stride: usize,
+    tile: &'r mut [F],
+}
+
+impl<F: Float, S: Simd<F>, T: Source> Kernel for Dots<'_, '_, F, S, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        match self.rows {
+            1 => self.rows::<1>(),
+            2 => self.rows::<2>(),
+            3 | 4 => self.rows::<4>(),
+            _ => self.rows::<FEW>(),
+        }
+    }
+}
+
+impl<F: Float, S: Simd<F>, T: Source> Dots<'_, '_, F, S, T> {
+    /// At most `ROWS` rows; the stage holds zeros behind the real ones.
+    #[inline(always)]
+    fn rows<const ROWS: usize>(self) {
+        let Self { simd, view, batch, key_head, keys, rows, queries, queries_stride, tile } = self;
+        let width = view.shape()[3];
+        assert!((ROWS - 1) * queries_stride + width <= queries.len());
+        assert!(keys.len() <= STRIDE && rows * STRIDE <= tile.len() && rows <= ROWS);
+        let head = view.index_axis(2, key_head).index_axis(0, batch);
+        let row_bytes = width * size_of::<T>();
+        let ahead = head.strides()[0].wrapping_mul(AHEAD as isize);
+        for (column, key) in keys.enumerate() {
+            let row = head.matrix_row(key);
+            if let Some(row) = row.contiguous() {
+                prefetch(row.as_ptr().wrapping_offset(ahead).cast(), row_bytes);
+            }
+            let mut sums = [simd.splat(F::ZERO); ROWS];
+            let mut done = 0;
+            if let Some(row) = row.contiguous() {
+                while done + S::LANES <= width {
+                    // SAFETY: `done + LANES` elements are in the key and in each of ROWS queries.
+                    unsafe {
+                        let key = T::load(simd, row.as_ptr().add(done));
+                        for (index, sum) in sums.iter_mut().enumerate() {
+                            let query = simd.load(queries.as_ptr().add(index * queries_stride + done));
+                            *sum = simd.fma(query, key, *sum);
+                        }
+                    }
+                    done += S::LANES;
+                }
+            }
+            for (index, &sum) in sums.iter().enumerate().take(rows) {
+                let mut total = simd.reduce_sum(sum);
+                for d in done..width {
+                    total += queries[index * queries_stride + d] * row.at(d).widen::<F>();
+                }
+                tile[index * STRIDE + column] = total;
+            }
+        }
+    }
+}
+
+/// `values[row] = factors[row] * values[row] + sum over keys of weights[row][key] * value[key]`, for values as they
+/// lie.
+struct WeightedSums<'v, 'r, F, S, T> {
+    simd: S,
+    view: &'r HostView<'v, T>,
+    batch: usize,
+    key_head: usize,
+    keys: Range<usize>,
+    rows: usize,
+    weights: &'r [F],
+    factors: &'r [F],
+    values: &'r mut [F],
+}
+
+impl<F: Float, S: Simd<F>, T: Source> Kernel for WeightedSums<'_, '_, F, S, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self) {
+        let width = self.view.shape()[3];
+        assert!(self.rows * STRIDE <= self.weights.len() && self.keys.len() <= STRIDE);
+        assert!(self.rows * width <= self.values.len() && self.rows <= self.factors.len());
+        for row in (0..self.rows).step_by(ROW_GROUP) {
+            match (self.rows - row).min(ROW_GROUP) {
+                1 => self.group::<1>(row),
+                2 => self.group::<2>(row),
+                3 => self.group::<3>(row),
+                _ => self.group::<ROW_GROUP>(row),
+            }
+        }
+    }
+}
+
+impl<F: Float, S: Simd<F>, T: Source> WeightedSums<'_, '_, F, S, T> {
+    #[inline(always)]
+    fn group<const ROWS: usize>(&mut self, first: usize) {
+        let width = self.view.shape()[3];
+        let mut done = 0;
+        while ROWS <= 2 && done + 8 * S::LANES <= width {
+            self.columns::<ROWS, 8>(first, done);
+            done += 8 * S::LANES;
+        }
+        while done + 4 * S::LANES <= width {
+            self.columns::<ROWS, 4>(first, done);
+            done += 4 * S::LANES;
+        }
+        while done + S::LANES <= width {
+            self.columns::<ROWS, 1>(first, done);
+            done += S::LANES;
+        }
+        let head = self.view.index_axis(2, self.key_head).index_axis(0, self.batch);
+        for column in done..width {
+            let mut sums = [F::ZERO; ROWS];
+            for (index, key) in self.keys.clone().enumerate() {
+                let value: F = head.matrix_row(key).at(column).widen();
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    *sum += self.weights[(first + row) * STRIDE + index] * value;
+                }
+            }
+            for (row, sum) in sums.into_iter().enumerate() {
+                let to = &mut self.values[(first + row) * width + column];
+                *to = *to * self.factors[first + row] + sum;
+            }
+        }
+    }
+
+    /// `VECTORS` vectors of columns from `column` on, which the values have.
+    #[inline(always)]
+    fn columns<const ROWS: usize, const VECTORS: usize>(&mut self, first: usize, column: usize) {
+        let simd = self.simd;
+        let width = self.view.shape()[3];
+        let head = self.view.index_axis(2, self.key_head).index_axis(0, self.batch);
+        let mut sums = [[simd.splat(F::ZERO); VECTORS]; ROWS];
+        let mut room = [F::ZERO; 256];
+        let ahead = head.strides()[0].wrapping_mul(AHEAD as isize);
+        for (index, key) in self.keys.clone().enumerate() {
+            let row = head.matrix_row(key);
+            let mut values = [simd.splat(F::ZERO); VECTORS];
+            // SAFETY: the columns are inside the row; those of a row with another stride are copied first.
+            unsafe {
+                match row.contiguous() {
+                    Some(row) => {
+                        let next = row.as_ptr().wrapping_offset(ahead).wrapping_add(column);
+                        prefetch(next.cast(), VECTORS * S::LANES * size_of::<T>());
+                        for (vector, value) in values.iter_mut().enumerate() {
+                            *value = T::load(simd, row.as_ptr().add(column + vector * S::LANES));
+                        }
+                    }
+                    None => {
+                        for (offset, to) in room[..VECTORS * S::LANES].iter_mut().enumerate() {
+                            *to = row.at(column + offset).widen();
+                        }
+                        for (vector, value) in values.iter_mut().enumerate() {
+                            *value = simd.load(room.as_ptr().add(vector * S::LANES));
+                        }
+                    }
+                }
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let weight = simd.splat(self.weights[(first + row) * STRIDE + index]);
+                for (sum, &value) in sums.iter_mut().zip(&values) {
+                    *sum = simd.fma(weight, value, *sum);
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            let factor = simd.splat(self.factors[first + row]);
+            for (vector, &sum) in sums.iter().enumerate() {
+                // SAFETY: the columns are inside row `first + row` of the values, which have `rows * width` elements.
+                unsafe {
+                    let at = self.values.as_mut_ptr().add((first + row) * width + column + vector * S::LANES);
+                    simd.store(at, simd.fma(simd.load(at), factor, sum));
+                }
+            }
+        }
+    }
+}
