@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use attention::Registry;
+use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, Error, ForwardCall, Pass, Problem, Scratch,
     Unavailable, Unsupported,
@@ -36,6 +37,90 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
     Ok(backends)
 }
 
+/// The same backends, with one for each instruction set of this machine in the place of one that chooses among them.
+/// Prints the sets that the machine lacks. Where the environment names one, there is no choice, and nothing changes.
+pub(crate) fn at_every_level(backends: Vec<Arc<dyn AttentionBackend>>) -> Vec<Arc<dyn AttentionBackend>> {
+    if std::env::var_os(Level::VARIABLE).is_some() {
+        return backends;
+    }
+    let mut expanded: Vec<Arc<dyn AttentionBackend>> = Vec::new();
+    for backend in backends {
+        if backend.name() != "chunked" {
+            expanded.push(backend);
+            continue;
+        }
+        for level in Level::ALL {
+            match level.check() {
+                Ok(()) => {
+                    let backend = ChunkedBackend::with_config(ChunkedConfig::default().level(level));
+                    let label = format!("chunked at {level}");
+                    expanded.push(Arc::new(Labelled { label, backend: Arc::new(backend) }));
+                }
+                Err(reason) => println!("chunked at {level}: skipped, {reason}"),
+            }
+        }
+    }
+    expanded
+}
+
+/// A backend under another name, to tell configurations apart in reports.
+#[derive(Debug)]
+struct Labelled {
+    label: String,
+    backend: Arc<dyn AttentionBackend>,
+}
+
+/// Everything but the name is that of another backend, called as `$call` says.
+macro_rules! delegate {
+    ($type:ty, |$this:ident| $name:expr, |$self_:ident, $run:ident| $call:expr) => {
+        impl AttentionBackend for $type {
+            fn name(&self) -> &str {
+                let $this = self;
+                $name
+            }
+
+            fn version(&self) -> &str {
+                self.backend.version()
+            }
+
+            fn capabilities(&self) -> &Capabilities {
+                self.backend.capabilities()
+            }
+
+            fn available(&self) -> Result<(), Unavailable> {
+                self.backend.available()
+            }
+
+            fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
+                let $self_ = self;
+                let $run = || self.backend.supports(problem);
+                $call
+            }
+
+            fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
+                let $self_ = self;
+                let $run = || self.backend.scratch_bytes(problem);
+                $call
+            }
+
+            fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+                let $self_ = self;
+                let $run = || self.backend.forward(call, scratch);
+                $call
+            }
+
+            fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+                let $self_ = self;
+                let $run = || self.backend.backward(call, scratch);
+                $call
+            }
+        }
+    };
+}
+
+delegate!(Labelled, |this| &this.label, |_this, run| run());
+delegate!(InPool, |this| this.backend.name(), |this, run| this.pool.install(run));
+
 /// A pool of this many threads.
 pub(crate) fn pool(threads: usize) -> crate::Result<Arc<ThreadPool>> {
     Ok(Arc::new(ThreadPoolBuilder::new().num_threads(threads).build()?))
@@ -53,40 +138,6 @@ impl InPool {
     /// A backend in a pool of this many threads.
     pub(crate) fn new(backend: Arc<dyn AttentionBackend>, threads: usize) -> crate::Result<Self> {
         Ok(Self { backend, pool: pool(threads)? })
-    }
-}
-
-impl AttentionBackend for InPool {
-    fn name(&self) -> &str {
-        self.backend.name()
-    }
-
-    fn version(&self) -> &str {
-        self.backend.version()
-    }
-
-    fn capabilities(&self) -> &Capabilities {
-        self.backend.capabilities()
-    }
-
-    fn available(&self) -> Result<(), Unavailable> {
-        self.backend.available()
-    }
-
-    fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
-        self.pool.install(|| self.backend.supports(problem))
-    }
-
-    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-        self.pool.install(|| self.backend.scratch_bytes(problem))
-    }
-
-    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.pool.install(|| self.backend.forward(call, scratch))
-    }
-
-    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.pool.install(|| self.backend.backward(call, scratch))
     }
 }
 
@@ -115,7 +166,7 @@ mod tests {
     #[test]
     fn an_unknown_name_is_answered_with_the_known_ones() {
         let error = named(&["nosuch".to_owned()]).unwrap_err().to_string();
-        assert_eq!(error, "unknown backend 'nosuch'; this build has cpu");
+        assert_eq!(error, "unknown backend 'nosuch'; this build has chunked, cpu");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use attention_core::{AttentionBackend, DType, Pass};
 use crate::backends::{self, InPool, parse_dtype, parse_pass};
 use crate::reporting;
 
-/// Runs the conformance suite
+/// Runs the conformance suite, on every instruction set that a backend has kernels for
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// A backend to run; all by default
@@ -60,7 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         return Ok(true);
     }
 
-    let backends = backends::named(&arguments.backend)?;
+    let backends = backends::at_every_level(backends::named(&arguments.backend)?);
     let reports = (backends.iter())
         .map(|backend| run_backend(&suite, backend, &arguments.threads))
         .collect::<crate::Result<Vec<Report>>>()?;

@@ -37,7 +37,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     if arguments.check {
         return check(&arguments.python);
     }
-    let backends = backends::named(&arguments.backend)?;
+    let backends = backends::at_every_level(backends::named(&arguments.backend)?);
     let dtypes = if arguments.dtype.is_empty() { &DType::FLOATS[..] } else { &arguments.dtype };
     let dirs = if arguments.dir.is_empty() { own_sets() } else { arguments.dir.clone() };
     // Opened before anything runs: an unknown key in the last one should not cost a run of the others.

@@ -15,19 +15,9 @@ pub(crate) fn description() -> String {
     format!("{model}, {} cores", cores())
 }
 
-/// The widest vector instructions that the processor offers and the backends know.
+/// The instruction set that kernels chosen at run time use here.
 pub(crate) fn level() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::is_x86_feature_detected as has;
-        if has!("avx512f") && has!("avx512bw") && has!("avx512cd") && has!("avx512dq") && has!("avx512vl") {
-            return "avx512";
-        }
-        if has!("avx2") && has!("fma") {
-            return "avx2";
-        }
-    }
-    if cfg!(target_arch = "aarch64") { "neon" } else { "scalar" }
+    attention_chunked::ChunkedBackend::new().level().map_or("none", attention_chunked::Level::name)
 }
 
 /// Bytes of memory that can still be had, where the system says so.

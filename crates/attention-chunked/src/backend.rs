@@ -117,7 +117,7 @@ impl ChunkedBackend {
                         return work.run(engine, None::<Tiles<2>>);
                     }
                 }
-                DType::F32 if level >= Level::Amx => {
+                DType::F32 if level >= Level::Amx && self.config.splits_f32() => {
                     if let Some((engine, simd)) = Tiles::<3>::detect().zip(Avx512::<false>::detect()) {
                         return work.run(engine, Some(Fused::<f64, _>::new(simd)));
                     }

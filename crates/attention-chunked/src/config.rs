@@ -32,6 +32,7 @@ pub struct ChunkedConfig {
     threads: Option<NonZeroUsize>,
     pool: Option<Arc<ThreadPool>>,
     level: Option<Level>,
+    split_f32: bool,
 }
 
 /// The sizes of a configuration, as tasks are cut by.
@@ -81,6 +82,20 @@ impl ChunkedConfig {
     #[must_use]
     pub fn level(self, level: Level) -> Self {
         Self { level: Some(level), ..self }
+    }
+
+    /// At [`Level::Amx`], multiplies f32 operands as sums of three bf16 parts on the matrix unit. Still of class `F32`:
+    /// it passes the whole conformance suite inside the same bounds. Numbers above 3.38e38, which no bf16 holds, become
+    /// NaN. Off by default, since it is not faster on every machine (docs/performance.md); at other levels it does
+    /// nothing.
+    #[must_use]
+    pub fn split_f32(self, split: bool) -> Self {
+        Self { split_f32: split, ..self }
+    }
+
+    /// Whether f32 is split.
+    pub(crate) fn splits_f32(&self) -> bool {
+        self.split_f32
     }
 
     /// The level to use, or what is wrong with the one that was asked for.

@@ -17,4 +17,3 @@ mod workers;
 pub use backend::ChunkedBackend;
 pub use config::ChunkedConfig;
 pub use level::Level;
-#[cfg(test)] mod phases;

@@ -1,0 +1,68 @@
+//! What a call allocates besides the scratch that it is given, counted.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use attention_chunked::{ChunkedBackend, ChunkedConfig};
+use attention_core::{
+    AttentionBackend, ForwardCall, ForwardOutputs, Inputs, ScratchBuffer, View, ViewMut, Window,
+};
+
+/// The system's allocator, with the bytes in use and the most there ever were.
+struct Counting;
+
+static NOW: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is the system allocator's; numbers are counted besides.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        PEAK.fetch_max(now, Ordering::Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        NOW.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Bytes that a forward call has in use beyond inputs and outputs: its scratch, and what it allocates itself.
+fn in_use(queries: usize, keys: usize, window: usize) -> (usize, usize) {
+    let backend = ChunkedBackend::with_config(ChunkedConfig::default().threads(1));
+    let (q, k) = (vec![0.5f32; queries * 64], vec![0.25f32; keys * 64]);
+    let mut out = vec![0f32; queries * 64];
+    let query = View::from_slice(&q, [1, queries, 1, 64]).unwrap();
+    let key = View::from_slice(&k, [1, keys, 1, 64]).unwrap();
+    let inputs = Inputs::new(query, key, key);
+    let problem = inputs.problem().window(Window { left: Some(window), right: None }).build().unwrap();
+    let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem).unwrap());
+    let outputs =
+        ForwardOutputs { out: ViewMut::from_slice(&mut out, [1, queries, 1, 64]).unwrap(), lse: None };
+    let call = ForwardCall::new(&problem, inputs, outputs).unwrap();
+    let before = NOW.load(Ordering::Relaxed);
+    PEAK.store(before, Ordering::Relaxed);
+    backend.forward(call, scratch.scratch()).unwrap();
+    assert!(out.iter().all(|&x| (x - 0.25).abs() < 1e-6));
+    (scratch.len(), PEAK.load(Ordering::Relaxed) - before)
+}
+
+/// One test: the counters are the process's.
+#[test]
+fn a_call_uses_constant_memory() {
+    let (scratch, _) = in_use(1024, 1024, 1024);
+    assert!(scratch <= 1 << 20, "{scratch} bytes of scratch");
+    for (queries, keys) in [(4096, 4096), (64, 1 << 18), (1 << 17, 64)] {
+        let (long_scratch, allocated) = in_use(queries, keys, usize::MAX);
+        assert!(long_scratch <= 1 << 20, "T {queries}, S {keys}: {long_scratch} bytes of scratch");
+        // The list of tasks: about a hundred bytes for each chunk of rows.
+        let tasks = queries / 192 + 1;
+        assert!(allocated <= 1024 + 256 * tasks, "T {queries}, S {keys}: {allocated} bytes allocated");
+    }
+}
