@@ -365,7 +365,8 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
     /// The blocks of keys of a packed chunk that a block of rows meets.
     pub(crate) fn key_blocks(block: &Block, keys: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<E> {
         let seen = plan::intersection(&block.any, keys);
-        let first = seen.start / E::BLOCK_KEYS * E::BLOCK_KEYS;
+        // An empty range may lie anywhere.
+        let first = if seen.is_empty() { seen.end } else { seen.start / E::BLOCK_KEYS * E::BLOCK_KEYS };
         (first..seen.end).step_by(E::BLOCK_KEYS).map(move |start| {
             start.max(seen.start / E::KEY_STEP * E::KEY_STEP)..seen.end.min(start + E::BLOCK_KEYS)
         })

@@ -277,6 +277,9 @@ impl<'a, E: Engine> Forward<'a, E> {
             }
         }
         let seen = plan::intersection(&(begin.min(end)..end), chunk);
+        if seen.is_empty() {
+            return;
+        }
         let mut start = seen.start / E::BLOCK_KEYS * E::BLOCK_KEYS;
         while start < seen.end {
             let next = start + E::BLOCK_KEYS;
