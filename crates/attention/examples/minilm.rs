@@ -1,5 +1,6 @@
 //! Attention on real input: queries, keys and values that all-MiniLM-L6-v2 computes for six sentences of different
-//! lengths, in one padded batch, compared with the stored output of an f64 implementation.
+//! lengths, in one padded batch, on every implementation of this build, compared with the stored output of an f64
+//! implementation and with each other.
 //!
 //! ```text
 //! cargo run --release -p attention --example minilm [FILE]
@@ -10,7 +11,7 @@ use std::error::Error;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use attention::{Attention, Tensor, View};
+use attention::{Attention, Registry, Tensor, View};
 use safetensors::{Dtype, SafeTensors};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/minilm_attention.safetensors");
@@ -53,19 +54,30 @@ fn run(path: &str) -> Result<bool, Box<dyn Error>> {
         let (query, key, value) = (query?, key?, value?);
         if index == 0 {
             println!("{}\n", attention.explain(&query, &key, &value)?);
-            println!("layer  time (median of {RUNS})  max abs error  of the largest output  allowed");
+            println!(
+                "layer  implementation  time (median of {RUNS})  max abs error  of the largest output  allowed"
+            );
         }
-        let (out, time) = timed(|| attention.forward(&query, &key, &value))?;
         let want = doubles(&file, &format!("layer{layer}.out_f64"))?;
-        let (error, relative) = compare(&out, &want)?;
-        // Written so that NaN disagrees.
-        let good = relative <= ALLOWED;
-        agrees &= good;
-        println!(
-            "{layer:5}  {:>19}  {error:13.2e}  {relative:21.2e}  {ALLOWED:7.0e}  {}",
-            format!("{time:.1?}"),
-            if good { "agrees" } else { "DOES NOT AGREE" }
-        );
+        let mut outputs: Vec<(String, Vec<f64>)> = Vec::new();
+        for name in Registry::shared().names() {
+            let attention = attention.clone().implementation(name.clone());
+            let (out, time) = timed(|| attention.forward(&query, &key, &value))?;
+            let (error, relative) = compare(&out, &want)?;
+            // Written so that NaN disagrees.
+            let good = relative <= ALLOWED;
+            agrees &= good;
+            println!(
+                "{layer:5}  {name:14}  {:>19}  {error:13.2e}  {relative:21.2e}  {ALLOWED:7.0e}  {}",
+                format!("{time:.1?}"),
+                if good { "agrees" } else { "DOES NOT AGREE" }
+            );
+            if let Some((first, values)) = outputs.first() {
+                println!("       largest difference between {name} and {first}: {:.2e}", compare(&out, values)?.0);
+            }
+            let values = out.as_slice::<f32>().ok_or("the output of f32 queries is f32")?;
+            outputs.push((name, values.iter().map(|&x| f64::from(x)).collect()));
+        }
     }
     println!();
 

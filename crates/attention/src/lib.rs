@@ -35,7 +35,11 @@ pub use selection::{
 };
 pub use tensor::Tensor;
 
-/// The CPU implementation of this build, to configure and hand to [`Implementation::Exactly`].
+/// The memory-efficient CPU implementation of this build, to configure and hand to [`Implementation::Exactly`].
+#[cfg(feature = "chunked")]
+pub use attention_chunked as chunked;
+
+/// The plain CPU implementation of this build, to configure and hand to [`Implementation::Exactly`].
 #[cfg(feature = "cpu")]
 pub use attention_cpu as cpu;
 

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: backends on the shared shapes, beside other libraries.
 
 mod measure;
+mod memory;
 mod peer;
 mod row;
 
@@ -52,6 +53,12 @@ pub(crate) struct Arguments {
     /// The Python that has torch or jax
     #[arg(long, env = "ATTENTION_PYTHON", default_value = "python3", value_name = "PATH")]
     peer_python: PathBuf,
+    /// Print memory beyond inputs and outputs for one head of 2^8 to 2^20 tokens instead, beside the paper's tables
+    #[arg(long)]
+    memory: bool,
+    /// With --memory: run calls of up to this many tokens; longer ones are asked for their scratch alone
+    #[arg(long, default_value_t = 1 << 14, value_name = "N")]
+    run_up_to: usize,
     /// How many turns each side has; as many as fit into some seconds by default
     #[arg(long, value_name = "N", value_parser = positive)]
     repeats: Option<usize>,
@@ -79,10 +86,14 @@ pub(crate) struct Case {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments) -> crate::Result {
-    let threads = arguments.threads.unwrap_or_else(machine::cores);
+    let threads = if arguments.memory { 1 } else { arguments.threads.unwrap_or_else(machine::cores) };
     let backends = (backends::named(&arguments.backend)?.into_iter())
         .map(|backend| Ok(Arc::new(InPool::new(backend, threads)?) as Arc<dyn AttentionBackend>))
         .collect::<crate::Result<Vec<_>>>()?;
+    if arguments.memory {
+        let dtype = arguments.dtype.first().copied().unwrap_or(DType::F32);
+        return memory::run(&backends, arguments.run_up_to, dtype);
+    }
     let mut peers: Vec<Peer> = Vec::new();
     for name in &arguments.peer {
         match Peer::start(name, &arguments.peer_python, threads) {

@@ -323,16 +323,36 @@ fn a_stored_class_takes_any_of_that_class() {
 }
 
 #[test]
-#[cfg(feature = "cpu")]
-fn the_default_registry_has_the_cpu() {
-    assert_eq!(Registry::shared().names(), ["cpu"]);
+#[cfg(any(feature = "chunked", feature = "cpu"))]
+fn the_default_registry_has_what_the_features_say() {
+    let names: Vec<&str> = [("chunked", cfg!(feature = "chunked")), ("cpu", cfg!(feature = "cpu"))]
+        .into_iter()
+        .filter_map(|(name, there)| there.then_some(name))
+        .collect();
+    assert_eq!(Registry::shared().names(), names);
     let explanation = attention::explain(&problem());
-    assert_eq!(explanation.chosen().unwrap().name, "cpu");
+    assert!(names.contains(&&*explanation.chosen().unwrap().name));
     assert_eq!(explanation.chosen().unwrap().numerics, Some(NumericsClass::F32));
 }
 
+/// Long calls go to the memory-efficient implementation, whatever else there is.
 #[test]
-#[cfg(not(feature = "cpu"))]
+#[cfg(all(feature = "chunked", feature = "cpu"))]
+fn long_calls_go_to_chunked() {
+    let desc = attention::TensorDesc::contiguous(DType::Bf16, [1, 4096, 8, 64]);
+    for causal in [false, true] {
+        let problem = attention::Problem::builder(desc, desc, desc).causal(causal);
+        let forward = problem.clone().build().unwrap();
+        let backward = problem.gradients(attention::Gradients::QKV).build().unwrap();
+        for problem in [forward, backward] {
+            let explanation = attention::explain(&problem);
+            assert_eq!(explanation.chosen().unwrap().name, "chunked", "{explanation}");
+        }
+    }
+}
+
+#[test]
+#[cfg(not(any(feature = "chunked", feature = "cpu")))]
 fn a_build_without_features_has_no_implementation() {
     assert!(Registry::shared().names().is_empty());
     let text = attention::explain(&problem()).to_string();
