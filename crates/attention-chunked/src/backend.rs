@@ -7,12 +7,12 @@ use attention_core::{
 
 use crate::config::ChunkedConfig;
 use crate::engine::Engine;
-use crate::engine::vector::Fused;
 #[cfg(target_arch = "x86_64")]
 use crate::engine::amx::Tiles;
-use crate::simd::{Scalar, Simd};
+use crate::engine::vector::Fused;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
+use crate::simd::{Scalar, Simd};
 use crate::{Level, backward, forward};
 
 const NAME: &str = "chunked";
@@ -83,8 +83,9 @@ impl ChunkedBackend {
             (DType::F16, NumericsClass::HalfF32),
             (DType::Bf16, NumericsClass::HalfF32),
         ];
-        let capabilities = Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::Constant)
-            .with_backward(pass);
+        let capabilities =
+            Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::Constant)
+                .with_backward(pass);
         Self { level: config.chosen_level(), config, capabilities }
     }
 

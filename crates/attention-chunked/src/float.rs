@@ -25,7 +25,8 @@ pub(crate) trait Float:
     /// an allowed weight that is zero.
     const DISALLOWED: Self;
 
-    /// Exponents that [`exp2`](crate::simd::exp2) is computed between: beyond them the result is 0 or infinity.
+    /// Exponents that [`exp2`](crate::simd::exp2) is computed between: below the first, that of the smallest normal
+    /// number, the result is 0; above the second it is infinity.
     const EXPONENTS: [Self; 2];
 
     /// `2^r = 1 + r (c[0] + c[1] r + ...)` for `|r| <= 1/2`: minimax in the relative error (Remez exchange in 60
@@ -72,9 +73,9 @@ macro_rules! float {
             }
             #[inline(always)]
             fn times_power_of_two(self, k: Self) -> Self {
-                // In two factors, so that neither overflows and subnormal results are rounded once. A NaN becomes 0
-                // here; the factor it multiplies is NaN too.
-                let k = k as i32;
+                // In two factors, so that neither overflows. Exponents that are no number, or below the range, give some
+                // number; the caller selects another result then, or the factor is NaN too.
+                let k = (k as i32).clamp(Self::EXPONENTS[0] as i32, Self::EXPONENTS[1] as i32);
                 let half = k >> 1;
                 let power = |k: i32| $float::from_bits(((k + $bias) as $bits) << $mantissa);
                 self * power(half) * power(k - half)
@@ -94,13 +95,21 @@ macro_rules! float {
 }
 
 float!(
-    f32, u32, 127, 23, [-150.0, 129.0],
+    f32,
+    u32,
+    127,
+    23,
+    [-126.0, 129.0],
     [0.693_147_2, 0.240_226_53, 0.055_503_11, 0.009_617_693, 0.001_340_664_4, 0.000_155_946_78],
     [-5.704_988_7e-3, 2.063_908_8e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1],
     []
 );
 float!(
-    f64, u64, 1023, 52, [-1076.0, 1025.0],
+    f64,
+    u64,
+    1023,
+    52,
+    [-1022.0, 1025.0],
     [
         0.693_147_180_559_945_7,
         0.240_226_506_959_100_98,

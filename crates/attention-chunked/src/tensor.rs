@@ -230,7 +230,13 @@ impl<'a> SharedOutput<'a> {
         for (to, &from) in strides.iter_mut().zip(desc.strides().iter()) {
             *to = from;
         }
-        Self { pointer: view.as_mut_ptr(), dtype: desc.dtype(), shape: desc.shape(), strides, memory: PhantomData }
+        Self {
+            pointer: view.as_mut_ptr(),
+            dtype: desc.dtype(),
+            shape: desc.shape(),
+            strides,
+            memory: PhantomData,
+        }
     }
 
     /// The address of an element: checks the index.
@@ -264,7 +270,9 @@ impl<'a> SharedOutput<'a> {
             match self.dtype {
                 DType::F64 => put(first.cast::<f64>(), self.strides[3], from, factor, |x| x.to_f64()),
                 DType::F32 => put(first.cast::<f32>(), self.strides[3], from, factor, |x| x.to_f32()),
-                DType::Bf16 => put(first.cast::<u16>(), self.strides[3], from, factor, |x| bf16_bits(x.to_f32())),
+                DType::Bf16 => {
+                    put(first.cast::<u16>(), self.strides[3], from, factor, |x| bf16_bits(x.to_f32()))
+                }
                 _ if self.strides[3] == 1 => {
                     let to = std::slice::from_raw_parts_mut(first.cast::<f16>(), width);
                     let mut room = [0f32; 64];

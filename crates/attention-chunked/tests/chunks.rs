@@ -3,7 +3,8 @@
 use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Error, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Lengths, QueryOffset, ScratchBuffer, TensorDesc, View, ViewMut, Window,
+    ForwardOutputs, Gradients, Inputs, Lengths, QueryOffset, ScratchBuffer, TensorDesc, View, ViewMut,
+    Window,
 };
 
 /// Numbers that are reproducible and look random.
@@ -122,7 +123,8 @@ fn levels_agree_within_rounding() {
     let want = run(&ChunkedBackend::with_config(ChunkedConfig::default().level(Level::Scalar)), true);
     for level in Level::available() {
         let got = run(&ChunkedBackend::with_config(ChunkedConfig::default().level(level)), true);
-        for (a, b) in [(&got.out, &want.out), (&got.lse, &want.lse), (&got.dq, &want.dq), (&got.dk, &want.dk)] {
+        for (a, b) in [(&got.out, &want.out), (&got.lse, &want.lse), (&got.dq, &want.dq), (&got.dk, &want.dk)]
+        {
             let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 2e-5, "{level}: {worst}");
         }

@@ -73,7 +73,10 @@ fn run(path: &str) -> Result<bool, Box<dyn Error>> {
                 if good { "agrees" } else { "DOES NOT AGREE" }
             );
             if let Some((first, values)) = outputs.first() {
-                println!("       largest difference between {name} and {first}: {:.2e}", compare(&out, values)?.0);
+                println!(
+                    "       largest difference between {name} and {first}: {:.2e}",
+                    compare(&out, values)?.0
+                );
             }
             let values = out.as_slice::<f32>().ok_or("the output of f32 queries is f32")?;
             outputs.push((name, values.iter().map(|&x| f64::from(x)).collect()));

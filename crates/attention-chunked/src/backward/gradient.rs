@@ -37,7 +37,7 @@ pub(crate) struct BlockGradient<'t, 'a, E: Engine> {
     pub(crate) states: &'t [RowState],
     /// The key of the tiles' first column.
     pub(crate) first: usize,
-    /// Columns to look at: whole vectors. Those behind the last key are masked by the rows' ranges.
+    /// Columns to look at: whole pairs of vectors. Those behind the last key are masked by the rows' ranges.
     pub(crate) columns: usize,
     /// Whether there is something to mask or to add.
     pub(crate) apply: bool,
@@ -55,7 +55,7 @@ impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
     fn run(mut self) {
         let lanes = <E::S as Simd<E::F>>::LANES;
         let rows = self.rows.len();
-        assert!(self.columns.is_multiple_of(lanes) && self.columns <= self.stride);
+        assert!(self.columns.is_multiple_of(2 * lanes) && self.columns <= self.stride);
         let needed = rows.saturating_sub(1) * self.stride + self.columns;
         assert!(needed <= self.products.len() && needed <= self.gradients.len() && rows <= self.states.len());
         assert!(!self.terms.has_softcap() || self.columns <= self.slopes.len());
@@ -81,10 +81,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             self.gradients[start..start + columns].fill(E::F::ZERO);
             return;
         }
-        // SAFETY: the row is in both tiles.
-        let (tile, gradients) = unsafe {
-            (self.products.as_mut_ptr().add(start), self.gradients.as_mut_ptr().add(start))
-        };
+        // SAFETY: the row is in the tile.
+        let tile = unsafe { self.products.as_mut_ptr().add(start) };
         let slopes = self.terms.has_softcap().then_some(self.slopes.as_mut_ptr());
         if self.apply {
             // SAFETY: `columns` elements of the row, and of the slopes.
@@ -94,30 +92,58 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             let gradients = &mut self.gradients[start..start + columns];
             self.terms.drop(&info, self.first, gradients);
         }
-        let factor = simd.splat(self.terms.tile_factor());
-        let shift = simd.splat(E::F::from_f64(-state.lse));
-        let delta = simd.splat(E::F::from_f64(state.delta));
-        let masked = simd.splat(E::F::NEG_INFINITY);
-        let slopes = slopes.filter(|_| self.of == GradientOf::Products);
-        for column in (0..columns).step_by(lanes) {
-            // SAFETY: a vector inside the row, and of the slopes.
-            unsafe {
-                let x = simd.load(tile.add(column));
-                let disallowed = simd.equal(x, masked);
-                let p = exp2::<E::F, E::S, false>(simd, simd.fma(x, factor, shift));
-                let mut d = simd.mul(p, simd.sub(simd.load(gradients.add(column)), delta));
-                if let Some(slopes) = slopes {
-                    d = simd.mul(d, simd.load(slopes.add(column)));
-                }
-                let p = simd.select(disallowed, simd.splat(E::F::DISALLOWED), p);
-                let d = simd.select(disallowed, simd.splat(E::F::ZERO), d);
-                simd.store(tile.add(column), p);
-                simd.store(gradients.add(column), d);
+        let mut column = 0;
+        if <E::S as Simd<E::F>>::SIDE_BY_SIDE == 4 {
+            while column + 4 * lanes <= columns {
+                // SAFETY: four vectors inside the row.
+                unsafe { self.vectors::<4>(start + column, column, &state) };
+                column += 4 * lanes;
             }
+        }
+        while column < columns {
+            // SAFETY: columns are whole pairs of vectors.
+            unsafe { self.vectors::<2>(start + column, column, &state) };
+            column += 2 * lanes;
         }
         if self.terms.has_dropout() {
             let weights = &mut self.products[start..start + columns];
             self.terms.drop(&info, self.first, weights);
+        }
+    }
+
+    /// `COUNT` vectors of a row: 2 or 4.
+    ///
+    /// # Safety
+    /// The vectors at `at` are inside both tiles, and those at `column` inside the slopes.
+    #[inline(always)]
+    unsafe fn vectors<const COUNT: usize>(&mut self, at: usize, column: usize, state: &RowState) {
+        let simd = self.engine.simd();
+        let lanes = <E::S as Simd<E::F>>::LANES;
+        let factor = simd.splat(self.terms.tile_factor());
+        let shift = simd.splat(E::F::from_f64(-state.lse));
+        let delta = simd.splat(E::F::from_f64(state.delta));
+        let masked = simd.splat(E::F::NEG_INFINITY);
+        let has_slopes = self.terms.has_softcap() && self.of == GradientOf::Products;
+        // SAFETY: the caller's.
+        unsafe {
+            let (tile, gradients) = (self.products.as_mut_ptr().add(at), self.gradients.as_mut_ptr().add(at));
+            let (mut products, mut x) = ([shift; COUNT], [shift; COUNT]);
+            for (index, (product, x)) in products.iter_mut().zip(&mut x).enumerate() {
+                *product = simd.load(tile.add(index * lanes));
+                *x = simd.fma(*product, factor, shift);
+            }
+            let weights = exp2::<E::F, E::S, false, COUNT>(simd, x);
+            for (index, (&p, &product)) in weights.iter().zip(&products).enumerate() {
+                let disallowed = simd.equal(product, masked);
+                let at = gradients.add(index * lanes);
+                let mut d = simd.mul(p, simd.sub(simd.load(at), delta));
+                if has_slopes {
+                    d = simd.mul(d, simd.load(self.slopes.as_ptr().add(column + index * lanes)));
+                }
+                let p = simd.select(disallowed, simd.splat(E::F::DISALLOWED), p);
+                simd.store(tile.add(index * lanes), p);
+                simd.store(at, simd.select(disallowed, simd.splat(E::F::ZERO), d));
+            }
         }
     }
 }

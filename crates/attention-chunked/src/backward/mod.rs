@@ -87,9 +87,8 @@ fn tasks(
     rows: impl Fn(usize) -> usize,
 ) -> Vec<Task> {
     let dims = problem.dims();
-    let heads = || {
-        (0..dims.batch).flat_map(move |batch| (0..dims.key_heads).map(move |key_head| (batch, key_head)))
-    };
+    let heads =
+        || (0..dims.batch).flat_map(move |batch| (0..dims.key_heads).map(move |key_head| (batch, key_head)));
     let wanted = problem.gradients();
     let mut tasks = Vec::new();
     if together(problem, threads) {
@@ -250,8 +249,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     }
 
     let backward = Backward::new(engine, problem, &inputs, &saved, states, needs.layout);
-    let small =
-        small.map(|small| Backward::new(small, problem, &inputs, &saved, states, needs.small));
+    let small = small.map(|small| Backward::new(small, problem, &inputs, &saved, states, needs.small));
     let is_small = |batch: usize| small.is_some() && plan::is_small(problem, batch);
     if let Some(dbias) = outputs.dbias {
         bias::run(&backward, small.as_ref(), dbias, threads, needs.bytes, scratch);

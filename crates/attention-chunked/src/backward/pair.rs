@@ -66,12 +66,7 @@ pub(crate) struct Scratch<'a, E: Engine> {
 
 impl Layout {
     /// For at most `all_rows` query rows a key/value head.
-    pub(crate) fn of<E: Engine>(
-        problem: &Problem,
-        sizes: &Sizes,
-        all_rows: usize,
-        together: bool,
-    ) -> Self {
+    pub(crate) fn of<E: Engine>(problem: &Problem, sizes: &Sizes, all_rows: usize, together: bool) -> Self {
         let dims = problem.dims();
         let (head_dim, value_head_dim) = (dims.head_dim, dims.value_head_dim);
         let wanted = problem.gradients();
@@ -102,7 +97,13 @@ impl Layout {
             keys: keys.min(most_keys.next_multiple_of(STAGE).max(STAGE)),
             head_dim,
             value_head_dim,
-            dq_rows: if !dq { 0 } else if together { all_rows.max(1) } else { rows },
+            dq_rows: if !dq {
+                0
+            } else if together {
+                all_rows.max(1)
+            } else {
+                rows
+            },
             dk,
             dv,
             bias: bias::sums_len(problem),
@@ -363,7 +364,10 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
     }
 
     /// The blocks of keys of a packed chunk that a block of rows meets.
-    pub(crate) fn key_blocks(block: &Block, keys: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<E> {
+    pub(crate) fn key_blocks(
+        block: &Block,
+        keys: &Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> + use<E> {
         let seen = plan::intersection(&block.any, keys);
         // An empty range may lie anywhere.
         let first = if seen.is_empty() { seen.end } else { seen.start / E::BLOCK_KEYS * E::BLOCK_KEYS };
@@ -399,7 +403,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             let rows_at = (block.rows.start, block.rows.len());
             engine.products((left, rows), rows_at, (right, packed), (begin, end), width, out, stride);
         }
-        let columns = count.next_multiple_of(lanes.max(E::WEIGHT_STEP));
+        let columns = count.next_multiple_of((2 * lanes).max(E::WEIGHT_STEP));
         let inside = block.all.start <= keys.start && block.all.end >= keys.end;
         engine.simd().vectorize(BlockGradient {
             engine: *engine,
@@ -514,8 +518,22 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             let row = block.rows.start + index;
             let at = [info.batch, info.query, info.head];
             let sides = [
-                (self.dkv && layout.dk, &*scratch.bad_queries, query, &*scratch.gradients, &mut *scratch.dk, layout.head_dim),
-                (self.dkv && layout.dv, &*scratch.bad_d_out, d_out, &*scratch.products, &mut *scratch.dv, layout.value_head_dim),
+                (
+                    self.dkv && layout.dk,
+                    &*scratch.bad_queries,
+                    query,
+                    &*scratch.gradients,
+                    &mut *scratch.dk,
+                    layout.head_dim,
+                ),
+                (
+                    self.dkv && layout.dv,
+                    &*scratch.bad_d_out,
+                    d_out,
+                    &*scratch.products,
+                    &mut *scratch.dv,
+                    layout.value_head_dim,
+                ),
             ];
             for (wanted, bad, source, weights, sums, width) in sides {
                 if !wanted || !is_bad(bad, row) {

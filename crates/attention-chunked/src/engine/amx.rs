@@ -216,7 +216,9 @@ impl<const PARTS: usize> Tiles<PARTS> {
         let (c, c_stride) = (out.as_mut_ptr(), stride * size_of::<f32>());
         match (PARTS, exact) {
             (1, _) => tile_product!(a0, a1, b0, b1, steps, 1024, c, c_stride, add; (0: 0)),
-            (2, true) => tile_product!(a0, a1, b0, b1, steps, 2048, c, c_stride, add; (1024: 0 1024) (0: 1024 0)),
+            (2, true) => {
+                tile_product!(a0, a1, b0, b1, steps, 2048, c, c_stride, add; (1024: 0 1024) (0: 1024 0))
+            }
             (2, false) => tile_product!(a0, a1, b0, b1, steps, 2048, c, c_stride, add; (1024: 0) (0: 1024 0)),
             _ => tile_product!(
                 a0, a1, b0, b1, steps, 3072, c, c_stride, add; (2048: 0) (1024: 1024 0) (0: 2048 1024 0)
@@ -434,7 +436,8 @@ impl<const PARTS: usize> Kernel for PackBlock<'_, PARTS> {
                 assert!(to.len() >= Tiles::<PARTS>::packed_len(all, Tiles::<PARTS>::BLOCK_KEYS));
                 for index in 0..rows {
                     for column in (0..columns).step_by(32) {
-                        let values = [row(index, column), row(index, column + 16)].map(|at| _mm512_loadu_ps(at));
+                        let values =
+                            [row(index, column), row(index, column + 16)].map(|at| _mm512_loadu_ps(at));
                         put::<PARTS>(to.as_mut_ptr(), Tiles::<PARTS>::BLOCK_KEYS, index, column, values);
                     }
                 }
@@ -620,7 +623,10 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         stride: usize,
     ) {
         if let Before::Scaled(factors) = before {
-            Simd::<f32>::vectorize(self.simd, Scale { simd: self.simd, factors, rows, width, sums: out, stride });
+            Simd::<f32>::vectorize(
+                self.simd,
+                Scale { simd: self.simd, factors, rows, width, sums: out, stride },
+            );
         }
         let add = !matches!(before, Before::Forgotten);
         let steps = count.div_ceil(32);
@@ -655,7 +661,10 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         for_keys: Option<&mut [u16]>,
     ) {
         let (rows, columns) = (count, keys);
-        Simd::<f32>::vectorize(self.simd, PackBlock::<PARTS> { tile, stride, rows, columns, as_weights, for_keys });
+        Simd::<f32>::vectorize(
+            self.simd,
+            PackBlock::<PARTS> { tile, stride, rows, columns, as_weights, for_keys },
+        );
     }
 
     fn key_sums_len(keys: usize, width: usize) -> usize {

@@ -83,13 +83,7 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// Length of `rows` packed queries.
     fn queries_len(rows: usize, width: usize) -> usize;
     /// Packs staged rows `first..first + STAGE` of `rows`.
-    fn pack_queries(
-        self,
-        staged: Staged<'_, Self::F>,
-        first: usize,
-        rows: usize,
-        to: &mut [Self::Packed],
-    );
+    fn pack_queries(self, staged: Staged<'_, Self::F>, first: usize, rows: usize, to: &mut [Self::Packed]);
     /// Length of `keys` keys packed for products with queries; `keys` is a multiple of [`STAGE`].
     fn keys_len(keys: usize, width: usize) -> usize;
     /// Packs staged keys `first..first + STAGE` of `keys`.

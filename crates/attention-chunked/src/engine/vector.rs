@@ -381,15 +381,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
         0
     }
 
-    fn pack_gradients(
-        self,
-        _: &[F],
-        _: usize,
-        _: usize,
-        _: usize,
-        _: Option<&mut [F]>,
-        _: Option<&mut [F]>,
-    ) {
+    fn pack_gradients(self, _: &[F], _: usize, _: usize, _: usize, _: Option<&mut [F]>, _: Option<&mut [F]>) {
     }
 
     fn key_sums_len(keys: usize, width: usize) -> usize {

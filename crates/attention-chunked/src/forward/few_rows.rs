@@ -62,11 +62,7 @@ pub(super) struct Partial<'a, F> {
 
 impl<'a, F: Float> Partial<'a, F> {
     fn take(pieces: &mut Pieces<'a>, value_head_dim: usize) -> Self {
-        Self {
-            maxima: pieces.take(FEW),
-            sums: pieces.take(FEW),
-            values: pieces.take(FEW * value_head_dim),
-        }
+        Self { maxima: pieces.take(FEW), sums: pieces.take(FEW), values: pieces.take(FEW * value_head_dim) }
     }
 
     fn clear(&mut self) {
@@ -79,7 +75,8 @@ impl<'a, F: Float> Partial<'a, F> {
     fn merge(&mut self, part: &Self, rows: usize) {
         let width = self.values.len() / FEW;
         for row in 0..rows {
-            let natural = |part: &Self| RunningSoftmax { max: part.maxima[row] * F::LN_2, sum: part.sums[row] };
+            let natural =
+                |part: &Self| RunningSoftmax { max: part.maxima[row] * F::LN_2, sum: part.sums[row] };
             let mut running = natural(self);
             let factors = running.merge(natural(part));
             self.sums[row] = running.sum;

@@ -78,13 +78,15 @@ impl Layout {
         let fair = (all_rows / (threads * 3).max(1)).clamp(4 * E::BLOCK_ROWS, usize::MAX);
         let row_bytes = size_of::<E::Packed>() * E::queries_len(1, head_dim)
             + size_of::<E::F>() * E::sum_stride(value_head_dim);
-        let key_bytes =
-            size_of::<E::Packed>() * (E::keys_len(STAGE, head_dim) + E::values_len(STAGE, value_head_dim)) / STAGE;
+        let key_bytes = size_of::<E::Packed>()
+            * (E::keys_len(STAGE, head_dim) + E::values_len(STAGE, value_head_dim))
+            / STAGE;
         let keys = sizes.keys.map_or(sizes.budget / 2 / key_bytes.max(1), |keys| keys.get());
         let keys = (keys / E::BLOCK_KEYS * E::BLOCK_KEYS)
             .clamp(E::BLOCK_KEYS, 8 * E::BLOCK_KEYS)
             .min(most_keys.next_multiple_of(STAGE).max(STAGE));
-        let rows = sizes.rows.map_or((sizes.budget / 2 / row_bytes.max(1)).min(1024).min(fair), |rows| rows.get());
+        let rows =
+            sizes.rows.map_or((sizes.budget / 2 / row_bytes.max(1)).min(1024).min(fair), |rows| rows.get());
         let rows = rows.min(group_rows).max(1).next_multiple_of(E::BLOCK_ROWS);
         Self { rows, keys, head_dim, value_head_dim }
     }
@@ -215,7 +217,12 @@ impl<'a, E: Engine> Forward<'a, E> {
             let staged = STAGE.min(count - first);
             self.query.stage(self.engine.simd(), staged, index, sign, false, scratch.stage);
             let staged = Floats::staged(scratch.stage, self.layout.head_dim);
-            self.engine.pack_queries(staged, first, self.layout.rows.next_multiple_of(STAGE), scratch.queries);
+            self.engine.pack_queries(
+                staged,
+                first,
+                self.layout.rows.next_multiple_of(STAGE),
+                scratch.queries,
+            );
         }
         for query in rows.queries.clone() {
             let keys = self.problem.key_range(rows.batch, query);

@@ -1,11 +1,11 @@
 //! The online softmax of a block: from products to unnormalised weights, with the running maximum and sum of each row
 //! (Rabe and Staats, arXiv 2112.05682, section 3; Milakov and Gimelshein, arXiv 1805.02867).
 
-use attention_core::merge::Accumulator;
 use crate::engine::Engine;
 use crate::float::Float;
 use crate::simd::{Kernel, Simd, exp2};
 use crate::terms::{QueryRow, Terms};
+use attention_core::merge::Accumulator;
 
 /// Turns a tile of products into weights `2^(x - maximum)`.
 pub(crate) struct BlockSoftmax<'t, 'a, E: Engine> {
@@ -49,9 +49,7 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
         let mut rescaled = false;
         for row in 0..rows {
             // SAFETY: the row's columns are in the tile, as checked above.
-            rescaled |= unsafe {
-                if self.mark { self.row::<true>(row) } else { self.row::<false>(row) }
-            };
+            rescaled |= unsafe { if self.mark { self.row::<true>(row) } else { self.row::<false>(row) } };
         }
         rescaled
     }
@@ -91,42 +89,29 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         } else if before == E::F::NEG_INFINITY {
             E::F::ZERO
         } else {
-            let factor = exp2::<E::F, E::S, true>(simd, simd.splat(before - shift));
+            let [factor] = exp2::<E::F, E::S, true, 1>(simd, [simd.splat(before - shift)]);
             let mut first = [E::F::ZERO; 64];
             // SAFETY: 64 elements are as many as any vector has.
             unsafe { simd.store(first.as_mut_ptr(), factor) };
             first[0]
         };
 
-        let (shift, factor) = (simd.splat(-shift), simd.splat(factor));
-        let masked = simd.splat(E::F::NEG_INFINITY);
-        let dropped = self.terms.has_dropout();
-        let packed = self.packed.as_mut_ptr();
         let mut sums = [simd.splat(E::F::ZERO); 2];
-        for column in (0..columns).step_by(2 * lanes) {
-            let mut weights = sums;
-            for half in 0..2 {
-                // SAFETY: a vector inside the row.
-                let x = unsafe { simd.load(tile.add(column + half * lanes)) };
-                let mut weight = exp2::<E::F, E::S, true>(simd, simd.fma(x, factor, shift));
-                if MARK {
-                    weight = simd.select(simd.equal(x, masked), simd.splat(E::F::DISALLOWED), weight);
-                }
-                sums[half] = simd.add(sums[half], weight);
-                weights[half] = weight;
-            }
-            // SAFETY: two vectors inside the row, and inside the packed weights.
-            unsafe {
-                let at = tile.add(column);
-                if MARK || dropped {
-                    simd.store(at, weights[0]);
-                    simd.store(at.add(lanes), weights[1]);
-                }
-                if !dropped {
-                    E::put_weights(simd, packed, self.packed_columns, row, column, at, weights);
-                }
+        let mut column = 0;
+        if <E::S as Simd<E::F>>::SIDE_BY_SIDE == 4 {
+            while column + 4 * lanes <= columns {
+                // SAFETY: four vectors inside the row.
+                unsafe { self.weights::<MARK, 4>(row, column, factor, shift, &mut sums) };
+                column += 4 * lanes;
             }
         }
+        while column < columns {
+            // SAFETY: columns are whole pairs of vectors.
+            unsafe { self.weights::<MARK, 2>(row, column, factor, shift, &mut sums) };
+            column += 2 * lanes;
+        }
+        let dropped = self.terms.has_dropout();
+        let packed = self.packed.as_mut_ptr();
         if dropped {
             // SAFETY: `columns` elements of the row, which nothing else refers to here.
             let weights = unsafe { std::slice::from_raw_parts_mut(tile, columns) };
@@ -145,5 +130,57 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         self.maxima[row] = maximum;
         self.factors[row] = rescale;
         rescale != E::F::ONE
+    }
+
+    /// Weights of `COUNT` vectors of a row: 2 or 4.
+    ///
+    /// # Safety
+    /// The vectors at `column` are inside the row and the packed weights.
+    #[inline(always)]
+    unsafe fn weights<const MARK: bool, const COUNT: usize>(
+        &mut self,
+        row: usize,
+        column: usize,
+        factor: E::F,
+        shift: E::F,
+        sums: &mut [<E::S as Simd<E::F>>::V; 2],
+    ) {
+        let simd = self.engine.simd();
+        let lanes = <E::S as Simd<E::F>>::LANES;
+        let (shift, factor) = (simd.splat(-shift), simd.splat(factor));
+        // SAFETY: the caller's: every vector at `at` is inside the row, and inside the packed weights.
+        unsafe {
+            let at = self.tile.as_mut_ptr().add(row * self.stride + column);
+            let mut products = [shift; COUNT];
+            let mut x = [shift; COUNT];
+            for (index, (product, x)) in products.iter_mut().zip(&mut x).enumerate() {
+                *product = simd.load(at.add(index * lanes));
+                *x = simd.fma(*product, factor, shift);
+            }
+            let mut weights = exp2::<E::F, E::S, true, COUNT>(simd, x);
+            if MARK {
+                let masked = simd.splat(E::F::NEG_INFINITY);
+                for (weight, &product) in weights.iter_mut().zip(&products) {
+                    let is_masked = simd.equal(product, masked);
+                    *weight = simd.select(is_masked, simd.splat(E::F::DISALLOWED), *weight);
+                }
+            }
+            for (index, &weight) in weights.iter().enumerate() {
+                sums[index % 2] = simd.add(sums[index % 2], weight);
+            }
+            let dropped = self.terms.has_dropout();
+            if MARK || dropped {
+                for (index, &weight) in weights.iter().enumerate() {
+                    simd.store(at.add(index * lanes), weight);
+                }
+            }
+            if !dropped {
+                let packed = self.packed.as_mut_ptr();
+                for (pair, weights) in weights.as_chunks::<2>().0.iter().enumerate() {
+                    let (column, at) = (column + 2 * pair * lanes, at.add(2 * pair * lanes));
+                    E::put_weights(simd, packed, self.packed_columns, row, column, at, *weights);
+                }
+            }
+        }
     }
 }

@@ -148,7 +148,8 @@ impl Simd<f32> for Avx2 {
     fn times_power_of_two(self, a: __m256, k: __m256) -> __m256 {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe {
-            // In two factors, so that neither overflows and subnormal results are rounded once.
+            // In two factors, so that neither overflows. An exponent below the range gives some number, which the
+            // caller does not use.
             let k = _mm256_cvtps_epi32(k);
             let half = _mm256_srai_epi32::<1>(k);
             let power = |k| {

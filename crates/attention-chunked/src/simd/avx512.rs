@@ -40,6 +40,7 @@ macro_rules! common {
         // 24 accumulators, 4 vectors of the panel and a broadcast: 29 of 32 registers, and 10 loads to 24 products.
         const TILE_ROWS: usize = 6;
         const TILE_VECTORS: usize = 4;
+        const SIDE_BY_SIDE: usize = 4;
 
         #[inline(always)]
         fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {

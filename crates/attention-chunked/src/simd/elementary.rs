@@ -3,32 +3,52 @@
 use super::Simd;
 use crate::float::Float;
 
-/// `1 + r (c[0] + c[1] r + ...)`.
-#[inline(always)]
-fn polynomial<F: Float, S: Simd<F>>(simd: S, r: S::V, coefficients: &'static [F]) -> S::V {
-    let mut p = simd.splat(coefficients[coefficients.len() - 1]);
-    let mut index = coefficients.len() - 1;
-    while index > 0 {
-        index -= 1;
-        p = simd.fma(p, r, simd.splat(coefficients[index]));
-    }
-    simd.fma(p, r, simd.splat(F::ONE))
-}
-
-/// `2^x`, to within 1.5 units in the last place; exactly 1 at 0, 0 at negative infinity; NaN stays NaN.
+/// `2^x` of several vectors, to within 1.5 units in the last place; exactly 1 at 0; 0 below the smallest normal number
+/// and at negative infinity; NaN stays NaN.
+///
+/// Results that would be subnormal are 0, since processors take a hundred times as long for products with them, and
+/// weights that small are nothing beside the largest. The steps are taken for all vectors together, so that the
+/// processor finds independent operations side by side.
 ///
 /// With `NOT_POSITIVE`, for numbers up to 0 alone, a softmax's; NaN is allowed there too.
 #[inline(always)]
-pub(crate) fn exp2<F: Float, S: Simd<F>, const NOT_POSITIVE: bool>(simd: S, x: S::V) -> S::V {
-    // A NaN is the second argument, which survives.
-    let mut x = simd.max(simd.splat(F::EXPONENTS[0]), x);
+pub(crate) fn exp2<F: Float, S: Simd<F>, const NOT_POSITIVE: bool, const COUNT: usize>(
+    simd: S,
+    mut x: [S::V; COUNT],
+) -> [S::V; COUNT] {
     if !NOT_POSITIVE {
-        x = simd.min(simd.splat(F::EXPONENTS[1]), x);
+        // A NaN is the second argument, which survives.
+        for x in &mut x {
+            *x = simd.min(simd.splat(F::EXPONENTS[1]), *x);
+        }
     }
-    let k = simd.round(x);
-    // Exact: the two are within a factor of two, or k is 0.
-    let r = simd.sub(x, k);
-    simd.times_power_of_two(polynomial(simd, r, F::EXP2), k)
+    let mut k = x;
+    for k in &mut k {
+        *k = simd.round(*k);
+    }
+    let mut r = x;
+    for (r, &k) in r.iter_mut().zip(&k) {
+        // Exact: the two are within a factor of two, or k is 0.
+        *r = simd.sub(*r, k);
+    }
+    // 1 + r (c[0] + c[1] r + ...)
+    let coefficients = F::EXP2;
+    let mut p = [simd.splat(coefficients[coefficients.len() - 1]); COUNT];
+    let mut index = coefficients.len() - 1;
+    while index > 0 {
+        index -= 1;
+        for (p, &r) in p.iter_mut().zip(&r) {
+            *p = simd.fma(*p, r, simd.splat(coefficients[index]));
+        }
+    }
+    for (p, &r) in p.iter_mut().zip(&r) {
+        *p = simd.fma(*p, r, simd.splat(F::ONE));
+    }
+    for ((p, &k), &x) in p.iter_mut().zip(&k).zip(&x) {
+        let nothing = simd.less(x, simd.splat(F::EXPONENTS[0]));
+        *p = simd.select(nothing, simd.splat(F::ZERO), simd.times_power_of_two(*p, k));
+    }
+    p
 }
 
 /// The hyperbolic tangent, to within 2.5 units in the last place: a rational function near 0, exponentials
@@ -53,7 +73,7 @@ pub(crate) fn tanh<F: Float, S: Simd<F>>(simd: S, x: S::V) -> S::V {
         p = simd.div(p, horner(simd, z, F::TANH_Q));
     }
     let small = simd.fma(simd.mul(p, z), x, x);
-    let power = exp2::<F, S, false>(simd, simd.mul(y, simd.splat((F::ONE + F::ONE) * F::LOG2_E)));
+    let [power] = exp2::<F, S, false, 1>(simd, [simd.mul(y, simd.splat((F::ONE + F::ONE) * F::LOG2_E))]);
     let large = simd.sub(one, simd.div(two, simd.add(power, one)));
     let is_small = simd.less(y, simd.splat(F::from_f64(0.625)));
     simd.select(is_small, small, simd.copysign(large, x))

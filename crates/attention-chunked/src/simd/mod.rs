@@ -52,6 +52,8 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     const TILE_ROWS: usize;
     /// Vectors in a row of the register tile: 1, 2 or 4.
     const TILE_VECTORS: usize;
+    /// Vectors whose exponentials are computed side by side: as many as registers allow, 2 or 4.
+    const SIDE_BY_SIDE: usize = 2;
     /// Columns of the register tile.
     const TILE_COLUMNS: usize = Self::LANES * Self::TILE_VECTORS;
 
@@ -116,7 +118,7 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     fn copysign(self, a: Self::V, b: Self::V) -> Self::V;
     /// The nearest integer, for numbers inside [`Float::EXPONENTS`].
     fn round(self, a: Self::V) -> Self::V;
-    /// `a * 2^k` for integers `k` inside [`Float::EXPONENTS`].
+    /// `a * 2^k` for integers `k` inside [`Float::EXPONENTS`]; any number for others.
     fn times_power_of_two(self, a: Self::V, k: Self::V) -> Self::V;
     /// `a < b`, false for NaN.
     fn less(self, a: Self::V, b: Self::V) -> Self::Mask;

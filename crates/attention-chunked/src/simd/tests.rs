@@ -19,7 +19,8 @@ impl<F: Float, S: Simd<F>> Kernel for Map<'_, F, S> {
             // SAFETY: a chunk is one vector.
             unsafe {
                 let x = self.simd.load(chunk.as_ptr());
-                let y = if self.tanh { tanh(self.simd, x) } else { exp2::<F, S, false>(self.simd, x) };
+                let y =
+                    if self.tanh { tanh(self.simd, x) } else { exp2::<F, S, false, 1>(self.simd, [x])[0] };
                 self.simd.store(chunk.as_mut_ptr(), y);
             }
         }
@@ -94,7 +95,9 @@ fn worst<T: Copy>(x: &[T], y: &[T], ulps: impl Fn(T, T) -> f64) -> f64 {
 #[test]
 fn exp2_is_within_one_and_a_half_units() {
     for (level, (single, double)) in functions() {
-        let x = floats(127.9);
+        let mut x = floats(127.9);
+        x.retain(|&x| x >= -126.0);
+        x.truncate(x.len() / 16 * 16);
         let mut y = x.clone();
         single(&mut y, false);
         let worst_single = worst(&x, &y, |x, y| ulps_f32(y, f64::from(x).exp2()));
@@ -128,22 +131,13 @@ fn tanh_is_within_two_and_a_half_units() {
 fn special_values() {
     for (level, (single, double)) in functions() {
         let mut y = [0f32; 16];
-        y[..8].copy_from_slice(&[
-            0.0,
-            -0.0,
-            f32::NEG_INFINITY,
-            f32::INFINITY,
-            f32::NAN,
-            -1e30,
-            1e30,
-            -149.0,
-        ]);
+        y[..8].copy_from_slice(&[0.0, -0.0, f32::NEG_INFINITY, f32::INFINITY, f32::NAN, -1e30, 1e30, -149.0]);
         let mut x = y;
         single(&mut x, false);
         assert_eq!(x[..4], [1.0, 1.0, 0.0, f32::INFINITY], "{level}");
         assert!(x[4].is_nan() && x[5] == 0.0 && x[6] == f32::INFINITY, "{level}: {x:?}");
-        // The smallest number there is, or zero where the machine flushes it.
-        assert!(x[7] == f32::from_bits(1) || x[7] == 0.0, "{level}: {}", x[7]);
+        // What would be subnormal is zero.
+        assert_eq!(x[7], 0.0, "{level}");
         let mut x = y;
         single(&mut x, true);
         assert_eq!(x[..4], [0.0, 0.0, -1.0, 1.0], "{level}");
