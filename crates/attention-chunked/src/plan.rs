@@ -47,25 +47,31 @@ impl Rows {
     }
 }
 
-/// The rows of every task with at most `limit` rows each, in an order in which the queries of a head ascend.
+/// The rows of every task with at most `limit(batch)` rows each, in an order in which the queries of a head ascend. A
+/// batch row with a limit of 0 has none.
 pub(crate) fn row_tasks(problem: &Problem, limit: impl Fn(usize) -> usize) -> impl Iterator<Item = Rows> {
+    (0..problem.dims().batch)
+        .map(move |batch| (batch, limit(batch)))
+        .filter(|&(_, limit)| limit > 0)
+        .flat_map(move |(batch, limit)| batch_tasks(problem, batch, limit))
+}
+
+/// The same for one batch row.
+pub(crate) fn batch_tasks(problem: &Problem, batch: usize, limit: usize) -> impl Iterator<Item = Rows> {
     let dims = problem.dims();
     let group = dims.group_size();
-    (0..dims.batch).flat_map(move |batch| {
-        let all = problem.query_len(batch);
-        let limit = limit(batch).max(1);
-        let queries = all.clamp(1, limit);
-        let heads = (limit / queries).clamp(1, group.max(1));
-        (0..dims.key_heads).flat_map(move |key_head| {
-            let group = key_head * group..(key_head + 1) * group;
-            group.clone().step_by(heads).flat_map(move |head| {
-                let heads = head..(head + heads).min(group.end);
-                (0..all).step_by(queries).map(move |query| Rows {
-                    batch,
-                    key_head,
-                    heads: heads.clone(),
-                    queries: query..(query + queries).min(all),
-                })
+    let all = problem.query_len(batch);
+    let queries = all.clamp(1, limit.max(1));
+    let heads = (limit / queries).clamp(1, group.max(1));
+    (0..dims.key_heads).flat_map(move |key_head| {
+        let group = key_head * group..(key_head + 1) * group;
+        group.clone().step_by(heads).flat_map(move |head| {
+            let heads = head..(head + heads).min(group.end);
+            (0..all).step_by(queries).map(move |query| Rows {
+                batch,
+                key_head,
+                heads: heads.clone(),
+                queries: query..(query + queries).min(all),
             })
         })
     })

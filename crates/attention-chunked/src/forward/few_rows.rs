@@ -6,8 +6,8 @@
 
 use std::ops::Range;
 
-use attention_core::HostView;
 use attention_core::merge::{Accumulator, RunningSoftmax};
+use attention_core::{HostView, Problem};
 
 use super::softmax::BlockSoftmax;
 use super::{Forward, Outputs, normalise};
@@ -40,6 +40,75 @@ const ROW_GROUP: usize = 4;
 /// page or more, which no processor's own prefetching bridges.
 const AHEAD: usize = 8;
 
+/// Bytes that neighbouring heads of one key have in a page of memory: heads that share pages are worked on together,
+/// since finding a page takes longer than reading a row of it.
+const PAGE: usize = 4096;
+
+/// The most heads that are worked on together.
+const MAX_HEADS: usize = 8;
+
+/// The sizes of a task of few rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Few {
+    /// Key/value heads that are worked on together.
+    pub(super) heads: usize,
+    /// Rows of each.
+    rows: usize,
+    head_dim: usize,
+    value_head_dim: usize,
+}
+
+impl Few {
+    /// For problems whose batch rows with few rows have at most `rows` of them a key/value head; `enough` says how
+    /// many heads at a time leave enough tasks. Bits do not depend on it.
+    pub(super) fn of(problem: &Problem, rows: usize, enough: usize) -> Self {
+        let dims = problem.dims();
+        let row_bytes = problem.dtype().size() * dims.head_dim.min(dims.value_head_dim).max(1);
+        let heads = (PAGE / row_bytes).min(enough).clamp(1, MAX_HEADS);
+        Self { heads, rows, head_dim: dims.head_dim, value_head_dim: dims.value_head_dim }
+    }
+
+    fn scratch<'a, F: Float>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, F> {
+        Scratch {
+            stage: pieces.take(self.heads * FEW * Floats::stage_stride(self.head_dim)),
+            tile: pieces.take(FEW * STRIDE),
+            factors: pieces.take(FEW),
+            row: pieces.take(self.value_head_dim),
+            part: self.partial(pieces),
+            running: self.partial(pieces),
+        }
+    }
+
+    fn partial<'a, F: Float>(&self, pieces: &mut Pieces<'a>) -> Partial<'a, F> {
+        let rows = self.heads * self.rows;
+        Partial {
+            width: self.value_head_dim,
+            maxima: pieces.take(rows),
+            sums: pieces.take(rows),
+            values: pieces.take(rows * self.value_head_dim),
+        }
+    }
+
+    /// Bytes of a task's scratch; `None` on overflow.
+    pub(super) fn bytes<F: Float>(&self) -> Option<usize> {
+        let mut pieces = Pieces::counting();
+        let _ = self.scratch::<F>(&mut pieces);
+        pieces.bytes()
+    }
+
+    /// Bytes of a partial result that is kept; `None` on overflow.
+    pub(super) fn partial_bytes<F: Float>(&self) -> Option<usize> {
+        let mut pieces = Pieces::counting();
+        let _ = self.partial::<F>(&mut pieces);
+        pieces.bytes()
+    }
+
+    /// The rows of head `head` of a task among those of a partial result.
+    fn rows_of(&self, head: usize, rows: &Rows) -> Range<usize> {
+        head * self.rows..head * self.rows + rows.len()
+    }
+}
+
 /// What a task of few rows works in.
 struct Scratch<'a, F> {
     stage: &'a mut [F],
@@ -51,8 +120,9 @@ struct Scratch<'a, F> {
     running: Partial<'a, F>,
 }
 
-/// The result of some keys for each row.
-pub(super) struct Partial<'a, F> {
+/// The result of some keys for each row of some heads.
+struct Partial<'a, F> {
+    width: usize,
     /// Of base two.
     maxima: &'a mut [F],
     sums: &'a mut [F],
@@ -60,11 +130,7 @@ pub(super) struct Partial<'a, F> {
     values: &'a mut [F],
 }
 
-impl<'a, F: Float> Partial<'a, F> {
-    fn take(pieces: &mut Pieces<'a>, value_head_dim: usize) -> Self {
-        Self { maxima: pieces.take(FEW), sums: pieces.take(FEW), values: pieces.take(FEW * value_head_dim) }
-    }
-
+impl<F: Float> Partial<'_, F> {
     fn clear(&mut self) {
         self.maxima.fill(F::NEG_INFINITY);
         self.sums.fill(F::ZERO);
@@ -72,17 +138,16 @@ impl<'a, F: Float> Partial<'a, F> {
     }
 
     /// Adds the result of further keys.
-    fn merge(&mut self, part: &Self, rows: usize) {
-        let width = self.values.len() / FEW;
-        for row in 0..rows {
+    fn merge(&mut self, part: &Self) {
+        let width = self.width;
+        for row in 0..self.sums.len() {
             let natural =
                 |part: &Self| RunningSoftmax { max: part.maxima[row] * F::LN_2, sum: part.sums[row] };
             let mut running = natural(self);
             let factors = running.merge(natural(part));
             self.sums[row] = running.sum;
             // Not back from the natural maximum, which was rounded.
-            let takes_over = running.max == part.maxima[row] * F::LN_2;
-            if takes_over {
+            if running.max == part.maxima[row] * F::LN_2 {
                 self.maxima[row] = part.maxima[row];
             }
             let values = &mut self.values[row * width..][..width];
@@ -91,31 +156,6 @@ impl<'a, F: Float> Partial<'a, F> {
             }
         }
     }
-}
-
-fn scratch<'a, F: Float>(pieces: &mut Pieces<'a>, head_dim: usize, value_head_dim: usize) -> Scratch<'a, F> {
-    Scratch {
-        stage: pieces.take(Floats::stage_len(head_dim)),
-        tile: pieces.take(FEW * STRIDE),
-        factors: pieces.take(FEW),
-        row: pieces.take(value_head_dim),
-        part: Partial::take(pieces, value_head_dim),
-        running: Partial::take(pieces, value_head_dim),
-    }
-}
-
-/// Bytes of a task's scratch; `None` on overflow.
-pub(super) fn bytes<F: Float>(head_dim: usize, value_head_dim: usize) -> Option<usize> {
-    let mut pieces = Pieces::counting();
-    let _ = scratch::<F>(&mut pieces, head_dim, value_head_dim);
-    pieces.bytes()
-}
-
-/// Bytes of a partial result that is kept; `None` on overflow.
-pub(super) fn partial_bytes<F: Float>(value_head_dim: usize) -> Option<usize> {
-    let mut pieces = Pieces::counting();
-    let _ = Partial::<F>::take(&mut pieces, value_head_dim);
-    pieces.bytes()
 }
 
 /// The parts that the keys of some rows are cut into.
@@ -128,32 +168,33 @@ pub(super) fn parts(keys: &Range<usize>) -> impl ExactSizeIterator<Item = Range<
     })
 }
 
+/// The rows of some heads of one batch row: the same queries of each.
+type Heads = [Rows];
+
 impl<'a, E: Engine> Forward<'a, E> {
     /// All keys of some rows.
     ///
     /// # Safety
     /// No other thread writes these rows of the outputs.
-    pub(super) unsafe fn few_rows(&self, rows: &Rows, outputs: &Outputs<'a>, memory: &mut [u8]) {
-        let dims = self.problem.dims();
-        let mut scratch = scratch::<E::F>(&mut Pieces::of(memory), dims.head_dim, dims.value_head_dim);
+    pub(super) unsafe fn few_rows(&self, heads: &Heads, outputs: &Outputs<'a>, memory: &mut [u8]) {
+        let mut scratch = self.few.scratch::<E::F>(&mut Pieces::of(memory));
         scratch.running.clear();
-        self.stage_queries(rows, scratch.stage);
-        let keys = self.problem.key_range_of_rows(rows.batch, rows.queries.clone());
+        self.stage_heads(heads, scratch.stage);
+        let keys = self.problem.key_range_of_rows(heads[0].batch, heads[0].queries.clone());
         for part in parts(&keys) {
-            self.part(rows, part, &mut scratch);
-            scratch.running.merge(&scratch.part, rows.len());
+            self.part(heads, part, &mut scratch);
+            scratch.running.merge(&scratch.part);
         }
         // SAFETY: the caller's.
-        unsafe { self.finish_few(rows, &mut scratch.running, outputs) };
+        unsafe { self.finish_few(heads, &mut scratch.running, outputs) };
     }
 
-    /// One part of the keys of some rows, into memory of [`partial_bytes`].
-    pub(super) fn few_rows_part(&self, rows: &Rows, keys: Range<usize>, to: &mut [u8], memory: &mut [u8]) {
-        let dims = self.problem.dims();
-        let mut scratch = scratch::<E::F>(&mut Pieces::of(memory), dims.head_dim, dims.value_head_dim);
-        scratch.part = Partial::take(&mut Pieces::of(to), dims.value_head_dim);
-        self.stage_queries(rows, scratch.stage);
-        self.part(rows, keys, &mut scratch);
+    /// One part of the keys of some rows, into memory of [`Few::partial_bytes`].
+    pub(super) fn few_rows_part(&self, heads: &Heads, keys: Range<usize>, to: &mut [u8], memory: &mut [u8]) {
+        let mut scratch = self.few.scratch::<E::F>(&mut Pieces::of(memory));
+        scratch.part = self.few.partial(&mut Pieces::of(to));
+        self.stage_heads(heads, scratch.stage);
+        self.part(heads, keys, &mut scratch);
     }
 
     /// Merges the parts of some rows, each in `bytes` of the memory, and writes the rows.
@@ -162,47 +203,51 @@ impl<'a, E: Engine> Forward<'a, E> {
     /// No other thread writes these rows of the outputs.
     pub(super) unsafe fn merge_parts(
         &self,
-        rows: &Rows,
+        heads: &Heads,
         parts: &mut [u8],
         bytes: usize,
         outputs: &Outputs<'a>,
         memory: &mut [u8],
     ) {
-        let dims = self.problem.dims();
-        let mut scratch = scratch::<E::F>(&mut Pieces::of(memory), dims.head_dim, dims.value_head_dim);
+        let mut scratch = self.few.scratch::<E::F>(&mut Pieces::of(memory));
         scratch.running.clear();
         for part in parts.chunks_exact_mut(bytes) {
-            let part = Partial::take(&mut Pieces::of(part), dims.value_head_dim);
-            scratch.running.merge(&part, rows.len());
+            scratch.running.merge(&self.few.partial(&mut Pieces::of(part)));
         }
         // SAFETY: the caller's.
-        unsafe { self.finish_few(rows, &mut scratch.running, outputs) };
+        unsafe { self.finish_few(heads, &mut scratch.running, outputs) };
     }
 
-    fn stage_queries(&self, rows: &Rows, stage: &mut [E::F]) {
-        let index = |row: usize| {
-            let (head, query) = rows.at(row);
-            [rows.batch, query, head]
-        };
+    fn stage_heads(&self, heads: &Heads, stage: &mut [E::F]) {
         let sign = self.terms.query_sign();
-        self.query.stage(self.engine.simd(), rows.len(), index, sign, false, stage);
+        let room = FEW * Floats::stage_stride(self.few.head_dim);
+        for (rows, stage) in heads.iter().zip(stage.chunks_exact_mut(room)) {
+            let index = |row: usize| {
+                let (head, query) = rows.at(row);
+                [rows.batch, query, head]
+            };
+            self.query.stage(self.engine.simd(), rows.len(), index, sign, false, stage);
+        }
     }
 
     /// # Safety
     /// As for [`few_rows`](Self::few_rows).
-    unsafe fn finish_few(&self, rows: &Rows, result: &mut Partial<'_, E::F>, outputs: &Outputs<'a>) {
-        let width = self.layout.value_head_dim;
-        for row in 0..rows.len() {
-            let (head, query) = rows.at(row);
-            let running = RunningSoftmax { max: result.maxima[row] * E::F::LN_2, sum: result.sums[row] };
-            let sink = self.sinks.as_ref().map(|sinks| sinks.at(&[head]));
-            let values = &mut result.values[row * width..][..width];
-            let lse = normalise(running, sink, values);
-            // SAFETY: the caller's.
-            unsafe {
-                outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
-                if let Some(to) = &outputs.lse {
-                    to.write([rows.batch, query, head, 0], lse);
+    unsafe fn finish_few(&self, heads: &Heads, result: &mut Partial<'_, E::F>, outputs: &Outputs<'a>) {
+        let width = result.width;
+        for (index, rows) in heads.iter().enumerate() {
+            for (row, place) in self.few.rows_of(index, rows).enumerate() {
+                let (head, query) = rows.at(row);
+                let running =
+                    RunningSoftmax { max: result.maxima[place] * E::F::LN_2, sum: result.sums[place] };
+                let sink = self.sinks.as_ref().map(|sinks| sinks.at(&[head]));
+                let values = &mut result.values[place * width..][..width];
+                let lse = normalise(running, sink, values);
+                // SAFETY: the caller's.
+                unsafe {
+                    outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
+                    if let Some(to) = &outputs.lse {
+                        to.write([rows.batch, query, head, 0], lse);
+                    }
                 }
             }
         }
@@ -210,45 +255,51 @@ impl<'a, E: Engine> Forward<'a, E> {
 
     /// Computes a part, and once more with care where something in it is not finite: a weight of zero times a value
     /// that takes no part must not count.
-    fn part(&self, rows: &Rows, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
-        self.part_blocks(rows, keys.clone(), false, scratch);
+    fn part(&self, heads: &Heads, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
+        self.part_blocks(heads, keys.clone(), false, scratch);
         let zero = E::F::ZERO;
         let is_finite = scratch.part.values.iter().fold(zero, |sum, &value| sum + value * zero) == zero;
         if !is_finite {
-            self.part_blocks(rows, keys, true, scratch);
+            self.part_blocks(heads, keys, true, scratch);
         }
     }
 
-    fn part_blocks(&self, rows: &Rows, keys: Range<usize>, careful: bool, scratch: &mut Scratch<'_, E::F>) {
+    fn part_blocks(&self, heads: &Heads, keys: Range<usize>, careful: bool, scratch: &mut Scratch<'_, E::F>) {
         scratch.part.clear();
-        let mut infos = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; FEW];
-        let infos = &mut infos[..rows.len()];
-        for (row, info) in infos.iter_mut().enumerate() {
-            *info = rows.row(self.problem, row);
-        }
+        // A block of keys for all heads, then the next.
         for first in keys.clone().step_by(BLOCK_KEYS) {
             let block = first..keys.end.min(first + BLOCK_KEYS);
-            self.few_block(rows, infos, block, careful, scratch);
+            for (index, rows) in heads.iter().enumerate() {
+                self.few_block(index, rows, block.clone(), careful, scratch);
+            }
         }
     }
 
     fn few_block(
         &self,
+        index: usize,
         rows: &Rows,
-        infos: &[QueryRow],
         keys: Range<usize>,
         careful: bool,
         scratch: &mut Scratch<'_, E::F>,
     ) {
         let simd = self.engine.simd();
         let (batch, key_head) = (rows.batch, rows.key_head);
-        let queries = Floats::staged(scratch.stage, self.layout.head_dim);
+        let mut infos = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; FEW];
+        let infos = &mut infos[..rows.len()];
+        for (row, info) in infos.iter_mut().enumerate() {
+            *info = rows.row(self.problem, row);
+        }
+        let queries_stride = Floats::stage_stride(self.few.head_dim);
+        let queries = &scratch.stage[index * FEW * queries_stride..][..FEW * queries_stride];
         typed!(&self.key, view => simd.vectorize(Dots {
-            simd, view, batch, key_head, keys: keys.clone(), rows: rows.len(), queries: queries.data,
-            queries_stride: queries.stride, tile: scratch.tile,
+            simd, view, batch, key_head, keys: keys.clone(), rows: rows.len(), queries, queries_stride,
+            tile: scratch.tile,
         }));
         let columns = keys.len().next_multiple_of(2 * <E::S as Simd<E::F>>::LANES);
         let inside = infos.iter().all(|row| row.begin <= keys.start && row.end >= keys.end);
+        let place = self.few.rows_of(index, rows);
+        let width = scratch.part.width;
         let part = &mut scratch.part;
         simd.vectorize(BlockSoftmax {
             engine: Fused::<E::F, E::S>::new(simd),
@@ -262,25 +313,24 @@ impl<'a, E: Engine> Forward<'a, E> {
             stride: STRIDE,
             packed_columns: BLOCK_KEYS,
             packed: &mut [],
-            maxima: part.maxima,
-            sums: part.sums,
+            maxima: &mut part.maxima[place.clone()],
+            sums: &mut part.sums[place.clone()],
             factors: scratch.factors,
         });
-        let width = self.layout.value_head_dim;
+        let values = &mut part.values[place.start * width..place.end * width];
         if careful {
-            for row in 0..rows.len() {
-                let values = &mut part.values[row * width..][..width];
+            for (row, values) in values.chunks_exact_mut(width.max(1)).enumerate() {
                 values.iter_mut().for_each(|value| *value = *value * scratch.factors[row]);
             }
             for (column, key) in keys.enumerate() {
                 self.value.read_row([batch, key, key_head], scratch.row);
                 let weights = &scratch.tile[column..];
-                super::add_apart(scratch.row, weights, STRIDE, 0, rows.len(), part.values, width);
+                super::add_apart(scratch.row, weights, STRIDE, 0, rows.len(), values, width);
             }
         } else {
             typed!(&self.value, view => simd.vectorize(WeightedSums {
-                simd, view, batch, key_head, keys, rows: rows.len(), weights: scratch.tile, factors: scratch.factors,
-                values: part.values,
+                simd, view, batch, key_head, keys, rows: rows.len(), weights: scratch.tile,
+                factors: scratch.factors, values,
             }));
         }
     }

@@ -13,6 +13,7 @@ use std::ops::Range;
 use attention_core::merge::{Accumulator, RunningSoftmax};
 use attention_core::{ForwardCall, ForwardOutputs, Inputs, Problem};
 
+use self::few_rows::Few;
 use self::softmax::BlockSoftmax;
 use crate::config::Sizes;
 use crate::engine::{Before, Engine, STAGE, Weights};
@@ -130,6 +131,7 @@ pub(crate) struct Forward<'a, E: Engine> {
     sinks: Option<Floats<'a>>,
     terms: Terms<'a, E::F>,
     layout: Layout,
+    few: Few,
 }
 
 /// What the tasks of a call write.
@@ -168,7 +170,7 @@ impl<'a> Outputs<'a> {
 }
 
 impl<'a, E: Engine> Forward<'a, E> {
-    fn new(engine: E, problem: &'a Problem, inputs: &Inputs<'a>, layout: Layout) -> Self {
+    fn new(engine: E, problem: &'a Problem, inputs: &Inputs<'a>, layout: Layout, few: Few) -> Self {
         Self {
             engine,
             problem,
@@ -178,6 +180,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             sinks: inputs.sinks.map(Floats::new),
             terms: Terms::new(problem, inputs),
             layout,
+            few,
         }
     }
 
@@ -470,17 +473,17 @@ pub(crate) fn normalise<F: Float>(mut running: RunningSoftmax<F>, sink: Option<F
 enum Task {
     /// A chunk of rows.
     Chunk(Rows),
-    /// All keys of few rows.
-    Few(Rows),
-    /// A part of the keys of few rows, into a slot for partial results.
-    Part { rows: Rows, keys: Range<usize>, slot: usize },
+    /// All keys of few rows of some heads.
+    Few(Vec<Rows>),
+    /// A part of the keys of few rows of some heads, into a slot for partial results.
+    Part { heads: Vec<Rows>, keys: Range<usize>, slot: usize },
 }
 
 /// The tasks of a call.
 struct Tasks {
     tasks: Vec<Task>,
     /// Few rows whose parts are merged afterwards, with their slots.
-    merges: Vec<(Rows, Range<usize>)>,
+    merges: Vec<(Vec<Rows>, Range<usize>)>,
     slots: usize,
 }
 
@@ -489,31 +492,39 @@ fn is_few(problem: &Problem, batch: usize) -> bool {
     problem.query_len(batch).saturating_mul(problem.dims().group_size()) <= few_rows::FEW
 }
 
+/// Key/value heads of all batch rows with few query rows.
+fn few_heads(problem: &Problem) -> usize {
+    let dims = problem.dims();
+    let few = (0..dims.batch).filter(|&batch| is_few(problem, batch) && problem.query_len(batch) > 0);
+    few.count().saturating_mul(dims.key_heads)
+}
+
 impl Tasks {
-    /// With at most `limit(batch)` rows in a chunk.
-    fn of(problem: &Problem, threads: usize, limit: impl Fn(usize) -> usize) -> Self {
+    /// With at most `limit(batch)` rows in a chunk, and `few.heads` heads with few rows together.
+    fn of(problem: &Problem, threads: usize, few: &Few, limit: impl Fn(usize) -> usize) -> Self {
         let dims = problem.dims();
-        let few = (0..dims.batch).filter(|&batch| is_few(problem, batch) && problem.query_len(batch) > 0);
-        let groups = few.count().saturating_mul(dims.key_heads);
         // Parts of their own where whole rows are too few for the threads; the bits are the same.
-        let in_parts = threads > 1 && groups < 4 * threads;
+        let in_parts = threads > 1 && few_heads(problem).div_ceil(few.heads) < 4 * threads;
         let (mut tasks, mut merges, mut slots) = (Vec::new(), Vec::new(), 0);
-        let limit = |batch: usize| if is_few(problem, batch) { few_rows::FEW } else { limit(batch) };
-        for rows in plan::row_tasks(problem, limit) {
-            if !is_few(problem, rows.batch) {
-                tasks.push(Task::Chunk(rows));
-            } else if !in_parts {
-                tasks.push(Task::Few(rows));
-            } else {
-                let keys = problem.key_range_of_rows(rows.batch, rows.queries.clone());
+        let many = |batch: usize| if is_few(problem, batch) { 0 } else { limit(batch) };
+        for batch in (0..dims.batch).filter(|&batch| is_few(problem, batch)) {
+            let all: Vec<Rows> = plan::batch_tasks(problem, batch, few_rows::FEW).collect();
+            for heads in all.chunks(few.heads) {
+                let heads = heads.to_vec();
+                if !in_parts {
+                    tasks.push(Task::Few(heads));
+                    continue;
+                }
+                let keys = problem.key_range_of_rows(batch, heads[0].queries.clone());
                 let first = slots;
                 for keys in few_rows::parts(&keys) {
-                    tasks.push(Task::Part { rows: rows.clone(), keys, slot: slots });
+                    tasks.push(Task::Part { heads: heads.clone(), keys, slot: slots });
                     slots += 1;
                 }
-                merges.push((rows, first..slots));
+                merges.push((heads, first..slots));
             }
         }
+        tasks.extend(plan::row_tasks(problem, many).map(Task::Chunk));
         // Under causal masking the last rows of a head see the most keys: begin with those.
         tasks.reverse();
         Self { tasks, merges, slots }
@@ -528,6 +539,7 @@ impl Tasks {
 struct Needs {
     layout: Layout,
     small: Layout,
+    few: Few,
     /// Bytes of a worker's scratch.
     bytes: usize,
     /// Bytes of a partial result.
@@ -546,28 +558,32 @@ impl Needs {
         let dims = problem.dims();
         let layout = Layout::of::<E>(problem, sizes, threads);
         let small = Layout::of::<Small>(problem, sizes, threads);
+        let few_rows = (0..dims.batch)
+            .filter(|&batch| is_few(problem, batch))
+            .map(|batch| problem.query_len(batch) * dims.group_size());
+        let parts = few_rows::parts(&(0..dims.key_length)).len().max(1);
+        let enough = few_heads(problem) * parts / (4 * threads).max(1);
+        let few = Few::of(problem, few_rows.max().unwrap_or(0), enough);
         let (mut bytes, mut slot) = (0usize, 0usize);
         for batch in 0..dims.batch {
             let is_small = has_small && plan::is_small(problem, batch);
             let needed = match (is_few(problem, batch), is_small) {
-                (true, true) => few_rows::bytes::<Small::F>(dims.head_dim, dims.value_head_dim),
-                (true, false) => few_rows::bytes::<E::F>(dims.head_dim, dims.value_head_dim),
+                (true, true) => few.bytes::<Small::F>(),
+                (true, false) => few.bytes::<E::F>(),
                 (false, true) => small.bytes::<Small>(),
                 (false, false) => layout.bytes::<E>(),
             };
             bytes = bytes.max(needed?);
             if is_few(problem, batch) {
-                slot = slot.max(if is_small {
-                    few_rows::partial_bytes::<Small::F>(dims.value_head_dim)?
-                } else {
-                    few_rows::partial_bytes::<E::F>(dims.value_head_dim)?
-                });
+                let partial =
+                    if is_small { few.partial_bytes::<Small::F>() } else { few.partial_bytes::<E::F>() };
+                slot = slot.max(partial?);
             }
         }
         let limit =
             |batch: usize| if has_small && plan::is_small(problem, batch) { small.rows } else { layout.rows };
-        let tasks = Tasks::of(problem, threads, limit);
-        Some(Self { layout, small, bytes, slot, tasks })
+        let tasks = Tasks::of(problem, threads, &few, limit);
+        Some(Self { layout, small, few, bytes, slot, tasks })
     }
 
     fn total(&self, threads: usize) -> Option<usize> {
@@ -597,11 +613,11 @@ pub(crate) fn run<E: Engine, Small: Engine>(
 ) {
     let (problem, inputs, outputs) = call.into_parts();
     let outputs = Outputs::new(problem, outputs);
-    let Needs { layout, small: small_layout, bytes, slot, tasks } =
+    let Needs { layout, small: small_layout, few, bytes, slot, tasks } =
         Needs::of::<E, Small>(problem, small.is_some(), sizes, threads)
             .unwrap_or_else(|| unreachable!("the scratch was sized before"));
-    let forward = Forward::new(engine, problem, &inputs, layout);
-    let small = small.map(|small| Forward::new(small, problem, &inputs, small_layout));
+    let forward = Forward::new(engine, problem, &inputs, layout, few);
+    let small = small.map(|small| Forward::new(small, problem, &inputs, small_layout, few));
     let small_of = |rows: &Rows| small.as_ref().filter(|_| plan::is_small(problem, rows.batch));
     let (slots, scratch) = scratch.split_at_mut(slot * tasks.slots);
     let slots = Slots { first: slots.as_mut_ptr(), bytes: slot, count: tasks.slots };
@@ -614,28 +630,28 @@ pub(crate) fn run<E: Engine, Small: Engine>(
                     Some(small) => small.task(rows, &outputs, memory),
                     None => forward.task(rows, &outputs, memory),
                 },
-                Task::Few(rows) => match small_of(rows) {
-                    Some(small) => small.few_rows(rows, &outputs, memory),
-                    None => forward.few_rows(rows, &outputs, memory),
+                Task::Few(heads) => match small_of(&heads[0]) {
+                    Some(small) => small.few_rows(heads, &outputs, memory),
+                    None => forward.few_rows(heads, &outputs, memory),
                 },
-                Task::Part { rows, keys, slot } => {
+                Task::Part { heads, keys, slot } => {
                     let to = slots.range(*slot..slot + 1);
-                    match small_of(rows) {
-                        Some(small) => small.few_rows_part(rows, keys.clone(), to, memory),
-                        None => forward.few_rows_part(rows, keys.clone(), to, memory),
+                    match small_of(&heads[0]) {
+                        Some(small) => small.few_rows_part(heads, keys.clone(), to, memory),
+                        None => forward.few_rows_part(heads, keys.clone(), to, memory),
                     }
                 }
             }
         }
     });
     workers::run(tasks.merges.len(), threads, scratch, bytes, |index, memory| {
-        let (rows, range) = &tasks.merges[index];
+        let (heads, range) = &tasks.merges[index];
         // SAFETY: the merges are different rows with different slots, whose parts are done.
         unsafe {
             let parts = slots.range(range.clone());
-            match small_of(rows) {
-                Some(small) => small.merge_parts(rows, parts, slot, &outputs, memory),
-                None => forward.merge_parts(rows, parts, slot, &outputs, memory),
+            match small_of(&heads[0]) {
+                Some(small) => small.merge_parts(heads, parts, slot, &outputs, memory),
+                None => forward.merge_parts(heads, parts, slot, &outputs, memory),
             }
         }
     });
