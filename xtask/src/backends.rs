@@ -10,6 +10,9 @@ use attention_core::{
 };
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+/// The name here of the chunked backend that multiplies f32 as sums of bf16 parts, which is off by default.
+const SPLIT: &str = "chunked-split-f32";
+
 /// The backends of these names, or all that are available here if there are none.
 pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBackend>>> {
     let registry = Registry::default();
@@ -25,8 +28,13 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
     }
     let mut backends: Vec<Arc<dyn AttentionBackend>> = Vec::new();
     for name in names {
+        if name == SPLIT {
+            let split = ChunkedBackend::with_config(ChunkedConfig::default().split_f32(true));
+            backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(split) }));
+            continue;
+        }
         let Some(backend) = registry.get(name) else {
-            let known = registry.names().join(", ");
+            let known = format!("{}, {SPLIT}", registry.names().join(", "));
             return Err(format!("unknown backend '{name}'; this build has {known}").into());
         };
         backend.available()?;
@@ -166,7 +174,7 @@ mod tests {
     #[test]
     fn an_unknown_name_is_answered_with_the_known_ones() {
         let error = named(&["nosuch".to_owned()]).unwrap_err().to_string();
-        assert_eq!(error, "unknown backend 'nosuch'; this build has chunked, cpu");
+        assert_eq!(error, "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32");
     }
 
     #[test]

@@ -53,6 +53,11 @@ pub(crate) trait Float:
 
 macro_rules! float {
     ($float:ident, $bits:ident, $bias:expr, $mantissa:expr, $exponents:expr, [$($exp2:expr),*], [$($p:expr),*], [$($q:expr),*]) => {
+        #[allow(
+            clippy::approx_constant,
+            clippy::excessive_precision,
+            reason = "coefficients of minimax polynomials, as their exchange gave them"
+        )]
         impl Float for $float {
             const ONE: Self = 1.0;
             const LOG2_E: Self = std::$float::consts::LOG2_E;

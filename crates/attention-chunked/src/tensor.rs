@@ -191,10 +191,10 @@ impl<F: Float, S: Simd<F>, T: Source, I: Fn(usize) -> [usize; 3]> Kernel for Sta
                     done += S::LANES;
                 }
             }
-            for column in done..width {
+            for (column, to) in to.iter_mut().enumerate().skip(done) {
                 let x: F = from.at(column).widen();
                 nothing_left += x * F::ZERO;
-                to[column] = x * factor;
+                *to = x * factor;
             }
             if simd.reduce_sum(nothing) + nothing_left != F::ZERO {
                 not_finite |= 1 << row;

@@ -347,19 +347,20 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             infos: [empty; MAX_BLOCK_ROWS],
             states: [RowState { lse: f64::NEG_INFINITY, delta: 0.0 }; MAX_BLOCK_ROWS],
             rows: rows.clone(),
-            any: usize::MAX..0,
+            any: 0..0,
             all: 0..usize::MAX,
         };
+        let (mut begin, mut end) = (usize::MAX, 0);
         for (index, row) in rows.enumerate() {
             let info = self.rows.row(self.backward.problem, chunk + row);
             block.infos[index] = info;
             block.states[index] = self.backward.state(info.batch, info.head, info.query);
             block.all = block.all.start.max(info.begin)..block.all.end.min(info.end);
             if info.begin < info.end {
-                block.any = block.any.start.min(info.begin)..block.any.end.max(info.end);
+                (begin, end) = (begin.min(info.begin), end.max(info.end));
             }
         }
-        block.any.start = block.any.start.min(block.any.end);
+        block.any = begin.min(end)..end;
         block
     }
 

@@ -187,6 +187,7 @@ impl<const PARTS: usize> Tiles<PARTS> {
     /// `out[32][32] (+)= left * right` over `steps` tiles of 32 of the inner axis. With `exact`, every product of parts
     /// that the operands' dtype needs; without, those that weights rounded to it need.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
     fn product(
         self,
         left: Operand<'_>,

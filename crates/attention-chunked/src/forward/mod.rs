@@ -50,6 +50,8 @@ struct Scratch<'a, E: Engine> {
     /// The keys that structure lets each row see.
     begins: &'a mut [u64],
     ends: &'a mut [u64],
+    /// For each block of rows, the keys that any and that all of them can see: begin and end of each.
+    bounds: &'a mut [[u64; 4]],
     /// One value row, for those that are not finite.
     row: &'a mut [E::F],
     /// For each group of staged values, which are not finite.
@@ -108,6 +110,7 @@ impl Layout {
             factors: pieces.take(E::BLOCK_ROWS),
             begins: pieces.take(rows),
             ends: pieces.take(rows),
+            bounds: pieces.take(rows / E::BLOCK_ROWS),
             row: pieces.take(value_head_dim),
             not_finite: pieces.take(keys.div_ceil(STAGE)),
         }
@@ -197,9 +200,13 @@ impl<'a, E: Engine> Forward<'a, E> {
             while chunk < range.end {
                 let keys = chunk..range.end.min(chunk + self.layout.keys);
                 let all_finite = self.pack(rows, &keys, range.start, &mut scratch);
-                for first in (0..rows.len()).step_by(E::BLOCK_ROWS) {
-                    let count = E::BLOCK_ROWS.min(rows.len() - first);
-                    self.block_rows(rows, first..first + count, &keys, all_finite, &mut scratch);
+                // A block of keys and values stays in the first cache levels while all rows pass it.
+                for start in keys.clone().step_by(E::BLOCK_KEYS) {
+                    let block_keys = start..keys.end.min(start + E::BLOCK_KEYS);
+                    for first in (0..rows.len()).step_by(E::BLOCK_ROWS) {
+                        let block = first..rows.len().min(first + E::BLOCK_ROWS);
+                        self.rows_and_keys(rows, block, &block_keys, &keys, all_finite, &mut scratch);
+                    }
                 }
                 chunk += self.layout.keys;
             }
@@ -234,6 +241,17 @@ impl<'a, E: Engine> Forward<'a, E> {
                 (scratch.begins[row], scratch.ends[row]) = (keys.start as u64, keys.end as u64);
             }
         }
+        for (index, bounds) in scratch.bounds[..count.div_ceil(E::BLOCK_ROWS)].iter_mut().enumerate() {
+            let block = index * E::BLOCK_ROWS..count.min((index + 1) * E::BLOCK_ROWS);
+            *bounds = [u64::MAX, 0, 0, u64::MAX];
+            for (&begin, &end) in scratch.begins[block.clone()].iter().zip(&scratch.ends[block]) {
+                if begin < end {
+                    (bounds[0], bounds[1]) = (bounds[0].min(begin), bounds[1].max(end));
+                }
+                (bounds[2], bounds[3]) = (bounds[2].max(begin), bounds[3].min(end));
+            }
+            bounds[0] = bounds[0].min(bounds[1]);
+        }
         let stride = E::sum_stride(self.layout.value_head_dim);
         scratch.out[..count * stride].fill(E::F::ZERO);
         scratch.maxima[..count].fill(E::F::NEG_INFINITY);
@@ -265,43 +283,38 @@ impl<'a, E: Engine> Forward<'a, E> {
         all == 0
     }
 
-    /// A block of rows against a packed chunk of keys.
-    fn block_rows(
+    /// A block of rows against those keys of a block that any of them can see.
+    fn rows_and_keys(
         &self,
         rows: &Rows,
         block: Range<usize>,
+        keys: &Range<usize>,
         chunk: &Range<usize>,
         all_finite: bool,
         scratch: &mut Scratch<'_, E>,
     ) {
-        let mut room = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; MAX_BLOCK_ROWS];
-        let infos = &mut room[..block.len()];
-        let (mut begin, mut end, mut inner_begin, mut inner_end) = (usize::MAX, 0, 0, usize::MAX);
-        for (info, row) in infos.iter_mut().zip(block.clone()) {
-            let (head, query) = rows.at(row);
-            let keys = scratch.begins[row] as usize..scratch.ends[row] as usize;
-            *info = QueryRow { batch: rows.batch, head, query, begin: keys.start, end: keys.end };
-            (inner_begin, inner_end) = (inner_begin.max(keys.start), inner_end.min(keys.end));
-            if !keys.is_empty() {
-                (begin, end) = (begin.min(keys.start), end.max(keys.end));
-            }
-        }
-        let seen = plan::intersection(&(begin.min(end)..end), chunk);
+        let [any_begin, any_end, all_begin, all_end] =
+            scratch.bounds[block.start / E::BLOCK_ROWS].map(|bound| bound as usize);
+        let seen = plan::intersection(&(any_begin..any_end), keys);
         if seen.is_empty() {
             return;
         }
-        let mut start = seen.start / E::BLOCK_KEYS * E::BLOCK_KEYS;
-        while start < seen.end {
-            let next = start + E::BLOCK_KEYS;
-            let first = start.max(seen.start / E::KEY_STEP * E::KEY_STEP);
-            let last = seen.end.min(next);
-            start = next;
-            if self.terms.has_mask() && self.terms.masks_all(infos, first..last) {
-                continue;
-            }
-            let inside = inner_begin <= first && inner_end >= last;
-            self.block(&block, infos, chunk, first..last, inside, all_finite, scratch);
+        let keys = keys.start.max(seen.start / E::KEY_STEP * E::KEY_STEP)..seen.end;
+        let inside = all_begin <= keys.start && all_end >= keys.end;
+        let mut room = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; MAX_BLOCK_ROWS];
+        let infos = &mut room[..block.len()];
+        let apply = !inside || !self.terms.is_plain() || self.terms.has_mask() || self.terms.has_dropout();
+        // Only what masks or adds something asks for more than the first row.
+        let needed = if apply { infos.len() } else { 1 };
+        for (info, row) in infos[..needed].iter_mut().zip(block.clone()) {
+            let (head, query) = rows.at(row);
+            let (begin, end) = (scratch.begins[row] as usize, scratch.ends[row] as usize);
+            *info = QueryRow { batch: rows.batch, head, query, begin, end };
         }
+        if self.terms.has_mask() && self.terms.masks_all(infos, keys.clone()) {
+            return;
+        }
+        self.block(&block, infos, chunk, keys, apply, all_finite, scratch);
     }
 
     /// A block of rows against a block of keys.
@@ -312,7 +325,7 @@ impl<'a, E: Engine> Forward<'a, E> {
         infos: &[QueryRow],
         chunk: &Range<usize>,
         keys: Range<usize>,
-        inside: bool,
+        apply: bool,
         all_finite: bool,
         scratch: &mut Scratch<'_, E>,
     ) {
@@ -333,13 +346,19 @@ impl<'a, E: Engine> Forward<'a, E> {
             stride,
         );
         let columns = count.next_multiple_of(pair.max(E::WEIGHT_STEP));
+        if columns != count && !apply {
+            // Columns behind the last key of the block: all rows end where it ends, or see more keys behind it.
+            for row in 0..block.len() {
+                scratch.tile[row * stride + count..row * stride + columns].fill(E::F::NEG_INFINITY);
+            }
+        }
         let rescaled = engine.simd().vectorize(BlockSoftmax {
             engine,
             terms: &self.terms,
             rows: infos,
             first: keys.start,
             columns,
-            apply: !inside || columns != count || !self.terms.is_plain() || self.terms.has_mask(),
+            apply,
             mark: !all_finite,
             tile: scratch.tile,
             stride,
@@ -454,7 +473,7 @@ pub(crate) fn normalise<F: Float>(mut running: RunningSoftmax<F>, sink: Option<F
         values.fill(F::ZERO);
         return F::NEG_INFINITY;
     }
-    let is_nan = !(running.sum > F::ZERO);
+    let is_nan = running.sum.partial_cmp(&F::ZERO).is_none();
     // The sum without the sink's scale; a row of keys that are nothing beside the sink has factor 0.
     let total = running.sum / factor;
     if factor == F::ZERO && !is_nan {
