@@ -47,55 +47,98 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
         assert!(self.columns <= self.packed_columns);
         assert!(rows <= self.maxima.len() && rows <= self.sums.len() && rows <= self.factors.len());
         let mut rescaled = false;
-        for row in 0..rows {
-            // SAFETY: the row's columns are in the tile, as checked above.
-            rescaled |= unsafe { if self.mark { self.row::<true>(row) } else { self.row::<false>(row) } };
+        for first in (0..rows).step_by(lanes) {
+            // SAFETY: the rows' columns are in the tile, as checked above.
+            rescaled |= unsafe { self.group(first, lanes.min(rows - first)) };
         }
         rescaled
     }
 }
 
 impl<E: Engine> BlockSoftmax<'_, '_, E> {
+    /// As many rows as a vector has lanes, so that their maxima are brought up to date together.
+    ///
     /// # Safety
-    /// As checked in `run`, for a row of the block.
+    /// As checked in `run`, for rows of the block.
     #[inline(always)]
-    unsafe fn row<const MARK: bool>(&mut self, row: usize) -> bool {
+    unsafe fn group(&mut self, first: usize, count: usize) -> bool {
+        let simd = self.engine.simd();
+        let (zero, nothing) = (simd.splat(E::F::ZERO), simd.splat(E::F::NEG_INFINITY));
+        // Room for the longest vector there is.
+        let mut before = [E::F::NEG_INFINITY; 64];
+        let mut block = before;
+        let factor = self.terms.tile_factor();
+        for row in 0..count {
+            before[row] = self.maxima[first + row];
+            // SAFETY: a row of the block.
+            block[row] = unsafe { self.maximum(first + row) } * factor;
+        }
+        let (mut maxima, mut shifts, mut factors) = (before, before, before);
+        // SAFETY: the arrays are longer than a vector.
+        unsafe {
+            let (old, new) = (simd.load(before.as_ptr()), simd.load(block.as_ptr()));
+            // The larger; a NaN in the block gives way here, and returns with the exponentials.
+            let maximum = simd.select(simd.less(old, new), new, old);
+            let shift = simd.select(simd.equal(maximum, nothing), zero, maximum);
+            let [rescale] = exp2::<E::F, E::S, true, 1>(simd, [simd.sub(old, shift)]);
+            let rescale = simd.select(simd.equal(old, maximum), simd.splat(E::F::ONE), rescale);
+            simd.store(maxima.as_mut_ptr(), maximum);
+            simd.store(shifts.as_mut_ptr(), shift);
+            simd.store(factors.as_mut_ptr(), rescale);
+        }
+        let mut rescaled = false;
+        for row in 0..count {
+            // SAFETY: a row of the block.
+            let sum = unsafe {
+                if self.mark {
+                    self.row::<true>(first + row, factor, shifts[row])
+                } else {
+                    self.row::<false>(first + row, factor, shifts[row])
+                }
+            };
+            let place = first + row;
+            self.sums[place] = self.sums[place] * factors[row] + sum;
+            self.maxima[place] = maxima[row];
+            self.factors[place] = factors[row];
+            rescaled |= factors[row] != E::F::ONE;
+        }
+        rescaled
+    }
+
+    /// Masks a row, adds what is to be added, and gives the largest of it.
+    ///
+    /// # Safety
+    /// As for [`group`](Self::group).
+    #[inline(always)]
+    unsafe fn maximum(&mut self, row: usize) -> E::F {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let columns = self.columns;
         // SAFETY: the row is in the tile.
         let tile = unsafe { self.tile.as_mut_ptr().add(row * self.stride) };
         if self.apply {
             // SAFETY: `columns` elements of the row.
-            unsafe { self.terms.apply(simd, &self.rows[row], self.first, columns, tile, None) };
+            unsafe { self.terms.apply(simd, &self.rows[row], self.first, self.columns, tile, None) };
         }
-        let factor = self.terms.tile_factor();
-
-        // A NaN loses or wins here, and returns with the exponentials in any case.
         let mut largest = [simd.splat(E::F::NEG_INFINITY); 2];
-        for column in (0..columns).step_by(2 * lanes) {
+        for column in (0..self.columns).step_by(2 * lanes) {
             // SAFETY: two vectors inside the row.
             unsafe {
                 largest[0] = simd.max(largest[0], simd.load(tile.add(column)));
                 largest[1] = simd.max(largest[1], simd.load(tile.add(column + lanes)));
             }
         }
-        let block = simd.reduce_max(simd.max(largest[0], largest[1])) * factor;
-        let before = self.maxima[row];
-        let maximum = if before > block { before } else { block };
-        let shift = if maximum == E::F::NEG_INFINITY { E::F::ZERO } else { maximum };
-        let rescale = if before == maximum {
-            E::F::ONE
-        } else if before == E::F::NEG_INFINITY {
-            E::F::ZERO
-        } else {
-            let [factor] = exp2::<E::F, E::S, true, 1>(simd, [simd.splat(before - shift)]);
-            let mut first = [E::F::ZERO; 64];
-            // SAFETY: 64 elements are as many as any vector has.
-            unsafe { simd.store(first.as_mut_ptr(), factor) };
-            first[0]
-        };
+        simd.reduce_max(simd.max(largest[0], largest[1]))
+    }
 
+    /// The weights of a row, and their sum.
+    ///
+    /// # Safety
+    /// As for [`group`](Self::group).
+    #[inline(always)]
+    unsafe fn row<const MARK: bool>(&mut self, row: usize, factor: E::F, shift: E::F) -> E::F {
+        let simd = self.engine.simd();
+        let lanes = <E::S as Simd<E::F>>::LANES;
+        let columns = self.columns;
         let mut sums = [simd.splat(E::F::ZERO); 2];
         let mut column = 0;
         if <E::S as Simd<E::F>>::SIDE_BY_SIDE == 4 {
@@ -110,14 +153,15 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
             unsafe { self.weights::<MARK, 2>(row, column, factor, shift, &mut sums) };
             column += 2 * lanes;
         }
-        let dropped = self.terms.has_dropout();
-        let packed = self.packed.as_mut_ptr();
-        if dropped {
+        if self.terms.has_dropout() {
             // SAFETY: `columns` elements of the row, which nothing else refers to here.
-            let weights = unsafe { std::slice::from_raw_parts_mut(tile, columns) };
+            let weights = unsafe {
+                std::slice::from_raw_parts_mut(self.tile.as_mut_ptr().add(row * self.stride), columns)
+            };
             self.terms.drop(&self.rows[row], self.first, weights);
+            let (tile, packed) = (weights.as_mut_ptr(), self.packed.as_mut_ptr());
             for column in (0..columns).step_by(2 * lanes) {
-                // SAFETY: as above.
+                // SAFETY: two vectors inside the row, and inside the packed weights.
                 unsafe {
                     let at = tile.add(column);
                     let weights = [simd.load(at), simd.load(at.add(lanes))];
@@ -125,11 +169,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
                 }
             }
         }
-        let sum = simd.reduce_sum(simd.add(sums[0], sums[1]));
-        self.sums[row] = self.sums[row] * rescale + sum;
-        self.maxima[row] = maximum;
-        self.factors[row] = rescale;
-        rescale != E::F::ONE
+        simd.reduce_sum(simd.add(sums[0], sums[1]))
     }
 
     /// Weights of `COUNT` vectors of a row: 2 or 4.
