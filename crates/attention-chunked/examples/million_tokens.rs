@@ -59,11 +59,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let shape = [1, rows, 1, HEAD_DIM];
         // No row of the piece sees a key behind its last one.
         let seen = first + rows;
-        let inputs = Inputs::new(
-            View::from_slice(query, shape)?,
-            key.narrow(1, 0..seen)?,
-            value.narrow(1, 0..seen)?,
-        );
+        let inputs =
+            Inputs::new(View::from_slice(query, shape)?, key.narrow(1, 0..seen)?, value.narrow(1, 0..seen)?);
         let offset = QueryOffset::Fixed(i64::try_from(first)?);
         let problem = inputs.problem().causal(true).query_offset(offset).build()?;
         scratch.reserve(backend.scratch_bytes(&problem)?);
