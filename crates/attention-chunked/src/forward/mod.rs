@@ -79,7 +79,7 @@ impl Layout {
         let group_rows = dims.query_length.saturating_mul(dims.group_size().max(1));
         // Enough tasks for every thread to have a few, where rows allow it.
         let fair = (all_rows / (threads * 3).max(1)).clamp(4 * E::BLOCK_ROWS, usize::MAX);
-        let row_bytes = size_of::<E::Packed>() * E::queries_len(1, head_dim)
+        let row_bytes = size_of::<E::Packed>() * E::queries_len(STAGE, head_dim) / STAGE
             + size_of::<E::F>() * E::sum_stride(value_head_dim);
         let key_bytes = size_of::<E::Packed>()
             * (E::keys_len(STAGE, head_dim) + E::values_len(STAGE, value_head_dim))
