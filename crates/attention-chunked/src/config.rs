@@ -7,9 +7,9 @@ use rayon::ThreadPool;
 
 use crate::Level;
 
-/// Bytes that a worker's packed chunks and running values stay inside by default: half of a typical second-level
-/// cache. Chosen from the measurements in docs/performance.md.
-const DEFAULT_BUDGET: usize = 768 << 10;
+/// Bytes that a worker's packed chunks and running values stay inside by default: with tiles and stage a thread takes at
+/// most 1 MiB up to head dimension 128, half of the second-level cache of server processors.
+const DEFAULT_BUDGET: usize = 704 << 10;
 
 /// Chunk sizes, threads and instruction set of a [`ChunkedBackend`](crate::ChunkedBackend).
 ///
@@ -59,7 +59,7 @@ impl ChunkedConfig {
     }
 
     /// About how many bytes of scratch a thread may use for its chunks, where their sizes are not given; 0 stands
-    /// for the default, 768 KiB. What a call takes exactly, `scratch_bytes` says.
+    /// for the default, 704 KiB. What a call takes exactly, `scratch_bytes` says.
     #[must_use]
     pub fn budget(self, bytes: usize) -> Self {
         Self { budget: NonZeroUsize::new(bytes), ..self }

@@ -88,8 +88,10 @@ impl Layout {
         let keys = (keys / E::BLOCK_KEYS * E::BLOCK_KEYS)
             .clamp(E::BLOCK_KEYS, 8 * E::BLOCK_KEYS)
             .min(most_keys.next_multiple_of(STAGE).max(STAGE));
-        let rows =
-            sizes.rows.map_or((sizes.budget / 2 / row_bytes.max(1)).min(1024).min(fair), |rows| rows.get());
+        // Whole blocks that fit.
+        let within_budget =
+            (sizes.budget / 2 / row_bytes.max(1)).min(1024).min(fair) / E::BLOCK_ROWS * E::BLOCK_ROWS;
+        let rows = sizes.rows.map_or(within_budget, |rows| rows.get());
         let rows = rows.min(group_rows).max(1).next_multiple_of(E::BLOCK_ROWS);
         Self { rows, keys, head_dim, value_head_dim }
     }
@@ -695,6 +697,48 @@ impl Slots {
         // SAFETY: inside the memory that the slots were made of; exclusive by the caller's word.
         unsafe {
             std::slice::from_raw_parts_mut(self.first.add(slots.start * self.bytes), slots.len() * self.bytes)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use attention_core::{DType, TensorDesc};
+
+    use super::*;
+    use crate::config::ChunkedConfig;
+
+    /// Bytes of a worker's scratch for one head of `head_dim`, on an engine that this machine need not have.
+    fn bytes<E: Engine>(dtype: DType, head_dim: usize) -> usize {
+        let desc = TensorDesc::contiguous(dtype, [1, 1 << 18, 1, head_dim]);
+        let problem = Problem::builder(desc, desc, desc).build().expect("a valid problem");
+        Layout::of::<E>(&problem, &ChunkedConfig::default().sizes(), 1).bytes::<E>().expect("no overflow")
+    }
+
+    #[test]
+    fn a_thread_needs_at_most_a_mebibyte_on_every_engine() {
+        use crate::engine::vector::Fused;
+        use crate::simd::Scalar;
+        for head_dim in [16, 64, 80, 128] {
+            let mut all = vec![
+                ("scalar f32", bytes::<Fused<f32, Scalar>>(DType::F32, head_dim)),
+                ("scalar f64", bytes::<Fused<f64, Scalar>>(DType::F64, head_dim)),
+            ];
+            #[cfg(target_arch = "x86_64")]
+            {
+                use crate::engine::amx::Tiles;
+                use crate::simd::{Avx2, Avx512};
+                all.extend([
+                    ("avx2 f32", bytes::<Fused<f32, Avx2>>(DType::F32, head_dim)),
+                    ("avx512 f32", bytes::<Fused<f32, Avx512>>(DType::F32, head_dim)),
+                    ("avx512 f64", bytes::<Fused<f64, Avx512>>(DType::F64, head_dim)),
+                    ("amx bf16", bytes::<Tiles<1>>(DType::Bf16, head_dim)),
+                    ("amx f16", bytes::<Tiles<2>>(DType::F16, head_dim)),
+                ]);
+            }
+            for (engine, bytes) in all {
+                assert!(bytes <= 1 << 20, "{engine}, H = {head_dim}: {bytes} bytes");
+            }
         }
     }
 }
