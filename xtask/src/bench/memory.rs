@@ -111,7 +111,7 @@ fn size(bytes: f64) -> String {
     let units = [(1u64 << 30, "GB"), (1 << 20, "MB"), (1 << 10, "KB")];
     let (unit, name) = units.into_iter().find(|&(unit, _)| bytes >= unit as f64).unwrap_or((1, "B"));
     let number = bytes / unit as f64;
-    if number < 10.0 { format!("{number:.1} {name}") } else { format!("{number:.0} {name}") }
+    if unit > 1 && number < 10.0 { format!("{number:.1} {name}") } else { format!("{number:.0} {name}") }
 }
 
 #[cfg(test)]
