@@ -26,8 +26,8 @@ const NAME: &str = "chunked";
 ///
 /// # Semantics
 /// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16.
-/// - Results are bitwise the same for any number of threads, any composition of the batch and any amount of padding,
-///   on one [`Level`] and with one `key_chunk`.
+/// - Results are bitwise the same for any number of threads, any composition of the batch, any amount of padding and
+///   any chunk sizes, on one [`Level`].
 ///
 /// # Examples
 /// ```

@@ -13,8 +13,8 @@ const DEFAULT_BUDGET: usize = 704 << 10;
 
 /// Chunk sizes, threads and instruction set of a [`ChunkedBackend`](crate::ChunkedBackend).
 ///
-/// Threads, pool, `query_chunk` and budget do not change a bit of a result; the level does, inside the bounds of the
-/// numerics class.
+/// Threads, pool, chunk sizes and budget do not change a bit of a result; the level and `split_f32` do, inside the
+/// bounds of the numerics class.
 ///
 /// ```
 /// use attention_chunked::{ChunkedBackend, ChunkedConfig};
@@ -51,7 +51,7 @@ impl ChunkedConfig {
         Self { query_chunk: NonZeroUsize::new(rows), ..self }
     }
 
-    /// Keys and values that are packed together. Rounded to whole blocks of the engine, at least one; 0 stands for a
+    /// Keys and values that are packed together. Rounded down to whole blocks of 256, between one and eight; 0 stands for a
     /// size chosen from the budget.
     #[must_use]
     pub fn key_chunk(self, keys: usize) -> Self {
