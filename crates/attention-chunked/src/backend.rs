@@ -174,6 +174,39 @@ impl ChunkedBackend {
         // Device and size were checked; a call without scratch may bring one from anywhere.
         Ok(scratch.into_host().unwrap_or_default())
     }
+
+    /// Runs a call of this problem in the configured pool.
+    fn run(&self, problem: &Problem, call: Call<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        struct Run<'c, 'd> {
+            call: Call<'c>,
+            config: &'d ChunkedConfig,
+            scratch: &'d mut [u8],
+        }
+
+        impl WithEngines for Run<'_, '_> {
+            type Output = ();
+
+            fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
+                let (sizes, threads) = (self.config.sizes(), self.config.thread_count());
+                match self.call {
+                    Call::Forward(call) => forward::run(engine, small, call, &sizes, threads, self.scratch),
+                    Call::Backward(call) => backward::run(engine, small, call, &sizes, threads, self.scratch),
+                }
+            }
+        }
+
+        let scratch = self.host_scratch(problem, scratch)?;
+        let run = Run { call, config: &self.config, scratch };
+        self.config.install(|| self.with_engines(problem.dtype(), run));
+        Ok(())
+    }
+}
+
+/// A call of either pass.
+#[allow(clippy::large_enum_variant, reason = "one is made a call, and no box is worth an allocation")]
+enum Call<'c> {
+    Forward(ForwardCall<'c>),
+    Backward(BackwardCall<'c>),
 }
 
 impl AttentionBackend for ChunkedBackend {
@@ -215,48 +248,10 @@ impl AttentionBackend for ChunkedBackend {
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        struct Run<'c, 'd> {
-            call: ForwardCall<'c>,
-            config: &'c ChunkedConfig,
-            scratch: &'d mut [u8],
-        }
-
-        impl WithEngines for Run<'_, '_> {
-            type Output = ();
-
-            fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
-                let (sizes, threads) = (self.config.sizes(), self.config.thread_count());
-                forward::run(engine, small, self.call, &sizes, threads, self.scratch);
-            }
-        }
-
-        let scratch = self.host_scratch(call.problem(), scratch)?;
-        let dtype = call.problem().dtype();
-        let run = Run { call, config: &self.config, scratch };
-        self.config.install(|| self.with_engines(dtype, run));
-        Ok(())
+        self.run(call.problem(), Call::Forward(call), scratch)
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        struct Run<'c, 'd> {
-            call: BackwardCall<'c>,
-            config: &'c ChunkedConfig,
-            scratch: &'d mut [u8],
-        }
-
-        impl WithEngines for Run<'_, '_> {
-            type Output = ();
-
-            fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
-                let (sizes, threads) = (self.config.sizes(), self.config.thread_count());
-                backward::run(engine, small, self.call, &sizes, threads, self.scratch);
-            }
-        }
-
-        let scratch = self.host_scratch(call.problem(), scratch)?;
-        let dtype = call.problem().dtype();
-        let run = Run { call, config: &self.config, scratch };
-        self.config.install(|| self.with_engines(dtype, run));
-        Ok(())
+        self.run(call.problem(), Call::Backward(call), scratch)
     }
 }
