@@ -25,8 +25,12 @@ pub(crate) trait Float:
     /// an allowed weight that is zero.
     const DISALLOWED: Self;
 
+    /// How far, in powers of two, logits may be above the shift that weights are taken relative to. Weights of up to 2^8
+    /// keep every digit, and leave sums of values as far from overflow as 256 times as many keys would.
+    const ROOM: Self;
+
     /// Exponents that [`exp2`](crate::simd::exp2) is computed between: below the first, that of the smallest normal
-    /// number, the result is 0; above the second it is infinity.
+    /// number, the result is 0; from the second on it is infinity.
     const EXPONENTS: [Self; 2];
 
     /// `2^r = 1 + r (c[0] + c[1] r + ...)` for `|r| <= 1/2`: minimax in the relative error (Remez exchange in 60
@@ -63,6 +67,7 @@ macro_rules! float {
             const LOG2_E: Self = std::$float::consts::LOG2_E;
             const LN_2: Self = std::$float::consts::LN_2;
             const DISALLOWED: Self = -0.0;
+            const ROOM: Self = 8.0;
             const EXPONENTS: [Self; 2] = $exponents;
             const EXP2: &'static [Self] = &[$($exp2),*];
             const TANH_P: &'static [Self] = &[$($p),*];
@@ -104,7 +109,7 @@ float!(
     u32,
     127,
     23,
-    [-126.0, 129.0],
+    [-126.0, 128.0],
     [0.693_147_2, 0.240_226_53, 0.055_503_11, 0.009_617_693, 0.001_340_664_4, 0.000_155_946_78],
     [-5.704_988_7e-3, 2.063_908_8e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1],
     []
@@ -114,7 +119,7 @@ float!(
     u64,
     1023,
     52,
-    [-1022.0, 1025.0],
+    [-1022.0, 1024.0],
     [
         0.693_147_180_559_945_7,
         0.240_226_506_959_100_98,

@@ -46,6 +46,9 @@ pub(crate) trait Source: Scalar {
 
     /// One element, converted.
     fn widen<F: Float>(self) -> F;
+
+    /// The elements as they are, where that is what they would be converted to.
+    fn floats<F: Float>(of: &[Self]) -> Option<&[F]>;
 }
 
 macro_rules! source {
@@ -59,6 +62,11 @@ macro_rules! source {
             #[inline(always)]
             fn widen<F: Float>(self) -> F {
                 $widen(self)
+            }
+            #[inline(always)]
+            fn floats<F: Float>(of: &[Self]) -> Option<&[F]> {
+                let same = std::any::TypeId::of::<Self>() == std::any::TypeId::of::<F>();
+                same.then(|| bytemuck::cast_slice(of))
             }
         }
     };

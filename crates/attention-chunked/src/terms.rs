@@ -1,14 +1,15 @@
 //! From products of queries and keys to logits, in units of base two: scale, softcap, ALiBi, bias, masks, dropout.
 //!
 //! The semantics of [`Problem`], steps 2 and 3. A tile of products stays as it is where nothing but the scale
-//! applies; its softmax multiplies with [`Terms::plain_factor`] in the same operation that subtracts the maximum.
+//! applies: the softmax multiplies with [`Terms::tile_factor`] in the same operation that subtracts the shift. A bias
+//! and a mask reach the forward softmax beside the tile ([`Terms::added`]), so that no pass is spent on them.
 
 use std::ops::Range;
 
 use attention_core::{DropoutStream, HostView, Inputs, Problem, Row};
 
 use crate::float::Float;
-use crate::simd::{Simd, tanh};
+use crate::simd::{Simd, prefetch, tanh};
 use crate::tensor::{Floats, Source, typed};
 
 /// A query row: its head and query, and the keys that structure lets it see.
@@ -20,6 +21,18 @@ pub(crate) struct QueryRow {
     pub(crate) begin: usize,
     pub(crate) end: usize,
 }
+
+/// What a row's products meet on their way to logits, after they were multiplied by [`Terms::product_factor`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Added<'r, F> {
+    /// Added, in natural units.
+    pub(crate) bias: Option<&'r [F]>,
+    /// Makes -inf of where it is zero.
+    pub(crate) mask: Option<&'r [u8]>,
+}
+
+/// How many rows ahead bias and mask are asked for: a piece of a row is too short for the processor's own prefetching.
+const AHEAD: usize = 4;
 
 /// What turns products into logits, read from the call once.
 pub(crate) struct Terms<'a, F> {
@@ -67,6 +80,17 @@ impl<'a, F: Float> Terms<'a, F> {
     /// What a tile that [`apply`](Self::apply) left is multiplied by to give logits of base two.
     pub(crate) fn tile_factor(&self) -> F {
         if self.is_plain() { self.scale * F::LOG2_E } else { F::ONE }
+    }
+
+    /// Whether only [`apply`](Self::apply) can make logits of products.
+    pub(crate) fn needs_tile(&self) -> bool {
+        self.softcap.is_some() || self.scale == F::ZERO
+    }
+
+    /// What products are multiplied by before what [`added`](Self::added) gives; after [`apply`](Self::apply) where
+    /// that is needed.
+    pub(crate) fn product_factor(&self) -> F {
+        if self.needs_tile() { self.tile_factor() } else { self.scale * F::LOG2_E }
     }
 
     /// Whether there is a boolean mask.
@@ -132,10 +156,88 @@ impl<'a, F: Float> Terms<'a, F> {
             let index = broadcast(shape, [row.batch, row.head, row.query]);
             apply_mask(simd, mask.row(&index), first, tile);
         }
-        let begin = row.begin.clamp(first, first + columns) - first;
-        let end = row.end.clamp(first + begin, first + columns) - first;
+        let (begin, end) = seen(row, first, columns);
         tile[..begin].fill(F::NEG_INFINITY);
         tile[end..].fill(F::NEG_INFINITY);
+    }
+
+    /// Masks what structure masks in a row of products, the first of these, and gives what is to be added to it: as many
+    /// elements as the row has columns, which may lie in the rooms. Column 0 is key `first`; the columns are a multiple
+    /// of the vector's lanes. Not where [`needs_tile`](Self::needs_tile).
+    #[inline(always)]
+    pub(crate) fn added<'r, S: Simd<F>>(
+        &'r self,
+        simd: S,
+        rows: &[QueryRow],
+        first: usize,
+        tile: &mut [F],
+        bias_room: &'r mut [F],
+        mask_room: &'r mut [u8],
+    ) -> Added<'r, F> {
+        let row = &rows[0];
+        let columns = tile.len();
+        let (begin, end) = seen(row, first, columns);
+        tile[..begin].fill(F::NEG_INFINITY);
+        tile[end..].fill(F::NEG_INFINITY);
+        let mut added = Added::default();
+        if let Some((mask, shape)) = &self.mask {
+            let bytes = mask.row(&broadcast(shape, [row.batch, row.head, row.query]));
+            if let Some(next) = rows.get(AHEAD) {
+                ahead(mask.row(&broadcast(shape, [next.batch, next.head, next.query])), first, columns);
+            }
+            if bytes.len() == 1 {
+                if bytes.at(0) == 0 {
+                    tile.fill(F::NEG_INFINITY);
+                    return added;
+                }
+            } else {
+                let direct = bytes.contiguous().and_then(|bytes| bytes.get(first..first + columns));
+                added.mask = Some(direct.unwrap_or_else(|| {
+                    for (column, to) in mask_room[begin..end].iter_mut().enumerate() {
+                        *to = bytes.at(first + begin + column);
+                    }
+                    &mask_room[..columns]
+                }));
+            }
+        }
+        let slope: Option<F> = self.slopes.as_ref().map(|slopes| {
+            if self.slopes_per_batch { slopes.at(&[row.batch, row.head]) } else { slopes.at(&[row.head]) }
+        });
+        if let Some((bias, shape)) = &self.bias {
+            let index = broadcast(shape, [row.batch, row.head, row.query]);
+            typed!(bias, bias => {
+                let bias_row = bias.row(&index);
+                if let Some(next) = rows.get(AHEAD) {
+                    ahead(bias.row(&broadcast(shape, [next.batch, next.head, next.query])), first, columns);
+                }
+                let direct = if slope.is_none() && begin == 0 && end == columns {
+                    bias_row.contiguous().and_then(|bias| bias.get(first..first + columns)).and_then(Source::floats)
+                } else {
+                    None
+                };
+                if direct.is_some() {
+                    added.bias = direct;
+                    return added;
+                }
+                stage_bias(simd, bias_row, first, begin..end, bias_room);
+            });
+        } else if slope.is_some() {
+            bias_room[begin..end].fill(F::ZERO);
+        } else {
+            return added;
+        }
+        if let Some(slope) = slope {
+            let position = self.problem.position(row.batch, row.query);
+            let distance = F::from_difference(position.saturating_sub(first as i64));
+            for (column, x) in bias_room[..columns].iter_mut().enumerate().take(end).skip(begin) {
+                *x = *x - slope * (distance - F::from_difference(column as i64)).abs();
+            }
+        }
+        // What structure masks stays so, whatever the bias holds there.
+        bias_room[..begin].fill(F::ZERO);
+        bias_room[end..columns].fill(F::ZERO);
+        added.bias = Some(&bias_room[..columns]);
+        added
     }
 
     /// Scale, softcap and ALiBi, in units of base two.
@@ -215,6 +317,50 @@ impl<'a, F: Float> Terms<'a, F> {
         stream.for_each(batch_head, row.query as u32, keys, |key, kept| {
             visit(key - first, if kept { keep } else { F::ZERO });
         });
+    }
+}
+
+/// The columns that structure lets a row see, begin and end.
+#[inline(always)]
+fn seen(row: &QueryRow, first: usize, columns: usize) -> (usize, usize) {
+    let begin = row.begin.clamp(first, first + columns) - first;
+    (begin, row.end.clamp(first + begin, first + columns) - first)
+}
+
+/// Asks for columns of a row that will be needed.
+#[inline(always)]
+fn ahead<T: Copy>(row: Row<'_, T>, first: usize, columns: usize) {
+    if let Some(row) = row.contiguous().and_then(|row| row.get(first..first + columns)) {
+        prefetch(row.as_ptr().cast(), size_of_val(row));
+    }
+}
+
+/// Copies the columns in `range` of a row of the bias, converted.
+#[inline(always)]
+fn stage_bias<F: Float, S: Simd<F>, T: Source>(
+    simd: S,
+    bias: Row<'_, T>,
+    first: usize,
+    range: Range<usize>,
+    to: &mut [F],
+) {
+    let to = &mut to[range.clone()];
+    if bias.len() == 1 {
+        to.fill(bias.at(0).widen());
+        return;
+    }
+    let start = first + range.start;
+    let mut done = 0;
+    if let Some(bias) = bias.contiguous() {
+        let bias = &bias[start..start + to.len()];
+        while done + S::LANES <= to.len() {
+            // SAFETY: `done + LANES` elements are in both.
+            unsafe { simd.store(to.as_mut_ptr().add(done), T::load(simd, bias.as_ptr().add(done))) };
+            done += S::LANES;
+        }
+    }
+    for (column, to) in to.iter_mut().enumerate().skip(done) {
+        *to = bias.at(start + column).widen();
     }
 }
 

@@ -515,6 +515,7 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
     const BLOCK_ROWS: usize = 64;
     const BLOCK_KEYS: usize = 256;
     const KEY_STEP: usize = 32;
+    const WEIGHTS_IN_TILE: bool = false;
     const WEIGHT_STEP: usize = 32;
 
     fn sum_stride(width: usize) -> usize {

@@ -66,6 +66,9 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// Blocks of keys begin and end at multiples of this, at most [`BLOCK_KEYS`](Self::BLOCK_KEYS).
     const KEY_STEP: usize;
 
+    /// Whether weights lie in the tile, where products were.
+    const WEIGHTS_IN_TILE: bool;
+
     /// Columns of packed weights come in multiples of this.
     const WEIGHT_STEP: usize;
 

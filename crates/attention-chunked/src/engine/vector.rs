@@ -258,6 +258,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     const BLOCK_KEYS: usize = 256;
     const KEY_STEP: usize = if S::TILE_COLUMNS > 2 * S::LANES { S::TILE_COLUMNS } else { 2 * S::LANES };
 
+    const WEIGHTS_IN_TILE: bool = true;
     const WEIGHT_STEP: usize = 1;
 
     fn sum_stride(width: usize) -> usize {

@@ -83,7 +83,7 @@ impl Few {
         let rows = self.heads * self.rows;
         Partial {
             width: self.value_head_dim,
-            maxima: pieces.take(rows),
+            shifts: pieces.take(rows),
             sums: pieces.take(rows),
             values: pieces.take(rows * self.value_head_dim),
         }
@@ -124,7 +124,7 @@ struct Scratch<'a, F> {
 struct Partial<'a, F> {
     width: usize,
     /// Of base two.
-    maxima: &'a mut [F],
+    shifts: &'a mut [F],
     sums: &'a mut [F],
     /// Unnormalised, rows of the value head dimension.
     values: &'a mut [F],
@@ -132,7 +132,7 @@ struct Partial<'a, F> {
 
 impl<F: Float> Partial<'_, F> {
     fn clear(&mut self) {
-        self.maxima.fill(F::NEG_INFINITY);
+        self.shifts.fill(F::NEG_INFINITY);
         self.sums.fill(F::ZERO);
         self.values.fill(F::ZERO);
     }
@@ -142,13 +142,13 @@ impl<F: Float> Partial<'_, F> {
         let width = self.width;
         for row in 0..self.sums.len() {
             let natural =
-                |part: &Self| RunningSoftmax { max: part.maxima[row] * F::LN_2, sum: part.sums[row] };
+                |part: &Self| RunningSoftmax { max: part.shifts[row] * F::LN_2, sum: part.sums[row] };
             let mut running = natural(self);
             let factors = running.merge(natural(part));
             self.sums[row] = running.sum;
             // Not back from the natural maximum, which was rounded.
-            if running.max == part.maxima[row] * F::LN_2 {
-                self.maxima[row] = part.maxima[row];
+            if running.max == part.shifts[row] * F::LN_2 {
+                self.shifts[row] = part.shifts[row];
             }
             let values = &mut self.values[row * width..][..width];
             for (value, &new) in values.iter_mut().zip(&part.values[row * width..]) {
@@ -238,7 +238,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             for (row, place) in self.few.rows_of(index, rows).enumerate() {
                 let (head, query) = rows.at(row);
                 let running =
-                    RunningSoftmax { max: result.maxima[place] * E::F::LN_2, sum: result.sums[place] };
+                    RunningSoftmax { max: result.shifts[place] * E::F::LN_2, sum: result.sums[place] };
                 let sink = self.sinks.as_ref().map(|sinks| sinks.at(&[head]));
                 let values = &mut result.values[place * width..][..width];
                 let lse = normalise(running, sink, values);
@@ -313,7 +313,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             stride: STRIDE,
             packed_columns: BLOCK_KEYS,
             packed: &mut [],
-            maxima: &mut part.maxima[place.clone()],
+            shifts: &mut part.shifts[place.clone()],
             sums: &mut part.sums[place.clone()],
             factors: scratch.factors,
         });

@@ -44,7 +44,7 @@ struct Scratch<'a, E: Engine> {
     weights: &'a mut [E::Packed],
     /// The value of each row, unnormalised.
     out: &'a mut [E::F],
-    maxima: &'a mut [E::F],
+    shifts: &'a mut [E::F],
     sums: &'a mut [E::F],
     factors: &'a mut [E::F],
     /// The keys that structure lets each row see.
@@ -107,7 +107,7 @@ impl Layout {
             tile: pieces.take(E::BLOCK_ROWS * tile_stride::<E>()),
             weights: pieces.take(E::weights_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
             out: pieces.take(rows * E::sum_stride(value_head_dim)),
-            maxima: pieces.take(rows),
+            shifts: pieces.take(rows),
             sums: pieces.take(rows),
             factors: pieces.take(E::BLOCK_ROWS),
             begins: pieces.take(rows),
@@ -256,7 +256,7 @@ impl<'a, E: Engine> Forward<'a, E> {
         }
         let stride = E::sum_stride(self.layout.value_head_dim);
         scratch.out[..count * stride].fill(E::F::ZERO);
-        scratch.maxima[..count].fill(E::F::NEG_INFINITY);
+        scratch.shifts[..count].fill(E::F::NEG_INFINITY);
         scratch.sums[..count].fill(E::F::ZERO);
     }
 
@@ -366,7 +366,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             stride,
             packed_columns: E::BLOCK_KEYS,
             packed: scratch.weights,
-            maxima: &mut scratch.maxima[block.clone()],
+            shifts: &mut scratch.shifts[block.clone()],
             sums: &mut scratch.sums[block.clone()],
             factors: scratch.factors,
         });
@@ -449,7 +449,7 @@ impl<E: Engine> Kernel for Finish<'_, '_, '_, '_, E> {
         let stride = E::sum_stride(width);
         for row in 0..rows.len() {
             let (head, query) = rows.at(row);
-            let running = RunningSoftmax { max: scratch.maxima[row] * E::F::LN_2, sum: scratch.sums[row] };
+            let running = RunningSoftmax { max: scratch.shifts[row] * E::F::LN_2, sum: scratch.sums[row] };
             let sink = forward.sinks.as_ref().map(|sinks| sinks.at(&[head]));
             let values = &mut scratch.out[row * stride..][..width];
             let lse = normalise(running, sink, values);

@@ -25,7 +25,7 @@ fn vectorized<K: Kernel>(kernel: K) -> K::Output {
 macro_rules! common {
     ($float:ident, $v:ident, $load:ident, $store:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident, $div:ident,
      $fma:ident, $max:ident, $min:ident, $and:ident, $andnot:ident, $or:ident, $round:ident, $compare:ident,
-     $blend:ident) => {
+     $blend:ident, $movemask:ident) => {
         type V = $v;
         type Mask = $v;
 
@@ -119,6 +119,11 @@ macro_rules! common {
             // SAFETY: as in `splat`.
             unsafe { $blend(no, yes, mask) }
         }
+        #[inline(always)]
+        fn any(self, mask: Self::Mask) -> bool {
+            // SAFETY: as in `splat`.
+            unsafe { $movemask(mask) != 0 }
+        }
     };
 }
 
@@ -141,7 +146,8 @@ impl Simd<f32> for Avx2 {
         _mm256_or_ps,
         _mm256_round_ps,
         _mm256_cmp_ps,
-        _mm256_blendv_ps
+        _mm256_blendv_ps,
+        _mm256_movemask_ps
     );
 
     #[inline(always)]
@@ -259,7 +265,8 @@ impl Simd<f64> for Avx2 {
         _mm256_or_pd,
         _mm256_round_pd,
         _mm256_cmp_pd,
-        _mm256_blendv_pd
+        _mm256_blendv_pd,
+        _mm256_movemask_pd
     );
 
     #[inline(always)]

@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use super::{Kernel, Simd};
 use crate::Level;
+use crate::float::Float;
 
 /// The proof that the processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C; with `BF16` also AVX-512 BF16, which
 /// kernels are then compiled with.
@@ -18,6 +19,42 @@ impl<const BF16: bool> Avx512<BF16> {
         (Level::Avx512.is_available() && has_bf16).then_some(Self(()))
     }
 }
+
+/// The bits of `2^(i / 32)` less those that adding `i / 32` to an exponent adds: `i << 18`.
+static POWERS: [u32; 32] = [
+    0x3f80_0000,
+    0x3f7e_cd87,
+    0x3f7d_aac3,
+    0x3f7c_980f,
+    0x3f7b_95c2,
+    0x3f7a_a43a,
+    0x3f79_c3d3,
+    0x3f78_f4f0,
+    0x3f78_37f0,
+    0x3f77_8d3a,
+    0x3f76_f532,
+    0x3f76_7043,
+    0x3f75_fed7,
+    0x3f75_a15b,
+    0x3f75_583f,
+    0x3f75_23f6,
+    0x3f75_04f3,
+    0x3f74_fbaf,
+    0x3f75_08a4,
+    0x3f75_2c4d,
+    0x3f75_672a,
+    0x3f75_b9be,
+    0x3f76_248c,
+    0x3f76_a81e,
+    0x3f77_44fd,
+    0x3f77_fbb8,
+    0x3f78_ccdf,
+    0x3f79_b907,
+    0x3f7a_c0c7,
+    0x3f7b_e4ba,
+    0x3f7d_257d,
+    0x3f7e_83b3,
+];
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn vectorized_bf16<K: Kernel>(kernel: K) -> K::Output {
@@ -133,6 +170,10 @@ macro_rules! common {
             unsafe { $blend(mask, no, yes) }
         }
         #[inline(always)]
+        fn any(self, mask: Self::Mask) -> bool {
+            mask != 0
+        }
+        #[inline(always)]
         fn reduce_sum(self, a: Self::V) -> $float {
             // SAFETY: as in `splat`.
             unsafe { $sum(a) }
@@ -170,6 +211,42 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
         _mm512_reduce_add_ps,
         _mm512_reduce_max_ps
     );
+
+    /// `2^x = 2^k 2^(i / 32) 2^r` with `|r| <= 1/64`: the middle factor from a table in two registers, the last from a
+    /// polynomial of degree 2 (minimax in the relative error, 5.3e-8), and the first added to the exponent.
+    #[inline(always)]
+    fn exp2<const COUNT: usize>(self, x: [__m512; COUNT]) -> [__m512; COUNT] {
+        // SAFETY: `self` proves that the processor has the instructions; the table is two vectors long.
+        unsafe {
+            // Adding it leaves k and i, the integer and the 32nds of the nearest multiple of 1/32, in the low bits.
+            let shift = _mm512_set1_ps(1.5 * (1 << 18) as f32);
+            let low = _mm512_loadu_si512(POWERS.as_ptr().cast());
+            let high = _mm512_loadu_si512(POWERS.as_ptr().add(16).cast());
+            let mut shifted = x;
+            for shifted in &mut shifted {
+                *shifted = _mm512_add_ps(*shifted, shift);
+            }
+            let mut r = x;
+            for (r, &shifted) in r.iter_mut().zip(&shifted) {
+                *r = _mm512_sub_ps(*r, _mm512_sub_ps(shifted, shift));
+            }
+            let mut p = r;
+            for (p, &r) in p.iter_mut().zip(&r) {
+                let c = [_mm512_set1_ps(0.693_157_34), _mm512_set1_ps(0.240_226_5)];
+                *p = _mm512_fmadd_ps(_mm512_fmadd_ps(c[1], r, c[0]), r, _mm512_set1_ps(1.0));
+            }
+            for ((p, &shifted), &x) in p.iter_mut().zip(&shifted).zip(&x) {
+                let bits = _mm512_castps_si512(shifted);
+                let power = _mm512_permutex2var_epi32(low, bits, high);
+                let power = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<18>(bits), power));
+                // Not below the smallest normal number; a NaN is not, and stays NaN.
+                let normal =
+                    _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(<f32 as Float>::EXPONENTS[0]));
+                *p = _mm512_maskz_mul_ps(normal, *p, power);
+            }
+            p
+        }
+    }
 
     #[inline(always)]
     unsafe fn load_f64(self, from: *const f64) -> __m512 {

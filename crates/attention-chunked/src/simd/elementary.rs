@@ -3,25 +3,34 @@
 use super::Simd;
 use crate::float::Float;
 
-/// `2^x` of several vectors, to within 1.5 units in the last place; exactly 1 at 0; 0 below the smallest normal number
-/// and at negative infinity; NaN stays NaN.
+/// `2^x` of several vectors, to within 3 units in the last place (1.5 where the level has no table); exactly 1 at 0; 0 below the smallest normal number
+/// and at negative infinity; infinite from 128 on (1024 in f64); NaN stays NaN.
 ///
 /// Results that would be subnormal are 0, since processors take a hundred times as long for products with them, and
 /// weights that small are nothing beside the largest. The steps are taken for all vectors together, so that the
 /// processor finds independent operations side by side.
 ///
-/// With `NOT_POSITIVE`, for numbers up to 0 alone, a softmax's; NaN is allowed there too.
+/// With `BOUNDED` for numbers below 128 alone, NaN included; for others the result is any number.
 #[inline(always)]
-pub(crate) fn exp2<F: Float, S: Simd<F>, const NOT_POSITIVE: bool, const COUNT: usize>(
+pub(crate) fn exp2<F: Float, S: Simd<F>, const BOUNDED: bool, const COUNT: usize>(
     simd: S,
     mut x: [S::V; COUNT],
 ) -> [S::V; COUNT] {
-    if !NOT_POSITIVE {
+    if !BOUNDED {
         // A NaN is the second argument, which survives.
         for x in &mut x {
             *x = simd.min(simd.splat(F::EXPONENTS[1]), *x);
         }
     }
+    simd.exp2(x)
+}
+
+/// [`exp2`] of numbers up to [`Float::EXPONENTS`], from a polynomial alone.
+#[inline(always)]
+pub(super) fn exp2_by_polynomial<F: Float, S: Simd<F>, const COUNT: usize>(
+    simd: S,
+    x: [S::V; COUNT],
+) -> [S::V; COUNT] {
     let mut k = x;
     for k in &mut k {
         *k = simd.round(*k);

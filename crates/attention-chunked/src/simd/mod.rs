@@ -126,10 +126,19 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     fn equal(self, a: Self::V, b: Self::V) -> Self::Mask;
     /// `yes` where the mask is true, `no` elsewhere.
     fn select(self, mask: Self::Mask, yes: Self::V, no: Self::V) -> Self::V;
+    /// Whether the mask is true anywhere.
+    fn any(self, mask: Self::Mask) -> bool;
     /// The sum of the lanes, by halves.
     fn reduce_sum(self, a: Self::V) -> F;
     /// The largest lane; a NaN may win or lose.
     fn reduce_max(self, a: Self::V) -> F;
+
+    /// `2^x` of vectors side by side, as [`exp2`] says, for numbers up to [`Float::EXPONENTS`]; for larger ones the
+    /// result is any number.
+    #[inline(always)]
+    fn exp2<const COUNT: usize>(self, x: [Self::V; COUNT]) -> [Self::V; COUNT] {
+        elementary::exp2_by_polynomial(self, x)
+    }
 
     /// Transposes `LANES x LANES` elements: `to[j * to_row + i] = from[i * from_row + j]`.
     ///

@@ -161,6 +161,10 @@ impl<F: Float> Simd<F> for Scalar {
         zip(a, b, |a, b| a == b)
     }
     #[inline(always)]
+    fn any(self, mask: Self::Mask) -> bool {
+        mask.contains(&true)
+    }
+    #[inline(always)]
     fn select(self, mask: Self::Mask, yes: Self::V, no: Self::V) -> Self::V {
         let mut out = no;
         for lane in 0..LANES {

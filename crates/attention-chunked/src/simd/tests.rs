@@ -93,7 +93,7 @@ fn worst<T: Copy>(x: &[T], y: &[T], ulps: impl Fn(T, T) -> f64) -> f64 {
 }
 
 #[test]
-fn exp2_is_within_one_and_a_half_units() {
+fn exp2_is_within_one_and_a_half_units_or_three_with_a_table() {
     for (level, (single, double)) in functions() {
         let mut x = floats(127.9);
         x.retain(|&x| x >= -126.0);
@@ -101,7 +101,8 @@ fn exp2_is_within_one_and_a_half_units() {
         let mut y = x.clone();
         single(&mut y, false);
         let worst_single = worst(&x, &y, |x, y| ulps_f32(y, f64::from(x).exp2()));
-        assert!(worst_single <= 1.5, "{level}: {worst_single}");
+        let limit = if level == Level::Avx512 { 3.0 } else { 1.5 };
+        assert!(worst_single <= limit, "{level}: {worst_single}");
         let x = doubles(1022.0);
         let mut y = x.clone();
         double(&mut y, false);
