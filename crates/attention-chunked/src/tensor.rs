@@ -6,7 +6,7 @@ use attention_core::{DType, Dims, HostView, Scalar, View, ViewMut};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::engine::{STAGE, Staged};
+use crate::engine::{Engine, FloatRows, STAGE, Staged};
 use crate::float::Float;
 use crate::simd::{Kernel, Simd, prefetch};
 
@@ -21,7 +21,7 @@ pub(crate) enum Floats<'a> {
 
 /// How many positions ahead rows are asked for: those of neighbouring positions are as far apart as all heads
 /// together, which no processor's own prefetching follows.
-const AHEAD: usize = 8;
+const AHEAD: usize = STAGE;
 
 /// Runs `$body` with `$view` bound to the typed view.
 macro_rules! typed {
@@ -96,10 +96,37 @@ impl<'a> Floats<'a> {
         typed!(self, view => view.at(index).widen())
     }
 
-    /// Stages the rows `index(0), .., index(count - 1)` of the last axis, each multiplied by `factor`, and zero rows
-    /// up to [`STAGE`]. Bit `r` of the result says that row `r` has an element that is not finite; with `clean` such
-    /// a row is staged as zeros.
-    pub(crate) fn stage<F: Float, S: Simd<F>>(
+    /// The rows `index(0), .., index(count - 1)` of the last axis, each multiplied by `factor`, on their way to be
+    /// packed; in the room, unless the engine takes them as they lie. Bit `r` of the result says that row `r` has an
+    /// element that is not finite; with `clean` such a row becomes zero.
+    pub(crate) fn stage<'r, E: Engine>(
+        &'r self,
+        engine: E,
+        count: usize,
+        index: impl Fn(usize) -> [usize; 3],
+        factor: E::F,
+        clean: bool,
+        room: &'r mut [E::F],
+    ) -> (Staged<'r, E::F>, u32) {
+        if E::TAKES_BF16
+            && factor == E::F::ONE
+            && let Self::Bf16(view) = self
+            && let Some(rows) = contiguous_rows(view, count, &index)
+        {
+            let ahead = view.strides()[1].wrapping_mul(AHEAD as isize);
+            let not_finite = engine.simd().vectorize(NotFinite { rows: &rows, ahead });
+            if !clean || not_finite == 0 {
+                return (Staged::Bf16(rows), not_finite);
+            }
+        }
+        let not_finite = self.stage_floats(engine.simd(), count, index, factor, clean, room);
+        let width = self.width();
+        (Staged::Floats(FloatRows { data: room, stride: Self::stage_stride(width), width }), not_finite)
+    }
+
+    /// As [`stage`](Self::stage), always in the room: zero rows up to [`STAGE`], [`stage_stride`](Self::stage_stride)
+    /// apart.
+    pub(crate) fn stage_floats<F: Float, S: Simd<F>>(
         &self,
         simd: S,
         count: usize,
@@ -111,6 +138,11 @@ impl<'a> Floats<'a> {
         typed!(self, view => simd.vectorize(StageRows { simd, view, count, index, factor, clean, to: room }))
     }
 
+    /// The size of the last of four axes.
+    fn width(&self) -> usize {
+        typed!(self, view => view.shape()[3])
+    }
+
     /// The distance of staged rows of `width` elements.
     pub(crate) const fn stage_stride(width: usize) -> usize {
         // Rows a power of two apart would share the sets of the cache.
@@ -120,11 +152,6 @@ impl<'a> Floats<'a> {
     /// Elements of the room that staging needs.
     pub(crate) const fn stage_len(width: usize) -> usize {
         STAGE * Self::stage_stride(width)
-    }
-
-    /// What was staged.
-    pub(crate) fn staged<F>(room: &[F], width: usize) -> Staged<'_, F> {
-        Staged { data: room, stride: Self::stage_stride(width), width }
     }
 
     /// One row, unstaged.
@@ -146,6 +173,44 @@ impl<'a> Floats<'a> {
                 _ => dot(a.iter(), b.iter()),
             }
         }))
+    }
+}
+
+/// Some rows of the last axis, where their elements are neighbours; empty behind the last.
+fn contiguous_rows<'a, T: Copy>(
+    view: &HostView<'a, T>,
+    count: usize,
+    index: impl Fn(usize) -> [usize; 3],
+) -> Option<[&'a [T]; STAGE]> {
+    let mut rows: [&[T]; STAGE] = [&[]; STAGE];
+    for (row, to) in rows[..count].iter_mut().enumerate() {
+        *to = view.row(&index(row)).contiguous()?;
+    }
+    Some(rows)
+}
+
+/// Which of some rows of bf16 have an element that is not finite.
+struct NotFinite<'r, 'a> {
+    rows: &'r [&'a [bf16]; STAGE],
+    /// How far away the row is that will be wanted later.
+    ahead: isize,
+}
+
+impl Kernel for NotFinite<'_, '_> {
+    type Output = u32;
+
+    #[inline(always)]
+    fn run(self) -> u32 {
+        const EXPONENT: u16 = 0x7f80;
+        let mut not_finite = 0;
+        for (index, row) in self.rows.iter().enumerate() {
+            prefetch(row.as_ptr().wrapping_offset(self.ahead).cast(), size_of_val(*row));
+            let largest = row.iter().fold(0, |largest, x| (x.to_bits() & EXPONENT).max(largest));
+            if largest == EXPONENT {
+                not_finite |= 1 << index;
+            }
+        }
+        not_finite
     }
 }
 
@@ -307,9 +372,20 @@ impl<'a> SharedOutput<'a> {
     /// # Safety
     /// As [`write_row`](Self::write_row).
     pub(crate) unsafe fn zero_row(&self, index: [usize; 3]) {
-        for column in 0..self.shape[3] {
-            // SAFETY: the caller's.
-            unsafe { self.write([index[0], index[1], index[2], column], 0f32) };
+        if self.shape[3] == 0 {
+            return;
+        }
+        let first = self.element([index[0], index[1], index[2], 0]);
+        let size = self.dtype.size();
+        // SAFETY: as in `write_row`; zero is all bits zero in every dtype.
+        unsafe {
+            if self.strides[3] == 1 {
+                first.write_bytes(0, self.shape[3] * size);
+            } else {
+                for column in 0..self.shape[3] {
+                    first.offset(column as isize * self.strides[3] * size as isize).write_bytes(0, size);
+                }
+            }
         }
     }
 

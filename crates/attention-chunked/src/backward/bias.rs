@@ -10,7 +10,7 @@ use attention_core::{Problem, Role, Scalar, ViewMut};
 
 use super::Backward;
 use super::gradient::GradientOf;
-use super::pair::{Pair, Scratch};
+use super::pair::{Packing, Pair, Scratch};
 use crate::engine::Engine;
 use crate::forward::tile_stride;
 use crate::plan::{self, Rows, intersection};
@@ -174,7 +174,14 @@ impl Sums<'_> {
                 let block = pair.block(chunk.start, rows);
                 for block_keys in Pair::<E>::key_blocks(&block, keys) {
                     if intersection(&block_keys, range).is_empty()
-                        || !pair.gradients(GradientOf::Logits, &block, &block_keys, keys, scratch)
+                        || !pair.gradients(
+                            GradientOf::Logits,
+                            Packing::Later,
+                            &block,
+                            &block_keys,
+                            keys,
+                            scratch,
+                        )
                     {
                         continue;
                     }

@@ -4,7 +4,7 @@
 use attention_core::Scalar;
 use attention_core::merge::Accumulator;
 
-use crate::engine::Engine;
+use crate::engine::{Engine, GradientPacks, STAGE};
 use crate::float::Float;
 use crate::simd::{Kernel, Simd, exp2};
 use crate::terms::{QueryRow, Terms};
@@ -46,6 +46,10 @@ pub(crate) struct BlockGradient<'t, 'a, E: Engine> {
     /// Room for the slopes of a softcap in one row.
     pub(crate) slopes: &'t mut [E::F],
     pub(crate) stride: usize,
+    /// Where the engine packs what is computed. Not with a softcap or dropout.
+    pub(crate) packs: Option<GradientPacks<E::Packed>>,
+    /// Whether the tiles receive what is computed too.
+    pub(crate) keep: bool,
 }
 
 impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
@@ -59,12 +63,25 @@ impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
         let needed = rows.saturating_sub(1) * self.stride + self.columns;
         assert!(needed <= self.products.len() && needed <= self.gradients.len() && rows <= self.states.len());
         assert!(!self.terms.has_softcap() || self.columns <= self.slopes.len());
+        if let Some(packs) = self.packs {
+            assert!(!self.terms.has_softcap() && !self.terms.has_dropout());
+            assert!(self.columns <= E::BLOCK_KEYS && rows <= E::BLOCK_ROWS);
+            // Packed rows come in pairs of whole groups.
+            for row in (0..rows.next_multiple_of(STAGE)).step_by(2) {
+                // SAFETY: as above; the rows and columns are inside the block, whose packs the caller vouches for.
+                unsafe { self.pair(row, &packs) };
+            }
+            return;
+        }
         for row in 0..rows {
             // SAFETY: the row's columns are in both tiles, as checked above.
             unsafe { self.row(row) };
         }
     }
 }
+
+/// Row and vector of what is computed side by side in a pair of rows.
+const PLACES: [(usize, usize); 4] = [(0, 0), (0, 1), (1, 0), (1, 1)];
 
 impl<E: Engine> BlockGradient<'_, '_, E> {
     /// # Safety
@@ -108,6 +125,75 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         if self.terms.has_dropout() {
             let weights = &mut self.products[start..start + columns];
             self.terms.drop(&info, self.first, weights);
+        }
+    }
+
+    /// Two rows, packed; those behind the last real row are zero.
+    ///
+    /// # Safety
+    /// As checked in `run`, for rows of the block, and the packs are those of a block.
+    #[inline(always)]
+    unsafe fn pair(&mut self, first: usize, packs: &GradientPacks<E::Packed>) {
+        let simd = self.engine.simd();
+        let lanes = <E::S as Simd<E::F>>::LANES;
+        let columns = self.columns;
+        let zero = simd.splat(E::F::ZERO);
+        let real = self.rows.len().saturating_sub(first).min(2);
+        for row in first..first + real {
+            let start = row * self.stride;
+            if self.states[row].lse == f64::NEG_INFINITY {
+                // As in `row`: all of it takes no part.
+                self.products[start..start + columns].fill(E::F::NEG_INFINITY);
+                self.gradients[start..start + columns].fill(E::F::ZERO);
+            } else if self.apply {
+                // SAFETY: `columns` elements of the row.
+                unsafe {
+                    let tile = self.products.as_mut_ptr().add(start);
+                    self.terms.apply(simd, &self.rows[row], self.first, columns, tile, None);
+                }
+            }
+        }
+        let factor = simd.splat(self.terms.tile_factor());
+        let masked = simd.splat(E::F::NEG_INFINITY);
+        let state = |row: usize| {
+            let RowState { lse, delta } = self.states[row.min(self.rows.len() - 1)];
+            let lse = if lse == f64::NEG_INFINITY { 0.0 } else { lse };
+            (simd.splat(E::F::from_f64(-lse)), simd.splat(E::F::from_f64(delta)))
+        };
+        let states = [state(first), state(first + 1)];
+        for column in (0..columns).step_by(2 * lanes) {
+            let (mut products, mut x) = ([masked; 4], [masked; 4]);
+            let mut incoming = [zero; 4];
+            // SAFETY: two vectors of real rows.
+            unsafe {
+                for (index, (row, vector)) in PLACES.into_iter().enumerate() {
+                    if row < real {
+                        let at = (first + row) * self.stride + column + vector * lanes;
+                        products[index] = simd.load(self.products.as_ptr().add(at));
+                        incoming[index] = simd.load(self.gradients.as_ptr().add(at));
+                        x[index] = simd.fma(products[index], factor, states[row].0);
+                    }
+                }
+            }
+            let weights = exp2::<E::F, E::S, false, 4>(simd, x);
+            let (mut p, mut d) = ([[zero; 2]; 2], [[zero; 2]; 2]);
+            for (index, (row, vector)) in PLACES.into_iter().enumerate() {
+                let disallowed = simd.equal(products[index], masked);
+                let gradient = simd.mul(weights[index], simd.sub(incoming[index], states[row].1));
+                p[row][vector] = simd.select(disallowed, simd.splat(E::F::DISALLOWED), weights[index]);
+                d[row][vector] = simd.select(disallowed, zero, gradient);
+            }
+            // SAFETY: the caller's; rows that are kept are real.
+            unsafe {
+                E::put_gradients(simd, packs, first, column, p, d);
+                if self.keep {
+                    for (row, vector) in PLACES.into_iter().filter(|&(row, _)| row < real) {
+                        let at = (first + row) * self.stride + column + vector * lanes;
+                        simd.store(self.products.as_mut_ptr().add(at), p[row][vector]);
+                        simd.store(self.gradients.as_mut_ptr().add(at), d[row][vector]);
+                    }
+                }
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use attention_core::{Gradients, Problem, Role, Scalar};
 use super::gradient::{BlockGradient, GradientOf, RowState};
 use super::{Backward, Outputs, bias};
 use crate::config::Sizes;
-use crate::engine::{Before, Engine, STAGE, Weights};
+use crate::engine::{Before, Engine, GradientPacks, STAGE, Weights};
 use crate::float::Float;
 use crate::forward::{MAX_BLOCK_ROWS, tile_stride};
 use crate::plan::{self, Rows};
@@ -51,8 +51,12 @@ pub(crate) struct Scratch<'a, E: Engine> {
     /// Gradients of probabilities, then of products or logits.
     pub(crate) gradients: &'a mut [E::F],
     slopes: &'a mut [E::F],
+    /// Gradients of products, as the weights of keys.
     weights: &'a mut [E::Packed],
+    /// The same for the sums of keys.
     key_weights: &'a mut [E::Packed],
+    /// Probabilities for the sums of values.
+    value_weights: &'a mut [E::Packed],
     dq: &'a mut [E::F],
     dk: &'a mut [E::F],
     dv: &'a mut [E::F],
@@ -147,6 +151,7 @@ impl Layout {
             slopes: pieces.take(tile_stride::<E>()),
             weights: pieces.take(E::weights_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
             key_weights: pieces.take(E::gradients_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
+            value_weights: pieces.take(E::gradients_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
             dq: pieces.take(self.dq_rows.next_multiple_of(STAGE).saturating_mul(E::sum_stride(head_dim))),
             dk: pieces.take(some(self.dk, E::key_sums_len(keys, head_dim))),
             dv: pieces.take(some(self.dv, E::key_sums_len(keys, value_head_dim))),
@@ -168,6 +173,17 @@ impl Layout {
 /// Whether bit `index` of a list of groups is set.
 fn is_bad(groups: &[u32], index: usize) -> bool {
     groups[index / STAGE] >> (index % STAGE) & 1 == 1
+}
+
+/// Where a block's probabilities and gradients go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Packing {
+    /// To the tiles; they are packed afterwards, where the engine packs them.
+    Later,
+    /// To the tiles, and packed.
+    Both,
+    /// Packed alone: nobody looks at the tiles.
+    Alone,
 }
 
 /// Some query rows of a key/value head against its keys.
@@ -255,18 +271,23 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         ];
         for (output, sums, width, factor) in gradients {
             let Some(output) = output else { continue };
-            for key in all.clone() {
-                let index = [batch, key, key_head];
-                if is_seen && keys.contains(&key) {
-                    let row = &mut scratch.row[..width];
-                    for (column, to) in row.iter_mut().enumerate() {
-                        *to = sums[E::key_sum_at(capacity, width, key - first, column)];
-                    }
-                    // SAFETY: the caller's.
-                    unsafe { output.write_row(index, row, factor) };
+            for group in (0..all.len()).step_by(STAGE) {
+                let here = keys.len().saturating_sub(group).min(STAGE);
+                let (sums, stride) = if is_seen && here > 0 {
+                    self.backward.engine.key_sum_rows(sums, capacity, width, group, scratch.stage)
                 } else {
+                    (&*sums, 0)
+                };
+                for key in group..all.len().min(group + STAGE) {
+                    let index = [batch, first + key, key_head];
                     // SAFETY: the caller's.
-                    unsafe { output.zero_row(index) };
+                    unsafe {
+                        if is_seen && key < keys.len() {
+                            output.write_row(index, &sums[(key - group) * stride..][..width], factor);
+                        } else {
+                            output.zero_row(index);
+                        }
+                    }
                 }
             }
         }
@@ -274,22 +295,20 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
 
     /// Packs a chunk of keys and values.
     pub(crate) fn pack_keys(&self, keys: &Range<usize>, scratch: &mut Scratch<'_, E>) {
-        let Backward { engine, layout, key, value, .. } = self.backward;
+        let Backward { engine, key, value, .. } = self.backward;
         let packed = keys.len().next_multiple_of(STAGE);
         for first in (0..keys.len()).step_by(STAGE) {
             let staged = STAGE.min(keys.len() - first);
             let index = |row: usize| [self.rows.batch, keys.start + first + row, self.rows.key_head];
-            value.stage(engine.simd(), staged, index, E::F::ONE, false, scratch.stage);
-            let rows = Floats::staged(scratch.stage, layout.value_head_dim);
+            let (rows, _) = value.stage(*engine, staged, index, E::F::ONE, false, scratch.stage);
             engine.pack_keys(rows, first, packed, scratch.values);
-            let bad = key.stage(engine.simd(), staged, index, E::F::ONE, false, scratch.stage);
-            engine.pack_keys(Floats::staged(scratch.stage, layout.head_dim), first, packed, scratch.keys);
+            let (mut rows, bad) = key.stage(*engine, staged, index, E::F::ONE, false, scratch.stage);
+            engine.pack_keys(rows, first, packed, scratch.keys);
             scratch.bad_keys[first / STAGE] = bad;
             if self.dq {
                 if bad != 0 {
-                    key.stage(engine.simd(), staged, index, E::F::ONE, true, scratch.stage);
+                    (rows, _) = key.stage(*engine, staged, index, E::F::ONE, true, scratch.stage);
                 }
-                let rows = Floats::staged(scratch.stage, layout.head_dim);
                 engine.pack_values(rows, first, packed, scratch.key_rows);
             }
         }
@@ -298,7 +317,6 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
     /// Packs a chunk of query rows.
     pub(crate) fn pack_rows(&self, chunk: &Range<usize>, scratch: &mut Scratch<'_, E>) {
         let Backward { engine, layout, query, d_out, terms, .. } = self.backward;
-        let simd = engine.simd();
         let packed = layout.packed_rows();
         for first in (0..chunk.len()).step_by(STAGE) {
             let staged = STAGE.min(chunk.len() - first);
@@ -307,34 +325,22 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                 [self.rows.batch, query, head]
             };
             let sign = terms.query_sign();
-            let bad = query.stage(simd, staged, index, sign, false, scratch.stage);
+            let (mut rows, bad) = query.stage(*engine, staged, index, sign, false, scratch.stage);
             scratch.bad_queries[first / STAGE] = bad;
-            engine.pack_queries(
-                Floats::staged(scratch.stage, layout.head_dim),
-                first,
-                packed,
-                scratch.queries,
-            );
+            engine.pack_queries(rows, first, packed, scratch.queries);
             if self.dkv && layout.dk {
                 if bad != 0 || sign != E::F::ONE {
-                    query.stage(simd, staged, index, E::F::ONE, true, scratch.stage);
+                    (rows, _) = query.stage(*engine, staged, index, E::F::ONE, true, scratch.stage);
                 }
-                let rows = Floats::staged(scratch.stage, layout.head_dim);
                 engine.pack_terms(rows, first, packed, scratch.query_terms);
             }
-            let bad = d_out.stage(simd, staged, index, E::F::ONE, false, scratch.stage);
+            let (mut rows, bad) = d_out.stage(*engine, staged, index, E::F::ONE, false, scratch.stage);
             scratch.bad_d_out[first / STAGE] = bad;
-            engine.pack_queries(
-                Floats::staged(scratch.stage, layout.value_head_dim),
-                first,
-                packed,
-                scratch.d_out,
-            );
+            engine.pack_queries(rows, first, packed, scratch.d_out);
             if self.dkv && layout.dv {
                 if bad != 0 {
-                    d_out.stage(simd, staged, index, E::F::ONE, true, scratch.stage);
+                    (rows, _) = d_out.stage(*engine, staged, index, E::F::ONE, true, scratch.stage);
                 }
-                let rows = Floats::staged(scratch.stage, layout.value_head_dim);
                 engine.pack_terms(rows, first, packed, scratch.d_out_terms);
             }
         }
@@ -377,11 +383,12 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         })
     }
 
-    /// Computes probabilities and gradients of a block against keys `keys` of the packed `chunk`; whether there are
-    /// any.
+    /// Computes probabilities and gradients of a block against keys `keys` of the packed `chunk`, in the tiles and as
+    /// `packing` says; whether there are any.
     pub(crate) fn gradients(
         &self,
         of: GradientOf,
+        packing: Packing,
         block: &Block,
         keys: &Range<usize>,
         chunk: &Range<usize>,
@@ -419,8 +426,49 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             gradients: scratch.gradients,
             slopes: scratch.slopes,
             stride,
+            packs: (packing != Packing::Later)
+                .then(|| self.packs(scratch.value_weights, scratch.key_weights, scratch.weights)),
+            keep: packing != Packing::Alone,
         });
         true
+    }
+
+    /// Where a block is packed to.
+    fn packs(
+        &self,
+        value_weights: &mut [E::Packed],
+        key_weights: &mut [E::Packed],
+        weights: &mut [E::Packed],
+    ) -> GradientPacks<E::Packed> {
+        let layout = self.backward.layout;
+        let for_keys = E::gradients_len(E::BLOCK_ROWS, E::BLOCK_KEYS);
+        assert!(value_weights.len() >= for_keys && key_weights.len() >= for_keys);
+        assert!(weights.len() >= E::weights_len(E::BLOCK_ROWS, E::BLOCK_KEYS));
+        let some = |wanted: bool, to: &mut [E::Packed]| {
+            if wanted { to.as_mut_ptr() } else { std::ptr::null_mut() }
+        };
+        GradientPacks {
+            for_values: some(self.dkv && layout.dv, value_weights),
+            for_keys: some(self.dkv && layout.dk, key_weights),
+            as_weights: some(self.dq, weights),
+        }
+    }
+
+    /// How the blocks of a packed chunk of rows are packed against a packed chunk of keys.
+    fn packing(&self, chunk: &Range<usize>, keys: &Range<usize>, scratch: &Scratch<'_, E>) -> Packing {
+        let terms = &self.backward.terms;
+        if !E::PACKS_GRADIENTS || terms.has_softcap() || terms.has_dropout() {
+            return Packing::Later;
+        }
+        let rows = chunk.len().div_ceil(STAGE);
+        let all_finite = [
+            &scratch.bad_queries[..rows],
+            &scratch.bad_d_out[..rows],
+            &scratch.bad_keys[..keys.len().div_ceil(STAGE)],
+        ]
+        .iter()
+        .all(|groups| groups.iter().all(|&bad| bad == 0));
+        if all_finite { Packing::Alone } else { Packing::Both }
     }
 
     /// A chunk of query rows against a packed chunk of keys.
@@ -428,33 +476,28 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         let Backward { engine, layout, .. } = self.backward;
         let stride = tile_stride::<E>();
         let packed = keys.len().next_multiple_of(STAGE);
-        let mut is_packed = false;
+        let mut packing = None;
         for first in (0..chunk.len()).step_by(E::BLOCK_ROWS) {
             let rows = first..chunk.len().min(first + E::BLOCK_ROWS);
             let block = self.block(chunk.start, rows.clone());
             if plan::intersection(&block.any, keys).is_empty() {
                 continue;
             }
-            if !is_packed {
+            let packing = *packing.get_or_insert_with(|| {
                 self.pack_rows(chunk, scratch);
-                is_packed = true;
-            }
+                self.packing(chunk, keys, scratch)
+            });
             for block_keys in Self::key_blocks(&block, keys) {
-                if !self.gradients(GradientOf::Products, &block, &block_keys, keys, scratch) {
+                if !self.gradients(GradientOf::Products, packing, &block, &block_keys, keys, scratch) {
                     continue;
                 }
                 let (begin, count) = (block_keys.start - keys.start, block_keys.len());
+                if packing == Packing::Later {
+                    self.pack_tiles(rows.len(), count, scratch);
+                }
                 if self.dkv && layout.dv {
-                    engine.pack_gradients(
-                        scratch.products,
-                        stride,
-                        rows.len(),
-                        count,
-                        None,
-                        Some(scratch.key_weights),
-                    );
                     engine.add_key_sums(
-                        Weights { tile: scratch.products, stride, packed: scratch.key_weights },
+                        Weights { tile: scratch.products, stride, packed: scratch.value_weights },
                         (rows.start, rows.len()),
                         (scratch.d_out_terms, layout.packed_rows()),
                         begin,
@@ -463,14 +506,6 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                         (scratch.dv, packed),
                     );
                 }
-                engine.pack_gradients(
-                    scratch.gradients,
-                    stride,
-                    rows.len(),
-                    count,
-                    self.dq.then_some(&mut *scratch.weights),
-                    (self.dkv && layout.dk).then_some(&mut *scratch.key_weights),
-                );
                 if self.dkv && layout.dk {
                     engine.add_key_sums(
                         Weights { tile: scratch.gradients, stride, packed: scratch.key_weights },
@@ -496,9 +531,29 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                         out_stride,
                     );
                 }
-                self.add_apart(&block, chunk.start, &block_keys, keys, scratch);
+                if packing != Packing::Alone {
+                    self.add_apart(&block, chunk.start, &block_keys, keys, scratch);
+                }
             }
         }
+    }
+
+    /// Packs the tiles of a block for all that is summed up.
+    fn pack_tiles(&self, rows: usize, keys: usize, scratch: &mut Scratch<'_, E>) {
+        let Backward { engine, layout, .. } = self.backward;
+        let stride = tile_stride::<E>();
+        if self.dkv && layout.dv {
+            let to = Some(&mut *scratch.value_weights);
+            engine.pack_gradients(scratch.products, stride, rows, keys, None, to);
+        }
+        engine.pack_gradients(
+            scratch.gradients,
+            stride,
+            rows,
+            keys,
+            self.dq.then_some(&mut *scratch.weights),
+            (self.dkv && layout.dk).then_some(&mut *scratch.key_weights),
+        );
     }
 
     /// Adds what rows and keys that are not finite contribute: they were packed as zeros, since zero times infinity

@@ -14,7 +14,9 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use super::{Before, Engine, STAGE, Staged, Weights};
+use half::bf16;
+
+use super::{Before, Engine, FloatRows, GradientPacks, STAGE, Staged, Weights};
 use crate::simd::{Kernel, Simd};
 
 /// The vectors beside the tiles.
@@ -306,7 +308,7 @@ enum Form {
 struct Pack<'a, const PARTS: usize> {
     simd: Avx512,
     form: Form,
-    staged: Staged<'a, f32>,
+    staged: FloatRows<'a, f32>,
     /// The first row's place among `rows`.
     first: usize,
     rows: usize,
@@ -403,6 +405,106 @@ impl<const PARTS: usize> Kernel for Pack<'_, PARTS> {
     }
 }
 
+/// Packs [`STAGE`] rows of bf16 as they lie.
+struct PackBf16<'a> {
+    simd: Avx512,
+    form: Form,
+    staged: &'a [&'a [bf16]; STAGE],
+    first: usize,
+    rows: usize,
+    to: &'a mut [u16],
+}
+
+impl Kernel for PackBf16<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { simd, form, staged, first, rows, to } = self;
+        let width = staged.iter().map(|row| row.len()).max().unwrap_or(0);
+        assert!(first.is_multiple_of(STAGE) && first < rows);
+        assert!(Tiles::<1>::packed_len(rows, width) <= to.len());
+        let rows = rows.next_multiple_of(32);
+        let inner_width = width.next_multiple_of(32);
+        let to = to.as_mut_ptr();
+        let mut room = [0f32; 256];
+        // SAFETY: as in `Pack`: every tile is that of a row below `rows` and a column below the padded width. AVX-512 is
+        // enabled where this is inlined; the room has 16 vectors.
+        unsafe {
+            match form {
+                Form::Rows => {
+                    for (index, row) in staged.iter().enumerate() {
+                        for column in (0..inner_width).step_by(32) {
+                            let tile = Tiles::<1>::tile_at(first + index, column, inner_width);
+                            let at = to.add(tile + index % 16 * 32);
+                            _mm512_storeu_si512(at.cast(), load_words(row, column, 32));
+                        }
+                    }
+                }
+                Form::Columns => {
+                    for group in (0..STAGE).step_by(16) {
+                        for column in (0..inner_width).step_by(32) {
+                            let tile = Tiles::<1>::tile_at(first + group, column, inner_width);
+                            for index in 0..16 {
+                                let at = room.as_mut_ptr().add(16 * index);
+                                _mm512_storeu_si512(at.cast(), load_words(staged[group + index], column, 32));
+                            }
+                            simd.transpose(room.as_ptr(), 16, to.add(tile).cast(), 16);
+                        }
+                    }
+                }
+                Form::Pairs => {
+                    for column in (0..inner_width).step_by(16) {
+                        let tile = Tiles::<1>::tile_at(column, first, rows);
+                        for index in 0..16 {
+                            _mm512_storeu_si512(
+                                to.add(tile + index * 32).cast(),
+                                load_pair(staged, index, column),
+                            );
+                        }
+                    }
+                }
+                Form::Transposed => {
+                    for column in (0..inner_width).step_by(16) {
+                        let tile = Tiles::<1>::tile_at(column, first, rows);
+                        for index in 0..16 {
+                            let at = room.as_mut_ptr().add(16 * index);
+                            _mm512_storeu_si512(at.cast(), load_pair(staged, index, column));
+                        }
+                        simd.transpose(room.as_ptr(), 16, to.add(tile).cast(), 16);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Elements `column..column + count` of a row, at most 32, zeros behind its end.
+///
+/// # Safety
+/// AVX-512 BW.
+#[inline(always)]
+unsafe fn load_words(row: &[bf16], column: usize, count: usize) -> __m512i {
+    let count = row.len().saturating_sub(column).min(count);
+    let mask = ((1u64 << count) - 1) as __mmask32;
+    // SAFETY: lanes outside the mask are not read.
+    unsafe { _mm512_maskz_loadu_epi16(mask, row.as_ptr().wrapping_add(column).cast()) }
+}
+
+/// Elements `column..column + 16` of the rows of a pair, interleaved: a vector of 16 pairs.
+///
+/// # Safety
+/// AVX-512 BW.
+#[inline(always)]
+unsafe fn load_pair(rows: &[&[bf16]; STAGE], pair: usize, column: usize) -> __m512i {
+    // SAFETY: the caller vouches for the instructions.
+    unsafe {
+        let even = load_words(rows[2 * pair], column, 16);
+        let odd = _mm512_castsi512_si256(load_words(rows[2 * pair + 1], column, 16));
+        interleave(_mm512_inserti64x4::<1>(even, odd))
+    }
+}
+
 /// Packs a block of weights that lies in a tile of rows.
 struct PackBlock<'a, const PARTS: usize> {
     tile: &'a [f32],
@@ -475,6 +577,31 @@ unsafe fn put<const PARTS: usize>(to: *mut u16, keys: usize, row: usize, column:
     }
 }
 
+/// Puts two neighbouring rows, the first even, at two vectors of columns in their place in a right operand of `rows`
+/// rows: `[row][vector]`.
+///
+/// # Safety
+/// AVX-512 with BF16; rows and columns are inside the block at `to`.
+#[inline(always)]
+unsafe fn put_pair<const PARTS: usize>(
+    to: *mut u16,
+    rows: usize,
+    row: usize,
+    column: usize,
+    [even, odd]: [[__m512; 2]; 2],
+) {
+    for vector in 0..2 {
+        let tile = Tiles::<PARTS>::tile_at(column + 16 * vector, row, rows);
+        // SAFETY: the caller's.
+        unsafe {
+            parts::<PARTS>(even[vector], odd[vector], |part, bits| {
+                let at = to.add(tile + part * TILE + row / 2 % 16 * 32);
+                _mm512_storeu_si512(at.cast(), interleave(bits));
+            });
+        }
+    }
+}
+
 /// Multiplies rows of sums with factors.
 struct Scale<'a> {
     simd: Avx512,
@@ -503,8 +630,60 @@ impl Kernel for Scale<'_> {
 
 impl<const PARTS: usize> Tiles<PARTS> {
     fn pack(self, form: Form, staged: Staged<'_, f32>, first: usize, rows: usize, to: &mut [u16]) {
-        Simd::<f32>::vectorize(self.simd, Pack::<PARTS> { simd: self.simd, form, staged, first, rows, to });
+        let simd = self.simd;
+        match staged {
+            Staged::Floats(staged) => {
+                Simd::<f32>::vectorize(simd, Pack::<PARTS> { simd, form, staged, first, rows, to });
+            }
+            Staged::Bf16(staged) => {
+                assert_eq!(PARTS, 1, "a row of bf16 is one part");
+                Simd::<f32>::vectorize(simd, PackBf16 { simd, form, staged: &staged, first, rows, to });
+            }
+        }
     }
+}
+
+/// Turns transposed sums of [`STAGE`] keys into rows.
+struct TransposeSums<'a> {
+    simd: Avx512,
+    sums: &'a [f32],
+    stride: usize,
+    first: usize,
+    width: usize,
+    room: &'a mut [f32],
+    room_stride: usize,
+}
+
+impl Kernel for TransposeSums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { simd, sums, stride, first, width, room, room_stride } = self;
+        let padded = width.next_multiple_of(16);
+        assert!(padded <= room_stride && STAGE * room_stride <= room.len());
+        assert!(padded == 0 || (padded - 1) * stride + first + STAGE <= sums.len());
+        for key in (0..STAGE).step_by(16) {
+            for column in (0..padded).step_by(16) {
+                // SAFETY: 16 rows of 16 elements from column `column` on are in both, as checked above.
+                unsafe {
+                    let from = sums.as_ptr().add(column * stride + first + key);
+                    simd.transpose(
+                        from,
+                        stride,
+                        room.as_mut_ptr().add(key * room_stride + column),
+                        room_stride,
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// The distance between the rows of transposed sums of `keys` keys: a line more than they need, since the 16 rows of a
+/// tile would share a set of the cache if they were pages apart.
+fn key_sum_stride(keys: usize) -> usize {
+    keys.next_multiple_of(32) + 16
 }
 
 impl<const PARTS: usize> Engine for Tiles<PARTS> {
@@ -512,7 +691,8 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
     type S = Avx512;
     type Packed = u16;
 
-    const BLOCK_ROWS: usize = 64;
+    const TAKES_BF16: bool = PARTS == 1;
+    const BLOCK_ROWS: usize = 128;
     const BLOCK_KEYS: usize = 256;
     const KEY_STEP: usize = 32;
     const WEIGHTS_IN_TILE: bool = false;
@@ -668,8 +848,60 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         );
     }
 
+    const PACKS_GRADIENTS: bool = true;
+
+    #[inline(always)]
+    unsafe fn put_gradients(
+        _: Avx512,
+        packs: &GradientPacks<u16>,
+        row: usize,
+        column: usize,
+        probabilities: [[__m512; 2]; 2],
+        gradients: [[__m512; 2]; 2],
+    ) {
+        // SAFETY: the caller's, here and below.
+        unsafe {
+            if !packs.for_values.is_null() {
+                put_pair::<PARTS>(packs.for_values, Self::BLOCK_ROWS, row, column, probabilities);
+            }
+            if !packs.for_keys.is_null() {
+                put_pair::<PARTS>(packs.for_keys, Self::BLOCK_ROWS, row, column, gradients);
+            }
+        }
+        if !packs.as_weights.is_null() {
+            for (offset, values) in gradients.into_iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { put::<PARTS>(packs.as_weights, Self::BLOCK_KEYS, row + offset, column, values) };
+            }
+        }
+    }
+
+    fn key_sum_rows<'r>(
+        self,
+        sums: &'r [f32],
+        keys: usize,
+        width: usize,
+        first: usize,
+        room: &'r mut [f32],
+    ) -> (&'r [f32], usize) {
+        let room_stride = width.next_multiple_of(16);
+        Simd::<f32>::vectorize(
+            self.simd,
+            TransposeSums {
+                simd: self.simd,
+                sums,
+                stride: key_sum_stride(keys),
+                first,
+                width,
+                room,
+                room_stride,
+            },
+        );
+        (room, room_stride)
+    }
+
     fn key_sums_len(keys: usize, width: usize) -> usize {
-        keys.next_multiple_of(32) * width.next_multiple_of(32)
+        key_sum_stride(keys) * width.next_multiple_of(32)
     }
 
     fn add_key_sums(
@@ -687,13 +919,14 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
             let right = Operand { data: weights.packed, length: Self::BLOCK_ROWS, outer: key, inner: 0 };
             for column in (0..width).step_by(32) {
                 let left = Operand { data: terms, length, outer: column, inner: first };
-                let sums = &mut sums[column * keys + begin + key..];
-                self.product(left, right, steps, sums, keys, true, false);
+                let stride = key_sum_stride(keys);
+                let sums = &mut sums[column * stride + begin + key..];
+                self.product(left, right, steps, sums, stride, true, false);
             }
         }
     }
 
     fn key_sum_at(keys: usize, _: usize, key: usize, column: usize) -> usize {
-        column * keys + key
+        column * key_sum_stride(keys) + key
     }
 }

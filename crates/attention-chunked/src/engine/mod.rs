@@ -12,6 +12,7 @@ pub(crate) mod amx;
 pub(crate) mod vector;
 
 use bytemuck::Pod;
+use half::bf16;
 
 use crate::float::Float;
 use crate::simd::Simd;
@@ -19,12 +20,31 @@ use crate::simd::Simd;
 /// Rows that are staged at a time: read from the caller's tensors, widened, and handed over to be packed.
 pub(crate) const STAGE: usize = 32;
 
-/// Some staged rows: `STAGE` rows of `width` elements, `stride` apart. Rows behind the last real one are zero.
+/// [`STAGE`] rows on their way to be packed. Rows behind the last real one are zero.
 #[derive(Clone, Copy)]
-pub(crate) struct Staged<'a, F> {
+pub(crate) enum Staged<'a, F> {
+    /// Converted to what is computed in.
+    Floats(FloatRows<'a, F>),
+    /// As they lie in the caller's tensor, for an engine with [`TAKES_BF16`](Engine::TAKES_BF16); empty where zero.
+    Bf16([&'a [bf16]; STAGE]),
+}
+
+/// Rows of `width` elements, `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct FloatRows<'a, F> {
     pub(crate) data: &'a [F],
     pub(crate) stride: usize,
     pub(crate) width: usize,
+}
+
+impl<'a, F> Staged<'a, F> {
+    /// The converted rows, for an engine that is given no others.
+    pub(crate) fn floats(self) -> FloatRows<'a, F> {
+        match self {
+            Self::Floats(rows) => rows,
+            Self::Bf16(_) => unreachable!("rows as they lie are for engines that take them"),
+        }
+    }
 }
 
 /// A block of weights: probabilities, or gradients of logits.
@@ -35,6 +55,17 @@ pub(crate) struct Weights<'a, F, P> {
     pub(crate) stride: usize,
     /// As the engine packed them, where it packs weights.
     pub(crate) packed: &'a [P],
+}
+
+/// Where the gradients of a block are packed to: null where they are not wanted.
+#[derive(Clone, Copy)]
+pub(crate) struct GradientPacks<P> {
+    /// Probabilities, of [`gradients_len`](Engine::gradients_len), for the sums of values.
+    pub(crate) for_values: *mut P,
+    /// Gradients of products, of the same length, for the sums of keys.
+    pub(crate) for_keys: *mut P,
+    /// The same, of [`weights_len`](Engine::weights_len), as the weights of keys.
+    pub(crate) as_weights: *mut P,
 }
 
 /// What becomes of sums that are there already.
@@ -58,6 +89,9 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     type S: Simd<Self::F>;
     /// Elements of packed operands.
     type Packed: Pod + Default;
+
+    /// Whether rows of bf16 are packed as they lie.
+    const TAKES_BF16: bool = false;
 
     /// Query rows of a block. Packed rows are padded to a multiple of it.
     const BLOCK_ROWS: usize;
@@ -147,6 +181,28 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
 
     // The gradients of keys and values: sums over query rows.
 
+    /// Whether gradients are packed on their way to the tile, by [`put_gradients`](Self::put_gradients).
+    const PACKS_GRADIENTS: bool = false;
+
+    /// Packs what is computed of two neighbouring rows, the first even, at two neighbouring vectors of columns:
+    /// `[row][vector]`, zero where there is nothing.
+    ///
+    /// Called inside [`Simd::vectorize`], where [`PACKS_GRADIENTS`](Self::PACKS_GRADIENTS).
+    ///
+    /// # Safety
+    /// The buffers are those of a block; rows and columns are inside it, and the columns are a multiple of two vectors.
+    #[inline(always)]
+    unsafe fn put_gradients(
+        _: Self::S,
+        _: &GradientPacks<Self::Packed>,
+        _: usize,
+        _: usize,
+        _: [[<Self::S as Simd<Self::F>>::V; 2]; 2],
+        _: [[<Self::S as Simd<Self::F>>::V; 2]; 2],
+    ) {
+        unreachable!("this engine takes gradients from the tile")
+    }
+
     /// Length of `rows` query-side rows packed for sums over queries.
     fn terms_len(rows: usize, width: usize) -> usize;
     /// Packs staged rows `first..first + STAGE` of `rows`.
@@ -179,6 +235,17 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
         width: usize,
         sums: (&mut [Self::F], usize),
     );
+    /// The sums of keys `first..first + STAGE` of `keys`, as rows some distance apart, which is also given: where they
+    /// lie, or in the room, which is as long as that of staged rows. `first` is a multiple of [`STAGE`].
+    fn key_sum_rows<'r>(
+        self,
+        sums: &'r [Self::F],
+        keys: usize,
+        width: usize,
+        first: usize,
+        room: &'r mut [Self::F],
+    ) -> (&'r [Self::F], usize);
+
     /// Where the sum of a key and column is.
     fn key_sum_at(keys: usize, width: usize, key: usize, column: usize) -> usize;
 }

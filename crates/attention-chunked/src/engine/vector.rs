@@ -4,7 +4,7 @@
 //! narrower; the left one is read element by element and needs no packing beyond being in the computing type. So a
 //! block of weights is used where it lies, in either direction.
 
-use super::{Before, Engine, STAGE, Staged, Weights};
+use super::{Before, Engine, FloatRows, STAGE, Staged, Weights};
 use crate::float::Float;
 use crate::simd::{Kernel, Simd};
 
@@ -180,7 +180,7 @@ impl<F: Float, S: Simd<F>> Product<'_, F, S> {
 /// Staged rows into columns of panels.
 struct PackColumns<'a, F, S> {
     simd: S,
-    staged: Staged<'a, F>,
+    staged: FloatRows<'a, F>,
     first: usize,
     columns: usize,
     to: &'a mut [F],
@@ -227,7 +227,7 @@ impl<F: Float, S: Simd<F>> Kernel for PackColumns<'_, F, S> {
 
 /// Staged rows into rows of panels.
 fn pack_rows<F: Float, S: Simd<F>>(
-    staged: Staged<'_, F>,
+    staged: FloatRows<'_, F>,
     first: usize,
     depth: usize,
     columns: usize,
@@ -274,6 +274,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn pack_queries(self, staged: Staged<'_, F>, first: usize, rows: usize, to: &mut [F]) {
+        let staged = staged.floats();
         let width = staged.width;
         for (row, to) in to[..rows * width].chunks_exact_mut(width).skip(first).take(STAGE).enumerate() {
             to.copy_from_slice(&staged.data[row * staged.stride..][..width]);
@@ -285,6 +286,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn pack_keys(self, staged: Staged<'_, F>, first: usize, keys: usize, to: &mut [F]) {
+        let staged = staged.floats();
         self.simd.vectorize(PackColumns { simd: self.simd, staged, first, columns: keys, to });
     }
 
@@ -293,6 +295,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn pack_values(self, staged: Staged<'_, F>, first: usize, keys: usize, to: &mut [F]) {
+        let staged = staged.floats();
         pack_rows::<F, S>(staged, first, keys, Self::padded(staged.width), to);
     }
 
@@ -375,6 +378,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn pack_terms(self, staged: Staged<'_, F>, first: usize, rows: usize, to: &mut [F]) {
+        let staged = staged.floats();
         pack_rows::<F, S>(staged, first, rows, Self::padded(staged.width), to);
     }
 
@@ -413,6 +417,18 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
             out: &mut sums[begin * columns..],
             stride: columns,
         });
+    }
+
+    fn key_sum_rows<'r>(
+        self,
+        sums: &'r [F],
+        _: usize,
+        width: usize,
+        first: usize,
+        _: &'r mut [F],
+    ) -> (&'r [F], usize) {
+        let stride = Self::padded(width);
+        (&sums[first * stride..], stride)
     }
 
     fn key_sum_at(_: usize, width: usize, key: usize, column: usize) -> usize {

@@ -226,7 +226,7 @@ impl<'a, E: Engine> Forward<'a, E> {
                 let (head, query) = rows.at(row);
                 [rows.batch, query, head]
             };
-            self.query.stage(self.engine.simd(), rows.len(), index, sign, false, stage);
+            self.query.stage_floats(self.engine.simd(), rows.len(), index, sign, false, stage);
         }
     }
 

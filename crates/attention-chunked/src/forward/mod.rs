@@ -26,7 +26,7 @@ use crate::terms::{QueryRow, Terms};
 use crate::workers;
 
 /// Rows of the largest block of any engine.
-pub(crate) const MAX_BLOCK_ROWS: usize = 64;
+pub(crate) const MAX_BLOCK_ROWS: usize = 128;
 
 /// The distance between rows of a tile: a bit more than a block, since rows a power of two apart would share the sets
 /// of the cache.
@@ -84,13 +84,15 @@ impl Layout {
         let key_bytes = size_of::<E::Packed>()
             * (E::keys_len(STAGE, head_dim) + E::values_len(STAGE, value_head_dim))
             / STAGE;
-        let keys = sizes.keys.map_or(sizes.budget / 2 / key_bytes.max(1), |keys| keys.get());
+        // One block of keys at a time is enough for all rows of a chunk, and the more rows there are, the fewer times
+        // keys and values are packed.
+        let keys = sizes.keys.map_or(E::BLOCK_KEYS, |keys| keys.get());
         let keys = (keys / E::BLOCK_KEYS * E::BLOCK_KEYS)
             .clamp(E::BLOCK_KEYS, 8 * E::BLOCK_KEYS)
             .min(most_keys.next_multiple_of(STAGE).max(STAGE));
+        let left = sizes.budget.saturating_sub(keys * key_bytes).max(sizes.budget / 4);
         // Whole blocks that fit.
-        let within_budget =
-            (sizes.budget / 2 / row_bytes.max(1)).min(1024).min(fair) / E::BLOCK_ROWS * E::BLOCK_ROWS;
+        let within_budget = (left / row_bytes.max(1)).min(1024).min(fair) / E::BLOCK_ROWS * E::BLOCK_ROWS;
         let rows = sizes.rows.map_or(within_budget, |rows| rows.get());
         let rows = rows.min(group_rows).max(1).next_multiple_of(E::BLOCK_ROWS);
         Self { rows, keys, head_dim, value_head_dim }
@@ -227,14 +229,9 @@ impl<'a, E: Engine> Forward<'a, E> {
             };
             let sign = self.terms.query_sign();
             let staged = STAGE.min(count - first);
-            self.query.stage(self.engine.simd(), staged, index, sign, false, scratch.stage);
-            let staged = Floats::staged(scratch.stage, self.layout.head_dim);
-            self.engine.pack_queries(
-                staged,
-                first,
-                self.layout.rows.next_multiple_of(STAGE),
-                scratch.queries,
-            );
+            let (staged, _) = self.query.stage(self.engine, staged, index, sign, false, scratch.stage);
+            let packed = self.layout.rows.next_multiple_of(STAGE);
+            self.engine.pack_queries(staged, first, packed, scratch.queries);
         }
         for query in rows.queries.clone() {
             let keys = self.problem.key_range(rows.batch, query);
@@ -262,23 +259,17 @@ impl<'a, E: Engine> Forward<'a, E> {
 
     /// Packs the keys and values of a chunk from `needed` on; whether all of the values are finite.
     fn pack(&self, rows: &Rows, keys: &Range<usize>, needed: usize, scratch: &mut Scratch<'_, E>) -> bool {
-        let Layout { head_dim, value_head_dim, .. } = self.layout;
-        let simd = self.engine.simd();
         let packed = keys.len().next_multiple_of(STAGE);
         let skipped = needed.saturating_sub(keys.start) / E::BLOCK_KEYS * E::BLOCK_KEYS;
         let mut all = 0;
         for first in (skipped..keys.len()).step_by(STAGE) {
             let staged = STAGE.min(keys.len() - first);
             let index = |row: usize| [rows.batch, keys.start + first + row, rows.key_head];
-            self.key.stage(simd, staged, index, E::F::ONE, false, scratch.stage);
-            self.engine.pack_keys(Floats::staged(scratch.stage, head_dim), first, packed, scratch.keys);
-            let not_finite = self.value.stage(simd, staged, index, E::F::ONE, true, scratch.stage);
-            self.engine.pack_values(
-                Floats::staged(scratch.stage, value_head_dim),
-                first,
-                packed,
-                scratch.values,
-            );
+            let (rows, _) = self.key.stage(self.engine, staged, index, E::F::ONE, false, scratch.stage);
+            self.engine.pack_keys(rows, first, packed, scratch.keys);
+            let (rows, not_finite) =
+                self.value.stage(self.engine, staged, index, E::F::ONE, true, scratch.stage);
+            self.engine.pack_values(rows, first, packed, scratch.values);
             scratch.not_finite[first / STAGE] = not_finite;
             all |= not_finite;
         }

@@ -53,6 +53,8 @@ struct Row<F> {
     bias: *const F,
     /// The same, where it has a mask.
     mask: *const u8,
+    /// What products are multiplied by.
+    factor: F,
 }
 
 impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
@@ -72,6 +74,7 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
         let (mut bias, mut mask) = ([E::F::ZERO; MAX_COLUMNS], [0; MAX_COLUMNS]);
         let mut kept = [E::F::ZERO; MAX_COLUMNS];
         let in_place = self.mark || self.terms.needs_tile();
+        let factor = if self.mark { self.terms.tile_factor() } else { self.terms.product_factor() };
         let mut rescaled = false;
         for index in 0..rows {
             // SAFETY: the row's columns are in the tile, as checked above.
@@ -100,6 +103,7 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
                 products: products.cast_const(),
                 bias: added.bias.map_or(std::ptr::null(), <[_]>::as_ptr),
                 mask: added.mask.map_or(std::ptr::null(), <[_]>::as_ptr),
+                factor,
             };
             // SAFETY: as above; what is added has as many columns as the row.
             rescaled |= unsafe {
@@ -117,12 +121,6 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
 }
 
 impl<E: Engine> BlockSoftmax<'_, '_, E> {
-    /// What products are multiplied by.
-    #[inline(always)]
-    fn factor(&self) -> E::F {
-        if self.mark { self.terms.tile_factor() } else { self.terms.product_factor() }
-    }
-
     /// A row of the block; whether its factor is not 1.
     ///
     /// # Safety
@@ -222,7 +220,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     ) -> [(<E::S as Simd<E::F>>::V, <E::S as Simd<E::F>>::V); COUNT] {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let factor = simd.splat(self.factor());
+        let factor = simd.splat(row.factor);
         let mut all = [(start, start); COUNT];
         // SAFETY: the caller's.
         unsafe {
