@@ -51,8 +51,8 @@ impl ChunkedConfig {
         Self { query_chunk: NonZeroUsize::new(rows), ..self }
     }
 
-    /// Keys and values that are packed together. Rounded down to whole blocks of 256, between one and eight; 0 stands for a
-    /// size chosen from the budget.
+    /// Keys and values that are packed together. Rounded down to whole blocks of 256, between one and eight; 0 stands for
+    /// one block forward, which leaves the budget to query rows, and for as many as the budget allows backward.
     #[must_use]
     pub fn key_chunk(self, keys: usize) -> Self {
         Self { key_chunk: NonZeroUsize::new(keys), ..self }
