@@ -276,7 +276,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                 let (sums, stride) = if is_seen && here > 0 {
                     self.backward.engine.key_sum_rows(sums, capacity, width, group, scratch.stage)
                 } else {
-                    (&*sums, 0)
+                    (sums, 0)
                 };
                 for key in group..all.len().min(group + STAGE) {
                     let index = [batch, first + key, key_head];

@@ -22,6 +22,7 @@ pub(crate) const STAGE: usize = 32;
 
 /// [`STAGE`] rows on their way to be packed. Rows behind the last real one are zero.
 #[derive(Clone, Copy)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, on the stack")]
 pub(crate) enum Staged<'a, F> {
     /// Converted to what is computed in.
     Floats(FloatRows<'a, F>),

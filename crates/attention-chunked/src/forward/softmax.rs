@@ -18,6 +18,12 @@ pub(crate) const MAX_COLUMNS: usize = 272;
 /// Vectors in which the first shift is looked for.
 const FIRST_VECTORS: usize = 4;
 
+/// A vector of an engine.
+type Vector<E> = <<E as Engine>::S as Simd<<E as Engine>::F>>::V;
+
+/// A vector of products, and of the logits that they make.
+type Logit<E> = (Vector<E>, Vector<E>);
+
 /// Turns a tile of products into weights `2^(x - shift)`.
 pub(crate) struct BlockSoftmax<'t, 'a, E: Engine> {
     pub(crate) engine: E,
@@ -216,8 +222,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         &self,
         row: &Row<E::F>,
         column: usize,
-        start: <E::S as Simd<E::F>>::V,
-    ) -> [(<E::S as Simd<E::F>>::V, <E::S as Simd<E::F>>::V); COUNT] {
+        start: Vector<E>,
+    ) -> [Logit<E>; COUNT] {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
         let factor = simd.splat(row.factor);
@@ -250,7 +256,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         row: &Row<E::F>,
         shift: E::F,
         keep: Option<*mut E::F>,
-    ) -> (E::F, <E::S as Simd<E::F>>::V) {
+    ) -> (E::F, Vector<E>) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
         let mut sums = [simd.splat(E::F::ZERO); 2];
@@ -283,8 +289,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         column: usize,
         shift: E::F,
         keep: Option<*mut E::F>,
-        sums: &mut [<E::S as Simd<E::F>>::V; 2],
-        above: &mut [<E::S as Simd<E::F>>::V; 2],
+        sums: &mut [Vector<E>; 2],
+        above: &mut [Vector<E>; 2],
     ) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;

@@ -232,7 +232,7 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
             }
             let mut p = r;
             for (p, &r) in p.iter_mut().zip(&r) {
-                let c = [_mm512_set1_ps(0.693_157_34), _mm512_set1_ps(0.240_226_5)];
+                let c = [_mm512_set1_ps(0.693_157_3), _mm512_set1_ps(0.240_226_5)];
                 *p = _mm512_fmadd_ps(_mm512_fmadd_ps(c[1], r, c[0]), r, _mm512_set1_ps(1.0));
             }
             for ((p, &shifted), &x) in p.iter_mut().zip(&shifted).zip(&x) {
