@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use attention_core::{AttentionBackend, DType, Pass};
+use attention_core::{AttentionBackend, DType, DeviceKind, Pass};
 use serde::{Deserialize, Serialize};
 
 use crate::cases::{self, Case};
@@ -13,12 +13,22 @@ use crate::report::{CaseResult, Report};
 pub struct Subject<'a> {
     pub(crate) backend: &'a dyn AttentionBackend,
     pub(crate) same: Vec<(String, &'a dyn AttentionBackend)>,
+    pub(crate) reproducible: bool,
 }
 
 impl<'a> Subject<'a> {
     /// One backend.
     pub fn new(backend: &'a dyn AttentionBackend) -> Self {
-        Self { backend, same: Vec::new() }
+        let reproducible = backend.capabilities().device == DeviceKind::Cpu;
+        Self { backend, same: Vec::new(), reproducible }
+    }
+
+    /// A backend that computes on a device, on copies of host memory. Backends for host memory must give the same bits
+    /// whenever they are called and whatever else is in the batch; of this one that is asked only where the problem is to
+    /// be deterministic, as of any backend for device memory.
+    #[must_use]
+    pub fn computes_on_a_device(self) -> Self {
+        Self { reproducible: false, ..self }
     }
 
     /// The same backend in a configuration that must not change a bit, such as another number of threads.

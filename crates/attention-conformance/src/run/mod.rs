@@ -190,7 +190,7 @@ fn after_the_first_call(
 ) -> Result<(), Stop> {
     scratch::is_checked(subject.backend, invocation)?;
     // Host backends are always reproducible, others where the problem asks for it.
-    let reproducible = subject.backend.capabilities().device == DeviceKind::Cpu;
+    let reproducible = subject.reproducible;
     if reproducible || invocation.problem.deterministic() {
         invariance::repeated(subject, invocation, results)?;
     }
