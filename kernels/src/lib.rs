@@ -12,8 +12,12 @@ pub struct Source {
     pub entry_points: &'static [&'static str],
 }
 
-/// Every source of this package, by name. Empty for now.
-pub const SOURCES: &[Source] = &[];
+/// Every source of this package, by name.
+pub const SOURCES: &[Source] = &[Source {
+    name: "attention_rows.cu",
+    text: include_str!("cuda/attention_rows.cu"),
+    entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
+}];
 
 /// The source of this name.
 ///

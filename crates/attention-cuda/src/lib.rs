@@ -1,0 +1,26 @@
+#![doc = include_str!("../README.md")]
+
+mod device;
+mod kernels;
+pub mod library;
+mod on_host;
+mod tensor;
+mod workspace;
+
+pub use cudarc;
+pub use device::{CudaDevice, device_count};
+pub use kernels::{KernelCache, KernelError};
+pub use on_host::OnHost;
+pub use tensor::{DeviceTensor, scratch_of};
+pub use workspace::{Lease, Workspaces};
+
+use attention_core::{BackendFailure, Error};
+
+/// A failure of the machine or of a library while `backend` was doing `operation`.
+pub fn failure(
+    backend: &str,
+    operation: impl Into<String>,
+    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> Error {
+    BackendFailure { backend: backend.to_owned(), operation: operation.into(), source: source.into() }.into()
+}

@@ -1,0 +1,236 @@
+//! A CUDA backend for calls on host memory: copies to the device, runs there, copies back.
+
+use attention_core::{
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, Capabilities, Device, DeviceKind, Error,
+    ForwardCall, ForwardOutputs, Inputs, Problem, Scratch, Unavailable, Unsupported, View, ViewMut,
+};
+use cudarc::driver::DriverError;
+
+use crate::tensor::for_each_index;
+use crate::{CudaDevice, DeviceTensor, failure, scratch_of};
+
+/// What device memory holds before a call: as floats of any width, NaN.
+const POISON: u8 = 0xff;
+/// Bytes behind the scratch that a call must leave alone.
+const GUARD: usize = 256;
+
+/// Runs a backend for device memory on tensors in host memory.
+///
+/// For tests, and to try a GPU from host data: every call copies all of its tensors both ways. It also watches the
+/// backend: a call that writes behind its scratch or between the elements of an output fails.
+#[derive(Debug)]
+pub struct OnHost<B> {
+    backend: B,
+    device: CudaDevice,
+    capabilities: Capabilities,
+}
+
+impl<B: AttentionBackend> OnHost<B> {
+    /// Of a backend that works on memory of this device.
+    pub fn new(backend: B, device: CudaDevice) -> Self {
+        let mut capabilities = backend.capabilities().clone();
+        capabilities.device = DeviceKind::Cpu;
+        Self { backend, device, capabilities }
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The same problem on the device.
+    fn on_device(&self, problem: &Problem) -> Result<Problem, Unsupported> {
+        if problem.device() != Device::Cpu {
+            return Err(Unsupported::Device {
+                backend: self.name().to_owned(),
+                device: problem.device(),
+                expected: DeviceKind::Cpu,
+            });
+        }
+        let moved = problem.to_builder().device(self.device.device()).build();
+        Ok(moved.unwrap_or_else(|error| unreachable!("a valid problem is valid on any device: {error}")))
+    }
+
+    fn driver(&self, operation: &'static str) -> impl Fn(DriverError) -> Error {
+        let name = self.name().to_owned();
+        move |error| failure(&name, operation, error)
+    }
+
+    fn send(&self, view: View<'_>) -> Result<DeviceTensor, Error> {
+        DeviceTensor::from_host(&self.device, view).map_err(self.driver("copying to the device"))
+    }
+
+    fn room(&self, view: &ViewMut<'_>) -> Result<DeviceTensor, Error> {
+        DeviceTensor::filled(&self.device, view.desc(), POISON)
+            .map_err(self.driver("allocating on the device"))
+    }
+
+    /// Runs `work` with device scratch of exactly this many bytes.
+    fn with_scratch(
+        &self,
+        bytes: usize,
+        work: impl FnOnce(Scratch<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let stream = self.device.stream();
+        let mut memory = stream
+            .clone_htod(&vec![POISON; bytes + GUARD])
+            .map_err(self.driver("allocating scratch on the device"))?;
+        work(scratch_of(&self.device, &mut memory, bytes))?;
+        let after = stream.clone_dtoh(&memory).map_err(self.driver("running on the device"))?;
+        stream.synchronize().map_err(self.driver("running on the device"))?;
+        match after[bytes..].iter().position(|&byte| byte != POISON) {
+            None => Ok(()),
+            Some(at) => Err(failure(
+                self.name(),
+                "checking scratch",
+                format!("wrote {at} bytes behind its {bytes} bytes"),
+            )),
+        }
+    }
+
+    /// Copies an output back, and checks that nothing between its elements was written.
+    fn fetch(&self, from: &DeviceTensor, to: &mut ViewMut<'_>) -> Result<(), Error> {
+        let mut bytes = from.bytes().map_err(self.driver("copying from the device"))?;
+        let desc = from.desc();
+        let size = desc.dtype().size();
+        let low = desc.span().map_or(0, |(low, _)| low);
+        for_each_index(&desc, |index| {
+            let offset: isize = index
+                .iter()
+                .zip(desc.strides().iter())
+                .map(|(&index, &stride)| index as isize * stride)
+                .sum();
+            let at = (offset - low).unsigned_abs() * size;
+            bytes[at..at + size].fill(POISON);
+        });
+        if !desc.is_empty() && bytes.iter().any(|&byte| byte != POISON) {
+            return Err(failure(self.name(), "checking an output", "wrote between its elements"));
+        }
+        from.copy_to_host(to).map_err(self.driver("copying from the device"))
+    }
+}
+
+/// The inputs of a call on the device.
+struct Sent {
+    query: DeviceTensor,
+    key: DeviceTensor,
+    value: DeviceTensor,
+    mask: Option<DeviceTensor>,
+    bias: Option<DeviceTensor>,
+    alibi_slopes: Option<DeviceTensor>,
+    sinks: Option<DeviceTensor>,
+}
+
+impl Sent {
+    fn of<B: AttentionBackend>(on_host: &OnHost<B>, inputs: &Inputs<'_>) -> Result<Self, Error> {
+        let send = |view: Option<View<'_>>| view.map(|view| on_host.send(view)).transpose();
+        Ok(Self {
+            query: on_host.send(inputs.query)?,
+            key: on_host.send(inputs.key)?,
+            value: on_host.send(inputs.value)?,
+            mask: send(inputs.mask)?,
+            bias: send(inputs.bias)?,
+            alibi_slopes: send(inputs.alibi_slopes)?,
+            sinks: send(inputs.sinks)?,
+        })
+    }
+
+    fn inputs(&self) -> Result<Inputs<'_>, Error> {
+        let mut inputs = Inputs::new(self.query.view()?, self.key.view()?, self.value.view()?);
+        inputs.mask = self.mask.as_ref().map(DeviceTensor::view).transpose()?;
+        inputs.bias = self.bias.as_ref().map(DeviceTensor::view).transpose()?;
+        inputs.alibi_slopes = self.alibi_slopes.as_ref().map(DeviceTensor::view).transpose()?;
+        inputs.sinks = self.sinks.as_ref().map(DeviceTensor::view).transpose()?;
+        Ok(inputs)
+    }
+}
+
+impl<B: AttentionBackend> AttentionBackend for OnHost<B> {
+    fn name(&self) -> &str {
+        self.backend.name()
+    }
+
+    fn version(&self) -> &str {
+        self.backend.version()
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn available(&self) -> Result<(), Unavailable> {
+        self.backend.available()
+    }
+
+    fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
+        self.backend.supports(&self.on_device(problem)?)
+    }
+
+    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
+        // The device's scratch is our own affair: the caller gives none.
+        self.backend.scratch_bytes(&self.on_device(problem)?).map(|_| 0)
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
+        let (problem, inputs, mut outputs) = call.into_parts();
+        let problem = self.on_device(problem)?;
+        let bytes = self.backend.scratch_bytes(&problem)?;
+        let sent = Sent::of(self, &inputs)?;
+        let mut out = self.room(&outputs.out)?;
+        let mut lse = outputs.lse.as_ref().map(|lse| self.room(lse)).transpose()?;
+        self.with_scratch(bytes, |scratch| {
+            let outputs = ForwardOutputs {
+                out: out.view_mut()?,
+                lse: lse.as_mut().map(DeviceTensor::view_mut).transpose()?,
+            };
+            self.backend.forward(ForwardCall::new(&problem, sent.inputs()?, outputs)?, scratch)
+        })?;
+        self.fetch(&out, &mut outputs.out)?;
+        if let (Some(from), Some(to)) = (&lse, &mut outputs.lse) {
+            self.fetch(from, to)?;
+        }
+        Ok(())
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
+        let (problem, inputs, saved, mut outputs) = call.into_parts();
+        let problem = self.on_device(problem)?;
+        let bytes = self.backend.scratch_bytes(&problem)?;
+        let sent = Sent::of(self, &inputs)?;
+        let (out, lse, d_out) = (self.send(saved.out)?, self.send(saved.lse)?, self.send(saved.d_out)?);
+        let d_lse = saved.d_lse.map(|view| self.send(view)).transpose()?;
+        let room = |view: &Option<ViewMut<'_>>| view.as_ref().map(|view| self.room(view)).transpose();
+        let mut rooms = [
+            room(&outputs.dq)?,
+            room(&outputs.dk)?,
+            room(&outputs.dv)?,
+            room(&outputs.dbias)?,
+            room(&outputs.dsinks)?,
+        ];
+        self.with_scratch(bytes, |scratch| {
+            let [dq, dk, dv, dbias, dsinks] = &mut rooms;
+            let outputs = BackwardOutputs {
+                dq: dq.as_mut().map(DeviceTensor::view_mut).transpose()?,
+                dk: dk.as_mut().map(DeviceTensor::view_mut).transpose()?,
+                dv: dv.as_mut().map(DeviceTensor::view_mut).transpose()?,
+                dbias: dbias.as_mut().map(DeviceTensor::view_mut).transpose()?,
+                dsinks: dsinks.as_mut().map(DeviceTensor::view_mut).transpose()?,
+            };
+            let saved = BackwardInputs {
+                out: out.view()?,
+                lse: lse.view()?,
+                d_out: d_out.view()?,
+                d_lse: d_lse.as_ref().map(DeviceTensor::view).transpose()?,
+            };
+            self.backend.backward(BackwardCall::new(&problem, sent.inputs()?, saved, outputs)?, scratch)
+        })?;
+        let targets =
+            [&mut outputs.dq, &mut outputs.dk, &mut outputs.dv, &mut outputs.dbias, &mut outputs.dsinks];
+        for (room, target) in rooms.iter().zip(targets) {
+            if let (Some(from), Some(to)) = (room, target) {
+                self.fetch(from, to)?;
+            }
+        }
+        Ok(())
+    }
+}

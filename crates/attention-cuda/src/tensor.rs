@@ -1,0 +1,157 @@
+//! Tensors in device memory that the host owns: for tests, examples and callers that have none of their own.
+
+use attention_core::{InvalidCall, Scratch, TensorDesc, View, ViewMut};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DriverError};
+
+use crate::CudaDevice;
+
+/// A strided tensor in memory of a device.
+#[derive(Debug)]
+pub struct DeviceTensor {
+    device: CudaDevice,
+    memory: CudaSlice<u8>,
+    desc: TensorDesc,
+    /// Bytes before the element at index 0.
+    origin: usize,
+}
+
+/// The first `bytes` bytes of an allocation as scratch for a call on this device.
+///
+/// # Panics
+/// If the allocation is smaller.
+pub fn scratch_of<'a>(device: &CudaDevice, memory: &'a mut CudaSlice<u8>, bytes: usize) -> Scratch<'a> {
+    assert!(bytes <= memory.len(), "{bytes} bytes of an allocation of {}", memory.len());
+    let (pointer, _guard) = memory.device_ptr_mut(device.stream());
+    let pointer = std::ptr::with_exposed_provenance_mut(pointer as usize);
+    // SAFETY: memory of the device that is borrowed exclusively for as long as the scratch lives.
+    unsafe { Scratch::from_raw_parts(pointer, bytes, device.device()) }
+}
+
+/// Bytes of a tensor from its lowest to its highest element, and how many of them are before the element at index 0.
+fn placement(desc: &TensorDesc) -> (usize, usize) {
+    let (low, high) = desc.span().unwrap_or((0, -1));
+    let size = desc.dtype().size();
+    ((high - low + 1).unsigned_abs() * size, low.unsigned_abs() * size)
+}
+
+impl DeviceTensor {
+    /// A tensor of this shape, dtype and strides whose bytes, gaps included, are all `byte`.
+    ///
+    /// # Errors
+    /// By the driver.
+    pub fn filled(device: &CudaDevice, desc: TensorDesc, byte: u8) -> Result<Self, DriverError> {
+        let (bytes, origin) = placement(&desc);
+        let memory = device.stream().clone_htod(&vec![byte; bytes.max(1)])?;
+        Ok(Self { device: device.clone(), memory, desc, origin })
+    }
+
+    /// A copy of a tensor in host memory, with its strides and what lies between its elements.
+    ///
+    /// # Errors
+    /// By the driver.
+    ///
+    /// # Panics
+    /// If the view is not in host memory.
+    pub fn from_host(device: &CudaDevice, view: View<'_>) -> Result<Self, DriverError> {
+        assert_eq!(view.device(), attention_core::Device::Cpu, "a copy from host memory");
+        let desc = view.desc();
+        let (bytes, origin) = placement(&desc);
+        if bytes == 0 {
+            return Self::filled(device, desc, 0);
+        }
+        // SAFETY: a view's memory is initialised from its lowest to its highest element, which these bytes are.
+        let data = unsafe { std::slice::from_raw_parts(view.as_ptr().sub(origin), bytes) };
+        let memory = device.stream().clone_htod(data)?;
+        Ok(Self { device: device.clone(), memory, desc, origin })
+    }
+
+    /// Shape, dtype and strides.
+    pub fn desc(&self) -> TensorDesc {
+        self.desc
+    }
+
+    /// The tensor, for a call on its device.
+    ///
+    /// # Errors
+    /// [`InvalidCall`] as [`View::from_raw_parts`].
+    pub fn view(&self) -> Result<View<'_>, InvalidCall> {
+        let (pointer, _guard) = self.memory.device_ptr(self.device.stream());
+        let pointer = std::ptr::with_exposed_provenance(pointer as usize + self.origin);
+        // SAFETY: the tensor owns the memory, which was written when it was made.
+        unsafe { View::from_raw_parts(pointer, self.device.device(), self.desc) }
+    }
+
+    /// The tensor, for a call that writes it.
+    ///
+    /// # Errors
+    /// [`InvalidCall`] as [`ViewMut::from_raw_parts`].
+    pub fn view_mut(&mut self) -> Result<ViewMut<'_>, InvalidCall> {
+        let (pointer, _guard) = self.memory.device_ptr_mut(self.device.stream());
+        let pointer = std::ptr::with_exposed_provenance_mut(pointer as usize + self.origin);
+        // SAFETY: as in `view`, borrowed exclusively.
+        unsafe { ViewMut::from_raw_parts(pointer, self.device.device(), self.desc) }
+    }
+
+    /// Every byte from the lowest to the highest element, after the work on the device's stream is done.
+    ///
+    /// # Errors
+    /// By the driver; also what earlier work on the stream ended with.
+    pub fn bytes(&self) -> Result<Vec<u8>, DriverError> {
+        let bytes = self.device.stream().clone_dtoh(&self.memory)?;
+        self.device.stream().synchronize()?;
+        Ok(bytes)
+    }
+
+    /// Copies the elements to a tensor in host memory with the same shape, dtype and strides, and leaves what lies
+    /// between them alone.
+    ///
+    /// # Errors
+    /// As [`bytes`](Self::bytes).
+    ///
+    /// # Panics
+    /// If the view is not in host memory or differs in shape or dtype.
+    pub fn copy_to_host(&self, to: &mut ViewMut<'_>) -> Result<(), DriverError> {
+        assert_eq!(to.device(), attention_core::Device::Cpu, "a copy to host memory");
+        assert!(to.shape() == self.desc.shape() && to.desc().dtype() == self.desc.dtype(), "the same tensor");
+        let bytes = self.bytes()?;
+        let size = self.desc.dtype().size();
+        let (from_strides, to_strides) = (self.desc.strides(), to.desc().strides());
+        let first = to.as_mut_ptr();
+        for_each_index(&self.desc, |index| {
+            let offset = |strides: &attention_core::Strides| -> isize {
+                index.iter().zip(strides.iter()).map(|(&index, &stride)| index as isize * stride).sum()
+            };
+            let from = (self.origin as isize + offset(&from_strides) * size as isize) as usize;
+            // SAFETY: an element of the view, whose bytes this thread has to itself.
+            unsafe {
+                let to = first.offset(offset(&to_strides) * size as isize);
+                std::ptr::copy_nonoverlapping(bytes[from..from + size].as_ptr(), to, size);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Calls `visit` with every index of a tensor.
+pub(crate) fn for_each_index(desc: &TensorDesc, mut visit: impl FnMut(&[usize])) {
+    if desc.is_empty() {
+        return;
+    }
+    let shape = desc.shape();
+    let mut index = vec![0; shape.rank()];
+    loop {
+        visit(&index);
+        let mut axis = shape.rank();
+        loop {
+            if axis == 0 {
+                return;
+            }
+            axis -= 1;
+            index[axis] += 1;
+            if index[axis] < shape[axis] {
+                break;
+            }
+            index[axis] = 0;
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! What belongs to this backend alone.
+
+use std::path::PathBuf;
+
+/// Configuration of [`CudnnBackend`](crate::CudnnBackend).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudnnConfig {
+    pub(crate) device: usize,
+    pub(crate) library: Option<PathBuf>,
+    pub(crate) wheel_roots: Vec<PathBuf>,
+    pub(crate) workspace_limit: usize,
+    pub(crate) kernel_folder: Option<PathBuf>,
+    pub(crate) rounds_group_gradients: bool,
+}
+
+impl Default for CudnnConfig {
+    fn default() -> Self {
+        Self {
+            device: 0,
+            library: None,
+            wheel_roots: Vec::new(),
+            workspace_limit: 1 << 30,
+            kernel_folder: None,
+            rounds_group_gradients: false,
+        }
+    }
+}
+
+impl CudnnConfig {
+    /// The ordinal of the device to run on; 0 by default.
+    #[must_use]
+    pub fn device(self, ordinal: usize) -> Self {
+        Self { device: ordinal, ..self }
+    }
+
+    /// The cuDNN library: its file, or a folder that it is in. Binding: nothing else is tried. By default what
+    /// `ATTENTION_CUDNN` names, else what the loader finds as `libcudnn.so.9` or `libcudnn.so`, in this order, else what
+    /// lies in [`wheel_roots`](Self::wheel_roots).
+    #[must_use]
+    pub fn library(self, path: impl Into<PathBuf>) -> Self {
+        Self { library: Some(path.into()), ..self }
+    }
+
+    /// `site-packages` folders whose `nvidia/*/lib` are searched at last, for cuDNN and the libraries that it needs.
+    #[must_use]
+    pub fn wheel_roots(self, roots: impl IntoIterator<Item = PathBuf>) -> Self {
+        Self { wheel_roots: roots.into_iter().collect(), ..self }
+    }
+
+    /// The most bytes that cuDNN may use for itself in a call, beside the caller's scratch; 1 GiB by default. A call
+    /// whose plan needs more fails.
+    #[must_use]
+    pub fn workspace_limit(self, bytes: usize) -> Self {
+        Self { workspace_limit: bytes, ..self }
+    }
+
+    /// Serves backward calls whose query heads share keys and values. cuDNN rounds the gradient of keys and values to the
+    /// operands' dtype for each query head and only then adds them up, which is up to a tenth more error than the
+    /// numerics class of this library allows; so such calls are refused unless this is set.
+    #[must_use]
+    pub fn rounds_group_gradients(self, accepted: bool) -> Self {
+        Self { rounds_group_gradients: accepted, ..self }
+    }
+
+    /// Where compiled kernels of our own are kept for the next process; nowhere by default.
+    #[must_use]
+    pub fn kernel_folder(self, folder: impl Into<PathBuf>) -> Self {
+        Self { kernel_folder: Some(folder.into()), ..self }
+    }
+}

@@ -1,0 +1,325 @@
+//! Operation graphs: tensors, and the operations between them.
+
+use crate::descriptor::{Descriptor, kind};
+use crate::library::{Cudnn, CudnnError};
+use crate::plan::Slot;
+
+/// Element types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Type {
+    Float = 0,
+    Half = 2,
+    Int32 = 4,
+    Bf16 = 9,
+    Boolean = 11,
+}
+
+/// Pointwise operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Op {
+    Add = 0,
+    Mul = 1,
+    Div = 6,
+    Sub = 9,
+    Exp = 13,
+    Log = 15,
+    Identity = 21,
+    Tanh = 101,
+    TanhBackward = 201,
+    Greater = 302,
+    GreaterEqual = 303,
+    Less = 304,
+    And = 400,
+    Index = 501,
+    Select = 601,
+}
+
+/// Reductions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Reduction {
+    Add = 0,
+    Max = 3,
+}
+
+/// Attributes of a pointwise operation: second operand, result, gradients of result and operand, mask.
+const B: i32 = 752;
+const Y: i32 = 753;
+const DX: i32 = 756;
+const DY: i32 = 757;
+const MASK: i32 = 758;
+
+/// Always four axes: `[B, N, T, H]` and the like.
+pub(crate) type Shape = [i64; 4];
+
+/// Strides of a tensor without gaps.
+pub(crate) fn packed(shape: Shape) -> Shape {
+    [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1]
+}
+
+/// A tensor of a graph.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tensor {
+    index: usize,
+    pub(crate) shape: Shape,
+}
+
+/// A graph that is being built.
+#[derive(Debug)]
+pub(crate) struct Graph {
+    cudnn: Cudnn,
+    tensors: Vec<Descriptor>,
+    operations: Vec<Descriptor>,
+    /// Descriptors that operations refer to.
+    parts: Vec<Descriptor>,
+    /// What stands behind each tensor that is not virtual.
+    slots: Vec<(i64, Slot)>,
+}
+
+/// The lengths that a matrix product stops at, by axis.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Overrides {
+    pub(crate) m: Option<Tensor>,
+    pub(crate) n: Option<Tensor>,
+    pub(crate) k: Option<Tensor>,
+}
+
+impl Graph {
+    pub(crate) fn new(cudnn: &Cudnn) -> Self {
+        Self {
+            cudnn: *cudnn,
+            tensors: Vec::new(),
+            operations: Vec::new(),
+            parts: Vec::new(),
+            slots: Vec::new(),
+        }
+    }
+
+    fn add(
+        &mut self,
+        element: Type,
+        shape: Shape,
+        strides: Shape,
+        set: impl FnOnce(&mut Descriptor) -> Result<(), CudnnError>,
+    ) -> Result<(Tensor, i64), CudnnError> {
+        let index = self.tensors.len();
+        let uid = index as i64 + 1;
+        let mut tensor = Descriptor::new(&self.cudnn, 17)?;
+        tensor.enumeration(901, kind::DATA_TYPE, element as i32)?;
+        tensor.integers(902, &shape)?;
+        tensor.integers(903, &strides)?;
+        tensor.integers(906, &[uid])?;
+        tensor.integers(900, &[16])?;
+        set(&mut tensor)?;
+        tensor.finalize("describing a tensor")?;
+        self.tensors.push(tensor);
+        Ok((Tensor { index, shape }, uid))
+    }
+
+    /// A tensor in memory.
+    pub(crate) fn real(
+        &mut self,
+        slot: Slot,
+        element: Type,
+        shape: Shape,
+        strides: Shape,
+    ) -> Result<Tensor, CudnnError> {
+        let (tensor, uid) = self.add(element, shape, strides, |_| Ok(()))?;
+        self.slots.push((uid, slot));
+        Ok(tensor)
+    }
+
+    /// A number that is read from host memory when the plan runs.
+    pub(crate) fn number(&mut self, slot: Slot, element: Type) -> Result<Tensor, CudnnError> {
+        let (tensor, uid) = self.add(element, [1; 4], [1; 4], |tensor| tensor.boolean(908, true))?;
+        self.slots.push((uid, slot));
+        Ok(tensor)
+    }
+
+    /// A tensor that is never in memory.
+    pub(crate) fn virtual_(&mut self, element: Type, shape: Shape) -> Result<Tensor, CudnnError> {
+        self.virtual_strided(element, shape, packed(shape))
+    }
+
+    pub(crate) fn virtual_strided(
+        &mut self,
+        element: Type,
+        shape: Shape,
+        strides: Shape,
+    ) -> Result<Tensor, CudnnError> {
+        self.add(element, shape, strides, |tensor| tensor.boolean(907, true)).map(|(tensor, _)| tensor)
+    }
+
+    fn operation(
+        &mut self,
+        kind: i32,
+        set: impl FnOnce(&mut Descriptor, &[Descriptor]) -> Result<(), CudnnError>,
+    ) -> Result<(), CudnnError> {
+        let mut operation = Descriptor::new(&self.cudnn, kind)?;
+        set(&mut operation, &self.tensors)?;
+        operation.finalize("describing an operation")?;
+        self.operations.push(operation);
+        Ok(())
+    }
+
+    /// `c = a b`, computed in f32.
+    pub(crate) fn matmul(
+        &mut self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        overrides: Overrides,
+    ) -> Result<(), CudnnError> {
+        let mut how = Descriptor::new(&self.cudnn, 18)?;
+        how.enumeration(1500, kind::DATA_TYPE, Type::Float as i32)?;
+        how.finalize("describing a matrix product")?;
+        self.operation(19, |operation, tensors| {
+            operation.descriptors(1520, [&tensors[a.index]])?;
+            operation.descriptors(1521, [&tensors[b.index]])?;
+            operation.descriptors(1522, [&tensors[c.index]])?;
+            operation.descriptors(1523, [&how])?;
+            for (attribute, length) in [(1525, overrides.m), (1526, overrides.n), (1527, overrides.k)] {
+                if let Some(length) = length {
+                    operation.descriptors(attribute, [&tensors[length.index]])?;
+                }
+            }
+            Ok(())
+        })?;
+        self.parts.push(how);
+        Ok(())
+    }
+
+    /// A pointwise operation on `x`, computed in `compute`; further tensors, the result among them, by attribute.
+    fn pointwise(
+        &mut self,
+        op: Op,
+        compute: Type,
+        x: Tensor,
+        others: &[(i32, Tensor)],
+        axis: Option<i64>,
+    ) -> Result<(), CudnnError> {
+        let mut how = Descriptor::new(&self.cudnn, 0)?;
+        how.enumeration(0, kind::POINTWISE_MODE, op as i32)?;
+        how.enumeration(1, kind::DATA_TYPE, compute as i32)?;
+        if let Some(axis) = axis {
+            how.integers(9, &[axis])?;
+        }
+        how.finalize("describing a pointwise operation")?;
+        self.operation(13, |operation, tensors| {
+            operation.descriptors(750, [&how])?;
+            operation.descriptors(751, [&tensors[x.index]])?;
+            for &(attribute, tensor) in others {
+                operation.descriptors(attribute, [&tensors[tensor.index]])?;
+            }
+            operation.float(754, 1.0)?;
+            operation.float(755, 1.0)
+        })?;
+        self.parts.push(how);
+        Ok(())
+    }
+
+    /// `y = op(x)` in f32, into a tensor that is there.
+    pub(crate) fn unary_into(&mut self, op: Op, x: Tensor, y: Tensor) -> Result<(), CudnnError> {
+        self.pointwise(op, Type::Float, x, &[(Y, y)], None)
+    }
+
+    /// `op(x)` in f32.
+    pub(crate) fn unary(&mut self, op: Op, x: Tensor) -> Result<Tensor, CudnnError> {
+        let y = self.virtual_(Type::Float, x.shape)?;
+        self.unary_into(op, x, y)?;
+        Ok(y)
+    }
+
+    /// `op(a, b)` in f32, into a tensor that is there.
+    pub(crate) fn binary_into(&mut self, op: Op, a: Tensor, b: Tensor, y: Tensor) -> Result<(), CudnnError> {
+        self.pointwise(op, Type::Float, a, &[(B, b), (Y, y)], None)
+    }
+
+    /// `op(a, b)` in f32, of `a`'s shape.
+    pub(crate) fn binary(&mut self, op: Op, a: Tensor, b: Tensor) -> Result<Tensor, CudnnError> {
+        let y = self.virtual_(Type::Float, a.shape)?;
+        self.binary_into(op, a, b, y)?;
+        Ok(y)
+    }
+
+    /// `op(a, b)` in integers, of `a`'s shape.
+    pub(crate) fn integers(&mut self, op: Op, a: Tensor, b: Tensor) -> Result<Tensor, CudnnError> {
+        let y = self.virtual_(Type::Int32, a.shape)?;
+        self.pointwise(op, Type::Int32, a, &[(B, b), (Y, y)], None)?;
+        Ok(y)
+    }
+
+    /// A comparison or a logical operation.
+    pub(crate) fn truth(&mut self, op: Op, a: Tensor, b: Tensor) -> Result<Tensor, CudnnError> {
+        let y = self.virtual_(Type::Boolean, a.shape)?;
+        self.pointwise(op, Type::Boolean, a, &[(B, b), (Y, y)], None)?;
+        Ok(y)
+    }
+
+    /// The index along an axis of logits like `like`.
+    pub(crate) fn index(&mut self, like: Tensor, axis: i64) -> Result<Tensor, CudnnError> {
+        let y = self.virtual_(Type::Int32, like.shape)?;
+        self.pointwise(Op::Index, Type::Int32, like, &[(Y, y)], Some(axis))?;
+        Ok(y)
+    }
+
+    /// `if mask then x else other`.
+    pub(crate) fn select(&mut self, mask: Tensor, x: Tensor, other: Tensor) -> Result<Tensor, CudnnError> {
+        let y = self.virtual_(Type::Float, x.shape)?;
+        self.pointwise(Op::Select, Type::Float, x, &[(B, other), (MASK, mask), (Y, y)], None)?;
+        Ok(y)
+    }
+
+    /// The gradient below a hyperbolic tangent of `x`.
+    pub(crate) fn tanh_backward(&mut self, x: Tensor, gradient: Tensor) -> Result<Tensor, CudnnError> {
+        let y = self.virtual_(Type::Float, x.shape)?;
+        self.pointwise(Op::TanhBackward, Type::Float, x, &[(DY, gradient), (DX, y)], None)?;
+        Ok(y)
+    }
+
+    /// A reduction into a tensor that is there, over the axes along which it has size 1.
+    pub(crate) fn reduce_into(&mut self, of: Reduction, x: Tensor, y: Tensor) -> Result<(), CudnnError> {
+        let mut how = Descriptor::new(&self.cudnn, 21)?;
+        how.enumeration(1600, kind::REDUCTION_OPERATOR, of as i32)?;
+        how.enumeration(1601, kind::DATA_TYPE, Type::Float as i32)?;
+        how.finalize("describing a reduction")?;
+        self.operation(22, |operation, tensors| {
+            operation.descriptors(1610, [&tensors[x.index]])?;
+            operation.descriptors(1611, [&tensors[y.index]])?;
+            operation.descriptors(1612, [&how])
+        })?;
+        self.parts.push(how);
+        Ok(())
+    }
+
+    /// A reduction over the last axis.
+    pub(crate) fn reduce_rows(&mut self, of: Reduction, x: Tensor) -> Result<Tensor, CudnnError> {
+        let [b, n, t, _] = x.shape;
+        let y = self.virtual_(Type::Float, [b, n, t, 1])?;
+        self.reduce_into(of, x, y)?;
+        Ok(y)
+    }
+
+    /// The same elements in another arrangement.
+    pub(crate) fn reshape(&mut self, x: Tensor, y: Tensor) -> Result<(), CudnnError> {
+        self.operation(31, |operation, tensors| {
+            operation.descriptors(2200, [&tensors[x.index]])?;
+            operation.descriptors(2201, [&tensors[y.index]])
+        })
+    }
+
+    /// The finished graph's operations, with everything that they refer to.
+    pub(crate) fn into_parts(self) -> Finished {
+        Finished { operations: self.operations, slots: self.slots, _kept: (self.tensors, self.parts) }
+    }
+}
+
+/// A graph to make a plan of.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) operations: Vec<Descriptor>,
+    pub(crate) slots: Vec<(i64, Slot)>,
+    _kept: (Vec<Descriptor>, Vec<Descriptor>),
+}

@@ -1,0 +1,135 @@
+//! cuDNN's functions, loaded at run time. All enumerations are plain integers: a newer library may return values that no
+//! closed Rust enum has.
+
+use std::ffi::{c_char, c_void};
+
+use attention_core::Unavailable;
+use attention_cuda::library::{NotFound, Search};
+
+use crate::{CudnnConfig, backend::NAME};
+
+/// A descriptor or handle of cuDNN.
+pub(crate) type Opaque = *mut c_void;
+
+/// The oldest version whose graphs were tried.
+pub(crate) const OLDEST: usize = 91200;
+
+macro_rules! functions {
+    ($($field:ident = $symbol:literal: fn($($arg:ty),*) -> $result:ty;)*) => {
+        /// The functions that we use.
+        #[derive(Clone, Copy, Debug)]
+        pub(crate) struct Functions {
+            $(pub(crate) $field: unsafe extern "C" fn($($arg),*) -> $result,)*
+        }
+
+        impl Functions {
+            fn load(library: &'static libloading::Library) -> Result<Self, String> {
+                // SAFETY: the symbols are cuDNN's, whose types these are (version 9; checked by the caller).
+                unsafe {
+                    Ok(Self {
+                        $($field: *library
+                            .get::<unsafe extern "C" fn($($arg),*) -> $result>($symbol.as_bytes())
+                            .map_err(|error| format!("no symbol {}: {error}", $symbol))?,)*
+                    })
+                }
+            }
+        }
+    };
+}
+
+functions! {
+    version = "cudnnGetVersion": fn() -> usize;
+    create = "cudnnCreate": fn(*mut Opaque) -> i32;
+    set_stream = "cudnnSetStream": fn(Opaque, Opaque) -> i32;
+    create_descriptor = "cudnnBackendCreateDescriptor": fn(i32, *mut Opaque) -> i32;
+    destroy_descriptor = "cudnnBackendDestroyDescriptor": fn(Opaque) -> i32;
+    finalize = "cudnnBackendFinalize": fn(Opaque) -> i32;
+    set_attribute = "cudnnBackendSetAttribute": fn(Opaque, i32, i32, i64, *const c_void) -> i32;
+    get_attribute = "cudnnBackendGetAttribute": fn(Opaque, i32, i32, i64, *mut i64, *mut c_void) -> i32;
+    execute = "cudnnBackendExecute": fn(Opaque, Opaque, Opaque) -> i32;
+    last_error = "cudnnGetLastErrorString": fn(*mut c_char, usize) -> ();
+}
+
+/// cuDNN, opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cudnn {
+    pub(crate) functions: Functions,
+    /// `90190` for 9.19.0.
+    pub(crate) version: usize,
+}
+
+impl Cudnn {
+    /// Opens cuDNN and the libraries without which it would end the process.
+    pub(crate) fn open(config: &CudnnConfig) -> Result<Self, Unavailable> {
+        let roots = || config.wheel_roots.clone();
+        let missing = |what: &str| {
+            let what = what.to_owned();
+            move |missing: NotFound| Unavailable {
+                backend: NAME.to_owned(),
+                what: format!("{what} was not found ({})", missing.what),
+                looked_for: missing.looked_for,
+            }
+        };
+        Search::new(["libcublasLt.so.13", "libcublasLt.so.12"])
+            .wheel_roots(roots())
+            .open()
+            .map_err(missing("cuBLASLt, which cuDNN needs,"))?;
+        Search::new(["libnvrtc.so.13", "libnvrtc.so.12"])
+            .wheel_roots(roots())
+            .open()
+            .map_err(missing("NVRTC, which cuDNN needs,"))?;
+        let found = Search::new(["libcudnn.so.9", "libcudnn.so"])
+            .path(config.library.clone())
+            .variable("ATTENTION_CUDNN")
+            .wheel_roots(roots())
+            .open()
+            .map_err(missing("cuDNN"))?;
+        let unfit = |what: String| Unavailable {
+            backend: NAME.to_owned(),
+            what,
+            looked_for: vec![found.place.clone()],
+        };
+        let functions = Functions::load(found.library).map_err(unfit)?;
+        // SAFETY: takes nothing and returns a number.
+        let version = unsafe { (functions.version)() };
+        if version < OLDEST {
+            return Err(unfit(format!("cuDNN {} is older than 9.12.0", name_of(version))));
+        }
+        tracing::debug!(version = %name_of(version), place = %found.place, "opened cuDNN");
+        Ok(Self { functions, version })
+    }
+
+    /// A status as a result.
+    pub(crate) fn check(&self, what: &'static str, status: i32) -> Result<(), CudnnError> {
+        if status == 0 {
+            return Ok(());
+        }
+        let mut text = [0u8; 512];
+        // SAFETY: writes at most so many bytes, the last of them zero.
+        unsafe { (self.functions.last_error)(text.as_mut_ptr().cast(), text.len()) };
+        let end = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
+        Err(CudnnError { what, status, message: String::from_utf8_lossy(&text[..end]).trim().to_owned() })
+    }
+}
+
+/// `9.19.0` of `91900`.
+pub(crate) fn name_of(version: usize) -> String {
+    format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100)
+}
+
+/// What cuDNN refused or failed at.
+#[derive(Clone, Debug)]
+pub(crate) struct CudnnError {
+    what: &'static str,
+    pub(crate) status: i32,
+    message: String,
+}
+
+impl std::fmt::Display for CudnnError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ended with status {}", self.what, self.status)?;
+        if self.message.is_empty() { Ok(()) } else { write!(f, " ({})", self.message) }
+    }
+}
+
+impl std::error::Error for CudnnError {}

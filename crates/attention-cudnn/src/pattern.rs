@@ -1,0 +1,279 @@
+//! The graphs of attention, forward and backward, as cuDNN's fused engines know them.
+
+use attention_core::{Pass, Role};
+
+use crate::graph::{Finished, Graph, Op, Overrides, Reduction, Shape, Tensor, Type, packed};
+use crate::key::{Diagonal, Key, Stats};
+use crate::library::{Cudnn, CudnnError};
+use crate::plan::Slot;
+
+/// The graph of a problem.
+pub(crate) fn of(cudnn: &Cudnn, key: &Key) -> Result<Finished, CudnnError> {
+    let mut builder = Builder::new(cudnn, key)?;
+    match key.pass {
+        Pass::Forward => builder.forward()?,
+        Pass::Backward => builder.backward()?,
+    }
+    Ok(builder.graph.into_parts())
+}
+
+/// A graph with what both passes share.
+struct Builder<'k> {
+    key: &'k Key,
+    graph: Graph,
+    /// Batch, query heads, query length, key length; and the logits' and rows' shapes.
+    b: i64,
+    h: i64,
+    s: i64,
+    t: i64,
+    rows: Shape,
+    query: Tensor,
+    /// Keys with the last two axes exchanged.
+    key_transposed: Tensor,
+    lengths: Option<[Tensor; 2]>,
+    nothing: Option<Tensor>,
+}
+
+impl<'k> Builder<'k> {
+    fn new(cudnn: &Cudnn, key: &'k Key) -> Result<Self, CudnnError> {
+        let dims = key.dims;
+        let [b, h, hk, s, t, d] =
+            [dims.batch, dims.query_heads, dims.key_heads, dims.query_length, dims.key_length, dims.head_dim]
+                .map(|size| size as i64);
+        let mut graph = Graph::new(cudnn);
+        let element = key.element_type();
+        let strides =
+            |role: Role| key.strides_of(role).unwrap_or_else(|| unreachable!("a call has its {role}"));
+        let query = graph.real(Slot::Query, element, [b, h, s, d], strides(Role::Query))?;
+        let [kb, kh, kt, kd] = strides(Role::Key);
+        let key_transposed = graph.real(Slot::Key, element, [b, hk, d, t], [kb, kh, kd, kt])?;
+        let lengths = if key.lengths {
+            let shape = [b, 1, 1, 1];
+            let query = graph.real(Slot::QueryLengths, Type::Int32, shape, [1; 4])?;
+            Some([query, graph.real(Slot::KeyLengths, Type::Int32, shape, [1; 4])?])
+        } else {
+            None
+        };
+        Ok(Self { key, graph, b, h, s, t, rows: [b, h, s, 1], query, key_transposed, lengths, nothing: None })
+    }
+
+    /// Strides of a tensor that the call has.
+    fn strides(&self, role: Role) -> Shape {
+        self.key.strides_of(role).unwrap_or_else(|| unreachable!("a call has its {role}"))
+    }
+
+    /// Strides of a gradient: one that nobody wants is written to scratch.
+    fn gradient_strides(&self, role: Role, shape: Shape) -> Shape {
+        self.key.strides_of(role).unwrap_or_else(|| packed(shape))
+    }
+
+    fn overrides(&self, m: Option<usize>, n: Option<usize>, k: Option<usize>) -> Overrides {
+        let length =
+            |which: Option<usize>| which.and_then(|which| self.lengths.map(|lengths| lengths[which]));
+        Overrides { m: length(m), n: length(n), k: length(k) }
+    }
+
+    fn nothing(&mut self) -> Result<Tensor, CudnnError> {
+        if self.nothing.is_none() {
+            self.nothing = Some(self.graph.number(Slot::Nothing, Type::Float)?);
+        }
+        self.nothing.map_or_else(|| unreachable!("just made"), Ok)
+    }
+
+    /// Scaled products under the softcap; also what the hyperbolic tangent was taken of, and the cap.
+    fn logits(&mut self) -> Result<(Tensor, Option<(Tensor, Tensor)>), CudnnError> {
+        let products = self.graph.virtual_(Type::Float, [self.b, self.h, self.s, self.t])?;
+        let overrides = self.overrides(Some(0), Some(1), None);
+        self.graph.matmul(self.query, self.key_transposed, products, overrides)?;
+        let scale = self.graph.number(Slot::Scale, Type::Float)?;
+        let scaled = self.graph.binary(Op::Mul, products, scale)?;
+        if !self.key.softcap {
+            return Ok((scaled, None));
+        }
+        let cap = self.graph.number(Slot::Softcap, Type::Float)?;
+        let below = self.graph.binary(Op::Div, scaled, cap)?;
+        let tanh = self.graph.unary(Op::Tanh, below)?;
+        Ok((self.graph.binary(Op::Mul, tanh, cap)?, Some((below, cap))))
+    }
+
+    /// Negative infinity beyond the lengths.
+    fn mask_lengths(&mut self, logits: Tensor) -> Result<Tensor, CudnnError> {
+        let Some([query, key]) = self.lengths else { return Ok(logits) };
+        let (row, column) = (self.graph.index(logits, 2)?, self.graph.index(logits, 3)?);
+        let rows = self.graph.truth(Op::Less, row, query)?;
+        let columns = self.graph.truth(Op::Less, column, key)?;
+        let inside = self.graph.truth(Op::And, rows, columns)?;
+        let nothing = self.nothing()?;
+        self.graph.select(inside, logits, nothing)
+    }
+
+    /// The position of each row among the keys.
+    fn position(&mut self, logits: Tensor) -> Result<Tensor, CudnnError> {
+        let row = self.graph.index(logits, 2)?;
+        match self.key.diagonal {
+            Diagonal::TopLeft => Ok(row),
+            Diagonal::Fixed => {
+                let shift = self.graph.number(Slot::RowShift, Type::Int32)?;
+                self.graph.integers(Op::Add, row, shift)
+            }
+            Diagonal::BottomRight => {
+                let [query, key] = match self.lengths {
+                    Some(lengths) => lengths,
+                    None => [
+                        self.graph.number(Slot::QueryLength, Type::Int32)?,
+                        self.graph.number(Slot::KeyLength, Type::Int32)?,
+                    ],
+                };
+                let row = self.graph.integers(Op::Add, row, key)?;
+                self.graph.integers(Op::Sub, row, query)
+            }
+        }
+    }
+
+    /// Negative infinity outside the window.
+    fn mask_window(&mut self, mut logits: Tensor) -> Result<Tensor, CudnnError> {
+        if let Some(causal) = self.key.right {
+            let mut row = self.position(logits)?;
+            let column = self.graph.index(logits, 3)?;
+            if !causal {
+                let right = self.graph.number(Slot::Right, Type::Int32)?;
+                row = self.graph.integers(Op::Add, row, right)?;
+            }
+            let inside = self.graph.truth(Op::GreaterEqual, row, column)?;
+            let nothing = self.nothing()?;
+            logits = self.graph.select(inside, logits, nothing)?;
+        }
+        if self.key.left {
+            let (row, column) = (self.graph.index(logits, 2)?, self.graph.index(logits, 3)?);
+            let reach = match (self.key.diagonal, self.lengths) {
+                (Diagonal::BottomRight, Some([query, key])) => {
+                    let left = self.graph.number(Slot::LeftInteger, Type::Int32)?;
+                    let reach = self.graph.integers(Op::Add, column, left)?;
+                    let reach = self.graph.integers(Op::Sub, reach, key)?;
+                    self.graph.integers(Op::Add, reach, query)?
+                }
+                // The diagonal's shift is a part of the number.
+                _ => {
+                    let left = self.graph.number(Slot::Left, Type::Float)?;
+                    self.graph.binary(Op::Add, column, left)?
+                }
+            };
+            let inside = self.graph.truth(Op::Greater, reach, row)?;
+            let nothing = self.nothing()?;
+            logits = self.graph.select(inside, logits, nothing)?;
+        }
+        Ok(logits)
+    }
+
+    fn forward(&mut self) -> Result<(), CudnnError> {
+        let element = self.key.element_type();
+        let (logits, _) = self.logits()?;
+        let logits = self.mask_lengths(logits)?;
+        let logits = self.mask_window(logits)?;
+        let graph = &mut self.graph;
+        let largest = graph.reduce_rows(Reduction::Max, logits)?;
+        let shifted = graph.binary(Op::Sub, logits, largest)?;
+        let powers = graph.unary(Op::Exp, shifted)?;
+        let sums = graph.reduce_rows(Reduction::Add, powers)?;
+        let logarithm = graph.unary(Op::Log, sums)?;
+        // The logsumexp: the nodes must be there even where nobody wants it.
+        let stats = match self.key.stats {
+            Stats::Unwanted => graph.virtual_(Type::Float, self.rows)?,
+            Stats::Packed => graph.real(Slot::Stats, Type::Float, self.rows, packed(self.rows))?,
+            Stats::Direct(strides) => graph.real(Slot::Stats, Type::Float, self.rows, strides)?,
+        };
+        graph.binary_into(Op::Add, largest, logarithm, stats)?;
+        let probabilities = graph.virtual_(element, logits.shape)?;
+        graph.binary_into(Op::Div, powers, sums, probabilities)?;
+        let dims = self.key.dims;
+        let [hv, e] = [dims.key_heads as i64, dims.value_head_dim as i64];
+        let value =
+            self.graph.real(Slot::Value, element, [self.b, hv, self.t, e], self.strides(Role::Value))?;
+        let out =
+            self.graph.real(Slot::Out, element, [self.b, self.h, self.s, e], self.strides(Role::Out))?;
+        let overrides = self.overrides(Some(0), None, Some(1));
+        self.graph.matmul(probabilities, value, out, overrides)
+    }
+
+    fn backward(&mut self) -> Result<(), CudnnError> {
+        let element = self.key.element_type();
+        let dims = self.key.dims;
+        let (b, h, s, t) = (self.b, self.h, self.s, self.t);
+        let [hk, d, e] = [dims.key_heads, dims.head_dim, dims.value_head_dim].map(|size| size as i64);
+        // The row term: <d_out, out>.
+        let out = self.graph.real(Slot::Out, element, [b, h, s, e], self.strides(Role::Out))?;
+        let d_out = self.graph.real(Slot::DOut, element, [b, h, s, e], self.strides(Role::DOut))?;
+        let both = self.graph.binary(Op::Mul, d_out, out)?;
+        let row_sums = self.graph.reduce_rows(Reduction::Add, both)?;
+        let one = self.graph.number(Slot::One, Type::Float)?;
+        let delta = self.graph.real(Slot::Delta, Type::Float, self.rows, packed(self.rows))?;
+        self.graph.binary_into(Op::Mul, row_sums, one, delta)?;
+        // Probabilities.
+        let (logits, capped) = self.logits()?;
+        let stats = self.graph.real(Slot::Stats, Type::Float, self.rows, packed(self.rows))?;
+        let shifted = self.graph.binary(Op::Sub, logits, stats)?;
+        let shifted = self.mask_lengths(shifted)?;
+        let shifted = self.mask_window(shifted)?;
+        let powers = self.graph.unary(Op::Exp, shifted)?;
+        let transposed = [b, h, t, s];
+        let across = [h * s * t, s * t, 1, t];
+        let probabilities = self.graph.virtual_strided(element, transposed, across)?;
+        self.graph.reshape(powers, probabilities)?;
+        // dv.
+        let overrides = self.overrides(Some(1), None, Some(0));
+        self.key_gradient(Slot::DValue, Role::DValue, probabilities, d_out, [b, hk, t, e], overrides)?;
+        // The gradient of the logits.
+        let [vb, vh, vt, ve] = self.strides(Role::Value);
+        let value = self.graph.real(Slot::Value, element, [b, hk, e, t], [vb, vh, ve, vt])?;
+        let d_probabilities = self.graph.virtual_(Type::Float, [b, h, s, t])?;
+        let overrides = self.overrides(Some(0), Some(1), None);
+        self.graph.matmul(d_out, value, d_probabilities, overrides)?;
+        let centred = self.graph.binary(Op::Sub, d_probabilities, delta)?;
+        let mut gradient = self.graph.binary(Op::Mul, centred, powers)?;
+        if let Some((below, cap)) = capped {
+            let times = self.graph.binary(Op::Mul, gradient, cap)?;
+            let inner = self.graph.tanh_backward(below, times)?;
+            gradient = self.graph.binary(Op::Div, inner, cap)?;
+        }
+        let scale = self.graph.number(Slot::Scale, Type::Float)?;
+        let gradient = self.graph.binary(Op::Mul, gradient, scale)?;
+        // dk.
+        let gradient_transposed = self.graph.virtual_strided(element, transposed, across)?;
+        self.graph.reshape(gradient, gradient_transposed)?;
+        let overrides = self.overrides(Some(1), None, Some(0));
+        let query = self.query;
+        self.key_gradient(Slot::DKey, Role::DKey, gradient_transposed, query, [b, hk, t, d], overrides)?;
+        // dq, summed up in f32.
+        let keys = self.graph.virtual_(element, [b, hk, t, d])?;
+        self.graph.reshape(self.key_transposed, keys)?;
+        let shape = [b, h, s, d];
+        let sum = self.graph.real(Slot::DQuerySum, Type::Float, shape, packed(shape))?;
+        let overrides = self.overrides(Some(0), None, Some(1));
+        self.graph.matmul(gradient, keys, sum, overrides)?;
+        let strides = self.gradient_strides(Role::DQuery, shape);
+        let d_query = self.graph.real(Slot::DQuery, element, shape, strides)?;
+        self.graph.unary_into(Op::Identity, sum, d_query)
+    }
+
+    /// A gradient of keys or values: a product, summed over the query heads of a group.
+    fn key_gradient(
+        &mut self,
+        slot: Slot,
+        role: Role,
+        left: Tensor,
+        right: Tensor,
+        shape: Shape,
+        overrides: Overrides,
+    ) -> Result<(), CudnnError> {
+        let element = self.key.element_type();
+        let [b, heads, t, width] = shape;
+        let to = self.graph.real(slot, element, shape, self.gradient_strides(role, shape))?;
+        if heads == self.h {
+            return self.graph.matmul(left, right, to, overrides);
+        }
+        // In the operands' dtype: with f32 here cuDNN 9.19 finds an engine too, and computes something else.
+        let all = self.graph.virtual_(element, [b, self.h, t, width])?;
+        self.graph.matmul(left, right, all, overrides)?;
+        self.graph.reduce_into(Reduction::Add, all, to)
+    }
+}

@@ -1,0 +1,111 @@
+//! A device with cuDNN on it: handles, plans, and what calls share.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use attention_core::Unavailable;
+use attention_cuda::cudarc::driver::{CudaSlice, DevicePtr, DriverError};
+use attention_cuda::{CudaDevice, KernelCache, Workspaces};
+
+use crate::backend::NAME;
+use crate::key::Key;
+use crate::library::{Cudnn, CudnnError};
+use crate::plan::{Handle, Plan};
+use crate::{CudnnConfig, Target, pattern};
+
+/// Arrays of lengths that are kept on the device.
+const KEPT_ARRAYS: usize = 64;
+
+#[derive(Debug)]
+pub(crate) struct Runtime {
+    pub(crate) device: CudaDevice,
+    pub(crate) cudnn: Cudnn,
+    pub(crate) target: Target,
+    pub(crate) kernels: KernelCache,
+    pub(crate) workspaces: Workspaces,
+    /// Handles that nobody is using.
+    handles: Mutex<Vec<Handle>>,
+    /// `None` where cuDNN has no engine.
+    plans: Mutex<HashMap<Key, Option<Arc<Plan>>>>,
+    arrays: Mutex<HashMap<Vec<i32>, Arc<CudaSlice<i32>>>>,
+}
+
+/// Locks, also after another thread has panicked: what is kept is whole at any time.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Runtime {
+    pub(crate) fn new(config: &CudnnConfig, device: Option<CudaDevice>) -> Result<Self, Unavailable> {
+        let device = device.map_or_else(|| CudaDevice::new(NAME, config.device), Ok)?;
+        let cudnn = Cudnn::open(config)?;
+        let capability = device.compute_capability().map_err(|error| Unavailable {
+            backend: NAME.to_owned(),
+            what: format!("the device does not tell its compute capability: {error}"),
+            looked_for: vec![device.device().to_string()],
+        })?;
+        let [major, minor, patch] =
+            [cudnn.version / 10000, cudnn.version / 100 % 100, cudnn.version % 100].map(|part| part as u32);
+        Ok(Self {
+            device,
+            cudnn,
+            target: Target { version: [major, minor, patch], capability },
+            kernels: KernelCache::new(config.kernel_folder.clone()),
+            workspaces: Workspaces::new(config.workspace_limit),
+            handles: Mutex::default(),
+            plans: Mutex::default(),
+            arrays: Mutex::default(),
+        })
+    }
+
+    /// Runs `work` with a handle that nobody else uses, on the device's stream.
+    pub(crate) fn with_handle<R, E: From<CudnnError> + From<DriverError>>(
+        &self,
+        work: impl FnOnce(&Handle) -> Result<R, E>,
+    ) -> Result<R, E> {
+        self.device.context().bind_to_thread()?;
+        let free = lock(&self.handles).pop();
+        let handle = free.map_or_else(|| Handle::new(&self.cudnn), Ok)?;
+        handle.set_stream(&self.cudnn, self.device.stream().cu_stream().cast())?;
+        let result = work(&handle);
+        lock(&self.handles).push(handle);
+        result
+    }
+
+    /// The plan of a problem; `None` where cuDNN has no engine for it. Built at the first call of its kind.
+    pub(crate) fn plan(&self, key: &Key, handle: &Handle) -> Result<Option<Arc<Plan>>, CudnnError> {
+        if let Some(plan) = lock(&self.plans).get(key) {
+            return Ok(plan.clone());
+        }
+        // Not under the lock: building takes up to a second, and two threads that build the same do no harm.
+        let started = std::time::Instant::now();
+        let plan = Plan::build(&self.cudnn, handle, pattern::of(&self.cudnn, key)?)?.map(Arc::new);
+        tracing::info!(
+            pass = %key.pass,
+            found = plan.is_some(),
+            workspace = plan.as_ref().map_or(0, |plan| plan.workspace),
+            ms = started.elapsed().as_secs_f64() * 1e3,
+            "built a cuDNN plan"
+        );
+        Ok(lock(&self.plans).entry(key.clone()).or_insert(plan).clone())
+    }
+
+    /// An array on the device; kept, since lengths come again.
+    pub(crate) fn array(&self, values: Vec<i32>) -> Result<Arc<CudaSlice<i32>>, DriverError> {
+        let mut arrays = lock(&self.arrays);
+        if let Some(array) = arrays.get(&values) {
+            return Ok(array.clone());
+        }
+        let array = Arc::new(self.device.stream().clone_htod(&values)?);
+        if arrays.len() >= KEPT_ARRAYS {
+            arrays.clear();
+        }
+        arrays.insert(values, array.clone());
+        Ok(array)
+    }
+
+    /// The address of an array.
+    pub(crate) fn address(&self, array: &CudaSlice<i32>) -> u64 {
+        array.device_ptr(self.device.stream()).0
+    }
+}

@@ -1,0 +1,203 @@
+//! What cuDNN serves, as data: by version and compute capability, with the reason for each limit.
+
+use attention_core::{
+    Capabilities, DType, DeviceKind, Feature, FeatureSet, NumericsClass, Pass, PassCapabilities, Problem,
+    Role, ScratchGrowth, Unsupported,
+};
+
+use crate::CudnnConfig;
+use crate::backend::NAME;
+use crate::key::TENSORS;
+
+/// A cuDNN version and the device that it runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Target {
+    /// Major, minor and patch version of cuDNN: `[9, 19, 0]`.
+    pub version: [u32; 3],
+    /// The compute capability: `(9, 0)` for Hopper.
+    pub capability: (u32, u32),
+}
+
+impl Default for Target {
+    /// cuDNN 9.19.0 on Hopper: what this backend was tried on.
+    fn default() -> Self {
+        Self { version: [9, 19, 0], capability: (9, 0) }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ([major, minor, patch], (sm, sub)) = (self.version, self.capability);
+        write!(f, "cuDNN {major}.{minor}.{patch} on sm_{sm}{sub}")
+    }
+}
+
+/// Versions in which something is wrong.
+struct Known {
+    /// From this version on, and before the other.
+    versions: ([u32; 3], [u32; 3]),
+    applies: fn(&Problem) -> bool,
+    what: &'static str,
+    limit: &'static str,
+}
+
+/// What is refused in some versions.
+const KNOWN: &[Known] = &[Known {
+    versions: ([9, 14, 0], [9, 14, 1]),
+    applies: |problem| {
+        let window = problem.window();
+        let windowed = window.left.is_some() || window.right.is_some();
+        windowed && !problem.causal() && problem.dims().key_length > 1024
+    },
+    what: "a window without causal masking over more than 1024 keys",
+    // cuDNN release notes 9.14.1.
+    limit: "in cuDNN other than 9.14.0, which computes it wrongly",
+}];
+
+/// The features of both passes. Not softcap: the fused engines take an approximate hyperbolic tangent (seen on H100 with
+/// 9.19: a logsumexp of 8.853016 became 8.852971), which is outside the numerics class.
+fn features() -> FeatureSet {
+    [
+        Feature::GroupedHeads,
+        Feature::ValueHeadDim,
+        Feature::Causal,
+        Feature::QueryOffset,
+        Feature::BottomRight,
+        Feature::WindowLeft,
+        Feature::WindowRight,
+        Feature::QueryLengths,
+        Feature::KeyValueLengths,
+        Feature::Lse,
+    ]
+    .into_iter()
+    .collect()
+}
+
+/// What the backend can do on a target.
+pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities {
+    let (forward, backward) = match target.capability.0 {
+        8 | 12 => (256, 128),
+        9 => (256, 256),
+        _ => (256, 128),
+    };
+    let numerics = [(DType::F16, NumericsClass::HalfF32), (DType::Bf16, NumericsClass::HalfF32)];
+    let pass = |features, most| PassCapabilities::new(features).with_max_head_dims(most, most);
+    let in_backward = match config.rounds_group_gradients {
+        true => features(),
+        false => features().without(Feature::GroupedHeads),
+    };
+    Capabilities::new(DeviceKind::Cuda, numerics, pass(features(), forward), ScratchGrowth::Linear)
+        .with_backward(pass(in_backward, backward))
+}
+
+fn limit(what: impl Into<String>, value: impl ToString, limit: impl Into<String>) -> Unsupported {
+    Unsupported::Limit {
+        backend: NAME.to_owned(),
+        what: what.into(),
+        value: value.to_string(),
+        limit: limit.into(),
+    }
+}
+
+/// Whether a problem can be served on a target.
+pub(crate) fn check(
+    capabilities: &Capabilities,
+    target: Target,
+    problem: &Problem,
+) -> Result<(), Unsupported> {
+    capabilities.check(NAME, problem)?;
+    if target.capability.0 < 8 {
+        return Err(limit(
+            "a compute capability",
+            format!("sm_{}{}", target.capability.0, target.capability.1),
+            "of 8.0 or more",
+        ));
+    }
+    let dims = problem.dims();
+    for (what, size) in [
+        ("batch", dims.batch),
+        ("query length", dims.query_length),
+        ("key length", dims.key_length),
+        ("query heads", dims.query_heads),
+        ("key/value heads", dims.key_heads),
+    ] {
+        if size == 0 || i32::try_from(size).is_err() {
+            return Err(limit(what, size, "between 1 and 2^31 - 1"));
+        }
+    }
+    if dims.batch.saturating_mul(dims.query_heads) > 65535 {
+        return Err(limit(
+            "batch times query heads",
+            dims.batch.saturating_mul(dims.query_heads),
+            "at most 65535",
+        ));
+    }
+    for (what, size) in [("head dimension", dims.head_dim), ("value head dimension", dims.value_head_dim)] {
+        if size % 8 != 0 {
+            return Err(limit(what, size, "a multiple of 8"));
+        }
+    }
+    if problem.scale() <= 0.0 {
+        // The fused engines scale after they took the maximum: a negative scale gives NaN.
+        return Err(limit("a scale", problem.scale(), "above 0"));
+    }
+    for role in TENSORS {
+        tensor(problem, role)?;
+    }
+    if problem.pass() == Pass::Backward {
+        if dims.query_length == 1 || dims.key_length == 1 {
+            // Release notes: one key is not supported in backward.
+            return Err(limit(
+                "query and key lengths in backward",
+                format!("{} and {}", dims.query_length, dims.key_length),
+                "of at least 2",
+            ));
+        }
+        let strides = |role| problem.tensor(role).map(|desc| desc.strides());
+        if strides(Role::Out) != strides(Role::DOut) {
+            return Err(limit("strides of d_out", "others", "equal to those of out"));
+        }
+        if problem.deterministic() {
+            return Err(limit("determinism in backward", "asked for", "left out"));
+        }
+    }
+    if problem.window().left.is_some_and(|left| i32::try_from(left).is_err())
+        || problem.window().right.is_some_and(|right| i32::try_from(right).is_err())
+        || (0..dims.batch).any(|batch| i32::try_from(problem.offset(batch)).is_err())
+    {
+        return Err(limit("positions and windows", "more", "within 32 bits"));
+    }
+    let number = |[major, minor, patch]: [u32; 3]| (major, minor, patch);
+    for known in KNOWN {
+        let (from, until) = known.versions;
+        if (number(from)..number(until)).contains(&number(target.version)) && (known.applies)(problem) {
+            return Err(limit(known.what, target, known.limit));
+        }
+    }
+    Ok(())
+}
+
+/// The rules for the strides of operands, outputs and gradients: those that break them give wrong numbers or end the
+/// process, without a word from cuDNN.
+fn tensor(problem: &Problem, role: Role) -> Result<(), Unsupported> {
+    let Some(desc) = problem.tensor(role) else { return Ok(()) };
+    let (shape, strides) = (desc.shape(), desc.strides());
+    for axis in 0..desc.rank() {
+        let stride = strides[axis];
+        if shape[axis] == 1 {
+            continue;
+        }
+        if axis == 3 {
+            if stride != 1 {
+                return Err(limit(format!("the last stride of {role}"), stride, "1"));
+            }
+        } else if stride <= 0 || stride % 8 != 0 {
+            return Err(limit(
+                format!("stride {axis} of {role}"),
+                stride,
+                "a positive multiple of 8 elements (16 bytes)",
+            ));
+        }
+    }
+    Ok(())
+}

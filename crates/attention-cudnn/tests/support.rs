@@ -1,0 +1,127 @@
+//! What the backend answers without a device: `supports` is data.
+
+use attention_core::{AttentionBackend, DType, Device, Gradients, Problem, TensorDesc, Unsupported, Window};
+use attention_cudnn::{CudnnBackend, CudnnConfig, Target};
+
+/// A device that no machine has, so that the answers are those for the target alone.
+fn backend(target: Target) -> CudnnBackend {
+    CudnnBackend::new(CudnnConfig::default().device(4000)).assuming(target)
+}
+
+fn tokens(dtype: DType, shape: [usize; 4]) -> TensorDesc {
+    TensorDesc::contiguous(dtype, shape)
+}
+
+fn problem(dtype: DType, shape: [usize; 4]) -> attention_core::ProblemBuilder {
+    let desc = tokens(dtype, shape);
+    Problem::builder(desc, desc, desc).device(Device::Cuda(4000))
+}
+
+fn refusal(target: Target, problem: attention_core::ProblemBuilder) -> String {
+    let problem = problem.build().expect("a valid problem");
+    let backend = backend(target);
+    let error = backend.supports(&problem).expect_err("refused");
+    assert!(backend.scratch_bytes(&problem).is_err());
+    error.to_string()
+}
+
+#[test]
+fn a_machine_without_the_device_says_what_it_looked_for() {
+    let error = backend(Target::default()).available().expect_err("no such device");
+    assert_eq!(error.backend, "cudnn");
+    assert!(!error.looked_for.is_empty(), "{error}");
+}
+
+#[test]
+fn plain_problems_are_served_without_scratch_forward() {
+    for dtype in [DType::F16, DType::Bf16] {
+        let problem = problem(dtype, [2, 128, 4, 64]).causal(true).build().expect("valid");
+        assert_eq!(backend(Target::default()).scratch_bytes(&problem), Ok(0));
+    }
+}
+
+#[test]
+fn scratch_of_a_backward_pass_is_the_row_sums_and_the_query_gradient_in_f32() {
+    let problem =
+        problem(DType::Bf16, [2, 128, 4, 64]).gradients(Gradients::QUERY | Gradients::KEY | Gradients::VALUE);
+    let rows = 2 * 128 * 4 * 4;
+    let backend = backend(Target::default());
+    assert_eq!(backend.scratch_bytes(&problem.build().expect("valid")), Ok(2 * rows + rows * 64));
+}
+
+#[test]
+fn refusals_name_the_limit_and_the_value() {
+    let hopper = Target::default();
+    let all = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
+    let grouped = || {
+        let (query, key) = (tokens(DType::F16, [1, 8, 4, 64]), tokens(DType::F16, [1, 8, 2, 64]));
+        Problem::builder(query, key, key).device(Device::Cuda(4000))
+    };
+    let cases = [
+        (
+            refusal(hopper, problem(DType::F32, [1, 8, 2, 64])),
+            "cudnn does not take f32 operands, only f16, bf16",
+        ),
+        (
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 60])),
+            "cudnn needs head dimension a multiple of 8, the call has 60",
+        ),
+        (
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 264])),
+            "cudnn needs head dimension at most 256, the call has 264",
+        ),
+        (
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).scale(-1.0)),
+            "cudnn needs a scale above 0, the call has -1",
+        ),
+        (
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).softcap(30.0)),
+            "cudnn does not support softcap in its forward pass",
+        ),
+        (
+            refusal(hopper, grouped().gradients(all)),
+            "cudnn does not support grouped heads in its backward pass",
+        ),
+        (
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).gradients(all).deterministic(true)),
+            "cudnn does not support deterministic in its backward pass",
+        ),
+        (
+            refusal(Target { capability: (7, 5), ..hopper }, problem(DType::F16, [1, 8, 2, 64])),
+            "cudnn needs a compute capability of 8.0 or more, the call has sm_75",
+        ),
+        (
+            refusal(
+                Target { version: [9, 14, 0], ..hopper },
+                problem(DType::F16, [1, 2048, 2, 64]).window(Window { left: Some(64), right: None }),
+            ),
+            "cudnn needs a window without causal masking over more than 1024 keys in cuDNN other than 9.14.0, which \
+             computes it wrongly, the call has cuDNN 9.14.0 on sm_90",
+        ),
+    ];
+    for (got, want) in cases {
+        assert_eq!(got, want);
+    }
+    assert!(backend(hopper).supports(&grouped().build().expect("valid")).is_ok(), "grouped heads forward");
+}
+
+#[test]
+fn strides_that_cudnn_would_misread_are_refused() {
+    let strided = |strides: [isize; 4]| {
+        let desc = TensorDesc::strided(DType::F16, [2, 8, 2, 64], strides).expect("ranks agree");
+        Problem::builder(desc, desc, desc).device(Device::Cuda(4000))
+    };
+    for (strides, what) in [([1028, 128, 64, 1], "stride 0"), ([2048, 256, 128, 2], "the last stride")] {
+        let problem = strided(strides).build().expect("valid");
+        let error = backend(Target::default()).supports(&problem).expect_err("refused");
+        assert!(matches!(error, Unsupported::Limit { .. } | Unsupported::Feature { .. }), "{error}");
+        assert!(error.to_string().contains(what) || error.to_string().contains("inner stride"), "{error}");
+    }
+}
+
+#[test]
+fn another_device_is_refused() {
+    let problem = problem(DType::F16, [1, 8, 2, 64]).device(Device::Cuda(1)).build().expect("valid");
+    let error = backend(Target::default()).supports(&problem).expect_err("refused");
+    assert_eq!(error.to_string(), "cudnn needs memory of its device cuda:4000, the call has cuda:1");
+}

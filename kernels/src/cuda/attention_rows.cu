@@ -1,0 +1,80 @@
+// Rows that see no key, keys that no row sees, and the logsumexp in another layout: what a fused attention of another
+// library leaves to do. Zero times what lies at masked positions is NaN there if that is NaN, so such rows are cleaned
+// before.
+//
+// One thread a row and head, or one for two elements in the copy. Any dtype of two bytes (the output is only ever written zeros), f32 logsumexp, any compute
+// capability. Tested by the conformance suite of attention-cudnn.
+
+// The row of a thread: batch row, head, position; false behind the last.
+struct RowOf {
+    long long batch, head, position;
+    bool inside;
+};
+
+__device__ inline RowOf row_of(long long batch, long long positions, long long heads) {
+    const long long index = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    RowOf row;
+    // Heads change fastest: neighbouring threads write neighbouring elements of a logsumexp [B, T, N].
+    row.head = index % heads;
+    row.position = index / heads % positions;
+    row.batch = index / heads / positions;
+    row.inside = row.batch < batch;
+    return row;
+}
+
+// `intervals` holds, for each batch row, the first row that sees a key and the end of those that do.
+__device__ inline bool sees(const int *intervals, const RowOf &row) {
+    return row.position >= intervals[2 * row.batch] && row.position < intervals[2 * row.batch + 1];
+}
+
+extern "C" __global__ void attention_finish_forward(
+    unsigned short *out, long long out_batch, long long out_position, long long out_head,
+    float *lse, long long lse_batch, long long lse_position, long long lse_head,
+    const float *stats, const int *intervals,
+    long long batch, long long positions, long long heads, long long width) {
+    const RowOf row = row_of(batch, positions, heads);
+    if (!row.inside) return;
+    const bool seen = sees(intervals, row);
+    if (lse != nullptr) {
+        const float value = stats[(row.batch * heads + row.head) * positions + row.position];
+        lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head] =
+            seen ? value : __int_as_float(0xff800000);
+    }
+    if (!seen) {
+        unsigned short *to = out + row.batch * out_batch + row.position * out_position + row.head * out_head;
+        for (long long column = 0; column < width; ++column) to[column] = 0;
+    }
+}
+
+extern "C" __global__ void attention_prepare_backward(
+    const float *lse, long long lse_batch, long long lse_position, long long lse_head,
+    float *stats, const int *intervals, long long batch, long long positions, long long heads) {
+    const RowOf row = row_of(batch, positions, heads);
+    if (!row.inside) return;
+    const float value = lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head];
+    // Less infinity, every logit has probability 0.
+    const bool seen = sees(intervals, row) && value != __int_as_float(0xff800000);
+    stats[(row.batch * heads + row.head) * positions + row.position] = seen ? value : __int_as_float(0x7f800000);
+}
+
+// Copies rows [B, T, N, H] without gaps; those outside the interval of their batch row become zero.
+extern "C" __global__ void attention_clean_rows(
+    const unsigned short *from, long long from_batch, long long from_position, long long from_head,
+    unsigned int *to, const int *intervals,
+    long long batch, long long positions, long long heads, long long pairs) {
+    const long long count = batch * positions * heads * pairs;
+    const long long step = gridDim.x * (long long)blockDim.x;
+    for (long long index = blockIdx.x * (long long)blockDim.x + threadIdx.x; index < count; index += step) {
+        const long long pair = index % pairs;
+        const long long head = index / pairs % heads;
+        const long long position = index / pairs / heads % positions;
+        const long long b = index / pairs / heads / positions;
+        unsigned int value = 0;
+        if (position >= intervals[2 * b] && position < intervals[2 * b + 1]) {
+            const unsigned short *row = from + b * from_batch + position * from_position + head * from_head;
+            // Rows begin at multiples of 16 bytes.
+            value = reinterpret_cast<const unsigned int *>(row)[pair];
+        }
+        to[index] = value;
+    }
+}
