@@ -43,5 +43,9 @@ pub use attention_chunked as chunked;
 #[cfg(feature = "cpu")]
 pub use attention_cpu as cpu;
 
+/// The cuDNN implementation of this build, to configure and hand to [`Implementation::Exactly`].
+#[cfg(feature = "cuda")]
+pub use attention_cudnn as cudnn;
+
 /// The half-precision element types.
 pub use half::{bf16, f16};

@@ -98,6 +98,8 @@ impl Default for Registry {
         registry.register(Arc::new(attention_chunked::ChunkedBackend::default()));
         #[cfg(feature = "cpu")]
         registry.register(Arc::new(attention_cpu::CpuBackend::default()));
+        #[cfg(feature = "cuda")]
+        registry.register(Arc::new(attention_cudnn::CudnnBackend::default()));
         registry
     }
 }
