@@ -8,10 +8,15 @@ use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, Error, ForwardCall, Pass, Problem, Scratch,
     Unavailable, Unsupported,
 };
+use attention_cuda::{CudaDevice, OnHost};
+use attention_cudnn::{CudnnBackend, CudnnConfig};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// The name here of the chunked backend that multiplies f32 as sums of bf16 parts, which is off by default.
 const SPLIT: &str = "chunked-split-f32";
+
+/// The name of the cuDNN backend, which runs here on copies of host memory.
+const CUDNN: &str = "cudnn";
 
 /// The backends of these names, or all that are available here if there are none.
 pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBackend>>> {
@@ -33,8 +38,16 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
             backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(split) }));
             continue;
         }
+        if name == CUDNN {
+            let device = CudaDevice::new(CUDNN, 0)?;
+            let backend = OnHost::new(CudnnBackend::on(device.clone(), CudnnConfig::default()), device);
+            backend.available()?;
+            println!("{CUDNN}: {}", backend.backend().target());
+            backends.push(Arc::new(backend));
+            continue;
+        }
         let Some(backend) = registry.get(name) else {
-            let known = format!("{}, {SPLIT}", registry.names().join(", "));
+            let known = format!("{}, {SPLIT}, {CUDNN}", registry.names().join(", "));
             return Err(format!("unknown backend '{name}'; this build has {known}").into());
         };
         backend.available()?;
@@ -43,6 +56,11 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
         }
     }
     Ok(backends)
+}
+
+/// Whether a backend copies host memory to a device and computes there.
+pub(crate) fn computes_on_a_device(backend: &Arc<dyn AttentionBackend>) -> bool {
+    backend.name() == CUDNN
 }
 
 /// The same backends, with one for each instruction set of this machine in the place of one that chooses among them.
@@ -174,7 +192,7 @@ mod tests {
     #[test]
     fn an_unknown_name_is_answered_with_the_known_ones() {
         let error = named(&["nosuch".to_owned()]).unwrap_err().to_string();
-        assert_eq!(error, "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32");
+        assert_eq!(error, "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn");
     }
 
     #[test]

@@ -85,8 +85,12 @@ fn run_backend(
     let pools = (threads.iter().filter(|&&count| count > 0))
         .map(|&count| Ok((format!("{count} threads"), InPool::new(backend.clone(), count)?)))
         .collect::<crate::Result<Vec<_>>>()?;
-    let subject = (pools.iter())
-        .fold(Subject::new(&**backend), |subject, (label, pool)| subject.same_as(label.clone(), pool));
+    let subject = if backends::computes_on_a_device(backend) {
+        Subject::new(&**backend).computes_on_a_device()
+    } else {
+        (pools.iter())
+            .fold(Subject::new(&**backend), |subject, (label, pool)| subject.same_as(label.clone(), pool))
+    };
     let bar = reporting::Bar::new(backend.name());
     Ok(suite.run(subject, |progress| bar.show(progress)))
 }

@@ -6,13 +6,28 @@ use crate::cargo::{self, Package, Workspace};
 
 /// What a published crate may depend on among the crates of this workspace. A new crate needs a row.
 const SIBLINGS: &[(&str, &[&str])] = &[
-    ("attention", &["attention-chunked", "attention-core", "attention-cpu"]),
+    (
+        "attention",
+        &[
+            "attention-chunked",
+            "attention-core",
+            "attention-cpu",
+            "attention-cuda",
+            "attention-cudnn",
+            "attention-kernels",
+        ],
+    ),
     ("attention-chunked", &["attention-core"]),
     ("attention-conformance", &["attention-core"]),
     ("attention-core", &[]),
     ("attention-cpu", &["attention-core"]),
+    ("attention-cuda", &["attention-core"]),
+    ("attention-cudnn", &["attention-core", "attention-cuda", "attention-kernels"]),
     ("attention-kernels", &[]),
 ];
+
+/// The crates that are for CUDA, and may depend on it by default.
+const CUDA: &[&str] = &["attention-cuda", "attention-cudnn"];
 
 /// Everything that the core may name in its manifest.
 const CORE_DEPENDENCIES: &[&str] = &["bytemuck", "half", "serde", "thiserror"];
@@ -23,7 +38,9 @@ pub(crate) fn check() -> crate::Result {
     let mut faults = Vec::new();
     for package in workspace.published() {
         faults.extend(unexpected_siblings(package, &workspace, &tree(package, &["--all-features"])?));
-        faults.extend(cuda_crates(package, &tree(package, &[])?));
+        if !CUDA.contains(&package.name.as_str()) {
+            faults.extend(cuda_crates(package, &tree(package, &[])?));
+        }
         if package.name == "attention-core" {
             faults.extend(unexpected_core_dependencies(package));
         }

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: backends on the shared shapes, beside other libraries.
 
+mod gpu;
 mod measure;
 mod memory;
 mod peer;
@@ -59,6 +60,9 @@ pub(crate) struct Arguments {
     /// With --memory: run calls of up to this many tokens; longer ones are asked for their scratch alone
     #[arg(long, default_value_t = 1 << 14, value_name = "N")]
     run_up_to: usize,
+    /// Another list of cases: gpu measures cuDNN through this library and, with --peer torch, through PyTorch
+    #[arg(long, value_parser = ["gpu"], value_name = "gpu")]
+    suite: Option<String>,
     /// How many turns each side has; as many as fit into some seconds by default
     #[arg(long, value_name = "N", value_parser = positive)]
     repeats: Option<usize>,
@@ -86,6 +90,11 @@ pub(crate) struct Case {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments) -> crate::Result {
+    if arguments.suite.is_some() {
+        let peer =
+            arguments.peer.iter().any(|peer| peer == "torch").then_some(arguments.peer_python.as_path());
+        return gpu::run(peer, arguments.repeats.unwrap_or(3), arguments.json.as_deref());
+    }
     let threads = if arguments.memory { 1 } else { arguments.threads.unwrap_or_else(machine::cores) };
     let backends = (backends::named(&arguments.backend)?.into_iter())
         .map(|backend| Ok(Arc::new(InPool::new(backend, threads)?) as Arc<dyn AttentionBackend>))
