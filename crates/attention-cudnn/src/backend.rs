@@ -27,14 +27,14 @@ pub(crate) const NAME: &str = "cudnn";
 /// Work is put on the stream of the backend's device ([`CudnnBackend::on`]), and calls return before it is done. Tensors
 /// and scratch must be ready on that stream, and stay until the work is done.
 ///
-/// The first call of a kind builds a plan, which takes up to a second; later ones, with other lengths, scale or softcap
-/// too, reuse it.
+/// The first call of a kind builds a plan, which takes up to a second ([`CudnnBackend::prepare`] does it ahead); later ones,
+/// with other lengths, scale or windows too, reuse it.
 #[derive(Debug)]
 pub struct CudnnBackend {
     config: CudnnConfig,
     given: Option<CudaDevice>,
     runtime: OnceLock<Result<Runtime, Unavailable>>,
-    /// What is supposed where there is no device.
+    /// What is assumed where there is no device.
     target: Target,
     capabilities: OnceLock<Capabilities>,
     prepared: Mutex<HashMap<Problem, Arc<Prepared>>>,
@@ -75,7 +75,7 @@ impl CudnnBackend {
         Self { target, ..self }
     }
 
-    /// What the answers are for: the machine's cuDNN and device, or what is supposed.
+    /// What the answers are for: the machine's cuDNN and device, or what is assumed.
     pub fn target(&self) -> Target {
         self.runtime().map_or(self.target, |runtime| runtime.target)
     }
@@ -230,7 +230,6 @@ impl Failure {
 #[derive(Debug)]
 struct Numbers {
     scale: f32,
-    softcap: f32,
     nothing: f32,
     one: f32,
     left: f32,
@@ -253,7 +252,6 @@ impl Numbers {
         let left = problem.window().left.map_or(0, |left| left as i64 + 1);
         Self {
             scale: problem.scale() as f32,
-            softcap: problem.softcap().unwrap_or(1.0) as f32,
             nothing: f32::NEG_INFINITY,
             one: 1.0,
             // A key that is `left` behind is still seen, and cuDNN asks for more.
@@ -271,7 +269,6 @@ impl Numbers {
         let integer = |number: &i32| std::ptr::from_ref(number).cast_mut().cast();
         Some(match slot {
             Slot::Scale => float(&self.scale),
-            Slot::Softcap => float(&self.softcap),
             Slot::Nothing => float(&self.nothing),
             Slot::One => float(&self.one),
             Slot::Left => float(&self.left),

@@ -26,8 +26,6 @@ pub(crate) enum Op {
     Exp = 13,
     Log = 15,
     Identity = 21,
-    Tanh = 101,
-    TanhBackward = 201,
     Greater = 302,
     GreaterEqual = 303,
     Less = 304,
@@ -44,11 +42,9 @@ pub(crate) enum Reduction {
     Max = 3,
 }
 
-/// Attributes of a pointwise operation: second operand, result, gradients of result and operand, mask.
+/// Attributes of a pointwise operation: second operand, result, mask.
 const B: i32 = 752;
 const Y: i32 = 753;
-const DX: i32 = 756;
-const DY: i32 = 757;
 const MASK: i32 = 758;
 
 /// Always four axes: `[B, N, T, H]` and the like.
@@ -269,13 +265,6 @@ impl Graph {
     pub(crate) fn select(&mut self, mask: Tensor, x: Tensor, other: Tensor) -> Result<Tensor, CudnnError> {
         let y = self.virtual_(Type::Float, x.shape)?;
         self.pointwise(Op::Select, Type::Float, x, &[(B, other), (MASK, mask), (Y, y)], None)?;
-        Ok(y)
-    }
-
-    /// The gradient below a hyperbolic tangent of `x`.
-    pub(crate) fn tanh_backward(&mut self, x: Tensor, gradient: Tensor) -> Result<Tensor, CudnnError> {
-        let y = self.virtual_(Type::Float, x.shape)?;
-        self.pointwise(Op::TanhBackward, Type::Float, x, &[(DY, gradient), (DX, y)], None)?;
         Ok(y)
     }
 

@@ -41,7 +41,6 @@ pub(crate) struct Key {
     /// Whether rows do not see every key behind their position, and whether 0 of them.
     pub(crate) right: Option<bool>,
     pub(crate) left: bool,
-    pub(crate) softcap: bool,
     pub(crate) stats: Stats,
     /// Whether keys that no row sees, and rows that see nothing, are replaced by zeros first.
     pub(crate) clean_keys: bool,
@@ -101,7 +100,6 @@ impl Key {
             diagonal,
             right: right.map(|right| right == 0),
             left: left.is_some(),
-            softcap: problem.softcap().is_some(),
             stats,
             clean_keys,
             clean_rows,
@@ -169,4 +167,64 @@ fn strides(desc: &attention_core::TensorDesc) -> Shape {
     let dense = dense(&shape);
     let of = |axis: usize, place: usize| if shape[axis] == 1 { dense[place] } else { strides[axis] as i64 };
     [of(0, 0), of(2, 1), of(1, 2), of(3, 3)]
+}
+
+#[cfg(test)]
+mod tests {
+    use attention_core::{Device, Gradients, TensorDesc};
+
+    use super::*;
+
+    fn problem() -> attention_core::ProblemBuilder {
+        let desc = TensorDesc::contiguous(DType::Bf16, [2, 16, 2, 8]);
+        Problem::builder(desc, desc, desc).device(Device::Cuda(0))
+    }
+
+    fn key(builder: attention_core::ProblemBuilder) -> Key {
+        Key::of(&builder.build().expect("valid"), Target::default())
+    }
+
+    #[test]
+    fn what_calls_may_change_makes_no_new_plan() {
+        let lengths = |query: [usize; 2], key: [usize; 2]| {
+            problem().query_lengths(&query[..]).key_value_lengths(&key[..])
+        };
+        assert_eq!(key(lengths([3, 16], [5, 9])), key(lengths([16, 2], [1, 16])));
+        assert_eq!(key(problem().scale(0.3)), key(problem().scale(7.0)));
+        let window = |left| attention_core::Window { left: Some(left), right: None };
+        assert_eq!(key(problem().window(window(3))), key(problem().window(window(20))));
+        assert_ne!(key(problem()), key(problem().causal(true)));
+        assert_ne!(key(problem()), key(lengths([3, 16], [16, 16])));
+    }
+
+    #[test]
+    fn strides_of_axes_of_size_1_make_no_new_plan() {
+        let of = |batch_stride: isize| {
+            let desc =
+                TensorDesc::strided(DType::Bf16, [1, 16, 2, 8], [batch_stride, 16, 8, 1]).expect("ranks");
+            key(Problem::builder(desc, desc, desc).device(Device::Cuda(0)))
+        };
+        assert_eq!(of(256), of(8));
+    }
+
+    #[test]
+    fn keys_that_nobody_sees_and_rows_that_see_nothing_are_known() {
+        let desc = |positions| TensorDesc::contiguous(DType::Bf16, [1, positions, 2, 8]);
+        let causal = |t, s| {
+            Problem::builder(desc(t), desc(s), desc(s))
+                .device(Device::Cuda(0))
+                .causal(true)
+                .build()
+                .expect("valid")
+        };
+        // Four queries against nine keys: those behind the fourth are seen by nobody.
+        assert_eq!(seen_keys(&causal(4, 9), 0), 0..4);
+        assert!(!has_empty_rows(&causal(4, 9)));
+        // Bottom-right with more queries than keys: the first five see nothing.
+        let bottom = causal(9, 4).to_builder().query_offset(QueryOffset::BottomRight).build().expect("valid");
+        assert_eq!(seen_rows(&bottom, 0), 5..9);
+        let all = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
+        let key = key(bottom.to_builder().gradients(all));
+        assert!(key.clean_rows && !key.clean_keys && key.stats == Stats::Packed);
+    }
 }

@@ -80,20 +80,13 @@ impl<'k> Builder<'k> {
         self.nothing.map_or_else(|| unreachable!("just made"), Ok)
     }
 
-    /// Scaled products under the softcap; also what the hyperbolic tangent was taken of, and the cap.
-    fn logits(&mut self) -> Result<(Tensor, Option<(Tensor, Tensor)>), CudnnError> {
+    /// Scaled products.
+    fn logits(&mut self) -> Result<Tensor, CudnnError> {
         let products = self.graph.virtual_(Type::Float, [self.b, self.h, self.s, self.t])?;
         let overrides = self.overrides(Some(0), Some(1), None);
         self.graph.matmul(self.query, self.key_transposed, products, overrides)?;
         let scale = self.graph.number(Slot::Scale, Type::Float)?;
-        let scaled = self.graph.binary(Op::Mul, products, scale)?;
-        if !self.key.softcap {
-            return Ok((scaled, None));
-        }
-        let cap = self.graph.number(Slot::Softcap, Type::Float)?;
-        let below = self.graph.binary(Op::Div, scaled, cap)?;
-        let tanh = self.graph.unary(Op::Tanh, below)?;
-        Ok((self.graph.binary(Op::Mul, tanh, cap)?, Some((below, cap))))
+        self.graph.binary(Op::Mul, products, scale)
     }
 
     /// Negative infinity beyond the lengths.
@@ -167,7 +160,7 @@ impl<'k> Builder<'k> {
 
     fn forward(&mut self) -> Result<(), CudnnError> {
         let element = self.key.element_type();
-        let (logits, _) = self.logits()?;
+        let logits = self.logits()?;
         let logits = self.mask_lengths(logits)?;
         let logits = self.mask_window(logits)?;
         let graph = &mut self.graph;
@@ -209,7 +202,7 @@ impl<'k> Builder<'k> {
         let delta = self.graph.real(Slot::Delta, Type::Float, self.rows, packed(self.rows))?;
         self.graph.binary_into(Op::Mul, row_sums, one, delta)?;
         // Probabilities.
-        let (logits, capped) = self.logits()?;
+        let logits = self.logits()?;
         let stats = self.graph.real(Slot::Stats, Type::Float, self.rows, packed(self.rows))?;
         let shifted = self.graph.binary(Op::Sub, logits, stats)?;
         let shifted = self.mask_lengths(shifted)?;
@@ -229,12 +222,7 @@ impl<'k> Builder<'k> {
         let overrides = self.overrides(Some(0), Some(1), None);
         self.graph.matmul(d_out, value, d_probabilities, overrides)?;
         let centred = self.graph.binary(Op::Sub, d_probabilities, delta)?;
-        let mut gradient = self.graph.binary(Op::Mul, centred, powers)?;
-        if let Some((below, cap)) = capped {
-            let times = self.graph.binary(Op::Mul, gradient, cap)?;
-            let inner = self.graph.tanh_backward(below, times)?;
-            gradient = self.graph.binary(Op::Div, inner, cap)?;
-        }
+        let gradient = self.graph.binary(Op::Mul, centred, powers)?;
         let scale = self.graph.number(Slot::Scale, Type::Float)?;
         let gradient = self.graph.binary(Op::Mul, gradient, scale)?;
         // dk.

@@ -25,7 +25,6 @@ pub(crate) enum Slot {
     QueryLengths,
     KeyLengths,
     Scale,
-    Softcap,
     /// Negative infinity.
     Nothing,
     One,

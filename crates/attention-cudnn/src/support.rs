@@ -161,11 +161,18 @@ pub(crate) fn check(
             return Err(limit("determinism in backward", "asked for", "left out"));
         }
     }
-    if problem.window().left.is_some_and(|left| i32::try_from(left).is_err())
-        || problem.window().right.is_some_and(|right| i32::try_from(right).is_err())
-        || (0..dims.batch).any(|batch| i32::try_from(problem.offset(batch)).is_err())
-    {
-        return Err(limit("positions and windows", "more", "within 32 bits"));
+    // The graphs compute positions in 32 bits, and where a window begins in f32.
+    const FAR: i64 = 1 << 30;
+    let window = problem.window();
+    let offsets = (0..dims.batch).map(|batch| problem.offset(batch));
+    let bounds = [window.left, window.right].into_iter().flatten();
+    let bounds = bounds.map(|bound| i64::try_from(bound).unwrap_or(i64::MAX));
+    if let Some(far) = offsets.chain(bounds).find(|far| far.unsigned_abs() > FAR.unsigned_abs()) {
+        return Err(limit("offsets and windows", far, "within 2^30"));
+    }
+    if window.left.is_some() && dims.query_length.max(dims.key_length) > 1 << 24 {
+        let longest = dims.query_length.max(dims.key_length);
+        return Err(limit("lengths with a window's left bound", longest, "at most 2^24"));
     }
     let number = |[major, minor, patch]: [u32; 3]| (major, minor, patch);
     for known in KNOWN {
