@@ -325,14 +325,36 @@ fn a_stored_class_takes_any_of_that_class() {
 #[test]
 #[cfg(any(feature = "chunked", feature = "cpu"))]
 fn the_default_registry_has_what_the_features_say() {
-    let names: Vec<&str> = [("chunked", cfg!(feature = "chunked")), ("cpu", cfg!(feature = "cpu"))]
-        .into_iter()
-        .filter_map(|(name, there)| there.then_some(name))
-        .collect();
+    let names: Vec<&str> = [
+        ("chunked", cfg!(feature = "chunked")),
+        ("cpu", cfg!(feature = "cpu")),
+        ("cudnn", cfg!(feature = "cuda")),
+    ]
+    .into_iter()
+    .filter_map(|(name, there)| there.then_some(name))
+    .collect();
     assert_eq!(Registry::shared().names(), names);
     let explanation = attention::explain(&problem());
     assert!(names.contains(&&*explanation.chosen().unwrap().name));
     assert_eq!(explanation.chosen().unwrap().numerics, Some(NumericsClass::F32));
+}
+
+/// With CUDA in the build, calls on host memory go where they went, and calls on device memory to cuDNN or nowhere.
+#[test]
+#[cfg(feature = "cuda")]
+fn cuda_takes_device_memory_alone() {
+    use attention::Device;
+
+    let desc = attention::TensorDesc::contiguous(DType::Bf16, [1, 64, 2, 64]);
+    let on = |device: Device| attention::Problem::builder(desc, desc, desc).device(device).build().unwrap();
+    let host = attention::explain(&on(Device::Cpu));
+    assert_ne!(host.chosen().map(|chosen| &*chosen.name), Some("cudnn"));
+    assert!(host.to_string().contains("cudnn works on cuda memory, the call is on cpu"), "{host}");
+    let device = attention::explain(&on(Device::Cuda(0)));
+    match device.chosen() {
+        Some(chosen) => assert_eq!(chosen.name, "cudnn"),
+        None => assert!(device.to_string().contains("cudnn is not available"), "{device}"),
+    }
 }
 
 /// Long calls go to the memory-efficient implementation, whatever else there is.
