@@ -21,8 +21,8 @@ const NAME: &str = "chunked";
 /// with the sequences.
 ///
 /// The algorithm is that of Rabe and Staats (arXiv 2112.05682): an outer loop over chunks of queries, an inner one
-/// over chunks of keys and values, carrying the maximum, the sum and the value of each row; backward recomputes the
-/// logits of a chunk from the logsumexp.
+/// over chunks of keys and values, carrying a shift near the maximum, the sum and the value of each row; backward
+/// recomputes the logits of a chunk from the logsumexp.
 ///
 /// # Semantics
 /// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16.

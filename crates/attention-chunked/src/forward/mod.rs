@@ -3,7 +3,8 @@
 //!
 //! A task is a chunk of query rows of heads that share a key/value head. It goes over its keys chunk by chunk; a
 //! chunk of keys and values is packed, and each block of rows meets it in blocks of keys: products, online softmax,
-//! weighted sum of values. What is carried from block to block is the maximum, the sum and the value of each row.
+//! weighted sum of values. What is carried from block to block is a shift near the maximum, the sum and the value of
+//! each row.
 
 mod few_rows;
 pub(crate) mod softmax;
@@ -476,7 +477,7 @@ pub(crate) fn normalise<F: Float>(mut running: RunningSoftmax<F>, sink: Option<F
             *value = *value / total;
         }
     }
-    // The maximum may have missed a NaN, the sum cannot.
+    // The shift may have missed a NaN, the sum cannot.
     if is_nan { running.sum } else { running.lse() }
 }
 
