@@ -386,7 +386,15 @@ impl AttentionBackend for CudnnBackend {
         let base = scratch.as_mut_ptr() as u64;
         let out = outputs.out.as_mut_ptr() as u64;
         let lse = outputs.lse.as_mut().map_or(0, |lse| lse.as_mut_ptr() as u64);
-        aligned(&[inputs.query.as_ptr(), inputs.key.as_ptr(), inputs.value.as_ptr(), out as *const u8])?;
+        // The logsumexp is cuDNN's to write where it goes straight to the caller; 0 is a multiple of anything.
+        let direct = if prepared.stats == Stats::Packed { 0 } else { lse };
+        aligned(&[
+            inputs.query.as_ptr(),
+            inputs.key.as_ptr(),
+            inputs.value.as_ptr(),
+            out as *const u8,
+            direct as *const u8,
+        ])?;
         let stats = if prepared.stats == Stats::Packed { base + layout.stats.start as u64 } else { lse };
         let operands = self.cleaned(
             runtime,
