@@ -200,9 +200,7 @@ impl<'a, F: Float> Terms<'a, F> {
                 }));
             }
         }
-        let slope: Option<F> = self.slopes.as_ref().map(|slopes| {
-            if self.slopes_per_batch { slopes.at(&[row.batch, row.head]) } else { slopes.at(&[row.head]) }
-        });
+        let slope = self.slope(row);
         if let Some((bias, shape)) = &self.bias {
             let index = broadcast(shape, [row.batch, row.head, row.query]);
             typed!(bias, bias => {
@@ -240,6 +238,13 @@ impl<'a, F: Float> Terms<'a, F> {
         added
     }
 
+    /// The ALiBi slope of a row's head.
+    #[inline(always)]
+    fn slope(&self, row: &QueryRow) -> Option<F> {
+        let slopes = self.slopes.as_ref()?;
+        Some(if self.slopes_per_batch { slopes.at(&[row.batch, row.head]) } else { slopes.at(&[row.head]) })
+    }
+
     /// Scale, softcap and ALiBi, in units of base two.
     #[inline(always)]
     fn scaled<S: Simd<F>>(
@@ -251,12 +256,7 @@ impl<'a, F: Float> Terms<'a, F> {
         mut slopes: Option<&mut [F]>,
     ) {
         let log2_e = simd.splat(F::LOG2_E);
-        let alibi = self.slopes.as_ref().map(|slopes| {
-            let slope: F = if self.slopes_per_batch {
-                slopes.at(&[row.batch, row.head])
-            } else {
-                slopes.at(&[row.head])
-            };
+        let alibi = self.slope(row).map(|slope| {
             let position = self.problem.position(row.batch, row.query);
             // The key's distance is that of the tile's first column, and then one more a column.
             (slope * F::LOG2_E, F::from_difference(position.saturating_sub(first as i64)))

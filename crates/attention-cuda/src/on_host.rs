@@ -6,7 +6,6 @@ use attention_core::{
 };
 use cudarc::driver::DriverError;
 
-use crate::tensor::for_each_index;
 use crate::{CudaDevice, DeviceTensor, failure, scratch_of};
 
 /// What device memory holds before a call: as floats of any width, NaN.
@@ -90,23 +89,12 @@ impl<B: AttentionBackend> OnHost<B> {
 
     /// Copies an output back, and checks that nothing between its elements was written.
     fn fetch(&self, from: &DeviceTensor, to: &mut ViewMut<'_>) -> Result<(), Error> {
-        let mut bytes = from.bytes().map_err(self.driver("copying from the device"))?;
-        let desc = from.desc();
-        let size = desc.dtype().size();
-        let low = desc.span().map_or(0, |(low, _)| low);
-        for_each_index(&desc, |index| {
-            let offset: isize = index
-                .iter()
-                .zip(desc.strides().iter())
-                .map(|(&index, &stride)| index as isize * stride)
-                .sum();
-            let at = (offset - low).unsigned_abs() * size;
-            bytes[at..at + size].fill(POISON);
-        });
-        if !desc.is_empty() && bytes.iter().any(|&byte| byte != POISON) {
+        let bytes = from.bytes().map_err(self.driver("copying from the device"))?;
+        if !from.desc().is_empty() && !from.gaps_are(POISON, bytes.clone()) {
             return Err(failure(self.name(), "checking an output", "wrote between its elements"));
         }
-        from.copy_to_host(to).map_err(self.driver("copying from the device"))
+        from.put_elements(&bytes, to);
+        Ok(())
     }
 }
 

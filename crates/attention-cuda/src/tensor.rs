@@ -1,6 +1,6 @@
 //! Tensors in device memory that the host owns: for tests, examples and callers that have none of their own.
 
-use attention_core::{InvalidCall, Scratch, TensorDesc, View, ViewMut};
+use attention_core::{InvalidCall, Scratch, Strides, TensorDesc, View, ViewMut};
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DriverError};
 
 use crate::CudaDevice;
@@ -111,29 +111,51 @@ impl DeviceTensor {
     /// # Panics
     /// If the view is not in host memory or differs in shape or dtype.
     pub fn copy_to_host(&self, to: &mut ViewMut<'_>) -> Result<(), DriverError> {
+        self.put_elements(&self.bytes()?, to);
+        Ok(())
+    }
+
+    /// Puts the elements among this tensor's bytes in their places in a view of the same shape and dtype on the host.
+    pub(crate) fn put_elements(&self, bytes: &[u8], to: &mut ViewMut<'_>) {
         assert_eq!(to.device(), attention_core::Device::Cpu, "a copy to host memory");
         assert!(to.shape() == self.desc.shape() && to.desc().dtype() == self.desc.dtype(), "the same tensor");
-        let bytes = self.bytes()?;
         let size = self.desc.dtype().size();
-        let (from_strides, to_strides) = (self.desc.strides(), to.desc().strides());
+        let strides = to.desc().strides();
         let first = to.as_mut_ptr();
         for_each_index(&self.desc, |index| {
-            let offset = |strides: &attention_core::Strides| -> isize {
-                index.iter().zip(strides.iter()).map(|(&index, &stride)| index as isize * stride).sum()
-            };
-            let from = (self.origin as isize + offset(&from_strides) * size as isize) as usize;
+            let from = self.place(index);
             // SAFETY: an element of the view, whose bytes this thread has to itself.
             unsafe {
-                let to = first.offset(offset(&to_strides) * size as isize);
+                let to = first.offset(offset(index, &strides) * size as isize);
                 std::ptr::copy_nonoverlapping(bytes[from..from + size].as_ptr(), to, size);
             }
         });
-        Ok(())
+    }
+
+    /// Whether every one of this tensor's bytes that belongs to no element is `byte`.
+    pub(crate) fn gaps_are(&self, byte: u8, mut bytes: Vec<u8>) -> bool {
+        let size = self.desc.dtype().size();
+        for_each_index(&self.desc, |index| {
+            let at = self.place(index);
+            bytes[at..at + size].fill(byte);
+        });
+        bytes.iter().all(|&other| other == byte)
+    }
+
+    /// Where an element begins among the tensor's bytes.
+    fn place(&self, index: &[usize]) -> usize {
+        (self.origin as isize + offset(index, &self.desc.strides()) * self.desc.dtype().size() as isize)
+            as usize
     }
 }
 
+/// The distance of an element from the one at index 0, in elements.
+fn offset(index: &[usize], strides: &Strides) -> isize {
+    index.iter().zip(strides.iter()).map(|(&index, &stride)| index as isize * stride).sum()
+}
+
 /// Calls `visit` with every index of a tensor.
-pub(crate) fn for_each_index(desc: &TensorDesc, mut visit: impl FnMut(&[usize])) {
+fn for_each_index(desc: &TensorDesc, mut visit: impl FnMut(&[usize])) {
     if desc.is_empty() {
         return;
     }

@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, Device, Error, ForwardCall, Pass, Problem, QueryOffset,
-    Role, Scratch, Unavailable, Unsupported, View,
+    AttentionBackend, BackwardCall, Capabilities, Device, Error, ForwardCall, Pass, Problem, Role, Scratch,
+    Unavailable, Unsupported, View,
 };
 use attention_cuda::cudarc::driver::{CudaSlice, DriverError};
 use attention_cuda::{CudaDevice, failure};
@@ -94,13 +94,12 @@ impl CudnnBackend {
         if let (Ok(runtime), Some(prepared)) = (self.runtime(), kept().get(problem)) {
             return Ok((runtime, prepared.clone()));
         }
-        self.supports(problem)?;
+        let layout = self.layout(problem)?;
         let runtime = self.runtime()?;
         let key = Key::of(problem, runtime.target);
-        let layout = self.layout(problem)?;
         let plan = self.plan(runtime, &key)?;
         let array = |values: Vec<i32>| {
-            runtime.array(values).map_err(|error| failure(NAME, "sending lengths to the device", error))
+            runtime.array(&values).map_err(|error| failure(NAME, "sending lengths to the device", error))
         };
         let some = |wanted: bool, values: fn(&Problem) -> Vec<i32>| {
             wanted.then(|| array(values(problem))).transpose()
@@ -194,9 +193,9 @@ struct Prepared {
     layout: Layout,
     plan: Arc<Plan>,
     numbers: Numbers,
-    lengths: Option<Arc<CudaSlice<i32>>>,
-    rows: Option<Arc<CudaSlice<i32>>>,
-    keys: Option<Arc<CudaSlice<i32>>>,
+    lengths: Option<CudaSlice<i32>>,
+    rows: Option<CudaSlice<i32>>,
+    keys: Option<CudaSlice<i32>>,
 }
 
 /// What cuDNN or the driver said.
@@ -243,11 +242,7 @@ struct Numbers {
 impl Numbers {
     fn of(problem: &Problem) -> Self {
         let dims = problem.dims();
-        let offset = match problem.query_offset() {
-            QueryOffset::Fixed(offset) => offset,
-            _ => 0,
-        };
-        // The same for every batch row, where there are no lengths.
+        // The same for every batch row, where there are no lengths or the offset is fixed; nobody reads it elsewhere.
         let shift = if dims.batch > 0 { problem.offset(0) } else { 0 };
         let left = problem.window().left.map_or(0, |left| left as i64 + 1);
         Self {
@@ -258,7 +253,7 @@ impl Numbers {
             left: (left - shift) as f32,
             left_integer: left as i32,
             right: right_bound(problem).map_or(0, |right| right as i32),
-            row_shift: offset as i32,
+            row_shift: shift as i32,
             query_length: dims.query_length as i32,
             key_length: dims.key_length as i32,
         }
@@ -360,20 +355,10 @@ impl AttentionBackend for CudnnBackend {
     }
 
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
-        support::check(self.capabilities(), self.target(), problem)?;
-        if problem.device() != self.device() {
-            return Err(Unsupported::Limit {
-                backend: NAME.to_owned(),
-                what: "memory of its device".to_owned(),
-                value: problem.device().to_string(),
-                limit: self.device().to_string(),
-            });
-        }
         self.layout(problem).map(|_| ())
     }
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-        self.supports(problem)?;
         Ok(self.layout(problem)?.bytes)
     }
 
@@ -479,7 +464,17 @@ impl AttentionBackend for CudnnBackend {
 }
 
 impl CudnnBackend {
+    /// The scratch of a problem that is served; the refusal of one that is not.
     fn layout(&self, problem: &Problem) -> Result<Layout, Unsupported> {
+        support::check(self.capabilities(), self.target(), problem)?;
+        if problem.device() != self.device() {
+            return Err(Unsupported::Limit {
+                backend: NAME.to_owned(),
+                what: "memory of its device".to_owned(),
+                value: problem.device().to_string(),
+                limit: self.device().to_string(),
+            });
+        }
         Layout::of(problem, &Key::of(problem, self.target())).ok_or_else(|| Unsupported::Limit {
             backend: NAME.to_owned(),
             what: "scratch".to_owned(),
@@ -534,7 +529,7 @@ impl CudnnBackend {
     fn rows<'a>(
         runtime: &'a Runtime,
         problem: &'a Problem,
-        intervals: &Option<Arc<CudaSlice<i32>>>,
+        intervals: &Option<CudaSlice<i32>>,
         stats: u64,
     ) -> Rows<'a> {
         Rows {

@@ -13,9 +13,6 @@ use crate::library::{Cudnn, CudnnError};
 use crate::plan::{Handle, Plan};
 use crate::{CudnnConfig, Target, pattern};
 
-/// Arrays of lengths that are kept on the device.
-const KEPT_ARRAYS: usize = 64;
-
 #[derive(Debug)]
 pub(crate) struct Runtime {
     pub(crate) device: CudaDevice,
@@ -27,7 +24,6 @@ pub(crate) struct Runtime {
     handles: Mutex<Vec<Handle>>,
     /// `None` where cuDNN has no engine.
     plans: Mutex<HashMap<Key, Option<Arc<Plan>>>>,
-    arrays: Mutex<HashMap<Vec<i32>, Arc<CudaSlice<i32>>>>,
 }
 
 /// Locks, also after another thread has panicked: what is kept is whole at any time.
@@ -54,7 +50,6 @@ impl Runtime {
             workspaces: Workspaces::new(config.workspace_limit),
             handles: Mutex::default(),
             plans: Mutex::default(),
-            arrays: Mutex::default(),
         })
     }
 
@@ -90,18 +85,9 @@ impl Runtime {
         Ok(lock(&self.plans).entry(key.clone()).or_insert(plan).clone())
     }
 
-    /// An array on the device; kept, since lengths come again.
-    pub(crate) fn array(&self, values: Vec<i32>) -> Result<Arc<CudaSlice<i32>>, DriverError> {
-        let mut arrays = lock(&self.arrays);
-        if let Some(array) = arrays.get(&values) {
-            return Ok(array.clone());
-        }
-        let array = Arc::new(self.device.stream().clone_htod(&values)?);
-        if arrays.len() >= KEPT_ARRAYS {
-            arrays.clear();
-        }
-        arrays.insert(values, array.clone());
-        Ok(array)
+    /// An array on the device.
+    pub(crate) fn array(&self, values: &[i32]) -> Result<CudaSlice<i32>, DriverError> {
+        self.device.stream().clone_htod(values)
     }
 
     /// The address of an array.

@@ -174,10 +174,9 @@ pub(crate) fn check(
         let longest = dims.query_length.max(dims.key_length);
         return Err(limit("lengths with a window's left bound", longest, "at most 2^24"));
     }
-    let number = |[major, minor, patch]: [u32; 3]| (major, minor, patch);
     for known in KNOWN {
         let (from, until) = known.versions;
-        if (number(from)..number(until)).contains(&number(target.version)) && (known.applies)(problem) {
+        if (from..until).contains(&target.version) && (known.applies)(problem) {
             return Err(limit(known.what, target, known.limit));
         }
     }

@@ -15,7 +15,7 @@ use attention_cuda::{CudaDevice, DeviceTensor, scratch_of};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::reporting;
+use crate::{cargo, reporting};
 
 /// A shape of the suite, in bf16.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -130,12 +130,10 @@ fn line(row: &Row) -> String {
 }
 
 fn median(times: &[Times]) -> Option<Times> {
-    let of = |part: fn(&Times) -> f64| {
-        let mut all: Vec<f64> = times.iter().map(part).collect();
-        all.sort_by(f64::total_cmp);
-        all.get(all.len() / 2).copied()
-    };
-    Some(Times { device_us: of(|times| times.device_us)?, host_us: of(|times| times.host_us)? })
+    let of =
+        |part: fn(&Times) -> f64| super::measure::median(&mut times.iter().map(part).collect::<Vec<_>>());
+    (!times.is_empty())
+        .then(|| Times { device_us: of(|times| times.device_us), host_us: of(|times| times.host_us) })
 }
 
 /// A call with its memory.
@@ -269,7 +267,7 @@ struct Peer {
 
 impl Peer {
     fn start(python: &Path) -> crate::Result<Self> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/peers/gpu.py");
+        let script = cargo::root().join("benches/peers/gpu.py");
         let mut process =
             Command::new(python).arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let input = process.stdin.take().ok_or("no input")?;

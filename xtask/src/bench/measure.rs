@@ -98,7 +98,7 @@ fn take_turn<E>(call_ms: f64, time: &mut impl FnMut(usize) -> Result<Vec<f64>, E
 }
 
 /// The middle one, or the mean of the two middle ones.
-fn median(times: &mut [f64]) -> f64 {
+pub(super) fn median(times: &mut [f64]) -> f64 {
     times.sort_unstable_by(f64::total_cmp);
     let middle = times.len() / 2;
     if times.len().is_multiple_of(2) { 0.5 * (times[middle - 1] + times[middle]) } else { times[middle] }
