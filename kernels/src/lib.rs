@@ -13,11 +13,24 @@ pub struct Source {
 }
 
 /// Every source of this package, by name.
-pub const SOURCES: &[Source] = &[Source {
-    name: "attention_rows.cu",
-    text: include_str!("cuda/attention_rows.cu"),
-    entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
-}];
+pub const SOURCES: &[Source] = &[
+    Source {
+        name: "attention_rows.cu",
+        text: include_str!("cuda/attention_rows.cu"),
+        entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
+    },
+    Source {
+        name: "attention_terms.cu",
+        text: include_str!("cuda/attention_terms.cu"),
+        entry_points: &[
+            "attention_make_bias",
+            "attention_mark_keys",
+            "attention_to_floats",
+            "attention_keep_mask",
+            "attention_sink_gradient",
+        ],
+    },
+];
 
 /// The source of this name.
 ///

@@ -18,6 +18,9 @@ const SPLIT: &str = "chunked-split-f32";
 /// The name of the cuDNN backend, which runs here on copies of host memory.
 const CUDNN: &str = "cudnn";
 
+/// The same with gradients of grouped heads, which cuDNN rounds once more than the numerics class allows: off by default.
+const ROUNDING: &str = "cudnn-rounded-groups";
+
 /// The backends of these names, or all that are available here if there are none.
 pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBackend>>> {
     let registry = Registry::default();
@@ -38,16 +41,17 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
             backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(split) }));
             continue;
         }
-        if name == CUDNN {
+        if name == CUDNN || name == ROUNDING {
             let device = CudaDevice::new(CUDNN, 0)?;
-            let backend = OnHost::new(CudnnBackend::on(device.clone(), CudnnConfig::default()), device);
+            let config = CudnnConfig::default().rounds_group_gradients(name == ROUNDING);
+            let backend = OnHost::new(CudnnBackend::on(device.clone(), config), device);
             backend.available()?;
-            println!("{CUDNN}: {}", backend.backend().target());
-            backends.push(Arc::new(backend));
+            println!("{name}: {}", backend.backend().target());
+            backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(backend) }));
             continue;
         }
         let Some(backend) = registry.get(name) else {
-            let known = format!("{}, {SPLIT}, {CUDNN}", registry.names().join(", "));
+            let known = format!("{}, {SPLIT}, {CUDNN}, {ROUNDING}", registry.names().join(", "));
             return Err(format!("unknown backend '{name}'; this build has {known}").into());
         };
         backend.available()?;
@@ -60,7 +64,7 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
 
 /// Whether a backend copies host memory to a device and computes there.
 pub(crate) fn computes_on_a_device(backend: &Arc<dyn AttentionBackend>) -> bool {
-    backend.name() == CUDNN
+    backend.name() == CUDNN || backend.name() == ROUNDING
 }
 
 /// The same backends, with one for each instruction set of this machine in the place of one that chooses among them.
@@ -192,7 +196,10 @@ mod tests {
     #[test]
     fn an_unknown_name_is_answered_with_the_known_ones() {
         let error = named(&["nosuch".to_owned()]).unwrap_err().to_string();
-        assert_eq!(error, "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn");
+        assert_eq!(
+            error,
+            "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups"
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod check;
 mod conformance;
 mod features;
 mod golden;
+mod graphs;
 mod machine;
 mod packages;
 mod reporting;
@@ -37,6 +38,7 @@ enum Command {
     Features(features::Arguments),
     Conformance(conformance::Arguments),
     Golden(golden::Arguments),
+    Graphs(graphs::Arguments),
     Bench(bench::Arguments),
 }
 
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Command::Features(arguments) => features::run(&arguments),
         Command::Conformance(arguments) => conformance::run(&arguments),
         Command::Golden(arguments) => golden::run(&arguments),
+        Command::Graphs(arguments) => graphs::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
     };
     match done {

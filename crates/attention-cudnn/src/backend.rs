@@ -2,21 +2,22 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, Device, Error, ForwardCall, Pass, Problem, Role, Scratch,
-    Unavailable, Unsupported, View,
+    AttentionBackend, BackwardCall, Capabilities, Device, Error, ForwardCall, Inputs, Problem, Role, Scratch,
+    Unavailable, Unsupported, View, ViewMut,
 };
-use attention_cuda::cudarc::driver::{CudaSlice, DriverError};
+use attention_cuda::cudarc::driver::DriverError;
 use attention_cuda::{CudaDevice, failure};
 
-use crate::key::{Key, Stats, right_bound};
+use crate::key::{self, CLEANED, Key, Stats, right_bound};
+use crate::launch::{self, Kernels};
+use crate::layout::Layout;
 use crate::library::CudnnError;
+use crate::lists::Lists;
 use crate::plan::{Plan, Slot};
-use crate::rows::{self, Rows};
-use crate::runtime::Runtime;
+use crate::runtime::{Array, Runtime};
 use crate::{CudnnConfig, Target, support};
 
 /// The name of the backend.
@@ -104,16 +105,18 @@ impl CudnnBackend {
         let some = |wanted: bool, values: fn(&Problem) -> Vec<i32>| {
             wanted.then(|| array(values(problem))).transpose()
         };
-        let cleaned = CLEANED.map(|role| key.cleans(role) && problem.has(role));
+        let cleaned = CLEANED.into_iter().filter(|&role| key.cleans(role) && problem.has(role)).collect();
         let prepared = Arc::new(Prepared {
-            stats: key.stats,
             cleaned,
             layout,
             plan,
             numbers: Numbers::of(problem),
-            lengths: some(key.lengths, rows::lengths)?,
-            rows: some(key.stats == Stats::Packed || key.clean_rows, rows::intervals)?,
-            keys: some(key.clean_keys, rows::key_intervals)?,
+            lengths: some(key.lengths, key::lengths)?,
+            rows: some(key.stats == Stats::Packed, key::row_intervals)?,
+            keys: some(key.clean_keys, key::key_intervals)?,
+            positions: some(key.makes_bias(), key::positions)?,
+            key,
+            lists: Lists::default(),
         });
         let mut kept = kept();
         if kept.len() >= KEPT_PROBLEMS {
@@ -151,51 +154,23 @@ impl CudnnBackend {
         }
         Ok(plan)
     }
-
-    /// Runs a plan with these addresses.
-    ///
-    /// # Safety
-    /// As for [`Plan::execute`], for the slots that are not lengths or numbers.
-    unsafe fn execute(
-        &self,
-        runtime: &Runtime,
-        problem: &Problem,
-        prepared: &Prepared,
-        memory: impl Fn(Slot) -> u64,
-    ) -> Result<(), Error> {
-        let run = || -> Result<(), Failure> {
-            let lengths = prepared.lengths.as_ref().map_or(0, |lengths| runtime.address(lengths));
-            let key_lengths = lengths + 4 * problem.dims().batch as u64;
-            let workspace = runtime.workspaces.lease(runtime.device.stream(), prepared.plan.workspace)?;
-            let address = |slot: Slot| match slot {
-                Slot::QueryLengths => lengths as *mut c_void,
-                Slot::KeyLengths => key_lengths as *mut c_void,
-                slot => prepared.numbers.address(slot).unwrap_or_else(|| memory(slot) as *mut c_void),
-            };
-            runtime.with_handle(|handle| {
-                // SAFETY: numbers and lengths are as the graph describes them and outlive the call, the workspace is as
-                // large as the plan asks for and goes back to calls on the same stream alone, the rest is the caller's
-                // word.
-                unsafe { prepared.plan.execute(&runtime.cudnn, handle, workspace.pointer(), address) }
-                    .map_err(Failure::from)
-            })
-        };
-        run().map_err(|error| error.during("running a plan"))
-    }
 }
 
 /// Everything about a problem that its calls share: looked up by the problem, so that a call does no more than fill in
 /// addresses.
 #[derive(Debug)]
 struct Prepared {
-    stats: Stats,
-    cleaned: [bool; CLEANED.len()],
+    key: Key,
+    /// The operands that are copied first.
+    cleaned: Vec<Role>,
     layout: Layout,
     plan: Arc<Plan>,
     numbers: Numbers,
-    lengths: Option<CudaSlice<i32>>,
-    rows: Option<CudaSlice<i32>>,
-    keys: Option<CudaSlice<i32>>,
+    lengths: Option<Array>,
+    rows: Option<Array>,
+    keys: Option<Array>,
+    positions: Option<Array>,
+    lists: Lists,
 }
 
 /// What cuDNN or the driver said.
@@ -231,6 +206,9 @@ struct Numbers {
     scale: f32,
     nothing: f32,
     one: f32,
+    keep_scale: f32,
+    masked: f32,
+    least: f32,
     left: f32,
     left_integer: i32,
     right: i32,
@@ -245,10 +223,14 @@ impl Numbers {
         // The same for every batch row, where there are no lengths or the offset is fixed; nobody reads it elsewhere.
         let shift = if dims.batch > 0 { problem.offset(0) } else { 0 };
         let left = problem.window().left.map_or(0, |left| left as i64 + 1);
+        let keep_scale = problem.dropout_stream().map_or(1.0, |stream| stream.keep_scale());
         Self {
             scale: problem.scale() as f32,
             nothing: f32::NEG_INFINITY,
-            one: 1.0,
+            one: if std::env::var("ATTENTION_X").is_ok() { 1.0 } else { (1.0 / keep_scale) as f32 },
+            keep_scale: keep_scale as f32,
+            masked: launch::MASKED,
+            least: launch::LEAST,
             // A key that is `left` behind is still seen, and cuDNN asks for more.
             left: (left - shift) as f32,
             left_integer: left as i32,
@@ -266,6 +248,9 @@ impl Numbers {
             Slot::Scale => float(&self.scale),
             Slot::Nothing => float(&self.nothing),
             Slot::One => float(&self.one),
+            Slot::KeepScale => float(&self.keep_scale),
+            Slot::Masked => float(&self.masked),
+            Slot::Least => float(&self.least),
             Slot::Left => float(&self.left),
             Slot::LeftInteger => integer(&self.left_integer),
             Slot::Right => integer(&self.right),
@@ -277,63 +262,197 @@ impl Numbers {
     }
 }
 
-/// Where things are in the scratch: each at a multiple of 256 bytes, empty where it is not needed.
-#[derive(Debug, Default)]
-struct Layout {
-    stats: Range<usize>,
-    delta: Range<usize>,
-    dq_sum: Range<usize>,
-    dq: Range<usize>,
-    dk: Range<usize>,
-    dv: Range<usize>,
-    /// Copies of operands, in the order of [`CLEANED`].
-    clean: [Range<usize>; CLEANED.len()],
-    bytes: usize,
+/// The addresses of a call's tensors; 0 for those that it has not.
+#[derive(Clone, Copy, Debug, Default)]
+struct Memory {
+    query: u64,
+    key: u64,
+    value: u64,
+    mask: u64,
+    bias: u64,
+    slopes: u64,
+    sinks: u64,
+    out: u64,
+    lse: u64,
+    d_out: u64,
+    dq: u64,
+    dk: u64,
+    dv: u64,
+    dsinks: u64,
 }
 
-/// The operands that may be copied.
-const CLEANED: [Role; 5] = [Role::Query, Role::Key, Role::Value, Role::Out, Role::DOut];
+fn read(view: Option<View<'_>>) -> u64 {
+    view.map_or(0, |view| view.as_ptr().addr() as u64)
+}
 
-impl Layout {
-    /// `None` on overflow.
-    fn of(problem: &Problem, key: &Key) -> Option<Self> {
-        let dims = problem.dims();
-        let mut layout = Self::default();
-        let mut end = 0usize;
-        let mut take = |shape: &[usize], size: usize| -> Option<Range<usize>> {
-            let bytes = shape.iter().try_fold(size, |bytes, &axis| bytes.checked_mul(axis))?;
-            let start = end.checked_next_multiple_of(256)?;
-            end = start.checked_add(bytes)?;
-            Some(start..end)
+fn written(view: &mut Option<ViewMut<'_>>) -> u64 {
+    view.as_mut().map_or(0, |view| view.as_mut_ptr().addr() as u64)
+}
+
+impl Memory {
+    fn of(inputs: &Inputs<'_>) -> Self {
+        Self {
+            query: read(Some(inputs.query)),
+            key: read(Some(inputs.key)),
+            value: read(Some(inputs.value)),
+            mask: read(inputs.mask),
+            bias: read(inputs.bias),
+            slopes: read(inputs.alibi_slopes),
+            sinks: read(inputs.sinks),
+            ..Self::default()
+        }
+    }
+
+    fn at(&self, role: Role) -> u64 {
+        match role {
+            Role::Query => self.query,
+            Role::Key => self.key,
+            Role::Value => self.value,
+            Role::Mask => self.mask,
+            Role::Bias => self.bias,
+            Role::AlibiSlopes => self.slopes,
+            Role::Sinks => self.sinks,
+            Role::Out => self.out,
+            Role::Lse => self.lse,
+            Role::DOut => self.d_out,
+            Role::DQuery => self.dq,
+            Role::DKey => self.dk,
+            Role::DValue => self.dv,
+            Role::DSinks => self.dsinks,
+            _ => 0,
+        }
+    }
+}
+
+/// A call on its way to the device.
+struct Run<'a> {
+    runtime: &'a Runtime,
+    prepared: &'a Prepared,
+    kernels: Kernels<'a>,
+    memory: Memory,
+    /// The address of the scratch.
+    scratch: u64,
+    lengths: u64,
+}
+
+impl<'a> Run<'a> {
+    /// Checks the scratch and the addresses that cuDNN is given.
+    fn new(
+        backend: &CudnnBackend,
+        runtime: &'a Runtime,
+        prepared: &'a Prepared,
+        problem: &'a Problem,
+        memory: Memory,
+        mut scratch: Scratch<'_>,
+    ) -> Result<Self, Error> {
+        scratch.check(backend.device(), prepared.layout.bytes)?;
+        let address = |array: &Option<Array>| array.as_ref().map_or(0, |array| array.address);
+        let lengths = address(&prepared.lengths);
+        let run = Self {
+            runtime,
+            prepared,
+            kernels: Kernels {
+                runtime,
+                problem,
+                rows: address(&prepared.rows),
+                keys: address(&prepared.keys),
+                query_lengths: lengths,
+                positions: address(&prepared.positions),
+            },
+            memory,
+            scratch: scratch.as_mut_ptr().addr() as u64,
+            lengths,
         };
-        let rows = [dims.batch, dims.query_heads, dims.query_length];
-        if key.stats == Stats::Packed {
-            layout.stats = take(&rows, 4)?;
-        }
-        if key.pass == Pass::Backward {
-            let [b, n, t] = rows;
-            layout.delta = take(&rows, 4)?;
-            layout.dq_sum = take(&[b, n, t, dims.head_dim], 4)?;
-            let keys = [b, dims.key_heads, dims.key_length];
-            let size = problem.dtype().size();
-            // Gradients that nobody wants: the graph writes all three.
-            if !problem.has(Role::DQuery) {
-                layout.dq = take(&[b, n, t, dims.head_dim], size)?;
-            }
-            if !problem.has(Role::DKey) {
-                layout.dk = take(&[keys[0], keys[1], keys[2], dims.head_dim], size)?;
-            }
-            if !problem.has(Role::DValue) {
-                layout.dv = take(&[keys[0], keys[1], keys[2], dims.value_head_dim], size)?;
+        // cuDNN reads 16 bytes at a time and does not say so where it may not.
+        for role in prepared.plan.slots().filter_map(Slot::role).chain(prepared.cleaned.iter().copied()) {
+            let direct = run.scratch_at(Slot::Stats).is_none() || role != Role::Lse;
+            let address = memory.at(role);
+            if direct && address % 16 != 0 {
+                return Err(Unsupported::Limit {
+                    backend: NAME.to_owned(),
+                    what: format!("the address of {role}"),
+                    value: format!("{address:#x}"),
+                    limit: "a multiple of 16 bytes".to_owned(),
+                }
+                .into());
             }
         }
-        for (role, range) in CLEANED.into_iter().zip(&mut layout.clean) {
-            if let Some(desc) = problem.tensor(role).filter(|_| key.cleans(role)) {
-                *range = take(&desc.shape(), problem.dtype().size())?;
+        Ok(run)
+    }
+
+    fn scratch_at(&self, slot: Slot) -> Option<u64> {
+        self.prepared.layout.at(slot).map(|start| self.scratch + start)
+    }
+
+    /// The device memory behind a slot: in the scratch, or the caller's.
+    fn at(&self, slot: Slot) -> u64 {
+        let lengths = || match slot {
+            Slot::QueryLengths => self.lengths,
+            Slot::KeyLengths => self.lengths + 4 * self.kernels.problem.dims().batch as u64,
+            slot => slot.role().map_or(0, |role| self.memory.at(role)),
+        };
+        self.scratch_at(slot).unwrap_or_else(lengths)
+    }
+
+    /// Brings what the plan reads to the scratch.
+    ///
+    /// # Safety
+    /// The memory is that of a checked call of the prepared problem.
+    unsafe fn bring(&self) -> Result<(), Error> {
+        let key = &self.prepared.key;
+        // SAFETY: the call's tensors by the caller's word; room in the scratch by its layout, which was checked.
+        unsafe {
+            for (slot, role) in [(Slot::Slopes, Role::AlibiSlopes), (Slot::Sinks, Role::Sinks)] {
+                if let Some(to) = self.scratch_at(slot) {
+                    self.kernels.to_floats(role, self.memory.at(role), to)?;
+                }
+            }
+            if let Some(made) = key.bias.filter(|bias| bias.made) {
+                let slopes = if key.slopes { 0 } else { self.at(Slot::Slopes) };
+                let Memory { mask, bias, .. } = self.memory;
+                self.kernels.make_bias(made, mask, bias, slopes, self.at(Slot::Bias))?;
+                self.kernels.mark_keys(made, self.at(Slot::Bias), self.at(Slot::SeenKeys))?;
+            }
+            let seen_keys = self.scratch_at(Slot::SeenKeys).unwrap_or(0);
+            let stats = if key.clean_rows { self.at(Slot::Stats) } else { 0 };
+            for &role in &self.prepared.cleaned {
+                let to = Slot::of(role).map_or(0, |slot| self.at(slot));
+                self.kernels.clean(role, self.memory.at(role), to, seen_keys, stats)?;
+            }
+            if key.dropout {
+                self.kernels.keep_mask(self.at(Slot::Kept))?;
             }
         }
-        layout.bytes = end;
-        Some(layout)
+        Ok(())
+    }
+
+    /// Puts the plan on the stream.
+    ///
+    /// # Safety
+    /// As for [`Run::bring`].
+    unsafe fn execute(&self) -> Result<(), Error> {
+        let (runtime, prepared) = (self.runtime, self.prepared);
+        let run = || -> Result<(), Failure> {
+            let workspace = runtime.workspaces.lease(runtime.device.stream(), prepared.plan.workspace)?;
+            let address = |slot: Slot| {
+                let memory = || std::ptr::with_exposed_provenance_mut(self.at(slot) as usize);
+                prepared.numbers.address(slot).unwrap_or_else(memory)
+            };
+            let addresses: Vec<*mut c_void> = prepared.plan.slots().map(address).collect();
+            let list = prepared.lists.take(&addresses, workspace.pointer());
+            // SAFETY: numbers and lengths are as the graph describes them and outlive the call; the workspace is as large
+            // as the plan asks for and goes back to calls on the same stream alone; the rest is in the scratch, by its
+            // layout, or the caller's word.
+            let make = || unsafe { prepared.plan.memory(&runtime.cudnn, &addresses, workspace.pointer()) };
+            let list = list.map_or_else(make, Ok)?;
+            runtime.with_handle(|handle| {
+                // SAFETY: a list of this plan.
+                unsafe { prepared.plan.execute(&runtime.cudnn, handle, &list) }.map_err(Failure::from)
+            })?;
+            prepared.lists.put(&addresses, workspace.pointer(), list);
+            Ok(())
+        };
+        run().map_err(|error| error.during("running a plan"))
     }
 }
 
@@ -362,104 +481,52 @@ impl AttentionBackend for CudnnBackend {
         Ok(self.layout(problem)?.bytes)
     }
 
-    fn forward(&self, call: ForwardCall<'_>, mut scratch: Scratch<'_>) -> Result<(), Error> {
-        let problem = call.problem();
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        let (problem, inputs, mut outputs) = call.into_parts();
         let (runtime, prepared) = self.prepared(problem)?;
-        let layout = &prepared.layout;
-        scratch.check(self.device(), layout.bytes)?;
-        let (_, inputs, mut outputs) = call.into_parts();
-        let base = scratch.as_mut_ptr() as u64;
-        let out = outputs.out.as_mut_ptr() as u64;
-        let lse = outputs.lse.as_mut().map_or(0, |lse| lse.as_mut_ptr() as u64);
-        // The logsumexp is cuDNN's to write where it goes straight to the caller; 0 is a multiple of anything.
-        let direct = if prepared.stats == Stats::Packed { 0 } else { lse };
-        aligned(&[
-            inputs.query.as_ptr(),
-            inputs.key.as_ptr(),
-            inputs.value.as_ptr(),
-            out as *const u8,
-            direct as *const u8,
-        ])?;
-        let stats = if prepared.stats == Stats::Packed { base + layout.stats.start as u64 } else { lse };
-        let operands = self.cleaned(
-            runtime,
-            problem,
-            &prepared,
-            base,
-            [Some(inputs.query), Some(inputs.key), Some(inputs.value), None, None],
-        )?;
-        let memory = |slot: Slot| match slot {
-            Slot::Query => operands[0],
-            Slot::Key => operands[1],
-            Slot::Value => operands[2],
-            Slot::Out => out,
-            Slot::Stats => stats,
-            slot => unreachable!("no {slot:?} in a forward graph"),
+        let memory = Memory {
+            out: outputs.out.as_mut_ptr().addr() as u64,
+            lse: written(&mut outputs.lse),
+            ..Memory::of(&inputs)
         };
-        // SAFETY: a checked call: its tensors are what the problem, and so the graph, says; the scratch has the layout's
-        // size.
-        unsafe { self.execute(runtime, problem, &prepared, memory)? };
-        if prepared.stats == Stats::Packed {
-            self.with_rows(runtime, problem, &prepared, stats, |rows| {
-                // SAFETY: the call's output and logsumexp.
-                unsafe { rows.finish_forward(out, lse) }
-            })?;
+        let run = Run::new(self, runtime, &prepared, problem, memory, scratch)?;
+        // SAFETY: a checked call: its tensors are what the problem, and so graph and kernels, say.
+        unsafe {
+            run.bring()?;
+            run.execute()?;
+            if prepared.key.stats == Stats::Packed {
+                let sinks = if problem.has(Role::Sinks) { run.at(Slot::Sinks) } else { 0 };
+                run.kernels.finish_forward(memory.out, memory.lse, run.at(Slot::Stats), sinks)?;
+            }
         }
         Ok(())
     }
 
-    fn backward(&self, call: BackwardCall<'_>, mut scratch: Scratch<'_>) -> Result<(), Error> {
-        let problem = call.problem();
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        let (problem, inputs, saved, mut outputs) = call.into_parts();
         let (runtime, prepared) = self.prepared(problem)?;
-        let layout = &prepared.layout;
-        scratch.check(self.device(), layout.bytes)?;
-        let (_, inputs, saved, mut outputs) = call.into_parts();
-        let base = scratch.as_mut_ptr() as u64;
-        let at = |range: &Range<usize>| base + range.start as u64;
-        let gradient = |view: &mut Option<attention_core::ViewMut<'_>>, room: &Range<usize>| {
-            view.as_mut().map_or(at(room), |view| view.as_mut_ptr() as u64)
+        let memory = Memory {
+            out: read(Some(saved.out)),
+            lse: read(Some(saved.lse)),
+            d_out: read(Some(saved.d_out)),
+            dq: written(&mut outputs.dq),
+            dk: written(&mut outputs.dk),
+            dv: written(&mut outputs.dv),
+            dsinks: written(&mut outputs.dsinks),
+            ..Memory::of(&inputs)
         };
-        let dq = gradient(&mut outputs.dq, &layout.dq);
-        let dk = gradient(&mut outputs.dk, &layout.dk);
-        let dv = gradient(&mut outputs.dv, &layout.dv);
-        aligned(&[
-            inputs.query.as_ptr(),
-            inputs.key.as_ptr(),
-            inputs.value.as_ptr(),
-            saved.out.as_ptr(),
-            saved.d_out.as_ptr(),
-            dq as *const u8,
-            dk as *const u8,
-            dv as *const u8,
-        ])?;
-        let stats = at(&layout.stats);
-        self.with_rows(runtime, problem, &prepared, stats, |rows| {
-            // SAFETY: the call's logsumexp, and scratch of its size.
-            unsafe { rows.prepare_backward(saved.lse.as_ptr() as u64) }
-        })?;
-        let operands = self.cleaned(
-            runtime,
-            problem,
-            &prepared,
-            base,
-            [Some(inputs.query), Some(inputs.key), Some(inputs.value), Some(saved.out), Some(saved.d_out)],
-        )?;
-        let memory = |slot: Slot| match slot {
-            Slot::Query => operands[0],
-            Slot::Key => operands[1],
-            Slot::Value => operands[2],
-            Slot::Out => operands[3],
-            Slot::DOut => operands[4],
-            Slot::Stats => stats,
-            Slot::Delta => at(&layout.delta),
-            Slot::DQuerySum => at(&layout.dq_sum),
-            Slot::DQuery => dq,
-            Slot::DKey => dk,
-            Slot::DValue => dv,
-            slot => unreachable!("no {slot:?} in a backward graph"),
-        };
+        let run = Run::new(self, runtime, &prepared, problem, memory, scratch)?;
         // SAFETY: as in `forward`.
-        unsafe { self.execute(runtime, problem, &prepared, memory) }
+        unsafe {
+            run.kernels.prepare_backward(memory.lse, run.at(Slot::Stats))?;
+            run.bring()?;
+            run.execute()?;
+            if problem.has(Role::DSinks) {
+                let (sinks, delta) = (run.at(Slot::Sinks), run.at(Slot::Delta));
+                run.kernels.sink_gradient(memory.dsinks, sinks, delta, prepared.numbers.one, memory.lse)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -481,76 +548,5 @@ impl CudnnBackend {
             value: "more".to_owned(),
             limit: "within the address space".to_owned(),
         })
-    }
-
-    /// The addresses of the operands, in the order of [`CLEANED`]: of copies, where what they hold at masked positions
-    /// must not be seen.
-    fn cleaned(
-        &self,
-        runtime: &Runtime,
-        problem: &Problem,
-        prepared: &Prepared,
-        base: u64,
-        operands: [Option<View<'_>>; CLEANED.len()],
-    ) -> Result<[u64; CLEANED.len()], Error> {
-        let mut addresses = [0; CLEANED.len()];
-        for (index, role) in CLEANED.into_iter().enumerate() {
-            let Some(view) = operands[index] else { continue };
-            addresses[index] = view.as_ptr() as u64;
-            if !prepared.cleaned[index] {
-                continue;
-            }
-            let to = base + prepared.layout.clean[index].start as u64;
-            let intervals = match role {
-                Role::Key | Role::Value => &prepared.keys,
-                _ => &prepared.rows,
-            };
-            let rows = Self::rows(runtime, problem, intervals, 0);
-            // SAFETY: an operand of the call, and scratch of its size.
-            unsafe { rows.clean(&view.desc(), addresses[index], to) }
-                .map_err(|error| failure(NAME, "running a kernel", error))?;
-            addresses[index] = to;
-        }
-        Ok(addresses)
-    }
-
-    fn with_rows(
-        &self,
-        runtime: &Runtime,
-        problem: &Problem,
-        prepared: &Prepared,
-        stats: u64,
-        work: impl FnOnce(&Rows<'_>) -> Result<(), rows::LaunchError>,
-    ) -> Result<(), Error> {
-        let rows = Self::rows(runtime, problem, &prepared.rows, stats);
-        work(&rows).map_err(|error| failure(NAME, "running a kernel", error))
-    }
-
-    fn rows<'a>(
-        runtime: &'a Runtime,
-        problem: &'a Problem,
-        intervals: &Option<CudaSlice<i32>>,
-        stats: u64,
-    ) -> Rows<'a> {
-        Rows {
-            kernels: &runtime.kernels,
-            stream: runtime.device.stream(),
-            problem,
-            intervals: intervals.as_ref().map_or(0, |intervals| runtime.address(intervals)),
-            stats,
-        }
-    }
-}
-
-/// cuDNN reads 16 bytes at a time and does not say so where it may not.
-fn aligned(pointers: &[*const u8]) -> Result<(), Unsupported> {
-    match pointers.iter().find(|pointer| pointer.addr() % 16 != 0) {
-        None => Ok(()),
-        Some(pointer) => Err(Unsupported::Limit {
-            backend: NAME.to_owned(),
-            what: "addresses that are multiples of 16 bytes".to_owned(),
-            value: format!("{:#x}", pointer.addr()),
-            limit: "for all operands and gradients".to_owned(),
-        }),
     }
 }

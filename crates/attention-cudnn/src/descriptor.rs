@@ -17,6 +17,7 @@ pub(crate) mod kind {
     pub(crate) const POINTWISE_MODE: i32 = 14;
     pub(crate) const BACKEND_DESCRIPTOR: i32 = 15;
     pub(crate) const REDUCTION_OPERATOR: i32 = 18;
+    pub(crate) const CHAR: i32 = 24;
 }
 
 /// A descriptor; destroyed when dropped.
@@ -84,6 +85,12 @@ impl Descriptor {
     pub(crate) fn float(&mut self, attribute: i32, value: f32) -> Result<(), CudnnError> {
         // SAFETY: one float.
         unsafe { self.set(attribute, kind::FLOAT, &[value]) }
+    }
+
+    /// Text, without a closing zero.
+    pub(crate) fn text(&mut self, attribute: i32, text: &str) -> Result<(), CudnnError> {
+        // SAFETY: bytes, as many as are said.
+        unsafe { self.set(attribute, kind::CHAR, text.as_bytes()) }
     }
 
     pub(crate) fn descriptors<'d>(

@@ -5,7 +5,7 @@ use crate::library::{Cudnn, CudnnError};
 use crate::plan::Slot;
 
 /// Element types.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
 pub(crate) enum Type {
     Float = 0,
@@ -21,6 +21,7 @@ pub(crate) enum Type {
 pub(crate) enum Op {
     Add = 0,
     Mul = 1,
+    Max = 3,
     Div = 6,
     Sub = 9,
     Exp = 13,
@@ -258,6 +259,18 @@ impl Graph {
     pub(crate) fn index(&mut self, like: Tensor, axis: i64) -> Result<Tensor, CudnnError> {
         let y = self.virtual_(Type::Int32, like.shape)?;
         self.pointwise(Op::Index, Type::Int32, like, &[(Y, y)], Some(axis))?;
+        Ok(y)
+    }
+
+    /// `if mask then number else other`.
+    pub(crate) fn select_number(
+        &mut self,
+        mask: Tensor,
+        number: Tensor,
+        other: Tensor,
+    ) -> Result<Tensor, CudnnError> {
+        let y = self.virtual_(Type::Float, other.shape)?;
+        self.pointwise(Op::Select, Type::Float, number, &[(B, other), (MASK, mask), (Y, y)], None)?;
         Ok(y)
     }
 

@@ -1,9 +1,9 @@
 //! What plans are kept by: a problem without what each call may change.
 
-use attention_core::{DType, Dimensions, Pass, Problem, QueryOffset, Role};
+use attention_core::{DType, Dimensions, Pass, Problem, QueryOffset, Role, TensorDesc};
 
 use crate::Target;
-use crate::graph::{Shape, Type};
+use crate::graph::{Shape, Type, packed};
 
 /// How the rows' positions are moved against the keys'.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,6 +45,90 @@ pub(crate) struct Key {
     /// Whether keys that no row sees, and rows that see nothing, are replaced by zeros first.
     pub(crate) clean_keys: bool,
     pub(crate) clean_rows: bool,
+    /// Whether output and its gradient are copied because their strides differ, which cuDNN does not take.
+    pub(crate) align_rows: bool,
+    /// What is added to the logits.
+    pub(crate) bias: Option<Bias>,
+    /// Whether ALiBi is in the graph; else it goes into the bias.
+    pub(crate) slopes: bool,
+    /// Whether sinks join the sums: in backward the logsumexp has them already.
+    pub(crate) sinks: bool,
+    pub(crate) dropout: bool,
+}
+
+/// A tensor that is added to the logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Bias {
+    /// Whether it is made of mask and bias first, instead of being the caller's.
+    pub(crate) made: bool,
+    pub(crate) element: Type,
+    /// Each axis full or 1.
+    pub(crate) shape: Shape,
+    pub(crate) strides: Shape,
+}
+
+impl Bias {
+    /// Of a problem with a mask, a bias, or slopes of ALiBi that go into it.
+    fn of(problem: &Problem, slopes: bool) -> Option<Self> {
+        let dims = problem.dims();
+        let (mask, bias) = (problem.tensor(Role::Mask), problem.tensor(Role::Bias));
+        let shape = |desc: &TensorDesc| -> Shape { std::array::from_fn(|axis| desc.shape()[axis] as i64) };
+        let distances = slopes.then(|| {
+            let batch = if slopes_differ(problem) { dims.batch } else { 1 };
+            [batch, dims.query_heads, dims.query_length, 1].map(|axis| axis as i64)
+        });
+        let shapes = [mask.map(shape), bias.map(shape), distances].into_iter().flatten();
+        let mut shape = shapes.reduce(|one, other| std::array::from_fn(|axis| one[axis].max(other[axis])))?;
+        if let (None, Some(bias), false) = (mask, bias, slopes)
+            && let Some(strides) = direct_strides(problem, bias)
+        {
+            return Some(Self { made: false, element: element_type(bias.dtype()), shape, strides });
+        }
+        // cuDNN 9.19 misreads what is broadcast over the keys.
+        shape[3] = dims.key_length as i64;
+        // What stands for -inf is too large for f16.
+        let narrow =
+            problem.dtype() == DType::Bf16 && !slopes && bias.is_none_or(|bias| bias.dtype() == DType::Bf16);
+        let element = if narrow { Type::Bf16 } else { Type::Float };
+        // Rows begin at multiples of 16 bytes.
+        let row = dims.key_length.next_multiple_of(8) as i64;
+        let strides = [shape[1] * shape[2] * row, shape[2] * row, row, 1];
+        Some(Self { made: true, element, shape, strides })
+    }
+
+    /// How many elements one that is made has, what is behind its rows included.
+    pub(crate) fn len(&self) -> i64 {
+        self.shape[0] * self.strides[0]
+    }
+}
+
+/// Whether ALiBi's terms are not the same for every batch row.
+fn slopes_differ(problem: &Problem) -> bool {
+    let slopes = problem.tensor(Role::AlibiSlopes).is_some_and(|slopes| slopes.rank() == 2);
+    slopes || (1..problem.dims().batch).any(|batch| problem.offset(batch) != problem.offset(0))
+}
+
+/// The strides of a bias that cuDNN reads as it lies: whole rows and columns, in a dtype that it takes.
+fn direct_strides(problem: &Problem, bias: &TensorDesc) -> Option<Shape> {
+    let dims = problem.dims();
+    let whole = bias.shape()[2] == dims.query_length && bias.shape()[3] == dims.key_length;
+    if !whole || bias.dtype() != DType::F32 && bias.dtype() != problem.dtype() {
+        return None;
+    }
+    let shape: Shape = std::array::from_fn(|axis| bias.shape()[axis] as i64);
+    let dense = packed(shape);
+    let strides: Shape =
+        std::array::from_fn(|axis| if shape[axis] == 1 { dense[axis] } else { bias.strides()[axis] as i64 });
+    let aligned = (0..3).all(|axis| shape[axis] == 1 || (strides[axis] > 0 && strides[axis] % 8 == 0));
+    (aligned && strides[3] == 1).then_some(strides)
+}
+
+fn element_type(dtype: DType) -> Type {
+    match dtype {
+        DType::F16 => Type::Half,
+        DType::Bf16 => Type::Bf16,
+        _ => Type::Float,
+    }
 }
 
 /// The tensors whose strides are a part of the key.
@@ -73,17 +157,31 @@ impl Key {
         };
         let stats = match problem.tensor(Role::Lse) {
             _ if problem.pass() == Pass::Backward || has_empty_rows(problem) => Stats::Packed,
+            // Rows that a mask or a bias leaves nothing are known by their logsumexp.
+            _ if [Role::Mask, Role::Bias, Role::AlibiSlopes].iter().any(|&role| problem.has(role)) => {
+                Stats::Packed
+            }
             None => Stats::Unwanted,
             Some(desc) => {
                 let [b, t, n] = std::array::from_fn(|axis| desc.strides()[axis] as i64);
                 Stats::Direct([b, n, t, 1])
             }
         };
-        let clean_keys = (0..dims.batch).any(|batch| seen_keys(problem, batch) != (0..dims.key_length));
-        let clean_rows = problem.pass() == Pass::Backward && has_empty_rows(problem);
+        let has_slopes = problem.has(Role::AlibiSlopes);
+        // cuDNN 9.19 is right about ALiBi where every key is behind its row, for slopes that are the same for every batch
+        // row; about others it is silently wrong.
+        let plain = right == Some(0) && left.is_none() && diagonal == Diagonal::TopLeft;
+        let made_slopes = has_slopes && (!plain || slopes_differ(problem));
+        let bias = Bias::of(problem, made_slopes);
+        let made = bias.is_some_and(|bias| bias.made);
+        let clean_keys =
+            made || (0..dims.batch).any(|batch| seen_keys(problem, batch) != (0..dims.key_length));
+        let of = |role: Role| problem.tensor(role).map(|desc| desc.strides());
+        let clean_rows = problem.pass() == Pass::Backward && (made || has_empty_rows(problem));
+        let align_rows = problem.pass() == Pass::Backward && of(Role::Out) != of(Role::DOut);
         let strides_of = |role: Role| {
             let desc = problem.tensor(role)?;
-            Some(if is_cleaned(role, problem.pass(), clean_keys, clean_rows) {
+            Some(if is_cleaned(role, problem.pass(), clean_keys, made, clean_rows, align_rows) {
                 dense(&desc.shape())
             } else {
                 strides(desc)
@@ -103,16 +201,35 @@ impl Key {
             stats,
             clean_keys,
             clean_rows,
+            align_rows,
+            bias,
+            slopes: has_slopes && !made_slopes,
+            sinks: problem.has(Role::Sinks) && problem.pass() == Pass::Forward,
+            // A rate of 0 drops nothing.
+            dropout: problem.dropout_stream().is_some_and(|stream| stream.threshold() > 0),
         }
+    }
+
+    /// Strides of the mask of dropout, whose rows begin at multiples of 16 bytes.
+    pub(crate) fn kept_strides(&self) -> Shape {
+        let dims = self.dims;
+        let row = dims.key_length.next_multiple_of(8) as i64;
+        let [n, t] = [dims.query_heads, dims.query_length].map(|size| size as i64);
+        [n * t * row, t * row, row, 1]
+    }
+
+    /// Whether mask, bias and slopes are made one tensor first.
+    pub(crate) fn makes_bias(&self) -> bool {
+        self.bias.is_some_and(|bias| bias.made)
     }
 
     /// Whether the plan works on a copy of this operand.
     pub(crate) fn cleans(&self, role: Role) -> bool {
-        is_cleaned(role, self.pass, self.clean_keys, self.clean_rows)
+        is_cleaned(role, self.pass, self.clean_keys, self.makes_bias(), self.clean_rows, self.align_rows)
     }
 
     pub(crate) fn element_type(&self) -> Type {
-        if self.element == DType::F16 { Type::Half } else { Type::Bf16 }
+        element_type(self.element)
     }
 
     /// The strides of a tensor, in the order batch, head, position, width.
@@ -120,6 +237,41 @@ impl Key {
         let index = TENSORS.iter().position(|&tensor| tensor == role)?;
         self.strides[index]
     }
+}
+
+/// The operands that may be copied to scratch.
+pub(crate) const CLEANED: [Role; 5] = [Role::Query, Role::Key, Role::Value, Role::Out, Role::DOut];
+
+/// First row and end of the rows that see a key, for each batch row.
+pub(crate) fn row_intervals(problem: &Problem) -> Vec<i32> {
+    (0..problem.dims().batch)
+        .flat_map(|batch| {
+            let rows = seen_rows(problem, batch);
+            [rows.start as i32, rows.end as i32]
+        })
+        .collect()
+}
+
+/// First key and end of the keys that any row sees, for each batch row.
+pub(crate) fn key_intervals(problem: &Problem) -> Vec<i32> {
+    (0..problem.dims().batch)
+        .flat_map(|batch| {
+            let keys = seen_keys(problem, batch);
+            [keys.start as i32, keys.end as i32]
+        })
+        .collect()
+}
+
+/// Where row 0 of each batch row stands among the keys.
+pub(crate) fn positions(problem: &Problem) -> Vec<i32> {
+    (0..problem.dims().batch).map(|batch| problem.offset(batch) as i32).collect()
+}
+
+/// Query lengths, then key lengths.
+pub(crate) fn lengths(problem: &Problem) -> Vec<i32> {
+    let batch = problem.dims().batch;
+    let query = (0..batch).map(|batch| problem.query_len(batch) as i32);
+    query.chain((0..batch).map(|batch| problem.key_value_len(batch) as i32)).collect()
 }
 
 /// Whether a row sees no key at all: cuDNN does not promise what it writes there.
@@ -143,13 +295,14 @@ pub(crate) fn seen_keys(problem: &Problem, batch: usize) -> std::ops::Range<usiz
     problem.key_range_of_rows(batch, 0..problem.dims().query_length)
 }
 
-/// Whatever a masked operand holds must not reach a result, and zero times NaN is NaN: forward, weights of zero meet
-/// values; backward, they meet everything.
-fn is_cleaned(role: Role, pass: Pass, keys: bool, rows: bool) -> bool {
+/// Whatever a masked operand holds must not reach a result, and zero times NaN is NaN, and so is NaN plus anything: forward,
+/// weights of zero meet values, and a bias meets products with keys; backward, they meet everything.
+fn is_cleaned(role: Role, pass: Pass, keys: bool, made: bool, rows: bool, align: bool) -> bool {
     match role {
         Role::Value => keys,
-        Role::Key => keys && pass == Pass::Backward,
-        Role::Query | Role::Out | Role::DOut => rows && pass == Pass::Backward,
+        Role::Key => keys && (made || pass == Pass::Backward),
+        Role::Query => rows && pass == Pass::Backward,
+        Role::Out | Role::DOut => (rows || align) && pass == Pass::Backward,
         _ => false,
     }
 }
@@ -162,7 +315,7 @@ fn dense(shape: &attention_core::Dims) -> Shape {
 
 /// A tensor's strides in cuDNN's order of axes: batch, head, position, width. Those of axes of size 1 do not matter and
 /// become those of a tensor without gaps, so that they make no new key.
-fn strides(desc: &attention_core::TensorDesc) -> Shape {
+fn strides(desc: &TensorDesc) -> Shape {
     let (shape, strides) = (desc.shape(), desc.strides());
     let dense = dense(&shape);
     let of = |axis: usize, place: usize| if shape[axis] == 1 { dense[place] } else { strides[axis] as i64 };

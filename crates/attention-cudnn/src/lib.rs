@@ -5,13 +5,17 @@ mod config;
 mod descriptor;
 mod graph;
 mod key;
+mod launch;
+mod layout;
 mod library;
+mod lists;
+mod offline;
 mod pattern;
 mod plan;
-mod rows;
 mod runtime;
 mod support;
 
 pub use backend::CudnnBackend;
 pub use config::CudnnConfig;
+pub use offline::{Answer, Offline};
 pub use support::Target;

@@ -80,13 +80,43 @@ impl<'k> Builder<'k> {
         self.nothing.map_or_else(|| unreachable!("just made"), Ok)
     }
 
-    /// Scaled products.
+    /// Scaled products, with what is added to them.
     fn logits(&mut self) -> Result<Tensor, CudnnError> {
         let products = self.graph.virtual_(Type::Float, [self.b, self.h, self.s, self.t])?;
         let overrides = self.overrides(Some(0), Some(1), None);
         self.graph.matmul(self.query, self.key_transposed, products, overrides)?;
         let scale = self.graph.number(Slot::Scale, Type::Float)?;
-        self.graph.binary(Op::Mul, products, scale)
+        let logits = self.graph.binary(Op::Mul, products, scale)?;
+        let logits = self.add_bias(logits)?;
+        self.add_alibi(logits)
+    }
+
+    fn add_bias(&mut self, logits: Tensor) -> Result<Tensor, CudnnError> {
+        let Some(bias) = self.key.bias else { return Ok(logits) };
+        let added = self.graph.real(Slot::Bias, bias.element, bias.shape, bias.strides)?;
+        let logits = self.graph.binary(Op::Add, logits, added)?;
+        if bias.made {
+            return Ok(logits);
+        }
+        // An infinity would become NaN where a whole tile of a row has nothing else. Not a number stays what it is.
+        let least = self.graph.number(Slot::Least, Type::Float)?;
+        let masked = self.graph.number(Slot::Masked, Type::Float)?;
+        let below = self.graph.truth(Op::Less, logits, least)?;
+        self.graph.select_number(below, masked, logits)
+    }
+
+    /// Subtracts the slope of a head times the distance between row and key, where that is behind the row.
+    fn add_alibi(&mut self, logits: Tensor) -> Result<Tensor, CudnnError> {
+        if !self.key.slopes {
+            return Ok(logits);
+        }
+        let shape = [1, self.h, 1, 1];
+        let row = self.graph.index(logits, 2)?;
+        let column = self.graph.index(logits, 3)?;
+        let ahead = self.graph.integers(Op::Sub, column, row)?;
+        let slopes = self.graph.real(Slot::Slopes, Type::Float, shape, packed(shape))?;
+        let added = self.graph.binary(Op::Mul, ahead, slopes)?;
+        self.graph.binary(Op::Add, logits, added)
     }
 
     /// Negative infinity beyond the lengths.
@@ -163,11 +193,24 @@ impl<'k> Builder<'k> {
         let logits = self.logits()?;
         let logits = self.mask_lengths(logits)?;
         let logits = self.mask_window(logits)?;
+        let sinks = [1, self.h, 1, 1];
+        let sinks = (self.key.sinks)
+            .then(|| self.graph.real(Slot::Sinks, Type::Float, sinks, packed(sinks)))
+            .transpose()?;
         let graph = &mut self.graph;
-        let largest = graph.reduce_rows(Reduction::Max, logits)?;
+        let mut largest = graph.reduce_rows(Reduction::Max, logits)?;
+        if let Some(sinks) = sinks {
+            largest = graph.binary(Op::Max, largest, sinks)?;
+        }
         let shifted = graph.binary(Op::Sub, logits, largest)?;
         let powers = graph.unary(Op::Exp, shifted)?;
-        let sums = graph.reduce_rows(Reduction::Add, powers)?;
+        let mut sums = graph.reduce_rows(Reduction::Add, powers)?;
+        if let Some(sinks) = sinks {
+            let shifted = graph.virtual_(Type::Float, largest.shape)?;
+            graph.binary_into(Op::Sub, sinks, largest, shifted)?;
+            let power = graph.unary(Op::Exp, shifted)?;
+            sums = graph.binary(Op::Add, sums, power)?;
+        }
         let logarithm = graph.unary(Op::Log, sums)?;
         // The logsumexp: the nodes must be there even where nobody wants it.
         let stats = match self.key.stats {
@@ -177,7 +220,15 @@ impl<'k> Builder<'k> {
         };
         graph.binary_into(Op::Add, largest, logarithm, stats)?;
         let probabilities = graph.virtual_(element, logits.shape)?;
-        graph.binary_into(Op::Div, powers, sums, probabilities)?;
+        if self.key.dropout {
+            let all = graph.binary(Op::Div, powers, sums)?;
+            let kept = graph.real(Slot::Kept, element, logits.shape, self.key.kept_strides())?;
+            let scale = graph.number(Slot::KeepScale, Type::Float)?;
+            let scaled = graph.binary(Op::Mul, all, scale)?;
+            graph.binary_into(Op::Mul, scaled, kept, probabilities)?;
+        } else {
+            graph.binary_into(Op::Div, powers, sums, probabilities)?;
+        }
         let dims = self.key.dims;
         let [hv, e] = [dims.key_heads as i64, dims.value_head_dim as i64];
         let value =
@@ -210,8 +261,21 @@ impl<'k> Builder<'k> {
         let powers = self.graph.unary(Op::Exp, shifted)?;
         let transposed = [b, h, t, s];
         let across = [h * s * t, s * t, 1, t];
+        let kept = if self.key.dropout {
+            let kept = self.graph.real(Slot::Kept, element, [b, h, s, t], self.key.kept_strides())?;
+            Some((kept, self.graph.number(Slot::KeepScale, Type::Float)?))
+        } else {
+            None
+        };
+        let weights = match kept {
+            Some((kept, scale)) => {
+                let weights = self.graph.binary(Op::Mul, powers, kept)?;
+                self.graph.binary(Op::Mul, weights, scale)?
+            }
+            None => powers,
+        };
         let probabilities = self.graph.virtual_strided(element, transposed, across)?;
-        self.graph.reshape(powers, probabilities)?;
+        self.graph.reshape(weights, probabilities)?;
         // dv.
         let overrides = self.overrides(Some(1), None, Some(0));
         self.key_gradient(Slot::DValue, Role::DValue, probabilities, d_out, [b, hk, t, e], overrides)?;
@@ -221,8 +285,18 @@ impl<'k> Builder<'k> {
         let d_probabilities = self.graph.virtual_(Type::Float, [b, h, s, t])?;
         let overrides = self.overrides(Some(0), Some(1), None);
         self.graph.matmul(d_out, value, d_probabilities, overrides)?;
+        let d_probabilities = match kept {
+            Some((kept, scale)) => {
+                let x = self.graph.binary(Op::Mul, d_probabilities, kept)?;
+                if std::env::var("ATTENTION_X").is_ok() { self.graph.binary(Op::Mul, x, scale)? } else { x }
+            }
+            None => d_probabilities,
+        };
         let centred = self.graph.binary(Op::Sub, d_probabilities, delta)?;
-        let gradient = self.graph.binary(Op::Mul, centred, powers)?;
+        let mut gradient = self.graph.binary(Op::Mul, centred, powers)?;
+        if let Some((_, scale)) = kept.filter(|_| std::env::var("ATTENTION_X").is_err()) {
+            gradient = self.graph.binary(Op::Mul, gradient, scale)?;
+        }
         let scale = self.graph.number(Slot::Scale, Type::Float)?;
         let gradient = self.graph.binary(Op::Mul, gradient, scale)?;
         // dk.
@@ -235,10 +309,10 @@ impl<'k> Builder<'k> {
         let keys = self.graph.virtual_(element, [b, hk, t, d])?;
         self.graph.reshape(self.key_transposed, keys)?;
         let shape = [b, h, s, d];
+        let strides = self.gradient_strides(Role::DQuery, shape);
         let sum = self.graph.real(Slot::DQuerySum, Type::Float, shape, packed(shape))?;
         let overrides = self.overrides(Some(0), None, Some(1));
         self.graph.matmul(gradient, keys, sum, overrides)?;
-        let strides = self.gradient_strides(Role::DQuery, shape);
         let d_query = self.graph.real(Slot::DQuery, element, shape, strides)?;
         self.graph.unary_into(Op::Identity, sum, d_query)
     }
@@ -259,7 +333,7 @@ impl<'k> Builder<'k> {
         if heads == self.h {
             return self.graph.matmul(left, right, to, overrides);
         }
-        // In the operands' dtype: with f32 here cuDNN 9.19 finds an engine too, and computes something else.
+        // In the operands' dtype: whatever is said here, cuDNN 9.19 computes and stores this in it.
         let all = self.graph.virtual_(element, [b, self.h, t, width])?;
         self.graph.matmul(left, right, all, overrides)?;
         self.graph.reduce_into(Reduction::Add, all, to)

@@ -2,6 +2,8 @@
 
 use std::ffi::c_void;
 
+use attention_core::Role;
+
 use crate::descriptor::{Descriptor, kind};
 use crate::graph::Finished;
 use crate::library::{Cudnn, CudnnError, Opaque};
@@ -25,8 +27,24 @@ pub(crate) enum Slot {
     QueryLengths,
     KeyLengths,
     Scale,
+    /// What is added to the logits: the caller's bias, or what a kernel made of mask and bias.
+    Bias,
+    /// Which keys any row sees, where a mask or a bias decides: a byte for each key and key/value head.
+    SeenKeys,
+    /// Slopes of ALiBi, in f32.
+    Slopes,
+    /// Sinks, in f32.
+    Sinks,
+    /// 1 where a probability is kept and 0 where it is dropped, in the operands' dtype.
+    Kept,
+    /// What kept probabilities are multiplied by.
+    KeepScale,
     /// Negative infinity.
     Nothing,
+    /// What stands for negative infinity in a bias, and the least that other values of it count as.
+    Masked,
+    Least,
+    /// 1, or the fraction that dropout keeps.
     One,
     /// How far the diagonal is moved: added to the index of a row.
     RowShift,
@@ -39,6 +57,39 @@ pub(crate) enum Slot {
     Left,
     /// The same without the shift: an integer.
     LeftInteger,
+}
+
+impl Slot {
+    /// The slot of an operand that may be copied.
+    pub(crate) fn of(role: Role) -> Option<Self> {
+        Some(match role {
+            Role::Query => Self::Query,
+            Role::Key => Self::Key,
+            Role::Value => Self::Value,
+            Role::Out => Self::Out,
+            Role::DOut => Self::DOut,
+            _ => return None,
+        })
+    }
+
+    /// The tensor of the call that is behind it, where it is not in the scratch.
+    pub(crate) fn role(self) -> Option<Role> {
+        Some(match self {
+            Self::Query => Role::Query,
+            Self::Key => Role::Key,
+            Self::Value => Role::Value,
+            Self::Out => Role::Out,
+            Self::Stats => Role::Lse,
+            Self::DOut => Role::DOut,
+            Self::DQuery => Role::DQuery,
+            Self::DKey => Role::DKey,
+            Self::DValue => Role::DValue,
+            Self::Bias => Role::Bias,
+            Self::Slopes => Role::AlibiSlopes,
+            Self::Sinks => Role::Sinks,
+            _ => return None,
+        })
+    }
 }
 
 /// A plan, and what it is to be given. Made once a problem, shared by all threads.
@@ -60,20 +111,25 @@ pub(crate) struct Handle(Opaque);
 unsafe impl Send for Handle {}
 
 impl Handle {
-    /// A handle for the current context.
-    pub(crate) fn new(cudnn: &Cudnn) -> Result<Self, CudnnError> {
+    /// A handle for the current context, whose work is put on this stream of it.
+    pub(crate) fn new(cudnn: &Cudnn, stream: *mut c_void) -> Result<Self, CudnnError> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: writes one pointer.
         let status = unsafe { (cudnn.functions.create)(&raw mut raw) };
         cudnn.check("creating a handle", status)?;
+        // SAFETY: a handle of this library, and a stream of its context.
+        cudnn.check("setting a stream", unsafe { (cudnn.functions.set_stream)(raw, stream) })?;
         Ok(Self(raw))
     }
+}
 
-    /// Puts the work of this handle on a stream.
-    pub(crate) fn set_stream(&self, cudnn: &Cudnn, stream: *mut c_void) -> Result<(), CudnnError> {
-        // SAFETY: a handle of this library, and a stream of its context.
-        cudnn.check("setting a stream", unsafe { (cudnn.functions.set_stream)(self.0, stream) })
-    }
+/// What a plan is built for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Site<'a> {
+    /// The device of a handle.
+    Device(&'a Handle),
+    /// A device that is described by its properties and need not be there: such a plan cannot run.
+    Described(&'a Descriptor),
 }
 
 /// Whether cuDNN has no kernel, as opposed to having failed.
@@ -83,16 +139,21 @@ pub(crate) fn is_refusal(error: &CudnnError) -> bool {
 
 impl Plan {
     /// The first configuration of cuDNN's own choice that compiles; `None` where it has none.
-    pub(crate) fn build(cudnn: &Cudnn, handle: &Handle, graph: Finished) -> Result<Option<Self>, CudnnError> {
+    pub(crate) fn build(cudnn: &Cudnn, site: Site<'_>, graph: Finished) -> Result<Option<Self>, CudnnError> {
         let mut all = Descriptor::new(cudnn, 15)?;
-        // SAFETY: a handle of this library.
-        unsafe { all.pointers(800, kind::HANDLE, &[handle.0])? };
+        if let Site::Device(handle) = site {
+            // SAFETY: a handle of this library.
+            unsafe { all.pointers(800, kind::HANDLE, &[handle.0])? };
+        }
         all.descriptors(801, &graph.operations)?;
         all.finalize("describing a graph")?;
         // The library's best guess first, then whatever works.
         for mode in [3, 2] {
             let mut heuristics = Descriptor::new(cudnn, 4)?;
             heuristics.descriptors(201, [&all])?;
+            if let Site::Described(device) = site {
+                heuristics.descriptors(204, [device])?;
+            }
             heuristics.enumeration(200, kind::HEUR_MODE, mode)?;
             match heuristics.finalize("choosing an engine") {
                 Err(error) if is_refusal(&error) => continue,
@@ -114,35 +175,48 @@ impl Plan {
         Ok(None)
     }
 
-    /// Puts the plan's work on the handle's stream.
+    /// What its memory is for.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = Slot> {
+        self.slots.iter().map(|&(_, slot)| slot)
+    }
+
+    /// Lists a call's memory: that behind each of [`slots`](Self::slots), in their order, and the workspace.
     ///
     /// # Safety
-    /// `address` gives, for every slot of the graph, device memory of the tensor that it was described as or, for
-    /// numbers, host memory that lives as long as the call; `workspace` has the bytes that the plan asks for. They stay
-    /// valid until the work is done.
-    pub(crate) unsafe fn execute(
+    /// The addresses are of device memory of the tensors that the graph describes or, for numbers, of host memory;
+    /// `workspace` has the bytes that the plan asks for. They are valid whenever the list is used, until the work that
+    /// uses it is done.
+    pub(crate) unsafe fn memory(
         &self,
         cudnn: &Cudnn,
-        handle: &Handle,
+        addresses: &[*mut c_void],
         workspace: u64,
-        address: impl Fn(Slot) -> *mut c_void,
-    ) -> Result<(), CudnnError> {
+    ) -> Result<Descriptor, CudnnError> {
         let uids: Vec<i64> = self.slots.iter().map(|&(uid, _)| uid).collect();
-        let addresses: Vec<*mut c_void> = self.slots.iter().map(|&(_, slot)| address(slot)).collect();
         let mut pack = Descriptor::new(cudnn, 16)?;
         pack.integers(1000, &uids)?;
         // SAFETY: addresses by the caller's word.
         unsafe {
-            pack.pointers(1001, kind::VOID_PTR, &addresses)?;
-            pack.pointers(
-                1003,
-                kind::VOID_PTR,
-                &[std::ptr::with_exposed_provenance_mut(workspace as usize)],
-            )?;
+            pack.pointers(1001, kind::VOID_PTR, addresses)?;
+            let workspace = std::ptr::with_exposed_provenance_mut(workspace as usize);
+            pack.pointers(1003, kind::VOID_PTR, &[workspace])?;
         }
         pack.finalize("listing a call's memory")?;
-        // SAFETY: handle, plan and pack are of this library and finalised; the memory is the caller's word.
-        let status = unsafe { (cudnn.functions.execute)(handle.0, self.plan.raw(), pack.raw()) };
+        Ok(pack)
+    }
+
+    /// Puts the plan's work on the handle's stream.
+    ///
+    /// # Safety
+    /// `memory` is by [`memory`](Self::memory) of this plan.
+    pub(crate) unsafe fn execute(
+        &self,
+        cudnn: &Cudnn,
+        handle: &Handle,
+        memory: &Descriptor,
+    ) -> Result<(), CudnnError> {
+        // SAFETY: handle, plan and list are of this library and finalised; the memory is the caller's word.
+        let status = unsafe { (cudnn.functions.execute)(handle.0, self.plan.raw(), memory.raw()) };
         cudnn.check("running a plan", status)
     }
 }

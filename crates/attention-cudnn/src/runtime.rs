@@ -10,7 +10,7 @@ use attention_cuda::{CudaDevice, KernelCache, Workspaces};
 use crate::backend::NAME;
 use crate::key::Key;
 use crate::library::{Cudnn, CudnnError};
-use crate::plan::{Handle, Plan};
+use crate::plan::{Handle, Plan, Site};
 use crate::{CudnnConfig, Target, pattern};
 
 #[derive(Debug)]
@@ -40,12 +40,10 @@ impl Runtime {
             what: format!("the device does not tell its compute capability: {error}"),
             looked_for: vec![device.device().to_string()],
         })?;
-        let [major, minor, patch] =
-            [cudnn.version / 10000, cudnn.version / 100 % 100, cudnn.version % 100].map(|part| part as u32);
         Ok(Self {
+            target: Target::of(cudnn.version, capability),
             device,
             cudnn,
-            target: Target { version: [major, minor, patch], capability },
             kernels: KernelCache::new(config.kernel_folder.clone()),
             workspaces: Workspaces::new(config.workspace_limit),
             handles: Mutex::default(),
@@ -60,8 +58,8 @@ impl Runtime {
     ) -> Result<R, E> {
         self.device.context().bind_to_thread()?;
         let free = lock(&self.handles).pop();
-        let handle = free.map_or_else(|| Handle::new(&self.cudnn), Ok)?;
-        handle.set_stream(&self.cudnn, self.device.stream().cu_stream().cast())?;
+        let stream = || self.device.stream().cu_stream().cast();
+        let handle = free.map_or_else(|| Handle::new(&self.cudnn, stream()), Ok)?;
         let result = work(&handle);
         lock(&self.handles).push(handle);
         result
@@ -74,7 +72,8 @@ impl Runtime {
         }
         // Not under the lock: building takes up to a second, and two threads that build the same do no harm.
         let started = std::time::Instant::now();
-        let plan = Plan::build(&self.cudnn, handle, pattern::of(&self.cudnn, key)?)?.map(Arc::new);
+        let plan =
+            Plan::build(&self.cudnn, Site::Device(handle), pattern::of(&self.cudnn, key)?)?.map(Arc::new);
         tracing::info!(
             pass = %key.pass,
             found = plan.is_some(),
@@ -86,12 +85,16 @@ impl Runtime {
     }
 
     /// An array on the device.
-    pub(crate) fn array(&self, values: &[i32]) -> Result<CudaSlice<i32>, DriverError> {
-        self.device.stream().clone_htod(values)
+    pub(crate) fn array(&self, values: &[i32]) -> Result<Array, DriverError> {
+        let memory = self.device.stream().clone_htod(values)?;
+        let address = memory.device_ptr(self.device.stream()).0;
+        Ok(Array { _memory: memory, address })
     }
+}
 
-    /// The address of an array.
-    pub(crate) fn address(&self, array: &CudaSlice<i32>) -> u64 {
-        array.device_ptr(self.device.stream()).0
-    }
+/// An array of integers on the device, which is written once and only read by work on the device's stream.
+#[derive(Debug)]
+pub(crate) struct Array {
+    _memory: CudaSlice<i32>,
+    pub(crate) address: u64,
 }

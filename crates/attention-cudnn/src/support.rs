@@ -18,6 +18,14 @@ pub struct Target {
     pub capability: (u32, u32),
 }
 
+impl Target {
+    /// Of cuDNN's own number for its version, `91900` for 9.19.0.
+    pub(crate) fn of(version: usize, capability: (u32, u32)) -> Self {
+        let part = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Self { version: [part(version / 10000), part(version / 100 % 100), part(version % 100)], capability }
+    }
+}
+
 impl Default for Target {
     /// cuDNN 9.19.0 on Hopper: what this backend was tried on.
     fn default() -> Self {
@@ -68,6 +76,13 @@ fn features() -> FeatureSet {
         Feature::QueryLengths,
         Feature::KeyValueLengths,
         Feature::Lse,
+        Feature::Mask,
+        Feature::Bias,
+        Feature::Alibi,
+        Feature::Sinks,
+        Feature::Dropout,
+        Feature::DSinks,
+        Feature::Deterministic,
     ]
     .into_iter()
     .collect()
@@ -82,9 +97,10 @@ pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities
     };
     let numerics = [(DType::F16, NumericsClass::HalfF32), (DType::Bf16, NumericsClass::HalfF32)];
     let pass = |features, most| PassCapabilities::new(features).with_max_head_dims(most, most);
+    let backward_features = features().without(Feature::Deterministic);
     let in_backward = match config.rounds_group_gradients {
-        true => features(),
-        false => features().without(Feature::GroupedHeads),
+        true => backward_features,
+        false => backward_features.without(Feature::GroupedHeads),
     };
     Capabilities::new(DeviceKind::Cuda, numerics, pass(features(), forward), ScratchGrowth::Linear)
         .with_backward(pass(in_backward, backward))
@@ -153,13 +169,6 @@ pub(crate) fn check(
                 "of at least 2",
             ));
         }
-        let strides = |role| problem.tensor(role).map(|desc| desc.strides());
-        if strides(Role::Out) != strides(Role::DOut) {
-            return Err(limit("strides of d_out", "others", "equal to those of out"));
-        }
-        if problem.deterministic() {
-            return Err(limit("determinism in backward", "asked for", "left out"));
-        }
     }
     // The graphs compute positions in 32 bits, and where a window begins in f32.
     const FAR: i64 = 1 << 30;
@@ -173,6 +182,18 @@ pub(crate) fn check(
     if window.left.is_some() && dims.query_length.max(dims.key_length) > 1 << 24 {
         let longest = dims.query_length.max(dims.key_length);
         return Err(limit("lengths with a window's left bound", longest, "at most 2^24"));
+    }
+    if problem.has(Role::Sinks) && (problem.has(Role::Mask) || problem.has(Role::Bias)) {
+        // Which rows a mask or a bias leaves nothing is known by their logsumexp, which sinks hide.
+        return Err(limit("sinks without mask and bias", "both", "one of them"));
+    }
+    if problem.has(Role::Sinks) && problem.pass() == Pass::Forward {
+        if target.version < [9, 13, 0] {
+            return Err(limit("sinks", target, "with cuDNN 9.13 or later"));
+        }
+        if dims.query_length == 1 {
+            return Err(limit("a query length with sinks", 1, "of at least 2"));
+        }
     }
     for known in KNOWN {
         let (from, until) = known.versions;

@@ -2,8 +2,8 @@
 // library leaves to do. Zero times what lies at masked positions is NaN there if that is NaN, so such rows are cleaned
 // before.
 //
-// One thread a row and head, or one for two elements in the copy. Any dtype of two bytes (the output is only ever written zeros), f32 logsumexp, any compute
-// capability. Tested by the conformance suite of attention-cudnn.
+// One thread a row and head, or one for two elements in the copy. Any dtype of two bytes (the output is only ever written
+// zeros), f32 logsumexp, any compute capability. Tested by the conformance suite of attention-cudnn.
 
 // The row of a thread: batch row, head, position; false behind the last.
 struct RowOf {
@@ -27,23 +27,35 @@ __device__ inline bool sees(const int *intervals, const RowOf &row) {
     return row.position >= intervals[2 * row.batch] && row.position < intervals[2 * row.batch + 1];
 }
 
+// The value of a row that sees nothing.
+__device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
+
+// `sinks` and `lengths` (of queries) are null where there are none. What sees nothing by structure is in `intervals`.
+// What sees nothing because of a mask or a bias has a logsumexp of at most `nothing`, or that of its sink.
 extern "C" __global__ void attention_finish_forward(
     unsigned short *out, long long out_batch, long long out_position, long long out_head,
     float *lse, long long lse_batch, long long lse_position, long long lse_head,
-    const float *stats, const int *intervals,
+    const float *stats, const int *intervals, const float *sinks, const int *lengths, float nothing,
     long long batch, long long positions, long long heads, long long width) {
     const RowOf row = row_of(batch, positions, heads);
     if (!row.inside) return;
-    const bool seen = sees(intervals, row);
+    float value = stats[(row.batch * heads + row.head) * positions + row.position];
+    if (!sees(intervals, row)) {
+        const bool padded = lengths != nullptr && row.position >= lengths[row.batch];
+        value = sinks == nullptr || padded ? minus_infinity() : sinks[row.head];
+    } else if (value <= nothing) {
+        value = minus_infinity();
+    } else {
+        if (lse != nullptr) {
+            lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head] = value;
+        }
+        return;
+    }
     if (lse != nullptr) {
-        const float value = stats[(row.batch * heads + row.head) * positions + row.position];
-        lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head] =
-            seen ? value : __int_as_float(0xff800000);
+        lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head] = value;
     }
-    if (!seen) {
-        unsigned short *to = out + row.batch * out_batch + row.position * out_position + row.head * out_head;
-        for (long long column = 0; column < width; ++column) to[column] = 0;
-    }
+    unsigned short *to = out + row.batch * out_batch + row.position * out_position + row.head * out_head;
+    for (long long column = 0; column < width; ++column) to[column] = 0;
 }
 
 extern "C" __global__ void attention_prepare_backward(
@@ -53,14 +65,16 @@ extern "C" __global__ void attention_prepare_backward(
     if (!row.inside) return;
     const float value = lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head];
     // Less infinity, every logit has probability 0.
-    const bool seen = sees(intervals, row) && value != __int_as_float(0xff800000);
+    const bool seen = sees(intervals, row) && value != minus_infinity();
     stats[(row.batch * heads + row.head) * positions + row.position] = seen ? value : __int_as_float(0x7f800000);
 }
 
-// Copies rows [B, T, N, H] without gaps; those outside the interval of their batch row become zero.
+// Copies rows [B, T, N, H] without gaps; those that take no part become zero: outside the interval of their batch row, or
+// where `flags` [B, N, T] is zero, or where `stats` [B, N, T] says that a row sees nothing, as `attention_prepare_backward`
+// writes it. Each of the three is null where it says nothing.
 extern "C" __global__ void attention_clean_rows(
     const unsigned short *from, long long from_batch, long long from_position, long long from_head,
-    unsigned int *to, const int *intervals,
+    unsigned int *to, const int *intervals, const unsigned char *flags, const float *stats,
     long long batch, long long positions, long long heads, long long pairs) {
     const long long count = batch * positions * heads * pairs;
     const long long step = gridDim.x * (long long)blockDim.x;
@@ -69,11 +83,16 @@ extern "C" __global__ void attention_clean_rows(
         const long long head = index / pairs % heads;
         const long long position = index / pairs / heads % positions;
         const long long b = index / pairs / heads / positions;
+        const long long row = (b * heads + head) * positions + position;
+        const bool inside =
+            intervals == nullptr || (position >= intervals[2 * b] && position < intervals[2 * b + 1]);
+        const bool seen = (flags == nullptr || flags[row] != 0) &&
+            (stats == nullptr || stats[row] != __int_as_float(0x7f800000));
         unsigned int value = 0;
-        if (position >= intervals[2 * b] && position < intervals[2 * b + 1]) {
-            const unsigned short *row = from + b * from_batch + position * from_position + head * from_head;
+        if (inside && seen) {
+            const unsigned short *at = from + b * from_batch + position * from_position + head * from_head;
             // Rows begin at multiples of 16 bytes.
-            value = reinterpret_cast<const unsigned int *>(row)[pair];
+            value = reinterpret_cast<const unsigned int *>(at)[pair];
         }
         to[index] = value;
     }

@@ -1,0 +1,327 @@
+//! Kernels of our own that run before and after cuDNN's, on the same stream: they bring operands to the forms that it takes,
+//! and make good what it does not promise.
+
+use attention_core::{DType, Error, Problem, Role, TensorDesc};
+use attention_cuda::cudarc::driver::result::memset_d8_async;
+use attention_cuda::cudarc::driver::{CudaFunction, DriverError, LaunchConfig, PushKernelArg};
+use attention_cuda::{KernelError, failure};
+
+use crate::backend::NAME;
+use crate::graph::Type;
+use crate::key::{Bias, right_bound};
+use crate::runtime::Runtime;
+
+/// Threads of a block.
+const THREADS: u32 = 128;
+/// Threads of a block that adds up the gradient of a sink: what its kernel has room for.
+const SUMMING_THREADS: u32 = 256;
+/// Blocks enough for any device, where each thread goes on until all is done.
+const MOST_BLOCKS: u32 = 1 << 14;
+
+/// What stands for negative infinity in a bias: less than any other value, and finite, since cuDNN makes NaN of
+/// infinities. Sums with logits, and those in units of ln 2, stay finite as well.
+pub(crate) const MASKED: f32 = -1e30;
+/// The least that other values of a bias count as.
+pub(crate) const LEAST: f32 = -1e29;
+/// A logsumexp of at most this is that of a row whose every logit is [`MASKED`].
+const NOTHING: f32 = -5e29;
+
+/// Why a kernel did not run.
+#[derive(Debug)]
+enum LaunchError {
+    Kernel(KernelError),
+    Driver(DriverError),
+}
+
+impl From<KernelError> for LaunchError {
+    fn from(error: KernelError) -> Self {
+        Self::Kernel(error)
+    }
+}
+
+impl From<DriverError> for LaunchError {
+    fn from(error: DriverError) -> Self {
+        Self::Driver(error)
+    }
+}
+
+impl From<LaunchError> for Error {
+    fn from(error: LaunchError) -> Self {
+        match error {
+            LaunchError::Kernel(error) => failure(NAME, "compiling a kernel", error),
+            LaunchError::Driver(error) => failure(NAME, "running a kernel", error),
+        }
+    }
+}
+
+/// Four strides as the kernels take them.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Strides([i64; 4]);
+
+// SAFETY: `repr(C)`, four 64-bit integers, as the kernels declare it.
+unsafe impl attention_cuda::cudarc::driver::DeviceRepr for Strides {}
+
+/// Strides over batch, head, row and key of a tensor that is broadcast to the logits; 0 where it is absent.
+fn broadcast_strides(desc: Option<&TensorDesc>) -> Strides {
+    Strides(std::array::from_fn(|axis| {
+        desc.map_or(0, |desc| if desc.shape()[axis] == 1 { 0 } else { desc.strides()[axis] as i64 })
+    }))
+}
+
+/// Strides of the first axes of a tensor; 0 where it is absent.
+fn strides<const AXES: usize>(desc: Option<&TensorDesc>) -> [i64; AXES] {
+    std::array::from_fn(|axis| desc.map_or(0, |desc| desc.strides()[axis] as i64))
+}
+
+/// The number of a dtype in the kernels.
+fn element(dtype: DType) -> i32 {
+    match dtype {
+        DType::F64 => 0,
+        DType::F32 => 1,
+        DType::F16 => 2,
+        _ => 3,
+    }
+}
+
+fn grid(count: u64, most: u32) -> LaunchConfig {
+    let blocks = u32::try_from(count.div_ceil(u64::from(THREADS))).unwrap_or(u32::MAX);
+    LaunchConfig { grid_dim: (blocks.clamp(1, most), 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 }
+}
+
+/// What the kernels of a call share. All addresses are of memory on the stream's device; 0 stands for none.
+pub(crate) struct Kernels<'a> {
+    pub(crate) runtime: &'a Runtime,
+    pub(crate) problem: &'a Problem,
+    /// First row and end of the rows that see a key, for each batch row.
+    pub(crate) rows: u64,
+    /// First key and end of the keys that any row sees, for each batch row.
+    pub(crate) keys: u64,
+    /// Query lengths, one for each batch row.
+    pub(crate) query_lengths: u64,
+    /// Where row 0 of each batch row stands among the keys.
+    pub(crate) positions: u64,
+}
+
+impl Kernels<'_> {
+    fn function(&self, file: &str, name: &str) -> Result<CudaFunction, LaunchError> {
+        let source =
+            attention_kernels::source(file).unwrap_or_else(|| unreachable!("the source is in the package"));
+        let context = self.runtime.device.context();
+        Ok(self.runtime.kernels.function(context, source.name, source.text, name)?)
+    }
+
+    /// Batch, rows and heads.
+    fn row_axes(&self) -> [i64; 3] {
+        let dims = self.problem.dims();
+        [dims.batch, dims.query_length, dims.query_heads].map(|axis| axis as i64)
+    }
+
+    fn row_grid(&self) -> LaunchConfig {
+        grid(self.row_axes().iter().product::<i64>().unsigned_abs(), u32::MAX)
+    }
+
+    /// After a forward pass: zeros and -inf (or the sink) for rows that see nothing, and the logsumexp from `stats` to
+    /// the caller's tensor, where there is one.
+    ///
+    /// # Safety
+    /// `out` is the problem's output and `lse` its logsumexp; `stats` holds `[B, N, T]`, `sinks` `[N]` numbers.
+    pub(crate) unsafe fn finish_forward(
+        &self,
+        out: u64,
+        lse: u64,
+        stats: u64,
+        sinks: u64,
+    ) -> Result<(), Error> {
+        let function = self.function("attention_rows.cu", "attention_finish_forward")?;
+        let o: [i64; 3] = strides(self.problem.tensor(Role::Out));
+        let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
+        let [b, t, n] = self.row_axes();
+        let width = self.problem.dims().value_head_dim as i64;
+        let mut launch = self.runtime.device.stream().launch_builder(&function);
+        launch.arg(&out).arg(&o[0]).arg(&o[1]).arg(&o[2]).arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]);
+        launch.arg(&stats).arg(&self.rows).arg(&sinks).arg(&self.query_lengths).arg(&NOTHING);
+        launch.arg(&b).arg(&t).arg(&n).arg(&width);
+        // SAFETY: the arguments are those of the kernel; it writes the output, the logsumexp and nothing else.
+        Ok(unsafe { launch.launch(self.row_grid()) }.map(|_| ()).map_err(LaunchError::from)?)
+    }
+
+    /// Before a backward pass: the logsumexp to scratch, +inf where a row sees nothing, so that its probabilities are 0.
+    ///
+    /// # Safety
+    /// `lse` is the problem's; `stats` has room for `[B, N, T]` numbers.
+    pub(crate) unsafe fn prepare_backward(&self, lse: u64, stats: u64) -> Result<(), Error> {
+        let function = self.function("attention_rows.cu", "attention_prepare_backward")?;
+        let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
+        let [b, t, n] = self.row_axes();
+        let mut launch = self.runtime.device.stream().launch_builder(&function);
+        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&stats).arg(&self.rows);
+        launch.arg(&b).arg(&t).arg(&n);
+        // SAFETY: the arguments are those of the kernel; it writes the scratch and nothing else.
+        Ok(unsafe { launch.launch(self.row_grid()) }.map(|_| ()).map_err(LaunchError::from)?)
+    }
+
+    /// Copies an operand to scratch without gaps, zeros where it is masked for everybody.
+    ///
+    /// # Safety
+    /// `from` is the problem's tensor of this role, whose rows begin at multiples of 4 bytes, and `to` has room for its
+    /// elements. `seen_keys` is by [`mark_keys`](Self::mark_keys), `stats` by
+    /// [`prepare_backward`](Self::prepare_backward), or 0.
+    pub(crate) unsafe fn clean(
+        &self,
+        role: Role,
+        from: u64,
+        to: u64,
+        seen_keys: u64,
+        stats: u64,
+    ) -> Result<(), Error> {
+        let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
+        let function = self.function("attention_rows.cu", "attention_clean_rows")?;
+        let is_key = matches!(role, Role::Key | Role::Value);
+        let (intervals, flags, stats) = if is_key { (self.keys, seen_keys, 0) } else { (0, 0, stats) };
+        let [b, t, n, h] = std::array::from_fn(|axis| desc.shape()[axis] as i64);
+        let [sb, st, sn] = strides(Some(desc));
+        let pairs = h / 2;
+        let config = grid((b * t * n * pairs).unsigned_abs(), MOST_BLOCKS);
+        let mut launch = self.runtime.device.stream().launch_builder(&function);
+        launch.arg(&from).arg(&sb).arg(&st).arg(&sn).arg(&to).arg(&intervals).arg(&flags).arg(&stats);
+        launch.arg(&b).arg(&t).arg(&n).arg(&pairs);
+        // SAFETY: the arguments are those of the kernel; it writes the copy and nothing else.
+        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+    }
+
+    /// Marks the keys that any row sees, of those that a mask or a bias leaves.
+    ///
+    /// # Safety
+    /// `bias` is by [`make_bias`](Self::make_bias), and `flags` has room for a byte for each key and key/value head.
+    pub(crate) unsafe fn mark_keys(&self, made: Bias, bias: u64, flags: u64) -> Result<(), Error> {
+        let function = self.function("attention_terms.cu", "attention_mark_keys")?;
+        let dims = self.problem.dims();
+        let element = element(if made.element == Type::Float { DType::F32 } else { DType::Bf16 });
+        let [bias_batch, bias_heads, bias_positions, keys] = made.shape;
+        let row = made.strides[2];
+        let [batch, key_heads, group] =
+            [dims.batch, dims.key_heads, dims.group_size()].map(|size| size as i64);
+        let far = |bound: Option<usize>| bound.map_or(i64::MAX / 2, |bound| bound as i64);
+        let (left, right) = (far(self.problem.window().left), far(right_bound(self.problem)));
+        let stream = self.runtime.device.stream();
+        let bytes = (batch * key_heads * keys).unsigned_abs() as usize;
+        // SAFETY: room for so many bytes by the caller's word.
+        unsafe { memset_d8_async(flags, 0, bytes, stream.cu_stream()) }.map_err(LaunchError::from)?;
+        let mut launch = stream.launch_builder(&function);
+        launch.arg(&flags).arg(&bias).arg(&element).arg(&NOTHING);
+        launch.arg(&bias_batch).arg(&bias_heads).arg(&bias_positions).arg(&keys).arg(&row);
+        launch.arg(&batch).arg(&key_heads).arg(&group);
+        launch.arg(&self.keys).arg(&self.positions).arg(&left).arg(&right);
+        let rows = (bias_batch * bias_heads * bias_positions).unsigned_abs();
+        let config = LaunchConfig {
+            grid_dim: (u32::try_from(rows).unwrap_or(u32::MAX), 1, 1),
+            block_dim: (THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        // SAFETY: the arguments are those of the kernel; it writes the flags and nothing else.
+        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+    }
+
+    /// Makes one tensor of mask, bias, and ALiBi where `slopes` are given.
+    ///
+    /// # Safety
+    /// `mask` and `bias` are the problem's, where it has them; `slopes` holds its slopes without gaps; `to` has room for
+    /// what `made` describes.
+    pub(crate) unsafe fn make_bias(
+        &self,
+        made: Bias,
+        mask: u64,
+        bias: u64,
+        slopes: u64,
+        to: u64,
+    ) -> Result<(), Error> {
+        let function = self.function("attention_terms.cu", "attention_make_bias")?;
+        let (mask_desc, bias_desc) = (self.problem.tensor(Role::Mask), self.problem.tensor(Role::Bias));
+        let (mask_strides, bias_strides) = (broadcast_strides(mask_desc), broadcast_strides(bias_desc));
+        let to_element = element(if made.element == Type::Float { DType::F32 } else { DType::Bf16 });
+        let bias_element = bias_desc.map_or(0, |desc| element(desc.dtype()));
+        let ranked = self.problem.tensor(Role::AlibiSlopes).is_some_and(|slopes| slopes.rank() == 2);
+        let slopes_batch = if ranked { self.problem.dims().query_heads as i64 } else { 0 };
+        let [_, n, t, keys] = made.shape;
+        let (row, count) = (made.strides[2], made.len());
+        let mut launch = self.runtime.device.stream().launch_builder(&function);
+        launch.arg(&to).arg(&to_element).arg(&n).arg(&t).arg(&keys).arg(&row).arg(&count);
+        launch.arg(&MASKED).arg(&LEAST).arg(&mask).arg(&mask_strides);
+        launch.arg(&bias).arg(&bias_element).arg(&bias_strides);
+        launch.arg(&slopes).arg(&slopes_batch).arg(&self.positions);
+        let config = grid(count.unsigned_abs(), MOST_BLOCKS);
+        // SAFETY: the arguments are those of the kernel; it writes `count` elements and nothing else.
+        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+    }
+
+    /// Brings slopes or sinks to f32 without gaps.
+    ///
+    /// # Safety
+    /// `from` is the problem's tensor of this role, and `to` has room for as many floats.
+    pub(crate) unsafe fn to_floats(&self, role: Role, from: u64, to: u64) -> Result<(), Error> {
+        let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
+        let function = self.function("attention_terms.cu", "attention_to_floats")?;
+        let (shape, lies) = (desc.shape(), desc.strides());
+        let last = desc.rank() - 1;
+        let (columns, column_stride) = (shape[last] as i64, lies[last] as i64);
+        let (rows, row_stride) = if last == 1 { (shape[0] as i64, lies[0] as i64) } else { (1, 0) };
+        let from_element = element(desc.dtype());
+        let mut launch = self.runtime.device.stream().launch_builder(&function);
+        launch.arg(&to).arg(&from).arg(&from_element).arg(&rows).arg(&columns);
+        launch.arg(&row_stride).arg(&column_stride);
+        let config = grid((rows * columns).unsigned_abs(), u32::MAX);
+        // SAFETY: the arguments are those of the kernel; it writes a float for each element and nothing else.
+        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+    }
+
+    /// Writes the keep bits of the problem's dropout as ones and zeros, in rows of whole blocks of eight keys.
+    ///
+    /// # Safety
+    /// `to` has room for them.
+    pub(crate) unsafe fn keep_mask(&self, to: u64) -> Result<(), Error> {
+        let Some(stream) = self.problem.dropout_stream() else { return Ok(()) };
+        let function = self.function("attention_terms.cu", "attention_keep_mask")?;
+        let dims = self.problem.dims();
+        let one: u32 = if self.problem.dtype() == DType::F16 { 0x3c00 } else { 0x3f80 };
+        let rows = (dims.batch * dims.query_heads) as i64;
+        let (positions, blocks) = (dims.query_length as i64, dims.key_length.div_ceil(8) as i64);
+        let threshold = stream.threshold();
+        let ([low, high], offset) = stream.words();
+        let mut launch = self.runtime.device.stream().launch_builder(&function);
+        launch.arg(&to).arg(&one).arg(&rows).arg(&positions).arg(&blocks);
+        launch.arg(&threshold).arg(&low).arg(&high).arg(&offset);
+        let config = grid((rows * positions * blocks).unsigned_abs(), MOST_BLOCKS);
+        // SAFETY: the arguments are those of the kernel; it writes the mask and nothing else.
+        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+    }
+
+    /// The gradient of the sinks, from the row terms that cuDNN left.
+    ///
+    /// # Safety
+    /// `to` and `lse` are the problem's, `sinks` holds `[N]` and `delta` `[B, N, T]` numbers, the latter times `keep`.
+    pub(crate) unsafe fn sink_gradient(
+        &self,
+        to: u64,
+        sinks: u64,
+        delta: u64,
+        keep: f32,
+        lse: u64,
+    ) -> Result<(), Error> {
+        let Some(desc) = self.problem.tensor(Role::DSinks) else { return Ok(()) };
+        let function = self.function("attention_terms.cu", "attention_sink_gradient")?;
+        let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
+        let [b, t, n] = self.row_axes();
+        let (to_element, [to_stride]) = (element(desc.dtype()), strides(Some(desc)));
+        let mut launch = self.runtime.device.stream().launch_builder(&function);
+        launch.arg(&to).arg(&to_element).arg(&to_stride).arg(&sinks).arg(&delta).arg(&keep);
+        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&self.query_lengths).arg(&b).arg(&n).arg(&t);
+        let config = LaunchConfig {
+            grid_dim: (u32::try_from(n).unwrap_or(u32::MAX), 1, 1),
+            block_dim: (SUMMING_THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        // SAFETY: the arguments are those of the kernel; it writes a number for each head and nothing else.
+        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+    }
+}

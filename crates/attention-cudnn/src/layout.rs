@@ -1,0 +1,84 @@
+//! Where things are in the scratch of a call.
+
+use attention_core::{DType, Pass, Problem, Role, TensorDesc};
+
+use crate::graph::Type;
+use crate::key::{CLEANED, Key, Stats};
+use crate::plan::Slot;
+
+/// What lies in the scratch: each at a multiple of 256 bytes.
+#[derive(Debug, Default)]
+pub(crate) struct Layout {
+    places: Vec<(Slot, usize)>,
+    pub(crate) bytes: usize,
+}
+
+/// A vector of numbers that cuDNN and the kernels read as it lies: f32 without gaps.
+pub(crate) fn is_plain(desc: &TensorDesc) -> bool {
+    desc.dtype() == DType::F32 && desc.is_contiguous()
+}
+
+impl Layout {
+    /// `None` on overflow.
+    pub(crate) fn of(problem: &Problem, key: &Key) -> Option<Self> {
+        let dims = problem.dims();
+        let mut layout = Self::default();
+        let size = problem.dtype().size();
+        let rows = [dims.batch, dims.query_heads, dims.query_length];
+        let row_count = rows.iter().try_fold(1usize, |count, &axis| count.checked_mul(axis))?;
+        if key.stats == Stats::Packed {
+            layout.take(Slot::Stats, &rows, 4)?;
+        }
+        if key.pass == Pass::Backward {
+            layout.take(Slot::Delta, &rows, 4)?;
+            layout.take(Slot::DQuerySum, &[row_count, dims.head_dim], 4)?;
+            // Gradients that nobody wants: the graph writes all three.
+            let keys = dims.batch.checked_mul(dims.key_heads)?.checked_mul(dims.key_length)?;
+            for (slot, role, shape) in [
+                (Slot::DQuery, Role::DQuery, [row_count, dims.head_dim]),
+                (Slot::DKey, Role::DKey, [keys, dims.head_dim]),
+                (Slot::DValue, Role::DValue, [keys, dims.value_head_dim]),
+            ] {
+                if !problem.has(role) {
+                    layout.take(slot, &shape, size)?;
+                }
+            }
+        }
+        for role in CLEANED {
+            if let (Some(desc), Some(slot)) = (problem.tensor(role), Slot::of(role))
+                && key.cleans(role)
+            {
+                layout.take(slot, &desc.shape(), size)?;
+            }
+        }
+        if let Some(bias) = key.bias.filter(|bias| bias.made) {
+            let width = if bias.element == Type::Float { 4 } else { size };
+            let [batch, _, positions, _] = bias.shape.map(|axis| axis as usize);
+            let heads = bias.shape[1] as usize;
+            layout.take(Slot::Bias, &[batch, heads, positions, bias.strides[2] as usize], width)?;
+            layout.take(Slot::SeenKeys, &[dims.batch, dims.key_heads, dims.key_length], 1)?;
+        }
+        for (slot, role) in [(Slot::Slopes, Role::AlibiSlopes), (Slot::Sinks, Role::Sinks)] {
+            if let Some(desc) = problem.tensor(role).filter(|desc| !is_plain(desc)) {
+                layout.take(slot, &desc.shape(), 4)?;
+            }
+        }
+        if key.dropout {
+            layout.take(Slot::Kept, &[row_count, dims.key_length.checked_next_multiple_of(8)?], size)?;
+        }
+        Some(layout)
+    }
+
+    fn take(&mut self, slot: Slot, shape: &[usize], size: usize) -> Option<()> {
+        let bytes = shape.iter().try_fold(size, |bytes, &axis| bytes.checked_mul(axis))?;
+        let start = self.bytes.checked_next_multiple_of(256)?;
+        self.bytes = start.checked_add(bytes)?;
+        self.places.push((slot, start));
+        Some(())
+    }
+
+    /// Where a slot begins, if it is in the scratch.
+    pub(crate) fn at(&self, slot: Slot) -> Option<u64> {
+        self.places.iter().find(|(place, _)| *place == slot).map(|&(_, start)| start as u64)
+    }
+}
