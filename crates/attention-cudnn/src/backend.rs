@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, Device, Error, ForwardCall, Pass, Problem, Role, Scratch,
-    Unavailable, Unsupported, View,
+    AttentionBackend, BackwardCall, Capabilities, Device, Error, ForwardCall, LentScratch, Pass, Problem,
+    Role, Scratch, Unavailable, Unsupported, View,
 };
 use attention_cuda::cudarc::driver::{CudaSlice, DriverError};
 use attention_cuda::{CudaDevice, failure};
@@ -27,7 +27,7 @@ pub(crate) const NAME: &str = "cudnn";
 /// Work is put on the stream of the backend's device ([`CudnnBackend::on`]), and calls return before it is done. Tensors
 /// and scratch must be ready on that stream, and stay until the work is done.
 ///
-/// The first call of a kind builds a plan, which takes up to a second ([`CudnnBackend::prepare`] does it ahead); later ones,
+/// The first call of a kind builds a plan, which takes up to a second ([`prepare`](AttentionBackend::prepare) does it ahead); later ones,
 /// with other lengths, scale or windows too, reuse it.
 #[derive(Debug)]
 pub struct CudnnBackend {
@@ -78,14 +78,6 @@ impl CudnnBackend {
     /// What the answers are for: the machine's cuDNN and device, or what is assumed.
     pub fn target(&self) -> Target {
         self.runtime().map_or(self.target, |runtime| runtime.target)
-    }
-
-    /// Builds the plan of a problem, so that no call has to.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`], [`Error::Unavailable`], and [`Error::Backend`] where cuDNN has no engine or fails.
-    pub fn prepare(&self, problem: &Problem) -> Result<(), Error> {
-        self.prepared(problem).map(|_| ())
     }
 
     /// What the calls of a problem share, made at the first one.
@@ -360,6 +352,14 @@ impl AttentionBackend for CudnnBackend {
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
         Ok(self.layout(problem)?.bytes)
+    }
+
+    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+        self.prepared(problem).map(|_| ())
+    }
+
+    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
+        self.runtime()?.lend(problem.device(), bytes)
     }
 
     fn forward(&self, call: ForwardCall<'_>, mut scratch: Scratch<'_>) -> Result<(), Error> {
