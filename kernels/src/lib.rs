@@ -24,7 +24,6 @@ pub const SOURCES: &[Source] = &[
         text: include_str!("cuda/attention_terms.cu"),
         entry_points: &[
             "attention_make_bias",
-            "attention_mark_keys",
             "attention_to_floats",
             "attention_keep_mask",
             "attention_sink_gradient",

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use attention::Registry;
 use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, DType, Error, ForwardCall, Pass, Problem, Scratch,
-    Unavailable, Unsupported,
+    AttentionBackend, BackwardCall, Capabilities, DType, Error, ForwardCall, LentScratch, Pass, Problem,
+    Scratch, Unavailable, Unsupported,
 };
 use attention_cuda::{CudaDevice, OnHost};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
@@ -131,6 +131,20 @@ macro_rules! delegate {
                 let $self_ = self;
                 let $run = || self.backend.scratch_bytes(problem);
                 $call
+            }
+
+            fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+                let $self_ = self;
+                let $run = || self.backend.prepare(problem);
+                $call
+            }
+
+            fn lend_scratch(
+                &self,
+                problem: &Problem,
+                bytes: usize,
+            ) -> Result<Box<dyn LentScratch + '_>, Error> {
+                self.backend.lend_scratch(problem, bytes)
             }
 
             fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {

@@ -1,6 +1,8 @@
 //! The trait that every implementation of attention fulfils.
 
-use crate::{BackwardCall, Capabilities, Error, ForwardCall, Problem, Scratch, Unavailable, Unsupported};
+use crate::{
+    BackwardCall, Capabilities, Error, ForwardCall, LentScratch, Problem, Scratch, Unavailable, Unsupported,
+};
 
 /// An implementation of attention.
 ///
@@ -43,6 +45,42 @@ pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// As [`supports`](Self::supports).
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported>;
+
+    /// Plans a problem ahead of its calls: the step that may fail after [`supports`](Self::supports) has said yes.
+    ///
+    /// A backend whose plans take long, or for which a library has the last word on what it serves, makes the plan
+    /// here and keeps it, so that asking again costs a look-up and a call finds it. Whoever chooses among backends
+    /// asks before the call, and may choose another one after an error; once a call has begun, there is no other. A
+    /// call of a problem that nobody has prepared plans by itself.
+    ///
+    /// The default asks [`supports`](Self::supports), and is right for a backend that has nothing to plan.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for all that [`supports`](Self::supports) refuses, and for limits that only the plan
+    /// shows; [`Error::Unavailable`] and [`Error::Backend`] by the machine.
+    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+        Ok(self.supports(problem)?)
+    }
+
+    /// Lends at least `bytes` bytes of scratch for one call of this problem, for callers that cannot allocate where
+    /// the problem's memory is.
+    ///
+    /// The memory is the backend's. It is on the problem's device, aligned to
+    /// [`SCRATCH_ALIGNMENT`](crate::SCRATCH_ALIGNMENT), and good for one call of this backend, and no more: a backend
+    /// that puts its work on a stream lends memory in the order of that stream, so once the call has returned the
+    /// memory may go back, and to the next call on the stream, although the work is still to be done. Nothing else
+    /// may read or write it.
+    ///
+    /// The default lends none, and is right for a backend on host memory, where callers have scratch of their own.
+    ///
+    /// # Errors
+    /// [`Unsupported::LentScratch`] by a backend that lends none, [`Unsupported::ScratchLimit`] above what it lends;
+    /// [`InvalidCall::ScratchDevice`](crate::InvalidCall::ScratchDevice) where the problem is on a device that it
+    /// does not work on; [`Error::Unavailable`] and [`Error::Backend`] by the machine.
+    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
+        let (backend, device) = (self.name().to_owned(), problem.device());
+        Err(Unsupported::LentScratch { backend, device, needed: bytes }.into())
+    }
 
     /// Computes the output and, where the problem wants it, the logsumexp.
     ///

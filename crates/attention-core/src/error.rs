@@ -376,6 +376,16 @@ pub enum Unsupported {
         /// Bytes allowed.
         limit: usize,
     },
+    /// The backend has no scratch memory to lend, so the caller must bring it.
+    #[error("{backend} lends no scratch, and a call of it needs {needed} bytes on {device}")]
+    LentScratch {
+        /// The backend.
+        backend: String,
+        /// Where the call is.
+        device: Device,
+        /// Bytes needed.
+        needed: usize,
+    },
     /// The numerics class differs from the one asked for.
     #[error("{backend} computes {dtype} in class {class}, class {wanted} was asked for")]
     Numerics {

@@ -32,5 +32,5 @@ pub use problem::{Dimensions, Pass, Problem, ProblemBuilder};
 pub use role::Role;
 pub use shape::{Axes, Dims, MAX_RANK, Strides, TensorDesc};
 pub use view::{
-    HostView, HostViewMut, Row, RowMut, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer, View, ViewMut,
+    HostView, HostViewMut, LentScratch, Row, RowMut, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer, View, ViewMut,
 };

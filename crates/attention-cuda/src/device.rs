@@ -49,7 +49,7 @@ impl CudaDevice {
 
     /// The device's name for views of its memory.
     pub fn device(&self) -> Device {
-        Device::Cuda(u32::try_from(self.context.ordinal()).unwrap_or(u32::MAX))
+        device_of(&self.context)
     }
 
     /// The compute capability, `(9, 0)` for Hopper.
@@ -60,6 +60,11 @@ impl CudaDevice {
         let (major, minor) = self.context.compute_capability()?;
         Ok((major.unsigned_abs(), minor.unsigned_abs()))
     }
+}
+
+/// The name of a context's device for views of its memory.
+pub(crate) fn device_of(context: &CudaContext) -> Device {
+    Device::Cuda(u32::try_from(context.ordinal()).unwrap_or(u32::MAX))
 }
 
 /// How many devices the driver sees.

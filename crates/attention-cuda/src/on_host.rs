@@ -159,6 +159,10 @@ impl<B: AttentionBackend> AttentionBackend for OnHost<B> {
         self.backend.scratch_bytes(&self.on_device(problem)?).map(|_| 0)
     }
 
+    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+        self.backend.prepare(&self.on_device(problem)?)
+    }
+
     fn forward(&self, call: ForwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
         let (problem, inputs, mut outputs) = call.into_parts();
         let problem = self.on_device(problem)?;

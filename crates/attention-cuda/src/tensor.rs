@@ -1,9 +1,12 @@
 //! Tensors in device memory that the host owns: for tests, examples and callers that have none of their own.
 
-use attention_core::{InvalidCall, Scratch, Strides, TensorDesc, View, ViewMut};
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DriverError};
+use std::sync::Arc;
+
+use attention_core::{InvalidCall, Scalar, Scratch, Strides, TensorDesc, View, ViewMut};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
 
 use crate::CudaDevice;
+use crate::device::device_of;
 
 /// A strided tensor in memory of a device.
 #[derive(Debug)]
@@ -21,10 +24,21 @@ pub struct DeviceTensor {
 /// If the allocation is smaller.
 pub fn scratch_of<'a>(device: &CudaDevice, memory: &'a mut CudaSlice<u8>, bytes: usize) -> Scratch<'a> {
     assert!(bytes <= memory.len(), "{bytes} bytes of an allocation of {}", memory.len());
-    let (pointer, _guard) = memory.device_ptr_mut(device.stream());
+    scratch_on(device.stream(), memory, bytes)
+}
+
+/// The first `bytes` bytes of an allocation, or all of a smaller one, as scratch for work on this stream.
+pub(crate) fn scratch_on<'a>(
+    stream: &Arc<CudaStream>,
+    memory: &'a mut CudaSlice<u8>,
+    bytes: usize,
+) -> Scratch<'a> {
+    let bytes = bytes.min(memory.len());
+    let (pointer, _guard) = memory.device_ptr_mut(stream);
     let pointer = std::ptr::with_exposed_provenance_mut(pointer as usize);
-    // SAFETY: memory of the device that is borrowed exclusively for as long as the scratch lives.
-    unsafe { Scratch::from_raw_parts(pointer, bytes, device.device()) }
+    // SAFETY: so many bytes of an allocation of the stream's device, borrowed exclusively for as long as the scratch
+    // lives.
+    unsafe { Scratch::from_raw_parts(pointer, bytes, device_of(stream.context())) }
 }
 
 /// Bytes of a tensor from its lowest to its highest element, and how many of them are before the element at index 0.
@@ -102,6 +116,19 @@ impl DeviceTensor {
         Ok(bytes)
     }
 
+    /// The elements in the order of their indices, the last axis fastest, after the work on the device's stream is done;
+    /// `None` where they are of another type.
+    ///
+    /// # Errors
+    /// As [`bytes`](Self::bytes).
+    pub fn to_vec<T: Scalar>(&self) -> Result<Option<Vec<T>>, DriverError> {
+        if self.desc.dtype() != T::DTYPE {
+            return Ok(None);
+        }
+        let bytes = self.bytes()?;
+        Ok(Some(elements(&self.desc, self.origin, &bytes)))
+    }
+
     /// Copies the elements to a tensor in host memory with the same shape, dtype and strides, and leaves what lies
     /// between them alone.
     ///
@@ -123,7 +150,7 @@ impl DeviceTensor {
         let strides = to.desc().strides();
         let first = to.as_mut_ptr();
         for_each_index(&self.desc, |index| {
-            let from = self.place(index);
+            let from = place(&self.desc, self.origin, index);
             // SAFETY: an element of the view, whose bytes this thread has to itself.
             unsafe {
                 let to = first.offset(offset(index, &strides) * size as isize);
@@ -136,17 +163,26 @@ impl DeviceTensor {
     pub(crate) fn gaps_are(&self, byte: u8, mut bytes: Vec<u8>) -> bool {
         let size = self.desc.dtype().size();
         for_each_index(&self.desc, |index| {
-            let at = self.place(index);
+            let at = place(&self.desc, self.origin, index);
             bytes[at..at + size].fill(byte);
         });
         bytes.iter().all(|&other| other == byte)
     }
+}
 
-    /// Where an element begins among the tensor's bytes.
-    fn place(&self, index: &[usize]) -> usize {
-        (self.origin as isize + offset(index, &self.desc.strides()) * self.desc.dtype().size() as isize)
-            as usize
-    }
+/// The elements of a tensor among its bytes, from its lowest to its highest element; `T` is its dtype's type.
+fn elements<T: Scalar>(desc: &TensorDesc, origin: usize, bytes: &[u8]) -> Vec<T> {
+    let mut elements = Vec::new();
+    for_each_index(desc, |index| {
+        let at = place(desc, origin, index);
+        elements.push(bytemuck::pod_read_unaligned(&bytes[at..at + size_of::<T>()]));
+    });
+    elements
+}
+
+/// Where an element begins among a tensor's bytes.
+fn place(desc: &TensorDesc, origin: usize, index: &[usize]) -> usize {
+    (origin as isize + offset(index, &desc.strides()) * desc.dtype().size() as isize) as usize
 }
 
 /// The distance of an element from the one at index 0, in elements.
@@ -175,5 +211,25 @@ fn for_each_index(desc: &TensorDesc, mut visit: impl FnMut(&[usize])) {
             }
             index[axis] = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use attention_core::DType;
+
+    use super::*;
+
+    #[test]
+    fn elements_come_in_the_order_of_their_indices() {
+        // Columns stored backwards, with a gap of one behind each row of three.
+        let desc = TensorDesc::strided(DType::F32, [2, 3], [4, -1]).unwrap();
+        let (bytes, origin) = placement(&desc);
+        assert_eq!((bytes, origin), (7 * 4, 2 * 4));
+        let stored = [3.0f32, 2.0, 1.0, f32::NAN, 6.0, 5.0, 4.0];
+        let read: Vec<f32> = elements(&desc, origin, bytemuck::cast_slice(&stored));
+        assert_eq!(read, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let empty = TensorDesc::contiguous(DType::F32, [2, 0]);
+        assert!(elements::<f32>(&empty, 0, &[]).is_empty());
     }
 }

@@ -1,8 +1,12 @@
-//! Memory that libraries work in beside the caller's scratch: kept between calls, below a limit.
+//! Memory that calls and libraries work in on a device: kept between calls, below a limit.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::{CudaSlice, CudaStream, DriverError};
+use attention_core::{LentScratch, Scratch};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
+
+use crate::device::device_of;
+use crate::tensor::scratch_on;
 
 /// Memory that no call is using, with the stream whose calls may use it.
 type Free = Arc<Mutex<Vec<(Arc<CudaStream>, CudaSlice<u8>)>>>;
@@ -42,10 +46,11 @@ impl Workspaces {
     /// By the driver, where the device has no more memory.
     pub fn lease(&self, stream: &Arc<CudaStream>, bytes: usize) -> Result<Lease, DriverError> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |(of, memory): &(Arc<CudaStream>, CudaSlice<u8>)| {
-            Arc::ptr_eq(of, stream) && memory.len() >= bytes
-        };
-        let memory = match free.iter().position(fits) {
+        // The smallest that fits: a call may hold two leases, its scratch and its library's workspace.
+        let fits = (free.iter().enumerate())
+            .filter(|(_, (of, memory))| Arc::ptr_eq(of, stream) && memory.len() >= bytes)
+            .min_by_key(|(_, (_, memory))| memory.len());
+        let memory = match fits.map(|(index, _)| index) {
             _ if bytes == 0 => None,
             Some(index) => Some(free.swap_remove(index).1),
             None => {
@@ -67,8 +72,16 @@ impl Workspaces {
 impl Lease {
     /// The memory; null where none was asked for.
     pub fn pointer(&self) -> u64 {
-        use cudarc::driver::DevicePtr;
         self.memory.as_ref().map_or(0, |memory| memory.device_ptr(&self.stream).0)
+    }
+}
+
+impl LentScratch for Lease {
+    fn scratch(&mut self) -> Scratch<'_> {
+        match &mut self.memory {
+            Some(memory) => scratch_on(&self.stream, memory, usize::MAX),
+            None => Scratch::none(device_of(self.stream.context())),
+        }
     }
 }
 

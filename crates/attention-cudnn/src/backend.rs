@@ -5,14 +5,14 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, Device, Error, ForwardCall, Inputs, Problem, Role, Scratch,
-    Unavailable, Unsupported, View, ViewMut,
+    AttentionBackend, BackwardCall, Capabilities, Device, Error, ForwardCall, Inputs, LentScratch, Pass,
+    Problem, Role, Scratch, Unavailable, Unsupported, View, ViewMut,
 };
 use attention_cuda::cudarc::driver::DriverError;
 use attention_cuda::{CudaDevice, failure};
 
 use crate::key::{self, CLEANED, Key, Stats, right_bound};
-use crate::launch::{self, Kernels};
+use crate::launch::{self, Kernels, MadeTo, Terms};
 use crate::layout::Layout;
 use crate::library::CudnnError;
 use crate::lists::Lists;
@@ -28,7 +28,7 @@ pub(crate) const NAME: &str = "cudnn";
 /// Work is put on the stream of the backend's device ([`CudnnBackend::on`]), and calls return before it is done. Tensors
 /// and scratch must be ready on that stream, and stay until the work is done.
 ///
-/// The first call of a kind builds a plan, which takes up to a second ([`CudnnBackend::prepare`] does it ahead); later ones,
+/// The first call of a kind builds a plan, which takes up to a second ([`prepare`](AttentionBackend::prepare) does it ahead); later ones,
 /// with other lengths, scale or windows too, reuse it.
 #[derive(Debug)]
 pub struct CudnnBackend {
@@ -79,14 +79,6 @@ impl CudnnBackend {
     /// What the answers are for: the machine's cuDNN and device, or what is assumed.
     pub fn target(&self) -> Target {
         self.runtime().map_or(self.target, |runtime| runtime.target)
-    }
-
-    /// Builds the plan of a problem, so that no call has to.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`], [`Error::Unavailable`], and [`Error::Backend`] where cuDNN has no engine or fails.
-    pub fn prepare(&self, problem: &Problem) -> Result<(), Error> {
-        self.prepared(problem).map(|_| ())
     }
 
     /// What the calls of a problem share, made at the first one.
@@ -227,7 +219,7 @@ impl Numbers {
         Self {
             scale: problem.scale() as f32,
             nothing: f32::NEG_INFINITY,
-            one: if std::env::var("ATTENTION_X").is_ok() { 1.0 } else { (1.0 / keep_scale) as f32 },
+            one: 1.0,
             keep_scale: keep_scale as f32,
             masked: launch::MASKED,
             least: launch::LEAST,
@@ -384,6 +376,11 @@ impl<'a> Run<'a> {
         self.prepared.layout.at(slot).map(|start| self.scratch + start)
     }
 
+    /// The rows that a mask or a bias leaves a key; 0 where neither is made one tensor.
+    fn seen_rows(&self) -> u64 {
+        self.scratch_at(Slot::SeenRows).unwrap_or(0)
+    }
+
     /// The device memory behind a slot: in the scratch, or the caller's.
     fn at(&self, slot: Slot) -> u64 {
         let lengths = || match slot {
@@ -399,7 +396,7 @@ impl<'a> Run<'a> {
     /// # Safety
     /// The memory is that of a checked call of the prepared problem.
     unsafe fn bring(&self) -> Result<(), Error> {
-        let key = &self.prepared.key;
+        let (key, problem) = (&self.prepared.key, self.kernels.problem);
         // SAFETY: the call's tensors by the caller's word; room in the scratch by its layout, which was checked.
         unsafe {
             for (slot, role) in [(Slot::Slopes, Role::AlibiSlopes), (Slot::Sinks, Role::Sinks)] {
@@ -410,8 +407,15 @@ impl<'a> Run<'a> {
             if let Some(made) = key.bias.filter(|bias| bias.made) {
                 let slopes = if key.slopes { 0 } else { self.at(Slot::Slopes) };
                 let Memory { mask, bias, .. } = self.memory;
-                self.kernels.make_bias(made, mask, bias, slopes, self.at(Slot::Bias))?;
-                self.kernels.mark_keys(made, self.at(Slot::Bias), self.at(Slot::SeenKeys))?;
+                let to = MadeTo {
+                    bias: self.at(Slot::Bias),
+                    seen_rows: self.at(Slot::SeenRows),
+                    seen_keys: self.at(Slot::SeenKeys),
+                };
+                self.kernels.make_bias(made, Terms { mask, bias, slopes }, to)?;
+            }
+            if problem.pass() == Pass::Backward {
+                self.kernels.prepare_backward(self.memory.lse, self.at(Slot::Stats), self.seen_rows())?;
             }
             let seen_keys = self.scratch_at(Slot::SeenKeys).unwrap_or(0);
             let stats = if key.clean_rows { self.at(Slot::Stats) } else { 0 };
@@ -481,6 +485,14 @@ impl AttentionBackend for CudnnBackend {
         Ok(self.layout(problem)?.bytes)
     }
 
+    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+        self.prepared(problem).map(|_| ())
+    }
+
+    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
+        self.runtime()?.lend(problem.device(), bytes)
+    }
+
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         let (problem, inputs, mut outputs) = call.into_parts();
         let (runtime, prepared) = self.prepared(problem)?;
@@ -496,7 +508,8 @@ impl AttentionBackend for CudnnBackend {
             run.execute()?;
             if prepared.key.stats == Stats::Packed {
                 let sinks = if problem.has(Role::Sinks) { run.at(Slot::Sinks) } else { 0 };
-                run.kernels.finish_forward(memory.out, memory.lse, run.at(Slot::Stats), sinks)?;
+                let (stats, seen_rows) = (run.at(Slot::Stats), run.seen_rows());
+                run.kernels.finish_forward(memory.out, memory.lse, stats, seen_rows, sinks)?;
             }
         }
         Ok(())
@@ -518,12 +531,11 @@ impl AttentionBackend for CudnnBackend {
         let run = Run::new(self, runtime, &prepared, problem, memory, scratch)?;
         // SAFETY: as in `forward`.
         unsafe {
-            run.kernels.prepare_backward(memory.lse, run.at(Slot::Stats))?;
             run.bring()?;
             run.execute()?;
             if problem.has(Role::DSinks) {
                 let (sinks, delta) = (run.at(Slot::Sinks), run.at(Slot::Delta));
-                run.kernels.sink_gradient(memory.dsinks, sinks, delta, prepared.numbers.one, memory.lse)?;
+                run.kernels.sink_gradient(memory.dsinks, sinks, delta, memory.lse)?;
             }
         }
         Ok(())

@@ -47,8 +47,8 @@ impl CudnnConfig {
         Self { wheel_roots: roots.into_iter().collect(), ..self }
     }
 
-    /// The most bytes that cuDNN may use for itself in a call, beside the caller's scratch; 1 GiB by default. A call
-    /// whose plan needs more fails.
+    /// The most bytes that cuDNN may use for itself in a call, beside the caller's scratch, and the most scratch that the
+    /// backend lends a call whose caller has none; 1 GiB by default. A call that needs more fails.
     #[must_use]
     pub fn workspace_limit(self, bytes: usize) -> Self {
         Self { workspace_limit: bytes, ..self }

@@ -79,13 +79,17 @@ impl Bias {
         });
         let shapes = [mask.map(shape), bias.map(shape), distances].into_iter().flatten();
         let mut shape = shapes.reduce(|one, other| std::array::from_fn(|axis| one[axis].max(other[axis])))?;
-        if let (None, Some(bias), false) = (mask, bias, slopes)
+        // Which rows a bias leaves nothing is known by their logsumexp, if no sinks hide it.
+        if let (None, Some(bias), false) = (mask, bias, slopes || problem.has(Role::Sinks))
             && let Some(strides) = direct_strides(problem, bias)
         {
             return Some(Self { made: false, element: element_type(bias.dtype()), shape, strides });
         }
-        // cuDNN 9.19 misreads what is broadcast over the keys.
+        // cuDNN 9.19 misreads what is broadcast over the keys, and in backward what is broadcast over the rows.
         shape[3] = dims.key_length as i64;
+        if problem.pass() == Pass::Backward {
+            shape[2] = dims.query_length as i64;
+        }
         // What stands for -inf is too large for f16.
         let narrow =
             problem.dtype() == DType::Bf16 && !slopes && bias.is_none_or(|bias| bias.dtype() == DType::Bf16);

@@ -62,6 +62,68 @@ struct Strides([i64; 4]);
 // SAFETY: `repr(C)`, four 64-bit integers, as the kernels declare it.
 unsafe impl attention_cuda::cudarc::driver::DeviceRepr for Strides {}
 
+/// As the kernel `attention_make_bias` declares it; the numbers of elements are 32 bits wide there, with 32 more that
+/// nobody reads.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct MadeBias {
+    to: u64,
+    element: i64,
+    shape: [i64; 4],
+    row: i64,
+    masked: f32,
+    least: f32,
+}
+
+/// As the kernel declares it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct DeviceTerms {
+    mask: u64,
+    mask_strides: Strides,
+    bias: u64,
+    bias_element: i64,
+    bias_strides: Strides,
+    slopes: u64,
+    slopes_batch: i64,
+}
+
+/// As the kernel declares it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Structure {
+    rows: u64,
+    keys: u64,
+    positions: u64,
+    left: i64,
+    right: i64,
+}
+
+// SAFETY: `repr(C)` without padding, addresses and numbers as the kernel declares them, on little-endian machines, which
+// are the only ones with this driver.
+unsafe impl attention_cuda::cudarc::driver::DeviceRepr for MadeBias {}
+// SAFETY: as above.
+unsafe impl attention_cuda::cudarc::driver::DeviceRepr for DeviceTerms {}
+// SAFETY: as above.
+unsafe impl attention_cuda::cudarc::driver::DeviceRepr for Structure {}
+
+/// The addresses of what a bias is made of; 0 for what there is not.
+pub(crate) struct Terms {
+    pub(crate) mask: u64,
+    pub(crate) bias: u64,
+    pub(crate) slopes: u64,
+}
+
+/// Where a made bias and its flags go.
+pub(crate) struct MadeTo {
+    pub(crate) bias: u64,
+    pub(crate) seen_rows: u64,
+    pub(crate) seen_keys: u64,
+}
+
+/// Further than any two positions are apart.
+const FAR: i64 = 1 << 40;
+
 /// Strides over batch, head, row and key of a tensor that is broadcast to the logits; 0 where it is absent.
 fn broadcast_strides(desc: Option<&TensorDesc>) -> Strides {
     Strides(std::array::from_fn(|axis| {
@@ -125,12 +187,14 @@ impl Kernels<'_> {
     /// the caller's tensor, where there is one.
     ///
     /// # Safety
-    /// `out` is the problem's output and `lse` its logsumexp; `stats` holds `[B, N, T]`, `sinks` `[N]` numbers.
+    /// `out` is the problem's output and `lse` its logsumexp; `stats` holds `[B, N, T]`, `sinks` `[N]` numbers, and
+    /// `seen_rows` is by [`make_bias`](Self::make_bias).
     pub(crate) unsafe fn finish_forward(
         &self,
         out: u64,
         lse: u64,
         stats: u64,
+        seen_rows: u64,
         sinks: u64,
     ) -> Result<(), Error> {
         let function = self.function("attention_rows.cu", "attention_finish_forward")?;
@@ -140,7 +204,7 @@ impl Kernels<'_> {
         let width = self.problem.dims().value_head_dim as i64;
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&out).arg(&o[0]).arg(&o[1]).arg(&o[2]).arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]);
-        launch.arg(&stats).arg(&self.rows).arg(&sinks).arg(&self.query_lengths).arg(&NOTHING);
+        launch.arg(&stats).arg(&self.rows).arg(&seen_rows).arg(&sinks).arg(&self.query_lengths).arg(&NOTHING);
         launch.arg(&b).arg(&t).arg(&n).arg(&width);
         // SAFETY: the arguments are those of the kernel; it writes the output, the logsumexp and nothing else.
         Ok(unsafe { launch.launch(self.row_grid()) }.map(|_| ()).map_err(LaunchError::from)?)
@@ -149,13 +213,14 @@ impl Kernels<'_> {
     /// Before a backward pass: the logsumexp to scratch, +inf where a row sees nothing, so that its probabilities are 0.
     ///
     /// # Safety
-    /// `lse` is the problem's; `stats` has room for `[B, N, T]` numbers.
-    pub(crate) unsafe fn prepare_backward(&self, lse: u64, stats: u64) -> Result<(), Error> {
+    /// `lse` is the problem's; `stats` has room for `[B, N, T]` numbers; `seen_rows` is by
+    /// [`make_bias`](Self::make_bias).
+    pub(crate) unsafe fn prepare_backward(&self, lse: u64, stats: u64, seen_rows: u64) -> Result<(), Error> {
         let function = self.function("attention_rows.cu", "attention_prepare_backward")?;
         let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
         let [b, t, n] = self.row_axes();
         let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&stats).arg(&self.rows);
+        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&stats).arg(&self.rows).arg(&seen_rows);
         launch.arg(&b).arg(&t).arg(&n);
         // SAFETY: the arguments are those of the kernel; it writes the scratch and nothing else.
         Ok(unsafe { launch.launch(self.row_grid()) }.map(|_| ()).map_err(LaunchError::from)?)
@@ -165,7 +230,7 @@ impl Kernels<'_> {
     ///
     /// # Safety
     /// `from` is the problem's tensor of this role, whose rows begin at multiples of 4 bytes, and `to` has room for its
-    /// elements. `seen_keys` is by [`mark_keys`](Self::mark_keys), `stats` by
+    /// elements. `seen_keys` is by [`make_bias`](Self::make_bias), `stats` by
     /// [`prepare_backward`](Self::prepare_backward), or 0.
     pub(crate) unsafe fn clean(
         &self,
@@ -190,68 +255,65 @@ impl Kernels<'_> {
         Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
     }
 
-    /// Marks the keys that any row sees, of those that a mask or a bias leaves.
+    /// Makes one tensor of mask, bias, and ALiBi where `slopes` are given; and marks the rows and keys that take part.
     ///
     /// # Safety
-    /// `bias` is by [`make_bias`](Self::make_bias), and `flags` has room for a byte for each key and key/value head.
-    pub(crate) unsafe fn mark_keys(&self, made: Bias, bias: u64, flags: u64) -> Result<(), Error> {
-        let function = self.function("attention_terms.cu", "attention_mark_keys")?;
+    /// `mask` and `bias` are the problem's, where it has them; `slopes` holds its slopes without gaps; `to` has room for
+    /// what `made` describes, `seen_rows` for a byte for each row and head, `seen_keys` for one for each key and key/value
+    /// head.
+    pub(crate) unsafe fn make_bias(&self, made: Bias, from: Terms, to: MadeTo) -> Result<(), Error> {
+        let function = self.function("attention_terms.cu", "attention_make_bias")?;
         let dims = self.problem.dims();
-        let element = element(if made.element == Type::Float { DType::F32 } else { DType::Bf16 });
-        let [bias_batch, bias_heads, bias_positions, keys] = made.shape;
-        let row = made.strides[2];
-        let [batch, key_heads, group] =
-            [dims.batch, dims.key_heads, dims.group_size()].map(|size| size as i64);
-        let far = |bound: Option<usize>| bound.map_or(i64::MAX / 2, |bound| bound as i64);
-        let (left, right) = (far(self.problem.window().left), far(right_bound(self.problem)));
+        let (mask, bias) = (self.problem.tensor(Role::Mask), self.problem.tensor(Role::Bias));
+        let slopes = self.problem.tensor(Role::AlibiSlopes);
+        let [batch, heads, positions, keys] = made.shape;
+        let float = made.element == Type::Float;
+        let made = MadeBias {
+            to: to.bias,
+            element: element(if float { DType::F32 } else { DType::Bf16 }).into(),
+            shape: [batch, heads, positions, keys],
+            row: made.strides[2],
+            masked: MASKED,
+            least: LEAST,
+        };
+        let terms = DeviceTerms {
+            mask: from.mask,
+            mask_strides: broadcast_strides(mask),
+            bias: from.bias,
+            bias_element: bias.map_or(0, |bias| element(bias.dtype())).into(),
+            bias_strides: broadcast_strides(bias),
+            slopes: from.slopes,
+            slopes_batch: if slopes.is_some_and(|slopes| slopes.rank() == 2) {
+                dims.query_heads as i64
+            } else {
+                0
+            },
+        };
+        let far = |bound: Option<usize>| bound.map_or(FAR, |bound| FAR.min(bound as i64));
+        let structure = Structure {
+            rows: self.rows,
+            keys: self.keys,
+            positions: self.positions,
+            left: far(self.problem.window().left),
+            right: far(right_bound(self.problem)),
+        };
+        let [b, n, group, t] =
+            [dims.batch, dims.query_heads, dims.group_size(), dims.query_length].map(|size| size as i64);
         let stream = self.runtime.device.stream();
-        let bytes = (batch * key_heads * keys).unsigned_abs() as usize;
+        let key_flags = dims.batch * dims.key_heads * dims.key_length;
         // SAFETY: room for so many bytes by the caller's word.
-        unsafe { memset_d8_async(flags, 0, bytes, stream.cu_stream()) }.map_err(LaunchError::from)?;
+        unsafe { memset_d8_async(to.seen_keys, 0, key_flags, stream.cu_stream()) }
+            .map_err(LaunchError::from)?;
         let mut launch = stream.launch_builder(&function);
-        launch.arg(&flags).arg(&bias).arg(&element).arg(&NOTHING);
-        launch.arg(&bias_batch).arg(&bias_heads).arg(&bias_positions).arg(&keys).arg(&row);
-        launch.arg(&batch).arg(&key_heads).arg(&group);
-        launch.arg(&self.keys).arg(&self.positions).arg(&left).arg(&right);
-        let rows = (bias_batch * bias_heads * bias_positions).unsigned_abs();
+        launch.arg(&made).arg(&terms).arg(&structure).arg(&to.seen_rows).arg(&to.seen_keys);
+        launch.arg(&b).arg(&n).arg(&group).arg(&t);
+        let rows = (batch * heads * t).unsigned_abs();
         let config = LaunchConfig {
             grid_dim: (u32::try_from(rows).unwrap_or(u32::MAX), 1, 1),
             block_dim: (THREADS, 1, 1),
             shared_mem_bytes: 0,
         };
-        // SAFETY: the arguments are those of the kernel; it writes the flags and nothing else.
-        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
-    }
-
-    /// Makes one tensor of mask, bias, and ALiBi where `slopes` are given.
-    ///
-    /// # Safety
-    /// `mask` and `bias` are the problem's, where it has them; `slopes` holds its slopes without gaps; `to` has room for
-    /// what `made` describes.
-    pub(crate) unsafe fn make_bias(
-        &self,
-        made: Bias,
-        mask: u64,
-        bias: u64,
-        slopes: u64,
-        to: u64,
-    ) -> Result<(), Error> {
-        let function = self.function("attention_terms.cu", "attention_make_bias")?;
-        let (mask_desc, bias_desc) = (self.problem.tensor(Role::Mask), self.problem.tensor(Role::Bias));
-        let (mask_strides, bias_strides) = (broadcast_strides(mask_desc), broadcast_strides(bias_desc));
-        let to_element = element(if made.element == Type::Float { DType::F32 } else { DType::Bf16 });
-        let bias_element = bias_desc.map_or(0, |desc| element(desc.dtype()));
-        let ranked = self.problem.tensor(Role::AlibiSlopes).is_some_and(|slopes| slopes.rank() == 2);
-        let slopes_batch = if ranked { self.problem.dims().query_heads as i64 } else { 0 };
-        let [_, n, t, keys] = made.shape;
-        let (row, count) = (made.strides[2], made.len());
-        let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&to).arg(&to_element).arg(&n).arg(&t).arg(&keys).arg(&row).arg(&count);
-        launch.arg(&MASKED).arg(&LEAST).arg(&mask).arg(&mask_strides);
-        launch.arg(&bias).arg(&bias_element).arg(&bias_strides);
-        launch.arg(&slopes).arg(&slopes_batch).arg(&self.positions);
-        let config = grid(count.unsigned_abs(), MOST_BLOCKS);
-        // SAFETY: the arguments are those of the kernel; it writes `count` elements and nothing else.
+        // SAFETY: the arguments are those of the kernel; it writes what `made` describes and the flags.
         Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
     }
 
@@ -299,13 +361,12 @@ impl Kernels<'_> {
     /// The gradient of the sinks, from the row terms that cuDNN left.
     ///
     /// # Safety
-    /// `to` and `lse` are the problem's, `sinks` holds `[N]` and `delta` `[B, N, T]` numbers, the latter times `keep`.
+    /// `to` and `lse` are the problem's, `sinks` holds `[N]` and `delta` `[B, N, T]` numbers.
     pub(crate) unsafe fn sink_gradient(
         &self,
         to: u64,
         sinks: u64,
         delta: u64,
-        keep: f32,
         lse: u64,
     ) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(Role::DSinks) else { return Ok(()) };
@@ -314,7 +375,7 @@ impl Kernels<'_> {
         let [b, t, n] = self.row_axes();
         let (to_element, [to_stride]) = (element(desc.dtype()), strides(Some(desc)));
         let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&to).arg(&to_element).arg(&to_stride).arg(&sinks).arg(&delta).arg(&keep);
+        launch.arg(&to).arg(&to_element).arg(&to_stride).arg(&sinks).arg(&delta);
         launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&self.query_lengths).arg(&b).arg(&n).arg(&t);
         let config = LaunchConfig {
             grid_dim: (u32::try_from(n).unwrap_or(u32::MAX), 1, 1),

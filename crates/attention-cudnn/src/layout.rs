@@ -56,6 +56,7 @@ impl Layout {
             let [batch, _, positions, _] = bias.shape.map(|axis| axis as usize);
             let heads = bias.shape[1] as usize;
             layout.take(Slot::Bias, &[batch, heads, positions, bias.strides[2] as usize], width)?;
+            layout.take(Slot::SeenRows, &rows, 1)?;
             layout.take(Slot::SeenKeys, &[dims.batch, dims.key_heads, dims.key_length], 1)?;
         }
         for (slot, role) in [(Slot::Slopes, Role::AlibiSlopes), (Slot::Sinks, Role::Sinks)] {

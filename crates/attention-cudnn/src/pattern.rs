@@ -287,16 +287,13 @@ impl<'k> Builder<'k> {
         self.graph.matmul(d_out, value, d_probabilities, overrides)?;
         let d_probabilities = match kept {
             Some((kept, scale)) => {
-                let x = self.graph.binary(Op::Mul, d_probabilities, kept)?;
-                if std::env::var("ATTENTION_X").is_ok() { self.graph.binary(Op::Mul, x, scale)? } else { x }
+                let kept = self.graph.binary(Op::Mul, d_probabilities, kept)?;
+                self.graph.binary(Op::Mul, kept, scale)?
             }
             None => d_probabilities,
         };
         let centred = self.graph.binary(Op::Sub, d_probabilities, delta)?;
-        let mut gradient = self.graph.binary(Op::Mul, centred, powers)?;
-        if let Some((_, scale)) = kept.filter(|_| std::env::var("ATTENTION_X").is_err()) {
-            gradient = self.graph.binary(Op::Mul, gradient, scale)?;
-        }
+        let gradient = self.graph.binary(Op::Mul, centred, powers)?;
         let scale = self.graph.number(Slot::Scale, Type::Float)?;
         let gradient = self.graph.binary(Op::Mul, gradient, scale)?;
         // dk.

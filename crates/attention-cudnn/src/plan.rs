@@ -29,7 +29,9 @@ pub(crate) enum Slot {
     Scale,
     /// What is added to the logits: the caller's bias, or what a kernel made of mask and bias.
     Bias,
-    /// Which keys any row sees, where a mask or a bias decides: a byte for each key and key/value head.
+    /// Which rows see a key and which keys are seen, where a mask or a bias decides: a byte for each row and head, and for
+    /// each key and key/value head.
+    SeenRows,
     SeenKeys,
     /// Slopes of ALiBi, in f32.
     Slopes,
@@ -44,7 +46,6 @@ pub(crate) enum Slot {
     /// What stands for negative infinity in a bias, and the least that other values of it count as.
     Masked,
     Least,
-    /// 1, or the fraction that dropout keeps.
     One,
     /// How far the diagonal is moved: added to the index of a row.
     RowShift,

@@ -183,10 +183,6 @@ pub(crate) fn check(
         let longest = dims.query_length.max(dims.key_length);
         return Err(limit("lengths with a window's left bound", longest, "at most 2^24"));
     }
-    if problem.has(Role::Sinks) && (problem.has(Role::Mask) || problem.has(Role::Bias)) {
-        // Which rows a mask or a bias leaves nothing is known by their logsumexp, which sinks hide.
-        return Err(limit("sinks without mask and bias", "both", "one of them"));
-    }
     if problem.has(Role::Sinks) && problem.pass() == Pass::Forward {
         if target.version < [9, 13, 0] {
             return Err(limit("sinks", target, "with cuDNN 9.13 or later"));

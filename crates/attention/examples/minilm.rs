@@ -6,63 +6,45 @@
 //! cargo run --release -p attention --example minilm [FILE]
 //! ```
 
-use std::collections::HashMap;
+mod support;
+
 use std::error::Error;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
-use attention::{Attention, Registry, Tensor, View};
-use safetensors::{Dtype, SafeTensors};
+use attention::{Attention, Candidate, Tensor, Verdict, View};
 
-const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/minilm_attention.safetensors");
-const LAYERS: [usize; 2] = [0, 5];
+use support::{LAYERS, RUNS, Recording, compare, timed};
+
 /// The largest error, as a fraction of the largest output, that counts as agreement. f32 carries 6e-8, and the sums
 /// of this input lose less than a hundred of those.
 const ALLOWED: f64 = 1e-5;
-const RUNS: usize = 50;
 
 fn main() -> ExitCode {
-    let path = std::env::args().nth(1).unwrap_or_else(|| FILE.to_owned());
-    match run(&path) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    support::main(run)
 }
 
 /// Prints everything; false where a layer does not agree.
-fn run(path: &str) -> Result<bool, Box<dyn Error>> {
-    let bytes = std::fs::read(path).map_err(|error| format!("{path}: {error}"))?;
-    let (_, metadata) = SafeTensors::read_metadata(&bytes)?;
-    let metadata = metadata.metadata().clone().unwrap_or_default();
-    let file = SafeTensors::deserialize(&bytes)?;
-    let sentences = Sentences::read(&file, &metadata)?;
-
-    println!("{} on {} sentences:", text(&metadata, "model"), sentences.lengths.len());
-    for (words, length) in sentences.texts.iter().zip(&sentences.lengths) {
-        println!("  {length:2} word pieces  {words}");
-    }
-    println!();
-
-    let attention = Attention::new().key_value_lengths(&sentences.lengths);
+fn run(bytes: &[u8]) -> Result<bool, Box<dyn Error>> {
+    let recording = Recording::read(bytes)?;
+    recording.introduce();
+    let attention = Attention::new().key_value_lengths(&recording.lengths);
     let mut agrees = true;
     for (index, layer) in LAYERS.into_iter().enumerate() {
-        let [query, key, value] = ["q", "k", "v"].map(|name| floats(&file, &format!("layer{layer}.{name}")));
-        let (query, key, value) = (query?, key?, value?);
+        let [query, key, value] = recording.operands(layer)?;
+        let explanation = attention.explain(&query, &key, &value)?;
         if index == 0 {
-            println!("{}\n", attention.explain(&query, &key, &value)?);
+            println!("{explanation}\n");
             println!(
                 "layer  implementation  time (median of {RUNS})  max abs error  of the largest output  allowed"
             );
         }
-        let want = doubles(&file, &format!("layer{layer}.out_f64"))?;
+        let want = recording.output(layer)?;
         let mut outputs: Vec<(String, Vec<f64>)> = Vec::new();
-        for name in Registry::shared().names() {
+        let serves = |candidate: &&Candidate| !matches!(candidate.verdict, Verdict::Refused(_));
+        for Candidate { name, .. } in explanation.candidates.iter().filter(serves) {
             let attention = attention.clone().implementation(name.clone());
             let (out, time) = timed(|| attention.forward(&query, &key, &value))?;
+            let out = numbers(&out)?;
             let (error, relative) = compare(&out, &want)?;
             // Written so that NaN disagrees.
             let good = relative <= ALLOWED;
@@ -78,32 +60,34 @@ fn run(path: &str) -> Result<bool, Box<dyn Error>> {
                     compare(&out, values)?.0
                 );
             }
-            let values = out.as_slice::<f32>().ok_or("the output of f32 queries is f32")?;
-            outputs.push((name, values.iter().map(|&x| f64::from(x)).collect()));
+            outputs.push((name.clone(), out));
         }
     }
     println!();
 
     let layer = LAYERS[LAYERS.len() - 1];
-    let [query, key] = ["q", "k"].map(|name| floats(&file, &format!("layer{layer}.{name}")));
-    sentences.print_attention(&attention, layer, &query?, &key?)?;
+    let [query, key, _] = recording.operands(layer)?;
+    Sentences::read(&recording)?.print_attention(&attention, layer, &query, &key)?;
     Ok(agrees)
 }
 
+/// The numbers of an f32 tensor.
+fn numbers(tensor: &Tensor) -> Result<Vec<f64>, Box<dyn Error>> {
+    let numbers = tensor.as_slice::<f32>().ok_or("the output of f32 queries is f32")?;
+    Ok(numbers.iter().map(|&x| f64::from(x)).collect())
+}
+
 /// The sentences, as text and as word pieces.
-struct Sentences {
-    texts: Vec<String>,
-    lengths: Vec<usize>,
+struct Sentences<'a> {
+    texts: &'a [String],
+    lengths: &'a [usize],
     token_ids: Vec<i32>,
 }
 
-impl Sentences {
-    fn read(file: &SafeTensors<'_>, metadata: &HashMap<String, String>) -> Result<Self, Box<dyn Error>> {
-        Ok(Self {
-            texts: serde_json::from_str(text(metadata, "sentences"))?,
-            lengths: integers(file, "lengths")?.into_iter().map(usize::try_from).collect::<Result<_, _>>()?,
-            token_ids: integers(file, "token_ids")?,
-        })
+impl<'a> Sentences<'a> {
+    fn read(recording: &'a Recording<'_>) -> Result<Self, Box<dyn Error>> {
+        let token_ids = recording.integers("token_ids")?;
+        Ok(Self { texts: &recording.texts, lengths: &recording.lengths, token_ids })
     }
 
     /// A label for each word piece of a sentence: the token id, and the word where words and pieces are one to one.
@@ -176,62 +160,4 @@ fn basic_tokens(sentence: &str) -> Vec<String> {
         inside_word = character.is_alphanumeric();
     }
     tokens
-}
-
-/// The result, and the median time of some runs after a first one.
-fn timed<R, E>(mut call: impl FnMut() -> Result<R, E>) -> Result<(R, Duration), E> {
-    let mut result = call()?;
-    let mut times = Vec::with_capacity(RUNS);
-    for _ in 0..RUNS {
-        let start = Instant::now();
-        result = call()?;
-        times.push(start.elapsed());
-    }
-    times.sort_unstable();
-    Ok((result, times[RUNS / 2]))
-}
-
-/// The largest error, and the same as a fraction of the largest number that there should be.
-fn compare(out: &Tensor, want: &[f64]) -> Result<(f64, f64), Box<dyn Error>> {
-    let got = out.as_slice::<f32>().ok_or("the output of f32 queries is f32")?;
-    if got.len() != want.len() {
-        return Err(format!("{} outputs, {} stored ones", got.len(), want.len()).into());
-    }
-    let errors = got.iter().zip(want).map(|(&got, &want)| (f64::from(got) - want).abs());
-    // `f64::max` would lose a NaN.
-    let error = errors.fold(0.0, |max, error| if error <= max { max } else { error });
-    let largest = want.iter().fold(0.0f64, |max, x| max.max(x.abs()));
-    Ok((error, error / largest))
-}
-
-fn text<'m>(metadata: &'m HashMap<String, String>, key: &str) -> &'m str {
-    metadata.get(key).map_or("", String::as_str)
-}
-
-/// The elements of a tensor, by a function from their little-endian bytes.
-fn elements<const SIZE: usize, T>(
-    file: &SafeTensors<'_>,
-    name: &str,
-    dtype: Dtype,
-    of: fn([u8; SIZE]) -> T,
-) -> Result<(Vec<T>, Vec<usize>), Box<dyn Error>> {
-    let tensor = file.tensor(name)?;
-    if tensor.dtype() != dtype {
-        return Err(format!("{name} has dtype {:?}, expected {dtype:?}", tensor.dtype()).into());
-    }
-    let (chunks, _) = tensor.data().as_chunks::<SIZE>();
-    Ok((chunks.iter().map(|&bytes| of(bytes)).collect(), tensor.shape().to_vec()))
-}
-
-fn floats(file: &SafeTensors<'_>, name: &str) -> Result<Tensor, Box<dyn Error>> {
-    let (data, shape) = elements(file, name, Dtype::F32, f32::from_le_bytes)?;
-    Ok(Tensor::from_vec(data, attention::Dims::try_from(shape)?)?)
-}
-
-fn doubles(file: &SafeTensors<'_>, name: &str) -> Result<Vec<f64>, Box<dyn Error>> {
-    Ok(elements(file, name, Dtype::F64, f64::from_le_bytes)?.0)
-}
-
-fn integers(file: &SafeTensors<'_>, name: &str) -> Result<Vec<i32>, Box<dyn Error>> {
-    Ok(elements(file, name, Dtype::I32, i32::from_le_bytes)?.0)
 }

@@ -253,7 +253,8 @@ impl<'a> Attention<'a> {
         Ok(builder.d_lse(self.d_lse.is_some()).build()?)
     }
 
-    /// What would run forward on these inputs, and why: every implementation with its verdict.
+    /// What would run forward on these inputs, and why: every implementation with its verdict. Plans nothing
+    /// ([`explain_planned`](Self::explain_planned) does).
     ///
     /// # Errors
     /// As [`problem`](Self::problem). A problem that nothing serves is no error here.
@@ -269,15 +270,27 @@ impl<'a> Attention<'a> {
     /// What would run a problem, and why. Of this call, only what concerns the choice counts: implementation,
     /// registry, scratch limit and numerics class.
     pub fn explain_problem(&self, problem: &Problem) -> Explanation {
-        self.policy.explain(problem)
+        self.policy.explain(problem, false)
     }
 
-    /// The implementation that would run a problem; of this call, the same counts as in
+    /// As [`explain_problem`](Self::explain_problem), with the problem planned as a call plans it: a candidate that
+    /// would serve it and fails to plan it is refused, with [`Cause::Planning`](crate::Cause::Planning) and the reason.
+    /// Where the implementation works on a device, it needs the device, and may take as long as the first call.
+    pub fn explain_planned(&self, problem: &Problem) -> Explanation {
+        self.policy.explain(problem, true)
+    }
+
+    /// The implementation that runs a problem, which has [planned](attention_core::AttentionBackend::prepare) it, so
+    /// that the first call does not have to; of this call, the same counts as in
     /// [`explain_problem`](Self::explain_problem).
     ///
+    /// Every call begins with it. An automatic choice goes past one that fails to plan, and a list to the next of the
+    /// list; [`Selection::passed_over`] and a `tracing` event at warn level say why. What fails once the call runs is
+    /// the call's error: nothing else is tried then.
+    ///
     /// # Errors
-    /// [`Error::NoImplementation`], [`Error::UnknownImplementation`], or the refusal of the one asked for inside
-    /// [`Error::Core`].
+    /// [`Error::NoImplementation`], [`Error::UnknownImplementation`], or what the one asked for says inside
+    /// [`Error::Core`]: its refusal, or why it failed to plan.
     pub fn select(&self, problem: &Problem) -> Result<Selection, Error> {
         self.policy.select(problem)
     }

@@ -146,7 +146,7 @@ impl<'a> Attention<'a> {
         let selection = self.select(problem)?;
         let backend = selection.backend();
         span.record("backend", backend.name());
-        with_scratch(backend.name(), problem.device(), selection.scratch_bytes(), |scratch| {
+        with_scratch(&**backend, problem, selection.scratch_bytes(), |scratch| {
             Ok(backend.backward(call, scratch)?)
         })
     }

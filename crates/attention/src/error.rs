@@ -92,18 +92,6 @@ pub enum Error {
         /// The method that takes the caller's memory.
         method: &'static str,
     },
-    /// Scratch memory is allocated in host memory only.
-    #[error(
-        "{backend} needs {bytes} bytes of scratch on {device}, the facade has scratch in host memory only"
-    )]
-    DeviceScratch {
-        /// The implementation.
-        backend: String,
-        /// Where the call is.
-        device: Device,
-        /// Bytes needed.
-        bytes: usize,
-    },
     /// The allocator refused.
     #[error("no memory for {what} of {bytes} bytes")]
     OutOfMemory {
@@ -124,6 +112,14 @@ pub enum Refusal {
     /// Its library or device is not there.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
+    /// It would serve the problem, and failed to plan it: a limit that only the plan shows, a library, or the machine.
+    #[error("while planning: {reason}")]
+    Planning {
+        /// The implementation.
+        name: String,
+        /// What it said, in words.
+        reason: String,
+    },
     /// It is not in the registry.
     #[error("no implementation is named '{name}'; {}", there_are(.known))]
     NotRegistered {
@@ -139,6 +135,10 @@ impl From<Refusal> for Error {
         match refusal {
             Refusal::Unsupported(reason) => reason.into(),
             Refusal::Unavailable(reason) => reason.into(),
+            Refusal::Planning { name, reason } => {
+                BackendFailure { backend: name, operation: "planning".to_owned(), source: reason.into() }
+                    .into()
+            }
             Refusal::NotRegistered { name, known } => Self::UnknownImplementation { name, known },
         }
     }
@@ -195,6 +195,9 @@ mod tests {
             "no implementation serves: forward f32\n  cudnn is not available: libcudnn is missing; looked for \
              libcudnn.so.9, libcudnn.so\n  no implementation is named 'other'; there are: cpu"
         );
+        let planning = Refusal::Planning { name: "cudnn".to_owned(), reason: "no engine".to_owned() };
+        assert_eq!(planning.to_string(), "while planning: no engine");
+        assert_eq!(Error::from(planning).to_string(), "cudnn failed in planning: no engine");
         let unavailable = Error::from(Refusal::from(missing("cudnn")));
         assert!(matches!(unavailable, Error::Core(attention_core::Error::Unavailable(_))));
         let mixed = Error::MixedRanks {

@@ -25,7 +25,8 @@ impl<'a> Attention<'a> {
     /// # Errors
     /// [`Error::Core`] with the [`InvalidCall`](crate::InvalidCall), [`Error::Input`] or [`Error::MixedRanks`] where
     /// the call is wrong; [`Error::NoImplementation`], [`Error::UnknownImplementation`], or [`Error::Core`] with the
-    /// refusal of the one asked for, where nothing runs it; [`Error::DeviceOutput`], [`Error::OutOfMemory`].
+    /// refusal of the one asked for, where nothing runs it; [`Error::DeviceOutput`], [`Error::OutOfMemory`];
+    /// [`Error::Core`] with what the implementation failed in.
     pub fn forward<'b>(
         &self,
         query: impl IntoView<'b>,
@@ -55,6 +56,9 @@ impl<'a> Attention<'a> {
 
     /// As [`forward`](Self::forward), into memory of the caller's, of any strides in which no two elements meet:
     /// `out` `[B, T, N, Hv]`, and `lse` `[B, T, N]` where it is wanted (each without `B` for inputs without it).
+    ///
+    /// Memory may be on a device, with all tensors of the call: the implementation lends scratch there. Work is then
+    /// done in the order and by the time that the implementation says.
     ///
     /// A refused call writes nothing.
     ///
@@ -134,7 +138,7 @@ impl<'a> Attention<'a> {
         let selection = self.select(problem)?;
         let backend = selection.backend();
         span.record("backend", backend.name());
-        with_scratch(backend.name(), problem.device(), selection.scratch_bytes(), |scratch| {
+        with_scratch(&**backend, problem, selection.scratch_bytes(), |scratch| {
             Ok(backend.forward(call, scratch)?)
         })
     }

@@ -43,6 +43,10 @@ pub use attention_chunked as chunked;
 #[cfg(feature = "cpu")]
 pub use attention_cpu as cpu;
 
+/// Devices, streams and tensors in device memory, for those who have none of their own.
+#[cfg(feature = "cuda")]
+pub use attention_cuda as cuda;
+
 /// The cuDNN implementation of this build, to configure and hand to [`Implementation::Exactly`].
 #[cfg(feature = "cuda")]
 pub use attention_cudnn as cudnn;

@@ -1,8 +1,8 @@
-//! Scratch memory of host calls, kept between calls.
+//! Scratch memory: of host calls, kept between calls; of calls on a device, lent by the implementation.
 
 use std::cell::Cell;
 
-use attention_core::{Device, Scratch, ScratchBuffer};
+use attention_core::{AttentionBackend, Device, Problem, Scratch, ScratchBuffer};
 
 use crate::Error;
 
@@ -14,22 +14,29 @@ thread_local! {
     static KEPT: Cell<ScratchBuffer> = Cell::default();
 }
 
-/// Runs `call` with at least `bytes` of scratch memory on `device`.
-///
-/// The buffer is taken out of its place for the call, so a call made inside another one on the same thread (a
-/// thread pool that steals work) gets a buffer of its own.
+/// Runs `call` with at least `bytes` of scratch memory where the problem is: the facade's own in host memory, the
+/// backend's on a device.
 pub(crate) fn with_scratch<R>(
-    backend: &str,
-    device: Device,
+    backend: &dyn AttentionBackend,
+    problem: &Problem,
     bytes: usize,
     call: impl FnOnce(Scratch<'_>) -> Result<R, Error>,
 ) -> Result<R, Error> {
-    if bytes == 0 {
-        return call(Scratch::none(device));
+    match problem.device() {
+        device if bytes == 0 => call(Scratch::none(device)),
+        Device::Cpu => with_host_scratch(bytes, call),
+        _ => call(backend.lend_scratch(problem, bytes)?.scratch()),
     }
-    if device != Device::Cpu {
-        return Err(Error::DeviceScratch { backend: backend.to_owned(), device, bytes });
-    }
+}
+
+/// Runs `call` with at least `bytes` of host memory.
+///
+/// The buffer is taken out of its place for the call, so a call made inside another one on the same thread (a
+/// thread pool that steals work) gets a buffer of its own.
+fn with_host_scratch<R>(
+    bytes: usize,
+    call: impl FnOnce(Scratch<'_>) -> Result<R, Error>,
+) -> Result<R, Error> {
     let mut buffer = KEPT.take();
     if !buffer.try_reserve(bytes) {
         return Err(Error::OutOfMemory { what: "scratch", bytes });
@@ -55,9 +62,7 @@ mod tests {
     #[test]
     fn buffers_are_kept_up_to_a_bound() {
         let run = |bytes| {
-            with_scratch("test", Device::Cpu, bytes, |mut scratch| {
-                Ok((scratch.as_mut_ptr() as usize, scratch.len()))
-            })
+            with_host_scratch(bytes, |mut scratch| Ok((scratch.as_mut_ptr() as usize, scratch.len())))
         };
         let (first, len) = run(1000).unwrap();
         assert!(len >= 1000);
@@ -70,8 +75,8 @@ mod tests {
 
     #[test]
     fn a_call_inside_a_call_has_its_own_memory() {
-        with_scratch("test", Device::Cpu, 100, |mut outer| {
-            with_scratch("test", Device::Cpu, 100, |mut inner| {
+        with_host_scratch(100, |mut outer| {
+            with_host_scratch(100, |mut inner| {
                 assert_ne!(outer.as_mut_ptr(), inner.as_mut_ptr());
                 Ok(())
             })
@@ -81,15 +86,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_had_is_an_error() {
-        let error = with_scratch("toy", Device::Cpu, 1 << 62, |_| Ok(())).unwrap_err();
+        let error = with_host_scratch(1 << 62, |_| Ok(())).unwrap_err();
         assert_eq!(error.to_string(), "no memory for scratch of 4611686018427387904 bytes");
-        let error = with_scratch("toy", Device::Cuda(1), 64, |_| Ok(())).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "toy needs 64 bytes of scratch on cuda:1, the facade has scratch in host memory only"
-        );
-        // None is needed, none is looked for.
-        let device = with_scratch("toy", Device::Cuda(1), 0, |scratch| Ok(scratch.device()));
-        assert_eq!(device.unwrap(), Device::Cuda(1));
     }
 }

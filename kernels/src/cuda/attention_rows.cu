@@ -22,25 +22,28 @@ __device__ inline RowOf row_of(long long batch, long long positions, long long h
     return row;
 }
 
-// `intervals` holds, for each batch row, the first row that sees a key and the end of those that do.
-__device__ inline bool sees(const int *intervals, const RowOf &row) {
-    return row.position >= intervals[2 * row.batch] && row.position < intervals[2 * row.batch + 1];
+// `intervals` holds, for each batch row, the first row that sees a key by structure and the end of those that do; `flags`
+// [B, N, T] is null, or zero for rows that a mask or a bias leaves nothing.
+__device__ inline bool sees(
+    const int *intervals, const unsigned char *flags, const RowOf &row, long long positions, long long heads) {
+    const bool inside = row.position >= intervals[2 * row.batch] && row.position < intervals[2 * row.batch + 1];
+    return inside && (flags == nullptr || flags[(row.batch * heads + row.head) * positions + row.position] != 0);
 }
 
 // The value of a row that sees nothing.
 __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 
-// `sinks` and `lengths` (of queries) are null where there are none. What sees nothing by structure is in `intervals`.
-// What sees nothing because of a mask or a bias has a logsumexp of at most `nothing`, or that of its sink.
+// `sinks` and `lengths` (of queries) are null where there are none. A row that a bias leaves nothing and `flags` does not
+// know of has a logsumexp of at most `nothing`.
 extern "C" __global__ void attention_finish_forward(
     unsigned short *out, long long out_batch, long long out_position, long long out_head,
     float *lse, long long lse_batch, long long lse_position, long long lse_head,
-    const float *stats, const int *intervals, const float *sinks, const int *lengths, float nothing,
-    long long batch, long long positions, long long heads, long long width) {
+    const float *stats, const int *intervals, const unsigned char *flags, const float *sinks, const int *lengths,
+    float nothing, long long batch, long long positions, long long heads, long long width) {
     const RowOf row = row_of(batch, positions, heads);
     if (!row.inside) return;
     float value = stats[(row.batch * heads + row.head) * positions + row.position];
-    if (!sees(intervals, row)) {
+    if (!sees(intervals, flags, row, positions, heads)) {
         const bool padded = lengths != nullptr && row.position >= lengths[row.batch];
         value = sinks == nullptr || padded ? minus_infinity() : sinks[row.head];
     } else if (value <= nothing) {
@@ -60,12 +63,13 @@ extern "C" __global__ void attention_finish_forward(
 
 extern "C" __global__ void attention_prepare_backward(
     const float *lse, long long lse_batch, long long lse_position, long long lse_head,
-    float *stats, const int *intervals, long long batch, long long positions, long long heads) {
+    float *stats, const int *intervals, const unsigned char *flags,
+    long long batch, long long positions, long long heads) {
     const RowOf row = row_of(batch, positions, heads);
     if (!row.inside) return;
     const float value = lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head];
     // Less infinity, every logit has probability 0.
-    const bool seen = sees(intervals, row) && value != minus_infinity();
+    const bool seen = sees(intervals, flags, row, positions, heads) && value != minus_infinity();
     stats[(row.batch * heads + row.head) * positions + row.position] = seen ? value : __int_as_float(0x7f800000);
 }
 

@@ -53,64 +53,96 @@ __device__ inline long long offset(const Strides &strides, const long long *inde
     return index[0] * strides.of[0] + index[1] * strides.of[1] + index[2] * strides.of[2] + index[3] * strides.of[3];
 }
 
-// `to[b, n, t, j] = mask ? bias - slope * |t + position - j| : masked`, in rows of `row` elements; what is behind a row's keys is
-// zero. Terms that are null are left out. What lies where the mask is false does not matter: it is not read.
+// What `attention_make_bias` writes, and how it lies.
+struct MadeBias {
+    void *to;
+    // F32 or BF16.
+    int element;
+    // Full or 1, but for the keys, which are always there; rows of `row` elements.
+    long long batch, heads, positions, keys, row;
+    // What stands for a logit that takes no part, and the least that others count as.
+    float masked, least;
+};
+
+// What it is made of; null where there is none.
+struct Terms {
+    const unsigned char *mask;
+    Strides mask_strides;
+    const void *bias;
+    int bias_element;
+    Strides bias_strides;
+    const float *slopes;
+    long long slopes_batch;
+};
+
+// Which rows see which keys by structure: row t of batch row b, if it is in its interval of `rows`, sees the keys from
+// `t + positions[b] - left` to `t + positions[b] + right`, both included, that are in its interval of `keys`.
+struct Structure {
+    const int *rows, *keys, *positions;
+    long long left, right;
+};
+
+// `to[b, n, t, j] = mask ? bias - slope * |t + position - j| : masked`; what is behind a row's keys is zero. What lies where
+// the mask is false does not matter: it is not read.
 //
 // The libraries that this is for compute NaN from infinities, so a logit that takes no part is the finite `masked`, and
-// other values are at least `least`, which is far above it. `positions_of` holds where row 0 of each batch row stands.
+// other values are at least `least`, which is far above it.
+//
+// Beside it, which rows and keys take part at all: `seen_rows` [B, N, T] and `seen_keys` [B, K, S], bytes; the latter are zero
+// before. One block a row of the bias, for every position even where the bias has one row for all of them.
 extern "C" __global__ void attention_make_bias(
-    void *to, int element, long long heads, long long positions, long long keys, long long row, long long count,
-    float masked, float least, const unsigned char *mask, Strides mask_strides,
-    const void *bias, int bias_element, Strides bias_strides,
-    const float *slopes, long long slopes_batch, const int *positions_of) {
-    const long long step = gridDim.x * (long long)blockDim.x;
-    for (long long at = blockIdx.x * (long long)blockDim.x + threadIdx.x; at < count; at += step) {
-        const long long key = at % row;
-        const long long index[4] = {
-            at / row / positions / heads, at / row / positions % heads, at / row % positions, key};
-        float value = 0.0f;
-        if (key < keys) {
-            const bool seen = mask == nullptr || mask[offset(mask_strides, index)] != 0;
-            if (seen && bias != nullptr) value = load(bias, offset(bias_strides, index), bias_element);
-            if (seen && slopes != nullptr) {
-                const long long distance = index[2] + positions_of[index[0]] - key;
-                value -= slopes[index[0] * slopes_batch + index[1]] * (float)(distance < 0 ? -distance : distance);
-            }
-            // Not a number stays what it is.
-            if (!seen || value == __int_as_float(0xff800000)) {
-                value = masked;
-            } else if (value < least) {
-                value = least;
+    MadeBias made, Terms terms, Structure structure, unsigned char *seen_rows, unsigned char *seen_keys,
+    long long batch, long long heads, long long group, long long positions) {
+    const long long t = blockIdx.x % positions;
+    const long long n = blockIdx.x / positions % made.heads;
+    const long long b = blockIdx.x / positions / made.heads;
+    // The batch rows and heads that this row stands for.
+    const long long first_batch = made.batch == 1 ? 0 : b, end_batch = made.batch == 1 ? batch : b + 1;
+    const long long first_head = made.heads == 1 ? 0 : n, end_head = made.heads == 1 ? heads : n + 1;
+    const long long key_heads = heads / group;
+    const long long own = made.positions == 1 ? 0 : t;
+    const bool writes = made.positions > 1 || t == 0;
+    const long long start = ((b * made.heads + n) * made.positions + own) * made.row;
+    const auto alive = [&](long long key, float *value) {
+        const long long index[4] = {b, n, own, key};
+        *value = 0.0f;
+        const bool seen = terms.mask == nullptr || terms.mask[offset(terms.mask_strides, index)] != 0;
+        if (!seen) return false;
+        if (terms.bias != nullptr) *value = load(terms.bias, offset(terms.bias_strides, index), terms.bias_element);
+        if (terms.slopes != nullptr) {
+            const long long distance = t + structure.positions[b] - key;
+            const float slope = terms.slopes[b * terms.slopes_batch + n];
+            *value -= slope * (float)(distance < 0 ? -distance : distance);
+        }
+        // Not a number stays what it is.
+        return !(*value == __int_as_float(0xff800000));
+    };
+    if (writes) {
+        for (long long key = threadIdx.x; key < made.row; key += blockDim.x) {
+            float value = 0.0f;
+            if (key < made.keys && !alive(key, &value)) value = made.masked;
+            else if (value < made.least) value = made.least;
+            store(made.to, start + key, made.element, value);
+        }
+    }
+    for (long long at = first_batch; at < end_batch; ++at) {
+        const long long position = t + structure.positions[at];
+        long long first = max((long long)structure.keys[2 * at], position - structure.left);
+        long long end = min((long long)structure.keys[2 * at + 1], position + structure.right + 1);
+        if (t < structure.rows[2 * at] || t >= structure.rows[2 * at + 1]) end = first;
+        bool any = false;
+        for (long long key = first + threadIdx.x; key < end; key += blockDim.x) {
+            float value;
+            if (!alive(key, &value)) continue;
+            any = true;
+            // Others may write the same at the same time.
+            for (long long head = first_head / group; head * group < end_head; ++head) {
+                seen_keys[(at * key_heads + head) * made.keys + key] = 1;
             }
         }
-        store(to, at, element, value);
-    }
-}
-
-// Which keys any row sees, of those that `attention_make_bias` left: `flags` [B, K, S], zero before. One block a row of
-// the bias, whose axes are full or 1: what is 1 stands for all.
-//
-// By structure, row t of batch row b sees keys from `t + position - left` to `t + position + right`, both included and
-// bounded by `intervals`, which holds the keys that any of its rows sees; a bias without rows of its own stands for those.
-extern "C" __global__ void attention_mark_keys(
-    unsigned char *flags, const void *bias, int element, float nothing,
-    long long bias_batch, long long bias_heads, long long bias_positions, long long keys, long long row,
-    long long batch, long long key_heads, long long group,
-    const int *intervals, const int *positions_of, long long left, long long right) {
-    const long long t = blockIdx.x % bias_positions;
-    const long long n = blockIdx.x / bias_positions % bias_heads;
-    const long long b = blockIdx.x / bias_positions / bias_heads;
-    const long long first_batch = bias_batch == 1 ? 0 : b, end_batch = bias_batch == 1 ? batch : b + 1;
-    const long long first_head = bias_heads == 1 ? 0 : n / group;
-    const long long end_head = bias_heads == 1 ? key_heads : n / group + 1;
-    for (long long key = threadIdx.x; key < keys; key += blockDim.x) {
-        if (load(bias, blockIdx.x * row + key, element) <= nothing) continue;
-        for (long long at = first_batch; at < end_batch; ++at) {
-            if (key < intervals[2 * at] || key >= intervals[2 * at + 1]) continue;
-            const long long ahead = key - (t + positions_of[at]);
-            if (bias_positions > 1 && (ahead < -left || ahead > right)) continue;
-            // Others may write the same at the same time.
-            for (long long head = first_head; head < end_head; ++head) flags[(at * key_heads + head) * keys + key] = 1;
+        any = __syncthreads_or(any);
+        for (long long head = first_head + threadIdx.x; head < end_head; head += blockDim.x) {
+            seen_rows[(at * heads + head) * positions + t] = any ? 1 : 0;
         }
     }
 }
@@ -161,10 +193,10 @@ extern "C" __global__ void attention_keep_mask(
 
 // `d_sinks[n] = - sum over b and t of exp(sink[n] - lse) * delta`. One block a head, always the same order.
 //
-// `delta` is [B, N, T] without gaps, times `keep`; `lse` is the caller's. Rows behind a query length take no part;
+// `delta` is [B, N, T] without gaps; `lse` is the caller's. Rows behind a query length take no part;
 // `lengths` is null where there are none.
 extern "C" __global__ void attention_sink_gradient(
-    void *to, int element, long long to_stride, const float *sinks, const float *delta, float keep,
+    void *to, int element, long long to_stride, const float *sinks, const float *delta,
     const float *lse, long long lse_batch, long long lse_position, long long lse_head,
     const int *lengths, long long batch, long long heads, long long positions) {
     const long long head = blockIdx.x;
@@ -176,7 +208,7 @@ extern "C" __global__ void attention_sink_gradient(
         const float value = lse[b * lse_batch + t * lse_position + head * lse_head];
         // A row without a logsumexp has no sink: its own is -inf.
         if (value == __int_as_float(0xff800000)) continue;
-        sum += exp(sink - (double)value) * (double)(delta[(b * heads + head) * positions + t] / keep);
+        sum += exp(sink - (double)value) * (double)delta[(b * heads + head) * positions + t];
     }
     __shared__ double sums[256];
     sums[threadIdx.x] = sum;

@@ -46,6 +46,13 @@ fn refuses_to_run(
     if catch(|| backend.scratch_bytes(problem))?.is_ok() {
         return Err(Stop::failed("scratch_bytes accepts what supports refuses"));
     }
+    match catch(|| backend.prepare(problem))? {
+        Err(Error::Unsupported(_)) => {}
+        Err(error) => {
+            return Err(Stop::failed(format!("refused in supports, and prepare says instead: {error}")));
+        }
+        Ok(()) => return Err(Stop::failed("prepare accepts what supports refuses")),
+    }
     let saved = (problem.pass() == Pass::Backward)
         .then(|| SavedTensors::of_oracle(&Oracle::new(problem, &data.inputs()), problem, &case.layouts));
     let invocation = Invocation {

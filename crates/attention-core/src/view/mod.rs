@@ -12,7 +12,7 @@ mod scratch;
 use std::marker::PhantomData;
 
 pub use host::{HostView, HostViewMut, Row, RowMut};
-pub use scratch::{SCRATCH_ALIGNMENT, Scratch, ScratchBuffer};
+pub use scratch::{LentScratch, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer};
 
 use crate::{Device, Dims, Element, InvalidCall, Strides, TensorDesc};
 

@@ -99,6 +99,19 @@ impl<'a> Scratch<'a> {
     }
 }
 
+/// Scratch memory that its owner lends for one call, and takes back when this is dropped
+/// ([`AttentionBackend::lend_scratch`](crate::AttentionBackend::lend_scratch)).
+pub trait LentScratch: Send + std::fmt::Debug {
+    /// The memory, for a call.
+    fn scratch(&mut self) -> Scratch<'_>;
+}
+
+impl LentScratch for ScratchBuffer {
+    fn scratch(&mut self) -> Scratch<'_> {
+        self.scratch()
+    }
+}
+
 /// One aligned unit of a [`ScratchBuffer`].
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]

@@ -77,6 +77,8 @@ pub enum Cause {
     ScratchLimit,
     /// It does not support the problem.
     Unsupported,
+    /// It failed to plan the problem.
+    Planning,
     /// No registered implementation has this name.
     NotRegistered,
 }
@@ -86,6 +88,7 @@ impl From<&Refusal> for Cause {
         match refusal {
             Refusal::NotRegistered { .. } => Self::NotRegistered,
             Refusal::Unavailable(_) => Self::Unavailable,
+            Refusal::Planning { .. } => Self::Planning,
             Refusal::Unsupported(Unsupported::Device { .. }) => Self::Device,
             Refusal::Unsupported(Unsupported::Numerics { .. }) => Self::Numerics,
             Refusal::Unsupported(Unsupported::ScratchLimit { .. }) => Self::ScratchLimit,
@@ -94,7 +97,8 @@ impl From<&Refusal> for Cause {
     }
 }
 
-/// What an automatic choice from the default registry would run a problem on. Needs no data and no device.
+/// What an automatic choice from the default registry would run a problem on. Needs no data and no device, and plans
+/// nothing.
 ///
 /// # Examples
 /// ```
@@ -108,7 +112,7 @@ impl From<&Refusal> for Cause {
 /// # Ok::<(), attention::InvalidCall>(())
 /// ```
 pub fn explain(problem: &Problem) -> Explanation {
-    Policy::default().explain(problem)
+    Policy::default().explain(problem, false)
 }
 
 impl Explanation {
@@ -158,7 +162,8 @@ impl std::fmt::Display for Explanation {
 }
 
 impl Policy {
-    pub(crate) fn explain(&self, problem: &Problem) -> Explanation {
+    /// With `plan`, candidates plan the problem until one has, as in a call.
+    pub(crate) fn explain(&self, problem: &Problem, plan: bool) -> Explanation {
         let mut chosen: Option<Selection> = None;
         let mut candidates: Vec<Candidate> = Vec::new();
         // Whom was asked, in which class, and whether it serves the problem.
@@ -177,12 +182,17 @@ impl Policy {
             }) {
                 continue;
             }
-            let verdict = self.judge(&*backend, class, problem);
+            let verdict = if plan && chosen.is_none() {
+                self.plan(&*backend, class, problem).map_err(Refusal::from)
+            } else {
+                self.judge(&*backend, class, problem)
+            };
             judged.push((backend.clone(), class, verdict.is_ok()));
             candidates.push(match (verdict, &chosen) {
                 (Ok(served), None) => {
                     let dtype = problem.dtype();
-                    chosen = Some(Selection { backend: backend.clone(), reason, dtype, served });
+                    let passed_over = Vec::new();
+                    chosen = Some(Selection { backend: backend.clone(), reason, dtype, served, passed_over });
                     describe(&*backend, problem, Verdict::Chosen(reason), reason.to_string(), Some(served))
                 }
                 (Ok(served), Some(first)) => {

@@ -26,7 +26,7 @@ use attention_core::{AttentionBackend, NumericsClass};
 #[non_exhaustive]
 pub enum Implementation {
     /// The first in order of preference that is on the memory's device, available, of the standard numerics class
-    /// of the dtype, inside the scratch limit, and supports the problem.
+    /// of the dtype, inside the scratch limit, and supports and plans the problem.
     #[default]
     Auto,
     /// The registered implementation of this name, and nothing else.

@@ -25,6 +25,7 @@ pub struct Selection {
     pub(crate) reason: Reason,
     pub(crate) dtype: DType,
     pub(crate) served: Served,
+    pub(crate) passed_over: Vec<Refusal>,
 }
 
 /// Why an implementation was chosen.
@@ -97,6 +98,12 @@ impl Selection {
         self.served.scratch_bytes
     }
 
+    /// Why those that were asked before it do not run the problem, in the order in which they were asked:
+    /// [`Refusal::Planning`] of one that would have served the problem and failed to plan it.
+    pub fn passed_over(&self) -> &[Refusal] {
+        &self.passed_over
+    }
+
     /// The choice in a form to store.
     pub fn choice(&self) -> Choice {
         Choice::Implementation {
@@ -104,6 +111,57 @@ impl Selection {
             version: Some(self.backend.version().to_owned()),
             dtype: self.dtype,
             numerics: self.served.numerics,
+        }
+    }
+}
+
+/// Why a candidate does not run a problem.
+pub(crate) enum Obstacle {
+    Refusal(Refusal),
+    /// It failed to plan, with this error.
+    Plan {
+        name: String,
+        error: attention_core::Error,
+    },
+}
+
+impl From<Refusal> for Obstacle {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refusal(refusal)
+    }
+}
+
+impl Obstacle {
+    /// Whether nothing else would run the call either.
+    fn is_the_callers(&self) -> bool {
+        matches!(self, Self::Plan { error: attention_core::Error::InvalidCall(_), .. })
+    }
+
+    fn tell(&self) {
+        match self {
+            Self::Refusal(refusal) => tracing::debug!(target: "attention", reason = %refusal, "refused"),
+            // Louder: it would have been chosen, and `explain` says that it is.
+            Self::Plan { name, error } => {
+                tracing::warn!(target: "attention", backend = name, reason = %error, "failed to plan");
+            }
+        }
+    }
+}
+
+impl From<Obstacle> for Refusal {
+    fn from(obstacle: Obstacle) -> Self {
+        match obstacle {
+            Obstacle::Refusal(refusal) => refusal,
+            Obstacle::Plan { name, error } => Self::Planning { name, reason: error.to_string() },
+        }
+    }
+}
+
+impl From<Obstacle> for Error {
+    fn from(obstacle: Obstacle) -> Self {
+        match obstacle {
+            Obstacle::Refusal(refusal) => refusal.into(),
+            Obstacle::Plan { error, .. } => error.into(),
         }
     }
 }
@@ -171,13 +229,41 @@ impl Policy {
     }
 
     /// Whether a backend serves a problem inside the caller's limits. From the cheapest and most telling reason to
-    /// the most particular: device, availability, numerics class, the problem, the scratch limit.
+    /// the most particular: device, availability, numerics class, the problem, the scratch limit. Plans nothing.
     pub(crate) fn judge(
         &self,
         backend: &dyn AttentionBackend,
         class: Option<NumericsClass>,
         problem: &Problem,
     ) -> Result<Served, Refusal> {
+        self.admit(backend, class, problem)?;
+        backend.supports(problem)?;
+        self.serve(backend, problem)
+    }
+
+    /// As [`judge`](Self::judge), and plans the problem where it is served.
+    ///
+    /// Part of every call, so `supports` is not asked apart: `scratch_bytes` and `prepare` refuse what it refuses.
+    pub(crate) fn plan(
+        &self,
+        backend: &dyn AttentionBackend,
+        class: Option<NumericsClass>,
+        problem: &Problem,
+    ) -> Result<Served, Obstacle> {
+        self.admit(backend, class, problem)?;
+        let served = self.serve(backend, problem)?;
+        let failed = |error| Obstacle::Plan { name: backend.name().to_owned(), error };
+        backend.prepare(problem).map_err(failed)?;
+        Ok(served)
+    }
+
+    /// What needs no look at the problem's structure: device, availability, numerics class.
+    fn admit(
+        &self,
+        backend: &dyn AttentionBackend,
+        class: Option<NumericsClass>,
+        problem: &Problem,
+    ) -> Result<(), Refusal> {
         let capabilities = backend.capabilities();
         let name = || backend.name().to_owned();
         if capabilities.device != problem.device().kind() {
@@ -186,34 +272,47 @@ impl Policy {
         }
         backend.available()?;
         let dtype = problem.dtype();
-        // Without a class, the dtype is one that the backend does not take, which `supports` says better.
+        // Without a class, the dtype is one that the backend does not take, which it says better.
         let numerics = capabilities.numerics_of(dtype);
         for wanted in [class, self.numerics].into_iter().flatten() {
             if let Some(class) = numerics.filter(|&numerics| numerics != wanted) {
                 return Err(Unsupported::Numerics { backend: name(), dtype, class, wanted }.into());
             }
         }
-        backend.supports(problem)?;
-        let supported = || capabilities.numerics.iter().map(|&(dtype, _)| dtype).collect();
-        let numerics =
-            numerics.ok_or_else(|| Unsupported::DType { backend: name(), dtype, supported: supported() })?;
+        Ok(())
+    }
+
+    /// What a call takes, if the backend serves the problem and the caller grants it.
+    fn serve(&self, backend: &dyn AttentionBackend, problem: &Problem) -> Result<Served, Refusal> {
+        let (capabilities, dtype) = (backend.capabilities(), problem.dtype());
+        let name = || backend.name().to_owned();
         let scratch_bytes = backend.scratch_bytes(problem)?;
+        let supported = || capabilities.numerics.iter().map(|&(dtype, _)| dtype).collect();
+        let numerics = (capabilities.numerics_of(dtype)).ok_or_else(|| Unsupported::DType {
+            backend: name(),
+            dtype,
+            supported: supported(),
+        })?;
         if let Some(limit) = self.scratch_limit.filter(|&limit| scratch_bytes > limit) {
             return Err(Unsupported::ScratchLimit { backend: name(), needed: scratch_bytes, limit }.into());
         }
         Ok(Served { numerics, scratch_bytes })
     }
 
-    /// The implementation that runs the problem.
+    /// The implementation that runs the problem, which has planned it.
     pub(crate) fn select(&self, problem: &Problem) -> Result<Selection, Error> {
-        let mut refusals = Vec::new();
+        // One was asked for: its reason is the error.
+        let alone = matches!(&self.implementation, Implementation::Named(_) | Implementation::Exactly(_));
+        let mut passed_over = Vec::new();
         for Asked { backend, reason, class } in self.asked(problem) {
-            let verdict = backend.and_then(|backend| {
-                let served = self.judge(&*backend, class, problem)?;
-                Ok(Selection { backend, reason, dtype: problem.dtype(), served })
+            let planned = backend.map_err(Obstacle::from).and_then(|backend| {
+                let served = self.plan(&*backend, class, problem)?;
+                Ok((backend, served))
             });
-            match verdict {
-                Ok(selection) => {
+            match planned {
+                Ok((backend, served)) => {
+                    let dtype = problem.dtype();
+                    let selection = Selection { backend, reason, dtype, served, passed_over };
                     tracing::debug!(
                         target: "attention",
                         backend = selection.backend.name(),
@@ -225,18 +324,15 @@ impl Policy {
                     );
                     return Ok(selection);
                 }
-                Err(refusal) => {
-                    tracing::debug!(target: "attention", reason = %refusal, "refused");
-                    refusals.push(refusal);
+                Err(obstacle) => {
+                    obstacle.tell();
+                    if alone || obstacle.is_the_callers() {
+                        return Err(obstacle.into());
+                    }
+                    passed_over.push(obstacle.into());
                 }
             }
         }
-        match &self.implementation {
-            // One was asked for: its reason is the error.
-            Implementation::Named(_) | Implementation::Exactly(_) if refusals.len() == 1 => {
-                Err(refusals.remove(0).into())
-            }
-            _ => Err(Error::NoImplementation { problem: problem.to_string(), refusals }),
-        }
+        Err(Error::NoImplementation { problem: problem.to_string(), refusals: passed_over })
     }
 }

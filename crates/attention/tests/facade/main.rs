@@ -3,6 +3,7 @@
 #![allow(missing_docs)]
 
 mod backward;
+mod device;
 mod errors;
 mod inputs;
 mod options;

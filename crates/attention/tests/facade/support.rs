@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use attention::core::{
-    BackwardCall, Capabilities, Error, FeatureSet, ForwardCall, PassCapabilities, Scratch, ScratchGrowth,
+    BackendFailure, BackwardCall, Capabilities, Error, FeatureSet, ForwardCall, PassCapabilities, Scratch,
+    ScratchGrowth,
 };
 use attention::{
     AttentionBackend, DType, Device, DeviceKind, NumericsClass, Problem, Registry, Scalar, Unavailable,
@@ -17,8 +18,18 @@ pub(crate) struct Toy {
     pub(crate) capabilities: Capabilities,
     pub(crate) unavailable: Option<Unavailable>,
     pub(crate) scratch: usize,
+    /// What it says when it is to plan.
+    pub(crate) plan: Plan,
     /// Every problem that was run.
     pub(crate) seen: Mutex<Vec<Problem>>,
+}
+
+/// How planning ends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Plan {
+    Succeeds,
+    Fails,
+    ShowsALimit,
 }
 
 impl Toy {
@@ -32,12 +43,18 @@ impl Toy {
                 .with_backward(all),
             unavailable: None,
             scratch: 0,
+            plan: Plan::Succeeds,
             seen: Mutex::default(),
         }
     }
 
     pub(crate) fn scratch(mut self, bytes: usize) -> Self {
         self.scratch = bytes;
+        self
+    }
+
+    pub(crate) fn plan(mut self, plan: Plan) -> Self {
+        self.plan = plan;
         self
     }
 
@@ -108,6 +125,19 @@ impl AttentionBackend for Toy {
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
         self.supports(problem).map(|()| self.scratch)
+    }
+
+    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+        self.supports(problem)?;
+        let backend = self.name.clone();
+        match self.plan {
+            Plan::Succeeds => Ok(()),
+            Plan::Fails => {
+                let operation = "building a plan".to_owned();
+                Err(BackendFailure { backend, operation, source: "no engine".into() }.into())
+            }
+            Plan::ShowsALimit => Err(Unsupported::ScratchLimit { backend, needed: 2048, limit: 1024 }.into()),
+        }
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {

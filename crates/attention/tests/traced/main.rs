@@ -11,9 +11,9 @@ mod support;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
-use attention::{Attention, DeviceKind, Tensor};
+use attention::{Attention, DeviceKind, Registry, Tensor};
 
-use support::{Toy, registry};
+use support::{Plan, Toy, registry};
 
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<u8>>>);
@@ -28,8 +28,8 @@ impl Write for Lines {
     }
 }
 
-#[test]
-fn a_call_is_a_span_and_its_choice_an_event() {
+/// What `tracing` writes of a forward call with this registry.
+fn traced(registry: &Registry) -> String {
     let lines = Lines::default();
     let writer = lines.clone();
     let subscriber = tracing_subscriber::fmt()
@@ -39,13 +39,21 @@ fn a_call_is_a_span_and_its_choice_an_event() {
         .without_time()
         .with_writer(move || writer.clone())
         .finish();
-    let registry =
-        registry([Toy::new("gpu").device(DeviceKind::Cuda).arc(), Toy::new("toy").scratch(64).arc()]);
     let x = Tensor::zeros::<f32>([1, 2, 2, 4]).unwrap();
     tracing::subscriber::with_default(subscriber, || {
-        Attention::new().registry(&registry).causal(true).forward(&x, &x, &x).unwrap();
+        Attention::new().registry(registry).causal(true).forward(&x, &x, &x).unwrap();
     });
-    let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    let bytes = lines.0.lock().unwrap().clone();
+    String::from_utf8(bytes).unwrap()
+}
+
+/// One test: events are switched on and off for the whole process.
+#[test]
+fn a_call_is_a_span_and_its_choice_an_event() {
+    let text = traced(&registry([
+        Toy::new("gpu").device(DeviceKind::Cuda).arc(),
+        Toy::new("toy").scratch(64).arc(),
+    ]));
     let lines: Vec<_> = text.lines().collect();
     let span = "attention{problem=forward f32 B1 T2 S2 N2 K2 H4 on cpu, causal";
     assert_eq!(lines.len(), 3, "{text}");
@@ -60,4 +68,14 @@ fn a_call_is_a_span_and_its_choice_an_event() {
         "{text}"
     );
     assert!(lines[2].contains("backend=\"toy\"}") && lines[2].contains("close"), "{text}");
+
+    let text = traced(&registry([Toy::new("picky").plan(Plan::Fails).arc(), Toy::new("toy").arc()]));
+    let lines: Vec<_> = text.lines().collect();
+    assert!(lines[0].contains("WARN") && lines[0].contains(span), "{text}");
+    assert!(
+        lines[0]
+            .contains("failed to plan backend=\"picky\" reason=picky failed in building a plan: no engine"),
+        "{text}"
+    );
+    assert!(lines[1].contains("chosen backend=\"toy\""), "{text}");
 }

@@ -12,7 +12,7 @@ use crate::{
 
 variants!(
     Unsupported, UNSUPPORTED, name_of_unsupported:
-    Device, DType, Feature, Pass, Limit, ScratchLimit, Numerics,
+    Device, DType, Feature, Pass, Limit, ScratchLimit, LentScratch, Numerics,
 );
 variants!(Error, ERRORS, name_of_error: InvalidCall, Unsupported, Unavailable, Backend);
 
@@ -52,6 +52,10 @@ fn every_unsupported_variant_names_the_limit_and_the_value() {
         (
             Unsupported::ScratchLimit { backend: backend(), needed: 4096, limit: 1024 },
             "toy needs 4096 bytes of scratch, the limit is 1024",
+        ),
+        (
+            Unsupported::LentScratch { backend: backend(), device: Device::Cuda(1), needed: 64 },
+            "toy lends no scratch, and a call of it needs 64 bytes on cuda:1",
         ),
         (
             Unsupported::Numerics {
