@@ -13,6 +13,7 @@ mod packages;
 mod reporting;
 mod test;
 mod trees;
+mod united;
 
 use std::process::ExitCode;
 
