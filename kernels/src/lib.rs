@@ -10,6 +10,9 @@ pub struct Source {
     pub text: &'static str,
     /// The names of its `extern "C" __global__` functions.
     pub entry_points: &'static [&'static str],
+    /// The sets of macros that it is compiled with, each macro as `NAME` or `NAME=VALUE`. Each set gives every entry point;
+    /// the empty set is the source as it stands.
+    pub variants: &'static [&'static [&'static str]],
 }
 
 /// Every source of this package, by name.
@@ -18,6 +21,7 @@ pub const SOURCES: &[Source] = &[
         name: "attention_rows.cu",
         text: include_str!("cuda/attention_rows.cu"),
         entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
+        variants: &[&[]],
     },
     Source {
         name: "attention_terms.cu",
@@ -28,6 +32,7 @@ pub const SOURCES: &[Source] = &[
             "attention_keep_mask",
             "attention_sink_gradient",
         ],
+        variants: &[&[]],
     },
 ];
 
@@ -57,6 +62,14 @@ mod tests {
             if source.entry_points.is_empty() {
                 faults.push(format!("{} has no entry point", source.name));
             }
+            if source.variants.is_empty() {
+                faults.push(format!("{} has no variant", source.name));
+            }
+            for (index, defines) in source.variants.iter().enumerate() {
+                if source.variants[..index].contains(defines) {
+                    faults.push(format!("{} lists the variant {defines:?} twice", source.name));
+                }
+            }
             for entry_point in source.entry_points {
                 if !entry_points.insert(entry_point) {
                     faults.push(format!("two entry points are called {entry_point}"));
@@ -81,7 +94,7 @@ mod tests {
     #[test]
     fn the_check_finds_what_it_looks_for() {
         let text = "extern \"C\" __global__ void forward(float *out) {}";
-        let good = Source { name: "a.cu", text, entry_points: &["forward"] };
+        let good = Source { name: "a.cu", text, entry_points: &["forward"], variants: &[&[]] };
         assert_eq!(faults(&[good]), Vec::<String>::new());
         let bad = [good, Source { entry_points: &["forward", "backward"], ..good }];
         assert_eq!(
@@ -93,5 +106,11 @@ mod tests {
             ]
         );
         assert_eq!(faults(&[Source { entry_points: &[], ..good }]), ["a.cu has no entry point"]);
+        assert_eq!(faults(&[Source { variants: &[], ..good }]), ["a.cu has no variant"]);
+        let twice: &[&[&str]] = &[&[], &["HEAD_DIM=64"], &["HEAD_DIM=64"]];
+        assert_eq!(
+            faults(&[Source { variants: twice, ..good }]),
+            ["a.cu lists the variant [\"HEAD_DIM=64\"] twice"]
+        );
     }
 }

@@ -8,11 +8,13 @@ mod conformance;
 mod features;
 mod golden;
 mod graphs;
+mod kernels;
 mod machine;
 mod packages;
 mod reporting;
 mod test;
 mod trees;
+mod united;
 
 use std::process::ExitCode;
 
@@ -39,6 +41,7 @@ enum Command {
     Conformance(conformance::Arguments),
     Golden(golden::Arguments),
     Graphs(graphs::Arguments),
+    Kernels(kernels::Arguments),
     Bench(bench::Arguments),
 }
 
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Conformance(arguments) => conformance::run(&arguments),
         Command::Golden(arguments) => golden::run(&arguments),
         Command::Graphs(arguments) => graphs::run(&arguments),
+        Command::Kernels(arguments) => kernels::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
     };
     match done {
@@ -83,6 +87,8 @@ mod tests {
             "conformance --json a.json --html a.html --threads 1,4",
             "golden --dir a --dir b --backend cpu --dtype f64",
             "golden --check",
+            "kernels",
+            "kernels --arch sm_80 --arch sm_90a,sm_100 --wheel-root a --require",
             "bench --shape 1,2,3,4,2,8 --shape 1,2,3,4,2,8,5 --dtype f32 --pass both --causal --mask bias",
             "bench --peer torch --peer jax --peer-path math --threads 2 --repeats 3 --json a --record b",
             "bench --quick --peer-python python3",

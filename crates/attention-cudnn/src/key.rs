@@ -99,11 +99,6 @@ impl Bias {
         let strides = [shape[1] * shape[2] * row, shape[2] * row, row, 1];
         Some(Self { made: true, element, shape, strides })
     }
-
-    /// How many elements one that is made has, what is behind its rows included.
-    pub(crate) fn len(&self) -> i64 {
-        self.shape[0] * self.strides[0]
-    }
 }
 
 /// Whether ALiBi's terms are not the same for every batch row.

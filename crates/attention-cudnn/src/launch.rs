@@ -170,7 +170,7 @@ impl Kernels<'_> {
         let source =
             attention_kernels::source(file).unwrap_or_else(|| unreachable!("the source is in the package"));
         let context = self.runtime.device.context();
-        Ok(self.runtime.kernels.function(context, source.name, source.text, name)?)
+        Ok(self.runtime.kernels.function(context, source, &[], name)?)
     }
 
     /// Batch, rows and heads.

@@ -44,7 +44,7 @@ impl Runtime {
             target: Target::of(cudnn.version, capability),
             device,
             cudnn,
-            kernels: KernelCache::new(config.kernel_folder.clone()),
+            kernels: KernelCache::new(config.kernel_folder.clone()).wheel_roots(config.wheel_roots.clone()),
             workspaces: Workspaces::new(config.workspace_limit),
             handles: Mutex::default(),
             plans: Mutex::default(),
