@@ -106,6 +106,23 @@ impl DeviceTensor {
         unsafe { ViewMut::from_raw_parts(pointer, self.device.device(), self.desc) }
     }
 
+    /// Puts the elements of a tensor in host memory with the same description in the place of this one's, in the order of the
+    /// device's stream. The memory stays where it is.
+    ///
+    /// # Errors
+    /// By the driver.
+    ///
+    /// # Panics
+    /// If the view is not in host memory or has another description.
+    pub fn replace(&mut self, view: View<'_>) -> Result<(), DriverError> {
+        assert_eq!(view.device(), attention_core::Device::Cpu, "a copy from host memory");
+        assert_eq!(view.desc(), self.desc, "the same tensor");
+        let (bytes, origin) = placement(&self.desc);
+        // SAFETY: a view's memory is initialised from its lowest to its highest element, which these bytes are.
+        let data = unsafe { std::slice::from_raw_parts(view.as_ptr().sub(origin), bytes) };
+        self.device.stream().clone().memcpy_htod(data, &mut self.memory)
+    }
+
     /// Every byte from the lowest to the highest element, after the work on the device's stream is done.
     ///
     /// # Errors

@@ -3,18 +3,32 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use attention_core::{LentScratch, Scratch};
+use cudarc::driver::sys::CUstreamCaptureStatus;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
 
 use crate::device::device_of;
 use crate::tensor::scratch_on;
 
-/// Memory that no call is using, with the stream whose calls may use it.
-type Free = Arc<Mutex<Vec<(Arc<CudaStream>, CudaSlice<u8>)>>>;
+/// Memory that no call is using.
+type Free = Arc<Mutex<Vec<Workspace>>>;
+
+/// Memory for calls on one stream.
+#[derive(Debug)]
+struct Workspace {
+    stream: Arc<CudaStream>,
+    memory: CudaSlice<u8>,
+    /// Whether a call that used it was captured: the graph uses it as often as it is launched.
+    captured: bool,
+}
 
 /// Workspaces of a device, reused by calls on the same stream.
 ///
 /// A call leases one, puts its work on the stream, and gives it back: the next call on the stream runs after it, so the
 /// memory is its own by then. Calls on another stream get another workspace.
+///
+/// A graph that a call was captured into uses the call's workspace whenever it is launched. That stays allocated until
+/// [`clear`](Self::clear), and is used by later calls on the stream as well: launch such a graph on the stream that it was
+/// captured on. Make one call before the capture, since memory cannot be allocated during it.
 #[derive(Clone, Debug)]
 pub struct Workspaces {
     limit: usize,
@@ -25,7 +39,7 @@ pub struct Workspaces {
 #[derive(Debug)]
 pub struct Lease {
     stream: Arc<CudaStream>,
-    memory: Option<CudaSlice<u8>>,
+    workspace: Option<Workspace>,
     free: Free,
 }
 
@@ -45,22 +59,28 @@ impl Workspaces {
     /// # Errors
     /// By the driver, where the device has no more memory.
     pub fn lease(&self, stream: &Arc<CudaStream>, bytes: usize) -> Result<Lease, DriverError> {
+        let lease = |workspace| Lease { stream: stream.clone(), workspace, free: self.free.clone() };
+        if bytes == 0 {
+            return Ok(lease(None));
+        }
+        let captured = stream.capture_status()? != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         // The smallest that fits: a call may hold two leases, its scratch and its library's workspace.
         let fits = (free.iter().enumerate())
-            .filter(|(_, (of, memory))| Arc::ptr_eq(of, stream) && memory.len() >= bytes)
-            .min_by_key(|(_, (_, memory))| memory.len());
-        let memory = match fits.map(|(index, _)| index) {
-            _ if bytes == 0 => None,
-            Some(index) => Some(free.swap_remove(index).1),
+            .filter(|(_, free)| Arc::ptr_eq(&free.stream, stream) && free.memory.len() >= bytes)
+            .min_by_key(|(_, free)| free.memory.len());
+        let mut workspace = match fits.map(|(index, _)| index) {
+            Some(index) => free.swap_remove(index),
             None => {
                 // One that is too small is not worth keeping beside a larger one.
-                free.retain(|(of, _)| !Arc::ptr_eq(of, stream));
+                free.retain(|free| free.captured || !Arc::ptr_eq(&free.stream, stream));
                 // SAFETY: workspaces hold nothing that is read before it is written: the libraries' contract.
-                Some(unsafe { stream.alloc::<u8>(bytes) }?)
+                let memory = unsafe { stream.alloc::<u8>(bytes) }?;
+                Workspace { stream: stream.clone(), memory, captured }
             }
         };
-        Ok(Lease { stream: stream.clone(), memory, free: self.free.clone() })
+        workspace.captured |= captured;
+        Ok(lease(Some(workspace)))
     }
 
     /// Gives all memory back to the device that is not leased.
@@ -72,14 +92,14 @@ impl Workspaces {
 impl Lease {
     /// The memory; null where none was asked for.
     pub fn pointer(&self) -> u64 {
-        self.memory.as_ref().map_or(0, |memory| memory.device_ptr(&self.stream).0)
+        self.workspace.as_ref().map_or(0, |workspace| workspace.memory.device_ptr(&self.stream).0)
     }
 }
 
 impl LentScratch for Lease {
     fn scratch(&mut self) -> Scratch<'_> {
-        match &mut self.memory {
-            Some(memory) => scratch_on(&self.stream, memory, usize::MAX),
+        match &mut self.workspace {
+            Some(workspace) => scratch_on(&self.stream, &mut workspace.memory, usize::MAX),
             None => Scratch::none(device_of(self.stream.context())),
         }
     }
@@ -87,8 +107,8 @@ impl LentScratch for Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            self.free.lock().unwrap_or_else(PoisonError::into_inner).push((self.stream.clone(), memory));
+        if let Some(workspace) = self.workspace.take() {
+            self.free.lock().unwrap_or_else(PoisonError::into_inner).push(workspace);
         }
     }
 }
