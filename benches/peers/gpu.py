@@ -1,12 +1,14 @@
-"""Times cuDNN's attention through PyTorch, on request.
+"""Times one of PyTorch's fused attention paths on a GPU, on request.
 
-Reads one JSON object a line: {"b", "t", "n", "k", "h", "causal", "backward", "calls"}; writes one a line:
-{"device_us", "host_us"} of a call, or {"error"}. The first line it writes names the versions.
+Reads one JSON object a line: {"b", "t", "s", "n", "k", "h", "dtype", "causal", "backward", "terms", "calls", "path"}, the
+path one of "cudnn", "flash", "efficient"; writes one a line: {"device_us", "host_us"} of a call, or {"error"} where the path
+refuses. The first line it writes names the versions.
 """
 
 import json
 import sys
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -32,26 +34,39 @@ def timed(call, calls):
     return {"device_us": device, "host_us": host}
 
 
+PATHS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
 def run(case):
-    def tensor(heads):
-        x = torch.randn(case["b"], case["t"], heads, case["h"], device="cuda", dtype=torch.bfloat16)
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[case["dtype"]]
+
+    def tensor(length, heads):
+        x = torch.randn(case["b"], length, heads, case["h"], device="cuda", dtype=dtype)
         return x.transpose(1, 2)
 
-    q, k, v = tensor(case["n"]), tensor(case["k"]), tensor(case["k"])
-    gqa = case["n"] != case["k"]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    q, k, v = tensor(case["t"], case["n"]), tensor(case["s"], case["k"]), tensor(case["s"], case["k"])
+    options = {"is_causal": case["causal"], "enable_gqa": case["n"] != case["k"]}
+    if case["terms"] == "bias":
+        options["attn_mask"] = torch.randn(1, case["n"], case["t"], case["s"], device="cuda", dtype=dtype)
+    if case["terms"] == "mask":
+        options["attn_mask"] = torch.rand(case["b"], 1, case["t"], case["s"], device="cuda") > 0.1
+    if case["terms"] == "dropout":
+        options["dropout_p"] = 0.125
+    with sdpa_kernel(PATHS[case["path"]]):
         if not case["backward"]:
             with torch.no_grad():
-                return timed(
-                    lambda: F.scaled_dot_product_attention(q, k, v, is_causal=case["causal"], enable_gqa=gqa),
-                    case["calls"],
-                )
+                return timed(lambda: F.scaled_dot_product_attention(q, k, v, **options), case["calls"])
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=case["causal"], enable_gqa=gqa)
+        out = F.scaled_dot_product_attention(q, k, v, **options)
         d_out = torch.randn_like(out)
         return timed(lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True), case["calls"])
 
 
+warnings.filterwarnings("ignore")
 print(json.dumps({"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}), flush=True)
 for line in sys.stdin:
     try:

@@ -183,6 +183,22 @@ pub(crate) fn check(
         let longest = dims.query_length.max(dims.key_length);
         return Err(limit("lengths with a window's left bound", longest, "at most 2^24"));
     }
+    let adds = [Role::Mask, Role::Bias, Role::AlibiSlopes].into_iter().find(|&role| problem.has(role));
+    if let Some(role) = adds
+        && dims.query_length == 1
+        && dims.key_length == 1
+    {
+        // A bias of one row and one key is misread where heads have their own.
+        return Err(limit(format!("lengths with {role}"), "1 and 1", "other than 1 and 1"));
+    }
+    if problem.pass() == Pass::Backward
+        && problem.dropout().is_some()
+        && let Some(batch) = (0..dims.batch).find(|&batch| problem.key_value_len(batch) == 0)
+    {
+        // Gradients of a batch row without keys are left unwritten.
+        let what = "key lengths with dropout in backward";
+        return Err(limit(what, format!("0 in batch row {batch}"), "of at least 1"));
+    }
     if problem.has(Role::Sinks) && problem.pass() == Pass::Forward {
         if target.version < [9, 13, 0] {
             return Err(limit("sinks", target, "with cuDNN 9.13 or later"));

@@ -93,7 +93,8 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     if arguments.suite.is_some() {
         let peer =
             arguments.peer.iter().any(|peer| peer == "torch").then_some(arguments.peer_python.as_path());
-        return gpu::run(peer, arguments.repeats.unwrap_or(3), arguments.json.as_deref());
+        let repeats = arguments.repeats.unwrap_or(3);
+        return gpu::run(&arguments.backend, peer, repeats, arguments.json.as_deref());
     }
     let threads = if arguments.memory { 1 } else { arguments.threads.unwrap_or_else(machine::cores) };
     let backends = (backends::named(&arguments.backend)?.into_iter())

@@ -1,0 +1,197 @@
+//! A call on a GPU with its memory.
+
+use std::time::Instant;
+
+use attention_core::{
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, Role, TensorDesc, View,
+};
+use attention_cuda::cudarc::driver::{CudaSlice, sys::CUevent_flags};
+use attention_cuda::{CudaDevice, DeviceTensor, scratch_of};
+
+use super::{Case, Terms, Times};
+
+/// The tensors of a case, shared by all backends.
+pub(super) struct Data {
+    device: CudaDevice,
+    inputs: [DeviceTensor; 3],
+    mask: Option<DeviceTensor>,
+    bias: Option<DeviceTensor>,
+    out: DeviceTensor,
+    lse: DeviceTensor,
+    /// The incoming gradient and room for those of query, key and value, in backward.
+    gradients: Option<[DeviceTensor; 4]>,
+    forward: Problem,
+    problem: Problem,
+}
+
+/// Numbers between -1 and 1 in a tensor of this description.
+fn random(device: &CudaDevice, desc: TensorDesc, seed: u32) -> crate::Result<DeviceTensor> {
+    let count = desc.element_count().ok_or("too large")?;
+    let mut state = seed;
+    let numbers = (0..count).map(|_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    });
+    let shape = desc.shape();
+    Ok(match desc.dtype() {
+        DType::Bool => {
+            let data: Vec<bool> = numbers.map(|number| number > -0.8).collect();
+            DeviceTensor::from_host(device, View::from_slice(&data, shape)?)?
+        }
+        DType::F32 => {
+            let data: Vec<f32> = numbers.collect();
+            DeviceTensor::from_host(device, View::from_slice(&data, shape)?)?
+        }
+        _ => {
+            let data: Vec<attention::bf16> = numbers.map(attention::bf16::from_f32).collect();
+            DeviceTensor::from_host(device, View::from_slice(&data, shape)?)?
+        }
+    })
+}
+
+impl Data {
+    pub(super) fn new(device: &CudaDevice, case: &Case) -> crate::Result<Self> {
+        let Case { b, t, s, n, k, h, dtype, causal, backward, terms, .. } = *case;
+        let desc = |length, heads| TensorDesc::contiguous(dtype, [b, length, heads, h]);
+        let (query, key) = (desc(t, n), desc(s, k));
+        let inputs = [random(device, query, 1)?, random(device, key, 2)?, random(device, key, 3)?];
+        let zeros = |desc: TensorDesc| DeviceTensor::filled(device, desc, 0);
+        let of = |wanted: Terms, dtype, shape: [usize; 4], seed| {
+            let desc = TensorDesc::contiguous(dtype, shape);
+            (terms == wanted).then(|| random(device, desc, seed)).transpose()
+        };
+        let bias = of(Terms::Bias, dtype, [1, n, t, s], 5)?;
+        let mask = of(Terms::Mask, DType::Bool, [b, 1, t, s], 6)?;
+        let mut builder: ProblemBuilder =
+            Problem::builder(query, key, key).device(device.device()).causal(causal);
+        if let Some(mask) = &mask {
+            builder = builder.mask(mask.desc());
+        }
+        if let Some(bias) = &bias {
+            builder = builder.bias(bias.desc());
+        }
+        if terms == Terms::Dropout {
+            builder = builder.dropout(Dropout::new(0.125, 7));
+        }
+        let forward = builder.clone().build()?;
+        let wanted = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
+        let problem = if backward { builder.gradients(wanted).build()? } else { forward.clone() };
+        let gradients = if backward {
+            Some([random(device, query, 4)?, zeros(query)?, zeros(key)?, zeros(key)?])
+        } else {
+            None
+        };
+        Ok(Self {
+            device: device.clone(),
+            inputs,
+            mask,
+            bias,
+            out: zeros(query)?,
+            lse: zeros(TensorDesc::contiguous(DType::F32, [b, t, n]))?,
+            gradients,
+            forward,
+            problem,
+        })
+    }
+
+    /// The problem that is timed.
+    pub(super) fn problem(&self) -> &Problem {
+        &self.problem
+    }
+}
+
+/// A case on a backend.
+pub(super) struct Call<'a> {
+    data: &'a mut Data,
+    backend: &'a dyn AttentionBackend,
+    scratch: CudaSlice<u8>,
+    scratch_bytes: usize,
+}
+
+impl<'a> Call<'a> {
+    pub(super) fn new(data: &'a mut Data, backend: &'a dyn AttentionBackend) -> crate::Result<Self> {
+        // A real output and logsumexp to go back from.
+        let with_lse = data.forward.to_builder().lse(true).build()?;
+        let needed = [&data.problem, &with_lse].map(|problem| backend.scratch_bytes(problem));
+        let scratch_bytes =
+            needed.into_iter().try_fold(0, |most, bytes| bytes.map(|bytes| most.max(bytes)))?;
+        // SAFETY: scratch holds nothing that is read before it is written.
+        let scratch = unsafe { data.device.stream().alloc::<u8>(scratch_bytes.max(1)) }?;
+        let mut call = Self { data, backend, scratch, scratch_bytes };
+        if call.data.gradients.is_some() {
+            call.forward(&with_lse)?;
+        }
+        Ok(call)
+    }
+
+    fn forward(&mut self, problem: &Problem) -> crate::Result<()> {
+        let data = &mut *self.data;
+        let lse = problem.has(Role::Lse).then(|| data.lse.view_mut()).transpose()?;
+        let outputs = ForwardOutputs { out: data.out.view_mut()?, lse };
+        let inputs = inputs(&data.inputs, &data.mask, &data.bias)?;
+        let scratch = scratch_of(&data.device, &mut self.scratch, self.scratch_bytes);
+        Ok(self.backend.forward(ForwardCall::new(problem, inputs, outputs)?, scratch)?)
+    }
+
+    fn once(&mut self) -> crate::Result<()> {
+        if self.data.gradients.is_none() {
+            let problem = self.data.problem.clone();
+            return self.forward(&problem);
+        }
+        let data = &mut *self.data;
+        let Some([d_out, dq, dk, dv]) = &mut data.gradients else { return Ok(()) };
+        let saved = BackwardInputs {
+            out: data.out.view()?,
+            lse: data.lse.view()?,
+            d_out: d_out.view()?,
+            d_lse: None,
+        };
+        let outputs = BackwardOutputs {
+            dq: Some(dq.view_mut()?),
+            dk: Some(dk.view_mut()?),
+            dv: Some(dv.view_mut()?),
+            ..BackwardOutputs::default()
+        };
+        let inputs = inputs(&data.inputs, &data.mask, &data.bias)?;
+        let call = BackwardCall::new(&data.problem, inputs, saved, outputs)?;
+        let scratch = scratch_of(&data.device, &mut self.scratch, self.scratch_bytes);
+        Ok(self.backend.backward(call, scratch)?)
+    }
+
+    /// Device and host time of a call: of many on the stream, and of a few that wait for nothing.
+    pub(super) fn time(&mut self, calls: usize) -> crate::Result<Times> {
+        let device = self.data.device.clone();
+        let stream = device.stream();
+        self.once()?;
+        stream.synchronize()?;
+        let event = || device.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let (start, end) = (event()?, event()?);
+        start.record(stream)?;
+        for _ in 0..calls {
+            self.once()?;
+        }
+        end.record(stream)?;
+        end.synchronize()?;
+        let device_us = f64::from(start.elapsed_ms(&end)?) * 1e3 / calls as f64;
+        let begin = Instant::now();
+        for _ in 0..20 {
+            self.once()?;
+        }
+        let host_us = begin.elapsed().as_secs_f64() * 1e6 / 20.0;
+        stream.synchronize()?;
+        Ok(Times { device_us, host_us })
+    }
+}
+
+fn inputs<'a>(
+    [query, key, value]: &'a [DeviceTensor; 3],
+    mask: &'a Option<DeviceTensor>,
+    bias: &'a Option<DeviceTensor>,
+) -> crate::Result<Inputs<'a>> {
+    Ok(Inputs {
+        mask: mask.as_ref().map(DeviceTensor::view).transpose()?,
+        bias: bias.as_ref().map(DeviceTensor::view).transpose()?,
+        ..Inputs::new(query.view()?, key.view()?, value.view()?)
+    })
+}

@@ -1,0 +1,207 @@
+//! `cargo xtask bench --suite gpu`: the backends for NVIDIA GPUs and, in turn, PyTorch's paths.
+
+mod call;
+mod peer;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use attention_core::{AttentionBackend, DType};
+use attention_cuda::CudaDevice;
+use attention_cudnn::{CudnnBackend, CudnnConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::reporting;
+use call::{Call, Data};
+use peer::Peer;
+
+/// What is added to the logits or multiplies the probabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Terms {
+    Plain,
+    /// `[1, N, T, S]`, of the operands' dtype.
+    Bias,
+    /// `[B, 1, T, S]`.
+    Mask,
+    /// At a rate of 1/8.
+    Dropout,
+}
+
+/// A shape of the suite.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Case {
+    b: usize,
+    t: usize,
+    s: usize,
+    n: usize,
+    k: usize,
+    h: usize,
+    dtype: DType,
+    causal: bool,
+    backward: bool,
+    terms: Terms,
+    /// Calls that are timed together.
+    calls: usize,
+}
+
+impl Case {
+    fn plain([b, t, s, n, k, h]: [usize; 6], dtype: DType, calls: usize) -> Self {
+        let (causal, backward, terms) = (false, false, Terms::Plain);
+        Self { b, t, s, n, k, h, dtype, causal, backward, terms, calls }
+    }
+}
+
+/// The shapes of docs/performance.md: 16384 tokens in all; one so small that the host is what is measured; options;
+/// decoding; f32.
+fn cases() -> Vec<Case> {
+    let both = |case: Case| [case, Case { backward: true, ..case }];
+    let mut all = Vec::new();
+    for (b, t, n, k, h, calls) in [
+        (1, 256, 4, 4, 64, 200),
+        (32, 512, 16, 16, 128, 50),
+        (16, 1024, 16, 16, 128, 30),
+        (4, 4096, 16, 16, 128, 10),
+        (1, 16384, 16, 16, 128, 4),
+        (4, 4096, 32, 32, 64, 10),
+        (4, 4096, 8, 8, 256, 10),
+        (4, 4096, 32, 8, 128, 6),
+    ] {
+        for causal in [false, true] {
+            let case = Case::plain([b, t, t, n, k, h], DType::Bf16, calls);
+            all.extend(both(Case { causal, ..case }));
+        }
+    }
+    for terms in [Terms::Bias, Terms::Mask, Terms::Dropout] {
+        let case = Case::plain([4, 4096, 4096, 16, 16, 128], DType::Bf16, 5);
+        all.extend(both(Case { terms, ..case }));
+    }
+    for (b, s) in [(32, 8192), (1, 8192), (64, 2048)] {
+        all.push(Case::plain([b, 1, s, 32, 8, 128], DType::Bf16, 20));
+    }
+    for h in [64, 128] {
+        all.extend(both(Case::plain([4, 4096, 4096, 16, 16, h], DType::F32, 2)));
+    }
+    all
+}
+
+/// Microseconds of a call.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Times {
+    /// On the device.
+    device_us: f64,
+    /// Until the call returns.
+    host_us: f64,
+}
+
+/// PyTorch's fused paths.
+const PATHS: [&str; 3] = ["cudnn", "flash", "efficient"];
+
+#[derive(Serialize)]
+struct Row {
+    #[serde(flatten)]
+    case: Case,
+    /// Operations of a call, half of them when causal.
+    flops: f64,
+    /// By name, `torch-` and the path for the peer's; absent where it refuses.
+    times: Vec<(String, Times)>,
+}
+
+/// Measures every case, and prints a table.
+pub(super) fn run(
+    backends: &[String],
+    peer: Option<&Path>,
+    repeats: usize,
+    json: Option<&Path>,
+) -> crate::Result<bool> {
+    let device = CudaDevice::new("cudnn", 0)?;
+    let backends: Vec<Arc<dyn AttentionBackend>> = on_device(&device)
+        .into_iter()
+        .filter(|backend| backends.is_empty() || backends.iter().any(|name| name == backend.name()))
+        .collect();
+    for backend in &backends {
+        backend.available()?;
+    }
+    let mut peer = match peer.map(Peer::start).transpose() {
+        Ok(peer) => peer,
+        Err(error) => {
+            eprintln!("peer torch skipped: {error}");
+            None
+        }
+    };
+    println!("{}", device.context().name()?);
+    if let Some(peer) = &peer {
+        println!("peer: {}", peer.versions);
+    }
+    println!(
+        "TFLOP/s on the device (decoding: TB/s of keys and values), and microseconds on the host, by implementation"
+    );
+    let mut rows = Vec::new();
+    for case in cases() {
+        let mut data = Data::new(&device, &case)?;
+        let mut measured: Vec<(String, Vec<Times>)> = Vec::new();
+        let mut add = |name: &str, times: Times| match measured.iter_mut().find(|(of, _)| of == name) {
+            Some((_, all)) => all.push(times),
+            None => measured.push((name.to_owned(), vec![times])),
+        };
+        for _ in 0..repeats {
+            for backend in &backends {
+                if backend.supports(data.problem()).is_ok() {
+                    add(backend.name(), Call::new(&mut data, &**backend)?.time(case.calls)?);
+                }
+            }
+            for path in PATHS {
+                if let Some(peer) = &mut peer
+                    && let Ok(times) = peer.ask(&case, path)?
+                {
+                    add(&format!("torch-{path}"), times);
+                }
+            }
+        }
+        let times =
+            measured.iter().filter_map(|(name, times)| Some((name.clone(), median(times)?))).collect();
+        let flops = data.problem().flops() * if case.causal { 0.5 } else { 1.0 };
+        let row = Row { case, flops, times };
+        println!("{}", line(&row));
+        rows.push(row);
+    }
+    if let Some(path) = json {
+        reporting::write(path, &serde_json::to_string_pretty(&rows)?)?;
+    }
+    Ok(true)
+}
+
+/// The backends for memory of a device.
+fn on_device(device: &CudaDevice) -> Vec<Arc<dyn AttentionBackend>> {
+    let cudnn = CudnnConfig::default().rounds_group_gradients(true);
+    vec![Arc::new(CudnnBackend::on(device.clone(), cudnn))]
+}
+
+fn line(row: &Row) -> String {
+    let Case { b, t, s, n, k, h, dtype, causal, backward, terms, .. } = row.case;
+    let shape = if t == s { format!("{b},{t},{n}/{k},{h}") } else { format!("{b},{t}x{s},{n}/{k},{h}") };
+    let mut what = format!("{dtype} {}", if backward { "bwd" } else { "fwd" });
+    if causal {
+        what += " causal";
+    }
+    if terms != Terms::Plain {
+        what += &format!(" {terms:?}").to_lowercase();
+    }
+    let mut line = format!("{shape:18} {what:17}");
+    for (name, times) in &row.times {
+        let rate = if t == 1 {
+            (2 * b * s * k * h * dtype.size()) as f64 / times.device_us / 1e6
+        } else {
+            row.flops / times.device_us / 1e6
+        };
+        line += &format!(" {name} {rate:.*} ({:.0})", if rate < 10.0 { 2 } else { 0 }, times.host_us);
+    }
+    line
+}
+
+fn median(times: &[Times]) -> Option<Times> {
+    let of =
+        |part: fn(&Times) -> f64| super::measure::median(&mut times.iter().map(part).collect::<Vec<_>>());
+    (!times.is_empty())
+        .then(|| Times { device_us: of(|times| times.device_us), host_us: of(|times| times.host_us) })
+}
