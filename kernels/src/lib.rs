@@ -12,12 +12,55 @@ pub struct Source {
     pub entry_points: &'static [&'static str],
 }
 
+/// What the attention kernels are made of: each source is complete in itself, without includes.
+macro_rules! attention {
+    ($($part:literal),*) => {
+        concat!(
+            include_str!("cuda/attention/numbers.cuh"),
+            include_str!("cuda/attention/parameters.cuh"),
+            include_str!("cuda/attention/terms.cuh"),
+            include_str!("cuda/attention/staging.cuh"),
+            include_str!("cuda/attention/tensor_cores.cuh"),
+            include_str!("cuda/attention/cores.cuh"),
+            include_str!("cuda/attention/exact.cuh"),
+            $(include_str!($part)),*
+        )
+    };
+}
+
 /// Every source of this package, by name.
-pub const SOURCES: &[Source] = &[Source {
-    name: "attention_rows.cu",
-    text: include_str!("cuda/attention_rows.cu"),
-    entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
-}];
+pub const SOURCES: &[Source] = &[
+    Source {
+        name: "attention_rows.cu",
+        text: include_str!("cuda/attention_rows.cu"),
+        entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
+    },
+    Source {
+        name: "attention_forward.cu",
+        text: attention!("cuda/attention/forward.cu"),
+        entry_points: &["attention_forward", "attention_merge"],
+    },
+    Source {
+        name: "attention_backward_rows.cu",
+        text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_rows.cu"),
+        entry_points: &["attention_prepare_gradients", "attention_gradient_of_sinks"],
+    },
+    Source {
+        name: "attention_backward_keys.cu",
+        text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_keys.cu"),
+        entry_points: &["attention_gradient_of_keys"],
+    },
+    Source {
+        name: "attention_backward_queries.cu",
+        text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_queries.cu"),
+        entry_points: &["attention_gradient_of_queries"],
+    },
+    Source {
+        name: "attention_backward_bias.cu",
+        text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_bias.cu"),
+        entry_points: &["attention_gradient_of_bias"],
+    },
+];
 
 /// The source of this name.
 ///
