@@ -1,0 +1,11 @@
+//! The same algorithm on NVIDIA GPUs, in kernels of our own.
+
+mod backend;
+mod config;
+mod features;
+mod parameters;
+mod plan;
+mod tiles;
+
+pub use backend::ChunkedCudaBackend;
+pub use config::ChunkedCudaConfig;
