@@ -10,6 +10,9 @@ pub struct Source {
     pub text: &'static str,
     /// The names of its `extern "C" __global__` functions.
     pub entry_points: &'static [&'static str],
+    /// The sets of macros that it is compiled with, each macro as `NAME` or `NAME=VALUE`. Each set gives every entry point;
+    /// the empty set is the source as it stands.
+    pub variants: &'static [&'static [&'static str]],
 }
 
 /// What the attention kernels are made of: each source is complete in itself, without includes.
@@ -28,37 +31,78 @@ macro_rules! attention {
     };
 }
 
+/// Macros of an attention kernel: the operands' dtype (0 for f64, 1 for f32, 2 for f16, 3 for bf16), padded head dimensions,
+/// features, tile of rows and keys, warps, tiles that are streamed ahead, gradients.
+macro_rules! variant {
+    ($dtype:literal, $head:literal, $value:literal, $features:literal, $rows:literal, $keys:literal, $warps:literal,
+     $stages:literal, $wanted:literal) => {
+        &[
+            concat!("DTYPE=", $dtype),
+            concat!("HEAD=", $head),
+            concat!("VALUE=", $value),
+            concat!("FEATURES=", $features),
+            "BIAS_DTYPE=4",
+            concat!("ROWS=", $rows),
+            concat!("KEYS=", $keys),
+            concat!("WARPS=", $warps),
+            concat!("STAGES=", $stages),
+            concat!("WANTED=", $wanted),
+        ]
+    };
+}
+
 /// Every source of this package, by name.
 pub const SOURCES: &[Source] = &[
     Source {
         name: "attention_rows.cu",
         text: include_str!("cuda/attention_rows.cu"),
         entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
+        variants: &[&[]],
     },
     Source {
         name: "attention_forward.cu",
         text: attention!("cuda/attention/forward.cu"),
         entry_points: &["attention_forward", "attention_merge"],
+        variants: &[
+            variant!(3, 128, 128, 0, 128, 64, 4, 1, 0),
+            variant!(2, 64, 64, 63, 64, 32, 4, 1, 0),
+            variant!(1, 64, 64, 0, 64, 64, 8, 1, 0),
+            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0),
+        ],
     },
     Source {
         name: "attention_backward_rows.cu",
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_rows.cu"),
         entry_points: &["attention_prepare_gradients", "attention_gradient_of_sinks"],
+        variants: &[variant!(3, 64, 64, 0, 0, 0, 8, 0, 0), variant!(0, 64, 64, 0, 0, 0, 8, 0, 0)],
     },
     Source {
         name: "attention_backward_keys.cu",
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_keys.cu"),
         entry_points: &["attention_gradient_of_keys"],
+        variants: &[
+            variant!(3, 128, 128, 0, 64, 64, 4, 2, 3),
+            variant!(2, 64, 64, 63, 32, 64, 4, 2, 3),
+            variant!(1, 64, 64, 0, 64, 64, 8, 1, 3),
+            variant!(0, 64, 64, 63, 32, 32, 4, 1, 3),
+        ],
     },
     Source {
         name: "attention_backward_queries.cu",
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_queries.cu"),
         entry_points: &["attention_gradient_of_queries"],
+        variants: &[
+            variant!(3, 128, 128, 0, 64, 64, 4, 2, 0),
+            variant!(2, 64, 64, 63, 64, 32, 4, 2, 0),
+            variant!(1, 64, 64, 0, 64, 64, 8, 1, 0),
+            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0),
+        ],
     },
     Source {
         name: "attention_backward_bias.cu",
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_bias.cu"),
         entry_points: &["attention_gradient_of_bias"],
+        variants: &[variant!(3, 64, 64, 34, 64, 32, 4, 1, 0), variant!(0, 64, 64, 63, 32, 32, 4, 1, 0)],
     },
 ];
 
@@ -88,6 +132,14 @@ mod tests {
             if source.entry_points.is_empty() {
                 faults.push(format!("{} has no entry point", source.name));
             }
+            if source.variants.is_empty() {
+                faults.push(format!("{} has no variant", source.name));
+            }
+            for (index, defines) in source.variants.iter().enumerate() {
+                if source.variants[..index].contains(defines) {
+                    faults.push(format!("{} lists the variant {defines:?} twice", source.name));
+                }
+            }
             for entry_point in source.entry_points {
                 if !entry_points.insert(entry_point) {
                     faults.push(format!("two entry points are called {entry_point}"));
@@ -112,7 +164,7 @@ mod tests {
     #[test]
     fn the_check_finds_what_it_looks_for() {
         let text = "extern \"C\" __global__ void forward(float *out) {}";
-        let good = Source { name: "a.cu", text, entry_points: &["forward"] };
+        let good = Source { name: "a.cu", text, entry_points: &["forward"], variants: &[&[]] };
         assert_eq!(faults(&[good]), Vec::<String>::new());
         let bad = [good, Source { entry_points: &["forward", "backward"], ..good }];
         assert_eq!(
@@ -124,5 +176,11 @@ mod tests {
             ]
         );
         assert_eq!(faults(&[Source { entry_points: &[], ..good }]), ["a.cu has no entry point"]);
+        assert_eq!(faults(&[Source { variants: &[], ..good }]), ["a.cu has no variant"]);
+        let twice: &[&[&str]] = &[&[], &["HEAD_DIM=64"], &["HEAD_DIM=64"]];
+        assert_eq!(
+            faults(&[Source { variants: twice, ..good }]),
+            ["a.cu lists the variant [\"HEAD_DIM=64\"] twice"]
+        );
     }
 }

@@ -50,7 +50,8 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
         if name == CHUNKED_CUDA {
             let device = CudaDevice::new(CHUNKED_CUDA, 0)?;
             // Kept for other processes of this machine: the suite needs some hundred kernels.
-            let config = ChunkedCudaConfig::default().kernel_folder(std::env::temp_dir().join("attention-kernels"));
+            let config =
+                ChunkedCudaConfig::default().kernel_folder(std::env::temp_dir().join("attention-kernels"));
             let backend = ChunkedCudaBackend::on(device.clone(), config);
             let backend = OnHost::new(backend, device);
             backend.available()?;
@@ -203,7 +204,10 @@ mod tests {
     #[test]
     fn an_unknown_name_is_answered_with_the_known_ones() {
         let error = named(&["nosuch".to_owned()]).unwrap_err().to_string();
-        assert_eq!(error, "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, chunked-cuda");
+        assert_eq!(
+            error,
+            "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, chunked-cuda"
+        );
     }
 
     #[test]

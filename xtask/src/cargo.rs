@@ -65,6 +65,8 @@ pub(crate) struct Package {
     pub(crate) name: String,
     /// Its version.
     pub(crate) version: String,
+    /// Its Cargo.toml.
+    pub(crate) manifest_path: PathBuf,
     /// Its features, with what each switches on.
     pub(crate) features: BTreeMap<String, Vec<String>>,
     /// What its manifest asks for.

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{cargo, features, packages, trees};
+use crate::{cargo, features, packages, trees, united};
 
-/// Checks formatting, lints, docs, features, dependencies and packages
+/// Checks formatting, lints, docs, features, dependencies, packages, and the build beside candle
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Package crates whose files are not committed
@@ -34,6 +34,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     step("features", &mut || features::run(&features::Arguments {}))?;
     step("dependencies", &mut trees::check)?;
     step("packages", &mut || packages::check(arguments.allow_dirty))?;
+    step("united", &mut united::check)?;
 
     println!();
     for (name, time, passed) in &steps {

@@ -7,11 +7,13 @@ mod check;
 mod conformance;
 mod features;
 mod golden;
+mod kernels;
 mod machine;
 mod packages;
 mod reporting;
 mod test;
 mod trees;
+mod united;
 
 use std::process::ExitCode;
 
@@ -37,6 +39,7 @@ enum Command {
     Features(features::Arguments),
     Conformance(conformance::Arguments),
     Golden(golden::Arguments),
+    Kernels(kernels::Arguments),
     Bench(bench::Arguments),
 }
 
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Command::Features(arguments) => features::run(&arguments),
         Command::Conformance(arguments) => conformance::run(&arguments),
         Command::Golden(arguments) => golden::run(&arguments),
+        Command::Kernels(arguments) => kernels::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
     };
     match done {
@@ -80,6 +84,8 @@ mod tests {
             "conformance --json a.json --html a.html --threads 1,4",
             "golden --dir a --dir b --backend cpu --dtype f64",
             "golden --check",
+            "kernels",
+            "kernels --arch sm_80 --arch sm_90a,sm_100 --wheel-root a --require",
             "bench --shape 1,2,3,4,2,8 --shape 1,2,3,4,2,8,5 --dtype f32 --pass both --causal --mask bias",
             "bench --peer torch --peer jax --peer-path math --threads 2 --repeats 3 --json a --record b",
             "bench --quick --peer-python python3",

@@ -21,7 +21,7 @@ const SIBLINGS: &[(&str, &[&str])] = &[
     ("attention-conformance", &["attention-core"]),
     ("attention-core", &[]),
     ("attention-cpu", &["attention-core"]),
-    ("attention-cuda", &["attention-core"]),
+    ("attention-cuda", &["attention-core", "attention-kernels"]),
     ("attention-cudnn", &["attention-core", "attention-cuda", "attention-kernels"]),
     ("attention-kernels", &[]),
 ];

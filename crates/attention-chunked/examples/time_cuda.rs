@@ -52,9 +52,8 @@ fn noise(device: &CudaDevice, dtype: DType, shape: &[usize]) -> Result<DeviceTen
     let shape = Dims::from_slice(shape).ok_or("at most four axes")?;
     let desc = TensorDesc::contiguous(dtype, shape);
     // SAFETY: the bytes are the elements of the description, and are read while they live.
-    let view = unsafe {
-        attention_core::View::from_raw_parts(bytes.as_ptr(), attention_core::Device::Cpu, desc)?
-    };
+    let view =
+        unsafe { attention_core::View::from_raw_parts(bytes.as_ptr(), attention_core::Device::Cpu, desc)? };
     Ok(DeviceTensor::from_host(device, view)?)
 }
 
@@ -139,8 +138,7 @@ fn main() -> Result {
     let device = CudaDevice::new("chunked-cuda", 0)?;
     println!("{}", device.context().name()?);
     let folder = std::env::temp_dir().join("attention-kernels");
-    let backend =
-        ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default().kernel_folder(folder));
+    let backend = ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default().kernel_folder(folder));
     let long = [4, 4096, 4096, 16, 16, 128];
     let cases = [
         Case("h128", DType::Bf16, long, Extra::None),

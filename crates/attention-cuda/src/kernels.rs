@@ -2,15 +2,17 @@
 //! next one.
 
 use std::collections::HashMap;
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
+use std::fmt::Display;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use attention_kernels::Source;
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError};
-use cudarc::nvrtc::{CompileError, CompileOptions, Ptx};
+use cudarc::nvrtc::Ptx;
 
-use crate::library::{NotFound, Search};
+use crate::disk::{Disk, Fnv, Key};
+use crate::library::NotFound;
+use crate::nvrtc::Nvrtc;
 
 /// Why a kernel is not there.
 #[derive(Debug, thiserror::Error)]
@@ -19,15 +21,15 @@ pub enum KernelError {
     /// NVRTC is missing.
     #[error("NVRTC was not found ({}); looked for {}", .0.what, .0.looked_for.join(", "))]
     NoCompiler(NotFound),
-    /// The source does not compile: a mistake of this library.
-    #[error("{name} does not compile for {arch}: {source}")]
+    /// The source does not compile: a mistake of this library, or an architecture that this NVRTC does not know.
+    #[error("{name} does not compile for {arch}: {message}")]
     Compile {
         /// The source's name.
         name: String,
-        /// The architecture, `sm_90`.
+        /// The architecture, `compute_90a`.
         arch: String,
         /// What NVRTC said.
-        source: CompileError,
+        message: String,
     },
     /// The driver refused the module or has no such function.
     #[error("{name}: {source}")]
@@ -39,91 +41,218 @@ pub enum KernelError {
     },
 }
 
-/// Modules by source and device.
+/// Functions by source, macros and context.
+///
+/// Looking one up again costs a read lock and a hash of its name and macros. Of threads that miss the same function at
+/// once, one compiles and the others wait; those that find theirs do not.
 #[derive(Debug, Default)]
 pub struct KernelCache {
-    folder: Option<PathBuf>,
-    modules: Mutex<HashMap<(usize, u64), Arc<CudaModule>>>,
+    disk: Disk,
+    wheel_roots: Vec<PathBuf>,
+    functions: RwLock<HashMap<InMemory, CudaFunction>>,
+    loading: Mutex<Loading>,
+}
+
+/// What is needed on a miss.
+#[derive(Debug, Default)]
+struct Loading {
+    nvrtc: Option<Nvrtc>,
+    modules: HashMap<InMemory, Arc<CudaModule>>,
+}
+
+/// What a module or a function in memory is known by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct InMemory {
+    /// The context's address. Its module keeps it alive, so no other context gets it.
+    context: usize,
+    /// Where the source's text lies, and its length. It is never freed, so no other text gets there.
+    text: (usize, usize),
+    /// Of the macros, and of a function's name.
+    names: u128,
+}
+
+impl InMemory {
+    fn new(context: &CudaContext, source: &Source, defines: &[&str], entry_point: Option<&str>) -> Self {
+        let text = (source.text.as_ptr() as usize, source.text.len());
+        let names = defines.iter().copied().fold(Fnv::new(), Fnv::field).field(entry_point.unwrap_or(""));
+        Self { context: context.cu_ctx() as usize, text, names: names.finish() }
+    }
 }
 
 impl KernelCache {
     /// A cache in memory, and on disk in this folder where one is given.
+    ///
+    /// A file there belongs to one text, architecture, set of compiler options and version of NVRTC. One that is damaged,
+    /// or that the driver refuses, is compiled again and overwritten. Files are never removed.
     pub fn new(folder: Option<PathBuf>) -> Self {
-        Self { folder, modules: Mutex::default() }
+        Self { disk: Disk { folder }, ..Self::default() }
     }
 
-    /// The function `entry_point` of a source, compiled for the device of the context.
+    /// `site-packages` folders whose `nvidia/*/lib` are searched for NVRTC where the loader does not find it.
+    #[must_use]
+    pub fn wheel_roots(self, roots: Vec<PathBuf>) -> Self {
+        Self { wheel_roots: roots, ..self }
+    }
+
+    /// The function `entry_point` of a source, compiled with these macros (`NAME` or `NAME=VALUE`) for the device of the
+    /// context.
+    ///
+    /// `cargo xtask kernels` compiles a source's [`variants`](Source::variants); macros that are not among them are
+    /// compiled here for the first time.
     ///
     /// # Errors
     /// [`KernelError`].
     pub fn function(
         &self,
         context: &Arc<CudaContext>,
-        name: &str,
-        text: &str,
+        source: &Source,
+        defines: &[&str],
         entry_point: &str,
     ) -> Result<CudaFunction, KernelError> {
-        let driver = |name: &str| {
-            let name = name.to_owned();
-            move |source| KernelError::Driver { name, source }
-        };
-        let key = (context.ordinal(), hash(text));
-        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        let module = match modules.get(&key) {
-            Some(module) => module.clone(),
-            None => {
-                let (major, minor) = context.compute_capability().map_err(driver(name))?;
-                let ptx = self.ptx(name, text, &format!("compute_{major}{minor}"))?;
-                let module = context.load_module(Ptx::from_src(ptx)).map_err(driver(name))?;
-                modules.insert(key, module.clone());
-                module
-            }
-        };
-        module.load_function(entry_point).map_err(driver(entry_point))
+        let key = InMemory::new(context, source, defines, Some(entry_point));
+        if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(function.clone());
+        }
+        let module = self.module(context, source, defines)?;
+        let function = module.load_function(entry_point).map_err(driver(entry_point))?;
+        self.functions.write().unwrap_or_else(PoisonError::into_inner).insert(key, function.clone());
+        Ok(function)
     }
 
-    /// The source as PTX, from the folder or from NVRTC.
-    fn ptx(&self, name: &str, text: &str, arch: &str) -> Result<String, KernelError> {
-        let found = nvrtc().map_err(KernelError::NoCompiler)?;
-        let file = self.folder.as_ref().map(|folder| {
-            // The library's place stands for its version: another one may compile differently.
-            folder
-                .join(format!("{name}-{arch}-{:016x}.ptx", hash(&(text, &found, env!("CARGO_PKG_VERSION")))))
-        });
-        if let Some(ptx) = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok()) {
-            return Ok(ptx);
+    /// The module of a source, loaded or to be loaded.
+    fn module(
+        &self,
+        context: &Arc<CudaContext>,
+        source: &Source,
+        defines: &[&str],
+    ) -> Result<Arc<CudaModule>, KernelError> {
+        let mut loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        let Loading { nvrtc, modules } = &mut *loading;
+        let key = InMemory::new(context, source, defines, None);
+        if let Some(module) = modules.get(&key) {
+            return Ok(module.clone());
         }
-        let started = std::time::Instant::now();
-        let options = CompileOptions {
-            options: vec![format!("--gpu-architecture={arch}"), "--std=c++17".to_owned()],
-            ..CompileOptions::default()
+        let arch = architecture(context.compute_capability().map_err(driver(source.name))?);
+        let nvrtc = match nvrtc {
+            Some(nvrtc) => nvrtc,
+            None => nvrtc.insert(Nvrtc::open(&self.wheel_roots).map_err(KernelError::NoCompiler)?),
         };
-        let ptx = cudarc::nvrtc::compile_ptx_with_opts(text, options).map_err(|source| {
-            KernelError::Compile { name: name.to_owned(), arch: arch.to_owned(), source }
-        })?;
-        tracing::debug!(name, arch, ms = started.elapsed().as_secs_f64() * 1e3, "compiled a kernel");
-        let ptx = ptx.to_src();
-        if let Some(file) = file {
-            // Whole or not at all: written beside it, then renamed. A cache that cannot be written is no error.
-            let unfinished = file.with_extension(format!("{}.tmp", std::process::id()));
-            let written = file.parent().map(std::fs::create_dir_all).transpose();
-            if written.is_ok() && std::fs::write(&unfinished, &ptx).is_ok() {
-                let _ = std::fs::rename(&unfinished, &file);
-            }
-        }
-        Ok(ptx)
+        let file = Key::new(source, &arch, defines, nvrtc.version());
+        let module = kept(
+            &self.disk,
+            &file,
+            |ptx| context.load_module(Ptx::from_src(ptx)).map_err(driver(source.name)),
+            || Ok(nvrtc.compile(source, &arch, defines)?.ptx),
+        )?;
+        modules.insert(key, module.clone());
+        Ok(module)
     }
 }
 
-/// Where NVRTC is. cudarc panics where it is missing, so it is looked for first.
-fn nvrtc() -> Result<String, NotFound> {
-    Search::new(["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "nvrtc64_130_0.dll", "nvrtc64_120_0.dll"])
-        .open()
-        .map(|found| found.place)
+/// Loads what is on disk; where there is nothing that loads, what is compiled, which is then kept.
+fn kept<M, E: Display>(
+    disk: &Disk,
+    key: &Key,
+    load: impl Fn(&str) -> Result<M, E>,
+    compile: impl FnOnce() -> Result<String, E>,
+) -> Result<M, E> {
+    if let Some(ptx) = disk.read(key) {
+        match load(&ptx) {
+            Ok(module) => return Ok(module),
+            Err(error) => tracing::warn!(%error, "a kernel from disk was refused, and is compiled again"),
+        }
+    }
+    let ptx = compile()?;
+    let module = load(&ptx)?;
+    disk.write(key, &ptx);
+    Ok(module)
 }
 
-fn hash(of: &(impl Hash + ?Sized)) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    of.hash(&mut hasher);
-    hasher.finish()
+/// What to compile for on a device of this compute capability. The code runs on that device alone, so from 9.0 on, where
+/// there are such, instructions are allowed that no other architecture has.
+fn architecture((major, minor): (i32, i32)) -> String {
+    format!("compute_{major}{minor}{}", if major >= 9 { "a" } else { "" })
+}
+
+fn driver(name: &str) -> impl Fn(DriverError) -> KernelError {
+    move |source| KernelError::Driver { name: name.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[test]
+    fn instructions_of_one_architecture_are_allowed_where_there_are_such() {
+        assert_eq!(
+            [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1)].map(architecture),
+            ["compute_80", "compute_89", "compute_90a", "compute_100a", "compute_121a"]
+        );
+    }
+
+    const SOURCE: Source = Source { name: "a.cu", text: "text", entry_points: &["a"], variants: &[&[]] };
+
+    /// Loads through a disk with this in it, by a driver that refuses "bad"; what was compiled and loaded, in turn.
+    fn through(
+        test: &str,
+        on_disk: Option<&str>,
+        compiled: Result<&str, &str>,
+    ) -> (Vec<String>, Option<String>) {
+        let folder = std::env::temp_dir().join(format!("attention-cuda-kept-{test}-{}", std::process::id()));
+        let disk = Disk { folder: Some(folder.clone()) };
+        let key = Key::new(&SOURCE, "compute_90a", &[], (13, 0));
+        if let Some(ptx) = on_disk {
+            disk.write(&key, ptx);
+        }
+        let events = RefCell::new(Vec::new());
+        let result = kept(
+            &disk,
+            &key,
+            |ptx| {
+                events.borrow_mut().push(format!("load {ptx}"));
+                if ptx == "bad" { Err("refused".to_owned()) } else { Ok(ptx.to_owned()) }
+            },
+            || {
+                events.borrow_mut().push("compile".to_owned());
+                compiled.map(str::to_owned).map_err(str::to_owned)
+            },
+        );
+        let left = disk.read(&key);
+        let _ = std::fs::remove_dir_all(&folder);
+        let mut events = events.into_inner();
+        events.push(format!("{result:?}"));
+        (events, left)
+    }
+
+    #[test]
+    fn what_is_on_disk_is_not_compiled() {
+        let (events, left) = through("hit", Some("good"), Err("not asked for"));
+        assert_eq!(events, ["load good", "Ok(\"good\")"]);
+        assert_eq!(left.as_deref(), Some("good"));
+    }
+
+    #[test]
+    fn what_is_compiled_is_kept() {
+        let (events, left) = through("miss", None, Ok("new"));
+        assert_eq!(events, ["compile", "load new", "Ok(\"new\")"]);
+        assert_eq!(left.as_deref(), Some("new"));
+    }
+
+    #[test]
+    fn what_the_driver_refuses_is_compiled_again_and_overwritten() {
+        let (events, left) = through("refused", Some("bad"), Ok("new"));
+        assert_eq!(events, ["load bad", "compile", "load new", "Ok(\"new\")"]);
+        assert_eq!(left.as_deref(), Some("new"));
+    }
+
+    #[test]
+    fn what_the_driver_refuses_fresh_from_the_compiler_is_an_error_and_not_kept() {
+        let (events, left) = through("never", None, Ok("bad"));
+        assert_eq!(events, ["compile", "load bad", "Err(\"refused\")"]);
+        assert_eq!(left, None);
+        let (events, _) = through("error", None, Err("does not compile"));
+        assert_eq!(events, ["compile", "Err(\"does not compile\")"]);
+    }
 }

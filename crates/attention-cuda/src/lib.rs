@@ -1,8 +1,10 @@
 #![doc = include_str!("../README.md")]
 
 mod device;
+mod disk;
 mod kernels;
 pub mod library;
+mod nvrtc;
 mod on_host;
 mod tensor;
 mod workspace;
@@ -10,6 +12,7 @@ mod workspace;
 pub use cudarc;
 pub use device::{CudaDevice, device_count};
 pub use kernels::{KernelCache, KernelError};
+pub use nvrtc::{Compiled, Nvrtc};
 pub use on_host::OnHost;
 pub use tensor::{DeviceTensor, scratch_of};
 pub use workspace::{Lease, Workspaces};

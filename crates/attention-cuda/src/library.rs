@@ -77,7 +77,11 @@ impl Search {
             return Ok(found);
         }
         for root in &self.wheel_roots {
-            if let Some(found) = attempt.first(in_wheels(root, &self.names)) {
+            let candidates = in_wheels(root, &self.names);
+            if candidates.is_empty() {
+                attempt.looked_for.push(root.join("nvidia/*/lib").display().to_string());
+            }
+            if let Some(found) = attempt.first(candidates) {
                 return Ok(found);
             }
         }
@@ -160,5 +164,9 @@ mod tests {
         std::fs::remove_dir_all(&root).expect("cleaned up");
         assert_eq!(error.looked_for.len(), 2);
         assert!(error.looked_for[1].ends_with("nvidia/cudnn/lib/libno_such_thing.so.9"));
+
+        let search = Search::new(["libno_such_thing.so.9"]).wheel_roots(vec!["/nowhere".into()]);
+        let error = search.open().expect_err("there is no such folder");
+        assert_eq!(error.looked_for, ["libno_such_thing.so.9", "/nowhere/nvidia/*/lib"]);
     }
 }

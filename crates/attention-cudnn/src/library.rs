@@ -4,6 +4,7 @@
 use std::ffi::{c_char, c_void};
 
 use attention_core::Unavailable;
+use attention_cuda::Nvrtc;
 use attention_cuda::library::{NotFound, Search};
 
 use crate::{CudnnConfig, backend::NAME};
@@ -74,10 +75,7 @@ impl Cudnn {
             .wheel_roots(roots())
             .open()
             .map_err(missing("cuBLASLt, which cuDNN needs,"))?;
-        Search::new(["libnvrtc.so.13", "libnvrtc.so.12"])
-            .wheel_roots(roots())
-            .open()
-            .map_err(missing("NVRTC, which cuDNN needs,"))?;
+        Nvrtc::open(&config.wheel_roots).map_err(missing("NVRTC, which cuDNN needs,"))?;
         let found = Search::new(["libcudnn.so.9", "libcudnn.so"])
             .path(config.library.clone())
             .variable("ATTENTION_CUDNN")

@@ -80,9 +80,7 @@ impl Rows<'_> {
     fn function(&self, name: &str) -> Result<attention_cuda::cudarc::driver::CudaFunction, LaunchError> {
         let source = attention_kernels::source("attention_rows.cu")
             .unwrap_or_else(|| unreachable!("the source is in the package"));
-        self.kernels
-            .function(self.stream.context(), source.name, source.text, name)
-            .map_err(LaunchError::Kernel)
+        self.kernels.function(self.stream.context(), source, &[], name).map_err(LaunchError::Kernel)
     }
 
     /// After a forward pass: zeros and -inf for rows that see nothing, and the logsumexp to the caller's tensor, where

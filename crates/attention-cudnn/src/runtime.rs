@@ -46,7 +46,7 @@ impl Runtime {
             device,
             cudnn,
             target: Target { version: [major, minor, patch], capability },
-            kernels: KernelCache::new(config.kernel_folder.clone()),
+            kernels: KernelCache::new(config.kernel_folder.clone()).wheel_roots(config.wheel_roots.clone()),
             workspaces: Workspaces::new(config.workspace_limit),
             handles: Mutex::default(),
             plans: Mutex::default(),

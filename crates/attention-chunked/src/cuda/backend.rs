@@ -131,11 +131,13 @@ impl ChunkedCudaBackend {
                     )
                     .into());
                 }
-                let text = plan.text(problem, kernel);
-                let context = runtime.device.context();
+                let source = attention_kernels::source(kernel.source)
+                    .unwrap_or_else(|| unreachable!("{} is in the package", kernel.source));
+                let defines = plan.defines(problem, kernel);
+                let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
                 let function = runtime
                     .kernels
-                    .function(context, kernel.source, &text, kernel.entry_point)
+                    .function(runtime.device.context(), source, &defines, kernel.entry_point)
                     .map_err(|error| failure(NAME, "compiling a kernel", error))?;
                 let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // At most what the device says that a block may have, an int.

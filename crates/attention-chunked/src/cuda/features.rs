@@ -39,11 +39,6 @@ impl Features {
         self.0
     }
 
-    /// Whether logits are made one by one.
-    pub(crate) fn has_terms(self) -> bool {
-        self.0 & Self::NATURAL != 0
-    }
-
     /// Whether the kernels look for everything.
     pub(crate) fn is_all(self) -> bool {
         self.0 == Self::ALL

@@ -1,6 +1,5 @@
 //! What a problem takes: kernels, grids and scratch.
 
-use std::fmt::Write;
 use std::ops::Range;
 
 use attention_core::{Gradients, Pass, Problem, Role, Unsupported};
@@ -68,8 +67,7 @@ impl Plan {
                 return Err(limit(what, size, format!("at most {MOST_POSITIONS}")));
             }
         }
-        let plan =
-            Self { shape, kernels: Vec::new(), pack: 1, parts: 1, first: 0..0, second: 0..0 };
+        let plan = Self { shape, kernels: Vec::new(), pack: 1, parts: 1, first: 0..0, second: 0..0 };
         match problem.pass() {
             Pass::Forward => plan.forward(problem),
             Pass::Backward => plan.backward(problem),
@@ -89,15 +87,16 @@ impl Plan {
             let start = first.checked_next_multiple_of(64)?;
             Some((0..first, start..start.checked_add(bytes(sizes[1])?)?))
         };
-        (self.first, self.second) = ranges().ok_or_else(|| limit("scratch", "more", "that fits an address space"))?;
+        (self.first, self.second) =
+            ranges().ok_or_else(|| limit("scratch", "more", "that fits an address space"))?;
         Ok(())
     }
 
     fn add(&mut self, kernel: Kernel, blocks: &[usize]) -> Result<(), Unsupported> {
         let count = blocks.iter().try_fold(1usize, |count, &axis| count.checked_mul(axis));
-        let blocks = count.and_then(|count| i32::try_from(count).ok()).ok_or_else(|| {
-            limit("blocks of a kernel", format!("{blocks:?}"), "fewer than 2^31 in all")
-        })?;
+        let blocks = count
+            .and_then(|count| i32::try_from(count).ok())
+            .ok_or_else(|| limit("blocks of a kernel", format!("{blocks:?}"), "fewer than 2^31 in all"))?;
         if blocks > 0 {
             self.kernels.push(Kernel { blocks: blocks.unsigned_abs(), ..kernel });
         }
@@ -110,7 +109,8 @@ impl Plan {
         let tiles = self.shape.forward(dims.query_length);
         // The rows of a group's heads go over the same keys, and share tiles that they would not fill alone.
         let few = dims.query_length < tiles.rows
-            && (dims.query_length * group).div_ceil(tiles.rows) < group * dims.query_length.div_ceil(tiles.rows);
+            && (dims.query_length * group).div_ceil(tiles.rows)
+                < group * dims.query_length.div_ceil(tiles.rows);
         if few {
             self.pack = group;
         }
@@ -200,34 +200,29 @@ impl Plan {
             };
             let shape = bias.shape();
             // What is summed over an axis is one tile wide there; an axis without elements has no tiles.
-            self.add(of_bias, &[shape[3].div_ceil(tiles.keys), shape[2].div_ceil(tiles.rows), shape[1], shape[0]])?;
+            self.add(
+                of_bias,
+                &[shape[3].div_ceil(tiles.keys), shape[2].div_ceil(tiles.rows), shape[1], shape[0]],
+            )?;
         }
         Ok(self)
     }
 
-    /// The kernel's source for this problem, complete.
-    pub(crate) fn text(&self, problem: &Problem, kernel: &Kernel) -> String {
-        let source = attention_kernels::source(kernel.source)
-            .unwrap_or_else(|| unreachable!("{} is in the package", kernel.source));
+    /// The macros that a kernel is compiled with for this problem.
+    pub(crate) fn defines(&self, problem: &Problem, kernel: &Kernel) -> Vec<String> {
         let Shape { dtype, head, value, features } = self.shape;
         let Tiles { rows, keys, warps, stages } = kernel.tiles;
-        let defines = [
-            ("DTYPE", i64::from(code(dtype))),
-            ("HEAD", head as i64),
-            ("VALUE", value as i64),
-            ("FEATURES", i64::from(features.bits())),
-            ("BIAS_DTYPE", i64::from(features.bias_dtype(problem))),
-            ("ROWS", rows as i64),
-            ("KEYS", keys as i64),
-            ("WARPS", warps as i64),
-            ("STAGES", stages as i64),
-            ("WANTED", i64::from(kernel.wanted)),
-        ];
-        let mut text = String::new();
-        for (name, value) in defines {
-            // Writing to a string does not fail.
-            let _ = writeln!(text, "#define {name} {value}");
-        }
-        text + source.text
+        vec![
+            format!("DTYPE={}", code(dtype)),
+            format!("HEAD={head}"),
+            format!("VALUE={value}"),
+            format!("FEATURES={}", features.bits()),
+            format!("BIAS_DTYPE={}", features.bias_dtype(problem)),
+            format!("ROWS={rows}"),
+            format!("KEYS={keys}"),
+            format!("WARPS={warps}"),
+            format!("STAGES={stages}"),
+            format!("WANTED={}", kernel.wanted),
+        ]
     }
 }

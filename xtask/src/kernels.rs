@@ -1,0 +1,155 @@
+//! `cargo xtask kernels`: every CUDA source compiled for every architecture, on a machine that needs no GPU.
+
+use std::path::PathBuf;
+
+use attention_cuda::{Compiled, KernelError, Nvrtc};
+use attention_kernels::{SOURCES, Source};
+
+use crate::reporting;
+
+/// Compiles every variant of every CUDA source with NVRTC, which needs no GPU
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// An architecture, as NVRTC names it
+    #[arg(long, value_delimiter = ',', default_values = ["sm_80", "sm_90a", "sm_100"], value_name = "ARCH")]
+    arch: Vec<String>,
+    /// A site-packages folder in whose wheels NVRTC is looked for, where the loader does not find it
+    #[arg(long, value_name = "DIR")]
+    wheel_root: Vec<PathBuf>,
+    /// Fail where NVRTC is missing
+    #[arg(long)]
+    require: bool,
+}
+
+/// One thing to compile.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    source: &'a Source,
+    defines: &'a [&'a str],
+    arch: &'a str,
+}
+
+/// Runs the command.
+pub(crate) fn run(arguments: &Arguments) -> crate::Result {
+    let jobs = jobs(SOURCES, &arguments.arch);
+    let nvrtc = match Nvrtc::open(&arguments.wheel_root) {
+        Ok(nvrtc) => nvrtc,
+        Err(missing) => {
+            println!("NVRTC was not found ({}); looked for:", missing.what);
+            reporting::print_lines(missing.looked_for.iter().map(|place| format!("  {place}")));
+            println!("{}", closing(0, 0, jobs.len()));
+            return Ok(!arguments.require);
+        }
+    };
+    let (major, minor) = nvrtc.version();
+    println!("NVRTC {major}.{minor}, {}", nvrtc.place());
+
+    let (mut rows, mut remarks, mut failed) = (Vec::new(), Vec::new(), 0);
+    for job in &jobs {
+        let outcome = job.compile(&nvrtc);
+        let [ms, bytes] = match &outcome {
+            Ok(Compiled { ptx, time, .. }) => {
+                [format!("{:.0}", time.as_secs_f64() * 1e3), ptx.len().to_string()]
+            }
+            Err(_) => ["-".to_owned(), "FAILED".to_owned()],
+        };
+        rows.push(vec![job.source.name.to_owned(), job.defines.join(" "), job.arch.to_owned(), ms, bytes]);
+        match outcome {
+            Ok(Compiled { log, .. }) if log.is_empty() => {}
+            Ok(Compiled { log, .. }) => remarks.push(format!("{}: {log}", job.label())),
+            Err(message) => {
+                failed += 1;
+                remarks.push(format!("{}: {message}", job.label()));
+            }
+        }
+    }
+    reporting::print_cells(&["source", "macros", "arch", "ms", "PTX bytes"].map(str::to_owned), &rows);
+    reporting::print_lines(remarks);
+    println!("{}", closing(jobs.len() - failed, failed, 0));
+    Ok(failed == 0)
+}
+
+impl Job<'_> {
+    fn label(&self) -> String {
+        let words = [self.source.name].into_iter().chain(self.defines.iter().copied()).chain([self.arch]);
+        words.collect::<Vec<_>>().join(" ")
+    }
+
+    /// Compiles it; what is wrong with it otherwise.
+    fn compile(&self, nvrtc: &Nvrtc) -> Result<Compiled, String> {
+        let Self { source, defines, arch } = *self;
+        let compiled = nvrtc.compile(source, arch, defines).map_err(|error| match error {
+            KernelError::Compile { message, .. } => message,
+            error => error.to_string(),
+        })?;
+        let missing = missing(source, &compiled.ptx);
+        if missing.is_empty() {
+            return Ok(compiled);
+        }
+        Err(format!("the PTX has no entry point {}", missing.join(", ")))
+    }
+}
+
+/// Every variant of every source, for every architecture.
+fn jobs<'a>(sources: &'a [Source], archs: &'a [String]) -> Vec<Job<'a>> {
+    (sources.iter())
+        .flat_map(|source| source.variants.iter().map(move |&defines| (source, defines)))
+        .flat_map(|(source, defines)| archs.iter().map(move |arch| Job { source, defines, arch }))
+        .collect()
+}
+
+/// The entry points of a source that its PTX lacks.
+fn missing(source: &Source, ptx: &str) -> Vec<&'static str> {
+    let there = |name: &str| {
+        ptx.lines().any(|line| {
+            let after = line.split_once(".entry ").map(|(_, after)| after);
+            after.and_then(|after| after.strip_prefix(name)).is_some_and(|rest| rest.starts_with('('))
+        })
+    };
+    source.entry_points.iter().copied().filter(|name| !there(name)).collect()
+}
+
+/// The line that `.ci/run` reads.
+fn closing(passed: usize, failed: usize, skipped: usize) -> String {
+    format!("{passed} passed, {failed} failed, {skipped} skipped")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOURCE: Source = Source {
+        name: "a.cu",
+        text: "",
+        entry_points: &["forward", "backward"],
+        variants: &[&["HEAD_DIM=64"], &["HEAD_DIM=128", "CAUSAL"]],
+    };
+
+    #[test]
+    fn every_variant_is_compiled_for_every_architecture() {
+        let archs = ["sm_80".to_owned(), "sm_90a".to_owned()];
+        let labels: Vec<_> = jobs(&[SOURCE], &archs).iter().map(Job::label).collect();
+        assert_eq!(
+            labels,
+            [
+                "a.cu HEAD_DIM=64 sm_80",
+                "a.cu HEAD_DIM=64 sm_90a",
+                "a.cu HEAD_DIM=128 CAUSAL sm_80",
+                "a.cu HEAD_DIM=128 CAUSAL sm_90a"
+            ]
+        );
+    }
+
+    #[test]
+    fn every_entry_point_is_in_the_ptx() {
+        let ptx = ".visible .entry forward(\n.param .u64 a\n)\n.visible .entry backward_of_another(\n)";
+        assert_eq!(missing(&SOURCE, ptx), ["backward"]);
+        assert_eq!(missing(&SOURCE, &ptx.replace("_of_another", "")), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn the_closing_line_is_that_of_the_suites() {
+        let totals = attention_conformance::report::Totals { passed: 3, failed: 0, skipped: 1 };
+        assert_eq!(closing(3, 0, 1), totals.to_string());
+    }
+}
