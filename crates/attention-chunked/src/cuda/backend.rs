@@ -106,12 +106,13 @@ impl ChunkedCudaBackend {
         self.given.as_ref().map_or(Device::Cuda(ordinal), CudaDevice::device)
     }
 
-    fn plan(&self, problem: &Problem) -> Result<Plan, Unsupported> {
+    /// Checks a problem, and plans it for blocks with this much shared memory.
+    fn plan(&self, problem: &Problem, shared_bytes: usize) -> Result<Plan, Unsupported> {
         self.capabilities.check(NAME, problem)?;
         if problem.device() != self.device() {
             return Err(limit("memory of its device", problem.device(), self.device().to_string()));
         }
-        Plan::of(problem)
+        Plan::of(problem, shared_bytes)
     }
 
     fn prepared(&self, problem: &Problem) -> Result<(&Runtime, Arc<Prepared>), Error> {
@@ -119,8 +120,10 @@ impl ChunkedCudaBackend {
         if let (Ok(runtime), Some(prepared)) = (self.runtime(), kept().get(problem)) {
             return Ok((runtime, prepared.clone()));
         }
-        let plan = self.plan(problem)?;
+        // What is not supported anywhere is refused without a device.
+        self.plan(problem, usize::MAX)?;
         let runtime = self.runtime()?;
+        let plan = self.plan(problem, runtime.shared_bytes)?;
         let functions = (plan.kernels.iter())
             .map(|kernel| {
                 if kernel.shared_bytes > runtime.shared_bytes {
@@ -254,11 +257,11 @@ impl AttentionBackend for ChunkedCudaBackend {
     }
 
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
-        self.plan(problem).map(|_| ())
+        self.plan(problem, usize::MAX).map(|_| ())
     }
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-        Ok(self.plan(problem)?.scratch_bytes())
+        Ok(self.plan(problem, usize::MAX)?.scratch_bytes())
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {

@@ -51,8 +51,9 @@ pub(crate) fn limit(what: &str, value: impl ToString, limit: impl Into<String>) 
 }
 
 impl Plan {
-    /// For a problem that the capabilities allow.
-    pub(crate) fn of(problem: &Problem) -> Result<Self, Unsupported> {
+    /// For a problem that the capabilities allow, on a device whose blocks may have this much shared memory. Scratch does not
+    /// depend on that.
+    pub(crate) fn of(problem: &Problem, shared_bytes: usize) -> Result<Self, Unsupported> {
         let dims = problem.dims();
         let shape = Shape::of(problem).ok_or_else(|| {
             limit("a head dimension", dims.head_dim.max(dims.value_head_dim), format!("at most {MOST_DEPTH}"))
@@ -70,7 +71,7 @@ impl Plan {
         let plan = Self { shape, kernels: Vec::new(), pack: 1, parts: 1, first: 0..0, second: 0..0 };
         match problem.pass() {
             Pass::Forward => plan.forward(problem),
-            Pass::Backward => plan.backward(problem),
+            Pass::Backward => plan.backward(problem, shared_bytes),
         }
     }
 
@@ -143,7 +144,7 @@ impl Plan {
         Ok(self)
     }
 
-    fn backward(mut self, problem: &Problem) -> Result<Self, Unsupported> {
+    fn backward(mut self, problem: &Problem, shared_bytes: usize) -> Result<Self, Unsupported> {
         let dims = problem.dims();
         let rows = [dims.batch, dims.query_heads, dims.query_length];
         self.scratch([&rows, &rows])?;
@@ -165,7 +166,7 @@ impl Plan {
         let wanted = u32::from(wants(Gradients::KEY)) + 2 * u32::from(wants(Gradients::VALUE));
         let passes = if wanted == 3 && self.shape.splits_gradients() { vec![1, 2] } else { vec![wanted] };
         for wanted in passes.into_iter().filter(|&wanted| wanted > 0) {
-            let tiles = self.shape.keys();
+            let tiles = self.shape.keys(shared_bytes);
             let keys = Kernel {
                 source: "attention_backward_keys.cu",
                 entry_point: "attention_gradient_of_keys",
@@ -177,7 +178,7 @@ impl Plan {
             self.add(keys, &[dims.key_length.div_ceil(tiles.keys), dims.key_heads, dims.batch])?;
         }
         if wants(Gradients::QUERY) {
-            let tiles = self.shape.queries();
+            let tiles = self.shape.queries(shared_bytes);
             let queries = Kernel {
                 source: "attention_backward_queries.cu",
                 entry_point: "attention_gradient_of_queries",
@@ -189,7 +190,7 @@ impl Plan {
             self.add(queries, &[dims.query_length.div_ceil(tiles.rows), dims.query_heads, dims.batch])?;
         }
         if let Some(bias) = problem.tensor(Role::Bias).filter(|_| wants(Gradients::BIAS)) {
-            let tiles = self.shape.bias();
+            let tiles = self.shape.bias(shared_bytes);
             let of_bias = Kernel {
                 source: "attention_backward_bias.cu",
                 entry_point: "attention_gradient_of_bias",

@@ -49,43 +49,59 @@ impl Shape {
         self.head.max(self.value)
     }
 
-    /// Rows and keys of tiles for f32 and f64, whose threads hold few sums each.
-    fn wide(self) -> (usize, usize) {
+    /// Rows and keys of tiles for f32 and f64, as what is held and what is streamed: so large that products are not held up by
+    /// shared memory, where a thread has eight rows.
+    fn without_tensor_cores(self) -> (usize, usize) {
         match (self.dtype == DType::F64, self.depth()) {
             (false, ..=64) => (64, 64),
             (false, ..=128) => (64, 32),
-            (false, _) => (32, 32),
+            (false, _) => (32, 16),
             (true, ..=64) => (32, 32),
             (true, ..=128) => (32, 16),
             (true, _) => (16, 16),
         }
     }
 
-    /// For the forward pass with this many rows to a key/value head or query head.
+    /// For the forward pass with this many rows to a key/value head or query head. They fit the shared memory of every
+    /// device.
     pub(crate) fn forward(self, rows_of_head: usize) -> Tiles {
         if !self.is_half() {
-            let (rows, keys) = self.wide();
-            return Tiles { rows, keys, warps: 8, stages: 1 };
+            let (rows, keys) = self.without_tensor_cores();
+            if self.dtype == DType::F32 && self.depth() <= 64 && rows_of_head > rows {
+                return Tiles { rows: 128, keys, warps: 8, stages: 1 };
+            }
+            return Tiles { rows, keys, warps: 4, stages: 1 };
         }
         // Two blocks of 16 rows to a warp halve what it reads from shared memory, where registers allow it.
-        let rows = if self.features.bits() == 0 && self.depth() <= 128 && rows_of_head > 64 { 128 } else { 64 };
+        let rows =
+            if self.features.bits() == 0 && self.depth() <= 128 && rows_of_head > 64 { 128 } else { 64 };
         let keys = if self.depth() > 192 || self.features.is_all() { 32 } else { 64 };
         Tiles { rows, keys, warps: 4, stages: 1 }
     }
 
-    /// For the gradients of keys and values.
-    pub(crate) fn keys(self) -> Tiles {
-        if !self.is_half() {
-            let (keys, rows) = self.wide();
-            let rows = if self.dtype == DType::F32 && self.depth() > 128 { 16 } else { rows };
-            return Tiles { rows, keys, warps: 8, stages: 1 };
-        }
-        let rows = match self.depth() {
-            ..=128 if !self.features.is_all() => 64,
-            ..=192 => 32,
-            _ => 16,
+    /// For the gradients of keys and values, within this much shared memory if there are such.
+    pub(crate) fn keys(self, limit: usize) -> Tiles {
+        let mut tiles = if self.is_half() {
+            let rows = match self.depth() {
+                ..=128 if !self.features.is_all() => 64,
+                ..=192 => 32,
+                _ => 16,
+            };
+            Tiles { rows, keys: 64, warps: 4, stages: 2 }
+        } else {
+            let (keys, rows) = self.without_tensor_cores();
+            Tiles { rows, keys, warps: 4, stages: 1 }
         };
-        Tiles { rows, keys: 64, warps: 4, stages: 2 }
+        let least_keys = if self.is_half() { tiles.keys } else { 16 };
+        while self.keys_bytes(tiles) > limit {
+            match tiles {
+                Tiles { stages: 2, .. } => tiles.stages = 1,
+                Tiles { rows: 32.., .. } => tiles.rows /= 2,
+                Tiles { keys, .. } if keys > least_keys => tiles.keys /= 2,
+                _ => break,
+            }
+        }
+        tiles
     }
 
     /// Whether the gradients of keys and of values are too many sums for one kernel.
@@ -93,21 +109,31 @@ impl Shape {
         self.is_half() && self.head + self.value > 256
     }
 
-    /// For the gradient of queries.
-    pub(crate) fn queries(self) -> Tiles {
-        if !self.is_half() {
-            let (rows, keys) = self.wide();
-            let rows = if self.dtype == DType::F32 && self.depth() > 64 { 32 } else { rows };
-            return Tiles { rows, keys, warps: 8, stages: 1 };
+    /// For the gradient of queries, within this much shared memory if there are such.
+    pub(crate) fn queries(self, limit: usize) -> Tiles {
+        let mut tiles = if self.is_half() {
+            let keys = if self.depth() > 128 || self.features.is_all() { 32 } else { 64 };
+            Tiles { rows: 64, keys, warps: 4, stages: 2 }
+        } else {
+            let (rows, keys) = self.without_tensor_cores();
+            Tiles { rows, keys, warps: 4, stages: 1 }
+        };
+        let (least_rows, least_keys) = if self.is_half() { (tiles.rows, 32) } else { (16, 16) };
+        while self.queries_bytes(tiles) > limit {
+            match tiles {
+                Tiles { stages: 2, .. } => tiles.stages = 1,
+                Tiles { keys, .. } if keys > least_keys => tiles.keys /= 2,
+                Tiles { rows, .. } if rows > least_rows => tiles.rows /= 2,
+                _ => break,
+            }
         }
-        let keys = if self.depth() > 128 || self.features.is_all() { 32 } else { 64 };
-        Tiles { rows: 64, keys, warps: 4, stages: 2 }
+        tiles
     }
 
-    /// For the gradient of the bias.
-    pub(crate) fn bias(self) -> Tiles {
-        let keys = if self.is_half() { 32 } else { self.queries().keys };
-        Tiles { keys, stages: 1, ..self.queries() }
+    /// For the gradient of the bias, within this much shared memory if there are such.
+    pub(crate) fn bias(self, limit: usize) -> Tiles {
+        let tiles = self.queries(limit);
+        Tiles { keys: tiles.keys.min(32), stages: 1, ..tiles }
     }
 
     /// Bytes of a tile of operands in shared memory: 16 bytes behind each row.

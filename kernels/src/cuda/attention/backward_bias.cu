@@ -2,7 +2,7 @@
 // tile of the result, which computes every tile of logits that goes into it, one after the other, and holds the sums in
 // registers: no more memory, and a fixed order.
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_bias(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_bias(const Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     element *const query_tile = reinterpret_cast<element *>(memory);
     element *const d_out_tile = query_tile + ROWS * row_stride<HEAD>();
@@ -59,13 +59,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_bias
 #pragma unroll
                     for (int r = 0; r < ROW_SLOTS; ++r) {
                         const long long t = first_t + row_at<ROWS>(r);
-                        if (t >= batch.queries) continue;
                         const Row row = row_of(p, batch, b, n, t);
+                        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, row, (int)first) : ~0u;
+                        if (t >= batch.queries) continue;
                         const long long state = state_of(p, b, n, t);
                         const real logsumexp = p.first[state], delta = p.second[state];
 #pragma unroll
                         for (int c = 0; c < KEY_SLOTS; ++c)
-                            sums[r][c] += weigh(p, row, (int)first + column_at(c), true, weights[r][c], gradients[r][c], logsumexp, delta).logit;
+                            sums[r][c] += weigh(p, row, (int)first + column_at(c), true, kept >> c & 1, weights[r][c], gradients[r][c],
+                                                logsumexp, delta)
+                                              .logit;
                     }
                 }
             }

@@ -26,7 +26,7 @@ __device__ inline void exact_gradients(const Parameters &p, const Batch &batch, 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_keys(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_keys(const Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     constexpr int QUERY_TILE = ROWS * row_stride<HEAD>(), D_OUT_TILE = ROWS * row_stride<VALUE>();
     element *const key_tile = reinterpret_cast<element *>(memory);
@@ -54,18 +54,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_keys
     const int row_tiles = from < to ? (to - from + ROWS - 1) / ROWS : 0;
     const int steps = row_tiles * p.group;
 
-    const auto stage_step = [&](int step) {
-        const long long n = key_head * p.group + step / row_tiles;
-        const int t = from + step % row_tiles * ROWS, slot = step % STAGES;
+    const auto stage_step = [&](int step, long long n, int t) {
+        const int slot = step % STAGES;
         stage_rows<ROWS, HEAD>(query_tiles + slot * QUERY_TILE, p.query, b, n, t, to, p.head_dim, p.aligned & ALIGNED_QUERY);
         stage_rows<ROWS, VALUE>(d_out_tiles + slot * D_OUT_TILE, p.d_out, b, n, t, to, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
         close_copies();
         real *state = states + slot * 2 * ROWS;
+        const long long place = state_of(p, b, n, t);
         for (int row = threadIdx.x; row < ROWS; row += THREADS) {
             const bool there = t + row < to;
-            const long long place = state_of(p, b, n, t + row);
-            state[row] = there ? p.first[place] : infinity();
-            state[ROWS + row] = there ? p.second[place] : real(0);
+            state[row] = there ? p.first[place + row] : infinity();
+            state[ROWS + row] = there ? p.second[place + row] : real(0);
         }
     };
 
@@ -80,12 +79,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_keys
     if (steps > 0) {
         stage_rows<KEYS, HEAD>(key_tile, p.key, b, key_head, first, end, p.head_dim, p.aligned & ALIGNED_KEY);
         stage_rows<KEYS, VALUE>(value_tile, p.value, b, key_head, first, end, p.value_head_dim, p.aligned & ALIGNED_VALUE);
-        stage_step(0);
+        stage_step(0, key_head * p.group, from);
     }
 
+    long long n = key_head * p.group;
+    int t = from;
     for (int step = 0; step < steps; ++step) {
+        const bool ends_head = t + ROWS >= to;
+        const long long next_n = ends_head ? n + 1 : n;
+        const int next_t = ends_head ? from : t + ROWS;
         if (STAGES > 1 && step + 1 < steps) {
-            stage_step(step + 1);
+            stage_step(step + 1, next_n, next_t);
             await_copies<1>();
         } else {
             await_copies<0>();
@@ -94,24 +98,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_keys
         const int slot = step % STAGES;
         const element *query_tile = query_tiles + slot * QUERY_TILE, *d_out_tile = d_out_tiles + slot * D_OUT_TILE;
         const real *state = states + slot * 2 * ROWS;
-        const long long n = key_head * p.group + step / row_tiles;
-        const int t = from + step % row_tiles * ROWS;
         const int last_t = min(t + ROWS, to) - 1;
         const bool checked = first_key(batch, last_t) > first || end_key(batch, t) < end;
 
         real weights[KEY_SLOTS][ROW_SLOTS], gradients[KEY_SLOTS][ROW_SLOTS];
         products<KEYS, ROWS, HEAD>(weights, key_tile, query_tile);
         if constexpr (WANTS_KEYS) products<KEYS, ROWS, VALUE>(gradients, value_tile, d_out_tile);
+        unsigned kept[KEY_SLOTS];
+#pragma unroll
+        for (int r = 0; r < KEY_SLOTS; ++r)
+            kept[r] = drops(p) ? kept_of_key<ROWS>(p, (unsigned)(b * p.query_heads + n), t, first + row_at<KEYS>(r)) : ~0u;
 #pragma unroll
         for (int c = 0; c < ROW_SLOTS; ++c) {
             const int column = column_at(c);
             Row row;
-            if (HAS_TERMS || HAS_DROPOUT || checked) row = row_of(p, batch, b, n, t + column);
+            if (HAS_TERMS || checked) row = row_of(p, batch, b, n, t + column);
             const real logsumexp = state[column], delta = state[ROWS + column];
 #pragma unroll
             for (int r = 0; r < KEY_SLOTS; ++r) {
                 const int key = first + row_at<KEYS>(r);
-                const Weights of = weigh(p, row, key, checked, weights[r][c], WANTS_KEYS ? gradients[r][c] : real(0), logsumexp, delta);
+                const Weights of = weigh(p, row, key, checked, kept[r] >> c & 1, weights[r][c],
+                                         WANTS_KEYS ? gradients[r][c] : real(0), logsumexp, delta);
                 weights[r][c] = of.kept;
                 gradients[r][c] = of.product;
             }
@@ -119,7 +126,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_keys
         if constexpr (WANTS_VALUES) add_weighted<KEYS, ROWS, VALUE>(values, weights, d_out_tile, room);
         if constexpr (WANTS_KEYS) add_weighted<KEYS, ROWS, HEAD>(keys, gradients, query_tile, room);
         __syncthreads();
-        if (STAGES == 1 && step + 1 < steps) stage_step(step + 1);
+        if (STAGES == 1 && step + 1 < steps) stage_step(step + 1, next_n, next_t);
+        n = next_n;
+        t = next_t;
     }
 
     // As in the forward pass: what is not finite may come from what takes no part.

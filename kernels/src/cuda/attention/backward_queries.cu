@@ -1,7 +1,7 @@
 // The gradient of queries. One block to a tile of query rows of a head, which goes over the keys that they see. STAGES says how
 // many tiles of keys there is room for.
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_queries(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_queries(const Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     constexpr int KEY_TILE = KEYS * row_stride<HEAD>(), VALUE_TILE = KEYS * row_stride<VALUE>();
     element *const query_tile = reinterpret_cast<element *>(memory);
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_quer
     }
 
     const auto stage_step = [&](int first) {
-        const int slot = (first - from) / KEYS % STAGES;
+        const int slot = STAGES > 1 ? (first - from) / KEYS % STAGES : 0;
         stage_rows<KEYS, HEAD>(key_tiles + slot * KEY_TILE, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
         stage_rows<KEYS, VALUE>(value_tiles + slot * VALUE_TILE, p.value, b, key_head, first, batch.keys, p.value_head_dim,
                                 p.aligned & ALIGNED_VALUE);
@@ -69,11 +69,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_quer
         products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
         products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tiles + slot * VALUE_TILE);
 #pragma unroll
-        for (int r = 0; r < ROW_SLOTS; ++r)
+        for (int r = 0; r < ROW_SLOTS; ++r) {
+            const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
 #pragma unroll
             for (int c = 0; c < KEY_SLOTS; ++c)
-                gradients[r][c] =
-                    weigh(p, rows[r], first + column_at(c), checked, weights[r][c], gradients[r][c], logsumexps[r], deltas[r]).product;
+                gradients[r][c] = weigh(p, rows[r], first + column_at(c), checked, kept >> c & 1, weights[r][c], gradients[r][c],
+                                        logsumexps[r], deltas[r])
+                                      .product;
+        }
         add_weighted<ROWS, KEYS, HEAD>(sums, gradients, key_tile, room);
         __syncthreads();
         if (STAGES == 1 && first + KEYS < to) stage_step(first + KEYS);

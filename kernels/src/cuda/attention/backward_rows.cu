@@ -1,7 +1,7 @@
 // What backward needs of each query row before anything else, and the gradient of the sinks, which is a sum over rows.
 
 // One warp to a row.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_prepare_gradients(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_prepare_gradients(const Parameters p) {
     const long long row = blockIdx.x * (long long)WARPS + threadIdx.x / 32;
     if (row >= p.batch * p.query_heads * p.query_length) return;
     const long long t = row % p.query_length, n = row / p.query_length % p.query_heads, b = row / p.query_length / p.query_heads;
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prepare_gradient
 }
 
 // One block to a head, which adds up its rows in a fixed order.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_gradient_of_sinks(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_sinks(const Parameters p) {
     __shared__ real sums[WARPS];
     const long long n = blockIdx.x;
     const real sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]) * LOG2_E;

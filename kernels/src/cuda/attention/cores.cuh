@@ -25,12 +25,13 @@ __device__ inline int row_at(int slot) {
 
 __device__ inline int column_at(int slot) { return threadIdx.x % 16 + slot * 16; }
 
-// Outputs are wider than tiles of logits, so that a load brings several neighbours.
 constexpr int NEIGHBOURS = 2;
 
+// Outputs are wider than tiles of logits, so that a load brings several neighbours.
 template <int WIDTH>
 __device__ inline int output_column_at(int slot) {
-    return slot / NEIGHBOURS * (16 * NEIGHBOURS) + threadIdx.x % 16 * NEIGHBOURS + slot % NEIGHBOURS;
+    constexpr int RUN = WIDTH % 64 == 0 ? 4 : NEIGHBOURS;
+    return slot / RUN * (16 * RUN) + threadIdx.x % 16 * RUN + slot % RUN;
 }
 
 __device__ inline bool leads_row() { return threadIdx.x % 16 == 0; }
@@ -52,6 +53,23 @@ __device__ inline real sum_of_column(real x) { return x + __shfl_xor_sync(~0u, x
 constexpr int COLUMN_PARTS = WARPS;
 __device__ inline int column_part() { return threadIdx.x / 32; }
 __device__ inline bool leads_column() { return threadIdx.x % 32 < 16; }
+
+template <int WIDTH>
+__device__ inline unsigned kept_of_row(const Parameters &p, const Row &row, int first) {
+    unsigned kept = 0;
+#pragma unroll
+    for (int c = 0; c < column_slots<WIDTH>(); ++c) kept |= (is_kept(p, row, first + column_at(c)) ? 1u : 0u) << c;
+    return kept;
+}
+
+template <int WIDTH>
+__device__ inline unsigned kept_of_key(const Parameters &p, unsigned batch_head, int first, int key) {
+    unsigned kept = 0;
+#pragma unroll
+    for (int c = 0; c < column_slots<WIDTH>(); ++c)
+        kept |= (kept_of_block(p, batch_head, (unsigned)(first + column_at(c)), (unsigned)key / 8) >> (key % 8) & 1) << c;
+    return kept;
+}
 
 struct alignas(16) Chunk {
     element of[CHUNK];

@@ -45,7 +45,7 @@ __device__ inline void store_logsumexp(const Parameters &p, long long b, long lo
         reinterpret_cast<real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]] = logsumexp;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forward(const Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     const Shared tiles = shared_tiles(memory);
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>(), OUT_SLOTS = output_slots<VALUE>();
@@ -146,22 +146,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(const Pa
         real shrink[ROW_SLOTS];
 #pragma unroll
         for (int r = 0; r < ROW_SLOTS; ++r) {
-            real maximum = logits[r][0];
+            // Two chains each, of the maximum and of the sum, since one waits for itself.
+            real maximum = logits[r][0], other = logits[r][KEY_SLOTS > 1 ? 1 : 0];
 #pragma unroll
-            for (int c = 1; c < KEY_SLOTS; ++c) maximum = fmax(maximum, logits[r][c]);
-            maximum = fmax(maxima[r], maximum_of_row(maximum) * factor);
+            for (int c = 2; c < KEY_SLOTS; ++c) (c % 2 ? other : maximum) = fmax(c % 2 ? other : maximum, logits[r][c]);
+            maximum = fmax(maxima[r], maximum_of_row(fmax(maximum, other)) * factor);
             // Less infinity is NaN where everything so far is masked.
             const real base = maximum == -infinity() ? real(0) : maximum;
             shrink[r] = power_of_two(maxima[r] - base);
             rescales |= shrink[r] != 1;
             maxima[r] = maximum;
-            real total = 0;
+            real even = 0, odd = 0;
 #pragma unroll
             for (int c = 0; c < KEY_SLOTS; ++c) {
                 logits[r][c] = power_of_two(fma(logits[r][c], factor, -base));
-                total += logits[r][c];
+                (c % 2 ? odd : even) += logits[r][c];
             }
-            totals[r] = fma(totals[r], shrink[r], total);
+            totals[r] = fma(totals[r], shrink[r], even + odd);
         }
         if (__any_sync(~0u, rescales)) {
 #pragma unroll
@@ -171,10 +172,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(const Pa
         }
         if (drops(p)) {
 #pragma unroll
-            for (int r = 0; r < ROW_SLOTS; ++r)
+            for (int r = 0; r < ROW_SLOTS; ++r) {
+                const unsigned kept = kept_of_row<KEYS>(p, rows[r], first);
 #pragma unroll
                 for (int c = 0; c < KEY_SLOTS; ++c)
-                    if (!is_kept(p, rows[r], first + column_at(c))) logits[r][c] = 0;
+                    if (!(kept >> c & 1)) logits[r][c] = 0;
+            }
         }
         add_weighted<ROWS, KEYS, VALUE>(outputs, logits, tiles.value, tiles.room);
     }
@@ -270,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(const Pa
 }
 
 // Joins the parts of a row, one warp to a row.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_merge(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_merge(const Parameters p) {
     const long long all_rows = p.batch * p.query_heads * p.query_length;
     const long long row = blockIdx.x * (long long)WARPS + threadIdx.x / 32;
     if (row >= all_rows) return;

@@ -15,9 +15,9 @@ struct Weights {
 };
 
 // `product` is that of query and key, `incoming` that of d_out and value. Whether the row's structure has to be looked at is
-// in `checked`; with terms it always is.
-__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bool checked, real product, real incoming, real logsumexp,
-                                real delta) {
+// in `checked`; with terms it always is. `kept` is the bit of dropout.
+__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bool checked, bool kept, real product, real incoming,
+                                real logsumexp, real delta) {
     real slope = 1, exponent;
     bool masked;
     if constexpr (HAS_TERMS) {
@@ -30,7 +30,6 @@ __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bo
     }
     // Selected, not multiplied: what is masked may be NaN.
     const real probability = masked ? real(0) : power_of_two(exponent);
-    const bool kept = !drops(p) || is_kept(p, row, key);
     const real change = (kept ? keep_scale(p) * incoming : real(0)) - delta;
     Weights weights;
     weights.kept = kept ? probability : real(0);
@@ -47,6 +46,7 @@ __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, long l
     const real incoming =
         dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     const long long state = state_of(p, b, n, row.t);
-    weights = weigh(p, row, key, true, product, incoming, p.first[state], p.second[state]);
+    const bool kept = !drops(p) || is_kept(p, row, key);
+    weights = weigh(p, row, key, true, kept, product, incoming, p.first[state], p.second[state]);
     return true;
 }

@@ -24,6 +24,8 @@ typedef float real;
 #endif
 
 constexpr int THREADS = 32 * WARPS;
+// Blocks that a multiprocessor has room for at least: eight warps have all the registers that there are.
+constexpr int RESIDENT = WARPS >= 8 ? 1 : 8 / WARPS;
 constexpr real LOG2_E = real(1.44269504088896340736);
 constexpr real LN_2 = real(0.69314718055994530942);
 

@@ -11,8 +11,8 @@ __device__ constexpr int row_stride() {
 __device__ inline unsigned shared_address(const void *pointer) { return (unsigned)__cvta_generic_to_shared(pointer); }
 
 // Copies 16 bytes, or writes 16 zeros, without waiting.
-__device__ inline void copy_chunk(void *to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)),
+__device__ inline void copy_chunk(unsigned to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                  "r"(there ? 16 : 0)
                  : "memory");
 }
@@ -36,7 +36,7 @@ __device__ inline void stage(element *tile, RowAt row_at, int width, long long i
         const element *from = row_at(row);
         if (aligned) {
             const bool inside = from && column < width;
-            copy_chunk(to, inside ? (const void *)(from + column) : there, inside);
+            copy_chunk(shared_address(to), inside ? (const void *)(from + column) : there, inside);
         } else {
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) to[i] = from && column + i < width ? from[(column + i) * inner] : element(0);
@@ -50,6 +50,25 @@ __device__ inline void stage_rows(element *tile, const Tensor &tensor, long long
                                   int width, bool aligned) {
     const element *origin = at(tensor, b, first, head);
     const long long step = tensor.stride[1];
+    constexpr int CHUNKS = DEPTH / CHUNK;
+    if constexpr (THREADS % CHUNKS == 0 && HEIGHT % (THREADS / CHUNKS) == 0) {
+        // Each thread has one column, and rows at equal distances.
+        if (aligned) {
+            constexpr int ROWS_AT_ONCE = THREADS / CHUNKS;
+            const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * CHUNK;
+            const unsigned to = shared_address(tile + row * row_stride<DEPTH>() + column);
+            const char *from = reinterpret_cast<const char *>(origin + row * step + column);
+            const long long jump = step * (ROWS_AT_ONCE * (int)sizeof(element));
+            const int rows = column < width ? (int)min(end - first, (long long)HEIGHT) - row : 0;
+#pragma unroll
+            for (int i = 0; i < HEIGHT / ROWS_AT_ONCE; ++i) {
+                // Behind the last row the address is one of nothing, and not read.
+                copy_chunk(to + i * ROWS_AT_ONCE * row_stride<DEPTH>() * (int)sizeof(element), from, i * ROWS_AT_ONCE < rows);
+                from += jump;
+            }
+            return;
+        }
+    }
     stage<HEIGHT, DEPTH>(
         tile, [=](int row) { return first + row < end ? origin + row * step : (const element *)nullptr; }, width, tensor.stride[3],
         aligned, tensor.data);
