@@ -5,6 +5,8 @@ mod config;
 mod features;
 mod parameters;
 mod plan;
+#[cfg(test)]
+mod tests;
 mod tiles;
 
 pub use backend::ChunkedCudaBackend;

@@ -92,6 +92,18 @@ impl Batch {
     }
 }
 
+#[cfg(test)]
+impl Batch {
+    /// The keys of row `t`, as kernels compute them.
+    pub(crate) fn keys_of(&self, t: usize) -> std::ops::Range<usize> {
+        if t as i64 >= i64::from(self.queries) {
+            return 0..0;
+        }
+        let clamped = |shift: i64| (t as i64 + shift).clamp(0, i64::from(self.keys)) as usize;
+        clamped(self.low)..clamped(self.high)
+    }
+}
+
 /// The structure of each batch row, or of all of them where they agree.
 pub(crate) fn batches(problem: &Problem) -> Result<Batch, Vec<Batch>> {
     let rows: Vec<Batch> = (0..problem.dims().batch).map(|batch| Batch::of(problem, batch)).collect();

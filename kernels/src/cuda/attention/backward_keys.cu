@@ -58,14 +58,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         const int slot = step % STAGES;
         stage_rows<ROWS, HEAD>(query_tiles + slot * QUERY_TILE, p.query, b, n, t, to, p.head_dim, p.aligned & ALIGNED_QUERY);
         stage_rows<ROWS, VALUE>(d_out_tiles + slot * D_OUT_TILE, p.d_out, b, n, t, to, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
-        close_copies();
         real *state = states + slot * 2 * ROWS;
         const long long place = state_of(p, b, n, t);
         for (int row = threadIdx.x; row < ROWS; row += THREADS) {
-            const bool there = t + row < to;
-            state[row] = there ? p.first[place + row] : infinity();
-            state[ROWS + row] = there ? p.second[place + row] : real(0);
+            if (t + row < to) {
+                copy_number(state + row, p.first + place + row);
+                copy_number(state + ROWS + row, p.second + place + row);
+            } else {
+                state[row] = infinity();
+                state[ROWS + row] = 0;
+            }
         }
+        close_copies();
     };
 
     real keys[KEY_SLOTS][output_slots<HEAD>()], values[KEY_SLOTS][output_slots<VALUE>()];

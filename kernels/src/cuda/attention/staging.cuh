@@ -17,6 +17,13 @@ __device__ inline void copy_chunk(unsigned to, const void *from, bool there) {
                  : "memory");
 }
 
+// Copies one number without waiting.
+__device__ inline void copy_number(real *to, const real *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)),
+                 "n"(sizeof(real))
+                 : "memory");
+}
+
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most this many of the groups closed last are under way.
