@@ -42,6 +42,7 @@ macro_rules! variant {
             concat!("VALUE=", $value),
             concat!("FEATURES=", $features),
             "BIAS_DTYPE=4",
+            "TERM_STRIDE=-1",
             concat!("ROWS=", $rows),
             concat!("KEYS=", $keys),
             concat!("WARPS=", $warps),

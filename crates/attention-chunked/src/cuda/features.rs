@@ -51,7 +51,24 @@ impl Features {
             _ => ANY_DTYPE,
         }
     }
+
+    /// The stride of the mask or bias from key to key, as the kernels are compiled for it.
+    pub(crate) fn term_stride(self, problem: &Problem) -> i64 {
+        let role = match self.0 & !Self::NATURAL {
+            Self::MASK => Role::Mask,
+            Self::BIAS => Role::Bias,
+            _ => return ANY_STRIDE,
+        };
+        match problem.tensor(role).map(|desc| (desc.shape()[3], desc.strides()[3])) {
+            Some((1, _) | (_, 0)) => 0,
+            Some((_, 1)) => 1,
+            _ => ANY_STRIDE,
+        }
+    }
 }
+
+/// `TERM_STRIDE` of kernels that read it at run time.
+const ANY_STRIDE: i64 = -1;
 
 /// `DTYPE_ANY` of the kernels.
 const ANY_DTYPE: i32 = 4;

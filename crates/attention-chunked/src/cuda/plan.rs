@@ -219,6 +219,7 @@ impl Plan {
             format!("VALUE={value}"),
             format!("FEATURES={}", features.bits()),
             format!("BIAS_DTYPE={}", features.bias_dtype(problem)),
+            format!("TERM_STRIDE={}", features.term_stride(problem)),
             format!("ROWS={rows}"),
             format!("KEYS={keys}"),
             format!("WARPS={warps}"),

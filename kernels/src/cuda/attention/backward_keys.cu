@@ -103,7 +103,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         const element *query_tile = query_tiles + slot * QUERY_TILE, *d_out_tile = d_out_tiles + slot * D_OUT_TILE;
         const real *state = states + slot * 2 * ROWS;
         const int last_t = min(t + ROWS, to) - 1;
-        const bool checked = first_key(batch, last_t) > first || end_key(batch, t) < end;
+        // Behind the last row a bias may hold anything, and behind the last key there is none.
+        const bool whole = t + ROWS <= to && first + KEYS <= end;
+        const bool checked = !whole || first_key(batch, last_t) > first || end_key(batch, t) < end;
 
         real weights[KEY_SLOTS][ROW_SLOTS], gradients[KEY_SLOTS][ROW_SLOTS];
         products<KEYS, ROWS, HEAD>(weights, key_tile, query_tile);
@@ -116,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         for (int c = 0; c < ROW_SLOTS; ++c) {
             const int column = column_at(c);
             Row row;
-            if (HAS_TERMS || checked) row = row_of(p, batch, b, n, t + column);
+            if (HAS_TERMS || checked) row = row_of(p, batch, b, n, t + column, checked);
             const real logsumexp = state[column], delta = state[ROWS + column];
 #pragma unroll
             for (int r = 0; r < KEY_SLOTS; ++r) {

@@ -124,15 +124,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
         __syncthreads();
         if (first + KEYS < to) stage_keys(first + KEYS);
 
+        const bool checked = first < all_from || first + KEYS > all_to;
         if constexpr (HAS_TERMS) {
 #pragma unroll
             for (int r = 0; r < ROW_SLOTS; ++r)
 #pragma unroll
                 for (int c = 0; c < KEY_SLOTS; ++c) {
                     real slope;
-                    logits[r][c] = logit(p, rows[r], first + column_at(c), logits[r][c], slope) * LOG2_E;
+                    logits[r][c] = logit(p, rows[r], first + column_at(c), checked, logits[r][c], slope) * LOG2_E;
                 }
-        } else if (first < all_from || first + KEYS > all_to) {
+        } else if (checked) {
 #pragma unroll
             for (int r = 0; r < ROW_SLOTS; ++r)
 #pragma unroll

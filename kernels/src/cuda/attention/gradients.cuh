@@ -15,13 +15,13 @@ struct Weights {
 };
 
 // `product` is that of query and key, `incoming` that of d_out and value. Whether the row's structure has to be looked at is
-// in `checked`; with terms it always is. `kept` is the bit of dropout.
+// in `checked`. `kept` is the bit of dropout.
 __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bool checked, bool kept, real product, real incoming,
                                 real logsumexp, real delta) {
     real slope = 1, exponent;
     bool masked;
     if constexpr (HAS_TERMS) {
-        const real x = logit(p, row, key, product, slope);
+        const real x = logit(p, row, key, checked, product, slope);
         masked = x == -infinity();
         exponent = fma(x, LOG2_E, -logsumexp);
     } else {
@@ -42,7 +42,7 @@ __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bo
 __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, long long b, long long n, int key, Weights &weights) {
     real slope;
     const real product = dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
-    if (logit(p, row, key, product, slope) == -infinity()) return false;
+    if (logit(p, row, key, true, product, slope) == -infinity()) return false;
     const real incoming =
         dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     const long long state = state_of(p, b, n, row.t);

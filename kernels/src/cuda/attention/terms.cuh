@@ -12,32 +12,44 @@ struct Row {
     long long mask, bias;
 };
 
-// The row t of a batch row and head. Rows behind the last are as padded ones.
-__device__ inline Row row_of(const Parameters &p, const Batch &batch, long long b, long long n, long long t) {
+// The row t of a batch row and head. Rows behind the last are as padded ones. Nobody asks for the keys in reach where nothing is
+// `checked`.
+__device__ inline Row row_of(const Parameters &p, const Batch &batch, long long b, long long n, long long t, bool checked = true) {
     Row row;
     row.t = (int)t;
     row.batch_head = (unsigned)(b * p.query_heads + n);
     const bool padded = t >= batch.queries;
-    row.low = padded ? 0 : first_key(batch, t);
-    row.high = padded ? 0 : end_key(batch, t);
+    row.low = row.high = 0;
+    if (checked && !padded) {
+        row.low = first_key(batch, t);
+        row.high = end_key(batch, t);
+    }
     row.position = t + batch.offset;
     row.slope = 0;
     if constexpr ((FEATURES & FEATURE_ALIBI) != 0) {
         if (p.slopes.data && !padded)
             row.slope = load(p.slopes.data, p.slopes_dtype, b * p.slopes.stride[0] + n * p.slopes.stride[1]);
     }
-    row.mask = b * p.mask.stride[0] + n * p.mask.stride[1] + t * p.mask.stride[2];
-    row.bias = b * p.bias.stride[0] + n * p.bias.stride[1] + t * p.bias.stride[2];
+    // Unchecked tiles read for rows behind the last too.
+    const long long inside = min(t, p.query_length - 1);
+    row.mask = b * p.mask.stride[0] + n * p.mask.stride[1] + inside * p.mask.stride[2];
+    row.bias = b * p.bias.stride[0] + n * p.bias.stride[1] + inside * p.bias.stride[2];
     return row;
 }
 
+// The stride of the mask or bias from key to key, which is part of the instruction where the kernel is compiled for it.
+__device__ inline long long key_stride(const Tensor &tensor) {
+    constexpr int known = TERM_STRIDE;
+    return known >= 0 ? known : tensor.stride[3];
+}
+
 // The logit of a key from its product with the query: -inf where it takes no part. `slope` is the derivative by the scaled
-// product.
-__device__ inline real logit(const Parameters &p, const Row &row, int key, real product, real &slope) {
+// product. Unchecked, the key is one that every row of the tile has in reach.
+__device__ inline real logit(const Parameters &p, const Row &row, int key, bool checked, real product, real &slope) {
     slope = 1;
-    if (key < row.low || key >= row.high) return -infinity();
+    if (checked && (key < row.low || key >= row.high)) return -infinity();
     if constexpr ((FEATURES & FEATURE_MASK) != 0) {
-        if (p.mask.data && !p.mask.data[row.mask + key * p.mask.stride[3]]) return -infinity();
+        if (p.mask.data && !p.mask.data[row.mask + key * key_stride(p.mask)]) return -infinity();
     }
     real x = product * (real)p.scale;
     if constexpr ((FEATURES & FEATURE_SOFTCAP) != 0) {
@@ -58,7 +70,7 @@ __device__ inline real logit(const Parameters &p, const Row &row, int key, real 
         constexpr int known = BIAS_DTYPE;
         if (p.bias.data) {
             const int dtype = known == DTYPE_ANY ? p.bias_dtype : known;
-            x += load(p.bias.data, dtype, row.bias + key * p.bias.stride[3]);
+            x += load(p.bias.data, dtype, row.bias + key * key_stride(p.bias));
         }
     }
     return x;
