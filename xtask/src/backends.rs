@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use attention::Registry;
-use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
+use attention_chunked::{ChunkedBackend, ChunkedConfig, ChunkedCudaBackend, ChunkedCudaConfig, Level};
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, Error, ForwardCall, LentScratch, Pass, Problem,
     Scratch, Unavailable, Unsupported,
@@ -15,8 +15,9 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 /// The name here of the chunked backend that multiplies f32 as sums of bf16 parts, which is off by default.
 const SPLIT: &str = "chunked-split-f32";
 
-/// The name of the cuDNN backend, which runs here on copies of host memory.
+/// The names of the backends for device memory, which run here on copies of host memory.
 const CUDNN: &str = "cudnn";
+const CHUNKED_CUDA: &str = "chunked-cuda";
 
 /// The same with gradients of grouped heads, which cuDNN rounds once more than the numerics class allows: off by default.
 const ROUNDING: &str = "cudnn-rounded-groups";
@@ -50,8 +51,20 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
             backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(backend) }));
             continue;
         }
+        if name == CHUNKED_CUDA {
+            let device = CudaDevice::new(CHUNKED_CUDA, 0)?;
+            // Kept for other processes of this machine: the suite needs some hundred kernels.
+            let config =
+                ChunkedCudaConfig::default().kernel_folder(std::env::temp_dir().join("attention-kernels"));
+            let backend = ChunkedCudaBackend::on(device.clone(), config);
+            let backend = OnHost::new(backend, device);
+            backend.available()?;
+            backends.push(Arc::new(backend));
+            continue;
+        }
         let Some(backend) = registry.get(name) else {
-            let known = format!("{}, {SPLIT}, {CUDNN}, {ROUNDING}", registry.names().join(", "));
+            let known =
+                format!("{}, {SPLIT}, {CUDNN}, {ROUNDING}, {CHUNKED_CUDA}", registry.names().join(", "));
             return Err(format!("unknown backend '{name}'; this build has {known}").into());
         };
         backend.available()?;
@@ -64,7 +77,7 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
 
 /// Whether a backend copies host memory to a device and computes there.
 pub(crate) fn computes_on_a_device(backend: &Arc<dyn AttentionBackend>) -> bool {
-    backend.name() == CUDNN || backend.name() == ROUNDING
+    [CUDNN, ROUNDING, CHUNKED_CUDA].contains(&backend.name())
 }
 
 /// The same backends, with one for each instruction set of this machine in the place of one that chooses among them.
@@ -212,7 +225,7 @@ mod tests {
         let error = named(&["nosuch".to_owned()]).unwrap_err().to_string();
         assert_eq!(
             error,
-            "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups"
+            "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups, chunked-cuda"
         );
     }
 

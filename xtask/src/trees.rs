@@ -17,7 +17,7 @@ const SIBLINGS: &[(&str, &[&str])] = &[
             "attention-kernels",
         ],
     ),
-    ("attention-chunked", &["attention-core"]),
+    ("attention-chunked", &["attention-core", "attention-cuda", "attention-kernels"]),
     ("attention-conformance", &["attention-core"]),
     ("attention-core", &[]),
     ("attention-cpu", &["attention-core"]),

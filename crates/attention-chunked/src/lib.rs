@@ -3,6 +3,8 @@
 mod backend;
 mod backward;
 mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod engine;
 mod float;
 mod forward;
@@ -16,4 +18,6 @@ mod workers;
 
 pub use backend::ChunkedBackend;
 pub use config::ChunkedConfig;
+#[cfg(feature = "cuda")]
+pub use cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 pub use level::Level;

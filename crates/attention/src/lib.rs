@@ -35,8 +35,9 @@ pub use selection::{
 };
 pub use tensor::Tensor;
 
-/// The memory-efficient CPU implementation of this build, to configure and hand to [`Implementation::Exactly`].
-#[cfg(feature = "chunked")]
+/// The memory-efficient implementations of this build, on the CPU and with feature `cuda` on NVIDIA GPUs, to configure and hand
+/// to [`Implementation::Exactly`].
+#[cfg(any(feature = "chunked", feature = "cuda"))]
 pub use attention_chunked as chunked;
 
 /// The plain CPU implementation of this build, to configure and hand to [`Implementation::Exactly`].

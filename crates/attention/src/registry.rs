@@ -100,6 +100,8 @@ impl Default for Registry {
         registry.register(Arc::new(attention_cpu::CpuBackend::default()));
         #[cfg(feature = "cuda")]
         registry.register(Arc::new(attention_cudnn::CudnnBackend::default()));
+        #[cfg(feature = "cuda")]
+        registry.register(Arc::new(attention_chunked::ChunkedCudaBackend::default()));
         registry
     }
 }

@@ -1,0 +1,167 @@
+//! Device time of calls on a GPU, forward and backward: `cargo run --release --features cuda --example time_cuda`.
+
+use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_core::{
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dims, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, Role, TensorDesc,
+};
+use attention_cuda::cudarc::driver::sys::CUevent_flags;
+use attention_cuda::{CudaDevice, DeviceTensor, scratch_of};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Calls whose time is taken together.
+const CALLS: usize = 10;
+
+/// What is added to a plain call.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Extra {
+    None,
+    Causal,
+    Mask,
+    Bias,
+    Alibi,
+    Softcap,
+    Dropout,
+}
+
+/// `[batch, queries, keys, heads, key heads, head dim]`.
+struct Case(&'static str, DType, [usize; 6], Extra);
+
+/// Numbers in [-1, 1), the same at every run.
+fn noise(device: &CudaDevice, dtype: DType, shape: &[usize]) -> Result<DeviceTensor> {
+    let count: usize = shape.iter().product();
+    let mut state = 0x9E37_79B9_7F4A_7C15u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    // Some of it over and over: a bias is too large to draw every element of.
+    let drawn: Vec<u8> = (0..count.min(1 << 16))
+        .flat_map(|_| match dtype {
+            DType::F64 => f64::from(next()).to_ne_bytes().to_vec(),
+            DType::F32 => next().to_ne_bytes().to_vec(),
+            DType::F16 => half::f16::from_f32(next()).to_ne_bytes().to_vec(),
+            DType::Bf16 => half::bf16::from_f32(next()).to_ne_bytes().to_vec(),
+            _ => vec![u8::from(next() > -0.5)],
+        })
+        .collect();
+    let bytes: Vec<u8> = drawn.into_iter().cycle().take(count * dtype.size()).collect();
+    let shape = Dims::from_slice(shape).ok_or("at most four axes")?;
+    let desc = TensorDesc::contiguous(dtype, shape);
+    // SAFETY: the bytes are the elements of the description, and are read while they live.
+    let view =
+        unsafe { attention_core::View::from_raw_parts(bytes.as_ptr(), attention_core::Device::Cpu, desc)? };
+    Ok(DeviceTensor::from_host(device, view)?)
+}
+
+fn time(device: &CudaDevice, mut call: impl FnMut() -> Result) -> Result<f64> {
+    let stream = device.stream();
+    call()?;
+    stream.synchronize()?;
+    let mut times = Vec::new();
+    for _ in 0..3 {
+        let event = || device.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let (start, end) = (event()?, event()?);
+        start.record(stream)?;
+        for _ in 0..CALLS {
+            call()?;
+        }
+        end.record(stream)?;
+        times.push(f64::from(start.elapsed_ms(&end)?) / CALLS as f64);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[1])
+}
+
+fn run(device: &CudaDevice, backend: &ChunkedCudaBackend, case: &Case) -> Result {
+    let Case(name, dtype, [b, t, s, n, k, h], extra) = *case;
+    let query = noise(device, dtype, &[b, t, n, h])?;
+    let (key, value) = (noise(device, dtype, &[b, s, k, h])?, noise(device, dtype, &[b, s, k, h])?);
+    let d_out = noise(device, dtype, &[b, t, n, h])?;
+    let mask = noise(device, DType::Bool, &if extra == Extra::Mask { [b, 1, t, s] } else { [1; 4] })?;
+    let bias = noise(device, dtype, &if extra == Extra::Bias { [1, n, t, s] } else { [1; 4] })?;
+    let slopes = noise(device, DType::F32, &[n])?;
+    let mut inputs = Inputs::new(query.view()?, key.view()?, value.view()?);
+    inputs.mask = (extra == Extra::Mask).then(|| mask.view()).transpose()?;
+    inputs.bias = (extra == Extra::Bias).then(|| bias.view()).transpose()?;
+    inputs.alibi_slopes = (extra == Extra::Alibi).then(|| slopes.view()).transpose()?;
+    let mut builder = inputs.problem().causal(extra == Extra::Causal).lse(true);
+    if extra == Extra::Softcap {
+        builder = builder.softcap(30.0);
+    }
+    if extra == Extra::Dropout {
+        builder = builder.dropout(attention_core::Dropout::new(0.125, 1));
+    }
+    let problem = builder.build()?;
+    let backward = problem.to_builder().gradients(Gradients::QKV).build()?;
+    let room = |role| -> Result<DeviceTensor> {
+        let desc = backward.tensor(role).ok_or("a gradient")?;
+        Ok(DeviceTensor::filled(device, *desc, 0)?)
+    };
+    let mut out = DeviceTensor::filled(device, *problem.tensor(Role::Out).ok_or("out")?, 0)?;
+    let mut lse = DeviceTensor::filled(device, *problem.tensor(Role::Lse).ok_or("lse")?, 0)?;
+    let bytes = backend.scratch_bytes(&problem)?.max(backend.scratch_bytes(&backward)?);
+    let mut scratch = device.stream().alloc_zeros::<u8>(bytes.max(1))?;
+    let share = if extra == Extra::Causal { 0.5 } else { 1.0 };
+    let forward_ms = time(device, || {
+        let outputs = ForwardOutputs { out: out.view_mut()?, lse: Some(lse.view_mut()?) };
+        let scratch = scratch_of(device, &mut scratch, bytes);
+        Ok(backend.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch)?)
+    })?;
+    print!("{name:24} {dtype} {extra:?}: forward {forward_ms:.3} ms");
+    print!(" {:.1} TFLOP/s", problem.flops() * share / forward_ms / 1e9);
+    if t == 1 {
+        let read = (2 * b * s * k * h * dtype.size()) as f64;
+        println!(", {:.2} TB/s", read / forward_ms / 1e9);
+        return Ok(());
+    }
+    let [mut dq, mut dk, mut dv] = [room(Role::DQuery)?, room(Role::DKey)?, room(Role::DValue)?];
+    let backward_ms = time(device, || {
+        let saved = BackwardInputs { out: out.view()?, lse: lse.view()?, d_out: d_out.view()?, d_lse: None };
+        let outputs = BackwardOutputs {
+            dq: Some(dq.view_mut()?),
+            dk: Some(dk.view_mut()?),
+            dv: Some(dv.view_mut()?),
+            ..BackwardOutputs::default()
+        };
+        let scratch = scratch_of(device, &mut scratch, bytes);
+        Ok(backend.backward(BackwardCall::new(&backward, inputs, saved, outputs)?, scratch)?)
+    })?;
+    println!(", backward {backward_ms:.3} ms {:.1} TFLOP/s", backward.flops() * share / backward_ms / 1e9);
+    Ok(())
+}
+
+fn main() -> Result {
+    let device = CudaDevice::new("chunked-cuda", 0)?;
+    println!("{}", device.context().name()?);
+    let folder = std::env::temp_dir().join("attention-kernels");
+    let backend = ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default().kernel_folder(folder));
+    let long = [4, 4096, 4096, 16, 16, 128];
+    let cases = [
+        Case("h128", DType::Bf16, long, Extra::None),
+        Case("h128", DType::Bf16, long, Extra::Causal),
+        Case("h64", DType::Bf16, [4, 4096, 4096, 32, 32, 64], Extra::None),
+        Case("h64", DType::Bf16, [4, 4096, 4096, 32, 32, 64], Extra::Causal),
+        Case("h256", DType::Bf16, [4, 4096, 4096, 8, 8, 256], Extra::None),
+        Case("grouped 32/8", DType::Bf16, [4, 4096, 4096, 32, 8, 128], Extra::None),
+        Case("t512", DType::Bf16, [32, 512, 512, 16, 16, 128], Extra::None),
+        Case("h128", DType::Bf16, long, Extra::Mask),
+        Case("h128", DType::Bf16, long, Extra::Bias),
+        Case("h128", DType::Bf16, long, Extra::Alibi),
+        Case("h128", DType::Bf16, long, Extra::Softcap),
+        Case("h128", DType::Bf16, long, Extra::Dropout),
+        Case("decode b32 s8192", DType::Bf16, [32, 1, 8192, 32, 8, 128], Extra::None),
+        Case("decode b1 s8192", DType::Bf16, [1, 1, 8192, 32, 8, 128], Extra::None),
+        Case("h64", DType::F32, [4, 4096, 4096, 16, 16, 64], Extra::None),
+        Case("h128", DType::F32, long, Extra::None),
+        Case("h64", DType::F64, [1, 2048, 2048, 16, 16, 64], Extra::None),
+    ];
+    let wanted = std::env::args().nth(1).unwrap_or_default();
+    for case in cases.iter().filter(|case| format!("{} {} {:?}", case.0, case.1, case.3).contains(&wanted)) {
+        run(&device, &backend, case)?;
+    }
+    Ok(())
+}

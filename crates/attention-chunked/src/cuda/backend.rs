@@ -1,0 +1,314 @@
+//! The backend: calls to launches.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use attention_core::{
+    AttentionBackend, BackwardCall, Capabilities, DType, Device, DeviceKind, Error, FeatureSet, ForwardCall,
+    NumericsClass, PassCapabilities, Problem, Role, Scratch, ScratchGrowth, Unavailable, Unsupported, View,
+    ViewMut,
+};
+use attention_cuda::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
+use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
+use attention_cuda::{CudaDevice, KernelCache, failure};
+
+use super::config::ChunkedCudaConfig;
+use super::parameters::{Batch, Parameters, batches};
+use super::plan::{Plan, limit};
+use super::tiles::MOST_DEPTH;
+
+/// The name of the backend.
+pub(crate) const NAME: &str = "chunked-cuda";
+
+/// Problems that are kept prepared.
+const KEPT_PROBLEMS: usize = 1024;
+
+/// The memory-efficient backend for NVIDIA GPUs from compute capability 8.0: every option, every dtype, forward and
+/// backward, in kernels of this library's own. They are compiled at the first call of a kind, which takes some seconds, by
+/// NVRTC, which is found at run time.
+///
+/// Work is put on the stream of the backend's device ([`ChunkedCudaBackend::on`]), and calls return before it is done.
+/// Tensors and scratch must be ready on that stream, and stay until the work is done.
+///
+/// # Semantics
+/// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16, whose products run on tensor cores.
+/// - Every call gives the same bits each time: no sum depends on the order in which blocks run.
+#[derive(Debug)]
+pub struct ChunkedCudaBackend {
+    config: ChunkedCudaConfig,
+    given: Option<CudaDevice>,
+    runtime: OnceLock<Result<Runtime, Unavailable>>,
+    capabilities: Capabilities,
+    prepared: Mutex<HashMap<Problem, Arc<Prepared>>>,
+}
+
+#[derive(Debug)]
+struct Runtime {
+    device: CudaDevice,
+    kernels: KernelCache,
+    /// Shared memory that a block may have.
+    shared_bytes: usize,
+}
+
+/// What the calls of a problem share.
+#[derive(Debug)]
+struct Prepared {
+    plan: Plan,
+    parameters: Parameters,
+    functions: Vec<CudaFunction>,
+    /// Where rows of the batch differ.
+    batches: Option<CudaSlice<Batch>>,
+}
+
+impl Default for ChunkedCudaBackend {
+    /// On the first device.
+    fn default() -> Self {
+        Self::new(ChunkedCudaConfig::default())
+    }
+}
+
+impl ChunkedCudaBackend {
+    /// With this configuration. Nothing is loaded before the backend is asked for something.
+    pub fn new(config: ChunkedCudaConfig) -> Self {
+        let pass = || PassCapabilities::new(FeatureSet::all()).with_max_head_dims(MOST_DEPTH, MOST_DEPTH);
+        let numerics = [
+            (DType::F64, NumericsClass::F64),
+            (DType::F32, NumericsClass::F32),
+            (DType::F16, NumericsClass::HalfF32),
+            (DType::Bf16, NumericsClass::HalfF32),
+        ];
+        let capabilities = Capabilities::new(DeviceKind::Cuda, numerics, pass(), ScratchGrowth::Linear)
+            .with_backward(pass());
+        Self { config, given: None, runtime: OnceLock::new(), capabilities, prepared: Mutex::default() }
+    }
+
+    /// On this device and its stream.
+    pub fn on(device: CudaDevice, config: ChunkedCudaConfig) -> Self {
+        Self { given: Some(device), ..Self::new(config) }
+    }
+
+    /// Compiles the kernels of a problem, so that no call has to.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], [`Error::Unavailable`], and [`Error::Backend`] where NVRTC or the driver fails.
+    pub fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+        self.prepared(problem).map(|_| ())
+    }
+
+    fn runtime(&self) -> Result<&Runtime, Unavailable> {
+        let start = || Runtime::new(&self.config, self.given.clone());
+        self.runtime.get_or_init(start).as_ref().map_err(Clone::clone)
+    }
+
+    /// The device that calls must be on.
+    fn device(&self) -> Device {
+        let ordinal = u32::try_from(self.config.device).unwrap_or(u32::MAX);
+        self.given.as_ref().map_or(Device::Cuda(ordinal), CudaDevice::device)
+    }
+
+    /// Checks a problem, and plans it for blocks with this much shared memory.
+    fn plan(&self, problem: &Problem, shared_bytes: usize) -> Result<Plan, Unsupported> {
+        self.capabilities.check(NAME, problem)?;
+        if problem.device() != self.device() {
+            return Err(limit("memory of its device", problem.device(), self.device().to_string()));
+        }
+        Plan::of(problem, shared_bytes)
+    }
+
+    fn prepared(&self, problem: &Problem) -> Result<(&Runtime, Arc<Prepared>), Error> {
+        let kept = || self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Ok(runtime), Some(prepared)) = (self.runtime(), kept().get(problem)) {
+            return Ok((runtime, prepared.clone()));
+        }
+        // What is not supported anywhere is refused without a device.
+        self.plan(problem, usize::MAX)?;
+        let runtime = self.runtime()?;
+        let plan = self.plan(problem, runtime.shared_bytes)?;
+        let functions = (plan.kernels.iter())
+            .map(|kernel| {
+                if kernel.shared_bytes > runtime.shared_bytes {
+                    return Err(limit(
+                        "shared memory of a block",
+                        kernel.shared_bytes,
+                        format!("at most {} on this device", runtime.shared_bytes),
+                    )
+                    .into());
+                }
+                let source = attention_kernels::source(kernel.source)
+                    .unwrap_or_else(|| unreachable!("{} is in the package", kernel.source));
+                let defines = plan.defines(problem, kernel);
+                let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
+                let function = runtime
+                    .kernels
+                    .function(runtime.device.context(), source, &defines, kernel.entry_point)
+                    .map_err(|error| failure(NAME, "compiling a kernel", error))?;
+                let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // At most what the device says that a block may have, an int.
+                function
+                    .set_attribute(most, kernel.shared_bytes as i32)
+                    .map_err(|error| failure(NAME, "reserving shared memory", error))?;
+                Ok(function)
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        let (uniform, rows) = match batches(problem) {
+            Ok(uniform) => (uniform, None),
+            Err(rows) => (Batch::default(), Some(rows)),
+        };
+        let batches = (rows.map(|rows| runtime.device.stream().clone_htod(&rows)).transpose())
+            .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
+        let mut parameters = Parameters::of(problem, uniform);
+        // Both fit: parts are at most `BUSY_BLOCKS`, and a group has at most as many heads as there are.
+        (parameters.pack, parameters.parts) = (plan.pack as i32, plan.parts as i32);
+        parameters.batches =
+            batches.as_ref().map_or(0, |batches| batches.device_ptr(runtime.device.stream()).0);
+        let prepared = Arc::new(Prepared { plan, parameters, functions, batches });
+        let mut kept = kept();
+        if kept.len() >= KEPT_PROBLEMS {
+            kept.clear();
+        }
+        kept.insert(problem.clone(), prepared.clone());
+        Ok((runtime, prepared))
+    }
+
+    /// Launches the kernels of a problem on these tensors.
+    ///
+    /// # Safety
+    /// The addresses are those of the problem's tensors, on the backend's device.
+    unsafe fn launch(
+        &self,
+        problem: &Problem,
+        tensors: &[(Role, u64)],
+        mut scratch: Scratch<'_>,
+    ) -> Result<(), Error> {
+        let (runtime, prepared) = self.prepared(problem)?;
+        let plan = &prepared.plan;
+        scratch.check(self.device(), plan.scratch_bytes())?;
+        let base = scratch.as_mut_ptr() as u64;
+        let mut parameters = prepared.parameters;
+        debug_assert_eq!(parameters.batches == 0, prepared.batches.is_none());
+        parameters.first = base + plan.first.start as u64;
+        parameters.second = base + plan.second.start as u64;
+        for &(role, address) in tensors {
+            parameters.set(role, address);
+        }
+        let stream = runtime.device.stream();
+        for (kernel, function) in plan.kernels.iter().zip(&prepared.functions) {
+            let config = LaunchConfig {
+                grid_dim: (kernel.blocks, 1, 1),
+                block_dim: (32 * kernel.tiles.warps as u32, 1, 1),
+                shared_mem_bytes: kernel.shared_bytes as u32,
+            };
+            let mut launch = stream.launch_builder(function);
+            launch.arg(&parameters);
+            // SAFETY: every kernel takes this one struct. Its tensors are the problem's (the caller's word), the scratch was
+            // checked to have the plan's size, and kernels stay inside the shapes that the struct gives.
+            unsafe { launch.launch(config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
+        }
+        Ok(())
+    }
+}
+
+impl Runtime {
+    fn new(config: &ChunkedCudaConfig, device: Option<CudaDevice>) -> Result<Self, Unavailable> {
+        let device = device.map_or_else(|| CudaDevice::new(NAME, config.device), Ok)?;
+        let unavailable = |what: String| Unavailable {
+            backend: NAME.to_owned(),
+            what,
+            looked_for: vec![device.device().to_string()],
+        };
+        let silent = |error| unavailable(format!("the device does not answer: {error}"));
+        let (major, minor) = device.compute_capability().map_err(silent)?;
+        if major < 8 {
+            return Err(unavailable(format!("compute capability {major}.{minor}, where 8.0 is needed")));
+        }
+        let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared_bytes = device.context().attribute(most).map_err(silent)?;
+        Ok(Self {
+            shared_bytes: usize::try_from(shared_bytes).unwrap_or(0),
+            device,
+            kernels: KernelCache::new(config.kernel_folder.clone()),
+        })
+    }
+}
+
+fn of_view(view: View<'_>) -> u64 {
+    view.as_ptr() as u64
+}
+
+fn of_output(view: &mut ViewMut<'_>) -> u64 {
+    view.as_mut_ptr() as u64
+}
+
+impl AttentionBackend for ChunkedCudaBackend {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn version(&self) -> &str {
+        env!("CARGO_PKG_VERSION")
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn available(&self) -> Result<(), Unavailable> {
+        self.runtime().map(|_| ())
+    }
+
+    fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
+        self.plan(problem, usize::MAX).map(|_| ())
+    }
+
+    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
+        Ok(self.plan(problem, usize::MAX)?.scratch_bytes())
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        let (problem, inputs, mut outputs) = call.into_parts();
+        let mut tensors = inputs_of(&inputs);
+        tensors.push((Role::Out, of_output(&mut outputs.out)));
+        tensors.extend(outputs.lse.as_mut().map(|lse| (Role::Lse, of_output(lse))));
+        // SAFETY: a checked call holds the tensors that its problem describes; `launch` refuses those of another device.
+        unsafe { self.launch(problem, &tensors, scratch) }
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        let (problem, inputs, saved, mut outputs) = call.into_parts();
+        let mut tensors = inputs_of(&inputs);
+        tensors.extend([
+            (Role::Out, of_view(saved.out)),
+            (Role::Lse, of_view(saved.lse)),
+            (Role::DOut, of_view(saved.d_out)),
+        ]);
+        tensors.extend(saved.d_lse.map(|d_lse| (Role::DLse, of_view(d_lse))));
+        let gradients = [
+            (Role::DQuery, &mut outputs.dq),
+            (Role::DKey, &mut outputs.dk),
+            (Role::DValue, &mut outputs.dv),
+            (Role::DBias, &mut outputs.dbias),
+            (Role::DSinks, &mut outputs.dsinks),
+        ];
+        tensors.extend(
+            (gradients.into_iter()).filter_map(|(role, view)| Some((role, of_output(view.as_mut()?)))),
+        );
+        // SAFETY: as in `forward`.
+        unsafe { self.launch(problem, &tensors, scratch) }
+    }
+}
+
+fn inputs_of(inputs: &attention_core::Inputs<'_>) -> Vec<(Role, u64)> {
+    let optional = [
+        (Role::Mask, inputs.mask),
+        (Role::Bias, inputs.bias),
+        (Role::AlibiSlopes, inputs.alibi_slopes),
+        (Role::Sinks, inputs.sinks),
+    ];
+    let mut tensors = vec![
+        (Role::Query, of_view(inputs.query)),
+        (Role::Key, of_view(inputs.key)),
+        (Role::Value, of_view(inputs.value)),
+    ];
+    tensors.extend(optional.into_iter().filter_map(|(role, view)| Some((role, of_view(view?)))));
+    tensors
+}

@@ -1,0 +1,85 @@
+//! What kernels are compiled for.
+
+use attention_core::{DType, Problem, Role};
+
+/// What there is to a logit beside a product and a scale above 0, and to a probability; the bits are those of `FEATURES` in
+/// the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Features(u32);
+
+impl Features {
+    const MASK: u32 = 1;
+    const BIAS: u32 = 2;
+    const ALIBI: u32 = 4;
+    const SOFTCAP: u32 = 8;
+    const DROPOUT: u32 = 16;
+    const NATURAL: u32 = 32;
+    const ALL: u32 = 63;
+
+    /// What the kernels of a problem look for. Each of the options alone has kernels of its own; several together share
+    /// those that look for all of them, since nobody wants to wait for the compiler for every combination.
+    pub(crate) fn of(problem: &Problem) -> Self {
+        let options = [
+            (Self::MASK, problem.has(Role::Mask)),
+            (Self::BIAS, problem.has(Role::Bias)),
+            (Self::ALIBI, problem.has(Role::AlibiSlopes)),
+            (Self::SOFTCAP, problem.softcap().is_some()),
+            (Self::DROPOUT, problem.dropout_stream().is_some_and(|stream| stream.threshold() > 0)),
+        ];
+        let present = options.into_iter().filter(|&(_, present)| present).fold(0, |all, (bit, _)| all | bit);
+        // The maximum of products times a scale is the scale times their maximum only for a scale above 0.
+        let natural = present & !Self::DROPOUT != 0 || problem.scale() <= 0.0;
+        match present.count_ones() {
+            0 | 1 => Self(present | if natural { Self::NATURAL } else { 0 }),
+            _ => Self(Self::ALL),
+        }
+    }
+
+    pub(crate) fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// Whether the kernels look for everything.
+    pub(crate) fn is_all(self) -> bool {
+        self.0 == Self::ALL
+    }
+
+    /// The bias's dtype as the kernels are compiled for it.
+    pub(crate) fn bias_dtype(self, problem: &Problem) -> i32 {
+        match problem.tensor(Role::Bias) {
+            Some(bias) if self.0 == Self::BIAS | Self::NATURAL => code(bias.dtype()),
+            _ => ANY_DTYPE,
+        }
+    }
+
+    /// The stride of the mask or bias from key to key, as the kernels are compiled for it.
+    pub(crate) fn term_stride(self, problem: &Problem) -> i64 {
+        let role = match self.0 & !Self::NATURAL {
+            Self::MASK => Role::Mask,
+            Self::BIAS => Role::Bias,
+            _ => return ANY_STRIDE,
+        };
+        match problem.tensor(role).map(|desc| (desc.shape()[3], desc.strides()[3])) {
+            Some((1, _) | (_, 0)) => 0,
+            Some((_, 1)) => 1,
+            _ => ANY_STRIDE,
+        }
+    }
+}
+
+/// `TERM_STRIDE` of kernels that read it at run time.
+const ANY_STRIDE: i64 = -1;
+
+/// `DTYPE_ANY` of the kernels.
+const ANY_DTYPE: i32 = 4;
+
+/// A dtype as the kernels number it.
+pub(crate) fn code(dtype: DType) -> i32 {
+    match dtype {
+        DType::F64 => 0,
+        DType::F32 => 1,
+        DType::F16 => 2,
+        DType::Bf16 => 3,
+        other => unreachable!("no tensor of floats is {other} in a checked problem"),
+    }
+}

@@ -1,0 +1,13 @@
+//! The same algorithm on NVIDIA GPUs, in kernels of our own.
+
+mod backend;
+mod config;
+mod features;
+mod parameters;
+mod plan;
+#[cfg(test)]
+mod tests;
+mod tiles;
+
+pub use backend::ChunkedCudaBackend;
+pub use config::ChunkedCudaConfig;

@@ -1,0 +1,195 @@
+//! What kernels are called with: the structs of `parameters.cuh`.
+
+use attention_core::{Problem, Role, TensorDesc};
+use attention_cuda::cudarc::driver::DeviceRepr;
+
+use super::features::code;
+
+/// Positions are this far from anything at most: with the lengths added, no sum overflows.
+const FAR: i128 = 1 << 40;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tensor {
+    pub(crate) address: u64,
+    stride: [i64; 4],
+}
+
+/// The structure of a batch row.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Batch {
+    offset: i64,
+    low: i64,
+    high: i64,
+    queries: i32,
+    keys: i32,
+}
+
+// SAFETY: plain integers without padding.
+unsafe impl DeviceRepr for Batch {}
+
+/// How many roles there are.
+pub(crate) const ROLES: usize = Role::ALL.len();
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Parameters {
+    /// In the order of [`Role::ALL`].
+    pub(crate) tensors: [Tensor; ROLES],
+    pub(crate) batches: u64,
+    uniform: Batch,
+    pub(crate) first: u64,
+    pub(crate) second: u64,
+    batch: i64,
+    query_length: i64,
+    key_length: i64,
+    query_heads: i64,
+    key_heads: i64,
+    bias_size: [i64; 4],
+    scale: f64,
+    softcap: f64,
+    keep_scale: f64,
+    head_dim: i32,
+    value_head_dim: i32,
+    group: i32,
+    pub(crate) pack: i32,
+    pub(crate) parts: i32,
+    pub(crate) aligned: u32,
+    bias_dtype: i32,
+    slopes_dtype: i32,
+    sinks_dtype: i32,
+    contains: i32,
+    drop_threshold: u32,
+    drop_key: [u32; 2],
+    drop_offset: u32,
+}
+
+// SAFETY: plain numbers, in the layout of the struct of the same name in the kernels; the size is asserted on both sides.
+unsafe impl DeviceRepr for Parameters {}
+
+const _: () = assert!(size_of::<Parameters>() == 848);
+
+impl Batch {
+    fn of(problem: &Problem, batch: usize) -> Self {
+        let offset = problem.offset(batch);
+        let window = problem.window();
+        let far = |position: i128| position.clamp(-FAR, FAR) as i64;
+        let left = window.left.map_or(-FAR, |left| i128::from(offset) - left as i128);
+        let right = window.right.map(|right| i128::from(offset) + right as i128);
+        let last = match (right, problem.causal()) {
+            (Some(right), true) => Some(right.min(i128::from(offset))),
+            (None, true) => Some(i128::from(offset)),
+            (right, false) => right,
+        };
+        Self {
+            offset: offset.clamp(-(1 << 60), 1 << 60),
+            low: far(left),
+            high: last.map_or(FAR as i64, |last| far(last + 1)),
+            queries: problem.query_len(batch) as i32,
+            keys: problem.key_value_len(batch) as i32,
+        }
+    }
+}
+
+#[cfg(test)]
+impl Batch {
+    /// The keys of row `t`, as kernels compute them.
+    pub(crate) fn keys_of(&self, t: usize) -> std::ops::Range<usize> {
+        if t as i64 >= i64::from(self.queries) {
+            return 0..0;
+        }
+        let clamped = |shift: i64| (t as i64 + shift).clamp(0, i64::from(self.keys)) as usize;
+        clamped(self.low)..clamped(self.high)
+    }
+}
+
+/// The structure of each batch row, or of all of them where they agree.
+pub(crate) fn batches(problem: &Problem) -> Result<Batch, Vec<Batch>> {
+    let rows: Vec<Batch> = (0..problem.dims().batch).map(|batch| Batch::of(problem, batch)).collect();
+    match rows.first() {
+        None => Ok(Batch::default()),
+        Some(first) if rows.iter().all(|row| row == first) => Ok(*first),
+        Some(_) => Err(rows),
+    }
+}
+
+/// Whether rows of a tensor can be read 16 bytes at a time, as far as its layout says.
+fn has_aligned_rows(desc: &TensorDesc) -> bool {
+    let chunk = 16 / desc.dtype().size();
+    let (shape, strides) = (desc.shape(), desc.strides());
+    desc.rank() == 4
+        && shape[3].is_multiple_of(chunk)
+        && strides[3] == 1
+        && (0..3).all(|axis| shape[axis] <= 1 || strides[axis] % chunk as isize == 0)
+}
+
+impl Parameters {
+    /// Everything but addresses. `uniform` counts where there is no array of batch rows.
+    pub(crate) fn of(problem: &Problem, uniform: Batch) -> Self {
+        let dims = problem.dims();
+        let mut tensors = [Tensor::default(); ROLES];
+        let mut aligned = 0;
+        for (index, role) in Role::ALL.into_iter().enumerate() {
+            let Some(desc) = problem.tensor(role) else { continue };
+            let strides = desc.strides();
+            let stride = |axis: usize| if axis < desc.rank() { strides[axis] as i64 } else { 0 };
+            tensors[index].stride = match role {
+                // One for all batch rows, or one for each.
+                Role::AlibiSlopes if desc.rank() == 1 => [0, stride(0), 0, 0],
+                _ => std::array::from_fn(|axis| {
+                    // Masks and biases of size 1 are broadcast, whatever their stride is.
+                    let broadcast =
+                        matches!(role, Role::Mask | Role::Bias | Role::DBias) && desc.shape()[axis] == 1;
+                    if broadcast { 0 } else { stride(axis) }
+                }),
+            };
+            if has_aligned_rows(desc) {
+                aligned |= 1 << index;
+            }
+        }
+        let dtype = |role| problem.tensor(role).map_or(0, |desc| code(desc.dtype()));
+        let bias_size = problem.tensor(Role::Bias).map_or([0; 4], |bias| {
+            let shape = bias.shape();
+            std::array::from_fn(|axis| shape[axis] as i64)
+        });
+        let dropout = problem.dropout_stream();
+        let (drop_key, drop_offset) = dropout.map_or(([0; 2], 0), |stream| stream.words());
+        let structured = problem.causal() || !problem.window().is_unbounded();
+        Self {
+            tensors,
+            uniform,
+            batch: dims.batch as i64,
+            query_length: dims.query_length as i64,
+            key_length: dims.key_length as i64,
+            query_heads: dims.query_heads as i64,
+            key_heads: dims.key_heads as i64,
+            bias_size,
+            scale: problem.scale(),
+            softcap: problem.softcap().unwrap_or(0.0),
+            keep_scale: dropout.map_or(1.0, |stream| stream.keep_scale()),
+            head_dim: dims.head_dim as i32,
+            value_head_dim: dims.value_head_dim as i32,
+            group: dims.group_size() as i32,
+            pack: 1,
+            parts: 1,
+            aligned,
+            bias_dtype: dtype(Role::Bias),
+            slopes_dtype: dtype(Role::AlibiSlopes),
+            sinks_dtype: dtype(Role::Sinks),
+            contains: i32::from(structured || problem.has(Role::Mask) || problem.has(Role::Bias)),
+            drop_threshold: dropout.map_or(0, |stream| stream.threshold()),
+            drop_key,
+            drop_offset,
+            ..Self::default()
+        }
+    }
+
+    /// Puts the address of a tensor in its place. Rows count as aligned only where the address is too.
+    pub(crate) fn set(&mut self, role: Role, address: u64) {
+        self.tensors[role as usize].address = address;
+        if !address.is_multiple_of(16) {
+            self.aligned &= !(1 << role as usize);
+        }
+    }
+}

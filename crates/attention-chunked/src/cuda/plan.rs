@@ -1,0 +1,230 @@
+//! What a problem takes: kernels, grids and scratch.
+
+use std::ops::Range;
+
+use attention_core::{Gradients, Pass, Problem, Role, Unsupported};
+
+use super::backend::NAME;
+use super::features::code;
+use super::tiles::{MOST_DEPTH, Shape, Tiles};
+
+/// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are cut into parts where there are
+/// fewer. A constant, since the scratch of a problem must not depend on the device.
+const BUSY_BLOCKS: usize = 264;
+
+/// Keys that a part has at least: less is not worth the merge.
+const LEAST_KEYS: usize = 256;
+
+/// Sequences are at most this long: positions are 32 bits wide, and tiles reach beyond the end.
+const MOST_POSITIONS: usize = (1 << 31) - (1 << 16);
+
+/// A kernel to launch.
+#[derive(Clone, Debug)]
+pub(crate) struct Kernel {
+    pub(crate) source: &'static str,
+    pub(crate) entry_point: &'static str,
+    pub(crate) tiles: Tiles,
+    /// 1 for the gradient of keys, 2 for that of values, 3 for both.
+    pub(crate) wanted: u32,
+    pub(crate) blocks: u32,
+    pub(crate) shared_bytes: usize,
+}
+
+/// Kernels in the order in which they run, and scratch.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) shape: Shape,
+    pub(crate) kernels: Vec<Kernel>,
+    pub(crate) pack: usize,
+    pub(crate) parts: usize,
+    pub(crate) first: Range<usize>,
+    pub(crate) second: Range<usize>,
+}
+
+pub(crate) fn limit(what: &str, value: impl ToString, limit: impl Into<String>) -> Unsupported {
+    Unsupported::Limit {
+        backend: NAME.to_owned(),
+        what: what.to_owned(),
+        value: value.to_string(),
+        limit: limit.into(),
+    }
+}
+
+impl Plan {
+    /// For a problem that the capabilities allow, on a device whose blocks may have this much shared memory. Scratch does not
+    /// depend on that.
+    pub(crate) fn of(problem: &Problem, shared_bytes: usize) -> Result<Self, Unsupported> {
+        let dims = problem.dims();
+        let shape = Shape::of(problem).ok_or_else(|| {
+            limit("a head dimension", dims.head_dim.max(dims.value_head_dim), format!("at most {MOST_DEPTH}"))
+        })?;
+        for (what, size) in [
+            ("query length", dims.query_length),
+            ("key length", dims.key_length),
+            ("query heads", dims.query_heads),
+            ("key/value heads", dims.key_heads),
+        ] {
+            if size > MOST_POSITIONS {
+                return Err(limit(what, size, format!("at most {MOST_POSITIONS}")));
+            }
+        }
+        let plan = Self { shape, kernels: Vec::new(), pack: 1, parts: 1, first: 0..0, second: 0..0 };
+        match problem.pass() {
+            Pass::Forward => plan.forward(problem),
+            Pass::Backward => plan.backward(problem, shared_bytes),
+        }
+    }
+
+    /// Bytes of scratch.
+    pub(crate) fn scratch_bytes(&self) -> usize {
+        self.second.end
+    }
+
+    fn scratch(&mut self, sizes: [&[usize]; 2]) -> Result<(), Unsupported> {
+        let size = self.shape.dtype.accumulator().size();
+        let bytes = |of: &[usize]| of.iter().try_fold(size, |bytes, &axis| bytes.checked_mul(axis));
+        let ranges = || {
+            let first = bytes(sizes[0])?;
+            let start = first.checked_next_multiple_of(64)?;
+            Some((0..first, start..start.checked_add(bytes(sizes[1])?)?))
+        };
+        (self.first, self.second) =
+            ranges().ok_or_else(|| limit("scratch", "more", "that fits an address space"))?;
+        Ok(())
+    }
+
+    fn add(&mut self, kernel: Kernel, blocks: &[usize]) -> Result<(), Unsupported> {
+        let count = blocks.iter().try_fold(1usize, |count, &axis| count.checked_mul(axis));
+        let blocks = count
+            .and_then(|count| i32::try_from(count).ok())
+            .ok_or_else(|| limit("blocks of a kernel", format!("{blocks:?}"), "fewer than 2^31 in all"))?;
+        if blocks > 0 {
+            self.kernels.push(Kernel { blocks: blocks.unsigned_abs(), ..kernel });
+        }
+        Ok(())
+    }
+
+    fn forward(mut self, problem: &Problem) -> Result<Self, Unsupported> {
+        let dims = problem.dims();
+        let group = dims.group_size();
+        let tiles = self.shape.forward(dims.query_length);
+        // The rows of a group's heads go over the same keys, and share tiles that they would not fill alone.
+        let few = dims.query_length < tiles.rows
+            && (dims.query_length * group).div_ceil(tiles.rows)
+                < group * dims.query_length.div_ceil(tiles.rows);
+        if few {
+            self.pack = group;
+        }
+        let tiles = self.shape.forward(dims.query_length * self.pack);
+        let row_tiles = (dims.query_length * self.pack).div_ceil(tiles.rows);
+        let heads = dims.query_heads / self.pack.max(1);
+        let blocks = row_tiles.saturating_mul(heads).saturating_mul(dims.batch);
+        if blocks > 0 && blocks < BUSY_BLOCKS {
+            let most = dims.key_length / LEAST_KEYS;
+            self.parts = (BUSY_BLOCKS / blocks).clamp(1, most.max(1));
+        }
+        if self.parts > 1 {
+            let rows = [self.parts, dims.batch, dims.query_heads, dims.query_length];
+            self.scratch([&[&rows[..], &[dims.value_head_dim]].concat(), &[&rows[..], &[2]].concat()])?;
+        }
+        let kernel = Kernel {
+            source: "attention_forward.cu",
+            entry_point: "attention_forward",
+            tiles,
+            wanted: 0,
+            blocks: 0,
+            shared_bytes: self.shape.forward_bytes(tiles),
+        };
+        self.add(kernel.clone(), &[row_tiles, heads, dims.batch, self.parts])?;
+        if self.parts > 1 {
+            let rows = dims.batch.saturating_mul(dims.query_heads).saturating_mul(dims.query_length);
+            let merge = Kernel { entry_point: "attention_merge", shared_bytes: 0, ..kernel };
+            self.add(merge, &[rows.div_ceil(tiles.warps)])?;
+        }
+        Ok(self)
+    }
+
+    fn backward(mut self, problem: &Problem, shared_bytes: usize) -> Result<Self, Unsupported> {
+        let dims = problem.dims();
+        let rows = [dims.batch, dims.query_heads, dims.query_length];
+        self.scratch([&rows, &rows])?;
+        let wants = |gradient| problem.gradients().contains(gradient);
+        let kernel = Kernel {
+            source: "attention_backward_rows.cu",
+            entry_point: "attention_prepare_gradients",
+            tiles: Tiles { rows: 0, keys: 0, warps: 8, stages: 0 },
+            wanted: 0,
+            blocks: 0,
+            shared_bytes: 0,
+        };
+        let row_count = rows.into_iter().fold(1, usize::saturating_mul);
+        self.add(kernel.clone(), &[row_count.div_ceil(kernel.tiles.warps)])?;
+        if wants(Gradients::SINKS) {
+            let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
+            self.add(sinks, &[dims.query_heads])?;
+        }
+        let wanted = u32::from(wants(Gradients::KEY)) + 2 * u32::from(wants(Gradients::VALUE));
+        let passes = if wanted == 3 && self.shape.splits_gradients() { vec![1, 2] } else { vec![wanted] };
+        for wanted in passes.into_iter().filter(|&wanted| wanted > 0) {
+            let tiles = self.shape.keys(shared_bytes);
+            let keys = Kernel {
+                source: "attention_backward_keys.cu",
+                entry_point: "attention_gradient_of_keys",
+                tiles,
+                wanted,
+                blocks: 0,
+                shared_bytes: self.shape.keys_bytes(tiles),
+            };
+            self.add(keys, &[dims.key_length.div_ceil(tiles.keys), dims.key_heads, dims.batch])?;
+        }
+        if wants(Gradients::QUERY) {
+            let tiles = self.shape.queries(shared_bytes);
+            let queries = Kernel {
+                source: "attention_backward_queries.cu",
+                entry_point: "attention_gradient_of_queries",
+                tiles,
+                wanted: 0,
+                blocks: 0,
+                shared_bytes: self.shape.queries_bytes(tiles),
+            };
+            self.add(queries, &[dims.query_length.div_ceil(tiles.rows), dims.query_heads, dims.batch])?;
+        }
+        if let Some(bias) = problem.tensor(Role::Bias).filter(|_| wants(Gradients::BIAS)) {
+            let tiles = self.shape.bias(shared_bytes);
+            let of_bias = Kernel {
+                source: "attention_backward_bias.cu",
+                entry_point: "attention_gradient_of_bias",
+                tiles,
+                wanted: 0,
+                blocks: 0,
+                shared_bytes: self.shape.queries_bytes(tiles),
+            };
+            let shape = bias.shape();
+            // What is summed over an axis is one tile wide there; an axis without elements has no tiles.
+            self.add(
+                of_bias,
+                &[shape[3].div_ceil(tiles.keys), shape[2].div_ceil(tiles.rows), shape[1], shape[0]],
+            )?;
+        }
+        Ok(self)
+    }
+
+    /// The macros that a kernel is compiled with for this problem.
+    pub(crate) fn defines(&self, problem: &Problem, kernel: &Kernel) -> Vec<String> {
+        let Shape { dtype, head, value, features } = self.shape;
+        let Tiles { rows, keys, warps, stages } = kernel.tiles;
+        vec![
+            format!("DTYPE={}", code(dtype)),
+            format!("HEAD={head}"),
+            format!("VALUE={value}"),
+            format!("FEATURES={}", features.bits()),
+            format!("BIAS_DTYPE={}", features.bias_dtype(problem)),
+            format!("TERM_STRIDE={}", features.term_stride(problem)),
+            format!("ROWS={rows}"),
+            format!("KEYS={keys}"),
+            format!("WARPS={warps}"),
+            format!("STAGES={stages}"),
+            format!("WANTED={}", kernel.wanted),
+        ]
+    }
+}

@@ -1,0 +1,130 @@
+//! What can be checked without a GPU: structure, tiles, plans and refusals.
+
+use attention_conformance::cases;
+use attention_core::{
+    AttentionBackend, DType, Device, FeatureSet, Gradients, Pass, Problem, TensorDesc, Unsupported,
+};
+
+use super::parameters::batches;
+use super::plan::Plan;
+use super::tiles::Shape;
+use super::{ChunkedCudaBackend, ChunkedCudaConfig};
+
+/// Shared memory of a block: of the smallest device, of compute capability 8.0, of 9.0.
+const SMALL: usize = 99 << 10;
+const AMPERE: usize = 163 << 10;
+
+fn on_device(problem: &Problem) -> Problem {
+    problem.to_builder().device(Device::Cuda(0)).build().unwrap()
+}
+
+/// Every generated problem of a dtype and pass, on a device.
+fn problems(dtype: DType, pass: Pass) -> impl Iterator<Item = (String, Problem)> {
+    cases::all().into_iter().map(move |case| {
+        let data = case.data(dtype);
+        let problem = case.problem(&data, pass, FeatureSet::all()).unwrap();
+        (case.name, on_device(&problem))
+    })
+}
+
+#[test]
+fn rows_see_the_keys_that_the_problem_says() {
+    for (name, problem) in problems(DType::F32, Pass::Forward) {
+        let dims = problem.dims();
+        for batch in 0..dims.batch {
+            let row = batches(&problem).unwrap_or_else(|rows| rows[batch]);
+            for t in 0..dims.query_length {
+                let (got, want) = (row.keys_of(t), problem.key_range(batch, t));
+                assert!(
+                    got == want || (got.is_empty() && want.is_empty()),
+                    "{name} row {t}: {got:?}, {want:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn everything_but_large_heads_is_served() {
+    let backend = ChunkedCudaBackend::new(ChunkedCudaConfig::default());
+    for dtype in DType::FLOATS {
+        for pass in [Pass::Forward, Pass::Backward] {
+            for (name, problem) in problems(dtype, pass) {
+                match backend.supports(&problem) {
+                    Ok(()) => assert!(problem.dims().head_dim <= 256, "{name}"),
+                    Err(Unsupported::Limit { value, .. }) => assert_eq!(value, "257", "{name}"),
+                    Err(error) => panic!("{name}: {error}"),
+                }
+            }
+        }
+    }
+}
+
+/// A problem with heads of this size.
+fn with_heads(dtype: DType, head: usize, value: usize, pass: Pass) -> Problem {
+    let desc = |width| TensorDesc::contiguous(dtype, [1, 300, 2, width]);
+    let builder = Problem::builder(desc(head), desc(head), desc(value)).device(Device::Cuda(0));
+    match pass {
+        Pass::Forward => builder.build().unwrap(),
+        Pass::Backward => builder.gradients(Gradients::QKV).build().unwrap(),
+    }
+}
+
+#[test]
+fn tiles_fit_into_shared_memory() {
+    for dtype in DType::FLOATS {
+        for (head, value) in [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 64), (256, 256)] {
+            for pass in [Pass::Forward, Pass::Backward] {
+                let problem = with_heads(dtype, head, value, pass);
+                for limit in [SMALL, AMPERE] {
+                    let plan = Plan::of(&problem, limit).unwrap();
+                    let most = plan.kernels.iter().map(|kernel| kernel.shared_bytes).max().unwrap();
+                    // The largest heads of f64 need a device for data centres.
+                    let too_small = limit == SMALL && dtype == DType::F64 && head > 192 && value > 192;
+                    let excused = too_small && pass == Pass::Backward;
+                    assert!(most <= limit || excused, "{dtype} {pass} {head} {value}: {most} of {limit}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn scratch_does_not_depend_on_the_device() {
+    for pass in [Pass::Forward, Pass::Backward] {
+        for (name, problem) in problems(DType::F32, pass) {
+            let Ok(plan) = Plan::of(&problem, usize::MAX) else { continue };
+            let small = Plan::of(&problem, SMALL).unwrap();
+            assert_eq!(plan.scratch_bytes(), small.scratch_bytes(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn few_rows_share_tiles_and_cut_the_keys() {
+    let query = TensorDesc::contiguous(DType::Bf16, [2, 1, 32, 128]);
+    let key = TensorDesc::contiguous(DType::Bf16, [2, 8192, 8, 128]);
+    let problem = Problem::builder(query, key, key).device(Device::Cuda(0)).build().unwrap();
+    let plan = Plan::of(&problem, AMPERE).unwrap();
+    assert_eq!((plan.pack, plan.parts), (4, 16));
+    // Per part, an output and two numbers for each row, in f32.
+    assert_eq!(plan.scratch_bytes(), 16 * 2 * 32 * (128 + 2) * 4);
+    assert_eq!(plan.kernels.len(), 2);
+}
+
+#[test]
+fn options_alone_have_kernels_of_their_own() {
+    let mut seen = std::collections::BTreeSet::new();
+    for (_, problem) in problems(DType::Bf16, Pass::Forward) {
+        seen.extend(Shape::of(&problem).map(|shape| shape.features.bits()));
+    }
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), [0, 16, 32, 33, 34, 36, 40, 63]);
+}
+
+#[test]
+fn memory_of_another_device_is_refused() {
+    let backend = ChunkedCudaBackend::new(ChunkedCudaConfig::default().device(1));
+    let problem = with_heads(DType::F32, 64, 64, Pass::Forward);
+    let error = backend.supports(&problem).unwrap_err().to_string();
+    assert!(error.contains("cuda:1"), "{error}");
+}

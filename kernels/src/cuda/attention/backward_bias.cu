@@ -1,0 +1,133 @@
+// The gradient of the bias: the gradients of the logits, summed over the axes along which the bias was broadcast. One block to a
+// tile of the result, which computes every tile of logits that goes into it, one after the other, and holds the sums in
+// registers: no more memory, and a fixed order.
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_bias(const Parameters p) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    element *const query_tile = reinterpret_cast<element *>(memory);
+    element *const d_out_tile = query_tile + ROWS * row_stride<HEAD>();
+    element *const key_tile = d_out_tile + ROWS * row_stride<VALUE>();
+    element *const value_tile = key_tile + KEYS * row_stride<HEAD>();
+    constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>();
+
+    // An axis of size 1 is one that everything is summed over, whether it was broadcast or has one element to sum.
+    const bool sums_batch = p.bias_size[0] == 1, sums_heads = p.bias_size[1] == 1;
+    const bool sums_rows = p.bias_size[2] == 1, sums_keys = p.bias_size[3] == 1;
+    const long long row_tiles = sums_rows ? 1 : (p.bias_size[2] + ROWS - 1) / ROWS;
+    const long long key_tiles = sums_keys ? 1 : (p.bias_size[3] + KEYS - 1) / KEYS;
+    long long index = blockIdx.x;
+    const long long key_place = index % key_tiles * KEYS;
+    index /= key_tiles;
+    const long long row_place = index % row_tiles * ROWS;
+    index /= row_tiles;
+    const long long head_place = index % p.bias_size[1], batch_place = index / p.bias_size[1];
+
+    real sums[ROW_SLOTS][KEY_SLOTS];
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r)
+#pragma unroll
+        for (int c = 0; c < KEY_SLOTS; ++c) sums[r][c] = 0;
+
+    const long long batch_end = sums_batch ? p.batch : batch_place + 1, head_end = sums_heads ? p.query_heads : head_place + 1;
+    const long long row_end = sums_rows ? p.query_length : row_place + 1, key_end = sums_keys ? p.key_length : key_place + 1;
+    for (long long b = batch_place; b < batch_end; ++b) {
+        const Batch batch = batch_row(p, b);
+        for (long long n = head_place; n < head_end; ++n) {
+            for (long long first_t = row_place; first_t < row_end && first_t < batch.queries; first_t += ROWS) {
+                const long long last_t = min(first_t + ROWS, (long long)batch.queries) - 1;
+                const int from = first_key(batch, first_t), to = end_key(batch, last_t);
+                bool staged = false;
+                for (long long first = key_place; first < key_end && first < to; first += KEYS) {
+                    if (first + KEYS <= from) continue;
+                    __syncthreads();
+                    if (!staged) {
+                        stage_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim,
+                                               p.aligned & ALIGNED_QUERY);
+                        stage_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, batch.queries, p.value_head_dim,
+                                                p.aligned & ALIGNED_D_OUT);
+                        staged = true;
+                    }
+                    stage_rows<KEYS, HEAD>(key_tile, p.key, b, n / p.group, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
+                    stage_rows<KEYS, VALUE>(value_tile, p.value, b, n / p.group, first, batch.keys, p.value_head_dim,
+                                            p.aligned & ALIGNED_VALUE);
+                    close_copies();
+                    await_copies<0>();
+                    __syncthreads();
+                    real weights[ROW_SLOTS][KEY_SLOTS], gradients[ROW_SLOTS][KEY_SLOTS];
+                    products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
+                    products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tile);
+#pragma unroll
+                    for (int r = 0; r < ROW_SLOTS; ++r) {
+                        const long long t = first_t + row_at<ROWS>(r);
+                        const Row row = row_of(p, batch, b, n, t);
+                        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, row, (int)first) : ~0u;
+                        if (t >= batch.queries) continue;
+                        const long long state = state_of(p, b, n, t);
+                        const real logsumexp = p.first[state], delta = p.second[state];
+#pragma unroll
+                        for (int c = 0; c < KEY_SLOTS; ++c)
+                            sums[r][c] += weigh(p, row, (int)first + column_at(c), true, kept >> c & 1, weights[r][c], gradients[r][c],
+                                                logsumexp, delta)
+                                              .logit;
+                    }
+                }
+            }
+        }
+    }
+
+    const auto put = [&](long long t, long long key, real sum) {
+        if (t >= p.bias_size[2] || key >= p.bias_size[3]) return;
+        const long long *stride = p.d_bias.stride;
+        store(p.d_bias.data, p.bias_dtype, batch_place * stride[0] + head_place * stride[1] + t * stride[2] + key * stride[3], sum);
+    };
+    if (!sums_rows) {
+#pragma unroll
+        for (int r = 0; r < ROW_SLOTS; ++r) {
+            const long long t = row_place + row_at<ROWS>(r);
+            real of_row = 0;
+#pragma unroll
+            for (int c = 0; c < KEY_SLOTS; ++c) {
+                if (sums_keys)
+                    of_row += sums[r][c];
+                else
+                    put(t, key_place + column_at(c), sums[r][c]);
+            }
+            if (sums_keys) {
+                of_row = sum_of_row(of_row);
+                if (leads_row()) put(t, 0, of_row);
+            }
+        }
+        return;
+    }
+    // Columns: first within a warp, then over the warps.
+    __syncthreads();
+    real *const parts = reinterpret_cast<real *>(memory);
+#pragma unroll
+    for (int c = 0; c < KEY_SLOTS; ++c) {
+        real of_column = 0;
+#pragma unroll
+        for (int r = 0; r < ROW_SLOTS; ++r) of_column += sums[r][c];
+        of_column = sum_of_column(of_column);
+        if (leads_column()) parts[column_part() * KEYS + column_at(c)] = of_column;
+    }
+    __syncthreads();
+    real total = 0;
+    for (int key = threadIdx.x; key < KEYS; key += THREADS) {
+        real of_column = 0;
+        for (int part = 0; part < COLUMN_PARTS; ++part) of_column += parts[part * KEYS + key];
+        if (sums_keys)
+            total += of_column;
+        else
+            put(0, key_place + key, of_column);
+    }
+    if (!sums_keys) return;
+    total = sum_of_warp(total);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = total;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        real all = 0;
+        for (int warp = 0; warp < WARPS; ++warp) all += parts[warp];
+        put(0, 0, all);
+    }
+}

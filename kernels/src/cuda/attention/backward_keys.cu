@@ -1,0 +1,207 @@
+// The gradients of keys and values. One block to a tile of keys and a key/value head: it goes over the query rows of all
+// heads of the group, so that both gradients are summed in registers, in a fixed order, and rounded once.
+//
+// Logits are computed transposed, keys by queries, so that probabilities and gradients of logits are the factors on the left
+// of the products that follow, without leaving registers. WANTED is 1 for the gradient of keys, 2 for that of values, 3 for both;
+// STAGES says how many tiles of queries there is room for.
+
+constexpr bool WANTS_KEYS = (WANTED & 1) != 0, WANTS_VALUES = (WANTED & 2) != 0;
+
+// Both gradients of a key by a warp.
+__device__ inline void exact_gradients(const Parameters &p, const Batch &batch, long long b, long long key_head, int key,
+                                       real (&keys)[HEAD / 32], real (&values)[VALUE / 32]) {
+#pragma unroll
+    for (int i = 0; i < HEAD / 32; ++i) keys[i] = 0;
+#pragma unroll
+    for (int i = 0; i < VALUE / 32; ++i) values[i] = 0;
+    const int from = between(key - batch.high + 1, 0, batch.queries), to = between(key + 1 - batch.low, 0, batch.queries);
+    for (long long n = key_head * p.group; n < (key_head + 1) * p.group; ++n) {
+        for (int t = from; t < to; ++t) {
+            const Row row = row_of(p, batch, b, n, t);
+            Weights weights;
+            if (!weigh_exactly(p, row, b, n, key, weights)) continue;
+            add_row<HEAD>(keys, weights.product, at(p.query, b, t, n), p.query.stride[3], p.head_dim);
+            if (weights.kept != 0) add_row<VALUE>(values, weights.kept, at(p.d_out, b, t, n), p.d_out.stride[3], p.value_head_dim);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_keys(const Parameters p) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    constexpr int QUERY_TILE = ROWS * row_stride<HEAD>(), D_OUT_TILE = ROWS * row_stride<VALUE>();
+    element *const key_tile = reinterpret_cast<element *>(memory);
+    element *const value_tile = key_tile + KEYS * row_stride<HEAD>();
+    element *const query_tiles = value_tile + KEYS * row_stride<VALUE>();
+    element *const d_out_tiles = query_tiles + STAGES * QUERY_TILE;
+    real *const states = reinterpret_cast<real *>(d_out_tiles + STAGES * D_OUT_TILE);
+    real *const room = states + STAGES * 2 * ROWS;
+    constexpr int KEY_SLOTS = row_slots<KEYS>(), ROW_SLOTS = column_slots<ROWS>();
+
+    const long long key_tiles = (p.key_length + KEYS - 1) / KEYS;
+    long long index = blockIdx.x;
+    const int first = (int)(index % key_tiles) * KEYS;
+    index /= key_tiles;
+    const long long key_head = index % p.key_heads, b = index / p.key_heads;
+    const Batch batch = batch_row(p, b);
+    const int end = min(first + KEYS, batch.keys);
+
+    // The rows that any key of the tile is seen by.
+    int from = 0, to = 0;
+    if (first < end) {
+        from = between(first - batch.high + 1, 0, batch.queries);
+        to = between(end - batch.low, 0, batch.queries);
+    }
+    const int row_tiles = from < to ? (to - from + ROWS - 1) / ROWS : 0;
+    const int steps = row_tiles * p.group;
+
+    const auto stage_step = [&](int step, long long n, int t) {
+        const int slot = step % STAGES;
+        stage_rows<ROWS, HEAD>(query_tiles + slot * QUERY_TILE, p.query, b, n, t, to, p.head_dim, p.aligned & ALIGNED_QUERY);
+        stage_rows<ROWS, VALUE>(d_out_tiles + slot * D_OUT_TILE, p.d_out, b, n, t, to, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
+        real *state = states + slot * 2 * ROWS;
+        const long long place = state_of(p, b, n, t);
+        for (int row = threadIdx.x; row < ROWS; row += THREADS) {
+            if (t + row < to) {
+                copy_number(state + row, p.first + place + row);
+                copy_number(state + ROWS + row, p.second + place + row);
+            } else {
+                state[row] = infinity();
+                state[ROWS + row] = 0;
+            }
+        }
+        close_copies();
+    };
+
+    real keys[KEY_SLOTS][output_slots<HEAD>()], values[KEY_SLOTS][output_slots<VALUE>()];
+#pragma unroll
+    for (int r = 0; r < KEY_SLOTS; ++r) {
+#pragma unroll
+        for (int c = 0; c < output_slots<HEAD>(); ++c) keys[r][c] = 0;
+#pragma unroll
+        for (int c = 0; c < output_slots<VALUE>(); ++c) values[r][c] = 0;
+    }
+    if (steps > 0) {
+        stage_rows<KEYS, HEAD>(key_tile, p.key, b, key_head, first, end, p.head_dim, p.aligned & ALIGNED_KEY);
+        stage_rows<KEYS, VALUE>(value_tile, p.value, b, key_head, first, end, p.value_head_dim, p.aligned & ALIGNED_VALUE);
+        stage_step(0, key_head * p.group, from);
+    }
+
+    long long n = key_head * p.group;
+    int t = from;
+    for (int step = 0; step < steps; ++step) {
+        const bool ends_head = t + ROWS >= to;
+        const long long next_n = ends_head ? n + 1 : n;
+        const int next_t = ends_head ? from : t + ROWS;
+        if (STAGES > 1 && step + 1 < steps) {
+            stage_step(step + 1, next_n, next_t);
+            await_copies<1>();
+        } else {
+            await_copies<0>();
+        }
+        __syncthreads();
+        const int slot = step % STAGES;
+        const element *query_tile = query_tiles + slot * QUERY_TILE, *d_out_tile = d_out_tiles + slot * D_OUT_TILE;
+        const real *state = states + slot * 2 * ROWS;
+        const int last_t = min(t + ROWS, to) - 1;
+        // Behind the last row a bias may hold anything, and behind the last key there is none.
+        const bool whole = t + ROWS <= to && first + KEYS <= end;
+        const bool checked = !whole || first_key(batch, last_t) > first || end_key(batch, t) < end;
+
+        real weights[KEY_SLOTS][ROW_SLOTS], gradients[KEY_SLOTS][ROW_SLOTS];
+        products<KEYS, ROWS, HEAD>(weights, key_tile, query_tile);
+        if constexpr (WANTS_KEYS) products<KEYS, ROWS, VALUE>(gradients, value_tile, d_out_tile);
+        unsigned kept[KEY_SLOTS];
+#pragma unroll
+        for (int r = 0; r < KEY_SLOTS; ++r)
+            kept[r] = drops(p) ? kept_of_key<ROWS>(p, (unsigned)(b * p.query_heads + n), t, first + row_at<KEYS>(r)) : ~0u;
+#pragma unroll
+        for (int c = 0; c < ROW_SLOTS; ++c) {
+            const int column = column_at(c);
+            Row row;
+            if (HAS_TERMS || checked) row = row_of(p, batch, b, n, t + column, checked);
+            const real logsumexp = state[column], delta = state[ROWS + column];
+#pragma unroll
+            for (int r = 0; r < KEY_SLOTS; ++r) {
+                const int key = first + row_at<KEYS>(r);
+                const Weights of = weigh(p, row, key, checked, kept[r] >> c & 1, weights[r][c],
+                                         WANTS_KEYS ? gradients[r][c] : real(0), logsumexp, delta);
+                weights[r][c] = of.kept;
+                gradients[r][c] = of.product;
+            }
+        }
+        if constexpr (WANTS_VALUES) add_weighted<KEYS, ROWS, VALUE>(values, weights, d_out_tile, room);
+        if constexpr (WANTS_KEYS) add_weighted<KEYS, ROWS, HEAD>(keys, gradients, query_tile, room);
+        __syncthreads();
+        if (STAGES == 1 && step + 1 < steps) stage_step(step + 1, next_n, next_t);
+        n = next_n;
+        t = next_t;
+    }
+
+    // As in the forward pass: what is not finite may come from what takes no part.
+    unsigned spoiled = 0;
+#pragma unroll
+    for (int r = 0; r < KEY_SLOTS; ++r) {
+        bool finite = true;
+#pragma unroll
+        for (int c = 0; c < output_slots<HEAD>(); ++c) finite &= is_finite(keys[r][c]);
+#pragma unroll
+        for (int c = 0; c < output_slots<VALUE>(); ++c) finite &= is_finite(values[r][c]);
+        if (!finite && first + row_at<KEYS>(r) < end) spoiled |= 1u << r;
+    }
+    int *const key_spoiled = reinterpret_cast<int *>(memory);
+    bool any_spoiled = false;
+    if (p.contains) {
+        any_spoiled = __syncthreads_or(spoiled != 0);
+        if (any_spoiled) {
+            for (int key = threadIdx.x; key < KEYS; key += THREADS) key_spoiled[key] = 0;
+            __syncthreads();
+#pragma unroll
+            for (int r = 0; r < KEY_SLOTS; ++r)
+                if (spoiled >> r & 1) key_spoiled[row_at<KEYS>(r)] = 1;
+            __syncthreads();
+        }
+    }
+    const real scale = (real)p.scale;
+#pragma unroll
+    for (int r = 0; r < KEY_SLOTS; ++r) {
+        const int local = row_at<KEYS>(r), key = first + local;
+        if (key >= p.key_length || (any_spoiled && key_spoiled[local])) continue;
+        const bool zero = key >= end;
+        if (WANTS_KEYS && p.d_key.data) {
+            element *to_row = at(p.d_key, b, key, key_head);
+#pragma unroll
+            for (int c = 0; c < output_slots<HEAD>(); c += NEIGHBOURS)
+                store_pair(to_row, output_column_at<HEAD>(c), p.head_dim, p.d_key.stride[3], p.aligned & ALIGNED_D_KEY,
+                           zero ? real(0) : keys[r][c] * scale, zero ? real(0) : keys[r][c + 1] * scale);
+        }
+        if (WANTS_VALUES && p.d_value.data) {
+            element *to_row = at(p.d_value, b, key, key_head);
+#pragma unroll
+            for (int c = 0; c < output_slots<VALUE>(); c += NEIGHBOURS)
+                store_pair(to_row, output_column_at<VALUE>(c), p.value_head_dim, p.d_value.stride[3], p.aligned & ALIGNED_D_VALUE,
+                           zero ? real(0) : values[r][c] * keep_scale(p), zero ? real(0) : values[r][c + 1] * keep_scale(p));
+        }
+    }
+    if (!any_spoiled) return;
+    for (int local = threadIdx.x / 32; local < KEYS; local += WARPS) {
+        if (!key_spoiled[local]) continue;
+        const int key = first + local;
+        real key_sums[HEAD / 32], value_sums[VALUE / 32];
+        exact_gradients(p, batch, b, key_head, key, key_sums, value_sums);
+        if (WANTS_KEYS && p.d_key.data) {
+#pragma unroll
+            for (int i = 0; i < HEAD / 32; ++i) {
+                const int column = 32 * i + threadIdx.x % 32;
+                if (column < p.head_dim) at(p.d_key, b, key, key_head)[column * p.d_key.stride[3]] = rounded(key_sums[i] * scale);
+            }
+        }
+        if (WANTS_VALUES && p.d_value.data) {
+#pragma unroll
+            for (int i = 0; i < VALUE / 32; ++i) {
+                const int column = 32 * i + threadIdx.x % 32;
+                if (column < p.value_head_dim)
+                    at(p.d_value, b, key, key_head)[column * p.d_value.stride[3]] = rounded(value_sums[i] * keep_scale(p));
+            }
+        }
+    }
+}

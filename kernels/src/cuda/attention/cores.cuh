@@ -1,0 +1,138 @@
+// Products of tiles by fused multiply-add, for f32 and f64: as in tensor_cores.cuh, with another spread. Sixteen threads
+// share a row, and rows of a thread follow each other.
+
+#if !HALVES
+
+template <int HEIGHT>
+__device__ constexpr int row_slots() {
+    return HEIGHT * 16 / THREADS;
+}
+
+template <int WIDTH>
+__device__ constexpr int column_slots() {
+    return WIDTH / 16;
+}
+
+template <int WIDTH>
+__device__ constexpr int output_slots() {
+    return WIDTH / 16;
+}
+
+template <int HEIGHT>
+__device__ inline int row_at(int slot) {
+    return threadIdx.x / 16 * row_slots<HEIGHT>() + slot;
+}
+
+__device__ inline int column_at(int slot) { return threadIdx.x % 16 + slot * 16; }
+
+constexpr int NEIGHBOURS = 2;
+
+// Outputs are wider than tiles of logits, so that a load brings several neighbours.
+template <int WIDTH>
+__device__ inline int output_column_at(int slot) {
+    constexpr int RUN = WIDTH % 64 == 0 ? 4 : NEIGHBOURS;
+    return slot / RUN * (16 * RUN) + threadIdx.x % 16 * RUN + slot % RUN;
+}
+
+__device__ inline bool leads_row() { return threadIdx.x % 16 == 0; }
+
+__device__ inline real sum_of_row(real x) {
+#pragma unroll
+    for (int distance = 8; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+__device__ inline real maximum_of_row(real x) {
+#pragma unroll
+    for (int distance = 8; distance > 0; distance /= 2) x = fmax(x, __shfl_xor_sync(~0u, x, distance));
+    return x;
+}
+
+__device__ inline real sum_of_column(real x) { return x + __shfl_xor_sync(~0u, x, 16); }
+
+constexpr int COLUMN_PARTS = WARPS;
+__device__ inline int column_part() { return threadIdx.x / 32; }
+__device__ inline bool leads_column() { return threadIdx.x % 32 < 16; }
+
+template <int WIDTH>
+__device__ inline unsigned kept_of_row(const Parameters &p, const Row &row, int first) {
+    unsigned kept = 0;
+#pragma unroll
+    for (int c = 0; c < column_slots<WIDTH>(); ++c) kept |= (is_kept(p, row, first + column_at(c)) ? 1u : 0u) << c;
+    return kept;
+}
+
+template <int WIDTH>
+__device__ inline unsigned kept_of_key(const Parameters &p, unsigned batch_head, int first, int key) {
+    unsigned kept = 0;
+#pragma unroll
+    for (int c = 0; c < column_slots<WIDTH>(); ++c)
+        kept |= (kept_of_block(p, batch_head, (unsigned)(first + column_at(c)), (unsigned)key / 8) >> (key % 8) & 1) << c;
+    return kept;
+}
+
+struct alignas(16) Chunk {
+    element of[CHUNK];
+};
+
+__device__ inline Chunk chunk_at(const element *from) { return *reinterpret_cast<const Chunk *>(from); }
+
+template <int HEIGHT, int WIDTH, int DEPTH>
+__device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
+    constexpr int STRIDE = row_stride<DEPTH>();
+    constexpr int ROWS_OF_THREAD = row_slots<HEIGHT>(), COLUMNS_OF_THREAD = column_slots<WIDTH>();
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_THREAD; ++r)
+#pragma unroll
+        for (int c = 0; c < COLUMNS_OF_THREAD; ++c) sums[r][c] = 0;
+    const element *left = a + row_at<HEIGHT>(0) * STRIDE;
+    const element *right = b + column_at(0) * STRIDE;
+#pragma unroll 4
+    for (int k = 0; k < DEPTH; k += CHUNK) {
+        Chunk rows[ROWS_OF_THREAD], columns[COLUMNS_OF_THREAD];
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_THREAD; ++r) rows[r] = chunk_at(left + r * STRIDE + k);
+#pragma unroll
+        for (int c = 0; c < COLUMNS_OF_THREAD; ++c) columns[c] = chunk_at(right + c * 16 * STRIDE + k);
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i)
+#pragma unroll
+            for (int r = 0; r < ROWS_OF_THREAD; ++r)
+#pragma unroll
+                for (int c = 0; c < COLUMNS_OF_THREAD; ++c) sums[r][c] = fma(rows[r].of[i], columns[c].of[i], sums[r][c]);
+    }
+}
+
+// Weights go through `room`, HEIGHT rows of WIDTH and a chunk. Only the threads of a row exchange them, and those are in one
+// warp.
+template <int HEIGHT, int WIDTH, int DEPTH>
+__device__ inline void add_weighted(real (&sums)[row_slots<HEIGHT>()][output_slots<DEPTH>()],
+                                    const real (&weights)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *b, real *room) {
+    constexpr int STRIDE = row_stride<DEPTH>(), ROOM_STRIDE = row_stride<WIDTH>();
+    constexpr int ROWS_OF_THREAD = row_slots<HEIGHT>(), OUTPUTS = output_slots<DEPTH>();
+    real *own = room + row_at<HEIGHT>(0) * ROOM_STRIDE;
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_THREAD; ++r)
+#pragma unroll
+        for (int c = 0; c < column_slots<WIDTH>(); ++c) own[r * ROOM_STRIDE + column_at(c)] = weights[r][c];
+    __syncwarp();
+#pragma unroll 2
+    for (int k = 0; k < WIDTH; k += CHUNK) {
+        Chunk factors[ROWS_OF_THREAD];
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_THREAD; ++r) factors[r] = chunk_at(own + r * ROOM_STRIDE + k);
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+            real row[OUTPUTS];
+#pragma unroll
+            for (int c = 0; c < OUTPUTS; ++c) row[c] = b[(k + i) * STRIDE + output_column_at<DEPTH>(c)];
+#pragma unroll
+            for (int r = 0; r < ROWS_OF_THREAD; ++r)
+#pragma unroll
+                for (int c = 0; c < OUTPUTS; ++c) sums[r][c] = fma(factors[r].of[i], row[c], sums[r][c]);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,40 @@
+// Single rows and keys once more, by a warp, with nothing read that takes no part.
+//
+// A product of tiles multiplies what lies at masked positions with probabilities of zero. Zero times NaN is NaN, so where a
+// result is not finite, its row may have been spoiled by memory that must not matter. That is rare, and is settled by
+// computing the row from its allowed keys alone.
+
+__device__ inline real dot(const element *a, long long a_stride, const element *b, long long b_stride, int width) {
+    real sum = 0;
+    for (int i = threadIdx.x % 32; i < width; i += 32) sum = fma(widened(a[i * a_stride]), widened(b[i * b_stride]), sum);
+    return sum_of_warp(sum);
+}
+
+// sums[i] += factor * row[32 * i + lane]
+template <int DEPTH>
+__device__ inline void add_row(real (&sums)[DEPTH / 32], real factor, const element *row, long long stride, int width) {
+#pragma unroll
+    for (int i = 0; i < DEPTH / 32; ++i) {
+        const int column = 32 * i + threadIdx.x % 32;
+        if (column < width) sums[i] = fma(factor, widened(row[column * stride]), sums[i]);
+    }
+}
+
+// The logit of a key and a row, by the whole warp.
+__device__ inline real exact_logit(const Parameters &p, const Row &row, long long b, long long n, int key, real &slope) {
+    const real product = dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
+    return logit(p, row, key, true, product, slope);
+}
+
+// The sum of values weighted by 2^(x - maximum), over the keys from `first` to before `end` that row sees.
+__device__ inline void exact_output(const Parameters &p, const Row &row, long long b, long long n, int first, int end, real maximum,
+                                    real (&sums)[VALUE / 32]) {
+#pragma unroll
+    for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
+    for (int key = max(first, row.low); key < min(end, row.high); ++key) {
+        real slope;
+        const real x = exact_logit(p, row, b, n, key, slope);
+        if (x == -infinity() || (drops(p) && !is_kept(p, row, key))) continue;
+        add_row<VALUE>(sums, power_of_two(x * LOG2_E - maximum), at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
+    }
+}

@@ -1,0 +1,312 @@
+// Attention forward: one pass over the keys for a tile of query rows, with the softmax carried along (Dao, FlashAttention-2,
+// arXiv 2307.08691, algorithm 1; Rabe and Staats, arXiv 2112.05682).
+//
+// Any dtype, head dimensions up to HEAD and VALUE, any strides; compute capability 8.0 for halves. ROWS query rows and KEYS
+// keys to a tile. Rows of several query heads can share a tile (`pack`), and the keys can be cut into parts that a second
+// kernel merges: so that few queries keep the device busy.
+
+struct Shared {
+    element *query, *key, *value;
+    real *room;
+};
+
+__device__ inline Shared shared_tiles(unsigned char *memory) {
+    Shared tiles;
+    tiles.query = reinterpret_cast<element *>(memory);
+    tiles.key = tiles.query + ROWS * row_stride<HEAD>();
+    tiles.value = tiles.key + KEYS * row_stride<HEAD>();
+    tiles.room = reinterpret_cast<real *>(tiles.value + KEYS * row_stride<VALUE>());
+    return tiles;
+}
+
+// What a row's sums are multiplied by, and its logsumexp. `maximum` is in base two; without a key, `sum` is 0.
+__device__ inline real finish(const Parameters &p, long long n, bool padded, real maximum, real sum, real &logsumexp) {
+    logsumexp = -infinity();
+    if (padded) return 0;
+    const bool has_sink = p.sinks.data != nullptr;
+    const real sink = has_sink ? load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]) : -infinity();
+    if (sum == 0) {
+        logsumexp = sink;
+        return 0;
+    }
+    if (!has_sink) {
+        logsumexp = maximum * LN_2 + logarithm(sum);
+        return keep_scale(p) / sum;
+    }
+    const real top = fmax(maximum, sink * LOG2_E);
+    const real own = power_of_two(maximum - top);
+    const real all = sum * own + power_of_two(sink * LOG2_E - top);
+    logsumexp = top * LN_2 + logarithm(all);
+    return keep_scale(p) * own / all;
+}
+
+__device__ inline void store_logsumexp(const Parameters &p, long long b, long long t, long long n, real logsumexp) {
+    if (p.lse.data)
+        reinterpret_cast<real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]] = logsumexp;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forward(const Parameters p) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    const Shared tiles = shared_tiles(memory);
+    constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>(), OUT_SLOTS = output_slots<VALUE>();
+
+    // Tiles of one head follow each other, the last first: where masking is causal, those take longest.
+    const long long rows_of_head = p.query_length * p.pack;
+    const long long row_tiles = (rows_of_head + ROWS - 1) / ROWS, heads = p.query_heads / p.pack;
+    long long index = blockIdx.x;
+    const int part = (int)(index % p.parts);
+    index /= p.parts;
+    const long long first_row = (row_tiles - 1 - index % row_tiles) * ROWS;
+    index /= row_tiles;
+    const long long first_head = index % heads * p.pack, b = index / heads;
+    const long long key_head = first_head / p.group;
+    const Batch batch = batch_row(p, b);
+
+    Row rows[ROW_SLOTS];
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r) {
+        const long long row = first_row + row_at<ROWS>(r);
+        rows[r] = row_of(p, batch, b, first_head + row % p.pack, row / p.pack);
+    }
+
+    // The keys that any row of the tile sees, and those that all of them see.
+    const long long first_t = first_row / p.pack;
+    long long last_t = (first_row + ROWS - 1) / p.pack;
+    if (last_t >= batch.queries) last_t = batch.queries - 1;
+    int from = 0, to = 0, all_from = 0, all_to = 0;
+    if (first_t <= last_t) {
+        from = first_key(batch, first_t) / KEYS * KEYS;
+        to = end_key(batch, last_t);
+        all_from = first_key(batch, last_t);
+        all_to = end_key(batch, first_t);
+    }
+    if (p.parts > 1 && from < to) {
+        const int key_tiles = (to - from + KEYS - 1) / KEYS;
+        const int each = (key_tiles + p.parts - 1) / p.parts;
+        from = (int)min((long long)to, from + (long long)part * each * KEYS);
+        to = (int)min((long long)to, from + (long long)each * KEYS);
+    }
+
+    real maxima[ROW_SLOTS], totals[ROW_SLOTS], outputs[ROW_SLOTS][OUT_SLOTS];
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r) {
+        maxima[r] = -infinity();
+        totals[r] = 0;
+#pragma unroll
+        for (int c = 0; c < OUT_SLOTS; ++c) outputs[r][c] = 0;
+    }
+
+    const auto stage_keys = [&](int first) {
+        stage_rows<KEYS, HEAD>(tiles.key, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
+        close_copies();
+    };
+    if (from < to) {
+        stage<ROWS, HEAD>(
+            tiles.query,
+            [&](int row) {
+                const long long t = (first_row + row) / p.pack;
+                return t < batch.queries ? at(p.query, b, t, first_head + (first_row + row) % p.pack) : (const element *)nullptr;
+            },
+            p.head_dim, p.query.stride[3], p.aligned & ALIGNED_QUERY, p.query.data);
+        stage_keys(from);
+    }
+    const real factor = HAS_TERMS ? real(1) : (real)p.scale * LOG2_E;
+
+    for (int first = from; first < to; first += KEYS) {
+        await_copies<0>();
+        __syncthreads();
+        stage_rows<KEYS, VALUE>(tiles.value, p.value, b, key_head, first, batch.keys, p.value_head_dim, p.aligned & ALIGNED_VALUE);
+        close_copies();
+
+        real logits[ROW_SLOTS][KEY_SLOTS];
+        products<ROWS, KEYS, HEAD>(logits, tiles.query, tiles.key);
+        await_copies<0>();
+        __syncthreads();
+        if (first + KEYS < to) stage_keys(first + KEYS);
+
+        const bool checked = first < all_from || first + KEYS > all_to;
+        if constexpr (HAS_TERMS) {
+#pragma unroll
+            for (int r = 0; r < ROW_SLOTS; ++r)
+#pragma unroll
+                for (int c = 0; c < KEY_SLOTS; ++c) {
+                    real slope;
+                    logits[r][c] = logit(p, rows[r], first + column_at(c), checked, logits[r][c], slope) * LOG2_E;
+                }
+        } else if (checked) {
+#pragma unroll
+            for (int r = 0; r < ROW_SLOTS; ++r)
+#pragma unroll
+                for (int c = 0; c < KEY_SLOTS; ++c) {
+                    const int key = first + column_at(c);
+                    if (key < rows[r].low || key >= rows[r].high) logits[r][c] = -infinity();
+                }
+        }
+
+        bool rescales = false;
+        real shrink[ROW_SLOTS];
+#pragma unroll
+        for (int r = 0; r < ROW_SLOTS; ++r) {
+            // Two chains each, of the maximum and of the sum, since one waits for itself.
+            real maximum = logits[r][0], other = logits[r][KEY_SLOTS > 1 ? 1 : 0];
+#pragma unroll
+            for (int c = 2; c < KEY_SLOTS; ++c) (c % 2 ? other : maximum) = fmax(c % 2 ? other : maximum, logits[r][c]);
+            maximum = fmax(maxima[r], maximum_of_row(fmax(maximum, other)) * factor);
+            // Less infinity is NaN where everything so far is masked.
+            const real base = maximum == -infinity() ? real(0) : maximum;
+            shrink[r] = power_of_two(maxima[r] - base);
+            rescales |= shrink[r] != 1;
+            maxima[r] = maximum;
+            real even = 0, odd = 0;
+#pragma unroll
+            for (int c = 0; c < KEY_SLOTS; ++c) {
+                logits[r][c] = power_of_two(fma(logits[r][c], factor, -base));
+                (c % 2 ? odd : even) += logits[r][c];
+            }
+            totals[r] = fma(totals[r], shrink[r], even + odd);
+        }
+        if (__any_sync(~0u, rescales)) {
+#pragma unroll
+            for (int r = 0; r < ROW_SLOTS; ++r)
+#pragma unroll
+                for (int c = 0; c < OUT_SLOTS; ++c) outputs[r][c] *= shrink[r];
+        }
+        if (drops(p)) {
+#pragma unroll
+            for (int r = 0; r < ROW_SLOTS; ++r) {
+                const unsigned kept = kept_of_row<KEYS>(p, rows[r], first);
+#pragma unroll
+                for (int c = 0; c < KEY_SLOTS; ++c)
+                    if (!(kept >> c & 1)) logits[r][c] = 0;
+            }
+        }
+        add_weighted<ROWS, KEYS, VALUE>(outputs, logits, tiles.value, tiles.room);
+    }
+
+    // A row whose sums are NaN or infinite, and whose softmax is not, may hold what it must not see.
+    const auto is_stored = [&](int r) { return first_row + row_at<ROWS>(r) < rows_of_head; };
+    unsigned spoiled = 0;
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r) {
+        totals[r] = sum_of_row(totals[r]);
+        bool finite = true;
+#pragma unroll
+        for (int c = 0; c < OUT_SLOTS; ++c) finite &= is_finite(outputs[r][c]);
+        if (!finite && totals[r] > 0 && is_finite(totals[r]) && is_stored(r)) spoiled |= 1u << r;
+    }
+    real *row_maxima = reinterpret_cast<real *>(memory);
+    real *row_totals = row_maxima + ROWS;
+    int *row_spoiled = reinterpret_cast<int *>(row_totals + ROWS);
+    bool any_spoiled = false;
+    if (p.contains) {
+        any_spoiled = __syncthreads_or(spoiled != 0);
+        if (any_spoiled) {
+            for (int row = threadIdx.x; row < ROWS; row += THREADS) row_spoiled[row] = 0;
+            __syncthreads();
+#pragma unroll
+            for (int r = 0; r < ROW_SLOTS; ++r) {
+                if (leads_row()) {
+                    row_maxima[row_at<ROWS>(r)] = maxima[r];
+                    row_totals[row_at<ROWS>(r)] = totals[r];
+                }
+                if (spoiled >> r & 1) row_spoiled[row_at<ROWS>(r)] = 1;
+            }
+            __syncthreads();
+        }
+    }
+
+    const long long all_rows = p.batch * p.query_heads * p.query_length;
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r) {
+        if (!is_stored(r)) continue;
+        const long long row = first_row + row_at<ROWS>(r), n = first_head + row % p.pack, t = row / p.pack;
+        const bool empty = totals[r] == 0;
+        // Another warp may have seen it.
+        const bool again = any_spoiled && row_spoiled[row_at<ROWS>(r)];
+        if (p.parts > 1) {
+            const long long slot = part * all_rows + (b * p.query_heads + n) * p.query_length + t;
+            if (leads_row()) {
+                p.second[2 * slot] = maxima[r];
+                p.second[2 * slot + 1] = totals[r];
+            }
+            if (again) continue;
+#pragma unroll
+            for (int c = 0; c < OUT_SLOTS; ++c) {
+                const int column = output_column_at<VALUE>(c);
+                if (column < p.value_head_dim) p.first[slot * p.value_head_dim + column] = empty ? real(0) : outputs[r][c];
+            }
+            continue;
+        }
+        real logsumexp;
+        const real scale = finish(p, n, t >= batch.queries, maxima[r], totals[r], logsumexp);
+        if (leads_row()) store_logsumexp(p, b, t, n, logsumexp);
+        if (again) continue;
+        const bool zero = empty || t >= batch.queries;
+        element *to_row = at(p.out, b, t, n);
+#pragma unroll
+        for (int c = 0; c < OUT_SLOTS; c += NEIGHBOURS) {
+            const int column = output_column_at<VALUE>(c);
+            const real low = zero ? real(0) : outputs[r][c] * scale, high = zero ? real(0) : outputs[r][c + 1] * scale;
+            store_pair(to_row, column, p.value_head_dim, p.out.stride[3], p.aligned & ALIGNED_OUT, low, high);
+        }
+    }
+    if (!any_spoiled) return;
+
+    for (int local = threadIdx.x / 32; local < ROWS; local += WARPS) {
+        if (!row_spoiled[local]) continue;
+        const long long row = first_row + local, n = first_head + row % p.pack, t = row / p.pack;
+        const Row whole = row_of(p, batch, b, n, t);
+        real sums[VALUE / 32];
+        exact_output(p, whole, b, n, from, to, row_maxima[local], sums);
+        const long long slot = part * all_rows + (b * p.query_heads + n) * p.query_length + t;
+        real logsumexp;
+        const real scale = p.parts > 1 ? real(1) : finish(p, n, t >= batch.queries, row_maxima[local], row_totals[local], logsumexp);
+#pragma unroll
+        for (int i = 0; i < VALUE / 32; ++i) {
+            const int column = 32 * i + threadIdx.x % 32;
+            if (column >= p.value_head_dim) continue;
+            if (p.parts > 1)
+                p.first[slot * p.value_head_dim + column] = sums[i];
+            else
+                at(p.out, b, t, n)[column * p.out.stride[3]] = rounded(sums[i] * scale);
+        }
+    }
+}
+
+// Joins the parts of a row, one warp to a row.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_merge(const Parameters p) {
+    const long long all_rows = p.batch * p.query_heads * p.query_length;
+    const long long row = blockIdx.x * (long long)WARPS + threadIdx.x / 32;
+    if (row >= all_rows) return;
+    const long long t = row % p.query_length, n = row / p.query_length % p.query_heads, b = row / p.query_length / p.query_heads;
+    const Batch batch = batch_row(p, b);
+    const real *states = p.second + 2 * row;
+    real maximum = -infinity();
+    for (int part = 0; part < p.parts; ++part) maximum = fmax(maximum, states[2 * part * all_rows]);
+    const real base = maximum == -infinity() ? real(0) : maximum;
+    real total = 0, sums[VALUE / 32];
+#pragma unroll
+    for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
+    for (int part = 0; part < p.parts; ++part) {
+        const real weight = power_of_two(states[2 * part * all_rows] - base);
+        const real part_total = states[2 * part * all_rows + 1];
+        if (part_total == 0) continue;
+        total = fma(part_total, weight, total);
+        const real *from = p.first + (part * all_rows + row) * p.value_head_dim;
+#pragma unroll
+        for (int i = 0; i < VALUE / 32; ++i) {
+            const int column = 32 * i + threadIdx.x % 32;
+            if (column < p.value_head_dim) sums[i] = fma(from[column], weight, sums[i]);
+        }
+    }
+    real logsumexp;
+    const bool padded = t >= batch.queries;
+    const real scale = finish(p, n, padded, maximum, total, logsumexp);
+    if (threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
+#pragma unroll
+    for (int i = 0; i < VALUE / 32; ++i) {
+        const int column = 32 * i + threadIdx.x % 32;
+        if (column < p.value_head_dim)
+            at(p.out, b, t, n)[column * p.out.stride[3]] = rounded(padded || total == 0 ? real(0) : sums[i] * scale);
+    }
+}

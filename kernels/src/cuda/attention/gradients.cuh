@@ -1,0 +1,52 @@
+// What backward kernels share: the gradient of a logit from the probability that the given logsumexp makes
+// (docs/semantics.md, "Gradients").
+
+// The scratch that attention_prepare_gradients fills: the logsumexp in base two, and the row term. A row without a
+// probability has a logsumexp of +inf, so that every power of two is 0.
+__device__ inline long long state_of(const Parameters &p, long long b, long long n, long long t) {
+    return (b * p.query_heads + n) * p.query_length + t;
+}
+
+struct Weights {
+    // The probability after dropout, without dropout's factor.
+    real kept;
+    // The gradient of the logit, and of the scaled product behind it.
+    real logit, product;
+};
+
+// `product` is that of query and key, `incoming` that of d_out and value. Whether the row's structure has to be looked at is
+// in `checked`. `kept` is the bit of dropout.
+__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bool checked, bool kept, real product, real incoming,
+                                real logsumexp, real delta) {
+    real slope = 1, exponent;
+    bool masked;
+    if constexpr (HAS_TERMS) {
+        const real x = logit(p, row, key, checked, product, slope);
+        masked = x == -infinity();
+        exponent = fma(x, LOG2_E, -logsumexp);
+    } else {
+        masked = checked && (key < row.low || key >= row.high);
+        exponent = fma(product, (real)p.scale * LOG2_E, -logsumexp);
+    }
+    // Selected, not multiplied: what is masked may be NaN.
+    const real probability = masked ? real(0) : power_of_two(exponent);
+    const real change = (kept ? keep_scale(p) * incoming : real(0)) - delta;
+    Weights weights;
+    weights.kept = kept ? probability : real(0);
+    weights.logit = masked ? real(0) : probability * change;
+    weights.product = masked ? real(0) : weights.logit * slope;
+    return weights;
+}
+
+// The same for a single row and key, by a whole warp. False where the key takes no part.
+__device__ inline bool weigh_exactly(const Parameters &p, const Row &row, long long b, long long n, int key, Weights &weights) {
+    real slope;
+    const real product = dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
+    if (logit(p, row, key, true, product, slope) == -infinity()) return false;
+    const real incoming =
+        dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
+    const long long state = state_of(p, b, n, row.t);
+    const bool kept = !drops(p) || is_kept(p, row, key);
+    weights = weigh(p, row, key, true, kept, product, incoming, p.first[state], p.second[state]);
+    return true;
+}

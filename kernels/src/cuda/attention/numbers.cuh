@@ -1,0 +1,147 @@
+// Element types and arithmetic. No header is included: where these sources are compiled, at run time, there may be none.
+//
+// DTYPE is the operands': 0 for f64, 1 for f32, 2 for f16, 3 for bf16.
+
+#define DTYPE_F64 0
+#define DTYPE_F32 1
+#define DTYPE_F16 2
+#define DTYPE_BF16 3
+// Decided at run time.
+#define DTYPE_ANY 4
+
+#define HALVES (DTYPE >= DTYPE_F16)
+
+// An element of an operand, and what logits, softmax and sums are computed in.
+#if DTYPE == DTYPE_F64
+typedef double element;
+typedef double real;
+#elif DTYPE == DTYPE_F32
+typedef float element;
+typedef float real;
+#else
+typedef unsigned short element;
+typedef float real;
+#endif
+
+constexpr int THREADS = 32 * WARPS;
+// Blocks that a multiprocessor has room for at least: eight warps have all the registers that there are.
+constexpr int RESIDENT = WARPS >= 8 ? 1 : 8 / WARPS;
+constexpr real LOG2_E = real(1.44269504088896340736);
+constexpr real LN_2 = real(0.69314718055994530942);
+
+__device__ inline real infinity() {
+#if DTYPE == DTYPE_F64
+    return __longlong_as_double(0x7ff0000000000000LL);
+#else
+    return __int_as_float(0x7f800000);
+#endif
+}
+
+// False for NaN too.
+__device__ inline bool is_finite(real x) { return fabs(x) < infinity(); }
+
+// Two to the power of x. The instruction is good to 2 units in the last place, which the numerics class allows for.
+__device__ inline float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline double power_of_two(double x) { return exp2(x); }
+
+__device__ inline float logarithm(float x) { return logf(x); }
+__device__ inline double logarithm(double x) { return log(x); }
+
+// Made of an exponential, so its error is absolute: that is how the numerics class counts it.
+__device__ inline float hyperbolic_tangent(float x) {
+    return 1.0f - __fdividef(2.0f, power_of_two(x * (2.0f * 1.44269504088896340736f)) + 1.0f);
+}
+
+__device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
+
+__device__ inline float f16_to_float(unsigned short x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
+__device__ inline float bf16_to_float(unsigned short x) { return __int_as_float((int)x << 16); }
+
+__device__ inline unsigned short float_to_f16(float x) {
+    unsigned short y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline unsigned short float_to_bf16(float x) {
+    unsigned short y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// Rounded to odd, so that rounding once more, to a half, is as rounding once.
+__device__ inline float narrowed(double x) {
+    const float towards_zero = __double2float_rz(x);
+    const bool exact = (double)towards_zero == x || !(fabs(x) < 3.0e38);
+    return exact ? (float)x : __int_as_float(__float_as_int(towards_zero) | 1);
+}
+
+__device__ inline float narrowed(float x) { return x; }
+
+__device__ inline real widened(element x) {
+#if DTYPE == DTYPE_F16
+    return f16_to_float(x);
+#elif DTYPE == DTYPE_BF16
+    return bf16_to_float(x);
+#else
+    return x;
+#endif
+}
+
+__device__ inline element rounded(real x) {
+#if DTYPE == DTYPE_F16
+    return float_to_f16(x);
+#elif DTYPE == DTYPE_BF16
+    return float_to_bf16(x);
+#else
+    return x;
+#endif
+}
+
+#if HALVES
+// Two elements in a register, the first in the low half.
+__device__ inline unsigned packed(float low, float high) {
+    unsigned both;
+#if DTYPE == DTYPE_F16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
+    return both;
+}
+#endif
+
+// The element at this index of a tensor of any dtype.
+__device__ inline real load(const char *data, int dtype, long long index) {
+    switch (dtype) {
+        case DTYPE_F64: return (real) reinterpret_cast<const double *>(data)[index];
+        case DTYPE_F32: return reinterpret_cast<const float *>(data)[index];
+        case DTYPE_F16: return f16_to_float(reinterpret_cast<const unsigned short *>(data)[index]);
+        default: return bf16_to_float(reinterpret_cast<const unsigned short *>(data)[index]);
+    }
+}
+
+__device__ inline void store(char *data, int dtype, long long index, real x) {
+    switch (dtype) {
+        case DTYPE_F64: reinterpret_cast<double *>(data)[index] = x; break;
+        case DTYPE_F32: reinterpret_cast<float *>(data)[index] = (float)x; break;
+        case DTYPE_F16: reinterpret_cast<unsigned short *>(data)[index] = float_to_f16(narrowed(x)); break;
+        default: reinterpret_cast<unsigned short *>(data)[index] = float_to_bf16(narrowed(x)); break;
+    }
+}
+
+__device__ inline real sum_of_warp(real x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}

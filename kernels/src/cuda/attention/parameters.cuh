@@ -1,0 +1,86 @@
+// What a call passes to every kernel. The layout is that of `Parameters` on the host.
+
+// A strided tensor: the address of the element at index 0, and strides in elements. Axes are those of the tensor's shape,
+// but for slopes, [B, N], whose first stride may be 0.
+struct Tensor {
+    char *data;
+    long long stride[4];
+};
+
+// The structure of a batch row.
+struct Batch {
+    // Query row t stands at t + offset.
+    long long offset;
+    // Row t sees keys from t + low to before t + high, as far as there are any.
+    long long low;
+    long long high;
+    int queries;
+    int keys;
+};
+
+struct Parameters {
+    Tensor query, key, value, mask, bias, slopes, sinks, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias, d_sinks;
+    // One for each batch row, or null where `uniform` is that of all.
+    const Batch *batches;
+    Batch uniform;
+    // Scratch. Forward over parts of the keys: their outputs [part, B, N, T, Hv], maxima and sums [part, B, N, T, 2].
+    // Backward: logsumexp in base two and row term, [B, N, T] each.
+    real *first;
+    real *second;
+    long long batch, query_length, key_length, query_heads, key_heads;
+    long long bias_size[4];
+    double scale;
+    double softcap;
+    double keep_scale;
+    int head_dim, value_head_dim;
+    // Query heads that share a key/value head.
+    int group;
+    // Query heads whose rows one tile holds.
+    int pack;
+    // Parts that the keys are cut into.
+    int parts;
+    // A bit for each tensor above, in order: rows begin at multiples of 16 bytes, elements are neighbours.
+    int aligned;
+    int bias_dtype, slopes_dtype, sinks_dtype;
+    // Whether a row may see some keys of a tile and not others.
+    int contains;
+    unsigned drop_threshold, drop_key[2], drop_offset;
+};
+
+static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) == 848, "the host's layout");
+
+// Bits of `aligned`.
+#define ALIGNED_QUERY (1 << 0)
+#define ALIGNED_KEY (1 << 1)
+#define ALIGNED_VALUE (1 << 2)
+#define ALIGNED_OUT (1 << 7)
+#define ALIGNED_D_OUT (1 << 9)
+#define ALIGNED_D_QUERY (1 << 11)
+#define ALIGNED_D_KEY (1 << 12)
+#define ALIGNED_D_VALUE (1 << 13)
+
+// Bits of FEATURES: what the compiled kernels look for. All but `NATURAL` may be absent from a call all the same.
+#define FEATURE_MASK 1
+#define FEATURE_BIAS 2
+#define FEATURE_ALIBI 4
+#define FEATURE_SOFTCAP 8
+#define FEATURE_DROPOUT 16
+// Logits are made one by one, before the maximum is taken: there is more to them than a product and a scale above 0.
+#define FEATURE_NATURAL 32
+
+constexpr bool HAS_TERMS = (FEATURES & FEATURE_NATURAL) != 0;
+constexpr bool HAS_DROPOUT = (FEATURES & FEATURE_DROPOUT) != 0;
+
+__device__ inline Batch batch_row(const Parameters &p, long long b) { return p.batches ? p.batches[b] : p.uniform; }
+
+__device__ inline int between(long long x, long long low, long long high) {
+    return (int)(x < low ? low : x > high ? high : x);
+}
+
+// The first key that row t sees, and the end of those that it sees. Neither falls from row to row.
+__device__ inline int first_key(const Batch &batch, long long t) { return between(t + batch.low, 0, batch.keys); }
+__device__ inline int end_key(const Batch &batch, long long t) { return between(t + batch.high, 0, batch.keys); }
+
+__device__ inline element *at(const Tensor &tensor, long long b, long long position, long long head) {
+    return reinterpret_cast<element *>(tensor.data) + b * tensor.stride[0] + position * tensor.stride[1] + head * tensor.stride[2];
+}

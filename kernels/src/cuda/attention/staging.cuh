@@ -1,0 +1,94 @@
+// Tiles of operands in shared memory: rows of DEPTH elements, and 16 bytes between them, so that eight rows next to each
+// other begin in different banks.
+
+constexpr int CHUNK = 16 / sizeof(element);
+
+template <int DEPTH>
+__device__ constexpr int row_stride() {
+    return DEPTH + CHUNK;
+}
+
+__device__ inline unsigned shared_address(const void *pointer) { return (unsigned)__cvta_generic_to_shared(pointer); }
+
+// Copies 16 bytes, or writes 16 zeros, without waiting.
+__device__ inline void copy_chunk(unsigned to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+}
+
+// Copies one number without waiting.
+__device__ inline void copy_number(real *to, const real *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)),
+                 "n"(sizeof(real))
+                 : "memory");
+}
+
+__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most this many of the groups closed last are under way.
+template <int GROUPS>
+__device__ inline void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+// Fills HEIGHT rows of a tile. `row_at` gives the address of a row, or null for one of zeros, which the columns from
+// `width` on are too. `there` is any address that may be read.
+template <int HEIGHT, int DEPTH, class RowAt>
+__device__ inline void stage(element *tile, RowAt row_at, int width, long long inner, bool aligned, const char *there) {
+    constexpr int CHUNKS = DEPTH / CHUNK;
+    for (int index = threadIdx.x; index < HEIGHT * CHUNKS; index += THREADS) {
+        const int row = index / CHUNKS, column = index % CHUNKS * CHUNK;
+        element *to = tile + row * row_stride<DEPTH>() + column;
+        const element *from = row_at(row);
+        if (aligned) {
+            const bool inside = from && column < width;
+            copy_chunk(shared_address(to), inside ? (const void *)(from + column) : there, inside);
+        } else {
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) to[i] = from && column + i < width ? from[(column + i) * inner] : element(0);
+        }
+    }
+}
+
+// Rows `first` to `first + HEIGHT` of a tensor [B, length, heads, width]; those from `end` on are zeros.
+template <int HEIGHT, int DEPTH>
+__device__ inline void stage_rows(element *tile, const Tensor &tensor, long long b, long long head, long long first, long long end,
+                                  int width, bool aligned) {
+    const element *origin = at(tensor, b, first, head);
+    const long long step = tensor.stride[1];
+    constexpr int CHUNKS = DEPTH / CHUNK;
+    if constexpr (THREADS % CHUNKS == 0 && HEIGHT % (THREADS / CHUNKS) == 0) {
+        // Each thread has one column, and rows at equal distances.
+        if (aligned) {
+            constexpr int ROWS_AT_ONCE = THREADS / CHUNKS;
+            const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * CHUNK;
+            const unsigned to = shared_address(tile + row * row_stride<DEPTH>() + column);
+            const char *from = reinterpret_cast<const char *>(origin + row * step + column);
+            const long long jump = step * (ROWS_AT_ONCE * (int)sizeof(element));
+            const int rows = column < width ? (int)min(end - first, (long long)HEIGHT) - row : 0;
+#pragma unroll
+            for (int i = 0; i < HEIGHT / ROWS_AT_ONCE; ++i) {
+                // Behind the last row the address is one of nothing, and not read.
+                copy_chunk(to + i * ROWS_AT_ONCE * row_stride<DEPTH>() * (int)sizeof(element), from, i * ROWS_AT_ONCE < rows);
+                from += jump;
+            }
+            return;
+        }
+    }
+    stage<HEIGHT, DEPTH>(
+        tile, [=](int row) { return first + row < end ? origin + row * step : (const element *)nullptr; }, width, tensor.stride[3],
+        aligned, tensor.data);
+}
+
+// Stores two sums that are next to each other in a row of results.
+__device__ inline void store_pair(element *row, int column, int width, long long inner, bool aligned, real low, real high) {
+#if HALVES
+    if (aligned && column + 1 < width) {
+        *reinterpret_cast<unsigned *>(row + column) = packed(low, high);
+        return;
+    }
+#endif
+    if (column < width) row[column * inner] = rounded(low);
+    if (column + 1 < width) row[(column + 1) * inner] = rounded(high);
+}

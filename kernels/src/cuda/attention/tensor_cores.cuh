@@ -1,0 +1,196 @@
+// Products of tiles on tensor cores (mma.sync.m16n8k16, from compute capability 8.0), for f16 and bf16 with sums in f32.
+//
+// A tile of HEIGHT x WIDTH sums is spread over the threads so that each warp has HEIGHT / WARPS whole rows of it, and each
+// thread `row_slots` rows and `column_slots` columns of those: the layout of the instruction's accumulator, which for the
+// factor on the left has the same rows and columns. So what was summed can be multiplied without leaving registers.
+
+#if HALVES
+
+template <int HEIGHT>
+__device__ constexpr int row_slots() {
+    return HEIGHT / WARPS / 8;
+}
+
+template <int WIDTH>
+__device__ constexpr int column_slots() {
+    return WIDTH / 4;
+}
+
+template <int WIDTH>
+__device__ constexpr int output_slots() {
+    return WIDTH / 4;
+}
+
+__device__ inline int lane() { return threadIdx.x % 32; }
+
+template <int HEIGHT>
+__device__ inline int row_at(int slot) {
+    return threadIdx.x / 32 * (HEIGHT / WARPS) + slot / 2 * 16 + slot % 2 * 8 + lane() / 4;
+}
+
+__device__ inline int column_at(int slot) { return slot / 2 * 8 + lane() % 4 * 2 + slot % 2; }
+
+template <int WIDTH>
+__device__ inline int output_column_at(int slot) {
+    return column_at(slot);
+}
+
+// Slots 2 * i and 2 * i + 1 are columns next to each other.
+constexpr int NEIGHBOURS = 2;
+
+// Whether the thread speaks for its rows.
+__device__ inline bool leads_row() { return lane() % 4 == 0; }
+
+// Over the threads that share a row.
+__device__ inline float sum_of_row(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ inline float maximum_of_row(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// Over the threads of a warp that share columns.
+__device__ inline float sum_of_column(float x) {
+    x += __shfl_xor_sync(~0u, x, 4);
+    x += __shfl_xor_sync(~0u, x, 8);
+    return x + __shfl_xor_sync(~0u, x, 16);
+}
+
+constexpr int COLUMN_PARTS = WARPS;
+__device__ inline int column_part() { return threadIdx.x / 32; }
+__device__ inline bool leads_column() { return lane() / 4 == 0; }
+
+// Bit c says whether the key in column slot c of a tile that begins with key `first` is kept in the row. The four threads of a
+// row draw a block of eight keys each.
+template <int WIDTH>
+__device__ inline unsigned kept_of_row(const Parameters &p, const Row &row, int first) {
+    unsigned kept = 0;
+#pragma unroll
+    for (int i = 0; i < WIDTH / 32; ++i) {
+        const unsigned drawn = kept_of_block(p, row.batch_head, (unsigned)row.t, (unsigned)first / 8 + 4 * i + lane() % 4);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const unsigned block = __shfl_sync(~0u, drawn, (lane() & ~3) | j);
+            kept |= (block >> (lane() % 4 * 2) & 3) << (8 * i + 2 * j);
+        }
+    }
+    return kept;
+}
+
+// The same where columns are query rows from `first` on, and the thread's own row is this key. The eight threads whose keys are
+// one block draw for a row each.
+template <int WIDTH>
+__device__ inline unsigned kept_of_key(const Parameters &p, unsigned batch_head, int first, int key) {
+    constexpr int SLOTS = column_slots<WIDTH>();
+    unsigned kept = 0;
+#pragma unroll
+    for (int i = 0; i < SLOTS; i += 8) {
+        const int own = first + column_at((i + lane() / 4) % SLOTS);
+        const unsigned drawn = kept_of_block(p, batch_head, (unsigned)own, (unsigned)key / 8);
+#pragma unroll
+        for (int j = 0; j < 8 && j < SLOTS; ++j)
+            kept |= (__shfl_sync(~0u, drawn, j * 4 + lane() % 4) >> (lane() / 4) & 1) << (i + j);
+    }
+    return kept;
+}
+
+// Four 8 x 8 matrices from shared memory; each lane gives the address of a row: an address there and a number of elements,
+// which is part of the instruction where it is constant.
+__device__ inline void load_matrices(unsigned (&to)[4], unsigned row, int offset) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row + offset * 2));
+}
+
+__device__ inline void load_transposed(unsigned (&to)[4], unsigned row, int offset) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row + offset * 2));
+}
+
+__device__ inline void multiply(float &c0, float &c1, float &c2, float &c3, const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#if DTYPE == DTYPE_F16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+                 : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH.
+template <int HEIGHT, int WIDTH, int DEPTH>
+__device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
+    constexpr int STRIDE = row_stride<DEPTH>();
+    constexpr int BLOCKS = row_slots<HEIGHT>() / 2;
+#pragma unroll
+    for (int r = 0; r < row_slots<HEIGHT>(); ++r)
+#pragma unroll
+        for (int c = 0; c < column_slots<WIDTH>(); ++c) sums[r][c] = 0;
+    const unsigned left = shared_address(a + (threadIdx.x / 32 * (HEIGHT / WARPS) + lane() % 16) * STRIDE + lane() / 16 * 8);
+    const unsigned right = shared_address(b + (lane() % 8 + lane() / 16 * 8) * STRIDE + lane() / 8 % 2 * 8);
+    // What the next products need is loaded before these are computed.
+    constexpr int PAIRS = WIDTH / 16, STEPS = DEPTH / 16 * PAIRS;
+    unsigned factors[2][BLOCKS][4], columns[2][4];
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i) load_matrices(factors[0][i], left, i * 16 * STRIDE);
+    load_matrices(columns[0], right, 0);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int k = step / PAIRS, j = step % PAIRS, next = step + 1;
+        if (next < STEPS) {
+            load_matrices(columns[next % 2], right, next % PAIRS * 16 * STRIDE + next / PAIRS * 16);
+            if (next % PAIRS == 0) {
+#pragma unroll
+                for (int i = 0; i < BLOCKS; ++i) load_matrices(factors[next / PAIRS % 2][i], left, i * 16 * STRIDE + next / PAIRS * 16);
+            }
+        }
+        const unsigned(&column)[4] = columns[step % 2];
+#pragma unroll
+        for (int i = 0; i < BLOCKS; ++i) {
+            multiply(sums[2 * i][4 * j], sums[2 * i][4 * j + 1], sums[2 * i + 1][4 * j], sums[2 * i + 1][4 * j + 1], factors[k % 2][i],
+                     column[0], column[1]);
+            multiply(sums[2 * i][4 * j + 2], sums[2 * i][4 * j + 3], sums[2 * i + 1][4 * j + 2], sums[2 * i + 1][4 * j + 3],
+                     factors[k % 2][i], column[2], column[3]);
+        }
+    }
+}
+
+// sums += weights * b, of tiles HEIGHT x WIDTH, rounded to the operands' dtype, and WIDTH x DEPTH.
+template <int HEIGHT, int WIDTH, int DEPTH>
+__device__ inline void add_weighted(real (&sums)[row_slots<HEIGHT>()][output_slots<DEPTH>()],
+                                    const real (&weights)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *b, real *) {
+    constexpr int STRIDE = row_stride<DEPTH>();
+    constexpr int BLOCKS = row_slots<HEIGHT>() / 2;
+    const unsigned right = shared_address(b + (lane() % 16) * STRIDE + lane() / 16 * 8);
+    constexpr int PAIRS = DEPTH / 16, STEPS = WIDTH / 16 * PAIRS;
+    unsigned columns[2][4], factors[BLOCKS][4];
+    load_transposed(columns[0], right, 0);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int k = step / PAIRS, j = step % PAIRS, next = step + 1;
+        if (next < STEPS) load_transposed(columns[next % 2], right, next / PAIRS * 16 * STRIDE + next % PAIRS * 16);
+        if (j == 0) {
+#pragma unroll
+            for (int i = 0; i < BLOCKS; ++i) {
+                factors[i][0] = packed(weights[2 * i][4 * k], weights[2 * i][4 * k + 1]);
+                factors[i][1] = packed(weights[2 * i + 1][4 * k], weights[2 * i + 1][4 * k + 1]);
+                factors[i][2] = packed(weights[2 * i][4 * k + 2], weights[2 * i][4 * k + 3]);
+                factors[i][3] = packed(weights[2 * i + 1][4 * k + 2], weights[2 * i + 1][4 * k + 3]);
+            }
+        }
+        const unsigned(&column)[4] = columns[step % 2];
+#pragma unroll
+        for (int i = 0; i < BLOCKS; ++i) {
+            multiply(sums[2 * i][4 * j], sums[2 * i][4 * j + 1], sums[2 * i + 1][4 * j], sums[2 * i + 1][4 * j + 1], factors[i], column[0],
+                     column[1]);
+            multiply(sums[2 * i][4 * j + 2], sums[2 * i][4 * j + 3], sums[2 * i + 1][4 * j + 2], sums[2 * i + 1][4 * j + 3], factors[i],
+                     column[2], column[3]);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,114 @@
+// What happens to the product of a query and a key before the softmax, and to a probability after it.
+
+// What the terms of a logit need to know of a query row.
+struct Row {
+    long long position;
+    // The keys in reach; none for a padded row.
+    int low, high;
+    int t;
+    unsigned batch_head;
+    real slope;
+    // Of key 0.
+    long long mask, bias;
+};
+
+// The row t of a batch row and head. Rows behind the last are as padded ones. Nobody asks for the keys in reach where nothing is
+// `checked`.
+__device__ inline Row row_of(const Parameters &p, const Batch &batch, long long b, long long n, long long t, bool checked = true) {
+    Row row;
+    row.t = (int)t;
+    row.batch_head = (unsigned)(b * p.query_heads + n);
+    const bool padded = t >= batch.queries;
+    row.low = row.high = 0;
+    if (checked && !padded) {
+        row.low = first_key(batch, t);
+        row.high = end_key(batch, t);
+    }
+    row.position = t + batch.offset;
+    row.slope = 0;
+    if constexpr ((FEATURES & FEATURE_ALIBI) != 0) {
+        if (p.slopes.data && !padded)
+            row.slope = load(p.slopes.data, p.slopes_dtype, b * p.slopes.stride[0] + n * p.slopes.stride[1]);
+    }
+    // Unchecked tiles read for rows behind the last too.
+    const long long inside = min(t, p.query_length - 1);
+    row.mask = b * p.mask.stride[0] + n * p.mask.stride[1] + inside * p.mask.stride[2];
+    row.bias = b * p.bias.stride[0] + n * p.bias.stride[1] + inside * p.bias.stride[2];
+    return row;
+}
+
+// The stride of the mask or bias from key to key, which is part of the instruction where the kernel is compiled for it.
+__device__ inline long long key_stride(const Tensor &tensor) {
+    constexpr int known = TERM_STRIDE;
+    return known >= 0 ? known : tensor.stride[3];
+}
+
+// The logit of a key from its product with the query: -inf where it takes no part. `slope` is the derivative by the scaled
+// product. Unchecked, the key is one that every row of the tile has in reach.
+__device__ inline real logit(const Parameters &p, const Row &row, int key, bool checked, real product, real &slope) {
+    slope = 1;
+    if (checked && (key < row.low || key >= row.high)) return -infinity();
+    if constexpr ((FEATURES & FEATURE_MASK) != 0) {
+        if (p.mask.data && !p.mask.data[row.mask + key * key_stride(p.mask)]) return -infinity();
+    }
+    real x = product * (real)p.scale;
+    if constexpr ((FEATURES & FEATURE_SOFTCAP) != 0) {
+        if (p.softcap > 0) {
+            const real cap = (real)p.softcap;
+            const real y = hyperbolic_tangent(x / cap);
+            slope = (1 - y) * (1 + y);
+            x = cap * y;
+        }
+    }
+    if constexpr ((FEATURES & FEATURE_ALIBI) != 0) {
+        if (p.slopes.data) {
+            const long long distance = row.position - key;
+            x -= row.slope * (real)(distance < 0 ? -distance : distance);
+        }
+    }
+    if constexpr ((FEATURES & FEATURE_BIAS) != 0) {
+        constexpr int known = BIAS_DTYPE;
+        if (p.bias.data) {
+            const int dtype = known == DTYPE_ANY ? p.bias_dtype : known;
+            x += load(p.bias.data, dtype, row.bias + key * key_stride(p.bias));
+        }
+    }
+    return x;
+}
+
+// Philox4x32 with 10 rounds (Salmon et al. 2011): the sixteen-bit lanes of eight keys of a row.
+__device__ inline uint4 dropout_words(const Parameters &p, unsigned batch_head, unsigned t, unsigned block) {
+    uint4 counter = make_uint4(block, t, batch_head, p.drop_offset);
+    unsigned key0 = p.drop_key[0], key1 = p.drop_key[1];
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        const unsigned high0 = __umulhi(0xD2511F53u, counter.x), low0 = 0xD2511F53u * counter.x;
+        const unsigned high1 = __umulhi(0xCD9E8D57u, counter.z), low1 = 0xCD9E8D57u * counter.z;
+        counter = make_uint4(high1 ^ counter.y ^ key0, low1, high0 ^ counter.w ^ key1, low0);
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    return counter;
+}
+
+// Bit i says whether key 8 * block + i of the row is kept.
+__device__ inline unsigned kept_of_block(const Parameters &p, unsigned batch_head, unsigned t, unsigned block) {
+    const uint4 words = dropout_words(p, batch_head, t, block);
+    const unsigned word[4] = {words.x, words.y, words.z, words.w};
+    unsigned kept = 0;
+#pragma unroll
+    for (int lane = 0; lane < 8; ++lane) {
+        const unsigned drawn = lane % 2 ? word[lane / 2] >> 16 : word[lane / 2] & 0xffff;
+        kept |= (drawn >= p.drop_threshold ? 1u : 0u) << lane;
+    }
+    return kept;
+}
+
+__device__ inline bool is_kept(const Parameters &p, const Row &row, int key) {
+    return kept_of_block(p, row.batch_head, (unsigned)row.t, (unsigned)key / 8) >> (key % 8) & 1;
+}
+
+__device__ inline bool drops(const Parameters &p) { return HAS_DROPOUT && p.drop_threshold > 0; }
+
+// What kept probabilities are multiplied by.
+__device__ inline real keep_scale(const Parameters &p) { return HAS_DROPOUT ? (real)p.keep_scale : real(1); }
