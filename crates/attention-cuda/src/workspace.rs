@@ -2,11 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use attention_core::{LentScratch, Scratch};
+use attention_core::{Device, Error, InvalidCall, LentScratch, Scratch, Unsupported};
 use cudarc::driver::sys::CUstreamCaptureStatus;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
 
+use crate::CudaDevice;
 use crate::device::device_of;
+use crate::failure;
 use crate::tensor::scratch_on;
 
 /// Memory that no call is using.
@@ -81,6 +83,30 @@ impl Workspaces {
         };
         workspace.captured |= captured;
         Ok(lease(Some(workspace)))
+    }
+
+    /// A lease as scratch that `backend` lends for a call on memory of `wanted`, on the stream of `device`.
+    ///
+    /// # Errors
+    /// [`InvalidCall::ScratchDevice`] where the call is on another device, [`Unsupported::ScratchLimit`] above the limit, and
+    /// [`Error::Backend`] by the driver.
+    pub fn lend(
+        &self,
+        backend: &str,
+        device: &CudaDevice,
+        wanted: Device,
+        bytes: usize,
+    ) -> Result<Box<dyn LentScratch>, Error> {
+        let here = device.device();
+        if wanted != here {
+            return Err(InvalidCall::ScratchDevice { device: here, expected: wanted }.into());
+        }
+        if bytes > self.limit {
+            let (backend, limit) = (backend.to_owned(), self.limit);
+            return Err(Unsupported::ScratchLimit { backend, needed: bytes, limit }.into());
+        }
+        let lease = self.lease(device.stream(), bytes);
+        Ok(Box::new(lease.map_err(|error| failure(backend, "allocating scratch on the device", error))?))
     }
 
     /// Gives all memory back to the device that is not leased.

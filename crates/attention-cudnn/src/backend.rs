@@ -490,7 +490,8 @@ impl AttentionBackend for CudnnBackend {
     }
 
     fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
-        self.runtime()?.lend(problem.device(), bytes)
+        let runtime = self.runtime()?;
+        runtime.workspaces.lend(NAME, &runtime.device, problem.device(), bytes)
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {

@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use attention_core::{Device, Error, InvalidCall, LentScratch, Unavailable, Unsupported};
+use attention_core::Unavailable;
 use attention_cuda::cudarc::driver::{CudaSlice, DevicePtr, DriverError};
-use attention_cuda::{CudaDevice, KernelCache, Workspaces, failure};
+use attention_cuda::{CudaDevice, KernelCache, Workspaces};
 
 use crate::backend::NAME;
 use crate::key::Key;
@@ -82,21 +82,6 @@ impl Runtime {
             "built a cuDNN plan"
         );
         Ok(lock(&self.plans).entry(key.clone()).or_insert(plan).clone())
-    }
-
-    /// Scratch for a call on `device`, in the order of the stream.
-    pub(crate) fn lend(&self, device: Device, bytes: usize) -> Result<Box<dyn LentScratch>, Error> {
-        let here = self.device.device();
-        if device != here {
-            return Err(InvalidCall::ScratchDevice { device: here, expected: device }.into());
-        }
-        let limit = self.workspaces.limit();
-        if bytes > limit {
-            let backend = NAME.to_owned();
-            return Err(Unsupported::ScratchLimit { backend, needed: bytes, limit }.into());
-        }
-        let lease = self.workspaces.lease(self.device.stream(), bytes);
-        Ok(Box::new(lease.map_err(|error| failure(NAME, "allocating scratch on the device", error))?))
     }
 
     /// An array on the device.

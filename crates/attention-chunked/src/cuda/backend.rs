@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, Device, DeviceKind, Error, FeatureSet, ForwardCall,
-    NumericsClass, PassCapabilities, Problem, Role, Scratch, ScratchGrowth, Unavailable, Unsupported, View,
-    ViewMut,
+    LentScratch, NumericsClass, PassCapabilities, Problem, Role, Scratch, ScratchGrowth, Unavailable,
+    Unsupported, View, ViewMut,
 };
 use attention_cuda::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
-use attention_cuda::{CudaDevice, KernelCache, failure};
+use attention_cuda::{CudaDevice, KernelCache, Workspaces, failure};
 
 use super::config::ChunkedCudaConfig;
 use super::parameters::{Batch, Parameters, batches};
@@ -46,6 +46,8 @@ pub struct ChunkedCudaBackend {
 struct Runtime {
     device: CudaDevice,
     kernels: KernelCache,
+    /// What is lent to calls without scratch of their own.
+    workspaces: Workspaces,
     /// Shared memory that a block may have.
     shared_bytes: usize,
 }
@@ -85,14 +87,6 @@ impl ChunkedCudaBackend {
     /// On this device and its stream.
     pub fn on(device: CudaDevice, config: ChunkedCudaConfig) -> Self {
         Self { given: Some(device), ..Self::new(config) }
-    }
-
-    /// Compiles the kernels of a problem, so that no call has to.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`], [`Error::Unavailable`], and [`Error::Backend`] where NVRTC or the driver fails.
-    pub fn prepare(&self, problem: &Problem) -> Result<(), Error> {
-        self.prepared(problem).map(|_| ())
     }
 
     fn runtime(&self) -> Result<&Runtime, Unavailable> {
@@ -226,7 +220,8 @@ impl Runtime {
         Ok(Self {
             shared_bytes: usize::try_from(shared_bytes).unwrap_or(0),
             device,
-            kernels: KernelCache::new(config.kernel_folder.clone()),
+            kernels: KernelCache::new(config.kernel_folder.clone()).wheel_roots(config.wheel_roots.clone()),
+            workspaces: Workspaces::new(config.lent_limit),
         })
     }
 }
@@ -262,6 +257,16 @@ impl AttentionBackend for ChunkedCudaBackend {
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
         Ok(self.plan(problem, usize::MAX)?.scratch_bytes())
+    }
+
+    /// Compiles the kernels of the problem.
+    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+        self.prepared(problem).map(|_| ())
+    }
+
+    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
+        let runtime = self.runtime()?;
+        runtime.workspaces.lend(NAME, &runtime.device, problem.device(), bytes)
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {

@@ -3,10 +3,18 @@
 use std::path::PathBuf;
 
 /// Configuration of [`ChunkedCudaBackend`](crate::ChunkedCudaBackend).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChunkedCudaConfig {
     pub(crate) device: usize,
     pub(crate) kernel_folder: Option<PathBuf>,
+    pub(crate) wheel_roots: Vec<PathBuf>,
+    pub(crate) lent_limit: usize,
+}
+
+impl Default for ChunkedCudaConfig {
+    fn default() -> Self {
+        Self { device: 0, kernel_folder: None, wheel_roots: Vec::new(), lent_limit: 1 << 30 }
+    }
 }
 
 impl ChunkedCudaConfig {
@@ -20,5 +28,17 @@ impl ChunkedCudaConfig {
     #[must_use]
     pub fn kernel_folder(self, folder: impl Into<PathBuf>) -> Self {
         Self { kernel_folder: Some(folder.into()), ..self }
+    }
+
+    /// `site-packages` folders whose `nvidia/*/lib` are searched for NVRTC where the loader does not find it.
+    #[must_use]
+    pub fn wheel_roots(self, roots: impl IntoIterator<Item = PathBuf>) -> Self {
+        Self { wheel_roots: roots.into_iter().collect(), ..self }
+    }
+
+    /// The most bytes of scratch that the backend lends to a call without its own; 1 GiB by default.
+    #[must_use]
+    pub fn lent_limit(self, bytes: usize) -> Self {
+        Self { lent_limit: bytes, ..self }
     }
 }

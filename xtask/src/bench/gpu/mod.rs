@@ -6,6 +6,7 @@ mod peer;
 use std::path::Path;
 use std::sync::Arc;
 
+use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{AttentionBackend, DType};
 use attention_cuda::CudaDevice;
 use attention_cudnn::{CudnnBackend, CudnnConfig};
@@ -174,7 +175,10 @@ pub(super) fn run(
 /// The backends for memory of a device.
 fn on_device(device: &CudaDevice) -> Vec<Arc<dyn AttentionBackend>> {
     let cudnn = CudnnConfig::default().rounds_group_gradients(true);
-    vec![Arc::new(CudnnBackend::on(device.clone(), cudnn))]
+    vec![
+        Arc::new(CudnnBackend::on(device.clone(), cudnn)),
+        Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())),
+    ]
 }
 
 fn line(row: &Row) -> String {
