@@ -12,7 +12,7 @@ use attention_cuda::cudarc::driver::DriverError;
 use attention_cuda::{CudaDevice, failure};
 
 use crate::key::{self, CLEANED, Key, Stats, right_bound};
-use crate::launch::{self, Kernels, MadeTo, Terms};
+use crate::launch::{Kernels, MadeTo, Terms};
 use crate::layout::Layout;
 use crate::library::CudnnError;
 use crate::lists::Lists;
@@ -89,7 +89,7 @@ impl CudnnBackend {
         }
         let layout = self.layout(problem)?;
         let runtime = self.runtime()?;
-        let key = Key::of(problem, runtime.target);
+        let key = Key::of(problem, runtime.target, &self.config);
         let plan = self.plan(runtime, &key)?;
         let array = |values: Vec<i32>| {
             runtime.array(&values).map_err(|error| failure(NAME, "sending lengths to the device", error))
@@ -199,8 +199,6 @@ struct Numbers {
     nothing: f32,
     one: f32,
     keep_scale: f32,
-    masked: f32,
-    least: f32,
     left: f32,
     left_integer: i32,
     right: i32,
@@ -221,8 +219,6 @@ impl Numbers {
             nothing: f32::NEG_INFINITY,
             one: 1.0,
             keep_scale: keep_scale as f32,
-            masked: launch::MASKED,
-            least: launch::LEAST,
             // A key that is `left` behind is still seen, and cuDNN asks for more.
             left: (left - shift) as f32,
             left_integer: left as i32,
@@ -241,8 +237,6 @@ impl Numbers {
             Slot::Nothing => float(&self.nothing),
             Slot::One => float(&self.one),
             Slot::KeepScale => float(&self.keep_scale),
-            Slot::Masked => float(&self.masked),
-            Slot::Least => float(&self.least),
             Slot::Left => float(&self.left),
             Slot::LeftInteger => integer(&self.left_integer),
             Slot::Right => integer(&self.right),
@@ -555,11 +549,13 @@ impl CudnnBackend {
                 limit: self.device().to_string(),
             });
         }
-        Layout::of(problem, &Key::of(problem, self.target())).ok_or_else(|| Unsupported::Limit {
-            backend: NAME.to_owned(),
-            what: "scratch".to_owned(),
-            value: "more".to_owned(),
-            limit: "within the address space".to_owned(),
+        Layout::of(problem, &Key::of(problem, self.target(), &self.config)).ok_or_else(|| {
+            Unsupported::Limit {
+                backend: NAME.to_owned(),
+                what: "scratch".to_owned(),
+                value: "more".to_owned(),
+                limit: "within the address space".to_owned(),
+            }
         })
     }
 }

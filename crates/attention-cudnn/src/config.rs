@@ -11,6 +11,7 @@ pub struct CudnnConfig {
     pub(crate) workspace_limit: usize,
     pub(crate) kernel_folder: Option<PathBuf>,
     pub(crate) rounds_group_gradients: bool,
+    pub(crate) finite_bias: bool,
 }
 
 impl Default for CudnnConfig {
@@ -22,6 +23,7 @@ impl Default for CudnnConfig {
             workspace_limit: 1 << 30,
             kernel_folder: None,
             rounds_group_gradients: false,
+            finite_bias: false,
         }
     }
 }
@@ -60,6 +62,14 @@ impl CudnnConfig {
     #[must_use]
     pub fn rounds_group_gradients(self, accepted: bool) -> Self {
         Self { rounds_group_gradients: accepted, ..self }
+    }
+
+    /// The caller's word that no bias holds an infinity, for which cuDNN would compute NaN. A bias of whole rows and keys, in
+    /// f32 or the operands' dtype, is then used as it lies; otherwise every bias is copied to scratch first, with finite
+    /// numbers in the place of infinities.
+    #[must_use]
+    pub fn finite_bias(self, promised: bool) -> Self {
+        Self { finite_bias: promised, ..self }
     }
 
     /// Where compiled kernels of our own are kept for the next process; nowhere by default.

@@ -262,18 +262,6 @@ impl Graph {
         Ok(y)
     }
 
-    /// `if mask then number else other`.
-    pub(crate) fn select_number(
-        &mut self,
-        mask: Tensor,
-        number: Tensor,
-        other: Tensor,
-    ) -> Result<Tensor, CudnnError> {
-        let y = self.virtual_(Type::Float, other.shape)?;
-        self.pointwise(Op::Select, Type::Float, number, &[(B, other), (MASK, mask), (Y, y)], None)?;
-        Ok(y)
-    }
-
     /// `if mask then x else other`.
     pub(crate) fn select(&mut self, mask: Tensor, x: Tensor, other: Tensor) -> Result<Tensor, CudnnError> {
         let y = self.virtual_(Type::Float, x.shape)?;

@@ -2,8 +2,8 @@
 
 use attention_core::{DType, Dimensions, Pass, Problem, QueryOffset, Role, TensorDesc};
 
-use crate::Target;
 use crate::graph::{Shape, Type, packed};
+use crate::{CudnnConfig, Target};
 
 /// How the rows' positions are moved against the keys'.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,7 +69,7 @@ pub(crate) struct Bias {
 
 impl Bias {
     /// Of a problem with a mask, a bias, or slopes of ALiBi that go into it.
-    fn of(problem: &Problem, slopes: bool) -> Option<Self> {
+    fn of(problem: &Problem, slopes: bool, finite: bool) -> Option<Self> {
         let dims = problem.dims();
         let (mask, bias) = (problem.tensor(Role::Mask), problem.tensor(Role::Bias));
         let shape = |desc: &TensorDesc| -> Shape { std::array::from_fn(|axis| desc.shape()[axis] as i64) };
@@ -79,8 +79,7 @@ impl Bias {
         });
         let shapes = [mask.map(shape), bias.map(shape), distances].into_iter().flatten();
         let mut shape = shapes.reduce(|one, other| std::array::from_fn(|axis| one[axis].max(other[axis])))?;
-        // Which rows a bias leaves nothing is known by their logsumexp, if no sinks hide it.
-        if let (None, Some(bias), false) = (mask, bias, slopes || problem.has(Role::Sinks))
+        if let (None, Some(bias), false, true) = (mask, bias, slopes, finite)
             && let Some(strides) = direct_strides(problem, bias)
         {
             return Some(Self { made: false, element: element_type(bias.dtype()), shape, strides });
@@ -141,7 +140,7 @@ pub(crate) fn right_bound(problem: &Problem) -> Option<usize> {
 }
 
 impl Key {
-    pub(crate) fn of(problem: &Problem, target: Target) -> Self {
+    pub(crate) fn of(problem: &Problem, target: Target, config: &CudnnConfig) -> Self {
         let dims = problem.dims();
         let lengths = (0..dims.batch).any(|batch| {
             problem.query_len(batch) != dims.query_length || problem.key_value_len(batch) != dims.key_length
@@ -154,25 +153,23 @@ impl Key {
             QueryOffset::BottomRight => Diagonal::BottomRight,
             _ => Diagonal::Fixed,
         };
+        let has_slopes = problem.has(Role::AlibiSlopes);
+        // cuDNN 9.19 is right about ALiBi where every key is behind its row, for slopes that are the same for every batch
+        // row; about others it is silently wrong.
+        let plain = right == Some(0) && left.is_none() && diagonal == Diagonal::TopLeft;
+        let made_slopes = has_slopes && (!plain || slopes_differ(problem));
+        let bias = Bias::of(problem, made_slopes, config.finite_bias);
+        let made = bias.is_some_and(|bias| bias.made);
         let stats = match problem.tensor(Role::Lse) {
             _ if problem.pass() == Pass::Backward || has_empty_rows(problem) => Stats::Packed,
-            // Rows that a mask or a bias leaves nothing are known by their logsumexp.
-            _ if [Role::Mask, Role::Bias, Role::AlibiSlopes].iter().any(|&role| problem.has(role)) => {
-                Stats::Packed
-            }
+            // A mask or a bias may leave a row nothing.
+            _ if made => Stats::Packed,
             None => Stats::Unwanted,
             Some(desc) => {
                 let [b, t, n] = std::array::from_fn(|axis| desc.strides()[axis] as i64);
                 Stats::Direct([b, n, t, 1])
             }
         };
-        let has_slopes = problem.has(Role::AlibiSlopes);
-        // cuDNN 9.19 is right about ALiBi where every key is behind its row, for slopes that are the same for every batch
-        // row; about others it is silently wrong.
-        let plain = right == Some(0) && left.is_none() && diagonal == Diagonal::TopLeft;
-        let made_slopes = has_slopes && (!plain || slopes_differ(problem));
-        let bias = Bias::of(problem, made_slopes);
-        let made = bias.is_some_and(|bias| bias.made);
         let clean_keys =
             made || (0..dims.batch).any(|batch| seen_keys(problem, batch) != (0..dims.key_length));
         let of = |role: Role| problem.tensor(role).map(|desc| desc.strides());
@@ -333,7 +330,7 @@ mod tests {
     }
 
     fn key(builder: attention_core::ProblemBuilder) -> Key {
-        Key::of(&builder.build().expect("valid"), Target::default())
+        Key::of(&builder.build().expect("valid"), Target::default(), &CudnnConfig::default())
     }
 
     #[test]

@@ -20,12 +20,9 @@ const MOST_BLOCKS: u32 = 1 << 14;
 
 /// What stands for negative infinity in a bias: less than any other value, and finite, since cuDNN makes NaN of
 /// infinities. Sums with logits, and those in units of ln 2, stay finite as well.
-pub(crate) const MASKED: f32 = -1e30;
+const MASKED: f32 = -1e30;
 /// The least that other values of a bias count as.
-pub(crate) const LEAST: f32 = -1e29;
-/// A logsumexp of at most this is that of a row whose every logit is [`MASKED`].
-const NOTHING: f32 = -5e29;
-
+const LEAST: f32 = -1e29;
 /// Why a kernel did not run.
 #[derive(Debug)]
 enum LaunchError {
@@ -204,7 +201,7 @@ impl Kernels<'_> {
         let width = self.problem.dims().value_head_dim as i64;
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&out).arg(&o[0]).arg(&o[1]).arg(&o[2]).arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]);
-        launch.arg(&stats).arg(&self.rows).arg(&seen_rows).arg(&sinks).arg(&self.query_lengths).arg(&NOTHING);
+        launch.arg(&stats).arg(&self.rows).arg(&seen_rows).arg(&sinks).arg(&self.query_lengths);
         launch.arg(&b).arg(&t).arg(&n).arg(&width);
         // SAFETY: the arguments are those of the kernel; it writes the output, the logsumexp and nothing else.
         Ok(unsafe { launch.launch(self.row_grid()) }.map(|_| ()).map_err(LaunchError::from)?)

@@ -77,7 +77,7 @@ impl Offline {
     /// [`Error::Unsupported`] where the backend refuses the problem itself, [`Error::Backend`] where cuDNN fails.
     pub fn ask(&self, problem: &Problem) -> Result<Answer, Error> {
         self.serves(problem)?;
-        let key = Key::of(&on_device(problem), self.target);
+        let key = Key::of(&on_device(problem), self.target, &self.config);
         let plan = pattern::of(&self.cudnn, &key)
             .and_then(|graph| Plan::build(&self.cudnn, Site::Described(&self.device), graph))
             .map_err(|error| failure(NAME, "building a plan", error))?;

@@ -94,15 +94,7 @@ impl<'k> Builder<'k> {
     fn add_bias(&mut self, logits: Tensor) -> Result<Tensor, CudnnError> {
         let Some(bias) = self.key.bias else { return Ok(logits) };
         let added = self.graph.real(Slot::Bias, bias.element, bias.shape, bias.strides)?;
-        let logits = self.graph.binary(Op::Add, logits, added)?;
-        if bias.made {
-            return Ok(logits);
-        }
-        // An infinity would become NaN where a whole tile of a row has nothing else. Not a number stays what it is.
-        let least = self.graph.number(Slot::Least, Type::Float)?;
-        let masked = self.graph.number(Slot::Masked, Type::Float)?;
-        let below = self.graph.truth(Op::Less, logits, least)?;
-        self.graph.select_number(below, masked, logits)
+        self.graph.binary(Op::Add, logits, added)
     }
 
     /// Subtracts the slope of a head times the distance between row and key, where that is behind the row.

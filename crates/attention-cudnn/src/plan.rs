@@ -43,9 +43,6 @@ pub(crate) enum Slot {
     KeepScale,
     /// Negative infinity.
     Nothing,
-    /// What stands for negative infinity in a bias, and the least that other values of it count as.
-    Masked,
-    Least,
     One,
     /// How far the diagonal is moved: added to the index of a row.
     RowShift,

@@ -33,32 +33,25 @@ __device__ inline bool sees(
 // The value of a row that sees nothing.
 __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 
-// `sinks` and `lengths` (of queries) are null where there are none. A row that a bias leaves nothing and `flags` does not
-// know of has a logsumexp of at most `nothing`.
+// `sinks` and `lengths` (of queries) are null where there are none.
 extern "C" __global__ void attention_finish_forward(
     unsigned short *out, long long out_batch, long long out_position, long long out_head,
     float *lse, long long lse_batch, long long lse_position, long long lse_head,
     const float *stats, const int *intervals, const unsigned char *flags, const float *sinks, const int *lengths,
-    float nothing, long long batch, long long positions, long long heads, long long width) {
+    long long batch, long long positions, long long heads, long long width) {
     const RowOf row = row_of(batch, positions, heads);
     if (!row.inside) return;
-    float value = stats[(row.batch * heads + row.head) * positions + row.position];
-    if (!sees(intervals, flags, row, positions, heads)) {
-        const bool padded = lengths != nullptr && row.position >= lengths[row.batch];
-        value = sinks == nullptr || padded ? minus_infinity() : sinks[row.head];
-    } else if (value <= nothing) {
-        value = minus_infinity();
-    } else {
-        if (lse != nullptr) {
-            lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head] = value;
-        }
-        return;
-    }
+    const bool seen = sees(intervals, flags, row, positions, heads);
     if (lse != nullptr) {
-        lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head] = value;
+        const bool padded = lengths != nullptr && row.position >= lengths[row.batch];
+        const float nothing = sinks == nullptr || padded ? minus_infinity() : sinks[row.head];
+        lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head] =
+            seen ? stats[(row.batch * heads + row.head) * positions + row.position] : nothing;
     }
-    unsigned short *to = out + row.batch * out_batch + row.position * out_position + row.head * out_head;
-    for (long long column = 0; column < width; ++column) to[column] = 0;
+    if (!seen) {
+        unsigned short *to = out + row.batch * out_batch + row.position * out_position + row.head * out_head;
+        for (long long column = 0; column < width; ++column) to[column] = 0;
+    }
 }
 
 extern "C" __global__ void attention_prepare_backward(
