@@ -67,9 +67,6 @@ impl Shape {
     pub(crate) fn forward(self, rows_of_head: usize) -> Tiles {
         if !self.is_half() {
             let (rows, keys) = self.without_tensor_cores();
-            if self.dtype == DType::F32 && self.depth() <= 64 && rows_of_head > rows {
-                return Tiles { rows: 128, keys, warps: 8, stages: 1 };
-            }
             return Tiles { rows, keys, warps: 4, stages: 1 };
         }
         // Two blocks of 16 rows to a warp halve what it reads from shared memory, where registers allow it.
