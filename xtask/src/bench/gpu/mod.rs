@@ -174,7 +174,7 @@ pub(super) fn run(
 
 /// The backends for memory of a device.
 fn on_device(device: &CudaDevice) -> Vec<Arc<dyn AttentionBackend>> {
-    let cudnn = CudnnConfig::default().rounds_group_gradients(true);
+    let cudnn = CudnnConfig::default().rounds_group_gradients(true).finite_bias(true);
     vec![
         Arc::new(CudnnBackend::on(device.clone(), cudnn)),
         Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())),
