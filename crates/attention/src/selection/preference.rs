@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use attention_core::{AttentionBackend, Pass, Problem};
+use attention_core::{AttentionBackend, Feature, Pass, Problem};
 
 /// A size below which one implementation is faster than another, as measured.
 pub(crate) struct Crossover {
@@ -12,18 +12,41 @@ pub(crate) struct Crossover {
     pub(crate) large: &'static str,
     /// The pass that it holds for.
     pub(crate) pass: Pass,
+    /// A feature without which it does not hold.
+    pub(crate) with: Option<Feature>,
     /// `T * S` at the crossover.
     pub(crate) logits_per_head: usize,
 }
 
 /// Each entry names the benchmark record that it was read from, in a comment above it.
-pub(crate) const CROSSOVERS: &[Crossover] = &[];
+pub(crate) const CROSSOVERS: &[Crossover] = &[
+    // benches/record/2026-11-25-gpu-h100.csv: 256 x 256 was faster by a sixth, 512 x 512 slower by half.
+    Crossover {
+        small: "chunked-cuda",
+        large: "cudnn",
+        pass: Pass::Backward,
+        with: None,
+        logits_per_head: 256 * 256 + 1,
+    },
+    // benches/record/2026-11-25-gpu-h100.csv: 156 against 93 TFLOP/s at 4096 x 4096; a mask that cuDNN reads.
+    Crossover {
+        small: "chunked-cuda",
+        large: "cudnn",
+        pass: Pass::Backward,
+        with: Some(Feature::Dropout),
+        logits_per_head: usize::MAX,
+    },
+];
 
 /// Orders candidates for a problem: where a crossover applies, its winner moves right before its loser.
 pub(crate) fn order(backends: &mut Vec<Arc<dyn AttentionBackend>>, problem: &Problem, table: &[Crossover]) {
     let dims = problem.dims();
     let logits = dims.query_length.saturating_mul(dims.key_length);
-    for rule in table.iter().filter(|rule| rule.pass == problem.pass()) {
+    let features = problem.features();
+    let applies = |rule: &&Crossover| {
+        rule.pass == problem.pass() && rule.with.is_none_or(|feature| features.contains(feature))
+    };
+    for rule in table.iter().filter(applies) {
         let (winner, loser) =
             if logits < rule.logits_per_head { (rule.small, rule.large) } else { (rule.large, rule.small) };
         let place = |name: &str| backends.iter().position(|backend| backend.name() == name);

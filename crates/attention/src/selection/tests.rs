@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Dimensions, Error, FeatureSet,
-    ForwardCall, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
+    AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Dimensions, Error, Feature, FeatureSet,
+    ForwardCall, Pass, PassCapabilities, Problem, ProblemBuilder, Scratch, ScratchGrowth, Unavailable,
+    Unsupported,
 };
 
 use crate::selection::preference::{Crossover, order};
@@ -40,14 +41,21 @@ impl AttentionBackend for Named {
     }
 }
 
-const TABLE: &[Crossover] =
-    &[Crossover { small: "plain", large: "tiled", pass: Pass::Forward, logits_per_head: 64 * 64 }];
+const TABLE: &[Crossover] = &[Crossover {
+    small: "plain",
+    large: "tiled",
+    pass: Pass::Forward,
+    with: None,
+    logits_per_head: 64 * 64,
+}];
 
-fn ordered(names: &[&'static str], length: usize) -> Vec<String> {
+fn named(names: &[&'static str]) -> Vec<Arc<dyn AttentionBackend>> {
     let nothing = PassCapabilities::new(FeatureSet::EMPTY);
     let capabilities = Capabilities::new(DeviceKind::Cpu, [], nothing, ScratchGrowth::Constant);
-    let mut backends: Vec<Arc<dyn AttentionBackend>> =
-        names.iter().map(|name| Arc::new(Named(name, capabilities.clone())) as _).collect();
+    names.iter().map(|name| Arc::new(Named(name, capabilities.clone())) as _).collect()
+}
+
+fn square(length: usize) -> ProblemBuilder {
     let dims = Dimensions {
         batch: 1,
         query_length: length,
@@ -57,7 +65,12 @@ fn ordered(names: &[&'static str], length: usize) -> Vec<String> {
         head_dim: 8,
         value_head_dim: 8,
     };
-    order(&mut backends, &dims.problem(DType::F32).build().unwrap(), TABLE);
+    dims.problem(DType::F32)
+}
+
+fn ordered(names: &[&'static str], length: usize) -> Vec<String> {
+    let mut backends = named(names);
+    order(&mut backends, &square(length).build().unwrap(), TABLE);
     backends.iter().map(|backend| backend.name().to_owned()).collect()
 }
 
@@ -67,6 +80,25 @@ fn a_crossover_decides_between_its_two() {
     assert_eq!(ordered(&["tiled", "plain"], 64), ["tiled", "plain"]);
     assert_eq!(ordered(&["plain", "tiled"], 63), ["plain", "tiled"]);
     assert_eq!(ordered(&["plain", "tiled"], 64), ["tiled", "plain"]);
+}
+
+#[test]
+fn a_crossover_may_need_a_feature_and_a_later_one_decides() {
+    let rule = |with, logits_per_head| Crossover {
+        small: "plain",
+        large: "tiled",
+        pass: Pass::Forward,
+        with,
+        logits_per_head,
+    };
+    let table = [rule(None, 1), rule(Some(Feature::Causal), usize::MAX)];
+    let names = |causal| {
+        let mut backends = named(&["plain", "tiled"]);
+        order(&mut backends, &square(8).causal(causal).build().unwrap(), &table);
+        backends.iter().map(|backend| backend.name().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(names(false), ["tiled", "plain"]);
+    assert_eq!(names(true), ["plain", "tiled"]);
 }
 
 #[test]

@@ -2,18 +2,25 @@
 //! machine that need not have a GPU.
 
 use std::collections::{BTreeMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use attention_conformance::suite::Suite;
 use attention_core::{DType, FeatureSet, Pass};
 use attention_cudnn::{Answer, CudnnConfig, Offline};
 
+use crate::cargo;
+
 /// Asks cuDNN about the graphs of the suite's problems, for a device that is described and need not be there
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The device's properties, as cuDNN writes them in JSON
+    /// The device's properties, as cuDNN writes them in JSON; those of an H200 by default
     #[arg(long, value_name = "FILE")]
-    device: PathBuf,
+    device: Option<PathBuf>,
+    /// A `site-packages` folder with the wheels of cuDNN, cuBLAS and NVRTC: the command runs again with their libraries, and
+    /// with a stand-in for the CUDA driver that it compiles with `cc`
+    #[arg(long, value_name = "DIR")]
+    wheels: Option<PathBuf>,
     /// The device's compute capability
     #[arg(long, default_value = "9.0", value_parser = parse_capability, value_name = "MAJOR.MINOR")]
     capability: (u32, u32),
@@ -30,10 +37,58 @@ fn parse_capability(text: &str) -> Result<(u32, u32), String> {
     parts.ok_or_else(|| format!("'{text}' is no compute capability such as 9.0"))
 }
 
+/// The properties of an H200.
+const H200: &str = include_str!("../../../crates/attention-cudnn/tests/devices/h200.json");
+
+/// Runs this command again, with the libraries of these wheels and a stand-in for the driver in the loader's path: it is read
+/// when a process starts.
+fn again_with(wheels: &Path) -> crate::Result {
+    let scratch = cargo::root().join("target/graphs");
+    std::fs::create_dir_all(&scratch)?;
+    let source = scratch.join("driver.c");
+    std::fs::write(&source, include_str!("driver.c"))?;
+    let compiled = Command::new("cc")
+        .args(["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o"])
+        .arg(scratch.join("libcuda.so.1"))
+        .arg(&source)
+        .status();
+    if !compiled.map_err(|error| format!("cc does not start: {error}"))?.success() {
+        return Err("cc does not compile the stand-in for the CUDA driver".into());
+    }
+    let mut folders = vec![scratch];
+    let packages = wheels.join("nvidia");
+    let listed = std::fs::read_dir(&packages).map_err(|error| format!("{}: {error}", packages.display()))?;
+    for package in listed {
+        folders.push(package?.path().join("lib"));
+    }
+    folders.extend(std::env::var_os("LD_LIBRARY_PATH").iter().flat_map(std::env::split_paths));
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    let mut kept = Vec::new();
+    while let Some(argument) = arguments.next() {
+        if argument == "--wheels" {
+            arguments.next();
+        } else if !argument.to_string_lossy().starts_with("--wheels=") {
+            kept.push(argument);
+        }
+    }
+    let status = Command::new(std::env::current_exe()?)
+        .args(kept)
+        .env("LD_LIBRARY_PATH", std::env::join_paths(folders)?)
+        .status()?;
+    Ok(status.success())
+}
+
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments) -> crate::Result {
-    let properties = std::fs::read_to_string(&arguments.device)
-        .map_err(|error| format!("{}: {error}", arguments.device.display()))?;
+    if let Some(wheels) = &arguments.wheels {
+        return again_with(wheels);
+    }
+    let properties = match &arguments.device {
+        None => H200.to_owned(),
+        Some(path) => {
+            std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?
+        }
+    };
     let config = CudnnConfig::default().rounds_group_gradients(true);
     let offline = Offline::new(config, &properties, arguments.capability)?;
     println!("{}", offline.target());
