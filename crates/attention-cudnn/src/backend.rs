@@ -353,7 +353,7 @@ impl<'a> Run<'a> {
         for role in prepared.plan.slots().filter_map(Slot::role).chain(prepared.cleaned.iter().copied()) {
             let direct = run.scratch_at(Slot::Stats).is_none() || role != Role::Lse;
             let address = memory.at(role);
-            if direct && address % 16 != 0 {
+            if direct && !address.is_multiple_of(16) {
                 return Err(Unsupported::Limit {
                     backend: NAME.to_owned(),
                     what: format!("the address of {role}"),

@@ -160,15 +160,13 @@ pub(crate) fn check(
     for role in TENSORS {
         tensor(problem, role)?;
     }
-    if problem.pass() == Pass::Backward {
-        if dims.query_length == 1 || dims.key_length == 1 {
-            // Release notes: one key is not supported in backward.
-            return Err(limit(
-                "query and key lengths in backward",
-                format!("{} and {}", dims.query_length, dims.key_length),
-                "of at least 2",
-            ));
-        }
+    if problem.pass() == Pass::Backward && (dims.query_length == 1 || dims.key_length == 1) {
+        // Release notes: one key is not supported in backward.
+        return Err(limit(
+            "query and key lengths in backward",
+            format!("{} and {}", dims.query_length, dims.key_length),
+            "of at least 2",
+        ));
     }
     // The graphs compute positions in 32 bits, and where a window begins in f32.
     const FAR: i64 = 1 << 30;

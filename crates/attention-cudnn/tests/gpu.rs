@@ -166,7 +166,7 @@ fn threads_and_streams_do_not_disturb_each_other() -> Result {
     let worker = |index: usize| -> Result {
         let (device, backend) = &shared[index % 2];
         let shape = shapes[index / 2];
-        let mut step = Step::new(device, shape, index % 3 == 0, 1000 * index as u64)?;
+        let mut step = Step::new(device, shape, index.is_multiple_of(3), 1000 * index as u64)?;
         step.run(backend)?;
         let want = step.results()?;
         for round in 0..30 {

@@ -1,6 +1,8 @@
 //! What the backend answers without a device: `supports` is data.
 
-use attention_core::{AttentionBackend, DType, Device, Gradients, Problem, TensorDesc, Unsupported, Window};
+use attention_core::{
+    AttentionBackend, DType, Device, Dropout, Gradients, Problem, TensorDesc, Unsupported, Window,
+};
 use attention_cudnn::{CudnnBackend, CudnnConfig, Target};
 
 /// A device that no machine has, so that the answers are those for the target alone.
@@ -102,6 +104,22 @@ fn refusals_name_the_limit_and_the_value() {
     for (got, want) in cases {
         assert_eq!(got, want);
     }
+    let sinks = TensorDesc::contiguous(DType::F32, [2]);
+    let old = Target { version: [9, 12, 0], ..hopper };
+    assert_eq!(
+        refusal(old, problem(DType::F16, [1, 8, 2, 64]).sinks(sinks)),
+        "cudnn needs sinks with cuDNN 9.13 or later, the call has cuDNN 9.12.0 on sm_90"
+    );
+    let mask = TensorDesc::contiguous(DType::Bool, [1, 2, 1, 1]);
+    assert_eq!(
+        refusal(hopper, problem(DType::F16, [1, 1, 2, 64]).mask(mask)),
+        "cudnn needs lengths with mask other than 1 and 1, the call has 1 and 1"
+    );
+    let without_keys = problem(DType::F16, [2, 8, 2, 64]).key_value_lengths([8, 0]).gradients(all);
+    assert_eq!(
+        refusal(hopper, without_keys.dropout(Dropout::new(0.5, 1))),
+        "cudnn needs key lengths with dropout in backward of at least 1, the call has 0 in batch row 1"
+    );
     assert!(backend(hopper).supports(&grouped().build().expect("valid")).is_ok(), "grouped heads forward");
 }
 
@@ -124,4 +142,32 @@ fn another_device_is_refused() {
     let problem = problem(DType::F16, [1, 8, 2, 64]).device(Device::Cuda(1)).build().expect("valid");
     let error = backend(Target::default()).supports(&problem).expect_err("refused");
     assert_eq!(error.to_string(), "cudnn needs memory of its device cuda:4000, the call has cuda:1");
+}
+
+#[test]
+fn scratch_of_a_mask_is_one_tensor_and_what_it_marks() {
+    let mask = TensorDesc::contiguous(DType::Bool, [2, 1, 128, 100]);
+    let key = tokens(DType::Bf16, [2, 100, 4, 64]);
+    let of = |config: CudnnConfig| {
+        let query = tokens(DType::Bf16, [2, 128, 4, 64]);
+        let problem = Problem::builder(query, key, key).device(Device::Cuda(4000)).mask(mask);
+        let backend = CudnnBackend::new(config.device(4000));
+        backend.scratch_bytes(&problem.build().expect("valid")).expect("served")
+    };
+    let rows = 2 * 4 * 128;
+    // The logsumexp, copies of keys and values, bf16 in rows of 104 keys, a byte a row and a byte a key.
+    let operands = 2 * (2 * 100 * 4 * 64 * 2);
+    let (made, seen) = (2 * 128 * 104 * 2, rows + 2 * 4 * 100);
+    assert_eq!(of(CudnnConfig::default()), 4 * rows + operands + made + seen);
+}
+
+#[test]
+fn a_bias_is_used_as_it_lies_where_it_is_promised_to_be_finite() {
+    let bias = TensorDesc::contiguous(DType::Bf16, [1, 4, 128, 128]);
+    let desc = tokens(DType::Bf16, [2, 128, 4, 64]);
+    let problem = Problem::builder(desc, desc, desc).device(Device::Cuda(4000)).bias(bias);
+    let problem = problem.build().expect("valid");
+    let scratch = |config: CudnnConfig| CudnnBackend::new(config.device(4000)).scratch_bytes(&problem);
+    assert_eq!(scratch(CudnnConfig::default().finite_bias(true)), Ok(0));
+    assert!(scratch(CudnnConfig::default()).expect("served") > 4 * 128 * 128 * 2);
 }
