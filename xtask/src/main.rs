@@ -87,6 +87,7 @@ mod tests {
             "conformance --json a.json --html a.html --threads 1,4",
             "golden --dir a --dir b --backend cpu --dtype f64",
             "golden --check",
+            "graphs --wheels a --dtype bf16 --filter mask/ --all",
             "kernels",
             "kernels --arch sm_80 --arch sm_90a,sm_100 --wheel-root a --require",
             "bench --shape 1,2,3,4,2,8 --shape 1,2,3,4,2,8,5 --dtype f32 --pass both --causal --mask bias",

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod backend;
+mod call;
 mod config;
 mod descriptor;
 mod graph;
@@ -9,6 +10,7 @@ mod launch;
 mod layout;
 mod library;
 mod lists;
+mod numbers;
 mod offline;
 mod pattern;
 mod plan;

@@ -1,0 +1,268 @@
+//! One call: from its tensors to work on the stream.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use attention_core::{Device, Error, Inputs, Pass, Problem, Role, Scratch, Unsupported, View, ViewMut};
+use attention_cuda::cudarc::driver::DriverError;
+use attention_cuda::failure;
+
+use crate::backend::NAME;
+use crate::key::Key;
+use crate::launch::{Kernels, MadeTo, Terms};
+use crate::layout::Layout;
+use crate::library::CudnnError;
+use crate::lists::Lists;
+use crate::numbers::Numbers;
+use crate::plan::{Plan, Slot};
+use crate::runtime::{Array, Runtime};
+
+/// Everything about a problem that its calls share: looked up by the problem, so that a call does no more than fill in
+/// addresses.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) key: Key,
+    /// The operands that are copied first.
+    pub(crate) cleaned: Vec<Role>,
+    pub(crate) layout: Layout,
+    pub(crate) plan: Arc<Plan>,
+    pub(crate) numbers: Numbers,
+    pub(crate) lengths: Option<Array>,
+    pub(crate) rows: Option<Array>,
+    pub(crate) keys: Option<Array>,
+    pub(crate) positions: Option<Array>,
+    pub(crate) lists: Lists,
+}
+
+/// What cuDNN or the driver said.
+pub(crate) enum Failure {
+    Cudnn(CudnnError),
+    Driver(DriverError),
+}
+
+impl From<CudnnError> for Failure {
+    fn from(error: CudnnError) -> Self {
+        Self::Cudnn(error)
+    }
+}
+
+impl From<DriverError> for Failure {
+    fn from(error: DriverError) -> Self {
+        Self::Driver(error)
+    }
+}
+
+impl Failure {
+    pub(crate) fn during(self, operation: &str) -> Error {
+        match self {
+            Self::Cudnn(error) => failure(NAME, operation, error),
+            Self::Driver(error) => failure(NAME, operation, error),
+        }
+    }
+}
+
+/// The addresses of a call's tensors; 0 for those that it has not.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Memory {
+    pub(crate) query: u64,
+    pub(crate) key: u64,
+    pub(crate) value: u64,
+    pub(crate) mask: u64,
+    pub(crate) bias: u64,
+    pub(crate) slopes: u64,
+    pub(crate) sinks: u64,
+    pub(crate) out: u64,
+    pub(crate) lse: u64,
+    pub(crate) d_out: u64,
+    pub(crate) dq: u64,
+    pub(crate) dk: u64,
+    pub(crate) dv: u64,
+    pub(crate) dsinks: u64,
+}
+
+pub(crate) fn read(view: Option<View<'_>>) -> u64 {
+    view.map_or(0, |view| view.as_ptr().addr() as u64)
+}
+
+pub(crate) fn written(view: &mut Option<ViewMut<'_>>) -> u64 {
+    view.as_mut().map_or(0, |view| view.as_mut_ptr().addr() as u64)
+}
+
+impl Memory {
+    pub(crate) fn of(inputs: &Inputs<'_>) -> Self {
+        Self {
+            query: read(Some(inputs.query)),
+            key: read(Some(inputs.key)),
+            value: read(Some(inputs.value)),
+            mask: read(inputs.mask),
+            bias: read(inputs.bias),
+            slopes: read(inputs.alibi_slopes),
+            sinks: read(inputs.sinks),
+            ..Self::default()
+        }
+    }
+
+    fn at(&self, role: Role) -> u64 {
+        match role {
+            Role::Query => self.query,
+            Role::Key => self.key,
+            Role::Value => self.value,
+            Role::Mask => self.mask,
+            Role::Bias => self.bias,
+            Role::AlibiSlopes => self.slopes,
+            Role::Sinks => self.sinks,
+            Role::Out => self.out,
+            Role::Lse => self.lse,
+            Role::DOut => self.d_out,
+            Role::DQuery => self.dq,
+            Role::DKey => self.dk,
+            Role::DValue => self.dv,
+            Role::DSinks => self.dsinks,
+            _ => 0,
+        }
+    }
+}
+
+/// A call on its way to the device.
+pub(crate) struct Run<'a> {
+    runtime: &'a Runtime,
+    prepared: &'a Prepared,
+    pub(crate) kernels: Kernels<'a>,
+    memory: Memory,
+    /// The address of the scratch.
+    scratch: u64,
+    lengths: u64,
+}
+
+impl<'a> Run<'a> {
+    /// Checks the scratch and the addresses that cuDNN is given.
+    pub(crate) fn new(
+        device: Device,
+        runtime: &'a Runtime,
+        prepared: &'a Prepared,
+        problem: &'a Problem,
+        memory: Memory,
+        mut scratch: Scratch<'_>,
+    ) -> Result<Self, Error> {
+        scratch.check(device, prepared.layout.bytes)?;
+        let address = |array: &Option<Array>| array.as_ref().map_or(0, |array| array.address);
+        let lengths = address(&prepared.lengths);
+        let run = Self {
+            runtime,
+            prepared,
+            kernels: Kernels {
+                runtime,
+                problem,
+                rows: address(&prepared.rows),
+                keys: address(&prepared.keys),
+                query_lengths: lengths,
+                positions: address(&prepared.positions),
+            },
+            memory,
+            scratch: scratch.as_mut_ptr().addr() as u64,
+            lengths,
+        };
+        // cuDNN, and the kernel that copies operands, read 16 and 4 bytes at a time; cuDNN does not say so where it may not.
+        let direct = prepared.plan.slots().filter(|&slot| run.scratch_at(slot).is_none());
+        for role in direct.filter_map(Slot::role).chain(prepared.cleaned.iter().copied()) {
+            let address = memory.at(role);
+            if !address.is_multiple_of(16) {
+                return Err(Unsupported::Limit {
+                    backend: NAME.to_owned(),
+                    what: format!("the address of {role}"),
+                    value: format!("{address:#x}"),
+                    limit: "a multiple of 16 bytes".to_owned(),
+                }
+                .into());
+            }
+        }
+        Ok(run)
+    }
+
+    fn scratch_at(&self, slot: Slot) -> Option<u64> {
+        self.prepared.layout.at(slot).map(|start| self.scratch + start)
+    }
+
+    /// The rows that a mask or a bias leaves a key; 0 where neither is made one tensor.
+    pub(crate) fn seen_rows(&self) -> u64 {
+        self.scratch_at(Slot::SeenRows).unwrap_or(0)
+    }
+
+    /// The device memory behind a slot: in the scratch, or the caller's.
+    pub(crate) fn at(&self, slot: Slot) -> u64 {
+        let elsewhere = || match slot {
+            Slot::QueryLengths => self.lengths,
+            Slot::KeyLengths => self.lengths + 4 * self.kernels.problem.dims().batch as u64,
+            slot => slot.role().map_or(0, |role| self.memory.at(role)),
+        };
+        self.scratch_at(slot).unwrap_or_else(elsewhere)
+    }
+
+    /// Brings what the plan reads to the scratch.
+    ///
+    /// # Safety
+    /// The memory is that of a checked call of the prepared problem.
+    pub(crate) unsafe fn bring(&self) -> Result<(), Error> {
+        let (key, problem) = (&self.prepared.key, self.kernels.problem);
+        // SAFETY: the call's tensors by the caller's word; room in the scratch by its layout, which was checked.
+        unsafe {
+            for (slot, role) in [(Slot::Slopes, Role::AlibiSlopes), (Slot::Sinks, Role::Sinks)] {
+                if let Some(to) = self.scratch_at(slot) {
+                    self.kernels.to_floats(role, self.memory.at(role), to)?;
+                }
+            }
+            if let Some(made) = key.bias.filter(|bias| bias.made) {
+                let slopes = if key.slopes { 0 } else { self.at(Slot::Slopes) };
+                let Memory { mask, bias, .. } = self.memory;
+                let to = MadeTo {
+                    bias: self.at(Slot::Bias),
+                    seen_rows: self.at(Slot::SeenRows),
+                    seen_keys: self.at(Slot::SeenKeys),
+                };
+                self.kernels.make_bias(made, Terms { mask, bias, slopes }, to)?;
+            }
+            if problem.pass() == Pass::Backward {
+                self.kernels.prepare_backward(self.memory.lse, self.at(Slot::Stats), self.seen_rows())?;
+            }
+            let seen_keys = self.scratch_at(Slot::SeenKeys).unwrap_or(0);
+            let stats = if key.clean_rows { self.at(Slot::Stats) } else { 0 };
+            for &role in &self.prepared.cleaned {
+                let to = Slot::of(role).map_or(0, |slot| self.at(slot));
+                self.kernels.clean(role, self.memory.at(role), to, seen_keys, stats)?;
+            }
+            if key.dropout {
+                self.kernels.keep_mask(self.at(Slot::Kept))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the plan on the stream.
+    ///
+    /// # Safety
+    /// As for [`Run::bring`].
+    pub(crate) unsafe fn execute(&self) -> Result<(), Error> {
+        let (runtime, prepared) = (self.runtime, self.prepared);
+        let run = || -> Result<(), Failure> {
+            let workspace = runtime.workspaces.lease(runtime.device.stream(), prepared.plan.workspace)?;
+            let address = |slot: Slot| {
+                let memory = || std::ptr::with_exposed_provenance_mut(self.at(slot) as usize);
+                prepared.numbers.address(slot).unwrap_or_else(memory)
+            };
+            let addresses: Vec<*mut c_void> = prepared.plan.slots().map(address).collect();
+            let list = prepared.lists.take(&addresses, workspace.pointer());
+            // SAFETY: numbers and lengths are as the graph describes them and outlive the call; the workspace is as large
+            // as the plan asks for and goes back to calls on the same stream alone; the rest is in the scratch, by its
+            // layout, or the caller's word.
+            let make = || unsafe { prepared.plan.memory(&runtime.cudnn, &addresses, workspace.pointer()) };
+            let list = list.map_or_else(make, Ok)?;
+            runtime.with_handle(|handle| {
+                // SAFETY: a list of this plan.
+                unsafe { prepared.plan.execute(&runtime.cudnn, handle, &list) }.map_err(Failure::from)
+            })?;
+            prepared.lists.put(&addresses, workspace.pointer(), list);
+            Ok(())
+        };
+        run().map_err(|error| error.during("running a plan"))
+    }
+}
