@@ -33,7 +33,8 @@ pub(crate) fn check(allow_dirty: bool) -> crate::Result {
     for package in workspace.published() {
         let file = packages.join(format!("{}-{}.crate", package.name, package.version));
         let mut untar = Command::new("tar");
-        if !cargo::run(untar.arg("-xzf").arg(&file).arg("-C").arg(&unpacked))? {
+        // As of now: packages hold one date for all files, by which cargo would take those of an earlier build for these.
+        if !cargo::run(untar.arg("-xmzf").arg(&file).arg("-C").arg(&unpacked))? {
             return Ok(false);
         }
     }
