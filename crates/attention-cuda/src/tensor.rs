@@ -48,6 +48,22 @@ fn placement(desc: &TensorDesc) -> (usize, usize) {
     ((high - low + 1).unsigned_abs() * size, low.unsigned_abs() * size)
 }
 
+/// Every byte of a tensor in host memory from its lowest to its highest element.
+///
+/// # Panics
+/// If it is elsewhere.
+fn bytes_of<'a>(view: View<'a>) -> &'a [u8] {
+    assert_eq!(view.device(), attention_core::Device::Cpu, "a copy from host memory");
+    let (bytes, origin) = placement(&view.desc());
+    // A pointer to no bytes may be null, which a slice may not be.
+    if bytes == 0 {
+        return &[];
+    }
+    // SAFETY: a view's memory is initialised from its lowest to its highest element, which these bytes are, for as long as
+    // what it borrows.
+    unsafe { std::slice::from_raw_parts(view.as_ptr().sub(origin), bytes) }
+}
+
 impl DeviceTensor {
     /// A tensor of this shape, dtype and strides whose bytes, gaps included, are all `byte`.
     ///
@@ -67,15 +83,12 @@ impl DeviceTensor {
     /// # Panics
     /// If the view is not in host memory.
     pub fn from_host(device: &CudaDevice, view: View<'_>) -> Result<Self, DriverError> {
-        assert_eq!(view.device(), attention_core::Device::Cpu, "a copy from host memory");
-        let desc = view.desc();
-        let (bytes, origin) = placement(&desc);
-        if bytes == 0 {
+        let (desc, data) = (view.desc(), bytes_of(view));
+        if data.is_empty() {
             return Self::filled(device, desc, 0);
         }
-        // SAFETY: a view's memory is initialised from its lowest to its highest element, which these bytes are.
-        let data = unsafe { std::slice::from_raw_parts(view.as_ptr().sub(origin), bytes) };
         let memory = device.stream().clone_htod(data)?;
+        let (_, origin) = placement(&desc);
         Ok(Self { device: device.clone(), memory, desc, origin })
     }
 
@@ -115,12 +128,8 @@ impl DeviceTensor {
     /// # Panics
     /// If the view is not in host memory or has another description.
     pub fn replace(&mut self, view: View<'_>) -> Result<(), DriverError> {
-        assert_eq!(view.device(), attention_core::Device::Cpu, "a copy from host memory");
         assert_eq!(view.desc(), self.desc, "the same tensor");
-        let (bytes, origin) = placement(&self.desc);
-        // SAFETY: a view's memory is initialised from its lowest to its highest element, which these bytes are.
-        let data = unsafe { std::slice::from_raw_parts(view.as_ptr().sub(origin), bytes) };
-        self.device.stream().clone().memcpy_htod(data, &mut self.memory)
+        self.device.stream().clone().memcpy_htod(bytes_of(view), &mut self.memory)
     }
 
     /// Every byte from the lowest to the highest element, after the work on the device's stream is done.

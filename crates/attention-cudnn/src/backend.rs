@@ -26,8 +26,8 @@ pub(crate) const NAME: &str = "cudnn";
 /// Work is put on the stream of the backend's device ([`CudnnBackend::on`]), and calls return before it is done. Tensors
 /// and scratch must be ready on that stream, and stay until the work is done.
 ///
-/// The first call of a kind builds a plan, which takes up to a second ([`prepare`](AttentionBackend::prepare) does it ahead); later ones,
-/// with other lengths, scale or windows too, reuse it.
+/// The first call of a kind builds a plan, which takes up to a second ([`prepare`](AttentionBackend::prepare) does it
+/// ahead); later ones, with other lengths, scale or windows too, reuse it.
 #[derive(Debug)]
 pub struct CudnnBackend {
     config: CudnnConfig,
