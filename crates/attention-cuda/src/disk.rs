@@ -1,82 +1,84 @@
-//! Compiled sources on disk.
+//! Texts that took long to make, on disk for the next process.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use attention_kernels::Source;
-
-use crate::nvrtc::options;
-
 /// What a file begins with, before the hash of all that follows its first line.
 const MARK: &str = "// attention, checksum ";
 
-/// A folder with compiled sources, or none.
-#[derive(Debug, Default)]
-pub(crate) struct Disk {
-    pub(crate) folder: Option<PathBuf>,
+/// A folder with texts that took long to make, such as compiled kernels, or none. Several processes may use one at once.
+#[derive(Clone, Debug, Default)]
+pub struct DiskCache {
+    folder: Option<PathBuf>,
 }
 
-/// What a compiled source is known by: everything that its PTX depends on, and nothing else. The same in every process
-/// and for every version of Rust.
+/// What a text is known by: everything that it depends on, and nothing else. The same in every process and for every
+/// version of Rust.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Key {
+pub struct DiskKey {
     /// Also the name of its file.
     name: String,
 }
 
-impl Key {
-    pub(crate) fn new(source: &Source, arch: &str, defines: &[&str], nvrtc: (i32, i32)) -> Self {
-        let (major, minor) = nvrtc;
-        let mut hash = Fnv::new().field(source.text).field(&format!("nvrtc {major}.{minor}"));
-        for option in options(arch, defines) {
-            hash = hash.field(&option);
-        }
+impl DiskKey {
+    /// Of a text that depends on these fields, in this order. Its file is called `name`, where letters that do not suit one
+    /// become `_`, a hash of the fields, and `.extension`.
+    pub fn new<'f>(name: &str, extension: &str, fields: impl IntoIterator<Item = &'f str>) -> Self {
+        let hash = fields.into_iter().fold(Fnv::new(), Fnv::field);
         let plain = |letter: char| letter.is_ascii_alphanumeric() || "._-".contains(letter);
-        let readable: String = (source.name.chars().chain(['-']).chain(arch.chars()))
-            .map(|letter| if plain(letter) { letter } else { '_' })
-            .collect();
-        Self { name: format!("{readable}-{:032x}.ptx", hash.finish()) }
+        let readable: String = name.chars().map(|letter| if plain(letter) { letter } else { '_' }).collect();
+        Self { name: format!("{readable}-{:032x}.{extension}", hash.finish()) }
     }
 }
 
-impl Disk {
-    /// What was kept, unless it is missing or not as it was written.
-    pub(crate) fn read(&self, key: &Key) -> Option<String> {
-        let text = std::fs::read_to_string(self.folder.as_ref()?.join(&key.name)).ok()?;
-        let Some(ptx) = unsealed(&text) else {
-            tracing::warn!(file = key.name, "a compiled kernel is damaged on disk, and is compiled again");
-            return None;
-        };
-        Some(ptx.to_owned())
+impl DiskCache {
+    /// In this folder, which is made when something is kept; nothing is kept without one.
+    pub fn new(folder: Option<PathBuf>) -> Self {
+        Self { folder }
     }
 
-    /// Keeps PTX. A folder that cannot be written to is no error.
-    pub(crate) fn write(&self, key: &Key, ptx: &str) {
+    /// Whether anything is kept.
+    pub fn is_kept(&self) -> bool {
+        self.folder.is_some()
+    }
+
+    /// What was kept, unless it is missing or not as it was written.
+    pub fn read(&self, key: &DiskKey) -> Option<String> {
+        let text = std::fs::read_to_string(self.folder.as_ref()?.join(&key.name)).ok()?;
+        let Some(kept) = unsealed(&text) else {
+            tracing::warn!(file = key.name, "a file of the cache is damaged, and is made again");
+            return None;
+        };
+        Some(kept.to_owned())
+    }
+
+    /// Keeps a text: whole, or not at all. A folder that cannot be written to is no error.
+    pub fn write(&self, key: &DiskKey, text: &str) {
         static WRITTEN: AtomicUsize = AtomicUsize::new(0);
         let Some(folder) = &self.folder else { return };
-        // Whole or not at all: written beside it, then renamed.
+        // Written beside it, then renamed.
         let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
         let unfinished = folder.join(format!("{}.{}-{number}.tmp", key.name, std::process::id()));
         let written = std::fs::create_dir_all(folder)
-            .and_then(|()| std::fs::write(&unfinished, sealed(ptx)))
+            .and_then(|()| std::fs::write(&unfinished, sealed(text)))
             .and_then(|()| std::fs::rename(&unfinished, folder.join(&key.name)));
         if let Err(error) = written {
             let _ = std::fs::remove_file(&unfinished);
-            tracing::debug!(file = key.name, %error, "a compiled kernel was not kept");
+            tracing::debug!(file = key.name, %error, "a file of the cache was not kept");
         }
     }
 }
 
-/// PTX behind a line with its checksum, which PTX takes for a comment.
-fn sealed(ptx: &str) -> String {
-    format!("{MARK}{:032x}\n{ptx}", Fnv::new().field(ptx).finish())
+/// A text behind a line with its checksum, which PTX takes for a comment.
+fn sealed(text: &str) -> String {
+    format!("{MARK}{:032x}\n{text}", Fnv::new().field(text).finish())
 }
 
-/// The PTX of a file, if it is whole.
-fn unsealed(text: &str) -> Option<&str> {
-    let (line, ptx) = text.split_once('\n')?;
+/// The text of a file, if it is whole.
+fn unsealed(file: &str) -> Option<&str> {
+    let (line, text) = file.split_once('\n')?;
     let checksum = u128::from_str_radix(line.strip_prefix(MARK)?, 16).ok()?;
-    (checksum == Fnv::new().field(ptx).finish()).then_some(ptx)
+    (checksum == Fnv::new().field(text).finish()).then_some(text)
 }
 
 /// FNV-1a with 128 bits, whose every version gives the same (draft-eastlake-fnv, section 5). It guards against
@@ -108,22 +110,19 @@ impl Fnv {
 mod tests {
     use super::*;
 
-    const SOURCE: Source =
-        Source { name: "a.cu", text: "text of a", entry_points: &["a"], variants: &[&[], &["HEAD_DIM=64"]] };
-
-    fn key(defines: &[&str]) -> Key {
-        Key::new(&SOURCE, "compute_90a", defines, (13, 0))
+    fn key(fields: &[&str]) -> DiskKey {
+        DiskKey::new("a.cu-compute_90a", "ptx", fields.iter().copied())
     }
 
     /// A folder of one test's own, removed at its end.
     struct Folder(PathBuf);
 
     impl Folder {
-        fn new(test: &str) -> (Self, Disk) {
+        fn new(test: &str) -> (Self, DiskCache) {
             let folder =
                 std::env::temp_dir().join(format!("attention-cuda-disk-{test}-{}", std::process::id()));
             let _ = std::fs::remove_dir_all(&folder);
-            (Self(folder.clone()), Disk { folder: Some(folder.join("kernels")) })
+            (Self(folder.clone()), DiskCache::new(Some(folder.join("kernels"))))
         }
 
         /// The one file that is kept.
@@ -151,36 +150,19 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_all_that_ptx_depends_on() {
-        let first = key(&[]);
-        assert_eq!(first, key(&[]));
-        let others = [
-            key(&["HEAD_DIM=64"]),
-            key(&["HEAD_DIM=128"]),
-            key(&["HEAD_DIM=64", "CAUSAL"]),
-            Key::new(&SOURCE, "compute_90", &[], (13, 0)),
-            Key::new(&SOURCE, "compute_90a", &[], (13, 1)),
-            Key::new(&SOURCE, "compute_90a", &[], (12, 8)),
-            Key::new(&Source { text: "another text", ..SOURCE }, "compute_90a", &[], (13, 0)),
-        ];
-        for (index, other) in others.iter().enumerate() {
-            assert_ne!(&first, other);
-            assert!(!others[..index].contains(other), "{other:?}");
+    fn fields_do_not_run_into_each_other() {
+        assert_eq!(key(&["ab", "c"]), key(&["ab", "c"]));
+        let all =
+            [key(&["ab", "c"]), key(&["a", "bc"]), key(&["abc"]), key(&["ab", "c", ""]), key(&["c", "ab"])];
+        for (index, one) in all.iter().enumerate() {
+            assert!(!all[..index].contains(one), "{one:?}");
         }
-        // Neither the entry points nor the list of variants change the text that is compiled.
-        assert_eq!(first, Key::new(&Source { variants: &[], ..SOURCE }, "compute_90a", &[], (13, 0)));
-    }
-
-    #[test]
-    fn the_key_is_stable() {
-        // Computed apart from this code. A change makes every user compile anew.
-        assert_eq!(key(&["HEAD_DIM=64"]).name, "a.cu-compute_90a-1ecbd05ce4033827d728e6a3aaf7c566.ptx");
     }
 
     #[test]
     fn names_stay_in_the_folder() {
-        let name = Key::new(&Source { name: "../a/b.cu", ..SOURCE }, "compute_90", &[], (13, 0)).name;
-        assert!(name.starts_with(".._a_b.cu-compute_90-"), "{name}");
+        let name = DiskKey::new("../a/b.cu-compute_90", "ptx", []).name;
+        assert!(name.starts_with(".._a_b.cu-compute_90-") && name.ends_with(".ptx"), "{name}");
     }
 
     #[test]
@@ -218,7 +200,7 @@ mod tests {
         disk.write(&key(&[]), "ptx");
         assert_eq!(disk.read(&key(&[])), None);
         std::fs::remove_file(&folder.0).expect("cleaned up");
-        Disk::default().write(&key(&[]), "ptx");
-        assert_eq!(Disk::default().read(&key(&[])), None);
+        DiskCache::default().write(&key(&[]), "ptx");
+        assert_eq!(DiskCache::default().read(&key(&[])), None);
     }
 }

@@ -10,9 +10,9 @@ use attention_kernels::Source;
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError};
 use cudarc::nvrtc::Ptx;
 
-use crate::disk::{Disk, Fnv, Key};
+use crate::disk::{DiskCache, DiskKey, Fnv};
 use crate::library::NotFound;
-use crate::nvrtc::Nvrtc;
+use crate::nvrtc::{Nvrtc, options};
 
 /// Why a kernel is not there.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +47,7 @@ pub enum KernelError {
 /// once, one compiles and the others wait; those that find theirs do not.
 #[derive(Debug, Default)]
 pub struct KernelCache {
-    disk: Disk,
+    disk: DiskCache,
     wheel_roots: Vec<PathBuf>,
     functions: RwLock<HashMap<InMemory, CudaFunction>>,
     loading: Mutex<Loading>,
@@ -85,7 +85,7 @@ impl KernelCache {
     /// A file there belongs to one text, architecture, set of compiler options and version of NVRTC. One that is damaged,
     /// or that the driver refuses, is compiled again and overwritten. Files are never removed.
     pub fn new(folder: Option<PathBuf>) -> Self {
-        Self { disk: Disk { folder }, ..Self::default() }
+        Self { disk: DiskCache::new(folder), ..Self::default() }
     }
 
     /// `site-packages` folders whose `nvidia/*/lib` are searched for NVRTC where the loader does not find it.
@@ -137,7 +137,7 @@ impl KernelCache {
             Some(nvrtc) => nvrtc,
             None => nvrtc.insert(Nvrtc::open(&self.wheel_roots).map_err(KernelError::NoCompiler)?),
         };
-        let file = Key::new(source, &arch, defines, nvrtc.version());
+        let file = on_disk(source, &arch, defines, nvrtc.version());
         let module = kept(
             &self.disk,
             &file,
@@ -149,10 +149,17 @@ impl KernelCache {
     }
 }
 
+/// What a source's PTX is known by on disk: the text that is compiled, the compiler and its options.
+fn on_disk(source: &Source, arch: &str, defines: &[&str], (major, minor): (i32, i32)) -> DiskKey {
+    let (compiler, options) = (format!("nvrtc {major}.{minor}"), options(arch, defines));
+    let fields = [source.text, &compiler].into_iter().chain(options.iter().map(|option| &**option));
+    DiskKey::new(&format!("{}-{arch}", source.name), "ptx", fields)
+}
+
 /// Loads what is on disk; where there is nothing that loads, what is compiled, which is then kept.
 fn kept<M, E: Display>(
-    disk: &Disk,
-    key: &Key,
+    disk: &DiskCache,
+    key: &DiskKey,
     load: impl Fn(&str) -> Result<M, E>,
     compile: impl FnOnce() -> Result<String, E>,
 ) -> Result<M, E> {
@@ -194,6 +201,41 @@ mod tests {
 
     const SOURCE: Source = Source { name: "a.cu", text: "text", entry_points: &["a"], variants: &[&[]] };
 
+    fn key(defines: &[&str]) -> DiskKey {
+        on_disk(&SOURCE, "compute_90a", defines, (13, 0))
+    }
+
+    #[test]
+    fn a_file_belongs_to_all_that_ptx_depends_on() {
+        let first = key(&[]);
+        assert_eq!(first, key(&[]));
+        let others = [
+            key(&["HEAD_DIM=64"]),
+            key(&["HEAD_DIM=128"]),
+            key(&["HEAD_DIM=64", "CAUSAL"]),
+            on_disk(&SOURCE, "compute_90", &[], (13, 0)),
+            on_disk(&SOURCE, "compute_90a", &[], (13, 1)),
+            on_disk(&SOURCE, "compute_90a", &[], (12, 8)),
+            on_disk(&Source { text: "another text", ..SOURCE }, "compute_90a", &[], (13, 0)),
+        ];
+        for (index, other) in others.iter().enumerate() {
+            assert_ne!(&first, other);
+            assert!(!others[..index].contains(other), "{other:?}");
+        }
+        // Neither the entry points nor the list of variants change the text that is compiled.
+        assert_eq!(first, on_disk(&Source { variants: &[], ..SOURCE }, "compute_90a", &[], (13, 0)));
+    }
+
+    #[test]
+    fn names_on_disk_are_stable() {
+        // Computed apart from this code. A change makes every user compile anew.
+        let key = on_disk(&Source { text: "text of a", ..SOURCE }, "compute_90a", &["HEAD_DIM=64"], (13, 0));
+        assert!(
+            format!("{key:?}").contains("\"a.cu-compute_90a-1ecbd05ce4033827d728e6a3aaf7c566.ptx\""),
+            "{key:?}"
+        );
+    }
+
     /// Loads through a disk with this in it, by a driver that refuses "bad"; what was compiled and loaded, in turn.
     fn through(
         test: &str,
@@ -201,8 +243,8 @@ mod tests {
         compiled: Result<&str, &str>,
     ) -> (Vec<String>, Option<String>) {
         let folder = std::env::temp_dir().join(format!("attention-cuda-kept-{test}-{}", std::process::id()));
-        let disk = Disk { folder: Some(folder.clone()) };
-        let key = Key::new(&SOURCE, "compute_90a", &[], (13, 0));
+        let disk = DiskCache::new(Some(folder.clone()));
+        let key = key(&[]);
         if let Some(ptx) = on_disk {
             disk.write(&key, ptx);
         }

@@ -11,6 +11,7 @@ mod workspace;
 
 pub use cudarc;
 pub use device::{CudaDevice, device_count};
+pub use disk::{DiskCache, DiskKey};
 pub use kernels::{KernelCache, KernelError};
 pub use nvrtc::{Compiled, Nvrtc};
 pub use on_host::OnHost;
