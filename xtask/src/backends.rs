@@ -12,6 +12,8 @@ use attention_cuda::{CudaDevice, OnHost};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::auto::{self, Auto};
+
 /// The name here of the chunked backend that multiplies f32 as sums of bf16 parts, which is off by default.
 const SPLIT: &str = "chunked-split-f32";
 
@@ -53,18 +55,28 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
         }
         if name == CHUNKED_CUDA {
             let device = CudaDevice::new(CHUNKED_CUDA, 0)?;
-            // Kept for other processes of this machine: the suite needs some hundred kernels.
-            let config =
-                ChunkedCudaConfig::default().kernel_folder(std::env::temp_dir().join("attention-kernels"));
-            let backend = ChunkedCudaBackend::on(device.clone(), config);
-            let backend = OnHost::new(backend, device);
+            let backend = OnHost::new(chunked_cuda(&device), device);
+            backend.available()?;
+            backends.push(Arc::new(backend));
+            continue;
+        }
+        if name == auto::NAME {
+            let device = CudaDevice::new(auto::NAME, 0)?;
+            let own = Arc::new(chunked_cuda(&device));
+            let cudnn = Arc::new(CudnnBackend::on(device.clone(), CudnnConfig::default()));
+            match cudnn.available() {
+                Ok(()) => println!("{name}: {}", cudnn.target()),
+                Err(reason) => println!("{name}: {reason}"),
+            }
+            let registry = Registry::empty().with(cudnn).with(own.clone());
+            let backend = OnHost::new(Auto::new(registry, &*own), device);
             backend.available()?;
             backends.push(Arc::new(backend));
             continue;
         }
         let Some(backend) = registry.get(name) else {
-            let known =
-                format!("{}, {SPLIT}, {CUDNN}, {ROUNDING}, {CHUNKED_CUDA}", registry.names().join(", "));
+            let more = [SPLIT, CUDNN, ROUNDING, CHUNKED_CUDA, auto::NAME].join(", ");
+            let known = format!("{}, {more}", registry.names().join(", "));
             return Err(format!("unknown backend '{name}'; this build has {known}").into());
         };
         backend.available()?;
@@ -75,9 +87,15 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
     Ok(backends)
 }
 
+/// The backend of our own kernels, which are kept for other processes of this machine: the suite needs some hundred.
+fn chunked_cuda(device: &CudaDevice) -> ChunkedCudaBackend {
+    let config = ChunkedCudaConfig::default().kernel_folder(std::env::temp_dir().join("attention-kernels"));
+    ChunkedCudaBackend::on(device.clone(), config)
+}
+
 /// Whether a backend copies host memory to a device and computes there.
 pub(crate) fn computes_on_a_device(backend: &Arc<dyn AttentionBackend>) -> bool {
-    [CUDNN, ROUNDING, CHUNKED_CUDA].contains(&backend.name())
+    [CUDNN, ROUNDING, CHUNKED_CUDA, auto::NAME].contains(&backend.name())
 }
 
 /// The same backends, with one for each instruction set of this machine in the place of one that chooses among them.
@@ -225,7 +243,7 @@ mod tests {
         let error = named(&["nosuch".to_owned()]).unwrap_err().to_string();
         assert_eq!(
             error,
-            "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups, chunked-cuda"
+            "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups, chunked-cuda, auto-cuda"
         );
     }
 

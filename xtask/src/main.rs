@@ -1,5 +1,6 @@
 //! What is done with this repository, one file a command: `cargo xtask --help`.
 
+mod auto;
 mod backends;
 mod bench;
 mod cargo;

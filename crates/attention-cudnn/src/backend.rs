@@ -195,8 +195,7 @@ impl AttentionBackend for CudnnBackend {
             run.execute()?;
             if prepared.key.stats == Stats::Packed {
                 let sinks = if problem.has(Role::Sinks) { run.at(Slot::Sinks) } else { 0 };
-                let (stats, seen_rows) = (run.at(Slot::Stats), run.seen_rows());
-                run.kernels.finish_forward(memory.out, memory.lse, stats, seen_rows, sinks)?;
+                run.kernels.finish_forward(memory.out, memory.lse, run.at(Slot::Stats), sinks)?;
             }
         }
         Ok(())
@@ -232,7 +231,7 @@ impl AttentionBackend for CudnnBackend {
 impl CudnnBackend {
     /// The scratch of a problem that is served; the refusal of one that is not.
     fn layout(&self, problem: &Problem) -> Result<Layout, Unsupported> {
-        support::check(self.capabilities(), self.target(), problem)?;
+        support::check(self.capabilities(), self.target(), &self.config, problem)?;
         if problem.device() != self.device() {
             return Err(Unsupported::Limit {
                 backend: NAME.to_owned(),

@@ -9,7 +9,7 @@ use attention_cuda::failure;
 
 use crate::backend::NAME;
 use crate::key::Key;
-use crate::launch::{Kernels, MadeTo, Terms};
+use crate::launch::{Kernels, Seen, Terms};
 use crate::layout::Layout;
 use crate::library::CudnnError;
 use crate::lists::Lists;
@@ -147,6 +147,9 @@ impl<'a> Run<'a> {
         scratch.check(device, prepared.layout.bytes)?;
         let address = |array: &Option<Array>| array.as_ref().map_or(0, |array| array.address);
         let lengths = address(&prepared.lengths);
+        let scratch = scratch.as_mut_ptr().addr() as u64;
+        let marks = |slot: Slot| prepared.layout.at(slot).map_or(0, |start| scratch + start);
+        let bias = prepared.key.bias.filter(|bias| bias.made);
         let run = Self {
             runtime,
             prepared,
@@ -157,12 +160,15 @@ impl<'a> Run<'a> {
                 keys: address(&prepared.keys),
                 query_lengths: lengths,
                 positions: address(&prepared.positions),
+                seen: Seen { rows: marks(Slot::SeenRows), keys: marks(Slot::SeenKeys) },
+                seen_heads: bias.map_or(1, |bias| bias.shape[1]),
+                bias_row: bias.map_or(0, |bias| bias.strides[2]),
             },
             memory,
-            scratch: scratch.as_mut_ptr().addr() as u64,
+            scratch,
             lengths,
         };
-        // cuDNN, and the kernel that copies operands, read 16 and 4 bytes at a time; cuDNN does not say so where it may not.
+        // cuDNN, and the kernel that copies operands, read 16 bytes at a time; cuDNN does not say so where it may not.
         let direct = prepared.plan.slots().filter(|&slot| run.scratch_at(slot).is_none());
         for role in direct.filter_map(Slot::role).chain(prepared.cleaned.iter().copied()) {
             let address = memory.at(role);
@@ -181,11 +187,6 @@ impl<'a> Run<'a> {
 
     fn scratch_at(&self, slot: Slot) -> Option<u64> {
         self.prepared.layout.at(slot).map(|start| self.scratch + start)
-    }
-
-    /// The rows that a mask or a bias leaves a key; 0 where neither is made one tensor.
-    pub(crate) fn seen_rows(&self) -> u64 {
-        self.scratch_at(Slot::SeenRows).unwrap_or(0)
     }
 
     /// The device memory behind a slot: in the scratch, or the caller's.
@@ -214,23 +215,17 @@ impl<'a> Run<'a> {
             if let Some(made) = key.bias.filter(|bias| bias.made) {
                 let slopes = if key.slopes { 0 } else { self.at(Slot::Slopes) };
                 let Memory { mask, bias, .. } = self.memory;
-                let to = MadeTo {
-                    bias: self.at(Slot::Bias),
-                    seen_rows: self.at(Slot::SeenRows),
-                    seen_keys: self.at(Slot::SeenKeys),
-                };
-                self.kernels.make_bias(made, Terms { mask, bias, slopes }, to)?;
+                self.kernels.make_bias(made, Terms { mask, bias, slopes }, self.at(Slot::Bias))?;
             }
             if problem.pass() == Pass::Backward {
-                self.kernels.prepare_backward(self.memory.lse, self.at(Slot::Stats), self.seen_rows())?;
+                self.kernels.prepare_backward(self.memory.lse, self.at(Slot::Stats))?;
             }
-            let seen_keys = self.scratch_at(Slot::SeenKeys).unwrap_or(0);
             let stats = if key.clean_rows { self.at(Slot::Stats) } else { 0 };
             for &role in &self.prepared.cleaned {
                 let to = Slot::of(role).map_or(0, |slot| self.at(slot));
-                self.kernels.clean(role, self.memory.at(role), to, seen_keys, stats)?;
+                self.kernels.clean(role, self.memory.at(role), to, stats)?;
             }
-            if key.dropout {
+            if key.writes_kept() {
                 self.kernels.keep_mask(self.at(Slot::Kept))?;
             }
         }

@@ -12,12 +12,14 @@ pub(crate) mod kind {
     pub(crate) const BOOLEAN: i32 = 2;
     pub(crate) const INT64: i32 = 3;
     pub(crate) const FLOAT: i32 = 4;
+    pub(crate) const DOUBLE: i32 = 5;
     pub(crate) const VOID_PTR: i32 = 6;
     pub(crate) const HEUR_MODE: i32 = 8;
     pub(crate) const POINTWISE_MODE: i32 = 14;
     pub(crate) const BACKEND_DESCRIPTOR: i32 = 15;
     pub(crate) const REDUCTION_OPERATOR: i32 = 18;
     pub(crate) const CHAR: i32 = 24;
+    pub(crate) const RNG_DISTRIBUTION: i32 = 29;
 }
 
 /// A descriptor; destroyed when dropped.
@@ -87,6 +89,11 @@ impl Descriptor {
         unsafe { self.set(attribute, kind::FLOAT, &[value]) }
     }
 
+    pub(crate) fn double(&mut self, attribute: i32, value: f64) -> Result<(), CudnnError> {
+        // SAFETY: one double.
+        unsafe { self.set(attribute, kind::DOUBLE, &[value]) }
+    }
+
     /// Text, without a closing zero.
     pub(crate) fn text(&mut self, attribute: i32, text: &str) -> Result<(), CudnnError> {
         // SAFETY: bytes, as many as are said.
@@ -134,6 +141,24 @@ impl Descriptor {
         };
         self.cudnn.check("reading an attribute", status)?;
         Ok(value)
+    }
+
+    /// Reads bytes: as many as there are.
+    pub(crate) fn read_bytes(&self, attribute: i32) -> Result<Vec<u8>, CudnnError> {
+        let mut count = 0i64;
+        let get = self.cudnn.functions.get_attribute;
+        // SAFETY: asks for the count alone.
+        let status = unsafe { get(self.raw, attribute, kind::CHAR, 0, &raw mut count, ptr::null_mut()) };
+        self.cudnn.check("counting bytes", status)?;
+        let mut bytes = vec![0u8; usize::try_from(count).unwrap_or(0)];
+        let mut filled = 0i64;
+        // SAFETY: room for `count` bytes.
+        let status = unsafe {
+            get(self.raw, attribute, kind::CHAR, count, &raw mut filled, bytes.as_mut_ptr().cast())
+        };
+        self.cudnn.check("reading bytes", status)?;
+        bytes.truncate(usize::try_from(filled).unwrap_or(0));
+        Ok(bytes)
     }
 
     /// Reads descriptors of a kind: as many as there are.

@@ -10,6 +10,7 @@ use crate::plan::Slot;
 pub(crate) enum Type {
     Float = 0,
     Half = 2,
+    Int64 = 3,
     Int32 = 4,
     Bf16 = 9,
     Boolean = 11,
@@ -289,6 +290,29 @@ impl Graph {
         let [b, n, t, _] = x.shape;
         let y = self.virtual_(Type::Float, [b, n, t, 1])?;
         self.reduce_into(of, x, y)?;
+        Ok(y)
+    }
+
+    /// Ones with this probability, else zeros, by cuDNN's generator from two integers.
+    pub(crate) fn bernoulli(
+        &mut self,
+        probability: f64,
+        seed: Tensor,
+        offset: Tensor,
+        shape: Shape,
+    ) -> Result<Tensor, CudnnError> {
+        let y = self.virtual_(Type::Float, shape)?;
+        let mut how = Descriptor::new(&self.cudnn, 32)?;
+        how.enumeration(2300, kind::RNG_DISTRIBUTION, 0)?;
+        how.double(2305, probability)?;
+        how.finalize("describing a generator")?;
+        self.operation(33, |operation, tensors| {
+            operation.descriptors(2310, [&tensors[y.index]])?;
+            operation.descriptors(2311, [&tensors[seed.index]])?;
+            operation.descriptors(2313, [&tensors[offset.index]])?;
+            operation.descriptors(2312, [&how])
+        })?;
+        self.parts.push(how);
         Ok(y)
     }
 

@@ -27,6 +27,15 @@ pub(crate) enum Stats {
     Packed,
 }
 
+/// Where the keep bits of dropout come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Drops {
+    /// The published stream: a kernel of ours writes them as a tensor.
+    Published,
+    /// cuDNN's generator, which drops `threshold` of 65536.
+    Own { threshold: u32 },
+}
+
 /// A plan's key.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
@@ -53,7 +62,7 @@ pub(crate) struct Key {
     pub(crate) slopes: bool,
     /// Whether sinks join the sums: in backward the logsumexp has them already.
     pub(crate) sinks: bool,
-    pub(crate) dropout: bool,
+    pub(crate) dropout: Option<Drops>,
 }
 
 /// A tensor that is added to the logits.
@@ -97,6 +106,18 @@ impl Bias {
         let row = dims.key_length.next_multiple_of(8) as i64;
         let strides = [shape[1] * shape[2] * row, shape[2] * row, row, 1];
         Some(Self { made: true, element, shape, strides })
+    }
+
+    /// Which rows it leaves a key: a byte for each batch row, head and row, or for one head where all have the same bias.
+    pub(crate) fn seen_rows(&self, dims: Dimensions) -> [usize; 3] {
+        let heads = if self.shape[1] == 1 { 1 } else { dims.query_heads };
+        [dims.batch, heads, dims.query_length]
+    }
+
+    /// Which keys it leaves to any row: likewise, by key/value head, in rows as long as the bias's.
+    pub(crate) fn seen_keys(&self, dims: Dimensions) -> [usize; 3] {
+        let heads = if self.shape[1] == 1 { 1 } else { dims.key_heads };
+        [dims.batch, heads, self.strides[2] as usize]
     }
 }
 
@@ -202,8 +223,19 @@ impl Key {
             slopes: has_slopes && !made_slopes,
             sinks: problem.has(Role::Sinks) && problem.pass() == Pass::Forward,
             // A rate of 0 drops nothing.
-            dropout: problem.dropout_stream().is_some_and(|stream| stream.threshold() > 0),
+            dropout: problem
+                .dropout_stream()
+                .map(|stream| stream.threshold())
+                .filter(|&dropped| dropped > 0)
+                .map(
+                    |threshold| if config.own_dropout { Drops::Own { threshold } } else { Drops::Published },
+                ),
         }
+    }
+
+    /// Whether a kernel of ours writes the keep bits.
+    pub(crate) fn writes_kept(&self) -> bool {
+        self.dropout == Some(Drops::Published)
     }
 
     /// Strides of the mask of dropout, whose rows begin at multiples of 16 bytes.

@@ -15,6 +15,8 @@ use crate::runtime::Runtime;
 const THREADS: u32 = 128;
 /// Threads of a block that adds up the gradient of a sink: what its kernel has room for.
 const SUMMING_THREADS: u32 = 256;
+/// Rows of a block of `attention_make_bias`.
+const STRIP: u64 = 16;
 /// Blocks enough for any device, where each thread goes on until all is done.
 const MOST_BLOCKS: u32 = 1 << 14;
 
@@ -23,6 +25,7 @@ const MOST_BLOCKS: u32 = 1 << 14;
 const MASKED: f32 = -1e30;
 /// The least that other values of a bias count as.
 const LEAST: f32 = -1e29;
+
 /// Why a kernel did not run.
 #[derive(Debug)]
 enum LaunchError {
@@ -111,12 +114,19 @@ pub(crate) struct Terms {
     pub(crate) slopes: u64,
 }
 
-/// Where a made bias and its flags go.
-pub(crate) struct MadeTo {
-    pub(crate) bias: u64,
-    pub(crate) seen_rows: u64,
-    pub(crate) seen_keys: u64,
+/// Which rows and keys a mask or a bias leaves something, as the kernels declare it: addresses of bytes, 0 where neither is
+/// made one tensor.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Seen {
+    /// `[B, N, T]`.
+    pub(crate) rows: u64,
+    /// `[B, K, S]`, in rows of the bias.
+    pub(crate) keys: u64,
 }
+
+// SAFETY: as above.
+unsafe impl attention_cuda::cudarc::driver::DeviceRepr for Seen {}
 
 /// Further than any two positions are apart.
 const FAR: i64 = 1 << 40;
@@ -160,6 +170,10 @@ pub(crate) struct Kernels<'a> {
     pub(crate) query_lengths: u64,
     /// Where row 0 of each batch row stands among the keys.
     pub(crate) positions: u64,
+    /// Marked by [`make_bias`](Self::make_bias), for one head or for each, in rows of so many keys.
+    pub(crate) seen: Seen,
+    pub(crate) seen_heads: i64,
+    pub(crate) bias_row: i64,
 }
 
 impl Kernels<'_> {
@@ -184,14 +198,12 @@ impl Kernels<'_> {
     /// the caller's tensor, where there is one.
     ///
     /// # Safety
-    /// `out` is the problem's output and `lse` its logsumexp; `stats` holds `[B, N, T]`, `sinks` `[N]` numbers, and
-    /// `seen_rows` is by [`make_bias`](Self::make_bias).
+    /// `out` is the problem's output and `lse` its logsumexp; `stats` holds `[B, N, T]` and `sinks` `[N]` numbers.
     pub(crate) unsafe fn finish_forward(
         &self,
         out: u64,
         lse: u64,
         stats: u64,
-        seen_rows: u64,
         sinks: u64,
     ) -> Result<(), Error> {
         let function = self.function("attention_rows.cu", "attention_finish_forward")?;
@@ -201,7 +213,8 @@ impl Kernels<'_> {
         let width = self.problem.dims().value_head_dim as i64;
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&out).arg(&o[0]).arg(&o[1]).arg(&o[2]).arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]);
-        launch.arg(&stats).arg(&self.rows).arg(&seen_rows).arg(&sinks).arg(&self.query_lengths);
+        launch.arg(&stats).arg(&self.rows).arg(&self.seen.rows).arg(&self.seen_heads);
+        launch.arg(&sinks).arg(&self.query_lengths);
         launch.arg(&b).arg(&t).arg(&n).arg(&width);
         // SAFETY: the arguments are those of the kernel; it writes the output, the logsumexp and nothing else.
         Ok(unsafe { launch.launch(self.row_grid()) }.map(|_| ()).map_err(LaunchError::from)?)
@@ -210,14 +223,14 @@ impl Kernels<'_> {
     /// Before a backward pass: the logsumexp to scratch, +inf where a row sees nothing, so that its probabilities are 0.
     ///
     /// # Safety
-    /// `lse` is the problem's; `stats` has room for `[B, N, T]` numbers; `seen_rows` is by
-    /// [`make_bias`](Self::make_bias).
-    pub(crate) unsafe fn prepare_backward(&self, lse: u64, stats: u64, seen_rows: u64) -> Result<(), Error> {
+    /// `lse` is the problem's; `stats` has room for `[B, N, T]` numbers.
+    pub(crate) unsafe fn prepare_backward(&self, lse: u64, stats: u64) -> Result<(), Error> {
         let function = self.function("attention_rows.cu", "attention_prepare_backward")?;
         let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
         let [b, t, n] = self.row_axes();
         let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&stats).arg(&self.rows).arg(&seen_rows);
+        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&stats);
+        launch.arg(&self.rows).arg(&self.seen.rows).arg(&self.seen_heads);
         launch.arg(&b).arg(&t).arg(&n);
         // SAFETY: the arguments are those of the kernel; it writes the scratch and nothing else.
         Ok(unsafe { launch.launch(self.row_grid()) }.map(|_| ()).map_err(LaunchError::from)?)
@@ -226,28 +239,29 @@ impl Kernels<'_> {
     /// Copies an operand to scratch without gaps, zeros where it is masked for everybody.
     ///
     /// # Safety
-    /// `from` is the problem's tensor of this role, whose rows begin at multiples of 4 bytes, and `to` has room for its
-    /// elements. `seen_keys` is by [`make_bias`](Self::make_bias), `stats` by
-    /// [`prepare_backward`](Self::prepare_backward), or 0.
-    pub(crate) unsafe fn clean(
-        &self,
-        role: Role,
-        from: u64,
-        to: u64,
-        seen_keys: u64,
-        stats: u64,
-    ) -> Result<(), Error> {
+    /// `from` is the problem's tensor of this role, whose rows begin at multiples of 16 bytes and are as long, and `to` has
+    /// room for its elements. `stats` is by [`prepare_backward`](Self::prepare_backward), or 0.
+    pub(crate) unsafe fn clean(&self, role: Role, from: u64, to: u64, stats: u64) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
         let function = self.function("attention_rows.cu", "attention_clean_rows")?;
         let is_key = matches!(role, Role::Key | Role::Value);
-        let (intervals, flags, stats) = if is_key { (self.keys, seen_keys, 0) } else { (0, 0, stats) };
+        let (intervals, flags, stats) = if is_key { (self.keys, self.seen.keys, 0) } else { (0, 0, stats) };
+        let flag_heads = if self.seen_heads == 1 { 1 } else { self.problem.dims().key_heads as i64 };
         let [b, t, n, h] = std::array::from_fn(|axis| desc.shape()[axis] as i64);
         let [sb, st, sn] = strides(Some(desc));
-        let pairs = h / 2;
-        let config = grid((b * t * n * pairs).unsigned_abs(), MOST_BLOCKS);
+        let parts = h / 8;
+        let across = u32::try_from(parts).unwrap_or(THREADS).clamp(1, THREADS);
+        let rows = THREADS / across;
+        let blocks = u32::try_from((b * t * n).unsigned_abs().div_ceil(u64::from(rows))).unwrap_or(u32::MAX);
+        let config = LaunchConfig {
+            grid_dim: (blocks.clamp(1, MOST_BLOCKS), 1, 1),
+            block_dim: (across, rows, 1),
+            shared_mem_bytes: 0,
+        };
         let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&from).arg(&sb).arg(&st).arg(&sn).arg(&to).arg(&intervals).arg(&flags).arg(&stats);
-        launch.arg(&b).arg(&t).arg(&n).arg(&pairs);
+        launch.arg(&from).arg(&sb).arg(&st).arg(&sn).arg(&to).arg(&intervals);
+        launch.arg(&flags).arg(&flag_heads).arg(&self.bias_row).arg(&stats);
+        launch.arg(&b).arg(&t).arg(&n).arg(&parts);
         // SAFETY: the arguments are those of the kernel; it writes the copy and nothing else.
         Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
     }
@@ -256,17 +270,17 @@ impl Kernels<'_> {
     ///
     /// # Safety
     /// `mask` and `bias` are the problem's, where it has them; `slopes` holds its slopes without gaps; `to` has room for
-    /// what `made` describes, `seen_rows` for a byte for each row and head, `seen_keys` for one for each key and key/value
-    /// head.
-    pub(crate) unsafe fn make_bias(&self, made: Bias, from: Terms, to: MadeTo) -> Result<(), Error> {
+    /// what `made` describes, and [`Kernels::seen`] for what is [marked](Bias::seen_rows).
+    pub(crate) unsafe fn make_bias(&self, made: Bias, from: Terms, to: u64) -> Result<(), Error> {
         let function = self.function("attention_terms.cu", "attention_make_bias")?;
         let dims = self.problem.dims();
         let (mask, bias) = (self.problem.tensor(Role::Mask), self.problem.tensor(Role::Bias));
         let slopes = self.problem.tensor(Role::AlibiSlopes);
         let [batch, heads, positions, keys] = made.shape;
+        let (marked_rows, marked_keys) = (made.seen_rows(dims), made.seen_keys(dims));
         let float = made.element == Type::Float;
         let made = MadeBias {
-            to: to.bias,
+            to,
             element: element(if float { DType::F32 } else { DType::Bf16 }).into(),
             shape: [batch, heads, positions, keys],
             row: made.strides[2],
@@ -297,17 +311,21 @@ impl Kernels<'_> {
         let [b, n, group, t] =
             [dims.batch, dims.query_heads, dims.group_size(), dims.query_length].map(|size| size as i64);
         let stream = self.runtime.device.stream();
-        let key_flags = dims.batch * dims.key_heads * dims.key_length;
-        // SAFETY: room for so many bytes by the caller's word.
-        unsafe { memset_d8_async(to.seen_keys, 0, key_flags, stream.cu_stream()) }
-            .map_err(LaunchError::from)?;
+        for (at, shape) in [(self.seen.rows, marked_rows), (self.seen.keys, marked_keys)] {
+            // SAFETY: room for so many bytes by the caller's word.
+            unsafe { memset_d8_async(at, 0, shape.iter().product(), stream.cu_stream()) }
+                .map_err(LaunchError::from)?;
+        }
         let mut launch = stream.launch_builder(&function);
-        launch.arg(&made).arg(&terms).arg(&structure).arg(&to.seen_rows).arg(&to.seen_keys);
+        launch.arg(&made).arg(&terms).arg(&structure).arg(&self.seen);
         launch.arg(&b).arg(&n).arg(&group).arg(&t);
-        let rows = (batch * heads * t).unsigned_abs();
+        let strips = (batch * heads).unsigned_abs() * t.unsigned_abs().div_ceil(STRIP);
+        let vectors = made.row.unsigned_abs() / 8;
+        let threads = u32::try_from(vectors.next_multiple_of(32)).unwrap_or(THREADS).min(THREADS);
+        let blocks = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         let config = LaunchConfig {
-            grid_dim: (u32::try_from(rows).unwrap_or(u32::MAX), 1, 1),
-            block_dim: (THREADS, 1, 1),
+            grid_dim: (blocks(strips), blocks(vectors.div_ceil(u64::from(threads))), 1),
+            block_dim: (threads, 1, 1),
             shared_mem_bytes: 0,
         };
         // SAFETY: the arguments are those of the kernel; it writes what `made` describes and the flags.
@@ -350,7 +368,14 @@ impl Kernels<'_> {
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&to).arg(&one).arg(&rows).arg(&positions).arg(&blocks);
         launch.arg(&threshold).arg(&low).arg(&high).arg(&offset);
-        let config = grid((rows * positions * blocks).unsigned_abs(), MOST_BLOCKS);
+        let across = u32::try_from(blocks).unwrap_or(THREADS).next_power_of_two().min(32);
+        let deep = THREADS / across;
+        let grid = (rows * positions).unsigned_abs().div_ceil(u64::from(deep));
+        let config = LaunchConfig {
+            grid_dim: (u32::try_from(grid).unwrap_or(u32::MAX), 1, 1),
+            block_dim: (across, deep, 1),
+            shared_mem_bytes: 0,
+        };
         // SAFETY: the arguments are those of the kernel; it writes the mask and nothing else.
         Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
     }

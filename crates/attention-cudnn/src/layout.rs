@@ -56,15 +56,15 @@ impl Layout {
             let [batch, _, positions, _] = bias.shape.map(|axis| axis as usize);
             let heads = bias.shape[1] as usize;
             layout.take(Slot::Bias, &[batch, heads, positions, bias.strides[2] as usize], width)?;
-            layout.take(Slot::SeenRows, &rows, 1)?;
-            layout.take(Slot::SeenKeys, &[dims.batch, dims.key_heads, dims.key_length], 1)?;
+            layout.take(Slot::SeenRows, &bias.seen_rows(dims), 1)?;
+            layout.take(Slot::SeenKeys, &bias.seen_keys(dims), 1)?;
         }
         for (slot, role) in [(Slot::Slopes, Role::AlibiSlopes), (Slot::Sinks, Role::Sinks)] {
             if let Some(desc) = problem.tensor(role).filter(|desc| !is_plain(desc)) {
                 layout.take(slot, &desc.shape(), 4)?;
             }
         }
-        if key.dropout {
+        if key.writes_kept() {
             layout.take(Slot::Kept, &[row_count, dims.key_length.checked_next_multiple_of(8)?], size)?;
         }
         Some(layout)

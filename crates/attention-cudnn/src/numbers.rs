@@ -2,10 +2,18 @@
 
 use std::ffi::c_void;
 
-use attention_core::Problem;
+use attention_core::{DropoutStream, Problem, philox4x32_10};
 
 use crate::key::right_bound;
 use crate::plan::Slot;
+
+/// The seed of cuDNN's own generator for a place in a stream. What cuDNN makes of an offset is not documented, so streams of
+/// neighbouring offsets might overlap; a seed of their own keeps them apart.
+fn own_seed(stream: &DropoutStream) -> i64 {
+    let (key, offset) = stream.words();
+    let [low, high, ..] = philox4x32_10([offset, 0, 0, 0], key);
+    (u64::from(high) << 32 | u64::from(low)).cast_signed()
+}
 
 /// The numbers of a call, where cuDNN can read them.
 #[derive(Debug)]
@@ -14,6 +22,9 @@ pub(crate) struct Numbers {
     nothing: f32,
     one: f32,
     keep_scale: f32,
+    keep_share: f32,
+    seed: i64,
+    offset: i64,
     left: f32,
     left_integer: i32,
     right: i32,
@@ -34,6 +45,9 @@ impl Numbers {
             nothing: f32::NEG_INFINITY,
             one: 1.0,
             keep_scale: keep_scale as f32,
+            keep_share: (1.0 / keep_scale) as f32,
+            seed: problem.dropout_stream().map_or(0, |stream| own_seed(&stream)),
+            offset: 0,
             // A key that is `left` behind is still seen, and cuDNN asks for more.
             left: (left - shift) as f32,
             left_integer: left as i32,
@@ -46,12 +60,16 @@ impl Numbers {
 
     pub(crate) fn address(&self, slot: Slot) -> Option<*mut c_void> {
         let float = |number: &f32| std::ptr::from_ref(number).cast_mut().cast();
+        let long = |number: &i64| std::ptr::from_ref(number).cast_mut().cast();
         let integer = |number: &i32| std::ptr::from_ref(number).cast_mut().cast();
         Some(match slot {
             Slot::Scale => float(&self.scale),
             Slot::Nothing => float(&self.nothing),
             Slot::One => float(&self.one),
             Slot::KeepScale => float(&self.keep_scale),
+            Slot::KeepShare => float(&self.keep_share),
+            Slot::Seed => long(&self.seed),
+            Slot::Offset => long(&self.offset),
             Slot::Left => float(&self.left),
             Slot::LeftInteger => integer(&self.left_integer),
             Slot::Right => integer(&self.right),

@@ -68,7 +68,8 @@ impl Offline {
     /// # Errors
     /// [`Unsupported`].
     pub fn serves(&self, problem: &Problem) -> Result<(), Unsupported> {
-        support::check(&support::capabilities(self.target, &self.config), self.target, &on_device(problem))
+        let capabilities = support::capabilities(self.target, &self.config);
+        support::check(&capabilities, self.target, &self.config, &on_device(problem))
     }
 
     /// Asks cuDNN about a problem that the backend serves on this target.

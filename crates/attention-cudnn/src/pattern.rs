@@ -3,9 +3,12 @@
 use attention_core::{Pass, Role};
 
 use crate::graph::{Finished, Graph, Op, Overrides, Reduction, Shape, Tensor, Type, packed};
-use crate::key::{Diagonal, Key, Stats};
+use crate::key::{Diagonal, Drops, Key, Stats};
 use crate::library::{Cudnn, CudnnError};
 use crate::plan::Slot;
+
+/// What graphs are made by, so that plans of others are known as such.
+pub(crate) const SOURCE: &str = concat!(include_str!("pattern.rs"), include_str!("graph.rs"));
 
 /// The graph of a problem.
 pub(crate) fn of(cudnn: &Cudnn, key: &Key) -> Result<Finished, CudnnError> {
@@ -15,6 +18,13 @@ pub(crate) fn of(cudnn: &Cudnn, key: &Key) -> Result<Finished, CudnnError> {
         Pass::Backward => builder.backward()?,
     }
     Ok(builder.graph.into_parts())
+}
+
+/// Dropout in a graph.
+#[derive(Clone, Copy)]
+struct Kept {
+    bits: Tensor,
+    scale: Tensor,
 }
 
 /// A graph with what both passes share.
@@ -180,8 +190,28 @@ impl<'k> Builder<'k> {
         Ok(logits)
     }
 
+    /// Ones for probabilities that are kept and zeros for others, and what the former are multiplied by.
+    fn kept(&mut self) -> Result<Option<Kept>, CudnnError> {
+        let Some(drops) = self.key.dropout else { return Ok(None) };
+        let shape = [self.b, self.h, self.s, self.t];
+        let bits = match drops {
+            Drops::Published => {
+                let element = self.key.element_type();
+                self.graph.real(Slot::Kept, element, shape, self.key.kept_strides())?
+            }
+            Drops::Own { threshold } => {
+                let seed = self.graph.number(Slot::Seed, Type::Int64)?;
+                let offset = self.graph.number(Slot::Offset, Type::Int64)?;
+                let keep = 1.0 - f64::from(threshold) / 65536.0;
+                self.graph.bernoulli(keep, seed, offset, shape)?
+            }
+        };
+        Ok(Some(Kept { bits, scale: self.graph.number(Slot::KeepScale, Type::Float)? }))
+    }
+
     fn forward(&mut self) -> Result<(), CudnnError> {
         let element = self.key.element_type();
+        let kept = self.kept()?;
         let logits = self.logits()?;
         let logits = self.mask_lengths(logits)?;
         let logits = self.mask_window(logits)?;
@@ -212,12 +242,16 @@ impl<'k> Builder<'k> {
         };
         graph.binary_into(Op::Add, largest, logarithm, stats)?;
         let probabilities = graph.virtual_(element, logits.shape)?;
-        if self.key.dropout {
+        if let Some(Kept { bits, scale }) = kept {
             let all = graph.binary(Op::Div, powers, sums)?;
-            let kept = graph.real(Slot::Kept, element, logits.shape, self.key.kept_strides())?;
-            let scale = graph.number(Slot::KeepScale, Type::Float)?;
-            let scaled = graph.binary(Op::Mul, all, scale)?;
-            graph.binary_into(Op::Mul, scaled, kept, probabilities)?;
+            // The order that engines know.
+            if self.key.writes_kept() {
+                let scaled = graph.binary(Op::Mul, all, scale)?;
+                graph.binary_into(Op::Mul, scaled, bits, probabilities)?;
+            } else {
+                let left = graph.binary(Op::Mul, all, bits)?;
+                graph.binary_into(Op::Mul, left, scale, probabilities)?;
+            }
         } else {
             graph.binary_into(Op::Div, powers, sums, probabilities)?;
         }
@@ -233,6 +267,7 @@ impl<'k> Builder<'k> {
 
     fn backward(&mut self) -> Result<(), CudnnError> {
         let element = self.key.element_type();
+        let kept = self.kept()?;
         let dims = self.key.dims;
         let (b, h, s, t) = (self.b, self.h, self.s, self.t);
         let [hk, d, e] = [dims.key_heads, dims.head_dim, dims.value_head_dim].map(|size| size as i64);
@@ -241,7 +276,9 @@ impl<'k> Builder<'k> {
         let d_out = self.graph.real(Slot::DOut, element, [b, h, s, e], self.strides(Role::DOut))?;
         let both = self.graph.binary(Op::Mul, d_out, out)?;
         let row_sums = self.graph.reduce_rows(Reduction::Add, both)?;
-        let one = self.graph.number(Slot::One, Type::Float)?;
+        // Beside its own generator cuDNN scales by what is kept after the row term, which is made smaller for that.
+        let scales_late = kept.is_some() && !self.key.writes_kept();
+        let one = self.graph.number(if scales_late { Slot::KeepShare } else { Slot::One }, Type::Float)?;
         let delta = self.graph.real(Slot::Delta, Type::Float, self.rows, packed(self.rows))?;
         self.graph.binary_into(Op::Mul, row_sums, one, delta)?;
         // Probabilities.
@@ -253,15 +290,9 @@ impl<'k> Builder<'k> {
         let powers = self.graph.unary(Op::Exp, shifted)?;
         let transposed = [b, h, t, s];
         let across = [h * s * t, s * t, 1, t];
-        let kept = if self.key.dropout {
-            let kept = self.graph.real(Slot::Kept, element, [b, h, s, t], self.key.kept_strides())?;
-            Some((kept, self.graph.number(Slot::KeepScale, Type::Float)?))
-        } else {
-            None
-        };
         let weights = match kept {
-            Some((kept, scale)) => {
-                let weights = self.graph.binary(Op::Mul, powers, kept)?;
+            Some(Kept { bits, scale }) => {
+                let weights = self.graph.binary(Op::Mul, powers, bits)?;
                 self.graph.binary(Op::Mul, weights, scale)?
             }
             None => powers,
@@ -278,14 +309,17 @@ impl<'k> Builder<'k> {
         let overrides = self.overrides(Some(0), Some(1), None);
         self.graph.matmul(d_out, value, d_probabilities, overrides)?;
         let d_probabilities = match kept {
-            Some((kept, scale)) => {
-                let kept = self.graph.binary(Op::Mul, d_probabilities, kept)?;
-                self.graph.binary(Op::Mul, kept, scale)?
+            Some(Kept { bits, scale }) => {
+                let left = self.graph.binary(Op::Mul, d_probabilities, bits)?;
+                if scales_late { left } else { self.graph.binary(Op::Mul, left, scale)? }
             }
             None => d_probabilities,
         };
         let centred = self.graph.binary(Op::Sub, d_probabilities, delta)?;
-        let gradient = self.graph.binary(Op::Mul, centred, powers)?;
+        let mut gradient = self.graph.binary(Op::Mul, centred, powers)?;
+        if let Some(Kept { scale, .. }) = kept.filter(|_| scales_late) {
+            gradient = self.graph.binary(Op::Mul, gradient, scale)?;
+        }
         let scale = self.graph.number(Slot::Scale, Type::Float)?;
         let gradient = self.graph.binary(Op::Mul, gradient, scale)?;
         // dk.

@@ -20,7 +20,7 @@ pub(crate) enum Slot {
     DQuery,
     DKey,
     DValue,
-    /// `<d_out, out>` of each row, in f32.
+    /// `<d_out, out>` of each row, in f32; times [`KeepShare`](Self::KeepShare) where cuDNN's own generator drops.
     Delta,
     /// The gradient of the query while it is summed up, in f32.
     DQuerySum,
@@ -29,8 +29,7 @@ pub(crate) enum Slot {
     Scale,
     /// What is added to the logits: the caller's bias, or what a kernel made of mask and bias.
     Bias,
-    /// Which rows see a key and which keys are seen, where a mask or a bias decides: a byte for each row and head, and for
-    /// each key and key/value head.
+    /// Which rows see a key and which keys are seen, where a mask or a bias decides.
     SeenRows,
     SeenKeys,
     /// Slopes of ALiBi, in f32.
@@ -41,6 +40,11 @@ pub(crate) enum Slot {
     Kept,
     /// What kept probabilities are multiplied by.
     KeepScale,
+    /// One over that.
+    KeepShare,
+    /// Seed and offset of cuDNN's own generator.
+    Seed,
+    Offset,
     /// Negative infinity.
     Nothing,
     One,
@@ -97,8 +101,10 @@ pub(crate) struct Plan {
     /// Bytes that cuDNN needs beside its inputs and outputs.
     pub(crate) workspace: usize,
     slots: Vec<(i64, Slot)>,
+    /// Whether it was built, and not loaded.
+    pub(crate) built: bool,
     /// What the plan was made of.
-    _kept: (Finished, Descriptor),
+    _kept: (Finished, Option<Descriptor>),
 }
 
 /// A cuDNN handle. Not for two threads at once; leaked at exit, since the library may be gone before us.
@@ -165,12 +171,41 @@ impl Plan {
                     Ok(()) => {
                         let workspace = usize::try_from(plan.integer(402)?).unwrap_or(usize::MAX);
                         let slots = graph.slots.clone();
-                        return Ok(Some(Self { plan, workspace, slots, _kept: (graph, all) }));
+                        return Ok(Some(Self {
+                            plan,
+                            workspace,
+                            slots,
+                            built: true,
+                            _kept: (graph, Some(all)),
+                        }));
                     }
                 }
             }
         }
         Ok(None)
+    }
+
+    /// The plan as JSON, with its compiled kernels: for [`load`](Self::load), with the same cuDNN on such a device.
+    pub(crate) fn saved(&self) -> Result<Vec<u8>, CudnnError> {
+        self.plan.read_bytes(405)
+    }
+
+    /// A plan that was saved, of this graph.
+    pub(crate) fn load(
+        cudnn: &Cudnn,
+        handle: &Handle,
+        graph: Finished,
+        saved: &str,
+    ) -> Result<Self, CudnnError> {
+        let mut plan = Descriptor::new(cudnn, 5)?;
+        // The handle first: cuDNN reads it when it is given the text.
+        // SAFETY: a handle of this library.
+        unsafe { plan.pointers(400, kind::HANDLE, &[handle.0])? };
+        plan.text(405, saved)?;
+        plan.finalize("loading a plan")?;
+        let workspace = usize::try_from(plan.integer(402)?).unwrap_or(usize::MAX);
+        let slots = graph.slots.clone();
+        Ok(Self { plan, workspace, slots, built: false, _kept: (graph, None) })
     }
 
     /// What its memory is for.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use attention_core::Unavailable;
 use attention_cuda::cudarc::driver::{CudaSlice, DevicePtr, DriverError};
-use attention_cuda::{CudaDevice, KernelCache, Workspaces};
+use attention_cuda::{CudaDevice, DiskCache, DiskKey, KernelCache, Workspaces};
 
 use crate::backend::NAME;
 use crate::key::Key;
@@ -20,6 +20,9 @@ pub(crate) struct Runtime {
     pub(crate) target: Target,
     pub(crate) kernels: KernelCache,
     pub(crate) workspaces: Workspaces,
+    /// What plans on disk belong to: the device, as its name and capability say.
+    device_kind: String,
+    saved_plans: DiskCache,
     /// Handles that nobody is using.
     handles: Mutex<Vec<Handle>>,
     /// `None` where cuDNN has no engine.
@@ -40,8 +43,11 @@ impl Runtime {
             what: format!("the device does not tell its compute capability: {error}"),
             looked_for: vec![device.device().to_string()],
         })?;
+        let target = Target::of(cudnn.version, capability);
         Ok(Self {
-            target: Target::of(cudnn.version, capability),
+            device_kind: format!("{target}, {}", device.context().name().unwrap_or_default()),
+            saved_plans: DiskCache::new(config.plan_folder.clone()),
+            target,
             device,
             cudnn,
             kernels: KernelCache::new(config.kernel_folder.clone()).wheel_roots(config.wheel_roots.clone()),
@@ -72,16 +78,55 @@ impl Runtime {
         }
         // Not under the lock: building takes up to a second, and two threads that build the same do no harm.
         let started = std::time::Instant::now();
-        let plan =
-            Plan::build(&self.cudnn, Site::Device(handle), pattern::of(&self.cudnn, key)?)?.map(Arc::new);
+        let file = self.file(key);
+        let (plan, how) = match self.load(key, handle, &file) {
+            Some(plan) => (Some(plan), "loaded a cuDNN plan"),
+            None => {
+                let graph = pattern::of(&self.cudnn, key)?;
+                (Plan::build(&self.cudnn, Site::Device(handle), graph)?, "built a cuDNN plan")
+            }
+        };
         tracing::info!(
             pass = %key.pass,
             found = plan.is_some(),
             workspace = plan.as_ref().map_or(0, |plan| plan.workspace),
             ms = started.elapsed().as_secs_f64() * 1e3,
-            "built a cuDNN plan"
+            "{how}"
         );
+        if let Some(plan) = plan.as_ref().filter(|plan| plan.built) {
+            self.save(plan, &file);
+        }
+        let plan = plan.map(Arc::new);
         Ok(lock(&self.plans).entry(key.clone()).or_insert(plan).clone())
+    }
+
+    /// What a plan is known by on disk.
+    fn file(&self, key: &Key) -> DiskKey {
+        // A plan is of a graph, whose operations and numbers are what this source makes of a key.
+        let fields = [&*self.device_kind, env!("CARGO_PKG_VERSION"), pattern::SOURCE, &format!("{key:?}")];
+        DiskKey::new(&format!("cudnn-{}", key.pass), "json", fields)
+    }
+
+    /// A plan that was kept, if cuDNN still takes it.
+    fn load(&self, key: &Key, handle: &Handle, file: &DiskKey) -> Option<Plan> {
+        let saved = self.saved_plans.read(file)?;
+        let plan =
+            pattern::of(&self.cudnn, key).and_then(|graph| Plan::load(&self.cudnn, handle, graph, &saved));
+        plan.inspect_err(|error| tracing::warn!(%error, "a plan from disk was refused, and is built again"))
+            .ok()
+    }
+
+    fn save(&self, plan: &Plan, file: &DiskKey) {
+        if !self.saved_plans.is_kept() {
+            return;
+        }
+        match plan.saved() {
+            Ok(bytes) => match String::from_utf8(bytes) {
+                Ok(text) => self.saved_plans.write(file, &text),
+                Err(error) => tracing::debug!(%error, "a plan was not kept"),
+            },
+            Err(error) => tracing::debug!(%error, "a plan was not kept"),
+        }
     }
 
     /// An array on the device.

@@ -119,6 +119,7 @@ fn limit(what: impl Into<String>, value: impl ToString, limit: impl Into<String>
 pub(crate) fn check(
     capabilities: &Capabilities,
     target: Target,
+    config: &CudnnConfig,
     problem: &Problem,
 ) -> Result<(), Unsupported> {
     capabilities.check(NAME, problem)?;
@@ -196,6 +197,10 @@ pub(crate) fn check(
         // Gradients of a batch row without keys are left unwritten.
         let what = "key lengths with dropout in backward";
         return Err(limit(what, format!("0 in batch row {batch}"), "of at least 1"));
+    }
+    if config.own_dropout && problem.dropout().is_some() && problem.has(Role::DSinks) {
+        // They are computed of the row terms that cuDNN leaves, which are others then.
+        return Err(limit("dsinks with dropout", "cuDNN's own dropout", "the published stream"));
     }
     if problem.has(Role::Sinks) && problem.pass() == Pass::Forward {
         if target.version < [9, 13, 0] {

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, ForwardCall, ForwardOutputs,
-    Gradients, Inputs, Problem, TensorDesc, View, philox4x32_10,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, TensorDesc, View, philox4x32_10,
 };
 use attention_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use attention_cuda::{CudaDevice, DeviceTensor};
@@ -40,17 +40,22 @@ struct Step {
 
 impl Step {
     fn new(device: &CudaDevice, shape: [usize; 4], causal: bool, seed: u64) -> Result<Self> {
+        Self::with(device, shape, |problem| problem.causal(causal), seed)
+    }
+
+    fn with(
+        device: &CudaDevice,
+        shape: [usize; 4],
+        options: impl Fn(ProblemBuilder) -> ProblemBuilder,
+        seed: u64,
+    ) -> Result<Self> {
         let desc = TensorDesc::contiguous(DType::Bf16, shape);
         let [b, t, n, _] = shape;
         let lse = TensorDesc::contiguous(DType::F32, [b, t, n]);
-        let forward =
-            Problem::builder(desc, desc, desc).device(device.device()).causal(causal).lse(true).build()?;
+        let problem = || options(Problem::builder(desc, desc, desc).device(device.device()));
+        let forward = problem().lse(true).build()?;
         let wanted = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
-        let backward = Problem::builder(desc, desc, desc)
-            .device(device.device())
-            .causal(causal)
-            .gradients(wanted)
-            .build()?;
+        let backward = problem().gradients(wanted).build()?;
         let send = |index: u64| -> Result<DeviceTensor> {
             let data = numbers(seed + index, shape.iter().product());
             Ok(DeviceTensor::from_host(device, View::from_slice(&data, shape)?)?)
@@ -182,4 +187,167 @@ fn threads_and_streams_do_not_disturb_each_other() -> Result {
             Err(panic) => std::panic::resume_unwind(panic),
         })
     })
+}
+
+#[test]
+#[ignore = "needs a GPU with cuDNN"]
+fn plans_from_disk_compute_the_same_and_damaged_ones_are_built_again() -> Result {
+    let device = device()?;
+    let folder = std::env::temp_dir().join(format!("attention-cudnn-plans-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&folder);
+    let run = || -> Result<Vec<Vec<bf16>>> {
+        let backend = CudnnBackend::on(device.clone(), CudnnConfig::default().plan_folder(&folder));
+        let mut step = Step::new(&device, [2, 130, 3, 64], true, 1)?;
+        for problem in [&step.forward, &step.backward] {
+            let started = std::time::Instant::now();
+            backend.prepare(problem)?;
+            println!("{}: prepared in {:?}", problem.pass(), started.elapsed());
+        }
+        step.run(&backend)?;
+        step.results()
+    };
+    let files = || -> Result<Vec<std::path::PathBuf>> {
+        let mut files: Vec<_> =
+            std::fs::read_dir(&folder)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+        files.sort();
+        Ok(files)
+    };
+    let built = run()?;
+    let kept = files()?;
+    assert_eq!(kept.len(), 2, "{kept:?}");
+    let texts = || kept.iter().map(std::fs::read).collect::<std::io::Result<Vec<_>>>();
+    let whole = texts()?;
+    assert_same(&run()?, &built, "loaded");
+    assert_eq!(texts()?, whole, "loading writes nothing");
+    for (file, text) in kept.iter().zip(&whole) {
+        std::fs::write(file, &text[..text.len() / 2])?;
+    }
+    assert_same(&run()?, &built, "built again");
+    assert_eq!(files()?, kept);
+    assert!(texts()?.iter().zip(&whole).all(|(now, then)| now.len() == then.len()), "kept again");
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+/// Rows of a matrix `[T, H]` of one head in a tensor `[1, T, N, H]`, in f64.
+fn head(data: &[bf16], [_, length, heads, width]: [usize; 4], head: usize) -> Vec<Vec<f64>> {
+    let row = |t: usize| &data[(t * heads + head) * width..][..width];
+    (0..length).map(|t| row(t).iter().map(|x| x.to_f64()).collect()).collect()
+}
+
+fn dot(one: &[f64], other: &[f64]) -> f64 {
+    one.iter().zip(other).map(|(a, b)| a * b).sum()
+}
+
+/// `sum over j of weights[j] * rows[j]`.
+fn combined(weights: impl Iterator<Item = f64>, rows: &[Vec<f64>]) -> Vec<f64> {
+    let mut sum = vec![0.0; rows[0].len()];
+    for (weight, row) in weights.zip(rows) {
+        sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += weight * x);
+    }
+    sum
+}
+
+/// Softmax of scaled products.
+fn probabilities(query: &[Vec<f64>], key: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let scale = 1.0 / (query[0].len() as f64).sqrt();
+    let row = |q: &Vec<f64>| {
+        let powers: Vec<f64> = key.iter().map(|k| (scale * dot(q, k)).exp()).collect();
+        let sum: f64 = powers.iter().sum();
+        powers.iter().map(|power| power / sum).collect()
+    };
+    query.iter().map(row).collect()
+}
+
+/// cuDNN does not say which probabilities its own generator keeps. With the identity in the place of the values the output
+/// is the probabilities, so that it shows; the gradients are then what they must be with just those.
+#[test]
+#[ignore = "needs a GPU with cuDNN"]
+fn own_dropout_keeps_the_same_in_both_passes() -> Result {
+    let device = device()?;
+    let backend = CudnnBackend::on(device.clone(), CudnnConfig::default().own_dropout(true));
+    // As many keys as the values are wide.
+    let (shape, rate) = ([1, 64, 2, 64], 0.25);
+    let [_, length, heads, width] = shape;
+    let step = |seed, offset, data| {
+        let dropout = Dropout::new(rate, seed).with_offset(offset);
+        Step::with(&device, shape, |problem| problem.dropout(dropout), data)
+    };
+    let identity =
+        |index: usize| bf16::from_f32(if index / (heads * width) == index % width { 1.0 } else { 0.0 });
+    let identity: Vec<bf16> = (0..length * heads * width).map(identity).collect();
+    let weights = |seed, offset| -> Result<Vec<bf16>> {
+        let mut step = step(seed, offset, 1)?;
+        step.inputs[2].replace(View::from_slice(&identity, shape)?)?;
+        step.run(&backend)?;
+        Ok(step.results()?.swap_remove(0))
+    };
+    let dropped = |weights: &[bf16]| weights.iter().map(|x| x.to_f32() == 0.0).collect::<Vec<bool>>();
+    let seen = weights(5, 0)?;
+    let mask = dropped(&seen);
+    let share =
+        |bits: &mut dyn Iterator<Item = bool>| bits.filter(|&bit| bit).count() as f64 / mask.len() as f64;
+    // Within five deviations of 8192 draws.
+    let lost = share(&mut mask.iter().copied());
+    assert!((lost - rate).abs() < 0.024, "{lost} are dropped");
+    assert_eq!(weights(5, 0)?, seen, "the same call");
+    for (seed, offset) in [(5, 1), (6, 0)] {
+        let other = dropped(&weights(seed, offset)?);
+        let apart = share(&mut mask.iter().zip(&other).map(|(a, b)| a != b));
+        assert!(
+            (apart - 2.0 * rate * (1.0 - rate)).abs() < 0.027,
+            "seed {seed}, offset {offset}: {apart} differ"
+        );
+    }
+
+    let mut step = step(5, 0, 1)?;
+    step.run(&backend)?;
+    let results = step.results()?;
+    let inputs: Vec<Vec<bf16>> = step
+        .inputs
+        .iter()
+        .map(|tensor| Ok(tensor.to_vec::<bf16>()?.ok_or("bf16")?))
+        .collect::<Result<_>>()?;
+    for n in 0..heads {
+        let [query, key, value, d_out] = [0, 1, 2, 3].map(|index| head(&inputs[index], shape, n));
+        let p = probabilities(&query, &key);
+        let kept =
+            |t: usize, s: usize| if mask[(t * heads + n) * width + s] { 0.0 } else { 1.0 / (1.0 - rate) };
+        let shown = head(&seen, shape, n);
+        for (t, row) in p.iter().enumerate() {
+            for (s, p) in row.iter().enumerate() {
+                let want = kept(t, s) * p;
+                assert!(
+                    (shown[t][s] - want).abs() <= 0.01 * want + 1e-6,
+                    "{t}, {s}: {} for {want}",
+                    shown[t][s]
+                );
+            }
+        }
+        let out: Vec<_> =
+            (0..length).map(|t| combined((0..length).map(|s| kept(t, s) * p[t][s]), &value)).collect();
+        let gradient: Vec<Vec<f64>> = (0..length)
+            .map(|t| {
+                let delta = dot(&d_out[t], &out[t]);
+                (0..length).map(|s| p[t][s] * (kept(t, s) * dot(&d_out[t], &value[s]) - delta)).collect()
+            })
+            .collect();
+        let scale = 1.0 / (width as f64).sqrt();
+        let scaled = |rows: Vec<Vec<f64>>| -> Vec<Vec<f64>> {
+            rows.into_iter().map(|row| row.into_iter().map(|x| x * scale).collect()).collect()
+        };
+        let dq = (0..length).map(|t| combined(gradient[t].iter().copied(), &key)).collect();
+        let dk = (0..length).map(|s| combined((0..length).map(|t| gradient[t][s]), &query)).collect();
+        let dv = (0..length).map(|s| combined((0..length).map(|t| kept(t, s) * p[t][s]), &d_out)).collect();
+        let wanted = [("output", out), ("dq", scaled(dq)), ("dk", scaled(dk)), ("dv", dv)];
+        for ((what, want), got) in wanted.into_iter().zip(&results) {
+            let got = head(got, shape, n);
+            let largest = want.iter().flatten().fold(0.0, |most: f64, x| most.max(x.abs()));
+            let apart = want.iter().flatten().zip(got.iter().flatten()).map(|(a, b)| (a - b).abs());
+            // A number that is not one counts as apart.
+            let apart = apart.fold(0.0, |most: f64, x| if x <= most { most } else { x });
+            assert!(apart < 0.02 * largest, "{what} of head {n} is {apart} apart, of {largest}");
+        }
+    }
+    Ok(())
 }

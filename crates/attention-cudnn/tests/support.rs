@@ -155,9 +155,9 @@ fn scratch_of_a_mask_is_one_tensor_and_what_it_marks() {
         backend.scratch_bytes(&problem.build().expect("valid")).expect("served")
     };
     let rows = 2 * 4 * 128;
-    // The logsumexp, copies of keys and values, bf16 in rows of 104 keys, a byte a row and a byte a key.
+    // The logsumexp, copies of keys and values, bf16 in rows of 104 keys, a byte a row and a byte a key for all heads.
     let operands = 2 * (2 * 100 * 4 * 64 * 2);
-    let (made, seen) = (2 * 128 * 104 * 2, rows + 2 * 4 * 100);
+    let (made, seen) = (2 * 128 * 104 * 2, 2 * 128 + 2 * 104);
     assert_eq!(of(CudnnConfig::default()), 4 * rows + operands + made + seen);
 }
 

@@ -82,67 +82,161 @@ struct Structure {
     long long left, right;
 };
 
-// `to[b, n, t, j] = mask ? bias - slope * |t + position - j| : masked`; what is behind a row's keys is zero. What lies where
-// the mask is false does not matter: it is not read.
+// Which rows and keys take part at all, bytes that are zero before: `rows` [B, N, T] and `keys` [B, K, row], both with one
+// head where the bias has one.
+struct Seen {
+    unsigned char *rows, *keys;
+};
+
+// Neighbouring keys of a thread, and rows of a block.
+constexpr int OWN = 8, STRIP = 16;
+
+// The `OWN` elements from `from` on, `stride` apart; 0 for those behind `count`.
+__device__ inline void load_own(float *to, const void *from, int element, long long start, long long stride, int count) {
+    const char *at = static_cast<const char *>(from) + start * (element == F64 ? 8 : element == F32 ? 4 : 2);
+    const bool aligned = (reinterpret_cast<unsigned long long>(at) & 15) == 0;
+    if (stride == 1 && count == OWN && aligned && element != F64) {
+        if (element == F32) {
+            const float4 low = *reinterpret_cast<const float4 *>(at), high = *reinterpret_cast<const float4 *>(at + 16);
+            to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+            to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+            return;
+        }
+        const uint4 words = *reinterpret_cast<const uint4 *>(at);
+        const unsigned int pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int own = 0; own < OWN; ++own) {
+            const unsigned short bits = (unsigned short)(pairs[own / 2] >> (own % 2 * 16));
+            to[own] = element == F16 ? float_of_half(bits) : __int_as_float((int)bits << 16);
+        }
+        return;
+    }
+#pragma unroll
+    for (int own = 0; own < OWN; ++own) to[own] = own < count ? load(from, start + own * stride, element) : 0.0f;
+}
+
+// A bit for each of the `OWN` bytes of a mask from `from` on that is not zero; none for those behind `count`.
+__device__ inline unsigned int load_own_mask(const unsigned char *from, long long stride, int count) {
+    unsigned int bits = 0;
+    if (stride == 1 && count == OWN && (reinterpret_cast<unsigned long long>(from) & 7) == 0) {
+        const uint2 words = *reinterpret_cast<const uint2 *>(from);
+#pragma unroll
+        for (int own = 0; own < OWN; ++own) {
+            const unsigned int byte = (own < 4 ? words.x : words.y) >> (own % 4 * 8) & 0xFFu;
+            bits |= (unsigned int)(byte != 0) << own;
+        }
+        return bits;
+    }
+#pragma unroll
+    for (int own = 0; own < OWN; ++own) {
+        if (own < count) bits |= (unsigned int)(from[own * stride] != 0) << own;
+    }
+    return bits;
+}
+
+__device__ inline void store_own(void *to, long long start, int element, const float *values) {
+    if (element == F32) {
+        float4 *at = reinterpret_cast<float4 *>(static_cast<float *>(to) + start);
+        at[0] = make_float4(values[0], values[1], values[2], values[3]);
+        at[1] = make_float4(values[4], values[5], values[6], values[7]);
+        return;
+    }
+    unsigned int pairs[4];
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        pairs[pair] = bf16_of_float(values[2 * pair]) | (unsigned int)bf16_of_float(values[2 * pair + 1]) << 16;
+    }
+    *reinterpret_cast<uint4 *>(static_cast<unsigned short *>(to) + start) =
+        make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+// The bits of the keys from `first` to `end` among the `OWN` keys from `key` on.
+__device__ inline unsigned int own_between(long long key, long long first, long long end) {
+    const int low = (int)min(max(first - key, 0ll), (long long)OWN);
+    const int high = (int)min(max(end - key, 0ll), (long long)OWN);
+    return (1u << high) - 1u & ~((1u << low) - 1u);
+}
+
+// `to[b, n, t, j] = mask ? bias - slope * |t + position - j| : masked`; what is behind a row's keys is zero.
 //
 // The libraries that this is for compute NaN from infinities, so a logit that takes no part is the finite `masked`, and
 // other values are at least `least`, which is far above it.
 //
-// Beside it, which rows and keys take part at all: `seen_rows` [B, N, T] and `seen_keys` [B, K, S], bytes; the latter are zero
-// before. One block a row of the bias, for every position even where the bias has one row for all of them.
+// Beside it, which rows and keys take part. One block `STRIP` rows of a batch row and head of the bias (blockIdx.x), for every
+// position even where the bias has one row for all of them, and `OWN` keys a thread (blockIdx.y).
 extern "C" __global__ void attention_make_bias(
-    MadeBias made, Terms terms, Structure structure, unsigned char *seen_rows, unsigned char *seen_keys,
+    MadeBias made, Terms terms, Structure structure, Seen seen,
     long long batch, long long heads, long long group, long long positions) {
-    const long long t = blockIdx.x % positions;
-    const long long n = blockIdx.x / positions % made.heads;
-    const long long b = blockIdx.x / positions / made.heads;
-    // The batch rows and heads that this row stands for.
-    const long long first_batch = made.batch == 1 ? 0 : b, end_batch = made.batch == 1 ? batch : b + 1;
-    const long long first_head = made.heads == 1 ? 0 : n, end_head = made.heads == 1 ? heads : n + 1;
-    const long long key_heads = heads / group;
-    const long long own = made.positions == 1 ? 0 : t;
-    const bool writes = made.positions > 1 || t == 0;
-    const long long start = ((b * made.heads + n) * made.positions + own) * made.row;
-    const auto alive = [&](long long key, float *value) {
-        const long long index[4] = {b, n, own, key};
-        *value = 0.0f;
-        const bool seen = terms.mask == nullptr || terms.mask[offset(terms.mask_strides, index)] != 0;
-        if (!seen) return false;
-        if (terms.bias != nullptr) *value = load(terms.bias, offset(terms.bias_strides, index), terms.bias_element);
-        if (terms.slopes != nullptr) {
-            const long long distance = t + structure.positions[b] - key;
-            const float slope = terms.slopes[b * terms.slopes_batch + n];
-            *value -= slope * (float)(distance < 0 ? -distance : distance);
+    const long long strips = (positions + STRIP - 1) / STRIP;
+    const long long first_row = blockIdx.x % strips * STRIP;
+    const long long n = blockIdx.x / strips % made.heads;
+    const long long b = blockIdx.x / strips / made.heads;
+    const long long key = (blockIdx.y * (long long)blockDim.x + threadIdx.x) * OWN;
+    const int count = (int)min(max(made.keys - key, 0ll), (long long)OWN);
+    // Which of a row's keys take part, but for structure: a byte a row.
+    unsigned int alive[STRIP / 4] = {};
+#pragma unroll
+    for (int row = 0; row < STRIP; ++row) {
+        const long long t = first_row + row, own_row = made.positions == 1 ? 0 : t;
+        if (t >= positions || key >= made.row) continue;
+        unsigned int bits = (1u << count) - 1u;
+        if (terms.mask != nullptr) {
+            const long long index[4] = {b, n, own_row, key};
+            bits &= load_own_mask(terms.mask + offset(terms.mask_strides, index), terms.mask_strides.of[3], count);
         }
-        // Not a number stays what it is.
-        return !(*value == __int_as_float(0xff800000));
-    };
-    if (writes) {
-        for (long long key = threadIdx.x; key < made.row; key += blockDim.x) {
-            float value = 0.0f;
-            if (key < made.keys && !alive(key, &value)) value = made.masked;
-            else if (value < made.least) value = made.least;
-            store(made.to, start + key, made.element, value);
+        float values[OWN] = {};
+        if (terms.bias != nullptr) {
+            const long long index[4] = {b, n, own_row, key};
+            const long long start = offset(terms.bias_strides, index);
+            load_own(values, terms.bias, terms.bias_element, start, terms.bias_strides.of[3], count);
+        }
+        if (terms.slopes != nullptr) {
+            const float slope = terms.slopes[b * terms.slopes_batch + n];
+            const long long distance = t + structure.positions[b] - key;
+#pragma unroll
+            for (int own = 0; own < OWN; ++own) values[own] -= slope * fabsf((float)(distance - own));
+        }
+#pragma unroll
+        for (int own = 0; own < OWN; ++own) {
+            // Not a number stays what it is.
+            if (values[own] == __int_as_float(0xff800000)) bits &= ~(1u << own);
+            const float value = values[own] < made.least ? made.least : values[own];
+            values[own] = own >= count ? 0.0f : bits >> own & 1u ? value : made.masked;
+        }
+        alive[row / 4] |= bits << (row % 4 * 8);
+        if (made.positions > 1 || t == 0) {
+            const long long start = ((b * made.heads + n) * made.positions + own_row) * made.row + key;
+            store_own(made.to, start, made.element, values);
         }
     }
+    // The batch rows and heads that these rows stand for.
+    const long long first_batch = made.batch == 1 ? 0 : b, end_batch = made.batch == 1 ? batch : b + 1;
+    const long long key_heads = made.heads == 1 ? 1 : heads / group;
     for (long long at = first_batch; at < end_batch; ++at) {
-        const long long position = t + structure.positions[at];
-        long long first = max((long long)structure.keys[2 * at], position - structure.left);
-        long long end = min((long long)structure.keys[2 * at + 1], position + structure.right + 1);
-        if (t < structure.rows[2 * at] || t >= structure.rows[2 * at + 1]) end = first;
-        bool any = false;
-        for (long long key = first + threadIdx.x; key < end; key += blockDim.x) {
-            float value;
-            if (!alive(key, &value)) continue;
-            any = true;
-            // Others may write the same at the same time.
-            for (long long head = first_head / group; head * group < end_head; ++head) {
-                seen_keys[(at * key_heads + head) * made.keys + key] = 1;
+        const long long first_key = structure.keys[2 * at], end_key = structure.keys[2 * at + 1];
+        unsigned int any = 0;
+#pragma unroll
+        for (int row = 0; row < STRIP; ++row) {
+            const long long t = first_row + row, position = t + structure.positions[at];
+            const long long first = max(first_key, position - structure.left);
+            const long long end = min(end_key, position + structure.right + 1);
+            unsigned int bits = alive[row / 4] >> (row % 4 * 8) & own_between(key, first, end);
+            if (t < structure.rows[2 * at] || t >= structure.rows[2 * at + 1]) bits = 0;
+            any |= bits;
+            // Others may write the same at the same time, here and below.
+            if (__any_sync(0xFFFFFFFFu, bits != 0) && threadIdx.x % 32 == 0) {
+                seen.rows[(at * made.heads + n) * positions + t] = 1;
             }
         }
-        any = __syncthreads_or(any);
-        for (long long head = first_head + threadIdx.x; head < end_head; head += blockDim.x) {
-            seen_rows[(at * heads + head) * positions + t] = any ? 1 : 0;
+        if (any == 0) continue;
+        unsigned int *flags =
+            reinterpret_cast<unsigned int *>(seen.keys + (at * key_heads + n / (heads / key_heads)) * made.row + key);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const unsigned int four = any >> (half * 4) & 0xFu;
+            const unsigned int bytes = four & 1u | (four & 2u) << 7 | (four & 4u) << 14 | (four & 8u) << 21;
+            // Most blocks find what earlier ones wrote.
+            if ((flags[half] & bytes) != bytes) atomicOr(flags + half, bytes);
         }
     }
 }
@@ -173,21 +267,19 @@ __device__ inline uint4 philox(uint4 counter, uint2 key) {
 }
 
 // 1 where a probability is kept, else 0, in a dtype of two bytes whose 1 is `one`: `[rows, positions]` rows of
-// `blocks` times eight keys. One thread eight keys.
+// `blocks` times eight keys. One thread eight keys; blockDim.y rows a block.
 extern "C" __global__ void attention_keep_mask(
     uint4 *to, unsigned int one, long long rows, long long positions, long long blocks,
     unsigned int threshold, unsigned int key0, unsigned int key1, unsigned int stream_offset) {
-    const long long count = rows * positions * blocks;
-    const long long step = gridDim.x * (long long)blockDim.x;
-    for (long long at = blockIdx.x * (long long)blockDim.x + threadIdx.x; at < count; at += step) {
-        const uint4 counter = make_uint4(
-            (unsigned int)(at % blocks), (unsigned int)(at / blocks % positions),
-            (unsigned int)(at / blocks / positions), stream_offset);
-        const uint4 words = philox(counter, make_uint2(key0, key1));
+    const long long at = blockIdx.x * (long long)blockDim.y + threadIdx.y;
+    if (at >= rows * positions) return;
+    const unsigned int position = (unsigned int)(at % positions), row = (unsigned int)(at / positions);
+    for (long long block = threadIdx.x; block < blocks; block += blockDim.x) {
+        const uint4 words = philox(make_uint4((unsigned int)block, position, row, stream_offset), make_uint2(key0, key1));
         const auto pair = [&](unsigned int word) {
             return ((word & 0xFFFFu) >= threshold ? one : 0u) | ((word >> 16) >= threshold ? one << 16 : 0u);
         };
-        to[at] = make_uint4(pair(words.x), pair(words.y), pair(words.z), pair(words.w));
+        to[at * blocks + block] = make_uint4(pair(words.x), pair(words.y), pair(words.z), pair(words.w));
     }
 }
 

@@ -94,7 +94,9 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         }
     };
     let config = CudnnConfig::default().rounds_group_gradients(true);
-    let offline = Offline::new(config, &properties, arguments.capability)?;
+    let offline = Offline::new(config.clone(), &properties, arguments.capability)?;
+    // Dropout has a second form, which only its configuration asks for.
+    let own_dropout = Offline::new(config.own_dropout(true), &properties, arguments.capability)?;
     println!("{}", offline.target());
     let mut suite = Suite::new();
     if let Some(filter) = &arguments.filter {
@@ -124,15 +126,21 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
                 if !arguments.all && !kinds.insert((dtype, pass, kind)) || !asked.insert(problem.clone()) {
                     continue;
                 }
-                match offline.ask(&problem) {
-                    Ok(Answer::Accepted { .. }) => accepted += 1,
-                    Ok(_) => {
-                        failed += 1;
-                        println!("{}: no engine for {problem}", case.name);
-                    }
-                    Err(error) => {
-                        failed += 1;
-                        println!("{}: {error} for {problem}", case.name);
+                let second = problem.dropout().map(|_| &own_dropout);
+                for asked in
+                    [&offline].into_iter().chain(second).filter(|asked| asked.serves(&problem).is_ok())
+                {
+                    let how = if std::ptr::eq(asked, &own_dropout) { " by cuDNN's own dropout" } else { "" };
+                    match asked.ask(&problem) {
+                        Ok(Answer::Accepted { .. }) => accepted += 1,
+                        Ok(_) => {
+                            failed += 1;
+                            println!("{}: no engine for {problem}{how}", case.name);
+                        }
+                        Err(error) => {
+                            failed += 1;
+                            println!("{}: {error} for {problem}{how}", case.name);
+                        }
                     }
                 }
             }

@@ -116,11 +116,11 @@ pub(super) fn run(
     json: Option<&Path>,
 ) -> crate::Result<bool> {
     let device = CudaDevice::new("cudnn", 0)?;
-    let backends: Vec<Arc<dyn AttentionBackend>> = on_device(&device)
+    let backends: Vec<(&str, Arc<dyn AttentionBackend>)> = on_device(&device)
         .into_iter()
-        .filter(|backend| backends.is_empty() || backends.iter().any(|name| name == backend.name()))
+        .filter(|(_, backend)| backends.is_empty() || backends.iter().any(|name| name == backend.name()))
         .collect();
-    for backend in &backends {
+    for (_, backend) in &backends {
         backend.available()?;
     }
     let mut peer = match peer.map(Peer::start).transpose() {
@@ -146,9 +146,10 @@ pub(super) fn run(
             None => measured.push((name.to_owned(), vec![times])),
         };
         for _ in 0..repeats {
-            for backend in &backends {
-                if backend.supports(data.problem()).is_ok() {
-                    add(backend.name(), Call::new(&mut data, &**backend)?.time(case.calls)?);
+            for (name, backend) in &backends {
+                let differs = *name != OWN_DROPOUT || case.terms == Terms::Dropout;
+                if differs && backend.supports(data.problem()).is_ok() {
+                    add(name, Call::new(&mut data, &**backend)?.time(case.calls)?);
                 }
             }
             for path in PATHS {
@@ -172,12 +173,17 @@ pub(super) fn run(
     Ok(true)
 }
 
-/// The backends for memory of a device.
-fn on_device(device: &CudaDevice) -> Vec<Arc<dyn AttentionBackend>> {
+/// cuDNN with its own dropout, as torch's path has it: measured where there is dropout.
+const OWN_DROPOUT: &str = "cudnn-own-dropout";
+
+/// The backends for memory of a device, and what they are called here.
+fn on_device(device: &CudaDevice) -> Vec<(&'static str, Arc<dyn AttentionBackend>)> {
     let cudnn = CudnnConfig::default().rounds_group_gradients(true).finite_bias(true);
+    let own_dropout = cudnn.clone().own_dropout(true);
     vec![
-        Arc::new(CudnnBackend::on(device.clone(), cudnn)),
-        Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())),
+        ("cudnn", Arc::new(CudnnBackend::on(device.clone(), cudnn))),
+        (OWN_DROPOUT, Arc::new(CudnnBackend::on(device.clone(), own_dropout))),
+        ("chunked-cuda", Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default()))),
     ]
 }
 

@@ -1,0 +1,98 @@
+//! What the facade chooses by itself on a device, as a backend: so that the suite can be run on the choice, with and without
+//! the libraries that it chooses among.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use attention::{Attention, Implementation, Registry, Selection};
+use attention_core::{
+    AttentionBackend, BackwardCall, Capabilities, Error, ForwardCall, LentScratch, Problem, Scratch,
+    Unavailable, Unsupported,
+};
+
+/// Its name.
+pub(crate) const NAME: &str = "auto-cuda";
+
+/// Calls whatever `Auto` selects for each problem. Prints at last who ran how many calls.
+#[derive(Debug)]
+pub(crate) struct Auto {
+    registry: Registry,
+    /// Of a backend that serves whatever any of them serves.
+    capabilities: Capabilities,
+    /// How many, by name and pass.
+    calls: Mutex<BTreeMap<(String, String), usize>>,
+}
+
+impl Auto {
+    /// Among these, of which `widest` serves whatever any of them serves.
+    pub(crate) fn new(registry: Registry, widest: &dyn AttentionBackend) -> Self {
+        Self { registry, capabilities: widest.capabilities().clone(), calls: Mutex::default() }
+    }
+
+    fn select(&self, problem: &Problem) -> Result<Selection, Unsupported> {
+        let attention = Attention::new().registry(&self.registry).implementation(Implementation::Auto);
+        attention.select(problem).map_err(|error| Unsupported::Limit {
+            backend: NAME.to_owned(),
+            what: "an implementation that serves the call".to_owned(),
+            value: error.to_string(),
+            limit: "at hand".to_owned(),
+        })
+    }
+
+    fn selected_for(&self, problem: &Problem) -> Result<Selection, Error> {
+        let selection = self.select(problem)?;
+        let who = (selection.backend().name().to_owned(), problem.pass().to_string());
+        *self.calls.lock().unwrap_or_else(PoisonError::into_inner).entry(who).or_default() += 1;
+        Ok(selection)
+    }
+}
+
+impl Drop for Auto {
+    fn drop(&mut self) {
+        for ((name, pass), count) in self.calls.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            println!("{NAME}: {name} ran {count} {pass} calls");
+        }
+    }
+}
+
+impl AttentionBackend for Auto {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn version(&self) -> &str {
+        env!("CARGO_PKG_VERSION")
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    /// Where any of them is.
+    fn available(&self) -> Result<(), Unavailable> {
+        let mut answers = self.registry.backends().iter().map(|backend| backend.available());
+        let first = answers.next().unwrap_or(Ok(()));
+        if first.is_err() && answers.any(|answer| answer.is_ok()) { Ok(()) } else { first }
+    }
+
+    fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
+        self.select(problem).map(|_| ())
+    }
+
+    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
+        self.select(problem).map(|selection| selection.scratch_bytes())
+    }
+
+    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
+        Err(Unsupported::LentScratch { backend: NAME.to_owned(), device: problem.device(), needed: bytes }
+            .into())
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.selected_for(call.problem())?.backend().forward(call, scratch)
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.selected_for(call.problem())?.backend().backward(call, scratch)
+    }
+}
