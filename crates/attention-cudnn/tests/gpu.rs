@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, TensorDesc, View, philox4x32_10,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, Error, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, TensorDesc, Unsupported, View, philox4x32_10,
 };
 use attention_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use attention_cuda::{CudaDevice, DeviceTensor};
@@ -226,6 +226,95 @@ fn plans_from_disk_compute_the_same_and_damaged_ones_are_built_again() -> Result
     assert_eq!(files()?, kept);
     assert!(texts()?.iter().zip(&whole).all(|(now, then)| now.len() == then.len()), "kept again");
     std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+/// What a call failed with.
+fn error_of(result: Result) -> Result<Error> {
+    match result {
+        Ok(()) => Err("it succeeded".into()),
+        Err(error) => Ok(*error.downcast::<Error>()?),
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU with cuDNN"]
+fn faults_are_errors_and_later_calls_work() -> Result {
+    let device = device()?;
+    let backend = CudnnBackend::on(device.clone(), CudnnConfig::default());
+    let shape = [1, 64, 2, 64];
+    let mut step = Step::new(&device, shape, false, 1)?;
+    step.run(&backend)?;
+    let want = step.results()?;
+
+    let limited = CudnnBackend::on(device.clone(), CudnnConfig::default().workspace_limit(0));
+    let error = error_of(step.run(&limited))?;
+    assert!(matches!(error, Error::Unsupported(Unsupported::ScratchLimit { limit: 0, .. })), "{error}");
+
+    let greedy = CudnnBackend::on(device.clone(), CudnnConfig::default().workspace_limit(usize::MAX));
+    let error = greedy.lend_scratch(&step.forward, 1 << 46).err().ok_or("64 TB were lent")?;
+    assert!(matches!(error, Error::Backend(_)), "{error}");
+
+    // Eight bytes further than the tensor begins, so a row less fits.
+    let desc = TensorDesc::contiguous(DType::Bf16, [1, 63, 2, 64]);
+    let problem = Problem::builder(desc, desc, desc).device(device.device()).build()?;
+    let [query, key, value] = [0, 1, 2].map(|index| {
+        let pointer = step.inputs[index].view().map(|view| view.as_ptr())?;
+        let pointer = if index == 0 { pointer.wrapping_add(8) } else { pointer };
+        // SAFETY: inside the tensor, which outlives the call.
+        unsafe { View::from_raw_parts(pointer, device.device(), desc) }
+    });
+    let mut out = DeviceTensor::filled(&device, desc, 0xff)?;
+    let outputs = ForwardOutputs { out: out.view_mut()?, lse: None };
+    let call = ForwardCall::new(&problem, Inputs::new(query?, key?, value?), outputs)?;
+    let error = backend.forward(call, attention_core::Scratch::none(device.device()));
+    let error = error.err().ok_or("a misaligned call ran")?;
+    assert!(error.to_string().contains("a multiple of 16 bytes"), "{error}");
+    assert!(out.bytes()?.iter().all(|&byte| byte == 0xff), "nothing was written");
+
+    let elsewhere = step.forward.to_builder().device(attention_core::Device::Cuda(7)).build()?;
+    let error = backend.supports(&elsewhere).err().ok_or("another device")?;
+    assert!(error.to_string().contains("cuda:7"), "{error}");
+
+    step.run(&backend)?;
+    assert_same(&step.results()?, &want, "after the faults");
+    Ok(())
+}
+
+/// A kernel that reads what it may not ends the context for the whole process, so it happens in another one.
+#[test]
+#[ignore = "needs a GPU with cuDNN"]
+fn a_lost_context_is_an_error() -> Result {
+    const CHILD: &str = "ATTENTION_TEST_LOSES_ITS_CONTEXT";
+    if std::env::var_os(CHILD).is_none() {
+        let this = ["--ignored", "--exact", "a_lost_context_is_an_error", "--nocapture"];
+        let child =
+            std::process::Command::new(std::env::current_exe()?).args(this).env(CHILD, "1").output()?;
+        let said = String::from_utf8_lossy(&child.stderr);
+        assert!(child.status.success() && !said.contains("panicked"), "{}: {said}", child.status);
+        return Ok(());
+    }
+    let device = device()?;
+    let backend = CudnnBackend::on(device.clone(), CudnnConfig::default());
+    let mut step = Step::new(&device, [1, 64, 2, 64], false, 1)?;
+    step.run(&backend)?;
+    let desc = step.inputs[0].desc();
+    let nowhere = std::ptr::with_exposed_provenance(1 << 20);
+    // SAFETY: none: nothing is there, which is what is tried, in a process of its own.
+    let query = unsafe { View::from_raw_parts(nowhere, device.device(), desc) }?;
+    let problem = step.forward.to_builder().lse(false).build()?;
+    let outputs = ForwardOutputs { out: step.out.view_mut()?, lse: None };
+    let inputs = Inputs::new(query, step.inputs[1].view()?, step.inputs[2].view()?);
+    let started = backend.forward(
+        ForwardCall::new(&problem, inputs, outputs)?,
+        attention_core::Scratch::none(device.device()),
+    );
+    println!("the call itself: {started:?}");
+    let lost = device.stream().synchronize();
+    assert!(lost.is_err(), "reading address 2^20 went well");
+    let error = error_of(step.run(&backend))?;
+    assert!(matches!(error, Error::Backend(_)), "{error}");
+    println!("afterwards: {error}");
     Ok(())
 }
 
