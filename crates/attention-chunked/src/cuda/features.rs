@@ -30,6 +30,7 @@ impl Features {
         // The maximum of products times a scale is the scale times their maximum only for a scale above 0.
         let natural = present & !Self::DROPOUT != 0 || problem.scale() <= 0.0;
         match present.count_ones() {
+            1 if present == Self::ALIBI && is_far(problem) => Self(Self::ALL),
             0 | 1 => Self(present | if natural { Self::NATURAL } else { 0 }),
             _ => Self(Self::ALL),
         }
@@ -65,6 +66,14 @@ impl Features {
             _ => ANY_STRIDE,
         }
     }
+}
+
+/// Whether distances between rows and keys may not fit 32 bits.
+fn is_far(problem: &Problem) -> bool {
+    const FAR: u64 = 1 << 30;
+    let dims = problem.dims();
+    let offset = (0..dims.batch).map(|batch| problem.offset(batch).unsigned_abs()).max().unwrap_or(0);
+    offset.saturating_add(dims.query_length as u64) > FAR || dims.key_length as u64 > FAR
 }
 
 /// `TERM_STRIDE` of kernels that read it at run time.

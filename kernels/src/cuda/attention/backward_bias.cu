@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
                         const real logsumexp = p.first[state], delta = p.second[state];
 #pragma unroll
                         for (int c = 0; c < KEY_SLOTS; ++c)
-                            sums[r][c] += weigh(p, row, (int)first + column_at(c), true, kept >> c & 1, weights[r][c], gradients[r][c],
+                            sums[r][c] += weigh<Checked>(p, row, (int)first + column_at(c), kept >> c & 1, weights[r][c], gradients[r][c],
                                                 logsumexp, delta)
                                               .logit;
                     }

@@ -26,6 +26,32 @@ __device__ inline void exact_gradients(const Parameters &p, const Batch &batch, 
     }
 }
 
+// From products of keys and queries, and of values and d_out, to probabilities after dropout and the gradients of the first
+// products, in their places. `state` holds the logsumexp and the row term of each query row.
+template <class Check>
+__device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long long b, long long n, int t, int first, const real *state,
+                                  real (&weights)[row_slots<KEYS>()][column_slots<ROWS>()],
+                                  real (&gradients)[row_slots<KEYS>()][column_slots<ROWS>()]) {
+    unsigned kept[row_slots<KEYS>()];
+#pragma unroll
+    for (int r = 0; r < row_slots<KEYS>(); ++r)
+        kept[r] = drops(p) ? kept_of_key<ROWS>(p, (unsigned)(b * p.query_heads + n), t, first + row_at<KEYS>(r)) : ~0u;
+#pragma unroll
+    for (int c = 0; c < column_slots<ROWS>(); ++c) {
+        const int column = column_at(c);
+        Row row;
+        if (HAS_TERMS || Check::value) row = row_of(p, batch, b, n, t + column, Check::value);
+        const real logsumexp = state[column], delta = state[ROWS + column];
+#pragma unroll
+        for (int r = 0; r < row_slots<KEYS>(); ++r) {
+            const Weights of = weigh<Check>(p, row, first + row_at<KEYS>(r), kept[r] >> c & 1, weights[r][c],
+                                            WANTS_KEYS ? gradients[r][c] : real(0), logsumexp, delta);
+            weights[r][c] = of.kept;
+            gradients[r][c] = of.product;
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_keys(const Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     constexpr int QUERY_TILE = ROWS * row_stride<HEAD>(), D_OUT_TILE = ROWS * row_stride<VALUE>();
@@ -110,25 +136,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         real weights[KEY_SLOTS][ROW_SLOTS], gradients[KEY_SLOTS][ROW_SLOTS];
         products<KEYS, ROWS, HEAD>(weights, key_tile, query_tile);
         if constexpr (WANTS_KEYS) products<KEYS, ROWS, VALUE>(gradients, value_tile, d_out_tile);
-        unsigned kept[KEY_SLOTS];
-#pragma unroll
-        for (int r = 0; r < KEY_SLOTS; ++r)
-            kept[r] = drops(p) ? kept_of_key<ROWS>(p, (unsigned)(b * p.query_heads + n), t, first + row_at<KEYS>(r)) : ~0u;
-#pragma unroll
-        for (int c = 0; c < ROW_SLOTS; ++c) {
-            const int column = column_at(c);
-            Row row;
-            if (HAS_TERMS || checked) row = row_of(p, batch, b, n, t + column, checked);
-            const real logsumexp = state[column], delta = state[ROWS + column];
-#pragma unroll
-            for (int r = 0; r < KEY_SLOTS; ++r) {
-                const int key = first + row_at<KEYS>(r);
-                const Weights of = weigh(p, row, key, checked, kept[r] >> c & 1, weights[r][c],
-                                         WANTS_KEYS ? gradients[r][c] : real(0), logsumexp, delta);
-                weights[r][c] = of.kept;
-                gradients[r][c] = of.product;
-            }
-        }
+        if (checked)
+            weigh_tile<Checked>(p, batch, b, n, t, first, state, weights, gradients);
+        else
+            weigh_tile<Unchecked>(p, batch, b, n, t, first, state, weights, gradients);
         if constexpr (WANTS_VALUES) add_weighted<KEYS, ROWS, VALUE>(values, weights, d_out_tile, room);
         if constexpr (WANTS_KEYS) add_weighted<KEYS, ROWS, HEAD>(keys, gradients, query_tile, room);
         __syncthreads();

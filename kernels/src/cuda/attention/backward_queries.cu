@@ -1,6 +1,23 @@
 // The gradient of queries. One block to a tile of query rows of a head, which goes over the keys that they see. STAGES says how
 // many tiles of keys there is room for.
 
+// From products of queries and keys, and of d_out and values, to the gradients of the products, in the place of the second.
+template <class Check>
+__device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], const real (&logsumexps)[row_slots<ROWS>()],
+                                  const real (&deltas)[row_slots<ROWS>()], int first,
+                                  const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
+                                  real (&gradients)[row_slots<ROWS>()][column_slots<KEYS>()]) {
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
+#pragma unroll
+        for (int c = 0; c < column_slots<KEYS>(); ++c)
+            gradients[r][c] = weigh<Check>(p, rows[r], first + column_at(c), kept >> c & 1, products[r][c], gradients[r][c],
+                                           logsumexps[r], deltas[r])
+                                  .product;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_queries(const Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     constexpr int KEY_TILE = KEYS * row_stride<HEAD>(), VALUE_TILE = KEYS * row_stride<VALUE>();
@@ -68,15 +85,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         real weights[ROW_SLOTS][KEY_SLOTS], gradients[ROW_SLOTS][KEY_SLOTS];
         products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
         products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tiles + slot * VALUE_TILE);
-#pragma unroll
-        for (int r = 0; r < ROW_SLOTS; ++r) {
-            const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
-#pragma unroll
-            for (int c = 0; c < KEY_SLOTS; ++c)
-                gradients[r][c] = weigh(p, rows[r], first + column_at(c), checked, kept >> c & 1, weights[r][c], gradients[r][c],
-                                        logsumexps[r], deltas[r])
-                                      .product;
-        }
+        if (checked)
+            weigh_tile<Checked>(p, rows, logsumexps, deltas, first, weights, gradients);
+        else
+            weigh_tile<Unchecked>(p, rows, logsumexps, deltas, first, weights, gradients);
         add_weighted<ROWS, KEYS, HEAD>(sums, gradients, key_tile, room);
         __syncthreads();
         if (STAGES == 1 && first + KEYS < to) stage_step(first + KEYS);

@@ -23,7 +23,7 @@ __device__ inline void add_row(real (&sums)[DEPTH / 32], real factor, const elem
 // The logit of a key and a row, by the whole warp.
 __device__ inline real exact_logit(const Parameters &p, const Row &row, long long b, long long n, int key, real &slope) {
     const real product = dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
-    return logit(p, row, key, true, product, slope);
+    return logit<Checked>(p, row, key, product, slope);
 }
 
 // The sum of values weighted by 2^(x - maximum), over the keys from `first` to before `end` that row sees.

@@ -45,6 +45,19 @@ __device__ inline void store_logsumexp(const Parameters &p, long long b, long lo
         reinterpret_cast<real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]] = logsumexp;
 }
 
+// From products to logits in base two.
+template <class Check>
+__device__ inline void finish_logits(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
+                                     real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()]) {
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r)
+#pragma unroll
+        for (int c = 0; c < column_slots<KEYS>(); ++c) {
+            real slope;
+            logits[r][c] = logit<Check>(p, rows[r], first + column_at(c), logits[r][c], slope) * LOG2_E;
+        }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forward(const Parameters p) {
     extern __shared__ __align__(16) unsigned char memory[];
     const Shared tiles = shared_tiles(memory);
@@ -126,13 +139,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
 
         const bool checked = first < all_from || first + KEYS > all_to;
         if constexpr (HAS_TERMS) {
-#pragma unroll
-            for (int r = 0; r < ROW_SLOTS; ++r)
-#pragma unroll
-                for (int c = 0; c < KEY_SLOTS; ++c) {
-                    real slope;
-                    logits[r][c] = logit(p, rows[r], first + column_at(c), checked, logits[r][c], slope) * LOG2_E;
-                }
+            if (checked)
+                finish_logits<Checked>(p, rows, first, logits);
+            else
+                finish_logits<Unchecked>(p, rows, first, logits);
         } else if (checked) {
 #pragma unroll
             for (int r = 0; r < ROW_SLOTS; ++r)

@@ -14,18 +14,18 @@ struct Weights {
     real logit, product;
 };
 
-// `product` is that of query and key, `incoming` that of d_out and value. Whether the row's structure has to be looked at is
-// in `checked`. `kept` is the bit of dropout.
-__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bool checked, bool kept, real product, real incoming,
-                                real logsumexp, real delta) {
+// `product` is that of query and key, `incoming` that of d_out and value. `kept` is the bit of dropout.
+template <class Check>
+__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bool kept, real product, real incoming, real logsumexp,
+                                real delta) {
     real slope = 1, exponent;
     bool masked;
     if constexpr (HAS_TERMS) {
-        const real x = logit(p, row, key, checked, product, slope);
+        const real x = logit<Check>(p, row, key, product, slope);
         masked = x == -infinity();
         exponent = fma(x, LOG2_E, -logsumexp);
     } else {
-        masked = checked && (key < row.low || key >= row.high);
+        masked = Check::value && (key < row.low || key >= row.high);
         exponent = fma(product, (real)p.scale * LOG2_E, -logsumexp);
     }
     // Selected, not multiplied: what is masked may be NaN.
@@ -42,11 +42,11 @@ __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bo
 __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, long long b, long long n, int key, Weights &weights) {
     real slope;
     const real product = dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
-    if (logit(p, row, key, true, product, slope) == -infinity()) return false;
+    if (logit<Checked>(p, row, key, product, slope) == -infinity()) return false;
     const real incoming =
         dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     const long long state = state_of(p, b, n, row.t);
     const bool kept = !drops(p) || is_kept(p, row, key);
-    weights = weigh(p, row, key, true, kept, product, incoming, p.first[state], p.second[state]);
+    weights = weigh<Checked>(p, row, key, kept, product, incoming, p.first[state], p.second[state]);
     return true;
 }

@@ -3,6 +3,8 @@
 // What the terms of a logit need to know of a query row.
 struct Row {
     long long position;
+    // The same, where kernels are not compiled for positions beyond 2^30.
+    int near;
     // The keys in reach; none for a padded row.
     int low, high;
     int t;
@@ -25,6 +27,7 @@ __device__ inline Row row_of(const Parameters &p, const Batch &batch, long long 
         row.high = end_key(batch, t);
     }
     row.position = t + batch.offset;
+    row.near = (int)row.position;
     row.slope = 0;
     if constexpr ((FEATURES & FEATURE_ALIBI) != 0) {
         if (p.slopes.data && !padded)
@@ -43,37 +46,58 @@ __device__ inline long long key_stride(const Tensor &tensor) {
     return known >= 0 ? known : tensor.stride[3];
 }
 
+// Kernels for one option have it; those for all of them look.
+constexpr bool IS_ONE_OPTION = FEATURES != (FEATURE_MASK | FEATURE_BIAS | FEATURE_ALIBI | FEATURE_SOFTCAP | FEATURE_DROPOUT | FEATURE_NATURAL);
+
+// Whether tiles are compared with the structure, as a type.
+struct Checked {
+    static constexpr bool value = true;
+};
+struct Unchecked {
+    static constexpr bool value = false;
+};
+
 // The logit of a key from its product with the query: -inf where it takes no part. `slope` is the derivative by the scaled
-// product. Unchecked, the key is one that every row of the tile has in reach.
-__device__ inline real logit(const Parameters &p, const Row &row, int key, bool checked, real product, real &slope) {
+// product. Unchecked, the key is one that every row of the tile has in reach. Without branches, so that what is read for many
+// keys is under way at once.
+template <class Check>
+__device__ inline real logit(const Parameters &p, const Row &row, int key, real product, real &slope) {
     slope = 1;
-    if (checked && (key < row.low || key >= row.high)) return -infinity();
+    bool visible = true;
+    int place = key;
+    if constexpr (Check::value) {
+        visible = key >= row.low && key < row.high;
+        // There is a key 0 wherever there is a tile.
+        place = visible ? key : 0;
+    }
     if constexpr ((FEATURES & FEATURE_MASK) != 0) {
-        if (p.mask.data && !p.mask.data[row.mask + key * key_stride(p.mask)]) return -infinity();
+        if (IS_ONE_OPTION || p.mask.data) visible &= p.mask.data[row.mask + place * key_stride(p.mask)] != 0;
     }
     real x = product * (real)p.scale;
     if constexpr ((FEATURES & FEATURE_SOFTCAP) != 0) {
-        if (p.softcap > 0) {
-            const real cap = (real)p.softcap;
-            const real y = hyperbolic_tangent(x / cap);
+        if (IS_ONE_OPTION || p.softcap > 0) {
+            const real cap = (real)p.softcap, inverse = 1 / cap;
+            const real y = hyperbolic_tangent(x * inverse);
             slope = (1 - y) * (1 + y);
             x = cap * y;
         }
     }
     if constexpr ((FEATURES & FEATURE_ALIBI) != 0) {
-        if (p.slopes.data) {
+        if constexpr (IS_ONE_OPTION) {
+            x -= row.slope * (real)abs(row.near - key);
+        } else if (p.slopes.data) {
             const long long distance = row.position - key;
             x -= row.slope * (real)(distance < 0 ? -distance : distance);
         }
     }
     if constexpr ((FEATURES & FEATURE_BIAS) != 0) {
         constexpr int known = BIAS_DTYPE;
-        if (p.bias.data) {
+        if (IS_ONE_OPTION || p.bias.data) {
             const int dtype = known == DTYPE_ANY ? p.bias_dtype : known;
-            x += load(p.bias.data, dtype, row.bias + key * key_stride(p.bias));
+            x += load(p.bias.data, dtype, row.bias + place * key_stride(p.bias));
         }
     }
-    return x;
+    return visible ? x : -infinity();
 }
 
 // Philox4x32 with 10 rounds (Salmon et al. 2011): the sixteen-bit lanes of eight keys of a row.
