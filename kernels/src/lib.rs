@@ -25,6 +25,7 @@ macro_rules! attention {
             include_str!("cuda/attention/staging.cuh"),
             include_str!("cuda/attention/tensor_cores.cuh"),
             include_str!("cuda/attention/cores.cuh"),
+            include_str!("cuda/attention/warpgroups.cuh"),
             include_str!("cuda/attention/exact.cuh"),
             $(include_str!($part)),*
         )
@@ -32,10 +33,10 @@ macro_rules! attention {
 }
 
 /// Macros of an attention kernel: the operands' dtype (0 for f64, 1 for f32, 2 for f16, 3 for bf16), padded head dimensions,
-/// features, tile of rows and keys, warps, tiles that are streamed ahead, gradients.
+/// features, tile of rows and keys, warps, tiles that are streamed ahead, gradients, warpgroups.
 macro_rules! variant {
     ($dtype:literal, $head:literal, $value:literal, $features:literal, $rows:literal, $keys:literal, $warps:literal,
-     $stages:literal, $wanted:literal) => {
+     $stages:literal, $wanted:literal, $warpgroups:literal) => {
         &[
             concat!("DTYPE=", $dtype),
             concat!("HEAD=", $head),
@@ -48,6 +49,7 @@ macro_rules! variant {
             concat!("WARPS=", $warps),
             concat!("STAGES=", $stages),
             concat!("WANTED=", $wanted),
+            concat!("WARPGROUPS=", $warpgroups),
         ]
     };
 }
@@ -76,27 +78,29 @@ pub const SOURCES: &[Source] = &[
         text: attention!("cuda/attention/forward.cu"),
         entry_points: &["attention_forward", "attention_merge"],
         variants: &[
-            variant!(3, 128, 128, 0, 128, 64, 4, 1, 0),
-            variant!(2, 64, 64, 63, 64, 32, 4, 1, 0),
-            variant!(1, 64, 64, 0, 64, 64, 4, 1, 0),
-            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0),
+            variant!(3, 128, 128, 0, 128, 128, 8, 1, 0, 1),
+            variant!(3, 128, 128, 0, 128, 64, 4, 1, 0, 0),
+            variant!(2, 64, 64, 63, 64, 32, 4, 1, 0, 0),
+            variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),
+            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
         ],
     },
     Source {
         name: "attention_backward_rows.cu",
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_rows.cu"),
         entry_points: &["attention_prepare_gradients", "attention_gradient_of_sinks"],
-        variants: &[variant!(3, 64, 64, 0, 0, 0, 8, 0, 0), variant!(0, 64, 64, 0, 0, 0, 8, 0, 0)],
+        variants: &[variant!(3, 64, 64, 0, 0, 0, 8, 0, 0, 0), variant!(0, 64, 64, 0, 0, 0, 8, 0, 0, 0)],
     },
     Source {
         name: "attention_backward_keys.cu",
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_keys.cu"),
         entry_points: &["attention_gradient_of_keys"],
         variants: &[
-            variant!(3, 128, 128, 0, 64, 64, 4, 2, 3),
-            variant!(2, 64, 64, 63, 32, 64, 4, 2, 3),
-            variant!(1, 64, 64, 0, 64, 64, 4, 1, 3),
-            variant!(0, 64, 64, 63, 32, 32, 4, 1, 3),
+            variant!(3, 128, 128, 0, 64, 128, 8, 2, 3, 1),
+            variant!(3, 128, 128, 0, 64, 64, 4, 2, 3, 0),
+            variant!(2, 64, 64, 63, 32, 64, 4, 2, 3, 0),
+            variant!(1, 64, 64, 0, 64, 64, 4, 1, 3, 0),
+            variant!(0, 64, 64, 63, 32, 32, 4, 1, 3, 0),
         ],
     },
     Source {
@@ -104,17 +108,18 @@ pub const SOURCES: &[Source] = &[
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_queries.cu"),
         entry_points: &["attention_gradient_of_queries"],
         variants: &[
-            variant!(3, 128, 128, 0, 64, 64, 4, 2, 0),
-            variant!(2, 64, 64, 63, 64, 32, 4, 2, 0),
-            variant!(1, 64, 64, 0, 64, 64, 4, 1, 0),
-            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0),
+            variant!(3, 128, 128, 0, 128, 64, 8, 3, 0, 1),
+            variant!(3, 128, 128, 0, 64, 64, 4, 2, 0, 0),
+            variant!(2, 64, 64, 63, 64, 32, 4, 2, 0, 0),
+            variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),
+            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
         ],
     },
     Source {
         name: "attention_backward_bias.cu",
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_bias.cu"),
         entry_points: &["attention_gradient_of_bias"],
-        variants: &[variant!(3, 64, 64, 34, 64, 32, 4, 1, 0), variant!(0, 64, 64, 63, 32, 32, 4, 1, 0)],
+        variants: &[variant!(3, 64, 64, 34, 64, 32, 4, 1, 0, 0), variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0)],
     },
 ];
 

@@ -24,6 +24,9 @@ const CHUNKED_CUDA: &str = "chunked-cuda";
 /// The same with gradients of grouped heads, which cuDNN rounds once more than the numerics class allows: off by default.
 const ROUNDING: &str = "cudnn-rounded-groups";
 
+/// Our own kernels as they are for devices other than Hopper: off by default there.
+const WITHOUT_WARPGROUPS: &str = "chunked-cuda-without-warpgroups";
+
 /// The backends of these names, or all that are available here if there are none.
 pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBackend>>> {
     let registry = Registry::default();
@@ -53,16 +56,16 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
             backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(backend) }));
             continue;
         }
-        if name == CHUNKED_CUDA {
+        if name == CHUNKED_CUDA || name == WITHOUT_WARPGROUPS {
             let device = CudaDevice::new(CHUNKED_CUDA, 0)?;
-            let backend = OnHost::new(chunked_cuda(&device), device);
+            let backend = OnHost::new(chunked_cuda(&device, name == CHUNKED_CUDA), device);
             backend.available()?;
-            backends.push(Arc::new(backend));
+            backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(backend) }));
             continue;
         }
         if name == auto::NAME {
             let device = CudaDevice::new(auto::NAME, 0)?;
-            let own = Arc::new(chunked_cuda(&device));
+            let own = Arc::new(chunked_cuda(&device, true));
             let cudnn = Arc::new(CudnnBackend::on(device.clone(), CudnnConfig::default()));
             match cudnn.available() {
                 Ok(()) => println!("{name}: {}", cudnn.target()),
@@ -71,11 +74,11 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
             let registry = Registry::empty().with(cudnn).with(own.clone());
             let backend = OnHost::new(Auto::new(registry, &*own), device);
             backend.available()?;
-            backends.push(Arc::new(backend));
+            backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(backend) }));
             continue;
         }
         let Some(backend) = registry.get(name) else {
-            let more = [SPLIT, CUDNN, ROUNDING, CHUNKED_CUDA, auto::NAME].join(", ");
+            let more = [SPLIT, CUDNN, ROUNDING, CHUNKED_CUDA, WITHOUT_WARPGROUPS, auto::NAME].join(", ");
             let known = format!("{}, {more}", registry.names().join(", "));
             return Err(format!("unknown backend '{name}'; this build has {known}").into());
         };
@@ -88,14 +91,15 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
 }
 
 /// The backend of our own kernels, which are kept for other processes of this machine: the suite needs some hundred.
-fn chunked_cuda(device: &CudaDevice) -> ChunkedCudaBackend {
-    let config = ChunkedCudaConfig::default().kernel_folder(std::env::temp_dir().join("attention-kernels"));
+fn chunked_cuda(device: &CudaDevice, warpgroups: bool) -> ChunkedCudaBackend {
+    let folder = std::env::temp_dir().join("attention-kernels");
+    let config = ChunkedCudaConfig::default().kernel_folder(folder).warpgroups(warpgroups);
     ChunkedCudaBackend::on(device.clone(), config)
 }
 
 /// Whether a backend copies host memory to a device and computes there.
 pub(crate) fn computes_on_a_device(backend: &Arc<dyn AttentionBackend>) -> bool {
-    [CUDNN, ROUNDING, CHUNKED_CUDA, auto::NAME].contains(&backend.name())
+    [CUDNN, ROUNDING, CHUNKED_CUDA, WITHOUT_WARPGROUPS, auto::NAME].contains(&backend.name())
 }
 
 /// The same backends, with one for each instruction set of this machine in the place of one that chooses among them.
@@ -243,7 +247,8 @@ mod tests {
         let error = named(&["nosuch".to_owned()]).unwrap_err().to_string();
         assert_eq!(
             error,
-            "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups, chunked-cuda, auto-cuda"
+            "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups, chunked-cuda, \
+             chunked-cuda-without-warpgroups, auto-cuda"
         );
     }
 

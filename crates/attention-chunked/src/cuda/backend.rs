@@ -15,7 +15,7 @@ use attention_cuda::{CudaDevice, KernelCache, Workspaces, failure};
 use super::config::ChunkedCudaConfig;
 use super::parameters::{Batch, Parameters, batches};
 use super::plan::{Plan, limit};
-use super::tiles::MOST_DEPTH;
+use super::tiles::{MOST_DEPTH, Machine};
 
 /// The name of the backend.
 pub(crate) const NAME: &str = "chunked-cuda";
@@ -48,8 +48,7 @@ struct Runtime {
     kernels: KernelCache,
     /// What is lent to calls without scratch of their own.
     workspaces: Workspaces,
-    /// Shared memory that a block may have.
-    shared_bytes: usize,
+    machine: Machine,
 }
 
 /// What the calls of a problem share.
@@ -100,13 +99,13 @@ impl ChunkedCudaBackend {
         self.given.as_ref().map_or(Device::Cuda(ordinal), CudaDevice::device)
     }
 
-    /// Checks a problem, and plans it for blocks with this much shared memory.
-    fn plan(&self, problem: &Problem, shared_bytes: usize) -> Result<Plan, Unsupported> {
+    /// Checks a problem, and plans it for such a device.
+    fn plan(&self, problem: &Problem, machine: Machine) -> Result<Plan, Unsupported> {
         self.capabilities.check(NAME, problem)?;
         if problem.device() != self.device() {
             return Err(limit("memory of its device", problem.device(), self.device().to_string()));
         }
-        Plan::of(problem, shared_bytes)
+        Plan::of(problem, machine)
     }
 
     fn prepared(&self, problem: &Problem) -> Result<(&Runtime, Arc<Prepared>), Error> {
@@ -115,16 +114,16 @@ impl ChunkedCudaBackend {
             return Ok((runtime, prepared.clone()));
         }
         // What is not supported anywhere is refused without a device.
-        self.plan(problem, usize::MAX)?;
+        self.plan(problem, Machine::ANY)?;
         let runtime = self.runtime()?;
-        let plan = self.plan(problem, runtime.shared_bytes)?;
+        let plan = self.plan(problem, runtime.machine)?;
         let functions = (plan.kernels.iter())
             .map(|kernel| {
-                if kernel.shared_bytes > runtime.shared_bytes {
+                if kernel.shared_bytes > runtime.machine.shared_bytes {
                     return Err(limit(
                         "shared memory of a block",
                         kernel.shared_bytes,
-                        format!("at most {} on this device", runtime.shared_bytes),
+                        format!("at most {} on this device", runtime.machine.shared_bytes),
                     )
                     .into());
                 }
@@ -218,7 +217,10 @@ impl Runtime {
         let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_bytes = device.context().attribute(most).map_err(silent)?;
         Ok(Self {
-            shared_bytes: usize::try_from(shared_bytes).unwrap_or(0),
+            machine: Machine {
+                shared_bytes: usize::try_from(shared_bytes).unwrap_or(0),
+                warpgroups: (major, minor) == (9, 0) && config.warpgroups,
+            },
             device,
             kernels: KernelCache::new(config.kernel_folder.clone()).wheel_roots(config.wheel_roots.clone()),
             workspaces: Workspaces::new(config.lent_limit),
@@ -252,11 +254,11 @@ impl AttentionBackend for ChunkedCudaBackend {
     }
 
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
-        self.plan(problem, usize::MAX).map(|_| ())
+        self.plan(problem, Machine::ANY).map(|_| ())
     }
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-        Ok(self.plan(problem, usize::MAX)?.scratch_bytes())
+        Ok(self.plan(problem, Machine::ANY)?.scratch_bytes())
     }
 
     /// Compiles the kernels of the problem.

@@ -9,11 +9,12 @@ pub struct ChunkedCudaConfig {
     pub(crate) kernel_folder: Option<PathBuf>,
     pub(crate) wheel_roots: Vec<PathBuf>,
     pub(crate) lent_limit: usize,
+    pub(crate) warpgroups: bool,
 }
 
 impl Default for ChunkedCudaConfig {
     fn default() -> Self {
-        Self { device: 0, kernel_folder: None, wheel_roots: Vec::new(), lent_limit: 1 << 30 }
+        Self { device: 0, kernel_folder: None, wheel_roots: Vec::new(), lent_limit: 1 << 30, warpgroups: true }
     }
 }
 
@@ -40,5 +41,12 @@ impl ChunkedCudaConfig {
     #[must_use]
     pub fn lent_limit(self, bytes: usize) -> Self {
         Self { lent_limit: bytes, ..self }
+    }
+
+    /// Whether f16 and bf16 use the products of warpgroups where a device has them (compute capability 9.0); true by
+    /// default. Without them, such a device runs the kernels of all others, which is slower.
+    #[must_use]
+    pub fn warpgroups(self, wanted: bool) -> Self {
+        Self { warpgroups: wanted, ..self }
     }
 }

@@ -6,7 +6,7 @@ use attention_core::{Gradients, Pass, Problem, Role, Unsupported};
 
 use super::backend::NAME;
 use super::features::code;
-use super::tiles::{MOST_DEPTH, Shape, Tiles};
+use super::tiles::{MOST_DEPTH, Machine, Shape, Tiles};
 
 /// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are cut into parts where there are
 /// fewer. A constant, since the scratch of a problem must not depend on the device.
@@ -51,9 +51,8 @@ pub(crate) fn limit(what: &str, value: impl ToString, limit: impl Into<String>) 
 }
 
 impl Plan {
-    /// For a problem that the capabilities allow, on a device whose blocks may have this much shared memory. Scratch does not
-    /// depend on that.
-    pub(crate) fn of(problem: &Problem, shared_bytes: usize) -> Result<Self, Unsupported> {
+    /// For a problem that the capabilities allow, on such a device. Scratch does not depend on that.
+    pub(crate) fn of(problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
         let dims = problem.dims();
         let shape = Shape::of(problem).ok_or_else(|| {
             limit("a head dimension", dims.head_dim.max(dims.value_head_dim), format!("at most {MOST_DEPTH}"))
@@ -70,8 +69,8 @@ impl Plan {
         }
         let plan = Self { shape, kernels: Vec::new(), pack: 1, parts: 1, first: 0..0, second: 0..0 };
         match problem.pass() {
-            Pass::Forward => plan.forward(problem),
-            Pass::Backward => plan.backward(problem, shared_bytes),
+            Pass::Forward => plan.forward(problem, machine),
+            Pass::Backward => plan.backward(problem, machine),
         }
     }
 
@@ -104,21 +103,22 @@ impl Plan {
         Ok(())
     }
 
-    fn forward(mut self, problem: &Problem) -> Result<Self, Unsupported> {
+    fn forward(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
         let dims = problem.dims();
         let group = dims.group_size();
-        let tiles = self.shape.forward(dims.query_length);
+        let nominal_rows = self.shape.nominal_rows(dims.query_length);
         // The rows of a group's heads go over the same keys, and share tiles that they would not fill alone.
-        let few = dims.query_length < tiles.rows
-            && (dims.query_length * group).div_ceil(tiles.rows)
-                < group * dims.query_length.div_ceil(tiles.rows);
+        let few = dims.query_length < nominal_rows
+            && (dims.query_length * group).div_ceil(nominal_rows)
+                < group * dims.query_length.div_ceil(nominal_rows);
         if few {
             self.pack = group;
         }
-        let tiles = self.shape.forward(dims.query_length * self.pack);
-        let row_tiles = (dims.query_length * self.pack).div_ceil(tiles.rows);
+        let rows_of_head = dims.query_length * self.pack;
+        let tiles = self.shape.forward(rows_of_head, machine);
         let heads = dims.query_heads / self.pack.max(1);
-        let blocks = row_tiles.saturating_mul(heads).saturating_mul(dims.batch);
+        let nominal_tiles = rows_of_head.div_ceil(self.shape.nominal_rows(rows_of_head));
+        let blocks = nominal_tiles.saturating_mul(heads).saturating_mul(dims.batch);
         if blocks > 0 && blocks < BUSY_BLOCKS {
             let most = dims.key_length / LEAST_KEYS;
             self.parts = (BUSY_BLOCKS / blocks).clamp(1, most.max(1));
@@ -135,7 +135,7 @@ impl Plan {
             blocks: 0,
             shared_bytes: self.shape.forward_bytes(tiles),
         };
-        self.add(kernel.clone(), &[row_tiles, heads, dims.batch, self.parts])?;
+        self.add(kernel.clone(), &[rows_of_head.div_ceil(tiles.rows), heads, dims.batch, self.parts])?;
         if self.parts > 1 {
             let rows = dims.batch.saturating_mul(dims.query_heads).saturating_mul(dims.query_length);
             let merge = Kernel { entry_point: "attention_merge", shared_bytes: 0, ..kernel };
@@ -144,7 +144,7 @@ impl Plan {
         Ok(self)
     }
 
-    fn backward(mut self, problem: &Problem, shared_bytes: usize) -> Result<Self, Unsupported> {
+    fn backward(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
         let dims = problem.dims();
         let rows = [dims.batch, dims.query_heads, dims.query_length];
         self.scratch([&rows, &rows])?;
@@ -152,7 +152,7 @@ impl Plan {
         let kernel = Kernel {
             source: "attention_backward_rows.cu",
             entry_point: "attention_prepare_gradients",
-            tiles: Tiles { rows: 0, keys: 0, warps: 8, stages: 0 },
+            tiles: Tiles::new(0, 0, 8, 0),
             wanted: 0,
             blocks: 0,
             shared_bytes: 0,
@@ -166,7 +166,7 @@ impl Plan {
         let wanted = u32::from(wants(Gradients::KEY)) + 2 * u32::from(wants(Gradients::VALUE));
         let passes = if wanted == 3 && self.shape.splits_gradients() { vec![1, 2] } else { vec![wanted] };
         for wanted in passes.into_iter().filter(|&wanted| wanted > 0) {
-            let tiles = self.shape.keys(shared_bytes);
+            let tiles = self.shape.keys(machine);
             let keys = Kernel {
                 source: "attention_backward_keys.cu",
                 entry_point: "attention_gradient_of_keys",
@@ -178,7 +178,7 @@ impl Plan {
             self.add(keys, &[dims.key_length.div_ceil(tiles.keys), dims.key_heads, dims.batch])?;
         }
         if wants(Gradients::QUERY) {
-            let tiles = self.shape.queries(shared_bytes);
+            let tiles = self.shape.queries(machine);
             let queries = Kernel {
                 source: "attention_backward_queries.cu",
                 entry_point: "attention_gradient_of_queries",
@@ -190,7 +190,7 @@ impl Plan {
             self.add(queries, &[dims.query_length.div_ceil(tiles.rows), dims.query_heads, dims.batch])?;
         }
         if let Some(bias) = problem.tensor(Role::Bias).filter(|_| wants(Gradients::BIAS)) {
-            let tiles = self.shape.bias(shared_bytes);
+            let tiles = self.shape.bias(machine);
             let of_bias = Kernel {
                 source: "attention_backward_bias.cu",
                 entry_point: "attention_gradient_of_bias",
@@ -212,7 +212,8 @@ impl Plan {
     /// The macros that a kernel is compiled with for this problem.
     pub(crate) fn defines(&self, problem: &Problem, kernel: &Kernel) -> Vec<String> {
         let Shape { dtype, head, value, features } = self.shape;
-        let Tiles { rows, keys, warps, stages } = kernel.tiles;
+        let Tiles { rows, keys, warps, stages, warpgroups } = kernel.tiles;
+        let (head, value) = (kernel.tiles.columns(head), kernel.tiles.columns(value));
         vec![
             format!("DTYPE={}", code(dtype)),
             format!("HEAD={head}"),
@@ -225,6 +226,7 @@ impl Plan {
             format!("WARPS={warps}"),
             format!("STAGES={stages}"),
             format!("WANTED={}", kernel.wanted),
+            format!("WARPGROUPS={}", u32::from(warpgroups)),
         ]
     }
 }

@@ -7,12 +7,13 @@ use attention_core::{
 
 use super::parameters::batches;
 use super::plan::Plan;
-use super::tiles::Shape;
+use super::tiles::{Machine, Shape};
 use super::{ChunkedCudaBackend, ChunkedCudaConfig};
 
-/// Shared memory of a block: of the smallest device, of compute capability 8.0, of 9.0.
-const SMALL: usize = 99 << 10;
-const AMPERE: usize = 163 << 10;
+/// The smallest device, and those for data centres of compute capability 8.0 and 9.0.
+const SMALL: Machine = Machine { shared_bytes: 99 << 10, warpgroups: false };
+const AMPERE: Machine = Machine { shared_bytes: 163 << 10, warpgroups: false };
+const HOPPER: Machine = Machine { shared_bytes: 227 << 10, warpgroups: true };
 
 fn on_device(problem: &Problem) -> Problem {
     problem.to_builder().device(Device::Cuda(0)).build().unwrap()
@@ -76,11 +77,12 @@ fn tiles_fit_into_shared_memory() {
         for (head, value) in [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 64), (256, 256)] {
             for pass in [Pass::Forward, Pass::Backward] {
                 let problem = with_heads(dtype, head, value, pass);
-                for limit in [SMALL, AMPERE] {
-                    let plan = Plan::of(&problem, limit).unwrap();
+                for machine in [SMALL, AMPERE, HOPPER] {
+                    let limit = machine.shared_bytes;
+                    let plan = Plan::of(&problem, machine).unwrap();
                     let most = plan.kernels.iter().map(|kernel| kernel.shared_bytes).max().unwrap();
                     // The largest heads of f64 need a device for data centres.
-                    let too_small = limit == SMALL && dtype == DType::F64 && head > 192 && value > 192;
+                    let too_small = limit == SMALL.shared_bytes && dtype == DType::F64 && head > 192 && value > 192;
                     let excused = too_small && pass == Pass::Backward;
                     assert!(most <= limit || excused, "{dtype} {pass} {head} {value}: {most} of {limit}");
                 }
@@ -92,10 +94,12 @@ fn tiles_fit_into_shared_memory() {
 #[test]
 fn scratch_does_not_depend_on_the_device() {
     for pass in [Pass::Forward, Pass::Backward] {
-        for (name, problem) in problems(DType::F32, pass) {
-            let Ok(plan) = Plan::of(&problem, usize::MAX) else { continue };
-            let small = Plan::of(&problem, SMALL).unwrap();
-            assert_eq!(plan.scratch_bytes(), small.scratch_bytes(), "{name}");
+        for (name, problem) in problems(DType::Bf16, pass) {
+            let Ok(plan) = Plan::of(&problem, Machine::ANY) else { continue };
+            for machine in [SMALL, AMPERE, HOPPER] {
+                let other = Plan::of(&problem, machine).unwrap();
+                assert_eq!(plan.scratch_bytes(), other.scratch_bytes(), "{name}");
+            }
         }
     }
 }

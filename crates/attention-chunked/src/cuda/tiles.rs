@@ -17,7 +17,42 @@ pub(crate) struct Tiles {
     pub(crate) keys: usize,
     pub(crate) warps: usize,
     pub(crate) stages: usize,
+    /// Whether products run on warpgroups: four warps for 64 rows, and operands in whole panels.
+    pub(crate) warpgroups: bool,
 }
+
+impl Tiles {
+    pub(crate) const fn new(rows: usize, keys: usize, warps: usize, stages: usize) -> Self {
+        Self { rows, keys, warps, stages, warpgroups: false }
+    }
+
+    /// Of two warpgroups.
+    const fn of_warpgroups(rows: usize, keys: usize, stages: usize) -> Self {
+        Self { warpgroups: true, ..Self::new(rows, keys, 8, stages) }
+    }
+
+    /// The columns of a tile for operands of this many.
+    pub(crate) fn columns(self, depth: usize) -> usize {
+        if self.warpgroups { depth.next_multiple_of(PANEL) } else { depth }
+    }
+}
+
+/// What of a device decides about tiles.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Machine {
+    /// Shared memory that a block may have.
+    pub(crate) shared_bytes: usize,
+    /// Whether it has the products of warpgroups, as compute capability 9.0 does.
+    pub(crate) warpgroups: bool,
+}
+
+impl Machine {
+    /// One that every block fits.
+    pub(crate) const ANY: Self = Self { shared_bytes: usize::MAX, warpgroups: false };
+}
+
+/// Columns of a panel: the rows that the products of warpgroups read have 128 bytes.
+const PANEL: usize = 64;
 
 /// What decides about tiles.
 #[derive(Clone, Copy, Debug)]
@@ -62,37 +97,53 @@ impl Shape {
         }
     }
 
+    /// Rows of a tile of the forward pass as far as scratch depends on it, which must not depend on the device.
+    pub(crate) fn nominal_rows(self, rows_of_head: usize) -> usize {
+        match self.is_half() {
+            false => self.without_tensor_cores().0,
+            true if rows_of_head > 64 => 128,
+            true => 64,
+        }
+    }
+
     /// For the forward pass with this many rows to a key/value head or query head. They fit the shared memory of every
     /// device.
-    pub(crate) fn forward(self, rows_of_head: usize) -> Tiles {
+    pub(crate) fn forward(self, rows_of_head: usize, machine: Machine) -> Tiles {
         if !self.is_half() {
             let (rows, keys) = self.without_tensor_cores();
-            return Tiles { rows, keys, warps: 4, stages: 1 };
+            return Tiles::new(rows, keys, 4, 1);
+        }
+        if machine.warpgroups && rows_of_head > 64 {
+            let keys = if self.depth() > 128 || self.features.is_all() { 64 } else { 128 };
+            return Tiles::of_warpgroups(128, keys, 1);
         }
         // Two blocks of 16 rows to a warp halve what it reads from shared memory, where registers allow it.
         let rows =
             if self.features.bits() == 0 && self.depth() <= 128 && rows_of_head > 64 { 128 } else { 64 };
         let keys = if self.depth() > 192 || self.features.is_all() { 32 } else { 64 };
-        Tiles { rows, keys, warps: 4, stages: 1 }
+        Tiles::new(rows, keys, 4, 1)
     }
 
-    /// For the gradients of keys and values, within this much shared memory if there are such.
-    pub(crate) fn keys(self, limit: usize) -> Tiles {
-        let mut tiles = if self.is_half() {
+    /// For the gradients of keys and values, within the shared memory of a block if there are such.
+    pub(crate) fn keys(self, machine: Machine) -> Tiles {
+        let mut tiles = if machine.warpgroups && self.is_half() {
+            Tiles::of_warpgroups(64, 128, 2)
+        } else if self.is_half() {
             let rows = match self.depth() {
                 ..=128 if !self.features.is_all() => 64,
                 ..=192 => 32,
                 _ => 16,
             };
-            Tiles { rows, keys: 64, warps: 4, stages: 2 }
+            Tiles::new(rows, 64, 4, 2)
         } else {
             let (keys, rows) = self.without_tensor_cores();
-            Tiles { rows, keys, warps: 4, stages: 1 }
+            Tiles::new(rows, keys, 4, 1)
         };
         let least_keys = if self.is_half() { tiles.keys } else { 16 };
-        while self.keys_bytes(tiles) > limit {
+        while self.keys_bytes(tiles) > machine.shared_bytes {
             match tiles {
-                Tiles { stages: 2, .. } => tiles.stages = 1,
+                Tiles { stages: 2.., .. } => tiles.stages -= 1,
+                Tiles { warpgroups: true, .. } => break,
                 Tiles { rows: 32.., .. } => tiles.rows /= 2,
                 Tiles { keys, .. } if keys > least_keys => tiles.keys /= 2,
                 _ => break,
@@ -106,19 +157,22 @@ impl Shape {
         self.is_half() && self.head + self.value > 256
     }
 
-    /// For the gradient of queries, within this much shared memory if there are such.
-    pub(crate) fn queries(self, limit: usize) -> Tiles {
-        let mut tiles = if self.is_half() {
+    /// For the gradient of queries, within the shared memory of a block if there are such.
+    pub(crate) fn queries(self, machine: Machine) -> Tiles {
+        let mut tiles = if machine.warpgroups && self.is_half() {
+            Tiles::of_warpgroups(128, 64, 3)
+        } else if self.is_half() {
             let keys = if self.depth() > 128 || self.features.is_all() { 32 } else { 64 };
-            Tiles { rows: 64, keys, warps: 4, stages: 2 }
+            Tiles::new(64, keys, 4, 2)
         } else {
             let (rows, keys) = self.without_tensor_cores();
-            Tiles { rows, keys, warps: 4, stages: 1 }
+            Tiles::new(rows, keys, 4, 1)
         };
         let (least_rows, least_keys) = if self.is_half() { (tiles.rows, 32) } else { (16, 16) };
-        while self.queries_bytes(tiles) > limit {
+        while self.queries_bytes(tiles) > machine.shared_bytes {
             match tiles {
-                Tiles { stages: 2, .. } => tiles.stages = 1,
+                Tiles { stages: 2.., .. } => tiles.stages -= 1,
+                Tiles { warpgroups: true, .. } => break,
                 Tiles { keys, .. } if keys > least_keys => tiles.keys /= 2,
                 Tiles { rows, .. } if rows > least_rows => tiles.rows /= 2,
                 _ => break,
@@ -127,41 +181,46 @@ impl Shape {
         tiles
     }
 
-    /// For the gradient of the bias, within this much shared memory if there are such.
-    pub(crate) fn bias(self, limit: usize) -> Tiles {
-        let tiles = self.queries(limit);
+    /// For the gradient of the bias, within the shared memory of a block if there are such.
+    pub(crate) fn bias(self, machine: Machine) -> Tiles {
+        let tiles = self.queries(Machine { warpgroups: false, ..machine });
         Tiles { keys: tiles.keys.min(32), stages: 1, ..tiles }
     }
 
-    /// Bytes of a tile of operands in shared memory: 16 bytes behind each row.
-    fn tile(self, rows: usize, depth: usize) -> usize {
-        rows * (depth * self.dtype.size() + 16)
+    /// Bytes of rows of operands in shared memory: 16 bytes behind each row, or whole panels.
+    fn tile(self, tiles: Tiles, rows: usize, depth: usize) -> usize {
+        rows * (tiles.columns(depth) * self.dtype.size() + if tiles.warpgroups { 0 } else { 16 })
     }
 
     /// Bytes that weights pass through on their way to a product: none in tensor cores' registers.
-    fn room(self, height: usize, width: usize) -> usize {
-        if self.is_half() { 0 } else { self.tile(height, width) }
+    fn room(self, tiles: Tiles, height: usize, width: usize) -> usize {
+        if self.is_half() { 0 } else { self.tile(tiles, height, width) }
     }
 
-    fn both(self, rows: usize) -> usize {
-        self.tile(rows, self.head) + self.tile(rows, self.value)
+    fn both(self, tiles: Tiles, rows: usize) -> usize {
+        self.tile(tiles, rows, self.head) + self.tile(tiles, rows, self.value)
     }
 
     /// Shared memory of the forward kernel.
     pub(crate) fn forward_bytes(self, tiles: Tiles) -> usize {
-        self.tile(tiles.rows, self.head) + self.both(tiles.keys) + self.room(tiles.rows, tiles.keys)
+        let slots = if tiles.warpgroups { 2 } else { 1 };
+        self.tile(tiles, tiles.rows, self.head)
+            + slots * self.both(tiles, tiles.keys)
+            + self.room(tiles, tiles.rows, tiles.keys)
     }
 
     /// Shared memory of the kernel for the gradients of keys and values.
     pub(crate) fn keys_bytes(self, tiles: Tiles) -> usize {
         let states = 2 * tiles.rows * self.dtype.accumulator().size();
-        self.both(tiles.keys)
-            + tiles.stages * (self.both(tiles.rows) + states)
-            + self.room(tiles.keys, tiles.rows)
+        self.both(tiles, tiles.keys)
+            + tiles.stages * (self.both(tiles, tiles.rows) + states)
+            + self.room(tiles, tiles.keys, tiles.rows)
     }
 
     /// Shared memory of the kernels for the gradients of queries and of the bias.
     pub(crate) fn queries_bytes(self, tiles: Tiles) -> usize {
-        self.both(tiles.rows) + tiles.stages * self.both(tiles.keys) + self.room(tiles.rows, tiles.keys)
+        self.both(tiles, tiles.rows)
+            + tiles.stages * self.both(tiles, tiles.keys)
+            + self.room(tiles, tiles.rows, tiles.keys)
     }
 }

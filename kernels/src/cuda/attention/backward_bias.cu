@@ -3,11 +3,11 @@
 // registers: no more memory, and a fixed order.
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_bias(const Parameters p) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
     element *const query_tile = reinterpret_cast<element *>(memory);
-    element *const d_out_tile = query_tile + ROWS * row_stride<HEAD>();
-    element *const key_tile = d_out_tile + ROWS * row_stride<VALUE>();
-    element *const value_tile = key_tile + KEYS * row_stride<HEAD>();
+    element *const d_out_tile = query_tile + tile_size<ROWS, HEAD>();
+    element *const key_tile = d_out_tile + tile_size<ROWS, VALUE>();
+    element *const value_tile = key_tile + tile_size<KEYS, HEAD>();
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>();
 
     // An axis of size 1 is one that everything is summed over, whether it was broadcast or has one element to sum.
@@ -47,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
                                                 p.aligned & ALIGNED_D_OUT);
                         staged = true;
                     }
-                    stage_rows<KEYS, HEAD>(key_tile, p.key, b, n / p.group, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
-                    stage_rows<KEYS, VALUE>(value_tile, p.value, b, n / p.group, first, batch.keys, p.value_head_dim,
+                    stage_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, n / p.group, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
+                    stage_rows<KEYS, VALUE, KeysAcross>(value_tile, p.value, b, n / p.group, first, batch.keys, p.value_head_dim,
                                             p.aligned & ALIGNED_VALUE);
                     close_copies();
                     await_copies<0>();
@@ -56,18 +56,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
                     real weights[ROW_SLOTS][KEY_SLOTS], gradients[ROW_SLOTS][KEY_SLOTS];
                     products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
                     products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tile);
+Row rows[ROW_SLOTS];
+#pragma unroll
+                    for (int r = 0; r < ROW_SLOTS; ++r) rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
+                    RowTerms<ROWS, KEYS> terms;
+                    if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, (int)first);
 #pragma unroll
                     for (int r = 0; r < ROW_SLOTS; ++r) {
+                        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], (int)first) : ~0u;
                         const long long t = first_t + row_at<ROWS>(r);
-                        const Row row = row_of(p, batch, b, n, t);
-                        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, row, (int)first) : ~0u;
                         if (t >= batch.queries) continue;
                         const long long state = state_of(p, b, n, t);
                         const real logsumexp = p.first[state], delta = p.second[state];
+                        const real distance = distance_of(p, rows[r], (int)first + key_at(0));
 #pragma unroll
                         for (int c = 0; c < KEY_SLOTS; ++c)
-                            sums[r][c] += weigh<Checked>(p, row, (int)first + column_at(c), kept >> c & 1, weights[r][c], gradients[r][c],
-                                                logsumexp, delta)
+                            sums[r][c] += weigh<Checked>(p, rows[r], (int)first + key_at(c), distance - key_offset(c), terms, r, c,
+                                                         kept >> c & 1, weights[r][c], gradients[r][c], logsumexp, delta)
                                               .logit;
                     }
                 }
@@ -90,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
                 if (sums_keys)
                     of_row += sums[r][c];
                 else
-                    put(t, key_place + column_at(c), sums[r][c]);
+                    put(t, key_place + key_at(c), sums[r][c]);
             }
             if (sums_keys) {
                 of_row = sum_of_row(of_row);
@@ -108,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
 #pragma unroll
         for (int r = 0; r < ROW_SLOTS; ++r) of_column += sums[r][c];
         of_column = sum_of_column(of_column);
-        if (leads_column()) parts[column_part() * KEYS + column_at(c)] = of_column;
+        if (leads_column()) parts[column_part() * KEYS + key_at(c)] = of_column;
     }
     __syncthreads();
     real total = 0;

@@ -30,22 +30,26 @@ __device__ inline void exact_gradients(const Parameters &p, const Batch &batch, 
 // products, in their places. `state` holds the logsumexp and the row term of each query row.
 template <class Check>
 __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long long b, long long n, int t, int first, const real *state,
+                                  const KeyTerms<KEYS, ROWS> &terms,
                                   real (&weights)[row_slots<KEYS>()][column_slots<ROWS>()],
                                   real (&gradients)[row_slots<KEYS>()][column_slots<ROWS>()]) {
     unsigned kept[row_slots<KEYS>()];
+    if (drops(p)) kept_of_keys<KEYS, ROWS>(p, (unsigned)(b * p.query_heads + n), t, first, kept);
+    real distances[row_slots<KEYS>()];
+    const Row first_row = row_of(p, batch, b, n, t + column_at(0), false);
 #pragma unroll
-    for (int r = 0; r < row_slots<KEYS>(); ++r)
-        kept[r] = drops(p) ? kept_of_key<ROWS>(p, (unsigned)(b * p.query_heads + n), t, first + row_at<KEYS>(r)) : ~0u;
+    for (int r = 0; r < row_slots<KEYS>(); ++r) distances[r] = distance_of(p, first_row, first + key_row_at<KEYS>(r));
 #pragma unroll
     for (int c = 0; c < column_slots<ROWS>(); ++c) {
         const int column = column_at(c);
-        Row row;
-        if (HAS_TERMS || Check::value) row = row_of(p, batch, b, n, t + column, Check::value);
+        Row row = first_row;
+        if (READS_SINGLY || Check::value) row = row_of(p, batch, b, n, t + column, Check::value);
         const real logsumexp = state[column], delta = state[ROWS + column];
 #pragma unroll
         for (int r = 0; r < row_slots<KEYS>(); ++r) {
-            const Weights of = weigh<Check>(p, row, first + row_at<KEYS>(r), kept[r] >> c & 1, weights[r][c],
-                                            WANTS_KEYS ? gradients[r][c] : real(0), logsumexp, delta);
+            const Weights of =
+                weigh<Check>(p, row, first + key_row_at<KEYS>(r), distances[r] + column_offset(c), terms, r, c,
+                             !drops(p) || kept[r] >> c & 1, weights[r][c], WANTS_KEYS ? gradients[r][c] : real(0), logsumexp, delta);
             weights[r][c] = of.kept;
             gradients[r][c] = of.product;
         }
@@ -53,11 +57,11 @@ __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_keys(const Parameters p) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    constexpr int QUERY_TILE = ROWS * row_stride<HEAD>(), D_OUT_TILE = ROWS * row_stride<VALUE>();
+    extern __shared__ __align__(1024) unsigned char memory[];
+    constexpr int QUERY_TILE = tile_size<ROWS, HEAD>(), D_OUT_TILE = tile_size<ROWS, VALUE>();
     element *const key_tile = reinterpret_cast<element *>(memory);
-    element *const value_tile = key_tile + KEYS * row_stride<HEAD>();
-    element *const query_tiles = value_tile + KEYS * row_stride<VALUE>();
+    element *const value_tile = key_tile + tile_size<KEYS, HEAD>();
+    element *const query_tiles = value_tile + tile_size<KEYS, VALUE>();
     element *const d_out_tiles = query_tiles + STAGES * QUERY_TILE;
     real *const states = reinterpret_cast<real *>(d_out_tiles + STAGES * D_OUT_TILE);
     real *const room = states + STAGES * 2 * ROWS;
@@ -107,24 +111,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         for (int c = 0; c < output_slots<VALUE>(); ++c) values[r][c] = 0;
     }
     if (steps > 0) {
-        stage_rows<KEYS, HEAD>(key_tile, p.key, b, key_head, first, end, p.head_dim, p.aligned & ALIGNED_KEY);
-        stage_rows<KEYS, VALUE>(value_tile, p.value, b, key_head, first, end, p.value_head_dim, p.aligned & ALIGNED_VALUE);
+        stage_rows<KEYS, HEAD, KeysDown>(key_tile, p.key, b, key_head, first, end, p.head_dim, p.aligned & ALIGNED_KEY);
+        stage_rows<KEYS, VALUE, KeysDown>(value_tile, p.value, b, key_head, first, end, p.value_head_dim, p.aligned & ALIGNED_VALUE);
         stage_step(0, key_head * p.group, from);
     }
 
+    // With a third slot, what is added to the sums may still be read when the next tile but one is loaded.
+    constexpr bool DEFERS = STAGES > 2;
+    Factors<ROWS> factors, changes;
     long long n = key_head * p.group;
     int t = from;
     for (int step = 0; step < steps; ++step) {
         const bool ends_head = t + ROWS >= to;
         const long long next_n = ends_head ? n + 1 : n;
         const int next_t = ends_head ? from : t + ROWS;
-        if (STAGES > 1 && step + 1 < steps) {
-            stage_step(step + 1, next_n, next_t);
-            await_copies<1>();
-        } else {
-            await_copies<0>();
-        }
+        await_copies<0>();
         __syncthreads();
+        if (STAGES > 1 && step + 1 < steps) stage_step(step + 1, next_n, next_t);
         const int slot = step % STAGES;
         const element *query_tile = query_tiles + slot * QUERY_TILE, *d_out_tile = d_out_tiles + slot * D_OUT_TILE;
         const real *state = states + slot * 2 * ROWS;
@@ -134,19 +137,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         const bool checked = !whole || first_key(batch, last_t) > first || end_key(batch, t) < end;
 
         real weights[KEY_SLOTS][ROW_SLOTS], gradients[KEY_SLOTS][ROW_SLOTS];
-        products<KEYS, ROWS, HEAD>(weights, key_tile, query_tile);
-        if constexpr (WANTS_KEYS) products<KEYS, ROWS, VALUE>(gradients, value_tile, d_out_tile);
+        begin_products<KEYS, ROWS, HEAD>(weights, key_tile, query_tile);
+        if constexpr (WANTS_KEYS) begin_products<KEYS, ROWS, VALUE>(gradients, value_tile, d_out_tile);
+        KeyTerms<KEYS, ROWS> terms;
+        if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, b, n, t, to, first);
+        await_products<0>();
+        hold(weights);
+        if constexpr (WANTS_KEYS) hold(gradients);
+        if constexpr (DEFERS) {
+            hold(values);
+            hold(keys);
+        }
         if (checked)
-            weigh_tile<Checked>(p, batch, b, n, t, first, state, weights, gradients);
+            weigh_tile<Checked>(p, batch, b, n, t, first, state, terms, weights, gradients);
         else
-            weigh_tile<Unchecked>(p, batch, b, n, t, first, state, weights, gradients);
-        if constexpr (WANTS_VALUES) add_weighted<KEYS, ROWS, VALUE>(values, weights, d_out_tile, room);
-        if constexpr (WANTS_KEYS) add_weighted<KEYS, ROWS, HEAD>(keys, gradients, query_tile, room);
-        __syncthreads();
-        if (STAGES == 1 && step + 1 < steps) stage_step(step + 1, next_n, next_t);
+            weigh_tile<Unchecked>(p, batch, b, n, t, first, state, terms, weights, gradients);
+        if constexpr (WANTS_VALUES) begin_weighted<KEYS, ROWS, VALUE>(values, weights, factors, d_out_tile, room);
+        if constexpr (WANTS_KEYS) begin_weighted<KEYS, ROWS, HEAD>(keys, gradients, changes, query_tile, room);
+        if constexpr (!DEFERS) await_products<0>();
+        if (STAGES == 1 && step + 1 < steps) {
+            __syncthreads();
+            stage_step(step + 1, next_n, next_t);
+        }
         n = next_n;
         t = next_t;
     }
+    await_products<0>();
+    hold(keys);
+    hold(values);
 
     // As in the forward pass: what is not finite may come from what takes no part.
     unsigned spoiled = 0;
@@ -157,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         for (int c = 0; c < output_slots<HEAD>(); ++c) finite &= is_finite(keys[r][c]);
 #pragma unroll
         for (int c = 0; c < output_slots<VALUE>(); ++c) finite &= is_finite(values[r][c]);
-        if (!finite && first + row_at<KEYS>(r) < end) spoiled |= 1u << r;
+        if (!finite && first + key_row_at<KEYS>(r) < end) spoiled |= 1u << r;
     }
     int *const key_spoiled = reinterpret_cast<int *>(memory);
     bool any_spoiled = false;
@@ -168,14 +186,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
             __syncthreads();
 #pragma unroll
             for (int r = 0; r < KEY_SLOTS; ++r)
-                if (spoiled >> r & 1) key_spoiled[row_at<KEYS>(r)] = 1;
+                if (spoiled >> r & 1) key_spoiled[key_row_at<KEYS>(r)] = 1;
             __syncthreads();
         }
     }
     const real scale = (real)p.scale;
 #pragma unroll
     for (int r = 0; r < KEY_SLOTS; ++r) {
-        const int local = row_at<KEYS>(r), key = first + local;
+        const int local = key_row_at<KEYS>(r), key = first + local;
         if (key >= p.key_length || (any_spoiled && key_spoiled[local])) continue;
         const bool zero = key >= end;
         if (WANTS_KEYS && p.d_key.data) {

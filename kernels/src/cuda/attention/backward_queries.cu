@@ -4,26 +4,27 @@
 // From products of queries and keys, and of d_out and values, to the gradients of the products, in the place of the second.
 template <class Check>
 __device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], const real (&logsumexps)[row_slots<ROWS>()],
-                                  const real (&deltas)[row_slots<ROWS>()], int first,
+                                  const real (&deltas)[row_slots<ROWS>()], int first, const RowTerms<ROWS, KEYS> &terms,
                                   const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
                                   real (&gradients)[row_slots<ROWS>()][column_slots<KEYS>()]) {
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
+        const real distance = distance_of(p, rows[r], first + key_at(0));
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c)
-            gradients[r][c] = weigh<Check>(p, rows[r], first + column_at(c), kept >> c & 1, products[r][c], gradients[r][c],
-                                           logsumexps[r], deltas[r])
+            gradients[r][c] = weigh<Check>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c, kept >> c & 1,
+                                           products[r][c], gradients[r][c], logsumexps[r], deltas[r])
                                   .product;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_queries(const Parameters p) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    constexpr int KEY_TILE = KEYS * row_stride<HEAD>(), VALUE_TILE = KEYS * row_stride<VALUE>();
+    extern __shared__ __align__(1024) unsigned char memory[];
+    constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
     element *const query_tile = reinterpret_cast<element *>(memory);
-    element *const d_out_tile = query_tile + ROWS * row_stride<HEAD>();
-    element *const key_tiles = d_out_tile + ROWS * row_stride<VALUE>();
+    element *const d_out_tile = query_tile + tile_size<ROWS, HEAD>();
+    element *const key_tiles = d_out_tile + tile_size<ROWS, VALUE>();
     element *const value_tiles = key_tiles + STAGES * KEY_TILE;
     real *const room = reinterpret_cast<real *>(value_tiles + STAGES * VALUE_TILE);
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>(), OUT_SLOTS = output_slots<HEAD>();
@@ -56,8 +57,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
 
     const auto stage_step = [&](int first) {
         const int slot = STAGES > 1 ? (first - from) / KEYS % STAGES : 0;
-        stage_rows<KEYS, HEAD>(key_tiles + slot * KEY_TILE, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
-        stage_rows<KEYS, VALUE>(value_tiles + slot * VALUE_TILE, p.value, b, key_head, first, batch.keys, p.value_head_dim,
+        stage_rows<KEYS, HEAD, KeysAcross>(key_tiles + slot * KEY_TILE, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
+        stage_rows<KEYS, VALUE, KeysAcross>(value_tiles + slot * VALUE_TILE, p.value, b, key_head, first, batch.keys, p.value_head_dim,
                                 p.aligned & ALIGNED_VALUE);
         close_copies();
     };
@@ -71,28 +72,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         stage_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, batch.queries, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
         stage_step(from);
     }
+    // With a third slot, what is added to the sums may still be read when the next tile but one is loaded.
+    constexpr bool DEFERS = STAGES > 2;
+    Factors<KEYS> factors;
     for (int first = from; first < to; first += KEYS) {
-        if (STAGES > 1 && first + KEYS < to) {
-            stage_step(first + KEYS);
-            await_copies<1>();
-        } else {
-            await_copies<0>();
-        }
+        await_copies<0>();
         __syncthreads();
+        if (STAGES > 1 && first + KEYS < to) stage_step(first + KEYS);
         const int slot = (first - from) / KEYS % STAGES;
         const element *key_tile = key_tiles + slot * KEY_TILE;
         const bool checked = first < all_from || first + KEYS > all_to;
         real weights[ROW_SLOTS][KEY_SLOTS], gradients[ROW_SLOTS][KEY_SLOTS];
-        products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
-        products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tiles + slot * VALUE_TILE);
+        begin_products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
+        begin_products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tiles + slot * VALUE_TILE);
+        RowTerms<ROWS, KEYS> terms;
+        if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, first);
+        await_products<0>();
+        hold(weights);
+        hold(gradients);
         if (checked)
-            weigh_tile<Checked>(p, rows, logsumexps, deltas, first, weights, gradients);
+            weigh_tile<Checked>(p, rows, logsumexps, deltas, first, terms, weights, gradients);
         else
-            weigh_tile<Unchecked>(p, rows, logsumexps, deltas, first, weights, gradients);
-        add_weighted<ROWS, KEYS, HEAD>(sums, gradients, key_tile, room);
-        __syncthreads();
-        if (STAGES == 1 && first + KEYS < to) stage_step(first + KEYS);
+            weigh_tile<Unchecked>(p, rows, logsumexps, deltas, first, terms, weights, gradients);
+        begin_weighted<ROWS, KEYS, HEAD>(sums, gradients, factors, key_tile, room);
+        if constexpr (!DEFERS) await_products<0>();
+        if (STAGES == 1 && first + KEYS < to) {
+            __syncthreads();
+            stage_step(first + KEYS);
+        }
     }
+    await_products<0>();
+    hold(sums);
 
     unsigned spoiled = 0;
 #pragma unroll

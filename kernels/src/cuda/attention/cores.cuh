@@ -25,6 +25,32 @@ __device__ inline int row_at(int slot) {
 
 __device__ inline int column_at(int slot) { return threadIdx.x % 16 + slot * 16; }
 
+__device__ constexpr int column_offset(int slot) { return slot * 16; }
+
+// Keys stand in tiles as they come.
+__device__ inline int key_at(int slot) { return column_at(slot); }
+__device__ constexpr int key_offset(int slot) { return column_offset(slot); }
+
+template <int HEIGHT>
+__device__ inline int key_row_at(int slot) {
+    return row_at<HEIGHT>(slot);
+}
+
+struct KeysAcross {
+    static __device__ constexpr int of(int key) { return key; }
+};
+typedef KeysAcross KeysDown;
+
+// Masks and biases are read key by key.
+struct NoTerms {
+    template <class... Any>
+    __device__ inline void read(Any...) {}
+};
+template <int HEIGHT, int WIDTH>
+struct RowTerms : NoTerms {};
+template <int HEIGHT, int WIDTH>
+struct KeyTerms : NoTerms {};
+
 constexpr int NEIGHBOURS = 2;
 
 // Outputs are wider than tiles of logits, so that a load brings several neighbours.
@@ -62,13 +88,17 @@ __device__ inline unsigned kept_of_row(const Parameters &p, const Row &row, int 
     return kept;
 }
 
-template <int WIDTH>
-__device__ inline unsigned kept_of_key(const Parameters &p, unsigned batch_head, int first, int key) {
-    unsigned kept = 0;
+template <int HEIGHT, int WIDTH>
+__device__ inline void kept_of_keys(const Parameters &p, unsigned batch_head, int first_t, int first,
+                                    unsigned (&kept)[row_slots<HEIGHT>()]) {
 #pragma unroll
-    for (int c = 0; c < column_slots<WIDTH>(); ++c)
-        kept |= (kept_of_block(p, batch_head, (unsigned)(first + column_at(c)), (unsigned)key / 8) >> (key % 8) & 1) << c;
-    return kept;
+    for (int r = 0; r < row_slots<HEIGHT>(); ++r) {
+        const unsigned key = (unsigned)(first + key_row_at<HEIGHT>(r));
+        kept[r] = 0;
+#pragma unroll
+        for (int c = 0; c < column_slots<WIDTH>(); ++c)
+            kept[r] |= (kept_of_block(p, batch_head, (unsigned)(first_t + column_at(c)), key / 8) >> (key % 8) & 1) << c;
+    }
 }
 
 struct alignas(16) Chunk {

@@ -5,6 +5,9 @@
 // keys to a tile. Rows of several query heads can share a tile (`pack`), and the keys can be cut into parts that a second
 // kernel merges: so that few queries keep the device busy.
 
+// For warpgroups, keys and values of two tiles are there at once.
+constexpr int SLOTS = ON_WARPGROUPS ? 2 : 1;
+
 struct Shared {
     element *query, *key, *value;
     real *room;
@@ -13,9 +16,9 @@ struct Shared {
 __device__ inline Shared shared_tiles(unsigned char *memory) {
     Shared tiles;
     tiles.query = reinterpret_cast<element *>(memory);
-    tiles.key = tiles.query + ROWS * row_stride<HEAD>();
-    tiles.value = tiles.key + KEYS * row_stride<HEAD>();
-    tiles.room = reinterpret_cast<real *>(tiles.value + KEYS * row_stride<VALUE>());
+    tiles.key = tiles.query + tile_size<ROWS, HEAD>();
+    tiles.value = tiles.key + SLOTS * tile_size<KEYS, HEAD>();
+    tiles.room = reinterpret_cast<real *>(tiles.value + SLOTS * tile_size<KEYS, VALUE>());
     return tiles;
 }
 
@@ -45,21 +48,69 @@ __device__ inline void store_logsumexp(const Parameters &p, long long b, long lo
         reinterpret_cast<real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]] = logsumexp;
 }
 
-// From products to logits in base two.
+// The logits of a tile in base two but for a factor: the products where that is all there is to them.
 template <class Check>
 __device__ inline void finish_logits(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
-                                     real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()]) {
+                                     const RowTerms<ROWS, KEYS> &terms, real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()]) {
 #pragma unroll
-    for (int r = 0; r < row_slots<ROWS>(); ++r)
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        const real distance = distance_of(p, rows[r], first + key_at(0));
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c) {
+            const int key = first + key_at(c);
             real slope;
-            logits[r][c] = logit<Check>(p, rows[r], first + column_at(c), logits[r][c], slope) * LOG2_E;
+            if constexpr (HAS_TERMS)
+                logits[r][c] = tile_logit<Check>(p, rows[r], key, distance - key_offset(c), terms, r, c, logits[r][c], slope) * LOG2_E;
+            else if (Check::value && (key < rows[r].low || key >= rows[r].high))
+                logits[r][c] = -infinity();
         }
+    }
+}
+
+// The softmax carried along by a tile: logits become weights, `shrink` what earlier sums are to be multiplied by. False where
+// that is 1 for the whole warp.
+__device__ inline bool carry_softmax(real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()], real factor,
+                                     real (&maxima)[row_slots<ROWS>()], real (&totals)[row_slots<ROWS>()],
+                                     real (&shrink)[row_slots<ROWS>()]) {
+    constexpr int KEY_SLOTS = column_slots<KEYS>();
+    bool rescales = false;
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        // Two chains each, of the maximum and of the sum, since one waits for itself.
+        real maximum = logits[r][0], other = logits[r][KEY_SLOTS > 1 ? 1 : 0];
+#pragma unroll
+        for (int c = 2; c < KEY_SLOTS; ++c) (c % 2 ? other : maximum) = fmax(c % 2 ? other : maximum, logits[r][c]);
+        maximum = fmax(maxima[r], maximum_of_row(fmax(maximum, other)) * factor);
+        // Less infinity is NaN where everything so far is masked.
+        const real base = maximum == -infinity() ? real(0) : maximum;
+        shrink[r] = power_of_two(maxima[r] - base);
+        rescales |= shrink[r] != 1;
+        maxima[r] = maximum;
+        real even = 0, odd = 0;
+#pragma unroll
+        for (int c = 0; c < KEY_SLOTS; ++c) {
+            logits[r][c] = power_of_two(fma(logits[r][c], factor, -base));
+            (c % 2 ? odd : even) += logits[r][c];
+        }
+        totals[r] = fma(totals[r], shrink[r], even + odd);
+    }
+    return __any_sync(~0u, rescales);
+}
+
+__device__ inline void drop_weights(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
+                                    real (&weights)[row_slots<ROWS>()][column_slots<KEYS>()]) {
+    if (!drops(p)) return;
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        const unsigned kept = kept_of_row<KEYS>(p, rows[r], first);
+#pragma unroll
+        for (int c = 0; c < column_slots<KEYS>(); ++c)
+            if (!(kept >> c & 1)) weights[r][c] = 0;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forward(const Parameters p) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
     const Shared tiles = shared_tiles(memory);
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>(), OUT_SLOTS = output_slots<VALUE>();
 
@@ -109,11 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
         for (int c = 0; c < OUT_SLOTS; ++c) outputs[r][c] = 0;
     }
 
-    const auto stage_keys = [&](int first) {
-        stage_rows<KEYS, HEAD>(tiles.key, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
-        close_copies();
-    };
-    if (from < to) {
+    const auto stage_queries = [&] {
         stage<ROWS, HEAD>(
             tiles.query,
             [&](int row) {
@@ -121,77 +168,103 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
                 return t < batch.queries ? at(p.query, b, t, first_head + (first_row + row) % p.pack) : (const element *)nullptr;
             },
             p.head_dim, p.query.stride[3], p.aligned & ALIGNED_QUERY, p.query.data);
-        stage_keys(from);
-    }
+    };
+    const auto stage_keys = [&](int first, element *tile) {
+        stage_rows<KEYS, HEAD, KeysAcross>(tile, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
+    };
+    const auto stage_values = [&](int first, element *tile) {
+        stage_rows<KEYS, VALUE, KeysAcross>(tile, p.value, b, key_head, first, batch.keys, p.value_head_dim, p.aligned & ALIGNED_VALUE);
+    };
     const real factor = HAS_TERMS ? real(1) : (real)p.scale * LOG2_E;
+    RowTerms<ROWS, KEYS> terms;
+    const auto read_terms = [&](int first) {
+        if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, first);
+    };
+    const auto soften = [&](int first, real(&logits)[ROW_SLOTS][KEY_SLOTS], real(&shrink)[ROW_SLOTS]) {
+        if (first < all_from || first + KEYS > all_to)
+            finish_logits<Checked>(p, rows, first, terms, logits);
+        else
+            finish_logits<Unchecked>(p, rows, first, terms, logits);
+        const bool rescales = carry_softmax(logits, factor, maxima, totals, shrink);
+        drop_weights(p, rows, first, logits);
+        return rescales;
+    };
+    const auto rescale = [&](const real(&shrink)[ROW_SLOTS]) {
+#pragma unroll
+        for (int r = 0; r < ROW_SLOTS; ++r)
+#pragma unroll
+            for (int c = 0; c < OUT_SLOTS; ++c) outputs[r][c] *= shrink[r];
+    };
 
+#if ON_WARPGROUPS
+    if (from < to) {
+        // The product of a tile's weights and values runs beside the softmax of the next one.
+        constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
+        real logits[ROW_SLOTS][KEY_SLOTS], shrink[ROW_SLOTS];
+        Factors<KEYS> weights;
+        int slot = 0;
+        // Waits for a tile of keys and the values of the one before, and has those loaded that come next.
+        const auto advance = [&](int first) {
+            await_copies<0>();
+            __syncthreads();
+            if (first + KEYS < to) stage_keys(first + KEYS, tiles.key + (slot ^ 1) * KEY_TILE);
+            stage_values(first, tiles.value + slot * VALUE_TILE);
+            close_copies();
+        };
+        stage_queries();
+        stage_keys(from, tiles.key);
+        close_copies();
+        advance(from);
+        begin_products<ROWS, KEYS, HEAD>(logits, tiles.query, tiles.key);
+        read_terms(from);
+        await_products<0>();
+        hold(logits);
+        soften(from, logits, shrink);
+        pack<KEYS>(weights, logits);
+        for (int first = from + KEYS; first < to; first += KEYS) {
+            slot ^= 1;
+            advance(first);
+            begin_products<ROWS, KEYS, HEAD>(logits, tiles.query, tiles.key + slot * KEY_TILE);
+            begin_weighted<KEYS, VALUE>(outputs, weights, tiles.value + (slot ^ 1) * VALUE_TILE);
+            read_terms(first);
+            await_products<1>();
+            hold(logits);
+            const bool rescales = soften(first, logits, shrink);
+            await_products<0>();
+            hold(outputs);
+            if (rescales) rescale(shrink);
+            pack<KEYS>(weights, logits);
+        }
+        await_copies<0>();
+        __syncthreads();
+        begin_weighted<KEYS, VALUE>(outputs, weights, tiles.value + slot * VALUE_TILE);
+        await_products<0>();
+        hold(outputs);
+    }
+#else
+    if (from < to) {
+        stage_queries();
+        stage_keys(from, tiles.key);
+        close_copies();
+    }
     for (int first = from; first < to; first += KEYS) {
         await_copies<0>();
         __syncthreads();
-        stage_rows<KEYS, VALUE>(tiles.value, p.value, b, key_head, first, batch.keys, p.value_head_dim, p.aligned & ALIGNED_VALUE);
+        stage_values(first, tiles.value);
         close_copies();
-
-        real logits[ROW_SLOTS][KEY_SLOTS];
+        real logits[ROW_SLOTS][KEY_SLOTS], shrink[ROW_SLOTS];
+        read_terms(first);
         products<ROWS, KEYS, HEAD>(logits, tiles.query, tiles.key);
         await_copies<0>();
         __syncthreads();
-        if (first + KEYS < to) stage_keys(first + KEYS);
-
-        const bool checked = first < all_from || first + KEYS > all_to;
-        if constexpr (HAS_TERMS) {
-            if (checked)
-                finish_logits<Checked>(p, rows, first, logits);
-            else
-                finish_logits<Unchecked>(p, rows, first, logits);
-        } else if (checked) {
-#pragma unroll
-            for (int r = 0; r < ROW_SLOTS; ++r)
-#pragma unroll
-                for (int c = 0; c < KEY_SLOTS; ++c) {
-                    const int key = first + column_at(c);
-                    if (key < rows[r].low || key >= rows[r].high) logits[r][c] = -infinity();
-                }
+        if (first + KEYS < to) {
+            stage_keys(first + KEYS, tiles.key);
+            close_copies();
         }
-
-        bool rescales = false;
-        real shrink[ROW_SLOTS];
-#pragma unroll
-        for (int r = 0; r < ROW_SLOTS; ++r) {
-            // Two chains each, of the maximum and of the sum, since one waits for itself.
-            real maximum = logits[r][0], other = logits[r][KEY_SLOTS > 1 ? 1 : 0];
-#pragma unroll
-            for (int c = 2; c < KEY_SLOTS; ++c) (c % 2 ? other : maximum) = fmax(c % 2 ? other : maximum, logits[r][c]);
-            maximum = fmax(maxima[r], maximum_of_row(fmax(maximum, other)) * factor);
-            // Less infinity is NaN where everything so far is masked.
-            const real base = maximum == -infinity() ? real(0) : maximum;
-            shrink[r] = power_of_two(maxima[r] - base);
-            rescales |= shrink[r] != 1;
-            maxima[r] = maximum;
-            real even = 0, odd = 0;
-#pragma unroll
-            for (int c = 0; c < KEY_SLOTS; ++c) {
-                logits[r][c] = power_of_two(fma(logits[r][c], factor, -base));
-                (c % 2 ? odd : even) += logits[r][c];
-            }
-            totals[r] = fma(totals[r], shrink[r], even + odd);
-        }
-        if (__any_sync(~0u, rescales)) {
-#pragma unroll
-            for (int r = 0; r < ROW_SLOTS; ++r)
-#pragma unroll
-                for (int c = 0; c < OUT_SLOTS; ++c) outputs[r][c] *= shrink[r];
-        }
-        if (drops(p)) {
-#pragma unroll
-            for (int r = 0; r < ROW_SLOTS; ++r) {
-                const unsigned kept = kept_of_row<KEYS>(p, rows[r], first);
-#pragma unroll
-                for (int c = 0; c < KEY_SLOTS; ++c)
-                    if (!(kept >> c & 1)) logits[r][c] = 0;
-            }
-        }
+        if (soften(first, logits, shrink)) rescale(shrink);
         add_weighted<ROWS, KEYS, VALUE>(outputs, logits, tiles.value, tiles.room);
     }
+#endif
 
     // A row whose sums are NaN or infinite, and whose softmax is not, may hold what it must not see.
     const auto is_stored = [&](int r) { return first_row + row_at<ROWS>(r) < rows_of_head; };

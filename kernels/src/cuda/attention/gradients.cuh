@@ -14,20 +14,8 @@ struct Weights {
     real logit, product;
 };
 
-// `product` is that of query and key, `incoming` that of d_out and value. `kept` is the bit of dropout.
-template <class Check>
-__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bool kept, real product, real incoming, real logsumexp,
-                                real delta) {
-    real slope = 1, exponent;
-    bool masked;
-    if constexpr (HAS_TERMS) {
-        const real x = logit<Check>(p, row, key, product, slope);
-        masked = x == -infinity();
-        exponent = fma(x, LOG2_E, -logsumexp);
-    } else {
-        masked = Check::value && (key < row.low || key >= row.high);
-        exponent = fma(product, (real)p.scale * LOG2_E, -logsumexp);
-    }
+// From what a logit is made of to its gradient. `incoming` is the product of d_out and value, `kept` the bit of dropout.
+__device__ inline Weights weigh(const Parameters &p, bool masked, real exponent, real slope, bool kept, real incoming, real delta) {
     // Selected, not multiplied: what is masked may be NaN.
     const real probability = masked ? real(0) : power_of_two(exponent);
     const real change = (kept ? keep_scale(p) * incoming : real(0)) - delta;
@@ -38,15 +26,29 @@ __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, bo
     return weights;
 }
 
+// The same in slots r and c of a tile, from the product of query and key and as `tile_logit` has it.
+template <class Check, class Terms>
+__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, real distance, const Terms &terms, int r, int c, bool kept,
+                                real product, real incoming, real logsumexp, real delta) {
+    if constexpr (HAS_TERMS) {
+        real slope;
+        const real x = tile_logit<Check>(p, row, key, distance, terms, r, c, product, slope);
+        return weigh(p, x == -infinity(), fma(x, LOG2_E, -logsumexp), slope, kept, incoming, delta);
+    }
+    const bool masked = Check::value && (key < row.low || key >= row.high);
+    return weigh(p, masked, fma(product, (real)p.scale * LOG2_E, -logsumexp), 1, kept, incoming, delta);
+}
+
 // The same for a single row and key, by a whole warp. False where the key takes no part.
 __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, long long b, long long n, int key, Weights &weights) {
     real slope;
     const real product = dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
-    if (logit<Checked>(p, row, key, product, slope) == -infinity()) return false;
+    const real x = logit<Checked>(p, row, key, product, slope);
+    if (x == -infinity()) return false;
     const real incoming =
         dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     const long long state = state_of(p, b, n, row.t);
     const bool kept = !drops(p) || is_kept(p, row, key);
-    weights = weigh<Checked>(p, row, key, kept, product, incoming, p.first[state], p.second[state]);
+    weights = weigh(p, false, fma(x, LOG2_E, -p.first[state]), slope, kept, incoming, p.second[state]);
     return true;
 }

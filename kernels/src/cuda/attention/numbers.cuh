@@ -14,6 +14,13 @@
 
 #define HALVES (DTYPE >= DTYPE_F16)
 
+// Whether products run on warpgroups. WARPGROUPS says that tiles are made for it.
+#if HALVES && WARPGROUPS && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define ON_WARPGROUPS 1
+#else
+#define ON_WARPGROUPS 0
+#endif
+
 // An element of an operand, and what logits, softmax and sums are computed in.
 #if DTYPE == DTYPE_F64
 typedef double element;

@@ -1,11 +1,28 @@
-// Tiles of operands in shared memory: rows of DEPTH elements, and 16 bytes between them, so that eight rows next to each
-// other begin in different banks.
+// Tiles of operands in shared memory. Eight rows next to each other begin in different banks: rows of DEPTH elements have 16
+// bytes between them; or, for warpgroups, a tile is made of panels of 64 columns, rows of 128 bytes in which the 16 bytes at i are
+// where i ^ row % 8 would be.
 
 constexpr int CHUNK = 16 / sizeof(element);
 
 template <int DEPTH>
 __device__ constexpr int row_stride() {
     return DEPTH + CHUNK;
+}
+
+// Bytes of a row of a panel.
+constexpr int PANEL_BYTES = 128;
+
+// Elements of a tile.
+template <int HEIGHT, int DEPTH>
+__device__ constexpr int tile_size() {
+    return HEIGHT * (ON_WARPGROUPS ? DEPTH : row_stride<DEPTH>());
+}
+
+// Where a tile has the elements of this row from this column on, a multiple of a chunk.
+template <int HEIGHT, int DEPTH>
+__device__ inline int place_of(int row, int column) {
+    if constexpr (ON_WARPGROUPS) return (column / 64 * HEIGHT + row) * 64 + (column % 64 ^ row % 8 * 8);
+    return row * row_stride<DEPTH>() + column;
 }
 
 __device__ inline unsigned shared_address(const void *pointer) { return (unsigned)__cvta_generic_to_shared(pointer); }
@@ -30,16 +47,25 @@ __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::
 template <int GROUPS>
 __device__ inline void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+#if ON_WARPGROUPS
+    // What this thread wrote is there for products once it has met the others.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
-// Fills HEIGHT rows of a tile. `row_at` gives the address of a row, or null for one of zeros, which the columns from
+// Fills HEIGHT rows of a tile, which stand where `Order` says. `row_at` gives the address of a row, or null for one of zeros, which the columns from
 // `width` on are too. `there` is any address that may be read.
-template <int HEIGHT, int DEPTH, class RowAt>
+// Rows of a tile as they come.
+struct InOrder {
+    static __device__ constexpr int of(int row) { return row; }
+};
+
+template <int HEIGHT, int DEPTH, class Order = InOrder, class RowAt>
 __device__ inline void stage(element *tile, RowAt row_at, int width, long long inner, bool aligned, const char *there) {
     constexpr int CHUNKS = DEPTH / CHUNK;
     for (int index = threadIdx.x; index < HEIGHT * CHUNKS; index += THREADS) {
         const int row = index / CHUNKS, column = index % CHUNKS * CHUNK;
-        element *to = tile + row * row_stride<DEPTH>() + column;
+        element *to = tile + place_of<HEIGHT, DEPTH>(Order::of(row), column);
         const element *from = row_at(row);
         if (aligned) {
             const bool inside = from && column < width;
@@ -52,31 +78,54 @@ __device__ inline void stage(element *tile, RowAt row_at, int width, long long i
 }
 
 // Rows `first` to `first + HEIGHT` of a tensor [B, length, heads, width]; those from `end` on are zeros.
-template <int HEIGHT, int DEPTH>
+template <int HEIGHT, int DEPTH, class Order = InOrder>
 __device__ inline void stage_rows(element *tile, const Tensor &tensor, long long b, long long head, long long first, long long end,
                                   int width, bool aligned) {
     const element *origin = at(tensor, b, first, head);
     const long long step = tensor.stride[1];
+#if ON_WARPGROUPS
+    if (aligned) {
+        // Eight threads have a row of a panel, and rows are at equal distances.
+        constexpr int ROWS_AT_ONCE = THREADS / 8;
+        static_assert(HEIGHT % ROWS_AT_ONCE == 0 && (ROWS_AT_ONCE & ROWS_AT_ONCE - 1) == 0 && Order::of(ROWS_AT_ONCE) % 8 == 0,
+                      "every thread has as many rows, which are where they were modulo eight");
+        const int row = threadIdx.x / 8, column = threadIdx.x % 8 * CHUNK;
+        const unsigned to = shared_address(tile + place_of<HEIGHT, DEPTH>(Order::of(row), column));
+        const char *from = reinterpret_cast<const char *>(origin + row * step + column);
+        const long long jump = step * (ROWS_AT_ONCE * (int)sizeof(element));
+        const int rows = (int)min(end - first, (long long)HEIGHT) - row;
+#pragma unroll
+        for (int i = 0; i < HEIGHT / ROWS_AT_ONCE; ++i) {
+#pragma unroll
+            for (int panel = 0; panel < DEPTH / 64; ++panel)
+                copy_chunk(to + (panel * HEIGHT + Order::of(i * ROWS_AT_ONCE)) * PANEL_BYTES, from + panel * PANEL_BYTES,
+                           i * ROWS_AT_ONCE < rows && panel * 64 + column < width);
+            from += jump;
+        }
+        return;
+    }
+#else
     constexpr int CHUNKS = DEPTH / CHUNK;
-    if constexpr (THREADS % CHUNKS == 0 && HEIGHT % (THREADS / CHUNKS) == 0) {
-        // Each thread has one column, and rows at equal distances.
+    if constexpr (THREADS % CHUNKS == 0 && (CHUNKS & CHUNKS - 1) == 0 && HEIGHT % (THREADS / CHUNKS) == 0) {
+        // Each thread has one column, and rows at equal distances, a power of two.
         if (aligned) {
             constexpr int ROWS_AT_ONCE = THREADS / CHUNKS;
             const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * CHUNK;
-            const unsigned to = shared_address(tile + row * row_stride<DEPTH>() + column);
+            const unsigned to = shared_address(tile + Order::of(row) * row_stride<DEPTH>() + column);
             const char *from = reinterpret_cast<const char *>(origin + row * step + column);
             const long long jump = step * (ROWS_AT_ONCE * (int)sizeof(element));
             const int rows = column < width ? (int)min(end - first, (long long)HEIGHT) - row : 0;
 #pragma unroll
             for (int i = 0; i < HEIGHT / ROWS_AT_ONCE; ++i) {
                 // Behind the last row the address is one of nothing, and not read.
-                copy_chunk(to + i * ROWS_AT_ONCE * row_stride<DEPTH>() * (int)sizeof(element), from, i * ROWS_AT_ONCE < rows);
+                copy_chunk(to + Order::of(i * ROWS_AT_ONCE) * row_stride<DEPTH>() * (int)sizeof(element), from, i * ROWS_AT_ONCE < rows);
                 from += jump;
             }
             return;
         }
     }
-    stage<HEIGHT, DEPTH>(
+#endif
+    stage<HEIGHT, DEPTH, Order>(
         tile, [=](int row) { return first + row < end ? origin + row * step : (const element *)nullptr; }, width, tensor.stride[3],
         aligned, tensor.data);
 }

@@ -30,6 +30,27 @@ __device__ inline int row_at(int slot) {
 
 __device__ inline int column_at(int slot) { return slot / 2 * 8 + lane() % 4 * 2 + slot % 2; }
 
+__device__ constexpr int column_offset(int slot) { return slot / 2 * 8 + slot % 2; }
+
+// Keys stand in tiles in an order in which those of a thread follow each other, so that what is read for them comes in few pieces.
+// Across, a thread has eight keys of 32; down, two of 16.
+__device__ inline int key_at(int slot) { return slot / 8 * 32 + lane() % 4 * 8 + slot % 8; }
+__device__ constexpr int key_offset(int slot) { return slot / 8 * 32 + slot % 8; }
+
+template <int HEIGHT>
+__device__ inline int key_row_at(int slot) {
+    static_assert(row_slots<HEIGHT>() == 2, "16 rows to a warp");
+    return threadIdx.x / 32 * 16 + lane() / 4 * 2 + slot;
+}
+
+// The row of a tile where a key stands, if keys are the columns of a product or its rows.
+struct KeysAcross {
+    static __device__ constexpr int of(int key) { return (key & ~30) | (key & 6) << 2 | (key >> 2 & 6); }
+};
+struct KeysDown {
+    static __device__ constexpr int of(int key) { return (key & ~15) | (key >> 1 & 7) | (key & 1) << 3; }
+};
+
 template <int WIDTH>
 __device__ inline int output_column_at(int slot) {
     return column_at(slot);
@@ -63,39 +84,134 @@ constexpr int COLUMN_PARTS = WARPS;
 __device__ inline int column_part() { return threadIdx.x / 32; }
 __device__ inline bool leads_column() { return lane() / 4 == 0; }
 
-// Bit c says whether the key in column slot c of a tile that begins with key `first` is kept in the row. The four threads of a
-// row draw a block of eight keys each.
+// Bit c says whether the key in slot c of a tile that begins with key `first` is kept in the row.
 template <int WIDTH>
 __device__ inline unsigned kept_of_row(const Parameters &p, const Row &row, int first) {
     unsigned kept = 0;
 #pragma unroll
-    for (int i = 0; i < WIDTH / 32; ++i) {
-        const unsigned drawn = kept_of_block(p, row.batch_head, (unsigned)row.t, (unsigned)first / 8 + 4 * i + lane() % 4);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const unsigned block = __shfl_sync(~0u, drawn, (lane() & ~3) | j);
-            kept |= (block >> (lane() % 4 * 2) & 3) << (8 * i + 2 * j);
-        }
-    }
+    for (int i = 0; i < WIDTH / 32; ++i)
+        kept |= kept_of_block(p, row.batch_head, (unsigned)row.t, (unsigned)(first + key_at(8 * i)) / 8) << (8 * i);
     return kept;
 }
 
-// The same where columns are query rows from `first` on, and the thread's own row is this key. The eight threads whose keys are
-// one block draw for a row each.
-template <int WIDTH>
-__device__ inline unsigned kept_of_key(const Parameters &p, unsigned batch_head, int first, int key) {
-    constexpr int SLOTS = column_slots<WIDTH>();
-    unsigned kept = 0;
+// The same where columns are query rows from `first_t` on, and the thread's own rows are keys. The four threads whose keys are one
+// block draw for a row each.
+template <int HEIGHT, int WIDTH>
+__device__ inline void kept_of_keys(const Parameters &p, unsigned batch_head, int first_t, int first,
+                                    unsigned (&kept)[row_slots<HEIGHT>()]) {
+    const unsigned key = (unsigned)(first + key_row_at<HEIGHT>(0));
+    kept[0] = kept[1] = 0;
 #pragma unroll
-    for (int i = 0; i < SLOTS; i += 8) {
-        const int own = first + column_at((i + lane() / 4) % SLOTS);
-        const unsigned drawn = kept_of_block(p, batch_head, (unsigned)own, (unsigned)key / 8);
+    for (int i = 0; i < column_slots<WIDTH>(); i += 4) {
+        const int own = first_t + column_at(i + lane() / 4 % 4);
+        const unsigned drawn = kept_of_block(p, batch_head, (unsigned)own, key / 8);
 #pragma unroll
-        for (int j = 0; j < 8 && j < SLOTS; ++j)
-            kept |= (__shfl_sync(~0u, drawn, j * 4 + lane() % 4) >> (lane() / 4) & 1) << (i + j);
+        for (int j = 0; j < 4; ++j) {
+            const unsigned both = __shfl_sync(~0u, drawn, lane() / 16 * 16 + j * 4 + lane() % 4) >> key % 8;
+            kept[0] |= (both & 1) << (i + j);
+            kept[1] |= (both >> 1 & 1) << (i + j);
+        }
     }
-    return kept;
 }
+
+// The mask and the bias of a tile, as they are read: those of neighbouring keys share a register.
+__device__ inline real half_of(unsigned both, int index) {
+    const unsigned short half = (unsigned short)(both >> (16 * index));
+    return BIAS_DTYPE == DTYPE_F16 ? f16_to_float(half) : bf16_to_float(half);
+}
+
+__device__ inline bool byte_of(unsigned four, int index) { return (four & 0xffu << (8 * index)) != 0; }
+
+// Rows are rows of a product, and columns are keys.
+template <int HEIGHT, int WIDTH>
+struct RowTerms {
+    static constexpr int ROWS_OF_THREAD = row_slots<HEIGHT>(), KEYS_OF_THREAD = column_slots<WIDTH>();
+    unsigned mask[ROWS_OF_THREAD][PACKS_MASK ? KEYS_OF_THREAD / 4 : 1], bias[ROWS_OF_THREAD][PACKS_BIAS ? KEYS_OF_THREAD / 2 : 1];
+
+    __device__ inline bool visible(int r, int c) const { return !PACKS_MASK || byte_of(mask[r][c / 4], c % 4); }
+    __device__ inline real added(int r, int c) const { return PACKS_BIAS ? half_of(bias[r][c / 2], c % 2) : real(0); }
+
+    __device__ inline void read(const Parameters &p, const Row (&rows)[ROWS_OF_THREAD], int first) {
+        const int last = (int)p.key_length - 1;
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_THREAD; ++r)
+#pragma unroll
+            for (int c = 0; c < KEYS_OF_THREAD; c += 8) {
+                const int key = first + key_at(c);
+                if constexpr (PACKS_MASK) {
+                    const unsigned char *from = reinterpret_cast<const unsigned char *>(p.mask.data) + rows[r].mask;
+                    if (p.aligned & ALIGNED_MASK) {
+                        const uint2 eight = key <= last ? __ldg(reinterpret_cast<const uint2 *>(from + key)) : make_uint2(0, 0);
+                        mask[r][c / 4] = eight.x;
+                        mask[r][c / 4 + 1] = eight.y;
+                    } else {
+                        mask[r][c / 4] = mask[r][c / 4 + 1] = 0;
+#pragma unroll
+                        for (int i = 0; i < 8; ++i)
+                            mask[r][(c + i) / 4] |= (unsigned)from[min(key + i, last) * key_stride(p.mask)] << (8 * (i % 4));
+                    }
+                }
+                if constexpr (PACKS_BIAS) {
+                    const unsigned short *from = reinterpret_cast<const unsigned short *>(p.bias.data) + rows[r].bias;
+                    if (p.aligned & ALIGNED_BIAS) {
+                        const uint4 eight = key <= last ? __ldg(reinterpret_cast<const uint4 *>(from + key)) : make_uint4(0, 0, 0, 0);
+                        bias[r][c / 2] = eight.x;
+                        bias[r][c / 2 + 1] = eight.y;
+                        bias[r][c / 2 + 2] = eight.z;
+                        bias[r][c / 2 + 3] = eight.w;
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 8; i += 2)
+                            bias[r][(c + i) / 2] = from[min(key + i, last) * key_stride(p.bias)] |
+                                                   (unsigned)from[min(key + i + 1, last) * key_stride(p.bias)] << 16;
+                    }
+                }
+            }
+    }
+};
+
+// Rows of a product are keys, and columns are query rows.
+template <int HEIGHT, int WIDTH>
+struct KeyTerms {
+    static constexpr int ROWS_OF_THREAD = column_slots<WIDTH>();
+    unsigned mask[PACKS_MASK ? ROWS_OF_THREAD / 2 : 1], bias[PACKS_BIAS ? ROWS_OF_THREAD : 1];
+
+    __device__ inline bool visible(int r, int c) const { return !PACKS_MASK || byte_of(mask[c / 2], c % 2 * 2 + r); }
+    __device__ inline real added(int r, int c) const { return PACKS_BIAS ? half_of(bias[c], r) : real(0); }
+
+    // Query rows from `first_t` to before `end` of a head, and keys from `first` on.
+    __device__ inline void read(const Parameters &p, long long b, long long n, int first_t, int end, int first) {
+        const int key = first + key_row_at<HEIGHT>(0), last = (int)p.key_length - 1;
+        const int t = first_t + column_at(0);
+        const auto origin = [&](const Tensor &tensor) {
+            return b * tensor.stride[0] + n * tensor.stride[1] + t * tensor.stride[2] + min(key, last) * key_stride(tensor);
+        };
+        if constexpr (PACKS_MASK) {
+            const unsigned char *const from = reinterpret_cast<const unsigned char *>(p.mask.data) + origin(p.mask);
+            const long long next = key < last ? key_stride(p.mask) : 0;
+#pragma unroll
+            for (int c = 0; c < ROWS_OF_THREAD; ++c) {
+                const unsigned char *const of_row = from + column_offset(c) * p.mask.stride[2];
+                unsigned both = 0;
+                if (t + column_offset(c) < end)
+                    both = p.aligned & ALIGNED_MASK ? __ldg(reinterpret_cast<const unsigned short *>(of_row)) : of_row[0] | of_row[next] << 8;
+                mask[c / 2] = c % 2 ? mask[c / 2] | both << 16 : both;
+            }
+        }
+        if constexpr (PACKS_BIAS) {
+            const unsigned short *const from = reinterpret_cast<const unsigned short *>(p.bias.data) + origin(p.bias);
+            const long long next = key < last ? key_stride(p.bias) : 0;
+#pragma unroll
+            for (int c = 0; c < ROWS_OF_THREAD; ++c) {
+                const unsigned short *const of_row = from + column_offset(c) * p.bias.stride[2];
+                bias[c] = 0;
+                if (t + column_offset(c) < end)
+                    bias[c] =
+                        p.aligned & ALIGNED_BIAS ? __ldg(reinterpret_cast<const unsigned *>(of_row)) : of_row[0] | (unsigned)of_row[next] << 16;
+            }
+        }
+    }
+};
 
 // Four 8 x 8 matrices from shared memory; each lane gives the address of a row: an address there and a number of elements,
 // which is part of the instruction where it is constant.
@@ -120,6 +236,8 @@ __device__ inline void multiply(float &c0, float &c1, float &c2, float &c3, cons
                  : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#if !ON_WARPGROUPS
 
 // sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH.
 template <int HEIGHT, int WIDTH, int DEPTH>
@@ -192,5 +310,7 @@ __device__ inline void add_weighted(real (&sums)[row_slots<HEIGHT>()][output_slo
         }
     }
 }
+
+#endif
 
 #endif

@@ -3,8 +3,8 @@
 // What the terms of a logit need to know of a query row.
 struct Row {
     long long position;
-    // The same, where kernels are not compiled for positions beyond 2^30.
-    int near;
+    // The same where kernels for ALiBi alone run: the host has others for positions that no f32 holds.
+    real place;
     // The keys in reach; none for a padded row.
     int low, high;
     int t;
@@ -27,7 +27,7 @@ __device__ inline Row row_of(const Parameters &p, const Batch &batch, long long 
         row.high = end_key(batch, t);
     }
     row.position = t + batch.offset;
-    row.near = (int)row.position;
+    row.place = (real)row.position;
     row.slope = 0;
     if constexpr ((FEATURES & FEATURE_ALIBI) != 0) {
         if (p.slopes.data && !padded)
@@ -57,12 +57,39 @@ struct Unchecked {
     static constexpr bool value = false;
 };
 
-// The logit of a key from its product with the query: -inf where it takes no part. `slope` is the derivative by the scaled
-// product. Unchecked, the key is one that every row of the tile has in reach. Without branches, so that what is read for many
-// keys is under way at once.
+// Whether the mask and the bias of a tile are read together, into registers, before its products are there.
+constexpr bool PACKS_MASK = HALVES && IS_ONE_OPTION && (FEATURES & FEATURE_MASK) != 0;
+constexpr bool PACKS_BIAS = HALVES && IS_ONE_OPTION && (FEATURES & FEATURE_BIAS) != 0 && (BIAS_DTYPE == DTYPE_F16 || BIAS_DTYPE == DTYPE_BF16);
+
+// The logit of a key from its product with the query and what there is to it: -inf where it takes no part. `slope` is the
+// derivative by the scaled product, `distance` that of the row from the key.
+__device__ inline real logit_of(const Parameters &p, const Row &row, bool visible, real distance, real bias, real product, real &slope) {
+    slope = 1;
+    real x = product * (real)p.scale;
+    if constexpr ((FEATURES & FEATURE_SOFTCAP) != 0) {
+        if (IS_ONE_OPTION || p.softcap > 0) {
+            const real cap = (real)p.softcap, inverse = 1 / cap;
+            const real y = hyperbolic_tangent(x * inverse);
+            slope = (1 - y) * (1 + y);
+            x = cap * y;
+        }
+    }
+    if constexpr ((FEATURES & FEATURE_ALIBI) != 0) x -= row.slope * fabs(distance);
+    if constexpr ((FEATURES & FEATURE_BIAS) != 0) x += bias;
+    return visible ? x : -infinity();
+}
+
+// Where there is ALiBi, the distance of a row from a key.
+__device__ inline real distance_of(const Parameters &p, const Row &row, int key) {
+    if constexpr ((FEATURES & FEATURE_ALIBI) == 0) return 0;
+    if constexpr (IS_ONE_OPTION) return row.place - (real)key;
+    return p.slopes.data ? (real)(row.position - key) : real(0);
+}
+
+// The same with what is read for one key. Unchecked, the key is one that every row of the tile has in reach. Without branches, so
+// that what is read for many keys is under way at once.
 template <class Check>
 __device__ inline real logit(const Parameters &p, const Row &row, int key, real product, real &slope) {
-    slope = 1;
     bool visible = true;
     int place = key;
     if constexpr (Check::value) {
@@ -73,31 +100,15 @@ __device__ inline real logit(const Parameters &p, const Row &row, int key, real 
     if constexpr ((FEATURES & FEATURE_MASK) != 0) {
         if (IS_ONE_OPTION || p.mask.data) visible &= p.mask.data[row.mask + place * key_stride(p.mask)] != 0;
     }
-    real x = product * (real)p.scale;
-    if constexpr ((FEATURES & FEATURE_SOFTCAP) != 0) {
-        if (IS_ONE_OPTION || p.softcap > 0) {
-            const real cap = (real)p.softcap, inverse = 1 / cap;
-            const real y = hyperbolic_tangent(x * inverse);
-            slope = (1 - y) * (1 + y);
-            x = cap * y;
-        }
-    }
-    if constexpr ((FEATURES & FEATURE_ALIBI) != 0) {
-        if constexpr (IS_ONE_OPTION) {
-            x -= row.slope * (real)abs(row.near - key);
-        } else if (p.slopes.data) {
-            const long long distance = row.position - key;
-            x -= row.slope * (real)(distance < 0 ? -distance : distance);
-        }
-    }
+    real bias = 0;
     if constexpr ((FEATURES & FEATURE_BIAS) != 0) {
         constexpr int known = BIAS_DTYPE;
         if (IS_ONE_OPTION || p.bias.data) {
             const int dtype = known == DTYPE_ANY ? p.bias_dtype : known;
-            x += load(p.bias.data, dtype, row.bias + place * key_stride(p.bias));
+            bias = load(p.bias.data, dtype, row.bias + place * key_stride(p.bias));
         }
     }
-    return visible ? x : -infinity();
+    return logit_of(p, row, visible, distance_of(p, row, key), bias, product, slope);
 }
 
 // Philox4x32 with 10 rounds (Salmon et al. 2011): the sixteen-bit lanes of eight keys of a row.
