@@ -26,6 +26,7 @@ macro_rules! attention {
             include_str!("cuda/attention/tensor_cores.cuh"),
             include_str!("cuda/attention/cores.cuh"),
             include_str!("cuda/attention/warpgroups.cuh"),
+            include_str!("cuda/attention/logits.cuh"),
             include_str!("cuda/attention/exact.cuh"),
             $(include_str!($part)),*
         )
@@ -79,9 +80,12 @@ pub const SOURCES: &[Source] = &[
         entry_points: &["attention_forward", "attention_merge"],
         variants: &[
             variant!(3, 128, 128, 0, 128, 128, 8, 1, 0, 1),
+            variant!(2, 64, 64, 0, 192, 128, 12, 1, 0, 1),
+            variant!(2, 256, 256, 63, 128, 64, 8, 1, 0, 1),
             variant!(3, 128, 128, 0, 128, 64, 4, 1, 0, 0),
             variant!(2, 64, 64, 63, 64, 32, 4, 1, 0, 0),
             variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),
+            variant!(1, 128, 128, 0, 128, 64, 8, 1, 0, 0),
             variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
         ],
     },
@@ -97,6 +101,8 @@ pub const SOURCES: &[Source] = &[
         entry_points: &["attention_gradient_of_keys"],
         variants: &[
             variant!(3, 128, 128, 0, 64, 128, 8, 2, 3, 1),
+            variant!(2, 64, 64, 0, 128, 128, 8, 2, 3, 1),
+            variant!(2, 256, 256, 63, 64, 128, 8, 1, 1, 1),
             variant!(3, 128, 128, 0, 64, 64, 4, 2, 3, 0),
             variant!(2, 64, 64, 63, 32, 64, 4, 2, 3, 0),
             variant!(1, 64, 64, 0, 64, 64, 4, 1, 3, 0),
@@ -108,7 +114,8 @@ pub const SOURCES: &[Source] = &[
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_queries.cu"),
         entry_points: &["attention_gradient_of_queries"],
         variants: &[
-            variant!(3, 128, 128, 0, 128, 64, 8, 3, 0, 1),
+            variant!(3, 128, 128, 0, 128, 128, 8, 2, 0, 1),
+            variant!(2, 256, 256, 63, 128, 64, 8, 1, 0, 1),
             variant!(3, 128, 128, 0, 64, 64, 4, 2, 0, 0),
             variant!(2, 64, 64, 63, 64, 32, 4, 2, 0, 0),
             variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),

@@ -188,7 +188,7 @@ impl ChunkedCudaBackend {
         for (kernel, function) in plan.kernels.iter().zip(&prepared.functions) {
             let config = LaunchConfig {
                 grid_dim: (kernel.blocks, 1, 1),
-                block_dim: (32 * kernel.tiles.warps as u32, 1, 1),
+                block_dim: (kernel.tiles.threads() as u32, 1, 1),
                 shared_mem_bytes: kernel.shared_bytes as u32,
             };
             let mut launch = stream.launch_builder(function);

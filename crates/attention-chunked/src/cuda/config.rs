@@ -14,7 +14,13 @@ pub struct ChunkedCudaConfig {
 
 impl Default for ChunkedCudaConfig {
     fn default() -> Self {
-        Self { device: 0, kernel_folder: None, wheel_roots: Vec::new(), lent_limit: 1 << 30, warpgroups: true }
+        Self {
+            device: 0,
+            kernel_folder: None,
+            wheel_roots: Vec::new(),
+            lent_limit: 1 << 30,
+            warpgroups: true,
+        }
     }
 }
 

@@ -27,8 +27,9 @@ impl Features {
             (Self::DROPOUT, problem.dropout_stream().is_some_and(|stream| stream.threshold() > 0)),
         ];
         let present = options.into_iter().filter(|&(_, present)| present).fold(0, |all, (bit, _)| all | bit);
-        // The maximum of products times a scale is the scale times their maximum only for a scale above 0.
-        let natural = present & !Self::DROPOUT != 0 || problem.scale() <= 0.0;
+        // A mask leaves products as they are. The maximum of products times a scale is the scale times their maximum only
+        // for a scale above 0.
+        let natural = present & !(Self::MASK | Self::DROPOUT) != 0 || problem.scale() <= 0.0;
         match present.count_ones() {
             1 if present == Self::ALIBI && is_far(problem) => Self(Self::ALL),
             0 | 1 => Self(present | if natural { Self::NATURAL } else { 0 }),
@@ -68,9 +69,9 @@ impl Features {
     }
 }
 
-/// Whether distances between rows and keys may not fit 32 bits.
+/// Whether distances between rows and keys may not be exact in f32.
 fn is_far(problem: &Problem) -> bool {
-    const FAR: u64 = 1 << 30;
+    const FAR: u64 = 1 << 23;
     let dims = problem.dims();
     let offset = (0..dims.batch).map(|batch| problem.offset(batch).unsigned_abs()).max().unwrap_or(0);
     offset.saturating_add(dims.query_length as u64) > FAR || dims.key_length as u64 > FAR

@@ -63,12 +63,14 @@ pub(crate) struct Parameters {
     drop_threshold: u32,
     drop_key: [u32; 2],
     drop_offset: u32,
+    beside: i32,
+    beside_batch: i32,
 }
 
 // SAFETY: plain numbers, in the layout of the struct of the same name in the kernels; the size is asserted on both sides.
 unsafe impl DeviceRepr for Parameters {}
 
-const _: () = assert!(size_of::<Parameters>() == 848);
+const _: () = assert!(size_of::<Parameters>() == 856);
 
 impl Batch {
     fn of(problem: &Problem, batch: usize) -> Self {
@@ -124,6 +126,21 @@ fn has_aligned_rows(desc: &TensorDesc) -> bool {
         && (0..3).all(|axis| shape[axis] <= 1 || strides[axis] % chunk as isize == 0)
 }
 
+/// How many heads, or batch rows if so, blocks take side by side: those that read the same of a mask or a bias, as far as the
+/// keys and values of so many stay in the cache.
+fn beside(problem: &Problem) -> (usize, bool) {
+    let dims = problem.dims();
+    let term = [Role::Bias, Role::Mask].into_iter().find_map(|role| problem.tensor(role));
+    let Some(shape) = term.map(TensorDesc::shape).filter(|shape| shape[2] > 1) else { return (1, false) };
+    let most = |count: usize| [4, 3, 2].into_iter().find(|&beside| count.is_multiple_of(beside)).unwrap_or(1);
+    match (shape[0], shape[1]) {
+        // A count of 0 has no blocks.
+        (_, 1) if dims.key_heads > 1 => (most(dims.key_heads), false),
+        (1, _) if dims.batch > 1 => (most(dims.batch), true),
+        _ => (1, false),
+    }
+}
+
 impl Parameters {
     /// Everything but addresses. `uniform` counts where there is no array of batch rows.
     pub(crate) fn of(problem: &Problem, uniform: Batch) -> Self {
@@ -155,6 +172,7 @@ impl Parameters {
         });
         let dropout = problem.dropout_stream();
         let (drop_key, drop_offset) = dropout.map_or(([0; 2], 0), |stream| stream.words());
+        let (beside, beside_batch) = beside(problem);
         let structured = problem.causal() || !problem.window().is_unbounded();
         Self {
             tensors,
@@ -181,6 +199,8 @@ impl Parameters {
             drop_threshold: dropout.map_or(0, |stream| stream.threshold()),
             drop_key,
             drop_offset,
+            beside: beside as i32,
+            beside_batch: i32::from(beside_batch),
             ..Self::default()
         }
     }

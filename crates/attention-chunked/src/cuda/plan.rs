@@ -158,7 +158,10 @@ impl Plan {
             shared_bytes: 0,
         };
         let row_count = rows.into_iter().fold(1, usize::saturating_mul);
-        self.add(kernel.clone(), &[row_count.div_ceil(kernel.tiles.warps)])?;
+        self.add(
+            kernel.clone(),
+            &[row_count.div_ceil(kernel.tiles.threads() / self.shape.threads_to_a_row())],
+        )?;
         if wants(Gradients::SINKS) {
             let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
             self.add(sinks, &[dims.query_heads])?;

@@ -26,9 +26,14 @@ impl Tiles {
         Self { rows, keys, warps, stages, warpgroups: false }
     }
 
-    /// Of two warpgroups.
-    const fn of_warpgroups(rows: usize, keys: usize, stages: usize) -> Self {
-        Self { warpgroups: true, ..Self::new(rows, keys, 8, stages) }
+    /// Of so many warpgroups beside the loaders.
+    const fn of_warpgroups(count: usize, rows: usize, keys: usize, stages: usize) -> Self {
+        Self { warpgroups: true, ..Self::new(rows, keys, 4 * count, stages) }
+    }
+
+    /// Threads of a block.
+    pub(crate) fn threads(self) -> usize {
+        32 * self.warps + if self.warpgroups { LOADERS } else { 0 }
     }
 
     /// The columns of a tile for operands of this many.
@@ -50,6 +55,12 @@ impl Machine {
     /// One that every block fits.
     pub(crate) const ANY: Self = Self { shared_bytes: usize::MAX, warpgroups: false };
 }
+
+/// Threads that load for the warpgroups.
+const LOADERS: usize = 128;
+
+/// Bytes for the barriers between them, which are 8 bytes each.
+const GATES: usize = 128;
 
 /// Columns of a panel: the rows that the products of warpgroups read have 128 bytes.
 const PANEL: usize = 64;
@@ -74,6 +85,12 @@ impl Shape {
             value: depth(dims.value_head_dim)?,
             features: Features::of(problem),
         })
+    }
+
+    /// Threads of `attention_prepare_gradients` that share a row: so many that each has 16 bytes of it.
+    pub(crate) fn threads_to_a_row(self) -> usize {
+        let chunks = self.value * self.dtype.size() / 16;
+        [32, 16, 8].into_iter().find(|&threads| threads <= chunks).unwrap_or(4)
     }
 
     fn is_half(self) -> bool {
@@ -106,16 +123,26 @@ impl Shape {
         }
     }
 
-    /// For the forward pass with this many rows to a key/value head or query head. They fit the shared memory of every
-    /// device.
+    /// For the forward pass with this many rows to a key/value head or query head.
     pub(crate) fn forward(self, rows_of_head: usize, machine: Machine) -> Tiles {
         if !self.is_half() {
+            // Where a block may have so much memory, threads with eight rows and four keys read less of it.
+            let large = Tiles::new(128, 64, 8, 1);
+            let has_room = self.forward_bytes(large) <= machine.shared_bytes;
+            if self.dtype == DType::F32 && (65..=128).contains(&self.depth()) && rows_of_head > 64 && has_room
+            {
+                return large;
+            }
             let (rows, keys) = self.without_tensor_cores();
             return Tiles::new(rows, keys, 4, 1);
         }
         if machine.warpgroups && rows_of_head > 64 {
-            let keys = if self.depth() > 128 || self.features.is_all() { 64 } else { 128 };
-            return Tiles::of_warpgroups(128, keys, 1);
+            // Measured on an H100, as the others below. Three warpgroups have room for short sums alone.
+            return match self.depth() {
+                ..=64 if self.features.bits() == 0 => Tiles::of_warpgroups(3, 192, 128, 1),
+                ..=128 if !self.features.is_all() => Tiles::of_warpgroups(2, 128, 128, 1),
+                _ => Tiles::of_warpgroups(2, 128, 64, 1),
+            };
         }
         // Two blocks of 16 rows to a warp halve what it reads from shared memory, where registers allow it.
         let rows =
@@ -127,7 +154,12 @@ impl Shape {
     /// For the gradients of keys and values, within the shared memory of a block if there are such.
     pub(crate) fn keys(self, machine: Machine) -> Tiles {
         let mut tiles = if machine.warpgroups && self.is_half() {
-            Tiles::of_warpgroups(64, 128, 2)
+            Tiles::of_warpgroups(
+                2,
+                if self.depth() <= 64 && self.features.bits() == 0 { 128 } else { 64 },
+                128,
+                2,
+            )
         } else if self.is_half() {
             let rows = match self.depth() {
                 ..=128 if !self.features.is_all() => 64,
@@ -160,7 +192,11 @@ impl Shape {
     /// For the gradient of queries, within the shared memory of a block if there are such.
     pub(crate) fn queries(self, machine: Machine) -> Tiles {
         let mut tiles = if machine.warpgroups && self.is_half() {
-            Tiles::of_warpgroups(128, 64, 3)
+            if self.depth() <= 128 && !self.features.is_all() {
+                Tiles::of_warpgroups(2, 128, 128, 2)
+            } else {
+                Tiles::of_warpgroups(2, 128, 64, 3)
+            }
         } else if self.is_half() {
             let keys = if self.depth() > 128 || self.features.is_all() { 32 } else { 64 };
             Tiles::new(64, keys, 4, 2)
@@ -192,9 +228,14 @@ impl Shape {
         rows * (tiles.columns(depth) * self.dtype.size() + if tiles.warpgroups { 0 } else { 16 })
     }
 
-    /// Bytes that weights pass through on their way to a product: none in tensor cores' registers.
+    /// Bytes behind the tiles: those that weights pass through on their way to a product, which are none where there are
+    /// tensor cores; or barriers.
     fn room(self, tiles: Tiles, height: usize, width: usize) -> usize {
-        if self.is_half() { 0 } else { self.tile(tiles, height, width) }
+        match (tiles.warpgroups, self.is_half()) {
+            (true, _) => GATES,
+            (false, true) => 0,
+            (false, false) => self.tile(tiles, height, width),
+        }
     }
 
     fn both(self, tiles: Tiles, rows: usize) -> usize {

@@ -56,7 +56,7 @@ __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_keys(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attention_gradient_of_keys(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     constexpr int QUERY_TILE = tile_size<ROWS, HEAD>(), D_OUT_TILE = tile_size<ROWS, VALUE>();
     element *const key_tile = reinterpret_cast<element *>(memory);
@@ -67,11 +67,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
     real *const room = states + STAGES * 2 * ROWS;
     constexpr int KEY_SLOTS = row_slots<KEYS>(), ROW_SLOTS = column_slots<ROWS>();
 
-    const long long key_tiles = (p.key_length + KEYS - 1) / KEYS;
-    long long index = blockIdx.x;
-    const int first = (int)(index % key_tiles) * KEYS;
-    index /= key_tiles;
-    const long long key_head = index % p.key_heads, b = index / p.key_heads;
+    const Place place = place_of_block(p, blockIdx.x, (unsigned)((p.key_length + KEYS - 1) / KEYS), (unsigned)p.key_heads);
+    const int first = place.tile * KEYS;
+    const long long key_head = place.head, b = place.batch;
     const Batch batch = batch_row(p, b);
     const int end = min(first + KEYS, batch.keys);
 
@@ -84,13 +82,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
     const int row_tiles = from < to ? (to - from + ROWS - 1) / ROWS : 0;
     const int steps = row_tiles * p.group;
 
-    const auto stage_step = [&](int step, long long n, int t) {
-        const int slot = step % STAGES;
+    const auto stage_keys = [&] {
+        stage_rows<KEYS, HEAD, KeysDown>(key_tile, p.key, b, key_head, first, end, p.head_dim, p.aligned & ALIGNED_KEY);
+    };
+    const auto stage_values = [&] {
+        stage_rows<KEYS, VALUE, KeysDown>(value_tile, p.value, b, key_head, first, end, p.value_head_dim, p.aligned & ALIGNED_VALUE);
+    };
+    const auto stage_queries = [&](int slot, long long n, int t) {
         stage_rows<ROWS, HEAD>(query_tiles + slot * QUERY_TILE, p.query, b, n, t, to, p.head_dim, p.aligned & ALIGNED_QUERY);
+    };
+    const auto stage_d_out = [&](int slot, long long n, int t) {
         stage_rows<ROWS, VALUE>(d_out_tiles + slot * D_OUT_TILE, p.d_out, b, n, t, to, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
         real *state = states + slot * 2 * ROWS;
         const long long place = state_of(p, b, n, t);
-        for (int row = threadIdx.x; row < ROWS; row += THREADS) {
+        for (int row = stager(); row < ROWS; row += STAGERS) {
             if (t + row < to) {
                 copy_number(state + row, p.first + place + row);
                 copy_number(state + ROWS + row, p.second + place + row);
@@ -99,8 +104,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
                 state[ROWS + row] = 0;
             }
         }
+    };
+    const auto stage_step = [&](int step, long long n, int t) {
+        stage_queries(step % STAGES, n, t);
+        stage_d_out(step % STAGES, n, t);
         close_copies();
     };
+
+#if ON_WARPGROUPS
+    Gate *const keys_there = reinterpret_cast<Gate *>(room);
+    Gate *const there = keys_there + 1, *const done = there + STAGES;
+    if (threadIdx.x == 0) {
+        open_gate(keys_there, LOADERS);
+        for (int slot = 0; slot < STAGES; ++slot) {
+            open_gate(there + slot, LOADERS);
+            open_gate(done + slot, WARPS);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x >= THREADS) {
+        // Half of the loaders have keys and queries, the others values and d_out.
+        give_registers();
+        const bool has_queries = threadIdx.x < THREADS + STAGERS;
+        if (steps == 0) return;
+        if (has_queries)
+            stage_keys();
+        else
+            stage_values();
+        deliver(keys_there);
+        int step = 0;
+        for (long long n = key_head * p.group; n < (key_head + 1) * p.group; ++n) {
+            for (int t = from; t < to; t += ROWS, ++step) {
+                const int slot = step % STAGES;
+                if (has_queries) announce_terms<ROWS, KEYS>(p, b, n, t, first);
+                pass(done + slot, step / STAGES - 1);
+                if (has_queries)
+                    stage_queries(slot, n, t);
+                else
+                    stage_d_out(slot, n, t);
+                deliver(there + slot);
+            }
+        }
+        return;
+    }
+    take_registers();
+#endif
 
     real keys[KEY_SLOTS][output_slots<HEAD>()], values[KEY_SLOTS][output_slots<VALUE>()];
 #pragma unroll
@@ -111,13 +159,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         for (int c = 0; c < output_slots<VALUE>(); ++c) values[r][c] = 0;
     }
     if (steps > 0) {
-        stage_rows<KEYS, HEAD, KeysDown>(key_tile, p.key, b, key_head, first, end, p.head_dim, p.aligned & ALIGNED_KEY);
-        stage_rows<KEYS, VALUE, KeysDown>(value_tile, p.value, b, key_head, first, end, p.value_head_dim, p.aligned & ALIGNED_VALUE);
+#if ON_WARPGROUPS
+        pass(keys_there, 0);
+#else
+        stage_keys();
+        stage_values();
         stage_step(0, key_head * p.group, from);
+#endif
     }
 
-    // With a third slot, what is added to the sums may still be read when the next tile but one is loaded.
-    constexpr bool DEFERS = STAGES > 2;
     Factors<ROWS> factors, changes;
     long long n = key_head * p.group;
     int t = from;
@@ -125,10 +175,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         const bool ends_head = t + ROWS >= to;
         const long long next_n = ends_head ? n + 1 : n;
         const int next_t = ends_head ? from : t + ROWS;
+        const int slot = step % STAGES;
+#if ON_WARPGROUPS
+        pass(there + slot, step / STAGES);
+#else
         await_copies<0>();
         __syncthreads();
         if (STAGES > 1 && step + 1 < steps) stage_step(step + 1, next_n, next_t);
-        const int slot = step % STAGES;
+#endif
         const element *query_tile = query_tiles + slot * QUERY_TILE, *d_out_tile = d_out_tiles + slot * D_OUT_TILE;
         const real *state = states + slot * 2 * ROWS;
         const int last_t = min(t + ROWS, to) - 1;
@@ -140,31 +194,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         begin_products<KEYS, ROWS, HEAD>(weights, key_tile, query_tile);
         if constexpr (WANTS_KEYS) begin_products<KEYS, ROWS, VALUE>(gradients, value_tile, d_out_tile);
         KeyTerms<KEYS, ROWS> terms;
-        if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, b, n, t, to, first);
+        if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, b, n, t, first);
         await_products<0>();
         hold(weights);
         if constexpr (WANTS_KEYS) hold(gradients);
-        if constexpr (DEFERS) {
-            hold(values);
-            hold(keys);
-        }
         if (checked)
             weigh_tile<Checked>(p, batch, b, n, t, first, state, terms, weights, gradients);
         else
             weigh_tile<Unchecked>(p, batch, b, n, t, first, state, terms, weights, gradients);
         if constexpr (WANTS_VALUES) begin_weighted<KEYS, ROWS, VALUE>(values, weights, factors, d_out_tile, room);
         if constexpr (WANTS_KEYS) begin_weighted<KEYS, ROWS, HEAD>(keys, gradients, changes, query_tile, room);
-        if constexpr (!DEFERS) await_products<0>();
+        await_products<0>();
+        hold(keys);
+        hold(values);
+#if ON_WARPGROUPS
+        arrive_as_warp(done + slot);
+#else
         if (STAGES == 1 && step + 1 < steps) {
             __syncthreads();
             stage_step(step + 1, next_n, next_t);
         }
+#endif
         n = next_n;
         t = next_t;
     }
-    await_products<0>();
-    hold(keys);
-    hold(values);
 
     // As in the forward pass: what is not finite may come from what takes no part.
     unsigned spoiled = 0;
@@ -180,14 +233,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
     int *const key_spoiled = reinterpret_cast<int *>(memory);
     bool any_spoiled = false;
     if (p.contains) {
-        any_spoiled = __syncthreads_or(spoiled != 0);
+        any_spoiled = meet_or(spoiled != 0);
         if (any_spoiled) {
             for (int key = threadIdx.x; key < KEYS; key += THREADS) key_spoiled[key] = 0;
-            __syncthreads();
+            meet();
 #pragma unroll
             for (int r = 0; r < KEY_SLOTS; ++r)
                 if (spoiled >> r & 1) key_spoiled[key_row_at<KEYS>(r)] = 1;
-            __syncthreads();
+            meet();
         }
     }
     const real scale = (real)p.scale;

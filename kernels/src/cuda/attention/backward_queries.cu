@@ -19,7 +19,7 @@ __device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slo
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_queries(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attention_gradient_of_queries(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
     element *const query_tile = reinterpret_cast<element *>(memory);
@@ -29,12 +29,76 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
     real *const room = reinterpret_cast<real *>(value_tiles + STAGES * VALUE_TILE);
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>(), OUT_SLOTS = output_slots<HEAD>();
 
-    const long long row_tiles = (p.query_length + ROWS - 1) / ROWS;
-    long long index = blockIdx.x;
-    const long long first_t = (row_tiles - 1 - index % row_tiles) * ROWS;
-    index /= row_tiles;
-    const long long n = index % p.query_heads, b = index / p.query_heads, key_head = n / p.group;
+    const int row_tiles = (int)((p.query_length + ROWS - 1) / ROWS);
+    const Place place = place_of_block(p, blockIdx.x, row_tiles, (unsigned)p.query_heads);
+    const int first_t = (row_tiles - 1 - place.tile) * ROWS;
+    const long long n = place.head, b = place.batch, key_head = (unsigned)place.head / (unsigned)p.group;
     const Batch batch = batch_row(p, b);
+
+    int from = 0, to = 0, all_from = 0, all_to = 0;
+    if (first_t < batch.queries) {
+        const int last_t = min(first_t + ROWS, batch.queries) - 1;
+        from = first_key(batch, first_t) / KEYS * KEYS;
+        to = end_key(batch, last_t);
+        all_from = first_key(batch, last_t);
+        all_to = end_key(batch, first_t);
+    }
+
+    const auto stage_queries = [&] {
+        stage_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
+    };
+    const auto stage_d_out = [&] {
+        stage_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, batch.queries, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
+    };
+    const auto stage_keys = [&](int slot, int first) {
+        stage_rows<KEYS, HEAD, KeysAcross>(key_tiles + slot * KEY_TILE, p.key, b, key_head, first, batch.keys, p.head_dim,
+                                           p.aligned & ALIGNED_KEY);
+    };
+    const auto stage_values = [&](int slot, int first) {
+        stage_rows<KEYS, VALUE, KeysAcross>(value_tiles + slot * VALUE_TILE, p.value, b, key_head, first, batch.keys, p.value_head_dim,
+                                            p.aligned & ALIGNED_VALUE);
+    };
+    const auto stage_step = [&](int step, int first) {
+        stage_keys(step % STAGES, first);
+        stage_values(step % STAGES, first);
+        close_copies();
+    };
+
+#if ON_WARPGROUPS
+    Gate *const queries_there = reinterpret_cast<Gate *>(room);
+    Gate *const there = queries_there + 1, *const done = there + STAGES;
+    if (threadIdx.x == 0) {
+        open_gate(queries_there, LOADERS);
+        for (int slot = 0; slot < STAGES; ++slot) {
+            open_gate(there + slot, LOADERS);
+            open_gate(done + slot, WARPS);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x >= THREADS) {
+        // Half of the loaders have queries and keys, the others d_out and values.
+        give_registers();
+        const bool has_keys = threadIdx.x < THREADS + STAGERS;
+        if (from >= to) return;
+        if (has_keys)
+            stage_queries();
+        else
+            stage_d_out();
+        deliver(queries_there);
+        for (int first = from, step = 0; first < to; first += KEYS, ++step) {
+            const int slot = step % STAGES;
+            if (has_keys) announce_terms<ROWS, KEYS>(p, b, n, first_t, first);
+            pass(done + slot, step / STAGES - 1);
+            if (has_keys)
+                stage_keys(slot, first);
+            else
+                stage_values(slot, first);
+            deliver(there + slot);
+        }
+        return;
+    }
+    take_registers();
+#endif
 
     Row rows[ROW_SLOTS];
     real logsumexps[ROW_SLOTS], deltas[ROW_SLOTS];
@@ -46,40 +110,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         logsumexps[r] = there ? p.first[state_of(p, b, n, t)] : infinity();
         deltas[r] = there ? p.second[state_of(p, b, n, t)] : real(0);
     }
-    int from = 0, to = 0, all_from = 0, all_to = 0;
-    if (first_t < batch.queries) {
-        const long long last_t = min(first_t + ROWS, (long long)batch.queries) - 1;
-        from = first_key(batch, first_t) / KEYS * KEYS;
-        to = end_key(batch, last_t);
-        all_from = first_key(batch, last_t);
-        all_to = end_key(batch, first_t);
-    }
-
-    const auto stage_step = [&](int first) {
-        const int slot = STAGES > 1 ? (first - from) / KEYS % STAGES : 0;
-        stage_rows<KEYS, HEAD, KeysAcross>(key_tiles + slot * KEY_TILE, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
-        stage_rows<KEYS, VALUE, KeysAcross>(value_tiles + slot * VALUE_TILE, p.value, b, key_head, first, batch.keys, p.value_head_dim,
-                                p.aligned & ALIGNED_VALUE);
-        close_copies();
-    };
     real sums[ROW_SLOTS][OUT_SLOTS];
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r)
 #pragma unroll
         for (int c = 0; c < OUT_SLOTS; ++c) sums[r][c] = 0;
     if (from < to) {
-        stage_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
-        stage_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, batch.queries, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
-        stage_step(from);
+#if ON_WARPGROUPS
+        pass(queries_there, 0);
+#else
+        stage_queries();
+        stage_d_out();
+        stage_step(0, from);
+#endif
     }
-    // With a third slot, what is added to the sums may still be read when the next tile but one is loaded.
-    constexpr bool DEFERS = STAGES > 2;
     Factors<KEYS> factors;
-    for (int first = from; first < to; first += KEYS) {
+    int step = 0;
+    for (int first = from; first < to; first += KEYS, ++step) {
+        const int slot = step % STAGES;
+#if ON_WARPGROUPS
+        pass(there + slot, step / STAGES);
+#else
         await_copies<0>();
         __syncthreads();
-        if (STAGES > 1 && first + KEYS < to) stage_step(first + KEYS);
-        const int slot = (first - from) / KEYS % STAGES;
+        if (STAGES > 1 && first + KEYS < to) stage_step(step + 1, first + KEYS);
+#endif
         const element *key_tile = key_tiles + slot * KEY_TILE;
         const bool checked = first < all_from || first + KEYS > all_to;
         real weights[ROW_SLOTS][KEY_SLOTS], gradients[ROW_SLOTS][KEY_SLOTS];
@@ -95,14 +150,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
         else
             weigh_tile<Unchecked>(p, rows, logsumexps, deltas, first, terms, weights, gradients);
         begin_weighted<ROWS, KEYS, HEAD>(sums, gradients, factors, key_tile, room);
-        if constexpr (!DEFERS) await_products<0>();
+        await_products<0>();
+        hold(sums);
+#if ON_WARPGROUPS
+        arrive_as_warp(done + slot);
+#else
         if (STAGES == 1 && first + KEYS < to) {
             __syncthreads();
-            stage_step(first + KEYS);
+            stage_step(step + 1, first + KEYS);
         }
+#endif
     }
-    await_products<0>();
-    hold(sums);
 
     unsigned spoiled = 0;
 #pragma unroll
@@ -115,14 +173,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradie
     int *const row_spoiled = reinterpret_cast<int *>(memory);
     bool any_spoiled = false;
     if (p.contains) {
-        any_spoiled = __syncthreads_or(spoiled != 0);
+        any_spoiled = meet_or(spoiled != 0);
         if (any_spoiled) {
             for (int row = threadIdx.x; row < ROWS; row += THREADS) row_spoiled[row] = 0;
-            __syncthreads();
+            meet();
 #pragma unroll
             for (int r = 0; r < ROW_SLOTS; ++r)
                 if (spoiled >> r & 1) row_spoiled[row_at<ROWS>(r)] = 1;
-            __syncthreads();
+            meet();
         }
     }
     const real scale = (real)p.scale;

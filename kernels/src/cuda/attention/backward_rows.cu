@@ -1,14 +1,36 @@
 // What backward needs of each query row before anything else, and the gradient of the sinks, which is a sum over rows.
 
-// One warp to a row.
+// Threads to a row: so many that each has 16 bytes of the head, where that can be.
+constexpr int WIDE = VALUE / CHUNK >= 32 ? 32 : VALUE / CHUNK >= 16 ? 16 : VALUE / CHUNK >= 8 ? 8 : 4;
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_prepare_gradients(const Parameters p) {
-    const long long row = blockIdx.x * (long long)WARPS + threadIdx.x / 32;
-    if (row >= p.batch * p.query_heads * p.query_length) return;
-    const long long t = row % p.query_length, n = row / p.query_length % p.query_heads, b = row / p.query_length / p.query_heads;
-    const bool padded = t >= batch_row(p, b).queries;
-    real delta = 0, logsumexp = -infinity();
+    const long long row = (blockIdx.x * (long long)THREADS + threadIdx.x) / WIDE;
+    const int within = threadIdx.x % WIDE;
+    const bool inside = row < p.batch * p.query_heads * p.query_length;
+    // Rows of a head follow each other.
+    const unsigned head = inside ? (unsigned)(row / p.query_length) : 0;
+    const long long t = inside ? row - head * p.query_length : 0, n = head % (unsigned)p.query_heads, b = head / (unsigned)p.query_heads;
+    const bool padded = !inside || t >= batch_row(p, b).queries;
+    real delta = 0;
     if (!padded) {
-        delta = dot(at(p.d_out, b, t, n), p.d_out.stride[3], at(p.out, b, t, n), p.out.stride[3], p.value_head_dim);
+        const element *const d_out = at(p.d_out, b, t, n), *const out = at(p.out, b, t, n);
+        if ((p.aligned & ALIGNED_OUT) && (p.aligned & ALIGNED_D_OUT)) {
+#pragma unroll 1
+            for (int column = within * CHUNK; column < p.value_head_dim; column += WIDE * CHUNK) {
+                const Chunk of_d_out = chunk_at(d_out + column), of_out = chunk_at(out + column);
+#pragma unroll
+                for (int i = 0; i < CHUNK; ++i) delta = fma(widened(of_d_out.of[i]), widened(of_out.of[i]), delta);
+            }
+        } else {
+            for (int i = within; i < p.value_head_dim; i += WIDE)
+                delta = fma(widened(d_out[i * p.d_out.stride[3]]), widened(out[i * p.out.stride[3]]), delta);
+        }
+    }
+#pragma unroll
+    for (int distance = WIDE / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(~0u, delta, distance);
+    if (!inside || within > 0) return;
+    real logsumexp = -infinity();
+    if (!padded) {
         const auto of_row = [&](const Tensor &tensor) {
             const long long place = b * tensor.stride[0] + t * tensor.stride[1] + n * tensor.stride[2];
             return reinterpret_cast<const real *>(tensor.data)[place];
@@ -16,10 +38,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_prepar
         logsumexp = of_row(p.lse);
         if (p.d_lse.data) delta -= of_row(p.d_lse);
     }
-    if (threadIdx.x % 32 == 0) {
-        p.first[row] = logsumexp == -infinity() ? infinity() : logsumexp * LOG2_E;
-        p.second[row] = delta;
-    }
+    p.first[row] = logsumexp == -infinity() ? infinity() : logsumexp * LOG2_E;
+    p.second[row] = delta;
 }
 
 // One block to a head, which adds up its rows in a fixed order.

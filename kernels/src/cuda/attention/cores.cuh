@@ -101,12 +101,6 @@ __device__ inline void kept_of_keys(const Parameters &p, unsigned batch_head, in
     }
 }
 
-struct alignas(16) Chunk {
-    element of[CHUNK];
-};
-
-__device__ inline Chunk chunk_at(const element *from) { return *reinterpret_cast<const Chunk *>(from); }
-
 template <int HEIGHT, int WIDTH, int DEPTH>
 __device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
     constexpr int STRIDE = row_stride<DEPTH>();

@@ -48,7 +48,7 @@ __device__ inline void store_logsumexp(const Parameters &p, long long b, long lo
         reinterpret_cast<real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]] = logsumexp;
 }
 
-// The logits of a tile in base two but for a factor: the products where that is all there is to them.
+// The logits of a tile but for a factor: the products where that is all there is to them.
 template <class Check>
 __device__ inline void finish_logits(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
                                      const RowTerms<ROWS, KEYS> &terms, real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()]) {
@@ -60,8 +60,8 @@ __device__ inline void finish_logits(const Parameters &p, const Row (&rows)[row_
             const int key = first + key_at(c);
             real slope;
             if constexpr (HAS_TERMS)
-                logits[r][c] = tile_logit<Check>(p, rows[r], key, distance - key_offset(c), terms, r, c, logits[r][c], slope) * LOG2_E;
-            else if (Check::value && (key < rows[r].low || key >= rows[r].high))
+                logits[r][c] = tile_logit<Check>(p, rows[r], key, distance - key_offset(c), terms, r, c, logits[r][c], slope);
+            else if (!takes_part<Check>(p, rows[r], key, terms, r, c))
                 logits[r][c] = -infinity();
         }
     }
@@ -109,34 +109,26 @@ __device__ inline void drop_weights(const Parameters &p, const Row (&rows)[row_s
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forward(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attention_forward(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const Shared tiles = shared_tiles(memory);
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>(), OUT_SLOTS = output_slots<VALUE>();
 
-    // Tiles of one head follow each other, the last first: where masking is causal, those take longest.
-    const long long rows_of_head = p.query_length * p.pack;
-    const long long row_tiles = (rows_of_head + ROWS - 1) / ROWS, heads = p.query_heads / p.pack;
-    long long index = blockIdx.x;
-    const int part = (int)(index % p.parts);
-    index /= p.parts;
-    const long long first_row = (row_tiles - 1 - index % row_tiles) * ROWS;
-    index /= row_tiles;
-    const long long first_head = index % heads * p.pack, b = index / heads;
-    const long long key_head = first_head / p.group;
+    // The last tile of a head comes first: where masking is causal, it takes longest.
+    const int rows_of_head = (int)(p.query_length * p.pack);
+    const int row_tiles = (rows_of_head + ROWS - 1) / ROWS;
+    const int part = (int)(blockIdx.x % (unsigned)p.parts);
+    const Place place = place_of_block(p, blockIdx.x / (unsigned)p.parts, row_tiles, (unsigned)p.query_heads / (unsigned)p.pack);
+    const int first_row = (row_tiles - 1 - place.tile) * ROWS;
+    const long long first_head = (long long)place.head * p.pack, b = place.batch;
+    const long long key_head = (unsigned)first_head / (unsigned)p.group;
+    // Rows of a tile are the heads of a position, then those of the next one.
+    const auto t_of = [&](int row) { return p.pack == 1 ? row : (int)((unsigned)row / (unsigned)p.pack); };
+    const auto head_of = [&](int row) { return p.pack == 1 ? first_head : first_head + (unsigned)row % (unsigned)p.pack; };
     const Batch batch = batch_row(p, b);
 
-    Row rows[ROW_SLOTS];
-#pragma unroll
-    for (int r = 0; r < ROW_SLOTS; ++r) {
-        const long long row = first_row + row_at<ROWS>(r);
-        rows[r] = row_of(p, batch, b, first_head + row % p.pack, row / p.pack);
-    }
-
     // The keys that any row of the tile sees, and those that all of them see.
-    const long long first_t = first_row / p.pack;
-    long long last_t = (first_row + ROWS - 1) / p.pack;
-    if (last_t >= batch.queries) last_t = batch.queries - 1;
+    const int first_t = t_of(first_row), last_t = min(t_of(first_row + ROWS - 1), batch.queries - 1);
     int from = 0, to = 0, all_from = 0, all_to = 0;
     if (first_t <= last_t) {
         from = first_key(batch, first_t) / KEYS * KEYS;
@@ -151,6 +143,73 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
         to = (int)min((long long)to, from + (long long)each * KEYS);
     }
 
+    const auto stage_queries = [&] {
+        if (p.pack == 1) {
+            stage_rows<ROWS, HEAD>(tiles.query, p.query, b, first_head, first_row, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
+            return;
+        }
+        stage<ROWS, HEAD>(
+            tiles.query,
+            [&](int row) {
+                const int t = t_of(first_row + row);
+                return t < batch.queries ? at(p.query, b, t, head_of(first_row + row)) : (const element *)nullptr;
+            },
+            p.head_dim, p.query.stride[3], p.aligned & ALIGNED_QUERY, p.query.data);
+    };
+    const auto stage_keys = [&](int first, element *tile) {
+        stage_rows<KEYS, HEAD, KeysAcross>(tile, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
+    };
+    const auto stage_values = [&](int first, element *tile) {
+        stage_rows<KEYS, VALUE, KeysAcross>(tile, p.value, b, key_head, first, batch.keys, p.value_head_dim,
+                                                         p.aligned & ALIGNED_VALUE);
+    };
+
+#if ON_WARPGROUPS
+    constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
+    Gate *const queries_there = reinterpret_cast<Gate *>(tiles.room);
+    Gate *const keys_there = queries_there + 1, *const keys_done = keys_there + 2;
+    Gate *const values_there = keys_done + 2, *const values_done = values_there + 2;
+    if (threadIdx.x == 0) {
+        open_gate(queries_there, STAGERS);
+        for (int slot = 0; slot < 2; ++slot) {
+            open_gate(keys_there + slot, STAGERS);
+            open_gate(values_there + slot, STAGERS);
+            open_gate(keys_done + slot, WARPS);
+            open_gate(values_done + slot, WARPS);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x >= THREADS) {
+        // Half of the loaders have the keys, the others the queries and the values.
+        give_registers();
+        if (threadIdx.x < THREADS + STAGERS) {
+            for (int first = from, step = 0; first < to; first += KEYS, ++step) {
+                if (p.pack == 1) announce_terms<ROWS, KEYS>(p, b, first_head, first_row, first);
+                pass(keys_done + step % 2, step / 2 - 1);
+                stage_keys(first, tiles.key + step % 2 * KEY_TILE);
+                deliver(keys_there + step % 2);
+            }
+        } else if (from < to) {
+            stage_queries();
+            deliver(queries_there);
+            for (int first = from, step = 0; first < to; first += KEYS, ++step) {
+                pass(values_done + step % 2, step / 2 - 1);
+                stage_values(first, tiles.value + step % 2 * VALUE_TILE);
+                deliver(values_there + step % 2);
+            }
+        }
+        return;
+    }
+    take_registers();
+#endif
+
+    Row rows[ROW_SLOTS];
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r) {
+        const int row = first_row + row_at<ROWS>(r);
+        rows[r] = row_of(p, batch, b, head_of(row), t_of(row));
+    }
+
     real maxima[ROW_SLOTS], totals[ROW_SLOTS], outputs[ROW_SLOTS][OUT_SLOTS];
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
@@ -160,22 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
         for (int c = 0; c < OUT_SLOTS; ++c) outputs[r][c] = 0;
     }
 
-    const auto stage_queries = [&] {
-        stage<ROWS, HEAD>(
-            tiles.query,
-            [&](int row) {
-                const long long t = (first_row + row) / p.pack;
-                return t < batch.queries ? at(p.query, b, t, first_head + (first_row + row) % p.pack) : (const element *)nullptr;
-            },
-            p.head_dim, p.query.stride[3], p.aligned & ALIGNED_QUERY, p.query.data);
-    };
-    const auto stage_keys = [&](int first, element *tile) {
-        stage_rows<KEYS, HEAD, KeysAcross>(tile, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
-    };
-    const auto stage_values = [&](int first, element *tile) {
-        stage_rows<KEYS, VALUE, KeysAcross>(tile, p.value, b, key_head, first, batch.keys, p.value_head_dim, p.aligned & ALIGNED_VALUE);
-    };
-    const real factor = HAS_TERMS ? real(1) : (real)p.scale * LOG2_E;
+    const real factor = HAS_TERMS ? LOG2_E : (real)p.scale * LOG2_E;
     RowTerms<ROWS, KEYS> terms;
     const auto read_terms = [&](int first) {
         if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, first);
@@ -199,45 +243,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
 #if ON_WARPGROUPS
     if (from < to) {
         // The product of a tile's weights and values runs beside the softmax of the next one.
-        constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
         real logits[ROW_SLOTS][KEY_SLOTS], shrink[ROW_SLOTS];
         Factors<KEYS> weights;
-        int slot = 0;
-        // Waits for a tile of keys and the values of the one before, and has those loaded that come next.
-        const auto advance = [&](int first) {
-            await_copies<0>();
-            __syncthreads();
-            if (first + KEYS < to) stage_keys(first + KEYS, tiles.key + (slot ^ 1) * KEY_TILE);
-            stage_values(first, tiles.value + slot * VALUE_TILE);
-            close_copies();
-        };
-        stage_queries();
-        stage_keys(from, tiles.key);
-        close_copies();
-        advance(from);
+        pass(queries_there, 0);
+        pass(keys_there, 0);
         begin_products<ROWS, KEYS, HEAD>(logits, tiles.query, tiles.key);
         read_terms(from);
         await_products<0>();
         hold(logits);
+        arrive_as_warp(keys_done);
         soften(from, logits, shrink);
         pack<KEYS>(weights, logits);
-        for (int first = from + KEYS; first < to; first += KEYS) {
-            slot ^= 1;
-            advance(first);
+        int step = 1;
+        for (int first = from + KEYS; first < to; first += KEYS, ++step) {
+            const int slot = step % 2, last = slot ^ 1;
+            pass(keys_there + slot, step / 2);
             begin_products<ROWS, KEYS, HEAD>(logits, tiles.query, tiles.key + slot * KEY_TILE);
-            begin_weighted<KEYS, VALUE>(outputs, weights, tiles.value + (slot ^ 1) * VALUE_TILE);
+            pass(values_there + last, (step - 1) / 2);
+            begin_weighted<KEYS, VALUE>(outputs, weights, tiles.value + last * VALUE_TILE);
             read_terms(first);
             await_products<1>();
             hold(logits);
+            arrive_as_warp(keys_done + slot);
             const bool rescales = soften(first, logits, shrink);
             await_products<0>();
             hold(outputs);
+            arrive_as_warp(values_done + last);
             if (rescales) rescale(shrink);
             pack<KEYS>(weights, logits);
         }
-        await_copies<0>();
-        __syncthreads();
-        begin_weighted<KEYS, VALUE>(outputs, weights, tiles.value + slot * VALUE_TILE);
+        const int last = (step - 1) % 2;
+        pass(values_there + last, (step - 1) / 2);
+        begin_weighted<KEYS, VALUE>(outputs, weights, tiles.value + last * VALUE_TILE);
         await_products<0>();
         hold(outputs);
     }
@@ -282,10 +319,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
     int *row_spoiled = reinterpret_cast<int *>(row_totals + ROWS);
     bool any_spoiled = false;
     if (p.contains) {
-        any_spoiled = __syncthreads_or(spoiled != 0);
+        any_spoiled = meet_or(spoiled != 0);
         if (any_spoiled) {
             for (int row = threadIdx.x; row < ROWS; row += THREADS) row_spoiled[row] = 0;
-            __syncthreads();
+            meet();
 #pragma unroll
             for (int r = 0; r < ROW_SLOTS; ++r) {
                 if (leads_row()) {
@@ -294,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
                 }
                 if (spoiled >> r & 1) row_spoiled[row_at<ROWS>(r)] = 1;
             }
-            __syncthreads();
+            meet();
         }
     }
 
@@ -302,7 +339,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
         if (!is_stored(r)) continue;
-        const long long row = first_row + row_at<ROWS>(r), n = first_head + row % p.pack, t = row / p.pack;
+        const int row = first_row + row_at<ROWS>(r);
+        const long long n = head_of(row), t = t_of(row);
         const bool empty = totals[r] == 0;
         // Another warp may have seen it.
         const bool again = any_spoiled && row_spoiled[row_at<ROWS>(r)];
@@ -337,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_forwar
 
     for (int local = threadIdx.x / 32; local < ROWS; local += WARPS) {
         if (!row_spoiled[local]) continue;
-        const long long row = first_row + local, n = first_head + row % p.pack, t = row / p.pack;
+        const long long n = head_of(first_row + local), t = t_of(first_row + local);
         const Row whole = row_of(p, batch, b, n, t);
         real sums[VALUE / 32];
         exact_output(p, whole, b, n, from, to, row_maxima[local], sums);

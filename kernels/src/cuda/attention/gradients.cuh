@@ -14,15 +14,15 @@ struct Weights {
     real logit, product;
 };
 
-// From what a logit is made of to its gradient. `incoming` is the product of d_out and value, `kept` the bit of dropout.
+// From a logit in base two, less the logsumexp, to its gradient; where it is `masked`, it is -inf. `incoming` is the product of d_out and value, `kept` the bit of dropout.
 __device__ inline Weights weigh(const Parameters &p, bool masked, real exponent, real slope, bool kept, real incoming, real delta) {
-    // Selected, not multiplied: what is masked may be NaN.
-    const real probability = masked ? real(0) : power_of_two(exponent);
+    const real probability = power_of_two(exponent);
     const real change = (kept ? keep_scale(p) * incoming : real(0)) - delta;
     Weights weights;
     weights.kept = kept ? probability : real(0);
+    // Selected, not multiplied: what is masked may be NaN.
     weights.logit = masked ? real(0) : probability * change;
-    weights.product = masked ? real(0) : weights.logit * slope;
+    weights.product = weights.logit * slope;
     return weights;
 }
 
@@ -33,10 +33,12 @@ __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, re
     if constexpr (HAS_TERMS) {
         real slope;
         const real x = tile_logit<Check>(p, row, key, distance, terms, r, c, product, slope);
-        return weigh(p, x == -infinity(), fma(x, LOG2_E, -logsumexp), slope, kept, incoming, delta);
+        const bool masked = x == -infinity();
+        // The logsumexp may be NaN.
+        return weigh(p, masked, masked ? x : fma(x, LOG2_E, -logsumexp), slope, kept, incoming, delta);
     }
-    const bool masked = Check::value && (key < row.low || key >= row.high);
-    return weigh(p, masked, fma(product, (real)p.scale * LOG2_E, -logsumexp), 1, kept, incoming, delta);
+    const bool masked = !takes_part<Check>(p, row, key, terms, r, c);
+    return weigh(p, masked, masked ? -infinity() : fma(product, (real)p.scale * LOG2_E, -logsumexp), 1, kept, incoming, delta);
 }
 
 // The same for a single row and key, by a whole warp. False where the key takes no part.

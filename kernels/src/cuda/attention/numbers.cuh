@@ -33,9 +33,31 @@ typedef unsigned short element;
 typedef float real;
 #endif
 
+// The threads that compute. On warpgroups others follow them, which load what those work on.
 constexpr int THREADS = 32 * WARPS;
+constexpr int LOADERS = ON_WARPGROUPS ? 128 : 0;
 // Blocks that a multiprocessor has room for at least: eight warps have all the registers that there are.
 constexpr int RESIDENT = WARPS >= 8 ? 1 : 8 / WARPS;
+
+// Waits for all threads that compute.
+__device__ inline void meet() {
+    if constexpr (LOADERS > 0)
+        asm volatile("barrier.cta.sync 1, %0;" ::"n"(THREADS) : "memory");
+    else
+        __syncthreads();
+}
+
+// The same, and whether any of them says so.
+__device__ inline bool meet_or(bool says) {
+    if constexpr (LOADERS == 0) return __syncthreads_or(says);
+    int any;
+    asm volatile("{ .reg .pred says, any; setp.ne.b32 says, %1, 0; barrier.cta.red.or.pred any, 1, %2, says; selp.b32 %0, 1, 0, any; }"
+                 : "=r"(any)
+                 : "r"((int)says), "n"(THREADS)
+                 : "memory");
+    return any != 0;
+}
+
 constexpr real LOG2_E = real(1.44269504088896340736);
 constexpr real LN_2 = real(0.69314718055994530942);
 

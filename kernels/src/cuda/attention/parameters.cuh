@@ -45,9 +45,11 @@ struct Parameters {
     // Whether a row may see some keys of a tile and not others.
     int contains;
     unsigned drop_threshold, drop_key[2], drop_offset;
+    // So many heads, or batch rows, have their tiles in turn, since they read the same mask or bias. Their number is a multiple.
+    int beside, beside_batch;
 };
 
-static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) == 848, "the host's layout");
+static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) == 856, "the host's layout");
 
 // Bits of `aligned`.
 #define ALIGNED_QUERY (1 << 0)
@@ -67,7 +69,8 @@ static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) 
 #define FEATURE_ALIBI 4
 #define FEATURE_SOFTCAP 8
 #define FEATURE_DROPOUT 16
-// Logits are made one by one, before the maximum is taken: there is more to them than a product and a scale above 0.
+// Logits are made one by one, before the maximum is taken: there is more to them than a product, a scale above 0, and whether they
+// are there.
 #define FEATURE_NATURAL 32
 
 constexpr bool HAS_TERMS = (FEATURES & FEATURE_NATURAL) != 0;
@@ -85,4 +88,20 @@ __device__ inline int end_key(const Batch &batch, long long t) { return between(
 
 __device__ inline element *at(const Tensor &tensor, long long b, long long position, long long head) {
     return reinterpret_cast<element *>(tensor.data) + b * tensor.stride[0] + position * tensor.stride[1] + head * tensor.stride[2];
+}
+
+// What a block works on.
+struct Place {
+    int tile, head, batch;
+};
+
+// Tiles of a head follow each other.
+__device__ inline Place place_of_block(const Parameters &p, unsigned index, unsigned tiles, unsigned heads) {
+    const unsigned beside = (unsigned)p.beside, turn = index % beside;
+    index /= beside;
+    const int tile = (int)(index % tiles);
+    index /= tiles;
+    const unsigned groups = (p.beside_batch ? (unsigned)p.batch : heads) / beside;
+    const int inner = (int)(index % groups * beside + turn), outer = (int)(index / groups);
+    return p.beside_batch ? Place{tile, outer, inner} : Place{tile, inner, outer};
 }

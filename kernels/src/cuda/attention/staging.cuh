@@ -4,10 +4,20 @@
 
 constexpr int CHUNK = 16 / sizeof(element);
 
+struct alignas(16) Chunk {
+    element of[CHUNK];
+};
+
+__device__ inline Chunk chunk_at(const element *from) { return *reinterpret_cast<const Chunk *>(from); }
+
 template <int DEPTH>
 __device__ constexpr int row_stride() {
     return DEPTH + CHUNK;
 }
+
+// The threads that fill a tile: all of them, or half of the loaders.
+constexpr int STAGERS = LOADERS > 0 ? LOADERS / 2 : THREADS;
+__device__ inline int stager() { return LOADERS > 0 ? (threadIdx.x - THREADS) % STAGERS : threadIdx.x; }
 
 // Bytes of a row of a panel.
 constexpr int PANEL_BYTES = 128;
@@ -63,7 +73,7 @@ struct InOrder {
 template <int HEIGHT, int DEPTH, class Order = InOrder, class RowAt>
 __device__ inline void stage(element *tile, RowAt row_at, int width, long long inner, bool aligned, const char *there) {
     constexpr int CHUNKS = DEPTH / CHUNK;
-    for (int index = threadIdx.x; index < HEIGHT * CHUNKS; index += THREADS) {
+    for (int index = stager(); index < HEIGHT * CHUNKS; index += STAGERS) {
         const int row = index / CHUNKS, column = index % CHUNKS * CHUNK;
         element *to = tile + place_of<HEIGHT, DEPTH>(Order::of(row), column);
         const element *from = row_at(row);
@@ -85,20 +95,22 @@ __device__ inline void stage_rows(element *tile, const Tensor &tensor, long long
     const long long step = tensor.stride[1];
 #if ON_WARPGROUPS
     if (aligned) {
-        // Eight threads have a row of a panel, and rows are at equal distances.
-        constexpr int ROWS_AT_ONCE = THREADS / 8;
-        static_assert(HEIGHT % ROWS_AT_ONCE == 0 && (ROWS_AT_ONCE & ROWS_AT_ONCE - 1) == 0 && Order::of(ROWS_AT_ONCE) % 8 == 0,
-                      "every thread has as many rows, which are where they were modulo eight");
-        const int row = threadIdx.x / 8, column = threadIdx.x % 8 * CHUNK;
+        // Eight threads have a row of a panel, and rows are at equal distances, a power of two.
+        constexpr int ROWS_AT_ONCE = STAGERS / 8;
+        static_assert(HEIGHT % ROWS_AT_ONCE == 0 && (ROWS_AT_ONCE & ROWS_AT_ONCE - 1) == 0 && ROWS_AT_ONCE >= 8,
+                      "every thread has as many rows");
+        const int row = stager() / 8, column = stager() % 8 * CHUNK;
         const unsigned to = shared_address(tile + place_of<HEIGHT, DEPTH>(Order::of(row), column));
         const char *from = reinterpret_cast<const char *>(origin + row * step + column);
         const long long jump = step * (ROWS_AT_ONCE * (int)sizeof(element));
         const int rows = (int)min(end - first, (long long)HEIGHT) - row;
 #pragma unroll
         for (int i = 0; i < HEIGHT / ROWS_AT_ONCE; ++i) {
+            // No bit is set in this and the thread's own row both.
+            const int below = Order::of(i * ROWS_AT_ONCE);
 #pragma unroll
             for (int panel = 0; panel < DEPTH / 64; ++panel)
-                copy_chunk(to + (panel * HEIGHT + Order::of(i * ROWS_AT_ONCE)) * PANEL_BYTES, from + panel * PANEL_BYTES,
+                copy_chunk((to ^ below % 8 * 16) + (panel * HEIGHT + below) * PANEL_BYTES, from + panel * PANEL_BYTES,
                            i * ROWS_AT_ONCE < rows && panel * 64 + column < width);
             from += jump;
         }
@@ -106,11 +118,11 @@ __device__ inline void stage_rows(element *tile, const Tensor &tensor, long long
     }
 #else
     constexpr int CHUNKS = DEPTH / CHUNK;
-    if constexpr (THREADS % CHUNKS == 0 && (CHUNKS & CHUNKS - 1) == 0 && HEIGHT % (THREADS / CHUNKS) == 0) {
+    if constexpr (STAGERS % CHUNKS == 0 && (CHUNKS & CHUNKS - 1) == 0 && HEIGHT % (STAGERS / CHUNKS) == 0) {
         // Each thread has one column, and rows at equal distances, a power of two.
         if (aligned) {
-            constexpr int ROWS_AT_ONCE = THREADS / CHUNKS;
-            const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * CHUNK;
+            constexpr int ROWS_AT_ONCE = STAGERS / CHUNKS;
+            const int row = stager() / CHUNKS, column = stager() % CHUNKS * CHUNK;
             const unsigned to = shared_address(tile + Order::of(row) * row_stride<DEPTH>() + column);
             const char *from = reinterpret_cast<const char *>(origin + row * step + column);
             const long long jump = step * (ROWS_AT_ONCE * (int)sizeof(element));

@@ -131,42 +131,54 @@ struct RowTerms {
     __device__ inline bool visible(int r, int c) const { return !PACKS_MASK || byte_of(mask[r][c / 4], c % 4); }
     __device__ inline real added(int r, int c) const { return PACKS_BIAS ? half_of(bias[r][c / 2], c % 2) : real(0); }
 
+    // Keys from `first` on. What is read for keys behind the last is nobody's.
     __device__ inline void read(const Parameters &p, const Row (&rows)[ROWS_OF_THREAD], int first) {
         const int last = (int)p.key_length - 1;
+        // Loads without branches between them are under way at once.
+        if constexpr (PACKS_MASK) {
+            if (p.aligned & ALIGNED_MASK) {
 #pragma unroll
-        for (int r = 0; r < ROWS_OF_THREAD; ++r)
+                for (int r = 0; r < ROWS_OF_THREAD; ++r)
 #pragma unroll
-            for (int c = 0; c < KEYS_OF_THREAD; c += 8) {
-                const int key = first + key_at(c);
-                if constexpr (PACKS_MASK) {
-                    const unsigned char *from = reinterpret_cast<const unsigned char *>(p.mask.data) + rows[r].mask;
-                    if (p.aligned & ALIGNED_MASK) {
-                        const uint2 eight = key <= last ? __ldg(reinterpret_cast<const uint2 *>(from + key)) : make_uint2(0, 0);
+                    for (int c = 0; c < KEYS_OF_THREAD; c += 8) {
+                        const uint2 eight = __ldg(reinterpret_cast<const uint2 *>(p.mask.data + rows[r].mask + min(first + key_at(c), last - 7)));
                         mask[r][c / 4] = eight.x;
                         mask[r][c / 4 + 1] = eight.y;
-                    } else {
-                        mask[r][c / 4] = mask[r][c / 4 + 1] = 0;
-#pragma unroll
-                        for (int i = 0; i < 8; ++i)
-                            mask[r][(c + i) / 4] |= (unsigned)from[min(key + i, last) * key_stride(p.mask)] << (8 * (i % 4));
                     }
-                }
-                if constexpr (PACKS_BIAS) {
-                    const unsigned short *from = reinterpret_cast<const unsigned short *>(p.bias.data) + rows[r].bias;
-                    if (p.aligned & ALIGNED_BIAS) {
-                        const uint4 eight = key <= last ? __ldg(reinterpret_cast<const uint4 *>(from + key)) : make_uint4(0, 0, 0, 0);
+            } else {
+#pragma unroll
+                for (int r = 0; r < ROWS_OF_THREAD; ++r)
+#pragma unroll
+                    for (int c = 0; c < KEYS_OF_THREAD; ++c) {
+                        const unsigned one = (unsigned char)p.mask.data[rows[r].mask + min(first + key_at(c), last) * key_stride(p.mask)];
+                        mask[r][c / 4] = c % 4 ? mask[r][c / 4] | one << (8 * (c % 4)) : one;
+                    }
+            }
+        }
+        if constexpr (PACKS_BIAS) {
+            if (p.aligned & ALIGNED_BIAS) {
+#pragma unroll
+                for (int r = 0; r < ROWS_OF_THREAD; ++r)
+#pragma unroll
+                    for (int c = 0; c < KEYS_OF_THREAD; c += 8) {
+                        const uint4 eight =
+                            __ldg(reinterpret_cast<const uint4 *>(p.bias.data + 2 * (rows[r].bias + min(first + key_at(c), last - 7))));
                         bias[r][c / 2] = eight.x;
                         bias[r][c / 2 + 1] = eight.y;
                         bias[r][c / 2 + 2] = eight.z;
                         bias[r][c / 2 + 3] = eight.w;
-                    } else {
-#pragma unroll
-                        for (int i = 0; i < 8; i += 2)
-                            bias[r][(c + i) / 2] = from[min(key + i, last) * key_stride(p.bias)] |
-                                                   (unsigned)from[min(key + i + 1, last) * key_stride(p.bias)] << 16;
                     }
-                }
+            } else {
+                const unsigned short *const from = reinterpret_cast<const unsigned short *>(p.bias.data);
+#pragma unroll
+                for (int r = 0; r < ROWS_OF_THREAD; ++r)
+#pragma unroll
+                    for (int c = 0; c < KEYS_OF_THREAD; ++c) {
+                        const unsigned one = from[rows[r].bias + min(first + key_at(c), last) * key_stride(p.bias)];
+                        bias[r][c / 2] = c % 2 ? bias[r][c / 2] | one << 16 : one;
+                    }
             }
+        }
     }
 };
 
@@ -179,35 +191,45 @@ struct KeyTerms {
     __device__ inline bool visible(int r, int c) const { return !PACKS_MASK || byte_of(mask[c / 2], c % 2 * 2 + r); }
     __device__ inline real added(int r, int c) const { return PACKS_BIAS ? half_of(bias[c], r) : real(0); }
 
-    // Query rows from `first_t` to before `end` of a head, and keys from `first` on.
-    __device__ inline void read(const Parameters &p, long long b, long long n, int first_t, int end, int first) {
+    // Query rows from `first_t` on of a head, and keys from `first` on. What is read for those behind the last is nobody's.
+    __device__ inline void read(const Parameters &p, long long b, long long n, int first_t, int first) {
         const int key = first + key_row_at<HEIGHT>(0), last = (int)p.key_length - 1;
-        const int t = first_t + column_at(0);
-        const auto origin = [&](const Tensor &tensor) {
-            return b * tensor.stride[0] + n * tensor.stride[1] + t * tensor.stride[2] + min(key, last) * key_stride(tensor);
+        const int t = first_t + column_at(0), last_t = (int)p.query_length - 1;
+        const bool inside = first_t + WIDTH <= p.query_length;
+        const auto head = [&](const Tensor &tensor) { return b * tensor.stride[0] + n * tensor.stride[1]; };
+        const auto slow = [&](const Tensor &tensor, int c, int i) {
+            return head(tensor) + min(t + column_offset(c), last_t) * tensor.stride[2] + min(key + i, last) * key_stride(tensor);
         };
+        // Loads without branches between them are under way at once.
         if constexpr (PACKS_MASK) {
-            const unsigned char *const from = reinterpret_cast<const unsigned char *>(p.mask.data) + origin(p.mask);
-            const long long next = key < last ? key_stride(p.mask) : 0;
+            if (inside && (p.aligned & ALIGNED_MASK)) {
+                const char *const from = p.mask.data + head(p.mask) + t * p.mask.stride[2] + min(key, last - 1);
+                unsigned short both[ROWS_OF_THREAD];
 #pragma unroll
-            for (int c = 0; c < ROWS_OF_THREAD; ++c) {
-                const unsigned char *const of_row = from + column_offset(c) * p.mask.stride[2];
-                unsigned both = 0;
-                if (t + column_offset(c) < end)
-                    both = p.aligned & ALIGNED_MASK ? __ldg(reinterpret_cast<const unsigned short *>(of_row)) : of_row[0] | of_row[next] << 8;
-                mask[c / 2] = c % 2 ? mask[c / 2] | both << 16 : both;
+                for (int c = 0; c < ROWS_OF_THREAD; ++c)
+                    both[c] = __ldg(reinterpret_cast<const unsigned short *>(from + column_offset(c) * p.mask.stride[2]));
+#pragma unroll
+                for (int c = 0; c < ROWS_OF_THREAD; c += 2) mask[c / 2] = both[c] | (unsigned)both[c + 1] << 16;
+            } else {
+#pragma unroll
+                for (int c = 0; c < ROWS_OF_THREAD; ++c) {
+                    const unsigned both =
+                        (unsigned char)p.mask.data[slow(p.mask, c, 0)] | (unsigned)(unsigned char)p.mask.data[slow(p.mask, c, 1)] << 8;
+                    mask[c / 2] = c % 2 ? mask[c / 2] | both << 16 : both;
+                }
             }
         }
         if constexpr (PACKS_BIAS) {
-            const unsigned short *const from = reinterpret_cast<const unsigned short *>(p.bias.data) + origin(p.bias);
-            const long long next = key < last ? key_stride(p.bias) : 0;
+            if (inside && (p.aligned & ALIGNED_BIAS)) {
+                const char *const from = p.bias.data + 2 * (head(p.bias) + t * p.bias.stride[2] + min(key, last - 1));
 #pragma unroll
-            for (int c = 0; c < ROWS_OF_THREAD; ++c) {
-                const unsigned short *const of_row = from + column_offset(c) * p.bias.stride[2];
-                bias[c] = 0;
-                if (t + column_offset(c) < end)
-                    bias[c] =
-                        p.aligned & ALIGNED_BIAS ? __ldg(reinterpret_cast<const unsigned *>(of_row)) : of_row[0] | (unsigned)of_row[next] << 16;
+                for (int c = 0; c < ROWS_OF_THREAD; ++c)
+                    bias[c] = __ldg(reinterpret_cast<const unsigned *>(from + 2 * column_offset(c) * p.bias.stride[2]));
+            } else {
+                const unsigned short *const from = reinterpret_cast<const unsigned short *>(p.bias.data);
+#pragma unroll
+                for (int c = 0; c < ROWS_OF_THREAD; ++c)
+                    bias[c] = from[slow(p.bias, c, 0)] | (unsigned)from[slow(p.bias, c, 1)] << 16;
             }
         }
     }

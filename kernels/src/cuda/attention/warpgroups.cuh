@@ -34,6 +34,64 @@ __device__ inline void await_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
 }
 
+// A barrier in shared memory, which `count` arrivals pass from one phase to the next.
+typedef unsigned long long Gate;
+
+__device__ inline void open_gate(Gate *gate, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(gate)), "r"(count) : "memory");
+}
+
+__device__ inline void arrive(Gate *gate) {
+    asm volatile("{ .reg .b64 phase; mbarrier.arrive.shared::cta.b64 phase, [%0]; }" ::"r"(shared_address(gate)) : "memory");
+}
+
+// One arrival for the warp.
+__device__ inline void arrive_as_warp(Gate *gate) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(gate);
+}
+
+// Waits for the end of the phase of this number, counted from 0. One before the first has ended.
+__device__ inline void pass(Gate *gate, int phase) {
+    asm volatile(
+        "{ .reg .pred passed; WAIT: mbarrier.try_wait.parity.shared::cta.b64 passed, [%0], %1; @passed bra.uni DONE; bra.uni WAIT; DONE: }" ::"r"(
+            shared_address(gate)),
+        "r"(phase & 1)
+        : "memory");
+}
+
+// Says that what this thread copied is there, as soon as it is.
+__device__ inline void deliver(Gate *gate) {
+    close_copies();
+    await_copies<0>();
+    arrive(gate);
+}
+
+// Has the mask and the bias of a tile on their way from memory, as far as a cache that all share, before those that compute ask for
+// them. By the stagers of a tile.
+template <int HEIGHT, int WIDTH>
+__device__ inline void announce_terms(const Parameters &p, long long b, long long n, int first_t, int first) {
+    const auto announce = [&](const Tensor &tensor, int size) {
+        constexpr int LINE = 128;
+        const int lines = WIDTH * size / LINE;
+        const char *const head = tensor.data + size * (b * tensor.stride[0] + n * tensor.stride[1]);
+        for (int i = stager(); i < HEIGHT * lines; i += STAGERS) {
+            const int t = min(first_t + i / lines, (int)p.query_length - 1);
+            const int key = min(first + i % lines * (LINE / size), (int)p.key_length - 1);
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(head + size * (t * tensor.stride[2] + key))));
+        }
+    };
+    if constexpr (PACKS_MASK && TERM_STRIDE == 1) announce(p.mask, 1);
+    if constexpr (PACKS_BIAS && TERM_STRIDE == 1) announce(p.bias, 2);
+}
+
+// Registers of a thread, of which loaders leave theirs to those that compute.
+constexpr int REGISTERS_TO_LOAD = WARPS == 8 ? 40 : 32, REGISTERS_TO_COMPUTE = WARPS == 8 ? 232 : 160;
+static_assert(WARPS == 8 || WARPS == 12, "as many registers as there are for two or three warpgroups beside the loaders");
+
+__device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS_TO_LOAD)); }
+__device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS_TO_COMPUTE)); }
+
 #if DTYPE == DTYPE_F16
 #define WGMMA_TYPES "f32.f16.f16"
 #else
