@@ -118,7 +118,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         open_gate(keys_there, LOADERS);
         for (int slot = 0; slot < STAGES; ++slot) {
             open_gate(there + slot, LOADERS);
-            open_gate(done + slot, WARPS);
+            // Threads read the rows' numbers themselves, so each says that it is done.
+            open_gate(done + slot, THREADS);
         }
     }
     __syncthreads();
@@ -208,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         hold(keys);
         hold(values);
 #if ON_WARPGROUPS
-        arrive_as_warp(done + slot);
+        arrive(done + slot);
 #else
         if (STAGES == 1 && step + 1 < steps) {
             __syncthreads();
