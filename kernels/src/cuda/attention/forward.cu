@@ -3,9 +3,9 @@
 //
 // Any dtype, head dimensions up to HEAD and VALUE, any strides; compute capability 8.0 for halves. ROWS query rows and KEYS
 // keys to a tile. Rows of several query heads can share a tile (`pack`), and the keys can be cut into parts that a second
-// kernel merges: so that few queries keep the device busy.
+// kernel merges: so that few queries keep the device busy. On warpgroups, threads of their own load keys and values, two tiles ahead.
 
-// For warpgroups, keys and values of two tiles are there at once.
+// Tiles of keys, and of values, that there is room for.
 constexpr int SLOTS = ON_WARPGROUPS ? 2 : 1;
 
 struct Shared {

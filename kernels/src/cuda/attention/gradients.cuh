@@ -14,7 +14,8 @@ struct Weights {
     real logit, product;
 };
 
-// From a logit in base two, less the logsumexp, to its gradient; where it is `masked`, it is -inf. `incoming` is the product of d_out and value, `kept` the bit of dropout.
+// From a logit in base two, less the logsumexp, to its gradient; where it is `masked`, it is -inf. `incoming` is the product of
+// d_out and value, `kept` the bit of dropout.
 __device__ inline Weights weigh(const Parameters &p, bool masked, real exponent, real slope, bool kept, real incoming, real delta) {
     const real probability = power_of_two(exponent);
     const real change = (kept ? keep_scale(p) * incoming : real(0)) - delta;

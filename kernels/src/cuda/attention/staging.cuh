@@ -63,13 +63,13 @@ __device__ inline void await_copies() {
 #endif
 }
 
-// Fills HEIGHT rows of a tile, which stand where `Order` says. `row_at` gives the address of a row, or null for one of zeros, which the columns from
-// `width` on are too. `there` is any address that may be read.
 // Rows of a tile as they come.
 struct InOrder {
     static __device__ constexpr int of(int row) { return row; }
 };
 
+// Fills HEIGHT rows of a tile, which stand where `Order` says. `row_at` gives the address of a row, or null for one of zeros,
+// which the columns from `width` on are too. `there` is any address that may be read.
 template <int HEIGHT, int DEPTH, class Order = InOrder, class RowAt>
 __device__ inline void stage(element *tile, RowAt row_at, int width, long long inner, bool aligned, const char *there) {
     constexpr int CHUNKS = DEPTH / CHUNK;
