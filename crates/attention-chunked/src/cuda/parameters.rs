@@ -128,7 +128,7 @@ fn has_aligned_rows(desc: &TensorDesc) -> bool {
 
 /// How many heads, or batch rows if so, blocks take side by side: those that read the same of a mask or a bias, as far as the
 /// keys and values of so many stay in the cache.
-fn beside(problem: &Problem) -> (usize, bool) {
+pub(crate) fn beside(problem: &Problem) -> (usize, bool) {
     let dims = problem.dims();
     let term = [Role::Bias, Role::Mask].into_iter().find_map(|role| problem.tensor(role));
     let Some(shape) = term.map(TensorDesc::shape).filter(|shape| shape[2] > 1) else { return (1, false) };

@@ -5,7 +5,7 @@ use attention_core::{
     AttentionBackend, DType, Device, FeatureSet, Gradients, Pass, Problem, TensorDesc, Unsupported,
 };
 
-use super::parameters::batches;
+use super::parameters::{batches, beside};
 use super::plan::Plan;
 use super::tiles::{Machine, Shape};
 use super::{ChunkedCudaBackend, ChunkedCudaConfig};
@@ -125,6 +125,24 @@ fn options_alone_have_kernels_of_their_own() {
     }
     // 16 is dropout; 32 stands for logits that are made one by one, which a scale below 0 asks for as well.
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), [0, 1, 16, 32, 34, 36, 40, 48, 63]);
+}
+
+#[test]
+fn blocks_that_read_the_same_mask_or_bias_are_side_by_side() {
+    let of = |role: Role, shape: [usize; 4]| {
+        let heads = TensorDesc::contiguous(DType::Bf16, [4, 300, 6, 64]);
+        let builder = Problem::builder(heads, heads, heads).device(Device::Cuda(0));
+        let problem = match role {
+            Role::Mask => builder.mask(TensorDesc::contiguous(DType::Bool, shape)).build(),
+            _ => builder.bias(TensorDesc::contiguous(DType::Bf16, shape)).build(),
+        };
+        beside(&problem.unwrap())
+    };
+    assert_eq!(of(Role::Mask, [4, 1, 300, 300]), (3, false));
+    assert_eq!(of(Role::Bias, [1, 6, 300, 300]), (4, true));
+    // Nothing is read twice, or what is read is short.
+    assert_eq!(of(Role::Bias, [4, 6, 300, 300]), (1, false));
+    assert_eq!(of(Role::Mask, [4, 1, 1, 300]), (1, false));
 }
 
 #[test]
