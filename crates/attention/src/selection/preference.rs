@@ -28,15 +28,20 @@ pub(crate) const CROSSOVERS: &[Crossover] = &[
         with: None,
         logits_per_head: 256 * 256 + 1,
     },
-    // benches/record/2026-11-25-gpu-h100.csv: 156 against 93 TFLOP/s at 4096 x 4096; a mask that cuDNN reads.
-    Crossover {
-        small: "chunked-cuda",
-        large: "cudnn",
-        pass: Pass::Backward,
-        with: Some(Feature::Dropout),
-        logits_per_head: usize::MAX,
-    },
+    // benches/record/2026-11-25-gpu-h200.csv, 4096 x 4096 tokens, TFLOP/s. cuDNN reads masks, biases and the keep bits of the
+    // published stream as tensors, which kernels of ours make for it first; chunked-cuda reads or computes them in place.
+    always("chunked-cuda", "cudnn", Pass::Forward, Feature::Mask),
+    always("chunked-cuda", "cudnn", Pass::Backward, Feature::Mask),
+    always("chunked-cuda", "cudnn", Pass::Forward, Feature::Bias),
+    always("chunked-cuda", "cudnn", Pass::Backward, Feature::Bias),
+    always("chunked-cuda", "cudnn", Pass::Forward, Feature::Dropout),
+    always("chunked-cuda", "cudnn", Pass::Backward, Feature::Dropout),
 ];
+
+/// One that is faster at every size, where there is such a feature.
+const fn always(faster: &'static str, slower: &'static str, pass: Pass, with: Feature) -> Crossover {
+    Crossover { small: faster, large: slower, pass, with: Some(with), logits_per_head: usize::MAX }
+}
 
 /// Orders candidates for a problem: where a crossover applies, its winner moves right before its loser.
 pub(crate) fn order(backends: &mut Vec<Arc<dyn AttentionBackend>>, problem: &Problem, table: &[Crossover]) {
