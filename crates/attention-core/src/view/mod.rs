@@ -226,6 +226,33 @@ impl<'a> View<'a> {
         Ok(Self { desc, device: Device::Cpu, pointer, memory: PhantomData })
     }
 
+    /// A strided mask on bytes, as other libraries store booleans: zero is `false`, everything else is `true`. As
+    /// [`strided`](Self::strided) otherwise.
+    ///
+    /// # Errors
+    /// As [`strided`](Self::strided).
+    ///
+    /// # Examples
+    /// ```
+    /// use attention_core::{DType, View};
+    ///
+    /// let mask = View::strided_mask(&[1u8, 0, 255, 0], 0, [2, 2], [2, 1])?;
+    /// assert_eq!(mask.desc().dtype(), DType::Bool);
+    /// # Ok::<(), attention_core::InvalidCall>(())
+    /// ```
+    pub fn strided_mask(
+        data: &'a [u8],
+        offset: usize,
+        shape: impl Into<Dims>,
+        strides: impl Into<Strides>,
+    ) -> Result<Self, InvalidCall> {
+        // Booleans are read as bytes (`host_mask`), so every byte is one.
+        let desc = strided_desc::<bool>(shape.into(), strides.into())?;
+        check_slice(data.len(), offset, &desc)?;
+        let pointer = data.as_ptr().wrapping_add(if desc.is_empty() { 0 } else { offset });
+        Ok(Self { desc, device: Device::Cpu, pointer, memory: PhantomData })
+    }
+
     /// A view of memory that Rust does not know: of another library, or of a device.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::{Layout, agrees, indices, layout};
-use crate::{DType, Device, Dims, Scalar, TensorDesc, View};
+use crate::{DType, Device, Dims, InvalidCall, Scalar, TensorDesc, View};
 
 /// A layout with one of its axes, where it has any.
 fn layout_and_axis() -> impl Strategy<Value = (Layout, usize)> {
@@ -197,4 +197,19 @@ fn masks_of_other_libraries_may_hold_any_byte() {
     let taken: Vec<_> = indices(view.shape()).map(|index| host.at(&index) != 0).collect();
     assert_eq!(taken, [false, true, true, true, true, false]);
     assert_eq!(host.row(&[1]).contiguous(), Some(&bytes[3..]));
+}
+
+#[test]
+fn masks_are_made_of_bytes_with_any_strides_inside_them() {
+    let bytes = [9u8, 0, 1, 2, 0, 255, 0];
+    let view = View::strided_mask(&bytes, 1, [2, 3], [1, 2]).unwrap();
+    assert_eq!(view.desc(), TensorDesc::strided(DType::Bool, [2, 3], [1, 2]).unwrap());
+    let host = view.host_mask().unwrap();
+    let taken: Vec<_> = indices(view.shape()).map(|index| host.at(&index)).collect();
+    assert_eq!(taken, [0, 2, 255, 1, 0, 0]);
+    let error = View::strided_mask(&bytes, 2, [2, 3], [1, 2]).unwrap_err();
+    assert!(matches!(error, InvalidCall::BufferTooSmall { last: 7, available: 7, .. }), "{error}");
+    let error = View::strided_mask(&bytes, 0, [2, 3], [1]).unwrap_err();
+    assert_eq!(error, InvalidCall::StridesRank { shape: 2, strides: 1 });
+    assert!(View::strided_mask(&[], 5, [0, 3], [1, 1]).unwrap().host_mask().unwrap().shape().contains(&0));
 }
