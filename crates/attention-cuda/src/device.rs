@@ -30,11 +30,16 @@ impl CudaDevice {
         Ok(Self { context, stream })
     }
 
+    /// The device of a stream, with work on that stream: of the caller's or of another library's.
+    pub fn of_stream(stream: Arc<CudaStream>) -> Self {
+        Self { context: stream.context().clone(), stream }
+    }
+
     /// The same device with work on another stream of it: of its own ([`CudaContext::new_stream`]) or the caller's
     /// ([`CudaContext::wrap_borrowed_stream`]).
     #[must_use]
     pub fn with_stream(&self, stream: Arc<CudaStream>) -> Self {
-        Self { context: stream.context().clone(), stream }
+        Self::of_stream(stream)
     }
 
     /// The context.
