@@ -21,11 +21,15 @@ pub(crate) fn run(_: &Arguments) -> crate::Result {
     Ok(passed)
 }
 
+/// Features that build with CUDA's compiler only; `united` checks them with a stand-in for it.
+pub(crate) const NEED_NVCC: &[(&str, &str)] = &[("attention-candle", "cuda")];
+
 /// Cargo's options for every choice of features.
 fn choices(package: &Package) -> Vec<Vec<String>> {
     const NONE: &str = "--no-default-features";
+    let needs_nvcc = |feature: &str| NEED_NVCC.contains(&(package.name.as_str(), feature));
     let alone = (package.features.keys())
-        .filter(|feature| *feature != "default")
+        .filter(|feature| *feature != "default" && !needs_nvcc(feature))
         .map(|feature| vec![NONE.to_owned(), "--features".to_owned(), feature.clone()]);
     let mut choices = vec![vec![NONE.to_owned()]];
     choices.extend(alone);
@@ -48,6 +52,9 @@ mod tests {
             choices(package).into_iter().map(|choice| choice.join(" ")).collect::<Vec<_>>()
         };
         assert_eq!(of("attention-core"), ["--no-default-features", "--no-default-features --features serde"]);
+        assert!(
+            of("attention-candle").iter().all(|choice| !choice.contains("cuda") && !choice.contains("all"))
+        );
         let facade = of("attention");
         assert_eq!(facade.first().unwrap(), "--no-default-features");
         assert_eq!(facade.last().unwrap(), "--all-features");

@@ -17,6 +17,18 @@ const SIBLINGS: &[(&str, &[&str])] = &[
             "attention-kernels",
         ],
     ),
+    (
+        "attention-candle",
+        &[
+            "attention",
+            "attention-chunked",
+            "attention-core",
+            "attention-cpu",
+            "attention-cuda",
+            "attention-cudnn",
+            "attention-kernels",
+        ],
+    ),
     ("attention-chunked", &["attention-core", "attention-cuda", "attention-kernels"]),
     ("attention-conformance", &["attention-core"]),
     ("attention-core", &[]),

@@ -1,0 +1,281 @@
+//! The builder.
+
+use attention::{Dropout, Lengths, NumericsClass, QueryOffset, Window};
+use candle_core::{Result, Tensor};
+
+use crate::call::{Forward, Operands};
+use crate::{AxisOrder, Explanation, Implementation, Options, Registry, graph};
+
+/// A call of scaled dot-product attention on candle's tensors, apart from its query, key and value.
+///
+/// Outputs are part of candle's graph: [`Tensor::backward`] reaches query, key, value, bias and sinks.
+///
+/// # Shapes
+/// | tensor | [`Attention::bnth`] | [`Attention::btnh`] | dtype |
+/// |---|---|---|---|
+/// | query | `[B, N, T, H]` | `[B, T, N, H]` | f64, f32, f16, bf16 |
+/// | key | `[B, K, S, H]` | `[B, S, K, H]` | the query's |
+/// | value | `[B, K, S, Hv]` | `[B, S, K, Hv]` | the query's |
+/// | output | `[B, N, T, Hv]` | `[B, T, N, Hv]` | the query's |
+/// | logsumexp | `[B, N, T]` | `[B, T, N]` | f32, f64 for f64 |
+/// | mask | 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full | the same | u8 |
+/// | bias | as the mask | the same | any of the four, independent of the query's |
+/// | ALiBi slopes | `[N]` or `[B, N]` | the same | any of the four |
+/// | sinks | `[N]` | the same | any of the four |
+///
+/// All without `B` where query, key and value are. `N` is a multiple of `K`: each group of `N / K` query heads shares a
+/// key/value head, so `repeat_kv` is not needed. Every tensor may have any layout that candle gives it: transposed,
+/// narrowed, broadcast; nothing is made contiguous. Results are contiguous.
+///
+/// # Semantics
+/// Those of [`attention::Problem`]; `docs/semantics.md` has them beside those of other libraries. A mask's 1 takes part,
+/// and a row with nothing to attend to has output 0.
+///
+/// # Examples
+/// ```
+/// use attention_candle::Attention;
+/// use candle_core::{DType, Device, Tensor, Var};
+///
+/// // 2 sentences of at most 6 tokens, 8 query heads on 2 key/value heads; the second sentence has 4 tokens.
+/// let query = Var::randn(0f32, 1f32, (2, 8, 6, 16), &Device::Cpu)?;
+/// let key = Var::randn(0f32, 1f32, (2, 2, 6, 16), &Device::Cpu)?;
+/// let value = Var::randn(0f32, 1f32, (2, 2, 6, 16), &Device::Cpu)?;
+/// let attention = Attention::bnth().causal(true).query_lengths([6, 4]).key_value_lengths([6, 4]);
+/// let out = attention.forward(&query, &key, &value)?;
+/// assert_eq!(out.dims(), [2, 8, 6, 16]);
+///
+/// let gradients = out.sqr()?.sum_all()?.backward()?;
+/// assert_eq!(gradients.get(&key).unwrap().dims(), key.dims());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[must_use = "a call does nothing until `forward`"]
+pub struct Attention {
+    /// Options that are no tensors, and which implementation shall run.
+    pub(crate) call: attention::Attention<'static>,
+    pub(crate) order: AxisOrder,
+    pub(crate) mask: Option<Tensor>,
+    pub(crate) bias: Option<Tensor>,
+    pub(crate) alibi_slopes: Option<Tensor>,
+    pub(crate) sinks: Option<Tensor>,
+    pub(crate) registry: Option<Registry>,
+    pub(crate) recompute: bool,
+}
+
+impl Attention {
+    /// A call on tensors with heads before the sequence, `[B, N, T, H]`, with every option at its default.
+    pub fn bnth() -> Self {
+        Self::new(AxisOrder::Bnth)
+    }
+
+    /// A call on tensors with the sequence before heads, `[B, T, N, H]`, with every option at its default.
+    pub fn btnh() -> Self {
+        Self::new(AxisOrder::Btnh)
+    }
+
+    /// A call on tensors with this order of axes, with every option at its default: scale `1 / sqrt(H)`, nothing masked.
+    pub fn new(order: AxisOrder) -> Self {
+        Self {
+            call: attention::Attention::new(),
+            order,
+            mask: None,
+            bias: None,
+            alibi_slopes: None,
+            sinks: None,
+            registry: None,
+            recompute: false,
+        }
+    }
+
+    fn with(
+        self,
+        change: impl FnOnce(attention::Attention<'static>) -> attention::Attention<'static>,
+    ) -> Self {
+        Self { call: change(self.call), ..self }
+    }
+
+    /// Replaces all options that are no tensors.
+    pub fn options(self, options: Options) -> Self {
+        self.with(|call| call.options(options))
+    }
+
+    /// What the products of query and key are multiplied by; `1 / sqrt(H)` by default or with `None`.
+    pub fn scale(self, scale: impl Into<Option<f64>>) -> Self {
+        self.with(|call| call.scale(scale))
+    }
+
+    /// Masks keys after the position of the query row, `j > t + offset`. With `T != S`, mind
+    /// [`query_offset`](Self::query_offset): it is top-left by default.
+    pub fn causal(self, causal: bool) -> Self {
+        self.with(|call| call.causal(causal))
+    }
+
+    /// Where query row `t` stands among the keys, `pos = t + offset`: a decoder with `c` cached keys has
+    /// `QueryOffset::Fixed(c)`.
+    pub fn query_offset(self, offset: QueryOffset) -> Self {
+        self.with(|call| call.query_offset(offset))
+    }
+
+    /// A sliding window: only keys `pos - left ..= pos + right` take part.
+    pub fn window(self, window: Window) -> Self {
+        self.with(|call| call.window(window))
+    }
+
+    /// A mask of u8, as candle's comparisons give it: 0 is masked, anything else takes part. 1 to 4 axes, right-aligned
+    /// to `[B, N, T, S]`, each 1 or full.
+    pub fn mask(mut self, mask: &Tensor) -> Self {
+        self.mask = Some(mask.clone());
+        self
+    }
+
+    /// An additive bias, shapes as for the [mask](Self::mask), added to the scaled and capped logits; -inf masks. It gets
+    /// a gradient where it is a variable or comes from one.
+    pub fn bias(mut self, bias: &Tensor) -> Self {
+        self.bias = Some(bias.clone());
+        self
+    }
+
+    /// ALiBi slopes, `[N]` or `[B, N]`: `slope * |pos - j|` is taken off the logits. They have no gradient.
+    pub fn alibi_slopes(mut self, slopes: &Tensor) -> Self {
+        self.alibi_slopes = Some(slopes.clone());
+        self
+    }
+
+    /// Attention sinks, `[N]`: one extra logit a head that joins the softmax's denominator only. They get a gradient as the
+    /// [bias](Self::bias) does.
+    pub fn sinks(mut self, sinks: &Tensor) -> Self {
+        self.sinks = Some(sinks.clone());
+        self
+    }
+
+    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0.
+    pub fn query_lengths(self, lengths: impl Into<Lengths>) -> Self {
+        self.with(|call| call.query_lengths(lengths))
+    }
+
+    /// How many keys and values of each batch row are real, from the first.
+    pub fn key_value_lengths(self, lengths: impl Into<Lengths>) -> Self {
+        self.with(|call| call.key_value_lengths(lengths))
+    }
+
+    /// Caps logits at `c` by `c * tanh(x / c)`, before the bias.
+    pub fn softcap(self, softcap: impl Into<Option<f64>>) -> Self {
+        self.with(|call| call.softcap(softcap))
+    }
+
+    /// Dropout of the probabilities, from the published stream: the same bits on every device. Give each layer and step
+    /// another [offset](Dropout::with_offset) or seed.
+    pub fn dropout(self, dropout: impl Into<Option<Dropout>>) -> Self {
+        self.with(|call| call.dropout(dropout))
+    }
+
+    /// Asks for bitwise reproducible results: an implementation that cannot give them refuses.
+    pub fn deterministic(self, deterministic: bool) -> Self {
+        self.with(|call| call.deterministic(deterministic))
+    }
+
+    /// Keeps no logsumexp for backward, which then runs forward again: `B T N` numbers less memory for the time of one
+    /// more forward call.
+    pub fn recompute(mut self, recompute: bool) -> Self {
+        self.recompute = recompute;
+        self
+    }
+
+    /// Which implementation shall run the call; the first that can by default. Takes a name, a list of names in order of
+    /// preference, an `Arc` of a backend, or a numerics class.
+    pub fn implementation(self, implementation: impl Into<Implementation>) -> Self {
+        self.with(|call| call.implementation(implementation))
+    }
+
+    /// The implementations to choose from. By default those of this build; on CUDA, on the stream of the tensors' device.
+    pub fn registry(mut self, registry: &Registry) -> Self {
+        self.registry = Some(registry.clone());
+        self
+    }
+
+    /// Refuses implementations that need more scratch memory than this.
+    pub fn scratch_limit(self, bytes: impl Into<Option<usize>>) -> Self {
+        self.with(|call| call.scratch_limit(bytes))
+    }
+
+    /// Refuses implementations that compute in another numerics class.
+    pub fn numerics(self, class: impl Into<Option<NumericsClass>>) -> Self {
+        self.with(|call| call.numerics(class))
+    }
+
+    /// Computes the output, a contiguous tensor in the order of axes of the call.
+    ///
+    /// # Errors
+    /// [`candle_core::Error::WrappedContext`] with an [`Error`](crate::Error), which [`cause`](crate::cause) takes out:
+    /// where the call is wrong, no implementation serves it, or one fails.
+    pub fn forward(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let operands = Operands { query, key, value };
+        let tracked = self.tracked(operands);
+        let Forward { out, lse } = self.compute(operands, tracked && !self.recompute)?;
+        if !tracked {
+            return Ok(out.0.into_tensor(out.1));
+        }
+        let (out, remembered) = graph::out_node(self, operands, out)?;
+        if let Some((lse, shape)) = lse {
+            // Set for the first time.
+            let _ = remembered.set(lse.into_tensor(shape));
+        }
+        Ok(out)
+    }
+
+    /// As [`forward`](Self::forward), with the logsumexp of each row's logits, natural logarithm, -inf for a row with
+    /// nothing to attend to. It has gradients too, which cost a backward call of their own, and are rounded to the dtype of what
+    /// they belong to before candle adds them to those of the output.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    ///
+    /// # Examples
+    /// ```
+    /// use attention_candle::Attention;
+    /// use candle_core::{DType, Device, Tensor};
+    ///
+    /// let query = Tensor::zeros((1, 5, 2, 8), DType::F32, &Device::Cpu)?;
+    /// let (out, lse) = Attention::btnh().forward_with_lse(&query, &query, &query)?;
+    /// assert_eq!((out.dims(), lse.dims()), (&[1, 5, 2, 8][..], &[1, 5, 2][..]));
+    /// // Five equal logits of 0.
+    /// assert!((lse.max_all()?.to_scalar::<f32>()? - 5f32.ln()).abs() < 1e-6);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_with_lse(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<(Tensor, Tensor)> {
+        let operands = Operands { query, key, value };
+        let Forward { out, lse } = self.compute(operands, true)?;
+        let Some((lse, shape)) = lse else { unreachable!("it was asked for") };
+        if !self.tracked(operands) {
+            return Ok((out.0.into_tensor(out.1), lse.into_tensor(shape)));
+        }
+        let (out, remembered) = graph::out_node(self, operands, out)?;
+        let lse = graph::lse_node(self, operands, (lse, shape), out.detach())?;
+        if !self.recompute {
+            let _ = remembered.set(lse.detach());
+        }
+        Ok((out, lse))
+    }
+
+    /// What would run forward on these tensors, and why: every implementation with its verdict, as data and as a table.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward) where the call is wrong. A call that nothing serves is no error here.
+    pub fn explain(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Explanation> {
+        let operands = Operands { query, key, value };
+        self.run_explain(operands).map_err(|error| error.in_call("explain", self.order))
+    }
+
+    fn compute(&self, operands: Operands<'_>, with_lse: bool) -> Result<Forward> {
+        self.run_forward(operands, with_lse).map_err(|error| error.in_call("forward", self.order))
+    }
+
+    /// Whether anything that gets gradients asks for them.
+    fn tracked(&self, operands: Operands<'_>) -> bool {
+        let Operands { query, key, value } = operands;
+        [Some(query), Some(key), Some(value), self.bias.as_ref(), self.sinks.as_ref()]
+            .into_iter()
+            .flatten()
+            .any(Tensor::track_op)
+    }
+}

@@ -1,0 +1,21 @@
+#![doc = include_str!("../README.md")]
+#![deny(unsafe_code)]
+
+mod attention;
+mod call;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod error;
+mod graph;
+mod memory;
+mod order;
+
+pub use self::attention::Attention;
+pub use ::attention::{
+    AttentionBackend, Choice, Dropout, Explanation, Implementation, Lengths, NumericsClass, Options,
+    QueryOffset, Registry, Window,
+};
+#[cfg(feature = "cuda")]
+pub use cuda::device_of;
+pub use error::{Error, cause};
+pub use order::AxisOrder;

@@ -1,0 +1,49 @@
+//! Every case of the suite, forward and backward, in every dtype, through candle's tensors and graph.
+
+use attention::core::{DType, Pass};
+use attention_candle::AxisOrder;
+use attention_conformance::cases::{self, Case, Saved};
+use attention_conformance::report::Outcome;
+use attention_conformance::suite::Suite;
+
+use crate::through::ThroughCandle;
+
+/// Runs the cases in every dtype. A logsumexp with a gradient has backward calls of its own, whose results are rounded and
+/// then added by candle: once more than the bounds have room for in a half, so those cases are f64 and f32 there.
+fn run(cases: Vec<Case>, backend: &ThroughCandle) {
+    // What candle goes backward from is what it computed.
+    let cases = cases.into_iter().map(|case| Case { saved: Saved::Backend, ..case });
+    let (with_d_lse, without): (Vec<Case>, Vec<Case>) = cases.partition(|case| case.options.d_lse);
+    let (mut wide, mut narrow) = (with_d_lse.clone(), with_d_lse);
+    wide.iter_mut().for_each(|case| case.options.bias_dtype = None);
+    narrow.iter_mut().for_each(|case| case.options.d_lse = false);
+    narrow.extend(without);
+    for suite in [
+        Suite::with_cases(wide).dtypes([DType::F64, DType::F32]).passes([Pass::Backward]),
+        Suite::with_cases(narrow),
+    ] {
+        assert!(!suite.cases().is_empty());
+        let report = suite.run(backend, |_| ());
+        let failures: Vec<String> = report.failures().take(10).map(ToString::to_string).collect();
+        assert!(failures.is_empty(), "{}\n{}", report.totals(), failures.join("\n"));
+        let skipped = report.results.iter().find(|result| matches!(result.outcome, Outcome::Skipped { .. }));
+        assert!(skipped.is_none(), "{}", skipped.unwrap());
+        println!("{}: {}, at most {:.2?} of a bound", backend.label(), report.totals(), report.worst());
+    }
+}
+
+#[test]
+fn heads_before_the_sequence() {
+    run(cases::all(), &ThroughCandle::new(AxisOrder::Bnth, false));
+}
+
+#[test]
+fn the_sequence_before_heads() {
+    run(cases::all(), &ThroughCandle::new(AxisOrder::Btnh, false));
+}
+
+#[test]
+fn with_the_forward_pass_recomputed() {
+    let cases = cases::all().into_iter().filter(|case| case.name.starts_with("random")).collect();
+    run(cases, &ThroughCandle::new(AxisOrder::Bnth, true));
+}

@@ -1,0 +1,11 @@
+//! Attention on candle's tensors: every option through candle's graph against the f64 oracle, and beside candle's own
+//! operations.
+
+#![allow(missing_docs)]
+
+mod conformance;
+mod errors;
+mod gradients;
+mod placed;
+mod through;
+mod unfused;

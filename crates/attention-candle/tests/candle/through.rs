@@ -1,0 +1,220 @@
+//! A backend of the suite whose calls go through candle: tensors of candle's, this crate, candle's backward.
+
+use attention::core::{
+    BackendFailure, BackwardCall, Capabilities, DeviceKind, Error, FeatureSet, ForwardCall, Inputs,
+    PassCapabilities, Problem, Scratch, ScratchGrowth, Sequences, Unavailable, Unsupported, View, ViewMut,
+};
+use attention::{AttentionBackend, DType, NumericsClass, bf16, f16};
+use attention_candle::{Attention, AxisOrder, Options};
+use candle_core::{Result, Tensor, Var};
+
+use crate::placed::{Placed, write};
+
+#[derive(Debug)]
+pub(crate) struct ThroughCandle {
+    order: AxisOrder,
+    recompute: bool,
+    capabilities: Capabilities,
+}
+
+/// Query, key, value, bias and sinks of a call, as variables where they shall have gradients.
+struct Operands {
+    placed: [Option<Placed>; 5],
+    variables: [Option<Var>; 5],
+}
+
+impl ThroughCandle {
+    pub(crate) fn new(order: AxisOrder, recompute: bool) -> Self {
+        let pass = || PassCapabilities::new(FeatureSet::all());
+        let numerics = [
+            (DType::F64, NumericsClass::F64),
+            (DType::F32, NumericsClass::F32),
+            (DType::F16, NumericsClass::HalfF32),
+            (DType::Bf16, NumericsClass::HalfF32),
+        ];
+        let capabilities = Capabilities::new(DeviceKind::Cpu, numerics, pass(), ScratchGrowth::Constant)
+            .with_backward(pass());
+        Self { order, recompute, capabilities }
+    }
+
+    pub(crate) fn label(&self) -> String {
+        format!("{}{}", self.order, if self.recompute { ", recomputed" } else { "" })
+    }
+
+    /// A tensor of four axes in the order of the call, or from it.
+    fn swap(&self, tensor: Tensor) -> Result<Tensor> {
+        match self.order {
+            AxisOrder::Bnth => tensor.transpose(1, 2),
+            AxisOrder::Btnh => Ok(tensor),
+        }
+    }
+
+    fn attention(&self, problem: &Problem, inputs: &Inputs<'_>, operands: &Operands) -> Result<Attention> {
+        let Sequences::Dense { query, key_value } = problem.sequences().clone() else {
+            candle_core::bail!("sequences that are not dense")
+        };
+        let options = Options {
+            scale: Some(problem.scale()),
+            causal: problem.causal(),
+            query_offset: problem.query_offset(),
+            window: problem.window(),
+            softcap: problem.softcap(),
+            query_lengths: query,
+            key_value_lengths: key_value,
+            dropout: problem.dropout(),
+            deterministic: problem.deterministic(),
+        };
+        let mut attention = Attention::new(self.order).options(options).recompute(self.recompute);
+        if let Some(mask) = &inputs.mask {
+            let host = mask.host_mask().expect("a mask in host memory");
+            attention = attention.mask(&Placed::new(mask, |index| host.at(index), 0)?.tensor()?);
+        }
+        if let Some(slopes) = &inputs.alibi_slopes {
+            attention = attention.alibi_slopes(&floats(slopes)?.tensor()?);
+        }
+        let [.., bias, sinks] = &operands.placed;
+        if let Some(bias) = bias {
+            attention = attention.bias(&bias.tensor()?);
+        }
+        if let Some(sinks) = sinks {
+            attention = attention.sinks(&sinks.tensor()?);
+        }
+        Ok(attention)
+    }
+
+    fn qkv(&self, operands: &Operands) -> Result<[Tensor; 3]> {
+        let [Some(query), Some(key), Some(value), ..] = &operands.placed else {
+            candle_core::bail!("a call without operands")
+        };
+        Ok([self.swap(query.tensor()?)?, self.swap(key.tensor()?)?, self.swap(value.tensor()?)?])
+    }
+
+    fn run_forward(&self, call: ForwardCall<'_>) -> Result<()> {
+        let (problem, inputs, outputs) = call.into_parts();
+        let operands = Operands::new(&inputs, [false; 5])?;
+        let [query, key, value] = self.qkv(&operands)?;
+        let attention = self.attention(problem, &inputs, &operands)?;
+        let out = match outputs.lse {
+            None => attention.forward(&query, &key, &value)?,
+            Some(to) => {
+                let (out, lse) = attention.forward_with_lse(&query, &key, &value)?;
+                put(&self.swap(lse)?, to)?;
+                out
+            }
+        };
+        put(&self.swap(out)?, outputs.out)
+    }
+
+    fn run_backward(&self, call: BackwardCall<'_>) -> Result<()> {
+        let (problem, inputs, saved, outputs) = call.into_parts();
+        let outputs = [outputs.dq, outputs.dk, outputs.dv, outputs.dbias, outputs.dsinks];
+        let operands = Operands::new(&inputs, outputs.each_ref().map(Option::is_some))?;
+        let [query, key, value] = self.qkv(&operands)?;
+        let attention = self.attention(problem, &inputs, &operands)?;
+        let d_out = self.swap(floats(&saved.d_out)?.tensor()?)?;
+        let (out, lse) = match saved.d_lse {
+            None => (attention.forward(&query, &key, &value)?, None),
+            Some(d_lse) => {
+                let (out, lse) = attention.forward_with_lse(&query, &key, &value)?;
+                (out, Some((lse, self.swap(floats(&d_lse)?.tensor()?)?)))
+            }
+        };
+        // What comes in for the output is exactly `d_out`: the products and their sum are not looked at.
+        let mut loss = (out * d_out)?.sum_all()?;
+        if let Some((lse, d_lse)) = lse {
+            let of_lse = (lse * d_lse)?.sum_all()?;
+            loss = (loss.to_dtype(of_lse.dtype())? + of_lse)?;
+        }
+        let gradients = loss.backward()?;
+        for ((placed, variable), to) in operands.placed.iter().zip(&operands.variables).zip(outputs) {
+            let (Some(placed), Some(variable), Some(to)) = (placed, variable, to) else { continue };
+            let Some(gradient) = gradients.get(variable) else {
+                candle_core::bail!("a variable without a gradient")
+            };
+            put(&placed.of(gradient)?, to)?;
+        }
+        Ok(())
+    }
+}
+
+impl Operands {
+    fn new(inputs: &Inputs<'_>, wanted: [bool; 5]) -> Result<Self> {
+        let views = [Some(inputs.query), Some(inputs.key), Some(inputs.value), inputs.bias, inputs.sinks];
+        let mut operands = Self { placed: Default::default(), variables: Default::default() };
+        for (index, view) in views.into_iter().enumerate() {
+            let Some(view) = view else { continue };
+            let mut placed = floats(&view)?;
+            if wanted[index] {
+                let (variable_placed, variable) = placed.variable()?;
+                placed = variable_placed;
+                operands.variables[index] = Some(variable);
+            }
+            operands.placed[index] = Some(placed);
+        }
+        Ok(operands)
+    }
+}
+
+/// A float tensor with NaN in its gaps.
+fn floats(view: &View<'_>) -> Result<Placed> {
+    macro_rules! placed {
+        ($type:ty, $nan:expr) => {{
+            let host = view.host::<$type>().expect("host memory of this dtype");
+            Placed::new(view, |index| host.at(index), $nan)
+        }};
+    }
+    match view.desc().dtype() {
+        DType::F64 => placed!(f64, f64::NAN),
+        DType::F32 => placed!(f32, f32::NAN),
+        DType::F16 => placed!(f16, f16::NAN),
+        _ => placed!(bf16, bf16::NAN),
+    }
+}
+
+fn put(tensor: &Tensor, to: ViewMut<'_>) -> Result<()> {
+    match to.desc().dtype() {
+        DType::F64 => write::<f64>(tensor, to),
+        DType::F32 => write::<f32>(tensor, to),
+        DType::F16 => write::<f16>(tensor, to),
+        _ => write::<bf16>(tensor, to),
+    }
+}
+
+fn failed(error: candle_core::Error) -> Error {
+    let source = error.to_string().into();
+    BackendFailure { backend: "candle".to_owned(), operation: "a call".to_owned(), source }.into()
+}
+
+impl AttentionBackend for ThroughCandle {
+    fn name(&self) -> &str {
+        "candle"
+    }
+
+    fn version(&self) -> &str {
+        "0"
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn available(&self) -> std::result::Result<(), Unavailable> {
+        Ok(())
+    }
+
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
+        self.capabilities.check(self.name(), problem)
+    }
+
+    fn scratch_bytes(&self, problem: &Problem) -> std::result::Result<usize, Unsupported> {
+        self.supports(problem).map(|()| 0)
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, _: Scratch<'_>) -> std::result::Result<(), Error> {
+        self.run_forward(call).map_err(failed)
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, _: Scratch<'_>) -> std::result::Result<(), Error> {
+        self.run_backward(call).map_err(failed)
+    }
+}
