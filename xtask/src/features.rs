@@ -22,7 +22,8 @@ pub(crate) fn run(_: &Arguments) -> crate::Result {
 }
 
 /// Features that build with CUDA's compiler only; `united` checks them with a stand-in for it.
-pub(crate) const NEED_NVCC: &[(&str, &str)] = &[("attention-candle", "cuda")];
+pub(crate) const NEED_NVCC: &[(&str, &str)] =
+    &[("attention-candle", "cuda"), ("attention-candle-examples", "cuda")];
 
 /// Cargo's options for every choice of features.
 fn choices(package: &Package) -> Vec<Vec<String>> {
