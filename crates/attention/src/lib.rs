@@ -3,10 +3,15 @@
     not(feature = "cpu"),
     doc = "Scaled dot-product attention, in a build without implementations: register your own in a [`Registry`]."
 )]
-#![forbid(unsafe_code)]
+#![cfg_attr(not(feature = "dlpack"), forbid(unsafe_code))]
+#![cfg_attr(feature = "dlpack", deny(unsafe_code))]
 
+#[cfg(feature = "ndarray")]
+pub mod arrays;
 mod attention;
 mod backward;
+#[cfg(feature = "dlpack")]
+pub mod dlpack;
 mod error;
 mod forward;
 mod into_view;

@@ -2,8 +2,12 @@
 
 #![allow(missing_docs)]
 
+#[cfg(feature = "ndarray")]
+mod arrays;
 mod backward;
 mod device;
+#[cfg(feature = "dlpack")]
+mod dlpack;
 mod errors;
 mod inputs;
 mod options;

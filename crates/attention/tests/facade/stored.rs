@@ -37,6 +37,62 @@ fn choices() {
     assert!(serde_json::from_str::<Choice>(unknown).unwrap_err().to_string().contains("chunk"));
 }
 
+/// A machine writes what it chose, and others read it.
+#[test]
+fn a_stored_choice_runs_elsewhere_or_says_why_not() {
+    let stored = {
+        let mut fast = Toy::new("fast");
+        fast.version = "1.2.3".to_owned();
+        let here = registry([fast.arc(), Toy::new("slow").arc()]);
+        let x = Tensor::zeros::<f32>([1, 2, 2, 4]).unwrap();
+        let explanation = Attention::new().registry(&here).explain(&x, &x, &x).unwrap();
+        serde_json::to_string(&explanation.choice.unwrap()).unwrap()
+    };
+    assert_eq!(
+        stored,
+        r#"{"implementation":{"name":"fast","version":"1.2.3","dtype":"f32","numerics":"F32"}}"#
+    );
+    let there = |text: &str, toy: Toy| {
+        let there = registry([Toy::new("other").arc(), toy.arc()]);
+        let choice: Choice = serde_json::from_str(text).unwrap();
+        let x = Tensor::zeros::<f32>([1, 2, 2, 4]).unwrap();
+        let call = Attention::new().registry(&there).implementation(there.resolve(&choice)?);
+        Ok(call.explain(&x, &x, &x)?.chosen().unwrap().name.clone())
+    };
+    let said = |text: &str, toy: Toy| -> String {
+        let result: Result<String, attention::Error> = there(text, toy);
+        result.unwrap_or_else(|error| error.to_string())
+    };
+    let fast = |version: &str| {
+        let mut fast = Toy::new("fast");
+        fast.version = version.to_owned();
+        fast
+    };
+    assert_eq!(said(&stored, fast("1.2.3")), "fast");
+    assert_eq!(said(&stored, Toy::new("slow")), "no implementation is named 'fast'; there are: other, slow");
+    assert_eq!(
+        said(&stored, fast("1.2.3").numerics(&[(DType::F32, NumericsClass::Tf32)])),
+        "the stored choice has fast computing f32 in class F32, here it computes in class Tf32"
+    );
+    assert_eq!(
+        said(&stored, fast("1.3.0")),
+        "the stored choice is for fast 1.2.3, here is version 1.3.0 (a choice without a version takes any)"
+    );
+    // Without a version, as `any_version` stores it; and a class alone.
+    let any_version = stored.replace(r#""version":"1.2.3","#, "");
+    assert_eq!(said(&any_version, fast("1.3.0")), "fast");
+    let tf32 = || Toy::new("tf32").numerics(&[(DType::F32, NumericsClass::Tf32)]);
+    assert_eq!(said(r#"{"numerics":"F32"}"#, tf32()), "other");
+    assert_eq!(said(r#"{"numerics":"Tf32"}"#, tf32()), "tf32");
+    assert_eq!(
+        said(r#"{"numerics":"HalfF32"}"#, fast("1")),
+        "no implementation here computes in class HalfF32; there are: other, fast"
+    );
+    // A class of a later version of this library is an error, not another class.
+    let unknown = serde_json::from_str::<Choice>(r#"{"numerics":"F8"}"#).unwrap_err().to_string();
+    assert!(unknown.contains("unknown variant `F8`"), "{unknown}");
+}
+
 #[test]
 fn options() {
     round_trip(&Options::default());

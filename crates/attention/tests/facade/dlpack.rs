@@ -1,0 +1,235 @@
+//! Tensors of other libraries: of the dlpark crate, both ways, and what is wrong with some.
+
+use attention::dlpack::{self, Error, Export, Import, ffi};
+use attention::{Attention, DType, Device, InvalidCall, Tensor, bf16, f16};
+use dlpark::allocation::dynamic::Initialized;
+use dlpark::ffi::{DLManagedTensor, DLManagedTensorVersioned};
+use dlpark::{DlpackFlags, Managed, TryFromDlpack};
+use ndarray::{Array4, ArrayViewD};
+
+fn numbers() -> Array4<f32> {
+    Array4::from_shape_fn((1, 4, 2, 8), |(_, t, n, h)| ((t * 31 + n * 17 + h * 7) % 13) as f32 / 13.0 - 0.4)
+}
+
+/// What the call gives on a tensor of this library.
+fn want(array: &Array4<f32>) -> Tensor {
+    let (b, t, n, h) = array.dim();
+    let tensor = Tensor::from_vec(array.iter().copied().collect::<Vec<f32>>(), [b, t, n, h]).unwrap();
+    Attention::new().causal(true).forward(&tensor, &tensor, &tensor).unwrap()
+}
+
+fn run(x: &Import) -> Tensor {
+    let x = x.view().unwrap();
+    Attention::new().causal(true).forward(x, x, x).unwrap()
+}
+
+#[test]
+fn tensors_of_dlpark_are_borrowed_as_they_lie() {
+    // Stored BNTH, so the strides are not those of a contiguous tensor.
+    let array = numbers();
+    let stored = array.view().permuted_axes([0, 2, 1, 3]).as_standard_layout().into_owned();
+    let stored = || Box::new(stored.clone().permuted_axes([0, 2, 1, 3]));
+    let versioned: Initialized<DLManagedTensorVersioned> = stored().try_into().unwrap();
+    let unversioned: Initialized<DLManagedTensor> = stored().try_into().unwrap();
+    // SAFETY: both are whole, and each is handed over once. The structs of both crates are those of DLPack.
+    let (versioned, unversioned) = unsafe {
+        (
+            Import::from_versioned(versioned.finish().into_raw().cast()).unwrap(),
+            Import::from_unversioned(unversioned.finish().into_raw().cast()).unwrap(),
+        )
+    };
+    for import in [&versioned, &unversioned] {
+        assert_eq!(import.view().unwrap().desc().strides(), [64, 8, 32, 1].into());
+        assert!(!import.is_read_only());
+        assert_eq!(run(import), want(&array));
+    }
+}
+
+#[test]
+fn tensors_of_ours_are_read_by_dlpark_and_come_back() {
+    let out = want(&numbers());
+    // SAFETY: each was just made and is handed over once.
+    let (versioned, unversioned) = unsafe {
+        (
+            Managed::<DLManagedTensorVersioned>::from_raw(Export::from(out.clone()).into_versioned().cast())
+                .unwrap(),
+            Managed::<DLManagedTensor>::from_raw(Export::from(out.clone()).into_unversioned().cast())
+                .unwrap(),
+        )
+    };
+    // SAFETY: nobody writes the elements.
+    let (a, b) = unsafe {
+        (
+            ArrayViewD::<f32>::try_from_dlpack(&versioned, ()).unwrap(),
+            ArrayViewD::<f32>::try_from_dlpack(&unversioned, ()).unwrap(),
+        )
+    };
+    for array in [a, b] {
+        assert_eq!(array.shape(), [1, 4, 2, 8]);
+        assert!(array.iter().eq(out.as_slice::<f32>().unwrap()));
+    }
+    let data = versioned.validate_export().unwrap().data_ptr();
+    // SAFETY: handed back, once.
+    let back = unsafe { Import::from_versioned(versioned.into_raw().cast()) }.unwrap();
+    assert_eq!(back.view().unwrap().as_ptr().cast(), data);
+    assert_eq!(
+        back.view().unwrap().host::<f32>().unwrap().at(&[0, 3, 1, 7]),
+        out.as_slice::<f32>().unwrap()[63]
+    );
+}
+
+#[test]
+fn every_dtype_and_empty_tensors_go_out_and_in() {
+    let tensors = [
+        Tensor::from_vec(vec![1.5f64; 6], [2, 3]).unwrap(),
+        Tensor::from_vec(vec![1.5f32; 6], [2, 3]).unwrap(),
+        Tensor::from_vec(vec![f16::ONE; 6], [2, 3]).unwrap(),
+        Tensor::from_vec(vec![bf16::ONE; 6], [2, 3]).unwrap(),
+        Tensor::from_vec(vec![true; 6], [2, 3]).unwrap(),
+        Tensor::from_vec(vec![0f32; 0], [2, 0]).unwrap(),
+        Tensor::from_vec(vec![7f32], []).unwrap(),
+    ];
+    for tensor in tensors {
+        // SAFETY: each was just made and is handed over once.
+        let imports = unsafe {
+            [
+                Import::from_versioned(Export::from(tensor.clone()).into_versioned()).unwrap(),
+                Import::from_unversioned(Export::from(tensor.clone()).into_unversioned()).unwrap(),
+            ]
+        };
+        for import in imports {
+            assert_eq!(import.view().unwrap().desc(), tensor.view().desc());
+        }
+    }
+}
+
+#[test]
+fn outputs_are_written_where_others_have_them() {
+    let out: Initialized<DLManagedTensorVersioned> =
+        Box::new(Array4::<f32>::zeros((1, 4, 2, 8))).try_into().unwrap();
+    // SAFETY: whole, and handed over once.
+    let mut out = unsafe { Import::from_versioned(out.finish().into_raw().cast()) }.unwrap();
+    let x = Tensor::from_vec(numbers().into_raw_vec_and_offset().0, [1, 4, 2, 8]).unwrap();
+    // SAFETY: nobody else has the tensor.
+    let view = unsafe { out.view_mut() }.unwrap();
+    Attention::new().causal(true).forward_into(&x, &x, &x, view, None).unwrap();
+    let written = out.view().unwrap().host::<f32>().unwrap();
+    let want = want(&numbers());
+    assert_eq!(written.at(&[0, 2, 1, 3]), want.as_slice::<f32>().unwrap()[2 * 16 + 8 + 3]);
+
+    let mut fixed: Initialized<DLManagedTensorVersioned> =
+        Box::new(Array4::<f32>::zeros((1, 4, 2, 8))).try_into().unwrap();
+    fixed.set_flags(DlpackFlags::READ_ONLY).unwrap();
+    // SAFETY: as above.
+    let mut fixed = unsafe { Import::from_versioned(fixed.finish().into_raw().cast()) }.unwrap();
+    assert!(fixed.is_read_only() && fixed.view().is_ok());
+    // SAFETY: nobody else has the tensor.
+    assert_eq!(unsafe { fixed.view_mut() }.unwrap_err(), Error::ReadOnly);
+}
+
+/// A tensor on memory of the test's.
+fn tensor(data: &mut [f32], shape: &mut [i64], strides: Option<&mut [i64]>) -> ffi::Tensor {
+    ffi::Tensor {
+        data: data.as_mut_ptr().cast(),
+        device: ffi::Device { device_type: 1, device_id: 0 },
+        ndim: shape.len() as i32,
+        dtype: ffi::DataType { code: 2, bits: 32, lanes: 1 },
+        shape: shape.as_mut_ptr(),
+        strides: strides.map_or(std::ptr::null_mut(), <[i64]>::as_mut_ptr),
+        byte_offset: 0,
+    }
+}
+
+#[test]
+fn offsets_missing_strides_and_devices_are_understood() {
+    let (mut data, mut shape) = ([0f32, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2i64, 3]);
+    let mut whole = tensor(&mut data, &mut shape, None);
+    whole.byte_offset = 4;
+    // SAFETY: six elements from the second on are in the array.
+    let view = unsafe { dlpack::view(&whole) }.unwrap();
+    assert_eq!(view.host::<f32>().unwrap().at(&[1, 2]), 6.0);
+    let mut strides = [-3i64, 1];
+    let mut reversed = tensor(&mut data, &mut shape, Some(&mut strides));
+    reversed.byte_offset = 12;
+    // SAFETY: elements 0 to 5 are in the array.
+    let view = unsafe { dlpack::view(&reversed) }.unwrap();
+    assert_eq!(view.host::<f32>().unwrap().at(&[1, 2]), 2.0);
+    for (device_type, device_id, device) in
+        [(3, 5, Device::Cpu), (2, 1, Device::Cuda(1)), (13, 0, Device::Cuda(0))]
+    {
+        let there = ffi::Tensor { device: ffi::Device { device_type, device_id }, ..whole };
+        // SAFETY: nothing is read through the view.
+        assert_eq!(unsafe { dlpack::view(&there) }.unwrap().device(), device);
+    }
+}
+
+#[test]
+fn what_is_no_tensor_of_a_call_is_an_error() {
+    let (mut data, mut shape) = ([0f32; 6], [2i64, 3]);
+    let whole = tensor(&mut data, &mut shape, None);
+    // SAFETY: what is refused is not read.
+    let text = |tensor: ffi::Tensor| unsafe { dlpack::view(&tensor) }.unwrap_err().to_string();
+    let on = |device_type, device_id| ffi::Tensor { device: ffi::Device { device_type, device_id }, ..whole };
+    assert!(text(on(10, 0)).starts_with("the tensor is on DLPack device type 10, number 0"));
+    assert!(text(on(2, -1)).contains("number -1"));
+    let of = |code, bits, lanes| ffi::Tensor { dtype: ffi::DataType { code, bits, lanes }, ..whole };
+    assert!(text(of(0, 32, 1)).starts_with("the tensor has DLPack elements of code 0, 32 bits, 1 lanes"));
+    assert!(text(of(2, 32, 4)).contains("4 lanes") && text(of(6, 1, 1)).contains("1 bits"));
+    assert_eq!(text(ffi::Tensor { ndim: 5, ..whole }), "the tensor has 5 axes, expected 0 to 4");
+    assert_eq!(text(ffi::Tensor { ndim: -1, ..whole }), "the tensor has -1 axes, expected 0 to 4");
+    let shapeless = ffi::Tensor { shape: std::ptr::null_mut(), ..whole };
+    assert_eq!(text(shapeless), "the tensor has 2 axes and no shape");
+    let mut negative = [2i64, -3];
+    assert_eq!(text(tensor(&mut data, &mut negative, None)), "axis 1 of the tensor has size -3 and stride 0");
+    let mut large = [i64::MAX, 3];
+    assert!(text(tensor(&mut data, &mut large, None)).contains("overflows the address space"));
+    let null = ffi::Tensor { data: std::ptr::null_mut(), ..whole };
+    // SAFETY: as above.
+    let error = unsafe { dlpack::view(&null) }.unwrap_err();
+    assert!(
+        matches!(error, Error::View(InvalidCall::Pointer { address: 0, dtype: DType::F32, .. })),
+        "{error}"
+    );
+    assert!(
+        text(ffi::Tensor { byte_offset: 2, ..whole }).contains("align"),
+        "{}",
+        text(ffi::Tensor { byte_offset: 2, ..whole })
+    );
+    let mut broadcast = [0i64, 1];
+    let broadcast = tensor(&mut data, &mut shape, Some(&mut broadcast));
+    // SAFETY: three elements are in the array, and nothing is written.
+    let error = unsafe { dlpack::view_mut(&broadcast) }.unwrap_err();
+    assert!(matches!(error, Error::View(InvalidCall::SelfOverlap { .. })), "{error}");
+    // SAFETY: null is refused.
+    assert_eq!(unsafe { Import::from_versioned(std::ptr::null_mut()) }.unwrap_err(), Error::Null);
+    // SAFETY: null is refused.
+    assert_eq!(unsafe { Import::from_unversioned(std::ptr::null_mut()) }.unwrap_err(), Error::Null);
+}
+
+#[test]
+fn another_major_version_is_given_back_unread() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static GIVEN_BACK: AtomicUsize = AtomicUsize::new(0);
+    unsafe extern "C" fn count(_: *mut ffi::ManagedTensorVersioned) {
+        GIVEN_BACK.fetch_add(1, Ordering::SeqCst);
+    }
+    let (mut data, mut shape) = ([0f32; 6], [2i64, 3]);
+    let mut managed = ffi::ManagedTensorVersioned {
+        version: ffi::Version { major: 2, minor: 0 },
+        manager_ctx: std::ptr::null_mut(),
+        deleter: Some(count),
+        flags: 0,
+        dl_tensor: tensor(&mut data, &mut shape, None),
+    };
+    // SAFETY: the structs outlive the import, and the deleter only counts.
+    let error = unsafe { Import::from_versioned(&mut managed) }.unwrap_err();
+    assert_eq!(error.to_string(), "the capsule has DLPack 2.0, expected 1.x");
+    assert_eq!(GIVEN_BACK.load(Ordering::SeqCst), 1);
+    managed.version = ffi::Version { major: 1, minor: 9 };
+    // SAFETY: as above.
+    drop(unsafe { Import::from_versioned(&mut managed) }.unwrap());
+    assert_eq!(GIVEN_BACK.load(Ordering::SeqCst), 2);
+    managed.deleter = None;
+    // SAFETY: as above; there is nobody to give it back to.
+    drop(unsafe { Import::from_versioned(&mut managed) }.unwrap());
+}
