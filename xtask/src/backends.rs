@@ -200,6 +200,44 @@ macro_rules! delegate {
 delegate!(Labelled, |this| &this.label, |_this, run| run());
 delegate!(InPool, |this| this.backend.name(), |this, run| this.pool.install(run));
 
+/// A backend for a device that need not be there: asked about problems, it answers as if its library and device were.
+#[derive(Debug)]
+pub(crate) struct Assumed(pub(crate) Arc<dyn AttentionBackend>);
+
+impl AttentionBackend for Assumed {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn version(&self) -> &str {
+        self.0.version()
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        self.0.capabilities()
+    }
+
+    fn available(&self) -> Result<(), Unavailable> {
+        Ok(())
+    }
+
+    fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
+        self.0.supports(problem)
+    }
+
+    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
+        self.0.scratch_bytes(problem)
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.0.forward(call, scratch)
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.0.backward(call, scratch)
+    }
+}
+
 /// A pool of this many threads.
 pub(crate) fn pool(threads: usize) -> crate::Result<Arc<ThreadPool>> {
     Ok(Arc::new(ThreadPoolBuilder::new().num_threads(threads).build()?))

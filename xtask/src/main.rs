@@ -6,6 +6,7 @@ mod bench;
 mod cargo;
 mod check;
 mod conformance;
+mod exchange;
 mod explain;
 mod features;
 mod golden;
@@ -39,9 +40,10 @@ struct Cli {
 enum Command {
     Check(check::Arguments),
     Test(test::Arguments),
-    Explain(explain::Arguments),
     Features(features::Arguments),
     Conformance(conformance::Arguments),
+    Exchange(exchange::Arguments),
+    Explain(Box<explain::Arguments>),
     Golden(golden::Arguments),
     Graphs(graphs::Arguments),
     Kernels(kernels::Arguments),
@@ -52,9 +54,10 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Check(arguments) => check::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
-        Command::Explain(arguments) => explain::run(&arguments),
         Command::Features(arguments) => features::run(&arguments),
         Command::Conformance(arguments) => conformance::run(&arguments),
+        Command::Exchange(arguments) => exchange::run(&arguments),
+        Command::Explain(arguments) => explain::run(&arguments),
         Command::Golden(arguments) => golden::run(&arguments),
         Command::Graphs(arguments) => graphs::run(&arguments),
         Command::Kernels(arguments) => kernels::run(&arguments),
@@ -87,10 +90,10 @@ mod tests {
             "check --allow-dirty",
             "test",
             "features",
-            "explain --shape 4,4096,4096,16,16,128 --dtype bf16 --device h200@9.19 --causal --json",
-            "explain --shape 2,64,64,4,2,64 --pass backward --bias 1,4,64,64:f32 --dbias --window 3,- --query-offset -1",
             "conformance --backend cpu --dtype f32 --dtype bf16 --pass backward --filter causal --list",
             "conformance --json a.json --html a.html --threads 1,4",
+            "exchange --python python3",
+            "explain --shape 1,2,3,4,2,8 --dtype bf16 --causal --device h200@9.19 --json",
             "golden --dir a --dir b --backend cpu --dtype f64",
             "golden --check",
             "graphs --wheels a --dtype bf16 --filter mask/ --all",

@@ -1,0 +1,388 @@
+//! `cargo xtask explain`: what a call would run on, and why nothing else would; without data, and for devices that need not
+//! be there.
+
+mod target;
+
+use attention::{Attention, Registry};
+use attention_benches::parse_shape;
+use attention_core::{
+    DType, Dimensions, Dropout, Gradients, InvalidCall, NumericsClass, Pass, Problem, ProblemBuilder,
+    QueryOffset, Role, TensorDesc, Window,
+};
+
+use crate::backends::{parse_dtype, parse_pass};
+use target::Where;
+
+/// Prints what a call would run on and why: every backend, chosen or refused; for devices that need not be there
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The sizes of the call
+    #[arg(long, value_parser = parse_shape, value_name = "B,T,S,N,K,H[,Hv]")]
+    shape: Dimensions,
+    /// The dtype of query, key and value: f64, f32, f16 or bf16
+    #[arg(long, value_parser = parse_dtype, default_value = "f32", value_name = "D")]
+    dtype: DType,
+    /// Where the tensors are: cpu, cuda:0 of this machine, or a GPU that is assumed, with a version of cuDNN: h200@9.19,
+    /// sm_90@9.19.0
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: Where,
+    /// forward or backward
+    #[arg(long, value_parser = parse_pass, default_value = "forward")]
+    pass: Pass,
+    /// How query, key, value and output lie in memory: btnh or bnth
+    #[arg(long, default_value = "btnh", value_parser = ["btnh", "bnth"])]
+    layout: String,
+    /// Masks keys after the position of the row
+    #[arg(long)]
+    causal: bool,
+    /// Where query row 0 stands among the keys: a number, top-left or bottom-right
+    #[arg(long, default_value = "top-left", value_parser = parse_offset, allow_hyphen_values = true, value_name = "O")]
+    offset: QueryOffset,
+    /// A window of keys before and after the position, such as 128,0; - for no bound
+    #[arg(long, value_parser = parse_window, allow_hyphen_values = true, value_name = "LEFT,RIGHT")]
+    window: Option<Window>,
+    /// A boolean mask with these axes, such as B11S: a letter for a full axis, 1 for a broadcast one
+    #[arg(long, value_parser = parse_axes, value_name = "AXES")]
+    mask: Option<Axes>,
+    /// A bias with these axes, such as 1NTS
+    #[arg(long, value_parser = parse_axes, value_name = "AXES")]
+    bias: Option<Axes>,
+    /// The dtype of the bias; the query's by default
+    #[arg(long, value_parser = parse_dtype, requires = "bias", value_name = "D")]
+    bias_dtype: Option<DType>,
+    /// Query lengths, one a batch row
+    #[arg(long, value_delimiter = ',', value_name = "N,..")]
+    query_lengths: Vec<usize>,
+    /// Key and value lengths, one a batch row
+    #[arg(long, value_delimiter = ',', value_name = "N,..")]
+    key_lengths: Vec<usize>,
+    /// What logits are multiplied by; 1 / sqrt(H) by default
+    #[arg(long, allow_hyphen_values = true, value_name = "X")]
+    scale: Option<f64>,
+    /// What logits are capped at
+    #[arg(long, value_name = "C")]
+    softcap: Option<f64>,
+    /// ALiBi slopes of each head
+    #[arg(long)]
+    alibi: bool,
+    /// Attention sinks
+    #[arg(long)]
+    sinks: bool,
+    /// The rate of dropout
+    #[arg(long, value_name = "RATE")]
+    dropout: Option<f64>,
+    /// Also computes the logsumexp, in a forward call
+    #[arg(long)]
+    lse: bool,
+    /// The logsumexp has a gradient, in a backward call
+    #[arg(long)]
+    d_lse: bool,
+    /// The gradients of a backward call; those of query, key and value by default
+    #[arg(long, value_delimiter = ',', value_parser = parse_gradient, value_name = "dq,dk,dv,dbias,dsinks")]
+    gradients: Vec<Gradients>,
+    /// Asks for bitwise reproducible results
+    #[arg(long)]
+    deterministic: bool,
+    /// The implementation asked for, or several in order of preference; any by default
+    #[arg(long, value_delimiter = ',', value_name = "NAME,..")]
+    implementation: Vec<String>,
+    /// The numerics class asked for: F64, F32, HalfF32, HalfRounded or Tf32
+    #[arg(long, value_parser = parse_class, value_name = "CLASS")]
+    numerics: Option<NumericsClass>,
+    /// The most bytes of scratch memory
+    #[arg(long, value_name = "BYTES")]
+    scratch_limit: Option<usize>,
+    /// Prints the explanation as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which of the axes B, N, T and S, from the last, are full.
+#[derive(Clone, Debug, PartialEq)]
+struct Axes(Vec<bool>);
+
+impl Axes {
+    /// The shape for these sizes.
+    fn shape(&self, dims: &Dimensions) -> attention_core::Dims {
+        let sizes = dims.logits();
+        let sizes = &sizes[sizes.len() - self.0.len()..];
+        let shape: Vec<usize> =
+            self.0.iter().zip(sizes).map(|(&full, &size)| if full { size } else { 1 }).collect();
+        attention_core::Dims::from_slice(&shape).expect("at most four axes were read")
+    }
+}
+
+fn parse_axes(text: &str) -> Result<Axes, String> {
+    const NAMES: [char; 4] = ['B', 'N', 'T', 'S'];
+    let wrong = || {
+        format!(
+            "'{text}' names no axes; expected 1 to 4 of BNTS from the last, with 1 for a broadcast one: B11S, NTS"
+        )
+    };
+    let letters: Vec<char> = text.chars().collect();
+    let names = NAMES.get(NAMES.len().wrapping_sub(letters.len())..).ok_or_else(wrong)?;
+    let full = letters.iter().zip(names).map(|(letter, name)| match letter {
+        '1' => Ok(false),
+        letter if letter.eq_ignore_ascii_case(name) => Ok(true),
+        _ => Err(wrong()),
+    });
+    let full = full.collect::<Result<Vec<bool>, String>>()?;
+    if full.is_empty() { Err(wrong()) } else { Ok(Axes(full)) }
+}
+
+fn parse_offset(text: &str) -> Result<QueryOffset, String> {
+    match text {
+        "top-left" => Ok(QueryOffset::TOP_LEFT),
+        "bottom-right" => Ok(QueryOffset::BottomRight),
+        number => number
+            .parse()
+            .map(QueryOffset::Fixed)
+            .map_err(|_| format!("'{text}' is no offset; expected a number, top-left or bottom-right")),
+    }
+}
+
+fn parse_window(text: &str) -> Result<Window, String> {
+    let side = |side: &str| match side.trim() {
+        "-" => Some(None),
+        number => number.parse().ok().map(Some),
+    };
+    let sides = text.split_once(',').and_then(|(left, right)| Some((side(left)?, side(right)?)));
+    let (left, right) = sides.ok_or_else(|| {
+        format!("'{text}' is no window; expected two numbers such as 128,0, - for no bound")
+    })?;
+    Ok(Window { left, right })
+}
+
+fn parse_gradient(text: &str) -> Result<Gradients, String> {
+    let all = Gradients::QKV | Gradients::BIAS | Gradients::SINKS;
+    let single = all.iter().map(|(single, _)| single).find(|single| single.to_string() == text);
+    single.ok_or_else(|| {
+        let known: Vec<String> = all.iter().map(|(single, _)| single.to_string()).collect();
+        format!("unknown gradient '{text}'; known are {}", known.join(", "))
+    })
+}
+
+fn parse_class(text: &str) -> Result<NumericsClass, String> {
+    use NumericsClass::{F32, F64, HalfF32, HalfRounded, Tf32};
+    let all = [F64, F32, HalfF32, HalfRounded, Tf32];
+    all.into_iter().find(|class| class.to_string().eq_ignore_ascii_case(text)).ok_or_else(|| {
+        format!(
+            "unknown numerics class '{text}'; known are {}",
+            all.map(|class| class.to_string()).join(", ")
+        )
+    })
+}
+
+/// Runs the command; false where nothing serves the call.
+pub(crate) fn run(arguments: &Arguments) -> crate::Result {
+    let problem = problem(arguments).map_err(|error| format!("invalid call: {error}"))?;
+    let mut call = Attention::new()
+        .registry(&arguments.device.registry(Registry::default()))
+        .numerics(arguments.numerics)
+        .scratch_limit(arguments.scratch_limit);
+    match &arguments.implementation[..] {
+        [] => {}
+        [one] => call = call.implementation(one.clone()),
+        several => call = call.implementation(several.to_vec()),
+    }
+    let explanation = call.explain_problem(&problem);
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&explanation)?);
+    } else {
+        if let Some(assumed) = arguments.device.assumed() {
+            println!("assumed: {assumed}");
+        }
+        println!("{explanation}");
+    }
+    Ok(explanation.chosen().is_some())
+}
+
+/// The problem of a call without data.
+fn problem(arguments: &Arguments) -> Result<Problem, InvalidCall> {
+    let (dims, dtype) = (arguments.shape, arguments.dtype);
+    let heads_first = arguments.layout == "bnth";
+    let placed = |desc: TensorDesc| if heads_first { bnth(&desc) } else { desc };
+    let operand =
+        |length, heads, width| placed(TensorDesc::contiguous(dtype, [dims.batch, length, heads, width]));
+    let mut builder = Problem::builder(
+        operand(dims.query_length, dims.query_heads, dims.head_dim),
+        operand(dims.key_length, dims.key_heads, dims.head_dim),
+        operand(dims.key_length, dims.key_heads, dims.value_head_dim),
+    )
+    .device(arguments.device.device())
+    .scale(arguments.scale)
+    .causal(arguments.causal)
+    .query_offset(arguments.offset)
+    .window(arguments.window.unwrap_or_default())
+    .softcap(arguments.softcap)
+    .dropout(arguments.dropout.map(|rate| Dropout::new(rate, 0)))
+    .deterministic(arguments.deterministic);
+    if let Some(axes) = &arguments.mask {
+        builder = builder.mask(TensorDesc::contiguous(DType::Bool, axes.shape(&dims)));
+    }
+    if let Some(axes) = &arguments.bias {
+        let dtype = arguments.bias_dtype.unwrap_or(dtype);
+        builder = builder.bias(TensorDesc::contiguous(dtype, axes.shape(&dims)));
+    }
+    if arguments.alibi {
+        builder = builder.alibi_slopes(TensorDesc::contiguous(DType::F32, [dims.query_heads]));
+    }
+    if arguments.sinks {
+        builder = builder.sinks(TensorDesc::contiguous(DType::F32, [dims.query_heads]));
+    }
+    if !arguments.query_lengths.is_empty() {
+        builder = builder.query_lengths(&arguments.query_lengths);
+    }
+    if !arguments.key_lengths.is_empty() {
+        builder = builder.key_value_lengths(&arguments.key_lengths);
+    }
+    builder = match arguments.pass {
+        Pass::Forward => builder.lse(arguments.lse),
+        Pass::Backward => {
+            let wanted = arguments.gradients.iter().copied().reduce(|set, single| set | single);
+            builder.gradients(wanted.unwrap_or(Gradients::QKV)).d_lse(arguments.d_lse)
+        }
+    };
+    if heads_first { results_bnth(builder) } else { builder.build() }
+}
+
+/// Outputs and what comes in for them, as the operands lie.
+fn results_bnth(builder: ProblemBuilder) -> Result<Problem, InvalidCall> {
+    let problem = builder.clone().build()?;
+    [Role::Out, Role::DOut, Role::DQuery, Role::DKey, Role::DValue]
+        .into_iter()
+        .filter_map(|role| Some((role, bnth(problem.tensor(role)?))))
+        .fold(builder, |builder, (role, desc)| builder.layout(role, desc))
+        .build()
+}
+
+/// A BTNH tensor in BNTH storage.
+fn bnth(desc: &TensorDesc) -> TensorDesc {
+    let [b, t, n, h] = desc.shape()[..] else { unreachable!("operands have four axes") };
+    let stored = TensorDesc::contiguous(desc.dtype(), [b, n, t, h]).strides();
+    let strides = [stored[0], stored[2], stored[1], stored[3]];
+    TensorDesc::strided(desc.dtype(), [b, t, n, h], strides).expect("as many strides as axes")
+}
+
+#[cfg(test)]
+mod tests {
+    use attention::{Cause, Explanation, Verdict};
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    fn parsed(line: &str) -> Arguments {
+        let words = ["explain"].into_iter().chain(line.split(' '));
+        Line::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}")).arguments
+    }
+
+    fn explained(line: &str) -> Explanation {
+        let arguments = parsed(line);
+        let call = Attention::new().registry(&arguments.device.registry(Registry::default()));
+        call.explain_problem(&problem(&arguments).unwrap())
+    }
+
+    fn chosen(line: &str) -> Option<String> {
+        explained(line).chosen().map(|candidate| candidate.name.clone())
+    }
+
+    #[test]
+    fn every_option_reaches_the_problem() {
+        let line = "--shape 2,3,5,4,2,8,16 --dtype bf16 --pass backward --layout bnth --causal --offset -2 --window 4,- \
+                    --mask B11S --bias NTS --bias-dtype f32 --query-lengths 1,3 --key-lengths 5,0 --scale -0.5 --softcap 30 \
+                    --alibi --sinks --dropout 0.25 --d-lse --gradients dq,dbias --deterministic";
+        let problem = problem(&parsed(line)).unwrap();
+        assert_eq!(
+            problem.to_string(),
+            "backward bf16 B2 T3 S5 N4 K2 H8 Hv16 on cpu, grouped heads, value head dim, causal, query offset, left window, \
+             mask, bias, query lengths, key/value lengths, softcap, ALiBi, sinks, dropout, dlse, dbias, deterministic"
+        );
+        assert_eq!(problem.gradients(), Gradients::QUERY | Gradients::BIAS);
+        assert_eq!((problem.scale(), problem.softcap()), (-0.5, Some(30.0)));
+        assert_eq!(problem.tensor(Role::Query).unwrap().strides(), [96, 8, 24, 1].into());
+        assert_eq!(problem.tensor(Role::DQuery).unwrap().strides(), [96, 8, 24, 1].into());
+        assert_eq!(problem.tensor(Role::Mask).unwrap().shape(), [2, 1, 1, 5].into());
+        assert_eq!(problem.tensor(Role::Bias).unwrap().shape(), [1, 4, 3, 5].into());
+        assert_eq!(problem.window(), Window { left: Some(4), right: None });
+    }
+
+    #[test]
+    fn assumed_devices_answer_as_if_they_were_there() {
+        let shape = "--shape 2,1024,1024,16,16,128";
+        assert_eq!(chosen(shape).as_deref(), Some("chunked"));
+        assert_eq!(chosen(&format!("{shape} --dtype bf16 --device h200@9.19")).as_deref(), Some("cudnn"));
+        assert_eq!(
+            chosen(&format!("{shape} --dtype bf16 --softcap 30 --device sm_90@9.19.0")).as_deref(),
+            Some("chunked-cuda")
+        );
+        assert_eq!(
+            chosen(&format!("{shape} --dtype f64 --device h100@9.19")).as_deref(),
+            Some("chunked-cuda")
+        );
+        assert_eq!(chosen("--shape 1,8,8,1,1,512 --dtype f64 --device h100@9.19"), None);
+    }
+
+    #[test]
+    fn each_kind_of_refusal_of_cudnn_is_told_and_another_chosen() {
+        let shape = "--shape 2,256,256,16,16,64 --device h200@9.19";
+        for (options, reason) in [
+            ("--dtype f32", "cudnn does not take f32 operands, only f16, bf16"),
+            ("--dtype bf16 --softcap 30", "cudnn does not support softcap in its forward pass"),
+            ("--dtype bf16 --scale -1", "cudnn needs a scale above 0, the call has -1"),
+            (
+                "--dtype bf16 --pass backward --bias 1NTS --gradients dbias",
+                "cudnn does not support dbias in its backward",
+            ),
+            ("--dtype bf16 --pass backward --d-lse", "cudnn does not support dlse in its backward pass"),
+            ("--dtype bf16 --pass backward --deterministic", "cudnn does not support deterministic"),
+        ] {
+            let explanation = explained(&format!("{shape} {options}"));
+            let cudnn = explanation.candidate("cudnn").expect("a candidate");
+            assert_eq!(cudnn.verdict, Verdict::Refused(Cause::Unsupported), "{options}");
+            assert!(cudnn.reason.contains(reason), "{options}: {}", cudnn.reason);
+            assert_eq!(explanation.chosen().expect("another").name, "chunked-cuda", "{options}");
+        }
+    }
+
+    #[test]
+    fn versions_capabilities_and_devices_count() {
+        let reason = |line: &str| explained(line).candidate("cudnn").expect("a candidate").reason.clone();
+        let sinks = "--shape 2,256,256,16,16,64 --dtype bf16 --sinks --device";
+        let old = reason(&format!("{sinks} h100@9.12"));
+        assert!(old.contains("sinks with cuDNN 9.13 or later"), "{old}");
+        assert_eq!(chosen(&format!("{sinks} h100@9.13")).as_deref(), Some("cudnn"));
+        let wide = reason("--shape 1,64,64,2,2,256 --dtype bf16 --pass backward --device a100@9.19");
+        assert!(wide.contains("128"), "{wide}");
+        let missing = explained("--shape 1,64,64,2,2,64 --dtype f16 --device cuda:4000");
+        assert_eq!(missing.chosen(), None);
+        let verdict = missing.candidate("cudnn").expect("a candidate").verdict;
+        assert_eq!(verdict, Verdict::Refused(Cause::Unavailable));
+    }
+
+    #[test]
+    fn what_is_no_option_is_answered_with_what_is() {
+        for (line, what) in [
+            ("--mask BNTSX", "'BNTSX' names no axes"),
+            ("--mask T", "'T' names no axes"),
+            ("--mask ", "names no axes"),
+            ("--offset left", "'left' is no offset"),
+            ("--window 5", "'5' is no window"),
+            ("--gradients dx", "unknown gradient 'dx'; known are dq, dk, dv, dbias, dsinks"),
+            ("--numerics F16", "unknown numerics class 'F16'"),
+            ("--device tpu", "'tpu' is no device"),
+            ("--bias-dtype f32", "--bias"),
+        ] {
+            let words = ["explain", "--shape", "1,2,2,1,1,8"].into_iter().chain(line.split(' '));
+            let error = Line::try_parse_from(words).err().expect(line).to_string();
+            assert!(error.contains(what), "{line}: {error}");
+        }
+        let invalid = problem(&parsed("--shape 1,2,2,1,1,8 --key-lengths 9")).unwrap_err().to_string();
+        assert!(invalid.contains('9') && invalid.contains('2'), "{invalid}");
+    }
+}
