@@ -21,7 +21,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     }
     let name = format!("{}dlpack_python{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
     let library = Workspace::read()?.target_directory.join("release/examples").join(name);
-    let script = cargo::root().join("xtask/src/exchange/torch.py");
+    let script = cargo::root().join("xtask/src/exchange/peer.py");
     let mut python = Command::new(&arguments.python);
     match python.arg(script).arg(library).status() {
         Ok(status) => Ok(status.success()),

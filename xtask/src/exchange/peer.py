@@ -1,4 +1,4 @@
-"""Tensors of PyTorch through DLPack to the library and back: `torch.py LIBRARY`."""
+"""Tensors of PyTorch through DLPack to the library and back: `peer.py LIBRARY`."""
 
 import ctypes
 import resource
