@@ -300,8 +300,8 @@ mod tests {
         let problem = problem(&parsed(line)).unwrap();
         assert_eq!(
             problem.to_string(),
-            "backward bf16 B2 T3 S5 N4 K2 H8 Hv16 on cpu, grouped heads, value head dim, causal, query offset, left window, \
-             mask, bias, query lengths, key/value lengths, softcap, ALiBi, sinks, dropout, dlse, dbias, deterministic"
+            "backward bf16 B2 T3 S5 N4 K2 H8 Hv16 on cpu, grouped heads, value head dim != head dim, causal, query offset, window left, \
+             mask, bias, query lengths, key/value lengths, softcap, ALiBi, sinks, dropout, d_lse, dbias, deterministic"
         );
         assert_eq!(problem.gradients(), Gradients::QUERY | Gradients::BIAS);
         assert_eq!((problem.scale(), problem.softcap()), (-0.5, Some(30.0)));
@@ -339,7 +339,7 @@ mod tests {
                 "--dtype bf16 --pass backward --bias 1NTS --gradients dbias",
                 "cudnn does not support dbias in its backward",
             ),
-            ("--dtype bf16 --pass backward --d-lse", "cudnn does not support dlse in its backward pass"),
+            ("--dtype bf16 --pass backward --d-lse", "cudnn does not support d_lse in its backward pass"),
             ("--dtype bf16 --pass backward --deterministic", "cudnn does not support deterministic"),
         ] {
             let explanation = explained(&format!("{shape} {options}"));
