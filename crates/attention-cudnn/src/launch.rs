@@ -18,7 +18,7 @@ const SUMMING_THREADS: u32 = 256;
 /// Rows of a block of `attention_make_bias`.
 const STRIP: u64 = 16;
 /// Blocks enough for any device, where each thread goes on until all is done.
-const MOST_BLOCKS: u32 = 1 << 14;
+const MOST_BLOCKS: u64 = 1 << 14;
 
 /// What stands for negative infinity in a bias: less than any other value, and finite, since cuDNN makes NaN of
 /// infinities. Sums with logits, and those in units of ln 2, stay finite as well.
@@ -153,9 +153,15 @@ fn element(dtype: DType) -> i32 {
     }
 }
 
-fn grid(count: u64, most: u32) -> LaunchConfig {
-    let blocks = u32::try_from(count.div_ceil(u64::from(THREADS))).unwrap_or(u32::MAX);
-    LaunchConfig { grid_dim: (blocks.clamp(1, most), 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 }
+/// So many blocks of so many threads along the first two axes. More blocks than there can be are an error of the driver's.
+fn blocks(count: [u64; 2], threads: [u32; 2]) -> LaunchConfig {
+    let [x, y] = count.map(|count| u32::try_from(count).unwrap_or(u32::MAX));
+    LaunchConfig { grid_dim: (x, y, 1), block_dim: (threads[0], threads[1], 1), shared_mem_bytes: 0 }
+}
+
+/// Blocks enough for `count` threads.
+fn grid(count: u64) -> LaunchConfig {
+    blocks([count.div_ceil(u64::from(THREADS)).max(1), 1], [THREADS, 1])
 }
 
 /// What the kernels of a call share. All addresses are of memory on the stream's device; 0 stands for none.
@@ -191,7 +197,7 @@ impl Kernels<'_> {
     }
 
     fn row_grid(&self) -> LaunchConfig {
-        grid(self.row_axes().iter().product::<i64>().unsigned_abs(), u32::MAX)
+        grid(self.row_axes().iter().product::<i64>().unsigned_abs())
     }
 
     /// After a forward pass: zeros and -inf (or the sink) for rows that see nothing, and the logsumexp from `stats` to
@@ -252,12 +258,8 @@ impl Kernels<'_> {
         let parts = h / 8;
         let across = u32::try_from(parts).unwrap_or(THREADS).clamp(1, THREADS);
         let rows = THREADS / across;
-        let blocks = u32::try_from((b * t * n).unsigned_abs().div_ceil(u64::from(rows))).unwrap_or(u32::MAX);
-        let config = LaunchConfig {
-            grid_dim: (blocks.clamp(1, MOST_BLOCKS), 1, 1),
-            block_dim: (across, rows, 1),
-            shared_mem_bytes: 0,
-        };
+        let deep = (b * t * n).unsigned_abs().div_ceil(u64::from(rows));
+        let config = blocks([deep.clamp(1, MOST_BLOCKS), 1], [across, rows]);
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&from).arg(&sb).arg(&st).arg(&sn).arg(&to).arg(&intervals);
         launch.arg(&flags).arg(&flag_heads).arg(&self.bias_row).arg(&stats);
@@ -322,12 +324,7 @@ impl Kernels<'_> {
         let strips = (batch * heads).unsigned_abs() * t.unsigned_abs().div_ceil(STRIP);
         let vectors = made.row.unsigned_abs() / 8;
         let threads = u32::try_from(vectors.next_multiple_of(32)).unwrap_or(THREADS).min(THREADS);
-        let blocks = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
-        let config = LaunchConfig {
-            grid_dim: (blocks(strips), blocks(vectors.div_ceil(u64::from(threads))), 1),
-            block_dim: (threads, 1, 1),
-            shared_mem_bytes: 0,
-        };
+        let config = blocks([strips, vectors.div_ceil(u64::from(threads))], [threads, 1]);
         // SAFETY: the arguments are those of the kernel; it writes what `made` describes and the flags.
         Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
     }
@@ -347,7 +344,7 @@ impl Kernels<'_> {
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&to).arg(&from).arg(&from_element).arg(&rows).arg(&columns);
         launch.arg(&row_stride).arg(&column_stride);
-        let config = grid((rows * columns).unsigned_abs(), u32::MAX);
+        let config = grid((rows * columns).unsigned_abs());
         // SAFETY: the arguments are those of the kernel; it writes a float for each element and nothing else.
         Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
     }
@@ -362,20 +359,15 @@ impl Kernels<'_> {
         let dims = self.problem.dims();
         let one: u32 = if self.problem.dtype() == DType::F16 { 0x3c00 } else { 0x3f80 };
         let rows = (dims.batch * dims.query_heads) as i64;
-        let (positions, blocks) = (dims.query_length as i64, dims.key_length.div_ceil(8) as i64);
+        let (positions, eights) = (dims.query_length as i64, dims.key_length.div_ceil(8) as i64);
         let threshold = stream.threshold();
         let ([low, high], offset) = stream.words();
         let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&to).arg(&one).arg(&rows).arg(&positions).arg(&blocks);
+        launch.arg(&to).arg(&one).arg(&rows).arg(&positions).arg(&eights);
         launch.arg(&threshold).arg(&low).arg(&high).arg(&offset);
-        let across = u32::try_from(blocks).unwrap_or(THREADS).next_power_of_two().min(32);
+        let across = u32::try_from(eights).unwrap_or(THREADS).next_power_of_two().min(32);
         let deep = THREADS / across;
-        let grid = (rows * positions).unsigned_abs().div_ceil(u64::from(deep));
-        let config = LaunchConfig {
-            grid_dim: (u32::try_from(grid).unwrap_or(u32::MAX), 1, 1),
-            block_dim: (across, deep, 1),
-            shared_mem_bytes: 0,
-        };
+        let config = blocks([(rows * positions).unsigned_abs().div_ceil(u64::from(deep)), 1], [across, deep]);
         // SAFETY: the arguments are those of the kernel; it writes the mask and nothing else.
         Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
     }
@@ -399,11 +391,7 @@ impl Kernels<'_> {
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&to).arg(&to_element).arg(&to_stride).arg(&sinks).arg(&delta);
         launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&self.query_lengths).arg(&b).arg(&n).arg(&t);
-        let config = LaunchConfig {
-            grid_dim: (u32::try_from(n).unwrap_or(u32::MAX), 1, 1),
-            block_dim: (SUMMING_THREADS, 1, 1),
-            shared_mem_bytes: 0,
-        };
+        let config = blocks([n.unsigned_abs(), 1], [SUMMING_THREADS, 1]);
         // SAFETY: the arguments are those of the kernel; it writes a number for each head and nothing else.
         Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
     }

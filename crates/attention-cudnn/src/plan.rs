@@ -101,8 +101,6 @@ pub(crate) struct Plan {
     /// Bytes that cuDNN needs beside its inputs and outputs.
     pub(crate) workspace: usize,
     slots: Vec<(i64, Slot)>,
-    /// Whether it was built, and not loaded.
-    pub(crate) built: bool,
     /// What the plan was made of.
     _kept: (Finished, Option<Descriptor>),
 }
@@ -171,13 +169,7 @@ impl Plan {
                     Ok(()) => {
                         let workspace = usize::try_from(plan.integer(402)?).unwrap_or(usize::MAX);
                         let slots = graph.slots.clone();
-                        return Ok(Some(Self {
-                            plan,
-                            workspace,
-                            slots,
-                            built: true,
-                            _kept: (graph, Some(all)),
-                        }));
+                        return Ok(Some(Self { plan, workspace, slots, _kept: (graph, Some(all)) }));
                     }
                 }
             }
@@ -205,7 +197,7 @@ impl Plan {
         plan.finalize("loading a plan")?;
         let workspace = usize::try_from(plan.integer(402)?).unwrap_or(usize::MAX);
         let slots = graph.slots.clone();
-        Ok(Self { plan, workspace, slots, built: false, _kept: (graph, None) })
+        Ok(Self { plan, workspace, slots, _kept: (graph, None) })
     }
 
     /// What its memory is for.

@@ -78,12 +78,16 @@ impl Runtime {
         }
         // Not under the lock: building takes up to a second, and two threads that build the same do no harm.
         let started = std::time::Instant::now();
-        let file = self.file(key);
-        let (plan, how) = match self.load(key, handle, &file) {
+        let file = self.saved_plans.is_kept().then(|| self.file(key));
+        let (plan, how) = match file.as_ref().and_then(|file| self.load(key, handle, file)) {
             Some(plan) => (Some(plan), "loaded a cuDNN plan"),
             None => {
                 let graph = pattern::of(&self.cudnn, key)?;
-                (Plan::build(&self.cudnn, Site::Device(handle), graph)?, "built a cuDNN plan")
+                let plan = Plan::build(&self.cudnn, Site::Device(handle), graph)?;
+                if let (Some(plan), Some(file)) = (&plan, &file) {
+                    self.save(plan, file);
+                }
+                (plan, "built a cuDNN plan")
             }
         };
         tracing::info!(
@@ -93,9 +97,6 @@ impl Runtime {
             ms = started.elapsed().as_secs_f64() * 1e3,
             "{how}"
         );
-        if let Some(plan) = plan.as_ref().filter(|plan| plan.built) {
-            self.save(plan, &file);
-        }
         let plan = plan.map(Arc::new);
         Ok(lock(&self.plans).entry(key.clone()).or_insert(plan).clone())
     }
@@ -117,9 +118,6 @@ impl Runtime {
     }
 
     fn save(&self, plan: &Plan, file: &DiskKey) {
-        if !self.saved_plans.is_kept() {
-            return;
-        }
         match plan.saved() {
             Ok(bytes) => match String::from_utf8(bytes) {
                 Ok(text) => self.saved_plans.write(file, &text),
