@@ -27,6 +27,9 @@ const ROUNDING: &str = "cudnn-rounded-groups";
 /// Our own kernels as they are for devices other than Hopper: off by default there.
 const WITHOUT_WARPGROUPS: &str = "chunked-cuda-without-warpgroups";
 
+/// All of them.
+const ON_A_DEVICE: [&str; 5] = [CUDNN, ROUNDING, CHUNKED_CUDA, WITHOUT_WARPGROUPS, auto::NAME];
+
 /// The backends of these names, or all that are available here if there are none.
 pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBackend>>> {
     let registry = Registry::default();
@@ -47,39 +50,14 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
             backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(split) }));
             continue;
         }
-        if name == CUDNN || name == ROUNDING {
-            let device = CudaDevice::new(CUDNN, 0)?;
-            let config = CudnnConfig::default().rounds_group_gradients(name == ROUNDING);
-            let backend = OnHost::new(CudnnBackend::on(device.clone(), config), device);
+        if ON_A_DEVICE.contains(&name.as_str()) {
+            let backend = on_a_device(name)?;
             backend.available()?;
-            println!("{name}: {}", backend.backend().target());
-            backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(backend) }));
-            continue;
-        }
-        if name == CHUNKED_CUDA || name == WITHOUT_WARPGROUPS {
-            let device = CudaDevice::new(CHUNKED_CUDA, 0)?;
-            let backend = OnHost::new(chunked_cuda(&device, name == CHUNKED_CUDA), device);
-            backend.available()?;
-            backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(backend) }));
-            continue;
-        }
-        if name == auto::NAME {
-            let device = CudaDevice::new(auto::NAME, 0)?;
-            let own = Arc::new(chunked_cuda(&device, true));
-            let cudnn = Arc::new(CudnnBackend::on(device.clone(), CudnnConfig::default()));
-            match cudnn.available() {
-                Ok(()) => println!("{name}: {}", cudnn.target()),
-                Err(reason) => println!("{name}: {reason}"),
-            }
-            let registry = Registry::empty().with(cudnn).with(own.clone());
-            let backend = OnHost::new(Auto::new(registry, &*own), device);
-            backend.available()?;
-            backends.push(Arc::new(Labelled { label: name.clone(), backend: Arc::new(backend) }));
+            backends.push(Arc::new(Labelled { label: name.clone(), backend }));
             continue;
         }
         let Some(backend) = registry.get(name) else {
-            let more = [SPLIT, CUDNN, ROUNDING, CHUNKED_CUDA, WITHOUT_WARPGROUPS, auto::NAME].join(", ");
-            let known = format!("{}, {more}", registry.names().join(", "));
+            let known = format!("{}, {SPLIT}, {}", registry.names().join(", "), ON_A_DEVICE.join(", "));
             return Err(format!("unknown backend '{name}'; this build has {known}").into());
         };
         backend.available()?;
@@ -88,6 +66,31 @@ pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBack
         }
     }
     Ok(backends)
+}
+
+/// One of [`ON_A_DEVICE`], on copies of host memory. Prints which cuDNN it has.
+fn on_a_device(name: &str) -> crate::Result<Arc<dyn AttentionBackend>> {
+    let device = CudaDevice::new(name, 0)?;
+    Ok(match name {
+        CUDNN | ROUNDING => {
+            let config = CudnnConfig::default().rounds_group_gradients(name == ROUNDING);
+            let backend = CudnnBackend::on(device.clone(), config);
+            backend.available()?;
+            println!("{name}: {}", backend.target());
+            Arc::new(OnHost::new(backend, device))
+        }
+        auto::NAME => {
+            let own = Arc::new(chunked_cuda(&device, true));
+            let cudnn = Arc::new(CudnnBackend::on(device.clone(), CudnnConfig::default()));
+            match cudnn.available() {
+                Ok(()) => println!("{name}: {}", cudnn.target()),
+                Err(reason) => println!("{name}: {reason}"),
+            }
+            let registry = Registry::empty().with(cudnn).with(own.clone());
+            Arc::new(OnHost::new(Auto::new(registry, &*own), device))
+        }
+        _ => Arc::new(OnHost::new(chunked_cuda(&device, name == CHUNKED_CUDA), device)),
+    })
 }
 
 /// The backend of our own kernels, which are kept for other processes of this machine: the suite needs some hundred.
@@ -99,7 +102,7 @@ fn chunked_cuda(device: &CudaDevice, warpgroups: bool) -> ChunkedCudaBackend {
 
 /// Whether a backend copies host memory to a device and computes there.
 pub(crate) fn computes_on_a_device(backend: &Arc<dyn AttentionBackend>) -> bool {
-    [CUDNN, ROUNDING, CHUNKED_CUDA, WITHOUT_WARPGROUPS, auto::NAME].contains(&backend.name())
+    ON_A_DEVICE.contains(&backend.name())
 }
 
 /// The same backends, with one for each instruction set of this machine in the place of one that chooses among them.
@@ -135,9 +138,9 @@ struct Labelled {
     backend: Arc<dyn AttentionBackend>,
 }
 
-/// Everything but the name is that of another backend, called as `$call` says.
+/// Everything but the name and whether it is there is that of another backend, called as `$call` says.
 macro_rules! delegate {
-    ($type:ty, |$this:ident| $name:expr, |$self_:ident, $run:ident| $call:expr) => {
+    ($type:ty, |$this:ident| $name:expr, |$there:ident| $available:expr, |$self_:ident, $run:ident| $call:expr) => {
         impl AttentionBackend for $type {
             fn name(&self) -> &str {
                 let $this = self;
@@ -153,7 +156,8 @@ macro_rules! delegate {
             }
 
             fn available(&self) -> Result<(), Unavailable> {
-                self.backend.available()
+                let $there = self;
+                $available
             }
 
             fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
@@ -197,45 +201,16 @@ macro_rules! delegate {
     };
 }
 
-delegate!(Labelled, |this| &this.label, |_this, run| run());
-delegate!(InPool, |this| this.backend.name(), |this, run| this.pool.install(run));
+delegate!(Labelled, |this| &this.label, |this| this.backend.available(), |_this, run| run());
+delegate!(InPool, |this| this.backend.name(), |this| this.backend.available(), |this, run| this
+    .pool
+    .install(run));
+delegate!(Assumed, |this| this.backend.name(), |_this| Ok(()), |_this, run| run());
 
 /// A backend for a device that need not be there: asked about problems, it answers as if its library and device were.
 #[derive(Debug)]
-pub(crate) struct Assumed(pub(crate) Arc<dyn AttentionBackend>);
-
-impl AttentionBackend for Assumed {
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-
-    fn version(&self) -> &str {
-        self.0.version()
-    }
-
-    fn capabilities(&self) -> &Capabilities {
-        self.0.capabilities()
-    }
-
-    fn available(&self) -> Result<(), Unavailable> {
-        Ok(())
-    }
-
-    fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
-        self.0.supports(problem)
-    }
-
-    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-        self.0.scratch_bytes(problem)
-    }
-
-    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.0.forward(call, scratch)
-    }
-
-    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.0.backward(call, scratch)
-    }
+pub(crate) struct Assumed {
+    pub(crate) backend: Arc<dyn AttentionBackend>,
 }
 
 /// A pool of this many threads.

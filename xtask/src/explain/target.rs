@@ -69,7 +69,7 @@ impl Where {
                     [Arc::new(cudnn), Arc::new(ChunkedCudaBackend::default())];
                 backends
                     .into_iter()
-                    .fold(registry, |registry, backend| registry.with(Arc::new(Assumed(backend))))
+                    .fold(registry, |registry, backend| registry.with(Arc::new(Assumed { backend })))
             }
         }
     }

@@ -126,11 +126,10 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
                 if !arguments.all && !kinds.insert((dtype, pass, kind)) || !asked.insert(problem.clone()) {
                     continue;
                 }
-                let second = problem.dropout().map(|_| &own_dropout);
-                for asked in
-                    [&offline].into_iter().chain(second).filter(|asked| asked.serves(&problem).is_ok())
-                {
-                    let how = if std::ptr::eq(asked, &own_dropout) { " by cuDNN's own dropout" } else { "" };
+                let forms = [(&offline, ""), (&own_dropout, " by cuDNN's own dropout")];
+                let count = if problem.dropout().is_some() { 2 } else { 1 };
+                let forms = forms.into_iter().take(count);
+                for (asked, how) in forms.filter(|(asked, _)| asked.serves(&problem).is_ok()) {
                     match asked.ask(&problem) {
                         Ok(Answer::Accepted { .. }) => accepted += 1,
                         Ok(_) => {
