@@ -49,8 +49,8 @@ pub(crate) fn registry(device: &CudaDevice) -> Registry {
 }
 
 /// The name of the device that a stream is of.
-fn name(stream: &CudaStream) -> Device {
-    Device::Cuda(u32::try_from(stream.context().ordinal()).unwrap_or(u32::MAX))
+fn name(stream: &Arc<CudaStream>) -> Device {
+    attention::cuda::CudaDevice::of_stream(stream.clone()).device()
 }
 
 /// A tensor of candle's as a view.
@@ -137,5 +137,5 @@ pub(crate) fn view_mut<'a>(
     let first = std::ptr::with_exposed_provenance_mut(address as usize);
     // SAFETY: an allocation of the stream's device with as many elements as the shape has (`output` was asked for them),
     // borrowed exclusively for 'a.
-    Ok(unsafe { ViewMut::from_raw_parts(first, name(stream), desc) }?)
+    Ok(unsafe { ViewMut::from_raw_parts(first, name(&output.stream), desc) }?)
 }
