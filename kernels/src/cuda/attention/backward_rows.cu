@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_prepar
         logsumexp = of_row(p.lse);
         if (p.d_lse.data) delta -= of_row(p.d_lse);
     }
-    p.first[row] = logsumexp == -infinity() ? infinity() : logsumexp * LOG2_E;
+    p.first[row] = logsumexp == -infinity() ? infinity() : logsumexp * UNIT;
     p.second[row] = delta;
 }
 
@@ -46,13 +46,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_prepar
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_sinks(const Parameters p) {
     __shared__ real sums[WARPS];
     const long long n = blockIdx.x;
-    const real sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]) * LOG2_E;
+    const real sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]) * UNIT;
     real sum = 0;
     for (long long row = threadIdx.x; row < p.batch * p.query_length; row += THREADS) {
         const long long state = state_of(p, row / p.query_length, n, row % p.query_length);
         const real logsumexp = p.first[state];
         if (logsumexp == infinity() || sink == -infinity()) continue;
-        sum = fma(power_of_two(sink - logsumexp), p.second[state], sum);
+        sum = fma(exponential(sink - logsumexp), p.second[state], sum);
     }
     sum = sum_of_warp(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;

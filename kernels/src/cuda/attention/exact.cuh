@@ -26,7 +26,7 @@ __device__ inline real exact_logit(const Parameters &p, const Row &row, long lon
     return logit<Checked>(p, row, key, product, slope);
 }
 
-// The sum of values weighted by 2^(x - maximum), over the keys from `first` to before `end` that row sees.
+// The sum of values weighted by exponential(x - maximum), over the keys from `first` to before `end` that row sees.
 __device__ inline void exact_output(const Parameters &p, const Row &row, long long b, long long n, int first, int end, real maximum,
                                     real (&sums)[VALUE / 32]) {
 #pragma unroll
@@ -35,6 +35,6 @@ __device__ inline void exact_output(const Parameters &p, const Row &row, long lo
         real slope;
         const real x = exact_logit(p, row, b, n, key, slope);
         if (x == -infinity() || (drops(p) && !is_kept(p, row, key))) continue;
-        add_row<VALUE>(sums, power_of_two(x * LOG2_E - maximum), at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
+        add_row<VALUE>(sums, exponential(x * UNIT - maximum), at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     }
 }

@@ -22,7 +22,7 @@ __device__ inline Shared shared_tiles(unsigned char *memory) {
     return tiles;
 }
 
-// What a row's sums are multiplied by, and its logsumexp. `maximum` is in base two; without a key, `sum` is 0.
+// What a row's sums are multiplied by, and its logsumexp. `maximum` is a logit times UNIT; without a key, `sum` is 0.
 __device__ inline real finish(const Parameters &p, long long n, bool padded, real maximum, real sum, real &logsumexp) {
     logsumexp = -infinity();
     if (padded) return 0;
@@ -33,13 +33,13 @@ __device__ inline real finish(const Parameters &p, long long n, bool padded, rea
         return 0;
     }
     if (!has_sink) {
-        logsumexp = maximum * LN_2 + logarithm(sum);
+        logsumexp = maximum / UNIT + logarithm(sum);
         return keep_scale(p) / sum;
     }
-    const real top = fmax(maximum, sink * LOG2_E);
-    const real own = power_of_two(maximum - top);
-    const real all = sum * own + power_of_two(sink * LOG2_E - top);
-    logsumexp = top * LN_2 + logarithm(all);
+    const real top = fmax(maximum, sink * UNIT);
+    const real own = exponential(maximum - top);
+    const real all = sum * own + exponential(sink * UNIT - top);
+    logsumexp = top / UNIT + logarithm(all);
     return keep_scale(p) * own / all;
 }
 
@@ -83,13 +83,13 @@ __device__ inline bool carry_softmax(real (&logits)[row_slots<ROWS>()][column_sl
         maximum = fmax(maxima[r], maximum_of_row(fmax(maximum, other)) * factor);
         // Less infinity is NaN where everything so far is masked.
         const real base = maximum == -infinity() ? real(0) : maximum;
-        shrink[r] = power_of_two(maxima[r] - base);
+        shrink[r] = exponential(maxima[r] - base);
         rescales |= shrink[r] != 1;
         maxima[r] = maximum;
         real even = 0, odd = 0;
 #pragma unroll
         for (int c = 0; c < KEY_SLOTS; ++c) {
-            logits[r][c] = power_of_two(fma(logits[r][c], factor, -base));
+            logits[r][c] = exponential(fma(logits[r][c], factor, -base));
             (c % 2 ? odd : even) += logits[r][c];
         }
         totals[r] = fma(totals[r], shrink[r], even + odd);
@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         for (int c = 0; c < OUT_SLOTS; ++c) outputs[r][c] = 0;
     }
 
-    const real factor = HAS_TERMS ? LOG2_E : (real)p.scale * LOG2_E;
+    const real factor = HAS_TERMS ? UNIT : (real)p.scale * UNIT;
     RowTerms<ROWS, KEYS> terms;
     const auto read_terms = [&](int first) {
         if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, first);
@@ -409,7 +409,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_merge(
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
     for (int part = 0; part < p.parts; ++part) {
-        const real weight = power_of_two(states[2 * part * all_rows] - base);
+        const real weight = exponential(states[2 * part * all_rows] - base);
         const real part_total = states[2 * part * all_rows + 1];
         if (part_total == 0) continue;
         total = fma(part_total, weight, total);

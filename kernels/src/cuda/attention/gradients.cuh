@@ -1,8 +1,8 @@
 // What backward kernels share: the gradient of a logit from the probability that the given logsumexp makes
 // (docs/semantics.md, "Gradients").
 
-// The scratch that attention_prepare_gradients fills: the logsumexp in base two, and the row term. A row without a
-// probability has a logsumexp of +inf, so that every power of two is 0.
+// The scratch that attention_prepare_gradients fills: the logsumexp times UNIT, and the row term. A row without a
+// probability has a logsumexp of +inf, so that every exponential is 0.
 __device__ inline long long state_of(const Parameters &p, long long b, long long n, long long t) {
     return (b * p.query_heads + n) * p.query_length + t;
 }
@@ -14,10 +14,10 @@ struct Weights {
     real logit, product;
 };
 
-// From a logit in base two, less the logsumexp, to its gradient; where it is `masked`, it is -inf. `incoming` is the product of
+// From a logit less the logsumexp, both times UNIT, to its gradient; where it is `masked`, it is -inf. `incoming` is the product of
 // d_out and value, `kept` the bit of dropout.
 __device__ inline Weights weigh(const Parameters &p, bool masked, real exponent, real slope, bool kept, real incoming, real delta) {
-    const real probability = power_of_two(exponent);
+    const real probability = exponential(exponent);
     const real change = (kept ? keep_scale(p) * incoming : real(0)) - delta;
     Weights weights;
     weights.kept = kept ? probability : real(0);
@@ -36,10 +36,10 @@ __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, re
         const real x = tile_logit<Check>(p, row, key, distance, terms, r, c, product, slope);
         const bool masked = x == -infinity();
         // The logsumexp may be NaN.
-        return weigh(p, masked, masked ? x : fma(x, LOG2_E, -logsumexp), slope, kept, incoming, delta);
+        return weigh(p, masked, masked ? x : fma(x, UNIT, -logsumexp), slope, kept, incoming, delta);
     }
     const bool masked = !takes_part<Check>(p, row, key, terms, r, c);
-    return weigh(p, masked, masked ? -infinity() : fma(product, (real)p.scale * LOG2_E, -logsumexp), 1, kept, incoming, delta);
+    return weigh(p, masked, masked ? -infinity() : fma(product, (real)p.scale * UNIT, -logsumexp), 1, kept, incoming, delta);
 }
 
 // The same for a single row and key, by a whole warp. False where the key takes no part.
@@ -52,6 +52,6 @@ __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, long l
         dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     const long long state = state_of(p, b, n, row.t);
     const bool kept = !drops(p) || is_kept(p, row, key);
-    weights = weigh(p, false, fma(x, LOG2_E, -p.first[state]), slope, kept, incoming, p.second[state]);
+    weights = weigh(p, false, fma(x, UNIT, -p.first[state]), slope, kept, incoming, p.second[state]);
     return true;
 }

@@ -59,7 +59,6 @@ __device__ inline bool meet_or(bool says) {
 }
 
 constexpr real LOG2_E = real(1.44269504088896340736);
-constexpr real LN_2 = real(0.69314718055994530942);
 
 __device__ inline real infinity() {
 #if DTYPE == DTYPE_F64
@@ -80,6 +79,14 @@ __device__ inline float power_of_two(float x) {
 }
 
 __device__ inline double power_of_two(double x) { return exp2(x); }
+
+// Logits times this are what exponents, maxima and the logsumexp of the backward pass are in. Base two saves halves a product a logit.
+// In f32 it would round a logit before the logsumexp is subtracted, and the error of that grows with the logit: there, and in
+// f64, the difference comes first.
+constexpr real UNIT = HALVES ? LOG2_E : real(1);
+
+// e to the power of x / UNIT.
+__device__ inline real exponential(real x) { return power_of_two(HALVES ? x : x * LOG2_E); }
 
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
