@@ -27,6 +27,7 @@ macro_rules! attention {
             include_str!("cuda/attention/cores.cuh"),
             include_str!("cuda/attention/warpgroups.cuh"),
             include_str!("cuda/attention/logits.cuh"),
+            include_str!("cuda/attention/softmax.cuh"),
             include_str!("cuda/attention/exact.cuh"),
             $(include_str!($part)),*
         )
@@ -127,6 +128,22 @@ pub const SOURCES: &[Source] = &[
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_bias.cu"),
         entry_points: &["attention_gradient_of_bias"],
         variants: &[variant!(3, 64, 64, 34, 64, 32, 4, 1, 0, 0), variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0)],
+    },
+    Source {
+        name: "attention_contain_outputs.cu",
+        text: attention!("cuda/attention/contain.cuh", "cuda/attention/contain_outputs.cu"),
+        entry_points: &["attention_contain_outputs"],
+        variants: &[variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0), variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0)],
+    },
+    Source {
+        name: "attention_contain_gradients.cu",
+        text: attention!(
+            "cuda/attention/gradients.cuh",
+            "cuda/attention/contain.cuh",
+            "cuda/attention/contain_gradients.cu"
+        ),
+        entry_points: &["attention_contain_gradient_of_queries", "attention_contain_gradients_of_keys"],
+        variants: &[variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0), variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0)],
     },
 ];
 

@@ -6,6 +6,7 @@ mod kernels;
 pub mod library;
 mod nvrtc;
 mod on_host;
+pub mod parameters;
 mod tensor;
 mod workspace;
 

@@ -10,6 +10,7 @@ use attention_core::{
 use attention_cuda::{CudaDevice, failure};
 
 use crate::call::{Failure, Memory, Prepared, Run, read, written};
+use crate::contain::Containment;
 use crate::key::{self, CLEANED, Key, Stats};
 use crate::layout::Layout;
 use crate::lists::Lists;
@@ -105,6 +106,7 @@ impl CudnnBackend {
             rows: some(key.stats == Stats::Packed, key::row_intervals)?,
             keys: some(key.clean_keys, key::key_intervals)?,
             positions: some(key.makes_bias(), key::positions)?,
+            containment: Containment::of(runtime, problem, &key)?,
             key,
             lists: Lists::default(),
         });
@@ -197,6 +199,7 @@ impl AttentionBackend for CudnnBackend {
                 let sinks = if problem.has(Role::Sinks) { run.at(Slot::Sinks) } else { 0 };
                 run.kernels.finish_forward(memory.out, memory.lse, run.at(Slot::Stats), sinks)?;
             }
+            run.contain()?;
         }
         Ok(())
     }
@@ -223,6 +226,7 @@ impl AttentionBackend for CudnnBackend {
                 let (sinks, delta) = (run.at(Slot::Sinks), run.at(Slot::Delta));
                 run.kernels.sink_gradient(memory.dsinks, sinks, delta, memory.lse)?;
             }
+            run.contain()?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use attention_cuda::cudarc::driver::DriverError;
 use attention_cuda::failure;
 
 use crate::backend::NAME;
+use crate::contain::Containment;
 use crate::key::Key;
 use crate::launch::{Kernels, Seen, Terms};
 use crate::layout::Layout;
@@ -32,6 +33,7 @@ pub(crate) struct Prepared {
     pub(crate) keys: Option<Array>,
     pub(crate) positions: Option<Array>,
     pub(crate) lists: Lists,
+    pub(crate) containment: Option<Containment>,
 }
 
 /// What cuDNN or the driver said.
@@ -102,7 +104,7 @@ impl Memory {
         }
     }
 
-    fn at(&self, role: Role) -> u64 {
+    pub(crate) fn at(&self, role: Role) -> u64 {
         match role {
             Role::Query => self.query,
             Role::Key => self.key,
@@ -259,5 +261,15 @@ impl<'a> Run<'a> {
             Ok(())
         };
         run().map_err(|error| error.during("running a plan"))
+    }
+
+    /// Computes rows of the results again that what they must not see may have reached.
+    ///
+    /// # Safety
+    /// As for [`Run::bring`].
+    pub(crate) unsafe fn contain(&self) -> Result<(), Error> {
+        let Some(containment) = &self.prepared.containment else { return Ok(()) };
+        // SAFETY: the call's tensors, by the caller's word.
+        unsafe { containment.run(self.runtime, &self.memory) }
     }
 }

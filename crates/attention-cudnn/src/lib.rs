@@ -3,6 +3,7 @@
 mod backend;
 mod call;
 mod config;
+mod contain;
 mod descriptor;
 mod graph;
 mod key;

@@ -10,10 +10,10 @@ use attention_core::{
 };
 use attention_cuda::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
+use attention_cuda::parameters::{Batch, Parameters, batches};
 use attention_cuda::{CudaDevice, KernelCache, Workspaces, failure};
 
 use super::config::ChunkedCudaConfig;
-use super::parameters::{Batch, Parameters, batches};
 use super::plan::{Plan, limit};
 use super::tiles::{MOST_DEPTH, Machine};
 

@@ -1,6 +1,7 @@
 //! What kernels are compiled for.
 
-use attention_core::{DType, Problem, Role};
+use attention_core::{Problem, Role};
+use attention_cuda::parameters::dtype_code;
 
 /// What there is to a logit beside a product and a scale above 0, and to a probability; the bits are those of `FEATURES` in
 /// the kernels.
@@ -49,7 +50,7 @@ impl Features {
     /// The bias's dtype as the kernels are compiled for it.
     pub(crate) fn bias_dtype(self, problem: &Problem) -> i32 {
         match problem.tensor(Role::Bias) {
-            Some(bias) if self.0 == Self::BIAS | Self::NATURAL => code(bias.dtype()),
+            Some(bias) if self.0 == Self::BIAS | Self::NATURAL => dtype_code(bias.dtype()),
             _ => ANY_DTYPE,
         }
     }
@@ -82,14 +83,3 @@ const ANY_STRIDE: i64 = -1;
 
 /// `DTYPE_ANY` of the kernels.
 const ANY_DTYPE: i32 = 4;
-
-/// A dtype as the kernels number it.
-pub(crate) fn code(dtype: DType) -> i32 {
-    match dtype {
-        DType::F64 => 0,
-        DType::F32 => 1,
-        DType::F16 => 2,
-        DType::Bf16 => 3,
-        other => unreachable!("no tensor of floats is {other} in a checked problem"),
-    }
-}

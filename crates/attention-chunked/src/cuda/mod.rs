@@ -3,7 +3,6 @@
 mod backend;
 mod config;
 mod features;
-mod parameters;
 mod plan;
 #[cfg(test)]
 mod tests;

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use attention_core::{Gradients, Pass, Problem, Role, Unsupported};
+use attention_cuda::parameters::dtype_code;
 
 use super::backend::NAME;
-use super::features::code;
 use super::tiles::{MOST_DEPTH, Machine, Shape, Tiles};
 
 /// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are cut into parts where there are
@@ -218,7 +218,7 @@ impl Plan {
         let Tiles { rows, keys, warps, stages, warpgroups } = kernel.tiles;
         let (head, value) = (kernel.tiles.columns(head), kernel.tiles.columns(value));
         vec![
-            format!("DTYPE={}", code(dtype)),
+            format!("DTYPE={}", dtype_code(dtype)),
             format!("HEAD={head}"),
             format!("VALUE={value}"),
             format!("FEATURES={}", features.bits()),

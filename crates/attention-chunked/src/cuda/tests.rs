@@ -4,8 +4,9 @@ use attention_conformance::cases;
 use attention_core::{
     AttentionBackend, DType, Device, FeatureSet, Gradients, Pass, Problem, Role, TensorDesc, Unsupported,
 };
+use attention_cuda::parameters::{batches, beside};
 
-use super::parameters::{batches, beside};
+
 use super::plan::Plan;
 use super::tiles::{Machine, Shape};
 use super::{ChunkedCudaBackend, ChunkedCudaConfig};

@@ -19,6 +19,11 @@ pub enum Values {
     Identity,
     /// One query element of a real row is NaN: it reaches its row, and no other.
     NanInOneQuery,
+    /// One element of a key in the middle is NaN: it reaches the rows that see it and what has a gradient through them, and
+    /// nothing else.
+    NanInOneKey,
+    /// The same of a value.
+    NanInOneValue,
 }
 
 /// The booleans of a mask.

@@ -58,7 +58,9 @@ impl Case {
             HostTensor::from_values(dtype, shape, self.layouts.of(role), |_| factor * rng.normal())
         };
         let (query_factor, key_factor, value_factor) = match self.content.values {
-            Values::Normal | Values::NanInOneQuery => (1.0, 1.0, 1.0),
+            Values::Normal | Values::NanInOneQuery | Values::NanInOneKey | Values::NanInOneValue => {
+                (1.0, 1.0, 1.0)
+            }
             Values::Amplified(factor) => (factor, 1.0, 1.0),
             Values::Scaled(factor) => (1.0, factor, factor / 16.0),
             Values::Identity => (0.0, 1.0, 1.0),
@@ -90,6 +92,12 @@ impl Case {
                 }
             }
             Values::NanInOneQuery if !data.query.desc().is_empty() => data.query.set(0, f64::NAN),
+            Values::NanInOneKey if !data.key.desc().is_empty() => {
+                data.key.set(d.key_length / 2 * d.key_heads * d.head_dim, f64::NAN);
+            }
+            Values::NanInOneValue if !data.value.desc().is_empty() => {
+                data.value.set(d.key_length / 2 * d.key_heads * d.value_head_dim, f64::NAN);
+            }
             _ => {}
         }
         if self.content.garbage {

@@ -297,6 +297,36 @@ fn values(cases: &mut Vec<Case>) {
         case.options.causal = true;
         case.options.query_offset = QueryOffset::Fixed(-2);
     });
+    // Seen by some rows and not by others, some of which are beside them in a tile.
+    let parts: [(&str, Edit); 5] = [
+        ("causal", |case| case.options.causal = true),
+        ("window", |case| case.options.window = Window { left: Some(3), right: Some(2) }),
+        ("mask", |case| case.options.mask = Some(Broadcast::FULL)),
+        ("bias", |case| {
+            case.options.bias = Some(Broadcast::FULL);
+            case.content.bias = BiasContent::NegativeInfinity;
+        }),
+        ("causal-lengths", |case| {
+            case.options.causal = true;
+            case.options.query_lengths = Some(vec![9, 5]);
+            case.options.key_value_lengths = Some(vec![10, 6]);
+        }),
+    ];
+    for (name, values) in
+        [("query", Values::NanInOneQuery), ("key", Values::NanInOneKey), ("value", Values::NanInOneValue)]
+    {
+        for (part, edit) in parts {
+            add(cases, format!("values/nan-in-one-{name}-{part}-grouped"), |case| {
+                case.content.values = values;
+                edit(case);
+            });
+            add(cases, format!("values/nan-in-one-{name}-{part}-tiles"), |case| {
+                case.dims = dims([2, 150, 170, 2, 2, 32]);
+                case.content.values = values;
+                edit(case);
+            });
+        }
+    }
     for garbage in [false, true] {
         let name = if garbage { "values/garbage" } else { "values/clean" };
         add(cases, name, |case| {

@@ -7,25 +7,6 @@
 
 constexpr bool WANTS_KEYS = (WANTED & 1) != 0, WANTS_VALUES = (WANTED & 2) != 0;
 
-// Both gradients of a key by a warp.
-__device__ inline void exact_gradients(const Parameters &p, const Batch &batch, long long b, long long key_head, int key,
-                                       real (&keys)[HEAD / 32], real (&values)[VALUE / 32]) {
-#pragma unroll
-    for (int i = 0; i < HEAD / 32; ++i) keys[i] = 0;
-#pragma unroll
-    for (int i = 0; i < VALUE / 32; ++i) values[i] = 0;
-    const int from = between(key - batch.high + 1, 0, batch.queries), to = between(key + 1 - batch.low, 0, batch.queries);
-    for (long long n = key_head * p.group; n < (key_head + 1) * p.group; ++n) {
-        for (int t = from; t < to; ++t) {
-            const Row row = row_of(p, batch, b, n, t);
-            Weights weights;
-            if (!weigh_exactly(p, row, b, n, key, weights)) continue;
-            add_row<HEAD>(keys, weights.product, at(p.query, b, t, n), p.query.stride[3], p.head_dim);
-            if (weights.kept != 0) add_row<VALUE>(values, weights.kept, at(p.d_out, b, t, n), p.d_out.stride[3], p.value_head_dim);
-        }
-    }
-}
-
 // From products of keys and queries, and of values and d_out, to probabilities after dropout and the gradients of the first
 // products, in their places. `state` holds the logsumexp and the row term of each query row.
 template <class Check>
@@ -270,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         if (!key_spoiled[local]) continue;
         const int key = first + local;
         real key_sums[HEAD / 32], value_sums[VALUE / 32];
-        exact_gradients(p, batch, b, key_head, key, key_sums, value_sums);
+        exact_gradients_of_key(p, batch, b, key_head, key, PreparedState(), key_sums, value_sums);
         if (WANTS_KEYS && p.d_key.data) {
 #pragma unroll
             for (int i = 0; i < HEAD / 32; ++i) {

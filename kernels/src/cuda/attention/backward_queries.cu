@@ -200,13 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         if (!row_spoiled[local]) continue;
         const Row row = row_of(p, batch, b, n, first_t + local);
         real again[HEAD / 32];
-#pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) again[i] = 0;
-        for (int key = row.low; key < row.high; ++key) {
-            Weights weights;
-            if (weigh_exactly(p, row, b, n, key, weights))
-                add_row<HEAD>(again, weights.product, at(p.key, b, key, key_head), p.key.stride[3], p.head_dim);
-        }
+        exact_gradient_of_query(p, row, b, n, PreparedState(), again);
 #pragma unroll
         for (int i = 0; i < HEAD / 32; ++i) {
             const int column = 32 * i + threadIdx.x % 32;

@@ -1,7 +1,7 @@
 // What backward needs of each query row before anything else, and the gradient of the sinks, which is a sum over rows.
 
-// Threads to a row: so many that each has 16 bytes of the head, where that can be.
-constexpr int WIDE = VALUE / CHUNK >= 32 ? 32 : VALUE / CHUNK >= 16 ? 16 : VALUE / CHUNK >= 8 ? 8 : 4;
+// Threads to a row.
+constexpr int WIDE = lanes_of_row<VALUE>();
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_prepare_gradients(const Parameters p) {
     const long long row = (blockIdx.x * (long long)THREADS + threadIdx.x) / WIDE;

@@ -20,6 +20,12 @@ __device__ inline void add_row(real (&sums)[DEPTH / 32], real factor, const elem
     }
 }
 
+// Threads to a row where each reads it in chunks: so many that each has one, where that can be.
+template <int DEPTH>
+__device__ constexpr int lanes_of_row() {
+    return DEPTH / CHUNK >= 32 ? 32 : DEPTH / CHUNK >= 16 ? 16 : DEPTH / CHUNK >= 8 ? 8 : 4;
+}
+
 // The logit of a key and a row, by the whole warp.
 __device__ inline real exact_logit(const Parameters &p, const Row &row, long long b, long long n, int key, real &slope) {
     const real product = dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);

@@ -1,24 +1,33 @@
-//! What kernels are called with: the structs of `parameters.cuh`.
+//! What the attention kernels (`attention-kernels`, `attention/parameters.cuh`) are called with: a problem as they know it.
 
-use attention_core::{Problem, Role, TensorDesc};
-use attention_cuda::cudarc::driver::DeviceRepr;
-
-use super::features::code;
+use attention_core::{DType, Problem, Role, TensorDesc};
+use cudarc::driver::DeviceRepr;
 
 /// Positions are this far from anything at most: with the lengths added, no sum overflows.
 const FAR: i128 = 1 << 40;
 
+/// A dtype as the kernels number it; `DTYPE` among their macros.
+pub fn dtype_code(dtype: DType) -> i32 {
+    match dtype {
+        DType::F64 => 0,
+        DType::F32 => 1,
+        DType::F16 => 2,
+        DType::Bf16 => 3,
+        other => unreachable!("no tensor of floats is {other} in a checked problem"),
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Tensor {
-    pub(crate) address: u64,
+struct Tensor {
+    address: u64,
     stride: [i64; 4],
 }
 
-/// The structure of a batch row.
+/// The structure of a batch row: lengths, the offset, and which keys a row sees.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Batch {
+pub struct Batch {
     offset: i64,
     low: i64,
     high: i64,
@@ -30,17 +39,21 @@ pub(crate) struct Batch {
 unsafe impl DeviceRepr for Batch {}
 
 /// How many roles there are.
-pub(crate) const ROLES: usize = Role::ALL.len();
+const ROLES: usize = Role::ALL.len();
 
+/// The one argument of every attention kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Parameters {
+pub struct Parameters {
     /// In the order of [`Role::ALL`].
-    pub(crate) tensors: [Tensor; ROLES],
-    pub(crate) batches: u64,
+    tensors: [Tensor; ROLES],
+    /// The address of a [`Batch`] for each batch row, or 0 where one is that of all.
+    pub batches: u64,
     uniform: Batch,
-    pub(crate) first: u64,
-    pub(crate) second: u64,
+    /// The addresses of the scratch of kernels that have some.
+    pub first: u64,
+    /// See [`first`](Self::first).
+    pub second: u64,
     batch: i64,
     query_length: i64,
     key_length: i64,
@@ -53,9 +66,11 @@ pub(crate) struct Parameters {
     head_dim: i32,
     value_head_dim: i32,
     group: i32,
-    pub(crate) pack: i32,
-    pub(crate) parts: i32,
-    pub(crate) aligned: u32,
+    /// Query heads whose rows share tiles; 1 unless set.
+    pub pack: i32,
+    /// Parts that the keys are cut into; 1 unless set.
+    pub parts: i32,
+    aligned: u32,
     bias_dtype: i32,
     slopes_dtype: i32,
     sinks_dtype: i32,
@@ -94,10 +109,9 @@ impl Batch {
     }
 }
 
-#[cfg(test)]
 impl Batch {
-    /// The keys of row `t`, as kernels compute them.
-    pub(crate) fn keys_of(&self, t: usize) -> std::ops::Range<usize> {
+    /// The keys that row `t` sees, as kernels compute them.
+    pub fn keys_of(&self, t: usize) -> std::ops::Range<usize> {
         if t as i64 >= i64::from(self.queries) {
             return 0..0;
         }
@@ -106,8 +120,8 @@ impl Batch {
     }
 }
 
-/// The structure of each batch row, or of all of them where they agree.
-pub(crate) fn batches(problem: &Problem) -> Result<Batch, Vec<Batch>> {
+/// The structure of all batch rows where they agree, else (as an error) that of each.
+pub fn batches(problem: &Problem) -> Result<Batch, Vec<Batch>> {
     let rows: Vec<Batch> = (0..problem.dims().batch).map(|batch| Batch::of(problem, batch)).collect();
     match rows.first() {
         None => Ok(Batch::default()),
@@ -128,7 +142,7 @@ fn has_aligned_rows(desc: &TensorDesc) -> bool {
 
 /// How many heads, or batch rows if so, blocks take side by side: those that read the same of a mask or a bias, as far as the
 /// keys and values of so many stay in the cache.
-pub(crate) fn beside(problem: &Problem) -> (usize, bool) {
+pub fn beside(problem: &Problem) -> (usize, bool) {
     let dims = problem.dims();
     let term = [Role::Bias, Role::Mask].into_iter().find_map(|role| problem.tensor(role));
     let Some(shape) = term.map(TensorDesc::shape).filter(|shape| shape[2] > 1) else { return (1, false) };
@@ -143,7 +157,7 @@ pub(crate) fn beside(problem: &Problem) -> (usize, bool) {
 
 impl Parameters {
     /// Everything but addresses. `uniform` counts where there is no array of batch rows.
-    pub(crate) fn of(problem: &Problem, uniform: Batch) -> Self {
+    pub fn of(problem: &Problem, uniform: Batch) -> Self {
         let dims = problem.dims();
         let mut tensors = [Tensor::default(); ROLES];
         let mut aligned = 0;
@@ -165,7 +179,7 @@ impl Parameters {
                 aligned |= 1 << index;
             }
         }
-        let dtype = |role| problem.tensor(role).map_or(0, |desc| code(desc.dtype()));
+        let dtype = |role| problem.tensor(role).map_or(0, |desc| dtype_code(desc.dtype()));
         let bias_size = problem.tensor(Role::Bias).map_or([0; 4], |bias| {
             let shape = bias.shape();
             std::array::from_fn(|axis| shape[axis] as i64)
@@ -205,8 +219,13 @@ impl Parameters {
         }
     }
 
+    /// Whether a row may see some keys of a tile and not others: what a product of tiles multiplies with zero may then be NaN.
+    pub fn contains(&self) -> bool {
+        self.contains != 0
+    }
+
     /// Puts the address of a tensor in its place. Rows count as aligned only where the address is too.
-    pub(crate) fn set(&mut self, role: Role, address: u64) {
+    pub fn set(&mut self, role: Role, address: u64) {
         self.tensors[role as usize].address = address;
         if !address.is_multiple_of(16) {
             self.aligned &= !(1 << role as usize);

@@ -1,0 +1,173 @@
+//! Rows of results that hold something that is not finite, computed once more from what takes part alone: cuDNN multiplies what a
+//! row must not see with zero, and zero times NaN is NaN.
+
+use attention_core::{Error, Gradients, Pass, Problem, Role};
+use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
+use attention_cuda::failure;
+use attention_cuda::parameters::{Batch, Parameters, batches, dtype_code};
+
+use crate::backend::NAME;
+use crate::call::Memory;
+use crate::key::{Drops, Key};
+use crate::runtime::Runtime;
+
+/// Rows of a block, and its warps.
+const ROWS: usize = 128;
+const WARPS: u32 = 8;
+
+/// What is launched after the plan of a problem.
+#[derive(Debug)]
+pub(crate) struct Containment {
+    parameters: Parameters,
+    /// Where rows of the batch differ: what the parameters point to.
+    _batches: Option<CudaSlice<Batch>>,
+    kernels: Vec<Kernel>,
+}
+
+#[derive(Debug)]
+struct Kernel {
+    function: CudaFunction,
+    blocks: u32,
+}
+
+/// Whether a row may see some of the keys that cuDNN computes beside it and not others, so that those which it must not see can
+/// reach it. What all rows of a batch row must not see is zero before ([`Key::cleans`]). What cuDNN's own dropout kept is
+/// not known outside of it, so rows of such a call cannot be computed again.
+fn is_needed(problem: &Problem, key: &Key) -> bool {
+    let structured = problem.causal() || !problem.window().is_unbounded();
+    let parts_rows = structured && problem.dims().query_length > 1;
+    let own = matches!(key.dropout, Some(Drops::Own { .. }));
+    (parts_rows || problem.has(Role::Mask) || problem.has(Role::Bias)) && !own
+}
+
+/// The kernels of a problem, each with the rows and heads of its result.
+fn kernels(problem: &Problem) -> Vec<(&'static str, &'static str, [usize; 2])> {
+    let dims = problem.dims();
+    let (rows, keys) = ([dims.query_length, dims.query_heads], [dims.key_length, dims.key_heads]);
+    let gradients = "attention_contain_gradients.cu";
+    let mut kernels = Vec::new();
+    match problem.pass() {
+        Pass::Forward => kernels.push(("attention_contain_outputs.cu", "attention_contain_outputs", rows)),
+        Pass::Backward => {
+            if problem.gradients().contains(Gradients::QUERY) {
+                kernels.push((gradients, "attention_contain_gradient_of_queries", rows));
+            }
+            if [Gradients::KEY, Gradients::VALUE].into_iter().any(|of| problem.gradients().contains(of)) {
+                kernels.push((gradients, "attention_contain_gradients_of_keys", keys));
+            }
+        }
+    }
+    kernels
+}
+
+/// The macros that they are compiled with.
+fn defines(problem: &Problem) -> [String; 12] {
+    let dims = problem.dims();
+    let padded = |width: usize| width.next_multiple_of(32);
+    [
+        format!("DTYPE={}", dtype_code(problem.dtype())),
+        format!("HEAD={}", padded(dims.head_dim)),
+        format!("VALUE={}", padded(dims.value_head_dim)),
+        // Whatever the call has.
+        "FEATURES=63".to_owned(),
+        "BIAS_DTYPE=4".to_owned(),
+        "TERM_STRIDE=-1".to_owned(),
+        format!("ROWS={ROWS}"),
+        "KEYS=32".to_owned(),
+        format!("WARPS={WARPS}"),
+        "STAGES=1".to_owned(),
+        "WANTED=0".to_owned(),
+        "WARPGROUPS=0".to_owned(),
+    ]
+}
+
+impl Containment {
+    /// For a problem, where it needs that.
+    pub(crate) fn of(runtime: &Runtime, problem: &Problem, key: &Key) -> Result<Option<Self>, Error> {
+        if !is_needed(problem, key) {
+            return Ok(None);
+        }
+        let defines = defines(problem);
+        let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
+        let batch = problem.dims().batch;
+        let kernels = kernels(problem)
+            .into_iter()
+            .filter_map(|(source, entry_point, [rows, heads])| {
+                // More blocks than there can be are an error of the driver's.
+                let count = rows.div_ceil(ROWS).saturating_mul(heads).saturating_mul(batch);
+                let blocks = u32::try_from(count).unwrap_or(u32::MAX);
+                (blocks > 0).then_some((source, entry_point, blocks))
+            })
+            .map(|(source, entry_point, blocks)| {
+                let source = attention_kernels::source(source)
+                    .unwrap_or_else(|| unreachable!("{source} is in the package"));
+                let function = runtime.kernels.function(runtime.device.context(), source, &defines, entry_point);
+                Ok(Kernel {
+                    function: function.map_err(|error| failure(NAME, "compiling a kernel", error))?,
+                    blocks,
+                })
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        let stream = runtime.device.stream();
+        let (uniform, rows) = match batches(problem) {
+            Ok(uniform) => (uniform, None),
+            Err(rows) => (Batch::default(), Some(rows)),
+        };
+        let rows = rows.map(|rows| stream.clone_htod(&rows)).transpose();
+        let rows = rows.map_err(|error| failure(NAME, "sending lengths to the device", error))?;
+        let mut parameters = Parameters::of(problem, uniform);
+        parameters.batches = rows.as_ref().map_or(0, |rows| rows.device_ptr(stream).0);
+        Ok(Some(Self { parameters, _batches: rows, kernels }))
+    }
+
+    /// Puts it on the stream, behind what wrote the results.
+    ///
+    /// # Safety
+    /// The addresses are those of a checked call of the problem.
+    pub(crate) unsafe fn run(&self, runtime: &Runtime, memory: &Memory) -> Result<(), Error> {
+        let mut parameters = self.parameters;
+        for role in Role::ALL {
+            parameters.set(role, memory.at(role));
+        }
+        for Kernel { function, blocks } in &self.kernels {
+            let config = LaunchConfig {
+                grid_dim: (*blocks, 1, 1),
+                block_dim: (32 * WARPS, 1, 1),
+                shared_mem_bytes: 0,
+            };
+            let mut launch = runtime.device.stream().launch_builder(function);
+            launch.arg(&parameters);
+            // SAFETY: the kernel takes this one struct, whose tensors are the call's, by the caller's word; it reads operands and
+            // writes results inside the shapes that the struct gives.
+            unsafe { launch.launch(config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use attention_core::{DType, Device, Dropout, QueryOffset, TensorDesc};
+
+    use super::*;
+    use crate::{CudnnConfig, Target};
+
+    fn needs(t: usize, build: fn(attention_core::ProblemBuilder) -> attention_core::ProblemBuilder) -> bool {
+        let desc = |length| TensorDesc::contiguous(DType::Bf16, [2, length, 4, 64]);
+        let builder = Problem::builder(desc(t), desc(32), desc(32)).device(Device::Cuda(0));
+        let problem = build(builder).build().expect("valid");
+        let config = CudnnConfig::default().own_dropout(true);
+        is_needed(&problem, &Key::of(&problem, Target::default(), &config))
+    }
+
+    #[test]
+    fn only_rows_beside_others_that_see_more_are_looked_at() {
+        assert!(!needs(16, |problem| problem));
+        assert!(!needs(16, |problem| problem.key_value_lengths([3, 32])));
+        assert!(!needs(1, |problem| problem.causal(true).query_offset(QueryOffset::BottomRight)));
+        assert!(needs(16, |problem| problem.causal(true)));
+        assert!(needs(16, |problem| problem.window(attention_core::Window { left: Some(3), right: None })));
+        assert!(needs(1, |problem| problem.mask(TensorDesc::contiguous(DType::Bool, [2, 4, 1, 32]))));
+        assert!(!needs(16, |problem| problem.causal(true).dropout(Dropout::new(0.5, 1))));
+    }
+}

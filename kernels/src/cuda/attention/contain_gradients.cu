@@ -1,0 +1,45 @@
+// Containment of the backward pass: gradients of queries, keys and values.
+
+// From the results of the forward pass, by a warp.
+struct ComputedState {
+    __device__ inline State operator()(const Parameters &p, long long b, long long n, int t) const {
+        const auto of_row = [&](const Tensor &tensor) {
+            return reinterpret_cast<const real *>(tensor.data)[b * tensor.stride[0] + t * tensor.stride[1] + n * tensor.stride[2]];
+        };
+        const real logsumexp = of_row(p.lse);
+        const real delta = dot(at(p.d_out, b, t, n), p.d_out.stride[3], at(p.out, b, t, n), p.out.stride[3], p.value_head_dim);
+        return State{logsumexp == -infinity() ? infinity() : logsumexp * UNIT, p.d_lse.data ? delta - of_row(p.d_lse) : delta};
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) attention_contain_gradient_of_queries(const Parameters p) {
+    const Strip strip = strip_of_warp(p, p.query_length, p.query_heads);
+    const long long b = strip.place.batch, n = strip.place.head;
+    unsigned spoiled =
+        spoiled_rows<HEAD>(p.d_query, b, n, strip.first, strip.batch.queries, p.head_dim, p.aligned & ALIGNED_D_QUERY);
+    while (spoiled != 0) {
+        const int t = strip.first + take_row(spoiled);
+        real sums[HEAD / 32];
+        exact_gradient_of_query(p, row_of(p, strip.batch, b, n, t), b, n, ComputedState(), sums);
+        store_row<HEAD>(p.d_query, b, t, n, p.head_dim, sums, (real)p.scale);
+    }
+}
+
+// Each gradient is null where nobody wants it.
+extern "C" __global__ void __launch_bounds__(THREADS) attention_contain_gradients_of_keys(const Parameters p) {
+    const Strip strip = strip_of_warp(p, p.key_length, p.key_heads);
+    const long long b = strip.place.batch, head = strip.place.head;
+    unsigned spoiled = 0;
+    if (p.d_key.data)
+        spoiled |= spoiled_rows<HEAD>(p.d_key, b, head, strip.first, strip.batch.keys, p.head_dim, p.aligned & ALIGNED_D_KEY);
+    if (p.d_value.data)
+        spoiled |=
+            spoiled_rows<VALUE>(p.d_value, b, head, strip.first, strip.batch.keys, p.value_head_dim, p.aligned & ALIGNED_D_VALUE);
+    while (spoiled != 0) {
+        const int key = strip.first + take_row(spoiled);
+        real keys[HEAD / 32], values[VALUE / 32];
+        exact_gradients_of_key(p, strip.batch, b, head, key, ComputedState(), keys, values);
+        if (p.d_key.data) store_row<HEAD>(p.d_key, b, key, head, p.head_dim, keys, (real)p.scale);
+        if (p.d_value.data) store_row<VALUE>(p.d_value, b, key, head, p.value_head_dim, values, keep_scale(p));
+    }
+}

@@ -1,0 +1,34 @@
+// Containment of the forward pass: outputs and their logsumexp.
+
+extern "C" __global__ void __launch_bounds__(THREADS) attention_contain_outputs(const Parameters p) {
+    const Strip strip = strip_of_warp(p, p.query_length, p.query_heads);
+    const long long b = strip.place.batch, n = strip.place.head;
+    unsigned spoiled =
+        spoiled_rows<VALUE>(p.out, b, n, strip.first, strip.batch.queries, p.value_head_dim, p.aligned & ALIGNED_OUT);
+    while (spoiled != 0) {
+        const int t = strip.first + take_row(spoiled);
+        const Row row = row_of(p, strip.batch, b, n, t);
+        real maximum = -infinity(), total = 0;
+        for (int key = row.low; key < row.high; ++key) {
+            real slope;
+            const real x = exact_logit(p, row, b, n, key, slope) * UNIT;
+            if (x == -infinity()) continue;
+            const real top = fmax(maximum, x);
+            total = fma(total, exponential(maximum - top), exponential(x - top));
+            maximum = top;
+            // What is not a number stays that.
+            if (!(total >= 0)) break;
+        }
+        real sums[VALUE / 32];
+        if (total >= 0) {
+            exact_output(p, row, b, n, row.low, row.high, maximum, sums);
+        } else {
+#pragma unroll
+            for (int i = 0; i < VALUE / 32; ++i) sums[i] = total;
+        }
+        real logsumexp;
+        const real scale = finish(p, n, false, maximum, total, logsumexp);
+        store_row<VALUE>(p.out, b, t, n, p.value_head_dim, sums, scale);
+        if (threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
+    }
+}
