@@ -133,7 +133,10 @@ pub const SOURCES: &[Source] = &[
         name: "attention_contain_outputs.cu",
         text: attention!("cuda/attention/contain.cuh", "cuda/attention/contain_outputs.cu"),
         entry_points: &["attention_contain_outputs"],
-        variants: &[variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0), variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0)],
+        variants: &[
+            variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0),
+            variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0),
+        ],
     },
     Source {
         name: "attention_contain_gradients.cu",
@@ -143,7 +146,10 @@ pub const SOURCES: &[Source] = &[
             "cuda/attention/contain_gradients.cu"
         ),
         entry_points: &["attention_contain_gradient_of_queries", "attention_contain_gradients_of_keys"],
-        variants: &[variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0), variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0)],
+        variants: &[
+            variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0),
+            variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0),
+        ],
     },
 ];
 

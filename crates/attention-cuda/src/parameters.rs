@@ -1,7 +1,9 @@
 //! What the attention kernels (`attention-kernels`, `attention/parameters.cuh`) are called with: a problem as they know it.
 
+use std::sync::Arc;
+
 use attention_core::{DType, Problem, Role, TensorDesc};
-use cudarc::driver::DeviceRepr;
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError};
 
 /// Positions are this far from anything at most: with the lengths added, no sum overflows.
 const FAR: i128 = 1 << 40;
@@ -47,8 +49,8 @@ const ROLES: usize = Role::ALL.len();
 pub struct Parameters {
     /// In the order of [`Role::ALL`].
     tensors: [Tensor; ROLES],
-    /// The address of a [`Batch`] for each batch row, or 0 where one is that of all.
-    pub batches: u64,
+    /// The address of a [`Batch`] for each batch row, or 0 where `uniform` is that of all.
+    batches: u64,
     uniform: Batch,
     /// The addresses of the scratch of kernels that have some.
     pub first: u64,
@@ -120,14 +122,13 @@ impl Batch {
     }
 }
 
-/// The structure of all batch rows where they agree, else (as an error) that of each.
-pub fn batches(problem: &Problem) -> Result<Batch, Vec<Batch>> {
-    let rows: Vec<Batch> = (0..problem.dims().batch).map(|batch| Batch::of(problem, batch)).collect();
-    match rows.first() {
-        None => Ok(Batch::default()),
-        Some(first) if rows.iter().all(|row| row == first) => Ok(*first),
-        Some(_) => Err(rows),
+/// The structure of each batch row, or one where that is the structure of all.
+pub fn batches(problem: &Problem) -> Vec<Batch> {
+    let mut rows: Vec<Batch> = (0..problem.dims().batch).map(|batch| Batch::of(problem, batch)).collect();
+    if rows.windows(2).all(|two| two[0] == two[1]) {
+        rows.truncate(1);
     }
+    rows
 }
 
 /// Whether rows of a tensor can be read 16 bytes at a time, as far as its layout says.
@@ -156,8 +157,8 @@ pub fn beside(problem: &Problem) -> (usize, bool) {
 }
 
 impl Parameters {
-    /// Everything but addresses. `uniform` counts where there is no array of batch rows.
-    pub fn of(problem: &Problem, uniform: Batch) -> Self {
+    /// Everything but addresses.
+    fn of(problem: &Problem, uniform: Batch) -> Self {
         let dims = problem.dims();
         let mut tensors = [Tensor::default(); ROLES];
         let mut aligned = 0;
@@ -230,5 +231,36 @@ impl Parameters {
         if !address.is_multiple_of(16) {
             self.aligned &= !(1 << role as usize);
         }
+    }
+}
+
+/// The parameters of a problem's calls, with what they point to on the device.
+#[derive(Debug)]
+pub struct ProblemParameters {
+    parameters: Parameters,
+    /// Where batch rows differ.
+    _batches: Option<CudaSlice<Batch>>,
+}
+
+impl ProblemParameters {
+    /// For calls on this stream.
+    ///
+    /// # Errors
+    /// What the driver says where batch rows differ and their structures do not get to the device.
+    pub fn new(problem: &Problem, stream: &Arc<CudaStream>) -> Result<Self, DriverError> {
+        let rows = batches(problem);
+        if let [] | [_] = rows[..] {
+            let uniform = rows.first().copied().unwrap_or_default();
+            return Ok(Self { parameters: Parameters::of(problem, uniform), _batches: None });
+        }
+        let rows = stream.clone_htod(&rows)?;
+        let mut parameters = Parameters::of(problem, Batch::default());
+        parameters.batches = rows.device_ptr(stream).0;
+        Ok(Self { parameters, _batches: Some(rows) })
+    }
+
+    /// Those of a call, but for its addresses. What they point to lives as long as `self`.
+    pub fn of_call(&self) -> Parameters {
+        self.parameters
     }
 }

@@ -2,9 +2,9 @@
 //! row must not see with zero, and zero times NaN is NaN.
 
 use attention_core::{Error, Gradients, Pass, Problem, Role};
-use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
+use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use attention_cuda::failure;
-use attention_cuda::parameters::{Batch, Parameters, batches, dtype_code};
+use attention_cuda::parameters::{ProblemParameters, dtype_code};
 
 use crate::backend::NAME;
 use crate::call::Memory;
@@ -18,9 +18,7 @@ const WARPS: u32 = 8;
 /// What is launched after the plan of a problem.
 #[derive(Debug)]
 pub(crate) struct Containment {
-    parameters: Parameters,
-    /// Where rows of the batch differ: what the parameters point to.
-    _batches: Option<CudaSlice<Batch>>,
+    parameters: ProblemParameters,
     kernels: Vec<Kernel>,
 }
 
@@ -101,23 +99,17 @@ impl Containment {
             .map(|(source, entry_point, blocks)| {
                 let source = attention_kernels::source(source)
                     .unwrap_or_else(|| unreachable!("{source} is in the package"));
-                let function = runtime.kernels.function(runtime.device.context(), source, &defines, entry_point);
+                let function =
+                    runtime.kernels.function(runtime.device.context(), source, &defines, entry_point);
                 Ok(Kernel {
                     function: function.map_err(|error| failure(NAME, "compiling a kernel", error))?,
                     blocks,
                 })
             })
             .collect::<Result<Vec<_>, Error>>()?;
-        let stream = runtime.device.stream();
-        let (uniform, rows) = match batches(problem) {
-            Ok(uniform) => (uniform, None),
-            Err(rows) => (Batch::default(), Some(rows)),
-        };
-        let rows = rows.map(|rows| stream.clone_htod(&rows)).transpose();
-        let rows = rows.map_err(|error| failure(NAME, "sending lengths to the device", error))?;
-        let mut parameters = Parameters::of(problem, uniform);
-        parameters.batches = rows.as_ref().map_or(0, |rows| rows.device_ptr(stream).0);
-        Ok(Some(Self { parameters, _batches: rows, kernels }))
+        let parameters = ProblemParameters::new(problem, runtime.device.stream())
+            .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
+        Ok(Some(Self { parameters, kernels }))
     }
 
     /// Puts it on the stream, behind what wrote the results.
@@ -125,7 +117,7 @@ impl Containment {
     /// # Safety
     /// The addresses are those of a checked call of the problem.
     pub(crate) unsafe fn run(&self, runtime: &Runtime, memory: &Memory) -> Result<(), Error> {
-        let mut parameters = self.parameters;
+        let mut parameters = self.parameters.of_call();
         for role in Role::ALL {
             parameters.set(role, memory.at(role));
         }

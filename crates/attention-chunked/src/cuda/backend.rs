@@ -9,8 +9,8 @@ use attention_core::{
     Unsupported, View, ViewMut,
 };
 use attention_cuda::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
-use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
-use attention_cuda::parameters::{Batch, Parameters, batches};
+use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
+use attention_cuda::parameters::ProblemParameters;
 use attention_cuda::{CudaDevice, KernelCache, Workspaces, failure};
 
 use super::config::ChunkedCudaConfig;
@@ -55,10 +55,8 @@ struct Runtime {
 #[derive(Debug)]
 struct Prepared {
     plan: Plan,
-    parameters: Parameters,
+    parameters: ProblemParameters,
     functions: Vec<CudaFunction>,
-    /// Where rows of the batch differ.
-    batches: Option<CudaSlice<Batch>>,
 }
 
 impl Default for ChunkedCudaBackend {
@@ -143,18 +141,9 @@ impl ChunkedCudaBackend {
                 Ok(function)
             })
             .collect::<Result<Vec<_>, Error>>()?;
-        let (uniform, rows) = match batches(problem) {
-            Ok(uniform) => (uniform, None),
-            Err(rows) => (Batch::default(), Some(rows)),
-        };
-        let batches = (rows.map(|rows| runtime.device.stream().clone_htod(&rows)).transpose())
+        let parameters = ProblemParameters::new(problem, runtime.device.stream())
             .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
-        let mut parameters = Parameters::of(problem, uniform);
-        // Both fit: parts are at most `BUSY_BLOCKS`, and a group has at most as many heads as there are.
-        (parameters.pack, parameters.parts) = (plan.pack as i32, plan.parts as i32);
-        parameters.batches =
-            batches.as_ref().map_or(0, |batches| batches.device_ptr(runtime.device.stream()).0);
-        let prepared = Arc::new(Prepared { plan, parameters, functions, batches });
+        let prepared = Arc::new(Prepared { plan, parameters, functions });
         let mut kept = kept();
         if kept.len() >= KEPT_PROBLEMS {
             kept.clear();
@@ -177,8 +166,9 @@ impl ChunkedCudaBackend {
         let plan = &prepared.plan;
         scratch.check(self.device(), plan.scratch_bytes())?;
         let base = scratch.as_mut_ptr() as u64;
-        let mut parameters = prepared.parameters;
-        debug_assert_eq!(parameters.batches == 0, prepared.batches.is_none());
+        let mut parameters = prepared.parameters.of_call();
+        // Both fit: parts are at most `BUSY_BLOCKS`, and a group has at most as many heads as there are.
+        (parameters.pack, parameters.parts) = (plan.pack as i32, plan.parts as i32);
         parameters.first = base + plan.first.start as u64;
         parameters.second = base + plan.second.start as u64;
         for &(role, address) in tensors {
