@@ -23,7 +23,9 @@ macro_rules! attention {
             include_str!("cuda/attention/parameters.cuh"),
             include_str!("cuda/attention/terms.cuh"),
             include_str!("cuda/attention/staging.cuh"),
+            include_str!("cuda/attention/spread.cuh"),
             include_str!("cuda/attention/tensor_cores.cuh"),
+            include_str!("cuda/attention/split.cuh"),
             include_str!("cuda/attention/cores.cuh"),
             include_str!("cuda/attention/warpgroups.cuh"),
             include_str!("cuda/attention/logits.cuh"),
@@ -35,10 +37,10 @@ macro_rules! attention {
 }
 
 /// Macros of an attention kernel: the operands' dtype (0 for f64, 1 for f32, 2 for f16, 3 for bf16), padded head dimensions,
-/// features, tile of rows and keys, warps, tiles that are streamed ahead, gradients, warpgroups.
+/// features, tile of rows and keys, warps, tiles that are streamed ahead, gradients, warpgroups, and whatever else.
 macro_rules! variant {
     ($dtype:literal, $head:literal, $value:literal, $features:literal, $rows:literal, $keys:literal, $warps:literal,
-     $stages:literal, $wanted:literal, $warpgroups:literal) => {
+     $stages:literal, $wanted:literal, $warpgroups:literal $(, $more:literal)*) => {
         &[
             concat!("DTYPE=", $dtype),
             concat!("HEAD=", $head),
@@ -52,6 +54,7 @@ macro_rules! variant {
             concat!("STAGES=", $stages),
             concat!("WANTED=", $wanted),
             concat!("WARPGROUPS=", $warpgroups),
+            $($more),*
         ]
     };
 }
@@ -86,7 +89,9 @@ pub const SOURCES: &[Source] = &[
             variant!(3, 128, 128, 0, 128, 64, 4, 1, 0, 0),
             variant!(2, 64, 64, 63, 64, 32, 4, 1, 0, 0),
             variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),
-            variant!(1, 128, 128, 0, 128, 64, 8, 1, 0, 0),
+            variant!(1, 64, 64, 0, 128, 64, 4, 1, 0, 0, "SPLIT=1"),
+            variant!(1, 128, 128, 63, 64, 32, 4, 1, 0, 0, "SPLIT=1"),
+            variant!(3, 576, 256, 0, 64, 32, 4, 1, 0, 0, "SLICES=2"),
             variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
         ],
     },
@@ -107,6 +112,7 @@ pub const SOURCES: &[Source] = &[
             variant!(3, 128, 128, 0, 64, 64, 4, 2, 3, 0),
             variant!(2, 64, 64, 63, 32, 64, 4, 2, 3, 0),
             variant!(1, 64, 64, 0, 64, 64, 4, 1, 3, 0),
+            variant!(1, 128, 128, 0, 32, 128, 8, 2, 3, 0, "SPLIT=1"),
             variant!(0, 64, 64, 63, 32, 32, 4, 1, 3, 0),
         ],
     },
@@ -120,6 +126,7 @@ pub const SOURCES: &[Source] = &[
             variant!(3, 128, 128, 0, 64, 64, 4, 2, 0, 0),
             variant!(2, 64, 64, 63, 64, 32, 4, 2, 0, 0),
             variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),
+            variant!(1, 128, 128, 0, 128, 32, 8, 2, 0, 0, "SPLIT=1"),
             variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
         ],
     },

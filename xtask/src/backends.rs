@@ -27,8 +27,11 @@ const ROUNDING: &str = "cudnn-rounded-groups";
 /// Our own kernels as they are for devices other than Hopper: off by default there.
 const WITHOUT_WARPGROUPS: &str = "chunked-cuda-without-warpgroups";
 
+/// Our own kernels with f32 multiplied as it is, as for short sequences and large heads.
+const WITHOUT_SPLIT: &str = "chunked-cuda-without-split-f32";
+
 /// All of them.
-const ON_A_DEVICE: [&str; 5] = [CUDNN, ROUNDING, CHUNKED_CUDA, WITHOUT_WARPGROUPS, auto::NAME];
+const ON_A_DEVICE: [&str; 6] = [CUDNN, ROUNDING, CHUNKED_CUDA, WITHOUT_WARPGROUPS, WITHOUT_SPLIT, auto::NAME];
 
 /// The backends of these names, or all that are available here if there are none.
 pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBackend>>> {
@@ -80,7 +83,7 @@ fn on_a_device(name: &str) -> crate::Result<Arc<dyn AttentionBackend>> {
             Arc::new(OnHost::new(backend, device))
         }
         auto::NAME => {
-            let own = Arc::new(chunked_cuda(&device, true));
+            let own = Arc::new(chunked_cuda(&device, CHUNKED_CUDA));
             let cudnn = Arc::new(CudnnBackend::on(device.clone(), CudnnConfig::default()));
             match cudnn.available() {
                 Ok(()) => println!("{name}: {}", cudnn.target()),
@@ -89,14 +92,17 @@ fn on_a_device(name: &str) -> crate::Result<Arc<dyn AttentionBackend>> {
             let registry = Registry::empty().with(cudnn).with(own.clone());
             Arc::new(OnHost::new(Auto::new(registry, &*own), device))
         }
-        _ => Arc::new(OnHost::new(chunked_cuda(&device, name == CHUNKED_CUDA), device)),
+        _ => Arc::new(OnHost::new(chunked_cuda(&device, name), device)),
     })
 }
 
-/// The backend of our own kernels, which are kept for other processes of this machine: the suite needs some hundred.
-fn chunked_cuda(device: &CudaDevice, warpgroups: bool) -> ChunkedCudaBackend {
+/// The backend of our own kernels by one of its names. Kernels are kept for other processes of this machine: the suite needs some hundred.
+fn chunked_cuda(device: &CudaDevice, name: &str) -> ChunkedCudaBackend {
     let folder = std::env::temp_dir().join("attention-kernels");
-    let config = ChunkedCudaConfig::default().kernel_folder(folder).warpgroups(warpgroups);
+    let config = ChunkedCudaConfig::default()
+        .kernel_folder(folder)
+        .warpgroups(name != WITHOUT_WARPGROUPS)
+        .split_f32(name != WITHOUT_SPLIT);
     ChunkedCudaBackend::on(device.clone(), config)
 }
 
@@ -261,7 +267,7 @@ mod tests {
         assert_eq!(
             error,
             "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups, chunked-cuda, \
-             chunked-cuda-without-warpgroups, auto-cuda"
+             chunked-cuda-without-warpgroups, chunked-cuda-without-split-f32, auto-cuda"
         );
     }
 

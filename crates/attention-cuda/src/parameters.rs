@@ -220,9 +220,9 @@ impl Parameters {
         }
     }
 
-    /// Whether a row may see some keys of a tile and not others: what a product of tiles multiplies with zero may then be NaN.
-    pub fn contains(&self) -> bool {
-        self.contains != 0
+    /// Has kernels look at results that are not finite, and compute them once more, whatever the structure is.
+    pub fn check_results(&mut self) {
+        self.contains = 1;
     }
 
     /// Puts the address of a tensor in its place. Rows count as aligned only where the address is too.

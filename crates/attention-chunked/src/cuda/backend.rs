@@ -15,7 +15,7 @@ use attention_cuda::{CudaDevice, KernelCache, Workspaces, failure};
 
 use super::config::ChunkedCudaConfig;
 use super::plan::{Plan, limit};
-use super::tiles::{MOST_DEPTH, Machine};
+use super::tiles::{MOST_DEPTH, MOST_HEAD, MOST_VALUE, Machine};
 
 /// The name of the backend.
 pub(crate) const NAME: &str = "chunked-cuda";
@@ -69,15 +69,16 @@ impl Default for ChunkedCudaBackend {
 impl ChunkedCudaBackend {
     /// With this configuration. Nothing is loaded before the backend is asked for something.
     pub fn new(config: ChunkedCudaConfig) -> Self {
-        let pass = || PassCapabilities::new(FeatureSet::all()).with_max_head_dims(MOST_DEPTH, MOST_DEPTH);
+        let pass = |head, value| PassCapabilities::new(FeatureSet::all()).with_max_head_dims(head, value);
         let numerics = [
             (DType::F64, NumericsClass::F64),
             (DType::F32, NumericsClass::F32),
             (DType::F16, NumericsClass::HalfF32),
             (DType::Bf16, NumericsClass::HalfF32),
         ];
-        let capabilities = Capabilities::new(DeviceKind::Cuda, numerics, pass(), ScratchGrowth::Linear)
-            .with_backward(pass());
+        let forward = pass(MOST_HEAD, MOST_VALUE);
+        let capabilities = Capabilities::new(DeviceKind::Cuda, numerics, forward, ScratchGrowth::Linear)
+            .with_backward(pass(MOST_DEPTH, MOST_DEPTH));
         Self { config, given: None, runtime: OnceLock::new(), capabilities, prepared: Mutex::default() }
     }
 
@@ -169,6 +170,10 @@ impl ChunkedCudaBackend {
         let mut parameters = prepared.parameters.of_call();
         // Both fit: parts are at most `BUSY_BLOCKS`, and a group has at most as many heads as there are.
         (parameters.pack, parameters.parts) = (plan.pack as i32, plan.parts as i32);
+        if plan.kernels.iter().any(|kernel| kernel.tiles.split) {
+            // Parts of an infinity are NaN.
+            parameters.check_results();
+        }
         parameters.first = base + plan.first.start as u64;
         parameters.second = base + plan.second.start as u64;
         for &(role, address) in tensors {
@@ -210,6 +215,7 @@ impl Runtime {
             machine: Machine {
                 shared_bytes: usize::try_from(shared_bytes).unwrap_or(0),
                 warpgroups: (major, minor) == (9, 0) && config.warpgroups,
+                splits: config.split_f32,
             },
             device,
             kernels: KernelCache::new(config.kernel_folder.clone()).wheel_roots(config.wheel_roots.clone()),

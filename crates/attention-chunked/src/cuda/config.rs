@@ -10,6 +10,7 @@ pub struct ChunkedCudaConfig {
     pub(crate) wheel_roots: Vec<PathBuf>,
     pub(crate) lent_limit: usize,
     pub(crate) warpgroups: bool,
+    pub(crate) split_f32: bool,
 }
 
 impl Default for ChunkedCudaConfig {
@@ -20,6 +21,7 @@ impl Default for ChunkedCudaConfig {
             wheel_roots: Vec::new(),
             lent_limit: 1 << 30,
             warpgroups: true,
+            split_f32: true,
         }
     }
 }
@@ -54,5 +56,13 @@ impl ChunkedCudaConfig {
     #[must_use]
     pub fn warpgroups(self, wanted: bool) -> Self {
         Self { warpgroups: wanted, ..self }
+    }
+
+    /// Whether f32 is multiplied as sums of two tf32 parts on tensor cores, which stays in class `F32`; true by default. It is for
+    /// head dimensions up to 128 and more than 128 queries and 128 keys. Elsewhere, and without it, products are fused
+    /// multiply-adds.
+    #[must_use]
+    pub fn split_f32(self, wanted: bool) -> Self {
+        Self { split_f32: wanted, ..self }
     }
 }

@@ -6,11 +6,14 @@ use attention_core::{Gradients, Pass, Problem, Role, Unsupported};
 use attention_cuda::parameters::dtype_code;
 
 use super::backend::NAME;
-use super::tiles::{MOST_DEPTH, Machine, Shape, Tiles};
+use super::tiles::{FEW_ROWS, MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
 
 /// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are cut into parts where there are
 /// fewer. A constant, since the scratch of a problem must not depend on the device.
 const BUSY_BLOCKS: usize = 264;
+
+/// The same where one warp is a block, which leave no multiprocessor waiting for the last ones.
+const BUSY_WARPS: usize = 2640;
 
 /// Keys that a part has at least: less is not worth the merge.
 const LEAST_KEYS: usize = 256;
@@ -55,7 +58,7 @@ impl Plan {
     pub(crate) fn of(problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
         let dims = problem.dims();
         let shape = Shape::of(problem).ok_or_else(|| {
-            limit("a head dimension", dims.head_dim.max(dims.value_head_dim), format!("at most {MOST_DEPTH}"))
+            limit("a head dimension", dims.head_dim.max(dims.value_head_dim), format!("at most {MOST_HEAD}"))
         })?;
         for (what, size) in [
             ("query length", dims.query_length),
@@ -108,10 +111,10 @@ impl Plan {
         let group = dims.group_size();
         let nominal_rows = self.shape.nominal_rows(dims.query_length);
         // The rows of a group's heads go over the same keys, and share tiles that they would not fill alone.
-        let few = dims.query_length < nominal_rows
+        let shares = dims.query_length < nominal_rows
             && (dims.query_length * group).div_ceil(nominal_rows)
                 < group * dims.query_length.div_ceil(nominal_rows);
-        if few {
+        if shares {
             self.pack = group;
         }
         let rows_of_head = dims.query_length * self.pack;
@@ -119,9 +122,11 @@ impl Plan {
         let heads = dims.query_heads / self.pack.max(1);
         let nominal_tiles = rows_of_head.div_ceil(self.shape.nominal_rows(rows_of_head));
         let blocks = nominal_tiles.saturating_mul(heads).saturating_mul(dims.batch);
-        if blocks > 0 && blocks < BUSY_BLOCKS {
+        let few = self.shape.is_half() && self.shape.depth() <= MOST_DEPTH && rows_of_head <= FEW_ROWS;
+        let busy = if few { BUSY_WARPS } else { BUSY_BLOCKS };
+        if blocks > 0 && blocks < busy {
             let most = dims.key_length / LEAST_KEYS;
-            self.parts = (BUSY_BLOCKS / blocks).clamp(1, most.max(1));
+            self.parts = (busy / blocks).clamp(1, most.max(1));
         }
         if self.parts > 1 {
             let rows = [self.parts, dims.batch, dims.query_heads, dims.query_length];
@@ -135,11 +140,15 @@ impl Plan {
             blocks: 0,
             shared_bytes: self.shape.forward_bytes(tiles),
         };
-        self.add(kernel.clone(), &[rows_of_head.div_ceil(tiles.rows), heads, dims.batch, self.parts])?;
+        let slices = self.shape.slices();
+        self.add(
+            kernel.clone(),
+            &[rows_of_head.div_ceil(tiles.rows), heads, dims.batch, self.parts, slices],
+        )?;
         if self.parts > 1 {
             let rows = dims.batch.saturating_mul(dims.query_heads).saturating_mul(dims.query_length);
             let merge = Kernel { entry_point: "attention_merge", shared_bytes: 0, ..kernel };
-            self.add(merge, &[rows.div_ceil(tiles.warps)])?;
+            self.add(merge, &[rows.saturating_mul(slices).div_ceil(tiles.warps)])?;
         }
         Ok(self)
     }
@@ -214,10 +223,10 @@ impl Plan {
 
     /// The macros that a kernel is compiled with for this problem.
     pub(crate) fn defines(&self, problem: &Problem, kernel: &Kernel) -> Vec<String> {
-        let Shape { dtype, head, value, features } = self.shape;
-        let Tiles { rows, keys, warps, stages, warpgroups } = kernel.tiles;
-        let (head, value) = (kernel.tiles.columns(head), kernel.tiles.columns(value));
-        vec![
+        let Shape { dtype, head, features, .. } = self.shape;
+        let Tiles { rows, keys, warps, stages, warpgroups, split } = kernel.tiles;
+        let (head, value) = (kernel.tiles.columns(head), kernel.tiles.columns(self.shape.columns_of_slice()));
+        let mut defines = vec![
             format!("DTYPE={}", dtype_code(dtype)),
             format!("HEAD={head}"),
             format!("VALUE={value}"),
@@ -230,6 +239,13 @@ impl Plan {
             format!("STAGES={stages}"),
             format!("WANTED={}", kernel.wanted),
             format!("WARPGROUPS={}", u32::from(warpgroups)),
-        ]
+        ];
+        if self.shape.slices() > 1 {
+            defines.push(format!("SLICES={}", self.shape.slices()));
+        }
+        if split {
+            defines.push("SPLIT=1".to_owned());
+        }
+        defines
     }
 }

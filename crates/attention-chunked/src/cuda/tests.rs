@@ -11,9 +11,9 @@ use super::tiles::{Machine, Shape};
 use super::{ChunkedCudaBackend, ChunkedCudaConfig};
 
 /// The smallest device, and those for data centres of compute capability 8.0 and 9.0.
-const SMALL: Machine = Machine { shared_bytes: 99 << 10, warpgroups: false };
-const AMPERE: Machine = Machine { shared_bytes: 163 << 10, warpgroups: false };
-const HOPPER: Machine = Machine { shared_bytes: 227 << 10, warpgroups: true };
+const SMALL: Machine = Machine { shared_bytes: 99 << 10, warpgroups: false, splits: true };
+const AMPERE: Machine = Machine { shared_bytes: 163 << 10, warpgroups: false, splits: true };
+const HOPPER: Machine = Machine { shared_bytes: 227 << 10, warpgroups: true, splits: true };
 
 fn on_device(problem: &Problem) -> Problem {
     problem.to_builder().device(Device::Cuda(0)).build().unwrap()
@@ -53,8 +53,13 @@ fn everything_but_large_heads_is_served() {
         for pass in [Pass::Forward, Pass::Backward] {
             for (name, problem) in problems(dtype, pass) {
                 match backend.supports(&problem) {
-                    Ok(()) => assert!(problem.dims().head_dim <= 256, "{name}"),
-                    Err(Unsupported::Limit { value, .. }) => assert_eq!(value, "257", "{name}"),
+                    Ok(()) => {
+                        let most = if pass == Pass::Forward { 576 } else { 256 };
+                        assert!(problem.dims().head_dim <= most, "{name}");
+                    }
+                    Err(Unsupported::Limit { value, .. }) => {
+                        assert!(pass == Pass::Backward && (value == "257" || value == "576"), "{name}");
+                    }
                     Err(error) => panic!("{name}: {error}"),
                 }
             }
@@ -94,6 +99,37 @@ fn tiles_fit_into_shared_memory() {
 }
 
 #[test]
+fn large_heads_are_for_the_forward_pass_and_shared_among_blocks() {
+    for dtype in DType::FLOATS {
+        for machine in [SMALL, AMPERE, HOPPER] {
+            let problem = with_heads(dtype, 576, 512, Pass::Forward);
+            let plan = Plan::of(&problem, machine).unwrap();
+            let kernel = &plan.kernels[0];
+            let too_small = dtype == DType::F64 && machine.shared_bytes == SMALL.shared_bytes;
+            assert!(
+                kernel.shared_bytes <= machine.shared_bytes || too_small,
+                "{dtype}: {}",
+                kernel.shared_bytes
+            );
+            let defines = plan.defines(&problem, kernel);
+            assert!(defines.contains(&"VALUE=256".to_owned()) && defines.contains(&"SLICES=2".to_owned()));
+        }
+    }
+}
+
+#[test]
+fn long_f32_is_split_where_that_is_wanted() {
+    let problem = with_heads(DType::F32, 128, 128, Pass::Backward);
+    let splits = |machine: Machine| {
+        let plan = Plan::of(&problem, machine).unwrap();
+        plan.kernels.iter().filter(|kernel| kernel.tiles.split).count()
+    };
+    // The gradients of keys and values, and of queries.
+    assert_eq!([SMALL, AMPERE, HOPPER].map(splits), [2; 3]);
+    assert_eq!(splits(Machine { splits: false, ..HOPPER }), 0);
+}
+
+#[test]
 fn scratch_does_not_depend_on_the_device() {
     for pass in [Pass::Forward, Pass::Backward] {
         for (name, problem) in problems(DType::Bf16, pass) {
@@ -112,9 +148,9 @@ fn few_rows_share_tiles_and_cut_the_keys() {
     let key = TensorDesc::contiguous(DType::Bf16, [2, 8192, 8, 128]);
     let problem = Problem::builder(query, key, key).device(Device::Cuda(0)).build().unwrap();
     let plan = Plan::of(&problem, AMPERE).unwrap();
-    assert_eq!((plan.pack, plan.parts), (4, 16));
+    assert_eq!((plan.pack, plan.parts), (4, 32));
     // Per part, an output and two numbers for each row, in f32.
-    assert_eq!(plan.scratch_bytes(), 16 * 2 * 32 * (128 + 2) * 4);
+    assert_eq!(plan.scratch_bytes(), 32 * 2 * 32 * (128 + 2) * 4);
     assert_eq!(plan.kernels.len(), 2);
 }
 

@@ -4,11 +4,19 @@ use attention_core::{DType, Problem};
 
 use super::features::Features;
 
-/// The head dimensions that kernels are compiled for: a call has the next one, with zeros behind its own.
-const DEPTHS: [usize; 6] = [32, 64, 96, 128, 192, 256];
+/// The head dimensions that kernels are compiled for: a call has the next one, with zeros behind its own. Those above
+/// [`MOST_DEPTH`] are for the forward pass, as latent attention has them (DeepSeek-V2, arXiv 2405.04434).
+const DEPTHS: [usize; 9] = [32, 64, 96, 128, 192, 256, 384, 512, 576];
 
-/// The largest head dimension.
-pub(crate) const MOST_DEPTH: usize = DEPTHS[DEPTHS.len() - 1];
+/// The largest head dimension of the backward pass.
+pub(crate) const MOST_DEPTH: usize = 256;
+
+/// The largest head dimensions of the forward pass, of queries and keys, and of values.
+pub(crate) const MOST_HEAD: usize = 576;
+pub(crate) const MOST_VALUE: usize = 512;
+
+/// Columns of a value that a block has at most: more are shared among blocks.
+const MOST_COLUMNS: usize = 256;
 
 /// The tiles of a kernel: rows of queries, keys, warps, and how many of the streamed tiles there is room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,11 +27,17 @@ pub(crate) struct Tiles {
     pub(crate) stages: usize,
     /// Whether products run on warpgroups: four warps for 64 rows, and operands in whole panels.
     pub(crate) warpgroups: bool,
+    /// Whether f32 is multiplied in parts on tensor cores.
+    pub(crate) split: bool,
 }
 
 impl Tiles {
     pub(crate) const fn new(rows: usize, keys: usize, warps: usize, stages: usize) -> Self {
-        Self { rows, keys, warps, stages, warpgroups: false }
+        Self { rows, keys, warps, stages, warpgroups: false, split: false }
+    }
+
+    const fn split(rows: usize, keys: usize, warps: usize, stages: usize) -> Self {
+        Self { split: true, ..Self::new(rows, keys, warps, stages) }
     }
 
     /// Of so many warpgroups beside the loaders.
@@ -49,11 +63,18 @@ pub(crate) struct Machine {
     pub(crate) shared_bytes: usize,
     /// Whether it has the products of warpgroups, as compute capability 9.0 does.
     pub(crate) warpgroups: bool,
+    /// Whether f32 is to be multiplied in parts.
+    pub(crate) splits: bool,
 }
 
 impl Machine {
     /// One that every block fits.
-    pub(crate) const ANY: Self = Self { shared_bytes: usize::MAX, warpgroups: false };
+    pub(crate) const ANY: Self = Self { shared_bytes: usize::MAX, warpgroups: false, splits: false };
+
+    /// Without products of another kind than those of every device.
+    fn plain(self) -> Self {
+        Self { warpgroups: false, splits: false, ..self }
+    }
 }
 
 /// Threads that load for the warpgroups.
@@ -65,6 +86,9 @@ const GATES: usize = 128;
 /// Columns of a panel: the rows that the products of warpgroups read have 128 bytes.
 const PANEL: usize = 64;
 
+/// Query rows that one warp has: as many as a product on tensor cores.
+pub(crate) const FEW_ROWS: usize = 16;
+
 /// What decides about tiles.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
@@ -72,10 +96,12 @@ pub(crate) struct Shape {
     pub(crate) head: usize,
     pub(crate) value: usize,
     pub(crate) features: Features,
+    /// More queries, and more keys, than a tile of split products has of either.
+    long: bool,
 }
 
 impl Shape {
-    /// `None` where a head dimension is too large.
+    /// `None` where a head dimension is too large for any pass.
     pub(crate) fn of(problem: &Problem) -> Option<Self> {
         let depth = |width: usize| DEPTHS.into_iter().find(|&depth| depth >= width);
         let dims = problem.dims();
@@ -84,6 +110,7 @@ impl Shape {
             head: depth(dims.head_dim)?,
             value: depth(dims.value_head_dim)?,
             features: Features::of(problem),
+            long: dims.query_length > 128 && dims.key_length > 128,
         })
     }
 
@@ -93,11 +120,20 @@ impl Shape {
         [32, 16, 8].into_iter().find(|&threads| threads <= chunks).unwrap_or(4)
     }
 
-    fn is_half(self) -> bool {
+    /// Blocks that share the columns of values.
+    pub(crate) fn slices(self) -> usize {
+        self.value.div_ceil(MOST_COLUMNS)
+    }
+
+    pub(crate) fn columns_of_slice(self) -> usize {
+        self.value.div_ceil(self.slices())
+    }
+
+    pub(crate) fn is_half(self) -> bool {
         matches!(self.dtype, DType::F16 | DType::Bf16)
     }
 
-    fn depth(self) -> usize {
+    pub(crate) fn depth(self) -> usize {
         self.head.max(self.value)
     }
 
@@ -123,8 +159,34 @@ impl Shape {
         }
     }
 
+    /// The first of these tiles of split products that the device has room for, if it is to have some.
+    fn splits(self, machine: Machine, bytes: fn(Self, Tiles) -> usize, tiles: &[Tiles]) -> Option<Tiles> {
+        let wanted = machine.splits && self.dtype == DType::F32 && self.long && self.depth() <= 128;
+        tiles.iter().copied().find(|&tiles| wanted && bytes(self, tiles) <= machine.shared_bytes)
+    }
+
+    /// The first of these tiles of the forward pass that the device has room for, or the last.
+    fn fitting(self, machine: Machine, tiles: &[Tiles]) -> Tiles {
+        let fits = |tiles: &&Tiles| self.forward_bytes(**tiles) <= machine.shared_bytes;
+        tiles.iter().find(fits).or(tiles.last()).copied().unwrap_or(Tiles::new(64, 32, 4, 1))
+    }
+
     /// For the forward pass with this many rows to a key/value head or query head.
     pub(crate) fn forward(self, rows_of_head: usize, machine: Machine) -> Tiles {
+        // Two blocks of 16 rows to a warp, where registers allow it.
+        let split = match (self.depth(), self.features.is_all()) {
+            (..=64, false) => Tiles::split(128, 64, 4, 1),
+            (..=64, true) => Tiles::split(64, 64, 4, 1),
+            (_, false) => Tiles::split(128, 32, 4, 1),
+            (_, true) => Tiles::split(64, 32, 4, 1),
+        };
+        if let Some(split) = self.splits(machine, Self::forward_bytes, &[split]) {
+            return split;
+        }
+        if !self.is_half() && self.depth() > MOST_DEPTH {
+            let tiles = [Tiles::new(32, 16, 4, 1), Tiles::new(16, 16, 4, 1), Tiles::new(8, 16, 4, 1)];
+            return self.fitting(machine, &tiles);
+        }
         if !self.is_half() {
             // Where a block may have so much memory, threads with eight rows and four keys read less of it.
             let large = Tiles::new(128, 64, 8, 1);
@@ -135,6 +197,10 @@ impl Shape {
             }
             let (rows, keys) = self.without_tensor_cores();
             return Tiles::new(rows, keys, 4, 1);
+        }
+        if self.depth() > MOST_DEPTH {
+            let tiles = [Tiles::new(64, 32, 4, 1), Tiles::new(32, 32, 2, 1)];
+            return self.fitting(machine, &tiles);
         }
         if machine.warpgroups && rows_of_head > 64 {
             // Measured on an H100, as the others below. Three warpgroups have room for short sums alone.
@@ -148,11 +214,20 @@ impl Shape {
         let rows =
             if self.features.bits() == 0 && self.depth() <= 128 && rows_of_head > 64 { 128 } else { 64 };
         let keys = if self.depth() > 192 || self.features.is_all() { 32 } else { 64 };
+        if rows_of_head <= FEW_ROWS {
+            // One warp to a block: many such blocks have more memory under way than few large ones.
+            return Tiles::new(FEW_ROWS, 32, 1, 1);
+        }
         Tiles::new(rows, keys, 4, 1)
     }
 
     /// For the gradients of keys and values, within the shared memory of a block if there are such.
     pub(crate) fn keys(self, machine: Machine) -> Tiles {
+        let rows = if self.depth() <= 64 { 64 } else { 32 };
+        let split = [Tiles::split(rows, 128, 8, 2), Tiles::split(32, 128, 8, 1), Tiles::split(32, 64, 4, 1)];
+        if let Some(split) = self.splits(machine, Self::keys_bytes, &split) {
+            return split;
+        }
         let mut tiles = if machine.warpgroups && self.is_half() {
             Tiles::of_warpgroups(
                 2,
@@ -191,6 +266,14 @@ impl Shape {
 
     /// For the gradient of queries, within the shared memory of a block if there are such.
     pub(crate) fn queries(self, machine: Machine) -> Tiles {
+        let split = if self.depth() <= 64 {
+            &[Tiles::split(64, 64, 4, 1)][..]
+        } else {
+            &[Tiles::split(128, 32, 8, 2), Tiles::split(128, 32, 8, 1), Tiles::split(64, 32, 4, 1)][..]
+        };
+        if let Some(split) = self.splits(machine, Self::queries_bytes, split) {
+            return split;
+        }
         let mut tiles = if machine.warpgroups && self.is_half() {
             if self.depth() <= 128 && !self.features.is_all() {
                 Tiles::of_warpgroups(2, 128, 128, 2)
@@ -219,19 +302,20 @@ impl Shape {
 
     /// For the gradient of the bias, within the shared memory of a block if there are such.
     pub(crate) fn bias(self, machine: Machine) -> Tiles {
-        let tiles = self.queries(Machine { warpgroups: false, ..machine });
+        let tiles = self.queries(machine.plain());
         Tiles { keys: tiles.keys.min(32), stages: 1, ..tiles }
     }
 
-    /// Bytes of rows of operands in shared memory: 16 bytes behind each row, or whole panels.
+    /// Bytes of rows of operands in shared memory: 16 bytes behind each row, but for whole panels and split products.
     fn tile(self, tiles: Tiles, rows: usize, depth: usize) -> usize {
-        rows * (tiles.columns(depth) * self.dtype.size() + if tiles.warpgroups { 0 } else { 16 })
+        rows * (tiles.columns(depth) * self.dtype.size()
+            + if tiles.warpgroups || tiles.split { 0 } else { 16 })
     }
 
     /// Bytes behind the tiles: those that weights pass through on their way to a product, which are none where there are
     /// tensor cores; or barriers.
     fn room(self, tiles: Tiles, height: usize, width: usize) -> usize {
-        match (tiles.warpgroups, self.is_half()) {
+        match (tiles.warpgroups, self.is_half() || tiles.split) {
             (true, _) => GATES,
             (false, true) => 0,
             (false, false) => self.tile(tiles, height, width),
@@ -239,7 +323,7 @@ impl Shape {
     }
 
     fn both(self, tiles: Tiles, rows: usize) -> usize {
-        self.tile(tiles, rows, self.head) + self.tile(tiles, rows, self.value)
+        self.tile(tiles, rows, self.head) + self.tile(tiles, rows, self.columns_of_slice())
     }
 
     /// Shared memory of the forward kernel.

@@ -1,6 +1,6 @@
 //! Cases about sizes: head dimensions, grouping, empty and tiny axes, and the edges of every tile size.
 
-use attention_core::{DType, Dimensions, Window};
+use attention_core::{DType, Dimensions, QueryOffset, Window};
 
 use super::{Broadcast, Case, dims};
 
@@ -29,6 +29,14 @@ fn head_dims(cases: &mut Vec<Case>) {
         cases.push(case.clone());
         case.name.push_str("-causal");
         case.options.causal = true;
+        cases.push(case);
+    }
+    // Latent attention (DeepSeek-V2, arXiv 2405.04434): every head has the same key, most of which is the value.
+    for (name, sizes) in [("several", [1, 37, 45, 4, 1, 576]), ("decode", [2, 1, 700, 16, 1, 576])] {
+        let sizes = Dimensions { value_head_dim: 512, ..dims(sizes) };
+        let mut case = Case::new(format!("value-head-dim/latent-{name}"), sizes);
+        case.options.causal = true;
+        case.options.query_offset = QueryOffset::BottomRight;
         cases.push(case);
     }
 }

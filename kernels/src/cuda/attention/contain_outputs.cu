@@ -8,20 +8,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_contain_outputs(
     while (spoiled != 0) {
         const int t = strip.first + take_row(spoiled);
         const Row row = row_of(p, strip.batch, b, n, t);
-        real maximum = -infinity(), total = 0;
-        for (int key = row.low; key < row.high; ++key) {
-            real slope;
-            const real x = exact_logit(p, row, b, n, key, slope) * UNIT;
-            if (x == -infinity()) continue;
-            const real top = fmax(maximum, x);
-            total = fma(total, exponential(maximum - top), exponential(x - top));
-            maximum = top;
-            // What is not a number stays that.
-            if (!(total >= 0)) break;
-        }
+        real maximum, total;
+        exact_softmax(p, row, b, n, row.low, row.high, maximum, total);
         real sums[VALUE / 32];
         if (total >= 0) {
-            exact_output(p, row, b, n, row.low, row.high, maximum, sums);
+            exact_output(p, row, b, n, row.low, row.high, maximum, 0, p.value_head_dim, sums);
         } else {
 #pragma unroll
             for (int i = 0; i < VALUE / 32; ++i) sums[i] = total;

@@ -1,7 +1,7 @@
-// Products of tiles by fused multiply-add, for f32 and f64: as in tensor_cores.cuh, with another spread. Sixteen threads
+// Products of tiles by fused multiply-add, for f64, and f32 where it is not split: as in tensor_cores.cuh, with another spread. Sixteen threads
 // share a row, and rows of a thread follow each other.
 
-#if !HALVES
+#if !TENSOR_CORES
 
 template <int HEIGHT>
 __device__ constexpr int row_slots() {

@@ -32,15 +32,34 @@ __device__ inline real exact_logit(const Parameters &p, const Row &row, long lon
     return logit<Checked>(p, row, key, product, slope);
 }
 
-// The sum of values weighted by exponential(x - maximum), over the keys from `first` to before `end` that row sees.
+// The softmax over the keys from `first` to before `end` that a row sees: the maximum times UNIT, and the sum of weights.
+__device__ inline void exact_softmax(const Parameters &p, const Row &row, long long b, long long n, int first, int end, real &maximum,
+                                     real &total) {
+    maximum = -infinity();
+    total = 0;
+    for (int key = max(first, row.low); key < min(end, row.high); ++key) {
+        real slope;
+        const real x = exact_logit(p, row, b, n, key, slope) * UNIT;
+        if (x == -infinity()) continue;
+        const real top = fmax(maximum, x);
+        total = fma(total, exponential(maximum - top), exponential(x - top));
+        maximum = top;
+        // What is not a number stays that.
+        if (!(total >= 0)) break;
+    }
+}
+
+// The sum of values weighted by exponential(x - maximum), over the keys from `first` to before `end` that row sees: `width` columns
+// from `first_column` on.
 __device__ inline void exact_output(const Parameters &p, const Row &row, long long b, long long n, int first, int end, real maximum,
-                                    real (&sums)[VALUE / 32]) {
+                                    int first_column, int width, real (&sums)[VALUE / 32]) {
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
     for (int key = max(first, row.low); key < min(end, row.high); ++key) {
         real slope;
         const real x = exact_logit(p, row, b, n, key, slope);
         if (x == -infinity() || (drops(p) && !is_kept(p, row, key))) continue;
-        add_row<VALUE>(sums, exponential(x * UNIT - maximum), at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
+        const element *const value = at(p.value, b, key, n / p.group) + first_column * p.value.stride[3];
+        add_row<VALUE>(sums, exponential(x * UNIT - maximum), value, p.value.stride[3], width);
     }
 }

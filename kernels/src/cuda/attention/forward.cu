@@ -1,7 +1,7 @@
 // Attention forward: one pass over the keys for a tile of query rows, with the softmax carried along (Dao, FlashAttention-2,
 // arXiv 2307.08691, algorithm 1; Rabe and Staats, arXiv 2112.05682).
 //
-// Any dtype, head dimensions up to HEAD and VALUE, any strides; compute capability 8.0 for halves. ROWS query rows and KEYS
+// Any dtype, head dimensions up to HEAD and SLICES * VALUE, any strides; compute capability 8.0 for halves. ROWS query rows and KEYS
 // keys to a tile. Rows of several query heads can share a tile (`pack`), and the keys can be cut into parts that a second
 // kernel merges: so that few queries keep the device busy. On warpgroups, threads of their own load keys and values, two tiles ahead.
 
@@ -91,8 +91,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
     // The last tile of a head comes first: where masking is causal, it takes longest.
     const int rows_of_head = (int)(p.query_length * p.pack);
     const int row_tiles = (rows_of_head + ROWS - 1) / ROWS;
-    const int part = (int)(blockIdx.x % (unsigned)p.parts);
-    const Place place = place_of_block(p, blockIdx.x / (unsigned)p.parts, row_tiles, (unsigned)p.query_heads / (unsigned)p.pack);
+    const int part = (int)(blockIdx.x % (unsigned)p.parts), slice = (int)(blockIdx.x / (unsigned)p.parts % SLICES);
+    const Place place =
+        place_of_block(p, blockIdx.x / (unsigned)p.parts / SLICES, row_tiles, (unsigned)p.query_heads / (unsigned)p.pack);
+    // The columns of values and outputs that are this block's.
+    const int first_column = slice * VALUE, width = SLICES == 1 ? p.value_head_dim : min(VALUE, p.value_head_dim - first_column);
     const int first_row = (row_tiles - 1 - place.tile) * ROWS;
     const long long first_head = (long long)place.head * p.pack, b = place.batch;
     const long long key_head = (unsigned)first_head / (unsigned)p.group;
@@ -134,8 +137,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         stage_rows<KEYS, HEAD, KeysAcross>(tile, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
     };
     const auto stage_values = [&](int first, element *tile) {
-        stage_rows<KEYS, VALUE, KeysAcross>(tile, p.value, b, key_head, first, batch.keys, p.value_head_dim,
-                                                         p.aligned & ALIGNED_VALUE);
+        stage_rows<KEYS, VALUE, KeysAcross>(tile, p.value, b, key_head, first, batch.keys, width,
+                                             p.aligned & ALIGNED_VALUE, first_column);
     };
 
 #if ON_WARPGROUPS
@@ -277,7 +280,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
     }
 #endif
 
-    // A row whose sums are NaN or infinite, and whose softmax is not, may hold what it must not see.
+    // A row whose sums are NaN or infinite, and whose softmax is not, may hold what it must not see. Split products make NaN of
+    // infinities, in the softmax too.
     const auto is_stored = [&](int r) { return first_row + row_at<ROWS>(r) < rows_of_head; };
     unsigned spoiled = 0;
 #pragma unroll
@@ -286,7 +290,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         bool finite = true;
 #pragma unroll
         for (int c = 0; c < OUT_SLOTS; ++c) finite &= is_finite(outputs[r][c]);
-        if (!finite && totals[r] > 0 && is_finite(totals[r]) && is_stored(r)) spoiled |= 1u << r;
+        const bool has_softmax = is_finite(totals[r]);
+        if ((SPLITS ? !finite || !has_softmax : !finite && has_softmax && totals[r] > 0) && is_stored(r)) spoiled |= 1u << r;
     }
     real *row_maxima = reinterpret_cast<real *>(memory);
     real *row_totals = row_maxima + ROWS;
@@ -320,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         const bool again = any_spoiled && row_spoiled[row_at<ROWS>(r)];
         if (p.parts > 1) {
             const long long slot = part * all_rows + (b * p.query_heads + n) * p.query_length + t;
-            if (leads_row()) {
+            if (slice == 0 && leads_row() && !(SPLITS && again)) {
                 p.second[2 * slot] = maxima[r];
                 p.second[2 * slot + 1] = totals[r];
             }
@@ -328,21 +333,21 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
 #pragma unroll
             for (int c = 0; c < OUT_SLOTS; ++c) {
                 const int column = output_column_at<VALUE>(c);
-                if (column < p.value_head_dim) p.first[slot * p.value_head_dim + column] = empty ? real(0) : outputs[r][c];
+                if (column < width) p.first[slot * p.value_head_dim + first_column + column] = empty ? real(0) : outputs[r][c];
             }
             continue;
         }
         real logsumexp;
         const real scale = finish(p, n, t >= batch.queries, maxima[r], totals[r], logsumexp);
-        if (leads_row()) store_logsumexp(p, b, t, n, logsumexp);
+        if (slice == 0 && leads_row() && !(SPLITS && again)) store_logsumexp(p, b, t, n, logsumexp);
         if (again) continue;
         const bool zero = empty || t >= batch.queries;
-        element *to_row = at(p.out, b, t, n);
+        element *to_row = at(p.out, b, t, n) + first_column * p.out.stride[3];
 #pragma unroll
         for (int c = 0; c < OUT_SLOTS; c += NEIGHBOURS) {
             const int column = output_column_at<VALUE>(c);
             const real low = zero ? real(0) : outputs[r][c] * scale, high = zero ? real(0) : outputs[r][c + 1] * scale;
-            store_pair(to_row, column, p.value_head_dim, p.out.stride[3], p.aligned & ALIGNED_OUT, low, high);
+            store_pair(to_row, column, width, p.out.stride[3], p.aligned & ALIGNED_OUT, low, high);
         }
     }
     if (!any_spoiled) return;
@@ -351,28 +356,38 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         if (!row_spoiled[local]) continue;
         const long long n = head_of(first_row + local), t = t_of(first_row + local);
         const Row whole = row_of(p, batch, b, n, t);
-        real sums[VALUE / 32];
-        exact_output(p, whole, b, n, from, to, row_maxima[local], sums);
+        real maximum = row_maxima[local], total = row_totals[local], sums[VALUE / 32];
+        if constexpr (SPLITS) exact_softmax(p, whole, b, n, from, to, maximum, total);
+        exact_output(p, whole, b, n, from, to, maximum, first_column, width, sums);
         const long long slot = part * all_rows + (b * p.query_heads + n) * p.query_length + t;
         real logsumexp;
-        const real scale = p.parts > 1 ? real(1) : finish(p, n, t >= batch.queries, row_maxima[local], row_totals[local], logsumexp);
+        const real scale = p.parts > 1 ? real(1) : finish(p, n, t >= batch.queries, maximum, total, logsumexp);
+        if (SPLITS && slice == 0 && threadIdx.x % 32 == 0) {
+            if (p.parts > 1) {
+                p.second[2 * slot] = maximum;
+                p.second[2 * slot + 1] = total;
+            } else {
+                store_logsumexp(p, b, t, n, logsumexp);
+            }
+        }
 #pragma unroll
         for (int i = 0; i < VALUE / 32; ++i) {
             const int column = 32 * i + threadIdx.x % 32;
-            if (column >= p.value_head_dim) continue;
+            if (column >= width) continue;
             if (p.parts > 1)
-                p.first[slot * p.value_head_dim + column] = sums[i];
+                p.first[slot * p.value_head_dim + first_column + column] = sums[i];
             else
-                at(p.out, b, t, n)[column * p.out.stride[3]] = rounded(sums[i] * scale);
+                at(p.out, b, t, n)[(first_column + column) * p.out.stride[3]] = rounded(sums[i] * scale);
         }
     }
 }
 
-// Joins the parts of a row, one warp to a row.
+// Joins the parts of a row, one warp to a row and slice.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_merge(const Parameters p) {
     const long long all_rows = p.batch * p.query_heads * p.query_length;
-    const long long row = blockIdx.x * (long long)WARPS + threadIdx.x / 32;
+    const long long index = blockIdx.x * (long long)WARPS + threadIdx.x / 32, row = index / SLICES;
     if (row >= all_rows) return;
+    const int slice = (int)(index % SLICES), first_column = slice * VALUE, width = min(VALUE, p.value_head_dim - first_column);
     const long long t = row % p.query_length, n = row / p.query_length % p.query_heads, b = row / p.query_length / p.query_heads;
     const Batch batch = batch_row(p, b);
     const real *states = p.second + 2 * row;
@@ -387,21 +402,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_merge(
         const real part_total = states[2 * part * all_rows + 1];
         if (part_total == 0) continue;
         total = fma(part_total, weight, total);
-        const real *from = p.first + (part * all_rows + row) * p.value_head_dim;
+        const real *from = p.first + (part * all_rows + row) * p.value_head_dim + first_column;
 #pragma unroll
         for (int i = 0; i < VALUE / 32; ++i) {
             const int column = 32 * i + threadIdx.x % 32;
-            if (column < p.value_head_dim) sums[i] = fma(from[column], weight, sums[i]);
+            if (column < width) sums[i] = fma(from[column], weight, sums[i]);
         }
     }
     real logsumexp;
     const bool padded = t >= batch.queries;
     const real scale = finish(p, n, padded, maximum, total, logsumexp);
-    if (threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
+    if (slice == 0 && threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) {
         const int column = 32 * i + threadIdx.x % 32;
-        if (column < p.value_head_dim)
-            at(p.out, b, t, n)[column * p.out.stride[3]] = rounded(padded || total == 0 ? real(0) : sums[i] * scale);
+        if (column < width)
+            at(p.out, b, t, n)[(first_column + column) * p.out.stride[3]] = rounded(padded || total == 0 ? real(0) : sums[i] * scale);
     }
 }

@@ -14,6 +14,18 @@
 
 #define HALVES (DTYPE >= DTYPE_F16)
 
+// Whether products of f32 are sums of products of parts, on tensor cores. SPLIT asks for it.
+#ifndef SPLIT
+#define SPLIT 0
+#endif
+#define SPLITS (DTYPE == DTYPE_F32 && SPLIT)
+#define TENSOR_CORES (HALVES || SPLITS)
+
+// Blocks that share the columns of a value, VALUE each, where they are too many for one.
+#ifndef SLICES
+#define SLICES 1
+#endif
+
 // Whether products run on warpgroups. WARPGROUPS says that tiles are made for it.
 #if HALVES && WARPGROUPS && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define ON_WARPGROUPS 1
@@ -85,8 +97,17 @@ __device__ inline double power_of_two(double x) { return exp2(x); }
 // f64, the difference comes first.
 constexpr real UNIT = HALVES ? LOG2_E : real(1);
 
-// e to the power of x / UNIT.
-__device__ inline real exponential(real x) { return power_of_two(HALVES ? x : x * LOG2_E); }
+// e to the power of x / UNIT. Split products have errors of the size of the instruction's; what is to be as exact as f32 can be pays
+// for one unit in the last place.
+__device__ inline real exponential(real x) {
+#if HALVES
+    return power_of_two(x);
+#elif SPLITS
+    return power_of_two(x * LOG2_E);
+#else
+    return exp(x);
+#endif
+}
 
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }

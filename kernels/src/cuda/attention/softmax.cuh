@@ -1,5 +1,14 @@
 // How the softmax of a row ends: its factor and its logsumexp.
 
+// Of a maximum times UNIT and the sum of exponentials above it. In f32 rounded once, since nothing comes after it.
+__device__ inline real logsumexp_of(real maximum, real sum) {
+#if DTYPE == DTYPE_F32
+    return (real)((double)maximum + log((double)sum));
+#else
+    return maximum / UNIT + logarithm(sum);
+#endif
+}
+
 // What a row's sums are multiplied by, and its logsumexp. `maximum` is a logit times UNIT; without a key, `sum` is 0.
 __device__ inline real finish(const Parameters &p, long long n, bool padded, real maximum, real sum, real &logsumexp) {
     logsumexp = -infinity();
@@ -11,13 +20,13 @@ __device__ inline real finish(const Parameters &p, long long n, bool padded, rea
         return 0;
     }
     if (!has_sink) {
-        logsumexp = maximum / UNIT + logarithm(sum);
+        logsumexp = logsumexp_of(maximum, sum);
         return keep_scale(p) / sum;
     }
     const real top = fmax(maximum, sink * UNIT);
     const real own = exponential(maximum - top);
     const real all = sum * own + exponential(sink * UNIT - top);
-    logsumexp = top / UNIT + logarithm(all);
+    logsumexp = logsumexp_of(top, all);
     return keep_scale(p) * own / all;
 }
 

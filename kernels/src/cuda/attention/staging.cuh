@@ -1,6 +1,7 @@
 // Tiles of operands in shared memory. Eight rows next to each other begin in different banks: rows of DEPTH elements have 16
 // bytes between them; or, for warpgroups, a tile is made of panels of 64 columns, rows of 128 bytes in which the 16 bytes at i are
-// where i ^ row % 8 would be.
+// where i ^ row % 8 would be. For split products, rows have no gaps, and 16 bytes are elsewhere in them by `turn_of_row`: so that
+// eight threads read from different banks whether they have two rows and four pieces, or four even or odd rows and two.
 
 constexpr int CHUNK = 16 / sizeof(element);
 
@@ -12,8 +13,11 @@ __device__ inline Chunk chunk_at(const element *from) { return *reinterpret_cast
 
 template <int DEPTH>
 __device__ constexpr int row_stride() {
-    return DEPTH + CHUNK;
+    return DEPTH + (SPLITS ? 0 : CHUNK);
 }
+
+// What the columns of a row are moved by, with exclusive or. Linear: of a ^ b it is that of a, exclusive or that of b.
+__device__ constexpr int turn_of_row(int row) { return SPLITS ? (((row ^ row >> 2) & 1) << 2 | (row & 2)) * CHUNK : 0; }
 
 // The threads that fill a tile: all of them, or half of the loaders.
 constexpr int STAGERS = LOADERS > 0 ? LOADERS / 2 : THREADS;
@@ -32,7 +36,7 @@ __device__ constexpr int tile_size() {
 template <int HEIGHT, int DEPTH>
 __device__ inline int place_of(int row, int column) {
     if constexpr (ON_WARPGROUPS) return (column / 64 * HEIGHT + row) * 64 + (column % 64 ^ row % 8 * 8);
-    return row * row_stride<DEPTH>() + column;
+    return row * row_stride<DEPTH>() + (column ^ turn_of_row(row));
 }
 
 __device__ inline unsigned shared_address(const void *pointer) { return (unsigned)__cvta_generic_to_shared(pointer); }
@@ -87,11 +91,12 @@ __device__ inline void stage(element *tile, RowAt row_at, int width, long long i
     }
 }
 
-// Rows `first` to `first + HEIGHT` of a tensor [B, length, heads, width]; those from `end` on are zeros.
+// Rows `first` to `first + HEIGHT` of a tensor [B, length, heads, ..], `width` columns from `first_column` on; those from `end` on are
+// zeros.
 template <int HEIGHT, int DEPTH, class Order = InOrder>
 __device__ inline void stage_rows(element *tile, const Tensor &tensor, long long b, long long head, long long first, long long end,
-                                  int width, bool aligned) {
-    const element *origin = at(tensor, b, first, head);
+                                  int width, bool aligned, int first_column = 0) {
+    const element *origin = at(tensor, b, first, head) + first_column * tensor.stride[3];
     const long long step = tensor.stride[1];
 #if ON_WARPGROUPS
     if (aligned) {
@@ -123,14 +128,16 @@ __device__ inline void stage_rows(element *tile, const Tensor &tensor, long long
         if (aligned) {
             constexpr int ROWS_AT_ONCE = STAGERS / CHUNKS;
             const int row = stager() / CHUNKS, column = stager() % CHUNKS * CHUNK;
-            const unsigned to = shared_address(tile + Order::of(row) * row_stride<DEPTH>() + column);
+            const unsigned to = shared_address(tile + place_of<HEIGHT, DEPTH>(Order::of(row), column));
             const char *from = reinterpret_cast<const char *>(origin + row * step + column);
             const long long jump = step * (ROWS_AT_ONCE * (int)sizeof(element));
             const int rows = column < width ? (int)min(end - first, (long long)HEIGHT) - row : 0;
 #pragma unroll
             for (int i = 0; i < HEIGHT / ROWS_AT_ONCE; ++i) {
+                const int below = Order::of(i * ROWS_AT_ONCE);
                 // Behind the last row the address is one of nothing, and not read.
-                copy_chunk(to + Order::of(i * ROWS_AT_ONCE) * row_stride<DEPTH>() * (int)sizeof(element), from, i * ROWS_AT_ONCE < rows);
+                copy_chunk((to ^ turn_of_row(below) * (int)sizeof(element)) + below * row_stride<DEPTH>() * (int)sizeof(element), from,
+                           i * ROWS_AT_ONCE < rows);
                 from += jump;
             }
             return;
