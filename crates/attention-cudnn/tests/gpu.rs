@@ -1,8 +1,9 @@
-//! What needs a GPU with cuDNN: calls in captured graphs, and calls from several threads on several streams. Run with
-//! `--ignored`.
+//! What needs a GPU with cuDNN: calls in captured graphs, and calls from several threads on several streams, of the other backend
+//! for device memory too; and cuDNN's plans, faults and dropout. Run with `--ignored`.
 
 use std::sync::Arc;
 
+use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, Error, ForwardCall,
     ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, TensorDesc, Unsupported, View, philox4x32_10,
@@ -21,6 +22,14 @@ fn device() -> Result<CudaDevice> {
     unsafe { device.context().disable_event_tracking() };
     let stream = device.context().new_stream()?;
     Ok(device.with_stream(stream))
+}
+
+/// The backends for device memory, on the stream of this device.
+fn backends(device: &CudaDevice) -> [Arc<dyn AttentionBackend>; 2] {
+    [
+        Arc::new(CudnnBackend::on(device.clone(), CudnnConfig::default())),
+        Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())),
+    ]
 }
 
 fn numbers(seed: u64, count: usize) -> Vec<bf16> {
@@ -81,7 +90,7 @@ impl Step {
     }
 
     /// Puts both passes on the backend's stream.
-    fn run(&mut self, backend: &CudnnBackend) -> Result {
+    fn run(&mut self, backend: &dyn AttentionBackend) -> Result {
         let [query, key, value, d_out] = &self.inputs;
         let inputs = Inputs::new(query.view()?, key.view()?, value.view()?);
         let outputs = ForwardOutputs { out: self.out.view_mut()?, lse: Some(self.lse.view_mut()?) };
@@ -136,24 +145,26 @@ fn assert_same(got: &[Vec<bf16>], want: &[Vec<bf16>], what: &str) {
 #[ignore = "needs a GPU with cuDNN"]
 fn a_captured_graph_computes_with_the_data_that_is_there_when_it_is_launched() -> Result {
     let device = device()?;
-    let backend = CudnnBackend::on(device.clone(), CudnnConfig::default());
-    for causal in [false, true] {
+    let cases = backends(&device)
+        .into_iter()
+        .flat_map(|backend| [false, true].map(|causal| (backend.clone(), causal)));
+    for (backend, causal) in cases {
         let shape = [2, 192, 4, 64];
         let mut step = Step::new(&device, shape, causal, 1)?;
         // Plans, kernels and workspaces are made before the capture.
-        step.run(&backend)?;
+        step.run(&*backend)?;
         let before = step.results()?;
         let stream = device.stream();
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-        step.run(&backend)?;
+        step.run(&*backend)?;
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
         step.replace(shape, 100)?;
         graph.launch()?;
         let replayed = step.results()?;
-        step.run(&backend)?;
+        step.run(&*backend)?;
         let called = step.results()?;
-        assert_same(&replayed, &called, "replayed");
+        assert_same(&replayed, &called, &format!("{}, replayed", backend.name()));
         assert_ne!(replayed[0], before[0], "the data changed");
     }
     Ok(())
@@ -163,25 +174,24 @@ fn a_captured_graph_computes_with_the_data_that_is_there_when_it_is_launched() -
 #[ignore = "needs a GPU with cuDNN"]
 fn threads_and_streams_do_not_disturb_each_other() -> Result {
     let shapes = [[1, 64, 2, 64], [2, 130, 3, 128], [1, 257, 4, 64], [3, 96, 2, 96]];
-    let (one, other) = (device()?, device()?);
-    let shared = [
-        (one.clone(), Arc::new(CudnnBackend::on(one, CudnnConfig::default()))),
-        (other.clone(), Arc::new(CudnnBackend::on(other, CudnnConfig::default()))),
-    ];
+    let devices = [device()?, device()?];
+    let shared: Vec<_> =
+        devices.iter().flat_map(|device| backends(device).map(|backend| (device, backend))).collect();
     let worker = |index: usize| -> Result {
-        let (device, backend) = &shared[index % 2];
-        let shape = shapes[index / 2];
+        let (device, backend) = &shared[index % 4];
+        let shape = shapes[index / 4];
         let mut step = Step::new(device, shape, index.is_multiple_of(3), 1000 * index as u64)?;
-        step.run(backend)?;
+        step.run(&**backend)?;
         let want = step.results()?;
         for round in 0..30 {
-            step.run(backend)?;
-            assert_same(&step.results()?, &want, &format!("thread {index}, round {round}"));
+            step.run(&**backend)?;
+            let what = format!("{}, thread {index}, round {round}", backend.name());
+            assert_same(&step.results()?, &want, &what);
         }
         Ok(())
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..8).map(|index| scope.spawn(move || worker(index))).collect();
+        let threads: Vec<_> = (0..16).map(|index| scope.spawn(move || worker(index))).collect();
         threads.into_iter().try_for_each(|thread| match thread.join() {
             Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),

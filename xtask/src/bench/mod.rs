@@ -94,7 +94,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         let peer =
             arguments.peer.iter().any(|peer| peer == "torch").then_some(arguments.peer_python.as_path());
         let repeats = arguments.repeats.unwrap_or(3);
-        return gpu::run(&arguments.backend, peer, repeats, arguments.json.as_deref());
+        return gpu::run(&arguments.backend, &arguments.dtype, peer, repeats, arguments.json.as_deref());
     }
     let threads = if arguments.memory { 1 } else { arguments.threads.unwrap_or_else(machine::cores) };
     let backends = (backends::named(&arguments.backend)?.into_iter())

@@ -108,9 +108,10 @@ struct Row {
     times: Vec<(String, Times)>,
 }
 
-/// Measures every case, and prints a table.
+/// Measures every case of these dtypes, or of all if there are none, and prints a table.
 pub(super) fn run(
     backends: &[String],
+    dtypes: &[DType],
     peer: Option<&Path>,
     repeats: usize,
     json: Option<&Path>,
@@ -138,7 +139,7 @@ pub(super) fn run(
         "TFLOP/s on the device (decoding: TB/s of keys and values), and microseconds on the host, by implementation"
     );
     let mut rows = Vec::new();
-    for case in cases() {
+    for case in cases().into_iter().filter(|case| dtypes.is_empty() || dtypes.contains(&case.dtype)) {
         let mut data = Data::new(&device, &case)?;
         let mut measured: Vec<(String, Vec<Times>)> = Vec::new();
         let mut add = |name: &str, times: Times| match measured.iter_mut().find(|(of, _)| of == name) {
