@@ -10,12 +10,14 @@ macro_rules! println {
 mod auto;
 mod backends;
 mod bench;
+mod capabilities;
 mod cargo;
 mod check;
 mod conformance;
 mod exchange;
 mod explain;
 mod features;
+mod generated;
 mod golden;
 mod graphs;
 mod kernels;
@@ -48,6 +50,7 @@ enum Command {
     Check(check::Arguments),
     Test(test::Arguments),
     Features(features::Arguments),
+    Backends(capabilities::Arguments),
     Conformance(conformance::Arguments),
     Exchange(exchange::Arguments),
     Explain(Box<explain::Arguments>),
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Features(arguments) => features::run(&arguments),
+        Command::Backends(arguments) => capabilities::run(&arguments),
         Command::Conformance(arguments) => conformance::run(&arguments),
         Command::Exchange(arguments) => exchange::run(&arguments),
         Command::Explain(arguments) => explain::run(&arguments),
@@ -97,6 +101,7 @@ mod tests {
             "check --allow-dirty",
             "test",
             "features",
+            "backends --check",
             "conformance --backend cpu --dtype f32 --dtype bf16 --pass backward --filter causal --list",
             "conformance --json a.json --html a.html --threads 1,4",
             "exchange --python python3",
