@@ -113,6 +113,7 @@ mod tests {
             "kernels --arch sm_80 --arch sm_90a,sm_100 --wheel-root a --require",
             "bench --shape 1,2,3,4,2,8 --shape 1,2,3,4,2,8,5 --dtype f32 --pass both --causal --mask bias",
             "bench --peer torch --peer jax --peer-path math --threads 2 --repeats 3 --json a --record b",
+            "bench --plot --check",
             "bench --quick --peer-python python3",
         ] {
             let words = ["cargo xtask"].into_iter().chain(line.split(' '));
