@@ -19,3 +19,8 @@ pub use ::attention::{
 pub use cuda::device_of;
 pub use error::{Error, cause};
 pub use order::AxisOrder;
+
+/// The code of a page of the repository, which takes candle and the facade.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/coming-from.md")]
+struct ComingFrom;
