@@ -55,7 +55,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     step("documents", &mut || {
         Ok(capabilities::run(&capabilities::Arguments { check: true })? & bench::plot::run(true)?)
     })?;
-    step("features", &mut || features::run(&features::Arguments {}))?;
+    step("features", &mut || features::run(&features::Arguments { test: false }))?;
     step("dependencies", &mut trees::check)?;
     step("packages", &mut || packages::check(arguments.allow_dirty))?;
     step("united", &mut united::check)?;

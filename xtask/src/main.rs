@@ -101,6 +101,7 @@ mod tests {
             "check --allow-dirty",
             "test",
             "features",
+            "features --test",
             "backends --check",
             "conformance --backend cpu --dtype f32 --dtype bf16 --pass backward --filter causal --list",
             "conformance --json a.json --html a.html --threads 1,4",
