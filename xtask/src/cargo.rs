@@ -42,6 +42,14 @@ pub(crate) fn output(command: &mut Command) -> crate::Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
+/// Runs a command; whether it succeeded, and what it prints. Its errors go to this terminal.
+pub(crate) fn captured(command: &mut Command) -> crate::Result<(bool, String)> {
+    println!("$ {}", line(command));
+    let output = command.stderr(Stdio::inherit()).output();
+    let output = output.map_err(|error| format!("{} cannot be run: {error}", line(command)))?;
+    Ok((output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
 /// A command as one would type it.
 fn line(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_stem().unwrap_or(command.get_program());

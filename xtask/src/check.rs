@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{cargo, features, packages, trees, united};
+use crate::{bench, capabilities, cargo, features, packages, trees, united};
 
 /// Checks formatting, lints, docs, features, dependencies, packages, and the build beside candle
 #[derive(clap::Args)]
@@ -52,7 +52,10 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
             cargo::run(command.env("RUSTDOCFLAGS", "-D warnings"))
         })
     })?;
-    step("features", &mut || features::run(&features::Arguments {}))?;
+    step("documents", &mut || {
+        Ok(capabilities::run(&capabilities::Arguments { check: true })? & bench::plot::run(true)?)
+    })?;
+    step("features", &mut || features::run(&features::Arguments { test: false }))?;
     step("dependencies", &mut trees::check)?;
     step("packages", &mut || packages::check(arguments.allow_dirty))?;
     step("united", &mut united::check)?;

@@ -1,14 +1,23 @@
 //! What is done with this repository, one file a command: `cargo xtask --help`.
 
+/// Prints a line, as that of the standard library does, which panics where the reader has gone away (`| head`); this ends
+/// the command.
+macro_rules! println {
+    () => { $crate::reporting::print_line(format_args!("")) };
+    ($($arguments:tt)*) => { $crate::reporting::print_line(format_args!($($arguments)*)) };
+}
+
 mod auto;
 mod backends;
 mod bench;
+mod capabilities;
 mod cargo;
 mod check;
 mod conformance;
 mod exchange;
 mod explain;
 mod features;
+mod generated;
 mod golden;
 mod graphs;
 mod kernels;
@@ -41,6 +50,7 @@ enum Command {
     Check(check::Arguments),
     Test(test::Arguments),
     Features(features::Arguments),
+    Backends(capabilities::Arguments),
     Conformance(conformance::Arguments),
     Exchange(exchange::Arguments),
     Explain(Box<explain::Arguments>),
@@ -55,6 +65,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Features(arguments) => features::run(&arguments),
+        Command::Backends(arguments) => capabilities::run(&arguments),
         Command::Conformance(arguments) => conformance::run(&arguments),
         Command::Exchange(arguments) => exchange::run(&arguments),
         Command::Explain(arguments) => explain::run(&arguments),
@@ -90,6 +101,8 @@ mod tests {
             "check --allow-dirty",
             "test",
             "features",
+            "features --test",
+            "backends --check",
             "conformance --backend cpu --dtype f32 --dtype bf16 --pass backward --filter causal --list",
             "conformance --json a.json --html a.html --threads 1,4",
             "exchange --python python3",
@@ -101,6 +114,7 @@ mod tests {
             "kernels --arch sm_80 --arch sm_90a,sm_100 --wheel-root a --require",
             "bench --shape 1,2,3,4,2,8 --shape 1,2,3,4,2,8,5 --dtype f32 --pass both --causal --mask bias",
             "bench --peer torch --peer jax --peer-path math --threads 2 --repeats 3 --json a --record b",
+            "bench --plot --check",
             "bench --quick --peer-python python3",
         ] {
             let words = ["cargo xtask"].into_iter().chain(line.split(' '));

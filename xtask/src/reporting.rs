@@ -1,8 +1,8 @@
 //! Reports on the terminal: a progress bar, a table, the failures, and the closing line.
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::fmt::{Arguments, Display};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
 
 use attention_conformance::report::{Outcome, Report, Totals, table};
@@ -47,14 +47,21 @@ impl Drop for Bar {
     }
 }
 
-/// Prints one line for each item. A reader that has gone away (`| head`) is no error.
-pub(crate) fn print_lines(lines: impl IntoIterator<Item = impl Display>) {
-    let mut out = std::io::stdout().lock();
-    for line in lines {
-        if writeln!(out, "{line}").is_err() {
-            return;
-        }
+/// How a shell reports a command that a closed pipe has ended: 128 and the number of SIGPIPE.
+const PIPE_CLOSED: i32 = 141;
+
+/// Prints a line; what `println!` is in this crate.
+pub(crate) fn print_line(line: Arguments<'_>) {
+    match writeln!(std::io::stdout().lock(), "{line}") {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(PIPE_CLOSED),
+        Err(error) => panic!("nothing can be printed: {error}"),
     }
+}
+
+/// Prints one line for each item.
+pub(crate) fn print_lines(lines: impl IntoIterator<Item = impl Display>) {
+    lines.into_iter().for_each(|line| println!("{line}"));
 }
 
 /// Prints a table with borders.

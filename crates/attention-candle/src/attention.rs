@@ -116,7 +116,8 @@ impl Attention {
         self.with(|call| call.query_offset(offset))
     }
 
-    /// A sliding window: only keys `pos - left ..= pos + right` take part.
+    /// A sliding window: only keys `pos - left ..= pos + right` take part; no bounds by default. `Window::new(127, 0)` is the
+    /// 128 keys up to the row's own.
     pub fn window(self, window: Window) -> Self {
         self.with(|call| call.window(window))
     }
@@ -153,7 +154,8 @@ impl Attention {
         self.with(|call| call.query_lengths(lengths))
     }
 
-    /// How many keys and values of each batch row are real, from the first.
+    /// How many keys and values of each batch row are real, from the first. What the others hold, NaN included, reaches
+    /// nothing.
     pub fn key_value_lengths(self, lengths: impl Into<Lengths>) -> Self {
         self.with(|call| call.key_value_lengths(lengths))
     }

@@ -19,3 +19,14 @@ pub use ::attention::{
 pub use cuda::device_of;
 pub use error::{Error, cause};
 pub use order::AxisOrder;
+
+/// The code of the repository's pages, some of which takes candle as well as the facade.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../../README.md")]
+    struct Readme;
+    #[doc = include_str!("../../../docs/backends.md")]
+    struct Backends;
+    #[doc = include_str!("../../../docs/coming-from.md")]
+    struct ComingFrom;
+}

@@ -101,7 +101,7 @@ impl<'a> Attention<'a> {
     }
 
     /// What the products of query and key are multiplied by; `1 / sqrt(H)` by default or with `None`. 0 and
-    /// negative numbers are honoured.
+    /// negative numbers are honoured; NaN and infinities are an error of the call.
     pub fn scale(mut self, scale: impl Into<Option<f64>>) -> Self {
         self.options.scale = scale.into();
         self
@@ -120,56 +120,80 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// A sliding window: only keys `pos - left ..= pos + right` take part.
+    /// A sliding window: only keys `pos - left ..= pos + right` take part; no bounds by default. `Window::new(127, 0)` is the
+    /// 128 keys up to the row's own. With [`causal`](Self::causal) both hold.
     pub fn window(mut self, window: Window) -> Self {
         self.options.window = window;
         self
     }
 
-    /// A boolean mask, `true` takes part; 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full.
+    /// A boolean mask, `true` takes part; 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full. It is combined with
+    /// causal masking, window and lengths: a key takes part where all allow it.
+    ///
+    /// # Examples
+    /// ```
+    /// # #[cfg(feature = "cpu")] {
+    /// use attention::Attention;
+    ///
+    /// // Two batch rows of 3 keys; the second may not see its last one. Equal logits, so the mean of the values.
+    /// let (query, key) = ([0.0f32; 2], [0.0f32; 6]);
+    /// let value = [1.0f32, 2.0, 6.0, 1.0, 2.0, 6.0];
+    /// let out = Attention::new()
+    ///     .mask((&[true, true, true, true, true, false], [2, 1, 1, 3]))
+    ///     .forward((&query, [2, 1, 1, 1]), (&key, [2, 3, 1, 1]), (&value, [2, 3, 1, 1]))?;
+    /// assert_eq!(out.as_slice::<f32>(), Some(&[3.0, 1.5][..]));
+    /// # }
+    /// # Ok::<(), attention::Error>(())
+    /// ```
     pub fn mask(mut self, mask: impl IntoView<'a>) -> Self {
         self.mask = self.tensor(Role::Mask, mask);
         self
     }
 
     /// An additive bias of any float dtype, shapes as for the [mask](Self::mask). It is added to the scaled and
-    /// soft-capped logits; -inf masks.
+    /// soft-capped logits; -inf masks. Its gradient has its shape: it is summed over the axes along which it was broadcast.
     pub fn bias(mut self, bias: impl IntoView<'a>) -> Self {
         self.bias = self.tensor(Role::Bias, bias);
         self
     }
 
-    /// ALiBi slopes, `[N]` or `[B, N]`, of any float dtype: `slope * |pos - j|` is taken off the logits.
+    /// ALiBi slopes, `[N]` or `[B, N]`, of any float dtype: `slope * |pos - j|` is taken off the logits
+    /// (arXiv 2108.12409). They have no gradient.
     pub fn alibi_slopes(mut self, slopes: impl IntoView<'a>) -> Self {
         self.alibi_slopes = self.tensor(Role::AlibiSlopes, slopes);
         self
     }
 
-    /// Attention sinks, `[N]`, of any float dtype: one extra logit a head that joins the softmax's denominator only.
+    /// Attention sinks, `[N]`, of any float dtype: one extra logit a head that joins the softmax's denominator only
+    /// (as in gpt-oss, arXiv 2508.10925). They have a gradient.
     pub fn sinks(mut self, sinks: impl IntoView<'a>) -> Self {
         self.sinks = self.tensor(Role::Sinks, sinks);
         self
     }
 
-    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0.
+    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0. One number a
+    /// batch row, each at most `T`.
     pub fn query_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
         self.options.query_lengths = lengths.into();
         self
     }
 
-    /// How many keys and values of each batch row are real, from the first.
+    /// How many keys and values of each batch row are real, from the first. One number a batch row, each at most `S`. What the
+    /// others hold, NaN included, reaches nothing.
     pub fn key_value_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
         self.options.key_value_lengths = lengths.into();
         self
     }
 
-    /// Caps logits at `c` by `c * tanh(x / c)`, before the bias; no cap by default or with `None`.
+    /// Caps logits at `c` by `c * tanh(x / c)` (Gemma 2, arXiv 2408.00118), before the bias; no cap by default or with `None`.
     pub fn softcap(mut self, softcap: impl Into<Option<f64>>) -> Self {
         self.options.softcap = softcap.into();
         self
     }
 
-    /// Dropout of the probabilities, from the published stream: backward must be given the same.
+    /// Dropout of the probabilities, from the published stream: which ones are kept is a function of seed, offset and position,
+    /// the same on every implementation, and [`dropout_mask`](crate::dropout_mask) shows it. Give each layer and step another
+    /// [offset](Dropout::with_offset) or seed, and backward those of its forward.
     pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
         self.options.dropout = dropout.into();
         self

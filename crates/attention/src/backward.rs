@@ -59,6 +59,24 @@ impl<'a> Attention<'a> {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
+    ///
+    /// # Examples
+    /// ```
+    /// # #[cfg(feature = "cpu")] {
+    /// use attention::{Attention, Gradients};
+    ///
+    /// let x = vec![0.5f32; 3 * 2 * 4];
+    /// let x = (&x, [1, 3, 2, 4]);
+    /// let d_out = vec![1.0f32; 3 * 2 * 4];
+    /// // The value's gradient alone.
+    /// let gradients = Attention::new()
+    ///     .gradients(Gradients::VALUE)
+    ///     .backward_recompute(x, x, x, (&d_out, [1, 3, 2, 4]))?;
+    /// assert!(gradients.dq.is_none());
+    /// assert_eq!(gradients.dv.unwrap().shape(), [1, 3, 2, 4].into());
+    /// # }
+    /// # Ok::<(), attention::Error>(())
+    /// ```
     pub fn backward_recompute<'b>(
         &self,
         query: impl IntoView<'b>,
@@ -85,6 +103,38 @@ impl<'a> Attention<'a> {
     /// # Errors
     /// As [`forward_into`](Self::forward_into). Where [`gradients`](Self::gradients) was set and says something else
     /// than `outputs`, the call is invalid.
+    ///
+    /// # Examples
+    /// ```
+    /// # #[cfg(feature = "cpu")] {
+    /// use attention::{Attention, BackwardInputs, BackwardOutputs, View, ViewMut};
+    ///
+    /// let x = vec![0.5f32; 3 * 2 * 4];
+    /// let (x, shape) = ((&x, [1, 3, 2, 4]), [1, 3, 2, 4]);
+    /// let attention = Attention::new().causal(true);
+    /// let forward = attention.forward_with_lse(x, x, x)?;
+    ///
+    /// let d_out = vec![1.0f32; 3 * 2 * 4];
+    /// let saved = BackwardInputs {
+    ///     out: forward.out.view(),
+    ///     lse: forward.lse.view(),
+    ///     d_out: View::from_slice(&d_out, shape)?,
+    ///     d_lse: None,
+    /// };
+    /// // Gradients of key and value, side by side in one buffer.
+    /// let mut memory = vec![0.0f32; 2 * 3 * 2 * 4];
+    /// let (dk, dv) = memory.split_at_mut(3 * 2 * 4);
+    /// let outputs = BackwardOutputs {
+    ///     dk: Some(ViewMut::from_slice(dk, shape)?),
+    ///     dv: Some(ViewMut::from_slice(dv, shape)?),
+    ///     ..BackwardOutputs::default()
+    /// };
+    /// attention.backward_into(x, x, x, saved, outputs)?;
+    /// // Every row spreads a gradient of 1 over the values that it sees.
+    /// assert!((memory[3 * 2 * 4..].iter().sum::<f32>() - 24.0).abs() < 1e-4);
+    /// # }
+    /// # Ok::<(), attention::Error>(())
+    /// ```
     pub fn backward_into<'b>(
         &self,
         query: impl IntoView<'b>,

@@ -50,6 +50,24 @@ pub use attention_chunked as chunked;
 pub use attention_cpu as cpu;
 
 /// Devices, streams and tensors in device memory, for those who have none of their own.
+///
+/// A call on device memory takes outputs of the caller's. Its work is put on the stream of the implementation, which is that of
+/// the device's default stream unless a registry holds one [on another](crate::cudnn::CudnnBackend::on).
+///
+/// # Examples
+/// ```no_run
+/// use attention::cuda::{CudaDevice, DeviceTensor};
+/// use attention::{Attention, DType, TensorDesc};
+///
+/// let device = CudaDevice::new("example", 0)?;
+/// let tokens = TensorDesc::contiguous(DType::Bf16, [4, 4096, 16, 128]);
+/// let query = DeviceTensor::filled(&device, tokens, 0)?;
+/// let mut out = DeviceTensor::filled(&device, tokens, 0)?;
+/// let x = query.view()?;
+/// Attention::new().causal(true).forward_into(x, x, x, out.view_mut()?, None)?;
+/// device.stream().synchronize()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[cfg(feature = "cuda")]
 pub use attention_cuda as cuda;
 

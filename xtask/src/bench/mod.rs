@@ -4,6 +4,7 @@ mod gpu;
 mod measure;
 mod memory;
 mod peer;
+pub(crate) mod plot;
 mod row;
 
 use std::path::PathBuf;
@@ -72,6 +73,12 @@ pub(crate) struct Arguments {
     /// Write the rows to this file as CSV, with the machine and the versions on top
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
+    /// Draw the figures of docs/performance.md from the records in benches/record instead; nothing is measured
+    #[arg(long)]
+    plot: bool,
+    /// With --plot: compare with the figures that are there instead, and fail where they differ
+    #[arg(long, requires = "plot")]
+    check: bool,
 }
 
 fn positive(text: &str) -> Result<usize, String> {
@@ -90,6 +97,9 @@ pub(crate) struct Case {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments) -> crate::Result {
+    if arguments.plot {
+        return plot::run(arguments.check);
+    }
     if arguments.suite.is_some() {
         let peer =
             arguments.peer.iter().any(|peer| peer == "torch").then_some(arguments.peer_python.as_path());

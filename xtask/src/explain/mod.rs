@@ -3,12 +3,15 @@
 
 mod target;
 
-use attention::{Attention, Registry};
+use std::sync::Arc;
+
+use attention::{Attention, Explanation, Registry};
 use attention_benches::parse_shape;
 use attention_core::{
-    DType, Dimensions, Dropout, Gradients, InvalidCall, NumericsClass, Pass, Problem, ProblemBuilder,
-    QueryOffset, Role, TensorDesc, Window,
+    AttentionBackend, DType, Dimensions, Dropout, Gradients, InvalidCall, NumericsClass, Pass, Problem,
+    ProblemBuilder, QueryOffset, Role, TensorDesc, Window,
 };
+use clap::Parser;
 
 use crate::backends::{parse_dtype, parse_pass};
 use target::Where;
@@ -173,8 +176,8 @@ fn parse_class(text: &str) -> Result<NumericsClass, String> {
     })
 }
 
-/// Runs the command; false where nothing serves the call.
-pub(crate) fn run(arguments: &Arguments) -> crate::Result {
+/// What the options ask for, explained.
+fn explanation(arguments: &Arguments) -> crate::Result<Explanation> {
     let problem = problem(arguments).map_err(|error| format!("invalid call: {error}"))?;
     let mut call = Attention::new()
         .registry(&arguments.device.registry(Registry::default()))
@@ -185,7 +188,12 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         [one] => call = call.implementation(one.clone()),
         several => call = call.implementation(several.to_vec()),
     }
-    let explanation = call.explain_problem(&problem);
+    Ok(call.explain_problem(&problem))
+}
+
+/// Runs the command; false where nothing serves the call.
+pub(crate) fn run(arguments: &Arguments) -> crate::Result {
+    let explanation = explanation(arguments)?;
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&explanation)?);
     } else {
@@ -195,6 +203,29 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         println!("{explanation}");
     }
     Ok(explanation.chosen().is_some())
+}
+
+/// Options as they are typed.
+#[derive(clap::Parser)]
+struct Line {
+    #[command(flatten)]
+    arguments: Arguments,
+}
+
+fn parsed(options: &str) -> crate::Result<Arguments> {
+    Ok(Line::try_parse_from(std::iter::once("explain").chain(options.split_whitespace()))?.arguments)
+}
+
+/// The explanation of options as they are typed.
+pub(crate) fn explained(options: &str) -> crate::Result<Explanation> {
+    explanation(&parsed(options)?)
+}
+
+/// The problem of options as they are typed, and every backend that is asked about it, in order of preference.
+pub(crate) fn asked(options: &str) -> crate::Result<(Problem, Vec<Arc<dyn AttentionBackend>>)> {
+    let arguments = parsed(options)?;
+    let registry = arguments.device.registry(Registry::default());
+    Ok((problem(&arguments)?, registry.backends().to_vec()))
 }
 
 /// The problem of a call without data.
@@ -266,16 +297,9 @@ fn bnth(desc: &TensorDesc) -> TensorDesc {
 
 #[cfg(test)]
 mod tests {
-    use attention::{Cause, Explanation, Verdict};
-    use clap::Parser;
+    use attention::{Cause, Verdict};
 
     use super::*;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        arguments: Arguments,
-    }
 
     fn parsed(line: &str) -> Arguments {
         let words = ["explain"].into_iter().chain(line.split(' '));

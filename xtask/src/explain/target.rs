@@ -64,7 +64,8 @@ impl Where {
             }
             Self::Here(_) => registry,
             Self::Assumed(target) => {
-                let cudnn = CudnnBackend::default().assuming(target);
+                // Without a library, so that what is assumed counts where there is a GPU too.
+                let cudnn = CudnnBackend::new(CudnnConfig::default().library("none")).assuming(target);
                 let backends: [Arc<dyn AttentionBackend>; 2] =
                     [Arc::new(cudnn), Arc::new(ChunkedCudaBackend::default())];
                 backends

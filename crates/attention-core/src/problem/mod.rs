@@ -134,6 +134,11 @@ struct Spec {
 /// A row without allowed keys has output 0 and LSE -inf (with a sink: LSE = sink), a padded query row has output 0
 /// and LSE -inf; neither has gradients. `docs/semantics.md` has the rest.
 ///
+/// Sources: the product, its scale and causal masking, Vaswani et al., arXiv 1706.03762, section 3.2; shared heads, Shazeer,
+/// arXiv 1911.02150, and Ainslie et al., arXiv 2305.13245; softcap, Gemma 2, arXiv 2408.00118, section 2; ALiBi, Press et al.,
+/// arXiv 2108.12409, section 3; windows, Beltagy et al., arXiv 2004.05150, section 3.1; a logit that joins the denominator
+/// alone, gpt-oss, arXiv 2508.10925; dropout bits, Salmon et al., SC 2011.
+///
 /// # Examples
 /// ```
 /// use attention_core::{DType, Problem, TensorDesc};

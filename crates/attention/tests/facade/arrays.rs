@@ -1,8 +1,10 @@
 //! Arrays of ndarray.
 
 use attention::arrays::Operand;
-use attention::{Attention, Error, IntoView, InvalidCall, Tensor};
+use attention::{Error, IntoView, InvalidCall, Tensor};
 use ndarray::{Array, Array3, Array4, Array5, ArrayView4, Axis, Dimension, Ix4, s};
+
+use crate::support::attention;
 
 /// Numbers that differ.
 fn numbers(shape: (usize, usize, usize, usize)) -> Array4<f64> {
@@ -14,7 +16,7 @@ fn numbers(shape: (usize, usize, usize, usize)) -> Array4<f64> {
 }
 
 fn out(query: &Operand<'_>, key: &Operand<'_>, value: &Operand<'_>) -> Array4<f64> {
-    Attention::new().causal(true).forward(query, key, value).unwrap().into_array().unwrap()
+    attention().causal(true).forward(query, key, value).unwrap().into_array().unwrap()
 }
 
 /// What the same call gives on contiguous copies.
@@ -22,7 +24,7 @@ fn want(array: ArrayView4<'_, f64>) -> Array4<f64> {
     let data: Vec<f64> = array.iter().copied().collect();
     let (b, t, n, h) = array.dim();
     let tensor = Tensor::from_vec(data, [b, t, n, h]).unwrap();
-    Attention::new().causal(true).forward(&tensor, &tensor, &tensor).unwrap().into_array().unwrap()
+    attention().causal(true).forward(&tensor, &tensor, &tensor).unwrap().into_array().unwrap()
 }
 
 #[test]
@@ -57,7 +59,7 @@ fn arrays_without_a_batch_axis_are_inputs() {
     let stored = numbers((1, 6, 4, 8));
     let three = stored.index_axis(Axis(0), 0);
     let operand = Operand::from(three);
-    let out = Attention::new().causal(true).forward(&operand, &operand, &operand).unwrap();
+    let out = attention().causal(true).forward(&operand, &operand, &operand).unwrap();
     let out: Array3<f64> = out.into_array().unwrap();
     assert_eq!(out, want(stored.view()).index_axis_move(Axis(0), 0));
 }
@@ -68,8 +70,8 @@ fn masks_biases_and_gradients_are_arrays_too() {
     let bias = numbers((1, 2, 5, 5));
     let mask = Array::from_shape_fn((5, 5), |(t, j)| j <= t);
     let (x, bias, mask) = (Operand::from(&x), Operand::from(&bias), Operand::from(&mask));
-    let masked = Attention::new().bias(&bias).mask(&mask);
-    let causal = Attention::new().bias(&bias).causal(true);
+    let masked = attention().bias(&bias).mask(&mask);
+    let causal = attention().bias(&bias).causal(true);
     let (masked, causal) =
         [masked, causal].map(|call| call.backward_recompute(&x, &x, &x, &x).unwrap().dbias.unwrap()).into();
     let masked: Array4<f64> = masked.into_array().unwrap();
@@ -82,7 +84,7 @@ fn outputs_go_into_arrays_of_any_strides() {
     let x = numbers((2, 6, 4, 8));
     let operand = Operand::from(&x);
     let want = want(x.view());
-    let call = Attention::new().causal(true);
+    let call = attention().causal(true);
     let mut swapped = Array4::<f64>::from_elem((2, 4, 6, 8), f64::NAN);
     let view = swapped.view_mut().permuted_axes([0, 2, 1, 3]);
     call.forward_into_array(&operand, &operand, &operand, view).unwrap();
@@ -101,16 +103,16 @@ fn what_does_not_fit_is_an_error() {
     let five = Array5::<f32>::zeros((1, 1, 1, 1, 1));
     let four = Array4::<f32>::zeros((1, 3, 2, 4));
     let operand = Operand::from(&four);
-    let error = Attention::new().forward(&Operand::from(&five), &operand, &operand).unwrap_err();
+    let error = attention().forward(&Operand::from(&five), &operand, &operand).unwrap_err();
     assert_eq!(error.to_string(), "invalid call: query: rank 5 is above the largest supported rank of 4");
     let mut five = five;
-    let error = Attention::new().forward_into_array(&operand, &operand, &operand, five.view_mut());
+    let error = attention().forward_into_array(&operand, &operand, &operand, five.view_mut());
     let error = error.unwrap_err();
     assert!(matches!(error, Error::Input { source: InvalidCall::RankTooLarge { rank: 5, max: 4 }, .. }));
     let mut small = Array4::<f32>::zeros((1, 2, 2, 4));
-    let error = Attention::new().forward_into_array(&operand, &operand, &operand, small.view_mut());
+    let error = attention().forward_into_array(&operand, &operand, &operand, small.view_mut());
     assert!(error.unwrap_err().to_string().contains("[1, 2, 2, 4]"));
-    let tensor = Attention::new().forward(&operand, &operand, &operand).unwrap();
+    let tensor = attention().forward(&operand, &operand, &operand).unwrap();
     let tensor = tensor.into_array::<f64, Ix4>().unwrap_err();
     let tensor = tensor.into_array::<f32, ndarray::Ix3>().unwrap_err();
     assert_eq!(tensor.into_array::<f32, ndarray::IxDyn>().unwrap().ndim(), 4);
@@ -121,7 +123,6 @@ fn what_does_not_fit_is_an_error() {
 fn empty_arrays_are_inputs() {
     let none = Array4::<f32>::zeros((0, 3, 2, 4));
     let operand = Operand::from(&none);
-    let out: Array4<f32> =
-        Attention::new().forward(&operand, &operand, &operand).unwrap().into_array().unwrap();
+    let out: Array4<f32> = attention().forward(&operand, &operand, &operand).unwrap().into_array().unwrap();
     assert_eq!(out.dim(), (0, 3, 2, 4));
 }

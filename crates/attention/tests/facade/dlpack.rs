@@ -1,11 +1,13 @@
 //! Tensors of other libraries: of the dlpark crate, both ways, and what is wrong with some.
 
 use attention::dlpack::{self, Error, Export, Import, ffi};
-use attention::{Attention, DType, Device, InvalidCall, Tensor, bf16, f16};
+use attention::{DType, Device, InvalidCall, Tensor, bf16, f16};
 use dlpark::allocation::dynamic::Initialized;
 use dlpark::ffi::{DLManagedTensor, DLManagedTensorVersioned};
 use dlpark::{DlpackFlags, Managed, TryFromDlpack};
 use ndarray::{Array4, ArrayViewD};
+
+use crate::support::attention;
 
 fn numbers() -> Array4<f32> {
     Array4::from_shape_fn((1, 4, 2, 8), |(_, t, n, h)| ((t * 31 + n * 17 + h * 7) % 13) as f32 / 13.0 - 0.4)
@@ -15,12 +17,12 @@ fn numbers() -> Array4<f32> {
 fn want(array: &Array4<f32>) -> Tensor {
     let (b, t, n, h) = array.dim();
     let tensor = Tensor::from_vec(array.iter().copied().collect::<Vec<f32>>(), [b, t, n, h]).unwrap();
-    Attention::new().causal(true).forward(&tensor, &tensor, &tensor).unwrap()
+    attention().causal(true).forward(&tensor, &tensor, &tensor).unwrap()
 }
 
 fn run(x: &Import) -> Tensor {
     let x = x.view().unwrap();
-    Attention::new().causal(true).forward(x, x, x).unwrap()
+    attention().causal(true).forward(x, x, x).unwrap()
 }
 
 #[test]
@@ -112,7 +114,7 @@ fn outputs_are_written_where_others_have_them() {
     let x = Tensor::from_vec(numbers().into_raw_vec_and_offset().0, [1, 4, 2, 8]).unwrap();
     // SAFETY: nobody else has the tensor.
     let view = unsafe { out.view_mut() }.unwrap();
-    Attention::new().causal(true).forward_into(&x, &x, &x, view, None).unwrap();
+    attention().causal(true).forward_into(&x, &x, &x, view, None).unwrap();
     let written = out.view().unwrap().host::<f32>().unwrap();
     let want = want(&numbers());
     assert_eq!(written.at(&[0, 2, 1, 3]), want.as_slice::<f32>().unwrap()[2 * 16 + 8 + 3]);

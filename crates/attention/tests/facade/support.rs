@@ -342,6 +342,16 @@ impl<'a, 'v> Logits<'a, 'v> {
     }
 }
 
+/// A call on what this build has for host memory, or on the naive backend where it has nothing.
+#[cfg(any(feature = "ndarray", feature = "dlpack"))]
+pub(crate) fn attention<'a>() -> attention::Attention<'a> {
+    let call = attention::Attention::new();
+    if cfg!(any(feature = "chunked", feature = "cpu")) {
+        return call;
+    }
+    call.registry(&registry([Toy::new("toy").arc()]))
+}
+
 /// Numbers between -1 and 1 that look random and are the same every time.
 pub(crate) fn numbers(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
