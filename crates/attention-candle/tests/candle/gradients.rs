@@ -2,7 +2,9 @@
 
 use attention_candle::{Attention, Dropout};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
+
+use crate::device::device;
 
 /// Normal numbers in f64, the same for the same seed.
 pub(crate) fn randn(shape: &[usize], seed: u64) -> Result<Tensor> {
@@ -17,7 +19,7 @@ pub(crate) fn randn(shape: &[usize], seed: u64) -> Result<Tensor> {
     };
     let data: Vec<f64> =
         (0..shape.iter().product()).map(|_| (0..12).map(|_| uniform()).sum::<f64>() - 6.0).collect();
-    Tensor::from_vec(data, shape, &Device::Cpu)
+    Tensor::from_vec(data, shape, device())
 }
 
 /// Asserts that no element differs by more than `tolerance`.
@@ -202,7 +204,7 @@ fn dropout_is_a_function_of_seed_and_offset() -> Result<()> {
 fn rows_with_nothing_to_attend_to_are_zero_and_have_no_gradients() -> Result<()> {
     let [query, key, value] = [1, 2, 3].map(|seed| variable(&SHAPE, seed).unwrap());
     let mask: Vec<u8> = (0..25).map(|at| u8::from(at / 5 != 2)).collect();
-    let mask = Tensor::from_vec(mask, (5, 5), &Device::Cpu)?;
+    let mask = Tensor::from_vec(mask, (5, 5), device())?;
     let call = Attention::bnth().mask(&mask).query_lengths([5, 3]).key_value_lengths([5, 0]);
     let (out, lse) = call.forward_with_lse(&query, &key, &value)?;
     let rows = out.sqr()?.sum(3)?.to_vec3::<f64>()?;

@@ -4,6 +4,7 @@
 #![allow(missing_docs)]
 
 mod conformance;
+mod device;
 mod errors;
 mod gradients;
 mod placed;

@@ -1,7 +1,9 @@
 //! Tensors of candle that lie in memory as a view does.
 
 use attention::core::{Scalar, View, ViewMut};
-use candle_core::{Device, Result, Tensor, Var, WithDType};
+use candle_core::{Result, Tensor, Var, WithDType};
+
+use crate::device::device;
 
 /// A view's elements in memory of candle's, as a contiguous buffer and the way from it to the tensor.
 pub(crate) struct Placed {
@@ -57,7 +59,7 @@ impl Placed {
                 order.iter().zip(&allocated).fold(0, |offset, (&axis, &size)| offset * size + index[axis]);
             data[offset * inner] = at(index);
         });
-        let buffer = Tensor::from_vec(data, allocated, &Device::Cpu)?;
+        let buffer = Tensor::from_vec(data, allocated, device())?;
         let mut places = vec![0; rank];
         for (place, &axis) in order.iter().enumerate() {
             places[axis] = place;

@@ -8,6 +8,7 @@ use attention::{AttentionBackend, DType, NumericsClass, bf16, f16};
 use attention_candle::{Attention, AxisOrder, Options};
 use candle_core::{Result, Tensor, Var};
 
+use crate::device::device;
 use crate::placed::{Placed, write};
 
 #[derive(Debug)]
@@ -26,6 +27,8 @@ struct Operands {
 impl ThroughCandle {
     pub(crate) fn new(order: AxisOrder, recompute: bool) -> Self {
         let pass = || PassCapabilities::new(FeatureSet::all());
+        // Of kernels on a GPU.
+        let backward = if device().is_cuda() { pass().with_max_head_dims(256, 256) } else { pass() };
         let numerics = [
             (DType::F64, NumericsClass::F64),
             (DType::F32, NumericsClass::F32),
@@ -33,7 +36,7 @@ impl ThroughCandle {
             (DType::Bf16, NumericsClass::HalfF32),
         ];
         let capabilities = Capabilities::new(DeviceKind::Cpu, numerics, pass(), ScratchGrowth::Constant)
-            .with_backward(pass());
+            .with_backward(backward);
         Self { order, recompute, capabilities }
     }
 

@@ -2,9 +2,10 @@
 
 use attention::core::{DType as Float, Problem, TensorDesc};
 use attention_candle::{Attention, Dropout, QueryOffset, Window};
-use candle_core::{D, DType, Device, Result, Tensor, Var};
+use candle_core::{D, DType, Result, Tensor, Var};
 use candle_nn::ops::softmax;
 
+use crate::device::device;
 use crate::gradients::{close, randn};
 
 /// `[B, N, T, S]` logits that are added or masked.
@@ -36,7 +37,7 @@ fn unfused(query: &Tensor, key: &Tensor, value: &Tensor, around: &Around) -> Res
         logits = logits.broadcast_add(&bias.to_dtype(logits.dtype())?)?;
     }
     if let Some(mask) = &around.mask {
-        let masked = Tensor::new(f64::NEG_INFINITY, &Device::Cpu)?.to_dtype(logits.dtype())?;
+        let masked = Tensor::new(f64::NEG_INFINITY, device())?.to_dtype(logits.dtype())?;
         let mask = mask.broadcast_as(logits.shape())?;
         logits = mask.where_cond(&logits, &masked.broadcast_as(logits.shape())?)?;
     }
@@ -50,7 +51,7 @@ fn unfused(query: &Tensor, key: &Tensor, value: &Tensor, around: &Around) -> Res
 /// A mask `[T, S]` by position.
 fn by_position(t: usize, s: usize, allowed: impl Fn(i64, i64) -> bool) -> Result<Tensor> {
     let mask: Vec<u8> = (0..t * s).map(|at| u8::from(allowed((at / s) as i64, (at % s) as i64))).collect();
-    Tensor::from_vec(mask, (t, s), &Device::Cpu)
+    Tensor::from_vec(mask, (t, s), device())
 }
 
 struct Case {
@@ -104,11 +105,11 @@ fn cases() -> Result<Vec<Case>> {
     // A comparison's result as mask; key 0 is allowed everywhere, since candle's softmax of nothing is NaN.
     let mask = randn(&[b, 1, t, s], 5)?.gt(0.0)?;
     let first =
-        Tensor::cat(&[Tensor::ones((b, 1, t, 1), DType::U8, &Device::Cpu)?, mask.narrow(3, 1, s - 1)?], 3)?;
+        Tensor::cat(&[Tensor::ones((b, 1, t, 1), DType::U8, device())?, mask.narrow(3, 1, s - 1)?], 3)?;
     cases.push(plain("mask", bnth().mask(&first), Around { mask: Some(first), ..Around::default() }));
     let lengths = [9, 4];
     let padding: Vec<u8> = (0..b * s).map(|at| u8::from(at % s < lengths[at / s])).collect();
-    let padding = Tensor::from_vec(padding, (b, 1, 1, s), &Device::Cpu)?;
+    let padding = Tensor::from_vec(padding, (b, 1, 1, s), device())?;
     cases.push(plain(
         "lengths",
         bnth().key_value_lengths(lengths),
@@ -121,7 +122,7 @@ fn cases() -> Result<Vec<Case>> {
     let kept = attention::dropout_mask(&problem).unwrap();
     let scale = problem.dropout_stream().unwrap().keep_scale();
     let kept: Vec<f64> = kept.into_iter().map(|kept| if kept { scale } else { 0.0 }).collect();
-    let kept = Tensor::from_vec(kept, (b, n, t, s), &Device::Cpu)?;
+    let kept = Tensor::from_vec(kept, (b, n, t, s), device())?;
     cases.push(plain(
         "dropout",
         bnth().dropout(dropout).causal(true),
@@ -188,7 +189,7 @@ fn slices_of_a_fused_projection_are_used_as_they_lie() -> Result<()> {
     let want = plain.sqr()?.sum_all()?.backward()?;
     let want_gradient = want.get(&buffer).unwrap();
 
-    let tokens = view(&Tensor::zeros((b, t, n, h), DType::F64, &Device::Cpu)?)?;
+    let tokens = view(&Tensor::zeros((b, t, n, h), DType::F64, device())?)?;
     assert!(tokens.iter().all(|part| !part.is_contiguous()));
     let out = Attention::btnh().forward(&tokens[0], &tokens[1], &tokens[2])?;
     close("output", &out.transpose(1, 2)?, &plain, 1e-12)?;
