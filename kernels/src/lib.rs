@@ -141,7 +141,7 @@ pub const SOURCES: &[Source] = &[
         text: attention!("cuda/attention/contain.cuh", "cuda/attention/contain_outputs.cu"),
         entry_points: &["attention_contain_outputs"],
         variants: &[
-            variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0),
+            variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0, "GROUP=16"),
             variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0),
         ],
     },
@@ -154,7 +154,7 @@ pub const SOURCES: &[Source] = &[
         ),
         entry_points: &["attention_contain_gradient_of_queries", "attention_contain_gradients_of_keys"],
         variants: &[
-            variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0),
+            variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0, "GROUP=16"),
             variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0),
         ],
     },

@@ -11,9 +11,12 @@ use crate::call::Memory;
 use crate::key::{Drops, Key};
 use crate::runtime::Runtime;
 
-/// Rows of a block, and its warps.
-const ROWS: usize = 128;
+/// Groups of rows of a block, and its warps.
+const GROUPS: usize = 128;
 const WARPS: u32 = 8;
+
+/// Rows that cuDNN's kernels have in one tile, whatever else those hold: all tiles begin at multiples of it.
+const TILED: usize = 16;
 
 /// What is launched after the plan of a problem.
 #[derive(Debug)]
@@ -58,8 +61,18 @@ fn kernels(problem: &Problem) -> Vec<(&'static str, &'static str, [usize; 2])> {
     kernels
 }
 
+/// Rows of which the first and the last are looked at. Where a mask or a bias decides too, each one is. The rows of a group's heads
+/// might share a tile, as far as they fill it evenly.
+fn rows_of_group(problem: &Problem) -> usize {
+    let heads = problem.dims().group_size();
+    if problem.has(Role::Mask) || problem.has(Role::Bias) || !heads.is_power_of_two() {
+        return 1;
+    }
+    (TILED / heads).max(1)
+}
+
 /// The macros that they are compiled with.
-fn defines(problem: &Problem) -> [String; 12] {
+fn defines(problem: &Problem) -> [String; 13] {
     let dims = problem.dims();
     let padded = |width: usize| width.next_multiple_of(32);
     [
@@ -70,12 +83,13 @@ fn defines(problem: &Problem) -> [String; 12] {
         "FEATURES=63".to_owned(),
         "BIAS_DTYPE=4".to_owned(),
         "TERM_STRIDE=-1".to_owned(),
-        format!("ROWS={ROWS}"),
+        format!("ROWS={GROUPS}"),
         "KEYS=32".to_owned(),
         format!("WARPS={WARPS}"),
         "STAGES=1".to_owned(),
         "WANTED=0".to_owned(),
         "WARPGROUPS=0".to_owned(),
+        format!("GROUP={}", rows_of_group(problem)),
     ]
 }
 
@@ -92,7 +106,10 @@ impl Containment {
             .into_iter()
             .filter_map(|(source, entry_point, [rows, heads])| {
                 // More blocks than there can be are an error of the driver's.
-                let count = rows.div_ceil(ROWS).saturating_mul(heads).saturating_mul(batch);
+                let count = rows
+                    .div_ceil(GROUPS * rows_of_group(problem))
+                    .saturating_mul(heads)
+                    .saturating_mul(batch);
                 let blocks = u32::try_from(count).unwrap_or(u32::MAX);
                 (blocks > 0).then_some((source, entry_point, blocks))
             })

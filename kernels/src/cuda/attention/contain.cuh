@@ -1,8 +1,16 @@
 // Containment after a fused attention of another library, which multiplies what a row must not see with zero: zero times NaN is
 // NaN. A row of a result that holds something that is not finite is computed once more, from what takes part alone.
 //
-// Halves, with every option; any compute capability from 8.0. A pass over each result, at the speed of memory where all is finite;
-// one warp to a row that is not. ROWS rows to a block. Tested by the conformance suite of attention-cudnn.
+// Where causal masking and windows alone decide, what the first row of a tile must not see of the keys ahead has everything that
+// later rows must not, and its last row everything behind. So of GROUP rows that are in one tile of that library, only the first and
+// the last are looked at: if those are as they should be, so are the others. The same holds of keys and the rows that see them.
+//
+// Halves, with every option; any compute capability from 8.0. ROWS groups to a block, one warp to a row that is computed again.
+// Tested by the conformance suite of attention-cudnn.
+
+#ifndef GROUP
+#define GROUP 1
+#endif
 
 static_assert(HALVES, "results are told apart by their bits");
 
@@ -13,18 +21,20 @@ __device__ inline bool is_finite(const uint4 &of) {
     return (any & 0x80008000u) == 0;
 }
 
-constexpr int ROWS_OF_WARP = ROWS / WARPS;
+constexpr int GROUPS_OF_WARP = ROWS / WARPS;
 
-// Bits of the rows `first`, `first + 1`, .. before `end` of a result's head that hold something that is not finite; by a warp.
-template <int DEPTH>
-__device__ inline unsigned spoiled_rows(const Tensor &tensor, long long b, long long head, int first, int end, int width, bool aligned) {
-    constexpr int LANES = lanes_of_row<DEPTH>(), AT_ONCE = 32 / LANES, DEEP = ROWS_OF_WARP / AT_ONCE;
+// Which of a warp's groups hold something that is not finite in the row of a result's head that `row_of_group` says, where that is
+// before `end`.
+template <int DEPTH, class RowOfGroup>
+__device__ inline unsigned spoiled_in(const Tensor &tensor, long long b, long long head, int end, int width, bool aligned,
+                                      RowOfGroup row_of_group) {
+    constexpr int LANES = lanes_of_row<DEPTH>(), AT_ONCE = 32 / LANES, DEEP = GROUPS_OF_WARP / AT_ONCE;
     const int lane = threadIdx.x % 32;
     bool finite[DEEP];
     // All reads are under way before any is looked at by others.
 #pragma unroll
     for (int i = 0; i < DEEP; ++i) {
-        const int row = first + i * AT_ONCE + lane / LANES;
+        const int row = row_of_group(i * AT_ONCE + lane / LANES);
         const element *const from = at(tensor, b, row, head);
         finite[i] = true;
         if (aligned) {
@@ -49,11 +59,35 @@ __device__ inline unsigned spoiled_rows(const Tensor &tensor, long long b, long 
     return spoiled;
 }
 
-// The next of the rows, which is taken from them.
-__device__ inline int take_row(unsigned &rows) {
-    const int row = __ffs((int)rows) - 1;
-    rows &= rows - 1;
-    return row;
+// The same of the first and the last row of each group, which begin with row `first`.
+template <int DEPTH>
+__device__ inline unsigned spoiled_groups(const Tensor &tensor, long long b, long long head, int first, int end, int width, bool aligned) {
+    unsigned spoiled = spoiled_in<DEPTH>(tensor, b, head, end, width, aligned, [=](int group) { return first + group * GROUP; });
+    if constexpr (GROUP > 1) {
+        spoiled |= spoiled_in<DEPTH>(tensor, b, head, end, width, aligned, [=](int group) {
+            const int row = first + group * GROUP;
+            return row < end ? min(row + GROUP, end) - 1 : end;
+        });
+    }
+    return spoiled;
+}
+
+// Whether a row of a result's head is finite, for the whole warp.
+__device__ inline bool is_finite_row(const Tensor &tensor, long long b, long long position, long long head, int width) {
+    const element *const from = at(tensor, b, position, head);
+    bool finite = true;
+    for (int column = threadIdx.x % 32; column < width; column += 32) finite &= is_finite(widened(from[column * tensor.stride[3]]));
+    return __all_sync(~0u, finite);
+}
+
+// Calls `again` with the rows of these groups, those before `end`.
+template <class Again>
+__device__ inline void for_each_row(unsigned groups, int first, int end, Again again) {
+    while (groups != 0) {
+        const int row = first + (__ffs((int)groups) - 1) * GROUP;
+        groups &= groups - 1;
+        for (int own = row; own < min(row + GROUP, end); ++own) again(own);
+    }
 }
 
 // Writes a row of a result by a warp.
@@ -76,8 +110,12 @@ struct Strip {
 
 __device__ inline Strip strip_of_warp(const Parameters &p, long long rows, long long heads) {
     Strip strip;
-    strip.place = place_of_block(p, blockIdx.x, (unsigned)((rows + ROWS - 1) / ROWS), (unsigned)heads);
+    constexpr int EACH = ROWS * GROUP;
+    strip.place = place_of_block(p, blockIdx.x, (unsigned)((rows + EACH - 1) / EACH), (unsigned)heads);
     strip.batch = batch_row(p, strip.place.batch);
-    strip.first = strip.place.tile * ROWS + threadIdx.x / 32 * ROWS_OF_WARP;
+    strip.first = strip.place.tile * EACH + threadIdx.x / 32 * GROUPS_OF_WARP * GROUP;
     return strip;
 }
+
+// Blocks that a multiprocessor has room for at least: few registers, since what needs more is rare.
+constexpr int MANY = 4;

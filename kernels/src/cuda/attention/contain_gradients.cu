@@ -12,34 +12,35 @@ struct ComputedState {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_contain_gradient_of_queries(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_gradient_of_queries(const Parameters p) {
     const Strip strip = strip_of_warp(p, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
-    unsigned spoiled =
-        spoiled_rows<HEAD>(p.d_query, b, n, strip.first, strip.batch.queries, p.head_dim, p.aligned & ALIGNED_D_QUERY);
-    while (spoiled != 0) {
-        const int t = strip.first + take_row(spoiled);
+    const int first = strip.first, end = strip.batch.queries;
+    const unsigned spoiled = spoiled_groups<HEAD>(p.d_query, b, n, first, end, p.head_dim, p.aligned & ALIGNED_D_QUERY);
+    for_each_row(spoiled, first, end, [&](int t) {
+        if (is_finite_row(p.d_query, b, t, n, p.head_dim)) return;
         real sums[HEAD / 32];
         exact_gradient_of_query(p, row_of(p, strip.batch, b, n, t), b, n, ComputedState(), sums);
         store_row<HEAD>(p.d_query, b, t, n, p.head_dim, sums, (real)p.scale);
-    }
+    });
 }
 
 // Each gradient is null where nobody wants it.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_contain_gradients_of_keys(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_gradients_of_keys(const Parameters p) {
     const Strip strip = strip_of_warp(p, p.key_length, p.key_heads);
     const long long b = strip.place.batch, head = strip.place.head;
+    const int first = strip.first, end = strip.batch.keys;
     unsigned spoiled = 0;
-    if (p.d_key.data)
-        spoiled |= spoiled_rows<HEAD>(p.d_key, b, head, strip.first, strip.batch.keys, p.head_dim, p.aligned & ALIGNED_D_KEY);
+    if (p.d_key.data) spoiled |= spoiled_groups<HEAD>(p.d_key, b, head, first, end, p.head_dim, p.aligned & ALIGNED_D_KEY);
     if (p.d_value.data)
-        spoiled |=
-            spoiled_rows<VALUE>(p.d_value, b, head, strip.first, strip.batch.keys, p.value_head_dim, p.aligned & ALIGNED_D_VALUE);
-    while (spoiled != 0) {
-        const int key = strip.first + take_row(spoiled);
+        spoiled |= spoiled_groups<VALUE>(p.d_value, b, head, first, end, p.value_head_dim, p.aligned & ALIGNED_D_VALUE);
+    for_each_row(spoiled, first, end, [&](int key) {
+        const bool finite = (!p.d_key.data || is_finite_row(p.d_key, b, key, head, p.head_dim)) &&
+                            (!p.d_value.data || is_finite_row(p.d_value, b, key, head, p.value_head_dim));
+        if (finite) return;
         real keys[HEAD / 32], values[VALUE / 32];
         exact_gradients_of_key(p, strip.batch, b, head, key, ComputedState(), keys, values);
         if (p.d_key.data) store_row<HEAD>(p.d_key, b, key, head, p.head_dim, keys, (real)p.scale);
         if (p.d_value.data) store_row<VALUE>(p.d_value, b, key, head, p.value_head_dim, values, keep_scale(p));
-    }
+    });
 }

@@ -1,12 +1,12 @@
 // Containment of the forward pass: outputs and their logsumexp.
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_contain_outputs(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_outputs(const Parameters p) {
     const Strip strip = strip_of_warp(p, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
-    unsigned spoiled =
-        spoiled_rows<VALUE>(p.out, b, n, strip.first, strip.batch.queries, p.value_head_dim, p.aligned & ALIGNED_OUT);
-    while (spoiled != 0) {
-        const int t = strip.first + take_row(spoiled);
+    const int first = strip.first, end = strip.batch.queries;
+    const unsigned spoiled = spoiled_groups<VALUE>(p.out, b, n, first, end, p.value_head_dim, p.aligned & ALIGNED_OUT);
+    for_each_row(spoiled, first, end, [&](int t) {
+        if (is_finite_row(p.out, b, t, n, p.value_head_dim)) return;
         const Row row = row_of(p, strip.batch, b, n, t);
         real maximum, total;
         exact_softmax(p, row, b, n, row.low, row.high, maximum, total);
@@ -21,5 +21,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_contain_outputs(
         const real scale = finish(p, n, false, maximum, total, logsumexp);
         store_row<VALUE>(p.out, b, t, n, p.value_head_dim, sums, scale);
         if (threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
-    }
+    });
 }
