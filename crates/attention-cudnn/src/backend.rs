@@ -106,7 +106,7 @@ impl CudnnBackend {
             rows: some(key.stats == Stats::Packed, key::row_intervals)?,
             keys: some(key.clean_keys, key::key_intervals)?,
             positions: some(key.makes_bias(), key::positions)?,
-            containment: Containment::of(runtime, problem, &key)?,
+            containment: Containment::of(runtime, problem, &key, &self.config)?,
             key,
             lists: Lists::default(),
         });

@@ -13,6 +13,7 @@ pub struct CudnnConfig {
     pub(crate) plan_folder: Option<PathBuf>,
     pub(crate) rounds_group_gradients: bool,
     pub(crate) finite_bias: bool,
+    pub(crate) finite_operands: bool,
     pub(crate) own_dropout: bool,
 }
 
@@ -27,6 +28,7 @@ impl Default for CudnnConfig {
             plan_folder: None,
             rounds_group_gradients: false,
             finite_bias: false,
+            finite_operands: false,
             own_dropout: false,
         }
     }
@@ -74,6 +76,14 @@ impl CudnnConfig {
     #[must_use]
     pub fn finite_bias(self, promised: bool) -> Self {
         Self { finite_bias: promised, ..self }
+    }
+
+    /// The caller's word that queries, keys, values and their gradients are finite wherever a row may see them. Otherwise, where
+    /// rows see different keys, results are looked at once more, since cuDNN lets NaN and infinities of what a row must not see into
+    /// it: 5 to 15 % of a causal call of up to 1024 positions, less than 1 % of one of 4096.
+    #[must_use]
+    pub fn finite_operands(self, promised: bool) -> Self {
+        Self { finite_operands: promised, ..self }
     }
 
     /// Drops by cuDNN's own generator instead of the published stream, which other backends compute as well: faster, and

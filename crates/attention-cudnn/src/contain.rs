@@ -6,6 +6,7 @@ use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use attention_cuda::failure;
 use attention_cuda::parameters::{ProblemParameters, dtype_code};
 
+use crate::CudnnConfig;
 use crate::backend::NAME;
 use crate::call::Memory;
 use crate::key::{Drops, Key};
@@ -34,11 +35,11 @@ struct Kernel {
 /// Whether a row may see some of the keys that cuDNN computes beside it and not others, so that those which it must not see can
 /// reach it. What all rows of a batch row must not see is zero before ([`Key::cleans`]). What cuDNN's own dropout kept is
 /// not known outside of it, so rows of such a call cannot be computed again.
-fn is_needed(problem: &Problem, key: &Key) -> bool {
+fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
     let structured = problem.causal() || !problem.window().is_unbounded();
     let parts_rows = structured && problem.dims().query_length > 1;
     let own = matches!(key.dropout, Some(Drops::Own { .. }));
-    (parts_rows || problem.has(Role::Mask) || problem.has(Role::Bias)) && !own
+    (parts_rows || problem.has(Role::Mask) || problem.has(Role::Bias)) && !own && !config.finite_operands
 }
 
 /// The kernels of a problem, each with the rows and heads of its result.
@@ -95,8 +96,13 @@ fn defines(problem: &Problem) -> [String; 13] {
 
 impl Containment {
     /// For a problem, where it needs that.
-    pub(crate) fn of(runtime: &Runtime, problem: &Problem, key: &Key) -> Result<Option<Self>, Error> {
-        if !is_needed(problem, key) {
+    pub(crate) fn of(
+        runtime: &Runtime,
+        problem: &Problem,
+        key: &Key,
+        config: &CudnnConfig,
+    ) -> Result<Option<Self>, Error> {
+        if !is_needed(problem, key, config) {
             return Ok(None);
         }
         let defines = defines(problem);
@@ -159,14 +165,35 @@ mod tests {
     use attention_core::{DType, Device, Dropout, QueryOffset, TensorDesc};
 
     use super::*;
-    use crate::{CudnnConfig, Target};
+    use crate::Target;
 
-    fn needs(t: usize, build: fn(attention_core::ProblemBuilder) -> attention_core::ProblemBuilder) -> bool {
+    type Build = fn(attention_core::ProblemBuilder) -> attention_core::ProblemBuilder;
+
+    fn needs_with(config: CudnnConfig, t: usize, build: Build) -> bool {
         let desc = |length| TensorDesc::contiguous(DType::Bf16, [2, length, 4, 64]);
         let builder = Problem::builder(desc(t), desc(32), desc(32)).device(Device::Cuda(0));
         let problem = build(builder).build().expect("valid");
-        let config = CudnnConfig::default().own_dropout(true);
-        is_needed(&problem, &Key::of(&problem, Target::default(), &config))
+        is_needed(&problem, &Key::of(&problem, Target::default(), &config), &config)
+    }
+
+    fn needs(t: usize, build: Build) -> bool {
+        needs_with(CudnnConfig::default().own_dropout(true), t, build)
+    }
+
+    #[test]
+    fn groups_of_rows_are_of_structure_alone_and_fill_tiles() {
+        let group = |heads: usize, build: Build| {
+            let desc = |heads| TensorDesc::contiguous(DType::Bf16, [2, 64, heads, 64]);
+            let builder = Problem::builder(desc(heads), desc(2), desc(2)).device(Device::Cuda(0));
+            rows_of_group(&build(builder).build().expect("valid"))
+        };
+        assert_eq!([2, 4, 6, 64].map(|heads| group(heads, |problem| problem.causal(true))), [16, 8, 1, 1]);
+        assert_eq!(
+            group(2, |problem| problem
+                .causal(true)
+                .mask(TensorDesc::contiguous(DType::Bool, [2, 2, 64, 64]))),
+            1
+        );
     }
 
     #[test]
@@ -178,5 +205,6 @@ mod tests {
         assert!(needs(16, |problem| problem.window(attention_core::Window { left: Some(3), right: None })));
         assert!(needs(1, |problem| problem.mask(TensorDesc::contiguous(DType::Bool, [2, 4, 1, 32]))));
         assert!(!needs(16, |problem| problem.causal(true).dropout(Dropout::new(0.5, 1))));
+        assert!(!needs_with(CudnnConfig::default().finite_operands(true), 16, |problem| problem.causal(true)));
     }
 }

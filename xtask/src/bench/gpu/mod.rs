@@ -148,7 +148,11 @@ pub(super) fn run(
         };
         for _ in 0..repeats {
             for (name, backend) in &backends {
-                let differs = *name != OWN_DROPOUT || case.terms == Terms::Dropout;
+                let differs = match *name {
+                    OWN_DROPOUT => case.terms == Terms::Dropout,
+                    FINITE => case.causal,
+                    _ => true,
+                };
                 if differs && backend.supports(data.problem()).is_ok() {
                     add(name, Call::new(&mut data, &**backend)?.time(case.calls)?);
                 }
@@ -177,12 +181,17 @@ pub(super) fn run(
 /// cuDNN with its own dropout, as torch's path has it: measured where there is dropout.
 const OWN_DROPOUT: &str = "cudnn-own-dropout";
 
+/// cuDNN without a look at what its causal calls gave, as torch's path is.
+const FINITE: &str = "cudnn-finite-operands";
+
 /// The backends for memory of a device, and what they are called here.
 fn on_device(device: &CudaDevice) -> Vec<(&'static str, Arc<dyn AttentionBackend>)> {
     let cudnn = CudnnConfig::default().rounds_group_gradients(true).finite_bias(true);
     let own_dropout = cudnn.clone().own_dropout(true);
+    let finite = cudnn.clone().finite_operands(true);
     vec![
         ("cudnn", Arc::new(CudnnBackend::on(device.clone(), cudnn))),
+        (FINITE, Arc::new(CudnnBackend::on(device.clone(), finite))),
         (OWN_DROPOUT, Arc::new(CudnnBackend::on(device.clone(), own_dropout))),
         ("chunked-cuda", Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default()))),
     ]
