@@ -59,7 +59,7 @@ impl ChunkedCudaConfig {
     }
 
     /// Whether f32 is multiplied as sums of two tf32 parts on tensor cores, which stays in class `F32`; true by default. It is for
-    /// head dimensions up to 128 and more than 128 queries and 128 keys. Elsewhere, and without it, products are fused
+    /// head dimensions from 64 to 128 and more than 128 queries and 128 keys. Elsewhere, and without it, products are fused
     /// multiply-adds.
     #[must_use]
     pub fn split_f32(self, wanted: bool) -> Self {

@@ -119,14 +119,15 @@ fn large_heads_are_for_the_forward_pass_and_shared_among_blocks() {
 
 #[test]
 fn long_f32_is_split_where_that_is_wanted() {
-    let problem = with_heads(DType::F32, 128, 128, Pass::Backward);
-    let splits = |machine: Machine| {
+    let splits_with = |machine: Machine, head: usize| {
+        let problem = with_heads(DType::F32, head, 128, Pass::Backward);
         let plan = Plan::of(&problem, machine).unwrap();
         plan.kernels.iter().filter(|kernel| kernel.tiles.split).count()
     };
     // The gradients of keys and values, and of queries.
-    assert_eq!([SMALL, AMPERE, HOPPER].map(splits), [2; 3]);
-    assert_eq!(splits(Machine { splits: false, ..HOPPER }), 0);
+    assert_eq!([SMALL, AMPERE, HOPPER].map(|machine| splits_with(machine, 64)), [2; 3]);
+    assert_eq!([48, 192].map(|head| splits_with(HOPPER, head)), [0; 2]);
+    assert_eq!(splits_with(Machine { splits: false, ..HOPPER }, 128), 0);
 }
 
 #[test]

@@ -96,8 +96,9 @@ pub(crate) struct Shape {
     pub(crate) head: usize,
     pub(crate) value: usize,
     pub(crate) features: Features,
-    /// More queries, and more keys, than a tile of split products has of either.
-    long: bool,
+    /// More queries, and more keys, than a tile of split products has of either, and heads so wide that the bounds have room for
+    /// what such products leave out (docs/numerics.md, "Split operands").
+    large: bool,
 }
 
 impl Shape {
@@ -110,7 +111,8 @@ impl Shape {
             head: depth(dims.head_dim)?,
             value: depth(dims.value_head_dim)?,
             features: Features::of(problem),
-            long: dims.query_length > 128 && dims.key_length > 128,
+            large: dims.query_length.min(dims.key_length) > 128
+                && dims.head_dim.min(dims.value_head_dim) >= 64,
         })
     }
 
@@ -161,7 +163,7 @@ impl Shape {
 
     /// The first of these tiles of split products that the device has room for, if it is to have some.
     fn splits(self, machine: Machine, bytes: fn(Self, Tiles) -> usize, tiles: &[Tiles]) -> Option<Tiles> {
-        let wanted = machine.splits && self.dtype == DType::F32 && self.long && self.depth() <= 128;
+        let wanted = machine.splits && self.dtype == DType::F32 && self.large && self.depth() <= 128;
         tiles.iter().copied().find(|&tiles| wanted && bytes(self, tiles) <= machine.shared_bytes)
     }
 

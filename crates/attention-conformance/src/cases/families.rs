@@ -321,7 +321,7 @@ fn values(cases: &mut Vec<Case>) {
                 edit(case);
             });
             add(cases, format!("values/nan-in-one-{name}-{part}-tiles"), |case| {
-                case.dims = dims([2, 150, 170, 2, 2, 32]);
+                case.dims = dims([2, 150, 170, 2, 2, 64]);
                 case.content.values = values;
                 edit(case);
             });

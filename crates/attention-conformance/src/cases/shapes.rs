@@ -1,8 +1,8 @@
 //! Cases about sizes: head dimensions, grouping, empty and tiny axes, and the edges of every tile size.
 
-use attention_core::{DType, Dimensions, QueryOffset, Window};
+use attention_core::{DType, Dimensions, Dropout, QueryOffset, Window};
 
-use super::{Broadcast, Case, dims};
+use super::{AlibiShape, Broadcast, Case, dims};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -122,4 +122,16 @@ fn large(cases: &mut Vec<Case>) {
     case.options.mask = Some(Broadcast { rank: 4, full: [true, false, false, true] });
     case.options.bias = Some(Broadcast { rank: 4, full: [false, true, true, true] });
     cases.push(case);
+    // Options alone, where tiles are the largest.
+    let options: [(&str, fn(&mut Case)); 4] = [
+        ("dropout", |case| case.options.dropout = Some(Dropout::new(0.25, 42))),
+        ("softcap", |case| case.options.softcap = Some(2.0)),
+        ("alibi", |case| case.options.alibi = Some(AlibiShape::Heads)),
+        ("sinks", |case| case.options.sinks = true),
+    ];
+    for (name, edit) in options {
+        let mut case = Case::new(format!("large/{name}"), dims([1, 150, 170, 4, 2, 64]));
+        edit(&mut case);
+        cases.push(case);
+    }
 }
