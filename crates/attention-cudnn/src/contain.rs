@@ -9,7 +9,7 @@ use attention_cuda::parameters::{ProblemParameters, dtype_code};
 use crate::CudnnConfig;
 use crate::backend::NAME;
 use crate::call::Memory;
-use crate::key::{Drops, Key};
+use crate::key::{Drops, Key, seen_rows};
 use crate::runtime::Runtime;
 
 /// Groups of rows of a block, and its warps.
@@ -62,11 +62,15 @@ fn kernels(problem: &Problem) -> Vec<(&'static str, &'static str, [usize; 2])> {
     kernels
 }
 
-/// Rows of which the first and the last are looked at. Where a mask or a bias decides too, each one is. The rows of a group's heads
-/// might share a tile, as far as they fill it evenly.
+/// Rows of which the first and the last are looked at: what is not finite reaches all rows of a tile. Each one is looked at where a
+/// mask or a bias may make keys of a row NaN before that, and where a row sees nothing and has been written zeros since. The rows
+/// of a group's heads might share a tile, as far as they fill it evenly.
 fn rows_of_group(problem: &Problem) -> usize {
-    let heads = problem.dims().group_size();
-    if problem.has(Role::Mask) || problem.has(Role::Bias) || !heads.is_power_of_two() {
+    let dims = problem.dims();
+    let heads = dims.group_size();
+    let every_row_sees =
+        (0..dims.batch).all(|batch| seen_rows(problem, batch) == (0..problem.query_len(batch)));
+    if problem.has(Role::Mask) || problem.has(Role::Bias) || !heads.is_power_of_two() || !every_row_sees {
         return 1;
     }
     (TILED / heads).max(1)
@@ -187,6 +191,11 @@ mod tests {
             let builder = Problem::builder(desc(heads), desc(2), desc(2)).device(Device::Cuda(0));
             rows_of_group(&build(builder).build().expect("valid"))
         };
+        let shifted = |problem: attention_core::ProblemBuilder| {
+            problem.causal(true).query_offset(QueryOffset::Fixed(-3))
+        };
+        assert_eq!(group(2, shifted), 1, "the first rows see nothing");
+        assert_eq!(group(2, |problem| problem.causal(true).query_lengths([5, 64])), 16);
         assert_eq!([2, 4, 6, 64].map(|heads| group(heads, |problem| problem.causal(true))), [16, 8, 1, 1]);
         assert_eq!(
             group(2, |problem| problem

@@ -2,7 +2,7 @@
 
 use attention_core::{DType, Dropout, Gradients, QueryOffset, Window};
 
-use super::{AlibiShape, BiasContent, Broadcast, Case, MaskContent, Saved, Values, Wanted, dims};
+use super::{AlibiShape, BiasContent, Broadcast, Case, Edit, MaskContent, Saved, Values, Wanted, dims};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -338,9 +338,6 @@ fn values(cases: &mut Vec<Case>) {
         });
     }
 }
-
-/// One option that can stand beside any other.
-type Edit = fn(&mut Case);
 
 /// Options to be combined two by two.
 const OPTIONS: [(&str, Edit); 14] = [

@@ -68,6 +68,9 @@ impl Case {
     }
 }
 
+/// An option, or whatever else a case differs by.
+type Edit = fn(&mut Case);
+
 /// How many random cases [`all`] holds.
 pub const RANDOM_CASES: u64 = 240;
 

@@ -2,7 +2,7 @@
 
 use attention_core::{DType, Dimensions, Dropout, QueryOffset, Window};
 
-use super::{AlibiShape, Broadcast, Case, dims};
+use super::{AlibiShape, Broadcast, Case, Edit, dims};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -123,7 +123,7 @@ fn large(cases: &mut Vec<Case>) {
     case.options.bias = Some(Broadcast { rank: 4, full: [false, true, true, true] });
     cases.push(case);
     // Options alone, where tiles are the largest.
-    let options: [(&str, fn(&mut Case)); 4] = [
+    let options: [(&str, Edit); 4] = [
         ("dropout", |case| case.options.dropout = Some(Dropout::new(0.25, 42))),
         ("softcap", |case| case.options.softcap = Some(2.0)),
         ("alibi", |case| case.options.alibi = Some(AlibiShape::Heads)),

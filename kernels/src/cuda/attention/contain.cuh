@@ -1,9 +1,8 @@
 // Containment after a fused attention of another library, which multiplies what a row must not see with zero: zero times NaN is
 // NaN. A row of a result that holds something that is not finite is computed once more, from what takes part alone.
 //
-// Where causal masking and windows alone decide, what the first row of a tile must not see of the keys ahead has everything that
-// later rows must not, and its last row everything behind. So of GROUP rows that are in one tile of that library, only the first and
-// the last are looked at: if those are as they should be, so are the others. The same holds of keys and the rows that see them.
+// What is not finite reaches all rows of a tile of that library: those that see it, and by products with zero those that do not. So
+// of GROUP rows that are in one tile only the first and the last are looked at. The same holds of keys and the rows that see them.
 //
 // Halves, with every option; any compute capability from 8.0. ROWS groups to a block, one warp to a row that is computed again.
 // Tested by the conformance suite of attention-cudnn.
