@@ -349,7 +349,7 @@ mod tests {
             chosen(&format!("{shape} --dtype f64 --device h100@9.19")).as_deref(),
             Some("chunked-cuda")
         );
-        assert_eq!(chosen("--shape 1,8,8,1,1,512 --dtype f64 --device h100@9.19"), None);
+        assert_eq!(chosen("--shape 1,8,8,1,1,640 --dtype f64 --device h100@9.19"), None);
     }
 
     #[test]
