@@ -1,4 +1,4 @@
-// Products of tiles by fused multiply-add, for f64, and f32 where it is not split: as in tensor_cores.cuh, with another spread. Sixteen threads
+// Products of tiles by fused multiply-add, for f64, and f32 where it is not split: as in tensor_cores.cuh, with a spread of its own. Sixteen threads
 // share a row, and rows of a thread follow each other.
 
 #if !TENSOR_CORES

@@ -1,6 +1,6 @@
 // Products of tiles on warpgroups (wgmma, which compute capability 9.0 alone has), for f16 and bf16 with sums in f32.
 //
-// A warpgroup is four warps, which have 64 rows of a product. Its sums are spread over threads as those of tensor_cores.cuh, 16
+// A warpgroup is four warps, which have 64 rows of a product. Its sums are spread over threads as spread.cuh has it, 16
 // rows to a warp, so a kernel does with them what it does there. Factors are tiles in shared memory as in staging.cuh, or weights
 // in registers on the left. A product runs beside what its threads do next: between `begin_...` and the `await_products` after
 // it, sums are nobody's.
