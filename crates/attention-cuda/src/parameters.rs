@@ -263,4 +263,9 @@ impl ProblemParameters {
     pub fn of_call(&self) -> Parameters {
         self.parameters
     }
+
+    /// The same, to be set for all calls.
+    pub fn of_calls(&mut self) -> &mut Parameters {
+        &mut self.parameters
+    }
 }

@@ -77,7 +77,7 @@ fn rows_of_group(problem: &Problem) -> usize {
 }
 
 /// The macros that they are compiled with.
-fn defines(problem: &Problem) -> [String; 13] {
+fn defines(problem: &Problem, rows_of_group: usize) -> [String; 13] {
     let dims = problem.dims();
     let padded = |width: usize| width.next_multiple_of(32);
     [
@@ -94,7 +94,7 @@ fn defines(problem: &Problem) -> [String; 13] {
         "STAGES=1".to_owned(),
         "WANTED=0".to_owned(),
         "WARPGROUPS=0".to_owned(),
-        format!("GROUP={}", rows_of_group(problem)),
+        format!("GROUP={rows_of_group}"),
     ]
 }
 
@@ -109,25 +109,20 @@ impl Containment {
         if !is_needed(problem, key, config) {
             return Ok(None);
         }
-        let defines = defines(problem);
+        let group = rows_of_group(problem);
+        let defines = defines(problem, group);
         let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
         let batch = problem.dims().batch;
         let kernels = kernels(problem)
             .into_iter()
             .filter_map(|(source, entry_point, [rows, heads])| {
                 // More blocks than there can be are an error of the driver's.
-                let count = rows
-                    .div_ceil(GROUPS * rows_of_group(problem))
-                    .saturating_mul(heads)
-                    .saturating_mul(batch);
+                let count = rows.div_ceil(GROUPS * group).saturating_mul(heads).saturating_mul(batch);
                 let blocks = u32::try_from(count).unwrap_or(u32::MAX);
                 (blocks > 0).then_some((source, entry_point, blocks))
             })
             .map(|(source, entry_point, blocks)| {
-                let source = attention_kernels::source(source)
-                    .unwrap_or_else(|| unreachable!("{source} is in the package"));
-                let function =
-                    runtime.kernels.function(runtime.device.context(), source, &defines, entry_point);
+                let function = runtime.function(source, &defines, entry_point);
                 Ok(Kernel {
                     function: function.map_err(|error| failure(NAME, "compiling a kernel", error))?,
                     blocks,

@@ -184,10 +184,7 @@ pub(crate) struct Kernels<'a> {
 
 impl Kernels<'_> {
     fn function(&self, file: &str, name: &str) -> Result<CudaFunction, LaunchError> {
-        let source =
-            attention_kernels::source(file).unwrap_or_else(|| unreachable!("the source is in the package"));
-        let context = self.runtime.device.context();
-        Ok(self.runtime.kernels.function(context, source, &[], name)?)
+        Ok(self.runtime.function(file, &[], name)?)
     }
 
     /// Batch, rows and heads.

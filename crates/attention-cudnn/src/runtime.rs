@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use attention_core::Unavailable;
-use attention_cuda::cudarc::driver::{CudaSlice, DevicePtr, DriverError};
-use attention_cuda::{CudaDevice, DiskCache, DiskKey, KernelCache, Workspaces};
+use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DriverError};
+use attention_cuda::{CudaDevice, DiskCache, DiskKey, KernelCache, KernelError, Workspaces};
 
 use crate::backend::NAME;
 use crate::key::Key;
@@ -125,6 +125,18 @@ impl Runtime {
             },
             Err(error) => tracing::debug!(%error, "a plan was not kept"),
         }
+    }
+
+    /// A kernel of ours, of a file of `attention-kernels` compiled with these macros.
+    pub(crate) fn function(
+        &self,
+        file: &str,
+        defines: &[&str],
+        name: &str,
+    ) -> Result<CudaFunction, KernelError> {
+        let source =
+            attention_kernels::source(file).unwrap_or_else(|| unreachable!("the source is in the package"));
+        self.kernels.function(self.device.context(), source, defines, name)
     }
 
     /// An array on the device.

@@ -142,8 +142,15 @@ impl ChunkedCudaBackend {
                 Ok(function)
             })
             .collect::<Result<Vec<_>, Error>>()?;
-        let parameters = ProblemParameters::new(problem, runtime.device.stream())
+        let mut parameters = ProblemParameters::new(problem, runtime.device.stream())
             .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
+        let of_calls = parameters.of_calls();
+        // Both fit: parts are as many as keep a device busy, and a group has at most as many heads as there are.
+        (of_calls.pack, of_calls.parts) = (plan.pack as i32, plan.parts as i32);
+        if plan.kernels.iter().any(|kernel| kernel.tiles.split) {
+            // Parts of an infinity are NaN.
+            of_calls.check_results();
+        }
         let prepared = Arc::new(Prepared { plan, parameters, functions });
         let mut kept = kept();
         if kept.len() >= KEPT_PROBLEMS {
@@ -168,12 +175,6 @@ impl ChunkedCudaBackend {
         scratch.check(self.device(), plan.scratch_bytes())?;
         let base = scratch.as_mut_ptr() as u64;
         let mut parameters = prepared.parameters.of_call();
-        // Both fit: parts are at most `BUSY_BLOCKS`, and a group has at most as many heads as there are.
-        (parameters.pack, parameters.parts) = (plan.pack as i32, plan.parts as i32);
-        if plan.kernels.iter().any(|kernel| kernel.tiles.split) {
-            // Parts of an infinity are NaN.
-            parameters.check_results();
-        }
         parameters.first = base + plan.first.start as u64;
         parameters.second = base + plan.second.start as u64;
         for &(role, address) in tensors {

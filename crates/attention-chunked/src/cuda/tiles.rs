@@ -167,10 +167,15 @@ impl Shape {
         tiles.iter().copied().find(|&tiles| wanted && bytes(self, tiles) <= machine.shared_bytes)
     }
 
-    /// The first of these tiles of the forward pass that the device has room for, or the last.
-    fn fitting(self, machine: Machine, tiles: &[Tiles]) -> Tiles {
+    /// For the forward pass with heads that no backward pass takes: the largest that the device has room for, or the smallest.
+    fn large_heads(self, machine: Machine) -> Tiles {
+        let (larger, smallest) = if self.is_half() {
+            (&[Tiles::new(64, 32, 4, 1)][..], Tiles::new(32, 32, 2, 1))
+        } else {
+            (&[Tiles::new(32, 16, 4, 1), Tiles::new(16, 16, 4, 1)][..], Tiles::new(8, 16, 4, 1))
+        };
         let fits = |tiles: &&Tiles| self.forward_bytes(**tiles) <= machine.shared_bytes;
-        tiles.iter().find(fits).or(tiles.last()).copied().unwrap_or(Tiles::new(64, 32, 4, 1))
+        larger.iter().find(fits).copied().unwrap_or(smallest)
     }
 
     /// For the forward pass with this many rows to a key/value head or query head.
@@ -185,9 +190,8 @@ impl Shape {
         if let Some(split) = self.splits(machine, Self::forward_bytes, &[split]) {
             return split;
         }
-        if !self.is_half() && self.depth() > MOST_DEPTH {
-            let tiles = [Tiles::new(32, 16, 4, 1), Tiles::new(16, 16, 4, 1), Tiles::new(8, 16, 4, 1)];
-            return self.fitting(machine, &tiles);
+        if self.depth() > MOST_DEPTH {
+            return self.large_heads(machine);
         }
         if !self.is_half() {
             // Where a block may have so much memory, threads with eight rows and four keys read less of it.
@@ -200,10 +204,6 @@ impl Shape {
             let (rows, keys) = self.without_tensor_cores();
             return Tiles::new(rows, keys, 4, 1);
         }
-        if self.depth() > MOST_DEPTH {
-            let tiles = [Tiles::new(64, 32, 4, 1), Tiles::new(32, 32, 2, 1)];
-            return self.fitting(machine, &tiles);
-        }
         if machine.warpgroups && rows_of_head > 64 {
             // Measured on an H100, as the others below. Three warpgroups have room for short sums alone.
             return match self.depth() {
@@ -212,14 +212,14 @@ impl Shape {
                 _ => Tiles::of_warpgroups(2, 128, 64, 1),
             };
         }
-        // Two blocks of 16 rows to a warp halve what it reads from shared memory, where registers allow it.
-        let rows =
-            if self.features.bits() == 0 && self.depth() <= 128 && rows_of_head > 64 { 128 } else { 64 };
-        let keys = if self.depth() > 192 || self.features.is_all() { 32 } else { 64 };
         if rows_of_head <= FEW_ROWS {
             // One warp to a block: many such blocks have more memory under way than few large ones.
             return Tiles::new(FEW_ROWS, 32, 1, 1);
         }
+        // Two blocks of 16 rows to a warp halve what it reads from shared memory, where registers allow it.
+        let rows =
+            if self.features.bits() == 0 && self.depth() <= 128 && rows_of_head > 64 { 128 } else { 64 };
+        let keys = if self.depth() > 192 || self.features.is_all() { 32 } else { 64 };
         Tiles::new(rows, keys, 4, 1)
     }
 
