@@ -302,8 +302,7 @@ mod tests {
     use super::*;
 
     fn parsed(line: &str) -> Arguments {
-        let words = ["explain"].into_iter().chain(line.split(' '));
-        Line::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}")).arguments
+        super::parsed(line).unwrap_or_else(|error| panic!("{line}: {error}"))
     }
 
     fn explained(line: &str) -> Explanation {

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 
+use plotters::chart::MeshStyle;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -63,6 +64,13 @@ pub(super) fn figure(
     Ok(svg)
 }
 
+/// A grid and axes as every figure has them.
+fn styled<'m, 'a, 'b, X: Ranged, Y: Ranged, DB: DrawingBackend>(
+    mesh: &'m mut MeshStyle<'a, 'b, X, Y, DB>,
+) -> &'m mut MeshStyle<'a, 'b, X, Y, DB> {
+    mesh.label_style(("sans-serif", SMALL)).bold_line_style(GRID).light_line_style(WHITE).axis_style(INK)
+}
+
 /// Bars in groups.
 pub(super) struct Bars<'a> {
     pub(super) title: &'a str,
@@ -83,17 +91,9 @@ pub(super) fn bars(area: &Area<'_>, series: &[Series<'_>], bars: &Bars<'_>) -> D
         .x_label_area_size(38)
         .y_label_area_size(48)
         .build_cartesian_2d(0f64..bars.groups.len() as f64, 0f64..bars.most)?;
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .x_labels(0)
-        .y_desc(bars.unit)
-        .y_label_formatter(&|value| format!("{value}"))
-        .label_style(("sans-serif", SMALL))
-        .bold_line_style(GRID)
-        .light_line_style(WHITE)
-        .axis_style(INK)
-        .draw()?;
+    let mut mesh = chart.configure_mesh();
+    mesh.disable_x_mesh().x_labels(0).y_desc(bars.unit).y_label_formatter(&|value| format!("{value}"));
+    styled(&mut mesh).draw()?;
     let below = |line: i32, group: usize| {
         let (x, y) = chart.backend_coord(&(group as f64 + 0.5, 0.0));
         let (left, top) = area.get_base_pixel();
@@ -138,17 +138,9 @@ pub(super) fn ratios(area: &Area<'_>, series: &[Series<'_>], ratios: &Ratios<'_>
         .x_label_area_size(38)
         .y_label_area_size(ratios.labels)
         .build_cartesian_2d((ratios.range.0..ratios.range.1).log_scale().base(2.0), 0f64..rows)?;
-    chart
-        .configure_mesh()
-        .disable_y_mesh()
-        .y_labels(0)
-        .x_desc(ratios.unit)
-        .x_label_formatter(&|value| format!("{value}"))
-        .label_style(("sans-serif", SMALL))
-        .bold_line_style(GRID)
-        .light_line_style(WHITE)
-        .axis_style(INK)
-        .draw()?;
+    let mut mesh = chart.configure_mesh();
+    mesh.disable_y_mesh().y_labels(0).x_desc(ratios.unit).x_label_formatter(&|value| format!("{value}"));
+    styled(&mut mesh).draw()?;
     chart.draw_series([PathElement::new([(1.0, 0.0), (1.0, rows)], INK.stroke_width(2))])?;
     let place = |index: usize| rows - index as f64 - 0.5;
     for (index, (label, _)) in ratios.rows.iter().enumerate() {
@@ -190,17 +182,12 @@ pub(super) fn lines(
         .x_label_area_size(38)
         .y_label_area_size(60)
         .build_cartesian_2d((x0..x1).log_scale().base(2.0), (y0..y1).log_scale().base(2.0))?;
-    chart
-        .configure_mesh()
-        .x_desc(x_unit)
+    let mut mesh = chart.configure_mesh();
+    mesh.x_desc(x_unit)
         .y_desc(y_unit)
         .x_label_formatter(&|value| format!("{value}"))
-        .y_label_formatter(&|value| format!("{value}"))
-        .label_style(("sans-serif", SMALL))
-        .bold_line_style(GRID)
-        .light_line_style(WHITE)
-        .axis_style(INK)
-        .draw()?;
+        .y_label_formatter(&|value| format!("{value}"));
+    styled(&mut mesh).draw()?;
     for line in lines {
         let points = line.points.iter().copied();
         if line.measured {
