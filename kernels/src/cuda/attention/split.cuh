@@ -11,7 +11,8 @@ struct Parts {
 
 __device__ inline Parts parts_of(float x) {
     Parts parts;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(parts.high) : "f"(x));
+    // To the nearest of 11 bits, as `cvt.rna.tf32.f32` does in four instructions, of which two are for what is not finite.
+    parts.high = __float_as_uint(x) + 0x1000u & 0xffffe000u;
     // Exact, and of as many bits as are left; what the product ignores of it is behind those.
     parts.low = __float_as_uint(x - __uint_as_float(parts.high));
     return parts;
