@@ -141,8 +141,8 @@ pub const SOURCES: &[Source] = &[
         text: attention!("cuda/attention/contain.cuh", "cuda/attention/contain_outputs.cu"),
         entry_points: &["attention_contain_outputs"],
         variants: &[
-            variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0, "GROUP=16"),
-            variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0),
+            variant!(3, 128, 128, 63, 64, 32, 8, 1, 0, 0, "GROUP=16"),
+            variant!(2, 64, 96, 63, 64, 32, 8, 1, 0, 0),
         ],
     },
     Source {
@@ -152,10 +152,10 @@ pub const SOURCES: &[Source] = &[
             "cuda/attention/contain.cuh",
             "cuda/attention/contain_gradients.cu"
         ),
-        entry_points: &["attention_contain_gradient_of_queries", "attention_contain_gradients_of_keys"],
+        entry_points: &["attention_contain_gradients"],
         variants: &[
-            variant!(3, 128, 128, 63, 128, 32, 8, 1, 0, 0, "GROUP=16"),
-            variant!(2, 64, 96, 63, 128, 32, 8, 1, 0, 0),
+            variant!(3, 128, 128, 63, 64, 32, 8, 1, 0, 0, "GROUP=16"),
+            variant!(2, 64, 96, 63, 64, 32, 8, 1, 0, 0),
         ],
     },
 ];

@@ -12,8 +12,8 @@ use crate::call::Memory;
 use crate::key::{Drops, Key, seen_rows};
 use crate::runtime::Runtime;
 
-/// Groups of rows of a block, and its warps.
-const GROUPS: usize = 128;
+/// Groups of rows of a block, and its warps. So many that each thread has something to read, and all of it is under way at once.
+const GROUPS: usize = 64;
 const WARPS: u32 = 8;
 
 /// Rows that cuDNN's kernels have in one tile, whatever else those hold: all tiles begin at multiples of it.
@@ -23,11 +23,6 @@ const TILED: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Containment {
     parameters: ProblemParameters,
-    kernels: Vec<Kernel>,
-}
-
-#[derive(Debug)]
-struct Kernel {
     function: CudaFunction,
     blocks: u32,
 }
@@ -42,24 +37,32 @@ fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
     (parts_rows || problem.has(Role::Mask) || problem.has(Role::Bias)) && !own && !config.finite_operands
 }
 
-/// The kernels of a problem, each with the rows and heads of its result.
-fn kernels(problem: &Problem) -> Vec<(&'static str, &'static str, [usize; 2])> {
-    let dims = problem.dims();
-    let (rows, keys) = ([dims.query_length, dims.query_heads], [dims.key_length, dims.key_heads]);
-    let gradients = "attention_contain_gradients.cu";
-    let mut kernels = Vec::new();
-    match problem.pass() {
-        Pass::Forward => kernels.push(("attention_contain_outputs.cu", "attention_contain_outputs", rows)),
-        Pass::Backward => {
-            if problem.gradients().contains(Gradients::QUERY) {
-                kernels.push((gradients, "attention_contain_gradient_of_queries", rows));
-            }
-            if [Gradients::KEY, Gradients::VALUE].into_iter().any(|of| problem.gradients().contains(of)) {
-                kernels.push((gradients, "attention_contain_gradients_of_keys", keys));
-            }
-        }
+/// The source and the entry point of a problem's kernel.
+fn kernel(pass: Pass) -> (&'static str, &'static str) {
+    match pass {
+        Pass::Forward => ("attention_contain_outputs.cu", "attention_contain_outputs"),
+        Pass::Backward => ("attention_contain_gradients.cu", "attention_contain_gradients"),
     }
-    kernels
+}
+
+/// Its blocks. More than there can be are an error of the driver's.
+fn blocks(problem: &Problem, rows_of_group: usize) -> u32 {
+    let dims = problem.dims();
+    let of = |rows: usize, heads: usize| {
+        rows.div_ceil(GROUPS * rows_of_group).saturating_mul(heads).saturating_mul(dims.batch)
+    };
+    let wants = |gradient| problem.gradients().contains(gradient);
+    let of_queries = match problem.pass() {
+        Pass::Backward if !wants(Gradients::QUERY) => 0,
+        _ => of(dims.query_length, dims.query_heads),
+    };
+    let of_keys = match problem.pass() {
+        Pass::Backward if wants(Gradients::KEY) || wants(Gradients::VALUE) => {
+            of(dims.key_length, dims.key_heads)
+        }
+        _ => 0,
+    };
+    u32::try_from(of_queries.saturating_add(of_keys)).unwrap_or(u32::MAX)
 }
 
 /// Rows of which the first and the last are looked at: what is not finite reaches all rows of a tile. Each one is looked at where a
@@ -112,26 +115,17 @@ impl Containment {
         let group = rows_of_group(problem);
         let defines = defines(problem, group);
         let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
-        let batch = problem.dims().batch;
-        let kernels = kernels(problem)
-            .into_iter()
-            .filter_map(|(source, entry_point, [rows, heads])| {
-                // More blocks than there can be are an error of the driver's.
-                let count = rows.div_ceil(GROUPS * group).saturating_mul(heads).saturating_mul(batch);
-                let blocks = u32::try_from(count).unwrap_or(u32::MAX);
-                (blocks > 0).then_some((source, entry_point, blocks))
-            })
-            .map(|(source, entry_point, blocks)| {
-                let function = runtime.function(source, &defines, entry_point);
-                Ok(Kernel {
-                    function: function.map_err(|error| failure(NAME, "compiling a kernel", error))?,
-                    blocks,
-                })
-            })
-            .collect::<Result<Vec<_>, Error>>()?;
+        let blocks = blocks(problem, group);
+        if blocks == 0 {
+            return Ok(None);
+        }
+        let (source, entry_point) = kernel(problem.pass());
+        let function = runtime
+            .function(source, &defines, entry_point)
+            .map_err(|error| failure(NAME, "compiling a kernel", error))?;
         let parameters = ProblemParameters::new(problem, runtime.device.stream())
             .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
-        Ok(Some(Self { parameters, kernels }))
+        Ok(Some(Self { parameters, function, blocks }))
     }
 
     /// Puts it on the stream, behind what wrote the results.
@@ -143,18 +137,16 @@ impl Containment {
         for role in Role::ALL {
             parameters.set(role, memory.at(role));
         }
-        for Kernel { function, blocks } in &self.kernels {
-            let config = LaunchConfig {
-                grid_dim: (*blocks, 1, 1),
-                block_dim: (32 * WARPS, 1, 1),
-                shared_mem_bytes: 0,
-            };
-            let mut launch = runtime.device.stream().launch_builder(function);
-            launch.arg(&parameters);
-            // SAFETY: the kernel takes this one struct, whose tensors are the call's, by the caller's word; it reads operands and
-            // writes results inside the shapes that the struct gives.
-            unsafe { launch.launch(config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
-        }
+        let config = LaunchConfig {
+            grid_dim: (self.blocks, 1, 1),
+            block_dim: (32 * WARPS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        let mut launch = runtime.device.stream().launch_builder(&self.function);
+        launch.arg(&parameters);
+        // SAFETY: the kernel takes this one struct, whose tensors are the call's, by the caller's word; it reads operands and
+        // writes results inside the shapes that the struct gives.
+        unsafe { launch.launch(config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
         Ok(())
     }
 }

@@ -22,30 +22,50 @@ __device__ inline bool is_finite(const uint4 &of) {
 
 constexpr int GROUPS_OF_WARP = ROWS / WARPS;
 
-// Which of a warp's groups hold something that is not finite in the row of a result's head that `row_of_group` says, where that is
-// before `end`.
-template <int DEPTH, class RowOfGroup>
-__device__ inline unsigned spoiled_in(const Tensor &tensor, long long b, long long head, int end, int width, bool aligned,
-                                      RowOfGroup row_of_group) {
+// Which of a warp's groups, the first of which begins with row `first`, hold something that is not finite in the rows of a result's
+// head that are looked at. There is a row before `end`; groups behind it may be said to.
+template <int DEPTH>
+__device__ inline unsigned spoiled_groups(const Tensor &tensor, long long b, long long head, int first, int end, int width, bool aligned) {
     constexpr int LANES = lanes_of_row<DEPTH>(), AT_ONCE = 32 / LANES, DEEP = GROUPS_OF_WARP / AT_ONCE;
+    constexpr int PARTS = (DEPTH + LANES * CHUNK - 1) / (LANES * CHUNK), LOOKS = GROUP > 1 ? 2 : 1;
+    // As many chunks as registers have room for are under way at once.
+    constexpr int LOOKS_AT_ONCE = LOOKS * DEEP * PARTS <= 8 ? LOOKS : 1;
     const int lane = threadIdx.x % 32;
+    const element *const rows = at(tensor, b, 0, head);
+    const auto row_of_look = [&](int i, int look) {
+        const int row = first + (i * AT_ONCE + lane / LANES) * GROUP + look * (GROUP - 1);
+        return rows + min(row, end - 1) * tensor.stride[1];
+    };
     bool finite[DEEP];
-    // All reads are under way before any is looked at by others.
 #pragma unroll
-    for (int i = 0; i < DEEP; ++i) {
-        const int row = row_of_group(i * AT_ONCE + lane / LANES);
-        const element *const from = at(tensor, b, row, head);
-        finite[i] = true;
-        if (aligned) {
+    for (int i = 0; i < DEEP; ++i) finite[i] = true;
+    if (aligned) {
+#pragma unroll LOOKS_AT_ONCE
+        for (int look = 0; look < LOOKS; ++look) {
+            uint4 chunks[DEEP][PARTS];
+            // Nothing between the loads waits for one of them: what is behind the end reads something else again.
 #pragma unroll
-            for (int part = 0; part < (DEPTH + LANES * CHUNK - 1) / (LANES * CHUNK); ++part) {
-                const int column = (part * LANES + lane % LANES) * CHUNK;
-                if (row < end && column < width) finite[i] &= is_finite(*reinterpret_cast<const uint4 *>(from + column));
-            }
-        } else if (row < end) {
-            for (int column = lane % LANES; column < width; column += LANES)
-                finite[i] &= is_finite(widened(from[column * tensor.stride[3]]));
+            for (int i = 0; i < DEEP; ++i)
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) {
+                    const int column = min((part * LANES + lane % LANES) * CHUNK, width - CHUNK);
+                    chunks[i][part] = *reinterpret_cast<const uint4 *>(row_of_look(i, look) + column);
+                }
+#pragma unroll
+            for (int i = 0; i < DEEP; ++i)
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) finite[i] &= is_finite(chunks[i][part]);
         }
+    } else {
+#pragma unroll 1
+        for (int look = 0; look < LOOKS; ++look)
+#pragma unroll
+            for (int i = 0; i < DEEP; ++i) {
+                const element *const from = row_of_look(i, look);
+#pragma unroll 1
+                for (int column = lane % LANES; column < width; column += LANES)
+                    finite[i] &= is_finite(widened(from[column * tensor.stride[3]]));
+            }
     }
     unsigned spoiled = 0;
 #pragma unroll
@@ -54,19 +74,6 @@ __device__ inline unsigned spoiled_in(const Tensor &tensor, long long b, long lo
 #pragma unroll
         for (int own = 0; own < AT_ONCE; ++own)
             if (votes >> (own * LANES) & (LANES == 32 ? ~0u : (1u << LANES) - 1)) spoiled |= 1u << (i * AT_ONCE + own);
-    }
-    return spoiled;
-}
-
-// The same of the first and the last row of each group, which begin with row `first`.
-template <int DEPTH>
-__device__ inline unsigned spoiled_groups(const Tensor &tensor, long long b, long long head, int first, int end, int width, bool aligned) {
-    unsigned spoiled = spoiled_in<DEPTH>(tensor, b, head, end, width, aligned, [=](int group) { return first + group * GROUP; });
-    if constexpr (GROUP > 1) {
-        spoiled |= spoiled_in<DEPTH>(tensor, b, head, end, width, aligned, [=](int group) {
-            const int row = first + group * GROUP;
-            return row < end ? min(row + GROUP, end) - 1 : end;
-        });
     }
     return spoiled;
 }
@@ -107,12 +114,15 @@ struct Strip {
     int first;
 };
 
-__device__ inline Strip strip_of_warp(const Parameters &p, long long rows, long long heads) {
+constexpr int ROWS_OF_BLOCK = ROWS * GROUP;
+
+__device__ inline unsigned strips_of_head(long long rows) { return (unsigned)((rows + ROWS_OF_BLOCK - 1) / ROWS_OF_BLOCK); }
+
+__device__ inline Strip strip_of_warp(const Parameters &p, unsigned block, long long rows, long long heads) {
     Strip strip;
-    constexpr int EACH = ROWS * GROUP;
-    strip.place = place_of_block(p, blockIdx.x, (unsigned)((rows + EACH - 1) / EACH), (unsigned)heads);
+    strip.place = place_of_block(p, block, strips_of_head(rows), (unsigned)heads);
     strip.batch = batch_row(p, strip.place.batch);
-    strip.first = strip.place.tile * EACH + threadIdx.x / 32 * GROUPS_OF_WARP * GROUP;
+    strip.first = strip.place.tile * ROWS_OF_BLOCK + threadIdx.x / 32 * GROUPS_OF_WARP * GROUP;
     return strip;
 }
 

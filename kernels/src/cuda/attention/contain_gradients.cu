@@ -1,4 +1,4 @@
-// Containment of the backward pass: gradients of queries, keys and values.
+// Containment of the backward pass: gradients of queries, keys and values, each of which is null where nobody wants it.
 
 // From the results of the forward pass, by a warp.
 struct ComputedState {
@@ -12,10 +12,11 @@ struct ComputedState {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_gradient_of_queries(const Parameters p) {
-    const Strip strip = strip_of_warp(p, p.query_length, p.query_heads);
+__device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned block) {
+    const Strip strip = strip_of_warp(p, block, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
     const int first = strip.first, end = strip.batch.queries;
+    if (first >= end) return;
     const unsigned spoiled = spoiled_groups<HEAD>(p.d_query, b, n, first, end, p.head_dim, p.aligned & ALIGNED_D_QUERY);
     for_each_row(spoiled, first, end, [&](int t) {
         if (is_finite_row(p.d_query, b, t, n, p.head_dim)) return;
@@ -25,11 +26,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_gr
     });
 }
 
-// Each gradient is null where nobody wants it.
-extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_gradients_of_keys(const Parameters p) {
-    const Strip strip = strip_of_warp(p, p.key_length, p.key_heads);
+__device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned block) {
+    const Strip strip = strip_of_warp(p, block, p.key_length, p.key_heads);
     const long long b = strip.place.batch, head = strip.place.head;
     const int first = strip.first, end = strip.batch.keys;
+    if (first >= end) return;
     unsigned spoiled = 0;
     if (p.d_key.data) spoiled |= spoiled_groups<HEAD>(p.d_key, b, head, first, end, p.head_dim, p.aligned & ALIGNED_D_KEY);
     if (p.d_value.data)
@@ -43,4 +44,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_gr
         if (p.d_key.data) store_row<HEAD>(p.d_key, b, key, head, p.head_dim, keys, (real)p.scale);
         if (p.d_value.data) store_row<VALUE>(p.d_value, b, key, head, p.value_head_dim, values, keep_scale(p));
     });
+}
+
+// Blocks of query rows, if their gradient is wanted, then blocks of keys.
+extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_gradients(const Parameters p) {
+    const unsigned of_queries = p.d_query.data ? strips_of_head(p.query_length) * (unsigned)(p.query_heads * p.batch) : 0;
+    if (blockIdx.x < of_queries)
+        contain_gradient_of_queries(p, blockIdx.x);
+    else
+        contain_gradients_of_keys(p, blockIdx.x - of_queries);
 }

@@ -1,9 +1,10 @@
 // Containment of the forward pass: outputs and their logsumexp.
 
 extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_outputs(const Parameters p) {
-    const Strip strip = strip_of_warp(p, p.query_length, p.query_heads);
+    const Strip strip = strip_of_warp(p, blockIdx.x, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
     const int first = strip.first, end = strip.batch.queries;
+    if (first >= end) return;
     const unsigned spoiled = spoiled_groups<VALUE>(p.out, b, n, first, end, p.value_head_dim, p.aligned & ALIGNED_OUT);
     for_each_row(spoiled, first, end, [&](int t) {
         if (is_finite_row(p.out, b, t, n, p.value_head_dim)) return;
