@@ -2,6 +2,7 @@
 //! next one.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -79,12 +80,22 @@ impl InMemory {
     }
 }
 
+/// The environment variable that names the folder for compiled kernels where no configuration does.
+pub const KERNEL_FOLDER: &str = "ATTENTION_KERNEL_FOLDER";
+
+/// The folder that is given, else the one that is named, unless the name is empty.
+fn folder(given: Option<PathBuf>, named: Option<OsString>) -> Option<PathBuf> {
+    given.or_else(|| named.filter(|named| !named.is_empty()).map(PathBuf::from))
+}
+
 impl KernelCache {
-    /// A cache in memory, and on disk in this folder where one is given.
+    /// A cache in memory, and on disk in this folder, or in that which [`KERNEL_FOLDER`] names where none is given. Without
+    /// either, the next process compiles again.
     ///
     /// A file there belongs to one text, architecture, set of compiler options and version of NVRTC. One that is damaged,
     /// or that the driver refuses, is compiled again and overwritten. Files are never removed.
-    pub fn new(folder: Option<PathBuf>) -> Self {
+    pub fn new(given: Option<PathBuf>) -> Self {
+        let folder = folder(given, std::env::var_os(KERNEL_FOLDER));
         Self { disk: DiskCache::new(folder), ..Self::default() }
     }
 
@@ -203,6 +214,17 @@ mod tests {
 
     fn key(defines: &[&str]) -> DiskKey {
         on_disk(&SOURCE, "compute_90a", defines, (13, 0))
+    }
+
+    #[test]
+    fn a_configuration_goes_before_the_environment() {
+        let of = |given: Option<&str>, named: Option<&str>| {
+            folder(given.map(PathBuf::from), named.map(OsString::from))
+                .map(|folder| folder.display().to_string())
+        };
+        assert_eq!(of(Some("/mine"), Some("/named")).as_deref(), Some("/mine"));
+        assert_eq!(of(None, Some("/named")).as_deref(), Some("/named"));
+        assert_eq!([of(None, Some("")), of(None, None)], [None, None]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod workspace;
 pub use cudarc;
 pub use device::{CudaDevice, device_count};
 pub use disk::{DiskCache, DiskKey};
-pub use kernels::{KernelCache, KernelError};
+pub use kernels::{KERNEL_FOLDER, KernelCache, KernelError};
 pub use nvrtc::{Compiled, Nvrtc};
 pub use on_host::OnHost;
 pub use tensor::{DeviceTensor, scratch_of};

@@ -95,7 +95,8 @@ impl CudnnConfig {
         Self { own_dropout: accepted, ..self }
     }
 
-    /// Where compiled kernels of our own are kept for the next process; nowhere by default.
+    /// Where compiled kernels of our own are kept for the next process; by default in the folder that the
+    /// environment variable `ATTENTION_KERNEL_FOLDER` names, and nowhere without it.
     #[must_use]
     pub fn kernel_folder(self, folder: impl Into<PathBuf>) -> Self {
         Self { kernel_folder: Some(folder.into()), ..self }

@@ -33,7 +33,8 @@ impl ChunkedCudaConfig {
         Self { device: ordinal, ..self }
     }
 
-    /// Where compiled kernels are kept for the next process; nowhere by default.
+    /// Where compiled kernels are kept for the next process; by default in the folder that the
+    /// environment variable `ATTENTION_KERNEL_FOLDER` names, and nowhere without it.
     #[must_use]
     pub fn kernel_folder(self, folder: impl Into<PathBuf>) -> Self {
         Self { kernel_folder: Some(folder.into()), ..self }

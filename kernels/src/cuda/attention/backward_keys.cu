@@ -252,20 +252,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         const int key = first + local;
         real key_sums[HEAD / 32], value_sums[VALUE / 32];
         exact_gradients_of_key(p, batch, b, key_head, key, PreparedState(), key_sums, value_sums);
-        if (WANTS_KEYS && p.d_key.data) {
-#pragma unroll
-            for (int i = 0; i < HEAD / 32; ++i) {
-                const int column = 32 * i + threadIdx.x % 32;
-                if (column < p.head_dim) at(p.d_key, b, key, key_head)[column * p.d_key.stride[3]] = rounded(key_sums[i] * scale);
-            }
-        }
-        if (WANTS_VALUES && p.d_value.data) {
-#pragma unroll
-            for (int i = 0; i < VALUE / 32; ++i) {
-                const int column = 32 * i + threadIdx.x % 32;
-                if (column < p.value_head_dim)
-                    at(p.d_value, b, key, key_head)[column * p.d_value.stride[3]] = rounded(value_sums[i] * keep_scale(p));
-            }
-        }
+        if (WANTS_KEYS && p.d_key.data)
+            store_row<HEAD>(at(p.d_key, b, key, key_head), p.d_key.stride[3], p.head_dim, key_sums, scale);
+        if (WANTS_VALUES && p.d_value.data)
+            store_row<VALUE>(at(p.d_value, b, key, key_head), p.d_value.stride[3], p.value_head_dim, value_sums, keep_scale(p));
     }
 }

@@ -201,10 +201,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
         const Row row = row_of(p, batch, b, n, first_t + local);
         real again[HEAD / 32];
         exact_gradient_of_query(p, row, b, n, PreparedState(), again);
-#pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) {
-            const int column = 32 * i + threadIdx.x % 32;
-            if (column < p.head_dim) at(p.d_query, b, row.t, n)[column * p.d_query.stride[3]] = rounded(again[i] * scale);
-        }
+        store_row<HEAD>(at(p.d_query, b, row.t, n), p.d_query.stride[3], p.head_dim, again, scale);
     }
 }

@@ -96,17 +96,6 @@ __device__ inline void for_each_row(unsigned groups, int first, int end, Again a
     }
 }
 
-// Writes a row of a result by a warp.
-template <int DEPTH>
-__device__ inline void store_row(const Tensor &tensor, long long b, long long position, long long head, int width,
-                                 const real (&sums)[DEPTH / 32], real scale) {
-#pragma unroll
-    for (int i = 0; i < DEPTH / 32; ++i) {
-        const int column = 32 * i + threadIdx.x % 32;
-        if (column < width) at(tensor, b, position, head)[column * tensor.stride[3]] = rounded(sums[i] * scale);
-    }
-}
-
 // The rows of a block's head, and where those of a warp begin.
 struct Strip {
     Place place;

@@ -22,7 +22,7 @@ __device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned
         if (is_finite_row(p.d_query, b, t, n, p.head_dim)) return;
         real sums[HEAD / 32];
         exact_gradient_of_query(p, row_of(p, strip.batch, b, n, t), b, n, ComputedState(), sums);
-        store_row<HEAD>(p.d_query, b, t, n, p.head_dim, sums, (real)p.scale);
+        store_row<HEAD>(at(p.d_query, b, t, n), p.d_query.stride[3], p.head_dim, sums, (real)p.scale);
     });
 }
 
@@ -41,8 +41,9 @@ __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned b
         if (finite) return;
         real keys[HEAD / 32], values[VALUE / 32];
         exact_gradients_of_key(p, strip.batch, b, head, key, ComputedState(), keys, values);
-        if (p.d_key.data) store_row<HEAD>(p.d_key, b, key, head, p.head_dim, keys, (real)p.scale);
-        if (p.d_value.data) store_row<VALUE>(p.d_value, b, key, head, p.value_head_dim, values, keep_scale(p));
+        if (p.d_key.data) store_row<HEAD>(at(p.d_key, b, key, head), p.d_key.stride[3], p.head_dim, keys, (real)p.scale);
+        if (p.d_value.data)
+            store_row<VALUE>(at(p.d_value, b, key, head), p.d_value.stride[3], p.value_head_dim, values, keep_scale(p));
     });
 }
 

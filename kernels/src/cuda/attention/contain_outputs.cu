@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_ou
         }
         real logsumexp;
         const real scale = finish(p, n, false, maximum, total, logsumexp);
-        store_row<VALUE>(p.out, b, t, n, p.value_head_dim, sums, scale);
+        store_row<VALUE>(at(p.out, b, t, n), p.out.stride[3], p.value_head_dim, sums, scale);
         if (threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
     });
 }

@@ -20,6 +20,16 @@ __device__ inline void add_row(real (&sums)[DEPTH / 32], real factor, const elem
     }
 }
 
+// row[32 * i + lane] = factor * sums[i]
+template <int DEPTH>
+__device__ inline void store_row(element *row, long long stride, int width, const real (&sums)[DEPTH / 32], real factor) {
+#pragma unroll
+    for (int i = 0; i < DEPTH / 32; ++i) {
+        const int column = 32 * i + threadIdx.x % 32;
+        if (column < width) row[column * stride] = rounded(sums[i] * factor);
+    }
+}
+
 // Threads to a row where each reads it in chunks: so many that each has one, where that can be.
 template <int DEPTH>
 __device__ constexpr int lanes_of_row() {

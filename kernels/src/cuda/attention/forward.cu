@@ -370,14 +370,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
                 store_logsumexp(p, b, t, n, logsumexp);
             }
         }
+        if (p.parts == 1) {
+            store_row<VALUE>(at(p.out, b, t, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, scale);
+            continue;
+        }
 #pragma unroll
         for (int i = 0; i < VALUE / 32; ++i) {
             const int column = 32 * i + threadIdx.x % 32;
-            if (column >= width) continue;
-            if (p.parts > 1)
-                p.first[slot * p.value_head_dim + first_column + column] = sums[i];
-            else
-                at(p.out, b, t, n)[(first_column + column) * p.out.stride[3]] = rounded(sums[i] * scale);
+            if (column < width) p.first[slot * p.value_head_dim + first_column + column] = sums[i];
         }
     }
 }
@@ -413,10 +413,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_merge(
     const bool padded = t >= batch.queries;
     const real scale = finish(p, n, padded, maximum, total, logsumexp);
     if (slice == 0 && threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
+    if (padded || total == 0) {
 #pragma unroll
-    for (int i = 0; i < VALUE / 32; ++i) {
-        const int column = 32 * i + threadIdx.x % 32;
-        if (column < width)
-            at(p.out, b, t, n)[(first_column + column) * p.out.stride[3]] = rounded(padded || total == 0 ? real(0) : sums[i] * scale);
+        for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
     }
+    store_row<VALUE>(at(p.out, b, t, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, scale);
 }
