@@ -5,7 +5,7 @@ use attention::core::{
     PassCapabilities, Problem, Scratch, ScratchGrowth, Sequences, Unavailable, Unsupported, View, ViewMut,
 };
 use attention::{AttentionBackend, DType, NumericsClass, bf16, f16};
-use attention_candle::{Attention, AxisOrder, Options};
+use attention_candle::{Attention, AxisOrder, Options, cause};
 use candle_core::{Result, Tensor, Var};
 
 use crate::device::device;
@@ -183,7 +183,12 @@ fn put(tensor: &Tensor, to: ViewMut<'_>) -> Result<()> {
     }
 }
 
-fn failed(error: candle_core::Error) -> Error {
+/// What a call's error is for the suite: the refusal that `supports` gives, where candle says that nothing serves it.
+fn failed(error: candle_core::Error, supports: std::result::Result<(), Unsupported>) -> Error {
+    use attention_candle::Error::Call;
+    if let (Some(Call(attention::Error::NoImplementation { .. })), Err(refusal)) = (cause(&error), supports) {
+        return refusal.into();
+    }
     let source = error.to_string().into();
     BackendFailure { backend: "candle".to_owned(), operation: "a call".to_owned(), source }.into()
 }
@@ -214,10 +219,12 @@ impl AttentionBackend for ThroughCandle {
     }
 
     fn forward(&self, call: ForwardCall<'_>, _: Scratch<'_>) -> std::result::Result<(), Error> {
-        self.run_forward(call).map_err(failed)
+        let supports = self.supports(call.problem());
+        self.run_forward(call).map_err(|error| failed(error, supports))
     }
 
     fn backward(&self, call: BackwardCall<'_>, _: Scratch<'_>) -> std::result::Result<(), Error> {
-        self.run_backward(call).map_err(failed)
+        let supports = self.supports(call.problem());
+        self.run_backward(call).map_err(|error| failed(error, supports))
     }
 }

@@ -20,8 +20,8 @@ type Draw = fn(&[Record]) -> Result<String, Box<dyn Error + Send + Sync>>;
 
 /// Each figure, by its file, with the records that it is drawn from. A new record of the same cases takes the place of the old one.
 const FIGURES: &[(&str, &[&str], Draw)] = &[
-    ("gpu-h200.svg", &["2026-11-28-gpu-h200.csv"], gpu::shapes),
-    ("gpu-h200-options.svg", &["2026-11-28-gpu-h200.csv"], gpu::options),
+    ("gpu-h200.svg", &["2026-11-28-gpu-h200-2.csv"], gpu::shapes),
+    ("gpu-h200-options.svg", &["2026-11-28-gpu-h200-2.csv"], gpu::options),
     ("chunked.svg", &["2026-11-24-chunked-amx.csv"], cpu::chunked),
     ("cpu.svg", &["2026-11-23-cpu-plain.csv"], cpu::plain),
     ("memory.svg", &["2026-11-24-chunked-amx.csv", "2026-11-23-cpu-plain.csv"], memory::scratch),
