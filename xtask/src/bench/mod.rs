@@ -61,8 +61,13 @@ pub(crate) struct Arguments {
     /// With --memory: run calls of up to this many tokens; longer ones are asked for their scratch alone
     #[arg(long, default_value_t = 1 << 14, value_name = "N")]
     run_up_to: usize,
-    /// Another list of cases: gpu measures cuDNN through this library and, with --peer torch, through PyTorch
-    #[arg(long, value_parser = ["gpu"], value_name = "gpu")]
+    /// Another list of cases: gpu measures the backends for NVIDIA GPUs and, with --peer torch, PyTorch's paths
+    #[arg(
+        long,
+        value_parser = ["gpu"],
+        value_name = "gpu",
+        conflicts_with_all = ["shape", "quick", "pass", "causal", "mask", "threads", "peer_path", "memory"]
+    )]
     suite: Option<String>,
     /// How many turns each side has; as many as fit into some seconds by default
     #[arg(long, value_name = "N", value_parser = positive)]
@@ -104,7 +109,8 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         let peer =
             arguments.peer.iter().any(|peer| peer == "torch").then_some(arguments.peer_python.as_path());
         let repeats = arguments.repeats.unwrap_or(3);
-        return gpu::run(&arguments.backend, &arguments.dtype, peer, repeats, arguments.json.as_deref());
+        let files = gpu::Files { json: arguments.json.as_deref(), record: arguments.record.as_deref() };
+        return gpu::run(&arguments.backend, &arguments.dtype, peer, repeats, &files);
     }
     let threads = if arguments.memory { 1 } else { arguments.threads.unwrap_or_else(machine::cores) };
     let backends = (backends::named(&arguments.backend)?.into_iter())
@@ -255,6 +261,26 @@ mod tests {
 
     fn cases_of(line: &str) -> Vec<Case> {
         cases(&Line::parse_from(["bench"].into_iter().chain(line.split_whitespace())).arguments)
+    }
+
+    #[test]
+    fn the_suite_for_gpus_takes_no_option_that_it_would_ignore() {
+        let parses =
+            |line: &str| Line::try_parse_from(["bench"].into_iter().chain(line.split_whitespace())).is_ok();
+        assert!(parses(
+            "--suite gpu --dtype f32,bf16 --backend cudnn --peer torch --repeats 2 --json a --record b"
+        ));
+        for ignored in [
+            "--causal",
+            "--quick",
+            "--memory",
+            "--pass both",
+            "--mask bool",
+            "--threads 1",
+            "--shape 1,1,1,1,1,1",
+        ] {
+            assert!(!parses(&format!("--suite gpu {ignored}")), "{ignored}");
+        }
     }
 
     #[test]

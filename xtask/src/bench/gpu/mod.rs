@@ -2,6 +2,7 @@
 
 mod call;
 mod peer;
+pub(super) mod record;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use attention_cuda::CudaDevice;
 use attention_cudnn::{CudnnBackend, CudnnConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::reporting;
+use crate::{machine, reporting};
 use call::{Call, Data};
 use peer::Peer;
 
@@ -27,6 +28,18 @@ enum Terms {
     Mask,
     /// At a rate of 1/8.
     Dropout,
+}
+
+impl Terms {
+    /// As JSON has it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Bias => "bias",
+            Self::Mask => "mask",
+            Self::Dropout => "dropout",
+        }
+    }
 }
 
 /// A shape of the suite.
@@ -108,13 +121,19 @@ struct Row {
     times: Vec<(String, Times)>,
 }
 
+/// Where rows are written besides.
+pub(super) struct Files<'a> {
+    pub(super) json: Option<&'a Path>,
+    pub(super) record: Option<&'a Path>,
+}
+
 /// Measures every case of these dtypes, or of all if there are none, and prints a table.
 pub(super) fn run(
     backends: &[String],
     dtypes: &[DType],
     peer: Option<&Path>,
     repeats: usize,
-    json: Option<&Path>,
+    files: &Files<'_>,
 ) -> crate::Result<bool> {
     let device = CudaDevice::new("cudnn", 0)?;
     let backends: Vec<(&str, Arc<dyn AttentionBackend>)> = on_device(&device)
@@ -131,7 +150,8 @@ pub(super) fn run(
             None
         }
     };
-    println!("{}", device.context().name()?);
+    let name = device.context().name()?;
+    println!("{name}");
     if let Some(peer) = &peer {
         println!("peer: {}", peer.versions);
     }
@@ -172,8 +192,17 @@ pub(super) fn run(
         println!("{}", line(&row));
         rows.push(row);
     }
-    if let Some(path) = json {
+    if let Some(path) = files.json {
         reporting::write(path, &serde_json::to_string_pretty(&rows)?)?;
+    }
+    if let Some(path) = files.record {
+        let driver = record::driver_version().map(|version| format!("driver {version}"));
+        let cudnn = CudnnBackend::on(device, CudnnConfig::default());
+        let cudnn = cudnn.available().is_ok().then(|| cudnn.target().to_string());
+        let peer = peer.map(|peer| format!("peer {}", peer.versions));
+        let versions =
+            [Some(machine::today()), Some(name), driver, cudnn, peer].into_iter().flatten().collect();
+        reporting::write(path, &record::csv(&rows, &record::Source { versions, repeats })?)?;
     }
     Ok(true)
 }
@@ -205,7 +234,7 @@ fn line(row: &Row) -> String {
         what += " causal";
     }
     if terms != Terms::Plain {
-        what += &format!(" {terms:?}").to_lowercase();
+        what += &format!(" {}", terms.name());
     }
     let mut line = format!("{shape:18} {what:17}");
     for (name, times) in &row.times {

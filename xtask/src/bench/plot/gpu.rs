@@ -1,7 +1,8 @@
 //! What GPUs do: TFLOP/s by shape and by option, and decoding.
 
 use super::draw::{self, Bars, Drawn, OURS, Series, THEIRS};
-use super::record::{GpuRow, Record};
+use super::record::Record;
+use crate::bench::gpu::record::GpuRow;
 use crate::bench::measure::median;
 
 const SERIES: [(&str, Series<'static>); 5] = [

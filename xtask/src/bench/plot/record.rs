@@ -45,25 +45,6 @@ impl Record {
     }
 }
 
-/// A row on a GPU.
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct GpuRow {
-    pub(super) b: usize,
-    pub(super) t: usize,
-    pub(super) s: usize,
-    pub(super) n: usize,
-    pub(super) k: usize,
-    pub(super) h: usize,
-    pub(super) dtype: String,
-    pub(super) pass: String,
-    pub(super) causal: bool,
-    pub(super) terms: String,
-    pub(super) implementation: String,
-    pub(super) device_us: f64,
-    pub(super) tflops: f64,
-    pub(super) host_us: f64,
-}
-
 /// A row on a CPU.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct CpuRow {
@@ -87,6 +68,7 @@ pub(super) struct CpuRow {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::gpu::record::GpuRow;
 
     #[test]
     fn records_are_read_by_the_names_of_their_columns() {
