@@ -14,6 +14,8 @@ pub(crate) struct Crossover {
     pub(crate) pass: Pass,
     /// A feature without which it does not hold.
     pub(crate) with: Option<Feature>,
+    /// A feature with which it does not hold.
+    pub(crate) without: Option<Feature>,
     /// `T * S` at the crossover.
     pub(crate) logits_per_head: usize,
 }
@@ -26,6 +28,7 @@ pub(crate) const CROSSOVERS: &[Crossover] = &[
         large: "cudnn",
         pass: Pass::Backward,
         with: None,
+        without: None,
         logits_per_head: 256 * 256 + 1,
     },
     // benches/record/2026-11-25-gpu-h200.csv, 4096 x 4096 tokens, TFLOP/s. cuDNN reads masks, biases and the keep bits of the
@@ -36,11 +39,29 @@ pub(crate) const CROSSOVERS: &[Crossover] = &[
     always("chunked-cuda", "cudnn", Pass::Backward, Feature::Bias),
     always("chunked-cuda", "cudnn", Pass::Forward, Feature::Dropout),
     always("chunked-cuda", "cudnn", Pass::Backward, Feature::Dropout),
+    // cuDNN has ALiBi under a causal mask alone. Elsewhere it reads a bias that a kernel of ours makes for it first, and reading one
+    // takes it to 308 and 280 (benches/record/2026-11-28-gpu-h200-2.csv), where chunked-cuda has ALiBi at 531 and 399
+    // (benches/record/2026-11-25-gpu-h200-chunked-cuda.csv).
+    Crossover {
+        without: Some(Feature::Causal),
+        ..always("chunked-cuda", "cudnn", Pass::Forward, Feature::Alibi)
+    },
+    Crossover {
+        without: Some(Feature::Causal),
+        ..always("chunked-cuda", "cudnn", Pass::Backward, Feature::Alibi)
+    },
 ];
 
 /// One that is faster at every size, where there is such a feature.
 const fn always(faster: &'static str, slower: &'static str, pass: Pass, with: Feature) -> Crossover {
-    Crossover { small: faster, large: slower, pass, with: Some(with), logits_per_head: usize::MAX }
+    Crossover {
+        small: faster,
+        large: slower,
+        pass,
+        with: Some(with),
+        without: None,
+        logits_per_head: usize::MAX,
+    }
 }
 
 /// Orders candidates for a problem: where a crossover applies, its winner moves right before its loser.
@@ -49,7 +70,9 @@ pub(crate) fn order(backends: &mut Vec<Arc<dyn AttentionBackend>>, problem: &Pro
     let logits = dims.query_length.saturating_mul(dims.key_length);
     let features = problem.features();
     let applies = |rule: &&Crossover| {
-        rule.pass == problem.pass() && rule.with.is_none_or(|feature| features.contains(feature))
+        rule.pass == problem.pass()
+            && rule.with.is_none_or(|feature| features.contains(feature))
+            && !rule.without.is_some_and(|feature| features.contains(feature))
     };
     for rule in table.iter().filter(applies) {
         let (winner, loser) =

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Dimensions, Error, Feature, FeatureSet,
-    ForwardCall, Pass, PassCapabilities, Problem, ProblemBuilder, Scratch, ScratchGrowth, Unavailable,
-    Unsupported,
+    ForwardCall, Pass, PassCapabilities, Problem, ProblemBuilder, Scratch, ScratchGrowth, TensorDesc,
+    Unavailable, Unsupported,
 };
 
-use crate::selection::preference::{Crossover, order};
+use crate::selection::preference::{CROSSOVERS, Crossover, order};
 
 /// A name without an implementation.
 #[derive(Debug)]
@@ -46,6 +46,7 @@ const TABLE: &[Crossover] = &[Crossover {
     large: "tiled",
     pass: Pass::Forward,
     with: None,
+    without: None,
     logits_per_head: 64 * 64,
 }];
 
@@ -83,22 +84,46 @@ fn a_crossover_decides_between_its_two() {
 }
 
 #[test]
-fn a_crossover_may_need_a_feature_and_a_later_one_decides() {
-    let rule = |with, logits_per_head| Crossover {
+fn a_crossover_may_need_a_feature_or_its_absence_and_a_later_one_decides() {
+    let rule = |with, without, logits_per_head| Crossover {
         small: "plain",
         large: "tiled",
         pass: Pass::Forward,
         with,
+        without,
         logits_per_head,
     };
-    let table = [rule(None, 1), rule(Some(Feature::Causal), usize::MAX)];
-    let names = |causal| {
+    let names = |causal, table: &[Crossover]| {
         let mut backends = named(&["plain", "tiled"]);
-        order(&mut backends, &square(8).causal(causal).build().unwrap(), &table);
+        order(&mut backends, &square(8).causal(causal).build().unwrap(), table);
         backends.iter().map(|backend| backend.name().to_owned()).collect::<Vec<_>>()
     };
-    assert_eq!(names(false), ["tiled", "plain"]);
-    assert_eq!(names(true), ["plain", "tiled"]);
+    let with = [rule(None, None, 1), rule(Some(Feature::Causal), None, usize::MAX)];
+    assert_eq!(names(false, &with), ["tiled", "plain"]);
+    assert_eq!(names(true, &with), ["plain", "tiled"]);
+    let without = [rule(None, None, 1), rule(None, Some(Feature::Causal), usize::MAX)];
+    assert_eq!(names(false, &without), ["plain", "tiled"]);
+    assert_eq!(names(true, &without), ["tiled", "plain"]);
+}
+
+#[test]
+fn on_gpus_what_cudnn_reads_as_a_bias_is_for_our_kernels() {
+    let first = |build: fn(ProblemBuilder) -> ProblemBuilder| {
+        let mut backends = named(&["cudnn", "chunked-cuda"]);
+        order(&mut backends, &build(square(512)).build().unwrap(), CROSSOVERS);
+        backends[0].name().to_owned()
+    };
+    fn slopes() -> TensorDesc {
+        TensorDesc::contiguous(DType::F32, [1])
+    }
+    assert_eq!(first(|problem| problem), "cudnn");
+    assert_eq!(
+        first(|problem| problem.bias(TensorDesc::contiguous(DType::F32, [1, 1, 512, 512]))),
+        "chunked-cuda"
+    );
+    assert_eq!(first(|problem| problem.alibi_slopes(slopes())), "chunked-cuda");
+    // That is cuDNN's own.
+    assert_eq!(first(|problem| problem.alibi_slopes(slopes()).causal(true)), "cudnn");
 }
 
 #[test]
