@@ -193,6 +193,23 @@ mod tests {
     }
 
     #[test]
+    fn blocks_are_those_of_the_gradients_that_are_wanted() {
+        let of = |gradients: Option<Gradients>| {
+            let desc = |length, heads| TensorDesc::contiguous(DType::Bf16, [2, length, heads, 64]);
+            let builder = Problem::builder(desc(1025, 4), desc(64, 2), desc(64, 2)).device(Device::Cuda(0));
+            let builder = match gradients {
+                Some(gradients) => builder.gradients(gradients),
+                None => builder,
+            };
+            blocks(&builder.causal(true).build().expect("valid"), 16)
+        };
+        // 1024 rows to a block: two for each of 4 query heads and 2 batch rows, one for each of 2 key heads.
+        assert_eq!([None, Some(Gradients::QUERY)].map(of), [16, 16]);
+        assert_eq!([Gradients::KEY, Gradients::VALUE].map(|of_keys| of(Some(of_keys))), [4, 4]);
+        assert_eq!(of(Some(Gradients::QUERY | Gradients::VALUE)), 20);
+    }
+
+    #[test]
     fn only_rows_beside_others_that_see_more_are_looked_at() {
         assert!(!needs(16, |problem| problem));
         assert!(!needs(16, |problem| problem.key_value_lengths([3, 32])));

@@ -23,7 +23,7 @@ __device__ inline bool is_finite(const uint4 &of) {
 constexpr int GROUPS_OF_WARP = ROWS / WARPS;
 
 // Which of a warp's groups, the first of which begins with row `first`, hold something that is not finite in the rows of a result's
-// head that are looked at. There is a row before `end`; groups behind it may be said to.
+// head that are looked at. `first` is before `end`; groups from there on read the last row, and may be among them.
 template <int DEPTH>
 __device__ inline unsigned spoiled_groups(const Tensor &tensor, long long b, long long head, int first, int end, int width, bool aligned) {
     constexpr int LANES = lanes_of_row<DEPTH>(), AT_ONCE = 32 / LANES, DEEP = GROUPS_OF_WARP / AT_ONCE;
