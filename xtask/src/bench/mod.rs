@@ -66,7 +66,7 @@ pub(crate) struct Arguments {
         long,
         value_parser = ["gpu"],
         value_name = "gpu",
-        conflicts_with_all = ["shape", "quick", "pass", "causal", "mask", "threads", "peer_path", "memory"]
+        conflicts_with_all = ["shape", "quick", "pass", "causal", "mask", "threads", "peer_path", "memory", "run_up_to"]
     )]
     suite: Option<String>,
     /// How many turns each side has; as many as fit into some seconds by default
@@ -271,6 +271,7 @@ mod tests {
             "--suite gpu --dtype f32,bf16 --backend cudnn --peer torch --repeats 2 --json a --record b"
         ));
         for ignored in [
+            "--run-up-to 64",
             "--causal",
             "--quick",
             "--memory",

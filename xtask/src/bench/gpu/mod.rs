@@ -18,9 +18,9 @@ use call::{Call, Data};
 use peer::Peer;
 
 /// What is added to the logits or multiplies the probabilities.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Terms {
+pub(super) enum Terms {
     Plain,
     /// `[1, N, T, S]`, of the operands' dtype.
     Bias,
@@ -28,18 +28,6 @@ enum Terms {
     Mask,
     /// At a rate of 1/8.
     Dropout,
-}
-
-impl Terms {
-    /// As JSON has it.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Plain => "plain",
-            Self::Bias => "bias",
-            Self::Mask => "mask",
-            Self::Dropout => "dropout",
-        }
-    }
 }
 
 /// A shape of the suite.
@@ -234,7 +222,7 @@ fn line(row: &Row) -> String {
         what += " causal";
     }
     if terms != Terms::Plain {
-        what += &format!(" {}", terms.name());
+        what += &format!(" {terms:?}").to_lowercase();
     }
     let mut line = format!("{shape:18} {what:17}");
     for (name, times) in &row.times {

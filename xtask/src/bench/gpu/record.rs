@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Row;
+use super::{Row, Terms};
 
 /// One implementation on one case. The names are those of the columns.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,7 +16,7 @@ pub(in crate::bench) struct GpuRow {
     pub(in crate::bench) dtype: String,
     pub(in crate::bench) pass: String,
     pub(in crate::bench) causal: bool,
-    pub(in crate::bench) terms: String,
+    pub(in crate::bench) terms: Terms,
     pub(in crate::bench) implementation: String,
     pub(in crate::bench) device_us: f64,
     pub(in crate::bench) tflops: f64,
@@ -46,7 +46,7 @@ fn lines(row: &Row) -> impl Iterator<Item = GpuRow> {
         dtype: case.dtype.to_string(),
         pass: if case.backward { "backward" } else { "forward" }.to_owned(),
         causal: case.causal,
-        terms: case.terms.name().to_owned(),
+        terms: case.terms,
         implementation: name.clone(),
         device_us: rounded(times.device_us),
         tflops: rounded(row.flops / times.device_us / 1e6),
@@ -86,7 +86,7 @@ fn version_of_driver(text: &str) -> Option<String> {
 mod tests {
     use attention_core::DType;
 
-    use super::super::{Case, Terms, Times};
+    use super::super::{Case, Times};
     use super::*;
 
     #[test]
@@ -113,11 +113,9 @@ mod tests {
         let mut reader = csv::ReaderBuilder::new().comment(Some(b'#')).from_reader(text.as_bytes());
         let read: Vec<GpuRow> = reader.deserialize().collect::<Result<_, _>>().unwrap();
         assert_eq!(read, rows.iter().flat_map(lines).collect::<Vec<_>>());
+        assert!(text.contains(",backward,true,mask,cudnn,"), "{text}");
         assert_eq!((read[0].device_us, read[0].tflops, read[0].host_us), (10.0, 199.2, 3.3));
-        assert_eq!(
-            (read[2].pass.as_str(), read[2].terms.as_str(), read[2].causal),
-            ("backward", "mask", true)
-        );
+        assert_eq!((read[2].pass.as_str(), read[2].terms, read[2].causal), ("backward", Terms::Mask, true));
     }
 
     #[test]
