@@ -8,7 +8,7 @@ use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, Error, ForwardCall, LentScratch, Pass, Problem,
     Scratch, Unavailable, Unsupported,
 };
-use attention_cuda::{CudaDevice, OnHost};
+use attention_cuda::{CudaDevice, KERNEL_FOLDER, OnHost};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -96,13 +96,14 @@ fn on_a_device(name: &str) -> crate::Result<Arc<dyn AttentionBackend>> {
     })
 }
 
-/// The backend of our own kernels by one of its names. Kernels are kept for other processes of this machine: the suite needs some hundred.
+/// The backend of our own kernels by one of its names. Kernels are kept for other processes of this machine, where the environment says
+/// or with temporary files: the suite needs some hundred.
 fn chunked_cuda(device: &CudaDevice, name: &str) -> ChunkedCudaBackend {
-    let folder = std::env::temp_dir().join("attention-kernels");
-    let config = ChunkedCudaConfig::default()
-        .kernel_folder(folder)
-        .warpgroups(name != WITHOUT_WARPGROUPS)
-        .split_f32(name != WITHOUT_SPLIT);
+    let mut config =
+        ChunkedCudaConfig::default().warpgroups(name != WITHOUT_WARPGROUPS).split_f32(name != WITHOUT_SPLIT);
+    if std::env::var_os(KERNEL_FOLDER).is_none() {
+        config = config.kernel_folder(std::env::temp_dir().join("attention-kernels"));
+    }
     ChunkedCudaBackend::on(device.clone(), config)
 }
 
