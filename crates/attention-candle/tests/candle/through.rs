@@ -108,6 +108,18 @@ impl ThroughCandle {
         put(&self.swap(out)?, outputs.out)
     }
 
+    /// What a call's error is for the suite: the refusal that `supports` gives, where candle says that nothing serves it.
+    fn failed(&self, problem: &Problem, error: candle_core::Error) -> Error {
+        use attention_candle::Error::Call;
+        if let Some(Call(attention::Error::NoImplementation { .. })) = cause(&error)
+            && let Err(refusal) = self.supports(problem)
+        {
+            return refusal.into();
+        }
+        let source = error.to_string().into();
+        BackendFailure { backend: "candle".to_owned(), operation: "a call".to_owned(), source }.into()
+    }
+
     fn run_backward(&self, call: BackwardCall<'_>) -> Result<()> {
         let (problem, inputs, saved, outputs) = call.into_parts();
         let outputs = [outputs.dq, outputs.dk, outputs.dv, outputs.dbias, outputs.dsinks];
@@ -183,16 +195,6 @@ fn put(tensor: &Tensor, to: ViewMut<'_>) -> Result<()> {
     }
 }
 
-/// What a call's error is for the suite: the refusal that `supports` gives, where candle says that nothing serves it.
-fn failed(error: candle_core::Error, supports: std::result::Result<(), Unsupported>) -> Error {
-    use attention_candle::Error::Call;
-    if let (Some(Call(attention::Error::NoImplementation { .. })), Err(refusal)) = (cause(&error), supports) {
-        return refusal.into();
-    }
-    let source = error.to_string().into();
-    BackendFailure { backend: "candle".to_owned(), operation: "a call".to_owned(), source }.into()
-}
-
 impl AttentionBackend for ThroughCandle {
     fn name(&self) -> &str {
         "candle"
@@ -219,12 +221,12 @@ impl AttentionBackend for ThroughCandle {
     }
 
     fn forward(&self, call: ForwardCall<'_>, _: Scratch<'_>) -> std::result::Result<(), Error> {
-        let supports = self.supports(call.problem());
-        self.run_forward(call).map_err(|error| failed(error, supports))
+        let problem = call.problem();
+        self.run_forward(call).map_err(|error| self.failed(problem, error))
     }
 
     fn backward(&self, call: BackwardCall<'_>, _: Scratch<'_>) -> std::result::Result<(), Error> {
-        let supports = self.supports(call.problem());
-        self.run_backward(call).map_err(|error| failed(error, supports))
+        let problem = call.problem();
+        self.run_backward(call).map_err(|error| self.failed(problem, error))
     }
 }
