@@ -80,7 +80,7 @@ impl CudnnConfig {
 
     /// The caller's word that queries, keys, values and their gradients are finite wherever a row may see them. Otherwise, where
     /// rows see different keys, results are looked at once more, since cuDNN lets NaN and infinities of what a row must not see into
-    /// it: 5 to 15 % of a causal call of up to 1024 positions, less than 1 % of one of 4096.
+    /// it: 2 to 7 % of a causal call of 512 to 1024 positions on an H200, nothing to be seen of one of 4096.
     #[must_use]
     pub fn finite_operands(self, promised: bool) -> Self {
         Self { finite_operands: promised, ..self }

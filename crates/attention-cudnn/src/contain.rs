@@ -52,17 +52,13 @@ fn blocks(problem: &Problem, rows_of_group: usize) -> u32 {
         rows.div_ceil(GROUPS * rows_of_group).saturating_mul(heads).saturating_mul(dims.batch)
     };
     let wants = |gradient| problem.gradients().contains(gradient);
-    let of_queries = match problem.pass() {
-        Pass::Backward if !wants(Gradients::QUERY) => 0,
-        _ => of(dims.query_length, dims.query_heads),
+    let (has_rows, has_keys) = match problem.pass() {
+        Pass::Forward => (true, false),
+        Pass::Backward => (wants(Gradients::QUERY), wants(Gradients::KEY) || wants(Gradients::VALUE)),
     };
-    let of_keys = match problem.pass() {
-        Pass::Backward if wants(Gradients::KEY) || wants(Gradients::VALUE) => {
-            of(dims.key_length, dims.key_heads)
-        }
-        _ => 0,
-    };
-    u32::try_from(of_queries.saturating_add(of_keys)).unwrap_or(u32::MAX)
+    let of_rows = if has_rows { of(dims.query_length, dims.query_heads) } else { 0 };
+    let of_keys = if has_keys { of(dims.key_length, dims.key_heads) } else { 0 };
+    u32::try_from(of_rows.saturating_add(of_keys)).unwrap_or(u32::MAX)
 }
 
 /// Rows of which the first and the last are looked at: what is not finite reaches all rows of a tile. Each one is looked at where a
