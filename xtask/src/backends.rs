@@ -6,7 +6,7 @@ use attention::Registry;
 use attention_chunked::{ChunkedBackend, ChunkedConfig, ChunkedCudaBackend, ChunkedCudaConfig, Level};
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, Error, ForwardCall, LentScratch, Pass, Problem,
-    Scratch, Unavailable, Unsupported,
+    Scratch, Unavailable, Unsupported, Variants,
 };
 use attention_cuda::{CudaDevice, KERNEL_FOLDER, OnHost};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
@@ -160,6 +160,10 @@ macro_rules! delegate {
 
             fn capabilities(&self) -> &Capabilities {
                 self.backend.capabilities()
+            }
+
+            fn variants(&self) -> Option<&Variants> {
+                self.backend.variants()
             }
 
             fn available(&self) -> Result<(), Unavailable> {

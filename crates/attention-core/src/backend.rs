@@ -2,6 +2,7 @@
 
 use crate::{
     BackwardCall, Capabilities, Error, ForwardCall, LentScratch, Problem, Scratch, Unavailable, Unsupported,
+    Variants,
 };
 
 /// An implementation of attention.
@@ -38,6 +39,14 @@ pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// [`Unsupported`] names the limit and the value that meets it.
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported>;
+
+    /// The code paths that its plans may choose on this machine, with a count of how often each was run, for suites that
+    /// prove what they reach. A wrapper gives those of the backend that it wraps.
+    ///
+    /// The default says nothing about paths, and is right for a backend that has only one.
+    fn variants(&self) -> Option<&Variants> {
+        None
+    }
 
     /// Bytes of scratch memory that a call of this problem must be given, exactly. A backend that works on as many
     /// threads as the caller's pool has answers for the pool that it is asked on: ask where the call will be made.

@@ -16,6 +16,7 @@ mod options;
 mod problem;
 mod role;
 mod shape;
+mod variants;
 mod view;
 
 pub use backend::AttentionBackend;
@@ -31,6 +32,7 @@ pub use options::{Lengths, QueryOffset, Sequences, Window};
 pub use problem::{Dimensions, Pass, Problem, ProblemBuilder};
 pub use role::Role;
 pub use shape::{Axes, Dims, MAX_RANK, Strides, TensorDesc};
+pub use variants::{VariantCounter, VariantRuns, Variants};
 pub use view::{
     HostView, HostViewMut, LentScratch, Row, RowMut, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer, View, ViewMut,
 };

@@ -2,7 +2,7 @@
 
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, Capabilities, Device, DeviceKind, Error,
-    ForwardCall, ForwardOutputs, Inputs, Problem, Scratch, Unavailable, Unsupported, View, ViewMut,
+    ForwardCall, ForwardOutputs, Inputs, Problem, Scratch, Unavailable, Unsupported, Variants, View, ViewMut,
 };
 use cudarc::driver::DriverError;
 
@@ -144,6 +144,10 @@ impl<B: AttentionBackend> AttentionBackend for OnHost<B> {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn variants(&self) -> Option<&Variants> {
+        self.backend.variants()
     }
 
     fn available(&self) -> Result<(), Unavailable> {
