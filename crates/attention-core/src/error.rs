@@ -1,11 +1,25 @@
 //! Errors, grouped by who can do something about them.
+//!
+//! `Debug` of each is its text: it is what a program prints whose `main` returns the error.
 
 use crate::{
     DType, Device, DeviceKind, Dims, Feature, Gradients, NumericsClass, Pass, Role, Strides, TensorDesc,
 };
 
+/// Prints errors with `{:?}` as with `{}`, so that a `main` that returns one ends with a sentence.
+macro_rules! debug_is_the_text {
+    ($($error:ty),* $(,)?) => {$(
+        impl std::fmt::Debug for $error {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                std::fmt::Display::fmt(self, f)
+            }
+        }
+    )*};
+}
+debug_is_the_text!(Error, InvalidCall, Unsupported, Unavailable, BackendFailure);
+
 /// Why a call did not run. Each variant names a culprit; nothing was written to any output for the first three.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The call itself is wrong: no backend would accept it.
@@ -23,7 +37,7 @@ pub enum Error {
 }
 
 /// The caller's mistake, with the numbers in it.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[derive(Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidCall {
     /// A tensor has the wrong number of axes.
@@ -98,7 +112,11 @@ pub enum InvalidCall {
         expected: String,
     },
     /// Query heads are no multiple of the key/value heads.
-    #[error("{query_heads} query heads are not a multiple of {key_heads} key/value heads")]
+    #[error(
+        "{} not a multiple of {}",
+        are(*.query_heads, "query head"),
+        counted(*.key_heads, "key/value head")
+    )]
     HeadsNotDivisible {
         /// `N`.
         query_heads: usize,
@@ -144,7 +162,7 @@ pub enum InvalidCall {
         value: usize,
     },
     /// There must be one length a batch row.
-    #[error("{count} {which} lengths were given for a batch of {batch}")]
+    #[error("{} given for a batch of {batch}", were(*.count, &format!("{which} length")))]
     LengthCount {
         /// `query` or `key/value`.
         which: &'static str,
@@ -252,7 +270,7 @@ pub enum InvalidCall {
         role: Role,
     },
     /// The call was given a tensor that the problem does not have.
-    #[error("the call was given {role}, the problem has none")]
+    #[error("the call was given {role}, the problem has none{}", asked_for_with(*.role))]
     Unexpected {
         /// Which tensor.
         role: Role,
@@ -313,7 +331,7 @@ pub enum InvalidCall {
 }
 
 /// What a backend cannot do: which limit, and which value of the problem meets it.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[derive(Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unsupported {
     /// The memory is where this backend cannot reach it.
@@ -400,6 +418,34 @@ pub enum Unsupported {
     },
 }
 
+/// A number of things: "1 query head", "2 query heads".
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+fn are(count: usize, what: &str) -> String {
+    format!("{} {}", counted(count, what), if count == 1 { "is" } else { "are" })
+}
+
+fn were(count: usize, what: &str) -> String {
+    format!("{} {}", counted(count, what), if count == 1 { "was" } else { "were" })
+}
+
+/// How a problem gets a tensor that a call may have been given in vain.
+fn asked_for_with(role: Role) -> &'static str {
+    match role {
+        Role::Lse => ": build it with `.lse(true)`",
+        Role::DLse => ": build it with `.d_lse(true)`",
+        Role::DQuery | Role::DKey | Role::DValue | Role::DBias | Role::DSinks => {
+            ": build it with that gradient in `.gradients(..)`"
+        }
+        Role::Mask | Role::Bias | Role::AlibiSlopes | Role::Sinks => {
+            ": build it from the inputs that have it (`Inputs::problem`)"
+        }
+        _ => "",
+    }
+}
+
 fn one_or(size: usize) -> String {
     if size == 1 { "1".to_owned() } else { format!("1 or {size}") }
 }
@@ -415,7 +461,7 @@ fn names(dtypes: &[DType]) -> String {
 }
 
 /// A library or device that is not there.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{backend} is not available: {what}; looked for {}", .looked_for.join(", "))]
 pub struct Unavailable {
     /// The backend.
@@ -427,7 +473,7 @@ pub struct Unavailable {
 }
 
 /// A failure of the machine or of a library while a backend ran.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 #[error("{backend} failed in {operation}: {source}")]
 pub struct BackendFailure {
     /// The backend.

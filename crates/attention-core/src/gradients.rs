@@ -5,7 +5,7 @@ use crate::Role;
 /// A set of gradients: any of those of the query, key, value, bias and sinks.
 ///
 /// ```
-/// use attention_core::Gradients;
+/// use attention_core::Gradients; // or `attention::Gradients`, which is the same
 ///
 /// let wanted = Gradients::QKV | Gradients::BIAS;
 /// assert!(wanted.contains(Gradients::KEY));

@@ -147,7 +147,7 @@ impl TensorDesc {
     /// A row-major tensor without gaps.
     ///
     /// ```
-    /// use attention_core::{DType, TensorDesc};
+    /// use attention_core::{DType, TensorDesc}; // or of `attention`, which are the same
     ///
     /// let query = TensorDesc::contiguous(DType::F32, [2, 128, 8, 64]);
     /// assert_eq!(&query.strides()[..], [65536, 512, 64, 1]);

@@ -141,7 +141,7 @@ struct Spec {
 ///
 /// # Examples
 /// ```
-/// use attention_core::{DType, Problem, TensorDesc};
+/// use attention_core::{DType, Problem, TensorDesc}; // or of `attention`, which are the same
 ///
 /// let query = TensorDesc::contiguous(DType::F32, [2, 128, 8, 64]);
 /// let key = TensorDesc::contiguous(DType::F32, [2, 256, 2, 64]);

@@ -16,11 +16,11 @@ pub use scratch::{LentScratch, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer};
 
 use crate::{Device, Dims, Element, InvalidCall, Strides, TensorDesc};
 
-/// A tensor that is read.
+/// A tensor that is read. The crate `attention` has it as `attention::View`.
 ///
 /// # Examples
 /// ```
-/// use attention_core::View;
+/// use attention_core::View; // or `attention::View`, which is the same
 ///
 /// // A query [B, T, N, H] of ones, and the same memory seen as BNTH storage.
 /// let data = vec![1.0f32; 2 * 3 * 4 * 8];
@@ -234,7 +234,7 @@ impl<'a> View<'a> {
     ///
     /// # Examples
     /// ```
-    /// use attention_core::{DType, View};
+    /// use attention_core::{DType, View}; // or of `attention`, which are the same
     ///
     /// let mask = View::strided_mask(&[1u8, 0, 255, 0], 0, [2, 2], [2, 1])?;
     /// assert_eq!(mask.desc().dtype(), DType::Bool);

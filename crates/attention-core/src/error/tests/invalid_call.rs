@@ -112,6 +112,7 @@ fn of_ranks_and_shapes() -> Vec<Case> {
             of(query, desc([2, 5, 0, 8]), desc([2, 5, 0, 6])),
             "4 query heads are not a multiple of 0 key/value heads",
         ),
+        (of(desc([2, 3, 1, 8]), key, value), "1 query head is not a multiple of 2 key/value heads"),
         (
             of(desc([2, 3, 4, 0]), desc([2, 5, 2, 0]), value),
             "query has head dimension 0 (shape [2, 3, 4, 0]), expected at least 1",
@@ -140,7 +141,8 @@ fn of_dtypes() -> Vec<Case> {
         ),
         (
             refused(problem().mask(desc([3, 5]))),
-            "mask has dtype f32, expected bool (an additive mask of floats is a bias)",
+            "mask has dtype f32, expected bool, true where a key takes part (an additive mask of floats is a bias: give it as \
+             one; numbers that say 1 or 0 are compared with 0 first)",
         ),
         (
             refused(problem().bias(typed(DType::Bool, [3, 5]))),
@@ -202,7 +204,7 @@ fn of_options() -> Vec<Case> {
             refused(Problem::builder(desc([1 << 16, 0, 1 << 16, 1]), many, many).dropout(dropout)),
             "dropout numbers batch rows times heads B*N with 32 bits, 4294967296 does not fit",
         ),
-        (refused(problem().query_lengths([1])), "1 query lengths were given for a batch of 2"),
+        (refused(problem().query_lengths([1])), "1 query length was given for a batch of 2"),
         (refused(problem().key_value_lengths([1, 2, 3])), "3 key/value lengths were given for a batch of 2"),
         (
             refused(problem().query_lengths([3, 4])),
@@ -329,8 +331,15 @@ fn of_calls() -> Vec<Case> {
         BackwardCall::new(problem, inputs, saved, BackwardOutputs { dv, ..Default::default() }).unwrap_err()
     };
     vec![
-        (forward(&plain, slopes, false), "the call was given ALiBi slopes, the problem has none"),
-        (forward(&plain, inputs, true), "the call was given lse, the problem has none"),
+        (
+            forward(&plain, slopes, false),
+            "the call was given ALiBi slopes, the problem has none: build it from the inputs that have it \
+             (`Inputs::problem`)",
+        ),
+        (
+            forward(&plain, inputs, true),
+            "the call was given lse, the problem has none: build it with `.lse(true)`",
+        ),
         (forward(&with_lse, inputs, false), "the problem has lse, the call was given none"),
         (
             forward(&plain, Inputs { key: stored_bnth, ..inputs }, false),
@@ -349,7 +358,9 @@ fn every_variant_is_provoked_and_says_what_is_wrong() {
     let cases = [of_ranks_and_shapes(), of_dtypes(), of_options(), of_views(), of_calls()];
     let mut seen = HashSet::new();
     for (error, message) in cases.into_iter().flatten() {
-        assert_eq!(error.to_string(), message, "{error:?}");
+        assert_eq!(error.to_string(), message);
+        // What a `main` prints that returns the error.
+        assert_eq!(format!("{error:?}"), message);
         seen.insert(name_of(&error));
     }
     assert_all_seen(NAMES, &seen);

@@ -70,6 +70,7 @@ fn every_unsupported_variant_names_the_limit_and_the_value() {
     let mut seen = HashSet::new();
     for (error, message) in cases {
         assert_eq!(error.to_string(), message);
+        assert_eq!(format!("{error:?}"), message);
         seen.insert(name_of_unsupported(&error));
     }
     assert_all_seen(UNSUPPORTED, &seen);
@@ -107,6 +108,8 @@ fn errors_show_their_culprit() {
     let mut seen = HashSet::new();
     for (error, message) in cases {
         assert_eq!(error.to_string(), message);
+        // What a `main` prints that returns the error.
+        assert_eq!(format!("{error:?}"), message);
         seen.insert(name_of_error(&error));
         if let Error::Backend(_) = &error {
             assert_eq!(error.source().unwrap().to_string(), "out of tea");
