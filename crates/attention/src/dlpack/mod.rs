@@ -32,8 +32,8 @@ use attention_core::{DType, Device, Dims, InvalidCall, MAX_RANK, Strides, Tensor
 
 pub use export::Export;
 
-/// Why a tensor of another library is none for this one.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+/// Why a tensor of another library is none for this one. `Debug` is the text.
+#[derive(Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A capsule without a tensor.
@@ -52,7 +52,11 @@ pub enum Error {
         device: ffi::Device,
     },
     /// Elements that no tensor of a call has.
-    #[error("the tensor has DLPack elements of code {}, {} bits, {} lanes; expected a float of 64, 32 or 16 bits, a bfloat of 16, or a boolean of 8", .dtype.code, .dtype.bits, .dtype.lanes)]
+    #[error(
+        "the tensor has {}; expected a float of 64, 32 or 16 bits, a bfloat of 16, or a boolean of 8{}",
+        elements(.dtype),
+        integers_as_masks(.dtype)
+    )]
     DType {
         /// The type of its elements.
         dtype: ffi::DataType,
@@ -85,6 +89,40 @@ pub enum Error {
     /// No view can be made: a pointer that is null or misaligned, strides that overlap.
     #[error(transparent)]
     View(#[from] InvalidCall),
+}
+
+impl std::fmt::Debug for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+/// The type of elements in words.
+fn elements(dtype: &ffi::DataType) -> String {
+    let ffi::DataType { code, bits, lanes } = dtype;
+    let s = |count: u32| if count == 1 { "" } else { "s" };
+    let name = match code {
+        0 => "signed integer",
+        1 => "unsigned integer",
+        2 => "float",
+        4 => "bfloat",
+        5 => "complex",
+        6 => "boolean",
+        _ => "unknown",
+    };
+    let (bit, lane) = (s(u32::from(*bits)), s(u32::from(*lanes)));
+    format!("DLPack elements of code {code} ({name}), {bits} bit{bit}, {lanes} lane{lane}")
+}
+
+/// What a mask of integers is elsewhere, since no two libraries agree.
+fn integers_as_masks(dtype: &ffi::DataType) -> &'static str {
+    match dtype.code {
+        0 | 1 => {
+            " (a mask of integers is added to the logits in MLX and tinygrad, selects where it is not 0 in Keras, and is \
+             refused by torch and JAX: make it boolean with `mask != 0`, or floats for a bias)"
+        }
+        _ => "",
+    }
 }
 
 /// A `DLTensor` as a view.

@@ -165,6 +165,34 @@ fn offsets_missing_strides_and_devices_are_understood() {
     }
 }
 
+/// Other libraries export strides of axes of size 1 as they happen to be: torch gives (999, 8, 777, 1).
+#[test]
+fn strides_of_axes_of_size_one_say_nothing() {
+    let shape = [1i64, 4, 1, 8];
+    let plain = [32i64, 8, 8, 1];
+    let mut data: Vec<f32> = numbers().iter().copied().take(32).collect();
+    let run = |data: &mut [f32], mut strides: [i64; 4]| {
+        let mut shape = shape;
+        let x = tensor(data, &mut shape, Some(&mut strides));
+        // SAFETY: the 32 elements are in the vector, whatever the strides of the axes of size 1.
+        let x = unsafe { dlpack::view(&x) }.unwrap();
+        let mut out = vec![f32::NAN; 32];
+        let (mut shape, mut strides) = (shape, strides);
+        let written = tensor(&mut out, &mut shape, Some(&mut strides));
+        // SAFETY: as above, and nobody else has the memory.
+        let written = unsafe { dlpack::view_mut(&written) }.unwrap();
+        attention().causal(true).forward_into(x, x, x, written, None).unwrap();
+        let gradients = attention().causal(true).backward_recompute(x, x, x, x).unwrap();
+        (out, gradients)
+    };
+    let want = run(&mut data, plain);
+    assert!(want.0.iter().all(|x| x.is_finite()));
+    for strides in [[999, 8, 777, 1], [0, 8, 0, 1], [-5, 8, -3, 1], [i64::MAX, 8, i64::MIN, 1], [1, 8, 1, 1]]
+    {
+        assert_eq!(run(&mut data, strides), want, "{strides:?}");
+    }
+}
+
 #[test]
 fn what_is_no_tensor_of_a_call_is_an_error() {
     let (mut data, mut shape) = ([0f32; 6], [2i64, 3]);
@@ -175,8 +203,20 @@ fn what_is_no_tensor_of_a_call_is_an_error() {
     assert!(text(on(10, 0)).starts_with("the tensor is on DLPack device type 10, number 0"));
     assert!(text(on(2, -1)).contains("number -1"));
     let of = |code, bits, lanes| ffi::Tensor { dtype: ffi::DataType { code, bits, lanes }, ..whole };
-    assert!(text(of(0, 32, 1)).starts_with("the tensor has DLPack elements of code 0, 32 bits, 1 lanes"));
-    assert!(text(of(2, 32, 4)).contains("4 lanes") && text(of(6, 1, 1)).contains("1 bits"));
+    let integers = text(of(0, 32, 1));
+    assert!(
+        integers.starts_with(
+            "the tensor has DLPack elements of code 0 (signed integer), 32 bits, 1 lane; expected"
+        ),
+        "{integers}"
+    );
+    // As a mask, they mean something else in every library.
+    assert!(
+        integers.contains("Keras") && integers.ends_with("`mask != 0`, or floats for a bias)"),
+        "{integers}"
+    );
+    assert!(text(of(2, 32, 4)).contains("4 lanes;") && text(of(6, 1, 1)).contains("1 bit, 1 lane;"));
+    assert!(!text(of(6, 1, 1)).contains("Keras"));
     assert_eq!(text(ffi::Tensor { ndim: 5, ..whole }), "the tensor has 5 axes, expected 0 to 4");
     assert_eq!(text(ffi::Tensor { ndim: -1, ..whole }), "the tensor has -1 axes, expected 0 to 4");
     let shapeless = ffi::Tensor { shape: std::ptr::null_mut(), ..whole };
@@ -192,11 +232,13 @@ fn what_is_no_tensor_of_a_call_is_an_error() {
         matches!(error, Error::View(InvalidCall::Pointer { address: 0, dtype: DType::F32, .. })),
         "{error}"
     );
-    assert!(
-        text(ffi::Tensor { byte_offset: 2, ..whole }).contains("align"),
-        "{}",
-        text(ffi::Tensor { byte_offset: 2, ..whole })
-    );
+    let misaligned = ffi::Tensor { byte_offset: 2, ..whole };
+    let said = format!("pointer {:#x} is null or not aligned", whole.data as usize + 2);
+    assert!(text(misaligned).starts_with(&said), "{}", text(misaligned));
+    // SAFETY: as above.
+    let error = unsafe { dlpack::view(&misaligned) }.unwrap_err();
+    // What `unwrap` and a `main` print: in hexadecimal too.
+    assert!(format!("{error:?}").starts_with(&said), "{error:?}");
     let mut broadcast = [0i64, 1];
     let broadcast = tensor(&mut data, &mut shape, Some(&mut broadcast));
     // SAFETY: three elements are in the array, and nothing is written.
