@@ -1,9 +1,12 @@
 //! Feature `ndarray`: arrays of [`ndarray`] as inputs and outputs, of any strides.
+//!
+//! They are arrays of ndarray 0.17. Those of another version, such as 0.16, are other types to Rust, and end in errors that a
+//! trait is not implemented: `View::strided` takes their memory, shape and strides as they are.
 
 use attention_core::{Dims, Element, InvalidCall, Role, Strides, View, ViewMut};
 use ndarray::{Array, ArrayView, ArrayViewD, ArrayViewMut, Axis, Dimension, IxDyn};
 
-use crate::{Attention, Error, IntoView, Tensor};
+use crate::{Attention, Error, IntoView, OtherTensor, Tensor};
 
 /// An array as an input of a call: query, key, value, bias, and all others.
 ///
@@ -23,7 +26,7 @@ use crate::{Attention, Error, IntoView, Tensor};
 /// let x = Operand::from(stored.view().permuted_axes([0, 2, 1, 3]));
 /// assert!(!x.is_copied());
 /// let out = Attention::new().causal(true).forward(&x, &x, &x)?;
-/// let out: Array4<f32> = out.into_array().unwrap();
+/// let out: Array4<f32> = out.into_array()?;
 /// assert_eq!(out.dim(), (1, 5, 2, 4));
 /// # }
 /// # Ok::<(), attention::Error>(())
@@ -112,11 +115,12 @@ impl Tensor {
     /// The tensor as an array, without a copy: `Array4` for results with a batch axis, `Array3` without.
     ///
     /// # Errors
-    /// The tensor, unchanged, where its elements are of another type or it has another number of axes.
-    pub fn into_array<T: Element, D: Dimension>(self) -> Result<Array<T, D>, Self> {
+    /// [`OtherTensor`], which has the tensor, where its elements are of another type or it has another number of axes.
+    pub fn into_array<T: Element, D: Dimension>(self) -> Result<Array<T, D>, OtherTensor> {
         let shape = self.shape();
-        if D::NDIM.is_some_and(|axes| axes != shape.rank()) {
-            return Err(self);
+        if let Some(axes) = D::NDIM.filter(|&axes| axes != shape.rank()) {
+            let axes = format!("{} with {axes} {}", T::DTYPE, if axes == 1 { "axis" } else { "axes" });
+            return Err(OtherTensor::new(self, axes));
         }
         let array = Array::from_shape_vec(IxDyn(&shape), self.into_vec::<T>()?);
         let array = array.unwrap_or_else(|_| unreachable!("a tensor has the elements of its shape"));

@@ -6,23 +6,24 @@ use attention_core::{
 
 use crate::operands::Operands;
 use crate::selection::Policy;
-use crate::{Error, Explanation, Implementation, IntoView, Options, Registry, Selection, Tensor};
+use crate::{AxisOrder, Error, Explanation, Implementation, IntoView, Options, Registry, Selection, Tensor};
 
 /// A call of scaled dot-product attention, apart from its query, key and value: options, mask and bias, and which
 /// implementation shall run it.
 ///
 /// # Shapes
-/// | tensor | with a batch | without |
+/// | tensor | [`Attention::new`], [`btnh`](Attention::btnh) | [`Attention::bnth`] |
 /// |---|---|---|
-/// | query | `[B, T, N, H]` | `[T, N, H]` |
-/// | key | `[B, S, K, H]` | `[S, K, H]` |
-/// | value | `[B, S, K, Hv]` | `[S, K, Hv]` |
-/// | output and its gradient | `[B, T, N, Hv]` | `[T, N, Hv]` |
-/// | logsumexp and its gradient | `[B, T, N]` | `[T, N]` |
-/// | mask, bias | 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full | the same with `B = 1` |
-/// | ALiBi slopes | `[N]` or `[B, N]` | `[N]` or `[1, N]` |
-/// | sinks | `[N]` | `[N]` |
+/// | query | `[B, T, N, H]` | `[B, N, T, H]` |
+/// | key | `[B, S, K, H]` | `[B, K, S, H]` |
+/// | value | `[B, S, K, Hv]` | `[B, K, S, Hv]` |
+/// | output and its gradient | `[B, T, N, Hv]` | `[B, N, T, Hv]` |
+/// | logsumexp and its gradient | `[B, T, N]` | `[B, N, T]` |
+/// | mask, bias | 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full | the same |
+/// | ALiBi slopes | `[N]` or `[B, N]` | the same |
+/// | sinks | `[N]` | the same |
 ///
+/// All but the last three without `B` where query, key and value are without it; masks, biases and slopes count on `B = 1` then.
 /// Query heads are a multiple of the key/value heads (`N % K == 0`), and each group of `N / K` shares one.
 ///
 /// # Semantics
@@ -49,6 +50,7 @@ use crate::{Error, Explanation, Implementation, IntoView, Options, Registry, Sel
 #[must_use = "a call does nothing until `forward` or `backward`"]
 pub struct Attention<'a> {
     pub(crate) options: Options,
+    pub(crate) order: AxisOrder,
     pub(crate) mask: Option<View<'a>>,
     pub(crate) bias: Option<View<'a>>,
     pub(crate) alibi_slopes: Option<View<'a>>,
@@ -89,9 +91,26 @@ pub fn dot_product_attention<'a>(
 }
 
 impl<'a> Attention<'a> {
-    /// A call with every option at its default.
+    /// A call with every option at its default, on tensors with the sequence before heads, `[B, T, N, H]`.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same as [`new`](Self::new), by the name of its order of axes.
+    pub fn btnh() -> Self {
+        Self::new()
+    }
+
+    /// A call on tensors with heads before the sequence, `[B, N, T, H]`, with every option at its default. Query, key, value,
+    /// output, logsumexp and their gradients all have that order; masks and biases are `[B, N, T, S]` in any.
+    pub fn bnth() -> Self {
+        Self::new().axis_order(AxisOrder::Bnth)
+    }
+
+    /// The order of the axes of query, key, value, output, logsumexp, and their gradients; `[B, T, N, H]` by default.
+    pub fn axis_order(mut self, order: AxisOrder) -> Self {
+        self.order = order;
+        self
     }
 
     /// Replaces all options that are no tensors.
@@ -247,10 +266,11 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// The forward problem of these inputs, checked. It has no logsumexp; `to_builder().lse(true)` adds it.
+    /// The forward problem of these inputs, checked. It has no logsumexp; `to_builder().lse(true)` adds it. Whatever the order
+    /// of axes of the call, the problem's shapes are in that of the core, `[B, T, N, H]`, with the strides of the call's memory.
     ///
     /// # Errors
-    /// [`Error::Core`] with the [`InvalidCall`], [`Error::Input`], [`Error::MixedRanks`].
+    /// [`Error::Core`] with the [`InvalidCall`], [`Error::Input`], [`Error::MixedRanks`], [`Error::OtherOrder`].
     pub fn problem<'b>(
         &self,
         query: impl IntoView<'b>,
@@ -258,7 +278,7 @@ impl<'a> Attention<'a> {
         value: impl IntoView<'b>,
     ) -> Result<Problem, Error> {
         let operands = Operands::new(self, query, key, value)?;
-        Ok(operands.problem(&self.options).build()?)
+        operands.build(operands.problem(&self.options), &self.options)
     }
 
     /// The backward problem of these inputs, checked, with the [gradients](Self::gradients) that backward would
@@ -274,7 +294,7 @@ impl<'a> Attention<'a> {
     ) -> Result<Problem, Error> {
         let operands = Operands::new(self, query, key, value)?;
         let builder = operands.problem(&self.options).gradients(self.wanted());
-        Ok(builder.d_lse(self.d_lse.is_some()).build()?)
+        operands.build(builder.d_lse(self.d_lse.is_some()), &self.options)
     }
 
     /// What would run forward on these inputs, and why: every implementation with its verdict. Plans nothing
@@ -313,7 +333,8 @@ impl<'a> Attention<'a> {
     /// the call's error: nothing else is tried then.
     ///
     /// # Errors
-    /// [`Error::NoImplementation`], [`Error::UnknownImplementation`], or what the one asked for says inside
+    /// [`Error::NoImplementation`], [`Error::UnknownImplementation`], [`Error::NotBuilt`], [`Error::EmptyList`], or what the one
+    /// asked for says inside
     /// [`Error::Core`]: its refusal, or why it failed to plan.
     pub fn select(&self, problem: &Problem) -> Result<Selection, Error> {
         self.policy.select(problem)

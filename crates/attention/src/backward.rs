@@ -1,14 +1,14 @@
 //! The backward pass: with owned gradients, or into the caller's memory.
 
 use attention_core::{
-    BackwardCall, BackwardInputs, BackwardOutputs, Gradients, InvalidCall, Problem, ProblemBuilder, Role,
-    View,
+    BackwardCall, BackwardInputs, BackwardOutputs, Dropout, Gradients, InvalidCall, Lengths, Problem,
+    ProblemBuilder, Role, Sequences, View,
 };
 
 use crate::forward::{allocate, call_span, host_outputs};
 use crate::operands::{Operands, input};
 use crate::scratch::with_scratch;
-use crate::{Attention, Error, Forward, IntoView, Tensor};
+use crate::{Attention, AxisOrder, Error, Forward, IntoView, Tensor, hidden_keys};
 
 /// The gradients of a call: each present where it was wanted, with the shape and dtype of the tensor it belongs to.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -37,11 +37,12 @@ impl<'a> Attention<'a> {
     /// Computes gradients from what the forward returned and the incoming gradient of its output, `d_out`
     /// `[B, T, N, Hv]`, of any strides.
     ///
-    /// The call must have the forward's options. [`gradients`](Self::gradients) says which are computed, and
-    /// [`d_lse`](Self::d_lse) gives the incoming gradient of the logsumexp, if there is one.
+    /// The call must have the forward's options, masks and biases: others are refused, but for
+    /// [`deterministic`](Self::deterministic), which changes no meaning. [`gradients`](Self::gradients) says which are computed,
+    /// and [`d_lse`](Self::d_lse) gives the incoming gradient of the logsumexp, if there is one.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward).
+    /// As [`forward`](Self::forward); [`Error::OtherForward`] where the forward was another call.
     pub fn backward<'b>(
         &self,
         query: impl IntoView<'b>,
@@ -89,7 +90,8 @@ impl<'a> Attention<'a> {
         host_outputs(operands.device(), "backward_into")?;
         // Judged first, so that a backward that cannot run does not cost a forward.
         let incoming = Incoming::new(&operands, d_out, self.d_lse)?;
-        self.select(&incoming.problem(self, &operands, self.wanted()).build()?)?;
+        let problem = incoming.problem(self, &operands, self.wanted());
+        self.select(&operands.build(problem, &self.options)?)?;
         let forward = self.forward_owned(&operands, "backward_into")?;
         self.backward_owned(&operands, &forward, d_out)
     }
@@ -163,8 +165,8 @@ impl<'a> Attention<'a> {
         }
         let builder = incoming.problem(self, &operands, self.gradients.unwrap_or(given));
         let builder = builder.layout(Role::Out, saved.out.desc()).layout(Role::Lse, saved.lse.desc());
-        let problem =
-            layouts.into_iter().fold(builder, |builder, (role, desc)| builder.layout(role, desc)).build()?;
+        let builder = layouts.into_iter().fold(builder, |builder, (role, desc)| builder.layout(role, desc));
+        let problem = operands.build(builder, &self.options)?;
         self.run_backward(&problem, &operands, saved, outputs)
     }
 
@@ -176,9 +178,10 @@ impl<'a> Attention<'a> {
     ) -> Result<Backward, Error> {
         host_outputs(operands.device(), "backward_into")?;
         let incoming = Incoming::new(operands, d_out, self.d_lse)?;
-        // What the forward returned is contiguous, as the problem has it by default.
-        let problem = incoming.problem(self, operands, self.wanted()).build()?;
+        // What the forward returned is contiguous in the caller's order, as the problem has it by default.
+        let problem = operands.build(incoming.problem(self, operands, self.wanted()), &self.options)?;
         let saved = incoming.with(operands, forward.out.view(), forward.lse.view())?;
+        same_call(forward, &problem, operands.order)?;
         let mut gradients = Backward::allocate(self, operands, &problem)?;
         self.run_backward(&problem, operands, saved, with_batch(operands, gradients.outputs())?)?;
         Ok(gradients)
@@ -192,7 +195,9 @@ impl<'a> Attention<'a> {
         outputs: BackwardOutputs<'_>,
     ) -> Result<(), Error> {
         let span = call_span(problem);
-        let call = BackwardCall::new(problem, operands.inputs, saved, outputs)?;
+        let call = BackwardCall::new(problem, operands.inputs, saved, outputs)
+            .map_err(|error| operands.order.told(error))?;
+        hidden_keys::tell(problem);
         let selection = self.select(problem)?;
         let backend = selection.backend();
         span.record("backend", backend.name());
@@ -200,6 +205,64 @@ impl<'a> Attention<'a> {
             Ok(backend.backward(call, scratch)?)
         })
     }
+}
+
+/// Refuses a backward of another call than its forward was: its gradients would be those of neither.
+fn same_call(forward: &Forward, backward: &Problem, order: AxisOrder) -> Result<(), Error> {
+    fn compare<T: PartialEq>(
+        what: &'static str,
+        [forward, backward]: [T; 2],
+        text: impl Fn(&T) -> String,
+    ) -> Result<(), Error> {
+        if forward == backward {
+            return Ok(());
+        }
+        Err(Error::OtherForward { what, forward: text(&forward), backward: text(&backward) })
+    }
+    fn number(value: &Option<f64>) -> String {
+        value.map_or_else(|| "none".to_owned(), |value| value.to_string())
+    }
+    fn lengths(lengths: &Lengths) -> String {
+        match lengths {
+            Lengths::PerBatch(lengths) => format!("{lengths:?}"),
+            _ => "full".to_owned(),
+        }
+    }
+    fn dropout(dropout: &Option<Dropout>) -> String {
+        dropout.map_or_else(
+            || "none".to_owned(),
+            |dropout| {
+                format!("of rate {}, seed {} and offset {}", dropout.rate, dropout.seed, dropout.offset)
+            },
+        )
+    }
+    let forward_order = forward.order;
+    let forward = &forward.problem;
+    let both = [forward, backward];
+    compare("order of axes", [forward_order, order], ToString::to_string)?;
+    compare("dtype", both.map(Problem::dtype), ToString::to_string)?;
+    compare("sizes", both.map(Problem::dims), ToString::to_string)?;
+    compare("scale", both.map(Problem::scale), ToString::to_string)?;
+    compare("causal", both.map(Problem::causal), ToString::to_string)?;
+    compare("query offset", both.map(Problem::query_offset), ToString::to_string)?;
+    compare("window", both.map(Problem::window), ToString::to_string)?;
+    compare("softcap", both.map(Problem::softcap), number)?;
+    compare("dropout", both.map(Problem::dropout), dropout)?;
+    let [(forward_queries, forward_keys), (queries, keys)] = both.map(|problem| {
+        let Sequences::Dense { query, key_value } = problem.sequences() else {
+            unreachable!("the facade makes dense problems")
+        };
+        (query.clone(), key_value.clone())
+    });
+    compare("query lengths", [forward_queries, queries], lengths)?;
+    compare("key/value lengths", [forward_keys, keys], lengths)?;
+    for role in [Role::Mask, Role::Bias, Role::AlibiSlopes, Role::Sinks] {
+        let like = both.map(|problem| problem.tensor(role).map(|desc| (desc.dtype(), desc.shape())));
+        compare(role.name(), like, |like| {
+            like.map_or_else(|| "none".to_owned(), |(dtype, shape)| format!("of {dtype} {shape}"))
+        })?;
+    }
+    Ok(())
 }
 
 /// The incoming gradients, with the batch axis.

@@ -4,8 +4,29 @@ use attention_core::{
     BackendFailure, DType, Device, Dims, InvalidCall, NumericsClass, Role, Unavailable, Unsupported,
 };
 
+use crate::{AxisOrder, OtherTensor};
+
 /// Why a call through the facade did not run. Each variant names a culprit.
-#[derive(Debug, thiserror::Error)]
+///
+/// [`invalid_call`](Self::invalid_call), [`unsupported`](Self::unsupported), [`unavailable`](Self::unavailable) and
+/// [`backend_failure`](Self::backend_failure) look through [`Error::Core`]. `Debug` is the text, so that a program whose `main`
+/// returns this error ends with a sentence.
+///
+/// # Examples
+/// ```
+/// # #[cfg(feature = "cpu")] {
+/// use attention::{Attention, Unsupported};
+///
+/// let x = vec![0.5f32; 4096 * 64];
+/// let x = (&x, [4096, 1, 64]);
+/// let error = Attention::new().implementation("cpu").scratch_limit(0).forward(x, x, x).unwrap_err();
+/// match error.unsupported() {
+///     Some(Unsupported::ScratchLimit { needed, .. }) => println!("needs {needed} bytes of scratch"),
+///     _ => panic!("{error}"),
+/// }
+/// # }
+/// ```
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// What the core says: an invalid call, or the refusal or failure of the implementation that was asked for.
@@ -21,7 +42,8 @@ pub enum Error {
     },
     /// Some of query, key and value have a batch axis and others have none.
     #[error(
-        "invalid call: query {query}, key {key} and value {value} have different ranks; all must have 4 ([B, T, N, H]) or all 3 ([T, N, H])"
+        "invalid call: query {query}, key {key} and value {value} have different ranks; all must have 4 ({order}) or all 3 ({})",
+        .order.without_batch()
     )]
     MixedRanks {
         /// The query's shape.
@@ -30,6 +52,39 @@ pub enum Error {
         key: Dims,
         /// The value's shape.
         value: Dims,
+        /// The order of axes of the call.
+        order: AxisOrder,
+    },
+    /// The shapes do not fit each other in the order of axes of the call, and do in the other one.
+    #[error(
+        "invalid call: {source}; query {query}, key {key} and value {value} were read as {order}: if they are {}, which would \
+         fit, say so with `Attention::{}()`",
+        .order.other(),
+        .order.other().method()
+    )]
+    OtherOrder {
+        /// What is wrong in the order of the call.
+        source: InvalidCall,
+        /// The query's shape.
+        query: Dims,
+        /// The key's shape.
+        key: Dims,
+        /// The value's shape.
+        value: Dims,
+        /// The order of axes of the call.
+        order: AxisOrder,
+    },
+    /// Backward was called with other options or inputs than the forward whose result it was given.
+    #[error(
+        "invalid call: backward has {what} {backward}, its forward had {forward}: give backward what forward had"
+    )]
+    OtherForward {
+        /// Which option or input.
+        what: &'static str,
+        /// What the forward had.
+        forward: String,
+        /// What backward was called with.
+        backward: String,
     },
     /// No candidate serves the problem.
     #[error("no implementation serves: {problem}{}", list(.refusals))]
@@ -44,6 +99,22 @@ pub enum Error {
     UnknownImplementation {
         /// The name asked for.
         name: String,
+        /// The names that there are.
+        known: Vec<String>,
+    },
+    /// An implementation of this library that this build does not have.
+    #[error("implementation '{name}' is not in this build: feature `{feature}` of the crate `attention` adds it; {}", there_are(.known))]
+    NotBuilt {
+        /// The name asked for.
+        name: String,
+        /// The feature that adds it.
+        feature: &'static str,
+        /// The names that there are.
+        known: Vec<String>,
+    },
+    /// A list of implementations to prefer that names none.
+    #[error("the list of implementations is empty; {}", there_are(.known))]
+    EmptyList {
         /// The names that there are.
         known: Vec<String>,
     },
@@ -92,6 +163,9 @@ pub enum Error {
         /// The method that takes the caller's memory.
         method: &'static str,
     },
+    /// A tensor is not what it was to be turned into.
+    #[error(transparent)]
+    OtherTensor(#[from] OtherTensor),
     /// The allocator refused.
     #[error("no memory for {what} of {bytes} bytes")]
     OutOfMemory {
@@ -103,7 +177,7 @@ pub enum Error {
 }
 
 /// Why one candidate was refused.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[derive(Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
     /// It cannot serve the problem, or not within the caller's limits.
@@ -128,6 +202,63 @@ pub enum Refusal {
         /// The names that there are.
         known: Vec<String>,
     },
+    /// It is one of this library's, and not in this build.
+    #[error("'{name}' is not in this build: feature `{feature}` of the crate `attention` adds it")]
+    NotBuilt {
+        /// The name asked for.
+        name: String,
+        /// The feature that adds it.
+        feature: &'static str,
+        /// The names that there are.
+        known: Vec<String>,
+    },
+}
+
+impl std::fmt::Debug for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::fmt::Debug for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+impl Error {
+    /// What is wrong with the call, where no implementation would accept it.
+    pub fn invalid_call(&self) -> Option<&InvalidCall> {
+        match self {
+            Self::Core(attention_core::Error::InvalidCall(reason)) => Some(reason),
+            Self::Input { source, .. } | Self::OtherOrder { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+
+    /// What the implementation that was asked for cannot do.
+    pub fn unsupported(&self) -> Option<&Unsupported> {
+        match self {
+            Self::Core(attention_core::Error::Unsupported(reason)) => Some(reason),
+            _ => None,
+        }
+    }
+
+    /// Which library or device the implementation that was asked for lacks.
+    pub fn unavailable(&self) -> Option<&Unavailable> {
+        match self {
+            Self::Core(attention_core::Error::Unavailable(reason)) => Some(reason),
+            _ => None,
+        }
+    }
+
+    /// In what the implementation failed.
+    pub fn backend_failure(&self) -> Option<&BackendFailure> {
+        match self {
+            Self::Core(attention_core::Error::Backend(failure)) => Some(failure),
+            _ => None,
+        }
+    }
 }
 
 impl From<Refusal> for Error {
@@ -140,6 +271,7 @@ impl From<Refusal> for Error {
                     .into()
             }
             Refusal::NotRegistered { name, known } => Self::UnknownImplementation { name, known },
+            Refusal::NotBuilt { name, feature, known } => Self::NotBuilt { name, feature, known },
         }
     }
 }
@@ -204,6 +336,7 @@ mod tests {
             query: [2, 3, 4].into(),
             key: [1, 2, 3, 4].into(),
             value: [1, 2, 3, 4].into(),
+            order: AxisOrder::Btnh,
         };
         assert_eq!(
             mixed.to_string(),

@@ -3,29 +3,41 @@
 use attention_core::{Device, ForwardCall, ForwardOutputs, Problem, Role, ViewMut};
 
 use crate::operands::{Operands, output};
+use crate::order::Kind;
 use crate::scratch::with_scratch;
-use crate::{Attention, Error, IntoView, IntoViewMut, Tensor};
+use crate::{Attention, AxisOrder, Error, IntoView, IntoViewMut, Tensor, hidden_keys};
 
 /// What a forward call with logsumexp returns, and what backward wants back.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Forward {
-    /// `[B, T, N, Hv]`, of the query's dtype; `[T, N, Hv]` where the inputs had no batch axis.
+    /// `[B, T, N, Hv]`, of the query's dtype; `[T, N, Hv]` where the inputs had no batch axis. Heads come before the sequence
+    /// in a call of [`Attention::bnth`].
     pub out: Tensor,
     /// The logsumexp of each row's logits, natural logarithm, `[B, T, N]` (`[T, N]`): f32, or f64 for f64 operands.
     /// -inf for a row with nothing to attend to.
     pub lse: Tensor,
+    /// What was called, so that backward can refuse another call.
+    pub(crate) problem: Problem,
+    pub(crate) order: AxisOrder,
+}
+
+impl Forward {
+    /// The problem that these are the outputs of, with every option of the call.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
 }
 
 impl<'a> Attention<'a> {
     /// Computes the output, `[B, T, N, Hv]` in the query's dtype (`[T, N, Hv]` for inputs without a batch axis).
     ///
     /// Query, key and value are [views](crate::View) of any strides, references to [tensors](Tensor), or slices with
-    /// a shape; the table of [`Attention`] has the shapes.
+    /// a shape; the table of [`Attention`] has the shapes, also those of [`Attention::bnth`].
     ///
     /// # Errors
-    /// [`Error::Core`] with the [`InvalidCall`](crate::InvalidCall), [`Error::Input`] or [`Error::MixedRanks`] where
-    /// the call is wrong; [`Error::NoImplementation`], [`Error::UnknownImplementation`], or [`Error::Core`] with the
-    /// refusal of the one asked for, where nothing runs it; [`Error::DeviceOutput`], [`Error::OutOfMemory`];
+    /// [`Error::Core`] with the [`InvalidCall`](crate::InvalidCall), [`Error::Input`], [`Error::MixedRanks`] or
+    /// [`Error::OtherOrder`] where the call is wrong; [`Error::NoImplementation`], [`Error::UnknownImplementation`],
+    /// [`Error::NotBuilt`], [`Error::EmptyList`], or [`Error::Core`] with the refusal of the one asked for, where nothing runs it; [`Error::DeviceOutput`], [`Error::OutOfMemory`];
     /// [`Error::Core`] with what the implementation failed in.
     pub fn forward<'b>(
         &self,
@@ -35,7 +47,7 @@ impl<'a> Attention<'a> {
     ) -> Result<Tensor, Error> {
         let operands = Operands::new(self, query, key, value)?;
         host_outputs(operands.device(), "forward_into")?;
-        let problem = operands.problem(&self.options).build()?;
+        let problem = operands.build(operands.problem(&self.options), &self.options)?;
         let mut out = allocate(&operands, &problem, Role::Out)?;
         self.run_forward(&operands, &problem, &mut out, None)?;
         Ok(out)
@@ -96,7 +108,8 @@ impl<'a> Attention<'a> {
         if let Some(lse) = &lse {
             builder = builder.lse(true).layout(Role::Lse, lse.desc());
         }
-        self.forward_views(&operands, &builder.build()?, ForwardOutputs { out, lse })
+        let problem = operands.build(builder, &self.options)?;
+        self.forward_views(&operands, &problem, ForwardOutputs { out, lse })
     }
 
     /// Forward with logsumexp into owned tensors.
@@ -106,11 +119,11 @@ impl<'a> Attention<'a> {
         method: &'static str,
     ) -> Result<Forward, Error> {
         host_outputs(operands.device(), method)?;
-        let problem = operands.problem(&self.options).lse(true).build()?;
+        let problem = operands.build(operands.problem(&self.options).lse(true), &self.options)?;
         let mut out = allocate(operands, &problem, Role::Out)?;
         let mut lse = allocate(operands, &problem, Role::Lse)?;
         self.run_forward(operands, &problem, &mut out, Some(&mut lse))?;
-        Ok(Forward { out, lse })
+        Ok(Forward { out, lse, problem, order: operands.order })
     }
 
     fn run_forward(
@@ -134,7 +147,9 @@ impl<'a> Attention<'a> {
         outputs: ForwardOutputs<'_>,
     ) -> Result<(), Error> {
         let span = call_span(problem);
-        let call = ForwardCall::new(problem, operands.inputs, outputs)?;
+        let call = ForwardCall::new(problem, operands.inputs, outputs)
+            .map_err(|error| operands.order.told(error))?;
+        hidden_keys::tell(problem);
         let selection = self.select(problem)?;
         let backend = selection.backend();
         span.record("backend", backend.name());
@@ -158,5 +173,6 @@ pub(crate) fn host_outputs(device: Device, method: &'static str) -> Result<(), E
 /// A tensor for an output of a problem, without the batch axis if the caller gave none.
 pub(crate) fn allocate(operands: &Operands<'_>, problem: &Problem, role: Role) -> Result<Tensor, Error> {
     let desc = problem.tensor(role).expect("the problem was built with this output");
-    Tensor::zeros_of(desc.dtype(), operands.returned(&desc.shape()))
+    let kind = Kind::of(role).expect("outputs are like operands or rows");
+    Tensor::zeros_of(desc.dtype(), operands.returned(&desc.shape(), kind))
 }

@@ -14,9 +14,11 @@ mod backward;
 pub mod dlpack;
 mod error;
 mod forward;
+mod hidden_keys;
 mod into_view;
 mod operands;
 mod options;
+mod order;
 mod registry;
 mod scratch;
 mod selection;
@@ -34,11 +36,12 @@ pub use error::{Error, Refusal};
 pub use forward::Forward;
 pub use into_view::{IntoView, IntoViewMut};
 pub use options::Options;
+pub use order::AxisOrder;
 pub use registry::Registry;
 pub use selection::{
     Candidate, Cause, Choice, Explanation, Implementation, Reason, Selection, Verdict, explain,
 };
-pub use tensor::Tensor;
+pub use tensor::{OtherTensor, Tensor};
 
 /// The memory-efficient implementations of this build, on the CPU and with feature `cuda` on NVIDIA GPUs, to configure and hand
 /// to [`Implementation::Exactly`].

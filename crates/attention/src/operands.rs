@@ -1,15 +1,18 @@
-//! Query, key and value as they were given, brought to four axes.
+//! Query, key and value as they were given, brought to four axes in the order of the core.
 
-use attention_core::{Device, Dims, Inputs, InvalidCall, ProblemBuilder, Role, View, ViewMut};
+use attention_core::{Device, Dims, Inputs, InvalidCall, Problem, ProblemBuilder, Role, View, ViewMut};
 
-use crate::{Attention, Error, IntoView, IntoViewMut, Options};
+use crate::order::Kind;
+use crate::{Attention, AxisOrder, Error, IntoView, IntoViewMut, Options};
 
-/// The inputs of a call with four axes, and whether they came with them.
+/// The inputs of a call with four axes in the order of the core, and how they came.
 #[derive(Clone, Copy)]
 pub(crate) struct Operands<'a> {
     pub(crate) inputs: Inputs<'a>,
     /// False where query, key and value came without a batch axis; outputs have none then.
     pub(crate) batched: bool,
+    /// The order of the axes of query, key, value and everything that is like them.
+    pub(crate) order: AxisOrder,
 }
 
 /// A tensor as a view, or an error that names it.
@@ -38,16 +41,22 @@ impl<'a> Operands<'a> {
         let ranks = views.map(|(_, view)| view.shape().rank());
         for ((role, view), rank) in views.into_iter().zip(ranks) {
             if !(3..=4).contains(&rank) {
-                let expected = "4 ([B, T, N, H]) or 3 ([T, N, H])";
+                let expected = match call.order {
+                    AxisOrder::Btnh => "4 ([B, T, N, H]) or 3 ([T, N, H])",
+                    AxisOrder::Bnth => "4 ([B, N, T, H]) or 3 ([N, T, H])",
+                };
                 return Err(InvalidCall::Rank { role, rank, shape: view.shape(), expected }.into());
             }
         }
         if ranks != [ranks[0]; 3] {
             let (query, key, value) = (query.shape(), key.shape(), value.shape());
-            return Err(Error::MixedRanks { query, key, value });
+            return Err(Error::MixedRanks { query, key, value, order: call.order });
         }
         let batched = ranks[0] == 4;
-        let four = |view: View<'b>| if batched { Ok(view) } else { view.unsqueeze() };
+        let four = |view: View<'b>| {
+            let view = call.order.read(Kind::Operand, view)?;
+            if batched { Ok(view) } else { view.unsqueeze() }
+        };
         let inputs = Inputs {
             mask: call.mask,
             bias: call.bias,
@@ -55,7 +64,7 @@ impl<'a> Operands<'a> {
             sinks: call.sinks,
             ..Inputs::new(four(query)?, four(key)?, four(value)?)
         };
-        let operands = Self { inputs, batched };
+        let operands = Self { inputs, batched, order: call.order };
         operands.one_device()?;
         Ok(operands)
     }
@@ -84,30 +93,87 @@ impl<'a> Operands<'a> {
         Ok(())
     }
 
-    /// The problem of these inputs and options.
+    /// The problem of these inputs and options, with outputs and gradients that are contiguous in the caller's order.
     pub(crate) fn problem(&self, options: &Options) -> ProblemBuilder {
-        options.apply(self.inputs.problem())
+        let builder = options.apply(self.inputs.problem());
+        if self.order == AxisOrder::Btnh {
+            return builder;
+        }
+        let [query, key, value] =
+            [self.inputs.query, self.inputs.key, self.inputs.value].map(|view| view.desc());
+        let dtype = query.dtype();
+        let (rows, width) = (query.shape(), value.shape()[3]);
+        let out = [rows[0], rows[1], rows[2], width];
+        let lse = [rows[0], rows[1], rows[2]];
+        let operand = |dtype, shape: Dims| self.order.contiguous(Kind::Operand, dtype, shape);
+        // Those that the problem turns out not to have are left out of it.
+        [
+            (Role::Out, operand(dtype, out.into())),
+            (Role::DOut, operand(dtype, out.into())),
+            (Role::Lse, self.order.contiguous(Kind::Rows, dtype.accumulator(), lse)),
+            (Role::DLse, self.order.contiguous(Kind::Rows, dtype.accumulator(), lse)),
+            (Role::DQuery, operand(dtype, query.shape())),
+            (Role::DKey, operand(key.dtype(), key.shape())),
+            (Role::DValue, operand(value.dtype(), value.shape())),
+        ]
+        .into_iter()
+        .fold(builder, |builder, (role, desc)| builder.layout(role, desc))
+    }
+
+    /// The checked problem, or an error with shapes as the caller has them, which says so where the inputs would fit in the
+    /// other order of axes.
+    pub(crate) fn build(&self, builder: ProblemBuilder, options: &Options) -> Result<Problem, Error> {
+        builder.build().map_err(|error| {
+            let misfit = matches!(
+                error,
+                InvalidCall::HeadsNotDivisible { .. }
+                    | InvalidCall::NotBroadcastable { role: Role::Mask | Role::Bias, .. }
+                    | InvalidCall::Shape {
+                        role: Role::Key | Role::Value | Role::AlibiSlopes | Role::Sinks,
+                        ..
+                    }
+            );
+            let source = self.order.told(error);
+            if misfit && self.in_other_order().is_ok_and(|other| other.problem(options).build().is_ok()) {
+                let shape = |view: View<'_>| self.returned(&view.shape(), Kind::Operand);
+                let Inputs { query, key, value, .. } = self.inputs;
+                let (query, key, value) = (shape(query), shape(key), shape(value));
+                return Error::OtherOrder { source, query, key, value, order: self.order };
+            }
+            source.into()
+        })
+    }
+
+    /// The same memory read in the other order of axes.
+    fn in_other_order(&self) -> Result<Self, InvalidCall> {
+        let swap = |view: View<'a>| AxisOrder::Bnth.read(Kind::Operand, view);
+        let Inputs { query, key, value, .. } = self.inputs;
+        let inputs = Inputs { query: swap(query)?, key: swap(key)?, value: swap(value)?, ..self.inputs };
+        Ok(Self { inputs, order: self.order.other(), ..*self })
     }
 
     /// Brings a tensor that comes with the output's axes to those of the problem.
     pub(crate) fn read<'v>(&self, role: Role, view: View<'v>) -> Result<View<'v>, InvalidCall> {
-        if self.batched {
-            return Ok(view);
-        }
-        self.expect_unbatched(role, view.shape())?;
-        view.unsqueeze()
+        self.expect_rank(role, view.shape())?;
+        let view = Kind::of(role).map_or(Ok(view), |kind| self.order.read(kind, view))?;
+        if self.batched { Ok(view) } else { view.unsqueeze() }
     }
 
     /// As [`read`](Self::read), for a tensor that is written.
     pub(crate) fn written<'o>(&self, role: Role, view: ViewMut<'o>) -> Result<ViewMut<'o>, InvalidCall> {
-        if self.batched {
-            return Ok(view);
-        }
-        self.expect_unbatched(role, view.shape())?;
-        view.unsqueeze()
+        self.expect_rank(role, view.shape())?;
+        let view = match Kind::of(role) {
+            Some(kind) => self.order.written(kind, view)?,
+            None => view,
+        };
+        if self.batched { Ok(view) } else { view.unsqueeze() }
     }
 
-    fn expect_unbatched(&self, role: Role, shape: Dims) -> Result<(), InvalidCall> {
+    /// Without a batch axis, another number of axes could pass for a batch; with one, the core says what is wrong.
+    fn expect_rank(&self, role: Role, shape: Dims) -> Result<(), InvalidCall> {
+        if self.batched {
+            return Ok(());
+        }
         let (axes, expected) = match role {
             Role::Lse | Role::DLse => (2, "2, as the query has no batch axis"),
             _ => (3, "3, as the query has no batch axis"),
@@ -118,9 +184,10 @@ impl<'a> Operands<'a> {
         Ok(())
     }
 
-    /// The shape of an output without the batch axis that the caller did not give.
-    pub(crate) fn returned(&self, shape: &[usize]) -> Dims {
-        let axes = if self.batched { shape } else { &shape[1..] };
-        Dims::from_slice(axes).expect("a tensor of a call has at most four axes")
+    /// The shape of a tensor in the caller's order, without the batch axis that the caller did not give.
+    pub(crate) fn returned(&self, shape: &[usize], kind: Kind) -> Dims {
+        let shape = Dims::from_slice(shape).expect("a tensor of a call has at most four axes");
+        let shape = self.order.shape(kind, shape);
+        if self.batched { shape } else { Dims::from_slice(&shape[1..]).expect("fewer axes than before") }
     }
 }

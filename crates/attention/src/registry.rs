@@ -81,8 +81,8 @@ impl Registry {
     /// The implementation that a stored choice stands for here.
     ///
     /// # Errors
-    /// [`Error::UnknownImplementation`] where the choice names one that is missing here, [`Error::OtherVersion`],
-    /// [`Error::OtherNumerics`]; [`Error::NoNumerics`] where the choice names a class that no implementation here
+    /// [`Error::UnknownImplementation`] or [`Error::NotBuilt`] where the choice names one that is missing here,
+    /// [`Error::OtherVersion`], [`Error::OtherNumerics`]; [`Error::NoNumerics`] where the choice names a class that no implementation here
     /// computes in.
     pub fn resolve(&self, choice: &Choice) -> Result<Implementation, Error> {
         choice.resolve(self)

@@ -24,6 +24,42 @@ pub struct Tensor {
     data: Data,
 }
 
+/// A [`Tensor`] that is not what it was to be turned into: of another element type, or with another number of axes.
+/// [`into_tensor`](Self::into_tensor) gives it back, unchanged.
+///
+/// # Examples
+/// ```
+/// use attention::Tensor;
+///
+/// let error = Tensor::from_vec(vec![1.0f32, 2.0], [2])?.into_vec::<f64>().unwrap_err();
+/// assert_eq!(error.to_string(), "the tensor is f32 [2], expected f64");
+/// assert_eq!(error.into_tensor().into_vec::<f32>()?, [1.0, 2.0]);
+/// # Ok::<(), attention::Error>(())
+/// ```
+#[derive(Clone, PartialEq, thiserror::Error)]
+#[error("the tensor is {} {}, expected {expected}", .tensor.dtype(), .tensor.shape())]
+pub struct OtherTensor {
+    tensor: Tensor,
+    expected: String,
+}
+
+impl OtherTensor {
+    pub(crate) fn new(tensor: Tensor, expected: impl Into<String>) -> Self {
+        Self { tensor, expected: expected.into() }
+    }
+
+    /// The tensor, unchanged.
+    pub fn into_tensor(self) -> Tensor {
+        self.tensor
+    }
+}
+
+impl std::fmt::Debug for OtherTensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 enum Data {
     F64(Vec<f64>),
@@ -129,13 +165,13 @@ impl Tensor {
             .map(Vec::as_mut_slice)
     }
 
-    /// The elements in row-major order, without a copy, or the tensor itself where they are of another type.
+    /// The elements in row-major order, without a copy.
     ///
     /// # Errors
-    /// The tensor, unchanged.
-    pub fn into_vec<T: Element>(self) -> Result<Vec<T>, Self> {
+    /// [`OtherTensor`], which has the tensor, where the elements are of another type.
+    pub fn into_vec<T: Element>(self) -> Result<Vec<T>, OtherTensor> {
         if self.dtype() != T::DTYPE {
-            return Err(self);
+            return Err(OtherTensor::new(self, T::DTYPE.name()));
         }
         let Some(data) = with_data!(self.data, data => same_type::<_, Vec<T>>(data)) else {
             unreachable!("one element type has this dtype");
@@ -199,7 +235,11 @@ mod tests {
         assert_eq!((tensor.len(), tensor.is_empty(), tensor.shape()), (6, false, [2, 3].into()));
         assert!(tensor.as_slice::<f64>().is_none());
         assert!(tensor.as_mut_slice::<bool>().is_none());
-        assert_eq!(tensor.clone().into_vec::<f64>(), Err(tensor));
+        let error = tensor.clone().into_vec::<f64>().unwrap_err();
+        assert_eq!(error.to_string(), "the tensor is f32 [2, 3], expected f64");
+        assert_eq!(format!("{error:?}"), error.to_string());
+        assert_eq!(crate::Error::from(error.clone()).to_string(), error.to_string());
+        assert_eq!(error.into_tensor(), tensor);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use attention_core::{DType, NumericsClass};
 
+use super::ours::missing;
 use crate::{Error, Implementation, Registry};
 
 /// A choice of implementation in a form to store, with feature `serde`.
@@ -56,8 +57,7 @@ impl Choice {
     pub(crate) fn resolve(&self, registry: &Registry) -> Result<Implementation, Error> {
         match self {
             Self::Implementation { name, version, dtype, numerics } => {
-                let missing = || Error::UnknownImplementation { name: name.clone(), known: registry.names() };
-                let backend = registry.get(name).ok_or_else(missing)?;
+                let backend = registry.get(name).ok_or_else(|| missing(name, registry))?;
                 let here = backend.capabilities().numerics_of(*dtype);
                 if here != Some(*numerics) {
                     let (name, dtype, stored) = (name.clone(), *dtype, *numerics);

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use attention_core::{AttentionBackend, DeviceKind, NumericsClass, Problem, Unsupported};
 
-use super::select::{Asked, Policy, Served};
+use super::select::{Asked, Policy, Served, unknown_name};
 use super::{Choice, Reason, Selection, table};
 use crate::Refusal;
+use crate::hidden_keys::hidden_keys;
 
 /// What would run a problem, and why nothing else would: every implementation with its verdict.
 ///
@@ -22,6 +23,9 @@ pub struct Explanation {
     pub scratch_limit: Option<usize>,
     /// The numerics class asked for.
     pub numerics: Option<NumericsClass>,
+    /// What a caller of this problem may not mean, in words: keys that a causal call hides from every query row.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub notes: Vec<String>,
     /// What would run, in a form to store; `None` where nothing serves the problem.
     pub choice: Option<Choice>,
     /// Every implementation: those that were asked, in order, then the others of the registry.
@@ -81,12 +85,15 @@ pub enum Cause {
     Planning,
     /// No registered implementation has this name.
     NotRegistered,
+    /// It is one of this library's, and the feature that adds it is off.
+    NotBuilt,
 }
 
 impl From<&Refusal> for Cause {
     fn from(refusal: &Refusal) -> Self {
         match refusal {
             Refusal::NotRegistered { .. } => Self::NotRegistered,
+            Refusal::NotBuilt { .. } => Self::NotBuilt,
             Refusal::Unavailable(_) => Self::Unavailable,
             Refusal::Planning { .. } => Self::Planning,
             Refusal::Unsupported(Unsupported::Device { .. }) => Self::Device,
@@ -136,6 +143,9 @@ impl std::fmt::Display for Explanation {
         if let Some(limit) = self.scratch_limit {
             write!(f, ", with at most {} of scratch", table::bytes(limit))?;
         }
+        for note in &self.notes {
+            write!(f, "\nnote: {note}")?;
+        }
         if self.candidates.is_empty() {
             return write!(f, "\nno implementation is registered");
         }
@@ -168,7 +178,10 @@ impl Policy {
         let mut candidates: Vec<Candidate> = Vec::new();
         // Whom was asked, in which class, and whether it serves the problem.
         let mut judged: Vec<(Arc<dyn AttentionBackend>, Option<NumericsClass>, bool)> = Vec::new();
-        for Asked { backend, reason, class } in self.asked(problem) {
+        let asked = self.asked(problem);
+        // With a name that nothing has in the list, the call fails whatever else is in it.
+        let fails = unknown_name(&asked).map(|refusal| format!("the call fails: {refusal}"));
+        for Asked { backend, reason, class } in asked {
             let backend = match backend {
                 Ok(backend) => backend,
                 Err(refusal) => {
@@ -182,13 +195,17 @@ impl Policy {
             }) {
                 continue;
             }
-            let verdict = if plan && chosen.is_none() {
+            let verdict = if plan && chosen.is_none() && fails.is_none() {
                 self.plan(&*backend, class, problem).map_err(Refusal::from)
             } else {
                 self.judge(&*backend, class, problem)
             };
             judged.push((backend.clone(), class, verdict.is_ok()));
             candidates.push(match (verdict, &chosen) {
+                (Ok(served), None) if fails.is_some() => {
+                    let reason = fails.clone().unwrap_or_default();
+                    describe(&*backend, problem, Verdict::Eligible, reason, Some(served))
+                }
                 (Ok(served), None) => {
                     let dtype = problem.dtype();
                     let passed_over = Vec::new();
@@ -219,6 +236,7 @@ impl Policy {
             asked_for: self.implementation.to_string(),
             scratch_limit: self.scratch_limit,
             numerics: self.numerics,
+            notes: hidden_keys(problem).into_iter().collect(),
             choice: chosen.map(|selection| selection.choice()),
             candidates,
         }
@@ -249,7 +267,7 @@ fn refused(backend: &dyn AttentionBackend, problem: &Problem, refusal: &Refusal)
 
 fn unregistered(refusal: &Refusal) -> Candidate {
     let name = match refusal {
-        Refusal::NotRegistered { name, .. } => name.clone(),
+        Refusal::NotRegistered { name, .. } | Refusal::NotBuilt { name, .. } => name.clone(),
         other => unreachable!("only a name can fail to be found: {other}"),
     };
     Candidate {

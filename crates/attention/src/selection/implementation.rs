@@ -10,6 +10,11 @@ use attention_core::{AttentionBackend, NumericsClass};
 /// Nothing falls back silently: [`Named`](Self::Named) and [`Exactly`](Self::Exactly) run there or fail at once with
 /// the reason, and [`Prefer`](Self::Prefer) goes no further than its own list.
 ///
+/// A name that neither the registry nor this library has is an error wherever it stands, also in a list:
+/// [`Error::UnknownImplementation`](crate::Error::UnknownImplementation) with the names there are. A name of this library's
+/// whose feature is off is an error alone ([`Error::NotBuilt`](crate::Error::NotBuilt), with the feature), and counts as a
+/// refusal in a list, so that one list serves builds with and without CUDA. An empty list is an error.
+///
 /// Configuration belongs to the implementation's value: `Implementation::from(Arc::new(backend))` with a backend
 /// that was made with chunk sizes, threads or a stream.
 ///
@@ -33,11 +38,18 @@ pub enum Implementation {
     Named(Cow<'static, str>),
     /// This value, registered or not, and nothing else.
     Exactly(Arc<dyn AttentionBackend>),
-    /// The first of these that serves the problem. A name that is not registered counts as a refusal. Falls to an
-    /// automatic choice only where [`Auto`](Self::Auto) is in the list.
+    /// The first of these that serves the problem. Falls to an automatic choice only where [`Auto`](Self::Auto) is in the
+    /// list.
     Prefer(Vec<Implementation>),
     /// As [`Auto`](Self::Auto), among the implementations of this numerics class.
     Numerics(NumericsClass),
+}
+
+impl Implementation {
+    /// Whether it is a list that names nothing, however deep.
+    pub(crate) fn is_empty_list(&self) -> bool {
+        matches!(self, Self::Prefer(list) if list.iter().all(Self::is_empty_list))
+    }
 }
 
 impl std::fmt::Display for Implementation {
@@ -46,6 +58,7 @@ impl std::fmt::Display for Implementation {
             Self::Auto => f.write_str("auto"),
             Self::Named(name) => f.write_str(name),
             Self::Exactly(backend) => write!(f, "exactly {} {}", backend.name(), backend.version()),
+            Self::Prefer(list) if list.is_empty() => f.write_str("an empty list"),
             Self::Prefer(list) => {
                 let names: Vec<_> = list.iter().map(ToString::to_string).collect();
                 write!(f, "the first of {}", names.join(", "))

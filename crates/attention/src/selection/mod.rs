@@ -3,6 +3,7 @@
 mod choice;
 mod explanation;
 mod implementation;
+mod ours;
 mod preference;
 mod select;
 mod table;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use attention_core::{AttentionBackend, DType, NumericsClass, Problem, Unsupported};
 
+use super::ours::{is_unknown, missing};
 use super::preference::{CROSSOVERS, order};
 use super::{Choice, Implementation};
 use crate::{Error, Refusal, Registry};
@@ -75,6 +76,11 @@ pub(crate) struct Asked {
     pub(crate) reason: Reason,
     /// The class that it must compute in, by the kind of choice.
     pub(crate) class: Option<NumericsClass>,
+}
+
+/// The refusal of the first name that nothing has, in this build or another, which is the error of the call.
+pub(crate) fn unknown_name(asked: &[Asked]) -> Option<&Refusal> {
+    asked.iter().filter_map(|asked| asked.backend.as_ref().err()).find(|refusal| is_unknown(refusal))
 }
 
 impl Selection {
@@ -211,9 +217,8 @@ impl Policy {
             ),
             Implementation::Numerics(class) => in_order(*class, Reason::FirstOfClass),
             Implementation::Named(name) => {
-                let missing =
-                    || Refusal::NotRegistered { name: name.to_string(), known: self.registry().names() };
-                let backend = self.registry().get(name).cloned().ok_or_else(missing);
+                let registry = self.registry();
+                let backend = registry.get(name).cloned().ok_or_else(|| missing(name, registry));
                 asked.push(Asked { backend, reason: reason(Reason::Named), class: None });
             }
             Implementation::Exactly(backend) => {
@@ -303,8 +308,16 @@ impl Policy {
     pub(crate) fn select(&self, problem: &Problem) -> Result<Selection, Error> {
         // One was asked for: its reason is the error.
         let alone = matches!(&self.implementation, Implementation::Named(_) | Implementation::Exactly(_));
+        if self.implementation.is_empty_list() {
+            return Err(Error::EmptyList { known: self.registry().names() });
+        }
+        let asked = self.asked(problem);
+        // Before anything runs: what follows a slip of the pen in a list is not what the caller prefers.
+        if let Some(refusal) = unknown_name(&asked) {
+            return Err(refusal.clone().into());
+        }
         let mut passed_over = Vec::new();
-        for Asked { backend, reason, class } in self.asked(problem) {
+        for Asked { backend, reason, class } in asked {
             let planned = backend.map_err(Obstacle::from).and_then(|backend| {
                 let served = self.plan(&*backend, class, problem)?;
                 Ok((backend, served))

@@ -113,8 +113,13 @@ fn what_does_not_fit_is_an_error() {
     let error = attention().forward_into_array(&operand, &operand, &operand, small.view_mut());
     assert!(error.unwrap_err().to_string().contains("[1, 2, 2, 4]"));
     let tensor = attention().forward(&operand, &operand, &operand).unwrap();
-    let tensor = tensor.into_array::<f64, Ix4>().unwrap_err();
-    let tensor = tensor.into_array::<f32, ndarray::Ix3>().unwrap_err();
+    let error = tensor.into_array::<f64, Ix4>().unwrap_err();
+    assert!(
+        error.to_string().starts_with("the tensor is f32 [") && error.to_string().ends_with("expected f64")
+    );
+    let error = error.into_tensor().into_array::<f32, ndarray::Ix3>().unwrap_err();
+    assert!(error.to_string().ends_with(", expected f32 with 3 axes"), "{error}");
+    let tensor = error.into_tensor();
     assert_eq!(tensor.into_array::<f32, ndarray::IxDyn>().unwrap().ndim(), 4);
     assert_eq!(Ix4::NDIM, Some(4));
 }

@@ -1,7 +1,9 @@
 //! Backward: owned and into, with and without a batch axis, from a kept forward and from none.
 
 use attention::core::{BackwardInputs, BackwardOutputs};
-use attention::{Attention, Gradients, Registry, Tensor, View, ViewMut};
+use attention::{
+    Attention, AxisOrder, Dropout, Error, Gradients, QueryOffset, Registry, Tensor, View, ViewMut, Window,
+};
 
 use crate::support::{Toy, numbers, registry};
 
@@ -218,4 +220,58 @@ fn a_backward_that_cannot_run_costs_no_forward() {
     let error = call.backward_recompute(q, k, v, d_out).unwrap_err();
     assert_eq!(error.to_string(), "toy has no backward pass");
     assert_eq!(toy.runs(), 0);
+}
+
+/// Gradients of another call than the forward was are those of neither.
+#[test]
+fn backward_refuses_the_forward_of_another_call() {
+    let data = data();
+    let (q, k, v, d_out) = data.qkv();
+    let (bias, mask, slopes) = ((&data.bias, [4, 3, 5]), ([true; 15], [3, 5]), [0.5f32; 4]);
+    let call = data.call().dropout(Dropout::new(0.25, 7));
+    let forward = call.forward_with_lse(q, k, v).unwrap();
+    assert!(call.backward(q, k, v, &forward, d_out).is_ok());
+    // No change of meaning.
+    assert!(call.clone().deterministic(true).backward(q, k, v, &forward, d_out).is_ok());
+    assert!(call.clone().gradients(Gradients::KEY).backward(q, k, v, &forward, d_out).is_ok());
+    let others = [
+        (
+            call.clone().dropout(Dropout::new(0.5, 7)),
+            "dropout of rate 0.5, seed 7 and offset 0, its forward had of rate 0.25, seed 7 and offset 0",
+        ),
+        (call.clone().dropout(None), "dropout none, its forward had of rate 0.25, seed 7 and offset 0"),
+        (
+            call.clone().dropout(Dropout::new(0.25, 7).with_offset(1)),
+            "dropout of rate 0.25, seed 7 and offset 1",
+        ),
+        (call.clone().scale(2.0), "scale 2, its forward had 0.35355"),
+        (call.clone().causal(false), "causal false, its forward had true"),
+        (call.clone().query_offset(QueryOffset::BottomRight), "query offset bottom-right, its forward had 2"),
+        (call.clone().window(Window::new(1, 1)), "window (1, 1), its forward had (unbounded, unbounded)"),
+        (call.clone().softcap(None), "softcap none, its forward had 5"),
+        (call.clone().query_lengths([2]), "query lengths [2], its forward had full"),
+        (call.clone().key_value_lengths([4]), "key/value lengths [4], its forward had full"),
+        (call.clone().bias(bias), "bias of f32 [1, 4, 3, 5], its forward had none"),
+        (call.clone().mask((&mask.0, mask.1)), "mask of bool [1, 1, 3, 5], its forward had none"),
+        (call.clone().alibi_slopes((&slopes, [4])), "ALiBi slopes of f32 [4], its forward had none"),
+        (call.clone().sinks((&data.sinks, [4])), "sinks of f32 [4], its forward had none"),
+    ];
+    for (other, said) in others {
+        let error = other.backward(q, k, v, &forward, d_out).unwrap_err();
+        let text = error.to_string();
+        assert!(text.starts_with(&format!("invalid call: backward has {said}")), "{text}");
+        assert!(text.ends_with(": give backward what forward had"), "{text}");
+        assert!(matches!(error, Error::OtherForward { .. }));
+    }
+    // One key less: outputs have the same shapes, and are those of other keys.
+    let (k, v) = ((&k.0[..64], [1, 4, 2, 8]), (&v.0[..48], [1, 4, 2, 6]));
+    let text = call.backward(q, k, v, &forward, d_out).unwrap_err().to_string();
+    assert!(text.contains("backward has sizes B1 T3 S4") && text.contains("had B1 T3 S5"), "{text}");
+    // The other order of axes, where shapes cannot tell.
+    let square = (&data.q[..72], [3, 3, 8]);
+    let call = data.call();
+    let forward = call.forward_with_lse(square, square, square).unwrap();
+    let other = call.axis_order(AxisOrder::Bnth);
+    let text = other.backward(square, square, square, &forward, square).unwrap_err().to_string();
+    assert!(text.contains("order of axes [B, N, T, H], its forward had [B, T, N, H]"), "{text}");
 }

@@ -1,8 +1,10 @@
 //! Every refusal of a call, with its text.
 
-use attention::{Attention, Device, Error, Gradients, InvalidCall, Registry, Role, Tensor, View, ViewMut};
+use attention::{
+    Attention, Device, Error, Gradients, InvalidCall, Registry, Role, Tensor, Unsupported, View, ViewMut,
+};
 
-use crate::support::{Toy, numbers, registry};
+use crate::support::{Plan, Toy, numbers, registry};
 
 /// The error of a forward call with these shapes of f32 tensors.
 #[track_caller]
@@ -43,7 +45,7 @@ fn ranks() {
 #[test]
 fn shapes_and_numbers_come_from_the_core() {
     assert_eq!(
-        refused(Attention::new(), [2, 3, 5, 8], X, X),
+        refused(Attention::new(), [2, 3, 5, 8], [2, 2, 4, 8], [2, 2, 4, 8]),
         "invalid call: 5 query heads are not a multiple of 4 key/value heads"
     );
     assert_eq!(
@@ -207,6 +209,54 @@ fn an_output_larger_than_any_memory_is_an_error() {
     assert_eq!(error.to_string(), "no memory for a tensor of 1152921504606846976 bytes");
 }
 
+/// `main` prints an error that it returns with `{:?}`.
+#[test]
+fn debug_is_the_text() {
+    let data = vec![0.0f32; 24];
+    let x = (&data, [1, 3, 2, 4]);
+    let registry = registry([Toy::new("toy").scratch(100).arc()]);
+    let call = Attention::new().registry(&registry);
+    let errors = [
+        call.forward(x, (&data, [1, 3, 2, 5]), x).unwrap_err(),
+        call.clone().scale(f64::NAN).forward(x, x, x).unwrap_err(),
+        call.clone().scratch_limit(1).forward(x, x, x).unwrap_err(),
+        call.clone().scratch_limit(1).implementation("toy").forward(x, x, x).unwrap_err(),
+        call.clone().implementation("abacus").forward(x, x, x).unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(format!("{error:?}"), error.to_string());
+        if let Error::NoImplementation { refusals, .. } = &error {
+            assert_eq!(format!("{:?}", refusals[0]), "toy needs 100 bytes of scratch, the limit is 1");
+        }
+    }
+}
+
+/// A culprit is one step away, however deep it lies.
+#[test]
+fn culprits_are_found_without_nested_patterns() {
+    let data = vec![0.0f32; 24];
+    let x = (&data, [1, 3, 2, 4]);
+    let registry = registry([
+        Toy::new("toy").scratch(100).arc(),
+        Toy::new("absent").missing("libtoy is missing", &["libtoy.so"]).arc(),
+        Toy::new("broken").plan(Plan::Fails).arc(),
+    ]);
+    let call = |name: &'static str| Attention::new().registry(&registry).implementation(name);
+    let limited = call("toy").scratch_limit(1).forward(x, x, x).unwrap_err();
+    assert!(matches!(limited.unsupported(), Some(Unsupported::ScratchLimit { needed: 100, limit: 1, .. })));
+    assert!(limited.invalid_call().is_none() && limited.unavailable().is_none());
+    let absent = call("absent").forward(x, x, x).unwrap_err();
+    assert_eq!(absent.unavailable().unwrap().what, "libtoy is missing");
+    let broken = call("broken").forward(x, x, x).unwrap_err();
+    assert_eq!(broken.backend_failure().unwrap().operation, "building a plan");
+    let invalid = call("toy").scale(f64::NAN).forward(x, x, x).unwrap_err();
+    assert!(matches!(invalid.invalid_call(), Some(InvalidCall::NotFinite { what: "scale", .. })));
+    // Also of something that is no tensor.
+    let no_tensor = call("toy").forward(x, (&data, [5]), x).unwrap_err();
+    assert!(matches!(no_tensor.invalid_call(), Some(InvalidCall::BufferLength { .. })));
+    assert!(no_tensor.unsupported().is_none() && no_tensor.backend_failure().is_none());
+}
+
 #[test]
 fn a_build_without_implementations_says_so() {
     let x = Tensor::zeros::<f32>(X).unwrap();
@@ -215,6 +265,6 @@ fn a_build_without_implementations_says_so() {
         call.forward(&x, &x, &x).unwrap_err().to_string(),
         "no implementation serves: forward f32 B2 T3 S3 N4 K4 H8 on cpu (none is registered)"
     );
-    let error = call.implementation("cpu").forward(&x, &x, &x).unwrap_err();
-    assert_eq!(error.to_string(), "no implementation is named 'cpu'; none is registered");
+    let error = call.implementation("abacus").forward(&x, &x, &x).unwrap_err();
+    assert_eq!(error.to_string(), "no implementation is named 'abacus'; none is registered");
 }

@@ -14,7 +14,7 @@ fn two_keys_by_hand() {
     let registry = toy();
     let call = Attention::new().registry(&registry);
     let (q, k, v) = ([1.0f64], [0.0, 3f64.ln()], [4.0, 8.0]);
-    let Forward { out, lse } =
+    let Forward { out, lse, .. } =
         call.forward_with_lse((&q, [1, 1, 1, 1]), (&k, [1, 2, 1, 1]), (&v, [1, 2, 1, 1])).unwrap();
     assert!((out.as_slice::<f64>().unwrap()[0] - 7.0).abs() < 1e-15);
     assert!((lse.as_slice::<f64>().unwrap()[0] - 4f64.ln()).abs() < 1e-15);

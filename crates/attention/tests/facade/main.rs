@@ -11,6 +11,7 @@ mod dlpack;
 mod errors;
 mod inputs;
 mod options;
+mod order;
 mod selection;
 #[cfg(feature = "serde")]
 mod stored;

@@ -111,17 +111,92 @@ fn a_named_one_runs_or_fails_with_its_reason() {
     let error = named("gpu").forward(&x(), &x(), &x()).unwrap_err();
     assert!(matches!(error, Error::Core(attention::core::Error::Unsupported(Unsupported::Device { .. }))));
     assert_eq!(named("second").select(&problem()).unwrap().reason(), Reason::Named);
-    let error = named("cudnn").forward(&x(), &x(), &x()).unwrap_err();
+    let error = named("abacus").forward(&x(), &x(), &x()).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "no implementation is named 'cudnn'; there are: gpu, lib, tf32, half, narrow, hungry, first, second"
+        "no implementation is named 'abacus'; there are: gpu, lib, tf32, half, narrow, hungry, first, second"
     );
     // What it says in a table: the others would serve, and were not asked for.
-    let explanation = named("cudnn").explain_problem(&problem());
-    assert_eq!((explanation.chosen(), explanation.asked_for.as_str()), (None, "cudnn"));
+    let explanation = named("abacus").explain_problem(&problem());
+    assert_eq!((explanation.chosen(), explanation.asked_for.as_str()), (None, "abacus"));
     assert_eq!(explanation.candidates[0].verdict, Verdict::Refused(Cause::NotRegistered));
     assert_eq!(explanation.candidate("second").unwrap().reason, "not asked for");
     assert_eq!(explanation.candidates.len(), 9);
+}
+
+/// A slip of the pen is an error wherever it stands: what comes after it is not what the caller prefers.
+#[test]
+fn a_name_that_nothing_has_is_an_error_in_a_list_too() {
+    let registry = registry([Toy::new("toy").arc(), Toy::new("own").arc()]);
+    let call = Attention::new().registry(&registry);
+    let deep = Implementation::Prefer(vec!["toy".into(), Implementation::from(["own", "chunkd"])]);
+    for list in [Implementation::from(["chunkd", "toy"]), ["toy", "chunkd"].into(), deep] {
+        let call = call.clone().implementation(list);
+        let error = call.forward(&x(), &x(), &x()).unwrap_err();
+        assert_eq!(error.to_string(), "no implementation is named 'chunkd'; there are: toy, own");
+        assert!(matches!(error, Error::UnknownImplementation { .. }));
+        // An explanation says the same of the call.
+        let explanation = call.explain_problem(&problem());
+        assert_eq!((explanation.chosen(), &explanation.choice), (None, &None));
+        assert_eq!(explanation.candidate("chunkd").unwrap().verdict, Verdict::Refused(Cause::NotRegistered));
+        let toy = explanation.candidate("toy").unwrap();
+        assert_eq!(toy.verdict, Verdict::Eligible);
+        assert_eq!(toy.reason, "the call fails: no implementation is named 'chunkd'; there are: toy, own");
+    }
+}
+
+/// A name of this library's is none of a slip: alone it is told which feature it needs, and in a list it is passed over.
+#[test]
+fn a_name_of_this_library_that_is_not_here_is_told_its_feature() {
+    let registry = registry([Toy::new("toy").arc()]);
+    let call = Attention::new().registry(&registry);
+    for (name, feature, built) in [
+        ("chunked", "chunked", cfg!(feature = "chunked")),
+        ("cpu", "cpu", cfg!(feature = "cpu")),
+        ("cudnn", "cuda", cfg!(feature = "cuda")),
+        ("chunked-cuda", "cuda", cfg!(feature = "cuda")),
+    ] {
+        let alone = call.clone().implementation(name);
+        let error = alone.forward(&x(), &x(), &x()).unwrap_err();
+        let (text, cause) = if built {
+            (format!("no implementation is named '{name}'; there are: toy"), Cause::NotRegistered)
+        } else {
+            let text = format!(
+                "implementation '{name}' is not in this build: feature `{feature}` of the crate `attention` adds it; there \
+                 are: toy"
+            );
+            (text, Cause::NotBuilt)
+        };
+        assert_eq!(error.to_string(), text);
+        let explanation = alone.explain_problem(&problem());
+        assert_eq!(explanation.candidates[0].verdict, Verdict::Refused(cause));
+        let listed = call.clone().implementation([name, "toy"]);
+        let selection = listed.select(&problem()).unwrap();
+        assert_eq!(selection.backend().name(), "toy");
+        assert_eq!(Cause::from(&selection.passed_over()[0]), cause);
+        assert_eq!(listed.explain_problem(&problem()).chosen().unwrap().name, "toy");
+        let stored = Choice::Implementation {
+            name: name.to_owned(),
+            version: None,
+            dtype: DType::F32,
+            numerics: NumericsClass::F32,
+        };
+        assert_eq!(registry.resolve(&stored).unwrap_err().to_string(), text);
+    }
+}
+
+#[test]
+fn an_empty_list_is_said_to_be_empty() {
+    let registry = registry([Toy::new("toy").arc()]);
+    let nested = Implementation::Prefer(vec![Implementation::Prefer(vec![])]);
+    for list in [Implementation::Prefer(vec![]), Vec::<&str>::new().into(), nested] {
+        let call = Attention::new().registry(&registry).implementation(list);
+        let error = call.forward(&x(), &x(), &x()).unwrap_err();
+        assert_eq!(error.to_string(), "the list of implementations is empty; there are: toy");
+        let explanation = call.explain_problem(&problem());
+        assert!(explanation.asked_for.ends_with("an empty list"), "{explanation}");
+        assert_eq!(explanation.chosen(), None);
+    }
 }
 
 #[test]
@@ -359,6 +434,25 @@ fn cuda_takes_device_memory_alone() {
         Some(chosen) => assert!(["cudnn", "chunked-cuda"].contains(&&*chosen.name), "{device}"),
         None => assert!(device.to_string().contains("cudnn is not available"), "{device}"),
     }
+}
+
+/// One query over a cache, without an offset: it sees the first key alone, and what is printed says so.
+#[test]
+fn an_explanation_tells_of_keys_that_a_causal_call_hides() {
+    let desc = |length| attention::TensorDesc::contiguous(DType::F32, [1, length, 1, 8]);
+    let problem = |offset| {
+        let problem = Problem::builder(desc(1), desc(12), desc(12)).causal(true);
+        problem.query_offset(offset).build().unwrap()
+    };
+    let explanation = attention::explain(&problem(attention::QueryOffset::TOP_LEFT));
+    assert_eq!(explanation.notes.len(), 1);
+    assert!(explanation.notes[0].contains("hides the last 11 keys from every query row"), "{explanation}");
+    assert!(
+        explanation.to_string().contains("\nnote: the call is causal with T = 1, S = 12"),
+        "{explanation}"
+    );
+    let meant = attention::explain(&problem(attention::QueryOffset::BottomRight));
+    assert!(meant.notes.is_empty() && !meant.to_string().contains("note:"), "{meant}");
 }
 
 /// Long calls go to the memory-efficient implementation, whatever else there is.

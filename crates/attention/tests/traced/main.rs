@@ -11,7 +11,7 @@ mod support;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
-use attention::{Attention, DeviceKind, Registry, Tensor};
+use attention::{Attention, DeviceKind, QueryOffset, Registry, Tensor};
 
 use support::{Plan, Toy, registry};
 
@@ -28,8 +28,16 @@ impl Write for Lines {
     }
 }
 
-/// What `tracing` writes of a forward call with this registry.
+/// What `tracing` writes of a causal forward call of two queries on two keys with this registry.
 fn traced(registry: &Registry) -> String {
+    let x = Tensor::zeros::<f32>([1, 2, 2, 4]).unwrap();
+    traced_call(|| {
+        Attention::new().registry(registry).causal(true).forward(&x, &x, &x).unwrap();
+    })
+}
+
+/// What `tracing` writes of a call.
+fn traced_call(call: impl FnOnce()) -> String {
     let lines = Lines::default();
     let writer = lines.clone();
     let subscriber = tracing_subscriber::fmt()
@@ -39,10 +47,7 @@ fn traced(registry: &Registry) -> String {
         .without_time()
         .with_writer(move || writer.clone())
         .finish();
-    let x = Tensor::zeros::<f32>([1, 2, 2, 4]).unwrap();
-    tracing::subscriber::with_default(subscriber, || {
-        Attention::new().registry(registry).causal(true).forward(&x, &x, &x).unwrap();
-    });
+    tracing::subscriber::with_default(subscriber, call);
     let bytes = lines.0.lock().unwrap().clone();
     String::from_utf8(bytes).unwrap()
 }
@@ -78,4 +83,21 @@ fn a_call_is_a_span_and_its_choice_an_event() {
         "{text}"
     );
     assert!(lines[1].contains("chosen backend=\"toy\""), "{text}");
+
+    // A decoder that forgot its offset: loud at first, then not a line a layer and step.
+    let toy = registry([Toy::new("toy").arc()]);
+    let (query, keys) =
+        (Tensor::zeros::<f32>([1, 1, 2, 4]).unwrap(), Tensor::zeros::<f32>([1, 12, 2, 4]).unwrap());
+    let decode = |offset| {
+        let call = Attention::new().registry(&toy).causal(true).query_offset(offset);
+        traced_call(|| drop(call.forward(&query, &keys, &keys).unwrap()))
+    };
+    let said = "hides the last 11 keys from every query row";
+    assert!(!decode(QueryOffset::BottomRight).contains("hides"));
+    let text = decode(QueryOffset::TOP_LEFT);
+    let line = text.lines().find(|line| line.contains(said)).unwrap_or_else(|| panic!("{text}"));
+    assert!(line.contains("WARN") && line.contains("QueryOffset::Fixed"), "{line}");
+    let text = decode(QueryOffset::TOP_LEFT);
+    assert!(text.lines().any(|line| line.contains("DEBUG") && line.contains(said)), "{text}");
+    assert!(!text.contains("WARN"), "{text}");
 }
