@@ -51,9 +51,8 @@ use crate::{AxisOrder, Explanation, Implementation, Options, Registry, graph};
 #[derive(Clone, Debug)]
 #[must_use = "a call does nothing until `forward`"]
 pub struct Attention {
-    /// Options that are no tensors, and which implementation shall run.
+    /// Options that are no tensors, the order of axes, and which implementation shall run.
     pub(crate) call: attention::Attention<'static>,
-    pub(crate) order: AxisOrder,
     pub(crate) mask: Option<Tensor>,
     pub(crate) bias: Option<Tensor>,
     pub(crate) alibi_slopes: Option<Tensor>,
@@ -76,8 +75,7 @@ impl Attention {
     /// A call on tensors with this order of axes, with every option at its default: scale `1 / sqrt(H)`, nothing masked.
     pub fn new(order: AxisOrder) -> Self {
         Self {
-            call: attention::Attention::new(),
-            order,
+            call: attention::Attention::new().axis_order(order),
             mask: None,
             bias: None,
             alibi_slopes: None,
@@ -265,11 +263,11 @@ impl Attention {
     /// As [`forward`](Self::forward) where the call is wrong. A call that nothing serves is no error here.
     pub fn explain(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Explanation> {
         let operands = Operands { query, key, value };
-        self.run_explain(operands).map_err(|error| error.in_call("explain", self.order))
+        self.run_explain(operands).map_err(|error| error.in_call("explain"))
     }
 
     fn compute(&self, operands: Operands<'_>, with_lse: bool) -> Result<Forward> {
-        self.run_forward(operands, with_lse).map_err(|error| error.in_call("forward", self.order))
+        self.run_forward(operands, with_lse).map_err(|error| error.in_call("forward"))
     }
 
     /// Whether anything that gets gradients asks for them.

@@ -5,7 +5,6 @@ use attention::{BackwardInputs, BackwardOutputs, DType, Role, View, ViewMut};
 use candle_core::Tensor;
 
 use crate::memory::{Locked, Output, Reads, Writes};
-use crate::order::Kind;
 use crate::{Attention, Error, Explanation};
 
 /// What a forward call leaves: memory with its shape in the caller's order.
@@ -41,7 +40,7 @@ pub(crate) struct PerInput<T> {
     pub(crate) sinks: T,
 }
 
-/// The views of a call's inputs, as the library has them.
+/// The views of a call's inputs, with axes in the order of the caller's.
 struct Views<'g> {
     inputs: Inputs<'g>,
     out: Option<View<'g>>,
@@ -64,33 +63,24 @@ impl Attention {
         tensors
     }
 
-    fn views<'g>(&self, locked: &'g Locked<'_>, reads: &mut Reads<'g>) -> Result<Views<'g>, Error> {
-        let mut view = |role, kind: Option<Kind>| -> Result<Option<View<'g>>, Error> {
-            let Some(view) = locked.view(role, reads)? else { return Ok(None) };
-            Ok(Some(match kind {
-                Some(kind) => self.order.read(kind, view)?,
-                None => view,
-            }))
-        };
-        let mut operand = |role| {
-            Ok::<_, Error>(
-                view(role, Some(Kind::Operand))?.unwrap_or_else(|| unreachable!("every call has a {role}")),
-            )
-        };
+    fn views<'g>(locked: &'g Locked<'_>, reads: &mut Reads<'g>) -> Result<Views<'g>, Error> {
+        let mut view = |role| locked.view(role, reads);
+        let mut operand =
+            |role| Ok::<_, Error>(view(role)?.unwrap_or_else(|| unreachable!("every call has a {role}")));
         let inputs = Inputs::new(operand(Role::Query)?, operand(Role::Key)?, operand(Role::Value)?);
         let inputs = Inputs {
-            mask: view(Role::Mask, None)?,
-            bias: view(Role::Bias, None)?,
-            alibi_slopes: view(Role::AlibiSlopes, None)?,
-            sinks: view(Role::Sinks, None)?,
+            mask: view(Role::Mask)?,
+            bias: view(Role::Bias)?,
+            alibi_slopes: view(Role::AlibiSlopes)?,
+            sinks: view(Role::Sinks)?,
             ..inputs
         };
         Ok(Views {
             inputs,
-            out: view(Role::Out, Some(Kind::Operand))?,
-            lse: view(Role::Lse, Some(Kind::Rows))?,
-            d_out: view(Role::DOut, Some(Kind::Operand))?,
-            d_lse: view(Role::DLse, Some(Kind::Rows))?,
+            out: view(Role::Out)?,
+            lse: view(Role::Lse)?,
+            d_out: view(Role::DOut)?,
+            d_lse: view(Role::DLse)?,
         })
     }
 
@@ -123,31 +113,26 @@ impl Attention {
         on_one_device(&tensors)?;
         let locked = Locked::new(tensors);
         let mut reads = Reads::default();
-        let Views { inputs, .. } = self.views(&locked, &mut reads)?;
+        let Views { inputs, .. } = Self::views(&locked, &mut reads)?;
         let facade = self.facade(operands.query, &inputs)?;
         let (query, key, value) = (inputs.query, inputs.key, inputs.value);
 
+        // Checks the shapes, so that those of the results can be taken from the inputs'.
         let problem = facade.problem(query, key, value)?;
-        let dims = problem.dims();
-        // Without the batch axis where the operands have none.
-        let skipped = 4 - query.shape().rank();
-        let memory = |kind, dtype, shape: &[usize]| -> Result<(Output, Vec<usize>), Error> {
-            let shape = self.order.returned(kind, &shape[skipped..]);
+        let mut rows = query.shape().to_vec();
+        rows.pop();
+        let out_shape = [&rows[..], &[problem.dims().value_head_dim]].concat();
+        let memory = |dtype, shape: Vec<usize>| -> Result<(Output, Vec<usize>), Error> {
             Ok((Output::new(operands.query, dtype, &shape)?, shape))
         };
-        let rows = [dims.batch, dims.query_length, dims.query_heads];
-        let out_shape = [rows[0], rows[1], rows[2], dims.value_head_dim];
-        let mut out = memory(Kind::Operand, problem.dtype(), &out_shape)?;
-        let mut lse =
-            with_lse.then(|| memory(Kind::Rows, problem.dtype().accumulator(), &rows)).transpose()?;
+        let mut out = memory(problem.dtype(), out_shape)?;
+        let mut lse = with_lse.then(|| memory(problem.dtype().accumulator(), rows)).transpose()?;
 
         {
             let mut writes = Writes::default();
-            let out_view = self.order.written(Kind::Operand, out.0.view_mut(&out.1, &mut writes)?)?;
+            let out_view = out.0.view_mut(&out.1, &mut writes)?;
             let lse_view = match &mut lse {
-                Some((lse, shape)) => {
-                    Some(self.order.written(Kind::Rows, lse.view_mut(shape, &mut writes)?)?)
-                }
+                Some((lse, shape)) => Some(lse.view_mut(shape, &mut writes)?),
                 None => None,
             };
             facade.forward_into(query, key, value, out_view, lse_view)?;
@@ -168,7 +153,7 @@ impl Attention {
         on_one_device(&tensors)?;
         let locked = Locked::new(tensors);
         let mut reads = Reads::default();
-        let Views { inputs, out, lse, d_out, d_lse } = self.views(&locked, &mut reads)?;
+        let Views { inputs, out, lse, d_out, d_lse } = Self::views(&locked, &mut reads)?;
         let facade = self.facade(operands.query, &inputs)?;
 
         // Each like the tensor that it belongs to.
@@ -188,11 +173,11 @@ impl Attention {
             let mut writes = Writes::default();
             let PerInput { query: dq, key: dk, value: dv, bias: dbias, sinks: dsinks } = &mut memory;
             let outputs = BackwardOutputs {
-                dq: written(self, dq, Some(Kind::Operand), &mut writes)?,
-                dk: written(self, dk, Some(Kind::Operand), &mut writes)?,
-                dv: written(self, dv, Some(Kind::Operand), &mut writes)?,
-                dbias: written(self, dbias, None, &mut writes)?,
-                dsinks: written(self, dsinks, None, &mut writes)?,
+                dq: written(dq, &mut writes)?,
+                dk: written(dk, &mut writes)?,
+                dv: written(dv, &mut writes)?,
+                dbias: written(dbias, &mut writes)?,
+                dsinks: written(dsinks, &mut writes)?,
             };
             let (Some(out), Some(lse), Some(d_out)) = (out, lse, d_out) else {
                 unreachable!("they were among the tensors")
@@ -217,25 +202,19 @@ impl Attention {
         on_one_device(&tensors)?;
         let locked = Locked::new(tensors);
         let mut reads = Reads::default();
-        let Views { inputs, .. } = self.views(&locked, &mut reads)?;
+        let Views { inputs, .. } = Self::views(&locked, &mut reads)?;
         let facade = self.facade(operands.query, &inputs)?;
         Ok(facade.explain(inputs.query, inputs.key, inputs.value)?)
     }
 }
 
-/// Memory as the library has it; operands have an order of axes.
+/// Memory as a view that is written.
 fn written<'a>(
-    call: &Attention,
     memory: &'a mut Option<(Output, Vec<usize>)>,
-    kind: Option<Kind>,
     writes: &mut Writes<'a>,
 ) -> Result<Option<ViewMut<'a>>, Error> {
     let Some((memory, shape)) = memory else { return Ok(None) };
-    let view = memory.view_mut(shape, writes)?;
-    Ok(Some(match kind {
-        Some(kind) => call.order.written(kind, view)?,
-        None => view,
-    }))
+    Ok(Some(memory.view_mut(shape, writes)?))
 }
 
 /// The dtype of a tensor of a call that ran.

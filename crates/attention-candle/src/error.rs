@@ -3,8 +3,6 @@
 use attention::Role;
 use candle_core::{DType, DeviceLocation};
 
-use crate::AxisOrder;
-
 /// Why a call did not run.
 ///
 /// Calls return it inside [`candle_core::Error::WrappedContext`], with its text; [`cause`] takes it out again. Its
@@ -13,7 +11,7 @@ use crate::AxisOrder;
 #[non_exhaustive]
 pub enum Error {
     /// What the library says: an invalid call, an implementation's refusal, or its failure. Shapes in it are in the order
-    /// `[B, T, N, H]`.
+    /// of the call's axes.
     #[error(transparent)]
     Call(#[from] attention::Error),
     /// A tensor has a dtype that it cannot have.
@@ -69,12 +67,9 @@ impl From<attention::InvalidCall> for Error {
 }
 
 impl Error {
-    /// As an error of candle's, which tells what was called, and what shapes in the text mean.
-    pub(crate) fn in_call(self, what: &str, order: AxisOrder) -> candle_core::Error {
-        let context = match order {
-            AxisOrder::Btnh => format!("attention, {what}"),
-            AxisOrder::Bnth => format!("attention, {what}; tensors {order} are called [B, T, N, H] here"),
-        };
+    /// As an error of candle's, which tells what was called.
+    pub(crate) fn in_call(self, what: &str) -> candle_core::Error {
+        let context = format!("attention, {what}");
         candle_core::Error::WrappedContext { wrapped: Box::new(self), context }
     }
 }
@@ -145,16 +140,12 @@ mod tests {
     #[test]
     fn candles_error_has_our_text_and_our_error() {
         let error = || Error::DType { role: Role::Query, dtype: DType::U8, expected: "a float" };
-        let wrapped = error().in_call("forward", AxisOrder::Bnth);
-        assert_eq!(
-            wrapped.to_string(),
-            "query has dtype u8, expected a float\n\"attention, forward; tensors [B, N, T, H] are called [B, T, N, H] \
-             here\""
-        );
+        let wrapped = error().in_call("forward");
+        assert_eq!(wrapped.to_string(), "query has dtype u8, expected a float\n\"attention, forward\"");
         let deep = wrapped.context("layer 3").with_path("model.safetensors");
         assert!(matches!(cause(&deep), Some(Error::DType { dtype: DType::U8, .. })));
         assert!(cause(&candle_core::Error::msg("something else")).is_none());
-        let wrapped = error().in_call("backward", AxisOrder::Btnh);
+        let wrapped = error().in_call("backward");
         assert_eq!(wrapped.to_string(), "query has dtype u8, expected a float\n\"attention, backward\"");
     }
 }

@@ -50,13 +50,13 @@ impl Saved {
         let call = &self.call;
         let run = |out: &Tensor, lse: &Tensor, d_out: &Tensor, d_lse: Option<&Tensor>| {
             let incoming = Incoming { out, lse, d_out, d_lse };
-            call.run_backward(operands, incoming, wanted).map_err(|error| in_backward(error, call))
+            call.run_backward(operands, incoming, wanted).map_err(in_backward)
         };
         match &self.kind {
             Kind::Out { lse } => match lse.get() {
                 Some(lse) => run(result, lse, incoming, None),
                 None => {
-                    let again = call.run_forward(operands, true).map_err(|error| in_backward(error, call))?;
+                    let again = call.run_forward(operands, true).map_err(in_backward)?;
                     let Some((lse, shape)) = again.lse else { unreachable!("it was asked for") };
                     run(result, &lse.into_tensor(shape), incoming, None)
                 }
@@ -66,8 +66,8 @@ impl Saved {
     }
 }
 
-fn in_backward(error: Error, call: &Attention) -> candle_core::Error {
-    error.in_call("backward", call.order)
+fn in_backward(error: Error) -> candle_core::Error {
+    error.in_call("backward")
 }
 
 /// The output of a call as a tensor that knows where it comes from, and what remembers its logsumexp for backward.

@@ -8,17 +8,15 @@ mod cuda;
 mod error;
 mod graph;
 mod memory;
-mod order;
 
 pub use self::attention::Attention;
 pub use ::attention::{
-    AttentionBackend, Choice, Dropout, Explanation, Implementation, Lengths, NumericsClass, Options,
-    QueryOffset, Registry, Window,
+    AttentionBackend, AxisOrder, Choice, Dropout, Explanation, Implementation, Lengths, NumericsClass,
+    Options, QueryOffset, Registry, Window,
 };
 #[cfg(feature = "cuda")]
 pub use cuda::device_of;
 pub use error::{Error, cause};
-pub use order::AxisOrder;
 
 /// The code of the repository's pages, some of which takes candle as well as the facade.
 #[cfg(doctest)]

@@ -9,6 +9,10 @@ use crate::Error;
 use crate::cuda;
 
 /// What queries, keys, values and biases may be.
+/// No two libraries read a mask of integers alike.
+const MASK: &str = "u8, 0 for masked: `mask.ne(0.)?` makes it of numbers that say which keys take part (a mask of integers is added \
+                    to the logits in MLX and tinygrad, selects where it is not 0 in Keras, and is refused by torch and JAX), \
+                    and floats that are added to the logits are a bias";
 const FLOATS: &str = "f64, f32, f16 or bf16";
 
 /// The storages of the tensors of a call, locked against writes for as long as the call runs.
@@ -76,7 +80,7 @@ pub(crate) struct Reads<'g> {
 
 /// The dtypes that a tensor of this role can have, in words.
 pub(crate) fn expected(role: Role) -> &'static str {
-    if role == Role::Mask { "u8, 0 for masked" } else { FLOATS }
+    if role == Role::Mask { MASK } else { FLOATS }
 }
 
 /// Shape and strides of a candle tensor with at most four axes.

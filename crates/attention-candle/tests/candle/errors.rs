@@ -33,10 +33,16 @@ fn wrong_dtypes() -> Result<()> {
         "invalid call: value has dtype bf16, expected f32 as the query has"
     );
     let mask = |dtype| Attention::bnth().mask(&zeros(&[3, 3], dtype).unwrap());
-    assert_eq!(
-        refused(&mask(DType::F32), &floats, &floats, &floats),
-        "mask has dtype f32, expected u8, 0 for masked"
+    let text = refused(&mask(DType::F32), &floats, &floats, &floats);
+    assert!(text.starts_with("mask has dtype f32, expected u8, 0 for masked: `mask.ne(0.)?`"), "{text}");
+    assert!(
+        text.contains("Keras") && text.ends_with("floats that are added to the logits are a bias"),
+        "{text}"
     );
+    // What it says to do.
+    let mask_of = |dtype| zeros(&[3, 3], dtype).unwrap().ne(0.).unwrap();
+    assert!(Attention::bnth().mask(&mask_of(DType::I64)).forward(&floats, &floats, &floats).is_ok());
+    assert!(Attention::bnth().mask(&mask_of(DType::F32)).forward(&floats, &floats, &floats).is_ok());
     // A bias of booleans is no bias.
     let bias = Attention::bnth().bias(&zeros(&[3, 3], DType::U8)?);
     assert_eq!(
@@ -53,9 +59,25 @@ fn wrong_shapes() -> Result<()> {
     let x = f32s(&[2, 4, 3, 8])?;
     let call = Attention::bnth();
     let text = refused(&call, &x, &f32s(&[1, 4, 3, 8])?, &x);
-    assert!(text.starts_with("invalid call: key has shape [1, 3, 4, 8], expected [2, 3, 4, 8]"), "{text}");
-    let text = refused(&call, &x, &f32s(&[2, 3, 3, 8])?, &f32s(&[2, 3, 3, 8])?);
+    assert_eq!(
+        text,
+        "invalid call: key has shape [1, 4, 3, 8], expected [2, 4, 3, 8] ([B, K, S, H]; B and H of the query)"
+    );
+    let text = refused(&call, &x, &f32s(&[2, 3, 2, 8])?, &f32s(&[2, 3, 2, 8])?);
     assert_eq!(text, "invalid call: 4 query heads are not a multiple of 3 key/value heads");
+    let (one, three) = (f32s(&[2, 1, 5, 8])?, f32s(&[2, 3, 4, 8])?);
+    let text = refused(&call, &one, &three, &three);
+    assert_eq!(text, "invalid call: 1 query head is not a multiple of 3 key/value heads");
+    // Right for the other order of axes: the error names it.
+    let (query, key) = (f32s(&[1, 5, 8, 4])?, f32s(&[1, 12, 2, 4])?);
+    let text = refused(&call, &query, &key, &key);
+    assert!(
+        text.contains(
+            "query [1, 5, 8, 4], key [1, 12, 2, 4] and value [1, 12, 2, 4] were read as [B, N, T, H]"
+        )
+    );
+    assert!(text.ends_with("say so with `Attention::btnh()`"), "{text}");
+    assert!(Attention::btnh().forward(&query, &key, &key).is_ok());
     let text = refused(&call, &x, &f32s(&[4, 3, 8])?, &x);
     assert!(text.contains("have different ranks"), "{text}");
     let text = refused(&call, &f32s(&[1, 2, 4, 3, 8])?, &x, &x);
@@ -91,14 +113,20 @@ fn wrong_options() -> Result<()> {
     Ok(())
 }
 
+/// Shapes are said as the caller has them, whatever the order.
 #[test]
-fn what_the_shapes_mean_is_said() -> Result<()> {
+fn shapes_are_in_the_order_of_the_call() -> Result<()> {
     let x = zeros(&[2, 4, 3, 8], DType::F32)?;
     let wrong = zeros(&[2, 4, 3, 7], DType::F32)?;
-    let text = Attention::bnth().forward(&x, &wrong, &x).unwrap_err().to_string();
-    assert!(text.ends_with("tensors [B, N, T, H] are called [B, T, N, H] here\""), "{text}");
-    let text = Attention::btnh().forward(&x, &wrong, &x).unwrap_err().to_string();
-    assert!(text.ends_with("\n\"attention, forward\""), "{text}");
+    for (call, axes) in [
+        (Attention::bnth(), "[B, K, S, H]; B and H of the query"),
+        (Attention::btnh(), "[B, S, K, H]; B and H of the query"),
+    ] {
+        let text = call.forward(&x, &wrong, &x).unwrap_err().to_string();
+        let said = format!("key has shape [2, 4, 3, 7], expected [2, 4, 3, 8] ({axes})");
+        assert!(text.contains(&said), "{text}");
+        assert!(text.ends_with("\n\"attention, forward\""), "{text}");
+    }
     Ok(())
 }
 
