@@ -56,7 +56,9 @@ fn draw_losses(area: &Area<'_>, losses: &[(f32, f32)]) -> Result<(), Box<dyn Err
         .draw_series(LineSeries::new(ours, OURS.stroke_width(1)))?
         .label("attention-candle")
         .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], OURS.stroke_width(1)));
-    chart.configure_series_labels().label_font(FONT).border_style(WHITE).draw()?;
+    // Losses fall, so that corner is free of them.
+    let corner = SeriesLabelPosition::UpperRight;
+    chart.configure_series_labels().position(corner).label_font(FONT).border_style(WHITE).draw()?;
     Ok(())
 }
 
@@ -68,6 +70,8 @@ fn draw_peaks(area: &Area<'_>, peaks: &[(usize, usize, usize)]) -> Result<(), Bo
     let mut chart = ChartBuilder::on(area)
         .caption("peak memory of a training step", ("sans-serif", 18))
         .margin(12)
+        // Half of the last label of the axis.
+        .margin_right(24)
         .x_label_area_size(36)
         .y_label_area_size(64)
         .build_cartesian_2d(
