@@ -1,5 +1,6 @@
 //! What a user can set about the chunked CPU backend.
 
+use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -103,16 +104,7 @@ impl ChunkedConfig {
         if let Some(level) = self.level {
             return level.check().map(|()| level).map_err(|reason| format!("level {level}: {reason}"));
         }
-        match std::env::var(Level::VARIABLE) {
-            Ok(name) => {
-                let level: Level = name.parse().map_err(|error| format!("{}: {error}", Level::VARIABLE))?;
-                level
-                    .check()
-                    .map(|()| level)
-                    .map_err(|reason| format!("{} asks for {level}: {reason}", Level::VARIABLE))
-            }
-            Err(_) => Ok(Level::best()),
-        }
+        level_named(std::env::var_os(Level::VARIABLE))
     }
 
     /// The sizes.
@@ -139,5 +131,28 @@ impl ChunkedConfig {
             Some(pool) => pool.install(work),
             None => work(),
         }
+    }
+}
+
+/// The level that the value of the variable names, or the best one without a value. An empty value is none, as for other
+/// programs.
+fn level_named(value: Option<OsString>) -> Result<Level, String> {
+    let Some(name) = value.filter(|value| !value.is_empty()) else { return Ok(Level::best()) };
+    let level: Level =
+        name.to_string_lossy().parse().map_err(|error| format!("{}: {error}", Level::VARIABLE))?;
+    level.check().map(|()| level).map_err(|reason| format!("{} asks for {level}: {reason}", Level::VARIABLE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_variable_is_as_none() {
+        assert_eq!(level_named(None), Ok(Level::best()));
+        assert_eq!(level_named(Some(OsString::new())), Ok(Level::best()));
+        assert_eq!(level_named(Some("scalar".into())), Ok(Level::Scalar));
+        let error = level_named(Some("sse".into())).unwrap_err();
+        assert!(error.starts_with("ATTENTION_CPU_LEVEL: ") && error.contains("sse"), "{error}");
     }
 }

@@ -58,13 +58,15 @@ impl Search {
 
     /// Opens the first that can be opened.
     ///
-    /// An explicit path or a set variable is binding: where it names nothing that can be opened, nothing else is tried.
+    /// An explicit path or a set variable is binding: where it names nothing that can be opened, nothing else is tried. An
+    /// empty variable counts as unset.
     ///
     /// # Errors
     /// [`NotFound`] with everything that was tried.
     pub fn open(&self) -> Result<Found, NotFound> {
         let mut attempt = Attempt { what: None, looked_for: Vec::new() };
-        let from_variable = self.variable.and_then(|variable| std::env::var_os(variable).map(PathBuf::from));
+        let from_variable = self.variable.and_then(std::env::var_os);
+        let from_variable = from_variable.filter(|path| !path.is_empty()).map(PathBuf::from);
         if let Some(path) = self.path.clone().or(from_variable) {
             let candidates = if path.is_dir() {
                 self.names.iter().map(|name| path.join(name)).collect()
