@@ -12,7 +12,7 @@ pub(super) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
 const GRID: RGBColor = RGBColor(0xdd, 0xdd, 0xdd);
-/// Heights of what stands above and below the charts: title and legend, source.
+/// Heights of what stands above and below the charts: title and legend, a line of notes.
 const TOP: i32 = 62;
 const LINE: i32 = 18;
 /// The size of what is written on axes: pages show a figure at three quarters of its width.
@@ -31,12 +31,12 @@ fn text(size: i32, horizontal: HPos, vertical: VPos) -> TextStyle<'static> {
     ("sans-serif", size).into_font().color(&INK).pos(Pos::new(horizontal, vertical))
 }
 
-/// A figure: title, legend, what `charts` draws, and where the numbers are from.
+/// A figure: title, legend, what `charts` draws, and below it what must be known and where the numbers are from.
 pub(super) fn figure(
     (width, height): (u32, u32),
     title: &str,
     series: &[Series<'_>],
-    sources: &[String],
+    notes: &[String],
     charts: impl FnOnce(&Area<'_>) -> Drawn,
 ) -> Drawn<String> {
     let mut svg = String::new();
@@ -51,13 +51,13 @@ pub(super) fn figure(
             // Characters are about half as wide as high.
             x += 48 + 7 * i32::try_from(name.len())?;
         }
-        let (top, bottom) = (TOP, height as i32 - LINE * sources.len() as i32 - 8);
+        let (top, bottom) = (TOP, height as i32 - LINE * notes.len() as i32 - 8);
         let (_, rest) = root.split_vertically(top);
         let (middle, _) = rest.split_vertically(bottom - top);
         charts(&middle)?;
-        for (index, source) in sources.iter().enumerate() {
+        for (index, note) in notes.iter().enumerate() {
             let at = (14, bottom + LINE * index as i32);
-            root.draw(&Text::new(source.clone(), at, text(SMALL, HPos::Left, VPos::Top)))?;
+            root.draw(&Text::new(note.clone(), at, text(SMALL, HPos::Left, VPos::Top)))?;
         }
         root.present()?;
     }
@@ -165,6 +165,8 @@ pub(super) struct Line {
     pub(super) points: Vec<(f64, f64)>,
     pub(super) color: RGBColor,
     pub(super) measured: bool,
+    /// What is written behind its last point, where it ends before the axis does.
+    pub(super) end: Option<String>,
 }
 
 /// Draws lines on logarithmic axes.
@@ -195,6 +197,11 @@ pub(super) fn lines(
             chart.draw_series(points.map(|point| Circle::new(point, 4, line.color.filled())))?;
         } else {
             chart.draw_series(DashedLineSeries::new(points, 6, 4, line.color.stroke_width(2)))?;
+        }
+        if let (Some(end), Some(last)) = (&line.end, line.points.last()) {
+            let ((x, y), (left, top)) = (chart.backend_coord(last), area.get_base_pixel());
+            let style = text(SMALL, HPos::Left, VPos::Center);
+            area.draw(&Text::new(end.clone(), (x - left + 10, y - top), style))?;
         }
     }
     Ok(())

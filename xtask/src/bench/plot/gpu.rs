@@ -14,6 +14,9 @@ const SERIES: [(&str, Series<'static>); 5] = [
     ("torch-efficient", ("torch, memory-efficient", THEIRS[2])),
 ];
 
+/// What is written below figures with bars.
+const REFUSED: &str = "a missing bar is a call that the implementation refuses";
+
 /// Shorter sequences measure the host.
 const SHORTEST: usize = 512;
 
@@ -67,7 +70,8 @@ pub(super) fn shapes(records: &[Record]) -> Drawn<String> {
     let most = panels.iter().map(|(_, values)| above(values, 100.0)).fold(0.0, f64::max);
     let title =
         "bf16 by shape: batch x tokens above, heads (query/key) x head dimension below; higher is better";
-    draw::figure((1160, 760), title, &series(), &[record.source()], |area| {
+    let notes = [REFUSED.to_owned(), record.source()];
+    draw::figure((1160, 778), title, &series(), &notes, |area| {
         for (area, (title, values)) in area.split_evenly((2, 2)).iter().zip(panels) {
             let groups = shapes.iter().map(|row| [format!("{} x {}", row.b, row.t), heads(row)]).collect();
             draw::bars(area, &series(), &Bars { title, unit: "TFLOP/s", groups, values, most })?;
@@ -149,7 +153,8 @@ pub(super) fn options(records: &[Record]) -> Drawn<String> {
     let rates: Vec<_> = rates.collect();
     let most = above(&panel("forward"), 100.0).max(above(&panel("backward"), 100.0));
     let title = "options in bf16, and f32: 4 x 4096 tokens, 16 heads of 128, not causal; higher is better but for time on the host";
-    draw::figure((1160, 760), title, &series(), &[record.source()], |area| {
+    let notes = [format!("{REFUSED}, or a dropout that it does not have"), record.source()];
+    draw::figure((1160, 778), title, &series(), &notes, |area| {
         let (calls, below) = area.split_vertically(345);
         let (left, right) = calls.split_horizontally(580);
         for (area, title) in [(left, "forward"), (right, "backward")] {

@@ -40,7 +40,11 @@ pub(super) fn scratch(records: &[Record]) -> Drawn<String> {
         let areas = area.split_evenly((1, 2));
         let panels = [("forward", "forward"), ("both", "forward and backward together")];
         for (area, (pass, title)) in areas.iter().zip(panels) {
-            let line = |points, color, measured| Line { points, color, measured };
+            let line = |points: Vec<(f64, f64)>, color, measured| {
+                let last = points.last().map_or(LENGTHS.1, |&(length, _)| length);
+                let end = (last < LENGTHS.1).then(|| "longer calls were not measured".to_owned());
+                Line { points, color, measured, end }
+            };
             let drawn = [
                 line(logits.clone(), NEITHER, false),
                 line(of("cpu", pass), OURS[1], true),
