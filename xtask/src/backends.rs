@@ -101,7 +101,7 @@ fn on_a_device(name: &str) -> crate::Result<Arc<dyn AttentionBackend>> {
 fn chunked_cuda(device: &CudaDevice, name: &str) -> ChunkedCudaBackend {
     let mut config =
         ChunkedCudaConfig::default().warpgroups(name != WITHOUT_WARPGROUPS).split_f32(name != WITHOUT_SPLIT);
-    if std::env::var_os(KERNEL_FOLDER).is_none() {
+    if !is_set(KERNEL_FOLDER) {
         config = config.kernel_folder(std::env::temp_dir().join("attention-kernels"));
     }
     ChunkedCudaBackend::on(device.clone(), config)
@@ -112,10 +112,15 @@ pub(crate) fn computes_on_a_device(backend: &Arc<dyn AttentionBackend>) -> bool 
     ON_A_DEVICE.contains(&backend.name())
 }
 
+/// Whether a variable of the environment has a value: an empty one is none.
+fn is_set(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| !value.is_empty())
+}
+
 /// The same backends, with one for each instruction set of this machine in the place of one that chooses among them.
 /// Prints the sets that the machine lacks. Where the environment names one, there is no choice, and nothing changes.
 pub(crate) fn at_every_level(backends: Vec<Arc<dyn AttentionBackend>>) -> Vec<Arc<dyn AttentionBackend>> {
-    if std::env::var_os(Level::VARIABLE).is_some() {
+    if is_set(Level::VARIABLE) {
         return backends;
     }
     let mut expanded: Vec<Arc<dyn AttentionBackend>> = Vec::new();
@@ -246,12 +251,30 @@ impl InPool {
 
 /// Reads a dtype that operands can have.
 pub(crate) fn parse_dtype(text: &str) -> Result<DType, String> {
-    let dtype: DType = text.parse()?;
-    if !dtype.is_supported_float() {
-        let known = DType::FLOATS.map(DType::name).join(", ");
-        return Err(format!("no call has operands of {dtype}; possible are {known}"));
+    let possible = DType::FLOATS.map(DType::name).join(", ");
+    match text.parse::<DType>() {
+        Ok(dtype) if dtype.is_supported_float() => Ok(dtype),
+        Ok(dtype) => Err(format!("no call has operands of {dtype}; possible are {possible}")),
+        Err(_) => Err(format!("unknown dtype '{text}'; possible are {possible}")),
     }
-    Ok(dtype)
+}
+
+/// Reads a number of bytes: plain, or in binary units.
+pub(crate) fn parse_bytes(text: &str) -> Result<usize, String> {
+    let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim() {
+        "" | "B" => Some(0),
+        "K" | "KiB" => Some(10),
+        "M" | "MiB" => Some(20),
+        "G" | "GiB" => Some(30),
+        "T" | "TiB" => Some(40),
+        _ => None,
+    };
+    let bytes = shift.and_then(|shift| number.parse::<usize>().ok()?.checked_mul(1 << shift));
+    bytes.ok_or_else(|| {
+        format!("'{text}' is no number of bytes; expected one such as 4096, 512K, 64MiB or 2G (K, M, G and T are binary)")
+    })
 }
 
 /// Reads a pass.
@@ -274,6 +297,36 @@ mod tests {
             "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups, chunked-cuda, \
              chunked-cuda-without-warpgroups, chunked-cuda-without-split-f32, auto-cuda"
         );
+    }
+
+    #[test]
+    fn numbers_of_bytes_have_binary_units() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1000", 1000),
+            ("7B", 7),
+            ("1K", 1 << 10),
+            ("1KiB", 1 << 10),
+            ("64 MiB", 64 << 20),
+            ("3G", 3 << 30),
+            ("1TiB", 1 << 40),
+        ] {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "K", "1.5G", "-1", "1KB", "1k", "1P", "99999999999999999999", "99999999T"] {
+            let error = parse_bytes(text).unwrap_err();
+            assert!(
+                error.starts_with(&format!("'{text}' is no number of bytes; expected one such as")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn unknown_dtypes_are_answered_with_those_of_operands() {
+        let possible = "possible are f64, f32, f16, bf16";
+        assert_eq!(parse_dtype("f33").unwrap_err(), format!("unknown dtype 'f33'; {possible}"));
+        assert_eq!(parse_dtype("bool").unwrap_err(), format!("no call has operands of bool; {possible}"));
     }
 
     #[test]

@@ -60,15 +60,19 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         return Ok(true);
     }
 
+    // Before minutes of work whose result could not be written.
+    reporting::make_folders_of(
+        [&arguments.json, &arguments.html].into_iter().flatten().map(PathBuf::as_path),
+    )?;
     let backends = backends::at_every_level(backends::named(&arguments.backend)?);
     let reports = (backends.iter())
         .map(|backend| run_backend(&suite, backend, &arguments.threads))
         .collect::<crate::Result<Vec<Report>>>()?;
     if let Some(path) = &arguments.json {
-        reporting::write(path, &attention_conformance::report::json(&reports))?;
+        reporting::write_asked_for(path, &attention_conformance::report::json(&reports))?;
     }
     if let Some(path) = &arguments.html {
-        reporting::write(path, &attention_conformance::report::html(&reports))?;
+        reporting::write_asked_for(path, &attention_conformance::report::html(&reports))?;
     }
     println!("Worst error as a fraction of its bound, by feature:");
     reporting::print_table(&reports);

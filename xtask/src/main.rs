@@ -1,10 +1,15 @@
 //! What is done with this repository, one file a command: `cargo xtask --help`.
 
-/// Prints a line, as that of the standard library does, which panics where the reader has gone away (`| head`); this ends
-/// the command.
+/// Prints a line, as that of the standard library does, which panics where the reader has gone away (`| head`) or the disk is
+/// full; this ends the command.
 macro_rules! println {
     () => { $crate::reporting::print_line(format_args!("")) };
     ($($arguments:tt)*) => { $crate::reporting::print_line(format_args!($($arguments)*)) };
+}
+
+/// As [`println!`] of this crate, to standard error.
+macro_rules! eprintln {
+    ($($arguments:tt)*) => { $crate::reporting::print_error_line(format_args!($($arguments)*)) };
 }
 
 mod auto;
@@ -127,7 +132,7 @@ mod tests {
     #[test]
     fn wrong_options_are_refused() {
         for (line, what) in [
-            ("conformance --dtype int8", "unknown dtype 'int8'"),
+            ("conformance --dtype int8", "unknown dtype 'int8'; possible are f64, f32, f16, bf16"),
             ("conformance --dtype f8e4m3", "f8e4m3"),
             ("conformance --pass both", "unknown pass 'both'"),
             ("bench --pass backward", "unknown pass 'backward'"),

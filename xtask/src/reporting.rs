@@ -39,6 +39,25 @@ impl Bar {
     }
 }
 
+impl Bar {
+    /// Shows how many of some measurements are done, and what is measured now.
+    pub(crate) fn say(&self, done: usize, total: usize, what: &str) {
+        if let Some(bar) = &self.0 {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+            bar.set_message(what.to_owned());
+        }
+    }
+
+    /// Prints something else while the bar is away.
+    pub(crate) fn aside(&self, print: impl FnOnce()) {
+        match &self.0 {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+}
+
 impl Drop for Bar {
     fn drop(&mut self) {
         if let Some(bar) = &self.0 {
@@ -55,8 +74,16 @@ pub(crate) fn print_line(line: Arguments<'_>) {
     match writeln!(std::io::stdout().lock(), "{line}") {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(PIPE_CLOSED),
-        Err(error) => panic!("nothing can be printed: {error}"),
+        Err(error) => {
+            eprintln!("error: standard output cannot be written: {error}");
+            std::process::exit(2)
+        }
     }
+}
+
+/// Prints a line to standard error; what `eprintln!` is in this crate. Where even that fails, there is no one to tell.
+pub(crate) fn print_error_line(line: Arguments<'_>) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
 /// Prints one line for each item.
@@ -111,11 +138,37 @@ pub(crate) fn close(reports: &[Report]) -> bool {
     totals.failed == 0
 }
 
-/// Writes a file, and its folder if that is missing.
+/// Makes the folders of files that are to be written, before the work whose results go there, and says which it made.
+///
+/// # Errors
+/// Where a folder cannot be made, or a file would take the place of a folder.
+pub(crate) fn make_folders_of<'p>(paths: impl IntoIterator<Item = &'p Path>) -> crate::Result<()> {
+    for path in paths {
+        let refused = |error: &dyn Display| format!("{} cannot be written: {error}", path.display());
+        if path.is_dir() {
+            return Err(refused(&"it is a folder").into());
+        }
+        let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) else { continue };
+        if !folder.exists() {
+            std::fs::create_dir_all(folder).map_err(|error| refused(&error))?;
+            eprintln!("{}: folder made", folder.display());
+        }
+    }
+    Ok(())
+}
+
+/// Writes a file.
 pub(crate) fn write(path: &Path, text: &str) -> crate::Result<()> {
-    let written =
-        path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(path, text));
+    make_folders_of([path])?;
+    let written = std::fs::write(path, text);
     written.map_err(|error| format!("{} cannot be written: {error}", path.display()).into())
+}
+
+/// Writes a file that the caller asked for, and says so.
+pub(crate) fn write_asked_for(path: &Path, text: &str) -> crate::Result<()> {
+    write(path, text)?;
+    eprintln!("{}: written", path.display());
+    Ok(())
 }
 
 #[cfg(test)]
@@ -124,6 +177,22 @@ mod tests {
     use attention_core::{DType, Pass};
 
     use super::*;
+
+    #[test]
+    fn folders_are_made_before_the_work_or_refused() {
+        let root = std::env::temp_dir().join(format!("attention-xtask-folders-{}", std::process::id()));
+        let file = root.join("a/b/report.html");
+        make_folders_of([&*file]).unwrap();
+        assert!(file.parent().unwrap().is_dir() && !file.exists());
+        write_asked_for(&file, "text").unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "text");
+        // A file where a folder would have to be, and the other way round.
+        let below = make_folders_of([&*file.join("deeper/report.html")]).unwrap_err().to_string();
+        assert!(below.contains("report.html cannot be written: "), "{below}");
+        let folder = make_folders_of([&*root.join("a")]).unwrap_err().to_string();
+        assert!(folder.ends_with("cannot be written: it is a folder"), "{folder}");
+        std::fs::remove_dir_all(&root).unwrap();
+    }
 
     #[test]
     fn reasons_are_grouped() {

@@ -47,6 +47,8 @@ pub(super) fn run(
             header.push(format!("{} peak", backend.name()));
             header.push(format!("{} s", backend.name()));
         }
+        // As they come, below their names: the table needs all of them for its widths.
+        eprintln!("{}", header.join("  "));
         let mut rows = Vec::new();
         for row in &PAPER {
             let length = 1usize << row.log_length;

@@ -105,6 +105,10 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     if arguments.plot {
         return plot::run(arguments.check);
     }
+    // Before minutes of work whose result could not be written.
+    reporting::make_folders_of(
+        [&arguments.json, &arguments.record].into_iter().flatten().map(PathBuf::as_path),
+    )?;
     if arguments.suite.is_some() {
         let peer =
             arguments.peer.iter().any(|peer| peer == "torch").then_some(arguments.peer_python.as_path());
@@ -130,23 +134,27 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     println!("{}, {}, {threads} threads", machine::description(), machine::level());
 
     let cases = cases(arguments);
+    let names: Vec<&str> = backends.iter().map(|backend| backend.name()).collect();
+    let columns = row::Columns::new(&names, &cases);
+    println!("{}", columns.header());
+    let bar = reporting::Bar::new("bench");
     let mut rows = Vec::new();
     for (index, case) in cases.iter().enumerate() {
         for backend in &backends {
+            bar.say(index, cases.len(), backend.name());
             let new = measure_case(case, &**backend, &mut peers, arguments, threads)?;
-            for row in &new {
-                eprintln!("{}/{} {}", index + 1, cases.len(), row.cells().join("  "));
-            }
+            // As they come: a whole list takes minutes.
+            bar.aside(|| new.iter().for_each(|row| println!("{}", columns.line(row))));
             rows.extend(new);
         }
     }
-    row::print(&rows);
+    drop(bar);
     if let Some(path) = &arguments.json {
-        reporting::write(path, &row::json(&rows)?)?;
+        reporting::write_asked_for(path, &row::json(&rows)?)?;
     }
     if let Some(path) = &arguments.record {
         let versions: Vec<_> = peers.iter().map(|peer| (peer.name.clone(), peer.version.clone())).collect();
-        reporting::write(path, &row::csv(&rows, &versions)?)?;
+        reporting::write_asked_for(path, &row::csv(&rows, &versions)?)?;
     }
     Ok(true)
 }

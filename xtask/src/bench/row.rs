@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
+use attention_core::Dimensions;
 use serde::Serialize;
 
-use crate::{machine, reporting};
+use super::Case;
+use crate::machine;
 
 /// One measurement. The names are those of the JSON objects and the CSV columns.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -42,20 +44,23 @@ pub(crate) struct Row {
 impl Row {
     /// The row as cells of the table.
     pub(crate) fn cells(&self) -> Vec<String> {
-        let Self { b, t, s, n, k, h, hv, .. } = self;
-        let causal = if self.causal { "causal " } else { "" };
-        let mask = if self.mask == "none" { "" } else { &self.mask };
-        let mut shape = format!("{b},{t},{s},{n},{k},{h}");
-        if hv != h {
-            let _ = write!(shape, ",{hv}");
-        }
+        let Self { b, t, s, n, k, h, hv, .. } = *self;
+        let dims = Dimensions {
+            batch: b,
+            query_length: t,
+            key_length: s,
+            query_heads: n,
+            key_heads: k,
+            head_dim: h,
+            value_head_dim: hv,
+        };
         let optional = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         vec![
             self.backend.clone(),
             self.dtype.clone(),
             self.pass.clone(),
-            shape,
-            format!("{causal}{mask}").trim_end().to_owned(),
+            shape(dims),
+            options(self.causal, &self.mask),
             format!("{:.3}", self.median_ms),
             format!("{:.1}", self.gflops),
             megabytes(self.scratch_bytes as u64),
@@ -71,12 +76,82 @@ fn megabytes(bytes: u64) -> String {
     format!("{:.2}", bytes as f64 / f64::from(1 << 20))
 }
 
-/// Prints the rows.
-pub(crate) fn print(rows: &[Row]) {
-    let header =
-        "backend|dtype|pass|B,T,S,N,K,H|options|median ms|GFLOP/s|scratch MiB|peak MiB|peer|peer ms|ratio";
-    let header: Vec<String> = header.split('|').map(str::to_owned).collect();
-    reporting::print_cells(&header, &rows.iter().map(Row::cells).collect::<Vec<_>>());
+/// The widths of a table whose rows are printed as they are measured.
+pub(crate) struct Columns(Vec<usize>);
+
+const HEADER: [&str; 12] = [
+    "backend",
+    "dtype",
+    "pass",
+    "B,T,S,N,K,H",
+    "options",
+    "median ms",
+    "GFLOP/s",
+    "scratch MiB",
+    "peak MiB",
+    "peer",
+    "peer ms",
+    "ratio",
+];
+/// How many columns, from the first, are words; the others are numbers but for the peer.
+const WORDS: usize = 5;
+const PEER: usize = 9;
+
+impl Columns {
+    /// Wide enough for what these backends are measured on.
+    pub(crate) fn new(backends: &[&str], cases: &[Case]) -> Self {
+        let mut widths = HEADER.map(str::len).to_vec();
+        let mut fit = |column: usize, text: &str| widths[column] = widths[column].max(text.len());
+        backends.iter().for_each(|name| fit(0, name));
+        for case in cases {
+            fit(1, case.dtype.name());
+            fit(2, &case.work.to_string());
+            fit(3, &shape(case.dims));
+            fit(4, &options(case.causal, &case.mask.to_string()));
+        }
+        // A peer and its path, such as `torch FLASH_ATTENTION`.
+        fit(PEER, "torch FLASH_ATTENTION");
+        Self(widths)
+    }
+
+    /// The names of the columns, and a line below them.
+    pub(crate) fn header(&self) -> String {
+        let rule: Vec<String> = self.0.iter().map(|&width| "-".repeat(width)).collect();
+        format!("{}\n{}", self.aligned(&HEADER.map(str::to_owned)), rule.join("  "))
+    }
+
+    /// A row.
+    pub(crate) fn line(&self, row: &Row) -> String {
+        self.aligned(&row.cells())
+    }
+
+    fn aligned(&self, cells: &[String]) -> String {
+        let cells = cells.iter().zip(&self.0).enumerate().map(|(column, (cell, &width))| {
+            if column < WORDS || column == PEER {
+                format!("{cell:width$}")
+            } else {
+                format!("{cell:>width$}")
+            }
+        });
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    }
+}
+
+/// `B,T,S,N,K,H`, with `Hv` where it differs.
+fn shape(dims: Dimensions) -> String {
+    let Dimensions { batch, query_length, key_length, query_heads, key_heads, head_dim, value_head_dim } =
+        dims;
+    let mut text = format!("{batch},{query_length},{key_length},{query_heads},{key_heads},{head_dim}");
+    if value_head_dim != head_dim {
+        let _ = write!(text, ",{value_head_dim}");
+    }
+    text
+}
+
+fn options(causal: bool, mask: &str) -> String {
+    let causal = if causal { "causal " } else { "" };
+    let mask = if mask == "none" { "" } else { mask };
+    format!("{causal}{mask}").trim_end().to_owned()
 }
 
 /// The rows as a JSON list.
@@ -198,6 +273,38 @@ mod tests {
             "cpu,f32,forward,1,2,3,8,4,5,6,true,bias,1.5000,100.0000,1048576,,,,avx512,2,\"A, 2 cores\""
         );
         assert_eq!(lines.len(), 7);
+    }
+
+    /// The header is there before the first row, and both have the same columns.
+    #[test]
+    fn lines_stand_below_the_header() {
+        let dims = Dimensions {
+            batch: 1,
+            query_length: 20_000,
+            key_length: 30_000,
+            query_heads: 8,
+            key_heads: 4,
+            head_dim: 5,
+            value_head_dim: 6,
+        };
+        let case = Case {
+            dims,
+            dtype: attention_core::DType::F32,
+            work: attention_benches::Work::Forward,
+            causal: true,
+            mask: attention_benches::Mask::Bias,
+        };
+        let columns = Columns::new(&["cpu", "chunked-split-f32"], &[case]);
+        let header = columns.header();
+        let (names, rule) = header.split_once('\n').unwrap();
+        let line = columns.line(&row());
+        for (name, value) in [("dtype", "f32"), ("B,T,S", "1,2,3,8,4,5,6"), ("options", "causal bias")] {
+            assert_eq!(names.find(name), line.find(value), "{line}");
+        }
+        let end = |text: &str, of: &str| text.find(of).map(|start| start + of.len());
+        assert_eq!(end(names, "median ms"), end(&line, "1.500"));
+        assert_eq!(end(names, "GFLOP/s"), end(&line, "100.0"));
+        assert!(rule.chars().all(|character| character == '-' || character == ' '));
     }
 
     #[test]

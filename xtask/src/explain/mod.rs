@@ -13,7 +13,7 @@ use attention_core::{
 };
 use clap::Parser;
 
-use crate::backends::{parse_dtype, parse_pass};
+use crate::backends::{parse_bytes, parse_dtype, parse_pass};
 use target::Where;
 
 /// Prints what a call would run on and why: every backend, chosen or refused; for devices that need not be there
@@ -92,8 +92,8 @@ pub(crate) struct Arguments {
     /// The numerics class asked for: F64, F32, HalfF32, HalfRounded or Tf32
     #[arg(long, value_parser = parse_class, value_name = "CLASS")]
     numerics: Option<NumericsClass>,
-    /// The most bytes of scratch memory
-    #[arg(long, value_name = "BYTES")]
+    /// The most bytes of scratch memory, such as 4096, 512K or 64MiB
+    #[arg(long, value_parser = parse_bytes, value_name = "BYTES")]
     scratch_limit: Option<usize>,
     /// Prints the explanation as JSON
     #[arg(long)]
@@ -373,6 +373,26 @@ mod tests {
         }
     }
 
+    /// This program has them all, so none is unknown wherever the tensors are.
+    #[test]
+    fn backends_for_devices_refuse_host_memory_by_name() {
+        let explanation =
+            super::explained("--shape 1,8,8,1,1,8 --implementation cudnn --scratch-limit 1K").unwrap();
+        assert_eq!(explanation.scratch_limit, Some(1024));
+        for name in ["cudnn", "chunked-cuda"] {
+            let candidate = explanation.candidate(name).expect("a candidate");
+            assert_eq!(candidate.verdict, Verdict::Refused(Cause::Device), "{explanation}");
+            assert_eq!(candidate.reason, format!("{name} works on cuda memory, the call is on cpu"));
+        }
+    }
+
+    #[test]
+    fn keys_that_a_causal_call_hides_are_told() {
+        let text = explained("--shape 1,1,12,1,1,8 --causal").to_string();
+        assert!(text.contains("hides the last 11 keys from every query row"), "{text}");
+        assert!(explained("--shape 1,1,12,1,1,8 --causal --offset bottom-right").notes.is_empty());
+    }
+
     #[test]
     fn versions_capabilities_and_devices_count() {
         let reason = |line: &str| explained(line).candidate("cudnn").expect("a candidate").reason.clone();
@@ -400,6 +420,8 @@ mod tests {
             ("--numerics F16", "unknown numerics class 'F16'"),
             ("--device tpu", "'tpu' is no device"),
             ("--bias-dtype f32", "--bias"),
+            ("--scratch-limit 1KB", "'1KB' is no number of bytes; expected one such as 4096, 512K"),
+            ("--dtype f33", "unknown dtype 'f33'; possible are f64, f32, f16, bf16"),
         ] {
             let words = ["explain", "--shape", "1,2,2,1,1,8"].into_iter().chain(line.split(' '));
             let error = Line::try_parse_from(words).err().expect(line).to_string();

@@ -53,7 +53,7 @@ impl Where {
         }
     }
 
-    /// The backends of a registry, with those for GPUs on this device, or answering as if it were there.
+    /// The backends of a registry and those for GPUs: on this device, or answering as if it were there.
     pub(super) fn registry(self, registry: Registry) -> Registry {
         match self {
             Self::Here(Device::Cuda(ordinal)) => {
@@ -62,7 +62,10 @@ impl Where {
                 let chunked = ChunkedCudaBackend::new(ChunkedCudaConfig::default().device(ordinal));
                 registry.with(Arc::new(cudnn)).with(Arc::new(chunked))
             }
-            Self::Here(_) => registry,
+            // They refuse it, and say that it is host memory.
+            Self::Here(_) => {
+                registry.with(Arc::new(CudnnBackend::default())).with(Arc::new(ChunkedCudaBackend::default()))
+            }
             Self::Assumed(target) => {
                 // Without a library, so that what is assumed counts where there is a GPU too.
                 let cudnn = CudnnBackend::new(CudnnConfig::default().library("none")).assuming(target);

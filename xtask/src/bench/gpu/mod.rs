@@ -181,7 +181,7 @@ pub(super) fn run(
         rows.push(row);
     }
     if let Some(path) = files.json {
-        reporting::write(path, &serde_json::to_string_pretty(&rows)?)?;
+        reporting::write_asked_for(path, &serde_json::to_string_pretty(&rows)?)?;
     }
     if let Some(path) = files.record {
         let driver = record::driver_version().map(|version| format!("driver {version}"));
@@ -190,7 +190,7 @@ pub(super) fn run(
         let peer = peer.map(|peer| format!("peer {}", peer.versions));
         let versions =
             [Some(machine::today()), Some(name), driver, cudnn, peer].into_iter().flatten().collect();
-        reporting::write(path, &record::csv(&rows, &record::Source { versions, repeats })?)?;
+        reporting::write_asked_for(path, &record::csv(&rows, &record::Source { versions, repeats })?)?;
     }
     Ok(true)
 }
