@@ -4,13 +4,13 @@ use attention_core::DType;
 
 use crate::golden::{GoldenSet, Limits, own_sets};
 use crate::report::Report;
-use crate::suite::{Subject, Suite};
+use crate::suite::{Heartbeat, Subject, Suite};
 
 /// Failures that a panic lists in full; the rest is counted.
 const LISTED: usize = 20;
 
 /// Runs the whole suite and the golden sets of this crate on a backend: every case that it declares to serve must
-/// pass. Returns the reports, the suite's first.
+/// pass. Returns the reports, the suite's first. Says on standard error every ten seconds how far it has come.
 ///
 /// ```
 /// # use attention_core::AttentionBackend;
@@ -28,7 +28,8 @@ const LISTED: usize = 20;
 /// golden set of this crate cannot be read.
 pub fn assert_conforms<'a>(subject: impl Into<Subject<'a>>) -> Vec<Report> {
     let subject = subject.into();
-    let mut reports = vec![Suite::new().run(subject.clone(), |_| {})];
+    let mut heartbeat = Heartbeat::new(subject.backend.name());
+    let mut reports = vec![Suite::new().run(subject.clone(), |progress| heartbeat.tell(progress))];
     for directory in own_sets() {
         let set = GoldenSet::open(&directory).unwrap_or_else(|error| panic!("{error}"));
         reports.push(set.limits(Limits::Derived).run(subject.clone(), &DType::FLOATS, None, |_| {}));

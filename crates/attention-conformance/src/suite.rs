@@ -1,12 +1,14 @@
 //! The generated cases, chosen and run.
 
 use std::fmt;
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
 
 use attention_core::{AttentionBackend, DType, DeviceKind, Pass};
 use serde::{Deserialize, Serialize};
 
 use crate::cases::{self, Case};
-use crate::report::{CaseResult, Report};
+use crate::report::{CaseResult, Outcome, Report};
 
 /// A backend under test, and further values of it whose results must be bitwise the same.
 #[derive(Clone, Debug)]
@@ -77,6 +79,61 @@ pub struct Progress<'a> {
     pub total: usize,
     /// The one that has just ended.
     pub result: &'a CaseResult,
+}
+
+/// Says on standard error how far a run has come, every ten seconds: the whole suite takes minutes. Written to the stream
+/// itself, so that a test runner which captures what tests print shows it meanwhile.
+///
+/// # Examples
+/// ```no_run
+/// use attention_conformance::suite::{Heartbeat, Suite};
+///
+/// # fn run(backend: &dyn attention_core::AttentionBackend) {
+/// let mut heartbeat = Heartbeat::new(backend.name());
+/// let report = Suite::new().run(backend, |progress| heartbeat.tell(progress));
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Heartbeat {
+    name: String,
+    every: Duration,
+    last: Instant,
+    failed: usize,
+}
+
+impl Heartbeat {
+    /// For a run of the backend of this name.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), every: Duration::from_secs(10), last: Instant::now(), failed: 0 }
+    }
+
+    /// With another time between two lines.
+    #[must_use]
+    pub fn every(self, every: Duration) -> Self {
+        Self { every, ..self }
+    }
+
+    /// To be called after each case.
+    pub fn tell(&mut self, progress: Progress<'_>) {
+        if let Some(line) = self.line(progress) {
+            // Where it cannot be written, the report still says everything.
+            let _ = writeln!(io::stderr().lock(), "{line}");
+        }
+    }
+
+    /// The line that is due, if one is.
+    fn line(&mut self, Progress { done, total, result }: Progress<'_>) -> Option<String> {
+        self.failed += usize::from(matches!(result.outcome, Outcome::Failed { .. }));
+        if self.last.elapsed() < self.every {
+            return None;
+        }
+        self.last = Instant::now();
+        let (name, failed) = (&self.name, self.failed);
+        Some(format!(
+            "{name}: {done} of {total} cases, {failed} failed; {} {} {}",
+            result.case, result.dtype, result.pass
+        ))
+    }
 }
 
 /// The cases to run, in which dtypes and passes.
@@ -170,4 +227,35 @@ impl Suite {
 /// Runs one case with all its checks: for property tests on [`cases::strategy`], and to look at one failure.
 pub fn run_case<'a>(subject: impl Into<Subject<'a>>, case: &Case, dtype: DType, pass: Pass) -> CaseResult {
     crate::run::run_case(&subject.into(), case, dtype, pass)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn result(outcome: Outcome) -> CaseResult {
+        CaseResult {
+            case: "masks/1".to_owned(),
+            dtype: DType::F32,
+            pass: Pass::Forward,
+            features: vec![],
+            outcome,
+            ms: 1.0,
+        }
+    }
+
+    #[test]
+    fn a_heartbeat_speaks_when_its_time_has_come_and_counts_failures_meanwhile() {
+        let failed = result(Outcome::Failed { reason: "wrong".to_owned(), differences: vec![] });
+        let skipped = result(Outcome::Skipped { reason: "not declared".to_owned() });
+        let mut quiet = Heartbeat::new("toy").every(Duration::from_secs(3600));
+        for done in 1..100 {
+            assert_eq!(quiet.line(Progress { done, total: 100, result: &failed }), None);
+        }
+        let mut due = quiet.every(Duration::ZERO);
+        assert_eq!(
+            due.line(Progress { done: 100, total: 200, result: &skipped }).as_deref(),
+            Some("toy: 100 of 200 cases, 99 failed; masks/1 f32 forward")
+        );
+    }
 }
