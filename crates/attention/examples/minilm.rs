@@ -1,6 +1,7 @@
 //! Attention on real input: queries, keys and values that all-MiniLM-L6-v2 computes for six sentences of different
-//! lengths, in one padded batch, on every implementation of this build, compared with the stored output of an f64
-//! implementation and with each other.
+//! lengths, on every implementation of this build, compared with the stored output of an f64 implementation and with
+//! each other. Once in one padded batch, and once as one sequence in which a mask keeps the sentences apart: the same
+//! outputs, of calls so long that f32 is computed in f32.
 //!
 //! ```text
 //! cargo run --release -p attention --example minilm [FILE]
@@ -23,51 +24,109 @@ fn main() -> ExitCode {
     support::main(run)
 }
 
+/// The same sentences in two calls that give the same outputs.
+struct Arrangement<'a> {
+    name: &'static str,
+    attention: Attention<'a>,
+    /// The shape of query, key and value, from that of the batch.
+    shape: fn([usize; 4]) -> [usize; 4],
+}
+
 /// Prints everything; false where a layer does not agree.
 fn run(bytes: &[u8]) -> Result<bool, Box<dyn Error>> {
     let recording = Recording::read(bytes)?;
     recording.introduce();
-    let attention = Attention::new().key_value_lengths(&recording.lengths);
+    let padded = recording.operands(LAYERS[0])?[0].shape()[1];
+    let apart = sentences_apart(&recording.lengths, padded);
+    let rows = recording.lengths.len() * padded;
+    let batch = Attention::new().key_value_lengths(&recording.lengths);
+    let arrangements = [
+        Arrangement { name: "batch", attention: batch.clone(), shape: |shape| shape },
+        Arrangement {
+            name: "sequence",
+            attention: Attention::new().mask((&apart, [rows, rows])),
+            shape: |[batch, length, heads, width]| [1, batch * length, heads, width],
+        },
+    ];
+    println!("batch: {} padded sentences of {padded} rows", recording.lengths.len());
+    println!(
+        "sequence: the same rows as one sequence of {rows}, with a mask that keeps the sentences apart\n"
+    );
     let mut agrees = true;
     for (index, layer) in LAYERS.into_iter().enumerate() {
-        let [query, key, value] = recording.operands(layer)?;
-        let explanation = attention.explain(&query, &key, &value)?;
+        let operands = recording.operands(layer)?;
+        let want = recording.output(layer)?;
         if index == 0 {
-            println!("{explanation}\n");
+            let [query, key, value] = &operands;
+            println!("the batch: {}\n", batch.explain(query, key, value)?);
             println!(
-                "layer  implementation  time (median of {RUNS})  max abs error  of the largest output  allowed"
+                "layer  call      implementation  time (median of {RUNS})  max abs error  of the largest output  allowed"
             );
         }
-        let want = recording.output(layer)?;
-        let mut outputs: Vec<(String, Vec<f64>)> = Vec::new();
-        let serves = |candidate: &&Candidate| !matches!(candidate.verdict, Verdict::Refused(_));
-        for Candidate { name, .. } in explanation.candidates.iter().filter(serves) {
-            let attention = attention.clone().implementation(name.clone());
-            let (out, time) = timed(|| attention.forward(&query, &key, &value))?;
-            let out = numbers(&out)?;
-            let (error, relative) = compare(&out, &want)?;
-            // Written so that NaN disagrees.
-            let good = relative <= ALLOWED;
-            agrees &= good;
-            println!(
-                "{layer:5}  {name:14}  {:>19}  {error:13.2e}  {relative:21.2e}  {ALLOWED:7.0e}  {}",
-                format!("{time:.1?}"),
-                if good { "agrees" } else { "DOES NOT AGREE" }
-            );
-            if let Some((first, values)) = outputs.first() {
-                println!(
-                    "       largest difference between {name} and {first}: {:.2e}",
-                    compare(&out, values)?.0
-                );
-            }
-            outputs.push((name.clone(), out));
+        for arrangement in &arrangements {
+            agrees &= print_layer(layer, arrangement, &operands, &want)?;
         }
     }
     println!();
 
     let layer = LAYERS[LAYERS.len() - 1];
     let [query, key, _] = recording.operands(layer)?;
-    Sentences::read(&recording)?.print_attention(&attention, layer, &query, &key)?;
+    Sentences::read(&recording)?.print_attention(&batch, layer, &query, &key)?;
+    Ok(agrees)
+}
+
+/// Which rows see which, of sentences one behind the other that are all padded to the same length: true where both are of
+/// one sentence and the key is no padding.
+fn sentences_apart(lengths: &[usize], padded: usize) -> Vec<bool> {
+    let rows = lengths.len() * padded;
+    let sees =
+        |query: usize, key: usize| query / padded == key / padded && key % padded < lengths[key / padded];
+    (0..rows * rows).map(|index| sees(index / rows, index % rows)).collect()
+}
+
+/// Prints a layer on every implementation; false where one does not agree.
+fn print_layer(
+    layer: usize,
+    arrangement: &Arrangement<'_>,
+    operands: &[Tensor; 3],
+    want: &[f64],
+) -> Result<bool, Box<dyn Error>> {
+    let arranged = |tensor: &Tensor| -> Result<Tensor, Box<dyn Error>> {
+        let &[b, t, n, h] = &tensor.shape()[..] else { return Err("operands must have four axes".into()) };
+        let data = tensor.as_slice::<f32>().ok_or("operands must be f32")?.to_vec();
+        Ok(Tensor::from_vec(data, (arrangement.shape)([b, t, n, h]))?)
+    };
+    let [query, key, value] = operands;
+    let (query, key, value) = (arranged(query)?, arranged(key)?, arranged(value)?);
+    let explanation = arrangement.attention.explain(&query, &key, &value)?;
+    let mut agrees = true;
+    let mut outputs: Vec<(String, Vec<f64>)> = Vec::new();
+    let serves = |candidate: &&Candidate| !matches!(candidate.verdict, Verdict::Refused(_));
+    for Candidate { name, .. } in explanation.candidates.iter().filter(serves) {
+        let attention = arrangement.attention.clone().implementation(name.clone());
+        let (out, time) = timed(|| attention.forward(&query, &key, &value))?;
+        let out = numbers(&out)?;
+        let (error, relative) = compare(&out, want)?;
+        // Written so that NaN disagrees.
+        let good = relative <= ALLOWED;
+        agrees &= good;
+        println!(
+            "{layer:5}  {:8}  {name:14}  {:>19}  {error:13.2e}  {relative:21.2e}  {ALLOWED:7.0e}  {}",
+            arrangement.name,
+            format!("{time:.1?}"),
+            if good { "agrees" } else { "DOES NOT AGREE" }
+        );
+        if let Some((first, values)) = outputs.first() {
+            let difference = compare(&out, values)?.0;
+            let why = if difference == 0.0 {
+                " (none: both compute batch rows of so few logits in f64 and round once)"
+            } else {
+                ""
+            };
+            println!("       largest difference between {name} and {first}: {difference:.2e}{why}");
+        }
+        outputs.push((name.clone(), out));
+    }
     Ok(agrees)
 }
 
