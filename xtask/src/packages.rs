@@ -70,6 +70,26 @@ fn manifest(workspace: &Workspace) -> String {
 mod tests {
     use super::*;
 
+    /// The pages of an optional part are missing from docs.rs where the manifest does not ask for them.
+    #[test]
+    fn docs_rs_is_told_which_features_to_show() {
+        let workspace = Workspace::read().unwrap();
+        for package in workspace.published() {
+            let manifest = fs::read_to_string(&package.manifest_path).unwrap();
+            let (_, part) = manifest
+                .split_once("[package.metadata.docs.rs]\n")
+                .unwrap_or_else(|| panic!("{} does not say what docs.rs shows", package.name));
+            let part = part.split("\n[").next().unwrap_or_default();
+            // candle's feature needs CUDA to build.
+            let wanted = if package.features.contains_key("cuda") && package.name == "attention-candle" {
+                "features = []"
+            } else {
+                "all-features = true"
+            };
+            assert!(part.contains(wanted), "{}: {part}", package.name);
+        }
+    }
+
     #[test]
     fn the_unpacked_crates_depend_on_each_other() {
         let workspace = Workspace::read().unwrap();

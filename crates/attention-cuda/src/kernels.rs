@@ -15,8 +15,8 @@ use crate::disk::{DiskCache, DiskKey, Fnv};
 use crate::library::NotFound;
 use crate::nvrtc::{Nvrtc, options};
 
-/// Why a kernel is not there.
-#[derive(Debug, thiserror::Error)]
+/// Why a kernel is not there. `Debug` is the text.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
     /// NVRTC is missing.
@@ -40,6 +40,12 @@ pub enum KernelError {
         /// What it said.
         source: DriverError,
     },
+}
+
+impl std::fmt::Debug for KernelError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
 }
 
 /// Functions by source, macros and context.

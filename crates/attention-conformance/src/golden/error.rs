@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-/// What is wrong with a golden set, and where.
-#[derive(Debug, thiserror::Error)]
+/// What is wrong with a golden set, and where. `Debug` is the text.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum GoldenError {
     /// A file cannot be read.
@@ -46,4 +46,10 @@ pub enum GoldenError {
         /// Which tensor, what it is and what it should be.
         what: String,
     },
+}
+
+impl std::fmt::Debug for GoldenError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
 }
