@@ -4,6 +4,7 @@
 mod backend;
 mod call;
 mod capabilities;
+pub mod conventions;
 mod device;
 mod dropout;
 mod dtype;

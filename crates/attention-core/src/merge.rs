@@ -5,6 +5,10 @@
 //! arXiv 2112.05682, section 3; the online form is Milakov and Gimelshein, arXiv 1805.02867). A part without keys
 //! has output 0 and logsumexp -inf, and is the neutral element. Where there is a sink, exactly one part carries it.
 
+mod empty;
+
+pub use empty::EmptyLse;
+
 use crate::{DType, InvalidCall, Role, Scalar, View, ViewMut};
 
 /// The floats that softmax statistics are kept in.

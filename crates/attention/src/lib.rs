@@ -26,6 +26,7 @@ mod tensor;
 
 pub use attention::{Attention, dot_product_attention};
 pub use attention_core as core;
+pub use attention_core::conventions;
 pub use attention_core::{
     AttentionBackend, BackwardInputs, BackwardOutputs, DType, Device, DeviceKind, Dimensions, Dims, Dropout,
     Element, Gradients, InvalidCall, Lengths, NumericsClass, Pass, Problem, ProblemBuilder, QueryOffset,
