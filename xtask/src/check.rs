@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{bench, capabilities, cargo, features, packages, trees, united};
+use crate::{bench, capabilities, cargo, features, members, packages, trees, united, unsafe_sites};
 
 /// Checks formatting, lints, docs, features, dependencies, packages, and the build beside candle
 #[derive(clap::Args)]
@@ -53,7 +53,10 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         })
     })?;
     step("documents", &mut || {
-        Ok(capabilities::run(&capabilities::Arguments { check: true })? & bench::plot::run(true)?)
+        Ok(capabilities::run(&capabilities::Arguments { check: true })?
+            & unsafe_sites::run(&unsafe_sites::Arguments { check: true })?
+            & members::check()?
+            & bench::plot::run(true)?)
     })?;
     step("features", &mut || features::run(&features::Arguments { test: false }))?;
     step("dependencies", &mut trees::check)?;

@@ -27,11 +27,13 @@ mod golden;
 mod graphs;
 mod kernels;
 mod machine;
+mod members;
 mod packages;
 mod reporting;
 mod test;
 mod trees;
 mod united;
+mod unsafe_sites;
 
 use std::process::ExitCode;
 
@@ -63,6 +65,7 @@ enum Command {
     Graphs(graphs::Arguments),
     Kernels(kernels::Arguments),
     Bench(bench::Arguments),
+    Unsafe(unsafe_sites::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Command::Graphs(arguments) => graphs::run(&arguments),
         Command::Kernels(arguments) => kernels::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Unsafe(arguments) => unsafe_sites::run(&arguments),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -121,6 +125,7 @@ mod tests {
             "bench --peer torch --peer jax --peer-path math --threads 2 --repeats 3 --json a --record b",
             "bench --plot --check",
             "bench --quick --peer-python python3",
+            "unsafe --check",
         ] {
             let words = ["cargo xtask"].into_iter().chain(line.split(' '));
             if let Err(error) = Cli::try_parse_from(words) {
