@@ -2,9 +2,12 @@
 
 use attention_core::Scalar;
 
+use crate::gemm::Multiply;
+
 /// f32, or f64 for f64 operands.
 pub(crate) trait Compute:
     Scalar
+    + Multiply
     + Default
     + PartialOrd
     + std::fmt::Debug

@@ -1,4 +1,7 @@
-//! Matrix products from the `gemm` crate behind checked matrices. The crate's only `unsafe`.
+//! Matrix products from the crates `gemm-f32` and `gemm-f64` behind checked matrices. This crate's only `unsafe`.
+//!
+//! Those two hold what the crate `gemm` dispatches to for real numbers. `gemm` itself also compiles kernels for complex
+//! ones, which take as long to build as all of the real ones, and nothing here uses them.
 //!
 //! An element of a product over at most [`MAX_DEPTH`] terms is one chain of additions in order, whatever the number
 //! of rows and columns, as long as both are at least 2 and the right-hand side is row-major (read off gemm 0.19:
@@ -6,7 +9,51 @@
 
 #![allow(unsafe_code)]
 
+use gemm_common::Parallelism;
+
 use crate::elementary::Compute;
+
+/// `dst = alpha * dst + beta * lhs * rhs` for `m`, `n` and `k`: each matrix as a pointer with the strides of its columns
+/// and rows in elements, `dst` with whether it is read, behind the factors three flags for conjugates.
+type Product<C> = unsafe fn(
+    usize,
+    usize,
+    usize,
+    *mut C,
+    isize,
+    isize,
+    bool,
+    *const C,
+    isize,
+    isize,
+    *const C,
+    isize,
+    isize,
+    C,
+    C,
+    bool,
+    bool,
+    bool,
+    Parallelism,
+);
+
+/// A float that there is a matrix product for.
+pub(crate) trait Multiply: Sized {
+    /// The product for the instruction set of this processor.
+    fn product() -> Product<Self>;
+}
+
+impl Multiply for f32 {
+    fn product() -> Product<Self> {
+        gemm_f32::gemm::f32::get_gemm_fn()
+    }
+}
+
+impl Multiply for f64 {
+    fn product() -> Product<Self> {
+        gemm_f64::gemm::f64::get_gemm_fn()
+    }
+}
 
 /// The most terms of one product: above it `gemm` cuts the sum where its cache model says, which depends on the
 /// other dimensions.
@@ -91,18 +138,26 @@ pub(crate) fn gemm<C: Compute>(
         return;
     }
     let accumulate = mode == Destination::Accumulate;
+    let product = C::product();
+    // The kernels prefer a destination whose columns are contiguous. A row-major one is the transpose of such a matrix, and
+    // its product that of the factors' transposes in the other order.
+    let (m, n, to, lhs, rhs) = if dst.row_stride > 1 {
+        (n, m, (dst.row_stride, 1), rhs.transposed(), lhs.transposed())
+    } else {
+        (m, n, (1, dst.row_stride), lhs, rhs)
+    };
     // SAFETY: each matrix's extent was checked against its slice when it was made, and `m`, `n`, `k` are the
-    // dimensions of all three, so every access is inside a slice; `dst` is an exclusive slice whose rows do not
-    // overlap and cannot alias the shared slices; all strides fit isize since the extents are lengths of slices.
-    // C is f32 or f64, for which the crate has kernels. Without reading `dst` its contents do not matter.
+    // dimensions of all three, so every access is inside a slice; transposing swaps dimensions and strides of all three
+    // together. `dst` is an exclusive slice whose rows do not overlap and cannot alias the shared slices; all strides fit
+    // isize since the extents are lengths of slices. Without reading `dst` its contents do not matter.
     unsafe {
-        gemm::gemm(
+        product(
             m,
             n,
             k,
             dst.data.as_mut_ptr(),
-            1,
-            dst.row_stride as isize,
+            to.0 as isize,
+            to.1 as isize,
             accumulate,
             lhs.data.as_ptr(),
             lhs.column_stride as isize,
@@ -115,7 +170,7 @@ pub(crate) fn gemm<C: Compute>(
             false,
             false,
             false,
-            gemm::Parallelism::None,
+            Parallelism::None,
         );
     }
 }
