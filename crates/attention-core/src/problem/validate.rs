@@ -116,8 +116,8 @@ fn optional_inputs(spec: &mut Spec, dims: Dimensions) -> Result<(), InvalidCall>
     }
     if let Some(desc) = spec.tensors[Role::Mask as usize].filter(|desc| desc.dtype() != DType::Bool) {
         let expected =
-            "bool, true where a key takes part (an additive mask of floats is a bias: give it as one; \
-                        numbers that say 1 or 0 are compared with 0 first)"
+            "bool, true where a key takes part (an additive mask of floats is a bias: give it as one, or make booleans of \
+             finite minimum values with `conventions`; numbers that say 1 or 0 are compared with 0 first)"
                 .to_owned();
         return Err(InvalidCall::DType { role: Role::Mask, dtype: desc.dtype(), expected });
     }

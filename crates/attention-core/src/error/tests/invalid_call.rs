@@ -142,7 +142,7 @@ fn of_dtypes() -> Vec<Case> {
         (
             refused(problem().mask(desc([3, 5]))),
             "mask has dtype f32, expected bool, true where a key takes part (an additive mask of floats is a bias: give it as \
-             one; numbers that say 1 or 0 are compared with 0 first)",
+             one, or make booleans of finite minimum values with `conventions`; numbers that say 1 or 0 are compared with 0 first)",
         ),
         (
             refused(problem().bias(typed(DType::Bool, [3, 5]))),
