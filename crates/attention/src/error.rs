@@ -57,20 +57,19 @@ pub enum Error {
     },
     /// The shapes do not fit each other in the order of axes of the call, and do in the other one.
     #[error(
-        "invalid call: {source}; query {query}, key {key} and value {value} were read as {order}: if they are {}, which would \
+        "invalid call: {source}; query {}, key {} and value {} were read as {order}: if they are {}, which would \
          fit, say so with `Attention::{}()`",
+        .shapes[0],
+        .shapes[1],
+        .shapes[2],
         .order.other(),
         .order.other().method()
     )]
     OtherOrder {
         /// What is wrong in the order of the call.
-        source: InvalidCall,
-        /// The query's shape.
-        query: Dims,
-        /// The key's shape.
-        key: Dims,
-        /// The value's shape.
-        value: Dims,
+        source: Box<InvalidCall>,
+        /// The shapes of query, key and value.
+        shapes: Box<[Dims; 3]>,
         /// The order of axes of the call.
         order: AxisOrder,
     },
@@ -231,7 +230,8 @@ impl Error {
     pub fn invalid_call(&self) -> Option<&InvalidCall> {
         match self {
             Self::Core(attention_core::Error::InvalidCall(reason)) => Some(reason),
-            Self::Input { source, .. } | Self::OtherOrder { source, .. } => Some(source),
+            Self::Input { source, .. } => Some(source),
+            Self::OtherOrder { source, .. } => Some(source),
             _ => None,
         }
     }

@@ -135,10 +135,13 @@ impl<'a> Operands<'a> {
             );
             let source = self.order.told(error);
             if misfit && self.in_other_order().is_ok_and(|other| other.problem(options).build().is_ok()) {
-                let shape = |view: View<'_>| self.returned(&view.shape(), Kind::Operand);
                 let Inputs { query, key, value, .. } = self.inputs;
-                let (query, key, value) = (shape(query), shape(key), shape(value));
-                return Error::OtherOrder { source, query, key, value, order: self.order };
+                let shapes = [query, key, value].map(|view| self.returned(&view.shape(), Kind::Operand));
+                return Error::OtherOrder {
+                    source: Box::new(source),
+                    shapes: Box::new(shapes),
+                    order: self.order,
+                };
             }
             source.into()
         })
