@@ -36,11 +36,30 @@ macro_rules! attention {
     };
 }
 
+/// The macro for the threads of a block, of a number of warps, without or with those that load for warpgroups.
+macro_rules! block {
+    (1, 0) => {
+        "BLOCK=32"
+    };
+    (4, 0) => {
+        "BLOCK=128"
+    };
+    (8, 0) => {
+        "BLOCK=256"
+    };
+    (8, 1) => {
+        "BLOCK=384"
+    };
+    (12, 1) => {
+        "BLOCK=512"
+    };
+}
+
 /// Macros of an attention kernel: the operands' dtype (0 for f64, 1 for f32, 2 for f16, 3 for bf16), padded head dimensions,
 /// features, tile of rows and keys, warps, tiles that are streamed ahead, gradients, warpgroups, and whatever else.
 macro_rules! variant {
-    ($dtype:literal, $head:literal, $value:literal, $features:literal, $rows:literal, $keys:literal, $warps:literal,
-     $stages:literal, $wanted:literal, $warpgroups:literal $(, $more:literal)*) => {
+    ($dtype:literal, $head:literal, $value:literal, $features:literal, $rows:literal, $keys:literal, $warps:tt,
+     $stages:literal, $wanted:literal, $warpgroups:tt $(, $more:literal)*) => {
         &[
             concat!("DTYPE=", $dtype),
             concat!("HEAD=", $head),
@@ -54,6 +73,7 @@ macro_rules! variant {
             concat!("STAGES=", $stages),
             concat!("WANTED=", $wanted),
             concat!("WARPGROUPS=", $warpgroups),
+            block!($warps, $warpgroups),
             $($more),*
         ]
     };
@@ -65,7 +85,7 @@ pub const SOURCES: &[Source] = &[
         name: "attention_rows.cu",
         text: include_str!("cuda/attention_rows.cu"),
         entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
-        variants: &[&[]],
+        variants: &[&["BLOCK=128", "SUMMING_BLOCK=256"]],
     },
     Source {
         name: "attention_terms.cu",
@@ -76,12 +96,12 @@ pub const SOURCES: &[Source] = &[
             "attention_keep_mask",
             "attention_sink_gradient",
         ],
-        variants: &[&[]],
+        variants: &[&["BLOCK=128", "SUMMING_BLOCK=256"]],
     },
     Source {
         name: "attention_forward.cu",
         text: attention!("cuda/attention/forward.cu"),
-        entry_points: &["attention_forward", "attention_merge"],
+        entry_points: &["attention_forward"],
         variants: &[
             variant!(3, 128, 128, 0, 128, 128, 8, 1, 0, 1),
             variant!(2, 64, 64, 0, 192, 128, 12, 1, 0, 1),
@@ -93,6 +113,17 @@ pub const SOURCES: &[Source] = &[
             variant!(1, 128, 128, 63, 64, 32, 4, 1, 0, 0, "SPLIT=1"),
             variant!(3, 576, 256, 0, 64, 32, 4, 1, 0, 0, "SLICES=2"),
             variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
+        ],
+    },
+    Source {
+        name: "attention_merge.cu",
+        text: attention!("cuda/attention/merge.cu"),
+        entry_points: &["attention_merge"],
+        variants: &[
+            variant!(3, 128, 128, 0, 0, 0, 4, 0, 0, 0),
+            variant!(2, 64, 64, 0, 0, 0, 1, 0, 0, 0),
+            variant!(1, 64, 64, 0, 0, 0, 4, 0, 0, 0),
+            variant!(0, 576, 256, 0, 0, 0, 4, 0, 0, 0, "SLICES=2"),
         ],
     },
     Source {
@@ -213,6 +244,27 @@ mod tests {
     #[test]
     fn every_entry_point_is_in_its_source_and_no_name_is_taken_twice() {
         assert_eq!(faults(SOURCES), Vec::<String>::new());
+    }
+
+    /// Lines that declare a kernel without a bound on its threads that comes from the host's launch.
+    fn unbounded(text: &str) -> Vec<&str> {
+        let bounded =
+            ["__launch_bounds__(BLOCK)", "__launch_bounds__(BLOCK, ", "__launch_bounds__(SUMMING_BLOCK)"];
+        (text.lines())
+            .filter(|line| line.contains("__global__") && !bounded.iter().any(|bound| line.contains(bound)))
+            .collect()
+    }
+
+    #[test]
+    fn every_kernel_is_bounded_by_the_threads_it_is_launched_with() {
+        for source in SOURCES {
+            assert_eq!(unbounded(source.text), Vec::<&str>::new(), "{}", source.name);
+            for defines in source.variants {
+                assert!(defines.iter().any(|define| define.starts_with("BLOCK=")), "{}", source.name);
+            }
+        }
+        let bound = "extern \"C\" __global__ void __launch_bounds__(THREADS, 1) merge(int x) {";
+        assert_eq!(unbounded(bound), [bound]);
     }
 
     #[test]

@@ -83,10 +83,14 @@ impl Job<'_> {
             error => error.to_string(),
         })?;
         let missing = missing(source, &compiled.ptx);
-        if missing.is_empty() {
-            return Ok(compiled);
+        if !missing.is_empty() {
+            return Err(format!("the PTX has no entry point {}", missing.join(", ")));
         }
-        Err(format!("the PTX has no entry point {}", missing.join(", ")))
+        let unbounded = unbounded(source, defines, &compiled.ptx);
+        if !unbounded.is_empty() {
+            return Err(format!("no BLOCK among the macros bounds the threads of {}", unbounded.join(", ")));
+        }
+        Ok(compiled)
     }
 }
 
@@ -98,15 +102,32 @@ fn jobs<'a>(sources: &'a [Source], archs: &'a [String]) -> Vec<Job<'a>> {
         .collect()
 }
 
+/// What the PTX has behind the name of an entry point where it declares it.
+fn after_entry<'a>(ptx: &'a str, name: &str) -> Option<&'a str> {
+    let entries = ptx.split(".entry ").skip(1);
+    entries.filter_map(|after| after.strip_prefix(name)).find(|rest| rest.starts_with('('))
+}
+
 /// The entry points of a source that its PTX lacks.
 fn missing(source: &Source, ptx: &str) -> Vec<&'static str> {
-    let there = |name: &str| {
-        ptx.lines().any(|line| {
-            let after = line.split_once(".entry ").map(|(_, after)| after);
-            after.and_then(|after| after.strip_prefix(name)).is_some_and(|rest| rest.starts_with('('))
-        })
+    source.entry_points.iter().copied().filter(|name| after_entry(ptx, name).is_none()).collect()
+}
+
+/// The entry points whose bound on the threads of a block is not that of a macro `BLOCK=` or `.._BLOCK=`, with which the host
+/// launches them: a kernel with another bound might not start.
+fn unbounded(source: &Source, defines: &[&str], ptx: &str) -> Vec<&'static str> {
+    let blocks: Vec<&str> = (defines.iter())
+        .filter_map(|define| define.split_once('='))
+        .filter(|(name, _)| name.ends_with("BLOCK"))
+        .map(|(_, threads)| threads)
+        .collect();
+    let is_bounded = |name: &str| {
+        let head = after_entry(ptx, name).and_then(|after| after.split_once('{')).map(|(head, _)| head);
+        let bound = head.and_then(|head| head.split_once(".maxntid ")).map(|(_, bound)| bound);
+        let threads = bound.and_then(|bound| bound.split([',', '\n', ' ']).next());
+        threads.is_some_and(|threads| blocks.contains(&threads.trim()))
     };
-    source.entry_points.iter().copied().filter(|name| !there(name)).collect()
+    source.entry_points.iter().copied().filter(|name| !is_bounded(name)).collect()
 }
 
 /// The line that `.ci/run` reads.
@@ -138,6 +159,20 @@ mod tests {
                 "a.cu HEAD_DIM=128 CAUSAL sm_90a"
             ]
         );
+    }
+
+    #[test]
+    fn the_bound_of_a_kernel_is_what_it_is_launched_with() {
+        let of = |threads: &str| {
+            let entry = |name: &str| format!(".visible .entry {name}(\n.param .u64 a\n)\n.maxntid {threads}\n{{\n}}\n");
+            unbounded(&SOURCE, &["ROWS=64", "BLOCK=384"], &(entry("forward") + &entry("backward")))
+        };
+        assert_eq!(of("384, 1, 1"), Vec::<&str>::new());
+        assert_eq!(of("384"), Vec::<&str>::new());
+        // As the kernel that merged parts of keys had it.
+        assert_eq!(of("256, 1, 1"), ["forward", "backward"]);
+        let ptx = ".visible .entry forward(\n)\n{\n}\n.visible .entry backward(\n)\n.maxntid 384\n{\n}";
+        assert_eq!(unbounded(&SOURCE, &["BLOCK=384"], ptx), ["forward"]);
     }
 
     #[test]

@@ -16,6 +16,9 @@ use crate::runtime::Runtime;
 const GROUPS: usize = 64;
 const WARPS: u32 = 8;
 
+/// Threads of a block: what the kernel is launched with, and the bound that it is compiled with.
+const THREADS: u32 = 32 * WARPS;
+
 /// Rows that cuDNN's kernels have in one tile, whatever else those hold: all tiles begin at multiples of it.
 const TILED: usize = 16;
 
@@ -76,7 +79,7 @@ fn rows_of_group(problem: &Problem) -> usize {
 }
 
 /// The macros that they are compiled with.
-fn defines(problem: &Problem, rows_of_group: usize) -> [String; 13] {
+fn defines(problem: &Problem, rows_of_group: usize) -> [String; 14] {
     let dims = problem.dims();
     let padded = |width: usize| width.next_multiple_of(32);
     [
@@ -93,6 +96,7 @@ fn defines(problem: &Problem, rows_of_group: usize) -> [String; 13] {
         "STAGES=1".to_owned(),
         "WANTED=0".to_owned(),
         "WARPGROUPS=0".to_owned(),
+        format!("BLOCK={THREADS}"),
         format!("GROUP={rows_of_group}"),
     ]
 }
@@ -133,11 +137,8 @@ impl Containment {
         for role in Role::ALL {
             parameters.set(role, memory.at(role));
         }
-        let config = LaunchConfig {
-            grid_dim: (self.blocks, 1, 1),
-            block_dim: (32 * WARPS, 1, 1),
-            shared_mem_bytes: 0,
-        };
+        let config =
+            LaunchConfig { grid_dim: (self.blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
         let mut launch = runtime.device.stream().launch_builder(&self.function);
         launch.arg(&parameters);
         // SAFETY: the kernel takes this one struct, whose tensors are the call's, by the caller's word; it reads operands and

@@ -11,10 +11,25 @@ use crate::graph::Type;
 use crate::key::{Bias, right_bound};
 use crate::runtime::Runtime;
 
-/// Threads of a block.
-const THREADS: u32 = 128;
-/// Threads of a block that adds up the gradient of a sink: what its kernel has room for.
-const SUMMING_THREADS: u32 = 256;
+/// A number of threads with the macro that gives it to the kernels: what they are launched with is the bound that they are
+/// compiled with.
+macro_rules! threads {
+    ($(#[$about:meta])* $name:ident, $define:ident = $macro:literal, $count:literal) => {
+        $(#[$about])*
+        const $name: u32 = $count;
+        /// The same as a macro of the kernels.
+        const $define: &str = concat!($macro, "=", $count);
+    };
+}
+
+threads! {
+    /// Threads of a block, at most.
+    THREADS, BLOCK = "BLOCK", 128
+}
+threads! {
+    /// Threads of a block that adds up the gradient of a sink.
+    SUMMING_THREADS, SUMMING_BLOCK = "SUMMING_BLOCK", 256
+}
 /// Rows of a block of `attention_make_bias`.
 const STRIP: u64 = 16;
 /// Blocks enough for any device, where each thread goes on until all is done.
@@ -184,7 +199,7 @@ pub(crate) struct Kernels<'a> {
 
 impl Kernels<'_> {
     fn function(&self, file: &str, name: &str) -> Result<CudaFunction, LaunchError> {
-        Ok(self.runtime.function(file, &[], name)?)
+        Ok(self.runtime.function(file, &[BLOCK, SUMMING_BLOCK], name)?)
     }
 
     /// Batch, rows and heads.

@@ -35,7 +35,7 @@ __device__ inline bool sees(
 __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 
 // `sinks` and `lengths` (of queries) are null where there are none.
-extern "C" __global__ void attention_finish_forward(
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_finish_forward(
     unsigned short *out, long long out_batch, long long out_position, long long out_head,
     float *lse, long long lse_batch, long long lse_position, long long lse_head,
     const float *stats, const int *intervals, const unsigned char *flags, long long flag_heads,
@@ -56,7 +56,7 @@ extern "C" __global__ void attention_finish_forward(
     }
 }
 
-extern "C" __global__ void attention_prepare_backward(
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_prepare_backward(
     const float *lse, long long lse_batch, long long lse_position, long long lse_head,
     float *stats, const int *intervals, const unsigned char *flags, long long flag_heads,
     long long batch, long long positions, long long heads) {
@@ -73,7 +73,7 @@ extern "C" __global__ void attention_prepare_backward(
 // `attention_prepare_backward` writes it. Each of the three is null where it says nothing.
 //
 // Rows begin at multiples of 16 bytes; `parts` of them make a row. A thread moves one part; threadIdx.y counts rows.
-extern "C" __global__ void attention_clean_rows(
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_clean_rows(
     const unsigned short *from, long long from_batch, long long from_position, long long from_head,
     uint4 *to, const int *intervals, const unsigned char *flags, long long flag_heads, long long flag_row,
     const float *stats, long long batch, long long positions, long long heads, long long parts) {

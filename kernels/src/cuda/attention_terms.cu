@@ -164,7 +164,7 @@ __device__ inline unsigned int own_between(long long key, long long first, long 
 //
 // Beside it, which rows and keys take part. One block `STRIP` rows of a batch row and head of the bias (blockIdx.x), for every
 // position even where the bias has one row for all of them, and `OWN` keys a thread (blockIdx.y).
-extern "C" __global__ void attention_make_bias(
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(
     MadeBias made, Terms terms, Structure structure, Seen seen,
     long long batch, long long heads, long long group, long long positions) {
     const long long strips = (positions + STRIP - 1) / STRIP;
@@ -242,7 +242,7 @@ extern "C" __global__ void attention_make_bias(
 }
 
 // A matrix of at most a few thousand numbers, as f32 without gaps.
-extern "C" __global__ void attention_to_floats(
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_to_floats(
     float *to, const void *from, int element, long long rows, long long columns,
     long long row_stride, long long column_stride) {
     const long long index = blockIdx.x * (long long)blockDim.x + threadIdx.x;
@@ -268,7 +268,7 @@ __device__ inline uint4 philox(uint4 counter, uint2 key) {
 
 // 1 where a probability is kept, else 0, in a dtype of two bytes whose 1 is `one`: `[rows, positions]` rows of
 // `blocks` times eight keys. One thread eight keys; blockDim.y rows a block.
-extern "C" __global__ void attention_keep_mask(
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_keep_mask(
     uint4 *to, unsigned int one, long long rows, long long positions, long long blocks,
     unsigned int threshold, unsigned int key0, unsigned int key1, unsigned int stream_offset) {
     const long long at = blockIdx.x * (long long)blockDim.y + threadIdx.y;
@@ -287,7 +287,7 @@ extern "C" __global__ void attention_keep_mask(
 //
 // `delta` is [B, N, T] without gaps; `lse` is the caller's. Rows behind a query length take no part;
 // `lengths` is null where there are none.
-extern "C" __global__ void attention_sink_gradient(
+extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK) attention_sink_gradient(
     void *to, int element, long long to_stride, const float *sinks, const float *delta,
     const float *lse, long long lse_batch, long long lse_position, long long lse_head,
     const int *lengths, long long batch, long long heads, long long positions) {
@@ -302,7 +302,7 @@ extern "C" __global__ void attention_sink_gradient(
         if (value == __int_as_float(0xff800000)) continue;
         sum += exp(sink - (double)value) * (double)delta[(b * heads + head) * positions + t];
     }
-    __shared__ double sums[256];
+    __shared__ double sums[SUMMING_BLOCK];
     sums[threadIdx.x] = sum;
     __syncthreads();
     for (unsigned int half = blockDim.x / 2; half > 0; half /= 2) {

@@ -9,7 +9,7 @@ use attention_core::{
     Unsupported, View, ViewMut,
 };
 use attention_cuda::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
-use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
+use attention_cuda::cudarc::driver::{CudaFunction, PushKernelArg};
 use attention_cuda::parameters::ProblemParameters;
 use attention_cuda::{CudaDevice, KernelCache, Workspaces, failure};
 
@@ -182,16 +182,12 @@ impl ChunkedCudaBackend {
         }
         let stream = runtime.device.stream();
         for (kernel, function) in plan.kernels.iter().zip(&prepared.functions) {
-            let config = LaunchConfig {
-                grid_dim: (kernel.blocks, 1, 1),
-                block_dim: (kernel.tiles.threads() as u32, 1, 1),
-                shared_mem_bytes: kernel.shared_bytes as u32,
-            };
             let mut launch = stream.launch_builder(function);
             launch.arg(&parameters);
             // SAFETY: every kernel takes this one struct. Its tensors are the problem's (the caller's word), the scratch was
             // checked to have the plan's size, and kernels stay inside the shapes that the struct gives.
-            unsafe { launch.launch(config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
+            unsafe { launch.launch(kernel.launch_config()) }
+                .map_err(|error| failure(NAME, "running a kernel", error))?;
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use attention_core::{Gradients, Pass, Problem, Role, Unsupported};
+use attention_cuda::cudarc::driver::LaunchConfig;
 use attention_cuda::parameters::dtype_code;
 
 use super::backend::NAME;
@@ -31,6 +32,18 @@ pub(crate) struct Kernel {
     pub(crate) wanted: u32,
     pub(crate) blocks: u32,
     pub(crate) shared_bytes: usize,
+}
+
+impl Kernel {
+    /// How it is launched: the only place from which both the launch and the bound that the kernel is compiled with take the
+    /// number of threads.
+    pub(crate) fn launch_config(&self) -> LaunchConfig {
+        LaunchConfig {
+            grid_dim: (self.blocks, 1, 1),
+            block_dim: (self.tiles.threads() as u32, 1, 1),
+            shared_mem_bytes: self.shared_bytes as u32,
+        }
+    }
 }
 
 /// Kernels in the order in which they run, and scratch.
@@ -147,7 +160,16 @@ impl Plan {
         )?;
         if self.parts > 1 {
             let rows = dims.batch.saturating_mul(dims.query_heads).saturating_mul(dims.query_length);
-            let merge = Kernel { entry_point: "attention_merge", shared_bytes: 0, ..kernel };
+            // Blocks of one warp where those of the first kernel are, which leave no multiprocessor waiting; without the tiles,
+            // and without the threads that load them.
+            let tiles = Tiles::new(0, 0, tiles.warps.min(4), 0);
+            let merge = Kernel {
+                source: "attention_merge.cu",
+                entry_point: "attention_merge",
+                tiles,
+                shared_bytes: 0,
+                ..kernel
+            };
             self.add(merge, &[rows.saturating_mul(slices).div_ceil(tiles.warps)])?;
         }
         Ok(self)
@@ -225,6 +247,7 @@ impl Plan {
     pub(crate) fn defines(&self, problem: &Problem, kernel: &Kernel) -> Vec<String> {
         let Shape { dtype, head, features, .. } = self.shape;
         let Tiles { rows, keys, warps, stages, warpgroups, split } = kernel.tiles;
+        let (threads, _, _) = kernel.launch_config().block_dim;
         let (head, value) = (kernel.tiles.columns(head), kernel.tiles.columns(self.shape.columns_of_slice()));
         let mut defines = vec![
             format!("DTYPE={}", dtype_code(dtype)),
@@ -239,6 +262,7 @@ impl Plan {
             format!("STAGES={stages}"),
             format!("WANTED={}", kernel.wanted),
             format!("WARPGROUPS={}", u32::from(warpgroups)),
+            format!("BLOCK={threads}"),
         ];
         if self.shape.slices() > 1 {
             defines.push(format!("SLICES={}", self.shape.slices()));

@@ -2,7 +2,8 @@
 
 use attention_conformance::cases;
 use attention_core::{
-    AttentionBackend, DType, Device, FeatureSet, Gradients, Pass, Problem, Role, TensorDesc, Unsupported,
+    AttentionBackend, DType, Device, Dropout, FeatureSet, Gradients, Pass, Problem, Role, TensorDesc,
+    Unsupported,
 };
 use attention_cuda::parameters::{batches, beside};
 
@@ -75,6 +76,82 @@ fn with_heads(dtype: DType, head: usize, value: usize, pass: Pass) -> Problem {
         Pass::Forward => builder.build().unwrap(),
         Pass::Backward => builder.gradients(Gradients::QKV).build().unwrap(),
     }
+}
+
+/// Problems whose plans differ: every head dimension, every option alone and all of them, few and many rows, keys and heads.
+fn every_kind_of_problem() -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let heads =
+        [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 64), (256, 256), (576, 512), (320, 384)];
+    for dtype in DType::FLOATS {
+        for (head, value) in heads {
+            for (queries, keys, group) in
+                [(1, 1, 1), (1, 9000, 8), (40, 600, 1), (256, 4096, 1), (300, 300, 2), (5000, 5000, 1)]
+            {
+                let desc = |length, heads, width| TensorDesc::contiguous(dtype, [1, length, heads, width]);
+                let builder = || {
+                    let (query, key) = (desc(queries, 2 * group, head), desc(keys, 2, head));
+                    Problem::builder(query, key, desc(keys, 2, value)).device(Device::Cuda(0))
+                };
+                let (mask, bias) = (
+                    TensorDesc::contiguous(DType::Bool, [1, 1, queries, keys]),
+                    TensorDesc::contiguous(dtype, [1, 2 * group, queries, keys]),
+                );
+                let options = [
+                    builder(),
+                    builder().causal(true),
+                    builder().mask(mask),
+                    builder().bias(bias),
+                    builder().softcap(3.0),
+                    builder().dropout(Dropout::new(0.5, 1)),
+                    builder().mask(mask).bias(bias).softcap(3.0),
+                ];
+                for builder in options {
+                    problems.push(builder.clone().build().unwrap());
+                    let with_bias = builder.clone().build().unwrap().has(Role::Bias);
+                    if head.max(value) <= 256 {
+                        let bias = if with_bias { Gradients::BIAS } else { Gradients::QUERY };
+                        problems.push(builder.gradients(Gradients::QKV | bias).build().unwrap());
+                    }
+                }
+            }
+        }
+    }
+    problems
+}
+
+#[test]
+fn every_kernel_is_compiled_for_the_threads_it_is_launched_with() {
+    let (mut merges, mut kernels) = (0, 0);
+    for problem in every_kind_of_problem() {
+        for machine in [SMALL, AMPERE, HOPPER, Machine { splits: false, warpgroups: false, ..HOPPER }] {
+            let plan = Plan::of(&problem, machine).unwrap();
+            for kernel in &plan.kernels {
+                let threads = kernel.launch_config().block_dim.0;
+                let what = format!("{problem} on {machine:?}: {kernel:?}");
+                let bound = plan.defines(&problem, kernel).iter().find_map(|define| {
+                    define.strip_prefix("BLOCK=").map(|bound| bound.parse::<u32>().unwrap())
+                });
+                // Both what the source is bounded with, and what any device bears.
+                assert!(
+                    threads > 0 && bound.is_some_and(|bound| threads <= bound && bound <= 1024),
+                    "{what}"
+                );
+                let source = attention_kernels::source(kernel.source).unwrap();
+                assert!(source.entry_points.contains(&kernel.entry_point), "{what}");
+                // The backend refuses what does not fit: f64 with the largest heads on the smallest devices.
+                let refused = problem.dtype() == DType::F64 && machine.shared_bytes == SMALL.shared_bytes;
+                assert!(kernel.shared_bytes <= machine.shared_bytes || refused, "{what}");
+                kernels += 1;
+                if kernel.entry_point == "attention_merge" {
+                    // It has no loaders, so it must not be launched with some.
+                    assert_eq!(threads as usize, 32 * kernel.tiles.warps, "{what}");
+                    merges += 1;
+                }
+            }
+        }
+    }
+    assert!(kernels > 1000 && merges > 100, "{kernels} kernels, {merges} merges");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 // tile of the result, which computes every tile of logits that goes into it, one after the other, and holds the sums in
 // registers: no more memory, and a fixed order.
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_bias(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_bias(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     element *const query_tile = reinterpret_cast<element *>(memory);
     element *const d_out_tile = query_tile + tile_size<ROWS, HEAD>();

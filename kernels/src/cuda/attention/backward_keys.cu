@@ -37,7 +37,7 @@ __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attention_gradient_of_keys(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_keys(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     constexpr int QUERY_TILE = tile_size<ROWS, HEAD>(), D_OUT_TILE = tile_size<ROWS, VALUE>();
     element *const key_tile = reinterpret_cast<element *>(memory);

@@ -19,7 +19,7 @@ __device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slo
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attention_gradient_of_queries(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_queries(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
     element *const query_tile = reinterpret_cast<element *>(memory);

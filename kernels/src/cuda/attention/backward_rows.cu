@@ -3,7 +3,7 @@
 // Threads to a row.
 constexpr int WIDE = lanes_of_row<VALUE>();
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_prepare_gradients(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_prepare_gradients(const Parameters p) {
     const long long row = (blockIdx.x * (long long)THREADS + threadIdx.x) / WIDE;
     const int within = threadIdx.x % WIDE;
     const bool inside = row < p.batch * p.query_heads * p.query_length;
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_prepar
 }
 
 // One block to a head, which adds up its rows in a fixed order.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_gradient_of_sinks(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_sinks(const Parameters p) {
     __shared__ real sums[WARPS];
     const long long n = blockIdx.x;
     const real sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]) * UNIT;

@@ -48,7 +48,7 @@ __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned b
 }
 
 // Blocks of query rows, if their gradient is wanted, then blocks of keys.
-extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_gradients(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MANY) attention_contain_gradients(const Parameters p) {
     const unsigned of_queries = p.d_query.data ? strips_of_head(p.query_length) * (unsigned)(p.query_heads * p.batch) : 0;
     if (blockIdx.x < of_queries)
         contain_gradient_of_queries(p, blockIdx.x);

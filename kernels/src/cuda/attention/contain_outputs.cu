@@ -1,6 +1,6 @@
 // Containment of the forward pass: outputs and their logsumexp.
 
-extern "C" __global__ void __launch_bounds__(THREADS, MANY) attention_contain_outputs(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MANY) attention_contain_outputs(const Parameters p) {
     const Strip strip = strip_of_warp(p, blockIdx.x, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
     const int first = strip.first, end = strip.batch.queries;

@@ -83,7 +83,7 @@ __device__ inline void drop_weights(const Parameters &p, const Row (&rows)[row_s
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attention_forward(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_forward(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const Shared tiles = shared_tiles(memory);
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>(), OUT_SLOTS = output_slots<VALUE>();
@@ -380,42 +380,4 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADERS, RESIDENT) attent
             if (column < width) p.first[slot * p.value_head_dim + first_column + column] = sums[i];
         }
     }
-}
-
-// Joins the parts of a row, one warp to a row and slice.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attention_merge(const Parameters p) {
-    const long long all_rows = p.batch * p.query_heads * p.query_length;
-    const long long index = blockIdx.x * (long long)WARPS + threadIdx.x / 32, row = index / SLICES;
-    if (row >= all_rows) return;
-    const int slice = (int)(index % SLICES), first_column = slice * VALUE, width = min(VALUE, p.value_head_dim - first_column);
-    const long long t = row % p.query_length, n = row / p.query_length % p.query_heads, b = row / p.query_length / p.query_heads;
-    const Batch batch = batch_row(p, b);
-    const real *states = p.second + 2 * row;
-    real maximum = -infinity();
-    for (int part = 0; part < p.parts; ++part) maximum = fmax(maximum, states[2 * part * all_rows]);
-    const real base = maximum == -infinity() ? real(0) : maximum;
-    real total = 0, sums[VALUE / 32];
-#pragma unroll
-    for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
-    for (int part = 0; part < p.parts; ++part) {
-        const real weight = exponential(states[2 * part * all_rows] - base);
-        const real part_total = states[2 * part * all_rows + 1];
-        if (part_total == 0) continue;
-        total = fma(part_total, weight, total);
-        const real *from = p.first + (part * all_rows + row) * p.value_head_dim + first_column;
-#pragma unroll
-        for (int i = 0; i < VALUE / 32; ++i) {
-            const int column = 32 * i + threadIdx.x % 32;
-            if (column < width) sums[i] = fma(from[column], weight, sums[i]);
-        }
-    }
-    real logsumexp;
-    const bool padded = t >= batch.queries;
-    const real scale = finish(p, n, padded, maximum, total, logsumexp);
-    if (slice == 0 && threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
-    if (padded || total == 0) {
-#pragma unroll
-        for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
-    }
-    store_row<VALUE>(at(p.out, b, t, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, scale);
 }

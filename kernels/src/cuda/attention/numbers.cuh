@@ -48,6 +48,9 @@ typedef float real;
 // The threads that compute. On warpgroups others follow them, which load what those work on.
 constexpr int THREADS = 32 * WARPS;
 constexpr int LOADERS = ON_WARPGROUPS ? 128 : 0;
+// BLOCK is the number of threads that the host launches a block with, and the bound that every kernel is compiled with: a kernel with
+// a smaller bound than its launch does not start. A variant for warpgroups keeps it where it is compiled for another architecture.
+static_assert(BLOCK == 32 * WARPS + (HALVES && WARPGROUPS ? 128 : 0), "threads that compute, and those that load");
 // Blocks that a multiprocessor has room for at least: eight warps have all the registers that there are.
 constexpr int RESIDENT = WARPS >= 8 ? 1 : 8 / WARPS;
 
