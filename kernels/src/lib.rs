@@ -100,7 +100,7 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_forward.cu",
-        text: attention!("cuda/attention/forward.cu"),
+        text: attention!("cuda/attention/carry.cuh", "cuda/attention/forward.cu"),
         entry_points: &["attention_forward"],
         variants: &[
             variant!(3, 128, 128, 0, 128, 128, 8, 1, 0, 1),
@@ -131,6 +131,24 @@ pub const SOURCES: &[Source] = &[
         text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_rows.cu"),
         entry_points: &["attention_prepare_gradients", "attention_gradient_of_sinks"],
         variants: &[variant!(3, 64, 64, 0, 0, 0, 8, 0, 0, 0), variant!(0, 64, 64, 0, 0, 0, 8, 0, 0, 0)],
+    },
+    Source {
+        name: "attention_backward_sums.cu",
+        text: attention!(
+            "cuda/attention/carry.cuh",
+            "cuda/attention/gradients.cuh",
+            "cuda/attention/backward_sums.cu"
+        ),
+        entry_points: &["attention_sum_rows"],
+        variants: &[
+            variant!(3, 128, 128, 0, 128, 128, 8, 1, 0, 1),
+            variant!(2, 256, 256, 63, 128, 64, 8, 1, 0, 1),
+            variant!(3, 128, 128, 0, 64, 64, 4, 1, 0, 0),
+            variant!(2, 64, 64, 63, 64, 32, 4, 1, 0, 0),
+            variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),
+            variant!(1, 128, 128, 0, 128, 32, 8, 1, 0, 0, "SPLIT=1"),
+            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
+        ],
     },
     Source {
         name: "attention_backward_keys.cu",

@@ -164,7 +164,9 @@ mod tests {
     #[test]
     fn the_bound_of_a_kernel_is_what_it_is_launched_with() {
         let of = |threads: &str| {
-            let entry = |name: &str| format!(".visible .entry {name}(\n.param .u64 a\n)\n.maxntid {threads}\n{{\n}}\n");
+            let entry = |name: &str| {
+                format!(".visible .entry {name}(\n.param .u64 a\n)\n.maxntid {threads}\n{{\n}}\n")
+            };
             unbounded(&SOURCE, &["ROWS=64", "BLOCK=384"], &(entry("forward") + &entry("backward")))
         };
         assert_eq!(of("384, 1, 1"), Vec::<&str>::new());

@@ -1,6 +1,6 @@
 //! What kernels are compiled for.
 
-use attention_core::{Problem, Role};
+use attention_core::{DType, Problem, Role};
 use attention_cuda::parameters::dtype_code;
 
 /// What there is to a logit beside a product and a scale above 0, and to a probability; the bits are those of `FEATURES` in
@@ -29,8 +29,8 @@ impl Features {
         ];
         let present = options.into_iter().filter(|&(_, present)| present).fold(0, |all, (bit, _)| all | bit);
         // A mask leaves products as they are. The maximum of products times a scale is the scale times their maximum only
-        // for a scale above 0.
-        let natural = present & !(Self::MASK | Self::DROPOUT) != 0 || problem.scale() <= 0.0;
+        // for a scale above 0, which must be a number in base two as well.
+        let natural = present & !(Self::MASK | Self::DROPOUT) != 0 || !is_factor(problem);
         match present.count_ones() {
             1 if present == Self::ALIBI && is_far(problem) => Self(Self::ALL),
             0 | 1 => Self(present | if natural { Self::NATURAL } else { 0 }),
@@ -68,6 +68,16 @@ impl Features {
             _ => ANY_STRIDE,
         }
     }
+}
+
+/// Whether the scale is a normal number above 0 in the precision of logits, and stays one times log2(e). Infinity times no difference
+/// would be NaN, and so would 0 times infinity.
+fn is_factor(problem: &Problem) -> bool {
+    let (least, most) = match problem.dtype() {
+        DType::F64 => (1e-300, 1e308),
+        _ => (1e-37, 2e38),
+    };
+    (least..=most).contains(&problem.scale())
 }
 
 /// Whether distances between rows and keys may not be exact in f32.

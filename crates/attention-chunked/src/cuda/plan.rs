@@ -178,7 +178,8 @@ impl Plan {
     fn backward(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
         let dims = problem.dims();
         let rows = [dims.batch, dims.query_heads, dims.query_length];
-        self.scratch([&rows, &rows])?;
+        // Offsets; row terms, scores and, for each head, whether it has a far row (kernels/src/cuda/attention/gradients.cuh).
+        self.scratch([&rows, &[dims.batch, dims.query_heads, 2 * dims.query_length + 1]])?;
         let wants = |gradient| problem.gradients().contains(gradient);
         let kernel = Kernel {
             source: "attention_backward_rows.cu",
@@ -193,6 +194,16 @@ impl Plan {
             kernel.clone(),
             &[row_count.div_ceil(kernel.tiles.threads() / self.shape.threads_to_a_row())],
         )?;
+        let queries = self.shape.queries(machine);
+        let sums = Kernel {
+            source: "attention_backward_sums.cu",
+            entry_point: "attention_sum_rows",
+            // The products are those of the gradient of queries, bit by bit.
+            tiles: Tiles { stages: 1, ..queries },
+            shared_bytes: self.shape.sums_bytes(queries),
+            ..kernel.clone()
+        };
+        self.add(sums, &[dims.query_length.div_ceil(queries.rows), dims.query_heads, dims.batch])?;
         if wants(Gradients::SINKS) {
             let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
             self.add(sinks, &[dims.query_heads])?;
@@ -212,7 +223,7 @@ impl Plan {
             self.add(keys, &[dims.key_length.div_ceil(tiles.keys), dims.key_heads, dims.batch])?;
         }
         if wants(Gradients::QUERY) {
-            let tiles = self.shape.queries(machine);
+            let tiles = queries;
             let queries = Kernel {
                 source: "attention_backward_queries.cu",
                 entry_point: "attention_gradient_of_queries",

@@ -344,6 +344,11 @@ impl Shape {
             + self.room(tiles, tiles.keys, tiles.rows)
     }
 
+    /// Shared memory of the kernel that sums far rows: one tile of queries, one of keys.
+    pub(crate) fn sums_bytes(self, tiles: Tiles) -> usize {
+        self.tile(tiles, tiles.rows, self.head) + self.tile(tiles, tiles.keys, self.head)
+    }
+
     /// Shared memory of the kernels for the gradients of queries and of the bias.
     pub(crate) fn queries_bytes(self, tiles: Tiles) -> usize {
         self.both(tiles, tiles.rows)

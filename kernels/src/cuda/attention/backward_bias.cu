@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
                     real weights[ROW_SLOTS][KEY_SLOTS], gradients[ROW_SLOTS][KEY_SLOTS];
                     products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
                     products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tile);
-Row rows[ROW_SLOTS];
+                    Row rows[ROW_SLOTS];
 #pragma unroll
                     for (int r = 0; r < ROW_SLOTS; ++r) rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
                     RowTerms<ROWS, KEYS> terms;
@@ -66,13 +66,13 @@ Row rows[ROW_SLOTS];
                         const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], (int)first) : ~0u;
                         const long long t = first_t + row_at<ROWS>(r);
                         if (t >= batch.queries) continue;
-                        const long long state = state_of(p, b, n, t);
-                        const real logsumexp = p.first[state], delta = p.second[state];
+                        const State state = PreparedState()(p, b, n, (int)t);
                         const real distance = distance_of(p, rows[r], (int)first + key_at(0));
 #pragma unroll
                         for (int c = 0; c < KEY_SLOTS; ++c)
-                            sums[r][c] += weigh<Checked>(p, rows[r], (int)first + key_at(c), distance - key_offset(c), terms, r, c,
-                                                         kept >> c & 1, weights[r][c], gradients[r][c], logsumexp, delta)
+                            // Nothing is computed once more here, so what a bias of -inf masks must not be NaN.
+                            sums[r][c] += weigh<Checked, true, true>(p, rows[r], (int)first + key_at(c), distance - key_offset(c), terms,
+                                                                     r, c, kept >> c & 1, weights[r][c], gradients[r][c], state)
                                               .logit;
                     }
                 }

@@ -8,8 +8,9 @@
 constexpr bool WANTS_KEYS = (WANTED & 1) != 0, WANTS_VALUES = (WANTED & 2) != 0;
 
 // From products of keys and queries, and of values and d_out, to probabilities after dropout and the gradients of the first
-// products, in their places. `state` holds the logsumexp and the row term of each query row.
-template <class Check>
+// products, in their places. `state` holds the offset and the row term of each query row; scores of far rows are read where there are
+// such.
+template <class Check, bool IS_FAR>
 __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long long b, long long n, int t, int first, const real *state,
                                   const KeyTerms<KEYS, ROWS> &terms,
                                   real (&weights)[row_slots<KEYS>()][column_slots<ROWS>()],
@@ -25,12 +26,13 @@ __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long 
         const int column = column_at(c);
         Row row = first_row;
         if (READS_SINGLY || Check::value) row = row_of(p, batch, b, n, t + column, Check::value);
-        const real logsumexp = state[column], delta = state[ROWS + column];
+        const bool has_score = IS_FAR && t + column < batch.queries;
+        const State own{has_score ? scores_of_states(p)[state_of(p, b, n, t + column)] : real(0), state[column], state[ROWS + column]};
 #pragma unroll
         for (int r = 0; r < row_slots<KEYS>(); ++r) {
             const Weights of =
-                weigh<Check>(p, row, first + key_row_at<KEYS>(r), distances[r] + column_offset(c), terms, r, c,
-                             !drops(p) || kept[r] >> c & 1, weights[r][c], WANTS_KEYS ? gradients[r][c] : real(0), logsumexp, delta);
+                weigh<Check, IS_FAR, false>(p, row, first + key_row_at<KEYS>(r), distances[r] + column_offset(c), terms, r, c,
+                                            !drops(p) || kept[r] >> c & 1, weights[r][c], WANTS_KEYS ? gradients[r][c] : real(0), own);
             weights[r][c] = of.kept;
             gradients[r][c] = of.product;
         }
@@ -81,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
                 copy_number(state + row, p.first + place + row);
                 copy_number(state + ROWS + row, p.second + place + row);
             } else {
-                state[row] = infinity();
+                state[row] = -infinity();
                 state[ROWS + row] = 0;
             }
         }
@@ -172,18 +174,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         const bool whole = t + ROWS <= to && first + KEYS <= end;
         const bool checked = !whole || first_key(batch, last_t) > first || end_key(batch, t) < end;
 
+        const bool is_far = has_far_rows(p, b, n);
         real weights[KEY_SLOTS][ROW_SLOTS], gradients[KEY_SLOTS][ROW_SLOTS];
-        begin_products<KEYS, ROWS, HEAD>(weights, key_tile, query_tile);
+        begin_products<KEYS, ROWS, HEAD, true>(weights, key_tile, query_tile);
         if constexpr (WANTS_KEYS) begin_products<KEYS, ROWS, VALUE>(gradients, value_tile, d_out_tile);
         KeyTerms<KEYS, ROWS> terms;
         if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, b, n, t, first);
         await_products<0>();
         hold(weights);
         if constexpr (WANTS_KEYS) hold(gradients);
-        if (checked)
-            weigh_tile<Checked>(p, batch, b, n, t, first, state, terms, weights, gradients);
+        if (is_far)
+            weigh_tile<Checked, true>(p, batch, b, n, t, first, state, terms, weights, gradients);
+        else if (checked)
+            weigh_tile<Checked, false>(p, batch, b, n, t, first, state, terms, weights, gradients);
         else
-            weigh_tile<Unchecked>(p, batch, b, n, t, first, state, terms, weights, gradients);
+            weigh_tile<Unchecked, false>(p, batch, b, n, t, first, state, terms, weights, gradients);
         if constexpr (WANTS_VALUES) begin_weighted<KEYS, ROWS, VALUE>(values, weights, factors, d_out_tile, room);
         if constexpr (WANTS_KEYS) begin_weighted<KEYS, ROWS, HEAD>(keys, gradients, changes, query_tile, room);
         await_products<0>();

@@ -2,19 +2,20 @@
 // many tiles of keys there is room for.
 
 // From products of queries and keys, and of d_out and values, to the gradients of the products, in the place of the second.
-template <class Check>
-__device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], const real (&logsumexps)[row_slots<ROWS>()],
-                                  const real (&deltas)[row_slots<ROWS>()], int first, const RowTerms<ROWS, KEYS> &terms,
+template <class Check, bool IS_FAR>
+__device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], const real *scores,
+                                  const real (&offsets)[row_slots<ROWS>()], const real (&deltas)[row_slots<ROWS>()], int first, const RowTerms<ROWS, KEYS> &terms,
                                   const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
                                   real (&gradients)[row_slots<ROWS>()][column_slots<KEYS>()]) {
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
         const real distance = distance_of(p, rows[r], first + key_at(0));
+        const State state{IS_FAR && offsets[r] > -infinity() ? scores[row_at<ROWS>(r)] : real(0), offsets[r], deltas[r]};
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c)
-            gradients[r][c] = weigh<Check>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c, kept >> c & 1,
-                                           products[r][c], gradients[r][c], logsumexps[r], deltas[r])
+            gradients[r][c] = weigh<Check, IS_FAR, false>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c,
+                                                          kept >> c & 1, products[r][c], gradients[r][c], state)
                                   .product;
     }
 }
@@ -101,13 +102,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
 #endif
 
     Row rows[ROW_SLOTS];
-    real logsumexps[ROW_SLOTS], deltas[ROW_SLOTS];
+    real offsets[ROW_SLOTS], deltas[ROW_SLOTS];
+    const real *const scores = scores_of_states(p) + state_of(p, b, n, first_t);
+    const bool is_far = has_far_rows(p, b, n);
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
         const long long t = first_t + row_at<ROWS>(r);
         rows[r] = row_of(p, batch, b, n, t);
         const bool there = t < batch.queries;
-        logsumexps[r] = there ? p.first[state_of(p, b, n, t)] : infinity();
+        offsets[r] = there ? p.first[state_of(p, b, n, t)] : -infinity();
         deltas[r] = there ? p.second[state_of(p, b, n, t)] : real(0);
     }
     real sums[ROW_SLOTS][OUT_SLOTS];
@@ -145,10 +148,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         await_products<0>();
         hold(weights);
         hold(gradients);
-        if (checked)
-            weigh_tile<Checked>(p, rows, logsumexps, deltas, first, terms, weights, gradients);
+        if (is_far)
+            weigh_tile<Checked, true>(p, rows, scores, offsets, deltas, first, terms, weights, gradients);
+        else if (checked)
+            weigh_tile<Checked, false>(p, rows, scores, offsets, deltas, first, terms, weights, gradients);
         else
-            weigh_tile<Unchecked>(p, rows, logsumexps, deltas, first, terms, weights, gradients);
+            weigh_tile<Unchecked, false>(p, rows, scores, offsets, deltas, first, terms, weights, gradients);
         begin_weighted<ROWS, KEYS, HEAD>(sums, gradients, factors, key_tile, room);
         await_products<0>();
         hold(sums);

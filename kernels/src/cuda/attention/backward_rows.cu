@@ -38,21 +38,28 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_prepare_
         logsumexp = of_row(p.lse);
         if (p.d_lse.data) delta -= of_row(p.d_lse);
     }
-    p.first[row] = logsumexp == -infinity() ? infinity() : logsumexp * UNIT;
-    p.second[row] = delta;
+    const State state = state_of_logsumexp(p, logsumexp, delta);
+    p.first[row] = state.offset;
+    p.second[row] = state.delta;
+    scores_of_states(p)[row] = state.score;
+    // attention_sum_rows sets it.
+    if (t == 0) far_heads(p)[head] = 0;
 }
 
 // One block to a head, which adds up its rows in a fixed order.
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_sinks(const Parameters p) {
     __shared__ real sums[WARPS];
     const long long n = blockIdx.x;
-    const real sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]) * UNIT;
+    const real sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]);
     real sum = 0;
     for (long long row = threadIdx.x; row < p.batch * p.query_length; row += THREADS) {
-        const long long state = state_of(p, row / p.query_length, n, row % p.query_length);
-        const real logsumexp = p.first[state];
-        if (logsumexp == infinity() || sink == -infinity()) continue;
-        sum = fma(exponential(sink - logsumexp), p.second[state], sum);
+        const State state = PreparedState()(p, row / p.query_length, n, (int)(row % p.query_length));
+        // What has no probability has none beside NaN either.
+        if (state.offset == -infinity() || sink == -infinity()) continue;
+        const precise above = (precise)sink - (precise)state.score * (precise)natural_factor(p);
+        // So far above the keys' largest score, the sink has all there is, and the offset has lost what is left of the difference.
+        const real exponent = above > 2 * FAR ? real(0) : (real)(above * (precise)UNIT + (precise)state.offset);
+        sum = fma(exponential(exponent > 0 ? real(0) : exponent), state.delta, sum);
     }
     sum = sum_of_warp(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;

@@ -101,7 +101,7 @@ __device__ inline void kept_of_keys(const Parameters &p, unsigned batch_head, in
     }
 }
 
-template <int HEIGHT, int WIDTH, int DEPTH>
+template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
 __device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
     constexpr int STRIDE = row_stride<DEPTH>();
     constexpr int ROWS_OF_THREAD = row_slots<HEIGHT>(), COLUMNS_OF_THREAD = column_slots<WIDTH>();

@@ -36,40 +36,48 @@ __device__ constexpr int lanes_of_row() {
     return DEPTH / CHUNK >= 32 ? 32 : DEPTH / CHUNK >= 16 ? 16 : DEPTH / CHUNK >= 8 ? 8 : 4;
 }
 
-// The logit of a key and a row, by the whole warp.
-__device__ inline real exact_logit(const Parameters &p, const Row &row, long long b, long long n, int key, real &slope) {
+// The score of a key and a row (softmax.cuh), by the whole warp.
+__device__ inline real exact_score(const Parameters &p, const Row &row, long long b, long long n, int key, real &slope) {
     const real product = dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
-    return logit<Checked>(p, row, key, product, slope);
+    if constexpr (HAS_TERMS) return logit<Checked, true>(p, row, key, product, slope);
+    slope = 1;
+    bool visible = key >= row.low && key < row.high;
+    if constexpr ((FEATURES & FEATURE_MASK) != 0) visible = visible && p.mask.data[row.mask + key * key_stride(p.mask)] != 0;
+    return visible ? product : -infinity();
 }
 
-// The softmax over the keys from `first` to before `end` that a row sees: the maximum times UNIT, and the sum of weights.
+// The softmax over the keys from `first` to before `end` that a row sees: the maximum of the scores, and the sum of weights.
 __device__ inline void exact_softmax(const Parameters &p, const Row &row, long long b, long long n, int first, int end, real &maximum,
                                      real &total) {
+    const real factor = power_factor(p);
     maximum = -infinity();
     total = 0;
     for (int key = max(first, row.low); key < min(end, row.high); ++key) {
         real slope;
-        const real x = exact_logit(p, row, b, n, key, slope) * UNIT;
-        if (x == -infinity()) continue;
-        const real top = fmax(maximum, x);
-        total = fma(total, exponential(maximum - top), exponential(x - top));
+        const real score = exact_score(p, row, b, n, key, slope);
+        if (score == -infinity()) continue;
+        const real top = fmax(maximum, score);
+        const Shift shift = shift_of<HALVES>(top, factor);
+        total = fma(total, change_of(shift_of<HALVES>(maximum, factor), shift, factor), power(exponent_of<HALVES>(score, shift, factor)));
         maximum = top;
         // What is not a number stays that.
         if (!(total >= 0)) break;
     }
 }
 
-// The sum of values weighted by exponential(x - maximum), over the keys from `first` to before `end` that row sees: `width` columns
+// The sum of values by weights relative to `maximum`, over the keys from `first` to before `end` that row sees: `width` columns
 // from `first_column` on.
 __device__ inline void exact_output(const Parameters &p, const Row &row, long long b, long long n, int first, int end, real maximum,
                                     int first_column, int width, real (&sums)[VALUE / 32]) {
+    const real factor = power_factor(p);
+    const Shift shift = shift_of<HALVES>(maximum, factor);
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
     for (int key = max(first, row.low); key < min(end, row.high); ++key) {
         real slope;
-        const real x = exact_logit(p, row, b, n, key, slope);
-        if (x == -infinity() || (drops(p) && !is_kept(p, row, key))) continue;
+        const real score = exact_score(p, row, b, n, key, slope);
+        if (score == -infinity() || (drops(p) && !is_kept(p, row, key))) continue;
         const element *const value = at(p.value, b, key, n / p.group) + first_column * p.value.stride[3];
-        add_row<VALUE>(sums, exponential(x * UNIT - maximum), value, p.value.stride[3], width);
+        add_row<VALUE>(sums, power(exponent_of<HALVES>(score, shift, factor)), value, p.value.stride[3], width);
     }
 }

@@ -22,55 +22,6 @@ __device__ inline Shared shared_tiles(unsigned char *memory) {
     return tiles;
 }
 
-// The logits of a tile but for a factor: the products where that is all there is to them.
-template <class Check>
-__device__ inline void finish_logits(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
-                                     const RowTerms<ROWS, KEYS> &terms, real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()]) {
-#pragma unroll
-    for (int r = 0; r < row_slots<ROWS>(); ++r) {
-        const real distance = distance_of(p, rows[r], first + key_at(0));
-#pragma unroll
-        for (int c = 0; c < column_slots<KEYS>(); ++c) {
-            const int key = first + key_at(c);
-            real slope;
-            if constexpr (HAS_TERMS)
-                logits[r][c] = tile_logit<Check>(p, rows[r], key, distance - key_offset(c), terms, r, c, logits[r][c], slope);
-            else if (!takes_part<Check>(p, rows[r], key, terms, r, c))
-                logits[r][c] = -infinity();
-        }
-    }
-}
-
-// The softmax carried along by a tile: logits become weights, `shrink` what earlier sums are to be multiplied by. False where
-// that is 1 for the whole warp.
-__device__ inline bool carry_softmax(real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()], real factor,
-                                     real (&maxima)[row_slots<ROWS>()], real (&totals)[row_slots<ROWS>()],
-                                     real (&shrink)[row_slots<ROWS>()]) {
-    constexpr int KEY_SLOTS = column_slots<KEYS>();
-    bool rescales = false;
-#pragma unroll
-    for (int r = 0; r < row_slots<ROWS>(); ++r) {
-        // Two chains each, of the maximum and of the sum, since one waits for itself.
-        real maximum = logits[r][0], other = logits[r][KEY_SLOTS > 1 ? 1 : 0];
-#pragma unroll
-        for (int c = 2; c < KEY_SLOTS; ++c) (c % 2 ? other : maximum) = fmax(c % 2 ? other : maximum, logits[r][c]);
-        maximum = fmax(maxima[r], maximum_of_row(fmax(maximum, other)) * factor);
-        // Less infinity is NaN where everything so far is masked.
-        const real base = maximum == -infinity() ? real(0) : maximum;
-        shrink[r] = exponential(maxima[r] - base);
-        rescales |= shrink[r] != 1;
-        maxima[r] = maximum;
-        real even = 0, odd = 0;
-#pragma unroll
-        for (int c = 0; c < KEY_SLOTS; ++c) {
-            logits[r][c] = exponential(fma(logits[r][c], factor, -base));
-            (c % 2 ? odd : even) += logits[r][c];
-        }
-        totals[r] = fma(totals[r], shrink[r], even + odd);
-    }
-    return __any_sync(~0u, rescales);
-}
-
 __device__ inline void drop_weights(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
                                     real (&weights)[row_slots<ROWS>()][column_slots<KEYS>()]) {
     if (!drops(p)) return;
@@ -196,17 +147,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_forward(
         for (int c = 0; c < OUT_SLOTS; ++c) outputs[r][c] = 0;
     }
 
-    const real factor = HAS_TERMS ? UNIT : (real)p.scale * UNIT;
+    const real factor = power_factor(p);
     RowTerms<ROWS, KEYS> terms;
     const auto read_terms = [&](int first) {
         if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, first);
     };
     const auto soften = [&](int first, real(&logits)[ROW_SLOTS][KEY_SLOTS], real(&shrink)[ROW_SLOTS]) {
         if (first < all_from || first + KEYS > all_to)
-            finish_logits<Checked>(p, rows, first, terms, logits);
+            finish_scores<Checked>(p, rows, first, terms, logits);
         else
-            finish_logits<Unchecked>(p, rows, first, terms, logits);
-        const bool rescales = carry_softmax(logits, factor, maxima, totals, shrink);
+            finish_scores<Unchecked>(p, rows, first, terms, logits);
+        const bool rescales = carry_softmax<HALVES>(logits, factor, maxima, totals, shrink);
         drop_weights(p, rows, first, logits);
         return rescales;
     };
@@ -281,7 +232,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_forward(
 #endif
 
     // A row whose sums are NaN or infinite, and whose softmax is not, may hold what it must not see. Split products make NaN of
-    // infinities, in the softmax too.
+    // infinities, in the softmax too, and so does a bias of -inf of what it masks.
+    constexpr bool LOOKS_AT_SOFTMAX = SPLITS || (FEATURES & FEATURE_BIAS) != 0;
     const auto is_stored = [&](int r) { return first_row + row_at<ROWS>(r) < rows_of_head; };
     unsigned spoiled = 0;
 #pragma unroll
@@ -291,11 +243,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_forward(
 #pragma unroll
         for (int c = 0; c < OUT_SLOTS; ++c) finite &= is_finite(outputs[r][c]);
         const bool has_softmax = is_finite(totals[r]);
-        if ((SPLITS ? !finite || !has_softmax : !finite && has_softmax && totals[r] > 0) && is_stored(r)) spoiled |= 1u << r;
+        if ((LOOKS_AT_SOFTMAX ? !finite || !has_softmax : !finite && has_softmax && totals[r] > 0) && is_stored(r)) spoiled |= 1u << r;
     }
-    real *row_maxima = reinterpret_cast<real *>(memory);
-    real *row_totals = row_maxima + ROWS;
-    int *row_spoiled = reinterpret_cast<int *>(row_totals + ROWS);
+    int *row_spoiled = reinterpret_cast<int *>(memory);
     bool any_spoiled = false;
     if (p.contains) {
         any_spoiled = meet_or(spoiled != 0);
@@ -303,13 +253,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_forward(
             for (int row = threadIdx.x; row < ROWS; row += THREADS) row_spoiled[row] = 0;
             meet();
 #pragma unroll
-            for (int r = 0; r < ROW_SLOTS; ++r) {
-                if (leads_row()) {
-                    row_maxima[row_at<ROWS>(r)] = maxima[r];
-                    row_totals[row_at<ROWS>(r)] = totals[r];
-                }
+            for (int r = 0; r < ROW_SLOTS; ++r)
                 if (spoiled >> r & 1) row_spoiled[row_at<ROWS>(r)] = 1;
-            }
             meet();
         }
     }
@@ -325,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_forward(
         const bool again = any_spoiled && row_spoiled[row_at<ROWS>(r)];
         if (p.parts > 1) {
             const long long slot = part * all_rows + (b * p.query_heads + n) * p.query_length + t;
-            if (slice == 0 && leads_row() && !(SPLITS && again)) {
+            if (slice == 0 && leads_row() && !again) {
                 p.second[2 * slot] = maxima[r];
                 p.second[2 * slot + 1] = totals[r];
             }
@@ -339,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_forward(
         }
         real logsumexp;
         const real scale = finish(p, n, t >= batch.queries, maxima[r], totals[r], logsumexp);
-        if (slice == 0 && leads_row() && !(SPLITS && again)) store_logsumexp(p, b, t, n, logsumexp);
+        if (slice == 0 && leads_row() && !again) store_logsumexp(p, b, t, n, logsumexp);
         if (again) continue;
         const bool zero = empty || t >= batch.queries;
         element *to_row = at(p.out, b, t, n) + first_column * p.out.stride[3];
@@ -356,13 +301,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_forward(
         if (!row_spoiled[local]) continue;
         const long long n = head_of(first_row + local), t = t_of(first_row + local);
         const Row whole = row_of(p, batch, b, n, t);
-        real maximum = row_maxima[local], total = row_totals[local], sums[VALUE / 32];
-        if constexpr (SPLITS) exact_softmax(p, whole, b, n, from, to, maximum, total);
+        // The softmax too: its products are summed in another order here, and weights are relative to the largest of the same.
+        real maximum, total, sums[VALUE / 32];
+        exact_softmax(p, whole, b, n, from, to, maximum, total);
         exact_output(p, whole, b, n, from, to, maximum, first_column, width, sums);
         const long long slot = part * all_rows + (b * p.query_heads + n) * p.query_length + t;
         real logsumexp;
         const real scale = p.parts > 1 ? real(1) : finish(p, n, t >= batch.queries, maximum, total, logsumexp);
-        if (SPLITS && slice == 0 && threadIdx.x % 32 == 0) {
+        if (slice == 0 && threadIdx.x % 32 == 0) {
             if (p.parts > 1) {
                 p.second[2 * slot] = maximum;
                 p.second[2 * slot + 1] = total;

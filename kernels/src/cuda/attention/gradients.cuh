@@ -1,10 +1,70 @@
 // What backward kernels share: the gradient of a logit from the probability that the given logsumexp makes
 // (docs/semantics.md, "Gradients").
 
-// The scratch that attention_prepare_gradients fills: the logsumexp times UNIT, and the row term. A row without a
-// probability has a logsumexp of +inf, so that every exponential is 0.
+// What the gradients of a row need. A probability is `exponential((score - state.score) * factor + state.offset)`. As a rule
+// `state.score` is 0 and the offset is the logsumexp, with the sign turned, times UNIT; -inf for a row without a probability.
+//
+// A far row is one whose logsumexp is so large that its rounding would be seen: its `score` is another number, the largest of its
+// own keys, and the offset is of their sum. Its exponents are at most 0, whatever the rounding of a score does.
+struct State {
+    real score, offset, delta;
+};
+
+// The logsumexp above which a row is far. In f32 the rounding of one below is 2^-17 of a probability at most, which is the size of
+// the error of its logits; halves round probabilities themselves, to 2^-12 at best, and 2^-14 does not add to that.
+constexpr real FAR = HALVES ? 1024 : 128;
+
+__device__ inline bool is_far(real logsumexp) { return fabs(logsumexp) >= FAR && fabs(logsumexp) < infinity(); }
+
+// From differences of scores to exponents.
+__device__ inline real gradient_factor(const Parameters &p) { return natural_factor(p) * UNIT; }
+
+// Of a given logsumexp, as far as that says it. Zero would say that the row is not far.
+__device__ inline State state_of_logsumexp(const Parameters &p, real logsumexp, real delta) {
+    if (is_far(logsumexp)) return State{logsumexp / natural_factor(p), 0, delta};
+    return State{0, logsumexp == -infinity() ? -infinity() : -logsumexp * UNIT, delta};
+}
+
+// Of a row's own maximum and sum, where they give the logsumexp that was given, but for rounding: of eight units in its last place,
+// since the forward pass may have summed products in another order. Where the keys at hand are a part of the row's, false: the given
+// one stands for the rest.
+__device__ inline bool state_of_sums(const Parameters &p, long long n, real maximum, real total, real logsumexp, State &state) {
+    if (!(total > 0) || !is_finite(total)) return false;
+    const precise reference = (precise)maximum * (precise)natural_factor(p);
+    precise own = reference + log((precise)total), offset = -log((precise)total);
+    if (p.sinks.data) {
+        const precise sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]);
+        const precise top = fmax(reference, sink);
+        const precise all = total * exp(reference - top) + exp(sink - top);
+        own = top + log(all);
+        offset = reference - top - log(all);
+    }
+    constexpr precise EPSILON = DTYPE == DTYPE_F64 ? precise(2.220446049250313e-16) : precise(1.1920928955078125e-7);
+    const precise magnitude = fmax(fabs(own), fabs((precise)logsumexp));
+    if (!(fabs(own - (precise)logsumexp) <= 8 * EPSILON * magnitude)) return false;
+    state.score = maximum;
+    // -inf would say that the row has no probability.
+    state.offset = (real)fmax(offset * (precise)UNIT, precise(-1e30));
+    return true;
+}
+
+// The scratch that attention_prepare_gradients fills, [B, N, T] each: offsets in `first`, row terms in `second` and scores behind
+// those; and a number for each head that is not 0 where it has a far row.
 __device__ inline long long state_of(const Parameters &p, long long b, long long n, long long t) {
     return (b * p.query_heads + n) * p.query_length + t;
+}
+__device__ inline long long count_of_states(const Parameters &p) { return p.batch * p.query_heads * p.query_length; }
+__device__ inline real *scores_of_states(const Parameters &p) { return p.second + count_of_states(p); }
+__device__ inline real *far_heads(const Parameters &p) { return p.second + 2 * count_of_states(p); }
+__device__ inline bool has_far_rows(const Parameters &p, long long b, long long n) { return far_heads(p)[b * p.query_heads + n] != 0; }
+
+// The exponent of a probability. IS_FAR says that the row may be far.
+template <bool IS_FAR>
+__device__ inline real exponent_in(const Parameters &p, real score, const State &state) {
+    const real factor = gradient_factor(p);
+    if constexpr (!IS_FAR) return fma(score, factor, state.offset);
+    const real exponent = fma(difference(score, state.score), factor, state.offset);
+    return state.score != 0 && exponent > 0 ? real(0) : exponent;
 }
 
 struct Weights {
@@ -14,7 +74,7 @@ struct Weights {
     real logit, product;
 };
 
-// From a logit less the logsumexp, both times UNIT, to its gradient; where it is `masked`, it is -inf. `incoming` is the product of
+// From the exponent of a probability to the gradient of its logit; where it is `masked`, it is -inf. `incoming` is the product of
 // d_out and value, `kept` the bit of dropout.
 __device__ inline Weights weigh(const Parameters &p, bool masked, real exponent, real slope, bool kept, real incoming, real delta) {
     const real probability = exponential(exponent);
@@ -28,30 +88,26 @@ __device__ inline Weights weigh(const Parameters &p, bool masked, real exponent,
 }
 
 // The same in slots r and c of a tile, from the product of query and key and as `tile_logit` has it.
-template <class Check, class Terms>
+template <class Check, bool IS_FAR, bool EXACT, class Terms>
 __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, real distance, const Terms &terms, int r, int c, bool kept,
-                                real product, real incoming, real logsumexp, real delta) {
+                                real product, real incoming, const State &state) {
+    real slope = 1, score = product;
+    bool masked;
     if constexpr (HAS_TERMS) {
-        real slope;
-        const real x = tile_logit<Check>(p, row, key, distance, terms, r, c, product, slope);
-        const bool masked = x == -infinity();
-        // The logsumexp may be NaN.
-        return weigh(p, masked, masked ? x : fma(x, UNIT, -logsumexp), slope, kept, incoming, delta);
+        score = tile_logit<Check, EXACT>(p, row, key, distance, terms, r, c, product, slope);
+        masked = score == -infinity();
+    } else {
+        masked = !takes_part<Check>(p, row, key, terms, r, c);
     }
-    const bool masked = !takes_part<Check>(p, row, key, terms, r, c);
-    return weigh(p, masked, masked ? -infinity() : fma(product, (real)p.scale * UNIT, -logsumexp), 1, kept, incoming, delta);
+    // The state may be NaN.
+    return weigh(p, masked, masked ? -infinity() : exponent_in<IS_FAR>(p, score, state), slope, kept, incoming, state.delta);
 }
-
-// What the gradients of a row need: its logsumexp times UNIT, and its row term.
-struct State {
-    real logsumexp, delta;
-};
 
 // As attention_prepare_gradients left it.
 struct PreparedState {
     __device__ inline State operator()(const Parameters &p, long long b, long long n, int t) const {
         const long long state = state_of(p, b, n, t);
-        return State{p.first[state], p.second[state]};
+        return State{scores_of_states(p)[state], p.first[state], p.second[state]};
     }
 };
 
@@ -59,12 +115,12 @@ struct PreparedState {
 __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const State &state, long long b, long long n, int key,
                                      Weights &weights) {
     real slope;
-    const real x = exact_logit(p, row, b, n, key, slope);
-    if (x == -infinity()) return false;
+    const real score = exact_score(p, row, b, n, key, slope);
+    if (score == -infinity()) return false;
     const real incoming =
         dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     const bool kept = !drops(p) || is_kept(p, row, key);
-    weights = weigh(p, false, fma(x, UNIT, -state.logsumexp), slope, kept, incoming, state.delta);
+    weights = weigh(p, false, exponent_in<true>(p, score, state), slope, kept, incoming, state.delta);
     return true;
 }
 

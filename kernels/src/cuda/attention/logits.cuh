@@ -5,11 +5,11 @@ constexpr bool READS_SINGLY = ((FEATURES & FEATURE_MASK) != 0 && !PACKS_MASK) ||
 
 // The logit in slots r and c of a tile from its product, with what was read for the tile. Where there is ALiBi alone, `distance` is
 // that of row and key, which is cheaper to carry from slot to slot than to compute.
-template <class Check, class Terms>
+template <class Check, bool EXACT, class Terms>
 __device__ inline real tile_logit(const Parameters &p, const Row &row, int key, real distance, const Terms &terms, int r, int c,
                                   real product, real &slope) {
     if constexpr (READS_SINGLY) {
-        return logit<Check>(p, row, key, product, slope);
+        return logit<Check, EXACT>(p, row, key, product, slope);
     } else {
         bool visible = !Check::value || (key >= row.low && key < row.high);
         real bias = 0;
@@ -17,7 +17,7 @@ __device__ inline real tile_logit(const Parameters &p, const Row &row, int key, 
             visible &= terms.visible(r, c);
             bias = terms.added(r, c);
         }
-        return logit_of(p, row, visible, distance, bias, product, slope);
+        return logit_of<EXACT>(p, row, visible, distance, bias, product, slope);
     }
 }
 

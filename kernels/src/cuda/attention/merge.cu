@@ -11,12 +11,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_merge(co
     const real *states = p.second + 2 * row;
     real maximum = -infinity();
     for (int part = 0; part < p.parts; ++part) maximum = fmax(maximum, states[2 * part * all_rows]);
-    const real base = maximum == -infinity() ? real(0) : maximum;
+    const real factor = power_factor(p);
+    const Shift shift = shift_of<HALVES>(maximum == -infinity() ? real(0) : maximum, factor);
     real total = 0, sums[VALUE / 32];
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
     for (int part = 0; part < p.parts; ++part) {
-        const real weight = exponential(states[2 * part * all_rows] - base);
+        const real weight = change_of(shift_of<HALVES>(states[2 * part * all_rows], factor), shift, factor);
         const real part_total = states[2 * part * all_rows + 1];
         if (part_total == 0) continue;
         total = fma(part_total, weight, total);

@@ -95,9 +95,8 @@ __device__ inline float power_of_two(float x) {
 
 __device__ inline double power_of_two(double x) { return exp2(x); }
 
-// Logits times this are what exponents, maxima and the logsumexp of the backward pass are in. Base two saves halves a product a logit.
-// In f32 it would round a logit before the logsumexp is subtracted, and the error of that grows with the logit: there, and in
-// f64, the difference comes first.
+// Logits times this are what exponents of the backward pass are in. Base two saves halves a product a logit. In f32 it would round a
+// logit before the logsumexp is subtracted, and the error of that grows with the logit: there, and in f64, the difference comes first.
 constexpr real UNIT = HALVES ? LOG2_E : real(1);
 
 // e to the power of x / UNIT. Split products have errors of the size of the instruction's; what is to be as exact as f32 can be pays
@@ -111,6 +110,17 @@ __device__ inline real exponential(real x) {
     return exp(x);
 #endif
 }
+
+// A difference that no compiler makes part of a fused operation with the product before it. Where x is a rounded product and y is
+// another, or the same, the fused operation would leave what rounding y lost: half a unit in the last place of y, which for large
+// numbers is a number beyond what an exponential bears.
+__device__ inline float difference(float x, float y) { return __fsub_rn(x, y); }
+__device__ inline double difference(double x, double y) { return __dsub_rn(x, y); }
+
+__device__ inline float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+__device__ inline double rounded_product(double x, double y) { return __dmul_rn(x, y); }
+__device__ inline float rounded_sum(float x, float y) { return __fadd_rn(x, y); }
+__device__ inline double rounded_sum(double x, double y) { return __dadd_rn(x, y); }
 
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }

@@ -24,7 +24,7 @@ struct Parameters {
     const Batch *batches;
     Batch uniform;
     // Scratch. Forward over parts of the keys: their outputs [part, B, N, T, Hv], maxima and sums [part, B, N, T, 2].
-    // Backward: logsumexp times UNIT and row term, [B, N, T] each.
+    // Backward: what gradients.cuh has of each row.
     real *first;
     real *second;
     long long batch, query_length, key_length, query_heads, key_heads;

@@ -1,15 +1,76 @@
-// How the softmax of a row ends: its factor and its logsumexp.
+// The softmax of a row: how it is carried along, and how it ends.
+//
+// A score is what the maximum of a row is taken of: the product of query and key where there is nothing else to a logit, else the
+// logit. Maxima are kept as scores, and a weight is `power((score - maximum) * factor)`: the difference comes before the factor, so
+// that it is exact for scores near the maximum however large they are, and no score leaves the numbers that there are by a change of
+// base.
 
-// Of a maximum times UNIT and the sum of exponentials above it. In f32 rounded once, since nothing comes after it.
-__device__ inline real logsumexp_of(real maximum, real sum) {
-#if DTYPE == DTYPE_F32
-    return (real)((double)maximum + log((double)sum));
+// What exponents of the forward pass are in: base two, where the instruction for it is good enough. Split products have errors of the
+// size of the instruction's; what is to be as exact as f32 can be pays for one unit in the last place.
+constexpr real POWER_UNIT = TENSOR_CORES ? LOG2_E : real(1);
+
+__device__ inline real power(real x) {
+#if TENSOR_CORES
+    return power_of_two(x);
 #else
-    return maximum / UNIT + logarithm(sum);
+    return exp(x);
 #endif
 }
 
-// What a row's sums are multiplied by, and its logsumexp. `maximum` is a logit times UNIT; without a key, `sum` is 0.
+// From scores to natural logits.
+__device__ inline real natural_factor(const Parameters &p) { return HAS_TERMS ? real(1) : (real)p.scale; }
+
+// From differences of scores to exponents.
+__device__ inline real power_factor(const Parameters &p) { return natural_factor(p) * POWER_UNIT; }
+
+// What a row's weights are relative to: a weight is `power((score - shift.score) * factor - shift.power)`.
+struct Shift {
+    real score, power;
+};
+
+// Below this, halves save an operation a score: the maximum goes to base two, where it is rounded, and is subtracted in the operation
+// that multiplies. Weights are then off by what was rounded, all alike, at most half a unit in the last place of this: 1/32. That
+// cancels, but for larger numbers it would leave the range of weights.
+constexpr real NEAR = 1 << 20;
+
+// From a row's maximum, and nothing else: whoever has the maximum knows what its sums are relative to. FUSES allows the saving.
+template <bool FUSES>
+__device__ inline Shift shift_of(real maximum, real factor) {
+    const real power = maximum * factor;
+    if (FUSES && fabs(power) < NEAR) return Shift{0, power};
+    return Shift{maximum, 0};
+}
+
+template <bool FUSES>
+__device__ inline real exponent_of(real score, const Shift &shift, real factor) {
+    const real moved = difference(score, shift.score);
+    // Where nothing was moved, this is the operation that saves one: the same bits by either way.
+    return FUSES ? fma(moved, factor, -shift.power) : moved * factor;
+}
+
+// What sums relative to one shift are multiplied by to be relative to a later one. 0 for those of a row that has seen nothing, whose
+// maximum is -inf; that of the later one is finite.
+__device__ inline real change_of(const Shift &from, const Shift &to, real factor) {
+    return power(fma(difference(from.score, to.score), factor, from.power - to.power));
+}
+
+// The natural logit that sums with this maximum are relative to. In f32 not rounded yet.
+#if DTYPE == DTYPE_F32
+typedef double precise;
+#else
+typedef real precise;
+#endif
+
+__device__ inline precise reference_of(const Parameters &p, real maximum) {
+    const Shift shift = shift_of<HALVES>(maximum, power_factor(p));
+    if (HALVES && shift.score == 0) return shift.power / POWER_UNIT;
+    return (precise)maximum * (precise)natural_factor(p);
+}
+
+// Of a logit and the sum of exponentials above it. In f32 rounded once, since nothing comes after it.
+__device__ inline real logsumexp_of(precise reference, real sum) { return (real)(reference + log((precise)sum)); }
+
+// What a row's sums are multiplied by, and its logsumexp. `maximum` is a score; without a key, `sum` is 0.
 __device__ inline real finish(const Parameters &p, long long n, bool padded, real maximum, real sum, real &logsumexp) {
     logsumexp = -infinity();
     if (padded) return 0;
@@ -19,13 +80,14 @@ __device__ inline real finish(const Parameters &p, long long n, bool padded, rea
         logsumexp = sink;
         return 0;
     }
+    const precise reference = reference_of(p, maximum);
     if (!has_sink) {
-        logsumexp = logsumexp_of(maximum, sum);
+        logsumexp = logsumexp_of(reference, sum);
         return keep_scale(p) / sum;
     }
-    const real top = fmax(maximum, sink * UNIT);
-    const real own = exponential(maximum - top);
-    const real all = sum * own + exponential(sink * UNIT - top);
+    const precise top = fmax(reference, (precise)sink);
+    const real own = exp((real)(reference - top));
+    const real all = sum * own + exp((real)((precise)sink - top));
     logsumexp = logsumexp_of(top, all);
     return keep_scale(p) * own / all;
 }

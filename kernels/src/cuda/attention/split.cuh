@@ -30,16 +30,19 @@ struct Left {
     Parts of[4];
 };
 
-// Adds the product with two terms of a column on the right: the small products first.
+// Adds the product with two terms of a column on the right: the small products first, that of the left factor's low parts before the
+// other, or behind it if the product is TRANSPOSED, so that it has the bits of the one that is not.
+template <bool TRANSPOSED>
 __device__ inline void multiply(float &c0, float &c1, float &c2, float &c3, const Left &a, const Parts &b0, const Parts &b1) {
-    multiply(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
+    if constexpr (!TRANSPOSED) multiply(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
     multiply(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.low, b1.low);
+    if constexpr (TRANSPOSED) multiply(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
     multiply(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.high, b1.high);
 }
 
 // sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. A thread reads four neighbouring terms of a row: two for each of two
 // products of eight, in whichever order, as long as both factors have the same.
-template <int HEIGHT, int WIDTH, int DEPTH>
+template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
 __device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
     constexpr int BLOCKS = row_slots<HEIGHT>() / 2;
 #pragma unroll
@@ -72,8 +75,8 @@ __device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<W
                 const Parts first = parts_of(column.of[2 * half]), second = parts_of(column.of[2 * half + 1]);
 #pragma unroll
                 for (int i = 0; i < BLOCKS; ++i)
-                    multiply(sums[2 * i][2 * j], sums[2 * i][2 * j + 1], sums[2 * i + 1][2 * j], sums[2 * i + 1][2 * j + 1], factors[i][half],
-                             first, second);
+                    multiply<TRANSPOSED>(sums[2 * i][2 * j], sums[2 * i][2 * j + 1], sums[2 * i + 1][2 * j], sums[2 * i + 1][2 * j + 1],
+                                         factors[i][half], first, second);
             }
         }
     }
@@ -104,7 +107,8 @@ __device__ inline void add_weighted(real (&sums)[row_slots<HEIGHT>()][output_slo
                 const int low = group * 8 + j, high = low + 4;
 #pragma unroll
                 for (int i = 0; i < BLOCKS; ++i)
-                    multiply(sums[2 * i][low], sums[2 * i][high], sums[2 * i + 1][low], sums[2 * i + 1][high], factors[i], upper, lower);
+                    multiply<false>(sums[2 * i][low], sums[2 * i][high], sums[2 * i + 1][low], sums[2 * i + 1][high], factors[i], upper,
+                                    lower);
             }
         }
     }

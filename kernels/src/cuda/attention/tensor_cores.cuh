@@ -29,7 +29,7 @@ __device__ inline void multiply(float &c0, float &c1, float &c2, float &c3, cons
 #if !ON_WARPGROUPS
 
 // sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH.
-template <int HEIGHT, int WIDTH, int DEPTH>
+template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
 __device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
     constexpr int STRIDE = row_stride<DEPTH>();
     constexpr int BLOCKS = row_slots<HEIGHT>() / 2;

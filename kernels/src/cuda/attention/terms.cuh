@@ -62,20 +62,33 @@ constexpr bool PACKS_MASK = HALVES && IS_ONE_OPTION && (FEATURES & FEATURE_MASK)
 constexpr bool PACKS_BIAS = HALVES && IS_ONE_OPTION && (FEATURES & FEATURE_BIAS) != 0 && (BIAS_DTYPE == DTYPE_F16 || BIAS_DTYPE == DTYPE_BF16);
 
 // The logit of a key from its product with the query and what there is to it: -inf where it takes no part. `slope` is the
-// derivative by the scaled product, `distance` that of the row from the key.
+// derivative by the scaled product, `distance` that of the row from the key. Which operations are fused is said here, so that every
+// kernel has the same logit of the same product.
+//
+// A bias of -inf masks. Where the product is NaN or +inf too, the sum is NaN: only with EXACT that is told apart. Kernels that do not pay
+// for it find a sum that is NaN in the end, and compute its row or key once more.
+template <bool EXACT>
 __device__ inline real logit_of(const Parameters &p, const Row &row, bool visible, real distance, real bias, real product, real &slope) {
+    constexpr bool HAS_SOFTCAP = (FEATURES & FEATURE_SOFTCAP) != 0, HAS_ALIBI = (FEATURES & FEATURE_ALIBI) != 0;
+    constexpr bool HAS_BIAS = (FEATURES & FEATURE_BIAS) != 0;
     slope = 1;
-    real x = product * (real)p.scale;
-    if constexpr ((FEATURES & FEATURE_SOFTCAP) != 0) {
-        if (IS_ONE_OPTION || p.softcap > 0) {
-            const real cap = (real)p.softcap, inverse = 1 / cap;
-            const real y = hyperbolic_tangent(x * inverse);
-            slope = (1 - y) * (1 + y);
-            x = cap * y;
+    real x;
+    if constexpr (HAS_BIAS && !HAS_SOFTCAP && !HAS_ALIBI) {
+        x = fma(product, (real)p.scale, bias);
+    } else {
+        x = rounded_product(product, (real)p.scale);
+        if constexpr (HAS_SOFTCAP) {
+            if (IS_ONE_OPTION || p.softcap > 0) {
+                const real cap = (real)p.softcap, inverse = 1 / cap;
+                const real y = hyperbolic_tangent(x * inverse);
+                slope = (1 - y) * (1 + y);
+                x = rounded_product(cap, y);
+            }
         }
+        if constexpr (HAS_ALIBI) x = fma(-row.slope, fabs(distance), x);
+        if constexpr (HAS_BIAS) x = rounded_sum(x, bias);
     }
-    if constexpr ((FEATURES & FEATURE_ALIBI) != 0) x -= row.slope * fabs(distance);
-    if constexpr ((FEATURES & FEATURE_BIAS) != 0) x += bias;
+    if constexpr (EXACT && HAS_BIAS) visible &= bias != -infinity();
     return visible ? x : -infinity();
 }
 
@@ -88,7 +101,7 @@ __device__ inline real distance_of(const Parameters &p, const Row &row, int key)
 
 // The same with what is read for one key. Unchecked, the key is one that every row of the tile has in reach. Without branches, so
 // that what is read for many keys is under way at once.
-template <class Check>
+template <class Check, bool EXACT>
 __device__ inline real logit(const Parameters &p, const Row &row, int key, real product, real &slope) {
     bool visible = true;
     int place = key;
@@ -108,7 +121,7 @@ __device__ inline real logit(const Parameters &p, const Row &row, int key, real 
             bias = load(p.bias.data, dtype, row.bias + place * key_stride(p.bias));
         }
     }
-    return logit_of(p, row, visible, distance_of(p, row, key), bias, product, slope);
+    return logit_of<EXACT>(p, row, visible, distance_of(p, row, key), bias, product, slope);
 }
 
 // Philox4x32 with 10 rounds (Salmon et al. 2011): the sixteen-bit lanes of eight keys of a row.

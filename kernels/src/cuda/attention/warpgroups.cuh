@@ -139,8 +139,8 @@ __device__ inline void multiply_weights(real (&sums)[2][SLOTS], const unsigned (
                      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
 }
 
-// Begins sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH.
-template <int HEIGHT, int WIDTH, int DEPTH>
+// Begins sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. TRANSPOSED as split.cuh has it.
+template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
 __device__ inline void begin_products(real (&sums)[2][column_slots<WIDTH>()], const element *a, const element *b) {
     static_assert(HEIGHT == WARPS * 16 && DEPTH % 64 == 0, "64 rows to a warpgroup, whole panels");
     const unsigned long long left = matrix(a, threadIdx.x / 128 * 64 * PANEL_BYTES, 16), right = matrix(b, 0, 16);
@@ -221,9 +221,9 @@ __device__ inline void hold(Sums &) {}
 template <int GROUPS>
 __device__ inline void await_products() {}
 
-template <int HEIGHT, int WIDTH, int DEPTH>
+template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
 __device__ inline void begin_products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
-    products<HEIGHT, WIDTH, DEPTH>(sums, a, b);
+    products<HEIGHT, WIDTH, DEPTH, TRANSPOSED>(sums, a, b);
 }
 
 template <int HEIGHT, int WIDTH, int DEPTH>
