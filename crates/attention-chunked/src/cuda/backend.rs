@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, Device, DeviceKind, Error, FeatureSet, ForwardCall,
     LentScratch, NumericsClass, PassCapabilities, Problem, Role, Scratch, ScratchGrowth, Unavailable,
-    Unsupported, View, ViewMut,
+    Unsupported, VariantCounter, Variants, View, ViewMut,
 };
 use attention_cuda::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use attention_cuda::cudarc::driver::{CudaFunction, PushKernelArg};
@@ -14,7 +14,7 @@ use attention_cuda::parameters::ProblemParameters;
 use attention_cuda::{CudaDevice, KernelCache, Workspaces, failure};
 
 use super::config::ChunkedCudaConfig;
-use super::plan::{Plan, limit};
+use super::plan::{Plan, limit, variants};
 use super::tiles::{MOST_DEPTH, MOST_HEAD, MOST_VALUE, Machine};
 
 /// The name of the backend.
@@ -39,6 +39,8 @@ pub struct ChunkedCudaBackend {
     given: Option<CudaDevice>,
     runtime: OnceLock<Result<Runtime, Unavailable>>,
     capabilities: Capabilities,
+    /// Listed when the device is known.
+    variants: Variants,
     prepared: Mutex<HashMap<Problem, Arc<Prepared>>>,
 }
 
@@ -57,6 +59,8 @@ struct Prepared {
     plan: Plan,
     parameters: ProblemParameters,
     functions: Vec<CudaFunction>,
+    /// Of the kernels, in order.
+    runs: Vec<VariantCounter>,
 }
 
 impl Default for ChunkedCudaBackend {
@@ -79,7 +83,14 @@ impl ChunkedCudaBackend {
         let forward = pass(MOST_HEAD, MOST_VALUE);
         let capabilities = Capabilities::new(DeviceKind::Cuda, numerics, forward, ScratchGrowth::Linear)
             .with_backward(pass(MOST_DEPTH, MOST_DEPTH));
-        Self { config, given: None, runtime: OnceLock::new(), capabilities, prepared: Mutex::default() }
+        Self {
+            config,
+            given: None,
+            runtime: OnceLock::new(),
+            capabilities,
+            variants: Variants::default(),
+            prepared: Mutex::default(),
+        }
     }
 
     /// On this device and its stream.
@@ -88,7 +99,11 @@ impl ChunkedCudaBackend {
     }
 
     fn runtime(&self) -> Result<&Runtime, Unavailable> {
-        let start = || Runtime::new(&self.config, self.given.clone());
+        let start = || {
+            let runtime = Runtime::new(&self.config, self.given.clone())?;
+            self.variants.list(variants(runtime.machine));
+            Ok(runtime)
+        };
         self.runtime.get_or_init(start).as_ref().map_err(Clone::clone)
     }
 
@@ -151,7 +166,8 @@ impl ChunkedCudaBackend {
             // Parts of an infinity are NaN.
             of_calls.check_results();
         }
-        let prepared = Arc::new(Prepared { plan, parameters, functions });
+        let runs = plan.kernels.iter().map(|kernel| self.variants.counter(&kernel.variant(&plan))).collect();
+        let prepared = Arc::new(Prepared { plan, parameters, functions, runs });
         let mut kept = kept();
         if kept.len() >= KEPT_PROBLEMS {
             kept.clear();
@@ -181,13 +197,14 @@ impl ChunkedCudaBackend {
             parameters.set(role, address);
         }
         let stream = runtime.device.stream();
-        for (kernel, function) in plan.kernels.iter().zip(&prepared.functions) {
+        for ((kernel, function), runs) in plan.kernels.iter().zip(&prepared.functions).zip(&prepared.runs) {
             let mut launch = stream.launch_builder(function);
             launch.arg(&parameters);
             // SAFETY: every kernel takes this one struct. Its tensors are the problem's (the caller's word), the scratch was
             // checked to have the plan's size, and kernels stay inside the shapes that the struct gives.
             unsafe { launch.launch(kernel.launch_config()) }
                 .map_err(|error| failure(NAME, "running a kernel", error))?;
+            runs.count();
         }
         Ok(())
     }
@@ -244,6 +261,12 @@ impl AttentionBackend for ChunkedCudaBackend {
 
     fn available(&self) -> Result<(), Unavailable> {
         self.runtime().map(|_| ())
+    }
+
+    /// Those of the device at hand; none where there is no device.
+    fn variants(&self) -> Option<&Variants> {
+        let _ = self.runtime();
+        Some(&self.variants)
     }
 
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {

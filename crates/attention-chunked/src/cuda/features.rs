@@ -17,6 +17,9 @@ impl Features {
     const NATURAL: u32 = 32;
     const ALL: u32 = 63;
 
+    /// One for each choice that tiles depend on: nothing, one option, all of them.
+    pub(crate) const KINDS: [Self; 3] = [Self(0), Self(Self::MASK), Self(Self::ALL)];
+
     /// What the kernels of a problem look for. Each of the options alone has kernels of its own; several together share
     /// those that look for all of them, since nobody wants to wait for the compiler for every combination.
     pub(crate) fn of(problem: &Problem) -> Self {
@@ -40,6 +43,11 @@ impl Features {
 
     pub(crate) fn bits(self) -> u32 {
         self.0
+    }
+
+    /// Whether the kernels look for nothing.
+    pub(crate) fn is_none(self) -> bool {
+        self.0 == 0
     }
 
     /// Whether the kernels look for everything.

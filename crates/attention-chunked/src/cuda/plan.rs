@@ -1,8 +1,9 @@
 //! What a problem takes: kernels, grids and scratch.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
-use attention_core::{Gradients, Pass, Problem, Role, Unsupported};
+use attention_core::{DType, Gradients, Pass, Problem, Role, Unsupported};
 use attention_cuda::cudarc::driver::LaunchConfig;
 use attention_cuda::parameters::dtype_code;
 
@@ -35,6 +36,16 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
+    /// Its name among the backend's [`variants`].
+    pub(crate) fn variant(&self, plan: &Plan) -> String {
+        let more = match self.entry_point {
+            "attention_forward" if plan.parts > 1 => IN_PARTS,
+            "attention_gradient_of_keys" if self.wanted < 3 => ONE_GRADIENT,
+            _ => "",
+        };
+        variant(self.entry_point, plan.shape.dtype, self.tiles, more)
+    }
+
     /// How it is launched: the only place from which both the launch and the bound that the kernel is compiled with take the
     /// number of threads.
     pub(crate) fn launch_config(&self) -> LaunchConfig {
@@ -44,6 +55,66 @@ impl Kernel {
             shared_mem_bytes: self.shared_bytes as u32,
         }
     }
+}
+
+/// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what multiplies them. Head
+/// dimensions and options that share tiles share a variant.
+fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str) -> String {
+    let name = entry_point.trim_start_matches("attention_").replace('_', " ");
+    let Tiles { rows, keys, warps, warpgroups, split, .. } = tiles;
+    let tile = if rows > 0 { format!(" {rows}x{keys}") } else { String::new() };
+    let by = match (warpgroups, split) {
+        (true, _) => " on warpgroups",
+        (_, true) => " in tf32 parts",
+        _ => "",
+    };
+    format!("{name} {dtype}{tile}, {warps} warps{by}{more}")
+}
+
+/// Of a forward kernel whose results others merge.
+const IN_PARTS: &str = ", keys in parts";
+
+/// Of a kernel for one of the two gradients that one kernel gives otherwise.
+const ONE_GRADIENT: &str = ", one gradient";
+
+/// The variants of every kernel that a plan for this device may choose.
+pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for dtype in DType::FLOATS {
+        let of = |entry_point: &str, tiles: Tiles, more: &str| variant(entry_point, dtype, tiles, more);
+        for shape in Shape::all(dtype) {
+            for &rows in shape.counts_of_rows() {
+                let tiles = shape.forward(rows, machine);
+                if shape.forward_bytes(tiles) <= machine.shared_bytes {
+                    let merge = Tiles::of_merge(tiles);
+                    names.insert(of("attention_forward", tiles, ""));
+                    names.insert(of("attention_forward", tiles, IN_PARTS));
+                    names.insert(of("attention_merge", merge, ""));
+                }
+            }
+            if shape.depth() > MOST_DEPTH {
+                continue;
+            }
+            let (keys, queries, bias) = (shape.keys(machine), shape.queries(machine), shape.bias(machine));
+            let fits = [shape.keys_bytes(keys), shape.queries_bytes(queries), shape.queries_bytes(bias)];
+            if fits.iter().any(|&bytes| bytes > machine.shared_bytes) {
+                continue;
+            }
+            names.insert(of("attention_prepare_gradients", Tiles::of_rows(), ""));
+            names.insert(of("attention_gradient_of_sinks", Tiles::of_rows(), ""));
+            names.insert(of("attention_sum_rows", queries, ""));
+            names.insert(of("attention_gradient_of_queries", queries, ""));
+            names.insert(of("attention_gradient_of_keys", keys, ONE_GRADIENT));
+            if !shape.splits_gradients() {
+                names.insert(of("attention_gradient_of_keys", keys, ""));
+            }
+            // Kernels without an option have no bias.
+            if !shape.features.is_none() {
+                names.insert(of("attention_gradient_of_bias", bias, ""));
+            }
+        }
+    }
+    names
 }
 
 /// Kernels in the order in which they run, and scratch.
@@ -160,9 +231,7 @@ impl Plan {
         )?;
         if self.parts > 1 {
             let rows = dims.batch.saturating_mul(dims.query_heads).saturating_mul(dims.query_length);
-            // Blocks of one warp where those of the first kernel are, which leave no multiprocessor waiting; without the tiles,
-            // and without the threads that load them.
-            let tiles = Tiles::new(0, 0, tiles.warps.min(4), 0);
+            let tiles = Tiles::of_merge(tiles);
             let merge = Kernel {
                 source: "attention_merge.cu",
                 entry_point: "attention_merge",
@@ -184,7 +253,7 @@ impl Plan {
         let kernel = Kernel {
             source: "attention_backward_rows.cu",
             entry_point: "attention_prepare_gradients",
-            tiles: Tiles::new(0, 0, 8, 0),
+            tiles: Tiles::of_rows(),
             wanted: 0,
             blocks: 0,
             shared_bytes: 0,

@@ -7,7 +7,7 @@ use attention_core::{
 };
 use attention_cuda::parameters::{batches, beside};
 
-use super::plan::Plan;
+use super::plan::{Plan, variants};
 use super::tiles::{Machine, Shape};
 use super::{ChunkedCudaBackend, ChunkedCudaConfig};
 
@@ -152,6 +152,25 @@ fn every_kernel_is_compiled_for_the_threads_it_is_launched_with() {
         }
     }
     assert!(kernels > 1000 && merges > 100, "{kernels} kernels, {merges} merges");
+}
+
+#[test]
+fn every_variant_that_a_plan_chooses_is_listed() {
+    for machine in [SMALL, AMPERE, HOPPER, Machine { splits: false, warpgroups: false, ..HOPPER }] {
+        let listed = variants(machine);
+        for problem in every_kind_of_problem() {
+            let plan = Plan::of(&problem, machine).unwrap();
+            // The backend refuses the others.
+            if plan.kernels.iter().any(|kernel| kernel.shared_bytes > machine.shared_bytes) {
+                continue;
+            }
+            for kernel in &plan.kernels {
+                let name = kernel.variant(&plan);
+                assert!(listed.contains(&name), "{problem} on {machine:?}: {name}");
+            }
+        }
+        assert!((40..200).contains(&listed.len()), "{}: {listed:#?}", listed.len());
+    }
 }
 
 #[test]

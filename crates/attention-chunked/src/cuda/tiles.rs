@@ -45,6 +45,17 @@ impl Tiles {
         Self { warpgroups: true, ..Self::new(rows, keys, 4 * count, stages) }
     }
 
+    /// Of the kernel that merges the parts of rows, behind a forward kernel of these tiles: blocks of one warp where those are, which
+    /// leave no multiprocessor waiting; without tiles, and without the threads that load them.
+    pub(crate) fn of_merge(forward: Self) -> Self {
+        Self::new(0, 0, forward.warps.min(4), 0)
+    }
+
+    /// Of the kernels that go over rows without tiles.
+    pub(crate) const fn of_rows() -> Self {
+        Self::new(0, 0, 8, 0)
+    }
+
     /// Threads of a block.
     pub(crate) fn threads(self) -> usize {
         32 * self.warps + if self.warpgroups { LOADERS } else { 0 }
@@ -114,6 +125,27 @@ impl Shape {
             large: dims.query_length.min(dims.key_length) > 128
                 && dims.head_dim.min(dims.value_head_dim) >= 64,
         })
+    }
+
+    /// Every shape of a dtype that tiles may depend on, and whether its backward pass is served.
+    pub(crate) fn all(dtype: DType) -> impl Iterator<Item = Self> {
+        let pairs = DEPTHS.into_iter().flat_map(|head| DEPTHS.map(|value| (head, value)));
+        pairs.filter(|&(_, value)| value <= MOST_VALUE).flat_map(move |(head, value)| {
+            let of = move |features, large| Self { dtype, head, value, features, large };
+            let is_wide = head.min(value) >= 64;
+            let kinds = Features::KINDS.into_iter();
+            kinds.flat_map(move |features| {
+                [false, true]
+                    .into_iter()
+                    .filter(move |&large| is_wide || !large)
+                    .map(move |large| of(features, large))
+            })
+        })
+    }
+
+    /// Counts of rows to a head of which the forward pass has other tiles each.
+    pub(crate) fn counts_of_rows(self) -> &'static [usize] {
+        if self.large { &[129] } else { &[1, FEW_ROWS + 1, 65] }
     }
 
     /// Threads of `attention_prepare_gradients` that share a row: so many that each has 16 bytes of it.
