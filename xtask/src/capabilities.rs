@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use attention_core::{AttentionBackend, DType, DeviceKind, Feature, Pass, PassCapabilities};
+use attention_core::{AttentionBackend, DType, DeviceKind, Feature, LongSums, Pass, PassCapabilities};
 
 use crate::{explain, generated};
 
@@ -121,8 +121,21 @@ fn capabilities(backends: &Backends) -> String {
             backend.capabilities().pass(pass).map_or_else(|| "no such pass".to_owned(), largest)
         }));
     }
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        rows.push(row(&format!("drift of long sums, {dtype}"), &|backend| {
+            drift(&backend.capabilities().long_sums, dtype)
+        }));
+    }
     rows.push(row("scratch grows as", &|backend| backend.capabilities().scratch.to_string()));
     by_backend(backends, &[""], &rows)
+}
+
+/// The mean relative errors of long sums of a dtype, with the number of keys of each.
+fn drift(long_sums: &[LongSums], dtype: DType) -> String {
+    let of_dtype = long_sums.iter().filter(|sums| sums.dtype == dtype);
+    let figures: Vec<_> =
+        of_dtype.map(|sums| format!("{:e} over {} keys", sums.mean_error, sums.keys)).collect();
+    if figures.is_empty() { "-".to_owned() } else { figures.join(", ") }
 }
 
 fn memory(device: DeviceKind) -> String {

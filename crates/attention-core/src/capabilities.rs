@@ -201,6 +201,31 @@ impl std::fmt::Display for ScratchGrowth {
     }
 }
 
+/// What is known of the outputs of long rows where a backend sums in a way that drifts: its numerics class is then for rows that are
+/// shorter.
+///
+/// A sum that drifts loses something at every step, always in the same direction, so that its error grows with its length and does not
+/// average out. Tensor cores do that: they cut a sum towards zero where other arithmetic rounds it (docs/numerics.md, "Long sums").
+/// Sums over fewer keys than the first figure of a dtype are as the class says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct LongSums {
+    /// The operands' dtype.
+    pub dtype: DType,
+    /// Keys that a row attends to.
+    pub keys: usize,
+    /// The mean relative error of its outputs, as measured: negative towards zero.
+    pub mean_error: f64,
+}
+
+impl LongSums {
+    /// What was measured of rows that attend to this many keys.
+    pub const fn new(dtype: DType, keys: usize, mean_error: f64) -> Self {
+        Self { dtype, keys, mean_error }
+    }
+}
+
 /// What a backend can do, as data: printed in docs and tables, read by the conformance suite, and the first thing
 /// that [`supports`](crate::AttentionBackend::supports) looks at.
 #[derive(Clone, Debug, PartialEq)]
@@ -217,6 +242,9 @@ pub struct Capabilities {
     pub backward: Option<PassCapabilities>,
     /// How its scratch memory grows.
     pub scratch: ScratchGrowth,
+    /// How far long sums drift, by dtype and from fewer keys to more; empty where none do.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub long_sums: Vec<LongSums>,
 }
 
 impl Capabilities {
@@ -227,13 +255,19 @@ impl Capabilities {
         forward: PassCapabilities,
         scratch: ScratchGrowth,
     ) -> Self {
-        Self { device, numerics: numerics.into(), forward, backward: None, scratch }
+        Self { device, numerics: numerics.into(), forward, backward: None, scratch, long_sums: Vec::new() }
     }
 
     /// With a backward pass.
     #[must_use]
     pub fn with_backward(self, backward: PassCapabilities) -> Self {
         Self { backward: Some(backward), ..self }
+    }
+
+    /// With what was measured of long sums.
+    #[must_use]
+    pub fn with_long_sums(self, long_sums: impl Into<Vec<LongSums>>) -> Self {
+        Self { long_sums: long_sums.into(), ..self }
     }
 
     /// The numerics class for operands of `dtype`, or `None` where the backend does not take them.

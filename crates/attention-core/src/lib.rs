@@ -22,7 +22,7 @@ mod view;
 
 pub use backend::AttentionBackend;
 pub use call::{BackwardCall, BackwardInputs, BackwardOutputs, ForwardCall, ForwardOutputs, Inputs};
-pub use capabilities::{Capabilities, Feature, FeatureSet, PassCapabilities, ScratchGrowth};
+pub use capabilities::{Capabilities, Feature, FeatureSet, LongSums, PassCapabilities, ScratchGrowth};
 pub use device::{Device, DeviceKind};
 pub use dropout::{Dropout, DropoutStream, dropout_mask, philox4x32_10};
 pub use dtype::{DType, Element, Scalar};
