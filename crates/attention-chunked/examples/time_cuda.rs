@@ -6,7 +6,7 @@ use attention_core::{
     ForwardOutputs, Gradients, Inputs, Role, TensorDesc,
 };
 use attention_cuda::cudarc::driver::sys::CUevent_flags;
-use attention_cuda::{CudaDevice, DeviceTensor, scratch_of};
+use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -104,11 +104,11 @@ fn run(device: &CudaDevice, backend: &ChunkedCudaBackend, case: &Case) -> Result
     let mut out = DeviceTensor::filled(device, *problem.tensor(Role::Out).ok_or("out")?, 0)?;
     let mut lse = DeviceTensor::filled(device, *problem.tensor(Role::Lse).ok_or("lse")?, 0)?;
     let bytes = backend.scratch_bytes(&problem)?.max(backend.scratch_bytes(&backward)?);
-    let mut scratch = device.stream().alloc_zeros::<u8>(bytes.max(1))?;
+    let mut scratch = DeviceScratch::new(device, bytes)?;
     let share = if extra == Extra::Causal { 0.5 } else { 1.0 };
     let forward_ms = time(device, || {
         let outputs = ForwardOutputs { out: out.view_mut()?, lse: Some(lse.view_mut()?) };
-        let scratch = scratch_of(device, &mut scratch, bytes);
+        let scratch = scratch.scratch(bytes);
         Ok(backend.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch)?)
     })?;
     print!("{name:24} {dtype} {extra:?}: forward {forward_ms:.3} ms");
@@ -127,7 +127,7 @@ fn run(device: &CudaDevice, backend: &ChunkedCudaBackend, case: &Case) -> Result
             dv: Some(dv.view_mut()?),
             ..BackwardOutputs::default()
         };
-        let scratch = scratch_of(device, &mut scratch, bytes);
+        let scratch = scratch.scratch(bytes);
         Ok(backend.backward(BackwardCall::new(&backward, inputs, saved, outputs)?, scratch)?)
     })?;
     println!(", backward {backward_ms:.3} ms {:.1} TFLOP/s", backward.flops() * share / backward_ms / 1e9);

@@ -6,6 +6,7 @@ mod kernels;
 pub mod library;
 mod nvrtc;
 mod on_host;
+mod owned;
 pub mod parameters;
 mod tensor;
 mod workspace;
@@ -16,7 +17,8 @@ pub use disk::{DiskCache, DiskKey};
 pub use kernels::{KERNEL_FOLDER, KernelCache, KernelError};
 pub use nvrtc::{Compiled, Nvrtc};
 pub use on_host::OnHost;
-pub use tensor::{DeviceTensor, scratch_of};
+pub use owned::check_stream;
+pub use tensor::{DeviceScratch, DeviceTensor};
 pub use workspace::{Lease, Workspaces};
 
 use attention_core::{BackendFailure, Error};

@@ -6,7 +6,8 @@ use attention_core::{
 };
 use cudarc::driver::DriverError;
 
-use crate::{CudaDevice, DeviceTensor, failure, scratch_of};
+use crate::tensor::scratch_of;
+use crate::{CudaDevice, DeviceTensor, failure};
 
 /// What device memory holds before a call: as floats of any width, NaN.
 const POISON: u8 = 0xff;

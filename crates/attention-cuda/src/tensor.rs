@@ -7,22 +7,62 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError
 
 use crate::CudaDevice;
 use crate::device::device_of;
+use crate::owned::Registered;
 
 /// A strided tensor in memory of a device.
+///
+/// Its memory is freed and written on the stream of the device that it was made with, so calls take it only on that stream
+/// ([`check_stream`](crate::check_stream)).
 #[derive(Debug)]
 pub struct DeviceTensor {
     device: CudaDevice,
+    /// Dropped before the memory.
+    _registered: Registered,
     memory: CudaSlice<u8>,
     desc: TensorDesc,
     /// Bytes before the element at index 0.
     origin: usize,
 }
 
+/// Memory of a device for the scratch of calls on its stream.
+#[derive(Debug)]
+pub struct DeviceScratch {
+    /// Dropped before the memory.
+    _registered: Registered,
+    memory: CudaSlice<u8>,
+}
+
+impl DeviceScratch {
+    /// So many bytes, which hold anything.
+    ///
+    /// # Errors
+    /// By the driver.
+    pub fn new(device: &CudaDevice, bytes: usize) -> Result<Self, DriverError> {
+        // SAFETY: scratch holds nothing that is read before it is written: the backends' contract.
+        let memory = unsafe { device.stream().alloc::<u8>(bytes.max(1)) }?;
+        Ok(Self { _registered: Registered::new(&memory), memory })
+    }
+
+    /// The first `bytes` bytes, for a call on the device and stream that this was made for.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn scratch(&mut self, bytes: usize) -> Scratch<'_> {
+        assert!(bytes <= self.memory.len(), "{bytes} bytes of an allocation of {}", self.memory.len());
+        let stream = self.memory.stream().clone();
+        scratch_on(&stream, &mut self.memory, bytes)
+    }
+}
+
 /// The first `bytes` bytes of an allocation as scratch for a call on this device.
 ///
 /// # Panics
 /// If the allocation is smaller.
-pub fn scratch_of<'a>(device: &CudaDevice, memory: &'a mut CudaSlice<u8>, bytes: usize) -> Scratch<'a> {
+pub(crate) fn scratch_of<'a>(
+    device: &CudaDevice,
+    memory: &'a mut CudaSlice<u8>,
+    bytes: usize,
+) -> Scratch<'a> {
     assert!(bytes <= memory.len(), "{bytes} bytes of an allocation of {}", memory.len());
     scratch_on(device.stream(), memory, bytes)
 }
@@ -72,7 +112,7 @@ impl DeviceTensor {
     pub fn filled(device: &CudaDevice, desc: TensorDesc, byte: u8) -> Result<Self, DriverError> {
         let (bytes, origin) = placement(&desc);
         let memory = device.stream().clone_htod(&vec![byte; bytes.max(1)])?;
-        Ok(Self { device: device.clone(), memory, desc, origin })
+        Ok(Self { device: device.clone(), _registered: Registered::new(&memory), memory, desc, origin })
     }
 
     /// A copy of a tensor in host memory, with its strides and what lies between its elements.
@@ -89,7 +129,7 @@ impl DeviceTensor {
         }
         let memory = device.stream().clone_htod(data)?;
         let (_, origin) = placement(&desc);
-        Ok(Self { device: device.clone(), memory, desc, origin })
+        Ok(Self { device: device.clone(), _registered: Registered::new(&memory), memory, desc, origin })
     }
 
     /// Shape, dtype and strides.

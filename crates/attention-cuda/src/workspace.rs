@@ -9,6 +9,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
 use crate::CudaDevice;
 use crate::device::device_of;
 use crate::failure;
+use crate::owned::Registered;
 use crate::tensor::scratch_on;
 
 /// Memory that no call is using.
@@ -18,6 +19,8 @@ type Free = Arc<Mutex<Vec<Workspace>>>;
 #[derive(Debug)]
 struct Workspace {
     stream: Arc<CudaStream>,
+    /// Dropped before the memory.
+    _registered: Registered,
     memory: CudaSlice<u8>,
     /// Whether a call that used it was captured: the graph uses it as often as it is launched.
     captured: bool,
@@ -78,7 +81,7 @@ impl Workspaces {
                 free.retain(|free| free.captured || !Arc::ptr_eq(&free.stream, stream));
                 // SAFETY: workspaces hold nothing that is read before it is written: the libraries' contract.
                 let memory = unsafe { stream.alloc::<u8>(bytes) }?;
-                Workspace { stream: stream.clone(), memory, captured }
+                Workspace { stream: stream.clone(), _registered: Registered::new(&memory), memory, captured }
             }
         };
         workspace.captured |= captured;

@@ -6,8 +6,8 @@ use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, ForwardCall,
     ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, Role, TensorDesc, View,
 };
-use attention_cuda::cudarc::driver::{CudaSlice, sys::CUevent_flags};
-use attention_cuda::{CudaDevice, DeviceTensor, scratch_of};
+use attention_cuda::cudarc::driver::sys::CUevent_flags;
+use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
 
 use super::{Case, Terms, Times};
 
@@ -105,7 +105,7 @@ impl Data {
 pub(super) struct Call<'a> {
     data: &'a mut Data,
     backend: &'a dyn AttentionBackend,
-    scratch: CudaSlice<u8>,
+    scratch: DeviceScratch,
     scratch_bytes: usize,
 }
 
@@ -116,8 +116,7 @@ impl<'a> Call<'a> {
         let needed = [&data.problem, &with_lse].map(|problem| backend.scratch_bytes(problem));
         let scratch_bytes =
             needed.into_iter().try_fold(0, |most, bytes| bytes.map(|bytes| most.max(bytes)))?;
-        // SAFETY: scratch holds nothing that is read before it is written.
-        let scratch = unsafe { data.device.stream().alloc::<u8>(scratch_bytes.max(1)) }?;
+        let scratch = DeviceScratch::new(&data.device, scratch_bytes)?;
         let mut call = Self { data, backend, scratch, scratch_bytes };
         if call.data.gradients.is_some() {
             call.forward(&with_lse)?;
@@ -130,7 +129,7 @@ impl<'a> Call<'a> {
         let lse = problem.has(Role::Lse).then(|| data.lse.view_mut()).transpose()?;
         let outputs = ForwardOutputs { out: data.out.view_mut()?, lse };
         let inputs = inputs(&data.inputs, &data.mask, &data.bias)?;
-        let scratch = scratch_of(&data.device, &mut self.scratch, self.scratch_bytes);
+        let scratch = self.scratch.scratch(self.scratch_bytes);
         Ok(self.backend.forward(ForwardCall::new(problem, inputs, outputs)?, scratch)?)
     }
 
@@ -155,7 +154,7 @@ impl<'a> Call<'a> {
         };
         let inputs = inputs(&data.inputs, &data.mask, &data.bias)?;
         let call = BackwardCall::new(&data.problem, inputs, saved, outputs)?;
-        let scratch = scratch_of(&data.device, &mut self.scratch, self.scratch_bytes);
+        let scratch = self.scratch.scratch(self.scratch_bytes);
         Ok(self.backend.backward(call, scratch)?)
     }
 
