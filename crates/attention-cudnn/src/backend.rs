@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, Device, Error, ForwardCall, LentScratch, Problem, Role,
-    Scratch, Unavailable, Unsupported,
+    AttentionBackend, BackwardCall, Capabilities, DType, Device, Error, ForwardCall, LentScratch, Pass,
+    Problem, Role, Scratch, Unavailable, Unsupported, Variants,
 };
 use attention_cuda::{CudaDevice, failure};
 
 use crate::call::{Failure, Memory, Prepared, Run, read, written};
 use crate::contain::Containment;
+use crate::far::FarRows;
 use crate::key::{self, CLEANED, Key, Stats};
 use crate::layout::Layout;
 use crate::lists::Lists;
@@ -37,6 +38,7 @@ pub struct CudnnBackend {
     /// What is assumed where there is no device.
     target: Target,
     capabilities: OnceLock<Capabilities>,
+    variants: Variants,
     prepared: Mutex<HashMap<Problem, Arc<Prepared>>>,
 }
 
@@ -59,6 +61,7 @@ impl CudnnBackend {
             runtime: OnceLock::new(),
             target: Target::default(),
             capabilities: OnceLock::new(),
+            variants: Variants::new(variants()),
             prepared: Mutex::default(),
         }
     }
@@ -107,6 +110,8 @@ impl CudnnBackend {
             keys: some(key.clean_keys, key::key_intervals)?,
             positions: some(key.makes_bias(), key::positions)?,
             containment: Containment::of(runtime, problem, &key, &self.config)?,
+            far: FarRows::of(runtime, problem, &key, &self.config)?,
+            runs: self.variants.counter(&variant(&key, problem)),
             key,
             lists: Lists::default(),
         });
@@ -165,6 +170,10 @@ impl AttentionBackend for CudnnBackend {
         self.runtime().map(|_| ())
     }
 
+    fn variants(&self) -> Option<&Variants> {
+        Some(&self.variants)
+    }
+
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
         self.layout(problem).map(|_| ())
     }
@@ -201,6 +210,7 @@ impl AttentionBackend for CudnnBackend {
             }
             run.contain()?;
         }
+        prepared.runs.count();
         Ok(())
     }
 
@@ -223,13 +233,54 @@ impl AttentionBackend for CudnnBackend {
             run.bring()?;
             run.execute()?;
             if problem.has(Role::DSinks) {
-                let (sinks, delta) = (run.at(Slot::Sinks), run.at(Slot::Delta));
-                run.kernels.sink_gradient(memory.dsinks, sinks, delta, memory.lse)?;
+                let (sinks, delta, states) = (run.at(Slot::Sinks), run.at(Slot::Delta), run.at(Slot::States));
+                run.kernels.sink_gradient(memory.dsinks, sinks, delta, memory.lse, states)?;
             }
             run.contain()?;
         }
+        prepared.runs.count();
         Ok(())
     }
+}
+
+/// What a plan is called among the variants: by the pass, what is added to logits and by whom, and how keys are masked, which are what
+/// cuDNN has other kernels for, and this backend other kernels beside them.
+fn variant(key: &Key, problem: &Problem) -> String {
+    let added = match key.bias {
+        None if key.slopes => ADDED[3],
+        None => ADDED[0],
+        Some(bias) if bias.made => ADDED[2],
+        Some(_) => ADDED[1],
+    };
+    let seen = match (key.lengths, key.right.is_some() || key.left) {
+        (false, false) => SEEN[0],
+        (true, false) => SEEN[1],
+        (false, true) => SEEN[2],
+        (true, true) => SEEN[3],
+    };
+    format!("{} {}, {added}, {seen}", problem.pass(), problem.dtype())
+}
+
+/// What may be added to logits. A bias is used as it lies only where it is promised to be finite, which is off by default.
+const ADDED: [&str; 4] = ["nothing added", "a bias as it lies", "a bias that is made", "ALiBi"];
+
+/// Which keys rows may see.
+const SEEN: [&str; 4] = ["all keys", "lengths", "a diagonal", "lengths and a diagonal"];
+
+/// Every variant but those of a bias as it lies.
+fn variants() -> impl Iterator<Item = String> {
+    let passes = [Pass::Forward, Pass::Backward].into_iter();
+    passes.flat_map(|pass| {
+        [DType::F16, DType::Bf16].into_iter().flat_map(move |dtype| {
+            [ADDED[0], ADDED[2], ADDED[3]].into_iter().flat_map(move |added| {
+                let seen = SEEN.into_iter();
+                // ALiBi is in the graph only where every key is behind its row.
+                let served =
+                    seen.filter(move |&seen| added != ADDED[3] || seen == SEEN[2] || seen == SEEN[3]);
+                served.map(move |seen| format!("{pass} {dtype}, {added}, {seen}"))
+            })
+        })
+    })
 }
 
 impl CudnnBackend {
@@ -244,7 +295,7 @@ impl CudnnBackend {
                 limit: self.device().to_string(),
             });
         }
-        Layout::of(problem, &Key::of(problem, self.target(), &self.config)).ok_or_else(|| {
+        Layout::of(problem, &Key::of(problem, self.target(), &self.config), &self.config).ok_or_else(|| {
             Unsupported::Limit {
                 backend: NAME.to_owned(),
                 what: "scratch".to_owned(),

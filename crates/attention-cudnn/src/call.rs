@@ -3,12 +3,15 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use attention_core::{Device, Error, Inputs, Pass, Problem, Role, Scratch, Unsupported, View, ViewMut};
+use attention_core::{
+    Device, Error, Inputs, Pass, Problem, Role, Scratch, Unsupported, VariantCounter, View, ViewMut,
+};
 use attention_cuda::cudarc::driver::DriverError;
-use attention_cuda::failure;
+use attention_cuda::{check_stream, failure};
 
 use crate::backend::NAME;
-use crate::contain::Containment;
+use crate::contain::{Containment, Large};
+use crate::far::FarRows;
 use crate::key::Key;
 use crate::launch::{Kernels, Seen, Terms};
 use crate::layout::Layout;
@@ -34,6 +37,8 @@ pub(crate) struct Prepared {
     pub(crate) positions: Option<Array>,
     pub(crate) lists: Lists,
     pub(crate) containment: Option<Containment>,
+    pub(crate) far: Option<FarRows>,
+    pub(crate) runs: VariantCounter,
 }
 
 /// What cuDNN or the driver said.
@@ -170,6 +175,11 @@ impl<'a> Run<'a> {
             scratch,
             lengths,
         };
+        let stream = runtime.device.stream();
+        check_stream(NAME, stream, "the scratch", run.scratch)?;
+        for role in Role::ALL {
+            check_stream(NAME, stream, role, memory.at(role))?;
+        }
         // cuDNN, and the kernel that copies operands, read 16 bytes at a time; cuDNN does not say so where it may not.
         let direct = prepared.plan.slots().filter(|&slot| run.scratch_at(slot).is_none());
         for role in direct.filter_map(Slot::role).chain(prepared.cleaned.iter().copied()) {
@@ -220,7 +230,11 @@ impl<'a> Run<'a> {
                 self.kernels.make_bias(made, Terms { mask, bias, slopes }, self.at(Slot::Bias))?;
             }
             if problem.pass() == Pass::Backward {
-                self.kernels.prepare_backward(self.memory.lse, self.at(Slot::Stats))?;
+                let states = self.scratch_at(Slot::States);
+                self.kernels.prepare_backward(self.memory.lse, self.at(Slot::Stats), states)?;
+                if let (Some(far), Some(states)) = (&self.prepared.far, states) {
+                    far.run(self.runtime, problem, &self.memory, states)?;
+                }
             }
             let stats = if key.clean_rows { self.at(Slot::Stats) } else { 0 };
             for &role in &self.prepared.cleaned {
@@ -269,7 +283,13 @@ impl<'a> Run<'a> {
     /// As for [`Run::bring`].
     pub(crate) unsafe fn contain(&self) -> Result<(), Error> {
         let Some(containment) = &self.prepared.containment else { return Ok(()) };
-        // SAFETY: the call's tensors, by the caller's word.
-        unsafe { containment.run(self.runtime, &self.memory) }
+        let problem = self.kernels.problem;
+        let large = match (problem.pass(), self.scratch_at(Slot::States)) {
+            (Pass::Backward, Some(states)) => Large::States(states),
+            (Pass::Forward, _) if problem.has(Role::Bias) => Large::Stats(self.at(Slot::Stats)),
+            _ => Large::Unknown,
+        };
+        // SAFETY: the call's tensors, by the caller's word; what cuDNN or a kernel left in the scratch, by its layout.
+        unsafe { containment.run(self.runtime, problem, &self.memory, large) }
     }
 }

@@ -9,6 +9,7 @@ use attention_cuda::parameters::{ProblemParameters, dtype_code};
 use crate::CudnnConfig;
 use crate::backend::NAME;
 use crate::call::Memory;
+use crate::far;
 use crate::key::{Drops, Key, seen_rows};
 use crate::runtime::Runtime;
 
@@ -33,11 +34,15 @@ pub(crate) struct Containment {
 /// Whether a row may see some of the keys that cuDNN computes beside it and not others, so that those which it must not see can
 /// reach it. What all rows of a batch row must not see is zero before ([`Key::cleans`]). What cuDNN's own dropout kept is
 /// not known outside of it, so rows of such a call cannot be computed again.
-fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
+///
+/// Finite operands leave it to a bias alone, which may make logits so large that cuDNN's exponents have no digits left, in forward, or
+/// the logsumexp none, in backward.
+pub(crate) fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
     let structured = problem.causal() || !problem.window().is_unbounded();
     let parts_rows = structured && problem.dims().query_length > 1;
     let own = matches!(key.dropout, Some(Drops::Own { .. }));
-    (parts_rows || problem.has(Role::Mask) || problem.has(Role::Bias)) && !own && !config.finite_operands
+    let of_operands = (parts_rows || problem.has(Role::Mask)) && !config.finite_operands;
+    (of_operands || problem.has(Role::Bias)) && !own
 }
 
 /// The source and the entry point of a problem's kernel.
@@ -78,8 +83,13 @@ fn rows_of_group(problem: &Problem) -> usize {
     (TILED / heads).max(1)
 }
 
-/// The macros that they are compiled with.
-fn defines(problem: &Problem, rows_of_group: usize) -> [String; 14] {
+/// The macros of a kernel of these tiles, so many warps and rows to a group. The first is what it is launched with, too.
+pub(crate) fn defines(
+    problem: &Problem,
+    [rows, keys]: [usize; 2],
+    warps: u32,
+    rows_of_group: usize,
+) -> [String; 14] {
     let dims = problem.dims();
     let padded = |width: usize| width.next_multiple_of(32);
     [
@@ -90,15 +100,26 @@ fn defines(problem: &Problem, rows_of_group: usize) -> [String; 14] {
         "FEATURES=63".to_owned(),
         "BIAS_DTYPE=4".to_owned(),
         "TERM_STRIDE=-1".to_owned(),
-        format!("ROWS={GROUPS}"),
-        "KEYS=32".to_owned(),
-        format!("WARPS={WARPS}"),
+        format!("ROWS={rows}"),
+        format!("KEYS={keys}"),
+        format!("WARPS={warps}"),
         "STAGES=1".to_owned(),
         "WANTED=0".to_owned(),
         "WARPGROUPS=0".to_owned(),
-        format!("BLOCK={THREADS}"),
+        format!("BLOCK={}", 32 * warps),
         format!("GROUP={rows_of_group}"),
     ]
+}
+
+/// What says which rows have large logits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Large {
+    /// Nothing does: there is no bias.
+    Unknown,
+    /// The address of cuDNN's own logsumexp, `[B, N, T]`, of a forward pass.
+    Stats(u64),
+    /// The address of what [`FarRows`](crate::far::FarRows) left.
+    States(u64),
 }
 
 impl Containment {
@@ -113,7 +134,7 @@ impl Containment {
             return Ok(None);
         }
         let group = rows_of_group(problem);
-        let defines = defines(problem, group);
+        let defines = defines(problem, [GROUPS, 32], WARPS, group);
         let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
         let blocks = blocks(problem, group);
         if blocks == 0 {
@@ -131,11 +152,22 @@ impl Containment {
     /// Puts it on the stream, behind what wrote the results.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem.
-    pub(crate) unsafe fn run(&self, runtime: &Runtime, memory: &Memory) -> Result<(), Error> {
+    /// The addresses are those of a checked call of the problem, and `large` is of its scratch.
+    pub(crate) unsafe fn run(
+        &self,
+        runtime: &Runtime,
+        problem: &Problem,
+        memory: &Memory,
+        large: Large,
+    ) -> Result<(), Error> {
         let mut parameters = self.parameters.of_call();
         for role in Role::ALL {
             parameters.set(role, memory.at(role));
+        }
+        match large {
+            Large::Unknown => {}
+            Large::Stats(stats) => parameters.first = stats,
+            Large::States(start) => far::set(&mut parameters, problem, start),
         }
         let config =
             LaunchConfig { grid_dim: (self.blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
@@ -215,6 +247,9 @@ mod tests {
         assert!(needs(16, |problem| problem.window(attention_core::Window { left: Some(3), right: None })));
         assert!(needs(1, |problem| problem.mask(TensorDesc::contiguous(DType::Bool, [2, 4, 1, 32]))));
         assert!(!needs(16, |problem| problem.causal(true).dropout(Dropout::new(0.5, 1))));
-        assert!(!needs_with(CudnnConfig::default().finite_operands(true), 16, |problem| problem.causal(true)));
+        let finite = || CudnnConfig::default().finite_operands(true);
+        assert!(!needs_with(finite(), 16, |problem| problem.causal(true)));
+        let of_bias: Build = |problem| problem.bias(TensorDesc::contiguous(DType::F32, [1, 1, 1, 32]));
+        assert!(needs_with(finite(), 16, of_bias));
     }
 }

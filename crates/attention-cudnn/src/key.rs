@@ -3,7 +3,7 @@
 use attention_core::{DType, Dimensions, Pass, Problem, QueryOffset, Role, TensorDesc};
 
 use crate::graph::{Shape, Type, packed};
-use crate::{CudnnConfig, Target};
+use crate::{CudnnConfig, Target, support};
 
 /// How the rows' positions are moved against the keys'.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -185,6 +185,8 @@ impl Key {
             _ if problem.pass() == Pass::Backward || has_empty_rows(problem) => Stats::Packed,
             // A mask or a bias may leave a row nothing.
             _ if made => Stats::Packed,
+            // It says which rows are computed once more.
+            _ if problem.has(Role::Bias) => Stats::Packed,
             None => Stats::Unwanted,
             Some(desc) => {
                 let [b, t, n] = std::array::from_fn(|axis| desc.strides()[axis] as i64);
@@ -209,9 +211,7 @@ impl Key {
             element: problem.dtype(),
             dims,
             strides: TENSORS.iter().map(|&role| strides_of(role)).collect(),
-            // Up to 9.15.0, backward without lengths is wrong where keys are no multiple of a tile
-            // (github.com/NVIDIA/cudnn-frontend/issues/160). Elsewhere lengths that say nothing cost up to 8 %.
-            lengths: lengths || (problem.pass() == Pass::Backward && target.version <= [9, 15, 0]),
+            lengths: lengths || support::wants_lengths(target, problem),
             diagonal,
             right: right.map(|right| right == 0),
             left: left.is_some(),

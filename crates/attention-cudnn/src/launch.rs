@@ -7,6 +7,7 @@ use attention_cuda::cudarc::driver::{CudaFunction, DriverError, LaunchConfig, Pu
 use attention_cuda::{KernelError, failure};
 
 use crate::backend::NAME;
+use crate::far;
 use crate::graph::Type;
 use crate::key::{Bias, right_bound};
 use crate::runtime::Runtime;
@@ -241,13 +242,19 @@ impl Kernels<'_> {
     /// Before a backward pass: the logsumexp to scratch, +inf where a row sees nothing, so that its probabilities are 0.
     ///
     /// # Safety
-    /// `lse` is the problem's; `stats` has room for `[B, N, T]` numbers.
-    pub(crate) unsafe fn prepare_backward(&self, lse: u64, stats: u64) -> Result<(), Error> {
+    /// `lse` is the problem's; `stats` has room for `[B, N, T]` numbers, and `states`, if they are there, for those of far rows.
+    pub(crate) unsafe fn prepare_backward(
+        &self,
+        lse: u64,
+        stats: u64,
+        states: Option<u64>,
+    ) -> Result<(), Error> {
         let function = self.function("attention_rows.cu", "attention_prepare_backward")?;
         let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
         let [b, t, n] = self.row_axes();
         let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&stats);
+        let far_heads = states.map_or(0, |start| far::places(self.problem, start)[2]);
+        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&stats).arg(&far_heads);
         launch.arg(&self.rows).arg(&self.seen.rows).arg(&self.seen_heads);
         launch.arg(&b).arg(&t).arg(&n);
         // SAFETY: the arguments are those of the kernel; it writes the scratch and nothing else.
@@ -387,13 +394,14 @@ impl Kernels<'_> {
     /// The gradient of the sinks, from the row terms that cuDNN left.
     ///
     /// # Safety
-    /// `to` and `lse` are the problem's, `sinks` holds `[N]` and `delta` `[B, N, T]` numbers.
+    /// `to` and `lse` are the problem's, `sinks` holds `[N]` and `delta` `[B, N, T]` numbers, and `states` those of far rows.
     pub(crate) unsafe fn sink_gradient(
         &self,
         to: u64,
         sinks: u64,
         delta: u64,
         lse: u64,
+        states: u64,
     ) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(Role::DSinks) else { return Ok(()) };
         let function = self.function("attention_terms.cu", "attention_sink_gradient")?;
@@ -402,7 +410,9 @@ impl Kernels<'_> {
         let (to_element, [to_stride]) = (element(desc.dtype()), strides(Some(desc)));
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&to).arg(&to_element).arg(&to_stride).arg(&sinks).arg(&delta);
-        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&self.query_lengths).arg(&b).arg(&n).arg(&t);
+        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&self.query_lengths);
+        let ([offsets, scores, _], far_from) = (far::places(self.problem, states), far::FAR);
+        launch.arg(&scores).arg(&offsets).arg(&far_from).arg(&b).arg(&n).arg(&t);
         let config = blocks([n.unsigned_abs(), 1], [SUMMING_THREADS, 1]);
         // SAFETY: the arguments are those of the kernel; it writes a number for each head and nothing else.
         Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)

@@ -2,6 +2,8 @@
 
 use attention_core::{DType, Pass, Problem, Role, TensorDesc};
 
+use crate::CudnnConfig;
+use crate::far;
 use crate::graph::Type;
 use crate::key::{CLEANED, Key, Stats};
 use crate::plan::Slot;
@@ -20,7 +22,7 @@ pub(crate) fn is_plain(desc: &TensorDesc) -> bool {
 
 impl Layout {
     /// `None` on overflow.
-    pub(crate) fn of(problem: &Problem, key: &Key) -> Option<Self> {
+    pub(crate) fn of(problem: &Problem, key: &Key, config: &CudnnConfig) -> Option<Self> {
         let dims = problem.dims();
         let mut layout = Self::default();
         let size = problem.dtype().size();
@@ -63,6 +65,9 @@ impl Layout {
             if let Some(desc) = problem.tensor(role).filter(|desc| !is_plain(desc)) {
                 layout.take(slot, &desc.shape(), 4)?;
             }
+        }
+        if far::is_needed(problem, key, config) {
+            layout.take(Slot::States, &[far::numbers(problem)?], 4)?;
         }
         if key.writes_kept() {
             layout.take(Slot::Kept, &[row_count, dims.key_length.checked_next_multiple_of(8)?], size)?;

@@ -5,6 +5,7 @@ mod call;
 mod config;
 mod contain;
 mod descriptor;
+mod far;
 mod graph;
 mod key;
 mod launch;

@@ -32,6 +32,8 @@ pub(crate) enum Slot {
     /// Which rows see a key and which keys are seen, where a mask or a bias decides.
     SeenRows,
     SeenKeys,
+    /// What [`FarRows`](crate::far::FarRows) leaves.
+    States,
     /// Slopes of ALiBi, in f32.
     Slopes,
     /// Sinks, in f32.

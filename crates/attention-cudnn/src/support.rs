@@ -1,8 +1,8 @@
 //! What cuDNN serves, as data: by version and compute capability, with the reason for each limit.
 
 use attention_core::{
-    Capabilities, DType, DeviceKind, Feature, FeatureSet, NumericsClass, Pass, PassCapabilities, Problem,
-    Role, ScratchGrowth, Unsupported,
+    Capabilities, DType, DeviceKind, Feature, FeatureSet, LongSums, NumericsClass, Pass, PassCapabilities,
+    Problem, Role, ScratchGrowth, Unsupported,
 };
 
 use crate::CudnnConfig;
@@ -40,27 +40,110 @@ impl std::fmt::Display for Target {
     }
 }
 
-/// Versions in which something is wrong.
-struct Known {
+/// Versions in which something is wrong, with who found it.
+#[derive(Debug)]
+pub(crate) struct Known {
     /// From this version on, and before the other.
-    versions: ([u32; 3], [u32; 3]),
+    pub(crate) versions: ([u32; 3], [u32; 3]),
+    /// The major compute capability that it is of; any where there is none.
+    capability: Option<u32>,
     applies: fn(&Problem) -> bool,
     what: &'static str,
     limit: &'static str,
+    /// Where it is reported.
+    pub(crate) source: &'static str,
+    remedy: Remedy,
 }
 
-/// What is refused in some versions.
-const KNOWN: &[Known] = &[Known {
-    versions: ([9, 14, 0], [9, 14, 1]),
-    applies: |problem| {
-        let window = problem.window();
-        let windowed = window.left.is_some() || window.right.is_some();
-        windowed && !problem.causal() && problem.dims().key_length > 1024
+/// What is done about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Remedy {
+    /// The problem is refused.
+    Refusal,
+    /// The plan is given lengths, though they say nothing: that takes another path in cuDNN.
+    Lengths,
+}
+
+/// Every version that there is.
+const ANY: ([u32; 3], [u32; 3]) = ([0, 0, 0], [u32::MAX, 0, 0]);
+
+/// What is known to be wrong in some versions and is not met by the rules for all of them below. Of what else is reported, packed
+/// sequences, fp8 and cuDNN's deterministic mode are not used here; one query row in backward is refused in every version
+/// (github.com/NVIDIA/cudnn-frontend/issues/1072); and rows without a key are written by kernels of this library
+/// (github.com/NVIDIA/cudnn-frontend/issues/943).
+pub(crate) const KNOWN: &[Known] = &[
+    Known {
+        versions: ([9, 14, 0], [9, 14, 1]),
+        capability: None,
+        applies: |problem| {
+            let window = problem.window();
+            let windowed = window.left.is_some() || window.right.is_some();
+            windowed && !problem.causal() && problem.dims().key_length > 1024
+        },
+        what: "a window without causal masking over more than 1024 keys",
+        limit: "in cuDNN other than 9.14.0, which computes it wrongly",
+        source: "https://docs.nvidia.com/deeplearning/cudnn/backend/latest/release-notes.html",
+        remedy: Remedy::Refusal,
     },
-    what: "a window without causal masking over more than 1024 keys",
-    // cuDNN release notes 9.14.1.
-    limit: "in cuDNN other than 9.14.0, which computes it wrongly",
-}];
+    Known {
+        versions: ([9, 19, 0], [9, 21, 0]),
+        capability: Some(10),
+        applies: |problem| {
+            problem.pass() == Pass::Forward
+                && problem.dims().query_length == 1
+                && problem.dims().key_heads < 8
+        },
+        what: "one query row over fewer than 8 key/value heads on compute capability 10",
+        limit: "in cuDNN other than 9.19 and 9.20, which corrupt it",
+        source: "https://github.com/pytorch/pytorch/issues/193893",
+        remedy: Remedy::Refusal,
+    },
+    Known {
+        versions: ([9, 10, 0], [9, 10, 2]),
+        capability: None,
+        applies: |_| true,
+        what: "a version",
+        limit: "of cuDNN other than 9.10.0 and 9.10.1, which compute NaN of a bias in f32 among others",
+        source: "https://github.com/jax-ml/jax/issues/32242",
+        remedy: Remedy::Refusal,
+    },
+    // Wrong only up to 9.15.0: elsewhere lengths that say nothing cost up to 8 %.
+    Known {
+        versions: ([0, 0, 0], [9, 15, 1]),
+        capability: None,
+        applies: |problem| problem.pass() == Pass::Backward,
+        what: "a backward pass",
+        limit: "with lengths, without which keys that are no multiple of a tile give NaN",
+        source: "https://github.com/NVIDIA/cudnn-frontend/issues/160",
+        remedy: Remedy::Lengths,
+    },
+    // The gradient of queries is NaN where a row's logsumexp is below -88.7. Fixed on a branch after 9.26, and still seen since.
+    Known {
+        versions: ANY,
+        capability: Some(9),
+        applies: |problem| {
+            let adds = problem.has(Role::Bias) || problem.has(Role::Mask);
+            problem.pass() == Pass::Backward && adds && problem.dims().key_length % 128 == 64
+        },
+        what: "a bias or mask in backward over 64 keys more than a multiple of 128",
+        limit: "with lengths, without which rows with a logsumexp below -88 give NaN",
+        source: "https://github.com/pytorch/pytorch/issues/196678",
+        remedy: Remedy::Lengths,
+    },
+];
+
+impl Known {
+    fn is_met(&self, target: Target, problem: &Problem) -> bool {
+        let (from, until) = self.versions;
+        let here = self.capability.is_none_or(|capability| capability == target.capability.0);
+        here && (from..until).contains(&target.version) && (self.applies)(problem)
+    }
+}
+
+/// Whether a plan is given lengths that say nothing, against what is known to be wrong without.
+pub(crate) fn wants_lengths(target: Target, problem: &Problem) -> bool {
+    KNOWN.iter().any(|known| known.remedy == Remedy::Lengths && known.is_met(target, problem))
+}
 
 /// The features of both passes. Not softcap: the fused engines take an approximate hyperbolic tangent (seen on H100 with
 /// 9.19: a logsumexp of 8.853016 became 8.852971), which is outside the numerics class.
@@ -88,6 +171,15 @@ fn features() -> FeatureSet {
     .collect()
 }
 
+/// Measured with cuDNN 9.19 on an H200, with values of one sign, 256 rows.
+const LONG_SUMS: &[LongSums] = &[
+    LongSums::new(DType::F16, 4096, -2e-5),
+    LongSums::new(DType::F16, 65_536, -4e-4),
+    LongSums::new(DType::F16, 1 << 20, -6.4e-3),
+    LongSums::new(DType::Bf16, 65_536, -7e-4),
+    LongSums::new(DType::Bf16, 1 << 20, -7e-3),
+];
+
 /// What the backend can do on a target.
 pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities {
     let (forward, backward) = match target.capability.0 {
@@ -104,6 +196,7 @@ pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities
     };
     Capabilities::new(DeviceKind::Cuda, numerics, pass(features(), forward), ScratchGrowth::Linear)
         .with_backward(pass(in_backward, backward))
+        .with_long_sums(LONG_SUMS)
 }
 
 fn limit(what: impl Into<String>, value: impl ToString, limit: impl Into<String>) -> Unsupported {
@@ -211,9 +304,8 @@ pub(crate) fn check(
         }
     }
     for known in KNOWN {
-        let (from, until) = known.versions;
-        if (from..until).contains(&target.version) && (known.applies)(problem) {
-            return Err(limit(known.what, target, known.limit));
+        if known.remedy == Remedy::Refusal && known.is_met(target, problem) {
+            return Err(limit(known.what, target, format!("{} ({})", known.limit, known.source)));
         }
     }
     Ok(())
@@ -242,4 +334,74 @@ fn tensor(problem: &Problem, role: Role) -> Result<(), Unsupported> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use attention_core::{Device, Gradients, TensorDesc, Window};
+
+    use super::*;
+
+    /// A problem of each row of the table, for the first version of its range, and the version behind it.
+    fn instances() -> [Problem; KNOWN.len()] {
+        let desc = |length, heads| TensorDesc::contiguous(DType::Bf16, [1, length, heads, 64]);
+        let of = |queries, keys, heads| {
+            Problem::builder(desc(queries, heads), desc(keys, heads), desc(keys, heads))
+                .device(Device::Cuda(0))
+        };
+        let window = Window { left: Some(64), right: None };
+        let bias = TensorDesc::contiguous(DType::Bf16, [1, 1, 96, 192]);
+        [
+            of(2048, 2048, 2).window(window),
+            of(1, 100, 4),
+            of(8, 8, 2),
+            of(96, 100, 2).gradients(Gradients::QKV),
+            of(96, 192, 2).bias(bias).gradients(Gradients::QKV),
+        ]
+        .map(|builder| builder.build().expect("valid"))
+    }
+
+    #[test]
+    fn every_version_that_is_known_to_be_wrong_is_met_and_its_neighbours_are_not() {
+        for (known, problem) in KNOWN.iter().zip(instances()) {
+            let capability = (known.capability.unwrap_or(9), 0);
+            let (from, until) = known.versions;
+            let at = |version| Target { version, capability };
+            let config = CudnnConfig::default();
+            let answer = |target| check(&capabilities(target, &config), target, &config, &problem);
+            assert!(known.source.starts_with("https://"), "{known:?}");
+            assert!(known.is_met(at(from), &problem) && !known.is_met(at(until), &problem), "{known:?}");
+            if known.capability.is_some() {
+                assert!(!known.is_met(Target { version: from, capability: (8, 0) }, &problem), "{known:?}");
+            }
+            match known.remedy {
+                Remedy::Refusal => {
+                    let error = answer(at(from)).expect_err("refused").to_string();
+                    assert!(error.contains(known.what) && error.contains(known.limit), "{error}");
+                    assert_eq!(answer(at(until)), Ok(()), "{known:?}");
+                }
+                Remedy::Lengths => {
+                    let last = [from, [9, 15, 0]].into_iter().max().unwrap_or(from);
+                    assert_eq!(answer(at(last)), Ok(()), "{known:?}");
+                    assert!(wants_lengths(at(last), &problem));
+                }
+            }
+        }
+        // One query row in backward is refused whatever the version.
+        let desc = TensorDesc::contiguous(DType::Bf16, [1, 1, 2, 64]);
+        let key = TensorDesc::contiguous(DType::Bf16, [1, 128, 2, 64]);
+        let one = Problem::builder(desc, key, key)
+            .device(Device::Cuda(0))
+            .gradients(Gradients::QKV)
+            .build()
+            .expect("valid");
+        let config = CudnnConfig::default();
+        for version in [[9, 19, 0], [9, 25, 1], [9, 26, 0], [9, 28, 0]] {
+            let target = Target { version, capability: (9, 0) };
+            let error = check(&capabilities(target, &config), target, &config, &one)
+                .expect_err("refused")
+                .to_string();
+            assert!(error.contains("query and key lengths in backward of at least 2"), "{error}");
+        }
+    }
 }

@@ -38,7 +38,7 @@ __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_finish_forward(
     unsigned short *out, long long out_batch, long long out_position, long long out_head,
     float *lse, long long lse_batch, long long lse_position, long long lse_head,
-    const float *stats, const int *intervals, const unsigned char *flags, long long flag_heads,
+    float *stats, const int *intervals, const unsigned char *flags, long long flag_heads,
     const float *sinks, const int *lengths,
     long long batch, long long positions, long long heads, long long width) {
     const RowOf row = row_of(batch, positions, heads);
@@ -51,6 +51,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_finish_forward(
             seen ? stats[(row.batch * heads + row.head) * positions + row.position] : nothing;
     }
     if (!seen) {
+        // Whoever looks at the rows' own numbers later is told too.
+        stats[(row.batch * heads + row.head) * positions + row.position] = minus_infinity();
         unsigned short *to = out + row.batch * out_batch + row.position * out_position + row.head * out_head;
         for (long long column = 0; column < width; ++column) to[column] = 0;
     }
@@ -58,10 +60,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_finish_forward(
 
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_prepare_backward(
     const float *lse, long long lse_batch, long long lse_position, long long lse_head,
-    float *stats, const int *intervals, const unsigned char *flags, long long flag_heads,
+    float *stats, float *far_heads, const int *intervals, const unsigned char *flags, long long flag_heads,
     long long batch, long long positions, long long heads) {
     const RowOf row = row_of(batch, positions, heads);
     if (!row.inside) return;
+    // What attention_sum_rows sets, a number for each batch row and head; null where that does not run.
+    if (far_heads != nullptr && row.position == 0) far_heads[row.batch * heads + row.head] = 0.0f;
     const float value = lse[row.batch * lse_batch + row.position * lse_position + row.head * lse_head];
     // Less infinity, every logit has probability 0.
     const bool seen = sees(intervals, flags, flag_heads, row, positions) && value != minus_infinity();

@@ -286,11 +286,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_keep_mask(
 // `d_sinks[n] = - sum over b and t of exp(sink[n] - lse) * delta`. One block a head, always the same order.
 //
 // `delta` is [B, N, T] without gaps; `lse` is the caller's. Rows behind a query length take no part;
-// `lengths` is null where there are none.
+// `lengths` is null where there are none. Of rows whose logsumexp is as large as `far`, `scores` and `offsets` have the largest logit
+// and the logarithm of the sum of what is relative to it, in base two and with the sign turned, as attention_sum_rows left them.
 extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK) attention_sink_gradient(
     void *to, int element, long long to_stride, const float *sinks, const float *delta,
     const float *lse, long long lse_batch, long long lse_position, long long lse_head,
-    const int *lengths, long long batch, long long heads, long long positions) {
+    const int *lengths, const float *scores, const float *offsets, float far,
+    long long batch, long long heads, long long positions) {
     const long long head = blockIdx.x;
     const double sink = sinks[head];
     double sum = 0.0;
@@ -299,8 +301,15 @@ extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK) attention_sink_gradi
         if (lengths != nullptr && t >= lengths[b]) continue;
         const float value = lse[b * lse_batch + t * lse_position + head * lse_head];
         // A row without a logsumexp has no sink: its own is -inf.
-        if (value == __int_as_float(0xff800000)) continue;
-        sum += exp(sink - (double)value) * (double)delta[(b * heads + head) * positions + t];
+        if (value == __int_as_float(0xff800000) || sink == -(double)__int_as_float(0x7f800000)) continue;
+        const long long row = (b * heads + head) * positions + t;
+        double exponent = sink - (double)value;
+        if (fabsf(value) >= far && fabsf(value) < __int_as_float(0x7f800000)) {
+            const double above = sink - (double)scores[row];
+            // So far above the largest logit, the sink has all there is, and the offset has lost what is left of the difference.
+            exponent = above > 2.0 * far ? 0.0 : above + (double)offsets[row] * 0.6931471805599453;
+        }
+        sum += exp(exponent > 0.0 ? 0.0 : exponent) * (double)delta[row];
     }
     __shared__ double sums[SUMMING_BLOCK];
     sums[threadIdx.x] = sum;

@@ -370,7 +370,8 @@ impl Shape {
 
     /// Shared memory of the kernel for the gradients of keys and values.
     pub(crate) fn keys_bytes(self, tiles: Tiles) -> usize {
-        let states = 2 * tiles.rows * self.dtype.accumulator().size();
+        // `STATES` of the kernel.
+        let states = (2 * tiles.rows + 4) * self.dtype.accumulator().size();
         self.both(tiles, tiles.keys)
             + tiles.stages * (self.both(tiles, tiles.rows) + states)
             + self.room(tiles, tiles.keys, tiles.rows)
@@ -381,9 +382,12 @@ impl Shape {
         self.tile(tiles, tiles.rows, self.head) + self.tile(tiles, tiles.keys, self.head)
     }
 
-    /// Shared memory of the kernels for the gradients of queries and of the bias.
+    /// Shared memory of the kernels for the gradients of queries and of the bias, with the scores of rows on
+    /// warpgroups.
     pub(crate) fn queries_bytes(self, tiles: Tiles) -> usize {
+        let scores = if tiles.warpgroups { (tiles.rows + 4) * self.dtype.accumulator().size() } else { 0 };
         self.both(tiles, tiles.rows)
+            + scores
             + tiles.stages * self.both(tiles, tiles.keys)
             + self.room(tiles, tiles.rows, tiles.keys)
     }

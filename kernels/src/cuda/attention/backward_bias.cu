@@ -2,6 +2,28 @@
 // tile of the result, which computes every tile of logits that goes into it, one after the other, and holds the sums in
 // registers: no more memory, and a fixed order.
 
+// Adds the gradients of a tile's logits, from products of queries and keys, and of d_out and values.
+template <bool IS_FAR>
+__device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int queries, long long b, long long n,
+                                     int first, const RowTerms<ROWS, KEYS> &terms,
+                                     const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
+                                     const real (&incoming)[row_slots<ROWS>()][column_slots<KEYS>()],
+                                     real (&sums)[row_slots<ROWS>()][column_slots<KEYS>()]) {
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
+        if (rows[r].t >= queries) continue;
+        const State state = PreparedState()(p, b, n, rows[r].t);
+        const real distance = distance_of(p, rows[r], first + key_at(0));
+#pragma unroll
+        for (int c = 0; c < column_slots<KEYS>(); ++c)
+            // Nothing is computed once more here, so what a bias of -inf masks must not be NaN.
+            sums[r][c] += weigh<Checked, IS_FAR, true>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c, kept >> c & 1,
+                                                       products[r][c], incoming[r][c], state)
+                              .logit;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_bias(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     element *const query_tile = reinterpret_cast<element *>(memory);
@@ -61,20 +83,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
                     for (int r = 0; r < ROW_SLOTS; ++r) rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
                     RowTerms<ROWS, KEYS> terms;
                     if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, (int)first);
-#pragma unroll
-                    for (int r = 0; r < ROW_SLOTS; ++r) {
-                        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], (int)first) : ~0u;
-                        const long long t = first_t + row_at<ROWS>(r);
-                        if (t >= batch.queries) continue;
-                        const State state = PreparedState()(p, b, n, (int)t);
-                        const real distance = distance_of(p, rows[r], (int)first + key_at(0));
-#pragma unroll
-                        for (int c = 0; c < KEY_SLOTS; ++c)
-                            // Nothing is computed once more here, so what a bias of -inf masks must not be NaN.
-                            sums[r][c] += weigh<Checked, true, true>(p, rows[r], (int)first + key_at(c), distance - key_offset(c), terms,
-                                                                     r, c, kept >> c & 1, weights[r][c], gradients[r][c], state)
-                                              .logit;
-                    }
+if (has_far_rows(p, b, n))
+                        add_gradients<true>(p, rows, batch.queries, b, n, (int)first, terms, weights, gradients, sums);
+                    else
+                        add_gradients<false>(p, rows, batch.queries, b, n, (int)first, terms, weights, gradients, sums);
                 }
             }
         }

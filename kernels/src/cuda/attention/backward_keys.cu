@@ -5,6 +5,10 @@
 // of the products that follow, without leaving registers. WANTED is 1 for the gradient of keys, 2 for that of values, 3 for both;
 // STAGES says how many tiles of queries there is room for.
 
+// Numbers that a tile of queries comes with: offset and row term of each row, whether the head has far rows, and 12 or 24 bytes that
+// keep the next ones aligned.
+constexpr int STATES = 2 * ROWS + 4;
+
 constexpr bool WANTS_KEYS = (WANTED & 1) != 0, WANTS_VALUES = (WANTED & 2) != 0;
 
 // From products of keys and queries, and of values and d_out, to probabilities after dropout and the gradients of the first
@@ -19,6 +23,8 @@ __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long 
     if (drops(p)) kept_of_keys<KEYS, ROWS>(p, (unsigned)(b * p.query_heads + n), t, first, kept);
     real distances[row_slots<KEYS>()];
     const Row first_row = row_of(p, batch, b, n, t + column_at(0), false);
+    const real *const scores = IS_FAR ? scores_of_states(p) + state_of(p, b, n, t + column_at(0)) : nullptr;
+    const int rows_left = IS_FAR ? batch.queries - t - column_at(0) : 0;
 #pragma unroll
     for (int r = 0; r < row_slots<KEYS>(); ++r) distances[r] = distance_of(p, first_row, first + key_row_at<KEYS>(r));
 #pragma unroll
@@ -26,8 +32,8 @@ __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long 
         const int column = column_at(c);
         Row row = first_row;
         if (READS_SINGLY || Check::value) row = row_of(p, batch, b, n, t + column, Check::value);
-        const bool has_score = IS_FAR && t + column < batch.queries;
-        const State own{has_score ? scores_of_states(p)[state_of(p, b, n, t + column)] : real(0), state[column], state[ROWS + column]};
+        const bool has_score = IS_FAR && column_offset(c) < rows_left;
+        const State own{has_score ? scores[column_offset(c)] : real(0), state[column], state[ROWS + column]};
 #pragma unroll
         for (int r = 0; r < row_slots<KEYS>(); ++r) {
             const Weights of =
@@ -47,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
     element *const query_tiles = value_tile + tile_size<KEYS, VALUE>();
     element *const d_out_tiles = query_tiles + STAGES * QUERY_TILE;
     real *const states = reinterpret_cast<real *>(d_out_tiles + STAGES * D_OUT_TILE);
-    real *const room = states + STAGES * 2 * ROWS;
+    real *const room = states + STAGES * STATES;
     constexpr int KEY_SLOTS = row_slots<KEYS>(), ROW_SLOTS = column_slots<ROWS>();
 
     const Place place = place_of_block(p, blockIdx.x, (unsigned)((p.key_length + KEYS - 1) / KEYS), (unsigned)p.key_heads);
@@ -76,8 +82,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
     };
     const auto stage_d_out = [&](int slot, long long n, int t) {
         stage_rows<ROWS, VALUE>(d_out_tiles + slot * D_OUT_TILE, p.d_out, b, n, t, to, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
-        real *state = states + slot * 2 * ROWS;
+        real *state = states + slot * STATES;
         const long long place = state_of(p, b, n, t);
+        if (stager() == 0) copy_number(state + 2 * ROWS, far_heads(p) + b * p.query_heads + n);
         for (int row = stager(); row < ROWS; row += STAGERS) {
             if (t + row < to) {
                 copy_number(state + row, p.first + place + row);
@@ -168,13 +175,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         if (STAGES > 1 && step + 1 < steps) stage_step(step + 1, next_n, next_t);
 #endif
         const element *query_tile = query_tiles + slot * QUERY_TILE, *d_out_tile = d_out_tiles + slot * D_OUT_TILE;
-        const real *state = states + slot * 2 * ROWS;
+        const real *state = states + slot * STATES;
         const int last_t = min(t + ROWS, to) - 1;
         // Behind the last row a bias may hold anything, and behind the last key there is none.
         const bool whole = t + ROWS <= to && first + KEYS <= end;
         const bool checked = !whole || first_key(batch, last_t) > first || end_key(batch, t) < end;
 
-        const bool is_far = has_far_rows(p, b, n);
         real weights[KEY_SLOTS][ROW_SLOTS], gradients[KEY_SLOTS][ROW_SLOTS];
         begin_products<KEYS, ROWS, HEAD, true>(weights, key_tile, query_tile);
         if constexpr (WANTS_KEYS) begin_products<KEYS, ROWS, VALUE>(gradients, value_tile, d_out_tile);
@@ -183,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         await_products<0>();
         hold(weights);
         if constexpr (WANTS_KEYS) hold(gradients);
-        if (is_far)
+        if (state[2 * ROWS] != 0)
             weigh_tile<Checked, true>(p, batch, b, n, t, first, state, terms, weights, gradients);
         else if (checked)
             weigh_tile<Checked, false>(p, batch, b, n, t, first, state, terms, weights, gradients);

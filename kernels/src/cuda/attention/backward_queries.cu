@@ -27,7 +27,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
     element *const d_out_tile = query_tile + tile_size<ROWS, HEAD>();
     element *const key_tiles = d_out_tile + tile_size<ROWS, VALUE>();
     element *const value_tiles = key_tiles + STAGES * KEY_TILE;
-    real *const room = reinterpret_cast<real *>(value_tiles + STAGES * VALUE_TILE);
+    // On warpgroups, whether the head has far rows and the score of each row are here: there are no registers to spare for them.
+    real *const far = reinterpret_cast<real *>(value_tiles + STAGES * VALUE_TILE);
+    real *const room = far + (ON_WARPGROUPS ? ROWS + 4 : 0);
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>(), OUT_SLOTS = output_slots<HEAD>();
 
     const int row_tiles = (int)((p.query_length + ROWS - 1) / ROWS);
@@ -103,8 +105,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
 
     Row rows[ROW_SLOTS];
     real offsets[ROW_SLOTS], deltas[ROW_SLOTS];
+#if ON_WARPGROUPS
+    const real *const scores = far + 4;
+    const auto has_far = [&] { return *far != 0; };
+    if (threadIdx.x == 0) *far = far_heads(p)[b * p.query_heads + n];
+    for (int row = threadIdx.x; row < ROWS; row += THREADS)
+        far[4 + row] = first_t + row < batch.queries ? scores_of_states(p)[state_of(p, b, n, first_t + row)] : real(0);
+    meet();
+#else
     const real *const scores = scores_of_states(p) + state_of(p, b, n, first_t);
-    const bool is_far = has_far_rows(p, b, n);
+    const bool is_far_head = has_far_rows(p, b, n);
+    const auto has_far = [&] { return is_far_head; };
+#endif
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
         const long long t = first_t + row_at<ROWS>(r);
@@ -148,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         await_products<0>();
         hold(weights);
         hold(gradients);
-        if (is_far)
+        if (has_far())
             weigh_tile<Checked, true>(p, rows, scores, offsets, deltas, first, terms, weights, gradients);
         else if (checked)
             weigh_tile<Checked, false>(p, rows, scores, offsets, deltas, first, terms, weights, gradients);

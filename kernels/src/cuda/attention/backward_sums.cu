@@ -1,8 +1,8 @@
 // The softmax of far rows (gradients.cuh) once more, from the products that the gradients are made of: their logsumexp is so large that
 // its rounding would be seen. One block to a tile of query rows of a head. Blocks without a far row end at once.
 //
-// It runs behind attention_prepare_gradients and puts a row's largest score, and the offset of its sum, in the place of what that left,
-// where they give the row's logsumexp but for rounding.
+// It leaves the states of far rows but for the row term: a row's largest score and the offset of its sum, where they give the logsumexp
+// that was given but for rounding, else what that says. Those of other rows, and the heads' numbers, are there before.
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -15,10 +15,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows
     const int first_t = place.tile * ROWS;
     const long long n = place.head, b = place.batch, key_head = (unsigned)place.head / (unsigned)p.group;
     const Batch batch = batch_row(p, b);
-    real *const row_scores = scores_of_states(p) + state_of(p, b, n, first_t);
     const int row_count = min(ROWS, batch.queries - first_t);
+    const auto logsumexp_of_row = [&](int row) {
+        const real *const lse = reinterpret_cast<const real *>(p.lse.data);
+        return lse[b * p.lse.stride[0] + (long long)(first_t + row) * p.lse.stride[1] + n * p.lse.stride[2]];
+    };
     bool any_far = false;
-    for (int row = threadIdx.x; row < row_count; row += BLOCK) any_far |= row_scores[row] != 0;
+    for (int row = threadIdx.x; row < row_count; row += BLOCK) any_far |= is_far(logsumexp_of_row(row));
     if (!__syncthreads_or(any_far)) return;
     if (threadIdx.x == 0) far_heads(p)[b * p.query_heads + n] = 1;
 
@@ -61,12 +64,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows
     // Whether a row is to be summed by itself: what it must not see may be NaN, and reach it by way of a bias of -inf or split products.
     int *const again = reinterpret_cast<int *>(memory);
     const auto put = [&](int row, real maximum, real total) {
-        const long long t = first_t + row, state = state_of(p, b, n, t);
-        const real logsumexp = reinterpret_cast<const real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]];
-        State own{row_scores[row], p.first[state], 0};
-        if (!state_of_sums(p, n, maximum, total, logsumexp, own)) return;
-        row_scores[row] = own.score;
-        p.first[state] = own.offset;
+        const real logsumexp = logsumexp_of_row(row);
+        State state = state_of_logsumexp(p, logsumexp, 0);
+        state_of_sums(p, n, maximum, total, logsumexp, state);
+        const long long place = state_of(p, b, n, first_t + row);
+        scores_of_states(p)[place] = state.score;
+        p.first[place] = state.offset;
     };
     if (computes) {
 #pragma unroll
@@ -74,9 +77,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows
             const int row = row_at<ROWS>(r);
             totals[r] = sum_of_row(totals[r]);
             if (!leads_row()) continue;
-            const bool is_far = row < row_count && row_scores[row] != 0;
-            again[row] = is_far && !is_finite(totals[r]);
-            if (is_far && !again[row]) put(row, maxima[r], totals[r]);
+            const bool far = row < row_count && is_far(logsumexp_of_row(row));
+            again[row] = far && !is_finite(totals[r]);
+            if (far && !again[row]) put(row, maxima[r], totals[r]);
         }
     }
     __syncthreads();

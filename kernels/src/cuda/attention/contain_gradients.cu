@@ -1,5 +1,8 @@
 // Containment of the backward pass: gradients of queries, keys and values, each of which is null where nobody wants it.
 
+// Rows that are far (gradients.cuh) are computed again too, and keys that they may see: the library takes a logsumexp for what it says.
+// That is where attention_sum_rows ran before and left its states; elsewhere `second` is null.
+
 // From the results of the forward pass, by a warp.
 struct ComputedState {
     __device__ inline State operator()(const Parameters &p, long long b, long long n, int t) const {
@@ -8,18 +11,32 @@ struct ComputedState {
         };
         const real logsumexp = of_row(p.lse);
         const real delta = dot(at(p.d_out, b, t, n), p.d_out.stride[3], at(p.out, b, t, n), p.out.stride[3], p.value_head_dim);
-        return State{logsumexp == -infinity() ? infinity() : logsumexp * UNIT, p.d_lse.data ? delta - of_row(p.d_lse) : delta};
+        State state = state_of_logsumexp(p, logsumexp, p.d_lse.data ? delta - of_row(p.d_lse) : delta);
+        if (p.second && is_far(logsumexp)) {
+            const long long place = state_of(p, b, n, t);
+            state.score = scores_of_states(p)[place];
+            state.offset = p.first[place];
+        }
+        return state;
     }
 };
+
+__device__ inline bool is_far_row(const Parameters &p, long long b, long long n, int t) {
+    return is_far(reinterpret_cast<const real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]]);
+}
+
+constexpr unsigned ALL_GROUPS = (1u << GROUPS_OF_WARP) - 1;
 
 __device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned block) {
     const Strip strip = strip_of_warp(p, block, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
     const int first = strip.first, end = strip.batch.queries;
     if (first >= end) return;
-    const unsigned spoiled = spoiled_groups<HEAD>(p.d_query, b, n, first, end, p.head_dim, p.aligned & ALIGNED_D_QUERY);
+    const bool has_far = p.second && has_far_rows(p, b, n);
+    const unsigned spoiled =
+        has_far ? ALL_GROUPS : spoiled_groups<HEAD>(p.d_query, b, n, first, end, p.head_dim, p.aligned & ALIGNED_D_QUERY);
     for_each_row(spoiled, first, end, [&](int t) {
-        if (is_finite_row(p.d_query, b, t, n, p.head_dim)) return;
+        if (is_finite_row(p.d_query, b, t, n, p.head_dim) && !(has_far && is_far_row(p, b, n, t))) return;
         real sums[HEAD / 32];
         exact_gradient_of_query(p, row_of(p, strip.batch, b, n, t), b, n, ComputedState(), sums);
         store_row<HEAD>(at(p.d_query, b, t, n), p.d_query.stride[3], p.head_dim, sums, (real)p.scale);
@@ -31,14 +48,16 @@ __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned b
     const long long b = strip.place.batch, head = strip.place.head;
     const int first = strip.first, end = strip.batch.keys;
     if (first >= end) return;
-    unsigned spoiled = 0;
-    if (p.d_key.data) spoiled |= spoiled_groups<HEAD>(p.d_key, b, head, first, end, p.head_dim, p.aligned & ALIGNED_D_KEY);
-    if (p.d_value.data)
+    bool has_far = false;
+    for (long long n = head * p.group; p.second && n < (head + 1) * p.group; ++n) has_far |= has_far_rows(p, b, n);
+    unsigned spoiled = has_far ? ALL_GROUPS : 0;
+    if (p.d_key.data && !has_far) spoiled |= spoiled_groups<HEAD>(p.d_key, b, head, first, end, p.head_dim, p.aligned & ALIGNED_D_KEY);
+    if (p.d_value.data && !has_far)
         spoiled |= spoiled_groups<VALUE>(p.d_value, b, head, first, end, p.value_head_dim, p.aligned & ALIGNED_D_VALUE);
     for_each_row(spoiled, first, end, [&](int key) {
         const bool finite = (!p.d_key.data || is_finite_row(p.d_key, b, key, head, p.head_dim)) &&
                             (!p.d_value.data || is_finite_row(p.d_value, b, key, head, p.value_head_dim));
-        if (finite) return;
+        if (finite && !has_far) return;
         real keys[HEAD / 32], values[VALUE / 32];
         exact_gradients_of_key(p, strip.batch, b, head, key, ComputedState(), keys, values);
         if (p.d_key.data) store_row<HEAD>(at(p.d_key, b, key, head), p.d_key.stride[3], p.head_dim, keys, (real)p.scale);

@@ -1,4 +1,19 @@
 // Containment of the forward pass: outputs and their logsumexp.
+//
+// Rows with a large logsumexp are computed again too: what a bias adds to their logits leaves the library's exponents no digits, and it
+// had no bias below -1e29. `first` has the library's own logsumexp, [B, N, T], -inf for a row that sees nothing; null where there
+// is no bias.
+
+// Below this, a maximum that is rounded before it is subtracted is off by 1/16 at most, which cancels.
+constexpr real LARGE = 1 << 20;
+
+// Which of a warp's rows, one to a group, have a large logsumexp.
+__device__ inline unsigned large_rows(const Parameters &p, long long b, long long n, int first, int end) {
+    static_assert(GROUPS_OF_WARP <= 32, "a lane to a row");
+    const int t = first + threadIdx.x % 32;
+    const real x = t < end ? p.first[(b * p.query_heads + n) * p.query_length + t] : real(0);
+    return __ballot_sync(~0u, fabs(x) >= LARGE && is_finite(x)) & ((1u << GROUPS_OF_WARP) - 1);
+}
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MANY) attention_contain_outputs(const Parameters p) {
     const Strip strip = strip_of_warp(p, blockIdx.x, p.query_length, p.query_heads);
@@ -6,8 +21,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MANY) attention_contain_outp
     const int first = strip.first, end = strip.batch.queries;
     if (first >= end) return;
     const unsigned spoiled = spoiled_groups<VALUE>(p.out, b, n, first, end, p.value_head_dim, p.aligned & ALIGNED_OUT);
-    for_each_row(spoiled, first, end, [&](int t) {
-        if (is_finite_row(p.out, b, t, n, p.value_head_dim)) return;
+    const unsigned large = GROUP == 1 && p.first ? large_rows(p, b, n, first, end) : 0;
+    for_each_row(spoiled | large, first, end, [&](int t) {
+        if (!(large >> (t - first) & 1) && is_finite_row(p.out, b, t, n, p.value_head_dim)) return;
         const Row row = row_of(p, strip.batch, b, n, t);
         real maximum, total;
         exact_softmax(p, row, b, n, row.low, row.high, maximum, total);

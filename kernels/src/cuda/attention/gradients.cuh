@@ -26,10 +26,10 @@ __device__ inline State state_of_logsumexp(const Parameters &p, real logsumexp, 
 }
 
 // Of a row's own maximum and sum, where they give the logsumexp that was given, but for rounding: of eight units in its last place,
-// since the forward pass may have summed products in another order. Where the keys at hand are a part of the row's, false: the given
-// one stands for the rest.
-__device__ inline bool state_of_sums(const Parameters &p, long long n, real maximum, real total, real logsumexp, State &state) {
-    if (!(total > 0) || !is_finite(total)) return false;
+// since the forward pass may have summed products in another order. Where the keys at hand are a part of the row's, the state stays as it
+// is: the given logsumexp stands for the rest.
+__device__ inline void state_of_sums(const Parameters &p, long long n, real maximum, real total, real logsumexp, State &state) {
+    if (!(total > 0) || !is_finite(total)) return;
     const precise reference = (precise)maximum * (precise)natural_factor(p);
     precise own = reference + log((precise)total), offset = -log((precise)total);
     if (p.sinks.data) {
@@ -41,11 +41,10 @@ __device__ inline bool state_of_sums(const Parameters &p, long long n, real maxi
     }
     constexpr precise EPSILON = DTYPE == DTYPE_F64 ? precise(2.220446049250313e-16) : precise(1.1920928955078125e-7);
     const precise magnitude = fmax(fabs(own), fabs((precise)logsumexp));
-    if (!(fabs(own - (precise)logsumexp) <= 8 * EPSILON * magnitude)) return false;
+    if (!(fabs(own - (precise)logsumexp) <= 8 * EPSILON * magnitude)) return;
     state.score = maximum;
     // -inf would say that the row has no probability.
     state.offset = (real)fmax(offset * (precise)UNIT, precise(-1e30));
-    return true;
 }
 
 // The scratch that attention_prepare_gradients fills, [B, N, T] each: offsets in `first`, row terms in `second` and scores behind
@@ -58,13 +57,14 @@ __device__ inline real *scores_of_states(const Parameters &p) { return p.second 
 __device__ inline real *far_heads(const Parameters &p) { return p.second + 2 * count_of_states(p); }
 __device__ inline bool has_far_rows(const Parameters &p, long long b, long long n) { return far_heads(p)[b * p.query_heads + n] != 0; }
 
-// The exponent of a probability. IS_FAR says that the row may be far.
+// The exponent of a probability. IS_FAR says that the row may be far; then it is at most 0, which in one that is not far takes away what
+// rounding the logsumexp adds to a probability of 1. NaN stays.
 template <bool IS_FAR>
 __device__ inline real exponent_in(const Parameters &p, real score, const State &state) {
     const real factor = gradient_factor(p);
     if constexpr (!IS_FAR) return fma(score, factor, state.offset);
     const real exponent = fma(difference(score, state.score), factor, state.offset);
-    return state.score != 0 && exponent > 0 ? real(0) : exponent;
+    return exponent > 0 ? real(0) : exponent;
 }
 
 struct Weights {
