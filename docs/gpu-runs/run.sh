@@ -7,6 +7,10 @@
 # XTASK is `target/release/xtask`, GPU_TESTS the executable of `cargo test --release -p attention-cudnn --test gpu --no-run`, and
 # CANDLE_TESTS that of `cargo test --release -p attention-candle --features cuda --test candle --no-run`. Each log is a file in OUT.
 # JOBS processes run at once, one for each core by default. It fails where anything failed.
+#
+# In the environment, each of which may be left out: DEVICE_TESTS, the executable of `cargo test --release -p attention-cudnn --test device
+# --no-run`, whose tests run before anything else, alone, since one of them wants 50 GB; OLD_XTASK, that of an older commit, beside which
+# the speed is measured at the end, in turns; ONLY=tests, ONLY=suite or ONLY=speed for that part alone.
 set -euo pipefail
 
 xtask=$1 out=$2 gpu_tests=${3:-} candle_tests=${4:-}
@@ -26,10 +30,20 @@ suite() { logged "suite.$1.$2.$3.$4" "$xtask" conformance --threads 1 --backend 
 hidden() { ATTENTION_CUDNN=/nonexistent logged "hidden.auto-cuda.$1.$2.$3" "$xtask" conformance --threads 1 --backend auto-cuda --dtype "$1" --pass "$2" --filter "$3"; }
 golden() { logged "golden.$1.$2" "$xtask" golden --backend "$1" --dtype "$2"; }
 sanitized() { logged "$1.$2.$3.$4.$5" compute-sanitizer --tool "$1" --error-exitcode 9 "$xtask" conformance --threads 1 --backend "$2" --dtype "$3" --pass "$4" --filter "$5"; }
+device_test() { logged "tests.device.$1" "$DEVICE_TESTS" --ignored --test-threads 1 --nocapture --exact "$1"; }
 gpu() { logged "tests.gpu" "$gpu_tests" --ignored --test-threads 1; }
 candle() { ATTENTION_CANDLE_CUDA=1 ATTENTION_CANDLE_CASES=$2 logged "candle.$1.$2" "$candle_tests" "conformance::$1" --nocapture; }
 candle_others() { ATTENTION_CANDLE_CUDA=1 logged "tests.candle" "$candle_tests" --skip conformance --test-threads 2; }
 export -f logged suite hidden golden sanitized gpu candle candle_others
+
+only=${ONLY:-all}
+if [[ -n ${DEVICE_TESTS:-} && $only != suite && $only != speed ]]; then
+    for name in tensors_of_another_stream_are_refused causal_prompts_whose_keys_are_split logits_of_every_magnitude \
+        more_batch_rows_or_heads_than_65535 offsets_beyond_2_to_the_31_elements; do
+        device_test "$name"
+        printf '%-45s %s\n' "$name" "$(grep -E '^(test result|exit status)' "$out/tests.device.$name.txt" | tr '\n' ' ')"
+    done
+fi
 
 families="layout values random position pair tile large bias mask groups small lengths head-dim value-head-dim end-to-end dropout
     results scale softcap alibi sinks"
@@ -70,6 +84,10 @@ families="layout values random position pair tile large bias mask groups small l
         echo "candle with_the_forward_pass_recomputed random/"
     fi
 } >"$out/jobs"
+case $only in
+    tests) grep -x 'gpu' "$out/jobs" >"$out/jobs.tests" || true; mv "$out/jobs.tests" "$out/jobs" ;;
+    speed) : >"$out/jobs" ;;
+esac
 xargs -a "$out/jobs" -P "${JOBS:-$(nproc)}" -I{} bash -c '{}'
 
 # Totals by what stands before the family in a log's name. Filters find cases of other families too, so that some count twice.
@@ -93,4 +111,14 @@ awk '
             printf "%-55s %6d passed, %d failed, %d skipped%s%s\n", group, passed[group], failed[group], skipped[group], said[group],
                 bad[group] == "" ? "" : "  FAILED:" bad[group]
     }' "$out"/*.txt | sort
+# Forward and backward of both, in turns on a device that does nothing else: the ratio of the medians is old time by new time.
+if [[ -n ${OLD_XTASK:-} && $only != suite && $only != tests ]]; then
+    for turn in 1 2 3; do
+        for which in old new; do
+            program=$xtask
+            if [[ $which == old ]]; then program=$OLD_XTASK; fi
+            logged "speed.$which.$turn" "$program" bench --suite gpu --repeats 1 --json "$out/speed.$which.$turn.json"
+        done
+    done
+fi
 ! grep -lE '^exit status [^0]' "$out"/*.txt >/dev/null

@@ -1,0 +1,621 @@
+//! What needs a GPU, of both backends for device memory, on problems that are too many, too large or too far out for the suite: prompts
+//! whose keys are split, logits of every magnitude, offsets beyond 2^31 elements, and tensors of another stream. Run with `--ignored`;
+//! what cuDNN is needed for says so and is left out where it is not found.
+
+use std::sync::Arc;
+
+use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_core::{
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Device, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, Scratch, TensorDesc, View, ViewMut, philox4x32_10,
+};
+use attention_cuda::cudarc::driver::{CudaSlice, DevicePtr};
+use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor, OnHost};
+use attention_cudnn::{CudnnBackend, CudnnConfig};
+use half::{bf16, f16};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// Uniform in [-2, 2). After a prime number of them they come again, which no row or head is a multiple of.
+fn numbers(seed: u32, count: usize) -> Vec<f64> {
+    const PERIOD: usize = 65_537;
+    let word = |index: usize| philox4x32_10([index as u32, 0, 0, 0], [seed, 0])[0];
+    let period: Vec<f64> =
+        (0..count.min(PERIOD)).map(|index| f64::from(word(index)) / f64::from(1u32 << 30) - 2.0).collect();
+    period.into_iter().cycle().take(count).collect()
+}
+
+/// A tensor of any dtype in host memory.
+#[derive(Clone)]
+enum Data {
+    F64(Vec<f64>),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Data {
+    fn of(dtype: DType, numbers: &[f64]) -> Self {
+        // By way of f32, which halves are rounded from correctly.
+        let narrow = || numbers.iter().map(|&x| x as f32);
+        match dtype {
+            DType::F64 => Self::F64(numbers.to_vec()),
+            DType::F32 => Self::F32(narrow().collect()),
+            DType::F16 => Self::F16(narrow().map(f16::from_f32).collect()),
+            _ => Self::Bf16(narrow().map(bf16::from_f32).collect()),
+        }
+    }
+
+    fn zeros(dtype: DType, count: usize) -> Self {
+        Self::of(dtype, &vec![0.0; count])
+    }
+
+    fn to_f64(&self) -> Vec<f64> {
+        self.part(0..self.len())
+    }
+
+    /// The elements of this range.
+    fn part(&self, range: std::ops::Range<usize>) -> Vec<f64> {
+        match self {
+            Self::F64(data) => data[range].to_vec(),
+            Self::F32(data) => data[range].iter().map(|&x| f64::from(x)).collect(),
+            Self::F16(data) => data[range].iter().map(|&x| f64::from(x.to_f32())).collect(),
+            Self::Bf16(data) => data[range].iter().map(|&x| f64::from(x.to_f32())).collect(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::F64(data) => data.len(),
+            Self::F32(data) => data.len(),
+            Self::F16(data) => data.len(),
+            Self::Bf16(data) => data.len(),
+        }
+    }
+
+    fn view(&self, shape: impl Into<attention_core::Dims>) -> Result<View<'_>> {
+        Ok(match self {
+            Self::F64(data) => View::from_slice(data, shape)?,
+            Self::F32(data) => View::from_slice(data, shape)?,
+            Self::F16(data) => View::from_slice(data, shape)?,
+            Self::Bf16(data) => View::from_slice(data, shape)?,
+        })
+    }
+
+    fn view_mut(&mut self, shape: impl Into<attention_core::Dims>) -> Result<ViewMut<'_>> {
+        Ok(match self {
+            Self::F64(data) => ViewMut::from_slice(data, shape)?,
+            Self::F32(data) => ViewMut::from_slice(data, shape)?,
+            Self::F16(data) => ViewMut::from_slice(data, shape)?,
+            Self::Bf16(data) => ViewMut::from_slice(data, shape)?,
+        })
+    }
+}
+
+/// The unit roundoff of what results are rounded to, and of logits.
+fn units(dtype: DType) -> (f64, f64) {
+    match dtype {
+        DType::F64 => (f64::EPSILON, f64::EPSILON),
+        DType::F32 => (f64::from(f32::EPSILON), f64::from(f32::EPSILON)),
+        DType::F16 => (2f64.powi(-11), f64::from(f32::EPSILON)),
+        _ => (2f64.powi(-8), f64::from(f32::EPSILON)),
+    }
+}
+
+/// Sizes of a call: batch, queries, keys, query heads, key/value heads, head dimension.
+type Sizes = [usize; 6];
+
+/// A call on host memory.
+struct Call {
+    sizes: Sizes,
+    dtype: DType,
+    causal: bool,
+    /// [1, 1, T, S], or [1, 1, 1, S].
+    bias: Option<(Data, [usize; 4])>,
+    operands: [Data; 4],
+}
+
+/// Output, logsumexp, and gradients of queries, keys and values.
+struct Results {
+    out: Vec<f64>,
+    lse: Vec<f64>,
+    gradients: Option<[Vec<f64>; 3]>,
+}
+
+impl Call {
+    fn new(dtype: DType, sizes: Sizes, causal: bool, seed: u32) -> Self {
+        let [b, t, s, n, k, h] = sizes;
+        let of = |index: u32, count: usize| Data::of(dtype, &numbers(seed + index, count));
+        let operands =
+            [of(0, b * t * n * h), of(1, b * s * k * h), of(2, b * s * k * h), of(3, b * t * n * h)];
+        Self { sizes, dtype, causal, bias: None, operands }
+    }
+
+    fn run(&self, backend: &dyn AttentionBackend, backward: bool) -> Result<Results> {
+        let [b, t, s, n, k, h] = self.sizes;
+        let (rows, keys, statistics) = ([b, t, n, h], [b, s, k, h], [b, t, n]);
+        let [query, key, value, d_out] = &self.operands;
+        let mut inputs = Inputs::new(query.view(rows)?, key.view(keys)?, value.view(keys)?);
+        inputs.bias = self.bias.as_ref().map(|(bias, shape)| bias.view(*shape)).transpose()?;
+        let problem = inputs.problem().causal(self.causal).lse(true).build()?;
+        let accumulator = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let mut out = Data::zeros(self.dtype, b * t * n * h);
+        let mut lse = Data::zeros(accumulator, b * t * n);
+        let none = || Scratch::none(Device::Cpu);
+        let outputs = ForwardOutputs { out: out.view_mut(rows)?, lse: Some(lse.view_mut(statistics)?) };
+        backend.forward(ForwardCall::new(&problem, inputs, outputs)?, none())?;
+        if !backward {
+            return Ok(Results { out: out.to_f64(), lse: lse.to_f64(), gradients: None });
+        }
+        let problem = inputs.problem().causal(self.causal).gradients(Gradients::QKV).build()?;
+        let mut dq = Data::zeros(self.dtype, b * t * n * h);
+        let [mut dk, mut dv] = [(); 2].map(|()| Data::zeros(self.dtype, b * s * k * h));
+        let saved = BackwardInputs {
+            out: out.view(rows)?,
+            lse: lse.view(statistics)?,
+            d_out: d_out.view(rows)?,
+            d_lse: None,
+        };
+        let outputs = BackwardOutputs {
+            dq: Some(dq.view_mut(rows)?),
+            dk: Some(dk.view_mut(keys)?),
+            dv: Some(dv.view_mut(keys)?),
+            ..BackwardOutputs::default()
+        };
+        backend.backward(BackwardCall::new(&problem, inputs, saved, outputs)?, none())?;
+        let gradients = Some([dq, dk, dv].map(|data| data.to_f64()));
+        Ok(Results { out: out.to_f64(), lse: lse.to_f64(), gradients })
+    }
+
+    /// The logits of a row, rounded as a backend has them; -inf for keys that it may not see.
+    fn logits(&self, [b, t, n]: [usize; 3]) -> Vec<f64> {
+        let [_, queries, keys, heads, key_heads, width] = self.sizes;
+        let at = ((b * queries + t) * heads + n) * width;
+        let q = self.operands[0].part(at..at + width);
+        let key = self.operands[1].part(b * keys * key_heads * width..(b + 1) * keys * key_heads * width);
+        let bias = self.bias.as_ref().map(|(bias, shape)| (bias.to_f64(), *shape));
+        (0..keys)
+            .map(|j| {
+                if self.causal && j > t {
+                    return f64::NEG_INFINITY;
+                }
+                let k = &key[(j * key_heads + n / (heads / key_heads)) * width..][..width];
+                let product: f64 = q.iter().zip(k).map(|(q, k)| q * k).sum();
+                let of_bias = |(bias, shape): &(Vec<f64>, [usize; 4])| {
+                    bias[if shape[2] == 1 { j } else { t * keys + j }]
+                };
+                let x = product / (width as f64).sqrt() + bias.as_ref().map_or(0.0, of_bias);
+                if self.dtype == DType::F64 { x } else { f64::from(x as f32) }
+            })
+            .collect()
+    }
+
+    /// The output of a row and its logsumexp.
+    fn row(&self, [b, t, n]: [usize; 3]) -> (Vec<f64>, f64) {
+        let [_, _, keys, heads, key_heads, width] = self.sizes;
+        let value = self.operands[2].part(b * keys * key_heads * width..(b + 1) * keys * key_heads * width);
+        let logits = self.logits([b, t, n]);
+        let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let (mut total, mut out) = (0.0, vec![0.0; width]);
+        for (j, x) in logits.into_iter().enumerate() {
+            let weight = (x - largest).exp();
+            total += weight;
+            let v = &value[(j * key_heads + n / (heads / key_heads)) * width..][..width];
+            out.iter_mut().zip(v).for_each(|(out, v)| *out += weight * v);
+        }
+        out.iter_mut().for_each(|out| *out /= total);
+        (out, largest + total.ln())
+    }
+}
+
+fn chunked(device: &CudaDevice, config: ChunkedCudaConfig) -> OnHost<ChunkedCudaBackend> {
+    OnHost::new(ChunkedCudaBackend::on(device.clone(), config), device.clone())
+}
+
+/// The backends for this device: ours as it comes and without the products that not every device has, and cuDNN's where it is.
+fn backends(device: &CudaDevice) -> Vec<(&'static str, Arc<dyn AttentionBackend>)> {
+    let plain = ChunkedCudaConfig::default().warpgroups(false).split_f32(false);
+    let mut backends: Vec<(&'static str, Arc<dyn AttentionBackend>)> = vec![
+        ("chunked-cuda", Arc::new(chunked(device, ChunkedCudaConfig::default()))),
+        ("chunked-cuda, plain", Arc::new(chunked(device, plain))),
+    ];
+    let cudnn = CudnnBackend::on(device.clone(), CudnnConfig::default());
+    match cudnn.available() {
+        Ok(()) => backends.push(("cudnn", Arc::new(OnHost::new(cudnn, device.clone())))),
+        Err(missing) => println!("left out: {missing}"),
+    }
+    backends
+}
+
+/// 108 causal prompts, 65 to 4096 queries over 511 to 5000 keys: those with few blocks have their keys split, and every combination of
+/// forward kernel and merge must start and be right.
+#[test]
+#[ignore = "needs a GPU"]
+fn causal_prompts_whose_keys_are_split() -> Result {
+    let device = CudaDevice::new("test", 0)?;
+    let backends = backends(&device);
+    let (mut calls, mut failures) = (0, Vec::new());
+    for queries in [65, 200, 512, 4096] {
+        for keys in [511, 1500, 5000] {
+            for heads in [1, 8, 32] {
+                for width in [64, 128, 256] {
+                    let call = Call::new(DType::Bf16, [1, queries, keys, heads, 1, width], true, 7);
+                    for (name, backend) in &backends {
+                        let what = format!("{name} {queries} x {keys}, {heads} heads of {width}");
+                        calls += 1;
+                        let results = match call.run(&**backend, false) {
+                            Ok(results) => results,
+                            Err(error) => {
+                                failures.push(format!("{what}: {error}"));
+                                continue;
+                            }
+                        };
+                        for (t, n) in [(0, 0), (64.min(queries - 1), heads - 1), (queries - 1, heads / 2)] {
+                            let (out, lse) = call.row([0, t, n]);
+                            let at = t * heads + n;
+                            let got = &results.out[at * width..][..width];
+                            let most = out.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                            if !(most <= 0.02 && (results.lse[at] - lse).abs() <= 1e-4) {
+                                failures.push(format!(
+                                    "{what}, row {t}: off by {most}, lse {} for {lse}",
+                                    results.lse[at]
+                                ));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    println!("{calls} calls, {} failures", failures.len());
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    Ok(())
+}
+
+/// A bias of each magnitude: on all keys, on one far above, on all but the last far below, on blocks far below. Probabilities sum to 1
+/// in both passes whatever it is.
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_of_every_magnitude() -> Result {
+    let device = CudaDevice::new("test", 0)?;
+    let (t, mut calls, mut failures) = (40, 0, Vec::new());
+    let magnitudes = (0..38).flat_map(|exponent| [1.0, 3.0, 7.0].map(|digit| digit * 10f64.powi(exponent)));
+    let magnitudes: Vec<f64> =
+        magnitudes.filter(|&size| size < f64::from(f32::MAX)).chain([f64::from(f32::MAX)]).collect();
+    for (name, backend) in backends(&device) {
+        for dtype in DType::FLOATS {
+            // The second has its keys split.
+            for s in [152, 600] {
+                let sizes = [1, t, s, 1, 1, 64];
+                let mut call = Call::new(dtype, sizes, false, 11);
+                call.operands[3] = Data::of(dtype, &vec![1.0; t * 64]);
+                for kind in ["same", "one above", "last", "blocks"] {
+                    for &size in &magnitudes {
+                        let of = |j: usize| match kind {
+                            "same" => -size,
+                            "one above" => {
+                                if j == 77 {
+                                    size
+                                } else {
+                                    0.0
+                                }
+                            }
+                            "last" => {
+                                if j == s - 1 {
+                                    0.0
+                                } else {
+                                    -size
+                                }
+                            }
+                            _ => {
+                                if j < 64 {
+                                    -size
+                                } else if j < 128 {
+                                    -0.7 * size
+                                } else {
+                                    0.0
+                                }
+                            }
+                        };
+                        let bias: Vec<f64> = (0..t * s).map(|index| of(index % s)).collect();
+                        let bias_dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+                        call.bias = Some((Data::of(bias_dtype, &bias), [1, 1, t, s]));
+                        let what = format!("{name} {dtype} {s} keys, {kind} {size:e}");
+                        let results = match call.run(&*backend, true) {
+                            Ok(results) => results,
+                            Err(error) if is_refusal(&*error) => continue,
+                            Err(error) => {
+                                failures.push(format!("{what}: {error}"));
+                                continue;
+                            }
+                        };
+                        calls += 1;
+                        if let Some(fault) = fault(&call, &results) {
+                            failures.push(format!("{what}: {fault}"));
+                        }
+                    }
+                }
+            }
+            println!("{name} {dtype}: {calls} calls so far, {} wrong", failures.len());
+        }
+    }
+    assert!(
+        calls > 0 && failures.is_empty(),
+        "{} of {calls}:\n{}",
+        failures.len(),
+        failures[..failures.len().min(60)].join("\n")
+    );
+    Ok(())
+}
+
+fn is_refusal(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(attention_core::Error::Unsupported(_)))
+}
+
+/// What is wrong with the results of a call whose d_out is 1 everywhere: rows against a softmax in f64 of logits that are rounded as the
+/// backend rounds them, as far as one rounding of a logit leaves its weight, and the sum of dv over the keys, which is the number of rows.
+fn fault(call: &Call, results: &Results) -> Option<String> {
+    let [_, t, s, _, _, width] = call.sizes;
+    let (unit, logit_unit) = units(call.dtype);
+    for row in [0, t - 1] {
+        let (out, lse) = call.row([0, row, 0]);
+        let logits = call.logits([0, row, 0]);
+        let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        // Logits that have weight, and what one more rounding of them is worth.
+        let slack = (4.0 * logit_unit * largest.abs()).exp_m1().min(1.0);
+        let got = &results.out[row * width..][..width];
+        let most = out.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        let inside = got.iter().all(|x| x.abs() <= 2.0 * (1.0 + 4.0 * unit));
+        if !(most <= 4.0 * slack + 8.0 * unit + 1e-4 * f64::from(u8::from(unit > 1e-12)) && inside) {
+            return Some(format!("row {row} is off by {most}"));
+        }
+        let got = results.lse[row];
+        if !((got - lse).abs() <= 4.0 * logit_unit * lse.abs() + 1e-5) {
+            return Some(format!("the logsumexp of row {row} is {got} for {lse}"));
+        }
+    }
+    let [dq, dk, dv] = results.gradients.as_ref()?;
+    for column in [0, width - 1] {
+        let sum: f64 = (0..s).map(|j| dv[j * width + column]).sum();
+        let off = (sum / t as f64 - 1.0).abs();
+        if !(off <= 4.0 * unit + 1e-4) {
+            return Some(format!("dv sums to {sum} for {t}"));
+        }
+    }
+    // At most twice the sum over a value's columns, times a key.
+    let most = dq.iter().chain(dk).map(|x| x.abs()).fold(0.0, f64::max);
+    let finite = dq.iter().chain(dk).chain(dv).all(|x| x.is_finite());
+    (!finite || most > 8.0 * (width * t) as f64).then(|| format!("a gradient of {most}, finite: {finite}"))
+}
+
+/// As many batch rows, and as many heads, as no grid has blocks along its second axis.
+#[test]
+#[ignore = "needs a GPU"]
+fn more_batch_rows_or_heads_than_65535() -> Result {
+    let device = CudaDevice::new("test", 0)?;
+    for (name, backend) in backends(&device) {
+        for dtype in [DType::F32, DType::Bf16] {
+            for [b, n] in [[70_000, 1], [1, 70_000]] {
+                let call = Call::new(dtype, [b, 3, 5, n, n, 32], true, 3);
+                let results = match call.run(&*backend, true) {
+                    Err(error) if name == "cudnn" && is_refusal(&*error) => continue,
+                    other => other?,
+                };
+                for (row, head) in [(0, 0), (b - 1, n - 1), (b / 2, n / 2)] {
+                    let (out, _) = call.row([row, 2, head]);
+                    let got = &results.out[((row * 3 + 2) * n + head) * 32..][..32];
+                    let most = out.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                    assert!(most <= 8.0 * units(dtype).0 + 1e-5, "{name} {dtype} {b} x {n}: {most}");
+                }
+                let gradients = results.gradients.ok_or("gradients")?;
+                assert!(gradients.iter().flatten().all(|x| x.is_finite()), "{name} {dtype} {b} x {n}");
+                // The last batch row and head has the gradients that it has alone.
+                let last = gradients[2][gradients[2].len() - 32..].iter().any(|&x| x != 0.0);
+                assert!(last || n * b == 1, "{name} {dtype} {b} x {n}: the last key has no gradient");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Device memory of a tensor whose second batch row begins 2^31 and some elements behind the first.
+struct Spread {
+    memory: CudaSlice<u8>,
+    desc: TensorDesc,
+}
+
+/// The distance of batch rows: beyond 2^31, and a multiple of 8.
+const FAR: usize = (1 << 31) + (1 << 10);
+
+impl Spread {
+    /// With a copy of `compact`, whose first axis has two places, as it lies in memory without gaps.
+    fn new(device: &CudaDevice, compact: &[bf16], shape: [usize; 4]) -> Result<Self> {
+        let [b, t, n, h] = shape;
+        let row = t * n * h;
+        assert_eq!((b, compact.len()), (2, 2 * row));
+        let stream = device.stream();
+        // SAFETY: only what is written below is read.
+        let mut memory = unsafe { stream.alloc::<u8>(2 * (FAR + row)) }?;
+        for batch in 0..2 {
+            let bytes: Vec<u8> =
+                compact[batch * row..][..row].iter().flat_map(|x| x.to_bits().to_le_bytes()).collect();
+            let mut part = memory.slice_mut(2 * batch * FAR..2 * (batch * FAR + row));
+            stream.memcpy_htod(&bytes, &mut part)?;
+        }
+        let strides = [FAR as isize, (n * h) as isize, h as isize, 1];
+        Ok(Self { memory, desc: TensorDesc::strided(DType::Bf16, shape, strides).ok_or("ranks")? })
+    }
+
+    fn pointer(&self, device: &CudaDevice) -> usize {
+        self.memory.device_ptr(device.stream()).0 as usize
+    }
+
+    fn view(&self, device: &CudaDevice) -> Result<View<'_>> {
+        let pointer = std::ptr::with_exposed_provenance(self.pointer(device));
+        // SAFETY: the memory is the tensor's own, on the stream of every call here; elements are written, and gaps not read.
+        Ok(unsafe { View::from_raw_parts(pointer, device.device(), self.desc) }?)
+    }
+
+    fn view_mut(&mut self, device: &CudaDevice) -> Result<ViewMut<'_>> {
+        let pointer = std::ptr::with_exposed_provenance_mut(self.pointer(device));
+        // SAFETY: as in `view`, borrowed exclusively.
+        Ok(unsafe { ViewMut::from_raw_parts(pointer, device.device(), self.desc) }?)
+    }
+
+    fn elements(&self, device: &CudaDevice) -> Result<Vec<u8>> {
+        let shape = self.desc.shape();
+        let row = shape[1] * shape[2] * shape[3];
+        let mut all = Vec::new();
+        for batch in 0..2 {
+            let part = self.memory.slice(2 * batch * FAR..2 * (batch * FAR + row));
+            all.extend(device.stream().clone_dtoh(&part)?);
+        }
+        device.stream().synchronize()?;
+        Ok(all)
+    }
+}
+
+/// The same call with tensors whose elements are more than 2^31 apart has the same bits: of 34 GB of operands, results and gradients.
+#[test]
+#[ignore = "needs a GPU with 50 GB of free memory"]
+fn offsets_beyond_2_to_the_31_elements() -> Result {
+    let device = CudaDevice::new("test", 0)?;
+    let shape = [2, 200, 2, 64];
+    let count = shape.iter().product();
+    let data: Vec<Vec<bf16>> = (0..4)
+        .map(|seed| numbers(seed, count).into_iter().map(|x| bf16::from_f32(x as f32)).collect())
+        .collect();
+    let zeros = vec![bf16::ZERO; count];
+    let mut own: Vec<(&str, Box<dyn AttentionBackend>)> = vec![(
+        "chunked-cuda",
+        Box::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())),
+    )];
+    let cudnn = CudnnBackend::on(device.clone(), CudnnConfig::default());
+    match cudnn.available() {
+        Ok(()) => own.push(("cudnn", Box::new(cudnn))),
+        Err(missing) => println!("left out: {missing}"),
+    }
+    for (name, backend) in own {
+        let mut compact: Option<Vec<Vec<u8>>> = None;
+        for spread in [false, true] {
+            let results = if spread {
+                let make = |data: &[bf16]| Spread::new(&device, data, shape);
+                let inputs: Vec<Spread> = data.iter().map(|data| make(data)).collect::<Result<_>>()?;
+                let mut outputs: Vec<Spread> = (0..4).map(|_| make(&zeros)).collect::<Result<_>>()?;
+                let [out, dq, dk, dv] = &mut outputs[..] else { unreachable!("four of them") };
+                let views: Vec<View<'_>> =
+                    inputs.iter().map(|input| input.view(&device)).collect::<Result<_>>()?;
+                step(&device, &*backend, &views, out.view_mut(&device)?, None)?;
+                let saved = out.view(&device)?;
+                let gradients = [dq.view_mut(&device)?, dk.view_mut(&device)?, dv.view_mut(&device)?];
+                let lse = lse_of(&device, &*backend, &views, shape)?;
+                back(&device, &*backend, &views, (saved, &lse), gradients)?;
+                outputs.iter().map(|output| output.elements(&device)).collect::<Result<Vec<_>>>()?
+            } else {
+                let make = |data: &[bf16]| -> Result<DeviceTensor> {
+                    Ok(DeviceTensor::from_host(&device, View::from_slice(data, shape)?)?)
+                };
+                let inputs: Vec<DeviceTensor> = data.iter().map(|data| make(data)).collect::<Result<_>>()?;
+                let mut outputs: Vec<DeviceTensor> = (0..4).map(|_| make(&zeros)).collect::<Result<_>>()?;
+                let [out, dq, dk, dv] = &mut outputs[..] else { unreachable!("four of them") };
+                let views: Vec<View<'_>> =
+                    inputs.iter().map(|input| Ok(input.view()?)).collect::<Result<_>>()?;
+                step(&device, &*backend, &views, out.view_mut()?, None)?;
+                let saved = out.view()?;
+                let gradients = [dq.view_mut()?, dk.view_mut()?, dv.view_mut()?];
+                let lse = lse_of(&device, &*backend, &views, shape)?;
+                back(&device, &*backend, &views, (saved, &lse), gradients)?;
+                outputs.iter().map(|output| Ok(output.bytes()?)).collect::<Result<Vec<_>>>()?
+            };
+            match compact.take() {
+                None => compact = Some(results),
+                // Of cuDNN the gradient of queries may differ from call to call.
+                Some(compact) => {
+                    for (index, (one, other)) in compact.iter().zip(&results).enumerate() {
+                        assert!(one == other || (name == "cudnn" && index > 0), "{name}: result {index}");
+                        assert!(other.iter().any(|&byte| byte != 0), "{name}: result {index} is zero");
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A causal forward pass.
+fn step(
+    device: &CudaDevice,
+    backend: &dyn AttentionBackend,
+    views: &[View<'_>],
+    out: ViewMut<'_>,
+    lse: Option<ViewMut<'_>>,
+) -> Result {
+    let inputs = Inputs::new(views[0], views[1], views[2]);
+    let builder = inputs.problem().causal(true).lse(lse.is_some());
+    let problem = builder.layout(attention_core::Role::Out, out.desc()).build()?;
+    let bytes = backend.scratch_bytes(&problem)?;
+    let mut scratch = DeviceScratch::new(device, bytes)?;
+    Ok(backend
+        .forward(ForwardCall::new(&problem, inputs, ForwardOutputs { out, lse })?, scratch.scratch(bytes))?)
+}
+
+/// Its logsumexp.
+fn lse_of(
+    device: &CudaDevice,
+    backend: &dyn AttentionBackend,
+    views: &[View<'_>],
+    [b, t, n, h]: [usize; 4],
+) -> Result<DeviceTensor> {
+    let mut lse = DeviceTensor::filled(device, TensorDesc::contiguous(DType::F32, [b, t, n]), 0)?;
+    let mut out = DeviceTensor::filled(device, TensorDesc::contiguous(DType::Bf16, [b, t, n, h]), 0)?;
+    step(device, backend, views, out.view_mut()?, Some(lse.view_mut()?))?;
+    Ok(lse)
+}
+
+/// The backward pass.
+fn back(
+    device: &CudaDevice,
+    backend: &dyn AttentionBackend,
+    views: &[View<'_>],
+    (out, lse): (View<'_>, &DeviceTensor),
+    [dq, dk, dv]: [ViewMut<'_>; 3],
+) -> Result {
+    let inputs = Inputs::new(views[0], views[1], views[2]);
+    let outputs = BackwardOutputs { dq: Some(dq), dk: Some(dk), dv: Some(dv), ..BackwardOutputs::default() };
+    let builder = inputs.problem().causal(true).gradients(Gradients::QKV);
+    let builder = [(attention_core::Role::Out, out.desc()), (attention_core::Role::DOut, views[3].desc())]
+        .into_iter()
+        .fold(builder, |builder, (role, desc)| builder.layout(role, desc));
+    let builder = (outputs.dq.iter().map(|view| (attention_core::Role::DQuery, view.desc())))
+        .chain(outputs.dk.iter().map(|view| (attention_core::Role::DKey, view.desc())))
+        .chain(outputs.dv.iter().map(|view| (attention_core::Role::DValue, view.desc())))
+        .fold(builder, |builder, (role, desc)| builder.layout(role, desc));
+    let problem = builder.build()?;
+    let bytes = backend.scratch_bytes(&problem)?;
+    let mut scratch = DeviceScratch::new(device, bytes)?;
+    let saved = BackwardInputs { out, lse: lse.view()?, d_out: views[3], d_lse: None };
+    Ok(backend.backward(BackwardCall::new(&problem, inputs, saved, outputs)?, scratch.scratch(bytes))?)
+}
+
+/// Safe code could drop a tensor of another stream while its kernel runs, so such a tensor is refused.
+#[test]
+#[ignore = "needs a GPU"]
+fn tensors_of_another_stream_are_refused() -> Result {
+    let device = CudaDevice::new("test", 0)?;
+    let other = device.with_stream(device.context().new_stream()?);
+    let shape = [1, 16, 2, 64];
+    let data: Vec<bf16> = numbers(1, 2048).into_iter().map(|x| bf16::from_f32(x as f32)).collect();
+    let backend = ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default());
+    for (tensors, is_served) in [(&device, true), (&other, false)] {
+        let make = || DeviceTensor::from_host(tensors, View::from_slice(&data, shape)?).map_err(Into::into);
+        let inputs = [make(), make(), make()].into_iter().collect::<Result<Vec<_>>>()?;
+        let views: Vec<View<'_>> = inputs.iter().map(|input| Ok(input.view()?)).collect::<Result<_>>()?;
+        let mut out: DeviceTensor = make()?;
+        let outcome = step(&device, &backend, &views, out.view_mut()?, None);
+        match outcome {
+            Ok(()) => assert!(is_served),
+            Err(error) => assert!(!is_served && error.to_string().contains("stream"), "{error}"),
+        }
+    }
+    Ok(())
+}
