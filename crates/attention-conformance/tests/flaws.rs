@@ -54,6 +54,10 @@ fn breaches_of_the_contract_are_named() {
     fails_with(Flaw::RunsWhatItRefuses, "scale/1-causal", &BOTH, "runs a call that supports refuses");
     fails_with(Flaw::ChangesFromCallToCall, "groups/", &[Pass::Forward], "differs when the call is repeated");
     fails_with(Flaw::DependsOnTheBatch, "groups/", &[Pass::Forward], "alone");
+    fails_with(Flaw::DependsOnPadding, "bits/plain-small", &[Pass::Forward], "when it is padded");
+    fails_with(Flaw::DependsOnStrides, "bits/bias-small", &[Pass::Forward], "with a stride of 2");
+    fails_with(Flaw::DependsOnMaskedMemory, "bits/padding-mask-small", &[Pass::Forward], "does not matter");
+    fails_with(Flaw::DependsOnOtherRows, "bits/plain-small", &[Pass::Forward], "that it does not read");
     fails_with(Flaw::MaskedByMultiplication, "lengths/keys", &[Pass::Forward], "out of bounds");
     fails_with(Flaw::DropoutOtherSeed, "dropout/bits", &[Pass::Forward], "dropout: the stream has key");
 }
@@ -98,6 +102,9 @@ fn wrong_numbers_are_out_of_bounds_forward() {
         (Flaw::SoftcapAfterBias, "softcap/2-bias", 0.9),
         (Flaw::EmptyRowsAreMeans, "mask/all-false", 0.9),
         (Flaw::LseInBaseTwo, "groups/", 0.9),
+        (Flaw::BaseTwoBeforeTheShift, "magnitude/rows-small", 1.0),
+        (Flaw::FarBelowIsMasked, "magnitude/rows-part", 1.0),
+        (Flaw::FarBelowIsMasked, "magnitude/mask-small-b", 1.0),
     ] {
         is_out_of_bounds(flaw, filter, forward, share);
     }
@@ -122,6 +129,8 @@ fn wrong_numbers_are_out_of_bounds_backward() {
         (Flaw::BiasGradientNotSummed, "bias/rank2-TS", 0.9),
         (Flaw::CapSlopeMissing, "softcap/2-", 0.9),
         (Flaw::GradientOff(1.03), "groups/", 0.9),
+        (Flaw::StoredLseWhateverItsDigits, "magnitude/rows-part", 1.0),
+        (Flaw::FarBelowIsMasked, "magnitude/rows-part", 1.0),
     ] {
         is_out_of_bounds(flaw, filter, Pass::Backward, share);
     }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{Far, Grid};
+
 /// The numbers in query, key and value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -24,6 +26,8 @@ pub enum Values {
     NanInOneKey,
     /// The same of a value.
     NanInOneValue,
+    /// Whole numbers times powers of two in queries and keys, so that logits need no rounding.
+    Whole(Grid),
 }
 
 /// The booleans of a mask.
@@ -56,6 +60,29 @@ pub enum BiasContent {
     NegativeInfinityRows,
     /// Normal, with about a third of the entries -1e4: the additive mask of people who avoid infinities.
     LargeNegative,
+    /// Some keys far below or above the others, each row with another magnitude, from the one of this index on. Where the
+    /// bias has no dtype of its own, it has that of the logits.
+    Far {
+        /// Which keys.
+        far: Far,
+        /// The index of the first row's magnitude.
+        start: usize,
+    },
+}
+
+/// The numbers of sinks and slopes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sizes {
+    /// Normal random numbers, of slopes a quarter.
+    #[default]
+    Normal,
+    /// Each head with another magnitude, from the one of this index on, in the dtype of the logits where they have none of
+    /// their own.
+    Far {
+        /// The index of the first head's magnitude.
+        start: usize,
+    },
 }
 
 /// What the tensors of a case hold.
@@ -69,6 +96,10 @@ pub struct Content {
     pub mask: MaskContent,
     /// The bias, if there is one.
     pub bias: BiasContent,
+    /// The sinks, if there are any.
+    pub sinks: Sizes,
+    /// The ALiBi slopes, if there are any.
+    pub slopes: Sizes,
     /// Whether NaN and infinities lie wherever no result may depend on the memory: in masked and padded keys and
     /// values, in padded and empty query rows, and in biases, incoming gradients and saved results that belong to
     /// them.
@@ -83,6 +114,8 @@ impl Content {
             values: Values::default(),
             mask: MaskContent::default(),
             bias: BiasContent::default(),
+            sinks: Sizes::default(),
+            slopes: Sizes::default(),
             garbage: true,
         }
     }

@@ -2,7 +2,8 @@
 
 use attention_core::{DType, FeatureSet, Inputs, Pass, Role};
 
-use super::{AlibiShape, BiasContent, Case, MaskContent, Values};
+use super::far::{self, QueryRow};
+use super::{AlibiShape, BiasContent, Case, Grid, MaskContent, Sizes, Values};
 use crate::oracle::Structure;
 use crate::rng::Rng;
 use crate::tensor::{HostTensor, unravel};
@@ -64,8 +65,28 @@ impl Case {
             Values::Amplified(factor) => (factor, 1.0, 1.0),
             Values::Scaled(factor) => (1.0, factor, factor / 16.0),
             Values::Identity => (0.0, 1.0, 1.0),
+            // Replaced below. Keys are small beside a large scale, whose product with the gradient of a logit must be
+            // finite too.
+            Values::Whole(Grid::Powers { key, .. }) if key < 0 => (0.0, 0.0, 1.0 / 256.0),
+            Values::Whole(_) => (0.0, 0.0, 1.0),
         };
         let extra = options.bias_dtype.unwrap_or(dtype);
+        // f16 has few magnitudes.
+        let wide = options.bias_dtype.unwrap_or(dtype.accumulator());
+        let heads = |role: Role, sizes: Sizes, shape: &[usize], factor: f64| match sizes {
+            Sizes::Normal => normal(role, extra, shape, factor),
+            Sizes::Far { start } => {
+                let of_shape = attention_core::Dims::from_slice(shape).expect("at most four axes");
+                HostTensor::from_values(wide, of_shape, self.layouts.of(role), |index| {
+                    let index = start + index;
+                    let magnitude = far::magnitude(dtype.accumulator(), wide, index);
+                    match role {
+                        Role::Sinks => far::sink(index, magnitude),
+                        _ => far::slope(index, magnitude, dtype.accumulator(), wide),
+                    }
+                })
+            }
+        };
         let query_shape = [d.batch, d.query_length, d.query_heads, d.head_dim];
         let value_shape = [d.batch, d.key_length, d.key_heads, d.value_head_dim];
         let out_shape = [d.batch, d.query_length, d.query_heads, d.value_head_dim];
@@ -74,12 +95,15 @@ impl Case {
             key: normal(Role::Key, dtype, &[d.batch, d.key_length, d.key_heads, d.head_dim], key_factor),
             value: normal(Role::Value, dtype, &value_shape, value_factor),
             mask: self.mask(),
-            bias: self.bias(extra),
-            alibi_slopes: options.alibi.map(|shape| match shape {
-                AlibiShape::Heads => normal(Role::AlibiSlopes, extra, &[d.query_heads], 0.25),
-                AlibiShape::BatchHeads => normal(Role::AlibiSlopes, extra, &[d.batch, d.query_heads], 0.25),
+            bias: self.bias(dtype),
+            alibi_slopes: options.alibi.map(|shape| {
+                let shape: &[usize] = match shape {
+                    AlibiShape::Heads => &[d.query_heads],
+                    AlibiShape::BatchHeads => &[d.batch, d.query_heads],
+                };
+                heads(Role::AlibiSlopes, self.content.slopes, shape, 0.25)
             }),
-            sinks: options.sinks.then(|| normal(Role::Sinks, extra, &[d.query_heads], 1.0)),
+            sinks: (options.sinks).then(|| heads(Role::Sinks, self.content.sinks, &[d.query_heads], 1.0)),
             d_out: normal(Role::DOut, dtype, &out_shape, 1.0),
             d_lse: options.d_lse.then(|| normal(Role::DLse, dtype.accumulator(), &query_shape[..3], 1.0)),
             garbage: self.content.garbage,
@@ -89,6 +113,30 @@ impl Case {
                 for index in 0..value_shape.iter().product() {
                     let [_, key, _, dim] = unravel(index, &value_shape)[..] else { unreachable!() };
                     data.value.set(index, f64::from(u8::from(key == dim)));
+                }
+            }
+            Values::Whole(grid) => {
+                let start = match self.content.bias {
+                    BiasContent::Far { start, .. } => start,
+                    _ => 0,
+                };
+                let scale = options.scale.unwrap_or((d.head_dim as f64).sqrt().recip());
+                let wide = options.bias_dtype.unwrap_or(dtype.accumulator());
+                let mut rng = Rng::named(seed, "whole queries");
+                for row in 0..query_shape[..3].iter().product() {
+                    let [b, t, n] = unravel(row, &query_shape[..3])[..] else { unreachable!() };
+                    let index = start + far::row_index(d, [b, t, n]);
+                    let magnitude = far::magnitude(dtype.accumulator(), wide, index);
+                    let of_row = QueryRow { index, magnitude, dtype, scale };
+                    for dim in 0..d.head_dim {
+                        data.query.set(row * d.head_dim + dim, grid.query(&of_row, dim, &mut rng));
+                    }
+                }
+                let mut rng = Rng::named(seed, "whole keys");
+                let shape = data.key.desc().shape();
+                for index in 0..shape.iter().product() {
+                    let [_, j, _, dim] = unravel(index, &shape)[..] else { unreachable!() };
+                    data.key.set(index, grid.key(dtype, j, d.key_length, dim, &mut rng));
                 }
             }
             Values::NanInOneQuery if !data.query.desc().is_empty() => data.query.set(0, f64::NAN),
@@ -101,7 +149,7 @@ impl Case {
             _ => {}
         }
         if self.content.garbage {
-            self.add_garbage(&mut data);
+            self.add_garbage(&mut data, &[f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 6e4]);
         }
         data
     }
@@ -126,10 +174,21 @@ impl Case {
         ))
     }
 
-    fn bias(&self, dtype: DType) -> Option<HostTensor> {
+    fn bias(&self, operands: DType) -> Option<HostTensor> {
         let shape = self.options.bias?.shape(&self.dims);
+        let is_far = matches!(self.content.bias, BiasContent::Far { .. });
+        let own = if is_far { operands.accumulator() } else { operands };
+        let dtype = self.options.bias_dtype.unwrap_or(own);
         let mut rng = Rng::named(self.content.seed, Role::Bias.name());
         let content = self.content.bias;
+        let keys = shape[shape.len() - 1];
+        let rows: usize = shape[..shape.len() - 1].iter().product();
+        let magnitudes: Vec<f64> = match content {
+            BiasContent::Far { start, .. } => {
+                (start..start + rows).map(|row| far::magnitude(operands.accumulator(), dtype, row)).collect()
+            }
+            _ => Vec::new(),
+        };
         Some(HostTensor::from_values(
             dtype,
             attention_core::Dims::from_slice(&shape)?,
@@ -140,20 +199,23 @@ impl Case {
                     BiasContent::NegativeInfinity if draw < 0.3 => f64::NEG_INFINITY,
                     BiasContent::NegativeInfinityRows if row(index, &shape) % 3 == 1 => f64::NEG_INFINITY,
                     BiasContent::LargeNegative if draw < 0.3 => -1e4,
+                    BiasContent::Far { far, start } => {
+                        let row = index / keys;
+                        far.bias(start + row, index % keys, keys, magnitudes[row])
+                    }
                     _ => value,
                 }
             },
         ))
     }
 
-    /// Puts NaN, infinities and huge numbers wherever the semantics say that memory does not matter. Tensors whose
-    /// indices share elements are left alone: there the same memory matters elsewhere.
-    fn add_garbage(&self, data: &mut CaseData) {
+    /// Puts one of these numbers wherever the semantics say that memory does not matter. Tensors whose indices share
+    /// elements are left alone: there the same memory matters elsewhere.
+    pub(crate) fn add_garbage(&self, data: &mut CaseData, garbage: &[f64]) {
         let problem = self.problem(data, Pass::Forward, FeatureSet::EMPTY).expect("cases are valid");
         let structure = Structure::read(&problem, &data.inputs());
         let dead = structure.dead();
         let d = &self.dims;
-        let without_weight = self.keys_without_weight(data, &structure);
         let mut rng = Rng::named(self.content.seed, "garbage");
         let mut spoil = |role: Role, tensor: &mut HostTensor, is_dead: &dyn Fn(&[usize]) -> bool| {
             if self.layouts.of(role).is_broadcast() {
@@ -162,7 +224,7 @@ impl Case {
             let shape = tensor.desc().shape();
             for index in 0..tensor.desc().element_count().unwrap_or(0) {
                 if is_dead(&unravel(index, &shape)) {
-                    tensor.set(index, rng.pick(&[f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 6e4]));
+                    tensor.set(index, rng.pick(garbage));
                 }
             }
         };
@@ -170,10 +232,7 @@ impl Case {
         let dead_key = |at: &[usize]| dead.key(at[0], at[1], at[2]);
         spoil(Role::Query, &mut data.query, &dead_query);
         spoil(Role::Key, &mut data.key, &dead_key);
-        // A key that every row's bias takes away with -inf is not allowed either; its logit must still be -inf, so
-        // only its value can hold anything.
-        let dead_value = |at: &[usize]| without_weight[(at[0] * d.key_length + at[1]) * d.key_heads + at[2]];
-        spoil(Role::Value, &mut data.value, &dead_value);
+        spoil(Role::Value, &mut data.value, &dead_key);
         // With a sink, the incoming gradients of an empty row matter: its logsumexp is the sink.
         let dead_result =
             |at: &[usize]| structure.is_padded(at[0], at[1]) || (!self.options.sinks && dead_query(at));
@@ -183,40 +242,18 @@ impl Case {
         }
         if let (Some(bias), Some(broadcast)) = (&mut data.bias, self.options.bias) {
             let logits = d.logits();
-            // An element is dead where no position that it is broadcast to is allowed.
+            // An element is dead where no position that it is broadcast to is allowed by anything else.
             let mut alive = vec![false; bias.desc().element_count().unwrap_or(0)];
             let shape = broadcast.shape(d);
             for position in 0..logits.iter().product() {
                 let [b, n, t, j] = unravel(position, &logits)[..] else { unreachable!() };
-                if structure.allows(b, n, t, j) {
+                if structure.allows_without_bias(b, n, t, j) {
                     alive[broadcast.index(&shape, [b, n, t, j])] = true;
                 }
             }
             let flat = |at: &[usize]| at.iter().zip(&shape).fold(0, |flat, (&i, &size)| flat * size + i);
             spoil(Role::Bias, bias, &|at| !alive[flat(at)]);
         }
-    }
-
-    /// For `[B, S, K]`: the keys that no row attends to, by structure, mask or a bias of -inf.
-    fn keys_without_weight(&self, data: &CaseData, structure: &Structure) -> Vec<bool> {
-        let d = &self.dims;
-        let logits = d.logits();
-        let bias = self
-            .options
-            .bias
-            .zip(data.bias.as_ref())
-            .map(|(broadcast, bias)| (broadcast, broadcast.shape(d), bias.values()));
-        let mut without = vec![true; d.batch * d.key_length * d.key_heads];
-        for position in 0..logits.iter().product() {
-            let [b, n, t, j] = unravel(position, &logits)[..] else { unreachable!() };
-            let bias_allows = bias.as_ref().is_none_or(|(broadcast, shape, values)| {
-                values[broadcast.index(shape, [b, n, t, j])] != f64::NEG_INFINITY
-            });
-            if bias_allows && structure.allows(b, n, t, j) {
-                without[(b * d.key_length + j) * d.key_heads + n / d.group_size()] = false;
-            }
-        }
-        without
     }
 }
 

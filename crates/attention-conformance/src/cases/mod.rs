@@ -4,18 +4,22 @@
 //! ones and a fixed number of random ones; [`case_from_seed`] makes a random one, which is also what the
 //! [`strategy`] for proptest draws.
 
+mod bits;
 mod contents;
 mod data;
 mod families;
+mod far;
 mod layout;
 mod layouts;
+mod magnitudes;
 mod options;
 mod random;
 mod shapes;
 mod strategy;
 
-pub use contents::{BiasContent, Content, MaskContent, Values};
+pub use contents::{BiasContent, Content, MaskContent, Sizes, Values};
 pub use data::CaseData;
+pub use far::{Far, Grid};
 pub use layout::{Layout, Layouts};
 pub use options::{AlibiShape, Broadcast, Options, Wanted};
 pub use random::case_from_seed;
@@ -50,6 +54,9 @@ pub struct Case {
     pub content: Content,
     /// What a backward call starts from.
     pub saved: Saved,
+    /// Whether the results are also compared, bit by bit, with those of calls that must give the same ones: padded, with
+    /// other strides, with other numbers in memory that does not matter, and with NaN in what other rows read.
+    pub variations: bool,
 }
 
 impl Case {
@@ -64,6 +71,7 @@ impl Case {
             layouts: Layouts::default(),
             content: Content::new(seed),
             saved: Saved::Oracle,
+            variations: false,
         }
     }
 }
@@ -79,6 +87,8 @@ pub fn all() -> Vec<Case> {
     let mut cases = shapes::cases();
     cases.extend(layouts::cases());
     cases.extend(families::cases());
+    cases.extend(magnitudes::cases());
+    cases.extend(bits::cases());
     cases.extend((0..RANDOM_CASES).map(case_from_seed));
     cases
 }

@@ -63,7 +63,8 @@ impl Oracle {
                     gradients.dk[at_key + h] += scale * d_product * self.query.data[at_query + h];
                 }
             }
-            if row.sink.is_some() {
+            // A sink of -inf is no sink: nothing goes through it, NaN included.
+            if row.sink.is_some_and(|sink| sink != f64::NEG_INFINITY) {
                 gradients.dsinks[n] += row.sink_probability() * (d_lse - delta);
             }
         });

@@ -4,6 +4,7 @@
 //! `docs/semantics.md` and the paper. Operands are the values stored in their dtype, converted exactly.
 
 mod dense;
+mod exact;
 mod gradients;
 mod philox;
 mod rows;

@@ -2,8 +2,9 @@
 
 use attention_core::{Inputs, Problem};
 
+use super::exact::{Accumulator, Grid};
 use super::philox::{keep, keep_factor};
-use super::structure::{Structure, full_rank};
+use super::structure::{Structure, full_rank, in_precision_of_logits};
 use super::{Dense, Oracle};
 
 /// One allowed key of a row.
@@ -23,6 +24,8 @@ pub struct Entry {
     pub added_magnitude: f64,
     /// The logit.
     pub logit: f64,
+    /// Whether an accumulator of the operands' dtype computes the logit without any rounding, in whichever order.
+    pub exact: bool,
     /// `exp(logit - lse)`, computed as `exp(logit - max) / sum`.
     pub probability: f64,
     /// What dropout multiplies the probability by: 0 where dropped, 1 without dropout.
@@ -56,9 +59,14 @@ pub(super) fn compute(problem: &Problem, inputs: &Inputs<'_>) -> Oracle {
     let d = problem.dims();
     let structure = Structure::read(problem, inputs);
     let (query, key) = (Dense::read(&inputs.query), Dense::read(&inputs.key));
-    let bias = inputs.bias.map(|view| full_rank(Dense::read(&view)));
-    let slopes = inputs.alibi_slopes.map(|view| Dense::read(&view));
-    let sinks = inputs.sinks.map(|view| Dense::read(&view));
+    let read = |view| in_precision_of_logits(Dense::read(&view), problem);
+    let bias = inputs.bias.map(|view| full_rank(read(view)));
+    let slopes = inputs.alibi_slopes.map(read);
+    let sinks = inputs.sinks.map(read);
+    let accumulator = Accumulator::new(problem);
+    let grids =
+        |tensor: &Dense| -> Vec<Grid> { tensor.data.chunks_exact(d.head_dim).map(Grid::of).collect() };
+    let (query_grids, key_grids) = (grids(&query), grids(&key));
 
     let logits = |b: usize, t: usize, n: usize| -> Vec<Entry> {
         let slope = slopes.as_ref().map(|slopes| match slopes.shape.len() {
@@ -73,6 +81,7 @@ pub(super) fn compute(problem: &Problem, inputs: &Inputs<'_>) -> Oracle {
                     product += q * k;
                     magnitude += (q * k).abs();
                 }
+                let raw_magnitude = magnitude;
                 product *= problem.scale();
                 let (capped, cap_slope) = match problem.softcap() {
                     None => (product, 1.0),
@@ -90,7 +99,14 @@ pub(super) fn compute(problem: &Problem, inputs: &Inputs<'_>) -> Oracle {
                     Some(dropout) if keep(&dropout, b * d.query_heads + n, t, j) => keep_factor(&dropout),
                     Some(_) => 0.0,
                 };
+                let exact = accumulator.computes_exactly(
+                    [&query_grids[query.flat(&[b, t, n])], &key_grids[key.flat(&[b, j, n / d.group_size()])]],
+                    raw_magnitude,
+                    product,
+                    [alibi, bias],
+                );
                 Entry {
+                    exact,
                     key: j,
                     product,
                     product_magnitude: magnitude * problem.scale().abs(),

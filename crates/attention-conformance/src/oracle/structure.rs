@@ -1,10 +1,10 @@
-//! Which keys a row may attend to: lengths, mask, causal masking and window.
+//! Which keys a row may attend to: lengths, mask, causal masking, window, and a bias of -inf.
 
-use attention_core::{Dimensions, Inputs, Lengths, Problem, QueryOffset, Sequences, Window};
+use attention_core::{DType, Dimensions, Inputs, Lengths, Problem, QueryOffset, Sequences, Window};
 
 use super::Dense;
 
-/// Everything that decides what is allowed, but for logits of -inf.
+/// Everything that decides what is allowed, but for products of -inf.
 #[derive(Clone, Debug)]
 pub struct Structure {
     dims: Dimensions,
@@ -14,6 +14,7 @@ pub struct Structure {
     query_lengths: Vec<usize>,
     key_lengths: Vec<usize>,
     mask: Option<Dense>,
+    bias: Option<Dense>,
 }
 
 /// The tensors' positions that no allowed pair of a query and a key touches.
@@ -47,6 +48,7 @@ impl Structure {
             query_lengths: list(query, dims.query_length),
             key_lengths: list(key_value, dims.key_length),
             mask: inputs.mask.map(|mask| full_rank(Dense::read(&mask))),
+            bias: inputs.bias.map(|bias| full_rank(in_precision_of_logits(Dense::read(&bias), problem))),
         }
     }
 
@@ -66,6 +68,12 @@ impl Structure {
 
     /// Whether query `t` of head `n` may attend to key `j`.
     pub fn allows(&self, b: usize, n: usize, t: usize, j: usize) -> bool {
+        let bias = self.bias.as_ref().map(|bias| bias.data[bias.broadcast_flat([b, n, t, j])]);
+        bias != Some(f64::NEG_INFINITY) && self.allows_without_bias(b, n, t, j)
+    }
+
+    /// Whether query `t` of head `n` may attend to key `j`, whatever the bias says.
+    pub fn allows_without_bias(&self, b: usize, n: usize, t: usize, j: usize) -> bool {
         let (position, key) = (self.position(b, t), j as i128);
         let Window { left, right } = self.window;
         !self.is_padded(b, t)
@@ -110,6 +118,14 @@ impl Dead {
     pub fn key(&self, b: usize, j: usize, k: usize) -> bool {
         self.keys[(b * self.dims.key_length + j) * self.dims.key_heads + k]
     }
+}
+
+/// Bias, slopes and sinks are read in the precision of the logits: what only a wider dtype holds is infinite there.
+pub(super) fn in_precision_of_logits(mut tensor: Dense, problem: &Problem) -> Dense {
+    if problem.dtype().accumulator() != DType::F64 {
+        tensor.data.iter_mut().for_each(|x| *x = f64::from(*x as f32));
+    }
+    tensor
 }
 
 /// Adds leading axes of size 1 until there are four.

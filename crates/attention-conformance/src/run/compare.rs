@@ -86,7 +86,7 @@ pub(crate) fn fraction_of_bound(got: f64, want: f64, bound: f64, dtype: DType) -
     }
     if got.is_infinite() && want.is_finite() {
         // A result next to the largest number of its dtype may round to infinity.
-        let overflows = want.abs() + bound >= largest(dtype) && got.signum() == want.signum();
+        let overflows = got.signum() * want + bound >= largest(dtype);
         return if overflows { 1.0 } else { f64::INFINITY };
     }
     let fraction = (got - want).abs() / bound;

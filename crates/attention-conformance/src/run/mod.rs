@@ -7,6 +7,7 @@ mod invariance;
 mod results;
 mod saved;
 mod scratch;
+mod variations;
 
 use std::time::Instant;
 
@@ -117,6 +118,9 @@ fn forward(
         dropout_bits(&results, problem)?;
     }
     after_the_first_call(subject, case, &invocation, &results)?;
+    if case.variations && subject.reproducible {
+        variations::Base { subject, case, data, problem, saved: None, oracle, results: &results }.check()?;
+    }
     Ok(judge)
 }
 
@@ -159,7 +163,7 @@ fn backward(
     };
     let errors = saved.errors(oracle);
     if data.garbage {
-        saved.add_garbage(oracle);
+        saved.add_garbage(oracle, f64::NAN);
     }
     let d_out = Dense::read(&data.d_out.view());
     let d_lse = data.d_lse.as_ref().map(|d_lse| Dense::read(&d_lse.view()));
@@ -178,6 +182,10 @@ fn backward(
     judge.compare(&results, Role::DBias, &want.dbias, &bounds.dbias);
     judge.compare(&results, Role::DSinks, &want.dsinks, &bounds.dsinks);
     after_the_first_call(subject, case, &invocation, &results)?;
+    if case.variations && subject.reproducible {
+        let saved = Some(&saved);
+        variations::Base { subject, case, data, problem, saved, oracle, results: &results }.check()?;
+    }
     Ok(judge)
 }
 

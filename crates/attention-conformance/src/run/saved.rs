@@ -9,9 +9,10 @@ use crate::tensor::{HostTensor, unravel};
 use crate::tolerance::SavedErrors;
 
 /// Output and logsumexp.
+#[derive(Clone)]
 pub(crate) struct SavedTensors {
-    out: HostTensor,
-    lse: HostTensor,
+    pub(crate) out: HostTensor,
+    pub(crate) lse: HostTensor,
 }
 
 impl SavedTensors {
@@ -35,14 +36,14 @@ impl SavedTensors {
         SavedErrors::between(&self.out.values(), &self.lse.values(), oracle)
     }
 
-    /// NaN in padded rows, which nothing may read.
-    pub(crate) fn add_garbage(&mut self, oracle: &Oracle) {
+    /// This number in padded rows, which nothing may read.
+    pub(crate) fn add_garbage(&mut self, oracle: &Oracle, garbage: f64) {
         for tensor in [&mut self.out, &mut self.lse] {
             let shape = tensor.desc().shape();
             for index in 0..tensor.desc().element_count().unwrap_or(0) {
                 let at = unravel(index, &shape);
                 if oracle.structure.is_padded(at[0], at[1]) {
-                    tensor.set(index, f64::NAN);
+                    tensor.set(index, garbage);
                 }
             }
         }

@@ -49,6 +49,17 @@ impl SavedErrors {
     }
 }
 
+/// What a key contributes to the gradients of a row.
+#[derive(Clone, Copy)]
+struct Term {
+    /// The error of its probability.
+    p_error: f64,
+    /// The gradient of its probability.
+    dp: f64,
+    /// The error of that.
+    dp_error: f64,
+}
+
 /// A bound in the making: sums of absolute values, and how many terms they have.
 struct Sum {
     /// The errors of the terms.
@@ -123,23 +134,44 @@ impl Precision {
                 delta_error += g.abs() * saved.out[at];
             }
             delta_error += self.sum(d.value_head_dim) * delta_size;
-            for entry in &row.entries {
+            let lse_error = self.logsumexp_error(oracle, row, saved.lse[index]);
+            // With dropout's factor in it: what comes in for each probability, and by how much either may be off.
+            let terms: Vec<Term> = (row.entries.iter())
+                .map(|entry| {
+                    let exponent = self.exponent_error(oracle, entry, row.lse) + lse_error;
+                    let p_error = probability_error(entry.logit - row.lse, entry.probability, exponent);
+                    let (mut dp, mut size) = (0.0, 0.0);
+                    if entry.keep > 0.0 {
+                        let value = oracle.value.row(&[b, entry.key, kv]);
+                        for (g, v) in incoming.iter().zip(value) {
+                            let term = entry.keep * g * v;
+                            dp += term;
+                            size += term.abs();
+                        }
+                    }
+                    Term { p_error, dp, dp_error: self.sum(d.value_head_dim) * size }
+                })
+                .collect();
+            // The product may also be the sum of p dp over the keys at hand, which is the same by the definition of the
+            // output.
+            let (mut own_error, mut own_size) = (2.0 * u * d_lse.abs(), 0.0);
+            for (entry, term) in row.entries.iter().zip(&terms) {
+                let p = entry.probability;
+                own_error += term.p_error * (term.dp.abs() + term.dp_error) + p * term.dp_error;
+                own_size += p * term.dp.abs();
+            }
+            delta_error = delta_error.max(own_error + self.sum(row.entries.len()) * own_size);
+            for (entry, &Term { p_error, dp, dp_error }) in row.entries.iter().zip(&terms) {
                 let (j, p) = (entry.key, entry.probability);
-                let exponent = self.exponent_error(oracle, entry, row.lse) + saved.lse[index];
-                let p_error = probability_error(entry.logit - row.lse, p, exponent);
-                let (mut dp, mut dp_size) = (0.0, 0.0);
                 if entry.keep > 0.0 {
                     let weight = entry.keep * (p_error + p * (self.weight + 2.0 * u) + self.weight_underflow);
                     let start = oracle.value.flat(&[b, j, kv]) * d.value_head_dim;
                     for (dim, g) in incoming.iter().enumerate() {
-                        let term = entry.keep * g * oracle.value.data[start + dim];
-                        dp += term;
-                        dp_size += term.abs();
                         dv.add(start + dim, weight * g.abs(), entry.keep * p * g.abs());
                     }
                 }
                 // d_logit = p (dp - delta).
-                let difference_error = self.sum(d.value_head_dim) * dp_size + delta_error;
+                let difference_error = dp_error + delta_error;
                 let d_logit = (p * (dp - delta)).abs();
                 let mut error = p_error * ((dp - delta).abs() + difference_error)
                     + p * difference_error
@@ -150,7 +182,7 @@ impl Precision {
                 let mut d_product = d_logit;
                 if let Some(cap) = problem.softcap() {
                     // The slope is 1 - tanh^2, and the tangent is off by what the capped logit is off by.
-                    let slope_error = 2.0 * self.logit_error(oracle, entry) / cap + 8.0 * u;
+                    let slope_error = (2.0 * self.logit_error(oracle, entry) / cap).min(1.0) + 8.0 * u;
                     error = error * (entry.cap_slope + slope_error) + d_logit * slope_error;
                     d_product *= entry.cap_slope;
                 }
@@ -167,9 +199,9 @@ impl Precision {
                     dk.add(at_key + h, error * query, d_product * query);
                 }
             }
-            if let Some(sink) = row.sink {
+            if let Some(sink) = row.sink.filter(|&sink| sink != f64::NEG_INFINITY) {
                 let p = row.sink_probability();
-                let exponent = self.sink_error(sink, row.lse) + saved.lse[index];
+                let exponent = self.sink_error(sink, row.lse) + lse_error;
                 let p_error = probability_error(sink - row.lse, p, exponent);
                 dsinks.add(n, p_error * (delta.abs() + delta_error) + p * delta_error, p * delta.abs());
             }

@@ -22,6 +22,8 @@ use attention_core::{DType, NumericsClass};
 /// | `ARGUMENT` | 3 | the argument of the exponential: the subtraction of the maximum or logsumexp, the change to base two |
 /// | `EXPONENTIAL` | 8 | the exponential itself: 4 units in the last place |
 /// | `SUM` | 6 | every sum of products, beside one rounding a term: the products themselves, a rescaling, the final division |
+///
+/// `NEAR` and `STORED` are sizes of logits: up to them, what grows with a logit may stand in place of what does not.
 pub mod constants {
     /// See the table in [`constants`](self).
     pub const PRODUCT: f64 = 4.0;
@@ -35,6 +37,11 @@ pub mod constants {
     pub const EXPONENTIAL: f64 = 8.0;
     /// See the table in [`constants`](self).
     pub const SUM: f64 = 6.0;
+    /// Up to which size of two logits their difference may be rounded in units of them rather than of the difference.
+    pub const NEAR: f64 = 128.0;
+    /// Up to which size a logsumexp that was stored may be used whatever its rounding does to probabilities, for operands
+    /// that are no halves and for halves.
+    pub const STORED: (f64, f64) = (128.0, 1024.0);
 }
 
 /// The roundings of a numerics class.
@@ -126,8 +133,9 @@ fn probability_error(log_p: f64, p: f64, error: f64) -> f64 {
     if error < 1.0 {
         p * error.exp_m1()
     } else {
-        // Where p underflows, or the error is large: p * (e^error - 1) without 0 * infinity.
-        (log_p + error).exp() - p
+        // Where p underflows, or the error is large: p * (e^error - 1) without 0 * infinity. A computed probability is
+        // never above 1, nor below 0.
+        ((log_p + error).exp().min(1.0) - p).max(p)
     }
 }
 

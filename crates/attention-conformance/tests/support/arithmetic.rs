@@ -93,3 +93,12 @@ fn write_as<T: Scalar>(view: ViewMut<'_>, values: &[f64]) {
 pub(crate) fn clamp(tensor: &Dense, index: [usize; 4]) -> [usize; 4] {
     std::array::from_fn(|axis| if tensor.shape[axis] == 1 { 0 } else { index[axis] })
 }
+
+/// The distance from 1 to the next number, of bf16 for halves.
+pub(crate) fn epsilon<T: Scalar>() -> f64 {
+    match T::DTYPE.size() {
+        8 => f64::EPSILON,
+        4 => f64::from(f32::EPSILON),
+        _ => 2f64.powi(-7),
+    }
+}

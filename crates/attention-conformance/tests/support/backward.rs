@@ -1,7 +1,7 @@
 use attention_conformance::oracle::Dense;
 use attention_core::{BackwardCall, Feature, Role, Scalar, ViewMut};
 
-use super::arithmetic::{Loaded, Real, clamp, read, write};
+use super::arithmetic::{Loaded, Real, clamp, epsilon, read, write};
 use super::{Flaw, Naive};
 
 impl Naive {
@@ -40,12 +40,31 @@ impl Naive {
                     for dim in 0..d.value_head_dim {
                         delta += read::<A>(&d_out, &[b, t, n, dim]) * read::<A>(&out, &[b, t, n, dim]);
                     }
-                    for j in keys {
-                        let logit = self.logit::<A>(problem, &inputs, row, j);
-                        if logit.value.to_f64() == f64::NEG_INFINITY {
-                            continue;
+                    let logits: Vec<_> = (keys.into_iter())
+                        .map(|j| (j, self.logit::<A>(problem, &inputs, row, j)))
+                        .filter(|(_, logit)| logit.value.to_f64() != f64::NEG_INFINITY)
+                        .collect();
+                    let sink = sink.filter(|sink| sink.to_f64() != f64::NEG_INFINITY);
+                    // A large logsumexp has lost the digits that tell its keys apart: their own sum has them.
+                    let all = || logits.iter().map(|(_, logit)| logit.value).chain(sink);
+                    let max =
+                        all().fold(A::from_f64(f64::NEG_INFINITY), |max, x| if x > max { x } else { max });
+                    let mut sum = zero;
+                    for x in all() {
+                        sum += (x - max).exp();
+                    }
+                    let distance = (max + sum.ln() - row_lse).to_f64().abs();
+                    let size = row_lse.to_f64().abs();
+                    let is_own = size > 128.0 && distance <= 4.0 * epsilon::<A>() * size;
+                    let probability = |x: A| {
+                        if is_own && self.flaw != Flaw::StoredLseWhateverItsDigits {
+                            (x - max).exp() / sum
+                        } else {
+                            (x - row_lse).exp()
                         }
-                        let p = (logit.value - row_lse).exp();
+                    };
+                    for (j, logit) in logits {
+                        let p = probability(logit.value);
                         let kept = self.kept::<A>(problem, row, j);
                         let mut dp = zero;
                         if kept.to_f64() != 0.0 {
@@ -79,7 +98,7 @@ impl Naive {
                         }
                     }
                     if let (Some(sink), false) = (sink, dsinks.is_empty()) {
-                        dsinks[n] += -((sink - row_lse).exp() * delta);
+                        dsinks[n] += -(probability(sink) * delta);
                     }
                 }
             }

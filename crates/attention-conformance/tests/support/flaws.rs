@@ -17,6 +17,10 @@ pub(crate) enum Flaw {
     RunsWhatItRefuses,
     ChangesFromCallToCall,
     DependsOnTheBatch,
+    DependsOnPadding,
+    DependsOnStrides,
+    DependsOnMaskedMemory,
+    DependsOnOtherRows,
     // In the numbers.
     ScaleOff(f64),
     OutputOff(f64),
@@ -34,6 +38,10 @@ pub(crate) enum Flaw {
     MaskedByMultiplication,
     LseInBaseTwo,
     BiasGradientNotSummed,
+    // In large numbers.
+    BaseTwoBeforeTheShift,
+    FarBelowIsMasked,
+    StoredLseWhateverItsDigits,
     CapSlopeMissing,
 }
 

@@ -2,7 +2,7 @@ use std::sync::atomic::Ordering;
 
 use attention_core::{ForwardCall, Role, Scalar};
 
-use super::arithmetic::{Loaded, Real, read, write};
+use super::arithmetic::{Loaded, Real, epsilon, read, write};
 use super::{Flaw, Naive};
 
 impl Naive {
@@ -21,6 +21,19 @@ impl Naive {
         if self.flaw == Flaw::DependsOnTheBatch && d.batch == 1 {
             factor = 1.0 - f64::EPSILON;
         }
+        let touched = match self.flaw {
+            Flaw::DependsOnPadding => d.key_length.is_multiple_of(2),
+            Flaw::DependsOnStrides => {
+                views.bias.is_some_and(|bias| bias.desc().strides().last().is_some_and(|&stride| stride != 1))
+            }
+            Flaw::DependsOnMaskedMemory => inputs.value.data.iter().any(|x| x.is_nan()),
+            // As many as the suite puts into one row, rather than into padding.
+            Flaw::DependsOnOtherRows => inputs.query.data.iter().filter(|x| x.is_nan()).count() == 1,
+            _ => false,
+        };
+        if touched {
+            factor = 1.0 - f64::EPSILON;
+        }
         let (mut out, mut lse) = (Vec::new(), Vec::new());
         for b in 0..d.batch {
             for t in 0..d.query_length {
@@ -34,9 +47,15 @@ impl Naive {
                     let all = || terms.iter().map(|&(_, x)| x).chain(sink);
                     let max =
                         all().fold(A::from_f64(f64::NEG_INFINITY), |max, x| if x > max { x } else { max });
+                    let (log2, ln2) =
+                        (A::from_f64(std::f64::consts::LOG2_E), A::from_f64(std::f64::consts::LN_2));
+                    let weight = |x: A| match self.flaw {
+                        Flaw::BaseTwoBeforeTheShift => ((x * log2 - max * log2) * ln2).exp(),
+                        _ => (x - max).exp(),
+                    };
                     let mut sum = zero;
                     for x in all() {
-                        sum += (x - max).exp();
+                        sum += weight(x);
                     }
                     let empty = terms.is_empty();
                     let row_lse = match (empty, sink) {
@@ -50,7 +69,7 @@ impl Naive {
                         if T::DTYPE.size() >= 4 { p } else { A::from_f64(T::from_f64(p.to_f64()).to_f64()) }
                     };
                     let weights: Vec<(usize, A)> = (terms.iter())
-                        .map(|&(j, x)| (j, round((x - max).exp() / sum * self.kept::<A>(problem, row, j))))
+                        .map(|&(j, x)| (j, round(weight(x) / sum * self.kept::<A>(problem, row, j))))
                         .filter(|(_, p)| p.to_f64() != 0.0)
                         .collect();
                     for dim in 0..d.value_head_dim {
@@ -94,13 +113,5 @@ impl Naive {
         if let Some(view) = outputs.lse {
             write(view, &lse);
         }
-    }
-}
-
-fn epsilon<T: Scalar>() -> f64 {
-    match T::DTYPE.size() {
-        8 => f64::EPSILON,
-        4 => f64::from(f32::EPSILON),
-        _ => 2f64.powi(-7),
     }
 }

@@ -1,6 +1,6 @@
 //! The logits of a row.
 
-use attention_core::{Feature, Problem};
+use attention_core::{DType, Feature, Problem};
 
 use super::arithmetic::{Loaded, Real, clamp, read};
 use super::{Flaw, Naive};
@@ -47,6 +47,14 @@ impl Naive {
                 };
                 let attends = mask.at(&clamp(mask, [b, n, t, j])) != 0.0;
                 attends != (self.flaw == Flaw::MaskInverted)
+            })
+            .filter(|&j| {
+                let Some(bias) = inputs.bias.as_ref().filter(|_| !ignores(Feature::Bias)) else {
+                    return true;
+                };
+                // Whatever the key holds.
+                let bias = in_precision_of_logits(problem, bias.at(&clamp(bias, [b, n, t, j])));
+                bias != f64::NEG_INFINITY && (self.flaw != Flaw::FarBelowIsMasked || bias > -1e9)
             })
             .collect();
         if self.flaw == Flaw::LastKeyMissing && allowed.len() > 1 {
@@ -133,4 +141,9 @@ impl Naive {
             .filter(|_| t < problem.query_len(b) && !self.flaw.ignores(Feature::Sinks))?;
         Some(read(sinks, &[n]))
     }
+}
+
+/// A number that is part of a logit.
+fn in_precision_of_logits(problem: &Problem, x: f64) -> f64 {
+    if problem.dtype().accumulator() == DType::F64 { x } else { f64::from(x as f32) }
 }

@@ -10,7 +10,7 @@ pub(crate) use flaws::Flaw;
 
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet, ForwardCall,
-    NumericsClass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
+    NumericsClass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported, Variants,
 };
 use half::{bf16, f16};
 
@@ -23,6 +23,8 @@ pub(crate) struct Naive {
     pub(crate) wide: bool,
     /// Counts calls, for flaws that depend on it.
     pub(crate) calls: std::sync::atomic::AtomicUsize,
+    /// Where it lists the passes as its variants.
+    pub(crate) variants: Option<Variants>,
 }
 
 impl Naive {
@@ -37,7 +39,7 @@ impl Naive {
         let capabilities =
             Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::RowBlock)
                 .with_backward(pass);
-        Self { capabilities, flaw, wide: false, calls: Default::default() }
+        Self { capabilities, flaw, wide: false, calls: Default::default(), variants: None }
     }
 
     fn needed(&self, problem: &Problem) -> usize {
@@ -47,6 +49,9 @@ impl Naive {
 
     fn check(&self, problem: &Problem, scratch: Scratch<'_>) -> Result<(), Error> {
         self.supports_unless_flawed(problem)?;
+        if let Some(variants) = &self.variants {
+            variants.counter(&problem.pass().to_string()).count();
+        }
         if self.flaw == Flaw::Panic {
             panic!("on purpose");
         }
@@ -77,6 +82,10 @@ impl AttentionBackend for Naive {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn variants(&self) -> Option<&Variants> {
+        self.variants.as_ref()
     }
 
     fn available(&self) -> Result<(), Unavailable> {
