@@ -143,6 +143,21 @@ pub(crate) fn at_every_level(backends: Vec<Arc<dyn AttentionBackend>>) -> Vec<Ar
     expanded
 }
 
+/// The levels that [`at_every_level`] leaves out because the processor lacks them: what they are called, the version, and
+/// what is missing.
+pub(crate) fn missing_levels(backends: &[Arc<dyn AttentionBackend>]) -> Vec<(String, String, String)> {
+    let chunked = backends.iter().find(|backend| backend.name() == "chunked");
+    let Some(chunked) = chunked.filter(|_| std::env::var_os(Level::VARIABLE).is_none()) else {
+        return Vec::new();
+    };
+    let missing = Level::ALL.into_iter().filter_map(|level| Some((level, level.check().err()?)));
+    missing
+        .map(|(level, reason)| {
+            (format!("chunked at {level}"), chunked.version().to_owned(), reason.to_string())
+        })
+        .collect()
+}
+
 /// A backend under another name, to tell configurations apart in reports.
 #[derive(Debug)]
 struct Labelled {

@@ -64,10 +64,16 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     reporting::make_folders_of(
         [&arguments.json, &arguments.html].into_iter().flatten().map(PathBuf::as_path),
     )?;
-    let backends = backends::at_every_level(backends::named(&arguments.backend)?);
-    let reports = (backends.iter())
+    let named = backends::named(&arguments.backend)?;
+    // A level that the processor lacks is part of the report, with every case skipped.
+    let missing: Vec<Report> = (backends::missing_levels(&named).iter())
+        .map(|(label, version, reason)| suite.skipped(label, version, reason))
+        .collect();
+    let backends = backends::at_every_level(named);
+    let mut reports = (backends.iter())
         .map(|backend| run_backend(&suite, backend, &arguments.threads))
         .collect::<crate::Result<Vec<Report>>>()?;
+    reports.extend(missing);
     if let Some(path) = &arguments.json {
         reporting::write_asked_for(path, &attention_conformance::report::json(&reports))?;
     }
@@ -76,8 +82,9 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     }
     println!("Worst error as a fraction of its bound, by feature:");
     reporting::print_table(&reports);
+    let covered = reporting::print_variants(&reports);
     reports.iter().for_each(reporting::print_details);
-    Ok(reporting::close(&reports))
+    Ok(reporting::close(&reports) && covered)
 }
 
 fn run_backend(

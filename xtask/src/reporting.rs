@@ -5,7 +5,7 @@ use std::fmt::{Arguments, Display};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
 
-use attention_conformance::report::{Outcome, Report, Totals, table};
+use attention_conformance::report::{Outcome, Report, Totals, coverage, table, uncovered};
 use attention_conformance::suite::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -104,6 +104,34 @@ pub(crate) fn print_cells(header: &[String], rows: &[Vec<String>]) {
 pub(crate) fn print_table(reports: &[Report]) {
     let table = table(reports);
     print_cells(&table.header, &table.rows);
+}
+
+/// Prints how often each variant was run; whether the whole suite, where it was run, has run all that is listed and nothing
+/// else. A filtered run says that it is one.
+pub(crate) fn print_variants(reports: &[Report]) -> bool {
+    let table = coverage(reports);
+    if !table.rows.is_empty() {
+        println!("Runs of each variant:");
+        print_cells(&table.header, &table.rows);
+    }
+    let mut covered = true;
+    for report in reports {
+        let backend = &report.backend;
+        if report.variants.is_none() && report.totals().passed > 0 {
+            println!("{backend}: lists no variants");
+        }
+        let Some(fault) = uncovered(std::slice::from_ref(report)) else { continue };
+        if report.about.is_whole() {
+            println!("{backend}: FAILED, {fault}");
+            covered = false;
+        } else {
+            println!("{backend}: {fault} (not judged: the run was filtered)");
+        }
+    }
+    if let Some(report) = reports.iter().find(|report| !report.about.is_whole()) {
+        println!("filtered: {}", report.about.filters.join("; "));
+    }
+    covered
 }
 
 /// Prints what failed, with the first differing elements, and what was skipped and why.
@@ -207,6 +235,8 @@ mod tests {
         let report = Report {
             backend: "toy".to_owned(),
             version: "1".to_owned(),
+            about: Default::default(),
+            variants: None,
             results: vec![skipped("no sinks"), skipped("no bias"), skipped("no sinks")],
         };
         assert_eq!(skips(&report), BTreeMap::from([("no bias", 1), ("no sinks", 2)]));

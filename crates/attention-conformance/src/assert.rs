@@ -3,7 +3,7 @@
 use attention_core::DType;
 
 use crate::golden::{GoldenSet, Limits, own_sets};
-use crate::report::Report;
+use crate::report::{Report, uncovered};
 use crate::suite::{Heartbeat, Subject, Suite};
 
 /// Failures that a panic lists in full; the rest is counted.
@@ -24,7 +24,8 @@ const LISTED: usize = 20;
 /// ```
 ///
 /// # Panics
-/// Where a case fails, listing the first failures; where no case passes at all, which would prove nothing; where a
+/// Where a case fails, listing the first failures; where no case passes at all, which would prove nothing; where the backend
+/// lists [variants](attention_core::AttentionBackend::variants) and no case has run one of them, or has run one that it does not list; where a
 /// golden set of this crate cannot be read.
 pub fn assert_conforms<'a>(subject: impl Into<Subject<'a>>) -> Vec<Report> {
     let subject = subject.into();
@@ -40,5 +41,8 @@ pub fn assert_conforms<'a>(subject: impl Into<Subject<'a>>) -> Vec<Report> {
     let name = subject.backend.name();
     assert!(failures.is_empty(), "{name} does not conform: {totals}\n{listed}");
     assert!(totals.passed > 0, "{name} was not tested: {totals}");
+    if let Some(fault) = uncovered(&reports) {
+        panic!("the suite does not reach what {name} may choose: {fault}");
+    }
     reports
 }

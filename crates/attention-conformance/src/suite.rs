@@ -8,7 +8,7 @@ use attention_core::{AttentionBackend, DType, DeviceKind, Pass};
 use serde::{Deserialize, Serialize};
 
 use crate::cases::{self, Case};
-use crate::report::{CaseResult, Outcome, Report};
+use crate::report::{About, CaseResult, Counting, Outcome, Report};
 
 /// A backend under test, and further values of it whose results must be bitwise the same.
 #[derive(Clone, Debug)]
@@ -16,13 +16,14 @@ pub struct Subject<'a> {
     pub(crate) backend: &'a dyn AttentionBackend,
     pub(crate) same: Vec<(String, &'a dyn AttentionBackend)>,
     pub(crate) reproducible: bool,
+    pub(crate) device: Option<String>,
 }
 
 impl<'a> Subject<'a> {
     /// One backend.
     pub fn new(backend: &'a dyn AttentionBackend) -> Self {
         let reproducible = backend.capabilities().device == DeviceKind::Cpu;
-        Self { backend, same: Vec::new(), reproducible }
+        Self { backend, same: Vec::new(), reproducible, device: None }
     }
 
     /// A backend that computes on a device, on copies of host memory. Backends for host memory must give the same bits
@@ -31,6 +32,17 @@ impl<'a> Subject<'a> {
     #[must_use]
     pub fn computes_on_a_device(self) -> Self {
         Self { reproducible: false, ..self }
+    }
+
+    /// The name of the device that it computes on, for reports.
+    #[must_use]
+    pub fn device(self, name: impl Into<String>) -> Self {
+        Self { device: Some(name.into()), ..self }
+    }
+
+    /// The backend, and then those that must give the same bits.
+    pub(crate) fn backends(&self) -> impl Iterator<Item = &'a dyn AttentionBackend> + use<'a, '_> {
+        std::iter::once(self.backend).chain(self.same.iter().map(|&(_, backend)| backend))
     }
 
     /// The same backend in a configuration that must not change a bit, such as another number of threads.
@@ -153,6 +165,8 @@ pub struct Suite {
     cases: Vec<Case>,
     dtypes: Vec<DType>,
     passes: Vec<Pass>,
+    /// What has left cases out.
+    filters: Vec<String>,
 }
 
 impl Default for Suite {
@@ -164,12 +178,13 @@ impl Default for Suite {
 impl Suite {
     /// Every case, in every dtype and pass.
     pub fn new() -> Self {
-        Self::with_cases(cases::all())
+        Self { filters: Vec::new(), ..Self::with_cases(cases::all()) }
     }
 
     /// These cases, in every dtype and pass.
     pub fn with_cases(cases: Vec<Case>) -> Self {
-        Self { cases, dtypes: DType::FLOATS.into(), passes: vec![Pass::Forward, Pass::Backward] }
+        let filters = vec![format!("{} cases of the caller's choice", cases.len())];
+        Self { cases, dtypes: DType::FLOATS.into(), passes: vec![Pass::Forward, Pass::Backward], filters }
     }
 
     /// Only these dtypes.
@@ -189,7 +204,10 @@ impl Suite {
     /// Only cases whose name contains this.
     #[must_use]
     pub fn filter(mut self, part_of_name: &str) -> Self {
+        let all = self.cases.len();
         self.cases.retain(|case| case.name.contains(part_of_name));
+        let left = self.cases.len();
+        self.filters.push(format!("{left} of {all} cases, whose names contain '{part_of_name}'"));
         self
     }
 
@@ -208,13 +226,48 @@ impl Suite {
         let subject = subject.into();
         let total = self.cases.len() * self.dtypes.len() * self.passes.len();
         let mut results = Vec::with_capacity(total);
+        let about = About::here(subject.device.as_deref(), self.left_out());
+        let counting = Counting::start(subject.backends());
         for (case, dtype, pass) in self.runs() {
             let result = crate::run::run_case(&subject, case, dtype, pass);
             progress(Progress { done: results.len() + 1, total, result: &result });
             results.push(result);
         }
         let (backend, version) = (subject.backend.name().to_owned(), subject.backend.version().to_owned());
-        Report { backend, version, results }
+        Report { backend, version, about, variants: counting.finish(), results }
+    }
+
+    /// The report of a backend that cannot run here at all, such as one for an instruction set that the processor lacks:
+    /// every case is skipped, for this reason.
+    pub fn skipped(&self, backend: &str, version: &str, reason: &str) -> Report {
+        let result = |run: RunId| CaseResult {
+            case: run.case,
+            dtype: run.dtype,
+            pass: run.pass,
+            features: Vec::new(),
+            outcome: Outcome::Skipped { reason: reason.to_owned() },
+            ms: 0.0,
+        };
+        Report {
+            backend: backend.to_owned(),
+            version: version.to_owned(),
+            about: About::here(None, self.left_out()),
+            variants: None,
+            results: self.list().into_iter().map(result).collect(),
+        }
+    }
+
+    /// By what this suite is not the whole one.
+    fn left_out(&self) -> Vec<String> {
+        let mut filters = self.filters.clone();
+        let words = |names: Vec<String>| names.join(", ");
+        if DType::FLOATS.iter().any(|dtype| !self.dtypes.contains(dtype)) {
+            filters.push(format!("dtypes {}", words(self.dtypes.iter().map(ToString::to_string).collect())));
+        }
+        if [Pass::Forward, Pass::Backward].iter().any(|pass| !self.passes.contains(pass)) {
+            filters.push(format!("passes {}", words(self.passes.iter().map(ToString::to_string).collect())));
+        }
+        filters
     }
 
     fn runs(&self) -> impl Iterator<Item = (&Case, DType, Pass)> {

@@ -3,9 +3,9 @@
 mod support;
 
 use attention_conformance::cases;
-use attention_conformance::report::Outcome;
+use attention_conformance::report::{Outcome, uncovered};
 use attention_conformance::suite::{Subject, Suite, run_case};
-use attention_core::{DType, Pass};
+use attention_core::{DType, Pass, Variants};
 use proptest::prelude::*;
 use support::{Flaw, Naive};
 
@@ -51,6 +51,34 @@ fn filters_choose_by_name_dtype_and_pass() {
     assert_eq!(list.len(), suite.cases().len());
     assert!(!list.is_empty() && list.len() < 20);
     assert_eq!(list[0].to_string(), format!("{} f16 backward", list[0].case));
+}
+
+/// What a run has reached is told from what other runs have, and from what was skipped.
+#[test]
+fn variants_that_were_not_run_are_named() {
+    let naive = Naive { variants: Some(Variants::new(["forward", "backward"])), ..Naive::new(Flaw::None) };
+    let suite = Suite::new().filter("small/one-of-each").dtypes([DType::F32]);
+    let whole = suite.run(&naive, |_| {});
+    assert_eq!((uncovered(std::slice::from_ref(&whole)), whole.variants.unwrap().len()), (None, 2));
+    let forward = suite.clone().passes([Pass::Forward]).run(&naive, |_| {});
+    assert_eq!(uncovered(&[forward]).unwrap(), "1 of its variants were not run: backward");
+    let skipped = suite.skipped("naive", "0", "the processor lacks it");
+    assert_eq!((skipped.totals().skipped, uncovered(&[skipped])), (suite.list().len(), None));
+    assert_eq!(suite.run(&Naive::new(Flaw::None), |_| {}).variants, None);
+}
+
+#[test]
+fn a_report_says_by_what_its_run_was_filtered() {
+    let naive = Naive::new(Flaw::None);
+    let suite = Suite::new().filter("small/one-of").passes([Pass::Forward]);
+    let filters = suite.run(&naive, |_| {}).about.filters;
+    let all = cases::all().len();
+    assert_eq!(
+        filters,
+        [format!("3 of {all} cases, whose names contain 'small/one-of'"), "passes forward".to_owned()]
+    );
+    let chosen = Suite::with_cases(suite.cases().to_vec()).run(&naive, |_| {}).about;
+    assert_eq!(chosen.filters, ["3 cases of the caller's choice"]);
 }
 
 proptest! {

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use attention_core::{DType, Pass};
 
-use crate::report::Report;
+use crate::report::{About, Counting, Report};
 use crate::suite::{Progress, Subject};
 
 /// What results are measured by in f32 and half precision. In f64 it is always an error of 1e-12.
@@ -94,6 +94,19 @@ impl GoldenSet {
             .collect();
         let total = 2 * entries.len() * dtypes.len();
         let mut results = Vec::with_capacity(total);
+        let mut filters = Vec::new();
+        if let Some(part) = filter {
+            let (left, all) = (entries.len(), self.len());
+            filters.push(format!("{left} of {all} cases, whose names contain '{part}'"));
+        }
+        if DType::FLOATS.iter().any(|dtype| !dtypes.contains(dtype)) {
+            filters.push(format!(
+                "dtypes {}",
+                dtypes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+            ));
+        }
+        let about = About::here(subject.device.as_deref(), filters);
+        let counting = Counting::start(subject.backends());
         for &dtype in dtypes {
             for entry in &entries {
                 for pass in [Pass::Forward, Pass::Backward] {
@@ -104,7 +117,7 @@ impl GoldenSet {
             }
         }
         let (backend, version) = (subject.backend.name().to_owned(), subject.backend.version().to_owned());
-        Report { backend, version, results }
+        Report { backend, version, about, variants: counting.finish(), results }
     }
 }
 

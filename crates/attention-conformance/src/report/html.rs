@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use super::{Outcome, Report, Totals, plot, table};
+use super::{About, Outcome, Report, Table, Totals, coverage, plot, table, uncovered};
 
 const STYLE: &str = "
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fdfdfc; --line: #8884; --good: #2b7a4b; --bad: #c0392b; }
@@ -23,9 +23,11 @@ pub fn html(reports: &[Report]) -> String {
         "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n<title>Attention conformance: {totals}</title>\n<style>{STYLE}</style>\n<h1>Attention conformance</h1>\n<p>{totals}</p>\n"
     );
     backends(&mut page, reports);
+    about(&mut page, reports);
     page.push_str("<h2>Error over bound</h2>\n<p>Every case is a dot: its largest error, as a fraction of the bound derived for that element. What is right of the red line has failed.</p>\n");
     page.push_str(&plot::errors(reports));
     features(&mut page, reports);
+    variants(&mut page, reports);
     failures(&mut page, reports);
     skips(&mut page, reports);
     page
@@ -52,9 +54,47 @@ fn backends(page: &mut String, reports: &[Report]) {
     page.push_str("</table>\n");
 }
 
+/// Where, when and how: once, where it is the same for every report but for the time.
+fn about(page: &mut String, reports: &[Report]) {
+    let mut shown: Vec<About> = Vec::new();
+    for report in reports {
+        let timeless = About { started: String::new(), ..report.about.clone() };
+        if shown.contains(&timeless) {
+            continue;
+        }
+        shown.push(timeless);
+        page.push_str("<table>\n");
+        for (name, value) in report.about.lines() {
+            let class = if name == "filters" && !report.about.is_whole() { " class=\"bad\"" } else { "" };
+            let _ = writeln!(page, "<tr><th>{name}<td{class}>{}</tr>", escape(&value));
+        }
+        page.push_str("</table>\n");
+    }
+}
+
 fn features(page: &mut String, reports: &[Report]) {
-    let table = table(reports);
-    page.push_str("<h2>Features</h2>\n<p>The worst error as a fraction of its bound, over the cases that have the feature.</p>\n<table>\n<tr>");
+    page.push_str("<h2>Features</h2>\n<p>The worst error as a fraction of its bound, over the cases that have the feature.</p>\n");
+    cells(page, &table(reports));
+}
+
+fn variants(page: &mut String, reports: &[Report]) {
+    page.push_str("<h2>Variants</h2>\n<p>How often each code path was run that a backend may choose.</p>\n");
+    let table = coverage(reports);
+    if !table.rows.is_empty() {
+        cells(page, &table);
+    }
+    for report in reports {
+        let backend = escape(&report.backend);
+        match (&report.variants, uncovered(std::slice::from_ref(report))) {
+            (None, _) => drop(writeln!(page, "<p class=\"quiet\">{backend} lists no variants.</p>")),
+            (_, Some(fault)) => drop(writeln!(page, "<p class=\"bad\">{backend}: {}.</p>", escape(&fault))),
+            _ => {}
+        }
+    }
+}
+
+fn cells(page: &mut String, table: &Table) {
+    page.push_str("<table>\n<tr>");
     for name in &table.header {
         let _ = write!(page, "<th>{}", escape(name));
     }
@@ -64,7 +104,9 @@ fn features(page: &mut String, reports: &[Report]) {
         for cell in row {
             let class = match cell.as_str() {
                 "skipped" | "-" => " class=\"quiet\"",
-                cell if cell.ends_with("FAILED") => " class=\"bad\"",
+                cell if ["FAILED", "NOT RUN", "NOT LISTED"].iter().any(|word| cell.ends_with(word)) => {
+                    " class=\"bad\""
+                }
                 _ => "",
             };
             let _ = write!(page, "<td{class}>{}", escape(cell));

@@ -1,16 +1,21 @@
 //! What came of a run, as data; as a table, as JSON, and as a page with plots.
 
+mod about;
 mod float;
 mod html;
 mod plot;
 mod table;
+mod variants;
 
+pub use about::About;
 pub use html::html;
 pub use table::{Table, table};
+pub(crate) use variants::Counting;
+pub use variants::{coverage, uncovered};
 
 use std::fmt;
 
-use attention_core::{DType, Feature, Pass, Role};
+use attention_core::{DType, Feature, Pass, Role, VariantRuns};
 use serde::{Deserialize, Serialize};
 
 /// One element that is out of bounds.
@@ -82,6 +87,10 @@ pub struct Report {
     pub backend: String,
     /// The backend's version.
     pub version: String,
+    /// Where, when and how it was run.
+    pub about: About,
+    /// The code paths that the backend lists or has run, and how often this run has run each; `None` where it lists none.
+    pub variants: Option<Vec<VariantRuns>>,
     /// One result a case, dtype and pass.
     pub results: Vec<CaseResult>,
 }

@@ -1,4 +1,4 @@
-use attention_core::{DType, Feature, Pass, Role};
+use attention_core::{DType, Feature, Pass, Role, VariantRuns};
 
 use super::*;
 
@@ -21,6 +21,18 @@ fn report() -> Report {
     Report {
         backend: "<toy>".to_owned(),
         version: "1".to_owned(),
+        about: About {
+            started: "2026-03-21T14:05:09Z".to_owned(),
+            machine: "one <processor>".to_owned(),
+            command: "run --filter causal".to_owned(),
+            filters: vec!["names that contain 'causal'".to_owned()],
+            ..About::default()
+        },
+        variants: Some(vec![
+            VariantRuns { name: "tile".to_owned(), listed: true, runs: 3 },
+            VariantRuns { name: "merge".to_owned(), listed: true, runs: 0 },
+            VariantRuns { name: "new".to_owned(), listed: false, runs: 1 },
+        ]),
         results: vec![
             result("a", vec![], Outcome::Passed { worst: 0.25, tensor: Some(Role::Out) }),
             result("b", vec![Feature::Causal], Outcome::Passed { worst: 0.5, tensor: Some(Role::Lse) }),
@@ -81,4 +93,41 @@ fn failures_list_their_elements() {
         text,
         "c f32 forward: FAILED, 1 of 9 elements are out of bounds\n    out[0, 1, 2, 3]: got NaN, want -inf within 0.000e0"
     );
+}
+
+#[test]
+fn what_was_not_run_is_named() {
+    let fault = uncovered(&[report()]).unwrap();
+    assert_eq!(
+        fault,
+        "1 of its variants were not run: merge; 1 variants were run that it does not list: new"
+    );
+    // Another run of the same backend may have run it.
+    let mut other = report();
+    other.variants = Some(vec![VariantRuns { name: "merge".to_owned(), listed: true, runs: 2 }]);
+    assert_eq!(uncovered(&[report(), other]).unwrap(), "1 variants were run that it does not list: new");
+    let mut skipped = report();
+    skipped.results.retain(|result| matches!(result.outcome, Outcome::Skipped { .. }));
+    assert_eq!(uncovered(&[skipped]), None, "no case was run");
+    let none = Report { variants: None, ..report() };
+    assert_eq!(uncovered(std::slice::from_ref(&none)), None);
+    assert!(html(&[none]).contains("&lt;toy&gt; lists no variants"));
+    let text = coverage(&[report()]).to_string();
+    assert!(text.contains("merge    NOT RUN") && text.contains("new      1, NOT LISTED"), "{text}");
+}
+
+#[test]
+fn a_filtered_run_says_so_and_where_it_was_made() {
+    let page = html(&[report(), report()]);
+    assert_eq!(page.matches("names that contain 'causal'").count(), 1, "the same for both");
+    for part in [
+        "2026-03-21T14:05:09Z",
+        "one &lt;processor&gt;",
+        "run --filter causal",
+        "merge<td class=\"bad\">NOT RUN",
+    ] {
+        assert!(page.contains(part), "{part}");
+    }
+    let text = json(&[report()]);
+    assert!(text.contains("\"filters\": [\n        \"names that contain 'causal'\""), "{text}");
 }
