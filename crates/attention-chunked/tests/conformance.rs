@@ -1,22 +1,43 @@
 //! The conformance suite and the golden sets, at every level of the machine, on one and on several threads and with
 //! chunks of several sizes: results must agree with the oracle, and with each other to the bit.
 //!
-//! A level that the machine lacks is named and not run.
+//! A level that the machine lacks is ignored, with what it lacks.
 
 use std::sync::Arc;
 
 use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
-use attention_conformance::assert_conforms;
 use attention_conformance::golden::{GoldenSet, Limits, own_sets};
 use attention_conformance::suite::Subject;
-use attention_core::DType;
+use attention_conformance::{assert_conforms, trial_where};
+use attention_core::{
+    AttentionBackend, DType, Error, ForwardCall, ForwardOutputs, Inputs, ScratchBuffer, View, ViewMut,
+};
 
-/// Runs the suite at a level, or says that the machine lacks it.
+fn main() {
+    let conforms = |name: &str, level: Level| trial_where(name, level.check(), move || conforms_at(level));
+    let missing = Level::ALL.into_iter().find(|level| level.check().is_err());
+    let trials = vec![
+        conforms("conforms_without_special_instructions", Level::Scalar),
+        conforms("conforms_with_avx2", Level::Avx2),
+        conforms("conforms_with_avx512", Level::Avx512),
+        conforms("conforms_with_amx", Level::Amx),
+        trial_where("conforms_with_f32_split_for_amx", Level::Amx.check(), conforms_with_f32_split_for_amx),
+        trial_where(
+            "is_as_exact_as_the_golden_sets_ask",
+            Ok::<(), &str>(()),
+            is_as_exact_as_the_golden_sets_ask,
+        ),
+        trial_where(
+            "a_level_that_is_missing_is_an_error_that_names_it",
+            missing.map(|_| ()).ok_or("this machine has every level"),
+            move || a_missing_level_is_an_error_that_names_it(missing.expect("there is one")),
+        ),
+    ];
+    libtest_mimic::run(&libtest_mimic::Arguments::from_args(), trials).exit();
+}
+
+/// Runs the suite at a level.
 fn conforms_at(level: Level) {
-    if let Err(reason) = level.check() {
-        println!("level {level} skipped: {reason}");
-        return;
-    }
     // A pool of its own: more threads than most problems have tasks, whatever the machine has.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(5).build().expect("a pool of five threads");
     let config = || ChunkedConfig::default().level(level);
@@ -32,33 +53,8 @@ fn conforms_at(level: Level) {
     );
 }
 
-#[test]
-fn conforms_without_special_instructions() {
-    conforms_at(Level::Scalar);
-}
-
-#[test]
-fn conforms_with_avx2() {
-    conforms_at(Level::Avx2);
-}
-
-#[test]
-fn conforms_with_avx512() {
-    conforms_at(Level::Avx512);
-}
-
-#[test]
-fn conforms_with_amx() {
-    conforms_at(Level::Amx);
-}
-
 /// f32 operands as sums of bf16 parts stay inside the bounds of f32.
-#[test]
 fn conforms_with_f32_split_for_amx() {
-    if let Err(reason) = Level::Amx.check() {
-        println!("level {} skipped: {reason}", Level::Amx);
-        return;
-    }
     let split = ChunkedBackend::with_config(ChunkedConfig::default().level(Level::Amx).split_f32(true));
     let suite = attention_conformance::suite::Suite::new().dtypes([DType::F32]);
     let report = suite.run(&split, |_| {});
@@ -68,7 +64,6 @@ fn conforms_with_f32_split_for_amx() {
 }
 
 /// Not only inside the derived bounds: f64 to 1e-12, and f32 no further from the truth than twice JAX's own f32.
-#[test]
 fn is_as_exact_as_the_golden_sets_ask() {
     for level in Level::available() {
         let backend = ChunkedBackend::with_config(ChunkedConfig::default().level(level));
@@ -82,4 +77,23 @@ fn is_as_exact_as_the_golden_sets_ask() {
             assert_eq!(report.totals().passed, 4 * set.len());
         }
     }
+}
+
+fn a_missing_level_is_an_error_that_names_it(level: Level) {
+    let reason = level.check().expect_err("it is missing");
+    let backend = ChunkedBackend::with_config(ChunkedConfig::default().level(level));
+    assert_eq!(backend.level(), None);
+    let error = backend.available().unwrap_err().to_string();
+    assert!(error.contains(level.name()) && error.contains(&reason), "{error}");
+
+    let data = [1.0f32; 8];
+    let view = View::from_slice(&data, [1, 1, 1, 8]).unwrap();
+    let inputs = Inputs::new(view, view, view);
+    let problem = inputs.problem().build().unwrap();
+    let mut out = [f32::NAN; 8];
+    let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, [1, 1, 1, 8]).unwrap(), lse: None };
+    let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem).unwrap());
+    let refused = backend.forward(ForwardCall::new(&problem, inputs, outputs).unwrap(), scratch.scratch());
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
+    assert!(out.iter().all(|x| x.is_nan()));
 }

@@ -24,9 +24,9 @@ const LISTED: usize = 20;
 /// ```
 ///
 /// # Panics
-/// Where a case fails, listing the first failures; where no case passes at all, which would prove nothing; where the backend
-/// lists [variants](attention_core::AttentionBackend::variants) and no case has run one of them, or has run one that it does not list; where a
-/// golden set of this crate cannot be read.
+/// Where a case fails, listing the first failures; where no case passes at all, which would prove nothing; where the
+/// backend lists [variants](attention_core::AttentionBackend::variants) and no case has run one of them, or has run one
+/// that it does not list; where a golden set of this crate cannot be read.
 pub fn assert_conforms<'a>(subject: impl Into<Subject<'a>>) -> Vec<Report> {
     let subject = subject.into();
     let mut heartbeat = Heartbeat::new(subject.backend.name());

@@ -16,4 +16,4 @@ mod trials;
 
 pub use assert::assert_conforms;
 #[cfg(feature = "libtest")]
-pub use trials::trials;
+pub use trials::{trial_where, trials};

@@ -46,10 +46,9 @@ fn the_toy_reports_as_absent_what_it_lacks() {
 #[test]
 fn the_guide_shows_the_code_of_the_example() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    let Ok(guide) = std::fs::read_to_string(root.join("../../docs/adding-a-backend.md")) else {
-        // A published crate comes without the guide.
-        return;
-    };
+    // A published crate comes without the guide.
+    let guide = std::fs::read_to_string(root.join("../../docs/adding-a-backend.md"))
+        .expect("this test needs the repository");
     let example = include_str!("../examples/toy_backend.rs");
     let mut parts = 0;
     for start in example.split("// ANCHOR: ").skip(1) {

@@ -8,7 +8,7 @@ mod toy_backend;
 use std::sync::Arc;
 
 use attention_conformance::suite::Suite;
-use attention_conformance::trials;
+use attention_conformance::{trial_where, trials};
 use attention_core::AttentionBackend;
 
 #[test]
@@ -24,4 +24,22 @@ fn every_case_is_a_trial_and_refused_ones_are_ignored() {
     let arguments =
         libtest_mimic::Arguments { quiet: true, filter: Some("groups/n1".into()), ..Default::default() };
     assert!(!libtest_mimic::run(&arguments, trials).has_failed());
+}
+
+#[test]
+fn what_cannot_run_is_ignored_with_its_reason() {
+    let missing: Result<(), &str> = Err("the processor lacks it");
+    let trials = || {
+        vec![
+            trial_where("there", Ok::<(), &str>(()), || ()),
+            trial_where("missing", missing, || unreachable!()),
+        ]
+    };
+    assert!(!trials()[0].has_ignored_flag() && trials()[1].has_ignored_flag());
+    assert_eq!(trials()[1].kind(), "the processor lacks it");
+    let run = |arguments| libtest_mimic::run(&arguments, trials());
+    let conclusion = run(libtest_mimic::Arguments { quiet: true, ..Default::default() });
+    assert_eq!((conclusion.num_passed, conclusion.num_ignored, conclusion.num_failed), (1, 1, 0));
+    let forced = run(libtest_mimic::Arguments { quiet: true, ignored: true, ..Default::default() });
+    assert_eq!((forced.num_passed, forced.num_failed), (0, 1));
 }
