@@ -3,6 +3,7 @@
 
 mod assert;
 pub mod cases;
+pub mod fuzz;
 pub mod golden;
 pub mod oracle;
 pub mod report;

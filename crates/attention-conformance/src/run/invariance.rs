@@ -42,7 +42,7 @@ fn first_difference(a: &[u64], first: &HostTensor, b: &[u64], second: &HostTenso
 }
 
 /// Each batch row alone gives the bits that it gives in the batch.
-pub(super) fn batch_rows_alone(
+pub(crate) fn batch_rows_alone(
     backend: &dyn AttentionBackend,
     case: &Case,
     invocation: &Invocation<'_>,

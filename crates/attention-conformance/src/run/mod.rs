@@ -3,7 +3,7 @@
 mod call;
 mod capability;
 mod compare;
-mod invariance;
+pub(crate) mod invariance;
 mod results;
 mod saved;
 mod scratch;
@@ -21,7 +21,7 @@ use crate::report::{CaseResult, Outcome};
 use crate::suite::Subject;
 use crate::tolerance::{ForwardBounds, Precision};
 pub(crate) use call::Invocation;
-pub(crate) use compare::Judge;
+pub(crate) use compare::{Judge, fraction_of_bound};
 pub(crate) use results::Results;
 pub(crate) use saved::SavedTensors;
 
