@@ -160,9 +160,9 @@ pub(crate) fn missing_levels(backends: &[Arc<dyn AttentionBackend>]) -> Vec<(Str
 
 /// A backend under another name, to tell configurations apart in reports.
 #[derive(Debug)]
-struct Labelled {
-    label: String,
-    backend: Arc<dyn AttentionBackend>,
+pub(crate) struct Labelled {
+    pub(crate) label: String,
+    pub(crate) backend: Arc<dyn AttentionBackend>,
 }
 
 /// Everything but the name and whether it is there is that of another backend, called as `$call` says.

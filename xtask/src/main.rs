@@ -22,6 +22,7 @@ mod conformance;
 mod exchange;
 mod explain;
 mod features;
+mod fuzz;
 mod generated;
 mod golden;
 mod graphs;
@@ -30,6 +31,7 @@ mod machine;
 mod members;
 mod packages;
 mod reporting;
+mod sanitize;
 mod test;
 mod trees;
 mod united;
@@ -61,11 +63,13 @@ enum Command {
     Conformance(conformance::Arguments),
     Exchange(exchange::Arguments),
     Explain(Box<explain::Arguments>),
+    Fuzz(fuzz::Arguments),
     Golden(golden::Arguments),
     Graphs(graphs::Arguments),
     Kernels(kernels::Arguments),
     Bench(bench::Arguments),
     Unsafe(unsafe_sites::Arguments),
+    Sanitize(sanitize::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -77,11 +81,13 @@ fn main() -> ExitCode {
         Command::Conformance(arguments) => conformance::run(&arguments),
         Command::Exchange(arguments) => exchange::run(&arguments),
         Command::Explain(arguments) => explain::run(&arguments),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Golden(arguments) => golden::run(&arguments),
         Command::Graphs(arguments) => graphs::run(&arguments),
         Command::Kernels(arguments) => kernels::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Unsafe(arguments) => unsafe_sites::run(&arguments),
+        Command::Sanitize(arguments) => sanitize::run(&arguments),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -116,6 +122,7 @@ mod tests {
             "conformance --json a.json --html a.html --threads 1,4",
             "exchange --python python3",
             "explain --shape 1,2,3,4,2,8 --dtype bf16 --causal --device h200@9.19 --json",
+            "fuzz --seconds 60 --seed 7 --seeds 100 --backend chunked --level avx2 --threads 1,2 --jobs 1",
             "golden --dir a --dir b --backend cpu --dtype f64",
             "golden --check",
             "graphs --wheels a --dtype bf16 --filter mask/ --all",
@@ -123,6 +130,7 @@ mod tests {
             "kernels --arch sm_80 --arch sm_90a,sm_100 --wheel-root a --require",
             "bench --shape 1,2,3,4,2,8 --shape 1,2,3,4,2,8,5 --dtype f32 --pass both --causal --mask bias",
             "bench --peer torch --peer jax --peer-path math --threads 2 --repeats 3 --json a --record b",
+            "sanitize --seeds 10 --suite",
             "bench --plot --check",
             "bench --quick --peer-python python3",
             "unsafe --check",
