@@ -1,6 +1,6 @@
 //! The pieces of a worker's scratch memory: their sizes are computed by the code that hands them out.
 
-use attention_core::SCRATCH_ALIGNMENT;
+use attention_core::{SCRATCH_ALIGNMENT, red_zones};
 use bytemuck::Pod;
 
 /// Hands out consecutive aligned pieces of memory, or counts what they would take.
@@ -16,7 +16,8 @@ impl<'a> Pieces<'a> {
     }
 
     /// Hands out pieces of `memory`, which is aligned to [`SCRATCH_ALIGNMENT`].
-    pub(crate) const fn of(memory: &'a mut [u8]) -> Self {
+    pub(crate) fn of(memory: &'a mut [u8]) -> Self {
+        red_zones::recut(memory);
         Self { rest: Some(memory), bytes: Some(0) }
     }
 
@@ -25,8 +26,10 @@ impl<'a> Pieces<'a> {
     /// # Panics
     /// Where the memory is used up: it was sized with other numbers.
     pub(crate) fn take<T: Pod>(&mut self, count: usize) -> &'a mut [T] {
+        // A piece without elements has no red zone either.
+        let red_zone = if count == 0 { 0 } else { red_zones::BYTES };
         let bytes = (count.checked_mul(size_of::<T>()))
-            .and_then(|bytes| bytes.checked_next_multiple_of(SCRATCH_ALIGNMENT));
+            .and_then(|bytes| bytes.checked_next_multiple_of(SCRATCH_ALIGNMENT)?.checked_add(red_zone));
         self.bytes = self.bytes.zip(bytes).and_then(|(sum, bytes)| sum.checked_add(bytes));
         let Some(rest) = &mut self.rest else { return &mut [] };
         if count == 0 {
@@ -36,7 +39,9 @@ impl<'a> Pieces<'a> {
         let bytes = bytes.expect("sizes were checked when the scratch was sized");
         let (piece, rest_of_it) = std::mem::take(rest).split_at_mut(bytes);
         *rest = rest_of_it;
-        &mut bytemuck::cast_slice_mut(piece)[..count]
+        let (elements, behind) = piece.split_at_mut(count * size_of::<T>());
+        red_zones::guard(behind);
+        bytemuck::cast_slice_mut(elements)
     }
 
     /// Bytes of all pieces so far; `None` on overflow.

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use attention_core::red_zones;
+
 /// Runs `work(index, scratch)` for every index below `tasks`, in no particular order, on `threads` threads of the
 /// current pool, each with `bytes` of the scratch to itself.
 ///
@@ -32,6 +34,7 @@ pub(crate) fn run(
                 return;
             }
             work(index, scratch);
+            red_zones::end_task();
         }
     };
     let own = next_piece();

@@ -34,6 +34,8 @@ pub use problem::{Dimensions, Pass, Problem, ProblemBuilder};
 pub use role::Role;
 pub use shape::{Axes, Dims, MAX_RANK, Strides, TensorDesc};
 pub use variants::{VariantCounter, VariantRuns, Variants};
+#[doc(hidden)]
+pub use view::red_zones;
 pub use view::{
     HostView, HostViewMut, LentScratch, Row, RowMut, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer, View, ViewMut,
 };

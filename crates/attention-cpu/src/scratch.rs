@@ -1,11 +1,14 @@
 //! Cuts scratch memory into typed pieces.
 
-use attention_core::SCRATCH_ALIGNMENT;
+use attention_core::{SCRATCH_ALIGNMENT, red_zones};
 use bytemuck::Pod;
 
 /// Bytes that [`Carver::take`] uses for this many elements; `None` on overflow.
 pub(crate) fn piece_bytes<T>(count: usize) -> Option<usize> {
-    count.checked_mul(size_of::<T>())?.checked_next_multiple_of(SCRATCH_ALIGNMENT)
+    count
+        .checked_mul(size_of::<T>())?
+        .checked_next_multiple_of(SCRATCH_ALIGNMENT)?
+        .checked_add(red_zones::BYTES)
 }
 
 /// Hands out consecutive aligned pieces of scratch memory.
@@ -16,6 +19,7 @@ pub(crate) struct Carver<'a> {
 impl<'a> Carver<'a> {
     /// `bytes` must be aligned to [`SCRATCH_ALIGNMENT`].
     pub(crate) fn new(bytes: &'a mut [u8]) -> Self {
+        red_zones::recut(bytes);
         Self { rest: bytes }
     }
 
@@ -27,6 +31,8 @@ impl<'a> Carver<'a> {
         let bytes = piece_bytes::<T>(count).expect("sizes were checked when the scratch was sized");
         let (piece, rest) = std::mem::take(&mut self.rest).split_at_mut(bytes);
         self.rest = rest;
-        &mut bytemuck::cast_slice_mut(piece)[..count]
+        let (elements, behind) = piece.split_at_mut(count * size_of::<T>());
+        red_zones::guard(behind);
+        bytemuck::cast_slice_mut(elements)
     }
 }

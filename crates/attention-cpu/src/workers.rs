@@ -2,6 +2,8 @@
 
 use std::sync::Mutex;
 
+use attention_core::red_zones;
+
 /// Cuts scratch into pieces of `bytes` for at most `threads` workers.
 pub(crate) fn divide(scratch: &mut [u8], bytes: usize, threads: usize) -> Vec<&mut [u8]> {
     if bytes == 0 {
@@ -20,6 +22,7 @@ pub(crate) fn run<T: Send, S: Send>(tasks: Vec<T>, scratch: Vec<S>, work: impl F
     if tasks.len() <= 1 || scratch.len() == 0 {
         for task in tasks {
             work(task, &mut own);
+            red_zones::end_task();
         }
         return;
     }
@@ -29,6 +32,7 @@ pub(crate) fn run<T: Send, S: Send>(tasks: Vec<T>, scratch: Vec<S>, work: impl F
         // A worker that panics poisons the lock; the scope passes its panic on.
         while let Some(task) = queue.lock().ok().and_then(|mut queue| queue.next()) {
             work(task, scratch);
+            red_zones::end_task();
         }
     };
     rayon::scope(|scope| {

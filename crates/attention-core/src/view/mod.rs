@@ -7,6 +7,8 @@
 #![allow(unsafe_code)]
 
 mod host;
+#[doc(hidden)]
+pub mod red_zones;
 mod scratch;
 
 use std::marker::PhantomData;
