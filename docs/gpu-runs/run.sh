@@ -46,7 +46,7 @@ if [[ -n ${DEVICE_TESTS:-} && $only != suite && $only != speed ]]; then
 fi
 
 families="layout values random position pair tile large bias mask groups small lengths head-dim value-head-dim end-to-end dropout
-    results scale softcap alibi sinks"
+    results scale softcap alibi sinks magnitude bits"
 {
     for family in $families; do
         for pass in backward forward; do
