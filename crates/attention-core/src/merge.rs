@@ -9,7 +9,7 @@ mod empty;
 
 pub use empty::EmptyLse;
 
-use crate::{DType, InvalidCall, Role, Scalar, View, ViewMut};
+use crate::{DType, HostView, HostViewMut, InvalidCall, Role, Scalar, View, ViewMut};
 
 /// The floats that softmax statistics are kept in.
 pub trait Accumulator: Scalar + PartialOrd {
@@ -182,6 +182,9 @@ pub fn merge_partials(
     }
 }
 
+/// Elements of a row that are merged at a time, so that no memory of a row's length is needed.
+const BLOCK: usize = 256;
+
 fn merge_parts<F: Accumulator>(
     parts: &[(View<'_>, View<'_>)],
     out: ViewMut<'_>,
@@ -194,7 +197,7 @@ fn merge_parts<F: Accumulator>(
         shape,
         expected: "4",
     })?;
-    let [batch, length, heads, head_dim] = expected;
+    let [batch, length, heads, width] = expected;
     if rows[..] != shape[..3] {
         let expected = [batch, length, heads].into();
         return Err(InvalidCall::Shape { role: Role::Lse, shape: rows, expected, why: "[B, T, N] of out" });
@@ -212,25 +215,34 @@ fn merge_parts<F: Accumulator>(
     }
     let mut lse = host_mut::<F>(Role::Lse, lse)?;
     let mut write_out = row_writer::<F>(Role::Out, out, dtype)?;
-    let (mut merged, mut other) = (vec![F::ZERO; head_dim], vec![F::ZERO; head_dim]);
+    // Sizes of an empty tensor say nothing about memory or time.
+    if rows.contains(&0) {
+        return Ok(());
+    }
+    let (mut merged, mut other) = ([F::ZERO; BLOCK], [F::ZERO; BLOCK]);
     for index in (0..batch).flat_map(|b| (0..length).flat_map(move |t| (0..heads).map(move |n| [b, t, n]))) {
-        merged.fill(F::ZERO);
-        let mut merged_lse = F::NEG_INFINITY;
-        for (part_out, part_lse) in &sources {
-            part_out(&index, &mut other);
-            merge_row(&mut merged, &mut merged_lse, &other, part_lse.at(&index));
+        for first in (0..width).step_by(BLOCK) {
+            let count = BLOCK.min(width - first);
+            let (merged, other) = (&mut merged[..count], &mut other[..count]);
+            merged.fill(F::ZERO);
+            let mut merged_lse = F::NEG_INFINITY;
+            for (part_out, part_lse) in &sources {
+                part_out(&index, first, other);
+                merge_row(merged, &mut merged_lse, other, part_lse.at(&index));
+            }
+            write_out(&index, first, merged);
         }
-        write_out(&index, &merged);
-        lse.set(&index, merged_lse);
+        let parts = sources.iter().map(|(_, part)| part.at(&index));
+        lse.set(&index, parts.fold(F::NEG_INFINITY, |lse, part| merge_lse(lse, part).0));
     }
     Ok(())
 }
 
-fn host<'a, T: Scalar>(role: Role, view: &View<'a>) -> Result<crate::HostView<'a, T>, InvalidCall> {
+fn host<'a, T: Scalar>(role: Role, view: &View<'a>) -> Result<HostView<'a, T>, InvalidCall> {
     view.host().ok_or_else(|| not_on_host::<T>(role, view.device(), view.desc().dtype()))
 }
 
-fn host_mut<'a, T: Scalar>(role: Role, view: ViewMut<'a>) -> Result<crate::HostViewMut<'a, T>, InvalidCall> {
+fn host_mut<'a, T: Scalar>(role: Role, view: ViewMut<'a>) -> Result<HostViewMut<'a, T>, InvalidCall> {
     let refused = not_on_host::<T>(role, view.device(), view.desc().dtype());
     view.host_mut().ok_or(refused)
 }
@@ -242,19 +254,20 @@ fn not_on_host<T: Scalar>(role: Role, device: crate::Device, dtype: DType) -> In
     InvalidCall::DType { role, dtype, expected: T::DTYPE.name().to_owned() }
 }
 
-type ReadRow<'a, F> = Box<dyn Fn(&[usize], &mut [F]) + 'a>;
-type WriteRow<'a, F> = Box<dyn FnMut(&[usize], &[F]) + 'a>;
+type ReadRow<'a, F> = Box<dyn Fn(&[usize], usize, &mut [F]) + 'a>;
+type WriteRow<'a, F> = Box<dyn FnMut(&[usize], usize, &[F]) + 'a>;
 
-/// A reader of rows of any float dtype.
+/// A reader of rows of any float dtype, from a column on.
 fn rows_of<'a, F: Accumulator>(role: Role, view: &View<'a>) -> Result<ReadRow<'a, F>, InvalidCall> {
     fn typed<'a, T: Scalar, F: Accumulator>(
         role: Role,
         view: &View<'a>,
     ) -> Result<ReadRow<'a, F>, InvalidCall> {
         let host = host::<T>(role, view)?;
-        Ok(Box::new(move |index, row| {
-            for (to, from) in row.iter_mut().zip(host.row(index).iter()) {
-                *to = F::from_f64(from.to_f64());
+        Ok(Box::new(move |index, first, to| {
+            let row = host.row(index);
+            for (column, to) in to.iter_mut().enumerate() {
+                *to = F::from_f64(row.at(first + column).to_f64());
             }
         }))
     }
@@ -267,7 +280,7 @@ fn rows_of<'a, F: Accumulator>(role: Role, view: &View<'a>) -> Result<ReadRow<'a
     }
 }
 
-/// A writer of rows of any float dtype.
+/// A writer of rows of any float dtype, from a column on.
 fn row_writer<'a, F: Accumulator>(
     role: Role,
     view: ViewMut<'a>,
@@ -278,7 +291,12 @@ fn row_writer<'a, F: Accumulator>(
         view: ViewMut<'a>,
     ) -> Result<WriteRow<'a, F>, InvalidCall> {
         let mut host = host_mut::<T>(role, view)?;
-        Ok(Box::new(move |index, row| host.row_mut(index).fill_with(|i| T::from_f64(row[i].to_f64()))))
+        Ok(Box::new(move |index, first, from| {
+            let mut row = host.row_mut(index);
+            for (column, from) in from.iter().enumerate() {
+                row.set(first + column, T::from_f64(from.to_f64()));
+            }
+        }))
     }
     match dtype {
         DType::F64 => typed::<f64, F>(role, view),

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::merge::merge_partials;
+use crate::merge::{merge_partials, merge_row};
 use crate::{DType, Device, Element, Scalar, TensorDesc, View, ViewMut};
 
 const OUT: [usize; 4] = [2, 3, 2, 4];
@@ -162,4 +162,62 @@ fn device_memory_is_refused() {
     let good = (View::from_slice(&o, OUT).unwrap(), View::from_slice(&l, LSE).unwrap());
     let message = refusal(good, ViewMut::from_slice(&mut out, OUT).unwrap(), elsewhere);
     assert_eq!(message, "lse is on cuda:0, the call is on cpu");
+}
+
+/// The sizes of an empty tensor may be anything; a row is merged in blocks, which must not show.
+#[test]
+fn no_memory_or_time_depends_on_sizes_of_an_empty_output() {
+    let (mut out, mut lse): ([f32; 0], [f32; 0]) = ([], []);
+    for shape in [
+        [0, 1, 1, usize::MAX],
+        [0, 1, 1, 1 << 45],
+        [1, 0, 1, 1 << 45],
+        [1, 1, 0, 1 << 45],
+        [1 << 60, 0, 1, 1],
+        [1 << 20, 1 << 40, 0, 1],
+    ] {
+        let [batch, length, heads, _] = shape;
+        let rows = [batch, length, heads];
+        let part = (View::from_slice(&out, shape).unwrap(), View::from_slice(&lse, rows).unwrap());
+        let (no_out, no_lse): (&mut [f32], &mut [f32]) = (&mut [], &mut []);
+        merge_partials(
+            &[part, part],
+            ViewMut::from_slice(no_out, shape).unwrap(),
+            ViewMut::from_slice(no_lse, rows).unwrap(),
+        )
+        .unwrap();
+    }
+    merge_partials(
+        &[],
+        ViewMut::from_slice(&mut out, [0, 1, 1, usize::MAX]).unwrap(),
+        ViewMut::from_slice(&mut lse, [0, 1, 1]).unwrap(),
+    )
+    .unwrap();
+}
+
+#[test]
+fn long_rows_are_merged_to_the_last_element() {
+    for width in [0, 1, 255, 256, 257, 1000] {
+        let part = |factor: f64| -> Vec<f64> { (0..2 * width).map(|i| factor * (i as f64 + 1.0)).collect() };
+        let (a, b, c) = (part(1.0), part(-2.0), part(0.25));
+        let (l, m, n) = ([0.5, -1.0], [0.0, 2.0], [f64::NEG_INFINITY, 1.0]);
+        let view = |out, lse| {
+            (View::from_slice(out, [1, 2, 1, width]).unwrap(), View::from_slice(lse, [1, 2, 1]).unwrap())
+        };
+        let (mut out, mut lse) = (vec![f64::NAN; 2 * width], [f64::NAN; 2]);
+        merge_partials(
+            &[view(&a, &l), view(&b, &m), view(&c, &n)],
+            ViewMut::from_slice(&mut out, [1, 2, 1, width]).unwrap(),
+            ViewMut::from_slice(&mut lse, [1, 2, 1]).unwrap(),
+        )
+        .unwrap();
+        for row in 0..2 {
+            let range = row * width..(row + 1) * width;
+            let (mut want, mut want_lse) = (vec![0.0; width], f64::NEG_INFINITY);
+            for (out, lse) in [(&a, l), (&b, m), (&c, n)] {
+                merge_row(&mut want, &mut want_lse, &out[range.clone()], lse[row]);
+            }
+            assert_eq!((&out[range], lse[row]), (&want[..], want_lse), "row {row} of {width}");
+        }
+    }
 }
