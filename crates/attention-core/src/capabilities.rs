@@ -151,6 +151,7 @@ impl std::fmt::Debug for FeatureSet {
 /// What a backend can do in one pass.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct PassCapabilities {
     /// The features it serves.
@@ -230,6 +231,7 @@ impl LongSums {
 /// that [`supports`](crate::AttentionBackend::supports) looks at.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct Capabilities {
     /// The memory it works on.

@@ -8,6 +8,7 @@ use crate::{InvalidCall, Problem};
 /// Dropout on the probabilities after the softmax, from the published stream.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(remote = "Self", deny_unknown_fields))]
 pub struct Dropout {
     /// The fraction of probabilities to drop, in `[0, 1)`, applied in steps of 1/65536.
     pub rate: f64,
@@ -16,6 +17,9 @@ pub struct Dropout {
     /// The position in the stream: calls of one model step (layers) or steps of one run take different offsets.
     pub offset: u32,
 }
+
+#[cfg(feature = "serde")]
+crate::fields_by_name!(Dropout { rate, seed, offset });
 
 // By bits, so that a problem can be the key of a cache.
 impl PartialEq for Dropout {

@@ -18,6 +18,8 @@ mod problem;
 mod role;
 mod shape;
 mod variants;
+#[cfg(feature = "serde")]
+mod stored;
 mod view;
 
 pub use backend::AttentionBackend;

@@ -41,12 +41,16 @@ impl std::fmt::Display for QueryOffset {
 /// side unbounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(remote = "Self", deny_unknown_fields))]
 pub struct Window {
     /// How many keys before `pos` take part.
     pub left: Option<usize>,
     /// How many keys after `pos` take part.
     pub right: Option<usize>,
 }
+
+#[cfg(feature = "serde")]
+crate::fields_by_name!(Window { left, right });
 
 impl Window {
     /// No bound on either side.
@@ -110,7 +114,7 @@ impl<T: AsRef<[usize]>> From<T> for Lengths {
 /// How the tensors of a call hold sequences. Packed sequences and paged keys and values will be further variants.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
 #[non_exhaustive]
 pub enum Sequences {
     /// One sequence a batch row, padded at its end where lengths are given.

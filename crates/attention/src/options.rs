@@ -7,7 +7,7 @@ use attention_core::{Dropout, Lengths, ProblemBuilder, QueryOffset, Window};
 /// With feature `serde`, options left out of a stored value have their defaults.
 #[derive(Clone, Debug, PartialEq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+#[cfg_attr(feature = "serde", serde(remote = "Self", default, deny_unknown_fields))]
 pub struct Options {
     /// What the products of query and key are multiplied by; `None` for `1 / sqrt(H)`.
     pub scale: Option<f64>,
@@ -28,6 +28,19 @@ pub struct Options {
     /// Asks for bitwise reproducible results.
     pub deterministic: bool,
 }
+
+#[cfg(feature = "serde")]
+attention_core::fields_by_name!(Options {
+    scale,
+    causal,
+    query_offset,
+    window,
+    softcap,
+    query_lengths,
+    key_value_lengths,
+    dropout,
+    deterministic,
+});
 
 impl Options {
     /// Gives a problem these options.

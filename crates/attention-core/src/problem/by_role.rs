@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::de::{Error, MapAccess, Visitor};
+use serde::{Deserializer, Serialize, Serializer};
 
 use crate::{Role, TensorDesc};
 
@@ -15,9 +16,26 @@ pub(super) fn serialize<S: Serializer>(tensors: &Tensors, serializer: S) -> Resu
 }
 
 pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Tensors, D::Error> {
-    let mut tensors = [None; Role::COUNT];
-    for (role, desc) in BTreeMap::<Role, TensorDesc>::deserialize(deserializer)? {
-        tensors[role as usize] = Some(desc);
+    struct ByRole;
+
+    impl<'de> Visitor<'de> for ByRole {
+        type Value = Tensors;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("tensors by role")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Tensors, A::Error> {
+            let mut tensors = [None; Role::COUNT];
+            while let Some((role, desc)) = map.next_entry::<Role, TensorDesc>()? {
+                if tensors[role as usize].replace(desc).is_some() {
+                    // As for a field that is given twice: one of the two would be ignored.
+                    return Err(A::Error::custom(format!("duplicate tensor `{role}`")));
+                }
+            }
+            Ok(tensors)
+        }
     }
-    Ok(tensors)
+
+    deserializer.deserialize_map(ByRole)
 }

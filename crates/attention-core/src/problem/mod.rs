@@ -37,6 +37,7 @@ impl std::fmt::Display for Pass {
 /// The sizes of a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Dimensions {
     /// `B`.
     pub batch: usize,

@@ -14,6 +14,7 @@ use crate::hidden_keys::hidden_keys;
 /// Printed, it is a table; with feature `serde` it can be stored.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Explanation {
     /// The problem.
     pub problem: Problem,
@@ -35,6 +36,7 @@ pub struct Explanation {
 /// One implementation and what became of it.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Candidate {
     /// Its name.
     pub name: String,

@@ -109,7 +109,22 @@ fn options() {
     });
     let short: Options = serde_json::from_str(r#"{"causal":true}"#).unwrap();
     assert_eq!(short, Options { causal: true, ..Options::default() });
-    assert!(serde_json::from_str::<Options>(r#"{"casual":true}"#).is_err());
+    let window: Options = serde_json::from_str(r#"{"window":{"left":3}}"#).unwrap();
+    assert_eq!(window.window, Window { left: Some(3), right: None });
+    for (text, message) in [
+        (r#"{"casual":true}"#, "unknown field `casual`"),
+        (r#"{"window":{"left":3,"rigth":0}}"#, "unknown field `rigth`"),
+        (r#"{"dropout":{"rate":0.1,"seed":1,"offset":0,"keep":0.9}}"#, "unknown field `keep`"),
+        (r#"{"window":[3,0]}"#, "expected the fields of Window by name"),
+        (r#"{"dropout":[0.1,1,0]}"#, "expected the fields of Dropout by name"),
+        ("[]", "expected the fields of Options by name"),
+        (r#"[0.5,true]"#, "expected the fields of Options by name"),
+        (r#"{"causal":true,"causal":false}"#, "duplicate field `causal`"),
+        (r#"{"query_lengths":{"per_batch":[1],"per_row":[1]}}"#, "expected"),
+    ] {
+        let error = serde_json::from_str::<Options>(text).unwrap_err().to_string();
+        assert!(error.contains(message), "{text}: {error}");
+    }
 }
 
 #[test]

@@ -107,10 +107,53 @@ fn what_this_version_does_not_know_is_refused() {
         (&["tensors", "query", "scale"], json!(1.0)),
         (&["gradients"], json!(["d_alibi"])),
         (&["sequences"], json!({"packed": {}})),
+        (&["sequences", "dense", "blocks"], json!("full")),
+        (&["window", "lfet"], json!(3)),
+        (&["dropout", "keep"], json!(0.9)),
     ] {
         let message = tampered(path, value);
         assert!(message.contains("unknown field") || message.contains("unknown variant"), "{message}");
     }
+}
+
+/// A list of values in the place of named fields, and a name that is there twice, of which one would be ignored.
+#[test]
+fn options_are_loaded_by_name_and_once() {
+    for (path, value, message) in [
+        (&["window"][..], json!([7, null]), "invalid type: sequence, expected the fields of Window by name"),
+        (&["window"], json!([]), "invalid type: sequence, expected the fields of Window by name"),
+        (&["dropout"], json!([0.5, 1, 2]), "invalid type: sequence, expected the fields of Dropout by name"),
+    ] {
+        assert_eq!(tampered(path, value), message, "{path:?}");
+    }
+    let text = serde_json::to_string(&built(builder())).unwrap();
+    let query = r#""query":{"dtype":"f32","shape":[2,3,4,8],"strides":[96,32,8,1]}"#;
+    let twice = text.replace(query, &format!("{query},{query}"));
+    assert_ne!(text, twice);
+    let error = serde_json::from_str::<Problem>(&twice).unwrap_err().to_string();
+    assert!(error.contains("duplicate tensor `query`"), "{error}");
+    let twice = text.replace(r#""causal":false"#, r#""causal":false,"causal":true"#);
+    assert!(serde_json::from_str::<Problem>(&twice).unwrap_err().to_string().contains("duplicate field"));
+}
+
+#[test]
+fn dimensions_and_capabilities_have_no_other_fields() {
+    use crate::{Capabilities, DeviceKind, Dimensions, PassCapabilities, ScratchGrowth};
+    let dims = serde_json::to_value(built(builder()).dims()).unwrap();
+    let pass = PassCapabilities::new(FeatureSet::all());
+    let capabilities = Capabilities::new(DeviceKind::Cpu, [], pass.clone(), ScratchGrowth::Constant);
+    let refused = |mut value: Value, load: fn(Value) -> Option<serde_json::Error>| {
+        assert!(load(value.clone()).is_none());
+        value["paged"] = json!(true);
+        assert!(load(value).unwrap().to_string().contains("unknown field `paged`"));
+    };
+    refused(dims, |value| serde_json::from_value::<Dimensions>(value).err());
+    refused(serde_json::to_value(pass).unwrap(), |value| {
+        serde_json::from_value::<PassCapabilities>(value).err()
+    });
+    refused(serde_json::to_value(capabilities).unwrap(), |value| {
+        serde_json::from_value::<Capabilities>(value).err()
+    });
 }
 
 #[test]

@@ -1,0 +1,43 @@
+//! Loading of options by the names of their fields.
+
+/// Implements `Serialize` and `Deserialize` for a struct that derives both with `serde(remote = "Self")`: formats for
+/// people (JSON, TOML) must name its fields.
+///
+/// The derived `Deserialize` takes a list of values in the place of named fields too, which binary formats need. In
+/// JSON a list would be options without their names: `[]` would stand for the defaults, whatever was meant.
+#[macro_export]
+#[doc(hidden)]
+macro_rules! fields_by_name {
+    ($type:ident { $($field:ident),* $(,)? }) => {
+        impl serde::Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                // The derived function, which has precedence over this one.
+                Self::serialize(self, serializer)
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Named;
+
+                impl<'de> serde::de::Visitor<'de> for Named {
+                    type Value = $type;
+
+                    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                        f.write_str(concat!("the fields of ", stringify!($type), " by name"))
+                    }
+
+                    fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<$type, A::Error> {
+                        $type::deserialize(serde::de::value::MapAccessDeserializer::new(map))
+                    }
+                }
+
+                if deserializer.is_human_readable() {
+                    deserializer.deserialize_struct(stringify!($type), &[$(stringify!($field)),*], Named)
+                } else {
+                    Self::deserialize(deserializer)
+                }
+            }
+        }
+    };
+}
