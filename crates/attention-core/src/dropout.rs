@@ -3,7 +3,7 @@
 //! Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). The bits
 //! do not depend on the backend, on chunk sizes, thread counts or layouts.
 
-use crate::{InvalidCall, Problem};
+use crate::{InvalidCall, OutOfMemory, Problem};
 
 /// Dropout on the probabilities after the softmax, from the published stream.
 #[derive(Clone, Copy, Debug)]
@@ -133,23 +133,25 @@ impl DropoutStream {
 /// The keep mask of a problem, `[B, N, T, S]` in row-major order, or `None` without dropout. Positions outside the
 /// lengths have bits too; they are not used.
 ///
-/// # Panics
-/// Where the mask does not fit in memory: it has a byte for each element of the logits.
-pub fn dropout_mask(problem: &Problem) -> Option<Vec<bool>> {
-    let stream = problem.dropout_stream()?;
+/// # Errors
+/// [`OutOfMemory`] where the mask does not fit in memory: it has a byte for each element of the logits.
+pub fn dropout_mask(problem: &Problem) -> Result<Option<Vec<bool>>, OutOfMemory> {
+    let Some(stream) = problem.dropout_stream() else { return Ok(None) };
     let dims = problem.dims();
-    let rows = dims.batch * dims.query_heads;
-    let mut mask = Vec::with_capacity(rows * dims.query_length * dims.key_length);
-    if mask.capacity() == 0 {
+    // The problem checked that the logits can be counted.
+    let count: usize = dims.logits().iter().product();
+    let mut mask = Vec::new();
+    if count == 0 {
         // Without keys there may be any number of rows.
-        return Some(mask);
+        return Ok(Some(mask));
     }
-    for batch_head in 0..rows as u32 {
+    mask.try_reserve_exact(count).map_err(|_| OutOfMemory { what: "a dropout mask", bytes: count })?;
+    for batch_head in 0..(dims.batch * dims.query_heads) as u32 {
         for t in 0..dims.query_length as u32 {
             stream.for_each(batch_head, t, 0..dims.key_length, |_, keep| mask.push(keep));
         }
     }
-    Some(mask)
+    Ok(Some(mask))
 }
 
 /// Philox4x32 with 10 rounds (Salmon et al. 2011, section 3.3).

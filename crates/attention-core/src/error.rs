@@ -34,6 +34,9 @@ pub enum Error {
     /// The backend failed while running.
     #[error(transparent)]
     Backend(#[from] BackendFailure),
+    /// The allocator refused.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
 }
 
 /// The caller's mistake, with the numbers in it.
@@ -470,6 +473,16 @@ pub struct Unavailable {
     pub what: String,
     /// The names and places that were tried.
     pub looked_for: Vec<String>,
+}
+
+/// Host memory that the allocator refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no memory for {what} of {bytes} bytes")]
+pub struct OutOfMemory {
+    /// What the memory was for.
+    pub what: &'static str,
+    /// Bytes asked for; `usize::MAX` where an address space does not hold them.
+    pub bytes: usize,
 }
 
 /// A failure of the machine or of a library while a backend ran.

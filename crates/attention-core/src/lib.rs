@@ -28,7 +28,7 @@ pub use capabilities::{Capabilities, Feature, FeatureSet, LongSums, PassCapabili
 pub use device::{Device, DeviceKind};
 pub use dropout::{Dropout, DropoutStream, dropout_mask, philox4x32_10};
 pub use dtype::{DType, Element, Scalar};
-pub use error::{BackendFailure, Error, InvalidCall, Unavailable, Unsupported};
+pub use error::{BackendFailure, Error, InvalidCall, OutOfMemory, Unavailable, Unsupported};
 pub use gradients::Gradients;
 pub use numerics::NumericsClass;
 pub use options::{Lengths, QueryOffset, Sequences, Window};

@@ -1,7 +1,8 @@
 //! Why a call through the facade did not run.
 
 use attention_core::{
-    BackendFailure, DType, Device, Dims, InvalidCall, NumericsClass, Role, Unavailable, Unsupported,
+    BackendFailure, DType, Device, Dims, InvalidCall, NumericsClass, OutOfMemory, Role, Unavailable,
+    Unsupported,
 };
 
 use crate::{AxisOrder, OtherTensor};
@@ -286,6 +287,12 @@ macro_rules! through_core {
     )*};
 }
 through_core!(InvalidCall, Unsupported, Unavailable, BackendFailure);
+
+impl From<OutOfMemory> for Error {
+    fn from(OutOfMemory { what, bytes }: OutOfMemory) -> Self {
+        Self::OutOfMemory { what, bytes }
+    }
+}
 
 fn there_are(names: &[String]) -> String {
     if names.is_empty() {

@@ -29,8 +29,9 @@ pub use attention_core as core;
 pub use attention_core::conventions;
 pub use attention_core::{
     AttentionBackend, BackwardInputs, BackwardOutputs, DType, Device, DeviceKind, Dimensions, Dims, Dropout,
-    Element, Gradients, InvalidCall, Lengths, NumericsClass, Pass, Problem, ProblemBuilder, QueryOffset,
-    Role, Scalar, Strides, TensorDesc, Unavailable, Unsupported, View, ViewMut, Window, dropout_mask,
+    Element, Gradients, InvalidCall, Lengths, NumericsClass, OutOfMemory, Pass, Problem, ProblemBuilder,
+    QueryOffset, Role, Scalar, Strides, TensorDesc, Unavailable, Unsupported, View, ViewMut, Window,
+    dropout_mask,
 };
 pub use backward::Backward;
 pub use error::{Error, Refusal};

@@ -119,7 +119,7 @@ fn cases() -> Result<Vec<Case>> {
     let dropout = Dropout::new(0.3, 1234).with_offset(7);
     let desc = |heads| TensorDesc::contiguous(Float::F32, [b, t, heads, 16]);
     let problem = Problem::builder(desc(n), desc(n), desc(n)).dropout(dropout).build().unwrap();
-    let kept = attention::dropout_mask(&problem).unwrap();
+    let kept = attention::dropout_mask(&problem).unwrap().unwrap();
     let scale = problem.dropout_stream().unwrap().keep_scale();
     let kept: Vec<f64> = kept.into_iter().map(|kept| if kept { scale } else { 0.0 }).collect();
     let kept = Tensor::from_vec(kept, (b, n, t, s), device())?;

@@ -165,7 +165,7 @@ fn by_candle(query: &Tensor, key: &Tensor, value: &Tensor, dropout: Option<Dropo
         let problem = Problem::builder(desc, desc, desc).dropout(dropout).build();
         let problem = problem.map_err(candle_core::Error::wrap)?;
         let scale = problem.dropout_stream().map_or(1.0, |stream| stream.keep_scale()) as f32;
-        let keep = attention::dropout_mask(&problem).unwrap_or_default();
+        let keep = attention::dropout_mask(&problem).map_err(candle_core::Error::wrap)?.unwrap_or_default();
         let keep: Vec<f32> = keep.into_iter().map(|keep| if keep { scale } else { 0.0 }).collect();
         probabilities = (probabilities * Tensor::from_vec(keep, logits.dims(), device)?)?;
     }

@@ -6,15 +6,15 @@ use std::error::Error as _;
 use super::{assert_all_seen, variants};
 use crate::{
     BackendFailure, Capabilities, DType, Device, DeviceKind, Dimensions, Error, Feature, FeatureSet,
-    Gradients, InvalidCall, NumericsClass, Pass, PassCapabilities, ProblemBuilder, ScratchGrowth,
-    Unavailable, Unsupported,
+    Gradients, InvalidCall, NumericsClass, OutOfMemory, Pass, PassCapabilities, ProblemBuilder,
+    ScratchGrowth, Unavailable, Unsupported,
 };
 
 variants!(
     Unsupported, UNSUPPORTED, name_of_unsupported:
     Device, DType, Feature, Pass, Limit, ScratchLimit, LentScratch, Numerics,
 );
-variants!(Error, ERRORS, name_of_error: InvalidCall, Unsupported, Unavailable, Backend);
+variants!(Error, ERRORS, name_of_error: InvalidCall, Unsupported, Unavailable, Backend, OutOfMemory);
 
 fn sized(dtype: DType, head_dim: usize, value_head_dim: usize) -> ProblemBuilder {
     let dims = Dimensions {
@@ -99,11 +99,13 @@ fn errors_show_their_culprit() {
         looked_for: vec!["libtoy.so.9".to_owned(), "libtoy.so".to_owned()],
     };
     let unsupported = Unsupported::Pass { backend: "toy".to_owned(), pass: Pass::Backward };
-    let cases: [(Error, &str); 4] = [
+    let no_memory = OutOfMemory { what: "a dropout mask", bytes: 1 << 40 };
+    let cases: [(Error, &str); 5] = [
         (InvalidCall::NoGradient.into(), "invalid call: no gradient was asked for"),
         (unsupported.into(), "toy has no backward pass"),
         (unavailable.into(), "toy is not available: libtoy is missing; looked for libtoy.so.9, libtoy.so"),
         (failure.into(), "toy failed in matrix product: out of tea"),
+        (no_memory.into(), "no memory for a dropout mask of 1099511627776 bytes"),
     ];
     let mut seen = HashSet::new();
     for (error, message) in cases {

@@ -18,7 +18,7 @@ fn zero_sizes_are_empty_problems() {
         let problem = built(dims.problem(DType::F16).lse(true).dropout(Dropout::new(0.5, 1)));
         assert_eq!(problem.dims(), dims);
         assert_eq!(problem.flops(), 0.0);
-        assert_eq!(dropout_mask(&problem), Some(vec![]));
+        assert_eq!(dropout_mask(&problem), Ok(Some(vec![])));
         let out = problem.tensor(Role::Out).unwrap();
         assert_eq!(out.is_empty(), dims.key_length != 0);
     }
@@ -71,7 +71,16 @@ fn the_last_numbers_that_dropout_counts_are_accepted() {
     }
     // Any number of rows without keys is a mask of nothing, at once.
     let rows = Dimensions { query_length: max, key_length: 0, batch: 1 << 20, ..dims };
-    assert_eq!(dropout_mask(&built(rows.problem(DType::F32).dropout(dropout))), Some(vec![]));
+    assert_eq!(dropout_mask(&built(rows.problem(DType::F32).dropout(dropout))), Ok(Some(vec![])));
+}
+
+#[test]
+fn a_dropout_mask_without_memory_is_an_error() {
+    // Operands of one element each, so that such a problem can be called.
+    let desc = TensorDesc::strided(DType::F32, [1, 1 << 29, 1, 1], [0; 4]).unwrap();
+    let problem = built(Problem::builder(desc, desc, desc).dropout(Dropout::new(0.5, 1)));
+    let error = dropout_mask(&problem).unwrap_err();
+    assert_eq!(error.to_string(), "no memory for a dropout mask of 288230376151711744 bytes");
 }
 
 #[test]
@@ -90,14 +99,14 @@ fn the_dropout_mask_is_row_major_over_the_logits() {
             .problem(DType::F32)
             .dropout(Dropout::new(0.4, 0x1234_5678_9ABC_DEF0).with_offset(3)),
     );
-    let (mask, stream) = (dropout_mask(&problem).unwrap(), problem.dropout_stream().unwrap());
+    let (mask, stream) = (dropout_mask(&problem).unwrap().unwrap(), problem.dropout_stream().unwrap());
     let [batch, heads, rows, keys] = problem.dims().logits();
     assert_eq!(mask.len(), batch * heads * rows * keys);
     for (index, keep) in mask.into_iter().enumerate() {
         let (s, t, batch_head) = (index % keys, index / keys % rows, index / keys / rows);
         assert_eq!(keep, stream.keeps(batch_head as u32, t as u32, s as u32), "at {index}");
     }
-    assert_eq!(dropout_mask(&built(builder())), None);
+    assert_eq!(dropout_mask(&built(builder())), Ok(None));
 }
 
 #[test]
