@@ -362,7 +362,9 @@ impl<'a> SharedOutput<'a> {
                         to.convert_from_f32_slice(&room[..from.len()]);
                     }
                 }
-                _ => put(first.cast::<f16>(), self.strides[3], from, factor, |x| f16::from_f64(x.to_f64())),
+                _ => put(first.cast::<f16>(), self.strides[3], from, factor, |x| {
+                    <f16 as Scalar>::from_f64(x.to_f64())
+                }),
             }
         }
     }

@@ -226,6 +226,50 @@ mod tests {
         }
     }
 
+    /// Every finite half, the midpoint above it, and what lies next to both in f64, at every distance that a conversion
+    /// could lose: one unit of the f64, and one bit in the part that an f32 or the upper word of the f64 drops.
+    fn rounds_to_nearest_even<T: Scalar>(
+        from_bits: impl Fn(u16) -> T,
+        to_bits: impl Fn(T) -> u16,
+        overflow: f64,
+    ) {
+        for bits in 0..0x7fff_u16 {
+            let (low, high) = (from_bits(bits).to_f64(), from_bits(bits + 1).to_f64());
+            if !low.is_finite() {
+                continue;
+            }
+            // Beyond the largest finite half, the next would be where infinity begins.
+            let high = if high.is_finite() { high } else { overflow };
+            let (middle, even) = ((low + high) / 2.0, bits + bits % 2);
+            let check = |value: f64, want: u16| {
+                for (value, want) in [(value, want), (-value, want | 0x8000)] {
+                    assert_eq!(to_bits(T::from_f64(value)), want, "{value:e} ({:#x})", value.to_bits());
+                }
+            };
+            check(low, bits);
+            check(middle, even);
+            for unit in [0, 3, 20, 28, 29, 31, 32, 36] {
+                let step = 1u64 << unit;
+                let above = f64::from_bits(middle.to_bits() + step);
+                let below = f64::from_bits(middle.to_bits() - step);
+                assert!(low <= below && above <= high, "{middle:e}");
+                check(above, bits + 1);
+                check(below, bits);
+            }
+        }
+        assert_eq!(to_bits(T::from_f64(f64::MIN_POSITIVE)), 0);
+        assert_eq!(to_bits(T::from_f64(5e-324)), 0);
+    }
+
+    #[test]
+    fn every_half_and_every_midpoint_rounds_to_nearest_even() {
+        rounds_to_nearest_even(f16::from_bits, f16::to_bits, 65536.0);
+        rounds_to_nearest_even(bf16::from_bits, bf16::to_bits, 2f64.powi(128));
+        // The value that `half`'s own conversion rounds down.
+        let value = 1.0 + 2f64.powi(-8) + 2f64.powi(-21);
+        assert_eq!(<bf16 as Scalar>::from_f64(value).to_f64(), 1.0 + 2f64.powi(-7));
+    }
+
     #[test]
     fn what_is_not_finite_stays_so() {
         for value in [f64::INFINITY, f64::NEG_INFINITY, 1e300, -1e300] {

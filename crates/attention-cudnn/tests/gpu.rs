@@ -6,7 +6,8 @@ use std::sync::Arc;
 use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, Error, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, TensorDesc, Unsupported, View, philox4x32_10,
+    ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, Scalar, TensorDesc, Unsupported, View,
+    philox4x32_10,
 };
 use attention_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use attention_cuda::{CudaDevice, DeviceTensor};
@@ -34,7 +35,9 @@ fn backends(device: &CudaDevice) -> [Arc<dyn AttentionBackend>; 2] {
 
 fn numbers(seed: u64, count: usize) -> Vec<bf16> {
     let word = |index: usize| philox4x32_10([index as u32, 0, 0, 0], [seed as u32, 0])[0];
-    (0..count).map(|index| bf16::from_f64(f64::from(word(index)) / f64::from(1u32 << 30) - 2.0)).collect()
+    (0..count)
+        .map(|index| <bf16 as Scalar>::from_f64(f64::from(word(index)) / f64::from(1u32 << 30) - 2.0))
+        .collect()
 }
 
 /// The tensors of a training step.
