@@ -15,6 +15,7 @@ const SIBLINGS: &[(&str, &[&str])] = &[
             "attention-cuda",
             "attention-cudnn",
             "attention-kernels",
+            "attention-threads",
         ],
     ),
     (
@@ -27,15 +28,17 @@ const SIBLINGS: &[(&str, &[&str])] = &[
             "attention-cuda",
             "attention-cudnn",
             "attention-kernels",
+            "attention-threads",
         ],
     ),
-    ("attention-chunked", &["attention-core", "attention-cuda", "attention-kernels"]),
+    ("attention-chunked", &["attention-core", "attention-cuda", "attention-kernels", "attention-threads"]),
     ("attention-conformance", &["attention-core"]),
     ("attention-core", &[]),
-    ("attention-cpu", &["attention-core"]),
+    ("attention-cpu", &["attention-core", "attention-threads"]),
     ("attention-cuda", &["attention-core", "attention-kernels"]),
     ("attention-cudnn", &["attention-core", "attention-cuda", "attention-kernels"]),
     ("attention-kernels", &[]),
+    ("attention-threads", &[]),
 ];
 
 /// The crates that are for CUDA, and may depend on it by default.
