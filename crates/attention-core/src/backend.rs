@@ -48,8 +48,13 @@ pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
         None
     }
 
-    /// Bytes of scratch memory that a call of this problem must be given, exactly. A backend that works on as many
-    /// threads as the caller's pool has answers for the pool that it is asked on: ask where the call will be made.
+    /// Bytes of scratch memory that a call of this problem must be given, exactly.
+    ///
+    /// The answer depends on the problem and on the backend's configuration alone: not on the thread or the pool that
+    /// asks. A backend that spreads calls over threads answers for a number of them that is part of its configuration; in
+    /// a smaller pool a call runs on fewer threads, in a larger one it uses no more than were asked for. So a caller may
+    /// size scratch once and call from anywhere. It starts no thread, and its cost does not grow with the batch, but for
+    /// reading lengths.
     ///
     /// # Errors
     /// As [`supports`](Self::supports).

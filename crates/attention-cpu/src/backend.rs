@@ -1,12 +1,15 @@
 //! The backend: capabilities, scratch, and the choice of the operand type.
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet, ForwardCall,
-    NumericsClass, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
+    AttentionBackend, BackendFailure, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet,
+    ForwardCall, NumericsClass, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable,
+    Unsupported,
 };
+use attention_threads::Team;
 use half::{bf16, f16};
 
 use crate::config::CpuConfig;
+use crate::gemm::where_products_run;
 use crate::operand::Operand;
 use crate::{backward, forward};
 
@@ -75,32 +78,78 @@ impl CpuBackend {
         Self { config, capabilities }
     }
 
-    /// Scratch a worker needs, and how many workers can be busy.
-    fn scratch_of(&self, problem: &Problem) -> Option<(usize, usize)> {
-        fn of<E: Operand>(problem: &Problem) -> Option<(usize, usize)> {
+    /// What a call takes; `None` on overflow.
+    fn sizes(&self, problem: &Problem) -> Option<Sizes> {
+        fn of<E: Operand>(problem: &Problem, threads: usize) -> Option<Sizes> {
             Some(match problem.pass() {
-                Pass::Forward => {
-                    let sizes = forward::Sizes::of::<E>(problem)?;
-                    (sizes.bytes_per_worker, sizes.tasks)
-                }
-                Pass::Backward => (backward::bytes_per_worker::<E>(problem)?, backward::task_count(problem)),
+                Pass::Forward => Sizes::Forward(forward::Sizes::of::<E>(problem, threads)?),
+                Pass::Backward => Sizes::Backward(backward::Sizes::of::<E>(problem, threads)?),
             })
         }
+        let threads = self.config.planned_threads();
         match problem.dtype() {
-            DType::F64 => of::<f64>(problem),
-            DType::F32 => of::<f32>(problem),
-            DType::F16 => of::<f16>(problem),
-            _ => of::<bf16>(problem),
+            DType::F64 => of::<f64>(problem, threads),
+            DType::F32 => of::<f32>(problem, threads),
+            DType::F16 => of::<f16>(problem, threads),
+            _ => of::<bf16>(problem, threads),
         }
     }
 
-    /// Checks what is left to check of a call and gives its scratch as bytes.
-    fn host_scratch<'a>(&self, problem: &Problem, scratch: Scratch<'a>) -> Result<&'a mut [u8], Error> {
-        let needed = self.scratch_bytes(problem)?;
+    /// What a call takes, if this backend serves the problem.
+    fn needs(&self, problem: &Problem) -> Result<(Sizes, usize), Unsupported> {
+        self.capabilities.check(NAME, problem)?;
+        let sizes = self.sizes(problem);
+        let needs = sizes.and_then(|sizes| {
+            let bytes = sizes.bytes_per_worker().checked_mul(sizes.workers())?;
+            (bytes <= isize::MAX as usize).then_some((sizes, bytes))
+        });
+        needs.ok_or_else(|| Unsupported::Limit {
+            backend: NAME.to_owned(),
+            what: "scratch".to_owned(),
+            value: format!("{} keys a row", problem.dims().key_length),
+            limit: "that fits an address space".to_owned(),
+        })
+    }
+
+    /// Checks what is left to check of a call; gives what it takes, its scratch as bytes, and its threads.
+    fn begin<'a>(
+        &self,
+        problem: &Problem,
+        scratch: Scratch<'a>,
+    ) -> Result<(Sizes, &'a mut [u8], Team), Error> {
+        let (sizes, needed) = self.needs(problem)?;
         scratch.check(problem.device(), needed)?;
         // Device and size were checked; a call without scratch may bring one from anywhere.
-        Ok(scratch.into_host().unwrap_or_default())
+        let scratch = scratch.into_host().unwrap_or_default();
+        let team = self.config.team(sizes.workers());
+        Ok((sizes, scratch, team))
     }
+}
+
+/// What a call of either pass takes.
+enum Sizes {
+    Forward(forward::Sizes),
+    Backward(backward::Sizes),
+}
+
+impl Sizes {
+    fn bytes_per_worker(&self) -> usize {
+        match self {
+            Self::Forward(sizes) => sizes.bytes_per_worker,
+            Self::Backward(sizes) => sizes.bytes_per_worker,
+        }
+    }
+
+    fn workers(&self) -> usize {
+        match self {
+            Self::Forward(sizes) => sizes.workers,
+            Self::Backward(sizes) => sizes.workers,
+        }
+    }
+}
+
+fn failure(operation: &str, source: std::io::Error) -> BackendFailure {
+    BackendFailure { backend: NAME.to_owned(), operation: operation.to_owned(), source: source.into() }
 }
 
 impl AttentionBackend for CpuBackend {
@@ -125,40 +174,38 @@ impl AttentionBackend for CpuBackend {
     }
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-        self.capabilities.check(NAME, problem)?;
-        (self.scratch_of(problem))
-            .and_then(|(bytes, tasks)| bytes.checked_mul(self.config.thread_count().min(tasks)))
-            .ok_or_else(|| Unsupported::Limit {
-                backend: NAME.to_owned(),
-                what: "scratch".to_owned(),
-                value: format!("{} keys a row", problem.dims().key_length),
-                limit: "that fits an address space".to_owned(),
-            })
+        self.needs(problem).map(|(_, bytes)| bytes)
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         let problem = call.problem();
-        let scratch = self.host_scratch(problem, scratch)?;
-        self.config.install(|| match problem.dtype() {
-            DType::F64 => forward::run::<f64>(call, &self.config, scratch),
-            DType::F32 => forward::run::<f32>(call, &self.config, scratch),
-            DType::F16 => forward::run::<f16>(call, &self.config, scratch),
-            DType::Bf16 => forward::run::<bf16>(call, &self.config, scratch),
+        let (Sizes::Forward(sizes), scratch, team) = self.begin(problem, scratch)? else {
+            unreachable!("a forward call is of a forward problem")
+        };
+        where_products_run(|| match problem.dtype() {
+            DType::F64 => forward::run::<f64>(call, &sizes, &team, scratch),
+            DType::F32 => forward::run::<f32>(call, &sizes, &team, scratch),
+            DType::F16 => forward::run::<f16>(call, &sizes, &team, scratch),
+            DType::Bf16 => forward::run::<bf16>(call, &sizes, &team, scratch),
             dtype => unreachable!("{dtype} is not among the capabilities, which were checked"),
-        });
+        })
+        .map_err(|source| failure("forward", source))?;
         Ok(())
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         let problem = call.problem();
-        let scratch = self.host_scratch(problem, scratch)?;
-        self.config.install(|| match problem.dtype() {
-            DType::F64 => backward::run::<f64>(call, &self.config, scratch),
-            DType::F32 => backward::run::<f32>(call, &self.config, scratch),
-            DType::F16 => backward::run::<f16>(call, &self.config, scratch),
-            DType::Bf16 => backward::run::<bf16>(call, &self.config, scratch),
+        let (Sizes::Backward(sizes), scratch, team) = self.begin(problem, scratch)? else {
+            unreachable!("a backward call is of a backward problem")
+        };
+        where_products_run(|| match problem.dtype() {
+            DType::F64 => backward::run::<f64>(call, &sizes, &team, scratch),
+            DType::F32 => backward::run::<f32>(call, &sizes, &team, scratch),
+            DType::F16 => backward::run::<f16>(call, &sizes, &team, scratch),
+            DType::Bf16 => backward::run::<bf16>(call, &sizes, &team, scratch),
             dtype => unreachable!("{dtype} is not among the capabilities, which were checked"),
-        });
+        })
+        .map_err(|source| failure("backward", source))?;
         Ok(())
     }
 }

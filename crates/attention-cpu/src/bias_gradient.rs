@@ -6,11 +6,11 @@
 
 use std::ops::Range;
 
-use attention_core::{DType, HostViewMut, Problem, Role, Scalar, ViewMut};
+use attention_core::{DType, Problem, Role, Scalar, ViewMut};
+use attention_threads::Team;
 use half::{bf16, f16};
 
 use crate::backward::{self, GradientOf, MATRICES, Shared};
-use crate::config::CpuConfig;
 use crate::logits::Rows;
 use crate::operand::{Head, Operand};
 use crate::packed::Panels;
@@ -33,12 +33,35 @@ struct Part {
     keys: Range<usize>,
 }
 
-/// The parts along each axis: single indices or pieces where the bias has the axis, all of it where it does not.
-fn axis_parts(size: usize, bias_size: usize, piece: usize) -> Vec<Range<usize>> {
-    if bias_size == 1 {
-        return std::iter::once(0..size).collect();
+/// How an axis of the logits is cut: into single indices or pieces where the bias has the axis, not at all where it
+/// does not.
+#[derive(Clone, Copy, Debug)]
+struct Axis {
+    size: usize,
+    piece: usize,
+}
+
+impl Axis {
+    fn of(size: usize, bias_size: usize, piece: usize) -> Self {
+        Self { size, piece: if bias_size == 1 { usize::MAX } else { piece } }
     }
-    (0..size).step_by(piece).map(|start| start..(start + piece).min(size)).collect()
+
+    /// How many pieces there are: one where the bias has no such axis, also of nothing.
+    fn count(self) -> usize {
+        if self.piece == usize::MAX { 1 } else { self.size.div_ceil(self.piece) }
+    }
+
+    fn pieces(self) -> impl Iterator<Item = Range<usize>> + Clone + Send {
+        (0..self.count()).map(move |index| {
+            let start = index * self.piece;
+            start..self.size.min(start.saturating_add(self.piece))
+        })
+    }
+
+    /// Elements of the gradient in the largest piece.
+    fn elements(self) -> usize {
+        if self.piece == usize::MAX { 1 } else { self.size.min(self.piece) }
+    }
 }
 
 fn bias_shape(problem: &Problem) -> Option<[usize; 4]> {
@@ -46,28 +69,44 @@ fn bias_shape(problem: &Problem) -> Option<[usize; 4]> {
     Some(std::array::from_fn(|axis| desc.shape()[axis]))
 }
 
-fn parts(problem: &Problem, shape: [usize; 4]) -> [Vec<Range<usize>>; 4] {
+fn axes(problem: &Problem, shape: [usize; 4]) -> [Axis; 4] {
     let [batch, heads, queries, keys] = problem.dims().logits();
     [
-        axis_parts(batch, shape[0], 1),
-        axis_parts(heads, shape[1], 1),
-        axis_parts(queries, shape[2], PART_QUERIES),
-        axis_parts(keys, shape[3], PART_KEYS),
+        Axis::of(batch, shape[0], 1),
+        Axis::of(heads, shape[1], 1),
+        Axis::of(queries, shape[2], PART_QUERIES),
+        Axis::of(keys, shape[3], PART_KEYS),
     ]
+}
+
+/// The parts, in the order of batch rows, heads, queries and keys.
+fn parts(problem: &Problem, shape: [usize; 4]) -> impl Iterator<Item = Part> + Send {
+    let [batches, heads, queries, keys] = axes(problem, shape);
+    batches.pieces().flat_map(move |batches| {
+        heads.pieces().flat_map(move |heads| {
+            let batches = batches.clone();
+            queries.pieces().flat_map(move |queries| {
+                let (batches, heads) = (batches.clone(), heads.clone());
+                keys.pieces().map(move |keys| {
+                    let [batches, heads, queries] = [&batches, &heads, &queries].map(Clone::clone);
+                    Part { batches, heads, queries, keys }
+                })
+            })
+        })
+    })
 }
 
 /// How many parts can run side by side.
 pub(crate) fn task_count(problem: &Problem) -> usize {
-    bias_shape(problem).map_or(0, |shape| parts(problem, shape).iter().map(Vec::len).product())
+    let count =
+        |shape| axes(problem, shape).into_iter().fold(1usize, |n, axis| n.saturating_mul(axis.count()));
+    bias_shape(problem).map_or(0, count)
 }
 
 /// Elements of the sums of the largest part.
 fn sums_elements(problem: &Problem, shape: [usize; 4]) -> Option<usize> {
-    let largest = |axis: usize| {
-        let parts = &parts(problem, shape)[axis];
-        if shape[axis] == 1 { 1 } else { parts.first().map_or(0, |part| part.len()) }
-    };
-    largest(2).checked_mul(largest(3))
+    let [_, _, queries, keys] = axes(problem, shape);
+    queries.elements().checked_mul(keys.elements())
 }
 
 /// Bytes of the sums of a part: 0 where the gradient is not wanted, `None` on overflow.
@@ -82,14 +121,14 @@ pub(crate) fn run<E: Operand>(
     small: &Shared<'_, E::Small>,
     sizes: &backward::Sizes,
     dbias: ViewMut<'_>,
-    config: &CpuConfig,
+    team: &Team,
     scratch: &mut [u8],
 ) {
     match dbias.desc().dtype() {
-        DType::F64 => write::<E, f64>(shared, small, sizes, dbias, config, scratch),
-        DType::F32 => write::<E, f32>(shared, small, sizes, dbias, config, scratch),
-        DType::F16 => write::<E, f16>(shared, small, sizes, dbias, config, scratch),
-        DType::Bf16 => write::<E, bf16>(shared, small, sizes, dbias, config, scratch),
+        DType::F64 => write::<E, f64>(shared, small, sizes, dbias, team, scratch),
+        DType::F32 => write::<E, f32>(shared, small, sizes, dbias, team, scratch),
+        DType::F16 => write::<E, f16>(shared, small, sizes, dbias, team, scratch),
+        DType::Bf16 => write::<E, bf16>(shared, small, sizes, dbias, team, scratch),
         dtype => unreachable!("a checked call has a bias of a float dtype, got {dtype}"),
     }
 }
@@ -99,43 +138,35 @@ fn write<E: Operand, T: Scalar>(
     small: &Shared<'_, E::Small>,
     sizes: &backward::Sizes,
     dbias: ViewMut<'_>,
-    config: &CpuConfig,
+    team: &Team,
     scratch: &mut [u8],
 ) {
     let problem = shared.problem;
     let shape = bias_shape(problem).unwrap_or_else(|| unreachable!("the problem has the gradient"));
-    let [batches, heads, queries, keys] = parts(problem, shape);
+    if dbias.desc().is_empty() {
+        // Of how many batch rows or heads says nothing about time.
+        return;
+    }
     let size = |axis: usize, piece: usize| if shape[axis] == 1 { 1 } else { piece };
-    // Both lists go over batches, heads, queries and keys in this order.
+    // Views and parts go over batches, heads, queries and keys in this order.
     let views = dbias
         .into_axis(0)
         .flat_map(|view| view.into_axis(0))
-        .flat_map(|view| view.into_chunks(0, size(2, PART_QUERIES)))
-        .flat_map(|view| view.into_chunks(1, size(3, PART_KEYS)))
+        .flat_map(move |view| view.into_chunks(0, size(2, PART_QUERIES)))
+        .flat_map(move |view| view.into_chunks(1, size(3, PART_KEYS)))
         .map(|view| {
             view.host_mut::<T>().unwrap_or_else(|| unreachable!("a checked call has dbias in host memory"))
         });
-    let mut ranges = Vec::new();
-    for batches in &batches {
-        for heads in &heads {
-            for queries in &queries {
-                for keys in &keys {
-                    let [batches, heads, queries, keys] = [batches, heads, queries, keys].map(Clone::clone);
-                    ranges.push(Part { batches, heads, queries, keys });
-                }
-            }
-        }
-    }
-    let tasks: Vec<(Part, HostViewMut<'_, T>)> = ranges.into_iter().zip(views).collect();
+    let tasks = parts(problem, shape).zip(views);
 
     let sums_bytes = sums_bytes(problem).unwrap_or_else(|| unreachable!("sized before"));
-    let scratch = workers::divide(scratch, sizes.bytes_per_task + sums_bytes, config.thread_count());
-    workers::run(tasks, scratch, |(part, mut view), scratch| {
+    workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_worker, |(part, mut view), scratch| {
         let columns = view.shape()[1];
         let (sums, rest) = scratch.split_at_mut(sums_bytes);
         let sums = Carver::new(sums).take::<f64>(view.shape()[0] * columns);
         sums.fill(0.0);
-        for batch in part.batches.clone() {
+        let batches = if plan::has_logits(problem) { part.batches.clone() } else { 0..0 };
+        for batch in batches {
             if plan::is_small::<E>(problem, batch) {
                 let mut scratch = backward::Scratch::carve(&sizes.small_pieces, rest);
                 add_batch(small, batch, &part, shape, sums, columns, &mut scratch);

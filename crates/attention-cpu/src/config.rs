@@ -1,8 +1,8 @@
 //! What a user can set about the plain CPU backend.
 
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 
+use attention_threads::{Team, Threads};
 use rayon::ThreadPool;
 
 /// Where and on how many threads a [`CpuBackend`](crate::CpuBackend) works. Results do not depend on it, to the bit.
@@ -16,37 +16,33 @@ use rayon::ThreadPool;
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct CpuConfig {
-    threads: Option<NonZeroUsize>,
-    pool: Option<Arc<ThreadPool>>,
+    threads: Threads,
 }
 
 impl CpuConfig {
-    /// Uses at most this many threads; 0 and the default stand for all threads of the pool.
+    /// Uses at most this many threads, the calling one included, and asks for scratch for as many. 0 and the default
+    /// stand for all threads of the configured pool, else for those of rayon's global pool by default
+    /// (`RAYON_NUM_THREADS`, or what the machine runs side by side).
+    ///
+    /// With 1 no pool is looked at or started.
     #[must_use]
     pub fn threads(self, threads: usize) -> Self {
-        Self { threads: NonZeroUsize::new(threads), ..self }
+        Self { threads: self.threads.limit(threads) }
     }
 
-    /// Works in this pool instead of the caller's.
+    /// Works on the calling thread and on threads of this pool, instead of those of the caller's pool.
     #[must_use]
     pub fn pool(self, pool: Arc<ThreadPool>) -> Self {
-        Self { pool: Some(pool), ..self }
+        Self { threads: self.threads.pool(pool) }
     }
 
-    /// How many threads a call from here may use.
-    pub(crate) fn thread_count(&self) -> usize {
-        let available = match &self.pool {
-            Some(pool) => pool.current_num_threads(),
-            None => rayon::current_num_threads(),
-        };
-        self.threads.map_or(available, |limit| limit.get().min(available)).max(1)
+    /// How many threads scratch is asked for.
+    pub(crate) fn planned_threads(&self) -> usize {
+        self.threads.planned()
     }
 
-    /// Runs `work` in the configured pool.
-    pub(crate) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        match &self.pool {
-            Some(pool) => pool.install(work),
-            None => work(),
-        }
+    /// The threads for a call that has work for so many; no pool is started for one.
+    pub(crate) fn team(&self, workers: usize) -> Team {
+        if workers > 1 { self.threads.team() } else { Team::alone() }
     }
 }

@@ -1,10 +1,12 @@
 //! The forward pass: blocks of query rows against all their keys.
 
-use attention_core::{Dimensions, ForwardCall, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
+use std::marker::PhantomData;
+
+use attention_core::{ForwardCall, ForwardOutputs, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
+use attention_threads::Team;
 use bytemuck::Pod;
 
 use crate::bias::AnyFloat;
-use crate::config::CpuConfig;
 use crate::elementary::Compute;
 use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, read_row, write_row};
@@ -27,17 +29,23 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// Makes room for a task; `None` on overflow.
-    fn make_room(&mut self, task: &Task, dims: Dimensions) -> Option<()> {
-        let keys = task.keys.len();
-        if !plan::few_rows(task.rows.len()) {
+    /// Makes room for the tasks of a batch row; `None` on overflow.
+    fn make_room(&mut self, problem: &Problem, batch: usize) -> Option<()> {
+        let dims = problem.dims();
+        let queries = problem.query_len(batch);
+        let size = TaskSize::of(queries, dims.group_size());
+        let rows = size.queries * size.heads;
+        let keys = plan::task_keys(problem, batch, size.queries);
+        // The last task of a head may be the only one of few rows, and the other way round the first is the largest.
+        if !plan::few_rows(rows) {
             self.panels = self.panels.max(panel_elements(keys, dims.head_dim)?);
             self.values = self.values.max(keys.checked_mul(dims.value_head_dim)?);
         }
-        let rows = task.rows.len().min(plan::block_rows(keys, 1));
-        self.query = self.query.max(rows.checked_mul(dims.head_dim)?);
-        self.logits = self.logits.max(rows.checked_mul(plan::logits_stride(keys)?)?);
-        self.sums = self.sums.max(rows.checked_mul(dims.value_head_dim)?);
+        // Tasks that see fewer keys have blocks of more rows.
+        let block = rows.min(plan::block_rows(0, 1));
+        self.query = self.query.max(block.checked_mul(dims.head_dim)?);
+        self.logits = self.logits.max(plan::block_elements(rows, keys, 1)?);
+        self.sums = self.sums.max(block.checked_mul(dims.value_head_dim)?);
         Some(())
     }
 
@@ -72,7 +80,7 @@ impl<'a, C: Pod> Scratch<'a, C> {
     }
 }
 
-/// What a problem takes, read off its tasks once.
+/// What a problem takes, read off its batch rows once.
 pub(crate) struct Sizes {
     /// Large enough for every task of the batch rows that are not small.
     pieces: Pieces,
@@ -80,25 +88,26 @@ pub(crate) struct Sizes {
     small_pieces: Pieces,
     /// Bytes of scratch a worker needs.
     pub(crate) bytes_per_worker: usize,
-    /// How many tasks can run side by side.
-    pub(crate) tasks: usize,
+    /// How many threads have something to do.
+    pub(crate) workers: usize,
 }
 
 impl Sizes {
-    /// `None` on overflow.
-    pub(crate) fn of<E: Operand>(problem: &Problem) -> Option<Self> {
+    /// With tasks counted up to `threads`; `None` on overflow.
+    pub(crate) fn of<E: Operand>(problem: &Problem, threads: usize) -> Option<Self> {
         let dims = problem.dims();
         let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
         let empty = Pieces { row, ..Pieces::default() };
-        let (mut pieces, mut small_pieces, mut tasks) = (empty, empty, 0);
-        for task in plan::tasks(problem) {
-            let small = plan::is_small::<E>(problem, task.rows.batch);
-            if small { &mut small_pieces } else { &mut pieces }.make_room(&task, dims)?;
-            tasks += 1;
+        let (mut pieces, mut small_pieces) = (empty, empty);
+        let rows = if plan::has_rows(problem) { plan::different_rows(problem) } else { 0..0 };
+        for batch in rows {
+            let small = plan::is_small::<E>(problem, batch);
+            if small { &mut small_pieces } else { &mut pieces }.make_room(problem, batch)?;
         }
         let bytes = pieces.bytes::<E::Compute>()?;
         let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
-        Some(Self { pieces, small_pieces, bytes_per_worker: bytes.max(small_bytes), tasks })
+        let workers = plan::task_count(problem, threads);
+        Some(Self { pieces, small_pieces, bytes_per_worker: bytes.max(small_bytes), workers })
     }
 }
 
@@ -119,70 +128,153 @@ struct Shared<'a, E: Operand> {
 }
 
 /// Runs a checked call in checked scratch.
-pub(crate) fn run<E: Operand>(call: ForwardCall<'_>, config: &CpuConfig, scratch: &mut [u8]) {
+pub(crate) fn run<E: Operand>(call: ForwardCall<'_>, sizes: &Sizes, team: &Team, scratch: &mut [u8]) {
     let (problem, inputs, outputs) = call.into_parts();
+    if !plan::has_rows(problem) {
+        return;
+    }
     let shared = Shared::<E>::new(problem, &inputs);
     let small = Shared::<E::Small>::new(problem, &inputs);
-    let lse = outputs.lse.map(|lse| cut::<E::Statistics>(lse, problem));
-    let mut out = cut::<E::Element>(outputs.out, problem).into_iter();
-    let mut lse = lse.map(Vec::into_iter);
-    // The outputs were cut in the order of the tasks.
-    let mut tasks: Vec<_> = plan::tasks(problem)
-        .map(|task| {
-            let heads = task.rows.heads.len();
-            let out = out.by_ref().take(heads).collect();
-            let lse = lse.as_mut().map_or_else(Vec::new, |lse| lse.by_ref().take(heads).collect());
-            (task, Outputs { out, lse })
-        })
-        .collect();
-    // Under causal masking the last rows of a head see the most keys: begin with those.
-    tasks.reverse();
-
-    let sizes = Sizes::of::<E>(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
-    let scratch = workers::divide(scratch, sizes.bytes_per_worker, config.thread_count());
-    workers::run(tasks, scratch, |(task, mut outputs), scratch| {
-        if plan::is_small::<E>(problem, task.rows.batch) {
-            small.task(&task, &mut outputs, &mut Scratch::carve(&sizes.small_pieces, scratch));
-        } else {
-            shared.task(&task, &mut outputs, &mut Scratch::carve(&sizes.pieces, scratch));
-        }
-    });
+    let tasks = Queue::<E::Element, E::Statistics>::new(problem, outputs);
+    workers::run(
+        team,
+        sizes.workers,
+        tasks,
+        scratch,
+        sizes.bytes_per_worker,
+        |(task, mut outputs), scratch| {
+            if plan::is_small::<E>(problem, task.rows.batch) {
+                small.task(&task, &mut outputs, &mut Scratch::carve(&sizes.small_pieces, scratch));
+            } else {
+                shared.task(&task, &mut outputs, &mut Scratch::carve(&sizes.pieces, scratch));
+            }
+        },
+    );
 }
 
-/// Cuts an output `[B, T, N]` or `[B, T, N, Hv]` into parts of one head each, in the order of the tasks, and fills
-/// the padded rows: with 0 an output, with -inf a logsumexp.
-fn cut<'a, T: attention_core::Scalar>(output: ViewMut<'a>, problem: &Problem) -> Vec<HostViewMut<'a, T>> {
-    let dims = problem.dims();
-    let is_lse = output.shape().rank() == 3;
-    let host = |view: ViewMut<'a>| {
-        view.host_mut::<T>()
-            .unwrap_or_else(|| unreachable!("a checked call has outputs of its dtype in host memory"))
-    };
-    let mut parts = Vec::new();
-    for (batch, output) in output.into_axis(0).enumerate() {
-        let queries = problem.query_len(batch);
-        let [live, padding] = output
-            .split(0, [queries, dims.query_length - queries])
-            .unwrap_or_else(|_| unreachable!("a query length is at most T"));
-        for row in padding.into_axis(0) {
-            fill(host(row), if is_lse { T::from_f32(f32::NEG_INFINITY) } else { T::from_f32(0.0) });
-        }
-        let size = TaskSize::of(queries, dims.group_size());
-        let mut heads: Vec<_> = live.into_axis(1).map(|head| head.into_chunks(0, size.queries)).collect();
-        // No query heads make no groups, and the size of a group may be 0 then.
-        for group in heads.chunks_mut(dims.group_size().max(1)) {
-            for heads in group.chunks_mut(size.heads) {
-                for _ in 0..queries.div_ceil(size.queries) {
-                    parts.extend(heads.iter_mut().filter_map(Iterator::next).map(host));
-                }
-            }
+type Parts<'a> = Box<dyn Iterator<Item = ViewMut<'a>> + Send + 'a>;
+
+/// Cuts the outputs into what each task writes, task by task, and fills the padded rows of each batch row on the way:
+/// with 0 an output, with -inf a logsumexp.
+struct Queue<'p, 'a, T, L> {
+    problem: &'p Problem,
+    /// The outputs of the batch rows to come, `[T, N, Hv]` and `[T, N]`.
+    out: Parts<'a>,
+    lse: Option<Parts<'a>>,
+    next_batch: usize,
+    /// The query heads to come of the batch row at hand, `[T, Hv]` and `[T]`, real rows only.
+    out_heads: Parts<'a>,
+    lse_heads: Option<Parts<'a>>,
+    next_head: usize,
+    /// The query heads of the tasks at hand: their rows that no task has yet.
+    out_left: Vec<ViewMut<'a>>,
+    lse_left: Vec<ViewMut<'a>>,
+    queries_left: usize,
+    elements: PhantomData<(T, L)>,
+}
+
+impl<'p, 'a, T: Scalar, L: Scalar> Queue<'p, 'a, T, L> {
+    fn new(problem: &'p Problem, outputs: ForwardOutputs<'a>) -> Self {
+        Self {
+            problem,
+            out: Box::new(outputs.out.into_axis(0)),
+            lse: outputs.lse.map(|lse| -> Parts<'a> { Box::new(lse.into_axis(0)) }),
+            next_batch: 0,
+            out_heads: Box::new(std::iter::empty()),
+            lse_heads: None,
+            next_head: 0,
+            out_left: Vec::new(),
+            lse_left: Vec::new(),
+            queries_left: 0,
+            elements: PhantomData,
         }
     }
-    parts
+
+    /// Takes the next batch row in hand; `None` behind the last.
+    fn begin_batch(&mut self) -> Option<()> {
+        let queries = self.problem.query_len(self.next_batch);
+        self.out_heads = heads::<T>(self.out.next()?, queries, 0.0);
+        let lse = self.lse.as_mut().and_then(Iterator::next);
+        self.lse_heads = lse.map(|lse| heads::<L>(lse, queries, f32::NEG_INFINITY));
+        (self.next_batch, self.next_head) = (self.next_batch + 1, 0);
+        Some(())
+    }
+}
+
+/// Fills the rows from `queries` on and cuts the others into heads.
+fn heads<'a, T: Scalar>(view: ViewMut<'a>, queries: usize, padding: f32) -> Parts<'a> {
+    let length = view.shape()[0];
+    let [live, padded] = view
+        .split(0, [queries, length - queries])
+        .unwrap_or_else(|_| unreachable!("a query length is at most T"));
+    for row in padded.into_axis(0) {
+        fill(host::<T>(row), T::from_f32(padding));
+    }
+    Box::new(live.into_axis(1))
+}
+
+fn host<'a, T: Scalar>(view: ViewMut<'a>) -> HostViewMut<'a, T> {
+    view.host_mut().unwrap_or_else(|| unreachable!("a checked call has outputs of its dtype in host memory"))
+}
+
+impl<'a, T: Scalar, L: Scalar> Iterator for Queue<'_, 'a, T, L> {
+    type Item = (Task, Outputs<'a, T, L>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let group = self.problem.dims().group_size();
+        loop {
+            if self.queries_left == 0 {
+                // The heads of the tasks to come: some that share a key/value head.
+                let next_batch = self.next_batch;
+                let queries = if next_batch == 0 { 0 } else { self.problem.query_len(next_batch - 1) };
+                let size = TaskSize::of(queries, group);
+                let in_group = group - self.next_head % group;
+                self.out_left.clear();
+                self.out_left.extend(self.out_heads.by_ref().take(size.heads.min(in_group)));
+                if self.out_left.is_empty() || queries == 0 {
+                    self.begin_batch()?;
+                    continue;
+                }
+                self.lse_left.clear();
+                if let Some(lse) = &mut self.lse_heads {
+                    self.lse_left.extend(lse.take(self.out_left.len()));
+                }
+                self.next_head += self.out_left.len();
+                self.queries_left = queries;
+            }
+            let batch = self.next_batch - 1;
+            let size = TaskSize::of(self.problem.query_len(batch), group);
+            // Under causal masking the last rows of a head see the most keys: begin with those.
+            let first = (self.queries_left - 1) / size.queries * size.queries;
+            let queries = first..self.queries_left;
+            self.queries_left = first;
+            let heads = self.next_head - self.out_left.len()..self.next_head;
+            let keys = self.problem.key_range_of_rows(batch, queries.clone());
+            let outputs = Outputs {
+                out: take_rows(&mut self.out_left, first),
+                lse: take_rows(&mut self.lse_left, first),
+            };
+            let rows = Rows { batch, heads: heads.clone(), queries };
+            return Some((Task { key_head: heads.start / group, rows, keys }, outputs));
+        }
+    }
+}
+
+/// Cuts the rows from `first` on off each view.
+fn take_rows<'a, T: Scalar>(views: &mut Vec<ViewMut<'a>>, first: usize) -> Vec<HostViewMut<'a, T>> {
+    let mut taken = Vec::with_capacity(views.len());
+    for view in std::mem::take(views) {
+        let length = view.shape()[0];
+        let [rest, rows] =
+            view.split(0, [first, length - first]).unwrap_or_else(|_| unreachable!("rows that are left"));
+        taken.push(host(rows));
+        views.push(rest);
+    }
+    taken
 }
 
 /// Writes one number everywhere: `[N]` or `[N, Hv]`.
-fn fill<T: attention_core::Scalar>(mut view: HostViewMut<'_, T>, value: T) {
+fn fill<T: Scalar>(mut view: HostViewMut<'_, T>, value: T) {
     if view.shape().rank() == 1 {
         view.row_mut(&[]).fill_with(|_| value);
     } else {

@@ -59,6 +59,34 @@ impl Multiply for f64 {
 /// other dimensions.
 pub(crate) const MAX_DEPTH: usize = 512;
 
+/// Tells whether the buffer that the `gemm` crate keeps for this thread can still be had: in the destructors of
+/// thread-locals it may be gone, and `gemm` panics then. Made before that buffer, so destroyed after it.
+struct Alive;
+
+impl Drop for Alive {
+    fn drop(&mut self) {}
+}
+
+thread_local! {
+    static ALIVE: Alive = const { Alive };
+}
+
+/// Runs `work`, which multiplies matrices, on this thread, or on another one where this thread is past that.
+///
+/// # Errors
+/// Where another thread is needed and cannot be made.
+pub(crate) fn where_products_run(work: impl FnOnce() + Send) -> std::io::Result<()> {
+    if ALIVE.try_with(|_| ()).is_ok() {
+        work();
+        return Ok(());
+    }
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, work)?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok(())
+    })
+}
+
 /// A matrix in a slice, with strides in elements.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mat<'a, C> {

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use attention_core::Problem;
+use attention_core::{Problem, Sequences};
 
 use crate::logits::Rows;
 use crate::operand::Operand;
@@ -62,25 +62,60 @@ impl TaskSize {
     }
 }
 
-/// The tasks of a problem, in an order in which the query rows of a head ascend.
-pub(crate) fn tasks(problem: &Problem) -> impl Iterator<Item = Task> + '_ {
+/// Whether there are logits at all: sizes of a problem without any say nothing about time.
+pub(crate) fn has_logits(problem: &Problem) -> bool {
+    !problem.dims().logits().contains(&0)
+}
+
+/// Batch rows of which every other is like one: a single one where all have the same lengths.
+pub(crate) fn different_rows(problem: &Problem) -> Range<usize> {
+    let batch = problem.dims().batch;
+    match problem.sequences() {
+        Sequences::Dense { query, key_value } if query.is_full() && key_value.is_full() => 0..batch.min(1),
+        _ => 0..batch,
+    }
+}
+
+/// How many tasks there are, or `most` if there are more.
+pub(crate) fn task_count(problem: &Problem, most: usize) -> usize {
     let dims = problem.dims();
-    let group = dims.group_size();
-    (0..dims.batch).flat_map(move |batch| {
+    if !has_rows(problem) {
+        return 0;
+    }
+    let of_row = |batch: usize| {
         let queries = problem.query_len(batch);
-        let size = TaskSize::of(queries, group);
-        (0..dims.key_heads).flat_map(move |key_head| {
-            let heads = key_head * group..(key_head + 1) * group;
-            heads.clone().step_by(size.heads).flat_map(move |head| {
-                let heads = head..(head + size.heads).min(heads.end);
-                (0..queries).step_by(size.queries).map(move |query| {
-                    let rows = query..(query + size.queries).min(queries);
-                    let keys = problem.key_range_of_rows(batch, rows.clone());
-                    Task { key_head, rows: Rows { batch, heads: heads.clone(), queries: rows }, keys }
-                })
-            })
-        })
-    })
+        let size = TaskSize::of(queries, dims.group_size());
+        let heads = dims.group_size().div_ceil(size.heads).saturating_mul(dims.key_heads);
+        heads.saturating_mul(queries.div_ceil(size.queries))
+    };
+    let different = different_rows(problem);
+    let alike = dims.batch / different.len().max(1);
+    let mut count = 0usize;
+    for batch in different {
+        count = count.saturating_add(of_row(batch).saturating_mul(alike));
+        if count >= most {
+            return most;
+        }
+    }
+    count
+}
+
+/// Whether there are query rows at all.
+pub(crate) fn has_rows(problem: &Problem) -> bool {
+    let dims = problem.dims();
+    dims.batch > 0 && dims.query_length > 0 && dims.query_heads > 0
+}
+
+/// The most keys that a task of `queries` rows can see in a batch row.
+pub(crate) fn task_keys(problem: &Problem, batch: usize, queries: usize) -> usize {
+    let all = problem.key_range_of_rows(batch, 0..problem.query_len(batch)).len();
+    let window = problem.window();
+    let right = if problem.causal() { Some(0) } else { window.right };
+    // A window of both sides moves with the rows. Causal rows alone see more the later they are.
+    match (window.left, right) {
+        (Some(left), Some(right)) => all.min(left.saturating_add(right).saturating_add(queries)),
+        _ => all,
+    }
 }
 
 /// The blocks of a task, each with the keys it can see. `matrices` of the size of a block's logits are in use at a
@@ -110,6 +145,18 @@ pub(crate) fn blocks(
 pub(crate) fn block_rows(keys: usize, matrices: usize) -> usize {
     let rows = BLOCK_LOGITS / (keys.max(1) * matrices.max(1));
     (rows / 16 * 16).clamp(BLOCK_ROWS.start, BLOCK_ROWS.end)
+}
+
+/// The most elements that the logits of a block of at most `rows` rows take over up to `keys` keys, `matrices` in use
+/// at a time; `None` on overflow.
+pub(crate) fn block_elements(rows: usize, keys: usize, matrices: usize) -> Option<usize> {
+    // Blocks have fewer rows the more keys there are, in steps of 16: the most at the last number of keys of a step.
+    let mut most = rows.min(block_rows(keys, matrices)).checked_mul(logits_stride(keys)?)?;
+    for step in (BLOCK_ROWS.start..=BLOCK_ROWS.end).step_by(16) {
+        let last = keys.min(BLOCK_LOGITS / (step * matrices.max(1)));
+        most = most.max(rows.min(block_rows(last, matrices)) * logits_stride(last)?);
+    }
+    Some(most)
 }
 
 /// The distance between rows of logits over this many keys. A multiple of a panel, and a bit more: rows a power of

@@ -27,7 +27,8 @@ fn write<E: Operand, T: Scalar>(shared: &Shared<'_, E>, dsinks: Option<HostViewM
     for head in 0..dims.query_heads {
         let sink: f64 = sinks.at(&[head]);
         let mut sum = 0.0;
-        for batch in 0..dims.batch {
+        // Without query rows, of any number of batch rows.
+        for batch in 0..if dims.query_length > 0 { dims.batch } else { 0 } {
             for query in 0..shared.problem.query_len(batch) {
                 let state = shared.row_state(batch, head, query);
                 if state.lse != E::Compute::NEG_INFINITY {

@@ -3,43 +3,29 @@
 use std::sync::Mutex;
 
 use attention_core::red_zones;
+use attention_threads::Team;
 
-/// Cuts scratch into pieces of `bytes` for at most `threads` workers.
-pub(crate) fn divide(scratch: &mut [u8], bytes: usize, threads: usize) -> Vec<&mut [u8]> {
-    if bytes == 0 {
-        return (0..threads).map(|_| [].as_mut_slice()).collect();
-    }
-    scratch.chunks_exact_mut(bytes).take(threads).collect()
-}
-
-/// Runs `work` on every task, on as many threads as there are pieces of scratch, each with a piece of its own.
-pub(crate) fn run<T: Send, S: Send>(tasks: Vec<T>, scratch: Vec<S>, work: impl Fn(T, &mut S) + Sync) {
-    let mut scratch = scratch.into_iter();
-    let Some(mut own) = scratch.next() else {
-        assert!(tasks.is_empty(), "tasks without scratch to work in");
-        return;
-    };
-    if tasks.len() <= 1 || scratch.len() == 0 {
-        for task in tasks {
-            work(task, &mut own);
-            red_zones::end_task();
-        }
-        return;
-    }
-    let others = scratch.take(tasks.len() - 1);
-    let queue = Mutex::new(tasks.into_iter());
-    let drain = |scratch: &mut S| {
-        // A worker that panics poisons the lock; the scope passes its panic on.
+/// Runs `work` on every task, on at most `workers` threads of the team, each with `bytes` of the scratch to itself. Tasks
+/// are made as they are taken: a list of all of them would grow with the batch.
+///
+/// # Panics
+/// Where the scratch has less than a piece for each worker.
+pub(crate) fn run<T>(
+    team: &Team,
+    workers: usize,
+    tasks: impl Iterator<Item = T> + Send,
+    scratch: &mut [u8],
+    bytes: usize,
+    work: impl Fn(T, &mut [u8]) + Sync,
+) {
+    let queue = Mutex::new(tasks);
+    // Without tasks there is no scratch, and making none of them may write padding.
+    let bytes = if workers == 0 { 0 } else { bytes };
+    team.run(workers, scratch, bytes, |scratch| {
+        // A worker that panics poisons the lock; the team passes its panic on.
         while let Some(task) = queue.lock().ok().and_then(|mut queue| queue.next()) {
             work(task, scratch);
             red_zones::end_task();
         }
-    };
-    rayon::scope(|scope| {
-        for mut other in others {
-            let drain = &drain;
-            scope.spawn(move |_| drain(&mut other));
-        }
-        drain(&mut own);
     });
 }

@@ -12,10 +12,11 @@ use std::ops::Range;
 
 use attention_core::{BackwardCall, BackwardInputs, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
 
+use attention_threads::Team;
+
 pub(crate) use self::block::GradientOf;
 pub(crate) use self::pieces::{MATRICES, Scratch, Sizes};
 use crate::bias::AnyFloat;
-use crate::config::CpuConfig;
 use crate::direct::add_weighted;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
@@ -23,17 +24,6 @@ use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, write_row};
 use crate::packed::{Dense, Panels, set_apart};
 use crate::{bias_gradient, plan, sink_gradient, workers};
-
-/// Bytes of scratch a worker needs for this problem; `None` on overflow.
-pub(crate) fn bytes_per_worker<E: Operand>(problem: &Problem) -> Option<usize> {
-    Sizes::of::<E>(problem)?.bytes_per_task.checked_add(bias_gradient::sums_bytes(problem)?)
-}
-
-/// How many tasks can run side by side.
-pub(crate) fn task_count(problem: &Problem) -> usize {
-    let dims = problem.dims();
-    (dims.batch * dims.key_heads).max(bias_gradient::task_count(problem))
-}
 
 /// Everything that the tasks of a call share.
 pub(crate) struct Shared<'a, E: Operand> {
@@ -62,37 +52,36 @@ struct Task<'a, T> {
 }
 
 /// Runs a checked call in checked scratch.
-pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, config: &CpuConfig, scratch: &mut [u8]) {
+pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, sizes: &Sizes, team: &Team, scratch: &mut [u8]) {
     let (problem, inputs, saved, outputs) = call.into_parts();
     let shared = Shared::<E>::new(problem, &inputs, &saved);
     let small = Shared::<E::Small>::new(problem, &inputs, &saved);
-    let sizes = Sizes::of::<E>(problem).unwrap_or_else(|| unreachable!("the scratch was sized before"));
     if let Some(dsinks) = outputs.dsinks {
         sink_gradient::run(&small, dsinks);
     }
     if let Some(dbias) = outputs.dbias {
-        bias_gradient::run(&shared, &small, &sizes, dbias, config, scratch);
+        bias_gradient::run(&shared, &small, sizes, dbias, team, scratch);
     }
-    if outputs.dq.is_none() && outputs.dk.is_none() && outputs.dv.is_none() {
+    let written = [&outputs.dq, &outputs.dk, &outputs.dv];
+    if written.into_iter().flatten().all(|view| view.desc().is_empty()) {
+        // No gradient is wanted, or there is none of any batch row, however many there are.
         return;
     }
 
     let dims = problem.dims();
-    let mut dq = outputs.dq.map(|view| heads::<E::Element>(view).into_iter());
-    let mut dk = outputs.dk.map(|view| heads::<E::Element>(view).into_iter());
-    let mut dv = outputs.dv.map(|view| heads::<E::Element>(view).into_iter());
-    let tasks: Vec<_> = (0..dims.batch)
+    let mut dq = outputs.dq.map(|view| heads::<E::Element>(view));
+    let mut dk = outputs.dk.map(|view| heads::<E::Element>(view));
+    let mut dv = outputs.dv.map(|view| heads::<E::Element>(view));
+    let tasks = (0..dims.batch)
         .flat_map(|batch| (0..dims.key_heads).map(move |key_head| (batch, key_head)))
         .map(|(batch, key_head)| Task {
             batch,
             key_head,
-            dq: dq.as_mut().map_or_else(Vec::new, |dq| dq.by_ref().take(dims.group_size()).collect()),
+            dq: dq.as_mut().map_or_else(Vec::new, |dq| dq.take(dims.group_size()).collect()),
             dk: dk.as_mut().and_then(Iterator::next),
             dv: dv.as_mut().and_then(Iterator::next),
-        })
-        .collect();
-    let scratch = workers::divide(scratch, sizes.bytes_per_task, config.thread_count());
-    workers::run(tasks, scratch, |task, scratch| {
+        });
+    workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_task, |task, scratch| {
         if plan::is_small::<E>(problem, task.batch) {
             small.task(task, &mut Scratch::carve(&sizes.small_pieces, scratch));
         } else {
@@ -102,12 +91,10 @@ pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, config: &CpuConfig, scratc
 }
 
 /// Cuts a gradient `[B, length, heads, D]` into `[length, D]` of each head, batch row by batch row.
-fn heads<'a, T: Scalar>(view: ViewMut<'a>) -> Vec<HostViewMut<'a, T>> {
-    (view.into_axis(0).flat_map(|batch| batch.into_axis(1)))
-        .map(|head| {
-            head.host_mut().unwrap_or_else(|| unreachable!("a checked call has gradients of its dtype"))
-        })
-        .collect()
+fn heads<'a, T: Scalar>(view: ViewMut<'a>) -> impl Iterator<Item = HostViewMut<'a, T>> + Send {
+    (view.into_axis(0).flat_map(|batch| batch.into_axis(1))).map(|head| {
+        head.host_mut().unwrap_or_else(|| unreachable!("a checked call has gradients of its dtype"))
+    })
 }
 
 impl<'a, E: Operand> Shared<'a, E> {

@@ -3,6 +3,7 @@
 use attention_core::{Gradients, Problem, Role};
 use bytemuck::Pod;
 
+use crate::bias_gradient;
 use crate::direct;
 use crate::operand::Operand;
 use crate::packed::panel_elements;
@@ -73,7 +74,9 @@ impl Pieces {
         let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
         let mut pieces = Self { row, ..Self::default() };
         let wants = |gradient| problem.gradients().contains(gradient);
-        for batch in (0..dims.batch).filter(|&batch| plan::is_small::<E>(problem, batch) == small) {
+        for batch in
+            plan::different_rows(problem).filter(|&batch| plan::is_small::<E>(problem, batch) == small)
+        {
             let queries = problem.query_len(batch);
             let keys = problem.key_range_of_rows(batch, 0..queries).len();
             let few = plan::few_rows(dims.group_size().checked_mul(queries)?);
@@ -117,15 +120,23 @@ pub(crate) struct Sizes {
     pub(crate) small_pieces: Pieces,
     /// Bytes of scratch that a task over a part of one batch row works in.
     pub(crate) bytes_per_task: usize,
+    /// Bytes of scratch a worker needs: with the sums of a part of the gradient of the bias.
+    pub(crate) bytes_per_worker: usize,
+    /// How many threads have something to do.
+    pub(crate) workers: usize,
 }
 
 impl Sizes {
-    /// `None` on overflow.
-    pub(crate) fn of<E: Operand>(problem: &Problem) -> Option<Self> {
+    /// With tasks counted up to `threads`; `None` on overflow.
+    pub(crate) fn of<E: Operand>(problem: &Problem, threads: usize) -> Option<Self> {
         let (pieces, small_pieces) = (Pieces::of::<E>(problem, false)?, Pieces::of::<E>(problem, true)?);
         let bytes = pieces.bytes::<E::Compute>()?;
         let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
-        Some(Self { pieces, small_pieces, bytes_per_task: bytes.max(small_bytes) })
+        let bytes_per_task = bytes.max(small_bytes);
+        let bytes_per_worker = bytes_per_task.checked_add(bias_gradient::sums_bytes(problem)?)?;
+        let dims = problem.dims();
+        let tasks = dims.batch.saturating_mul(dims.key_heads).max(bias_gradient::task_count(problem));
+        Some(Self { pieces, small_pieces, bytes_per_task, bytes_per_worker, workers: tasks.min(threads) })
     }
 }
 
