@@ -30,6 +30,9 @@ pub(crate) trait Compute:
     fn is_disallowed(self) -> bool;
     /// Neither infinite nor NaN.
     fn is_finite(self) -> bool;
+    /// This logit with a bias: -inf where the bias is, even if this is NaN, and the `lowest` finite logit where a finite
+    /// bias leads below it.
+    fn biased(self, bias: Self, lowest: Self) -> Self;
     /// `e` to this, to within 2 ulp.
     fn exp_lane<const FMA: bool>(self) -> Self;
     /// The hyperbolic tangent, to within 2 ulp.
@@ -74,6 +77,14 @@ macro_rules! same_for_all {
         #[inline(always)]
         fn is_finite(self) -> bool {
             self.abs() < $float::INFINITY
+        }
+
+        #[inline(always)]
+        fn biased(self, bias: Self, lowest: Self) -> Self {
+            let sum = self + bias;
+            // A logit of -inf stays it. NaN passes the comparison.
+            let sum = if sum < lowest && self != $float::NEG_INFINITY { lowest } else { sum };
+            if bias == $float::NEG_INFINITY { bias } else { sum }
         }
 
         #[inline(always)]
@@ -239,7 +250,7 @@ mod tests {
 
     #[test]
     fn special_values() {
-        fn check<C: Compute>(infinity: C, nan: C) {
+        fn check<C: Compute>(infinity: C, nan: C, lowest: C) {
             let exp = |x: C| x.exp_lane::<false>();
             assert_eq!(exp(C::ZERO), C::ONE);
             assert_eq!(exp(C::NEG_INFINITY), C::ZERO);
@@ -251,8 +262,17 @@ mod tests {
             assert!(tanh(nan).to_f64().is_nan());
             assert!(C::DISALLOWED.is_disallowed() && !C::ZERO.is_disallowed() && !nan.is_disallowed());
             assert!(!infinity.is_finite() && !nan.is_finite() && C::ONE.is_finite());
+            for logit in [nan, infinity, C::NEG_INFINITY, C::ONE] {
+                assert_eq!(logit.biased(C::NEG_INFINITY, lowest), C::NEG_INFINITY);
+            }
+            let biased = |logit: C, bias| logit.biased(bias, lowest);
+            assert!(biased(nan, lowest).to_f64().is_nan() && biased(C::ONE, nan).to_f64().is_nan());
+            assert_eq!((biased(lowest, lowest), biased(C::ZERO, lowest)), (lowest, lowest));
+            assert_eq!(biased(C::NEG_INFINITY, C::ONE), C::NEG_INFINITY);
+            assert_eq!(biased(C::ONE, C::ONE).to_f64(), 2.0);
         }
-        check(f32::INFINITY, f32::NAN);
-        check(f64::INFINITY, f64::NAN);
+        check(f32::INFINITY, f32::NAN, f32::MIN);
+        check(f64::INFINITY, f64::NAN, f64::MIN);
+        check(f64::INFINITY, f64::NAN, f32::MIN.into());
     }
 }

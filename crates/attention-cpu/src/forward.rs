@@ -296,7 +296,7 @@ impl<'a, E: Operand> Shared<'a, E> {
             key: host(inputs.key),
             value: host(inputs.value),
             terms: Terms::new(problem, inputs),
-            sinks: inputs.sinks.map(AnyFloat::new),
+            sinks: inputs.sinks.map(|sinks| AnyFloat::new(sinks, problem.dtype().accumulator())),
         }
     }
 
@@ -406,7 +406,8 @@ impl<'a, E: Operand> Shared<'a, E> {
         let width = self.value.shape()[3];
         for (((head, query), result), sums) in rows.iter().zip(results).zip(sums.chunks_exact_mut(width)) {
             for sum in sums.iter_mut() {
-                *sum = *sum / result.total;
+                // A zero is positive, whatever the signs of values that take no part.
+                *sum = *sum / result.total + E::Compute::ZERO;
             }
             let (head, query) = (head - task.rows.heads.start, query - task.rows.queries.start);
             write_row::<E>(outputs.out[head].row_mut(&[query]), sums);

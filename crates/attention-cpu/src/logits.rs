@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use attention_core::{HostView, Inputs, Problem};
+use attention_core::{DType, HostView, Inputs, Problem};
 
 use crate::bias::{AnyFloat, broadcast};
 use crate::elementary::Compute;
@@ -35,6 +35,10 @@ pub(crate) struct Terms<'a, C> {
     pub(crate) problem: &'a Problem,
     pub(crate) scale: C,
     pub(crate) softcap: Option<C>,
+    /// The lowest finite logit: that of f32 for f32 operands, whatever is computed in.
+    lowest: C,
+    /// Whether what is computed in holds larger logits than that.
+    is_wider: bool,
     slopes: Option<AnyFloat<'a>>,
     slopes_per_batch: bool,
     bias: Option<(AnyFloat<'a>, [usize; 4])>,
@@ -48,13 +52,17 @@ impl<'a, C: Compute> Terms<'a, C> {
                 .unwrap_or_else(|| unreachable!("a checked call has a boolean mask in host memory"))
         });
         let shape = |view: attention_core::View<'_>| std::array::from_fn(|axis| view.shape()[axis]);
+        let logits = problem.dtype().accumulator();
+        let lowest = C::from_f64(if logits == DType::F64 { f64::MIN } else { f32::MIN.into() });
         Self {
             problem,
+            lowest,
+            is_wider: logits != C::DTYPE,
             scale: C::from_f64(problem.scale()),
             softcap: problem.softcap().map(C::from_f64),
-            slopes: inputs.alibi_slopes.map(AnyFloat::new),
+            slopes: inputs.alibi_slopes.map(|slopes| AnyFloat::new(slopes, DType::F64)),
             slopes_per_batch: inputs.alibi_slopes.is_some_and(|slopes| slopes.shape().rank() == 2),
-            bias: inputs.bias.map(|bias| (AnyFloat::new(bias), shape(bias))),
+            bias: inputs.bias.map(|bias| (AnyFloat::new(bias, logits), shape(bias))),
             mask,
         }
     }
@@ -80,6 +88,15 @@ impl<'a, C: Compute> Terms<'a, C> {
         before.fill(C::NEG_INFINITY);
         behind.fill(C::NEG_INFINITY);
 
+        if self.is_wider {
+            // A logsumexp of f32 could not hold them, and one of -inf would say that there is no key.
+            for logit in inside.iter_mut() {
+                let is_below = *logit < self.lowest && logit.is_finite();
+                let is_above = *logit > C::ZERO - self.lowest && logit.is_finite();
+                *logit = if is_below { self.lowest } else { *logit };
+                *logit = if is_above { C::ZERO - self.lowest } else { *logit };
+            }
+        }
         if let Some(cap) = self.softcap {
             for logit in inside.iter_mut() {
                 *logit = cap * (*logit / cap).tanh_lane::<FMA>();
@@ -90,13 +107,17 @@ impl<'a, C: Compute> Terms<'a, C> {
         }
         if let Some(slopes) = &self.slopes {
             let slope: C = if self.slopes_per_batch { slopes.at(&[batch, head]) } else { slopes.at(&[head]) };
-            let position = self.problem.position(batch, query);
+            let (position, is_finite) = (self.problem.position(batch, query), slope.is_finite());
             for (index, logit) in inside.iter_mut().enumerate() {
-                *logit = *logit - slope * C::from_distance(position.abs_diff((keys.start + index) as i64));
+                let distance = C::from_distance(position.abs_diff((keys.start + index) as i64));
+                let lowered = *logit - slope * distance;
+                // As a bias of this size would do.
+                let is_below = lowered == C::NEG_INFINITY && is_finite && *logit != C::NEG_INFINITY;
+                *logit = if is_below { self.lowest } else { lowered };
             }
         }
         if let Some((bias, shape)) = &self.bias {
-            bias.add_row(broadcast(shape, [batch, head, query]), keys.start, inside);
+            bias.add_row(broadcast(shape, [batch, head, query]), keys.start, inside, self.lowest);
         }
         if let Some(mask) = &self.mask {
             let row = mask.row(&broadcast(&mask.shape(), [batch, head, query]));

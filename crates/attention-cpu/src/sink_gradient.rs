@@ -28,11 +28,15 @@ fn write<E: Operand, T: Scalar>(shared: &Shared<'_, E>, dsinks: Option<HostViewM
         let sink: f64 = sinks.at(&[head]);
         let mut sum = 0.0;
         // Without query rows, of any number of batch rows.
-        for batch in 0..if dims.query_length > 0 { dims.batch } else { 0 } {
+        // And a sink of -inf is no sink: no row has a gradient through it, whatever its own are.
+        for batch in 0..if dims.query_length > 0 && sink != f64::NEG_INFINITY { dims.batch } else { 0 } {
             for query in 0..shared.problem.query_len(batch) {
                 let state = shared.row_state(batch, head, query);
                 if state.lse != E::Compute::NEG_INFINITY {
-                    sum -= (sink - state.lse.to_f64()).exp() * state.delta().to_f64();
+                    // A probability is at most 1; the given logsumexp was rounded. NaN passes the comparison.
+                    let above = sink - state.lse.to_f64();
+                    let p = if above > 0.0 { 1.0 } else { above.exp() };
+                    sum -= p * state.delta().to_f64();
                 }
             }
         }

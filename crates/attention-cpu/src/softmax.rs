@@ -43,20 +43,31 @@ fn sum<C: Compute>(row: &[C]) -> C {
     reduce(row, C::ZERO, |a, b| a + b)
 }
 
-/// The sum of the products of two rows.
+/// The mean of `values` with these weights and one more of value 0, computed in f64.
+///
+/// Divided by the sum of the weights, which is 1 but for their rounding, so that values that are all alike have this mean:
+/// it is subtracted from them.
 #[inline(always)]
-pub(crate) fn sum_of_products<C: Compute>(a: &[C], b: &[C]) -> C {
-    let mut lanes = [C::ZERO; LANES];
-    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    for (a, b) in a.iter().zip(b) {
+pub(crate) fn mean<C: Compute>(weights: &[C], values: &[C], of_zero: C) -> C {
+    const LANES: usize = 16;
+    let (mut totals, mut sums) = ([0.0f64; LANES], [0.0f64; LANES]);
+    let ((weights, w_tail), (values, v_tail)) = (weights.as_chunks::<LANES>(), values.as_chunks::<LANES>());
+    for (weights, values) in weights.iter().zip(values) {
         for lane in 0..LANES {
-            lanes[lane] += a[lane] * b[lane];
+            totals[lane] += weights[lane].to_f64();
+            sums[lane] += weights[lane].to_f64() * values[lane].to_f64();
         }
     }
-    for (lane, (&a, &b)) in lanes.iter_mut().zip(a_tail.iter().zip(b_tail)) {
-        *lane += a * b;
+    for (lane, (weight, value)) in w_tail.iter().zip(v_tail).enumerate() {
+        totals[lane] += weight.to_f64();
+        sums[lane] += weight.to_f64() * value.to_f64();
     }
-    fold(lanes, |a, b| a + b)
+    let (mut total, mut sum) = (of_zero.to_f64(), 0.0);
+    for lane in 0..LANES {
+        total += totals[lane];
+        sum += sums[lane];
+    }
+    C::from_f64(sum / total)
 }
 
 /// What a row of logits comes to.
@@ -66,6 +77,8 @@ pub(crate) struct RowSoftmax<C> {
     pub(crate) total: C,
     /// The logsumexp; -inf for a row without keys or sink.
     pub(crate) lse: C,
+    /// The part of the total that is the sink's.
+    pub(crate) sink: C,
 }
 
 /// Turns logits into unnormalised probabilities `exp(x - max)`, [`Compute::DISALLOWED`] where `x` is -inf.
@@ -79,11 +92,12 @@ pub(crate) fn softmax<C: Compute, const FMA: bool>(row: &mut [C], sink: Option<C
     let shift = if max == C::NEG_INFINITY { C::ZERO } else { max };
     exponentials::<C, FMA>(row, shift);
     let keys = sum(row);
-    let total = sink.map_or(keys, |sink| keys + (sink - shift).exp_lane::<FMA>());
+    let sink = sink.map_or(C::ZERO, |sink| (sink - shift).exp_lane::<FMA>());
+    let total = keys + sink;
     if total == C::ZERO {
-        return RowSoftmax { total: C::ONE, lse: C::NEG_INFINITY };
+        return RowSoftmax { total: C::ONE, lse: C::NEG_INFINITY, sink };
     }
-    RowSoftmax { total, lse: shift + total.ln() }
+    RowSoftmax { total, lse: shift + total.ln(), sink }
 }
 
 /// `x = exp(x - shift)`, [`Compute::DISALLOWED`] where `x` is -inf.
@@ -152,6 +166,20 @@ mod tests {
         softmax::<f32, false>(&mut row, None);
         assert_eq!(row[1], 0.0);
         assert!(!row[1].is_disallowed() && row[2].is_disallowed());
+    }
+
+    /// 1000 weights of 1/1000 add up to 1 but for their rounding.
+    #[test]
+    fn the_mean_of_values_that_are_alike_is_their_value() {
+        for count in [1usize, 15, 16, 17, 1000] {
+            let weights = vec![1.0 / count as f32; count];
+            for value in [0.1f32, -3.7e20, 1e-30] {
+                assert_eq!(mean(&weights, &vec![value; count], 0.0), value, "{count}");
+                let half = mean(&weights, &vec![value; count], 1.0);
+                assert!((half - value / 2.0).abs() <= 1e-6 * value.abs(), "{count}");
+            }
+        }
+        assert!(mean(&[0.5f32, f32::NAN], &[1.0, 2.0], 0.0).is_nan());
     }
 
     #[test]

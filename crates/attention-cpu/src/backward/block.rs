@@ -9,7 +9,7 @@ use crate::logits::Rows;
 use crate::operand::{Operand, read_row};
 use crate::packed::{Columns, Panels};
 use crate::simd::{Kernel, dispatch};
-use crate::softmax::{RowDropout, softmax, sum_of_products};
+use crate::softmax::{RowDropout, mean, softmax};
 
 /// What a block's gradient is taken of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,17 +37,21 @@ impl<C: Compute> RowState<C> {
         self.product - self.d_lse
     }
 
-    /// Whether the logsumexp of the keys at hand is that of the whole row, to within rounding.
+    /// Whether the logsumexp of the keys at hand is that of the whole row, to within rounding, or more than that.
     ///
     /// A logsumexp in f32 has lost digits, and an output in f16 or bf16 has lost more. Where the keys at hand are all
     /// the row has, their own sums give both back. Where they are a part (context parallelism), the given numbers
     /// stand for the rest of the row. Four units in the last place is what two ways of summing differ by; a rest of
     /// the row that hides in it is as small as the rounding of the logsumexp itself. `epsilon` is that of the stored
     /// logsumexp.
+    ///
+    /// A part of a row has no larger sum than the row. Where it has, logits are so large that their own rounding is more
+    /// than that of their logsumexp, and a probability from the given one may be anything; with the own sum it is at most
+    /// 1.
     fn is_of(&self, own: C, epsilon: f64) -> bool {
-        let magnitude = |x: C| x.to_f64().abs();
-        let unit = epsilon * magnitude(own).max(magnitude(self.lse)).max(1.0);
-        magnitude(own - self.lse) <= 4.0 * unit
+        let (own, given) = (own.to_f64(), self.lse.to_f64());
+        let unit = epsilon * own.abs().max(given.abs()).max(1.0);
+        own - given >= -4.0 * unit
     }
 }
 
@@ -188,7 +192,7 @@ impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
                 *p = if allowed { *p / total } else { *p };
                 *d = if allowed { *d } else { E::Compute::ZERO };
             }
-            let delta = if whole { sum_of_products(p, d) - state.d_lse } else { state.delta() };
+            let delta = if whole { mean(p, d, own.sink / total) - state.d_lse } else { state.delta() };
             for (d, &p) in d.iter_mut().zip(&*p) {
                 *d = if p.is_disallowed() { E::Compute::DISALLOWED } else { p * (*d - delta) };
             }

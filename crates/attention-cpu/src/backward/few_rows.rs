@@ -42,7 +42,7 @@ impl<E: Operand> Shared<'_, E> {
             let sums = &mut block.dq[..rows.len() * dims.head_dim];
             direct::weighted_sums(&key_head, keys.clone(), block.d_logits, stride, room, sums);
             for ((head, query), row) in rows.iter().zip(sums.chunks_exact_mut(dims.head_dim)) {
-                row.iter_mut().for_each(|sum| *sum *= scale);
+                row.iter_mut().for_each(|sum| *sum = *sum * scale + E::Compute::ZERO);
                 write_row::<E>(task.dq[head - rows.heads.start].row_mut(&[query]), row);
             }
         }

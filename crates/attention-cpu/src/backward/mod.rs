@@ -113,7 +113,7 @@ impl<'a, E: Operand> Shared<'a, E> {
             lse: host(saved.lse),
             d_lse: saved.d_lse.map(host),
             terms: Terms::new(problem, inputs),
-            sinks: inputs.sinks.map(AnyFloat::new),
+            sinks: inputs.sinks.map(|sinks| AnyFloat::new(sinks, problem.dtype().accumulator())),
         }
     }
 
@@ -175,7 +175,9 @@ impl<'a, E: Operand> Shared<'a, E> {
                     let (weights, marks) = (&*block.d_logits, &*block.probabilities);
                     dense_keys.weighted_sum(weights, marks, stride, count, &columns, scale, block.dq);
                     let dq = &mut task.dq[head - group.start];
-                    for (query, row) in rows.queries.clone().zip(block.dq.chunks_exact(dims.head_dim)) {
+                    for (query, row) in rows.queries.clone().zip(block.dq.chunks_exact_mut(dims.head_dim)) {
+                        // As in the forward pass, a zero is positive.
+                        row.iter_mut().for_each(|sum| *sum += E::Compute::ZERO);
                         write_row::<E>(dq.row_mut(&[query]), row);
                     }
                 }
