@@ -13,7 +13,7 @@ use crate::engine::vector::Fused;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{Scalar, Simd};
-use crate::{Level, backward, forward};
+use crate::{Level, backward, forward, plan};
 
 const NAME: &str = "chunked";
 
@@ -140,7 +140,7 @@ impl ChunkedBackend {
         fused(Scalar::new(), dtype, work)
     }
 
-    /// Bytes of a worker's scratch, and of what all of them share.
+    /// Bytes of scratch of a call; `None` on overflow.
     fn needs(&self, problem: &Problem) -> Option<usize> {
         struct Needs<'p> {
             problem: &'p Problem,
@@ -151,18 +151,18 @@ impl ChunkedBackend {
             type Output = Option<usize>;
 
             fn run<E: Engine, Small: Engine>(self, _: E, small: Option<Small>) -> Option<usize> {
-                let (sizes, threads) = (self.config.sizes(), self.config.thread_count());
-                match self.problem.pass() {
-                    Pass::Forward => {
-                        forward::needs::<E, Small>(self.problem, small.is_some(), &sizes, threads)
-                    }
-                    Pass::Backward => {
-                        backward::needs::<E, Small>(self.problem, small.is_some(), &sizes, threads)
-                    }
-                }
+                let Self { problem, config } = self;
+                let bytes = match problem.pass() {
+                    Pass::Forward => forward::needs::<E, Small>(problem, small.is_some(), config),
+                    Pass::Backward => backward::needs::<E, Small>(problem, small.is_some(), config),
+                };
+                bytes.filter(|&bytes| bytes <= isize::MAX as usize)
             }
         }
 
+        if !plan::sizes_fit(problem) {
+            return None;
+        }
         self.with_engines(problem.dtype(), Needs { problem, config: &self.config })
     }
 
@@ -175,7 +175,7 @@ impl ChunkedBackend {
         Ok(scratch.into_host().unwrap_or_default())
     }
 
-    /// Runs a call of this problem in the configured pool.
+    /// Runs a call of this problem.
     fn run(&self, problem: &Problem, call: Call<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         struct Run<'c, 'd> {
             call: Call<'c>,
@@ -187,17 +187,16 @@ impl ChunkedBackend {
             type Output = ();
 
             fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
-                let (sizes, threads) = (self.config.sizes(), self.config.thread_count());
                 match self.call {
-                    Call::Forward(call) => forward::run(engine, small, call, &sizes, threads, self.scratch),
-                    Call::Backward(call) => backward::run(engine, small, call, &sizes, threads, self.scratch),
+                    Call::Forward(call) => forward::run(engine, small, call, self.config, self.scratch),
+                    Call::Backward(call) => backward::run(engine, small, call, self.config, self.scratch),
                 }
             }
         }
 
         let scratch = self.host_scratch(problem, scratch)?;
         let run = Run { call, config: &self.config, scratch };
-        self.config.install(|| self.with_engines(problem.dtype(), run));
+        self.with_engines(problem.dtype(), run);
         Ok(())
     }
 }

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
+use attention_threads::{Team, Threads};
 use rayon::ThreadPool;
 
 use crate::Level;
@@ -30,8 +31,7 @@ pub struct ChunkedConfig {
     query_chunk: Option<NonZeroUsize>,
     key_chunk: Option<NonZeroUsize>,
     budget: Option<NonZeroUsize>,
-    threads: Option<NonZeroUsize>,
-    pool: Option<Arc<ThreadPool>>,
+    threads: Threads,
     level: Option<Level>,
     split_f32: bool,
 }
@@ -66,16 +66,20 @@ impl ChunkedConfig {
         Self { budget: NonZeroUsize::new(bytes), ..self }
     }
 
-    /// Uses at most this many threads; 0 and the default stand for all threads of the pool.
+    /// Uses at most this many threads, the calling one included, and asks for scratch for as many. 0 and the default
+    /// stand for all threads of the configured pool, else for those of rayon's global pool by default
+    /// (`RAYON_NUM_THREADS`, or what the machine runs side by side).
+    ///
+    /// With 1 no pool is looked at or started.
     #[must_use]
     pub fn threads(self, threads: usize) -> Self {
-        Self { threads: NonZeroUsize::new(threads), ..self }
+        Self { threads: self.threads.limit(threads), ..self }
     }
 
-    /// Works in this pool instead of the caller's.
+    /// Works on the calling thread and on threads of this pool, instead of those of the caller's pool.
     #[must_use]
     pub fn pool(self, pool: Arc<ThreadPool>) -> Self {
-        Self { pool: Some(pool), ..self }
+        Self { threads: self.threads.pool(pool), ..self }
     }
 
     /// Uses this instruction set; the backend is unavailable where the machine lacks it. By default the one that
@@ -116,22 +120,35 @@ impl ChunkedConfig {
         }
     }
 
-    /// How many threads a call from here may use.
-    pub(crate) fn thread_count(&self) -> usize {
-        let available = match &self.pool {
-            Some(pool) => pool.current_num_threads(),
-            None => rayon::current_num_threads(),
-        };
-        self.threads.map_or(available, |limit| limit.get().min(available)).max(1)
+    /// How many threads calls are planned and scratch is asked for.
+    pub(crate) fn planned_threads(&self) -> usize {
+        self.threads.planned()
     }
 
-    /// Runs `work` in the configured pool.
-    pub(crate) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        match &self.pool {
-            Some(pool) => pool.install(work),
-            None => work(),
+    /// What a call takes, and its threads: planned for as many as there are now, where that fits the scratch that was
+    /// asked for. `of` plans for a number of threads; no pool is started where the plan has work for one.
+    pub(crate) fn begin<P: Plan>(&self, scratch: usize, of: impl Fn(usize) -> Option<P>) -> (P, Team) {
+        let plan = of(self.planned_threads()).unwrap_or_else(|| unreachable!("the scratch was sized before"));
+        if plan.workers() <= 1 {
+            return (plan, Team::alone());
         }
+        let team = self.threads.team();
+        if team.size() == self.planned_threads() {
+            return (plan, team);
+        }
+        // Fewer threads than planned, in a smaller pool: larger chunks keep each of them busier.
+        let fewer = of(team.size()).filter(|plan| plan.scratch().is_some_and(|bytes| bytes <= scratch));
+        (fewer.unwrap_or(plan), team)
     }
+}
+
+/// What a call of either pass takes.
+pub(crate) trait Plan {
+    /// How many threads have something to do.
+    fn workers(&self) -> usize;
+
+    /// Bytes of scratch; `None` on overflow.
+    fn scratch(&self) -> Option<usize>;
 }
 
 /// The level that the value of the variable names, or the best one without a value. An empty value is none, as for other

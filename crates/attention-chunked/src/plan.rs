@@ -6,13 +6,13 @@
 
 use std::ops::Range;
 
-use attention_core::Problem;
+use attention_core::{Problem, Sequences};
 
 use crate::terms::QueryRow;
 
 /// Logits of a head up to which a batch row is small: there calls and conversions cost more than arithmetic, and the
 /// largest of a few dozen rounding errors is a matter of luck, so f32 is computed in f64.
-const SMALL_LOGITS: usize = 1 << 12;
+pub(crate) const SMALL_LOGITS: usize = 1 << 12;
 
 /// Whether a batch row is small.
 pub(crate) fn is_small(problem: &Problem, batch: usize) -> bool {
@@ -47,41 +47,108 @@ impl Rows {
     }
 }
 
-/// The rows of every task with at most `limit(batch)` rows each, in an order in which the queries of a head ascend. A
-/// batch row with a limit of 0 has none.
-pub(crate) fn row_tasks(problem: &Problem, limit: impl Fn(usize) -> usize) -> impl Iterator<Item = Rows> {
-    (0..problem.dims().batch)
-        .map(move |batch| (batch, limit(batch)))
-        .filter(|&(_, limit)| limit > 0)
-        .flat_map(move |(batch, limit)| batch_tasks(problem, batch, limit))
+/// How the query rows of each head of a batch row are cut into tasks: neighbouring heads of a group times queries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cut {
+    queries: usize,
+    heads: usize,
 }
 
-/// The same for one batch row.
-pub(crate) fn batch_tasks(problem: &Problem, batch: usize, limit: usize) -> impl Iterator<Item = Rows> {
-    let dims = problem.dims();
-    let group = dims.group_size();
-    let all = problem.query_len(batch);
-    let queries = all.clamp(1, limit.max(1));
-    let heads = (limit / queries).clamp(1, group.max(1));
-    (0..dims.key_heads).flat_map(move |key_head| {
-        let group = key_head * group..(key_head + 1) * group;
-        group.clone().step_by(heads).flat_map(move |head| {
-            let heads = head..(head + heads).min(group.end);
-            (0..all).step_by(queries).map(move |query| Rows {
-                batch,
-                key_head,
-                heads: heads.clone(),
-                queries: query..(query + queries).min(all),
-            })
+impl Cut {
+    /// For tasks of at most `limit` rows.
+    pub(crate) fn of(problem: &Problem, batch: usize, limit: usize) -> Self {
+        let queries = problem.query_len(batch).clamp(1, limit.max(1));
+        Self { queries, heads: (limit / queries).clamp(1, problem.dims().group_size().max(1)) }
+    }
+
+    /// How many tasks there are: of heads of a group, and of queries.
+    fn counts(&self, problem: &Problem, batch: usize) -> [usize; 2] {
+        let group = problem.dims().group_size();
+        [group.div_ceil(self.heads), problem.query_len(batch).div_ceil(self.queries)]
+    }
+
+    /// How many tasks a batch row has. No overflow: each has a row of the problem, whose rows can be counted.
+    pub(crate) fn count(&self, problem: &Problem, batch: usize) -> usize {
+        let [heads, queries] = self.counts(problem, batch);
+        problem.dims().key_heads * heads * queries
+    }
+
+    /// Task `index` of a batch row, if it has so many. The queries of a head ascend.
+    pub(crate) fn rows(&self, problem: &Problem, batch: usize, index: usize) -> Option<Rows> {
+        if index >= self.count(problem, batch) {
+            return None;
+        }
+        let group = problem.dims().group_size();
+        let [heads, queries] = self.counts(problem, batch);
+        let (head, query) = (index / queries, index % queries * self.queries);
+        let (key_head, head) = (head / heads, head % heads * self.heads);
+        Some(Rows {
+            batch,
+            key_head,
+            heads: key_head * group + head..key_head * group + group.min(head + self.heads),
+            queries: query..problem.query_len(batch).min(query + self.queries),
         })
-    })
+    }
+}
+
+/// Batch rows of which every other is like one: a single one where all have the same lengths.
+pub(crate) fn different_rows(problem: &Problem) -> Range<usize> {
+    let batch = problem.dims().batch;
+    match problem.sequences() {
+        Sequences::Dense { query, key_value } if query.is_full() && key_value.is_full() => 0..batch.min(1),
+        _ => 0..batch,
+    }
+}
+
+/// The sum of `count` over all batch rows, or `most` if it is more.
+pub(crate) fn count_up_to(problem: &Problem, most: usize, count: impl Fn(usize) -> usize) -> usize {
+    let different = different_rows(problem);
+    let alike = problem.dims().batch / different.len().max(1);
+    let mut sum = 0usize;
+    for batch in different {
+        sum = sum.saturating_add(count(batch).saturating_mul(alike));
+        if sum >= most {
+            return most;
+        }
+    }
+    sum
+}
+
+/// Whether there are query rows at all, padded ones included: without, the number of batch rows says nothing about time.
+pub(crate) fn has_rows(problem: &Problem) -> bool {
+    let dims = problem.dims();
+    dims.batch > 0 && dims.query_length > 0 && dims.query_heads > 0
+}
+
+/// Whether there are query rows that lengths may make padding.
+pub(crate) fn may_have_padding(problem: &Problem) -> bool {
+    let full = matches!(problem.sequences(), Sequences::Dense { query, .. } if query.is_full());
+    has_rows(problem) && !full
+}
+
+/// Whether there are logits.
+pub(crate) fn has_logits(problem: &Problem) -> bool {
+    has_rows(problem) && problem.dims().key_length > 0
+}
+
+/// Whether every product of sizes that scratch is made of fits: rows of chunks, or of a whole key/value head, of the
+/// widest row with its padding, in up to three parts of up to eight bytes. Strides of 0 let head dimensions be anything.
+pub(crate) fn sizes_fit(problem: &Problem) -> bool {
+    let dims = problem.dims();
+    let rows = dims.query_length.saturating_mul(dims.group_size()).saturating_add(256).max(1 << 13);
+    let width = dims.head_dim.max(dims.value_head_dim).saturating_add(64);
+    rows.saturating_mul(width) <= isize::MAX as usize / 32
 }
 
 /// Real query rows of all heads of a problem.
 pub(crate) fn total_rows(problem: &Problem) -> usize {
-    let dims = problem.dims();
-    let queries: usize = (0..dims.batch).map(|batch| problem.query_len(batch)).sum();
-    queries.saturating_mul(dims.query_heads)
+    let queries = count_up_to(problem, usize::MAX, |batch| problem.query_len(batch));
+    queries.saturating_mul(problem.dims().query_heads)
+}
+
+/// The most real keys of a batch row.
+pub(crate) fn most_keys(problem: &Problem) -> usize {
+    different_rows(problem).map(|batch| problem.key_value_len(batch)).max().unwrap_or(0)
 }
 
 /// The intersection of two ranges, empty where they do not meet.

@@ -8,6 +8,8 @@ use std::ops::Range;
 
 use attention_core::{Problem, Role, Scalar, ViewMut};
 
+use attention_threads::Team;
+
 use super::Backward;
 use super::gradient::GradientOf;
 use super::pair::{Packing, Pair, Scratch};
@@ -38,30 +40,47 @@ fn shape(problem: &Problem) -> Option<[usize; 4]> {
     Some(std::array::from_fn(|axis| desc.shape()[axis]))
 }
 
-/// The parts along each axis: single indices or pieces where the bias has the axis, all of it where it does not.
-fn axis(size: usize, bias_size: usize, piece: usize) -> Vec<Range<usize>> {
-    if bias_size == 1 {
-        return std::iter::once(0..size).collect();
-    }
-    (0..size).step_by(piece).map(|start| start..(start + piece).min(size)).collect()
+/// The parts of the gradient: found by their number. Single indices or pieces along an axis that the bias has, all of an
+/// axis that it does not have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Parts {
+    logits: [usize; 4],
+    pieces: [usize; 4],
+    counts: [usize; 4],
 }
 
-/// The parts of the gradient; `None` where it is not wanted.
-pub(super) fn parts(problem: &Problem) -> Option<Vec<Part>> {
-    let shape = shape(problem)?;
-    let [batch, heads, queries, keys] = problem.dims().logits();
-    let mut parts = Vec::new();
-    for batches in axis(batch, shape[0], 1) {
-        for heads in axis(heads, shape[1], 1) {
-            for queries in axis(queries, shape[2], PART_QUERIES) {
-                for keys in axis(keys, shape[3], PART_KEYS) {
-                    let [batches, heads, queries] = [&batches, &heads, &queries].map(Clone::clone);
-                    parts.push(Part { batches, heads, queries, keys });
-                }
+impl Parts {
+    /// `None` where the gradient is not wanted.
+    pub(super) fn of(problem: &Problem) -> Option<Self> {
+        let shape = shape(problem)?;
+        let logits = problem.dims().logits();
+        let mut pieces = [1, 1, PART_QUERIES, PART_KEYS];
+        let mut counts = [1; 4];
+        for axis in 0..4 {
+            if shape[axis] == 1 {
+                pieces[axis] = logits[axis];
+            } else {
+                counts[axis] = logits[axis].div_ceil(pieces[axis]);
             }
         }
+        Some(Self { logits, pieces, counts })
     }
-    Some(parts)
+
+    /// How many there are. No overflow: each has an element of the gradient.
+    pub(super) fn count(&self) -> usize {
+        if self.counts.contains(&0) { 0 } else { self.counts.iter().product() }
+    }
+
+    fn at(&self, number: usize) -> Part {
+        let (mut rest, mut ranges) = (number, [const { 0..0 }; 4]);
+        for axis in (0..4).rev() {
+            let start = rest % self.counts[axis] * self.pieces[axis];
+            rest /= self.counts[axis];
+            ranges[axis] = start..self.logits[axis].min(start.saturating_add(self.pieces[axis]));
+        }
+        let [batches, heads, queries, keys] = ranges;
+        Part { batches, heads, queries, keys }
+    }
 }
 
 /// Elements of the sums of the largest part.
@@ -85,23 +104,24 @@ pub(super) fn run<E: Engine, Small: Engine>(
     backward: &Backward<'_, E>,
     small: Option<&Backward<'_, Small>>,
     dbias: ViewMut<'_>,
-    threads: usize,
+    team: &Team,
     bytes: usize,
     scratch: &mut [u8],
 ) {
     let problem = backward.problem;
-    let (Some(parts), Some(shape)) = (parts(problem), shape(problem)) else {
+    let (Some(parts), Some(shape)) = (Parts::of(problem), shape(problem)) else {
         unreachable!("the problem has the gradient of the bias")
     };
     let dbias = SharedOutput::new(dbias);
-    workers::run(parts.len(), threads, scratch, bytes, |index, memory| {
-        let part = &parts[index];
+    workers::run(parts.count(), team, scratch, bytes, |number, memory| {
+        let part = &parts.at(number);
         let length = |axis: usize, range: &Range<usize>| if shape[axis] == 1 { 1 } else { range.len() };
         let (rows, columns) = (length(2, &part.queries), length(3, &part.keys));
         let sums = Sums { shape, columns, part };
         // The sums come first in the scratch of every engine.
         Pieces::of(memory).take::<f64>(rows * columns).fill(0.0);
-        for batch in part.batches.clone() {
+        // Without logits, of any number of batch rows.
+        for batch in if plan::has_logits(problem) { part.batches.clone() } else { 0..0 } {
             match small {
                 Some(small) if plan::is_small(problem, batch) => sums.add_batch(small, batch, memory),
                 _ => sums.add_batch(backward, batch, memory),

@@ -15,11 +15,11 @@ mod gradient;
 mod pair;
 mod states;
 
-use attention_core::{BackwardCall, BackwardInputs, Gradients, Inputs, Problem};
+use attention_core::{BackwardCall, BackwardInputs, Gradients, Inputs, Problem, Role};
 
 use self::gradient::RowState;
 use self::pair::{Layout, Pair};
-use crate::config::Sizes;
+use crate::config::{ChunkedConfig, Plan, Sizes};
 use crate::engine::Engine;
 use crate::plan::{self, Rows};
 use crate::scratch::Pieces;
@@ -72,39 +72,87 @@ impl Task {
 fn together(problem: &Problem, threads: usize) -> bool {
     let dims = problem.dims();
     let wanted = problem.gradients();
-    let heads = dims.batch * dims.key_heads;
+    let heads = dims.batch as u128 * dims.key_heads as u128;
     let both = wanted.contains(Gradients::QUERY)
         && (wanted.contains(Gradients::KEY) || wanted.contains(Gradients::VALUE));
     // Five products by the busiest thread, against seven spread evenly.
-    both && heads.div_ceil(threads.max(1)) * 5 * threads <= 7 * heads
+    let threads = threads.max(1) as u128;
+    // Waking a thread takes longer than all of a small call.
+    let is_small = dims.logits().iter().product::<usize>() <= plan::SMALL_LOGITS;
+    both && (is_small || heads.div_ceil(threads) * 5 * threads <= 7 * heads)
 }
 
-/// The tasks of a call; `keys` gives the keys of a chunk and `rows` the rows of one for a batch row.
-fn tasks(
-    problem: &Problem,
-    threads: usize,
-    keys: impl Fn(usize) -> usize,
-    rows: impl Fn(usize) -> usize,
-) -> Vec<Task> {
-    let dims = problem.dims();
-    let heads =
-        || (0..dims.batch).flat_map(move |batch| (0..dims.key_heads).map(move |key_head| (batch, key_head)));
-    let wanted = problem.gradients();
-    let mut tasks = Vec::new();
-    if together(problem, threads) {
-        tasks.extend(heads().map(|(batch, key_head)| Task::Together { batch, key_head }));
-        return tasks;
+/// The tasks of a call: found by their number, since a list would grow with the batch.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tasks {
+    together: bool,
+    batch: usize,
+    key_heads: usize,
+    /// The most tasks of a batch row: for a key/value head if together, else for a chunk of its keys. Numbers go over
+    /// the batch rows in steps of this; a batch row with fewer tasks leaves numbers without one.
+    keys_per_row: usize,
+    /// The most tasks of a batch row for rows of dq.
+    queries_per_row: usize,
+    /// How many threads have something to do.
+    workers: usize,
+}
+
+impl Tasks {
+    /// `keys` gives the keys of a chunk and `rows` the rows of one for a batch row.
+    fn of(
+        problem: &Problem,
+        threads: usize,
+        keys: impl Fn(usize) -> usize,
+        rows: impl Fn(usize) -> usize,
+    ) -> Self {
+        let dims = problem.dims();
+        // An empty gradient has no tasks, whatever the number of batch rows.
+        let writes = |role: Role| problem.tensor(role).is_some_and(|desc| !desc.is_empty());
+        let (dq, dkv) = (writes(Role::DQuery), writes(Role::DKey) || writes(Role::DValue));
+        let together = together(problem, threads);
+        let for_keys = |batch: usize| match (together, dkv) {
+            (true, _) if dq || dkv => dims.key_heads,
+            (false, true) => dims.key_length.div_ceil(keys(batch)).saturating_mul(dims.key_heads),
+            _ => 0,
+        };
+        let for_queries = |batch: usize| {
+            if together || !dq { 0 } else { plan::Cut::of(problem, batch, rows(batch)).count(problem, batch) }
+        };
+        let most =
+            |count: &dyn Fn(usize) -> usize| plan::different_rows(problem).map(count).max().unwrap_or(0);
+        let (keys_per_row, queries_per_row) = (most(&for_keys), most(&for_queries));
+        let workers =
+            plan::count_up_to(problem, threads, |batch| for_keys(batch).saturating_add(for_queries(batch)));
+        let (batch, key_heads) = (dims.batch, dims.key_heads);
+        Self { together, batch, key_heads, keys_per_row, queries_per_row, workers }
     }
-    if wanted.contains(Gradients::KEY) || wanted.contains(Gradients::VALUE) {
-        for (batch, key_head) in heads() {
-            let chunks = (0..dims.key_length).step_by(keys(batch));
-            tasks.extend(chunks.map(|first| Task::Keys { batch, key_head, first }));
+
+    /// How many numbers there are.
+    fn count(&self) -> usize {
+        self.batch * self.keys_per_row + self.batch * self.queries_per_row
+    }
+
+    /// The task of a number, if it has one.
+    fn at(
+        &self,
+        problem: &Problem,
+        number: usize,
+        keys: impl Fn(usize) -> usize,
+        rows: impl Fn(usize) -> usize,
+    ) -> Option<Task> {
+        let for_keys = self.batch * self.keys_per_row;
+        if let Some(number) = number.checked_sub(for_keys) {
+            let (batch, index) = (number / self.queries_per_row, number % self.queries_per_row);
+            return plan::Cut::of(problem, batch, rows(batch)).rows(problem, batch, index).map(Task::Queries);
         }
+        let (batch, index) = (number / self.keys_per_row, number % self.keys_per_row);
+        if self.together {
+            return Some(Task::Together { batch, key_head: index });
+        }
+        let chunks = self.keys_per_row / self.key_heads;
+        let (key_head, first) = (index / chunks, index % chunks * keys(batch));
+        (first < problem.dims().key_length).then_some(Task::Keys { batch, key_head, first })
     }
-    if wanted.contains(Gradients::QUERY) {
-        tasks.extend(plan::row_tasks(problem, rows).map(Task::Queries));
-    }
-    tasks
 }
 
 impl<'a, E: Engine> Backward<'a, E> {
@@ -177,6 +225,7 @@ struct Needs {
     bytes: usize,
     /// Bytes of the states of all query rows.
     states: usize,
+    tasks: Tasks,
     workers: usize,
 }
 
@@ -192,7 +241,7 @@ impl Needs {
         let is_together = together(problem, threads);
         let is_small = |batch: usize| has_small && plan::is_small(problem, batch);
         let rows_of = |small: bool| {
-            let queries = (0..dims.batch).filter(|&batch| is_small(batch) == small);
+            let queries = plan::different_rows(problem).filter(|&batch| is_small(batch) == small);
             queries.map(|batch| problem.query_len(batch)).max()
         };
         let layout_of = |small: bool| rows_of(small).unwrap_or(0).checked_mul(dims.group_size());
@@ -210,12 +259,19 @@ impl Needs {
         let states = states.checked_mul(size_of::<[f64; 2]>())?.checked_next_multiple_of(64)?;
         let keys = |batch: usize| if is_small(batch) { small.keys() } else { layout.keys() };
         let rows = |batch: usize| if is_small(batch) { small.rows() } else { layout.rows() };
-        let count = tasks(problem, threads, keys, rows).len();
-        let bias = bias::parts(problem).map_or(0, |parts| parts.len());
-        Some(Self { layout, small, bytes, states, workers: threads.min(count.max(bias)) })
+        let tasks = Tasks::of(problem, threads, keys, rows);
+        let bias = bias::Parts::of(problem).map_or(0, |parts| parts.count());
+        Some(Self { layout, small, bytes, states, tasks, workers: threads.min(tasks.workers.max(bias)) })
+    }
+}
+
+impl Plan for Needs {
+    fn workers(&self) -> usize {
+        // The states of rows are computed without scratch, some hundred rows a task.
+        self.workers.max(self.states >> 13)
     }
 
-    fn total(&self) -> Option<usize> {
+    fn scratch(&self) -> Option<usize> {
         self.bytes.checked_mul(self.workers)?.checked_add(self.states)
     }
 }
@@ -224,10 +280,9 @@ impl Needs {
 pub(crate) fn needs<E: Engine, Small: Engine>(
     problem: &Problem,
     has_small: bool,
-    sizes: &Sizes,
-    threads: usize,
+    config: &ChunkedConfig,
 ) -> Option<usize> {
-    Needs::of::<E, Small>(problem, has_small, sizes, threads)?.total()
+    Needs::of::<E, Small>(problem, has_small, &config.sizes(), config.planned_threads())?.scratch()
 }
 
 /// Runs a checked call in checked scratch.
@@ -235,15 +290,15 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,
     call: BackwardCall<'_>,
-    sizes: &Sizes,
-    threads: usize,
+    config: &ChunkedConfig,
     scratch: &mut [u8],
 ) {
     let (problem, inputs, saved, outputs) = call.into_parts();
-    let needs = Needs::of::<E, Small>(problem, small.is_some(), sizes, threads)
-        .unwrap_or_else(|| unreachable!("the scratch was sized before"));
+    let sizes = config.sizes();
+    let (needs, team) = config
+        .begin(scratch.len(), |threads| Needs::of::<E, Small>(problem, small.is_some(), &sizes, threads));
     let (states, scratch) = scratch.split_at_mut(needs.states);
-    let states = states::compute(problem, &saved, states, threads);
+    let states = states::compute(problem, &saved, states, &team);
     if let Some(dsinks) = outputs.dsinks {
         states::sink_gradient(problem, &inputs, states, dsinks);
     }
@@ -252,7 +307,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     let small = small.map(|small| Backward::new(small, problem, &inputs, &saved, states, needs.small));
     let is_small = |batch: usize| small.is_some() && plan::is_small(problem, batch);
     if let Some(dbias) = outputs.dbias {
-        bias::run(&backward, small.as_ref(), dbias, threads, needs.bytes, scratch);
+        bias::run(&backward, small.as_ref(), dbias, &team, needs.bytes, scratch);
     }
 
     let dims = problem.dims();
@@ -262,7 +317,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
         dv: outputs.dv.map(SharedOutput::new),
     };
     if let Some(dq) = &outputs.dq {
-        for batch in 0..dims.batch {
+        for batch in 0..if plan::may_have_padding(problem) { dims.batch } else { 0 } {
             for query in problem.query_len(batch)..dims.query_length {
                 for head in 0..dims.query_heads {
                     // SAFETY: no task has begun.
@@ -273,14 +328,14 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     }
     let keys = |batch: usize| if is_small(batch) { needs.small.keys() } else { needs.layout.keys() };
     let rows = |batch: usize| if is_small(batch) { needs.small.rows() } else { needs.layout.rows() };
-    let tasks = tasks(problem, threads, keys, rows);
-    workers::run(tasks.len(), threads, scratch, needs.bytes, |index, memory| {
-        let task = &tasks[index];
+    let tasks = needs.tasks;
+    workers::run(tasks.count(), &team, scratch, needs.bytes, |number, memory| {
+        let Some(task) = tasks.at(problem, number, keys, rows) else { return };
         // SAFETY: the tasks are different, and each is run once.
         unsafe {
             match &small {
-                Some(small) if is_small(task.batch()) => small.task(task, &outputs, memory),
-                _ => backward.task(task, &outputs, memory),
+                Some(small) if is_small(task.batch()) => small.task(&task, &outputs, memory),
+                _ => backward.task(&task, &outputs, memory),
             }
         }
     });

@@ -75,7 +75,7 @@ impl Layout {
         let (head_dim, value_head_dim) = (dims.head_dim, dims.value_head_dim);
         let wanted = problem.gradients();
         let (dk, dv) = (wanted.contains(Gradients::KEY), wanted.contains(Gradients::VALUE));
-        let most_keys = (0..dims.batch).map(|batch| problem.key_value_len(batch)).max().unwrap_or(0);
+        let most_keys = plan::most_keys(problem);
         let packed = size_of::<E::Packed>();
         let key_bytes = (packed
             * (E::keys_len(STAGE, head_dim)

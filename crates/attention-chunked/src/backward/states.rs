@@ -1,6 +1,7 @@
 //! What the forward pass left of each query row, and the gradient of the sinks, which takes nothing else.
 
 use attention_core::{BackwardInputs, Inputs, Problem, ViewMut};
+use attention_threads::Team;
 
 use crate::scratch::Pieces;
 use crate::tensor::{Floats, SharedOutput};
@@ -30,7 +31,7 @@ pub(crate) fn compute<'m>(
     problem: &Problem,
     saved: &BackwardInputs<'_>,
     memory: &'m mut [u8],
-    threads: usize,
+    team: &Team,
 ) -> &'m [[f64; 2]] {
     let dims = problem.dims();
     let total = dims.batch * dims.query_heads * dims.query_length;
@@ -38,7 +39,7 @@ pub(crate) fn compute<'m>(
     let (out, d_out, lse) = (Floats::new(saved.out), Floats::new(saved.d_out), Floats::new(saved.lse));
     let d_lse = saved.d_lse.map(Floats::new);
     let parts = Parts(states.as_mut_ptr());
-    workers::run(total.div_ceil(TASK_ROWS), threads, &mut [], 0, |task, _| {
+    workers::run(total.div_ceil(TASK_ROWS), team, &mut [], 0, |task, _| {
         for index in task * TASK_ROWS..total.min((task + 1) * TASK_ROWS) {
             let (row, query) = (index / dims.query_length, index % dims.query_length);
             let (batch, head) = (row / dims.query_heads, row % dims.query_heads);
@@ -75,7 +76,8 @@ pub(crate) fn sink_gradient(
     for head in 0..dims.query_heads {
         let sink: f64 = sinks.at(&[head]);
         let mut sum = 0.0;
-        for batch in 0..dims.batch {
+        // Without query rows, of any number of batch rows.
+        for batch in 0..if dims.query_length > 0 { dims.batch } else { 0 } {
             let first = (batch * dims.query_heads + head) * dims.query_length;
             for [lse, delta] in &states[first..first + dims.query_length] {
                 if *lse != f64::NEG_INFINITY {

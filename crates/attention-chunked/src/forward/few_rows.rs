@@ -45,7 +45,7 @@ const AHEAD: usize = 8;
 const PAGE: usize = 4096;
 
 /// The most heads that are worked on together.
-const MAX_HEADS: usize = 8;
+pub(super) const MAX_HEADS: usize = 8;
 
 /// The sizes of a task of few rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -16,7 +16,7 @@ use attention_core::{ForwardCall, ForwardOutputs, Inputs, Problem};
 
 use self::few_rows::Few;
 use self::softmax::BlockSoftmax;
-use crate::config::Sizes;
+use crate::config::{ChunkedConfig, Plan, Sizes};
 use crate::engine::{Before, Engine, STAGE, Weights};
 use crate::float::Float;
 use crate::plan::{self, Rows};
@@ -75,7 +75,7 @@ impl Layout {
     pub(crate) fn of<E: Engine>(problem: &Problem, sizes: &Sizes, threads: usize) -> Self {
         let dims = problem.dims();
         let (head_dim, value_head_dim) = (dims.head_dim, dims.value_head_dim);
-        let most_keys = (0..dims.batch).map(|batch| problem.key_value_len(batch)).max().unwrap_or(0);
+        let most_keys = plan::most_keys(problem);
         let all_rows = plan::total_rows(problem);
         let group_rows = dims.query_length.saturating_mul(dims.group_size().max(1));
         // Enough tasks for every thread to have a few, where rows allow it.
@@ -153,7 +153,7 @@ impl<'a> Outputs<'a> {
     pub(crate) fn new(problem: &Problem, outputs: ForwardOutputs<'a>) -> Self {
         let new = Self { out: SharedOutput::new(outputs.out), lse: outputs.lse.map(SharedOutput::new) };
         let dims = problem.dims();
-        for batch in 0..dims.batch {
+        for batch in 0..if plan::may_have_padding(problem) { dims.batch } else { 0 } {
             for query in problem.query_len(batch)..dims.query_length {
                 for head in 0..dims.query_heads {
                     // SAFETY: no task has begun.
@@ -482,22 +482,49 @@ pub(crate) fn normalise<F: Float>(mut running: RunningSoftmax<F>, sink: Option<F
 }
 
 /// What a task computes.
-#[derive(Clone, Debug)]
 enum Task {
     /// A chunk of rows.
     Chunk(Rows),
     /// All keys of few rows of some heads.
-    Few(Vec<Rows>),
+    Few(FewHeads),
     /// A part of the keys of few rows of some heads, into a slot for partial results.
-    Part { heads: Vec<Rows>, keys: Range<usize>, slot: usize },
+    Part { heads: FewHeads, keys: Range<usize>, slot: usize },
 }
 
-/// The tasks of a call.
+/// Neighbouring key/value heads of a batch row with few query rows.
+#[derive(Clone, Debug)]
+struct FewHeads {
+    batch: usize,
+    key_heads: Range<usize>,
+}
+
+impl FewHeads {
+    /// Runs `work` on the rows of each head.
+    fn with_rows<R>(&self, problem: &Problem, work: impl FnOnce(&[Rows]) -> R) -> R {
+        let group = problem.dims().group_size();
+        let rows: [Rows; few_rows::MAX_HEADS] = std::array::from_fn(|index| {
+            let key_head = self.key_heads.start + index;
+            let heads = key_head * group..(key_head + 1) * group;
+            Rows { batch: self.batch, key_head, heads, queries: 0..problem.query_len(self.batch) }
+        });
+        work(&rows[..self.key_heads.len()])
+    }
+}
+
+/// The tasks of a call: found by their number, since a list would grow with the batch.
 struct Tasks {
-    tasks: Vec<Task>,
-    /// Few rows whose parts are merged afterwards, with their slots.
-    merges: Vec<(Vec<Rows>, Range<usize>)>,
-    slots: usize,
+    /// The most tasks of a batch row, parts left out. Numbers go over the batch rows in steps of this; a batch row with
+    /// fewer tasks leaves numbers without one.
+    per_row: usize,
+    /// Few rows in parts, where whole rows are too few for the threads: a few for each thread.
+    parts: Vec<(FewHeads, Range<usize>)>,
+    /// Few rows whose parts are merged afterwards, with their slots. The slot of a part is its index.
+    merges: Vec<(FewHeads, Range<usize>)>,
+    in_parts: bool,
+    /// Key/value heads with few rows that are worked on together.
+    few_heads: usize,
+    /// How many threads have something to do.
+    workers: usize,
 }
 
 /// Whether the rows of a key/value head are few in a batch row.
@@ -507,44 +534,72 @@ fn is_few(problem: &Problem, batch: usize) -> bool {
 
 /// Key/value heads of all batch rows with few query rows.
 fn few_heads(problem: &Problem) -> usize {
-    let dims = problem.dims();
-    let few = (0..dims.batch).filter(|&batch| is_few(problem, batch) && problem.query_len(batch) > 0);
-    few.count().saturating_mul(dims.key_heads)
+    if !plan::has_rows(problem) {
+        return 0;
+    }
+    let key_heads = problem.dims().key_heads;
+    plan::count_up_to(problem, usize::MAX, |batch| {
+        if is_few(problem, batch) && problem.query_len(batch) > 0 { key_heads } else { 0 }
+    })
 }
 
 impl Tasks {
     /// With at most `limit(batch)` rows in a chunk, and `few.heads` heads with few rows together.
     fn of(problem: &Problem, threads: usize, few: &Few, limit: impl Fn(usize) -> usize) -> Self {
-        let dims = problem.dims();
-        // Parts of their own where whole rows are too few for the threads; the bits are the same.
-        let in_parts = threads > 1 && few_heads(problem).div_ceil(few.heads) < 4 * threads;
-        let (mut tasks, mut merges, mut slots) = (Vec::new(), Vec::new(), 0);
-        let many = |batch: usize| if is_few(problem, batch) { 0 } else { limit(batch) };
-        for batch in (0..dims.batch).filter(|&batch| is_few(problem, batch)) {
-            let all: Vec<Rows> = plan::batch_tasks(problem, batch, few_rows::FEW).collect();
-            for heads in all.chunks(few.heads) {
-                let heads = heads.to_vec();
-                if !in_parts {
-                    tasks.push(Task::Few(heads));
-                    continue;
-                }
-                let keys = problem.key_range_of_rows(batch, heads[0].queries.clone());
-                let first = slots;
-                for keys in few_rows::parts(&keys) {
-                    tasks.push(Task::Part { heads: heads.clone(), keys, slot: slots });
-                    slots += 1;
-                }
-                merges.push((heads, first..slots));
+        let key_heads = problem.dims().key_heads;
+        let all_few = few_heads(problem);
+        // The bits are the same.
+        let in_parts = all_few > 0 && threads > 1 && all_few.div_ceil(few.heads) < 4 * threads;
+        let count = |batch: usize| match is_few(problem, batch) {
+            _ if problem.query_len(batch) == 0 => 0,
+            true if in_parts => 0,
+            true => key_heads.div_ceil(few.heads),
+            false => plan::Cut::of(problem, batch, limit(batch)).count(problem, batch),
+        };
+        let (mut parts, mut merges) = (Vec::new(), Vec::new());
+        let in_parts_of = |batch: usize| in_parts && is_few(problem, batch) && problem.query_len(batch) > 0;
+        for batch in (0..if in_parts { problem.dims().batch } else { 0 }).filter(|&batch| in_parts_of(batch))
+        {
+            let keys = problem.key_range_of_rows(batch, 0..problem.query_len(batch));
+            for first in (0..key_heads).step_by(few.heads) {
+                let heads = FewHeads { batch, key_heads: first..key_heads.min(first + few.heads) };
+                let slot = parts.len();
+                parts.extend(few_rows::parts(&keys).map(|keys| (heads.clone(), keys)));
+                merges.push((heads, slot..parts.len()));
             }
         }
-        tasks.extend(plan::row_tasks(problem, many).map(Task::Chunk));
-        // Under causal masking the last rows of a head see the most keys: begin with those.
-        tasks.reverse();
-        Self { tasks, merges, slots }
+        let (mut per_row, mut workers) = (0, parts.len().max(merges.len()));
+        if plan::has_rows(problem) {
+            per_row = plan::different_rows(problem).map(count).max().unwrap_or(0);
+            workers = workers.saturating_add(plan::count_up_to(problem, threads, count));
+        }
+        let workers = threads.min(workers);
+        Self { per_row, parts, merges, in_parts, few_heads: few.heads, workers }
     }
 
-    fn workers(&self, threads: usize) -> usize {
-        threads.min(self.tasks.len().max(self.merges.len()))
+    /// How many numbers there are.
+    fn count(&self, problem: &Problem) -> usize {
+        self.parts.len() + self.per_row * problem.dims().batch
+    }
+
+    /// The task of a number, if it has one.
+    fn at(&self, problem: &Problem, limit: impl Fn(usize) -> usize, number: usize) -> Option<Task> {
+        // Under causal masking the last rows of a head see the most keys: begin with those.
+        let Some(number) = (self.per_row * problem.dims().batch).checked_sub(number + 1) else {
+            let slot = number - self.per_row * problem.dims().batch;
+            let (heads, keys) = self.parts[slot].clone();
+            return Some(Task::Part { heads, keys, slot });
+        };
+        let (batch, index) = (number / self.per_row, number % self.per_row);
+        if !is_few(problem, batch) {
+            return plan::Cut::of(problem, batch, limit(batch)).rows(problem, batch, index).map(Task::Chunk);
+        }
+        let key_heads = problem.dims().key_heads;
+        let first = index * self.few_heads;
+        if self.in_parts || first >= key_heads || problem.query_len(batch) == 0 {
+            return None;
+        }
+        Some(Task::Few(FewHeads { batch, key_heads: first..key_heads.min(first + self.few_heads) }))
     }
 }
 
@@ -571,37 +626,49 @@ impl Needs {
         let dims = problem.dims();
         let layout = Layout::of::<E>(problem, sizes, threads);
         let small = Layout::of::<Small>(problem, sizes, threads);
-        let few_rows = (0..dims.batch)
-            .filter(|&batch| is_few(problem, batch))
-            .map(|batch| problem.query_len(batch) * dims.group_size());
-        let parts = few_rows::parts(&(0..dims.key_length)).len().max(1);
-        let enough = few_heads(problem) * parts / (4 * threads).max(1);
-        let few = Few::of(problem, few_rows.max().unwrap_or(0), enough);
-        let (mut bytes, mut slot) = (0usize, 0usize);
-        for batch in 0..dims.batch {
-            let is_small = has_small && plan::is_small(problem, batch);
-            let needed = match (is_few(problem, batch), is_small) {
-                (true, true) => few.bytes::<Small::F>(),
-                (true, false) => few.bytes::<E::F>(),
-                (false, true) => small.bytes::<Small>(),
-                (false, false) => layout.bytes::<E>(),
-            };
-            bytes = bytes.max(needed?);
-            if is_few(problem, batch) {
-                let partial =
-                    if is_small { few.partial_bytes::<Small::F>() } else { few.partial_bytes::<E::F>() };
-                slot = slot.max(partial?);
+        // Which kinds of batch rows there are, by whether they are of few rows and small.
+        let (mut kinds, mut few_rows_of_head) = ([[false; 2]; 2], 0);
+        for batch in plan::different_rows(problem) {
+            let (few, small) = (is_few(problem, batch), has_small && plan::is_small(problem, batch));
+            kinds[usize::from(few)][usize::from(small)] = true;
+            if few {
+                few_rows_of_head = few_rows_of_head.max(problem.query_len(batch) * dims.group_size());
             }
+        }
+        let parts = few_rows::parts(&(0..dims.key_length)).len().max(1);
+        let enough = few_heads(problem).saturating_mul(parts) / threads.saturating_mul(4).max(1);
+        let few = Few::of(problem, few_rows_of_head, enough);
+        let (mut bytes, mut slot) = (0usize, 0usize);
+        let [[many, many_small], [few_large, few_small]] = kinds;
+        if many {
+            bytes = bytes.max(layout.bytes::<E>()?);
+        }
+        if many_small {
+            bytes = bytes.max(small.bytes::<Small>()?);
+        }
+        if few_large {
+            bytes = bytes.max(few.bytes::<E::F>()?);
+            slot = slot.max(few.partial_bytes::<E::F>()?);
+        }
+        if few_small {
+            bytes = bytes.max(few.bytes::<Small::F>()?);
+            slot = slot.max(few.partial_bytes::<Small::F>()?);
         }
         let limit =
             |batch: usize| if has_small && plan::is_small(problem, batch) { small.rows } else { layout.rows };
         let tasks = Tasks::of(problem, threads, &few, limit);
         Some(Self { layout, small, few, bytes, slot, tasks })
     }
+}
 
-    fn total(&self, threads: usize) -> Option<usize> {
-        let slots = self.slot.checked_mul(self.tasks.slots)?;
-        self.bytes.checked_mul(self.tasks.workers(threads))?.checked_add(slots)
+impl Plan for Needs {
+    fn workers(&self) -> usize {
+        self.tasks.workers
+    }
+
+    fn scratch(&self) -> Option<usize> {
+        let slots = self.slot.checked_mul(self.tasks.parts.len())?;
+        self.bytes.checked_mul(self.tasks.workers)?.checked_add(slots)
     }
 }
 
@@ -609,10 +676,9 @@ impl Needs {
 pub(crate) fn needs<E: Engine, Small: Engine>(
     problem: &Problem,
     has_small: bool,
-    sizes: &Sizes,
-    threads: usize,
+    config: &ChunkedConfig,
 ) -> Option<usize> {
-    Needs::of::<E, Small>(problem, has_small, sizes, threads)?.total(threads)
+    Needs::of::<E, Small>(problem, has_small, &config.sizes(), config.planned_threads())?.scratch()
 }
 
 /// Runs a checked call in checked scratch.
@@ -620,52 +686,55 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,
     call: ForwardCall<'_>,
-    sizes: &Sizes,
-    threads: usize,
+    config: &ChunkedConfig,
     scratch: &mut [u8],
 ) {
     let (problem, inputs, outputs) = call.into_parts();
     let outputs = Outputs::new(problem, outputs);
-    let Needs { layout, small: small_layout, few, bytes, slot, tasks } =
-        Needs::of::<E, Small>(problem, small.is_some(), sizes, threads)
-            .unwrap_or_else(|| unreachable!("the scratch was sized before"));
+    let sizes = config.sizes();
+    let (Needs { layout, small: small_layout, few, bytes, slot, tasks }, team) = config
+        .begin(scratch.len(), |threads| Needs::of::<E, Small>(problem, small.is_some(), &sizes, threads));
+    let limit = |batch: usize| {
+        if small.is_some() && plan::is_small(problem, batch) { small_layout.rows } else { layout.rows }
+    };
     let forward = Forward::new(engine, problem, &inputs, layout, few);
     let small = small.map(|small| Forward::new(small, problem, &inputs, small_layout, few));
-    let small_of = |rows: &Rows| small.as_ref().filter(|_| plan::is_small(problem, rows.batch));
-    let (slots, scratch) = scratch.split_at_mut(slot * tasks.slots);
-    let slots = Slots { first: slots.as_mut_ptr(), bytes: slot, count: tasks.slots };
+    let small_of = |batch: usize| small.as_ref().filter(|_| plan::is_small(problem, batch));
+    let (slots, scratch) = scratch.split_at_mut(slot * tasks.parts.len());
+    let slots = Slots { first: slots.as_mut_ptr(), bytes: slot, count: tasks.parts.len() };
 
-    workers::run(tasks.tasks.len(), threads, scratch, bytes, |index, memory| {
+    workers::run(tasks.count(problem), &team, scratch, bytes, |number, memory| {
+        let Some(task) = tasks.at(problem, limit, number) else { return };
         // SAFETY: the tasks are different rows or different slots, and each is run once.
         unsafe {
-            match &tasks.tasks[index] {
-                Task::Chunk(rows) => match small_of(rows) {
-                    Some(small) => small.task(rows, &outputs, memory),
-                    None => forward.task(rows, &outputs, memory),
+            match task {
+                Task::Chunk(rows) => match small_of(rows.batch) {
+                    Some(small) => small.task(&rows, &outputs, memory),
+                    None => forward.task(&rows, &outputs, memory),
                 },
-                Task::Few(heads) => match small_of(&heads[0]) {
-                    Some(small) => small.few_rows(heads, &outputs, memory),
-                    None => forward.few_rows(heads, &outputs, memory),
-                },
-                Task::Part { heads, keys, slot } => {
-                    let to = slots.range(*slot..slot + 1);
-                    match small_of(&heads[0]) {
-                        Some(small) => small.few_rows_part(heads, keys.clone(), to, memory),
-                        None => forward.few_rows_part(heads, keys.clone(), to, memory),
+                Task::Few(heads) => heads.with_rows(problem, |rows| match small_of(heads.batch) {
+                    Some(small) => small.few_rows(rows, &outputs, memory),
+                    None => forward.few_rows(rows, &outputs, memory),
+                }),
+                Task::Part { heads, keys, slot } => heads.with_rows(problem, |rows| {
+                    let to = slots.range(slot..slot + 1);
+                    match small_of(heads.batch) {
+                        Some(small) => small.few_rows_part(rows, keys, to, memory),
+                        None => forward.few_rows_part(rows, keys, to, memory),
                     }
-                }
+                }),
             }
         }
     });
-    workers::run(tasks.merges.len(), threads, scratch, bytes, |index, memory| {
+    workers::run(tasks.merges.len(), &team, scratch, bytes, |index, memory| {
         let (heads, range) = &tasks.merges[index];
         // SAFETY: the merges are different rows with different slots, whose parts are done.
         unsafe {
             let parts = slots.range(range.clone());
-            match small_of(&heads[0]) {
-                Some(small) => small.merge_parts(heads, parts, slot, &outputs, memory),
-                None => forward.merge_parts(heads, parts, slot, &outputs, memory),
-            }
+            heads.with_rows(problem, |rows| match small_of(heads.batch) {
+                Some(small) => small.merge_parts(rows, parts, slot, &outputs, memory),
+                None => forward.merge_parts(rows, parts, slot, &outputs, memory),
+            });
         }
     });
 }

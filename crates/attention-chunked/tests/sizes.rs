@@ -1,0 +1,165 @@
+//! Sizes of axes that cost neither time nor memory, because nothing is computed along them.
+
+use std::time::{Duration, Instant};
+
+use attention_core::{
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Error, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, Problem, ScratchBuffer, TensorDesc, View, ViewMut,
+};
+use attention_chunked::{ChunkedBackend, ChunkedConfig};
+
+/// Runs `work`, which must not take long: the loops it was found in took seconds, or never ended.
+fn at_once<R>(what: &str, work: impl FnOnce() -> R) -> R {
+    let begin = Instant::now();
+    let result = work();
+    assert!(begin.elapsed() < Duration::from_millis(500), "{what} took {:?}", begin.elapsed());
+    result
+}
+
+fn forward(query: [usize; 4], key: [usize; 4]) -> Result<(), Error> {
+    let none: [f32; 0] = [];
+    let (q, k) = (View::from_slice(&none, query)?, View::from_slice(&none, key)?);
+    let inputs = Inputs::new(q, k, k);
+    let problem = inputs.problem().lse(true).build()?;
+    let backend = ChunkedBackend::new();
+    let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem)?);
+    let (out, lse): (&mut [f32], &mut [f32]) = (&mut [], &mut []);
+    let outputs = ForwardOutputs {
+        out: ViewMut::from_slice(out, query)?,
+        lse: Some(ViewMut::from_slice(lse, [query[0], query[1], query[2]])?),
+    };
+    backend.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch.scratch())
+}
+
+#[test]
+fn empty_calls_end_at_once_whatever_their_other_sizes() {
+    for (query, key) in [
+        ([1 << 30, 0, 1, 1], [1 << 30, 0, 1, 1]),
+        ([1 << 60, 0, 1, 1], [1 << 60, 0, 1, 1]),
+        ([1, 0, 1 << 60, 1], [1, 0, 1 << 60, 1]),
+        ([1 << 30, 0, 1 << 30, 1], [1 << 30, 0, 1 << 30, 1]),
+        ([1 << 60, 1, 0, 1], [1 << 60, 1, 0, 1]),
+        ([0, 1 << 30, 1, 1], [0, 1 << 30, 1, 1]),
+    ] {
+        at_once("forward", || forward(query, key)).unwrap();
+        at_once("backward", || backward(query, key)).unwrap();
+    }
+}
+
+/// With a bias and sinks, whose gradients are there although there is no row.
+fn backward(query: [usize; 4], key: [usize; 4]) -> Result<(), Error> {
+    let none: [f32; 0] = [];
+    let (q, k) = (View::from_slice(&none, query)?, View::from_slice(&none, key)?);
+    let bias = [1f32];
+    let mut inputs = Inputs::new(q, k, k);
+    inputs.bias = Some(View::from_slice(&bias, [1, 1, 1, 1])?);
+    let gradients = Gradients::QKV | Gradients::BIAS;
+    let problem = inputs.problem().gradients(gradients).build()?;
+    let saved = BackwardInputs {
+        out: View::from_slice(&none, query)?,
+        lse: View::from_slice(&none, [query[0], query[1], query[2]])?,
+        d_out: View::from_slice(&none, query)?,
+        d_lse: None,
+    };
+    let mut dbias = [f32::NAN];
+    let [dq, dk, dv]: [&mut [f32]; 3] = [&mut [], &mut [], &mut []];
+    let outputs = BackwardOutputs {
+        dq: Some(ViewMut::from_slice(dq, query)?),
+        dk: Some(ViewMut::from_slice(dk, key)?),
+        dv: Some(ViewMut::from_slice(dv, key)?),
+        dbias: Some(ViewMut::from_slice(&mut dbias, [1, 1, 1, 1])?),
+        dsinks: None,
+    };
+    let backend = ChunkedBackend::new();
+    let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem)?);
+    backend.backward(BackwardCall::new(&problem, inputs, saved, outputs)?, scratch.scratch())?;
+    assert_eq!(dbias, [0.0]);
+    Ok(())
+}
+
+#[test]
+fn questions_about_a_large_batch_are_answered_at_once() {
+    let backend = ChunkedBackend::new();
+    for shape in
+        [[1 << 24, 1, 1, 1], [1 << 40, 1, 4, 1], [1, 1 << 24, 1, 1], [1, 1, 1 << 40, 1], [1, 1 << 50, 1, 1]]
+    {
+        let desc = TensorDesc::contiguous(DType::F32, shape);
+        let key = TensorDesc::contiguous(DType::F32, [shape[0], 64, shape[2], 1]);
+        for gradients in [Gradients::NONE, Gradients::QKV | Gradients::BIAS] {
+            let mut builder = Problem::builder(desc, key, key).causal(true);
+            if !gradients.is_empty() {
+                let bias = TensorDesc::contiguous(DType::F32, [1, 1, 1, 64]);
+                builder = builder.bias(bias).gradients(gradients);
+            }
+            let problem = builder.build().unwrap();
+            at_once(&format!("{problem}"), || {
+                backend.supports(&problem).unwrap();
+                backend.scratch_bytes(&problem).unwrap()
+            });
+        }
+    }
+}
+
+/// Sizes whose products do not fit: refused by name, in both passes.
+#[test]
+fn products_of_sizes_that_overflow_are_refused() {
+    for (dims, dtype) in [
+        ([1, 1, 1, 1 << 61], DType::Bf16),
+        ([1, 100, 1, 1 << 61], DType::F16),
+        ([1, 1 << 61, 1, 1], DType::Bf16),
+        ([1, 1, 1 << 61, 1], DType::Bf16),
+        ([1, 1 << 30, 1, 1 << 31], DType::F16),
+    ] {
+        let query = TensorDesc::strided(dtype, dims, [0; 4]).unwrap();
+        for (key_length, value_head_dim) in [(1, 1), (dims[1], 1), (1, dims[3]), (dims[1], dims[3])] {
+            let key = TensorDesc::strided(dtype, [dims[0], key_length, 1, dims[3]], [0; 4]).unwrap();
+            let value = TensorDesc::strided(dtype, [dims[0], key_length, 1, value_head_dim], [0; 4]).unwrap();
+            for gradients in [Gradients::NONE, Gradients::QKV] {
+                let builder = Problem::builder(query, key, value);
+                let builder = if gradients.is_empty() { builder } else { builder.gradients(gradients) };
+                let Ok(problem) = builder.build() else { continue };
+                for threads in [1, 2, 64] {
+                    let backend = ChunkedBackend::with_config(ChunkedConfig::default().threads(threads));
+                    match at_once(&format!("{problem}"), || backend.scratch_bytes(&problem)) {
+                        Ok(bytes) => assert!(bytes <= isize::MAX as usize, "{problem}: {bytes}"),
+                        Err(error) => {
+                            let text = error.to_string();
+                            assert!(
+                                text.starts_with("chunked needs scratch that fits an address space"),
+                                "{text}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What a caller sized its scratch by holds in a pool of any size, and inside and outside of it.
+#[test]
+fn scratch_does_not_depend_on_the_pool() {
+    let data: Vec<f32> = (0..2 * 300 * 4 * 8).map(|i| (i % 17) as f32 / 8.0 - 1.0).collect();
+    let view = View::from_slice(&data, [2, 300, 4, 8]).unwrap();
+    let inputs = Inputs::new(view, view, view);
+    let problem = inputs.problem().causal(true).build().unwrap();
+    for config in [ChunkedConfig::default(), ChunkedConfig::default().threads(2)] {
+        let backend = ChunkedBackend::with_config(config);
+        let bytes = backend.scratch_bytes(&problem).unwrap();
+        let run = || {
+            assert_eq!(backend.scratch_bytes(&problem).unwrap(), bytes);
+            let mut out = vec![f32::NAN; data.len()];
+            let mut scratch = ScratchBuffer::new(bytes);
+            let outputs =
+                ForwardOutputs { out: ViewMut::from_slice(&mut out, [2, 300, 4, 8]).unwrap(), lse: None };
+            let call = ForwardCall::new(&problem, inputs, outputs).unwrap();
+            backend.forward(call, scratch.scratch()).unwrap();
+            out
+        };
+        let want = run();
+        for threads in [1, 2, 3, 7] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            assert!(pool.install(run) == want, "{threads} threads");
+        }
+    }
+}
