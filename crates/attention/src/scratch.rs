@@ -37,13 +37,14 @@ fn with_host_scratch<R>(
     bytes: usize,
     call: impl FnOnce(Scratch<'_>) -> Result<R, Error>,
 ) -> Result<R, Error> {
-    let mut buffer = KEPT.take();
+    // In the destructor of a thread-local the kept buffer may be gone: then the call has one of its own.
+    let mut buffer = KEPT.try_with(Cell::take).unwrap_or_default();
     if !buffer.try_reserve(bytes) {
         return Err(Error::OutOfMemory { what: "scratch", bytes });
     }
     let result = call(buffer.scratch());
     if buffer.len() <= KEPT_BYTES {
-        KEPT.set(buffer);
+        let _ = KEPT.try_with(|kept| kept.set(buffer));
     }
     result
 }

@@ -1,0 +1,390 @@
+//! Calls where the process is the matter: without threads, without memory, after a fork, on a small stack, and while a
+//! thread ends. Each runs in a process of its own: this test binary once more, asked for one test by name.
+#![cfg(all(unix, any(feature = "cpu", feature = "chunked")))]
+
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use attention::{Attention, Dimensions, Lengths, Problem, Registry};
+
+/// Set in a child, which does what its parent checks.
+const CHILD: &str = "ATTENTION_TEST_CHILD";
+
+fn is_child() -> bool {
+    std::env::var_os(CHILD).is_some()
+}
+
+/// Runs the test `name` of this binary in a child with these variables, after a line of shell that sets limits.
+fn child(name: &str, limits: &str, variables: &[(&str, &str)]) -> Output {
+    let this = std::env::current_exe().unwrap();
+    let line = format!("{limits} exec \"$0\" \"$@\"");
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &line]).arg(this).args([name, "--exact", "--nocapture", "--test-threads=1"]);
+    command.env(CHILD, "1").env_remove("RUST_BACKTRACE").envs(variables.iter().copied());
+    command.output().unwrap()
+}
+
+/// Checks that a child did well, and said so: a test that was not found would end well too.
+fn succeeds(name: &str, limits: &str, variables: &[(&str, &str)]) {
+    let output = child(name, limits, variables);
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success() && out.contains("done here"),
+        "{name}, {limits:?}: {}\n{out}\n{err}",
+        output.status
+    );
+}
+
+fn done() {
+    println!("done here");
+}
+
+/// What the calls here have: enough work for several threads.
+const SHAPE: [usize; 4] = [2, 600, 4, 16];
+
+fn data() -> Vec<f32> {
+    (0..SHAPE.iter().product::<usize>()).map(|i| ((i * 29) % 31) as f32 / 16.0 - 1.0).collect()
+}
+
+/// Forward and backward on an implementation, as bits.
+fn bits(name: &'static str) -> Result<Vec<u32>, attention::Error> {
+    let x = data();
+    let x = (&x, SHAPE);
+    let call = Attention::new().causal(true).implementation(name);
+    let forward = call.forward_with_lse(x, x, x)?;
+    let backward = call.backward(x, x, x, &forward, x)?;
+    let mut bits = Vec::new();
+    for tensor in
+        [Some(forward.out), Some(forward.lse), backward.dq, backward.dk, backward.dv].into_iter().flatten()
+    {
+        bits.extend(tensor.as_slice::<f32>().unwrap().iter().map(|x| x.to_bits()));
+    }
+    Ok(bits)
+}
+
+fn implementations() -> Vec<&'static str> {
+    let all = [("cpu", cfg!(feature = "cpu")), ("chunked", cfg!(feature = "chunked"))];
+    all.into_iter().filter_map(|(name, is_built)| is_built.then_some(name)).collect()
+}
+
+fn problem() -> Problem {
+    let [batch, length, heads, head_dim] = SHAPE;
+    let dims = Dimensions {
+        batch,
+        query_length: length,
+        key_length: length,
+        query_heads: heads,
+        key_heads: heads,
+        head_dim,
+        value_head_dim: head_dim,
+    };
+    dims.problem(attention::DType::F32).causal(true).build().unwrap()
+}
+
+/// The bits of a process of its own with threads, from its output.
+fn print_bits(all: &[(&str, Vec<u32>)]) {
+    for (name, bits) in all {
+        let sum = bits.iter().fold(0u64, |sum, &bits| sum.wrapping_mul(31).wrapping_add(bits.into()));
+        println!("{name} {sum:x}");
+    }
+}
+
+/// As many threads as one process may have: none beside its first. Needs a user whose processes are counted.
+#[test]
+fn calls_run_where_no_thread_can_be_made() {
+    if is_child() {
+        // SAFETY: changes this process's own limits and user, in a test of its own.
+        let no_threads = unsafe {
+            let limit = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
+            // A user without other processes; without the right to become one, the limit may count this user's.
+            libc::setgid(54_321);
+            libc::setuid(54_321);
+            libc::setrlimit(libc::RLIMIT_NPROC, &limit) == 0
+        };
+        assert!(no_threads);
+        assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "the limit holds");
+        let all = implementations().into_iter().map(|name| (name, bits(name).unwrap())).collect::<Vec<_>>();
+        print_bits(&all);
+        done();
+        return;
+    }
+    let name = "calls_run_where_no_thread_can_be_made";
+    let without = child(name, "", &[("RAYON_NUM_THREADS", "4")]);
+    let (out, err) = (String::from_utf8_lossy(&without.stdout), String::from_utf8_lossy(&without.stderr));
+    assert!(without.status.success() && out.contains("done here"), "{}\n{out}\n{err}", without.status);
+    // The same bits as here, with threads.
+    for name in implementations() {
+        let bits = bits(name).unwrap();
+        let sum = bits.iter().fold(0u64, |sum, &bits| sum.wrapping_mul(31).wrapping_add(bits.into()));
+        assert!(out.contains(&format!("{name} {sum:x}")), "{name}: {out}");
+    }
+}
+
+/// More threads than the address space has stacks for.
+#[test]
+fn calls_run_where_not_all_threads_can_be_made() {
+    if is_child() {
+        for name in implementations() {
+            bits(name).unwrap();
+        }
+        done();
+        return;
+    }
+    succeeds(
+        "calls_run_where_not_all_threads_can_be_made",
+        "ulimit -v 400000 &&",
+        &[("RAYON_NUM_THREADS", "4000")],
+    );
+}
+
+/// No pool is started by a question, by a call for one thread, or by one with a single task.
+#[test]
+#[cfg(target_os = "linux")]
+fn what_needs_no_pool_starts_none() {
+    fn threads() -> usize {
+        std::fs::read_dir("/proc/self/task").unwrap().count()
+    }
+    if is_child() {
+        let before = threads();
+        let problem = problem();
+        let explanation = attention::explain(&problem);
+        assert!(explanation.choice.is_some());
+        for backend in Registry::default().backends() {
+            backend.supports(&problem).unwrap();
+            assert!(backend.scratch_bytes(&problem).unwrap() > 0);
+        }
+        assert_eq!(threads(), before, "threads after questions");
+        // One row of one head: a single task.
+        let x = [1f32; 16];
+        for name in implementations() {
+            let call = Attention::new().implementation(name);
+            let x = (&x, [1, 1, 1, 16]);
+            let forward = call.forward_with_lse(x, x, x).unwrap();
+            assert_eq!(threads(), before, "threads after {name} forward with one task");
+            call.backward(x, x, x, &forward, x).unwrap();
+            assert_eq!(threads(), before, "threads after {name} backward with one task");
+        }
+        // And the pool is there once a call has work for it.
+        for name in implementations() {
+            bits(name).unwrap();
+        }
+        assert!(threads() > before, "no pool for work for many");
+        done();
+        return;
+    }
+    succeeds("what_needs_no_pool_starts_none", "", &[("RAYON_NUM_THREADS", "3")]);
+}
+
+/// Runs `work` in a child of a fork, which must end well within the time.
+fn forked(what: &str, work: impl FnOnce() -> bool) {
+    // SAFETY: the child runs `work` and exits at once without returning; glibc keeps the allocator usable after a fork.
+    match unsafe { libc::fork() } {
+        0 => {
+            let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(false);
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(if good { 0 } else { 1 }) }
+        }
+        child => {
+            assert!(child > 0, "{what}: no fork");
+            let begin = Instant::now();
+            let mut status = 0;
+            // SAFETY: waits for, or ends, the child made above.
+            unsafe {
+                while libc::waitpid(child, &mut status, libc::WNOHANG) == 0 {
+                    if begin.elapsed() > Duration::from_secs(60) {
+                        libc::kill(child, libc::SIGKILL);
+                        libc::waitpid(child, &mut status, 0);
+                        panic!("{what}: the child of the fork did not end");
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+            assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{what}: status {status}");
+        }
+    }
+}
+
+#[test]
+fn a_child_of_a_fork_makes_calls() {
+    if is_child() {
+        let names = implementations();
+        let want: Vec<_> = names.iter().map(|name| bits(name).unwrap()).collect();
+        let same = || {
+            names
+                .iter()
+                .zip(&want)
+                .all(|(name, want)| (0..3).all(|_| bits(name).is_ok_and(|bits| bits == *want)))
+        };
+        forked("after calls with threads", || {
+            let good = same();
+            // And in a child of the child.
+            forked("twice", same);
+            good
+        });
+        // The parent goes on, and children of several threads.
+        assert!(same());
+        forked("with threads of the child's own", || {
+            std::thread::scope(|scope| {
+                let all: Vec<_> = (0..3).map(|_| scope.spawn(same)).collect();
+                all.into_iter().all(|thread| thread.join().unwrap_or(false))
+            })
+        });
+        done();
+        return;
+    }
+    succeeds("a_child_of_a_fork_makes_calls", "", &[("RAYON_NUM_THREADS", "3")]);
+}
+
+/// The pool was somebody else's in the parent, and this library first asks for it in the child.
+#[test]
+fn a_child_of_a_fork_makes_its_first_call() {
+    if is_child() {
+        rayon::broadcast(|_| ());
+        forked("a pool that is not this library's", || {
+            implementations().iter().all(|name| bits(name).is_ok())
+        });
+        done();
+        return;
+    }
+    succeeds("a_child_of_a_fork_makes_its_first_call", "", &[("RAYON_NUM_THREADS", "3")]);
+}
+
+/// Memory runs out: an error, or a result, and no abort.
+#[test]
+fn without_memory_a_call_is_an_error() {
+    if is_child() {
+        // More than the limit leaves, in outputs, in scratch, and in a mask of dropout.
+        let desc = |length| {
+            attention::TensorDesc::strided(attention::DType::F32, [1, length, 1, 1], [0; 4]).unwrap()
+        };
+        let x = [1f32];
+        let view = |shape: [usize; 4]| attention::View::strided(&x, 0, shape, [0; 4]).unwrap();
+        for name in implementations() {
+            let (query, key) = (view([1, 1 << 20, 1, 64]), view([1, 1, 1, 64]));
+            let call = Attention::new().implementation(name);
+            let text = call.forward(query, key, key).unwrap_err().to_string();
+            assert!(text.starts_with("no memory for a tensor"), "{name}: {text}");
+        }
+        // `cpu` holds the logits of a block of rows over all keys.
+        if cfg!(feature = "cpu") {
+            let (query, key) = (view([1, 64, 1, 1]), view([1, 1 << 21, 1, 1]));
+            let call = Attention::new().implementation("cpu");
+            let text = call.forward(query, key, key).unwrap_err().to_string();
+            assert!(text.starts_with("no memory for scratch"), "{text}");
+        }
+        let dropout = Problem::builder(desc(1 << 15), desc(1 << 15), desc(1 << 15))
+            .dropout(attention::Dropout::new(0.5, 1))
+            .build()
+            .unwrap();
+        assert!(attention::dropout_mask(&dropout).is_err());
+        done();
+        return;
+    }
+    succeeds("without_memory_a_call_is_an_error", "ulimit -v 200000 &&", &[("RAYON_NUM_THREADS", "1")]);
+}
+
+/// A batch of a million rows takes no memory of its own: it ran out at this limit, where lists of tasks aborted.
+#[test]
+fn a_large_batch_takes_no_memory_beside_tensors_and_scratch() {
+    if is_child() {
+        const BATCH: usize = 1_000_000;
+        let x = vec![half::bf16::ONE; BATCH];
+        let mut out = vec![half::bf16::ZERO; BATCH];
+        let shape = [BATCH, 1, 1, 1];
+        for name in implementations() {
+            let x = (&x, shape);
+            Attention::new().implementation(name).forward_into(x, x, x, (&mut out, shape), None).unwrap();
+            assert!(out.iter().all(|&out| out == half::bf16::ONE));
+            out.fill(half::bf16::ZERO);
+        }
+        done();
+        return;
+    }
+    succeeds(
+        "a_large_batch_takes_no_memory_beside_tensors_and_scratch",
+        "ulimit -v 60000 &&",
+        &[("RAYON_NUM_THREADS", "1")],
+    );
+}
+
+/// An empty batch, whatever its size, and questions about a large one.
+#[test]
+fn nothing_is_computed_at_once() {
+    let none: [f32; 0] = [];
+    for name in implementations() {
+        for batch in [1 << 30, 1 << 60] {
+            let (begin, x) = (Instant::now(), (&none, [batch, 0, 1, 1]));
+            let call = Attention::new().implementation(name);
+            let forward = call.forward_with_lse(x, x, x).unwrap();
+            call.backward(x, x, x, &forward, x).unwrap();
+            assert!(begin.elapsed() < Duration::from_millis(500), "{name} {batch} {:?}", begin.elapsed());
+        }
+    }
+    let dims = Dimensions { batch: 1 << 24, query_length: 1, key_length: 1, ..problem().dims() };
+    let begin = Instant::now();
+    attention::explain(&dims.problem(attention::DType::F32).build().unwrap());
+    assert!(begin.elapsed() < Duration::from_millis(500), "explain {:?}", begin.elapsed());
+    // Lengths are read, and no more.
+    let dims = Dimensions { batch: 1 << 20, ..dims };
+    let lengths = Lengths::from(vec![1; 1 << 20]);
+    let problem = dims.problem(attention::DType::F32).key_value_lengths(lengths).build().unwrap();
+    let begin = Instant::now();
+    attention::explain(&problem);
+    assert!(begin.elapsed() < Duration::from_secs(20), "explain with lengths {:?}", begin.elapsed());
+}
+
+/// A value whose destructor makes a call, made before the thread's first call: the facade's own thread-local is gone then.
+#[test]
+fn a_call_in_the_destructor_of_a_thread_local_runs() {
+    use std::sync::mpsc::{Sender, channel};
+
+    struct Last(Sender<Vec<Vec<u32>>>);
+
+    impl Drop for Last {
+        fn drop(&mut self) {
+            let all = implementations().iter().map(|name| bits(name).unwrap()).collect();
+            let _ = self.0.send(all);
+        }
+    }
+
+    thread_local! {
+        static LAST: std::cell::RefCell<Option<Last>> = const { std::cell::RefCell::new(None) };
+    }
+
+    let want: Vec<_> = implementations().iter().map(|name| bits(name).unwrap()).collect();
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        LAST.with(|last| *last.borrow_mut() = Some(Last(sender)));
+        for name in implementations() {
+            bits(name).unwrap();
+        }
+    })
+    .join()
+    .unwrap();
+    assert!(receiver.recv().expect("the destructor made its calls") == want);
+}
+
+/// Kernels keep what they work on in scratch, not on the stack.
+#[test]
+#[cfg(not(debug_assertions))]
+fn calls_run_on_a_small_stack() {
+    if is_child() {
+        let names = implementations();
+        let want: Vec<_> = names.iter().map(|name| bits(name).unwrap()).collect();
+        std::thread::Builder::new()
+            .stack_size(64 << 10)
+            .spawn(move || {
+                for (name, want) in names.iter().zip(&want) {
+                    assert!(bits(name).is_ok_and(|bits| bits == *want), "{name}");
+                }
+            })
+            .unwrap()
+            .join()
+            .unwrap();
+        done();
+        return;
+    }
+    for threads in ["1", "3"] {
+        succeeds("calls_run_on_a_small_stack", "", &[("RAYON_NUM_THREADS", threads)]);
+    }
+}
