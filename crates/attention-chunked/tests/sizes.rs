@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use attention_chunked::{ChunkedBackend, ChunkedConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Error, ForwardCall,
     ForwardOutputs, Gradients, Inputs, Problem, ScratchBuffer, TensorDesc, View, ViewMut,
 };
-use attention_chunked::{ChunkedBackend, ChunkedConfig};
 
 /// Runs `work`, which must not take long: the loops it was found in took seconds, or never ended.
 fn at_once<R>(what: &str, work: impl FnOnce() -> R) -> R {

@@ -16,7 +16,7 @@ macro_rules! debug_is_the_text {
         }
     )*};
 }
-debug_is_the_text!(Error, InvalidCall, Unsupported, Unavailable, BackendFailure);
+debug_is_the_text!(Error, InvalidCall, Unsupported, Unavailable, BackendFailure, OutOfMemory);
 
 /// Why a call did not run. Each variant names a culprit; nothing was written to any output for the first three.
 #[derive(thiserror::Error)]
@@ -476,7 +476,7 @@ pub struct Unavailable {
 }
 
 /// Host memory that the allocator refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("no memory for {what} of {bytes} bytes")]
 pub struct OutOfMemory {
     /// What the memory was for.

@@ -17,9 +17,9 @@ mod options;
 mod problem;
 mod role;
 mod shape;
-mod variants;
 #[cfg(feature = "serde")]
 mod stored;
+mod variants;
 mod view;
 
 pub use backend::AttentionBackend;

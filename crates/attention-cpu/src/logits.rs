@@ -60,7 +60,7 @@ impl<'a, C: Compute> Terms<'a, C> {
             is_wider: logits != C::DTYPE,
             scale: C::from_f64(problem.scale()),
             softcap: problem.softcap().map(C::from_f64),
-            slopes: inputs.alibi_slopes.map(|slopes| AnyFloat::new(slopes, DType::F64)),
+            slopes: inputs.alibi_slopes.map(|slopes| AnyFloat::new(slopes, logits)),
             slopes_per_batch: inputs.alibi_slopes.is_some_and(|slopes| slopes.shape().rank() == 2),
             bias: inputs.bias.map(|bias| (AnyFloat::new(bias, logits), shape(bias))),
             mask,
