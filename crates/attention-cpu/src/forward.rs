@@ -192,8 +192,9 @@ impl<'p, 'a, T: Scalar, L: Scalar> Queue<'p, 'a, T, L> {
 
     /// Takes the next batch row in hand; `None` behind the last.
     fn begin_batch(&mut self) -> Option<()> {
+        let out = self.out.next()?;
         let queries = self.problem.query_len(self.next_batch);
-        self.out_heads = heads::<T>(self.out.next()?, queries, 0.0);
+        self.out_heads = heads::<T>(out, queries, 0.0);
         let lse = self.lse.as_mut().and_then(Iterator::next);
         self.lse_heads = lse.map(|lse| heads::<L>(lse, queries, f32::NEG_INFINITY));
         (self.next_batch, self.next_head) = (self.next_batch + 1, 0);

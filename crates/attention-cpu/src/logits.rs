@@ -34,6 +34,10 @@ impl Rows {
 pub(crate) struct Terms<'a, C> {
     pub(crate) problem: &'a Problem,
     pub(crate) scale: C,
+    /// The factors of the scale that gradients of products are multiplied with: before the sums that dq and dk are, a
+    /// power of two so that nothing is rounded, and after them. A scale of 1e38 has operands of 1e-19, whose products with
+    /// small gradients would underflow; 1 and the scale otherwise.
+    pub(crate) gradient_scale: (C, C),
     pub(crate) softcap: Option<C>,
     /// The lowest finite logit: that of f32 for f32 operands, whatever is computed in.
     lowest: C,
@@ -59,6 +63,11 @@ impl<'a, C: Compute> Terms<'a, C> {
             lowest,
             is_wider: logits != C::DTYPE,
             scale: C::from_f64(problem.scale()),
+            gradient_scale: {
+                let exponent = problem.scale().abs().log2();
+                let before = if exponent > 24.0 { (exponent / 2.0).floor().exp2() } else { 1.0 };
+                (C::from_f64(before), C::from_f64(problem.scale() / before))
+            },
             softcap: problem.softcap().map(C::from_f64),
             slopes: inputs.alibi_slopes.map(|slopes| AnyFloat::new(slopes, logits)),
             slopes_per_batch: inputs.alibi_slopes.is_some_and(|slopes| slopes.shape().rank() == 2),

@@ -2,44 +2,98 @@
 //!
 //! The sink has no value, so the derivative of the softmax leaves only the row term.
 
-use attention_core::{DType, HostViewMut, Scalar, ViewMut};
+use attention_core::{DType, Scalar, ViewMut};
+use attention_threads::Team;
 use half::{bf16, f16};
 
-use crate::backward::Shared;
-use crate::elementary::Compute;
+use crate::backward::{Scratch, Shared, Sizes};
 use crate::operand::Operand;
+use crate::{plan, workers};
 
-pub(crate) fn run<E: Operand>(shared: &Shared<'_, E>, dsinks: ViewMut<'_>) {
+/// The size of a logsumexp up to which its rounding does no harm: relative to the probability of a sink, it is half a unit in
+/// the last place of the logsumexp, at 128 as much as 64 roundings.
+const LARGEST_EXACT: f64 = 128.0;
+
+pub(crate) fn run<E: Operand>(
+    shared: &Shared<'_, E>,
+    small: &Shared<'_, E::Small>,
+    sizes: &Sizes,
+    dsinks: ViewMut<'_>,
+    team: &Team,
+    scratch: &mut [u8],
+) {
     match dsinks.desc().dtype() {
-        DType::F64 => write::<E, f64>(shared, dsinks.host_mut()),
-        DType::F32 => write::<E, f32>(shared, dsinks.host_mut()),
-        DType::F16 => write::<E, f16>(shared, dsinks.host_mut()),
-        DType::Bf16 => write::<E, bf16>(shared, dsinks.host_mut()),
+        DType::F64 => write::<E, f64>(shared, small, sizes, dsinks, team, scratch),
+        DType::F32 => write::<E, f32>(shared, small, sizes, dsinks, team, scratch),
+        DType::F16 => write::<E, f16>(shared, small, sizes, dsinks, team, scratch),
+        DType::Bf16 => write::<E, bf16>(shared, small, sizes, dsinks, team, scratch),
         dtype => unreachable!("a checked call has sinks of a float dtype, got {dtype}"),
     }
 }
 
-fn write<E: Operand, T: Scalar>(shared: &Shared<'_, E>, dsinks: Option<HostViewMut<'_, T>>) {
-    let (Some(mut dsinks), Some(sinks)) = (dsinks, &shared.sinks) else {
-        unreachable!("a checked call has sinks and their gradient in host memory")
-    };
+fn write<E: Operand, T: Scalar>(
+    shared: &Shared<'_, E>,
+    small: &Shared<'_, E::Small>,
+    sizes: &Sizes,
+    dsinks: ViewMut<'_>,
+    team: &Team,
+    scratch: &mut [u8],
+) {
     let dims = shared.problem.dims();
-    for head in 0..dims.query_heads {
-        let sink: f64 = sinks.at(&[head]);
+    let tasks = dsinks.into_chunks(0, 1).enumerate();
+    workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_worker, |(head, view), scratch| {
+        let mut view = view
+            .host_mut::<T>()
+            .unwrap_or_else(|| unreachable!("a checked call has the gradient in host memory"));
         let mut sum = 0.0;
         // Without query rows, of any number of batch rows.
-        // And a sink of -inf is no sink: no row has a gradient through it, whatever its own are.
-        for batch in 0..if dims.query_length > 0 && sink != f64::NEG_INFINITY { dims.batch } else { 0 } {
-            for query in 0..shared.problem.query_len(batch) {
-                let state = shared.row_state(batch, head, query);
-                if state.lse != E::Compute::NEG_INFINITY {
-                    // A probability is at most 1; the given logsumexp was rounded. NaN passes the comparison.
-                    let above = sink - state.lse.to_f64();
-                    let p = if above > 0.0 { 1.0 } else { above.exp() };
-                    sum -= p * state.delta().to_f64();
-                }
-            }
+        for batch in 0..if dims.query_length > 0 { dims.batch } else { 0 } {
+            sum += if plan::is_small::<E>(shared.problem, batch) {
+                small.sink_gradient(batch, head, || Scratch::carve(&sizes.small_pieces, scratch))
+            } else {
+                shared.sink_gradient(batch, head, || Scratch::carve(&sizes.pieces, scratch))
+            };
         }
-        dsinks.set(&[head], T::from_f64(sum));
+        view.set(&[0], T::from_f64(sum));
+    });
+}
+
+impl<E: Operand> Shared<'_, E> {
+    /// What the rows of a head of one batch row contribute.
+    fn sink_gradient<'s>(
+        &self,
+        batch: usize,
+        head: usize,
+        scratch: impl FnOnce() -> Scratch<'s, E::Compute>,
+    ) -> f64 {
+        let Some(sink) = self.sinks.as_ref().map(|sinks| sinks.at::<f64>(&[head])) else {
+            unreachable!("a checked call with this gradient has sinks")
+        };
+        if sink == f64::NEG_INFINITY {
+            // No sink: no row has a gradient through it, whatever its own are.
+            return 0.0;
+        }
+        let mut sum = 0.0;
+        let (mut carve, mut carved) = (Some(scratch), None);
+        for query in 0..self.problem.query_len(batch) {
+            let state = self.row_state(batch, head, query);
+            let lse = state.lse.to_f64();
+            if lse == f64::NEG_INFINITY {
+                continue;
+            }
+            let own = if lse.is_finite() && lse.abs() > LARGEST_EXACT {
+                if let Some(carve) = carve.take() {
+                    carved = Some(carve());
+                }
+                carved.as_mut().and_then(|scratch| self.own_sink(batch, head, query, &state, scratch))
+            } else {
+                None
+            };
+            // A probability is at most 1. NaN passes the comparison.
+            let above = sink - lse;
+            let p = own.unwrap_or(if above > 0.0 { 1.0 } else { above.exp() });
+            sum -= p * state.delta().to_f64();
+        }
+        sum
     }
 }

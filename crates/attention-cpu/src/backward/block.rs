@@ -3,18 +3,20 @@
 use attention_core::Scalar;
 
 use super::Shared;
-use super::pieces::BlockScratch;
+use super::pieces::{BlockScratch, Scratch};
+use crate::direct;
 use crate::elementary::Compute;
 use crate::logits::Rows;
-use crate::operand::{Operand, read_row};
+use crate::operand::{Head, Operand, read_row};
 use crate::packed::{Columns, Panels};
 use crate::simd::{Kernel, dispatch};
-use crate::softmax::{RowDropout, mean, softmax};
+use crate::softmax::{RowDropout, RowSoftmax, mean, softmax};
 
 /// What a block's gradient is taken of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GradientOf {
-    /// The scaled products of queries and keys, below the softcap: what dq and dk are made of.
+    /// The scaled products of queries and keys, below the softcap: what dq and dk are made of, with the first factor of
+    /// [`Terms::gradient_scale`](crate::logits::Terms::gradient_scale).
     Products,
     /// The logits, above the softcap: what dbias is made of.
     Logits,
@@ -147,6 +149,46 @@ impl<E: Operand> Shared<'_, E> {
     }
 }
 
+impl<E: Operand> Shared<'_, E> {
+    /// The probability of the sink of a row by the sum of the keys at hand, where these are all of the row's.
+    pub(crate) fn own_sink(
+        &self,
+        batch: usize,
+        head: usize,
+        query: usize,
+        state: &RowState<E::Compute>,
+        scratch: &mut Scratch<'_, E::Compute>,
+    ) -> Option<f64> {
+        struct OwnSink<'b, 'a, E: Operand> {
+            shared: &'b Shared<'a, E>,
+            row: (usize, usize, usize),
+            columns: &'b Columns,
+            logits: &'b mut [E::Compute],
+        }
+
+        impl<E: Operand> Kernel for OwnSink<'_, '_, E> {
+            type Output = RowSoftmax<E::Compute>;
+
+            #[inline(always)]
+            fn run<const FMA: bool>(self) -> Self::Output {
+                let Self { shared, row: (batch, head, query), columns, logits } = self;
+                shared.terms.apply::<FMA>(batch, (head, query), columns, logits, None);
+                softmax::<_, FMA>(logits, shared.sink(head))
+            }
+        }
+
+        let keys = self.problem.key_range(batch, query);
+        let head_of_keys = Head::<E>::new(&self.key, batch, head / self.problem.dims().group_size());
+        let row = &mut scratch.block.query[..head_of_keys.width()];
+        read_row::<E>(self.query.row(&[batch, query, head]), row);
+        let logits = &mut scratch.block.probabilities[..keys.len()];
+        direct::products(&head_of_keys, keys.clone(), row, self.terms.scale, scratch.row, logits, keys.len());
+        let columns = Columns { start: keys.start, count: keys.len() };
+        let own = dispatch(OwnSink { shared: self, row: (batch, head, query), columns: &columns, logits });
+        state.is_of(own.lse, E::STATISTICS_EPSILON).then(|| (own.sink / own.total).to_f64())
+    }
+}
+
 /// From products to probabilities, and from products of output gradients and values to gradients of the logits.
 struct SoftmaxGradient<'b, 'a, E: Operand> {
     shared: &'b Shared<'a, E>,
@@ -202,6 +244,11 @@ impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
                     let slope = E::Compute::ONE - ratio * ratio;
                     *d = if p.is_disallowed() { E::Compute::DISALLOWED } else { *d * slope };
                 }
+            }
+            let (before, _) = shared.terms.gradient_scale;
+            if of == GradientOf::Products && before != E::Compute::ONE {
+                // The sign of a disallowed one stays.
+                d.iter_mut().for_each(|d| *d *= before);
             }
             if let Some(dropout) = RowDropout::new(problem, batch, head, query) {
                 dropout.apply(columns, keys, p);

@@ -28,13 +28,21 @@ impl<E: Operand> Shared<'_, E> {
         let value_head = Head::<E>::new(&self.value, task.batch, task.key_head);
         let columns = Columns { start: keys.start, count: keys.len() };
         let stride = plan::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));
-        let (scale, one) = (self.terms.scale, E::Compute::ONE);
+        let (one, (_, factor)) = (E::Compute::ONE, self.terms.gradient_scale);
         let (block, room) = (&mut scratch.block, &mut *scratch.row);
 
         let states = self.read_rows(rows, block);
         let queries = &block.query[..rows.len() * dims.head_dim];
         let d_out = &block.d_out[..rows.len() * dims.value_head_dim];
-        direct::products(&key_head, keys.clone(), queries, scale, room, block.probabilities, stride);
+        direct::products(
+            &key_head,
+            keys.clone(),
+            queries,
+            self.terms.scale,
+            room,
+            block.probabilities,
+            stride,
+        );
         direct::products(&value_head, keys.clone(), d_out, one, room, block.d_logits, stride);
         self.softmax_gradient(GradientOf::Products, rows, &columns, &states, stride, block);
 
@@ -42,14 +50,14 @@ impl<E: Operand> Shared<'_, E> {
             let sums = &mut block.dq[..rows.len() * dims.head_dim];
             direct::weighted_sums(&key_head, keys.clone(), block.d_logits, stride, room, sums);
             for ((head, query), row) in rows.iter().zip(sums.chunks_exact_mut(dims.head_dim)) {
-                row.iter_mut().for_each(|sum| *sum = *sum * scale + E::Compute::ZERO);
+                row.iter_mut().for_each(|sum| *sum = *sum * factor + E::Compute::ZERO);
                 write_row::<E>(task.dq[head - rows.heads.start].row_mut(&[query]), row);
             }
         }
         let queries = &block.query[..rows.len() * dims.head_dim];
         let d_out = &block.d_out[..rows.len() * dims.value_head_dim];
         for (gradient, weights, values, factor, width) in [
-            (&mut task.dk, &*block.d_logits, queries, scale, dims.head_dim),
+            (&mut task.dk, &*block.d_logits, queries, factor, dims.head_dim),
             (&mut task.dv, &*block.probabilities, d_out, one, dims.value_head_dim),
         ] {
             let Some(gradient) = gradient else { continue };

@@ -57,7 +57,7 @@ pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, sizes: &Sizes, team: &Team
     let shared = Shared::<E>::new(problem, &inputs, &saved);
     let small = Shared::<E::Small>::new(problem, &inputs, &saved);
     if let Some(dsinks) = outputs.dsinks {
-        sink_gradient::run(&small, dsinks);
+        sink_gradient::run(&shared, &small, sizes, dsinks, team, scratch);
     }
     if let Some(dbias) = outputs.dbias {
         bias_gradient::run(&shared, &small, sizes, dbias, team, scratch);
@@ -171,7 +171,7 @@ impl<'a, E: Operand> Shared<'a, E> {
                     );
                 }
                 if let Some(dense_keys) = &dense_keys {
-                    let scale = self.terms.scale;
+                    let (_, scale) = self.terms.gradient_scale;
                     let (weights, marks) = (&*block.d_logits, &*block.probabilities);
                     dense_keys.weighted_sum(weights, marks, stride, count, &columns, scale, block.dq);
                     let dq = &mut task.dq[head - group.start];
@@ -183,7 +183,7 @@ impl<'a, E: Operand> Shared<'a, E> {
                 }
                 if task.dk.is_some() {
                     let query = &mut block.query[..count * dims.head_dim];
-                    let scale = self.terms.scale;
+                    let (_, scale) = self.terms.gradient_scale;
                     add_outer(block.d_logits, block.probabilities, stride, &valid, &keys, scale, query, dk);
                 }
             }
