@@ -18,8 +18,6 @@ pub(crate) trait Float:
     const ONE: Self;
     /// `log2(e)`.
     const LOG2_E: Self;
-    /// `ln(2)`.
-    const LN_2: Self;
 
     /// The weight of a position that takes no part: negative zero, which adds nothing to a sum and can be told from
     /// an allowed weight that is zero.
@@ -29,9 +27,15 @@ pub(crate) trait Float:
     /// keep every digit, and leave sums of values as far from overflow as 256 times as many keys would.
     const ROOM: Self;
 
-    /// Exponents that [`exp2`](crate::simd::exp2) is computed between: below the first, that of the smallest normal
-    /// number, the result is 0; from the second on it is infinity.
+    /// The largest finite number.
+    const LARGEST: Self;
+
+    /// Exponents that powers of two are computed between ([`power`](crate::simd::power)): below the first, that of the
+    /// smallest normal number, the result is 0; from the second on it is infinity.
     const EXPONENTS: [Self; 2];
+
+    /// Adding it to a number of at most 2^21 (2^50 in f64) leaves the nearest integer, ties to even, in the low bits.
+    const INTEGERS: Self;
 
     /// `2^r = 1 + r (c[0] + c[1] r + ...)` for `|r| <= 1/2`: minimax in the relative error (Remez exchange in 60
     /// digits), which is 2.6e-9 in f32 and 1.8e-17 in f64, both below half a unit in the last place.
@@ -49,8 +53,14 @@ pub(crate) trait Float:
     fn abs(self) -> Self;
     /// `2^k` times this, for an integer `k` inside [`EXPONENTS`](Self::EXPONENTS).
     fn times_power_of_two(self, k: Self) -> Self;
-    /// The nearest integer, ties to even.
-    fn round_to_integer(self) -> Self;
+    /// Whether it is neither infinite nor NaN.
+    fn is_finite(self) -> bool;
+    /// Whether it is NaN.
+    fn is_nan(self) -> bool;
+    /// Whether it is a normal number: not zero, subnormal, infinite or NaN.
+    fn is_normal(self) -> bool;
+    /// `self * b + c`, rounded once.
+    fn fused(self, b: Self, c: Self) -> Self;
     /// A difference of positions.
     fn from_difference(difference: i64) -> Self;
 }
@@ -65,10 +75,11 @@ macro_rules! float {
         impl Float for $float {
             const ONE: Self = 1.0;
             const LOG2_E: Self = std::$float::consts::LOG2_E;
-            const LN_2: Self = std::$float::consts::LN_2;
             const DISALLOWED: Self = -0.0;
             const ROOM: Self = 8.0;
+            const LARGEST: Self = $float::MAX;
             const EXPONENTS: [Self; 2] = $exponents;
+            const INTEGERS: Self = 1.5 * (1u64 << $mantissa) as $float;
             const EXP2: &'static [Self] = &[$($exp2),*];
             const TANH_P: &'static [Self] = &[$($p),*];
             const TANH_Q: &'static [Self] = &[$($q),*];
@@ -91,10 +102,20 @@ macro_rules! float {
                 self * power(half) * power(k - half)
             }
             #[inline(always)]
-            fn round_to_integer(self) -> Self {
-                // Adding 1.5 * 2^mantissa leaves the integer in the low bits; larger numbers do not occur.
-                const SHIFT: $float = 1.5 * (1u64 << $mantissa) as $float;
-                (self + SHIFT) - SHIFT
+            fn is_finite(self) -> bool {
+                $float::is_finite(self)
+            }
+            #[inline(always)]
+            fn is_nan(self) -> bool {
+                $float::is_nan(self)
+            }
+            #[inline(always)]
+            fn is_normal(self) -> bool {
+                $float::is_normal(self)
+            }
+            #[inline(always)]
+            fn fused(self, b: Self, c: Self) -> Self {
+                self.mul_add(b, c)
             }
             #[inline(always)]
             fn from_difference(difference: i64) -> Self {

@@ -3,6 +3,20 @@
 use attention_core::{SCRATCH_ALIGNMENT, red_zones};
 use bytemuck::Pod;
 
+/// The next multiple, or the largest number where there is none: as a length it is one that no memory has.
+pub(crate) const fn round_up(length: usize, multiple: usize) -> usize {
+    match length.checked_next_multiple_of(multiple) {
+        Some(length) => length,
+        None => usize::MAX,
+    }
+}
+
+/// Elements from the first of `rows` rows, `stride` apart, to the last of `width` in the last row; saturates, so that a
+/// comparison with the length of a buffer holds for every argument.
+pub(crate) const fn extent(rows: usize, stride: usize, width: usize) -> usize {
+    if rows == 0 { 0 } else { (rows - 1).saturating_mul(stride).saturating_add(width) }
+}
+
 /// Hands out consecutive aligned pieces of memory, or counts what they would take.
 pub(crate) struct Pieces<'a> {
     rest: Option<&'a mut [u8]>,
@@ -47,5 +61,19 @@ impl<'a> Pieces<'a> {
     /// Bytes of all pieces so far; `None` on overflow.
     pub(crate) const fn bytes(&self) -> Option<usize> {
         self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_saturate() {
+        assert_eq!((round_up(33, 16), round_up(32, 16), round_up(usize::MAX, 16)), (48, 32, usize::MAX));
+        assert_eq!((extent(3, 10, 4), extent(0, 10, 4), extent(8, 1 << 61, 1 << 61)), (24, 0, usize::MAX));
+        let mut pieces = Pieces::counting();
+        let _ = pieces.take::<u8>(usize::MAX);
+        assert_eq!(pieces.bytes(), None);
     }
 }

@@ -145,13 +145,16 @@ impl<'a> Floats<'a> {
 
     /// The distance of staged rows of `width` elements.
     pub(crate) const fn stage_stride(width: usize) -> usize {
-        // Rows a power of two apart would share the sets of the cache.
-        width.next_multiple_of(16) + 16
+        // Rows a power of two apart would share the sets of the cache. No memory is that large where it saturates.
+        match width.checked_next_multiple_of(16) {
+            Some(width) => width.saturating_add(16),
+            None => usize::MAX,
+        }
     }
 
     /// Elements of the room that staging needs.
     pub(crate) const fn stage_len(width: usize) -> usize {
-        STAGE * Self::stage_stride(width)
+        STAGE.saturating_mul(Self::stage_stride(width))
     }
 
     /// One row, unstaged.
@@ -330,7 +333,8 @@ impl<'a> SharedOutput<'a> {
         self.pointer.wrapping_offset(offset * self.dtype.size() as isize)
     }
 
-    /// Writes the row of the last of four axes at `index`, each number multiplied by `factor`.
+    /// Writes the row of the last of four axes at `index`, each number multiplied by `factor`. A negative zero counts as
+    /// zero: which of the two a sum is may depend on terms that take no part in it.
     ///
     /// # Safety
     /// No other thread writes this row at the same time.
@@ -357,7 +361,7 @@ impl<'a> SharedOutput<'a> {
                     let mut room = [0f32; 64];
                     for (to, from) in to.chunks_mut(64).zip(from.chunks(64)) {
                         for (room, &from) in room.iter_mut().zip(from) {
-                            *room = (from * factor).to_f32();
+                            *room = ((from + F::ZERO) * factor).to_f32();
                         }
                         to.convert_from_f32_slice(&room[..from.len()]);
                     }
@@ -423,12 +427,12 @@ unsafe fn put<F: Float, T: Copy>(
         // SAFETY: with stride 1 the elements are neighbours.
         let to = unsafe { std::slice::from_raw_parts_mut(first, from.len()) };
         for (to, &from) in to.iter_mut().zip(from) {
-            *to = convert(from * factor);
+            *to = convert((from + F::ZERO) * factor);
         }
     } else {
         for (index, &from) in from.iter().enumerate() {
             // SAFETY: the caller's; the offset was checked to fit isize when the view was made.
-            unsafe { first.offset(index as isize * stride).write(convert(from * factor)) };
+            unsafe { first.offset(index as isize * stride).write(convert((from + F::ZERO) * factor)) };
         }
     }
 }

@@ -1,15 +1,19 @@
-//! From products of queries and keys to logits, in units of base two: scale, softcap, ALiBi, bias, masks, dropout.
+//! From products of queries and keys to logits: scale, softcap, ALiBi, bias, masks, dropout.
 //!
-//! The semantics of [`Problem`], steps 2 and 3. A tile of products stays as it is where nothing but the scale
-//! applies: the softmax multiplies with [`Terms::tile_factor`] in the same operation that subtracts the shift. A bias
-//! and a mask reach the forward softmax beside the tile ([`Terms::added`]), so that no pass is spent on them.
+//! The semantics of [`Problem`], steps 2 and 3. Logits come in units of the call: products as they are where nothing but
+//! the scale applies, so that no pass and no rounding is spent on it, natural logits otherwise. [`Terms::unit`] says how
+//! large a unit is; weights are powers of [`Terms::base`]. Differences of logits are taken in these units, where those of
+//! equal logits are exactly 0 whatever their size, and only they go to base two.
+//!
+//! One expression makes a natural logit of a product and of what is added to it, [`logit`], for every path, pass and
+//! column: the bits of a result do not depend on how a bias or a mask lies, or on what is masked.
 
 use std::ops::Range;
 
-use attention_core::{DropoutStream, HostView, Inputs, Problem, Row};
+use attention_core::{DType, DropoutStream, HostView, Inputs, Problem, Row};
 
 use crate::float::Float;
-use crate::simd::{Simd, prefetch, tanh};
+use crate::simd::{Base, Simd, prefetch, tanh};
 use crate::tensor::{Floats, Source, typed};
 
 /// A query row: its head and query, and the keys that structure lets it see.
@@ -22,14 +26,30 @@ pub(crate) struct QueryRow {
     pub(crate) end: usize,
 }
 
-/// What a row's products meet on their way to logits, after they were multiplied by [`Terms::product_factor`].
+/// What a row's products meet on their way to logits.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Added<'r, F> {
-    /// Added, in natural units.
+    /// Bias less ALiBi; where it is -inf a key takes no part. Products are multiplied by [`Terms::factor`] where it is
+    /// added, and are logits without it.
     pub(crate) bias: Option<&'r [F]>,
     /// Makes -inf of where it is zero.
     pub(crate) mask: Option<&'r [u8]>,
 }
+
+/// Memory for what is added to a row, where it does not lie in the caller's as it is used.
+pub(crate) struct AddedRow<F> {
+    bias: [F; MAX_COLUMNS],
+    mask: [u8; MAX_COLUMNS],
+}
+
+impl<F: Float> Default for AddedRow<F> {
+    fn default() -> Self {
+        Self { bias: [F::ZERO; MAX_COLUMNS], mask: [0; MAX_COLUMNS] }
+    }
+}
+
+/// Columns of the longest row of a tile.
+pub(crate) const MAX_COLUMNS: usize = 272;
 
 /// How many rows ahead bias and mask are asked for: a piece of a row is too short for the processor's own prefetching.
 const AHEAD: usize = 4;
@@ -37,11 +57,17 @@ const AHEAD: usize = 4;
 /// What turns products into logits, read from the call once.
 pub(crate) struct Terms<'a, F> {
     problem: &'a Problem,
+    /// Not negative: packed queries have the sign.
     scale: F,
+    unit: F,
+    base: Base<F>,
+    is_plain: bool,
     softcap: Option<F>,
     slopes: Option<Floats<'a>>,
     slopes_per_batch: bool,
     bias: Option<(Floats<'a>, [usize; 4])>,
+    /// Whether a bias is rounded to f32, the precision of the logits by contract, although f64 computes them.
+    narrows_bias: bool,
     mask: Option<(HostView<'a, u8>, [usize; 4])>,
     dropout: Option<DropoutStream>,
 }
@@ -54,13 +80,25 @@ impl<'a, F: Float> Terms<'a, F> {
             let bytes = bytes.unwrap_or_else(|| unreachable!("a checked call has a mask in host memory"));
             (bytes, shape(mask))
         });
+        let scale = F::from_f64(problem.scale().abs());
+        let nothing_added =
+            problem.softcap().is_none() && inputs.alibi_slopes.is_none() && inputs.bias.is_none();
+        // A scale of zero would make NaN of the -inf of a masked product, and one that cannot go to base two is applied
+        // first.
+        let plain = nothing_added && (scale * F::LOG2_E).is_normal();
+        let unit = if plain { scale } else { F::ONE };
         Self {
             problem,
-            scale: F::from_f64(problem.scale().abs()),
+            scale,
+            unit,
+            base: Base::new(unit * F::LOG2_E),
+            is_plain: plain,
             softcap: problem.softcap().map(F::from_f64),
             slopes: inputs.alibi_slopes.map(Floats::new),
             slopes_per_batch: inputs.alibi_slopes.is_some_and(|slopes| slopes.shape().rank() == 2),
             bias: inputs.bias.map(|bias| (Floats::new(bias), shape(bias))),
+            narrows_bias: problem.dtype() != DType::F64
+                && inputs.bias.is_some_and(|bias| bias.desc().dtype() == DType::F64),
             mask,
             dropout: problem.dropout_stream(),
         }
@@ -73,24 +111,30 @@ impl<'a, F: Float> Terms<'a, F> {
 
     /// Whether the logits are more than products times the scale, whatever is masked.
     pub(crate) fn is_plain(&self) -> bool {
-        // Zero times the -inf of a masked product would be NaN.
-        self.softcap.is_none() && self.slopes.is_none() && self.bias.is_none() && self.scale > F::ZERO
+        self.is_plain
     }
 
-    /// What a tile that [`apply`](Self::apply) left is multiplied by to give logits of base two.
-    pub(crate) fn tile_factor(&self) -> F {
-        if self.is_plain() { self.scale * F::LOG2_E } else { F::ONE }
+    /// How much a unit of logits is in natural ones.
+    pub(crate) fn unit(&self) -> F {
+        self.unit
     }
 
-    /// Whether only [`apply`](Self::apply) can make logits of products.
-    pub(crate) fn needs_tile(&self) -> bool {
-        self.softcap.is_some() || self.scale == F::ZERO
+    /// What weights are powers of: `e` to a unit of logits.
+    pub(crate) fn base(&self) -> Base<F> {
+        self.base
     }
 
-    /// What products are multiplied by before what [`added`](Self::added) gives; after [`apply`](Self::apply) where
+    /// What products are multiplied by where something is added to them, once [`capped`](Self::capped) has been where
     /// that is needed.
-    pub(crate) fn product_factor(&self) -> F {
-        if self.needs_tile() { self.tile_factor() } else { self.scale * F::LOG2_E }
+    pub(crate) fn factor(&self) -> F {
+        if self.needs_tile() { F::ONE } else { self.scale }
+    }
+
+    /// Whether products become natural logits in the tile before anything is added: with a softcap, and where there is
+    /// nothing to add that the scale could be applied with.
+    pub(crate) fn needs_tile(&self) -> bool {
+        let adds = self.slopes.is_some() || self.bias.is_some();
+        self.softcap.is_some() || self.scale == F::ZERO || !(adds || self.is_plain)
     }
 
     /// Whether there is a boolean mask.
@@ -124,46 +168,44 @@ impl<'a, F: Float> Terms<'a, F> {
         })
     }
 
-    /// Turns a row of products into what [`tile_factor`](Self::tile_factor) makes logits of; -inf wherever a key
-    /// takes no part. Column 0 is key `first`; `columns` is a multiple of the vector's lanes.
-    ///
-    /// With a softcap, `slopes` receives its derivative at each product.
-    ///
-    /// # Safety
-    /// `tile`, and `slopes` where it is given, point to `columns` elements.
+    /// Turns the first of these rows from products into logits; -inf wherever a key takes no part. Column 0 is key
+    /// `first`; the columns of the tile are a multiple of the vector's lanes, at most [`MAX_COLUMNS`].
     #[inline(always)]
-    pub(crate) unsafe fn apply<S: Simd<F>>(
+    pub(crate) fn apply<S: Simd<F>>(
         &self,
         simd: S,
-        row: &QueryRow,
+        rows: &[QueryRow],
         first: usize,
-        columns: usize,
-        tile: *mut F,
-        slopes: Option<*mut F>,
+        tile: &mut [F],
+        memory: &mut AddedRow<F>,
     ) {
-        // SAFETY: the caller vouches for `columns` elements, which these slices are.
-        let tile = unsafe { std::slice::from_raw_parts_mut(tile, columns) };
-        // SAFETY: as above; another buffer.
-        let slopes = slopes.map(|slopes| unsafe { std::slice::from_raw_parts_mut(slopes, columns) });
-        if !self.is_plain() {
-            self.scaled(simd, row, first, tile, slopes);
-            if let Some((bias, shape)) = &self.bias {
-                let index = broadcast(shape, [row.batch, row.head, row.query]);
-                typed!(bias, bias => add_bias(simd, bias.row(&index), first, tile));
+        if self.needs_tile() {
+            self.capped(simd, tile, None);
+        }
+        let added = self.added(simd, rows, first, tile, memory);
+        if added.bias.is_none() && added.mask.is_none() {
+            return;
+        }
+        let factor = simd.splat(self.factor());
+        for column in (0..tile.len()).step_by(S::LANES) {
+            // SAFETY: whole vectors of the tile, and of what is added, which has as many columns.
+            unsafe {
+                let at = tile.as_mut_ptr().add(column);
+                let mut x = simd.load(at);
+                if let Some(bias) = added.bias {
+                    x = logit(simd, x, factor, simd.load(bias.as_ptr().add(column)));
+                }
+                if let Some(mask) = added.mask {
+                    x = masked(simd, x, simd.load_mask(mask.as_ptr().add(column)));
+                }
+                simd.store(at, x);
             }
         }
-        if let Some((mask, shape)) = &self.mask {
-            let index = broadcast(shape, [row.batch, row.head, row.query]);
-            apply_mask(simd, mask.row(&index), first, tile);
-        }
-        let (begin, end) = seen(row, first, columns);
-        tile[..begin].fill(F::NEG_INFINITY);
-        tile[end..].fill(F::NEG_INFINITY);
     }
 
     /// Masks what structure masks in a row of products, the first of these, and gives what is to be added to it: as many
-    /// elements as the row has columns, which may lie in the rooms. Column 0 is key `first`; the columns are a multiple
-    /// of the vector's lanes. Not where [`needs_tile`](Self::needs_tile).
+    /// elements as the row has columns, at most [`MAX_COLUMNS`], which may lie in `memory`. Column 0 is key `first`; the
+    /// columns are a multiple of the vector's lanes.
     #[inline(always)]
     pub(crate) fn added<'r, S: Simd<F>>(
         &'r self,
@@ -171,11 +213,11 @@ impl<'a, F: Float> Terms<'a, F> {
         rows: &[QueryRow],
         first: usize,
         tile: &mut [F],
-        bias_room: &'r mut [F],
-        mask_room: &'r mut [u8],
+        memory: &'r mut AddedRow<F>,
     ) -> Added<'r, F> {
         let row = &rows[0];
         let columns = tile.len();
+        let AddedRow { bias: bias_room, mask: mask_room } = memory;
         let (begin, end) = seen(row, first, columns);
         tile[..begin].fill(F::NEG_INFINITY);
         tile[end..].fill(F::NEG_INFINITY);
@@ -208,7 +250,7 @@ impl<'a, F: Float> Terms<'a, F> {
                 if let Some(next) = rows.get(AHEAD) {
                     ahead(bias.row(&broadcast(shape, [next.batch, next.head, next.query])), first, columns);
                 }
-                let direct = if slope.is_none() && begin == 0 && end == columns {
+                let direct = if slope.is_none() && !self.narrows_bias && begin == 0 && end == columns {
                     bias_row.contiguous().and_then(|bias| bias.get(first..first + columns)).and_then(Source::floats)
                 } else {
                     None
@@ -219,17 +261,18 @@ impl<'a, F: Float> Terms<'a, F> {
                 }
                 stage_bias(simd, bias_row, first, begin..end, bias_room);
             });
-        } else if slope.is_some() {
-            bias_room[begin..end].fill(F::ZERO);
-        } else {
+            if self.narrows_bias {
+                for x in &mut bias_room[begin..end] {
+                    *x = F::from_f32(x.to_f32());
+                }
+            }
+        } else if slope.is_none() {
             return added;
         }
         if let Some(slope) = slope {
             let position = self.problem.position(row.batch, row.query);
-            let distance = F::from_difference(position.saturating_sub(first as i64));
-            for (column, x) in bias_room[..columns].iter_mut().enumerate().take(end).skip(begin) {
-                *x = *x - slope * (distance - F::from_difference(column as i64)).abs();
-            }
+            let ahead = position.saturating_sub(first as i64);
+            add_alibi(simd, slope, ahead, self.bias.is_some(), begin..end, bias_room);
         }
         // What structure masks stays so, whatever the bias holds there.
         bias_room[..begin].fill(F::ZERO);
@@ -245,53 +288,26 @@ impl<'a, F: Float> Terms<'a, F> {
         Some(if self.slopes_per_batch { slopes.at(&[row.batch, row.head]) } else { slopes.at(&[row.head]) })
     }
 
-    /// Scale, softcap and ALiBi, in units of base two.
+    /// Makes natural logits of a row of products by scale and softcap alone, where [`needs_tile`](Self::needs_tile).
+    /// `slopes`, of the tile's size, receives the softcap's derivative at each product.
     #[inline(always)]
-    fn scaled<S: Simd<F>>(
-        &self,
-        simd: S,
-        row: &QueryRow,
-        first: usize,
-        tile: &mut [F],
-        mut slopes: Option<&mut [F]>,
-    ) {
-        let log2_e = simd.splat(F::LOG2_E);
-        let alibi = self.slope(row).map(|slope| {
-            let position = self.problem.position(row.batch, row.query);
-            // The key's distance is that of the tile's first column, and then one more a column.
-            (slope * F::LOG2_E, F::from_difference(position.saturating_sub(first as i64)))
-        });
-        let mut lanes = [F::ZERO; 64];
-        for (lane, value) in lanes.iter_mut().enumerate() {
-            *value = F::from_difference(lane as i64);
-        }
-        // SAFETY: 64 elements are as many as any vector has.
-        let lanes = unsafe { simd.load(lanes.as_ptr()) };
+    pub(crate) fn capped<S: Simd<F>>(&self, simd: S, tile: &mut [F], mut slopes: Option<&mut [F]>) {
+        let scale = simd.splat(self.scale);
         for column in (0..tile.len()).step_by(S::LANES) {
-            // SAFETY: the tile has whole vectors.
-            let at = unsafe { tile.as_mut_ptr().add(column) };
-            // SAFETY: as above.
-            let product = unsafe { simd.load(at) };
-            let mut x = match self.softcap {
-                None => simd.mul(product, simd.splat(self.scale * F::LOG2_E)),
-                Some(cap) => {
-                    let scaled = simd.mul(product, simd.splat(self.scale));
-                    let t = tanh(simd, simd.div(scaled, simd.splat(cap)));
+            // SAFETY: the tile has whole vectors, and the slopes have its size.
+            unsafe {
+                let at = tile.as_mut_ptr().add(column);
+                let mut x = simd.mul(simd.load(at), scale);
+                if let Some(cap) = self.softcap {
+                    let t = tanh(simd, simd.div(x, simd.splat(cap)));
                     if let Some(slopes) = &mut slopes {
                         let slope = simd.sub(simd.splat(F::ONE), simd.mul(t, t));
-                        // SAFETY: the slopes have the tile's size.
-                        unsafe { simd.store(slopes.as_mut_ptr().add(column), slope) };
+                        simd.store(slopes.as_mut_ptr().add(column), slope);
                     }
-                    simd.mul(simd.mul(simd.splat(cap), t), log2_e)
+                    x = simd.mul(simd.splat(cap), t);
                 }
-            };
-            if let Some((slope, distance)) = alibi {
-                let start = simd.splat(distance - F::from_difference(column as i64));
-                let distance = simd.abs(simd.sub(start, lanes));
-                x = simd.sub(x, simd.mul(simd.splat(slope), distance));
+                simd.store(at, x);
             }
-            // SAFETY: as above.
-            unsafe { simd.store(at, x) };
         }
     }
 
@@ -317,6 +333,61 @@ impl<'a, F: Float> Terms<'a, F> {
         stream.for_each(batch_head, row.query as u32, keys, |key, kept| {
             visit(key - first, if kept { keep } else { F::ZERO });
         });
+    }
+}
+
+/// The natural logit of a product and what is added to it: rounded once where the level has fused operations. What is
+/// added as -inf masks like a boolean mask, whatever the product is.
+#[inline(always)]
+pub(crate) fn logit<F: Float, S: Simd<F>>(simd: S, product: S::V, factor: S::V, added: S::V) -> S::V {
+    let disallowed = simd.equal(added, simd.splat(F::NEG_INFINITY));
+    simd.select(disallowed, added, simd.fma(product, factor, added))
+}
+
+/// -inf where the mask is false.
+#[inline(always)]
+pub(crate) fn masked<F: Float, S: Simd<F>>(simd: S, x: S::V, allowed: S::Mask) -> S::V {
+    simd.select(allowed, x, simd.splat(F::NEG_INFINITY))
+}
+
+/// Adds ALiBi, the slope times the distance of each key, negated, to the vectors of a row of bias, or to zeros, that have
+/// columns in `range`; `ahead` is how far the query's position is ahead of column 0. What masks stays so.
+#[inline(always)]
+fn add_alibi<F: Float, S: Simd<F>>(
+    simd: S,
+    slope: F,
+    ahead: i64,
+    has_bias: bool,
+    range: Range<usize>,
+    to: &mut [F; MAX_COLUMNS],
+) {
+    // Distances up to 2^24 are exact in every precision, as are their differences.
+    let is_near = ahead.unsigned_abs() < (1 << 24) - MAX_COLUMNS as u64;
+    let mut lanes = [F::ZERO; 64];
+    for (lane, value) in lanes.iter_mut().enumerate() {
+        *value = F::from_difference(lane as i64);
+    }
+    // SAFETY: 64 elements are as many as any vector has.
+    let offsets = unsafe { simd.load(lanes.as_ptr()) };
+    let (slope, nothing) = (simd.splat(-slope), simd.splat(F::NEG_INFINITY));
+    for column in (range.start / S::LANES * S::LANES..range.end).step_by(S::LANES) {
+        let distance = if is_near {
+            simd.sub(simd.splat(F::from_difference(ahead - column as i64)), offsets)
+        } else {
+            // Rounded once, whichever column of a tile a key is.
+            for (lane, value) in lanes[..S::LANES].iter_mut().enumerate() {
+                *value = F::from_difference(ahead.saturating_sub((column + lane) as i64));
+            }
+            // SAFETY: as above.
+            unsafe { simd.load(lanes.as_ptr()) }
+        };
+        // SAFETY: a row has whole vectors.
+        unsafe {
+            let at = to.as_mut_ptr().add(column);
+            let bias = if has_bias { simd.load(at) } else { simd.splat(F::ZERO) };
+            let sum = simd.fma(slope, simd.abs(distance), bias);
+            simd.store(at, simd.select(simd.equal(bias, nothing), nothing, sum));
+        }
     }
 }
 
@@ -374,69 +445,4 @@ fn broadcast(shape: &[usize; 4], index: [usize; 3]) -> [usize; 3] {
         }
     }
     out
-}
-
-/// `x += bias` for the columns that the bias has; the others are masked by structure.
-#[inline(always)]
-fn add_bias<F: Float, S: Simd<F>, T: Source>(simd: S, bias: Row<'_, T>, first: usize, tile: &mut [F]) {
-    let log2_e = simd.splat(F::LOG2_E);
-    if bias.len() == 1 {
-        let bias = simd.mul(simd.splat(bias.at(0).widen()), log2_e);
-        for column in (0..tile.len()).step_by(S::LANES) {
-            // SAFETY: the tile has whole vectors.
-            unsafe {
-                let at = tile.as_mut_ptr().add(column);
-                simd.store(at, simd.add(simd.load(at), bias));
-            }
-        }
-        return;
-    }
-    let count = tile.len().min(bias.len() - first);
-    let mut done = 0;
-    if let Some(bias) = bias.contiguous() {
-        let bias = &bias[first..first + count];
-        while done + S::LANES <= count {
-            // SAFETY: `done + LANES` elements are in both.
-            unsafe {
-                let at = tile.as_mut_ptr().add(done);
-                let value = T::load(simd, bias.as_ptr().add(done));
-                simd.store(at, simd.fma(value, log2_e, simd.load(at)));
-            }
-            done += S::LANES;
-        }
-    }
-    for (column, x) in tile[..count].iter_mut().enumerate().skip(done) {
-        *x += bias.at(first + column).widen::<F>() * F::LOG2_E;
-    }
-}
-
-/// `x = -inf` where the mask is false, for the columns that the mask has.
-#[inline(always)]
-fn apply_mask<F: Float, S: Simd<F>>(simd: S, mask: Row<'_, u8>, first: usize, tile: &mut [F]) {
-    if mask.len() == 1 {
-        if mask.at(0) == 0 {
-            tile.fill(F::NEG_INFINITY);
-        }
-        return;
-    }
-    let count = tile.len().min(mask.len() - first);
-    let mut done = 0;
-    if let Some(mask) = mask.contiguous() {
-        let mask = &mask[first..first + count];
-        let masked = simd.splat(F::NEG_INFINITY);
-        while done + S::LANES <= count {
-            // SAFETY: `done + LANES` elements are in both.
-            unsafe {
-                let at = tile.as_mut_ptr().add(done);
-                let kept = simd.load_mask(mask.as_ptr().add(done));
-                simd.store(at, simd.select(kept, simd.load(at), masked));
-            }
-            done += S::LANES;
-        }
-    }
-    for (column, x) in tile[..count].iter_mut().enumerate().skip(done) {
-        if mask.at(first + column) == 0 {
-            *x = F::NEG_INFINITY;
-        }
-    }
 }

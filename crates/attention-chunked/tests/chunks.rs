@@ -156,8 +156,8 @@ fn scratch_does_not_grow_with_the_sequences() {
             assert_eq!(forward(1 << 14), forward(1 << 20), "{level} {dtype}");
             assert!(forward(1 << 20) <= 1 << 20, "{level} {dtype}: {} bytes", forward(1 << 20));
             let backward = |length| backend.scratch_bytes(&problem(length, dtype, true)).unwrap();
-            // dq of one head in f32, and the logsumexp and row term of each row in f64.
-            let per_row = 64 * 4 + 16;
+            // dq of one head in f32, and the shift, gain and row term of each row in f64.
+            let per_row = 64 * 4 + 24;
             let grown = backward(1 << 18) - backward(1 << 14);
             assert_eq!(grown, ((1 << 18) - (1 << 14)) * per_row, "{level} {dtype}");
             let constant = backward(1 << 14) - (1 << 14) * per_row;

@@ -1,13 +1,12 @@
 //! The gradients of a block of logits: from products and the gradients of probabilities to probabilities and the
 //! gradients of products (Dao et al., arXiv 2205.14135, appendix B.2).
 
-use attention_core::Scalar;
 use attention_core::merge::Accumulator;
 
 use crate::engine::{Engine, GradientPacks, STAGE};
 use crate::float::Float;
-use crate::simd::{Kernel, Simd, exp2};
-use crate::terms::{QueryRow, Terms};
+use crate::simd::{Base, Kernel, Simd, power};
+use crate::terms::{Added, AddedRow, QueryRow, Terms, logit, masked};
 
 /// What the gradient of a block is taken of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,13 +17,35 @@ pub(crate) enum GradientOf {
     Logits,
 }
 
-/// What the forward pass left of a query row, with its incoming gradients.
+/// What probabilities of a query row are made of, `gain e^(x - shift)`, and the row term of their gradients.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct RowState {
-    /// The logsumexp, of base two; -inf for a row that attends to nothing.
-    pub(crate) lse: f64,
+pub(crate) struct RowState<F> {
+    /// Near the logsumexp, or the largest logit, in units of the call; -inf for a row that attends to nothing.
+    pub(crate) shift: F,
+    /// Brings the sum of probabilities to 1: `e` to what the shift leaves of the logsumexp.
+    pub(crate) gain: F,
     /// `<d_out, out> - d_lse`: what the softmax subtracts from the gradient of each probability.
-    pub(crate) delta: f64,
+    pub(crate) delta: F,
+}
+
+impl<F: Float> RowState<F> {
+    /// Of a row that attends to nothing.
+    pub(crate) const EMPTY: Self = Self { shift: F::NEG_INFINITY, gain: F::ZERO, delta: F::ZERO };
+
+    /// Of a state in f64, with the logarithm of the gain.
+    pub(crate) fn of([shift, log_gain, delta]: [f64; 3]) -> Self {
+        // What the rounding of a shift leaves is mostly so small that two terms are exact, in a fraction of the time.
+        let is_tiny = log_gain.abs() < 1e-6;
+        // Where the shift of a very large logsumexp was rounded up by far, no key is near it, and zero times infinity
+        // would be NaN.
+        let gain =
+            if is_tiny { 1.0 + (log_gain + 0.5 * log_gain * log_gain) } else { log_gain.min(1.0).exp() };
+        Self { shift: F::from_f64(shift), gain: F::from_f64(gain), delta: F::from_f64(delta) }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.shift == F::NEG_INFINITY
+    }
 }
 
 /// Turns a tile of products and one of gradients of probabilities, in place, into probabilities after dropout (with
@@ -34,7 +55,7 @@ pub(crate) struct BlockGradient<'t, 'a, E: Engine> {
     pub(crate) terms: &'t Terms<'a, E::F>,
     pub(crate) of: GradientOf,
     pub(crate) rows: &'t [QueryRow],
-    pub(crate) states: &'t [RowState],
+    pub(crate) states: &'t [RowState<E::F>],
     /// The key of the tiles' first column.
     pub(crate) first: usize,
     /// Columns to look at: whole pairs of vectors. Those behind the last key are masked by the rows' ranges.
@@ -63,19 +84,20 @@ impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
         let needed = rows.saturating_sub(1) * self.stride + self.columns;
         assert!(needed <= self.products.len() && needed <= self.gradients.len() && rows <= self.states.len());
         assert!(!self.terms.has_softcap() || self.columns <= self.slopes.len());
+        let mut memory: [AddedRow<E::F>; 2] = Default::default();
         if let Some(packs) = self.packs {
             assert!(!self.terms.has_softcap() && !self.terms.has_dropout());
             assert!(self.columns <= E::BLOCK_KEYS && rows <= E::BLOCK_ROWS);
             // Packed rows come in pairs of whole groups.
             for row in (0..rows.next_multiple_of(STAGE)).step_by(2) {
                 // SAFETY: as above; the rows and columns are inside the block, whose packs the caller vouches for.
-                unsafe { self.pair(row, &packs) };
+                unsafe { self.pair(row, &packs, &mut memory) };
             }
             return;
         }
         for row in 0..rows {
             // SAFETY: the row's columns are in both tiles, as checked above.
-            unsafe { self.row(row) };
+            unsafe { self.row(row, &mut memory[0]) };
         }
     }
 }
@@ -87,12 +109,12 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     /// # Safety
     /// As checked in `run`, for a row of the block.
     #[inline(always)]
-    unsafe fn row(&mut self, row: usize) {
+    unsafe fn row(&mut self, row: usize, memory: &mut AddedRow<E::F>) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
         let (columns, start) = (self.columns, row * self.stride);
         let (info, state) = (self.rows[row], self.states[row]);
-        if state.lse == f64::NEG_INFINITY {
+        if state.is_empty() {
             // The row attends to nothing, and whatever its gradients hold does not matter.
             self.products[start..start + columns].fill(E::F::DISALLOWED);
             self.gradients[start..start + columns].fill(E::F::ZERO);
@@ -100,10 +122,16 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         }
         // SAFETY: the row is in the tile.
         let tile = unsafe { self.products.as_mut_ptr().add(start) };
-        let slopes = self.terms.has_softcap().then_some(self.slopes.as_mut_ptr());
+        let mut adding = Adding::NOTHING;
         if self.apply {
-            // SAFETY: `columns` elements of the row, and of the slopes.
-            unsafe { self.terms.apply(simd, &info, self.first, columns, tile, slopes) };
+            // SAFETY: `columns` elements of the row, to which nothing else refers while they are changed.
+            let tile = unsafe { std::slice::from_raw_parts_mut(tile, columns) };
+            if self.terms.needs_tile() {
+                let slopes = self.terms.has_softcap().then_some(&mut self.slopes[..columns]);
+                self.terms.capped(simd, tile, slopes);
+            }
+            let added = self.terms.added(simd, &self.rows[row..], self.first, tile, memory);
+            adding = Adding::of(&added);
         }
         if self.terms.has_dropout() {
             let gradients = &mut self.gradients[start..start + columns];
@@ -113,13 +141,13 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         if <E::S as Simd<E::F>>::SIDE_BY_SIDE == 4 {
             while column + 4 * lanes <= columns {
                 // SAFETY: four vectors inside the row.
-                unsafe { self.vectors::<4>(start + column, column, &state) };
+                unsafe { self.vectors::<4>(start + column, column, &state, adding) };
                 column += 4 * lanes;
             }
         }
         while column < columns {
             // SAFETY: columns are whole pairs of vectors.
-            unsafe { self.vectors::<2>(start + column, column, &state) };
+            unsafe { self.vectors::<2>(start + column, column, &state, adding) };
             column += 2 * lanes;
         }
         if self.terms.has_dropout() {
@@ -133,53 +161,58 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     /// # Safety
     /// As checked in `run`, for rows of the block, and the packs are those of a block.
     #[inline(always)]
-    unsafe fn pair(&mut self, first: usize, packs: &GradientPacks<E::Packed>) {
+    unsafe fn pair(
+        &mut self,
+        first: usize,
+        packs: &GradientPacks<E::Packed>,
+        memory: &mut [AddedRow<E::F>; 2],
+    ) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
         let columns = self.columns;
         let zero = simd.splat(E::F::ZERO);
         let real = self.rows.len().saturating_sub(first).min(2);
-        for row in first..first + real {
+        let mut adding = [Adding::NOTHING; 2];
+        for (index, memory) in memory.iter_mut().enumerate().take(real) {
+            let row = first + index;
             let start = row * self.stride;
-            if self.states[row].lse == f64::NEG_INFINITY {
+            if self.states[row].is_empty() {
                 // As in `row`: all of it takes no part.
                 self.products[start..start + columns].fill(E::F::NEG_INFINITY);
                 self.gradients[start..start + columns].fill(E::F::ZERO);
             } else if self.apply {
-                // SAFETY: `columns` elements of the row.
-                unsafe {
-                    let tile = self.products.as_mut_ptr().add(start);
-                    self.terms.apply(simd, &self.rows[row], self.first, columns, tile, None);
+                let tile = &mut self.products[start..start + columns];
+                if self.terms.needs_tile() {
+                    self.terms.capped(simd, tile, None);
                 }
+                let added = self.terms.added(simd, &self.rows[row..], self.first, tile, memory);
+                adding[index] = Adding::of(&added);
             }
         }
-        let factor = simd.splat(self.terms.tile_factor());
-        let masked = simd.splat(E::F::NEG_INFINITY);
-        let state = |row: usize| {
-            let RowState { lse, delta } = self.states[row.min(self.rows.len() - 1)];
-            let lse = if lse == f64::NEG_INFINITY { 0.0 } else { lse };
-            (simd.splat(E::F::from_f64(-lse)), simd.splat(E::F::from_f64(delta)))
-        };
-        let states = [state(first), state(first + 1)];
+        let nothing = simd.splat(E::F::NEG_INFINITY);
+        let factor = simd.splat(self.terms.factor());
+        let base = self.terms.base();
+        let states =
+            [first, first + 1].map(|row| State::of(simd, &self.states[row.min(self.rows.len() - 1)]));
         for column in (0..columns).step_by(2 * lanes) {
-            let (mut products, mut x) = ([masked; 4], [masked; 4]);
+            let mut x = [nothing; 4];
             let mut incoming = [zero; 4];
             // SAFETY: two vectors of real rows.
             unsafe {
                 for (index, (row, vector)) in PLACES.into_iter().enumerate() {
                     if row < real {
                         let at = (first + row) * self.stride + column + vector * lanes;
-                        products[index] = simd.load(self.products.as_ptr().add(at));
+                        let product = simd.load(self.products.as_ptr().add(at));
+                        x[index] = adding[row].to(simd, product, factor, column + vector * lanes);
                         incoming[index] = simd.load(self.gradients.as_ptr().add(at));
-                        x[index] = simd.fma(products[index], factor, states[row].0);
                     }
                 }
             }
-            let weights = exp2::<E::F, E::S, false, 4>(simd, x);
+            let weights = probabilities(simd, base, x, PLACES.map(|(row, _)| states[row]));
             let (mut p, mut d) = ([[zero; 2]; 2], [[zero; 2]; 2]);
             for (index, (row, vector)) in PLACES.into_iter().enumerate() {
-                let disallowed = simd.equal(products[index], masked);
-                let gradient = simd.mul(weights[index], simd.sub(incoming[index], states[row].1));
+                let disallowed = simd.equal(x[index], nothing);
+                let gradient = simd.mul(weights[index], simd.sub(incoming[index], states[row].delta));
                 p[row][vector] = simd.select(disallowed, simd.splat(E::F::DISALLOWED), weights[index]);
                 d[row][vector] = simd.select(disallowed, zero, gradient);
             }
@@ -200,29 +233,33 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     /// `COUNT` vectors of a row: 2 or 4.
     ///
     /// # Safety
-    /// The vectors at `at` are inside both tiles, and those at `column` inside the slopes.
+    /// The vectors at `at` are inside both tiles, and those at `column` inside the slopes and what is added.
     #[inline(always)]
-    unsafe fn vectors<const COUNT: usize>(&mut self, at: usize, column: usize, state: &RowState) {
+    unsafe fn vectors<const COUNT: usize>(
+        &mut self,
+        at: usize,
+        column: usize,
+        state: &RowState<E::F>,
+        adding: Adding<E::F>,
+    ) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let factor = simd.splat(self.terms.tile_factor());
-        let shift = simd.splat(E::F::from_f64(-state.lse));
-        let delta = simd.splat(E::F::from_f64(state.delta));
-        let masked = simd.splat(E::F::NEG_INFINITY);
+        let nothing = simd.splat(E::F::NEG_INFINITY);
+        let factor = simd.splat(self.terms.factor());
         let has_slopes = self.terms.has_softcap() && self.of == GradientOf::Products;
+        let state = State::of(simd, state);
         // SAFETY: the caller's.
         unsafe {
             let (tile, gradients) = (self.products.as_mut_ptr().add(at), self.gradients.as_mut_ptr().add(at));
-            let (mut products, mut x) = ([shift; COUNT], [shift; COUNT]);
-            for (index, (product, x)) in products.iter_mut().zip(&mut x).enumerate() {
-                *product = simd.load(tile.add(index * lanes));
-                *x = simd.fma(*product, factor, shift);
+            let mut x = [nothing; COUNT];
+            for (index, x) in x.iter_mut().enumerate() {
+                *x = adding.to(simd, simd.load(tile.add(index * lanes)), factor, column + index * lanes);
             }
-            let weights = exp2::<E::F, E::S, false, COUNT>(simd, x);
-            for (index, (&p, &product)) in weights.iter().zip(&products).enumerate() {
-                let disallowed = simd.equal(product, masked);
+            let weights = probabilities(simd, self.terms.base(), x, [state; COUNT]);
+            for (index, (&p, &x)) in weights.iter().zip(&x).enumerate() {
+                let disallowed = simd.equal(x, nothing);
                 let at = gradients.add(index * lanes);
-                let mut d = simd.mul(p, simd.sub(simd.load(at), delta));
+                let mut d = simd.mul(p, simd.sub(simd.load(at), state.delta));
                 if has_slopes {
                     d = simd.mul(d, simd.load(self.slopes.as_ptr().add(column + index * lanes)));
                 }
@@ -232,4 +269,76 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             }
         }
     }
+}
+
+/// What is added to a row, as pointers that are null where there is nothing.
+#[derive(Clone, Copy)]
+struct Adding<F> {
+    bias: *const F,
+    mask: *const u8,
+}
+
+impl<F: Float> Adding<F> {
+    const NOTHING: Self = Self { bias: std::ptr::null(), mask: std::ptr::null() };
+
+    fn of(added: &Added<'_, F>) -> Self {
+        Self {
+            bias: added.bias.map_or(std::ptr::null(), <[F]>::as_ptr),
+            mask: added.mask.map_or(std::ptr::null(), <[u8]>::as_ptr),
+        }
+    }
+
+    /// The logits of a vector at `column`.
+    ///
+    /// # Safety
+    /// What is added is still borrowed, and has the vector.
+    #[inline(always)]
+    unsafe fn to<S: Simd<F>>(self, simd: S, product: S::V, factor: S::V, column: usize) -> S::V {
+        let mut x = product;
+        // SAFETY: the caller's.
+        unsafe {
+            if !self.bias.is_null() {
+                x = logit(simd, x, factor, simd.load(self.bias.add(column)));
+            }
+            if !self.mask.is_null() {
+                x = masked(simd, x, simd.load_mask(self.mask.add(column)));
+            }
+        }
+        x
+    }
+}
+
+/// A [`RowState`] in vectors.
+#[derive(Clone, Copy)]
+struct State<V> {
+    shift: V,
+    gain: V,
+    delta: V,
+}
+
+impl<V: Copy> State<V> {
+    #[inline(always)]
+    fn of<F: Float, S: Simd<F, V = V>>(simd: S, state: &RowState<F>) -> Self {
+        // A row that attends to nothing has logits of -inf, which no shift may make NaN of.
+        let shift = if state.is_empty() { F::ZERO } else { state.shift };
+        Self { shift: simd.splat(shift), gain: simd.splat(state.gain), delta: simd.splat(state.delta) }
+    }
+}
+
+/// The probabilities of logits: at most the gain, since no logit is above the logsumexp but by rounding. NaN stays NaN.
+#[inline(always)]
+fn probabilities<F: Float, S: Simd<F>, const COUNT: usize>(
+    simd: S,
+    base: Base<F>,
+    mut x: [S::V; COUNT],
+    states: [State<S::V>; COUNT],
+) -> [S::V; COUNT] {
+    for (x, state) in x.iter_mut().zip(&states) {
+        *x = simd.min(simd.splat(F::ZERO), simd.sub(*x, state.shift));
+    }
+    x = power(simd, base, x);
+    for (x, state) in x.iter_mut().zip(&states) {
+        *x = simd.mul(*x, state.gain);
+    }
+    x
 }

@@ -15,10 +15,11 @@ mod gradient;
 mod pair;
 mod states;
 
-use attention_core::{BackwardCall, BackwardInputs, Gradients, Inputs, Problem, Role};
+use attention_core::{BackwardCall, BackwardInputs, Gradients, Inputs, Problem, Role, Scalar};
 
 use self::gradient::RowState;
 use self::pair::{Layout, Pair};
+use self::states::{SharedStates, State, Workers};
 use crate::config::{ChunkedConfig, Plan, Sizes};
 use crate::engine::Engine;
 use crate::plan::{self, Rows};
@@ -37,7 +38,7 @@ pub(crate) struct Backward<'a, E: Engine> {
     d_out: Floats<'a>,
     terms: Terms<'a, E::F>,
     /// Of every query row, `[B, N, T]`.
-    states: &'a [[f64; 2]],
+    states: &'a [State],
     layout: Layout,
 }
 
@@ -161,7 +162,7 @@ impl<'a, E: Engine> Backward<'a, E> {
         problem: &'a Problem,
         inputs: &Inputs<'a>,
         saved: &BackwardInputs<'a>,
-        states: &'a [[f64; 2]],
+        states: &'a [State],
         layout: Layout,
     ) -> Self {
         Self {
@@ -178,10 +179,9 @@ impl<'a, E: Engine> Backward<'a, E> {
     }
 
     /// The state of a query row.
-    fn state(&self, batch: usize, head: usize, query: usize) -> RowState {
+    fn state(&self, batch: usize, head: usize, query: usize) -> RowState<E::F> {
         let dims = self.problem.dims();
-        let [lse, delta] = self.states[(batch * dims.query_heads + head) * dims.query_length + query];
-        RowState { lse, delta }
+        RowState::of(self.states[(batch * dims.query_heads + head) * dims.query_length + query])
     }
 
     /// Every query row of a key/value head.
@@ -255,8 +255,7 @@ impl Needs {
         if rows_of(true).is_some() {
             bytes = bytes.max(small.bytes::<Small>()?);
         }
-        let states = dims.batch.checked_mul(dims.query_heads)?.checked_mul(dims.query_length)?;
-        let states = states.checked_mul(size_of::<[f64; 2]>())?.checked_next_multiple_of(64)?;
+        let states = states::bytes(problem)?;
         let keys = |batch: usize| if is_small(batch) { small.keys() } else { layout.keys() };
         let rows = |batch: usize| if is_small(batch) { small.rows() } else { layout.rows() };
         let tasks = Tasks::of(problem, threads, keys, rows);
@@ -298,14 +297,47 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     let (needs, team) = config
         .begin(scratch.len(), |threads| Needs::of::<E, Small>(problem, small.is_some(), &sizes, threads));
     let (states, scratch) = scratch.split_at_mut(needs.states);
-    let states = states::compute(problem, &saved, states, &team);
+    let has_small = small.is_some();
+    let is_small = |batch: usize| has_small && plan::is_small(problem, batch);
+    let units =
+        (Terms::<E::F>::new(problem, &inputs).unit(), Terms::<Small::F>::new(problem, &inputs).unit());
+    let split = |batch: usize, lse: f64| {
+        if is_small(batch) { states::split(units.1, lse) } else { states::split(units.0, lse) }
+    };
+    let (states, any_lost) = states::compute(problem, &saved, split, states, &team);
+    if any_lost {
+        let (lse, sinks) = (Floats::new(saved.lse), inputs.sinks.map(Floats::new));
+        let shared = SharedStates::new(states);
+        let bytes = needs.bytes;
+        let of = Backward::new(engine, problem, &inputs, &saved, &[], needs.layout);
+        states::replace(
+            &of,
+            &lse,
+            sinks.as_ref(),
+            |batch| !is_small(batch),
+            shared,
+            Workers { team: &team, scratch: &mut *scratch, bytes },
+        );
+        if let Some(small) = small {
+            let of = Backward::new(small, problem, &inputs, &saved, &[], needs.small);
+            states::replace(
+                &of,
+                &lse,
+                sinks.as_ref(),
+                is_small,
+                shared,
+                Workers { team: &team, scratch: &mut *scratch, bytes },
+            );
+        }
+    }
+    let states: &[State] = states;
     if let Some(dsinks) = outputs.dsinks {
-        states::sink_gradient(problem, &inputs, states, dsinks);
+        let unit = |batch: usize| if is_small(batch) { units.1.to_f64() } else { units.0.to_f64() };
+        states::sink_gradient(problem, &inputs, states, unit, dsinks);
     }
 
     let backward = Backward::new(engine, problem, &inputs, &saved, states, needs.layout);
     let small = small.map(|small| Backward::new(small, problem, &inputs, &saved, states, needs.small));
-    let is_small = |batch: usize| small.is_some() && plan::is_small(problem, batch);
     if let Some(dbias) = outputs.dbias {
         bias::run(&backward, small.as_ref(), dbias, &team, needs.bytes, scratch);
     }

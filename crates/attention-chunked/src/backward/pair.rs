@@ -10,9 +10,10 @@ use super::{Backward, Outputs, bias};
 use crate::config::Sizes;
 use crate::engine::{Before, Engine, GradientPacks, STAGE, Weights};
 use crate::float::Float;
+use crate::forward::softmax::BlockSoftmax;
 use crate::forward::{MAX_BLOCK_ROWS, tile_stride};
 use crate::plan::{self, Rows};
-use crate::scratch::Pieces;
+use crate::scratch::{Pieces, round_up};
 use crate::simd::Simd;
 use crate::tensor::Floats;
 use crate::terms::QueryRow;
@@ -77,19 +78,22 @@ impl Layout {
         let (dk, dv) = (wanted.contains(Gradients::KEY), wanted.contains(Gradients::VALUE));
         let most_keys = plan::most_keys(problem);
         let packed = size_of::<E::Packed>();
-        let key_bytes = (packed
-            * (E::keys_len(STAGE, head_dim)
-                + E::keys_len(STAGE, value_head_dim)
-                + E::values_len(STAGE, head_dim))
-            + size_of::<E::F>()
-                * (E::key_sums_len(STAGE, head_dim) + E::key_sums_len(STAGE, value_head_dim)))
-            / STAGE;
-        let row_bytes = packed
-            * (E::queries_len(STAGE, head_dim)
-                + E::queries_len(STAGE, value_head_dim)
-                + E::terms_len(STAGE, head_dim)
-                + E::terms_len(STAGE, value_head_dim))
-            / STAGE;
+        let sum = |lengths: &[usize]| lengths.iter().fold(0usize, |sum, &length| sum.saturating_add(length));
+        let of_keys = sum(&[
+            E::keys_len(STAGE, head_dim),
+            E::keys_len(STAGE, value_head_dim),
+            E::values_len(STAGE, head_dim),
+        ]);
+        let of_sums = sum(&[E::key_sums_len(STAGE, head_dim), E::key_sums_len(STAGE, value_head_dim)]);
+        let of_rows = sum(&[
+            E::queries_len(STAGE, head_dim),
+            E::queries_len(STAGE, value_head_dim),
+            E::terms_len(STAGE, head_dim),
+            E::terms_len(STAGE, value_head_dim),
+        ]);
+        let key_bytes =
+            sum(&[packed.saturating_mul(of_keys), size_of::<E::F>().saturating_mul(of_sums)]) / STAGE;
+        let row_bytes = packed.saturating_mul(of_rows) / STAGE;
         // Query rows are packed once for each chunk of keys, so keys have the larger part.
         let keys = sizes.keys.map_or(sizes.budget / key_bytes.max(1), |keys| keys.get());
         let keys = (keys / E::BLOCK_KEYS * E::BLOCK_KEYS).clamp(E::BLOCK_KEYS, 8 * E::BLOCK_KEYS);
@@ -152,7 +156,7 @@ impl Layout {
             weights: pieces.take(E::weights_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
             key_weights: pieces.take(E::gradients_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
             value_weights: pieces.take(E::gradients_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
-            dq: pieces.take(self.dq_rows.next_multiple_of(STAGE).saturating_mul(E::sum_stride(head_dim))),
+            dq: pieces.take(round_up(self.dq_rows, STAGE).saturating_mul(E::sum_stride(head_dim))),
             dk: pieces.take(some(self.dk, E::key_sums_len(keys, head_dim))),
             dv: pieces.take(some(self.dv, E::key_sums_len(keys, value_head_dim))),
             row: pieces.take(width),
@@ -196,16 +200,16 @@ pub(crate) struct Pair<'s, 'a, E: Engine> {
 }
 
 /// A block of query rows, with the keys that any and all of them can see.
-pub(crate) struct Block {
+pub(crate) struct Block<F> {
     infos: [QueryRow; MAX_BLOCK_ROWS],
-    states: [RowState; MAX_BLOCK_ROWS],
+    states: [RowState<F>; MAX_BLOCK_ROWS],
     /// Its rows among those of the chunk.
     pub(crate) rows: Range<usize>,
     any: Range<usize>,
     all: Range<usize>,
 }
 
-impl Block {
+impl<F> Block<F> {
     pub(crate) fn infos(&self) -> &[QueryRow] {
         &self.infos[..self.rows.len()]
     }
@@ -347,11 +351,21 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
     }
 
     /// The rows `rows` of the chunk that begins at `chunk`.
-    pub(crate) fn block(&self, chunk: usize, rows: Range<usize>) -> Block {
+    pub(crate) fn block(&self, chunk: usize, rows: Range<usize>) -> Block<E::F> {
+        let mut block = self.block_without_states(chunk, rows);
+        let count = block.rows.len();
+        for (info, state) in block.infos[..count].iter().zip(&mut block.states) {
+            *state = self.backward.state(info.batch, info.head, info.query);
+        }
+        block
+    }
+
+    /// The same, with the states of rows that attend to nothing.
+    pub(crate) fn block_without_states(&self, chunk: usize, rows: Range<usize>) -> Block<E::F> {
         let empty = QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 };
         let mut block = Block {
             infos: [empty; MAX_BLOCK_ROWS],
-            states: [RowState { lse: f64::NEG_INFINITY, delta: 0.0 }; MAX_BLOCK_ROWS],
+            states: [RowState::EMPTY; MAX_BLOCK_ROWS],
             rows: rows.clone(),
             any: 0..0,
             all: 0..usize::MAX,
@@ -360,7 +374,6 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         for (index, row) in rows.enumerate() {
             let info = self.rows.row(self.backward.problem, chunk + row);
             block.infos[index] = info;
-            block.states[index] = self.backward.state(info.batch, info.head, info.query);
             block.all = block.all.start.max(info.begin)..block.all.end.min(info.end);
             if info.begin < info.end {
                 (begin, end) = (begin.min(info.begin), end.max(info.end));
@@ -372,7 +385,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
 
     /// The blocks of keys of a packed chunk that a block of rows meets.
     pub(crate) fn key_blocks(
-        block: &Block,
+        block: &Block<E::F>,
         keys: &Range<usize>,
     ) -> impl Iterator<Item = Range<usize>> + use<E> {
         let seen = plan::intersection(&block.any, keys);
@@ -389,7 +402,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         &self,
         of: GradientOf,
         packing: Packing,
-        block: &Block,
+        block: &Block<E::F>,
         keys: &Range<usize>,
         chunk: &Range<usize>,
         scratch: &mut Scratch<'_, E>,
@@ -431,6 +444,72 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             keep: packing != Packing::Alone,
         });
         true
+    }
+
+    /// The largest logits and the sums of weights of a block of rows over all keys that they see, with the products that
+    /// [`gradients`](Self::gradients) has; the shifts are -inf and the sums 0 at first.
+    pub(crate) fn sums(
+        &self,
+        block: &Block<E::F>,
+        shifts: &mut [E::F; MAX_BLOCK_ROWS],
+        sums: &mut [E::F; MAX_BLOCK_ROWS],
+        scratch: &mut Scratch<'_, E>,
+    ) {
+        let Backward { engine, layout, query, key, terms, .. } = self.backward;
+        let stride = tile_stride::<E>();
+        let lanes = <E::S as Simd<E::F>>::LANES;
+        let (rows, packed_rows) = (block.rows.len(), layout.packed_rows());
+        for first in (0..rows).step_by(STAGE) {
+            let index = |row: usize| {
+                let info = &block.infos[first + row];
+                [info.batch, info.query, info.head]
+            };
+            let (count, sign) = (STAGE.min(rows - first), terms.query_sign());
+            let (staged, _) = query.stage(*engine, count, index, sign, false, scratch.stage);
+            engine.pack_queries(staged, first, packed_rows, scratch.queries);
+        }
+        let mut factors = [E::F::ZERO; MAX_BLOCK_ROWS];
+        let begin = block.any.start / layout.keys * layout.keys;
+        for chunk in (begin..block.any.end).step_by(layout.keys) {
+            let chunk = chunk..block.any.end.min(chunk + layout.keys);
+            let packed = chunk.len().next_multiple_of(STAGE);
+            for first in (0..chunk.len()).step_by(STAGE) {
+                let index = |row: usize| [self.rows.batch, chunk.start + first + row, self.rows.key_head];
+                let count = STAGE.min(chunk.len() - first);
+                let (staged, _) = key.stage(*engine, count, index, E::F::ONE, false, scratch.stage);
+                engine.pack_keys(staged, first, packed, scratch.keys);
+            }
+            for keys in Self::key_blocks(block, &chunk) {
+                let (begin, count) = (keys.start - chunk.start, keys.len());
+                let end = (begin + count).next_multiple_of(E::KEY_STEP).min(packed);
+                let columns = count.next_multiple_of((2 * lanes).max(E::WEIGHT_STEP));
+                engine.products(
+                    (scratch.queries, packed_rows),
+                    (0, rows),
+                    (scratch.keys, packed),
+                    (begin, end),
+                    layout.head_dim,
+                    scratch.products,
+                    stride,
+                );
+                engine.simd().vectorize(BlockSoftmax {
+                    engine: *engine,
+                    terms,
+                    rows: block.infos(),
+                    first: keys.start,
+                    columns,
+                    apply: true,
+                    mark: false,
+                    tile: scratch.products,
+                    stride,
+                    packed_columns: E::BLOCK_KEYS,
+                    packed: scratch.weights,
+                    shifts,
+                    sums,
+                    factors: &mut factors,
+                });
+            }
+        }
     }
 
     /// Where a block is packed to.
@@ -560,7 +639,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
     /// would be NaN where they take no part.
     fn add_apart(
         &self,
-        block: &Block,
+        block: &Block<E::F>,
         chunk: usize,
         block_keys: &Range<usize>,
         keys: &Range<usize>,

@@ -1,44 +1,118 @@
-//! What the forward pass left of each query row, and the gradient of the sinks, which takes nothing else.
+//! What probabilities of each query row are made of, and the gradient of the sinks, which takes nothing else.
+//!
+//! The forward pass left the logsumexp of a row. Its difference from a shift that a logit can be compared with goes into
+//! a factor, the gain, so that nothing is rounded at the size of the logsumexp but the logsumexp itself. Where that was
+//! rounded too far, which is where it is large, the sum of the keys at hand takes its place ([`own`]).
 
-use attention_core::{BackwardInputs, Inputs, Problem, ViewMut};
+mod own;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use attention_core::{BackwardInputs, DType, Inputs, Problem, ViewMut};
 use attention_threads::Team;
 
+use crate::float::Float;
 use crate::scratch::Pieces;
 use crate::tensor::{Floats, SharedOutput};
 use crate::workers;
 
+pub(super) use own::{Workers, replace};
+
 /// Rows whose states are computed by one task.
 const TASK_ROWS: usize = 256;
 
-/// A shared pointer to states that tasks write different parts of.
-struct Parts(*mut [f64; 2]);
+/// The shift, the logarithm of the gain and the row term of a query row, as [`RowState`](super::gradient::RowState) has
+/// them.
+pub(crate) type State = [f64; 3];
 
-// SAFETY: tasks write through it to different elements.
-unsafe impl Sync for Parts {}
+/// Bytes of the states of all query rows, `[B, N, T]`; `None` on overflow.
+pub(crate) fn bytes(problem: &Problem) -> Option<usize> {
+    let dims = problem.dims();
+    let rows = dims.batch.checked_mul(dims.query_heads)?.checked_mul(dims.query_length)?;
+    rows.checked_mul(size_of::<State>())?.checked_next_multiple_of(64)
+}
 
-impl Parts {
+/// A shared pointer to states that tasks write different ones of.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedStates<'m> {
+    first: *mut State,
+    count: usize,
+    memory: std::marker::PhantomData<&'m mut [State]>,
+}
+
+// SAFETY: an exclusive piece of plain data, whose elements are written through an unsafe method that asks its callers for
+// different elements on different threads.
+unsafe impl Sync for SharedStates<'_> {}
+
+impl<'m> SharedStates<'m> {
+    pub(crate) fn new(states: &'m mut [State]) -> Self {
+        Self { first: states.as_mut_ptr(), count: states.len(), memory: std::marker::PhantomData }
+    }
+
+    /// Changes one state.
+    ///
     /// # Safety
-    /// The element is inside the memory, and no other thread uses it.
-    unsafe fn write(&self, index: usize, state: [f64; 2]) {
-        // SAFETY: the caller's.
-        unsafe { self.0.add(index).write(state) };
+    /// No other thread uses this state.
+    unsafe fn update(&self, index: usize, change: impl FnOnce(&mut State)) {
+        assert!(index < self.count);
+        // SAFETY: inside the memory; exclusive by the caller's word.
+        change(unsafe { &mut *self.first.add(index) });
     }
 }
 
-/// Computes the logsumexp of base two and `<d_out, out> - d_lse` of every query row, `[B, N, T]`, in f64: the
-/// product is subtracted from numbers that it nearly equals.
+/// The largest logsumexp whose own rounding is no concern: relative to probabilities, it is up to half a unit in the last
+/// place of the logsumexp. At 128 that is 64 roundings of a class with operands of the logsumexp's own precision, half
+/// of what the products of a head of 128 are allowed; halves round probabilities themselves, by more than all of it.
+fn largest_exact(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 | DType::F64 => 128.0,
+        _ => 1024.0,
+    }
+}
+
+/// Whether a logsumexp that was stored has lost digits that matter.
+fn has_lost_digits(dtype: DType, lse: f64) -> bool {
+    lse.is_finite() && lse.abs() > largest_exact(dtype)
+}
+
+/// A natural logit in units of size `unit`, rounded to a shift that logits can be compared with: finite, and not below a
+/// logit that the unrounded one is not below.
+fn round_shift<F: Float>(natural: f64, unit: F) -> f64 {
+    round_shift_near(0.0, natural, unit)
+}
+
+/// The same of a shift and a natural logit that is added to it.
+fn round_shift_near<F: Float>(shift: f64, natural: f64, unit: F) -> f64 {
+    let largest = F::LARGEST.to_f64();
+    F::from_f64((shift + natural / unit.to_f64()).clamp(-largest, largest)).to_f64()
+}
+
+/// The shift that a logsumexp stands for, where logits come in units of size `unit`, and the logarithm of the gain.
+pub(crate) fn split<F: Float>(unit: F, lse: f64) -> [f64; 2] {
+    if !lse.is_finite() {
+        return [lse, 0.0];
+    }
+    let shift = round_shift(lse, unit);
+    [shift, shift.mul_add(unit.to_f64(), -lse)]
+}
+
+/// Computes the state of every query row, `[B, N, T]`, with `split(batch, lse)` for shift and gain, and
+/// `<d_out, out> - d_lse` in f64: the product is subtracted from numbers that it nearly equals. Says whether there is a
+/// logsumexp that has lost digits.
 pub(crate) fn compute<'m>(
     problem: &Problem,
     saved: &BackwardInputs<'_>,
+    split: impl Fn(usize, f64) -> [f64; 2] + Sync,
     memory: &'m mut [u8],
     team: &Team,
-) -> &'m [[f64; 2]] {
+) -> (&'m mut [State], bool) {
     let dims = problem.dims();
     let total = dims.batch * dims.query_heads * dims.query_length;
-    let states: &mut [[f64; 2]] = Pieces::of(memory).take(total);
+    let states: &mut [State] = Pieces::of(memory).take(total);
     let (out, d_out, lse) = (Floats::new(saved.out), Floats::new(saved.d_out), Floats::new(saved.lse));
     let d_lse = saved.d_lse.map(Floats::new);
-    let parts = Parts(states.as_mut_ptr());
+    let any_lost = AtomicBool::new(false);
+    let shared = SharedStates::new(states);
     workers::run(total.div_ceil(TASK_ROWS), team, &mut [], 0, |task, _| {
         for index in task * TASK_ROWS..total.min((task + 1) * TASK_ROWS) {
             let (row, query) = (index / dims.query_length, index % dims.query_length);
@@ -46,26 +120,31 @@ pub(crate) fn compute<'m>(
             let at = [batch, query, head];
             let is_real = query < problem.query_len(batch);
             let natural: f64 = if is_real { lse.at(&at) } else { f64::NEG_INFINITY };
-            let state = if natural == f64::NEG_INFINITY {
+            let new = if natural == f64::NEG_INFINITY {
                 // Nothing is attended to, and whatever the gradients hold does not matter.
-                [natural, 0.0]
+                [natural, 0.0, 0.0]
             } else {
                 let d_lse = d_lse.as_ref().map_or(0.0, |d_lse| d_lse.at(&at));
-                [natural * std::f64::consts::LOG2_E, out.dot(&d_out, at) - d_lse]
+                let [shift, log_gain] = split(batch, natural);
+                [shift, log_gain, out.dot(&d_out, at) - d_lse]
             };
-            // SAFETY: tasks have different indices, below `total`.
-            unsafe { parts.write(index, state) };
+            if has_lost_digits(problem.dtype(), natural) {
+                any_lost.store(true, Ordering::Relaxed);
+            }
+            // SAFETY: tasks have different indices.
+            unsafe { shared.update(index, |state| *state = new) };
         }
     });
-    states
+    (states, any_lost.into_inner())
 }
 
 /// `dsink[n] = -sum over rows of exp(sink - lse) (<d_out, out> - d_lse)`: the sink has no value, so the derivative
-/// of the softmax leaves only the row term.
+/// of the softmax leaves only the row term. `unit(batch)` is the size of the unit of the shifts.
 pub(crate) fn sink_gradient(
     problem: &Problem,
     inputs: &Inputs<'_>,
-    states: &[[f64; 2]],
+    states: &[State],
+    unit: impl Fn(usize) -> f64,
     dsinks: ViewMut<'_>,
 ) {
     let dims = problem.dims();
@@ -76,16 +155,59 @@ pub(crate) fn sink_gradient(
     for head in 0..dims.query_heads {
         let sink: f64 = sinks.at(&[head]);
         let mut sum = 0.0;
-        // Without query rows, of any number of batch rows.
-        for batch in 0..if dims.query_length > 0 { dims.batch } else { 0 } {
+        // A sink of -inf is no sink: no row has a gradient through it, whatever its own are. Without query rows there may be any
+        // number of batch rows.
+        let batches = if sink == f64::NEG_INFINITY || dims.query_length == 0 { 0 } else { dims.batch };
+        for batch in 0..batches {
             let first = (batch * dims.query_heads + head) * dims.query_length;
-            for [lse, delta] in &states[first..first + dims.query_length] {
-                if *lse != f64::NEG_INFINITY {
-                    sum -= (sink - lse * std::f64::consts::LN_2).exp() * delta;
+            let unit = unit(batch);
+            for [shift, log_gain, delta] in &states[first..first + dims.query_length] {
+                if *shift != f64::NEG_INFINITY {
+                    sum -= sink_probability(sink, [*shift, *log_gain], unit) * delta;
                 }
             }
         }
         // SAFETY: no other thread writes.
         unsafe { dsinks.write([head, 0, 0, 0], sum) };
+    }
+}
+
+/// `exp(sink - lse)`, at most 1 but for NaN: the sink is in natural units, the shift in those of the call.
+fn sink_probability(sink: f64, [shift, log_gain]: [f64; 2], unit: f64) -> f64 {
+    let above = (-shift).mul_add(unit, sink) + log_gain;
+    if above > 0.0 { 1.0 } else { above.exp() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `gain e^(x - shift)` is `e^(x - lse)`, however the shift was rounded.
+    #[test]
+    fn a_shift_and_its_gain_are_the_logsumexp() {
+        for lse in [0.0, 7.62, -88.3, 20.000_001, 1e4, 1.234_567_8e7, -3.3e38] {
+            for unit in [1.0f32, 0.125, 0.1, 3.7] {
+                let [shift, log_gain] = split(unit, lse);
+                assert!(shift == f64::from(shift as f32) || shift.abs() > 3.4e38, "{lse} {unit}");
+                let got = shift * f64::from(unit) - log_gain;
+                assert!((got - lse).abs() <= 1e-15 * lse.abs(), "{lse} {unit}: {got}");
+                // Only the rounding of the shift, but where no shift is as large.
+                let is_held = lse.abs() / f64::from(unit) <= f64::from(f32::MAX);
+                assert!(!is_held || log_gain.abs() <= 6.1e-8 * lse.abs(), "{lse} {unit}: {log_gain}");
+            }
+        }
+        assert_eq!(split(1e-38f32, 7.0)[0], f64::from(f32::MAX));
+        assert_eq!(split(0.5f32, f64::INFINITY), [f64::INFINITY, 0.0]);
+        assert!(split(0.5f32, f64::NAN)[0].is_nan());
+    }
+
+    #[test]
+    fn a_sink_has_at_most_probability_one() {
+        assert_eq!(sink_probability(3e14, [3e14, 0.0], 1.0), 1.0);
+        assert_eq!(sink_probability(f64::NEG_INFINITY, [0.0, 0.0], 1.0), 0.0);
+        assert_eq!(sink_probability(1e300, [1.0, 0.0], 0.1), 1.0);
+        assert!(sink_probability(f64::NAN, [0.0, 0.0], 1.0).is_nan());
+        // A shift that cannot be as large as the sink.
+        assert_eq!(sink_probability(f64::MAX, split(0.5f64, f64::MAX), 0.5), 1.0);
     }
 }

@@ -17,6 +17,7 @@ use std::sync::OnceLock;
 use half::bf16;
 
 use super::{Before, Engine, FloatRows, GradientPacks, STAGE, Staged, Weights};
+use crate::scratch::{extent, round_up};
 use crate::simd::{Kernel, Simd};
 
 /// The vectors beside the tiles.
@@ -79,7 +80,7 @@ impl<const PARTS: usize> Tiles<PARTS> {
 
     /// Elements of a packed operand.
     const fn packed_len(outer: usize, inner: usize) -> usize {
-        outer.next_multiple_of(32) * inner.next_multiple_of(32) * PARTS
+        round_up(outer, 32).saturating_mul(round_up(inner, 32)).saturating_mul(PARTS)
     }
 
     /// Where part 0 of the tile of `outer` and `inner` begins, where the inner axis has `length` elements.
@@ -203,11 +204,11 @@ impl<const PARTS: usize> Tiles<PARTS> {
             let first = Self::tile_at(operand.outer, operand.inner, operand.length);
             let second = Self::tile_at(operand.outer + 16, operand.inner, operand.length);
             assert!(operand.inner.is_multiple_of(32) && operand.outer.is_multiple_of(32));
-            assert!(operand.inner / 32 + steps <= operand.length.div_ceil(32));
-            assert!(second + steps * PARTS * TILE <= operand.data.len());
+            assert!((operand.inner / 32).saturating_add(steps) <= operand.length.div_ceil(32));
+            assert!(second.saturating_add(steps.saturating_mul(PARTS * TILE)) <= operand.data.len());
             (operand.data[first..].as_ptr(), operand.data[second..].as_ptr())
         };
-        assert!(31 * stride + 32 <= out.len());
+        assert!(extent(32, stride, 32) <= out.len());
         if steps == 0 {
             if !add {
                 out.chunks_mut(stride).take(32).for_each(|row| row[..32].fill(0.0));
@@ -323,7 +324,7 @@ impl<const PARTS: usize> Kernel for Pack<'_, PARTS> {
         let Self { simd, form, staged, first, rows, to } = self;
         let (width, stride) = (staged.width, staged.stride);
         let data = staged.data;
-        assert!(first.is_multiple_of(STAGE) && first < rows && (STAGE - 1) * stride + width <= data.len());
+        assert!(first.is_multiple_of(STAGE) && first < rows && extent(STAGE, stride, width) <= data.len());
         assert!(Tiles::<PARTS>::packed_len(rows, width) <= to.len());
         let rows = rows.next_multiple_of(32);
         let inner_width = width.next_multiple_of(32);
@@ -523,7 +524,7 @@ impl<const PARTS: usize> Kernel for PackBlock<'_, PARTS> {
     fn run(self) {
         let Self { tile, stride, rows, columns, as_weights, for_keys } = self;
         let (padded_rows, columns) = (rows.next_multiple_of(32), columns.next_multiple_of(32));
-        assert!(rows == 0 || (rows - 1) * stride + columns <= tile.len());
+        assert!(extent(rows, stride, columns) <= tile.len());
         let all = Tiles::<PARTS>::BLOCK_ROWS;
         assert!(padded_rows <= all && columns <= Tiles::<PARTS>::BLOCK_KEYS);
         let zero = [0f32; 16];
@@ -661,8 +662,8 @@ impl Kernel for TransposeSums<'_> {
     fn run(self) {
         let Self { simd, sums, stride, first, width, room, room_stride } = self;
         let padded = width.next_multiple_of(16);
-        assert!(padded <= room_stride && STAGE * room_stride <= room.len());
-        assert!(padded == 0 || (padded - 1) * stride + first + STAGE <= sums.len());
+        assert!(padded <= room_stride && STAGE.saturating_mul(room_stride) <= room.len());
+        assert!(extent(padded, stride, first.saturating_add(STAGE)) <= sums.len());
         for key in (0..STAGE).step_by(16) {
             for column in (0..padded).step_by(16) {
                 // SAFETY: 16 rows of 16 elements from column `column` on are in both, as checked above.
@@ -683,7 +684,7 @@ impl Kernel for TransposeSums<'_> {
 /// The distance between the rows of transposed sums of `keys` keys: a line more than they need, since the 16 rows of a
 /// tile would share a set of the cache if they were pages apart.
 fn key_sum_stride(keys: usize) -> usize {
-    keys.next_multiple_of(32) + 16
+    round_up(keys, 32).saturating_add(16)
 }
 
 impl<const PARTS: usize> Engine for Tiles<PARTS> {
@@ -699,7 +700,7 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
     const WEIGHT_STEP: usize = 32;
 
     fn sum_stride(width: usize) -> usize {
-        width.next_multiple_of(32)
+        round_up(width, 32)
     }
 
     fn simd(self) -> Avx512 {
@@ -901,7 +902,7 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
     }
 
     fn key_sums_len(keys: usize, width: usize) -> usize {
-        key_sum_stride(keys) * width.next_multiple_of(32)
+        key_sum_stride(keys).saturating_mul(round_up(width, 32))
     }
 
     fn add_key_sums(

@@ -6,6 +6,7 @@
 
 use super::{Before, Engine, FloatRows, STAGE, Staged, Weights};
 use crate::float::Float;
+use crate::scratch::{extent, round_up};
 use crate::simd::{Kernel, Simd};
 
 /// The engine of a vector level.
@@ -22,7 +23,7 @@ impl<F: Float, S: Simd<F>> Fused<F, S> {
 
     /// Columns of the packed right operand: whole vectors.
     const fn padded(columns: usize) -> usize {
-        columns.next_multiple_of(S::LANES)
+        round_up(columns, S::LANES)
     }
 }
 
@@ -65,11 +66,11 @@ impl<F: Float, S: Simd<F>> Kernel for Product<'_, F, S> {
         }
         // Everything that the pointers below reach.
         assert!(begin.is_multiple_of(S::TILE_COLUMNS) && end.is_multiple_of(S::LANES));
-        assert!(end <= self.right.columns && self.depth.0 + self.depth.1 <= self.right.depth);
-        assert!(self.right.columns * self.right.depth <= self.right.data.len());
-        let last = self.depth.1.saturating_sub(1) * self.left_depth;
-        assert!(self.depth.1 == 0 || (self.rows - 1) * self.left_row + last < self.left.len());
-        assert!((self.rows - 1) * self.stride + (end - begin) <= self.out.len());
+        assert!(end <= self.right.columns && self.depth.0.saturating_add(self.depth.1) <= self.right.depth);
+        assert!(self.right.columns.saturating_mul(self.right.depth) <= self.right.data.len());
+        let left = extent(self.rows, self.left_row, extent(self.depth.1, self.left_depth, 1));
+        assert!(self.depth.1 == 0 || left <= self.left.len());
+        assert!(extent(self.rows, self.stride, end - begin) <= self.out.len());
         if let Before::Scaled(scales) = self.before {
             assert!(self.rows <= scales.len());
         }
@@ -194,7 +195,8 @@ impl<F: Float, S: Simd<F>> Kernel for PackColumns<'_, F, S> {
         let Self { simd, staged, first, columns, to } = self;
         let depth = staged.width;
         assert!(first.is_multiple_of(STAGE) && columns.is_multiple_of(STAGE) && first < columns);
-        assert!((STAGE - 1) * staged.stride + depth <= staged.data.len() && columns * depth <= to.len());
+        assert!(extent(STAGE, staged.stride, depth) <= staged.data.len());
+        assert!(columns.saturating_mul(depth) <= to.len());
         for group in (0..STAGE).step_by(S::LANES) {
             let column = first + group;
             let start = column / S::TILE_COLUMNS * S::TILE_COLUMNS;
@@ -270,7 +272,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn queries_len(rows: usize, width: usize) -> usize {
-        rows * width
+        rows.saturating_mul(width)
     }
 
     fn pack_queries(self, staged: Staged<'_, F>, first: usize, rows: usize, to: &mut [F]) {
@@ -282,7 +284,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn keys_len(keys: usize, width: usize) -> usize {
-        keys * width
+        keys.saturating_mul(width)
     }
 
     fn pack_keys(self, staged: Staged<'_, F>, first: usize, keys: usize, to: &mut [F]) {
@@ -291,7 +293,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn values_len(keys: usize, width: usize) -> usize {
-        keys * Self::padded(width)
+        keys.saturating_mul(Self::padded(width))
     }
 
     fn pack_values(self, staged: Staged<'_, F>, first: usize, keys: usize, to: &mut [F]) {
@@ -374,7 +376,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn terms_len(rows: usize, width: usize) -> usize {
-        rows * Self::padded(width)
+        rows.saturating_mul(Self::padded(width))
     }
 
     fn pack_terms(self, staged: Staged<'_, F>, first: usize, rows: usize, to: &mut [F]) {
@@ -390,7 +392,7 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn key_sums_len(keys: usize, width: usize) -> usize {
-        keys * Self::padded(width)
+        keys.saturating_mul(Self::padded(width))
     }
 
     fn add_key_sums(

@@ -6,8 +6,7 @@
 
 use std::ops::Range;
 
-use attention_core::merge::{Accumulator, RunningSoftmax};
-use attention_core::{HostView, Problem};
+use attention_core::{HostView, Problem, Row};
 
 use super::softmax::BlockSoftmax;
 use super::{Forward, Outputs, normalise};
@@ -15,7 +14,7 @@ use crate::engine::Engine;
 use crate::engine::vector::Fused;
 use crate::float::Float;
 use crate::plan::Rows;
-use crate::scratch::Pieces;
+use crate::scratch::{Pieces, extent};
 use crate::simd::{Kernel, Simd, prefetch};
 use crate::tensor::{Floats, Source, typed};
 use crate::terms::QueryRow;
@@ -70,10 +69,9 @@ impl Few {
 
     fn scratch<'a, F: Float>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, F> {
         Scratch {
-            stage: pieces.take(self.heads * FEW * Floats::stage_stride(self.head_dim)),
+            stage: pieces.take((self.heads * FEW).saturating_mul(Floats::stage_stride(self.head_dim))),
             tile: pieces.take(FEW * STRIDE),
             factors: pieces.take(FEW),
-            row: pieces.take(self.value_head_dim),
             part: self.partial(pieces),
             running: self.partial(pieces),
         }
@@ -85,7 +83,7 @@ impl Few {
             width: self.value_head_dim,
             shifts: pieces.take(rows),
             sums: pieces.take(rows),
-            values: pieces.take(rows * self.value_head_dim),
+            values: pieces.take(rows.saturating_mul(self.value_head_dim)),
         }
     }
 
@@ -114,7 +112,6 @@ struct Scratch<'a, F> {
     stage: &'a mut [F],
     tile: &'a mut [F],
     factors: &'a mut [F],
-    row: &'a mut [F],
     part: Partial<'a, F>,
     /// The parts so far.
     running: Partial<'a, F>,
@@ -123,7 +120,7 @@ struct Scratch<'a, F> {
 /// The result of some keys for each row of some heads.
 struct Partial<'a, F> {
     width: usize,
-    /// Of base two.
+    /// In units of the call.
     shifts: &'a mut [F],
     sums: &'a mut [F],
     /// Unnormalised, rows of the value head dimension.
@@ -137,22 +134,24 @@ impl<F: Float> Partial<'_, F> {
         self.values.fill(F::ZERO);
     }
 
-    /// Adds the result of further keys.
-    fn merge(&mut self, part: &Self) {
+    /// Adds the result of further keys; `unit` is the size of the shifts' unit.
+    fn merge(&mut self, part: &Self, unit: F) {
         let width = self.width;
         for row in 0..self.sums.len() {
-            let natural =
-                |part: &Self| RunningSoftmax { max: part.shifts[row] * F::LN_2, sum: part.sums[row] };
-            let mut running = natural(self);
-            let factors = running.merge(natural(part));
-            self.sums[row] = running.sum;
-            // Not back from the natural maximum, which was rounded.
-            if running.max == part.shifts[row] * F::LN_2 {
-                self.shifts[row] = part.shifts[row];
-            }
+            let shifts = [self.shifts[row], part.shifts[row]];
+            // A NaN on either side becomes the shift and stays it.
+            let shift = if shifts[1] > shifts[0] || shifts[1].is_nan() { shifts[1] } else { shifts[0] };
+            let [old, new] =
+                shifts.map(
+                    |before| {
+                        if before == F::NEG_INFINITY { F::ZERO } else { ((before - shift) * unit).exp() }
+                    },
+                );
+            self.shifts[row] = shift;
+            self.sums[row] = self.sums[row] * old + part.sums[row] * new;
             let values = &mut self.values[row * width..][..width];
-            for (value, &new) in values.iter_mut().zip(&part.values[row * width..]) {
-                *value = *value * factors.old + new * factors.new;
+            for (value, &from) in values.iter_mut().zip(&part.values[row * width..]) {
+                *value = *value * old + from * new;
             }
         }
     }
@@ -183,7 +182,7 @@ impl<'a, E: Engine> Forward<'a, E> {
         let keys = self.problem.key_range_of_rows(heads[0].batch, heads[0].queries.clone());
         for part in parts(&keys) {
             self.part(heads, part, &mut scratch);
-            scratch.running.merge(&scratch.part);
+            scratch.running.merge(&scratch.part, self.terms.unit());
         }
         // SAFETY: the caller's.
         unsafe { self.finish_few(heads, &mut scratch.running, outputs) };
@@ -212,7 +211,7 @@ impl<'a, E: Engine> Forward<'a, E> {
         let mut scratch = self.few.scratch::<E::F>(&mut Pieces::of(memory));
         scratch.running.clear();
         for part in parts.chunks_exact_mut(bytes) {
-            scratch.running.merge(&self.few.partial(&mut Pieces::of(part)));
+            scratch.running.merge(&self.few.partial(&mut Pieces::of(part)), self.terms.unit());
         }
         // SAFETY: the caller's.
         unsafe { self.finish_few(heads, &mut scratch.running, outputs) };
@@ -237,11 +236,10 @@ impl<'a, E: Engine> Forward<'a, E> {
         for (index, rows) in heads.iter().enumerate() {
             for (row, place) in self.few.rows_of(index, rows).enumerate() {
                 let (head, query) = rows.at(row);
-                let running =
-                    RunningSoftmax { max: result.shifts[place] * E::F::LN_2, sum: result.sums[place] };
                 let sink = self.sinks.as_ref().map(|sinks| sinks.at(&[head]));
                 let values = &mut result.values[place * width..][..width];
-                let lse = normalise(running, sink, values);
+                let (shift, sum) = (result.shifts[place], result.sums[place]);
+                let lse = normalise(shift, sum, self.terms.unit(), sink, values);
                 // SAFETY: the caller's.
                 unsafe {
                     outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
@@ -253,36 +251,18 @@ impl<'a, E: Engine> Forward<'a, E> {
         }
     }
 
-    /// Computes a part, and once more with care where something in it is not finite: a weight of zero times a value
-    /// that takes no part must not count.
+    /// Computes a part: a block of keys for all heads, then the next.
     fn part(&self, heads: &Heads, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
-        self.part_blocks(heads, keys.clone(), false, scratch);
-        let zero = E::F::ZERO;
-        let is_finite = scratch.part.values.iter().fold(zero, |sum, &value| sum + value * zero) == zero;
-        if !is_finite {
-            self.part_blocks(heads, keys, true, scratch);
-        }
-    }
-
-    fn part_blocks(&self, heads: &Heads, keys: Range<usize>, careful: bool, scratch: &mut Scratch<'_, E::F>) {
         scratch.part.clear();
-        // A block of keys for all heads, then the next.
         for first in keys.clone().step_by(BLOCK_KEYS) {
             let block = first..keys.end.min(first + BLOCK_KEYS);
             for (index, rows) in heads.iter().enumerate() {
-                self.few_block(index, rows, block.clone(), careful, scratch);
+                self.few_block(index, rows, block.clone(), scratch);
             }
         }
     }
 
-    fn few_block(
-        &self,
-        index: usize,
-        rows: &Rows,
-        keys: Range<usize>,
-        careful: bool,
-        scratch: &mut Scratch<'_, E::F>,
-    ) {
+    fn few_block(&self, index: usize, rows: &Rows, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
         let simd = self.engine.simd();
         let (batch, key_head) = (rows.batch, rows.key_head);
         let mut infos = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; FEW];
@@ -308,7 +288,8 @@ impl<'a, E: Engine> Forward<'a, E> {
             first: keys.start,
             columns,
             apply: !inside || columns != keys.len() || !self.terms.is_plain() || self.terms.has_mask(),
-            mark: careful,
+            // Values that are not finite are told by it from those that take no part.
+            mark: true,
             tile: scratch.tile,
             stride: STRIDE,
             packed_columns: BLOCK_KEYS,
@@ -318,21 +299,11 @@ impl<'a, E: Engine> Forward<'a, E> {
             factors: scratch.factors,
         });
         let values = &mut part.values[place.start * width..place.end * width];
-        if careful {
-            for (row, values) in values.chunks_exact_mut(width.max(1)).enumerate() {
-                values.iter_mut().for_each(|value| *value = *value * scratch.factors[row]);
-            }
-            for (column, key) in keys.enumerate() {
-                self.value.read_row([batch, key, key_head], scratch.row);
-                let weights = &scratch.tile[column..];
-                super::add_apart(scratch.row, weights, STRIDE, 0, rows.len(), values, width);
-            }
-        } else {
-            typed!(&self.value, view => simd.vectorize(WeightedSums {
-                simd, view, batch, key_head, keys, rows: rows.len(), weights: scratch.tile,
-                factors: scratch.factors, values,
-            }));
-        }
+        let sums = &part.sums[place];
+        typed!(&self.value, view => simd.vectorize(WeightedSums {
+            simd, view, batch, key_head, keys, rows: rows.len(), weights: scratch.tile,
+            factors: scratch.factors, totals: sums, values,
+        }));
     }
 }
 
@@ -369,7 +340,7 @@ impl<F: Float, S: Simd<F>, T: Source> Dots<'_, '_, F, S, T> {
     fn rows<const ROWS: usize>(self) {
         let Self { simd, view, batch, key_head, keys, rows, queries, queries_stride, tile } = self;
         let width = view.shape()[3];
-        assert!((ROWS - 1) * queries_stride + width <= queries.len());
+        assert!(extent(ROWS, queries_stride, width) <= queries.len());
         assert!(keys.len() <= STRIDE && rows * STRIDE <= tile.len() && rows <= ROWS);
         let head = view.index_axis(2, key_head).index_axis(0, batch);
         let row_bytes = width * size_of::<T>();
@@ -381,18 +352,16 @@ impl<F: Float, S: Simd<F>, T: Source> Dots<'_, '_, F, S, T> {
             }
             let mut sums = [simd.splat(F::ZERO); ROWS];
             let mut done = 0;
-            if let Some(row) = row.contiguous() {
-                while done + S::LANES <= width {
-                    // SAFETY: `done + LANES` elements are in the key and in each of ROWS queries.
-                    unsafe {
-                        let key = T::load(simd, row.as_ptr().add(done));
-                        for (index, sum) in sums.iter_mut().enumerate() {
-                            let query = simd.load(queries.as_ptr().add(index * queries_stride + done));
-                            *sum = simd.fma(query, key, *sum);
-                        }
+            while done + S::LANES <= width {
+                // SAFETY: `done + LANES` elements are in the key and in each of ROWS queries.
+                unsafe {
+                    let key = load_row(simd, &row, done);
+                    for (index, sum) in sums.iter_mut().enumerate() {
+                        let query = simd.load(queries.as_ptr().add(index * queries_stride + done));
+                        *sum = simd.fma(query, key, *sum);
                     }
-                    done += S::LANES;
                 }
+                done += S::LANES;
             }
             for (index, &sum) in sums.iter().enumerate().take(rows) {
                 let mut total = simd.reduce_sum(sum);
@@ -405,8 +374,29 @@ impl<F: Float, S: Simd<F>, T: Source> Dots<'_, '_, F, S, T> {
     }
 }
 
+/// A vector of a row, whatever the stride of its elements.
+///
+/// # Safety
+/// The row has `at + LANES` elements.
+#[inline(always)]
+unsafe fn load_row<F: Float, S: Simd<F>, T: Source>(simd: S, row: &Row<'_, T>, at: usize) -> S::V {
+    match row.contiguous() {
+        // SAFETY: the caller's.
+        Some(row) => unsafe { T::load(simd, row.as_ptr().add(at)) },
+        None => {
+            let mut lanes = [F::ZERO; 64];
+            for (lane, to) in lanes[..S::LANES].iter_mut().enumerate() {
+                *to = row.at(at + lane).widen();
+            }
+            // SAFETY: 64 elements are as many as any vector has.
+            unsafe { simd.load(lanes.as_ptr()) }
+        }
+    }
+}
+
 /// `values[row] = factors[row] * values[row] + sum over keys of weights[row][key] * value[key]`, for values as they
-/// lie.
+/// lie. A value that is not finite counts for the rows in which its key takes part alone: sums that are not finite are
+/// summed once more, with zeros in the place of such values and those added apart, so the other rows keep their bits.
 struct WeightedSums<'v, 'r, F, S, T> {
     simd: S,
     view: &'r HostView<'v, T>,
@@ -416,6 +406,8 @@ struct WeightedSums<'v, 'r, F, S, T> {
     rows: usize,
     weights: &'r [F],
     factors: &'r [F],
+    /// The sums of weights, which are NaN in a row that no care can help.
+    totals: &'r [F],
     values: &'r mut [F],
 }
 
@@ -426,7 +418,8 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for WeightedSums<'_, '_, F, S, T> {
     fn run(mut self) {
         let width = self.view.shape()[3];
         assert!(self.rows * STRIDE <= self.weights.len() && self.keys.len() <= STRIDE);
-        assert!(self.rows * width <= self.values.len() && self.rows <= self.factors.len());
+        assert!(self.rows.saturating_mul(width) <= self.values.len());
+        assert!(self.rows <= self.factors.len() && self.rows <= self.totals.len());
         for row in (0..self.rows).step_by(ROW_GROUP) {
             match (self.rows - row).min(ROW_GROUP) {
                 1 => self.group::<1>(row),
@@ -464,7 +457,10 @@ impl<F: Float, S: Simd<F>, T: Source> WeightedSums<'_, '_, F, S, T> {
                     *sum += self.weights[(first + row) * STRIDE + index] * value;
                 }
             }
-            for (row, sum) in sums.into_iter().enumerate() {
+            for (row, mut sum) in sums.into_iter().enumerate() {
+                if !sum.is_finite() && !self.totals[first + row].is_nan() {
+                    sum = self.careful_element(first + row, column);
+                }
                 let to = &mut self.values[(first + row) * width + column];
                 *to = *to * self.factors[first + row] + sum;
             }
@@ -478,30 +474,17 @@ impl<F: Float, S: Simd<F>, T: Source> WeightedSums<'_, '_, F, S, T> {
         let width = self.view.shape()[3];
         let head = self.view.index_axis(2, self.key_head).index_axis(0, self.batch);
         let mut sums = [[simd.splat(F::ZERO); VECTORS]; ROWS];
-        let mut room = [F::ZERO; 256];
         let ahead = head.strides()[0].wrapping_mul(AHEAD as isize);
         for (index, key) in self.keys.clone().enumerate() {
             let row = head.matrix_row(key);
             let mut values = [simd.splat(F::ZERO); VECTORS];
-            // SAFETY: the columns are inside the row; those of a row with another stride are copied first.
-            unsafe {
-                match row.contiguous() {
-                    Some(row) => {
-                        let next = row.as_ptr().wrapping_offset(ahead).wrapping_add(column);
-                        prefetch(next.cast(), VECTORS * S::LANES * size_of::<T>());
-                        for (vector, value) in values.iter_mut().enumerate() {
-                            *value = T::load(simd, row.as_ptr().add(column + vector * S::LANES));
-                        }
-                    }
-                    None => {
-                        for (offset, to) in room[..VECTORS * S::LANES].iter_mut().enumerate() {
-                            *to = row.at(column + offset).widen();
-                        }
-                        for (vector, value) in values.iter_mut().enumerate() {
-                            *value = simd.load(room.as_ptr().add(vector * S::LANES));
-                        }
-                    }
-                }
+            if let Some(row) = row.contiguous() {
+                let next = row.as_ptr().wrapping_offset(ahead).wrapping_add(column);
+                prefetch(next.cast(), VECTORS * S::LANES * size_of::<T>());
+            }
+            for (vector, value) in values.iter_mut().enumerate() {
+                // SAFETY: the columns are inside the row.
+                *value = unsafe { load_row(simd, &row, column + vector * S::LANES) };
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let weight = simd.splat(self.weights[(first + row) * STRIDE + index]);
@@ -511,14 +494,61 @@ impl<F: Float, S: Simd<F>, T: Source> WeightedSums<'_, '_, F, S, T> {
             }
         }
         for (row, sums) in sums.iter().enumerate() {
-            let factor = simd.splat(self.factors[first + row]);
+            let row = first + row;
+            let factor = simd.splat(self.factors[row]);
+            let zero = simd.splat(F::ZERO);
+            // Zero times what is not finite is NaN, which every sum keeps.
+            let nothing = sums.iter().fold(zero, |nothing, &sum| simd.fma(sum, zero, nothing));
+            let careful = simd.reduce_sum(nothing) != F::ZERO && !self.totals[row].is_nan();
             for (vector, &sum) in sums.iter().enumerate() {
-                // SAFETY: the columns are inside row `first + row` of the values, which have `rows * width` elements.
+                let column = column + vector * S::LANES;
+                let sum = if careful { self.careful_vector(row, column) } else { sum };
+                // SAFETY: the columns are inside the row of the values, which have `rows * width` elements.
                 unsafe {
-                    let at = self.values.as_mut_ptr().add((first + row) * width + column + vector * S::LANES);
+                    let at = self.values.as_mut_ptr().add(row * width + column);
                     simd.store(at, simd.fma(simd.load(at), factor, sum));
                 }
             }
         }
+    }
+
+    /// The sum of a vector of columns with values that are not finite apart: what is finite is summed as it always is.
+    #[inline(always)]
+    fn careful_vector(&self, row: usize, column: usize) -> S::V {
+        let simd = self.simd;
+        let zero = simd.splat(F::ZERO);
+        let head = self.view.index_axis(2, self.key_head).index_axis(0, self.batch);
+        let (mut sum, mut apart) = (zero, zero);
+        for (index, key) in self.keys.clone().enumerate() {
+            // SAFETY: the columns are inside the row.
+            let value = unsafe { load_row(simd, &head.matrix_row(key), column) };
+            let finite = simd.equal(simd.sub(value, value), zero);
+            let weight = self.weights[row * STRIDE + index];
+            sum = simd.fma(simd.splat(weight), simd.select(finite, value, zero), sum);
+            if !weight.is_disallowed() {
+                apart = simd.fma(simd.splat(weight), simd.select(finite, zero, value), apart);
+            }
+        }
+        simd.add(sum, apart)
+    }
+
+    /// The same for one column behind the last whole vector.
+    #[inline(always)]
+    fn careful_element(&self, row: usize, column: usize) -> F {
+        let head = self.view.index_axis(2, self.key_head).index_axis(0, self.batch);
+        let (mut sum, mut apart) = (F::ZERO, F::ZERO);
+        for (index, key) in self.keys.clone().enumerate() {
+            let value: F = head.matrix_row(key).at(column).widen();
+            let weight = self.weights[row * STRIDE + index];
+            if value.is_finite() {
+                sum += weight * value;
+            } else {
+                sum += weight * F::ZERO;
+                if !weight.is_disallowed() {
+                    apart += weight * value;
+                }
+            }
+        }
+        sum + apart
     }
 }

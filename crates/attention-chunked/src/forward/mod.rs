@@ -80,18 +80,18 @@ impl Layout {
         let group_rows = dims.query_length.saturating_mul(dims.group_size().max(1));
         // Enough tasks for every thread to have a few, where rows allow it.
         let fair = (all_rows / (threads * 3).max(1)).clamp(4 * E::BLOCK_ROWS, usize::MAX);
-        let row_bytes = size_of::<E::Packed>() * E::queries_len(STAGE, head_dim) / STAGE
-            + size_of::<E::F>() * E::sum_stride(value_head_dim);
-        let key_bytes = size_of::<E::Packed>()
-            * (E::keys_len(STAGE, head_dim) + E::values_len(STAGE, value_head_dim))
-            / STAGE;
+        let packed = |length: usize| size_of::<E::Packed>().saturating_mul(length) / STAGE;
+        let row_bytes = packed(E::queries_len(STAGE, head_dim))
+            .saturating_add(size_of::<E::F>().saturating_mul(E::sum_stride(value_head_dim)));
+        let key_bytes =
+            packed(E::keys_len(STAGE, head_dim).saturating_add(E::values_len(STAGE, value_head_dim)));
         // One block of keys at a time is enough for all rows of a chunk, and the more rows there are, the fewer times
         // keys and values are packed.
         let keys = sizes.keys.map_or(E::BLOCK_KEYS, |keys| keys.get());
         let keys = (keys / E::BLOCK_KEYS * E::BLOCK_KEYS)
             .clamp(E::BLOCK_KEYS, 8 * E::BLOCK_KEYS)
             .min(most_keys.next_multiple_of(STAGE).max(STAGE));
-        let left = sizes.budget.saturating_sub(keys * key_bytes).max(sizes.budget / 4);
+        let left = sizes.budget.saturating_sub(keys.saturating_mul(key_bytes)).max(sizes.budget / 4);
         // Whole blocks that fit.
         let within_budget = (left / row_bytes.max(1)).min(1024).min(fair) / E::BLOCK_ROWS * E::BLOCK_ROWS;
         let rows = sizes.rows.map_or(within_budget, |rows| rows.get());
@@ -109,7 +109,7 @@ impl Layout {
             values: pieces.take(E::values_len(keys.next_multiple_of(STAGE), value_head_dim)),
             tile: pieces.take(E::BLOCK_ROWS * tile_stride::<E>()),
             weights: pieces.take(E::weights_len(E::BLOCK_ROWS, E::BLOCK_KEYS)),
-            out: pieces.take(rows * E::sum_stride(value_head_dim)),
+            out: pieces.take(rows.saturating_mul(E::sum_stride(value_head_dim))),
             shifts: pieces.take(rows),
             sums: pieces.take(rows),
             factors: pieces.take(E::BLOCK_ROWS),
@@ -441,10 +441,9 @@ impl<E: Engine> Kernel for Finish<'_, '_, '_, '_, E> {
         let stride = E::sum_stride(width);
         for row in 0..rows.len() {
             let (head, query) = rows.at(row);
-            let running = RunningSoftmax { max: scratch.shifts[row] * E::F::LN_2, sum: scratch.sums[row] };
             let sink = forward.sinks.as_ref().map(|sinks| sinks.at(&[head]));
             let values = &mut scratch.out[row * stride..][..width];
-            let lse = normalise(running, sink, values);
+            let lse = normalise(scratch.shifts[row], scratch.sums[row], forward.terms.unit(), sink, values);
             // SAFETY: the caller of `finish` vouches for the rows of the task.
             unsafe {
                 outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
@@ -456,9 +455,12 @@ impl<E: Engine> Kernel for Finish<'_, '_, '_, '_, E> {
     }
 }
 
-/// Divides the value of a row by the sum of its weights and its sink's, and gives the logsumexp.
+/// Divides the value of a row by the sum of its weights and its sink's, and gives the logsumexp. The shift is in units of
+/// the call, of size `unit`; the sink and the logsumexp are natural.
 #[inline(always)]
-pub(crate) fn normalise<F: Float>(mut running: RunningSoftmax<F>, sink: Option<F>, values: &mut [F]) -> F {
+pub(crate) fn normalise<F: Float>(shift: F, sum: F, unit: F, sink: Option<F>, values: &mut [F]) -> F {
+    let max = shift * unit;
+    let mut running = RunningSoftmax { max, sum };
     let mut factor = F::ONE;
     if let Some(sink) = sink.filter(|&sink| sink != F::NEG_INFINITY) {
         factor = running.merge(RunningSoftmax::of(sink)).old;
@@ -478,7 +480,13 @@ pub(crate) fn normalise<F: Float>(mut running: RunningSoftmax<F>, sink: Option<F
         }
     }
     // The shift may have missed a NaN, the sum cannot.
-    if is_nan { running.sum } else { running.lse() }
+    if is_nan {
+        running.sum
+    } else if running.max == max {
+        shift.fused(unit, running.sum.ln())
+    } else {
+        running.lse()
+    }
 }
 
 /// What a task computes.

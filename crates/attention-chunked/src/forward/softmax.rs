@@ -3,17 +3,16 @@
 //!
 //! Any shift near the maximum serves as well as the maximum itself, so that a row is passed over once: its weights are
 //! taken relative to the shift of the blocks before, and only where a logit is more than [`Float::ROOM`] above it, the
-//! shift moves and the row is passed over again. The first shift is the largest logit of a row's first keys.
+//! shift moves and the row is passed over again. The first shift is the largest logit of a row's first keys. A shift is
+//! always a logit of the row, with the bits that it has as one: so its own weight is exactly 1, and no logit is so large
+//! that the rounding of the shift could matter.
 
 use attention_core::merge::Accumulator;
 
 use crate::engine::Engine;
 use crate::float::Float;
-use crate::simd::{Kernel, Simd, exp2};
-use crate::terms::{Added, QueryRow, Terms};
-
-/// Columns of the longest row of a tile.
-pub(crate) const MAX_COLUMNS: usize = 272;
+use crate::simd::{Base, Kernel, Simd, power};
+use crate::terms::{Added, AddedRow, MAX_COLUMNS, QueryRow, Terms, logit, masked};
 
 /// Vectors in which the first shift is looked for.
 const FIRST_VECTORS: usize = 4;
@@ -21,10 +20,7 @@ const FIRST_VECTORS: usize = 4;
 /// A vector of an engine.
 type Vector<E> = <<E as Engine>::S as Simd<<E as Engine>::F>>::V;
 
-/// A vector of products, and of the logits that they make.
-type Logit<E> = (Vector<E>, Vector<E>);
-
-/// Turns a tile of products into weights `2^(x - shift)`.
+/// Turns a tile of products into weights, `e` to `x - shift`.
 pub(crate) struct BlockSoftmax<'t, 'a, E: Engine> {
     pub(crate) engine: E,
     pub(crate) terms: &'t Terms<'a, E::F>,
@@ -42,7 +38,7 @@ pub(crate) struct BlockSoftmax<'t, 'a, E: Engine> {
     /// Columns of the packed weights.
     pub(crate) packed_columns: usize,
     pub(crate) packed: &'t mut [E::Packed],
-    /// What the logits of each row are taken relative to, of base two; -inf before the first allowed key.
+    /// What the logits of each row are taken relative to, in units of the call; -inf before the first allowed key.
     pub(crate) shifts: &'t mut [E::F],
     /// The sum of weights of each row so far.
     pub(crate) sums: &'t mut [E::F],
@@ -54,13 +50,18 @@ pub(crate) struct BlockSoftmax<'t, 'a, E: Engine> {
 #[derive(Clone, Copy)]
 struct Row<F> {
     index: usize,
+    /// Products where the pass has a bias, logits where it has none.
     products: *const F,
     /// As many elements as the row has columns, where the pass has a bias.
     bias: *const F,
     /// The same, where it has a mask.
     mask: *const u8,
-    /// What products are multiplied by.
+    /// What products are multiplied by, where the pass has a bias.
     factor: F,
+    /// What weights are powers of.
+    base: Base<F>,
+    /// How far a logit may be above the shift.
+    room: F,
 }
 
 impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
@@ -77,39 +78,36 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
         assert!(self.packed.len() >= E::weights_len(rows, self.packed_columns));
         assert!(self.columns <= self.packed_columns);
         assert!(rows <= self.shifts.len() && rows <= self.sums.len() && rows <= self.factors.len());
-        let (mut bias, mut mask) = ([E::F::ZERO; MAX_COLUMNS], [0; MAX_COLUMNS]);
+        let mut memory = AddedRow::default();
         let mut kept = [E::F::ZERO; MAX_COLUMNS];
-        let in_place = self.mark || self.terms.needs_tile();
-        let factor = if self.mark { self.terms.tile_factor() } else { self.terms.product_factor() };
+        let base = self.terms.base();
+        // Finite, so that an infinite logit is above it.
+        let room = E::F::ROOM / base.log2;
+        let room = if room > E::F::LARGEST { E::F::LARGEST } else { room };
         let mut rescaled = false;
         for index in 0..rows {
             // SAFETY: the row's columns are in the tile, as checked above.
             let products = unsafe { self.tile.as_mut_ptr().add(index * self.stride) };
             let mut added = Added::default();
-            if self.apply && in_place {
-                // SAFETY: `columns` elements of the row.
-                unsafe {
-                    self.terms.apply(
-                        self.engine.simd(),
-                        &self.rows[index],
-                        self.first,
-                        self.columns,
-                        products,
-                        None,
-                    );
-                }
-            } else if self.apply {
-                // SAFETY: as above, and nothing else refers to the row here.
+            let simd = self.engine.simd();
+            if self.apply {
+                let rows = &self.rows[index..];
+                // SAFETY: `columns` elements of the row, to which nothing else refers here.
                 let tile = unsafe { std::slice::from_raw_parts_mut(products, self.columns) };
-                let simd = self.engine.simd();
-                added = self.terms.added(simd, &self.rows[index..], self.first, tile, &mut bias, &mut mask);
+                if self.mark || self.terms.needs_tile() {
+                    self.terms.apply(simd, rows, self.first, tile, &mut memory);
+                } else {
+                    added = self.terms.added(simd, rows, self.first, tile, &mut memory);
+                }
             }
             let row = Row {
                 index,
                 products: products.cast_const(),
                 bias: added.bias.map_or(std::ptr::null(), <[_]>::as_ptr),
                 mask: added.mask.map_or(std::ptr::null(), <[_]>::as_ptr),
-                factor,
+                factor: self.terms.factor(),
+                base,
+                room,
             };
             // SAFETY: as above; what is added has as many columns as the row.
             rescaled |= unsafe {
@@ -147,25 +145,38 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
             if shift == nothing {
                 shift = self.first_shift::<BIAS, MASK>(row);
             }
-            let used = if shift == nothing { E::F::ZERO } else { shift };
-            // Weights may take the place of products, which a second pass needs again.
+            // Weights may take the place of what a second pass needs again.
             let overwrites = E::WEIGHTS_IN_TILE || MARK || self.terms.has_dropout();
-            let keep = overwrites.then_some(kept.as_mut_ptr());
-            let (mut sum, above) = self.pass::<BIAS, MASK, MARK>(row, used, keep);
-            if simd.any(simd.less(simd.splat(E::F::ROOM), above)) {
-                shift = used + simd.reduce_max(above);
-                let products = if overwrites { kept.as_ptr() } else { row.products };
-                (sum, _) = self.pass::<BIAS, MASK, MARK>(&Row { products, ..*row }, shift, None);
+            let mut from = *row;
+            let mut sum;
+            loop {
+                let used = if shift == nothing { E::F::ZERO } else { shift };
+                let keep = overwrites.then_some(kept.as_mut_ptr());
+                let above;
+                (sum, above) = self.pass::<BIAS, MASK, MARK>(&from, used, keep);
+                let room = simd.splat(row.room);
+                if !simd.any(simd.less(room, simd.sub(above, simd.splat(used)))) {
+                    break;
+                }
+                // Nothing is above the largest: the second pass is the last. With NaN there may be no largest.
+                let largest = simd.reduce_max(above);
+                if largest == used || E::F::is_nan(largest) {
+                    break;
+                }
+                shift = largest;
+                if overwrites {
+                    from.products = kept.as_ptr();
+                }
             }
             if self.terms.has_dropout() {
                 self.drop_weights(index);
             }
             let mut factor = E::F::ONE;
             if shift != before && before != nothing {
-                let mut room = [E::F::ZERO; 64];
-                let [power] = exp2::<E::F, E::S, true, 1>(simd, [simd.splat(before - shift)]);
-                simd.store(room.as_mut_ptr(), power);
-                factor = room[0];
+                let mut lanes = [E::F::ZERO; 64];
+                let [rescale] = power(simd, row.base, [simd.splat(before - shift)]);
+                simd.store(lanes.as_mut_ptr(), rescale);
+                factor = lanes[0];
             }
             self.sums[index] = self.sums[index] * factor + sum;
             self.shifts[index] = shift;
@@ -207,13 +218,13 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let mut largest = simd.splat(E::F::NEG_INFINITY);
         for column in (begin..end).step_by(<E::S as Simd<E::F>>::LANES) {
             // SAFETY: the caller's.
-            let [(_, x)] = unsafe { self.logits::<BIAS, MASK, 1>(row, column, simd.splat(E::F::ZERO)) };
+            let [(_, x)] = unsafe { self.logits::<BIAS, MASK, 1>(row, column) };
             largest = simd.max(largest, x);
         }
         simd.reduce_max(largest)
     }
 
-    /// The products at `COUNT` vectors of a row, and the logits that they make, of base two, plus `start`.
+    /// What the row holds at `COUNT` vectors, and the logits that it makes.
     ///
     /// # Safety
     /// As for [`row`](Self::row); the columns are inside the row.
@@ -222,31 +233,29 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         &self,
         row: &Row<E::F>,
         column: usize,
-        start: Vector<E>,
-    ) -> [Logit<E>; COUNT] {
+    ) -> [(Vector<E>, Vector<E>); COUNT] {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
         let factor = simd.splat(row.factor);
-        let mut all = [(start, start); COUNT];
+        let mut all = [(factor, factor); COUNT];
         // SAFETY: the caller's.
         unsafe {
             for (index, (product, x)) in all.iter_mut().enumerate() {
                 let column = column + index * lanes;
                 *product = simd.load(row.products.add(column));
-                *x = simd.fma(*product, factor, start);
+                *x = *product;
                 if BIAS {
-                    *x = simd.fma(simd.load(row.bias.add(column)), simd.splat(E::F::LOG2_E), *x);
+                    *x = logit(simd, *x, factor, simd.load(row.bias.add(column)));
                 }
                 if MASK {
-                    let allowed = simd.load_mask(row.mask.add(column));
-                    *x = simd.select(allowed, *x, simd.splat(E::F::NEG_INFINITY));
+                    *x = masked(simd, *x, simd.load_mask(row.mask.add(column)));
                 }
             }
         }
         all
     }
 
-    /// The weights of a row relative to a shift, their sum, and how far the logits are above the shift.
+    /// The weights of a row relative to a shift, their sum, and the largest logits.
     ///
     /// # Safety
     /// As for [`row`](Self::row); `keep` has room for the products of the row.
@@ -297,7 +306,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         // SAFETY: the caller's: every vector at `at` is inside the row, and inside the packed weights.
         unsafe {
             let at = self.tile.as_mut_ptr().add(row.index * self.stride + column);
-            let logits = self.logits::<BIAS, MASK, COUNT>(row, column, simd.splat(-shift));
+            let logits = self.logits::<BIAS, MASK, COUNT>(row, column);
             let mut x = logits.map(|(_, x)| x);
             for (index, &x) in x.iter().enumerate() {
                 above[index % 2] = simd.max(above[index % 2], x);
@@ -307,11 +316,14 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
                     simd.store(keep.add(column + index * lanes), product);
                 }
             }
-            x = exp2::<E::F, E::S, true, COUNT>(simd, x);
+            for x in &mut x {
+                *x = simd.sub(*x, simd.splat(shift));
+            }
+            x = power(simd, row.base, x);
             if MARK {
-                let masked = simd.splat(E::F::NEG_INFINITY);
-                for (weight, &(product, _)) in x.iter_mut().zip(&logits) {
-                    let is_masked = simd.equal(product, masked);
+                let nothing = simd.splat(E::F::NEG_INFINITY);
+                for (weight, &(_, logit)) in x.iter_mut().zip(&logits) {
+                    let is_masked = simd.equal(logit, nothing);
                     *weight = simd.select(is_masked, simd.splat(E::F::DISALLOWED), *weight);
                 }
             }

@@ -24,7 +24,7 @@ fn vectorized<K: Kernel>(kernel: K) -> K::Output {
 
 macro_rules! common {
     ($float:ident, $v:ident, $load:ident, $store:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident, $div:ident,
-     $fma:ident, $max:ident, $min:ident, $and:ident, $andnot:ident, $or:ident, $round:ident, $compare:ident,
+     $fma:ident, $fms:ident, $max:ident, $min:ident, $and:ident, $andnot:ident, $or:ident, $compare:ident,
      $blend:ident, $movemask:ident) => {
         type V = $v;
         type Mask = $v;
@@ -80,6 +80,11 @@ macro_rules! common {
             unsafe { $fma(a, b, c) }
         }
         #[inline(always)]
+        fn fms(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $fms(a, b, c) }
+        }
+        #[inline(always)]
         fn max(self, a: Self::V, b: Self::V) -> Self::V {
             // SAFETY: as in `splat`.
             unsafe { $max(a, b) }
@@ -98,11 +103,6 @@ macro_rules! common {
         fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
             // SAFETY: as in `splat`.
             unsafe { $or(a, $and(b, $splat(-0.0))) }
-        }
-        #[inline(always)]
-        fn round(self, a: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $round::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
         }
         #[inline(always)]
         fn less(self, a: Self::V, b: Self::V) -> Self::Mask {
@@ -139,12 +139,12 @@ impl Simd<f32> for Avx2 {
         _mm256_mul_ps,
         _mm256_div_ps,
         _mm256_fmadd_ps,
+        _mm256_fmsub_ps,
         _mm256_max_ps,
         _mm256_min_ps,
         _mm256_and_ps,
         _mm256_andnot_ps,
         _mm256_or_ps,
-        _mm256_round_ps,
         _mm256_cmp_ps,
         _mm256_blendv_ps,
         _mm256_movemask_ps
@@ -258,12 +258,12 @@ impl Simd<f64> for Avx2 {
         _mm256_mul_pd,
         _mm256_div_pd,
         _mm256_fmadd_pd,
+        _mm256_fmsub_pd,
         _mm256_max_pd,
         _mm256_min_pd,
         _mm256_and_pd,
         _mm256_andnot_pd,
         _mm256_or_pd,
-        _mm256_round_pd,
         _mm256_cmp_pd,
         _mm256_blendv_pd,
         _mm256_movemask_pd

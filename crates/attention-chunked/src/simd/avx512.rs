@@ -4,9 +4,8 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, Simd};
+use super::{Base, Kernel, Simd};
 use crate::Level;
-use crate::float::Float;
 
 /// The proof that the processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C; with `BF16` also AVX-512 BF16, which
 /// kernels are then compiled with.
@@ -68,7 +67,7 @@ fn vectorized<K: Kernel>(kernel: K) -> K::Output {
 
 macro_rules! common {
     ($float:ident, $v:ident, $mask:ident, $load:ident, $store:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident,
-     $div:ident, $fma:ident, $max:ident, $min:ident, $abs:ident, $and:ident, $or:ident, $round:ident, $scalef:ident,
+     $div:ident, $fma:ident, $fms:ident, $max:ident, $min:ident, $abs:ident, $and:ident, $or:ident, $scalef:ident,
      $compare:ident, $blend:ident, $sum:ident, $reduce_max:ident) => {
         type V = $v;
         type Mask = $mask;
@@ -125,6 +124,11 @@ macro_rules! common {
             unsafe { $fma(a, b, c) }
         }
         #[inline(always)]
+        fn fms(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+            // SAFETY: as in `splat`.
+            unsafe { $fms(a, b, c) }
+        }
+        #[inline(always)]
         fn max(self, a: Self::V, b: Self::V) -> Self::V {
             // SAFETY: as in `splat`.
             unsafe { $max(a, b) }
@@ -143,11 +147,6 @@ macro_rules! common {
         fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
             // SAFETY: as in `splat`.
             unsafe { $or(a, $and(b, $splat(-0.0))) }
-        }
-        #[inline(always)]
-        fn round(self, a: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $round::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
         }
         #[inline(always)]
         fn times_power_of_two(self, a: Self::V, k: Self::V) -> Self::V {
@@ -199,12 +198,12 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
         _mm512_mul_ps,
         _mm512_div_ps,
         _mm512_fmadd_ps,
+        _mm512_fmsub_ps,
         _mm512_max_ps,
         _mm512_min_ps,
         _mm512_abs_ps,
         _mm512_and_ps,
         _mm512_or_ps,
-        _mm512_roundscale_ps,
         _mm512_scalef_ps,
         _mm512_cmp_ps_mask,
         _mm512_mask_blend_ps,
@@ -212,23 +211,24 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
         _mm512_reduce_max_ps
     );
 
-    /// `2^x = 2^k 2^(i / 32) 2^r` with `|r| <= 1/64`: the middle factor from a table in two registers, the last from a
+    /// `2^y = 2^k 2^(i / 32) 2^r` with `|r| <= 1/64`: the middle factor from a table in two registers, the last from a
     /// polynomial of degree 2 (minimax in the relative error, 5.3e-8), and the first added to the exponent.
     #[inline(always)]
-    fn exp2<const COUNT: usize>(self, x: [__m512; COUNT]) -> [__m512; COUNT] {
+    fn power<const COUNT: usize>(self, base: Base<f32>, x: [__m512; COUNT]) -> [__m512; COUNT] {
         // SAFETY: `self` proves that the processor has the instructions; the table is two vectors long.
         unsafe {
             // Adding it leaves k and i, the integer and the 32nds of the nearest multiple of 1/32, in the low bits.
             let shift = _mm512_set1_ps(1.5 * (1 << 18) as f32);
+            let log2 = _mm512_set1_ps(base.log2);
             let low = _mm512_loadu_si512(POWERS.as_ptr().cast());
             let high = _mm512_loadu_si512(POWERS.as_ptr().add(16).cast());
             let mut shifted = x;
             for shifted in &mut shifted {
-                *shifted = _mm512_add_ps(*shifted, shift);
+                *shifted = _mm512_fmadd_ps(*shifted, log2, shift);
             }
             let mut r = x;
             for (r, &shifted) in r.iter_mut().zip(&shifted) {
-                *r = _mm512_sub_ps(*r, _mm512_sub_ps(shifted, shift));
+                *r = _mm512_fmsub_ps(*r, log2, _mm512_sub_ps(shifted, shift));
             }
             let mut p = r;
             for (p, &r) in p.iter_mut().zip(&r) {
@@ -240,8 +240,7 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
                 let power = _mm512_permutex2var_epi32(low, bits, high);
                 let power = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<18>(bits), power));
                 // Not below the smallest normal number; a NaN is not, and stays NaN.
-                let normal =
-                    _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(<f32 as Float>::EXPONENTS[0]));
+                let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(base.least));
                 *p = _mm512_maskz_mul_ps(normal, *p, power);
             }
             p
@@ -334,12 +333,12 @@ impl<const BF16: bool> Simd<f64> for Avx512<BF16> {
         _mm512_mul_pd,
         _mm512_div_pd,
         _mm512_fmadd_pd,
+        _mm512_fmsub_pd,
         _mm512_max_pd,
         _mm512_min_pd,
         _mm512_abs_pd,
         _mm512_and_pd,
         _mm512_or_pd,
-        _mm512_roundscale_pd,
         _mm512_scalef_pd,
         _mm512_cmp_pd_mask,
         _mm512_mask_blend_pd,

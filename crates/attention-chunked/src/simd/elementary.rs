@@ -3,42 +3,54 @@
 use super::Simd;
 use crate::float::Float;
 
-/// `2^x` of several vectors, to within 3 units in the last place (1.5 where the level has no table); exactly 1 at 0; 0 below the smallest normal number
-/// and at negative infinity; infinite from 128 on (1024 in f64); NaN stays NaN.
+/// The base of powers, by its logarithm: `2^log2`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Base<F> {
+    /// The logarithm to base two: positive, finite and a normal number.
+    pub(crate) log2: F,
+    /// The exponent below which a power would be less than the smallest normal number. Finite, so that -inf is below.
+    pub(crate) least: F,
+}
+
+impl<F: Float> Base<F> {
+    /// Of a logarithm that is positive, finite and a normal number.
+    pub(crate) fn new(log2: F) -> Self {
+        let least = F::EXPONENTS[0] / log2;
+        Self { log2, least: if least < -F::LARGEST { -F::LARGEST } else { least } }
+    }
+}
+
+/// `2^(log2 x)` of several vectors, to within 3 units in the last place (1.5 where the level has no table) of that of the
+/// product, which is not rounded where the level has fused operations; exactly 1 at 0; 0 below the smallest normal number
+/// and at negative infinity; NaN stays NaN. From 128 on (1024 in f64) the result is any number.
 ///
 /// Results that would be subnormal are 0, since processors take a hundred times as long for products with them, and
 /// weights that small are nothing beside the largest. The steps are taken for all vectors together, so that the
 /// processor finds independent operations side by side.
-///
-/// With `BOUNDED` for numbers below 128 alone, NaN included; for others the result is any number.
 #[inline(always)]
-pub(crate) fn exp2<F: Float, S: Simd<F>, const BOUNDED: bool, const COUNT: usize>(
+pub(crate) fn power<F: Float, S: Simd<F>, const COUNT: usize>(
     simd: S,
-    mut x: [S::V; COUNT],
-) -> [S::V; COUNT] {
-    if !BOUNDED {
-        // A NaN is the second argument, which survives.
-        for x in &mut x {
-            *x = simd.min(simd.splat(F::EXPONENTS[1]), *x);
-        }
-    }
-    simd.exp2(x)
-}
-
-/// [`exp2`] of numbers up to [`Float::EXPONENTS`], from a polynomial alone.
-#[inline(always)]
-pub(super) fn exp2_by_polynomial<F: Float, S: Simd<F>, const COUNT: usize>(
-    simd: S,
+    base: Base<F>,
     x: [S::V; COUNT],
 ) -> [S::V; COUNT] {
+    simd.power(base, x)
+}
+
+/// [`power`] from a polynomial alone.
+#[inline(always)]
+pub(super) fn power_by_polynomial<F: Float, S: Simd<F>, const COUNT: usize>(
+    simd: S,
+    base: Base<F>,
+    x: [S::V; COUNT],
+) -> [S::V; COUNT] {
+    let (log2, integers) = (simd.splat(base.log2), simd.splat(F::INTEGERS));
     let mut k = x;
     for k in &mut k {
-        *k = simd.round(*k);
+        *k = simd.sub(simd.fma(*k, log2, integers), integers);
     }
     let mut r = x;
     for (r, &k) in r.iter_mut().zip(&k) {
-        // Exact: the two are within a factor of two, or k is 0.
-        *r = simd.sub(*r, k);
+        *r = simd.fms(*r, log2, k);
     }
     // 1 + r (c[0] + c[1] r + ...)
     let coefficients = F::EXP2;
@@ -54,7 +66,7 @@ pub(super) fn exp2_by_polynomial<F: Float, S: Simd<F>, const COUNT: usize>(
         *p = simd.fma(*p, r, simd.splat(F::ONE));
     }
     for ((p, &k), &x) in p.iter_mut().zip(&k).zip(&x) {
-        let nothing = simd.less(x, simd.splat(F::EXPONENTS[0]));
+        let nothing = simd.less(x, simd.splat(base.least));
         *p = simd.select(nothing, simd.splat(F::ZERO), simd.times_power_of_two(*p, k));
     }
     p
@@ -82,8 +94,10 @@ pub(crate) fn tanh<F: Float, S: Simd<F>>(simd: S, x: S::V) -> S::V {
         p = simd.div(p, horner(simd, z, F::TANH_Q));
     }
     let small = simd.fma(simd.mul(p, z), x, x);
-    let [power] = exp2::<F, S, false, 1>(simd, [simd.mul(y, simd.splat((F::ONE + F::ONE) * F::LOG2_E))]);
-    let large = simd.sub(one, simd.div(two, simd.add(power, one)));
+    // From 20 on the tangent is 1 in every precision. A NaN is the second argument, which survives.
+    let bounded = simd.min(simd.splat(F::from_f64(20.0)), y);
+    let [square] = power(simd, Base::new((F::ONE + F::ONE) * F::LOG2_E), [bounded]);
+    let large = simd.sub(one, simd.div(two, simd.add(square, one)));
     let is_small = simd.less(y, simd.splat(F::from_f64(0.625)));
     simd.select(is_small, small, simd.copysign(large, x))
 }

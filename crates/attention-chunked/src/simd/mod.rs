@@ -20,7 +20,7 @@ use crate::float::Float;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
-pub(crate) use elementary::{exp2, tanh};
+pub(crate) use elementary::{Base, power, tanh};
 pub(crate) use scalar::Scalar;
 
 #[cfg(target_arch = "x86_64")]
@@ -108,6 +108,8 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, fused where the level has the instruction.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a * b - c`, the same.
+    fn fms(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; `b` where either is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// The smaller; `b` where either is NaN.
@@ -116,8 +118,6 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     fn abs(self, a: Self::V) -> Self::V;
     /// `a` with the sign of `b`; `a` must not be negative.
     fn copysign(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The nearest integer, for numbers inside [`Float::EXPONENTS`].
-    fn round(self, a: Self::V) -> Self::V;
     /// `a * 2^k` for integers `k` inside [`Float::EXPONENTS`]; any number for others.
     fn times_power_of_two(self, a: Self::V, k: Self::V) -> Self::V;
     /// `a < b`, false for NaN.
@@ -133,11 +133,10 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     /// The largest lane; a NaN may win or lose.
     fn reduce_max(self, a: Self::V) -> F;
 
-    /// `2^x` of vectors side by side, as [`exp2`] says, for numbers up to [`Float::EXPONENTS`]; for larger ones the
-    /// result is any number.
+    /// Powers of vectors side by side, as [`power`] says.
     #[inline(always)]
-    fn exp2<const COUNT: usize>(self, x: [Self::V; COUNT]) -> [Self::V; COUNT] {
-        elementary::exp2_by_polynomial(self, x)
+    fn power<const COUNT: usize>(self, base: Base<F>, x: [Self::V; COUNT]) -> [Self::V; COUNT] {
+        elementary::power_by_polynomial(self, base, x)
     }
 
     /// Transposes `LANES x LANES` elements: `to[j * to_row + i] = from[i * from_row + j]`.

@@ -129,6 +129,10 @@ impl<F: Float> Simd<F> for Scalar {
         self.add(self.mul(a, b), c)
     }
     #[inline(always)]
+    fn fms(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        self.sub(self.mul(a, b), c)
+    }
+    #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| if a > b { a } else { b })
     }
@@ -143,10 +147,6 @@ impl<F: Float> Simd<F> for Scalar {
     #[inline(always)]
     fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| if b < F::ZERO { -a } else { a })
-    }
-    #[inline(always)]
-    fn round(self, a: Self::V) -> Self::V {
-        map(a, F::round_to_integer)
     }
     #[inline(always)]
     fn times_power_of_two(self, a: Self::V, k: Self::V) -> Self::V {

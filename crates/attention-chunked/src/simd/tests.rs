@@ -7,6 +7,7 @@ use crate::Level;
 struct Map<'a, F, S> {
     simd: S,
     tanh: bool,
+    base: Base<F>,
     values: &'a mut [F],
 }
 
@@ -19,43 +20,48 @@ impl<F: Float, S: Simd<F>> Kernel for Map<'_, F, S> {
             // SAFETY: a chunk is one vector.
             unsafe {
                 let x = self.simd.load(chunk.as_ptr());
-                let y =
-                    if self.tanh { tanh(self.simd, x) } else { exp2::<F, S, false, 1>(self.simd, [x])[0] };
+                let y = if self.tanh { tanh(self.simd, x) } else { power(self.simd, self.base, [x])[0] };
                 self.simd.store(chunk.as_mut_ptr(), y);
             }
         }
     }
 }
 
+/// Which function; powers of a base by its logarithm to base two.
+#[derive(Clone, Copy)]
+enum Function<F> {
+    Tanh,
+    Power(F),
+}
+
 /// Both functions in both types at a level.
-type Functions = (fn(&mut [f32], bool), fn(&mut [f64], bool));
+type Functions = (fn(&mut [f32], Function<f32>), fn(&mut [f64], Function<f64>));
 
 fn functions() -> Vec<(Level, Functions)> {
-    fn with<F: Float, S: Simd<F>>(simd: S, values: &mut [F], tanh: bool) {
+    fn with<F: Float, S: Simd<F>>(simd: S, values: &mut [F], of: Function<F>) {
         assert!(values.len().is_multiple_of(16));
-        simd.vectorize(Map { simd, tanh, values });
+        let (tanh, log2) = match of {
+            Function::Tanh => (true, F::ONE),
+            Function::Power(log2) => (false, log2),
+        };
+        simd.vectorize(Map { simd, tanh, base: Base::new(log2), values });
     }
-    let mut all: Vec<(Level, Functions)> = vec![(
-        Level::Scalar,
-        (|x, tanh| with(Scalar::new(), x, tanh), |x, tanh| with(Scalar::new(), x, tanh)),
-    )];
+    let mut all: Vec<(Level, Functions)> =
+        vec![(Level::Scalar, (|x, of| with(Scalar::new(), x, of), |x, of| with(Scalar::new(), x, of)))];
     #[cfg(target_arch = "x86_64")]
     {
         if Avx2::detect().is_some() {
             all.push((
                 Level::Avx2,
-                (
-                    |x, tanh| with(Avx2::detect().unwrap(), x, tanh),
-                    |x, tanh| with(Avx2::detect().unwrap(), x, tanh),
-                ),
+                (|x, of| with(Avx2::detect().unwrap(), x, of), |x, of| with(Avx2::detect().unwrap(), x, of)),
             ));
         }
         if Avx512::<false>::detect().is_some() {
             all.push((
                 Level::Avx512,
                 (
-                    |x, tanh| with(Avx512::<false>::detect().unwrap(), x, tanh),
-                    |x, tanh| with(Avx512::<false>::detect().unwrap(), x, tanh),
+                    |x, of| with(Avx512::<false>::detect().unwrap(), x, of),
+                    |x, of| with(Avx512::<false>::detect().unwrap(), x, of),
                 ),
             ));
         }
@@ -93,19 +99,19 @@ fn worst<T: Copy>(x: &[T], y: &[T], ulps: impl Fn(T, T) -> f64) -> f64 {
 }
 
 #[test]
-fn exp2_is_within_one_and_a_half_units_or_three_with_a_table() {
+fn powers_of_two_are_within_one_and_a_half_units_or_three_with_a_table() {
     for (level, (single, double)) in functions() {
         let mut x = floats(127.9);
         x.retain(|&x| x >= -126.0);
         x.truncate(x.len() / 16 * 16);
         let mut y = x.clone();
-        single(&mut y, false);
+        single(&mut y, Function::Power(1.0));
         let worst_single = worst(&x, &y, |x, y| ulps_f32(y, f64::from(x).exp2()));
         let limit = if level == Level::Avx512 { 3.0 } else { 1.5 };
         assert!(worst_single <= limit, "{level}: {worst_single}");
         let x = doubles(1022.0);
         let mut y = x.clone();
-        double(&mut y, false);
+        double(&mut y, Function::Power(1.0));
         // The standard library's is itself off by up to one.
         let worst_double = worst(&x, &y, |x, y| ulps_f64(y, x.exp2()));
         assert!(worst_double <= 2.5, "{level}: {worst_double}");
@@ -117,14 +123,47 @@ fn tanh_is_within_two_and_a_half_units() {
     for (level, (single, double)) in functions() {
         let x = floats(20.0);
         let mut y = x.clone();
-        single(&mut y, true);
+        single(&mut y, Function::Tanh);
         let worst_single = worst(&x, &y, |x, y| ulps_f32(y, f64::from(x).tanh()));
         assert!(worst_single <= 2.5, "{level}: {worst_single}");
         let x = doubles(25.0);
         let mut y = x.clone();
-        double(&mut y, true);
+        double(&mut y, Function::Tanh);
         let worst_double = worst(&x, &y, |x, y| ulps_f64(y, x.tanh()));
         assert!(worst_double <= 3.5, "{level}: {worst_double}");
+    }
+}
+
+/// The product with the logarithm is not rounded where operations are fused: powers of e keep the digits of those of two.
+#[test]
+fn powers_of_e_lose_no_digits_to_the_change_of_base() {
+    for (level, (single, double)) in functions() {
+        let mut x = floats(87.0);
+        x.truncate(x.len() / 16 * 16);
+        let log2 = std::f32::consts::LOG2_E;
+        let mut y = x.clone();
+        single(&mut y, Function::Power(log2));
+        // Of the base that the rounded logarithm stands for.
+        let worst_single = worst(&x, &y, |x, y| ulps_f32(y, (f64::from(x) * f64::from(log2)).exp2()));
+        let limit = match level {
+            // Not fused: half a unit of 125, twice.
+            Level::Scalar => 100.0,
+            Level::Avx512 => 3.0,
+            _ => 1.5,
+        };
+        assert!(worst_single <= limit, "{level}: {worst_single}");
+        let mut y =
+            [0f64, -0.0, -1.0, -1000.0, -f64::MAX, f64::NEG_INFINITY, 3.0, -1e-300, -1e300, 0.0, 0.0, 0.0]
+                .iter()
+                .chain(&[0.0; 4])
+                .copied()
+                .collect::<Vec<_>>();
+        let x = y.clone();
+        double(&mut y, Function::Power(std::f64::consts::LOG2_E));
+        for (x, y) in x.iter().zip(&y) {
+            let want = if *x < -708.0 { 0.0 } else { x.exp() };
+            assert!((y - want).abs() <= 1e-15 * want, "{level}: {x} gave {y}");
+        }
     }
 }
 
@@ -132,22 +171,28 @@ fn tanh_is_within_two_and_a_half_units() {
 fn special_values() {
     for (level, (single, double)) in functions() {
         let mut y = [0f32; 16];
-        y[..8].copy_from_slice(&[0.0, -0.0, f32::NEG_INFINITY, f32::INFINITY, f32::NAN, -1e30, 1e30, -149.0]);
+        y[..7].copy_from_slice(&[0.0, -0.0, f32::NEG_INFINITY, f32::NAN, -1e30, f32::MIN, -149.0]);
+        // Also where the exponents that give normal numbers reach further than finite numbers do.
+        for log2 in [1.0, std::f32::consts::LOG2_E, 1e-37, f32::MIN_POSITIVE, 1e38, f32::MAX] {
+            let mut x = y;
+            single(&mut x, Function::Power(log2));
+            assert_eq!(x[..3], [1.0, 1.0, 0.0], "{level} {log2}");
+            assert!(x[3].is_nan(), "{level} {log2}: {x:?}");
+            if log2 >= 1.0 {
+                // What would be subnormal is zero.
+                assert_eq!(x[4..7], [0.0; 3], "{level} {log2}");
+            }
+        }
         let mut x = y;
-        single(&mut x, false);
-        assert_eq!(x[..4], [1.0, 1.0, 0.0, f32::INFINITY], "{level}");
-        assert!(x[4].is_nan() && x[5] == 0.0 && x[6] == f32::INFINITY, "{level}: {x:?}");
-        // What would be subnormal is zero.
-        assert_eq!(x[7], 0.0, "{level}");
-        let mut x = y;
-        single(&mut x, true);
-        assert_eq!(x[..4], [0.0, 0.0, -1.0, 1.0], "{level}");
-        assert!(x[4].is_nan() && x[5] == -1.0 && x[6] == 1.0, "{level}: {x:?}");
+        x[7..9].copy_from_slice(&[f32::INFINITY, 1e30]);
+        single(&mut x, Function::Tanh);
+        assert_eq!(x[..3], [0.0, 0.0, -1.0], "{level}");
+        assert!(x[3].is_nan() && x[4..7] == [-1.0; 3] && x[7..9] == [1.0; 2], "{level}: {x:?}");
 
         let mut x = [0f64; 16];
-        x[..5].copy_from_slice(&[0.0, f64::NEG_INFINITY, f64::INFINITY, f64::NAN, -1e300]);
-        double(&mut x, false);
-        assert_eq!(x[..3], [1.0, 0.0, f64::INFINITY], "{level}");
-        assert!(x[3].is_nan() && x[4] == 0.0, "{level}: {x:?}");
+        x[..4].copy_from_slice(&[0.0, f64::NEG_INFINITY, f64::NAN, -1e300]);
+        double(&mut x, Function::Power(1.0));
+        assert_eq!(x[..2], [1.0, 0.0], "{level}");
+        assert!(x[2].is_nan() && x[3] == 0.0, "{level}: {x:?}");
     }
 }
