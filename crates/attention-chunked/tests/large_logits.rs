@@ -254,6 +254,8 @@ fn large_products_and_scales() {
 fn sinks_of_any_size() {
     for_each(|backend, dtype, way, sizes, at| {
         let (keys, rows) = (sizes[2] as f64, sizes[1] as f64);
+        // Halves take the logsumexp as it was rounded up to 1024.
+        let sink_tolerance = if matches!(dtype, DType::F16 | DType::Bf16) { 1e-4 } else { 2e-5 };
         for magnitude in magnitudes(dtype, way) {
             for sink in [magnitude, -magnitude] {
                 let what = format!("{at}, sink {sink:e}");
@@ -267,7 +269,10 @@ fn sinks_of_any_size() {
                 // A sink like each of the keys: one share more, and d_lse alone has a gradient.
                 for dsink in results.dsinks.as_ref().expect("sinks").numbers() {
                     let want = rows / (keys + 1.0);
-                    assert!((dsink - want).abs() <= 2e-5 * want, "{what}: dsink {dsink}, want {want}");
+                    assert!(
+                        (dsink - want).abs() <= sink_tolerance * want,
+                        "{what}: dsink {dsink}, want {want}"
+                    );
                 }
                 // Alone in its size.
                 case.bias = None;
@@ -281,7 +286,10 @@ fn sinks_of_any_size() {
                     continue;
                 };
                 for dsink in results.dsinks.as_ref().expect("sinks").numbers() {
-                    assert!((dsink - want).abs() <= 2e-5 * want, "{what}: dsink {dsink}, want {want}");
+                    assert!(
+                        (dsink - want).abs() <= sink_tolerance * want,
+                        "{what}: dsink {dsink}, want {want}"
+                    );
                 }
             }
         }

@@ -5,7 +5,7 @@ use attention_core::merge::Accumulator;
 
 use crate::engine::{Engine, GradientPacks, STAGE};
 use crate::float::Float;
-use crate::simd::{Base, Kernel, Simd, power};
+use crate::simd::{Base, Kernel, Simd};
 use crate::terms::{Added, AddedRow, QueryRow, Terms, logit, masked};
 
 /// What the gradient of a block is taken of.
@@ -21,26 +21,32 @@ pub(crate) enum GradientOf {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowState<F> {
     /// Near the logsumexp, or the largest logit, in units of the call; -inf for a row that attends to nothing.
-    pub(crate) shift: F,
+    shift: F,
     /// Brings the sum of probabilities to 1: `e` to what the shift leaves of the logsumexp.
-    pub(crate) gain: F,
+    gain: F,
+    /// How far a logit may be above the shift, so that no probability is above 1.
+    most: F,
     /// `<d_out, out> - d_lse`: what the softmax subtracts from the gradient of each probability.
-    pub(crate) delta: F,
+    delta: F,
 }
 
 impl<F: Float> RowState<F> {
     /// Of a row that attends to nothing.
-    pub(crate) const EMPTY: Self = Self { shift: F::NEG_INFINITY, gain: F::ZERO, delta: F::ZERO };
+    pub(crate) const EMPTY: Self =
+        Self { shift: F::NEG_INFINITY, gain: F::ZERO, most: F::ZERO, delta: F::ZERO };
 
-    /// Of a state in f64, with the logarithm of the gain.
-    pub(crate) fn of([shift, log_gain, delta]: [f64; 3]) -> Self {
+    /// Of a state in f64, with the logarithm of the gain, where logits come in units of size `unit`.
+    pub(crate) fn of([shift, log_gain, delta]: [f64; 3], unit: F) -> Self {
         // What the rounding of a shift leaves is mostly so small that two terms are exact, in a fraction of the time.
         let is_tiny = log_gain.abs() < 1e-6;
         // Where the shift of a very large logsumexp was rounded up by far, no key is near it, and zero times infinity
         // would be NaN.
         let gain =
-            if is_tiny { 1.0 + (log_gain + 0.5 * log_gain * log_gain) } else { log_gain.min(1.0).exp() };
-        Self { shift: F::from_f64(shift), gain: F::from_f64(gain), delta: F::from_f64(delta) }
+            if is_tiny { 1.0 + (log_gain + 0.5 * log_gain * log_gain) } else { log_gain.min(64.0).exp() };
+        // The softmax's own shift is at most this far below the largest logit.
+        let room = F::ROOM.to_f64() * std::f64::consts::LN_2;
+        let most = F::from_f64((-log_gain).min(room) / unit.to_f64());
+        Self { shift: F::from_f64(shift), gain: F::from_f64(gain), most, delta: F::from_f64(delta) }
     }
 
     fn is_empty(&self) -> bool {
@@ -189,6 +195,7 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
                 adding[index] = Adding::of(&added);
             }
         }
+        let adds = adding.iter().any(|adding| adding.is_something());
         let nothing = simd.splat(E::F::NEG_INFINITY);
         let factor = simd.splat(self.terms.factor());
         let base = self.terms.base();
@@ -202,10 +209,15 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
                 for (index, (row, vector)) in PLACES.into_iter().enumerate() {
                     if row < real {
                         let at = (first + row) * self.stride + column + vector * lanes;
-                        let product = simd.load(self.products.as_ptr().add(at));
-                        x[index] = adding[row].to(simd, product, factor, column + vector * lanes);
+                        x[index] = simd.load(self.products.as_ptr().add(at));
                         incoming[index] = simd.load(self.gradients.as_ptr().add(at));
                     }
+                }
+            }
+            if adds {
+                for (x, (row, vector)) in x.iter_mut().zip(PLACES) {
+                    // SAFETY: what is added has the columns of the row.
+                    *x = unsafe { adding[row].to(simd, *x, factor, column + vector * lanes) };
                 }
             }
             let weights = probabilities(simd, base, x, PLACES.map(|(row, _)| states[row]));
@@ -253,7 +265,12 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             let (tile, gradients) = (self.products.as_mut_ptr().add(at), self.gradients.as_mut_ptr().add(at));
             let mut x = [nothing; COUNT];
             for (index, x) in x.iter_mut().enumerate() {
-                *x = adding.to(simd, simd.load(tile.add(index * lanes)), factor, column + index * lanes);
+                *x = simd.load(tile.add(index * lanes));
+            }
+            if adding.is_something() {
+                for (index, x) in x.iter_mut().enumerate() {
+                    *x = adding.to(simd, *x, factor, column + index * lanes);
+                }
             }
             let weights = probabilities(simd, self.terms.base(), x, [state; COUNT]);
             for (index, (&p, &x)) in weights.iter().zip(&x).enumerate() {
@@ -280,6 +297,10 @@ struct Adding<F> {
 
 impl<F: Float> Adding<F> {
     const NOTHING: Self = Self { bias: std::ptr::null(), mask: std::ptr::null() };
+
+    fn is_something(self) -> bool {
+        !(self.bias.is_null() && self.mask.is_null())
+    }
 
     fn of(added: &Added<'_, F>) -> Self {
         Self {
@@ -313,6 +334,7 @@ impl<F: Float> Adding<F> {
 struct State<V> {
     shift: V,
     gain: V,
+    most: V,
     delta: V,
 }
 
@@ -321,11 +343,16 @@ impl<V: Copy> State<V> {
     fn of<F: Float, S: Simd<F, V = V>>(simd: S, state: &RowState<F>) -> Self {
         // A row that attends to nothing has logits of -inf, which no shift may make NaN of.
         let shift = if state.is_empty() { F::ZERO } else { state.shift };
-        Self { shift: simd.splat(shift), gain: simd.splat(state.gain), delta: simd.splat(state.delta) }
+        Self {
+            shift: simd.splat(shift),
+            gain: simd.splat(state.gain),
+            most: simd.splat(state.most),
+            delta: simd.splat(state.delta),
+        }
     }
 }
 
-/// The probabilities of logits: at most the gain, since no logit is above the logsumexp but by rounding. NaN stays NaN.
+/// The probabilities of logits. NaN stays NaN.
 #[inline(always)]
 fn probabilities<F: Float, S: Simd<F>, const COUNT: usize>(
     simd: S,
@@ -334,11 +361,7 @@ fn probabilities<F: Float, S: Simd<F>, const COUNT: usize>(
     states: [State<S::V>; COUNT],
 ) -> [S::V; COUNT] {
     for (x, state) in x.iter_mut().zip(&states) {
-        *x = simd.min(simd.splat(F::ZERO), simd.sub(*x, state.shift));
+        *x = simd.min(state.most, simd.sub(*x, state.shift));
     }
-    x = power(simd, base, x);
-    for (x, state) in x.iter_mut().zip(&states) {
-        *x = simd.mul(*x, state.gain);
-    }
-    x
+    simd.scaled_power(base, x, states.map(|state| state.gain))
 }

@@ -181,7 +181,8 @@ impl<'a, E: Engine> Backward<'a, E> {
     /// The state of a query row.
     fn state(&self, batch: usize, head: usize, query: usize) -> RowState<E::F> {
         let dims = self.problem.dims();
-        RowState::of(self.states[(batch * dims.query_heads + head) * dims.query_length + query])
+        let state = self.states[(batch * dims.query_heads + head) * dims.query_length + query];
+        RowState::of(state, self.terms.unit())
     }
 
     /// Every query row of a key/value head.

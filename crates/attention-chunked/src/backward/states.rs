@@ -75,16 +75,10 @@ fn has_lost_digits(dtype: DType, lse: f64) -> bool {
     lse.is_finite() && lse.abs() > largest_exact(dtype)
 }
 
-/// A natural logit in units of size `unit`, rounded to a shift that logits can be compared with: finite, and not below a
-/// logit that the unrounded one is not below.
+/// A natural logit in units of size `unit`, rounded to a shift that logits can be compared with: finite.
 fn round_shift<F: Float>(natural: f64, unit: F) -> f64 {
-    round_shift_near(0.0, natural, unit)
-}
-
-/// The same of a shift and a natural logit that is added to it.
-fn round_shift_near<F: Float>(shift: f64, natural: f64, unit: F) -> f64 {
     let largest = F::LARGEST.to_f64();
-    F::from_f64((shift + natural / unit.to_f64()).clamp(-largest, largest)).to_f64()
+    F::from_f64((natural / unit.to_f64()).clamp(-largest, largest)).to_f64()
 }
 
 /// The shift that a logsumexp stands for, where logits come in units of size `unit`, and the logarithm of the gain.

@@ -215,6 +215,18 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
     /// polynomial of degree 2 (minimax in the relative error, 5.3e-8), and the first added to the exponent.
     #[inline(always)]
     fn power<const COUNT: usize>(self, base: Base<f32>, x: [__m512; COUNT]) -> [__m512; COUNT] {
+        let one = Simd::<f32>::splat(self, 1.0);
+        Simd::<f32>::scaled_power(self, base, x, [one; COUNT])
+    }
+
+    /// The factor goes into the coefficients: where it is the same for many vectors, it costs nothing.
+    #[inline(always)]
+    fn scaled_power<const COUNT: usize>(
+        self,
+        base: Base<f32>,
+        x: [__m512; COUNT],
+        factors: [__m512; COUNT],
+    ) -> [__m512; COUNT] {
         // SAFETY: `self` proves that the processor has the instructions; the table is two vectors long.
         unsafe {
             // Adding it leaves k and i, the integer and the 32nds of the nearest multiple of 1/32, in the low bits.
@@ -231,9 +243,9 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
                 *r = _mm512_fmsub_ps(*r, log2, _mm512_sub_ps(shifted, shift));
             }
             let mut p = r;
-            for (p, &r) in p.iter_mut().zip(&r) {
-                let c = [_mm512_set1_ps(0.693_157_3), _mm512_set1_ps(0.240_226_5)];
-                *p = _mm512_fmadd_ps(_mm512_fmadd_ps(c[1], r, c[0]), r, _mm512_set1_ps(1.0));
+            for ((p, &r), &factor) in p.iter_mut().zip(&r).zip(&factors) {
+                let c = [0.693_157_3, 0.240_226_5].map(|c| _mm512_mul_ps(factor, _mm512_set1_ps(c)));
+                *p = _mm512_fmadd_ps(_mm512_fmadd_ps(c[1], r, c[0]), r, factor);
             }
             for ((p, &shifted), &x) in p.iter_mut().zip(&shifted).zip(&x) {
                 let bits = _mm512_castps_si512(shifted);

@@ -139,6 +139,21 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
         elementary::power_by_polynomial(self, base, x)
     }
 
+    /// The same, each multiplied by a factor.
+    #[inline(always)]
+    fn scaled_power<const COUNT: usize>(
+        self,
+        base: Base<F>,
+        x: [Self::V; COUNT],
+        factors: [Self::V; COUNT],
+    ) -> [Self::V; COUNT] {
+        let mut powers = self.power(base, x);
+        for (power, &factor) in powers.iter_mut().zip(&factors) {
+            *power = self.mul(*power, factor);
+        }
+        powers
+    }
+
     /// Transposes `LANES x LANES` elements: `to[j * to_row + i] = from[i * from_row + j]`.
     ///
     /// # Safety
