@@ -65,6 +65,8 @@ pub struct Parameters {
     scale: f64,
     softcap: f64,
     keep_scale: f64,
+    balance: f32,
+    unbalance: f32,
     head_dim: i32,
     value_head_dim: i32,
     group: i32,
@@ -87,7 +89,7 @@ pub struct Parameters {
 // SAFETY: plain numbers, in the layout of the struct of the same name in the kernels; the size is asserted on both sides.
 unsafe impl DeviceRepr for Parameters {}
 
-const _: () = assert!(size_of::<Parameters>() == 856);
+const _: () = assert!(size_of::<Parameters>() == 864);
 
 impl Batch {
     fn of(problem: &Problem, batch: usize) -> Self {
@@ -156,6 +158,14 @@ pub fn beside(problem: &Problem) -> (usize, bool) {
     }
 }
 
+/// The power of two that gradients of logits are multiplied by before their products with queries and keys are summed: about the
+/// square root of the scale, so that neither they nor the products leave the range of f32 on the way.
+fn balance(scale: f64) -> f32 {
+    // At most 127, and 511 for f64, whose range takes any half of that.
+    let exponent = scale.abs().log2().floor() as i32;
+    2f32.powi((exponent / 2).clamp(0, 126))
+}
+
 impl Parameters {
     /// Everything but addresses.
     fn of(problem: &Problem, uniform: Batch) -> Self {
@@ -201,6 +211,8 @@ impl Parameters {
             scale: problem.scale(),
             softcap: problem.softcap().unwrap_or(0.0),
             keep_scale: dropout.map_or(1.0, |stream| stream.keep_scale()),
+            balance: balance(problem.scale()),
+            unbalance: 1.0 / balance(problem.scale()),
             head_dim: dims.head_dim as i32,
             value_head_dim: dims.value_head_dim as i32,
             group: dims.group_size() as i32,

@@ -35,14 +35,26 @@ pub(crate) struct Containment {
 /// reach it. What all rows of a batch row must not see is zero before ([`Key::cleans`]). What cuDNN's own dropout kept is
 /// not known outside of it, so rows of such a call cannot be computed again.
 ///
-/// Finite operands leave it to a bias alone, which may make logits so large that cuDNN's exponents have no digits left, in forward, or
-/// the logsumexp none, in backward.
+/// Finite operands leave it to [large logits](may_be_large), and in forward to sinks: one above 2.3e38 is infinite in base two, which
+/// makes NaN of its head.
 pub(crate) fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
     let structured = problem.causal() || !problem.window().is_unbounded();
     let parts_rows = structured && problem.dims().query_length > 1;
     let own = matches!(key.dropout, Some(Drops::Own { .. }));
     let of_operands = (parts_rows || problem.has(Role::Mask)) && !config.finite_operands;
-    (of_operands || problem.has(Role::Bias)) && !own
+    let of_sinks = problem.has(Role::Sinks) && problem.pass() == Pass::Forward;
+    (of_operands || may_be_large(problem) || of_sinks) && !own
+}
+
+/// Whether what is added to products may make logits so large that cuDNN's exponents have no digits left, in forward, or the
+/// logsumexp none, in backward: a bias, or slopes where a row's own position has no key.
+pub(crate) fn may_be_large(problem: &Problem) -> bool {
+    let has_own_key = |batch: usize| {
+        let (offset, rows) = (i128::from(problem.offset(batch)), problem.query_len(batch) as i128);
+        offset >= 0 && offset + rows <= problem.key_value_len(batch) as i128
+    };
+    let far = || !(0..problem.dims().batch).all(has_own_key);
+    problem.has(Role::Bias) || (problem.has(Role::AlibiSlopes) && far())
 }
 
 /// The source and the entry point of a problem's kernel.
@@ -77,7 +89,7 @@ fn rows_of_group(problem: &Problem) -> usize {
     let heads = dims.group_size();
     let every_row_sees =
         (0..dims.batch).all(|batch| seen_rows(problem, batch) == (0..problem.query_len(batch)));
-    if problem.has(Role::Mask) || problem.has(Role::Bias) || !heads.is_power_of_two() || !every_row_sees {
+    if problem.has(Role::Mask) || may_be_large(problem) || !heads.is_power_of_two() || !every_row_sees {
         return 1;
     }
     (TILED / heads).max(1)
@@ -114,7 +126,7 @@ pub(crate) fn defines(
 /// What says which rows have large logits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Large {
-    /// Nothing does: there is no bias.
+    /// Nothing does: there is [nothing](may_be_large) that makes them so.
     Unknown,
     /// The address of cuDNN's own logsumexp, `[B, N, T]`, of a forward pass.
     Stats(u64),
@@ -251,5 +263,14 @@ mod tests {
         assert!(!needs_with(finite(), 16, |problem| problem.causal(true)));
         let of_bias: Build = |problem| problem.bias(TensorDesc::contiguous(DType::F32, [1, 1, 1, 32]));
         assert!(needs_with(finite(), 16, of_bias));
+        let with_sinks: Build = |problem| problem.sinks(TensorDesc::contiguous(DType::F32, [4]));
+        assert!(needs_with(finite(), 16, with_sinks));
+        let of_slopes: Build = |problem| problem.alibi_slopes(TensorDesc::contiguous(DType::F32, [4]));
+        assert!(!needs(16, of_slopes) && !needs(32, of_slopes) && needs_with(finite(), 33, of_slopes));
+        let behind: Build = |problem| {
+            let slopes = TensorDesc::contiguous(DType::F32, [4]);
+            problem.alibi_slopes(slopes).query_offset(QueryOffset::Fixed(17))
+        };
+        assert!(needs_with(finite(), 16, behind));
     }
 }

@@ -31,11 +31,11 @@ pub(crate) struct FarRows {
     config: LaunchConfig,
 }
 
-/// Whether a problem needs it: in backward, where a bias may make the logsumexp large and results can be computed again, and for
-/// the gradient of sinks.
+/// Whether a problem needs it: in backward, where the logsumexp [may be large](contain::may_be_large) and results can be computed
+/// again, and for the gradient of sinks.
 pub(crate) fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
-    let of_bias = problem.has(Role::Bias) && contain::is_needed(problem, key, config);
-    problem.pass() == Pass::Backward && (of_bias || problem.has(Role::DSinks))
+    let of_large = contain::may_be_large(problem) && contain::is_needed(problem, key, config);
+    problem.pass() == Pass::Backward && (of_large || problem.has(Role::DSinks))
 }
 
 /// Numbers that it leaves: an offset, one that is not used, and a score of each row, then one for each head (`gradients.cuh`).

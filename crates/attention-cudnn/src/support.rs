@@ -208,6 +208,9 @@ fn limit(what: impl Into<String>, value: impl ToString, limit: impl Into<String>
     }
 }
 
+/// The fused engines multiply the scale with log2(e), which makes NaN of everything where the product is not a number of f32.
+const MOST_SCALE: f64 = 2e38;
+
 /// Whether a problem can be served on a target.
 pub(crate) fn check(
     capabilities: &Capabilities,
@@ -250,6 +253,9 @@ pub(crate) fn check(
     if problem.scale() <= 0.0 {
         // The fused engines scale after they took the maximum: a negative scale gives NaN.
         return Err(limit("a scale", problem.scale(), "above 0"));
+    }
+    if problem.scale() > MOST_SCALE {
+        return Err(limit("a scale", problem.scale(), "at most 2e38"));
     }
     for role in TENSORS {
         tensor(problem, role)?;
@@ -359,6 +365,19 @@ mod tests {
             of(96, 192, 2).bias(bias).gradients(Gradients::QKV),
         ]
         .map(|builder| builder.build().expect("valid"))
+    }
+
+    #[test]
+    fn scales_that_are_infinite_in_base_two_are_refused() {
+        let desc = TensorDesc::contiguous(DType::Bf16, [1, 8, 2, 64]);
+        let (target, config) = (Target::default(), CudnnConfig::default());
+        for (scale, is_served) in [(2e38, true), (2.4e38, false), (f64::from(f32::MAX), false)] {
+            let builder = Problem::builder(desc, desc, desc).device(Device::Cuda(0)).scale(scale);
+            let answer =
+                check(&capabilities(target, &config), target, &config, &builder.build().expect("valid"));
+            assert_eq!(answer.is_ok(), is_served, "{scale}");
+            assert!(is_served || answer.is_err_and(|refusal| refusal.to_string().contains("at most 2e38")));
+        }
     }
 
     #[test]

@@ -139,7 +139,8 @@ impl Precision {
             let terms: Vec<Term> = (row.entries.iter())
                 .map(|entry| {
                     let exponent = self.exponent_error(oracle, entry, row.lse) + lse_error;
-                    let p_error = probability_error(entry.logit - row.lse, entry.probability, exponent);
+                    let p_error =
+                        probability_error(entry.logit - row.lse, entry.probability, exponent) + self.underflow;
                     let (mut dp, mut size) = (0.0, 0.0);
                     if entry.keep > 0.0 {
                         let value = oracle.value.row(&[b, entry.key, kv]);
@@ -202,7 +203,7 @@ impl Precision {
             if let Some(sink) = row.sink.filter(|&sink| sink != f64::NEG_INFINITY) {
                 let p = row.sink_probability();
                 let exponent = self.sink_error(sink, row.lse) + lse_error;
-                let p_error = probability_error(sink - row.lse, p, exponent);
+                let p_error = probability_error(sink - row.lse, p, exponent) + self.underflow;
                 dsinks.add(n, p_error * (delta.abs() + delta_error) + p * delta_error, p * delta.abs());
             }
         });

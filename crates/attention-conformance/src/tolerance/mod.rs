@@ -58,6 +58,8 @@ pub struct Precision {
     pub weight: f64,
     /// The absolute error of that rounding where it underflows.
     pub weight_underflow: f64,
+    /// The absolute error of a probability that underflows in the accumulator.
+    pub underflow: f64,
     /// Whether results are rounded to their dtypes.
     pub rounds_results: bool,
 }
@@ -93,6 +95,7 @@ impl Precision {
             logit: 0.0,
             weight: 0.0,
             weight_underflow: underflow(dtype.accumulator()),
+            underflow: underflow(dtype.accumulator()),
             rounds_results: true,
         };
         let half = Self { weight: unit_roundoff(dtype), weight_underflow: underflow(dtype), ..exact };
@@ -113,6 +116,7 @@ impl Precision {
         logit: 0.0,
         weight: 0.0,
         weight_underflow: 0.0,
+        underflow: 0.0,
         rounds_results: false,
     };
 

@@ -95,7 +95,8 @@ if (has_far_rows(p, b, n))
     const auto put = [&](long long t, long long key, real sum) {
         if (t >= p.bias_size[2] || key >= p.bias_size[3]) return;
         const long long *stride = p.d_bias.stride;
-        store(p.d_bias.data, p.bias_dtype, batch_place * stride[0] + head_place * stride[1] + t * stride[2] + key * stride[3], sum);
+        store(p.d_bias.data, p.bias_dtype, batch_place * stride[0] + head_place * stride[1] + t * stride[2] + key * stride[3],
+              sum * unbalance_of(p));
     };
     if (!sums_rows) {
 #pragma unroll

@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
             meet();
         }
     }
-    const real scale = (real)p.scale;
+    const real scale = scale_of_sums(p);
 #pragma unroll
     for (int r = 0; r < KEY_SLOTS; ++r) {
         const int local = key_row_at<KEYS>(r), key = first + local;

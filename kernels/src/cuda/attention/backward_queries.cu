@@ -200,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
             meet();
         }
     }
-    const real scale = (real)p.scale;
+    const real scale = scale_of_sums(p);
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
         const long long t = first_t + row_at<ROWS>(r);

@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_prepare_
         logsumexp = of_row(p.lse);
         if (p.d_lse.data) delta -= of_row(p.d_lse);
     }
-    const State state = state_of_logsumexp(p, logsumexp, delta);
+    const State state = state_of_logsumexp(p, logsumexp, balance_of(p) * delta);
     p.first[row] = state.offset;
     p.second[row] = state.delta;
     scores_of_states(p)[row] = state.score;
@@ -67,5 +67,5 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
     if (threadIdx.x > 0) return;
     real all = 0;
     for (int warp = 0; warp < WARPS; ++warp) all += sums[warp];
-    store(p.d_sinks.data, p.sinks_dtype, n * p.d_sinks.stride[0], -all);
+    store(p.d_sinks.data, p.sinks_dtype, n * p.d_sinks.stride[0], -all * unbalance_of(p));
 }

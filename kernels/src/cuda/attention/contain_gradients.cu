@@ -11,7 +11,7 @@ struct ComputedState {
         };
         const real logsumexp = of_row(p.lse);
         const real delta = dot(at(p.d_out, b, t, n), p.d_out.stride[3], at(p.out, b, t, n), p.out.stride[3], p.value_head_dim);
-        State state = state_of_logsumexp(p, logsumexp, p.d_lse.data ? delta - of_row(p.d_lse) : delta);
+        State state = state_of_logsumexp(p, logsumexp, balance_of(p) * (p.d_lse.data ? delta - of_row(p.d_lse) : delta));
         if (p.second && is_far(logsumexp)) {
             const long long place = state_of(p, b, n, t);
             state.score = scores_of_states(p)[place];
@@ -39,7 +39,7 @@ __device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned
         if (is_finite_row(p.d_query, b, t, n, p.head_dim) && !(has_far && is_far_row(p, b, n, t))) return;
         real sums[HEAD / 32];
         exact_gradient_of_query(p, row_of(p, strip.batch, b, n, t), b, n, ComputedState(), sums);
-        store_row<HEAD>(at(p.d_query, b, t, n), p.d_query.stride[3], p.head_dim, sums, (real)p.scale);
+        store_row<HEAD>(at(p.d_query, b, t, n), p.d_query.stride[3], p.head_dim, sums, scale_of_sums(p));
     });
 }
 
@@ -60,7 +60,7 @@ __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned b
         if (finite && !has_far) return;
         real keys[HEAD / 32], values[VALUE / 32];
         exact_gradients_of_key(p, strip.batch, b, head, key, ComputedState(), keys, values);
-        if (p.d_key.data) store_row<HEAD>(at(p.d_key, b, key, head), p.d_key.stride[3], p.head_dim, keys, (real)p.scale);
+        if (p.d_key.data) store_row<HEAD>(at(p.d_key, b, key, head), p.d_key.stride[3], p.head_dim, keys, scale_of_sums(p));
         if (p.d_value.data)
             store_row<VALUE>(at(p.d_value, b, key, head), p.d_value.stride[3], p.value_head_dim, values, keep_scale(p));
     });

@@ -1,11 +1,12 @@
 // Containment of the forward pass: outputs and their logsumexp.
 //
-// Rows with a large logsumexp are computed again too: what a bias adds to their logits leaves the library's exponents no digits, and it
-// had no bias below -1e29. `first` has the library's own logsumexp, [B, N, T], -inf for a row that sees nothing; null where there
-// is no bias.
+// Rows with a large logsumexp are computed again too: what is added to their logits leaves the library's exponents no digits, and it
+// had no bias below -1e29. `first` has the library's own logsumexp, [B, N, T], -inf for a row that sees nothing; null where nothing
+// makes it large.
 
-// Below this, a maximum that is rounded before it is subtracted is off by 1/16 at most, which cancels.
-constexpr real LARGE = 1 << 20;
+// The library rounds logits in base two before it subtracts their maximum, to half a unit in the last place of the larger, which differs
+// from key to key. Below this, a weight is off by 2^-14 at most, less than by its own rounding.
+constexpr real LARGE = 1024;
 
 // Which of a warp's rows, one to a group, have a large logsumexp.
 __device__ inline unsigned large_rows(const Parameters &p, long long b, long long n, int first, int end) {

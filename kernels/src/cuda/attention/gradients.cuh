@@ -6,9 +6,20 @@
 //
 // A far row is one whose logsumexp is so large that its rounding would be seen: its `score` is another number, the largest of its
 // own keys, and the offset is of their sum. Its exponents are at most 0, whatever the rounding of a score does.
+//
+// The row term `delta` and gradients of logits carry the factor `balance_of`.
 struct State {
     real score, offset, delta;
 };
+
+// A large scale is applied in two steps, to the gradients of logits and to the sums of their products with queries or keys: between a
+// gradient of 1e-30 and a key of 1e-19, the product would be below all numbers although the scale brings it back. 1 where the scale
+// is below 2, and in f16, whose gradients of logits have no such range, and whose products with queries and keys need none.
+__device__ inline real balance_of(const Parameters &p) { return DTYPE == DTYPE_F16 ? real(1) : (real)p.balance; }
+__device__ inline real unbalance_of(const Parameters &p) { return DTYPE == DTYPE_F16 ? real(1) : (real)p.unbalance; }
+
+// What is left of the scale for the sums.
+__device__ inline real scale_of_sums(const Parameters &p) { return (real)p.scale * unbalance_of(p); }
 
 // The logsumexp above which a row is far. In f32 the rounding of one below is 2^-17 of a probability at most, which is the size of
 // the error of its logits; halves round probabilities themselves, to 2^-12 at best, and 2^-14 does not add to that.
@@ -70,7 +81,7 @@ __device__ inline real exponent_in(const Parameters &p, real score, const State 
 struct Weights {
     // The probability after dropout, without dropout's factor.
     real kept;
-    // The gradient of the logit, and of the scaled product behind it.
+    // The gradient of the logit, and of the scaled product behind it, balanced.
     real logit, product;
 };
 
@@ -78,7 +89,7 @@ struct Weights {
 // d_out and value, `kept` the bit of dropout.
 __device__ inline Weights weigh(const Parameters &p, bool masked, real exponent, real slope, bool kept, real incoming, real delta) {
     const real probability = exponential(exponent);
-    const real change = (kept ? keep_scale(p) * incoming : real(0)) - delta;
+    const real change = (kept ? keep_scale(p) * balance_of(p) * incoming : real(0)) - delta;
     Weights weights;
     weights.kept = kept ? probability : real(0);
     // Selected, not multiplied: what is masked may be NaN.
@@ -124,7 +135,7 @@ __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const 
     return true;
 }
 
-// The gradient of a query, but for the scale, by a warp.
+// The gradient of a query, but for `scale_of_sums`, by a warp.
 template <class StateOf>
 __device__ inline void exact_gradient_of_query(const Parameters &p, const Row &row, long long b, long long n, StateOf state_of_row,
                                                real (&sums)[HEAD / 32]) {
@@ -138,7 +149,7 @@ __device__ inline void exact_gradient_of_query(const Parameters &p, const Row &r
     }
 }
 
-// The gradients of a key, but for the scale, and of its value, but for dropout's factor, by a warp.
+// The gradients of a key, but for `scale_of_sums`, and of its value, but for dropout's factor, by a warp.
 template <class StateOf>
 __device__ inline void exact_gradients_of_key(const Parameters &p, const Batch &batch, long long b, long long key_head, int key,
                                               StateOf state_of_row, real (&keys)[HEAD / 32], real (&values)[VALUE / 32]) {

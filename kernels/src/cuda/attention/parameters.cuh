@@ -32,6 +32,8 @@ struct Parameters {
     double scale;
     double softcap;
     double keep_scale;
+    // A power of two that gradients of logits carry until their products are summed, and one over it (balance_of).
+    float balance, unbalance;
     int head_dim, value_head_dim;
     // Query heads that share a key/value head.
     int group;
@@ -49,7 +51,7 @@ struct Parameters {
     int beside, beside_batch;
 };
 
-static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) == 856, "the host's layout");
+static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) == 864, "the host's layout");
 
 // Bits of `aligned`.
 #define ALIGNED_QUERY (1 << 0)

@@ -54,21 +54,20 @@ __device__ inline real change_of(const Shift &from, const Shift &to, real factor
     return power(fma(difference(from.score, to.score), factor, from.power - to.power));
 }
 
-// The natural logit that sums with this maximum are relative to. In f32 not rounded yet.
-#if DTYPE == DTYPE_F32
+// Natural logits beside which a difference of order one must not be lost: that of a sink and a row's maximum, at any size of both.
 typedef double precise;
-#else
-typedef real precise;
-#endif
 
+// The natural logit that sums with this maximum are relative to, not rounded yet: the maximum, less what weights are relative to instead
+// where that was rounded in base two.
 __device__ inline precise reference_of(const Parameters &p, real maximum) {
-    const Shift shift = shift_of<HALVES>(maximum, power_factor(p));
-    if (HALVES && shift.score == 0) return shift.power / POWER_UNIT;
-    return (precise)maximum * (precise)natural_factor(p);
+    const real factor = power_factor(p), above = exponent_of<HALVES>(maximum, shift_of<HALVES>(maximum, factor), factor);
+    return (precise)maximum * (precise)natural_factor(p) - (precise)(above / POWER_UNIT);
 }
 
-// Of a logit and the sum of exponentials above it. In f32 rounded once, since nothing comes after it.
-__device__ inline real logsumexp_of(precise reference, real sum) { return (real)(reference + log((precise)sum)); }
+// Of a logit and the sum of exponentials above it. In f32 rounded once, since nothing comes after it; halves do with the f32 logarithm.
+__device__ inline real logsumexp_of(precise reference, real sum) {
+    return (real)(reference + (HALVES ? (precise)log(sum) : log((precise)sum)));
+}
 
 // What a row's sums are multiplied by, and its logsumexp. `maximum` is a score; without a key, `sum` is 0.
 __device__ inline real finish(const Parameters &p, long long n, bool padded, real maximum, real sum, real &logsumexp) {
