@@ -9,9 +9,14 @@
 # JOBS processes run at once, one for each core by default. It fails where anything failed.
 #
 # In the environment, each of which may be left out: DEVICE_TESTS, the executable of `cargo test --release -p attention-cudnn --test device
-# --no-run`, whose tests run before anything else, alone, since one of them wants 50 GB; OLD_XTASK, that of an older commit, beside which
-# the speed is measured at the end, in turns; ONLY=tests, ONLY=suite or ONLY=speed for that part alone.
+# --no-run`, whose tests run before anything else, alone, since one of them wants 48 GB; OLD_XTASK, that of an older commit, beside which
+# the speed of chunked-cuda is measured at the end, in TURNS turns (2); ONLY=tests, ONLY=suite or ONLY=speed for that part alone. The
+# whole suite also fails where a variant that a backend lists for this device was run by no job.
 set -euo pipefail
+
+# The checkout that this script is of: binaries may have been built in another one.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+export root
 
 xtask=$1 out=$2 gpu_tests=${3:-} candle_tests=${4:-}
 mkdir -p "$out"
@@ -28,7 +33,7 @@ logged() {
 }
 suite() { logged "suite.$1.$2.$3.$4" "$xtask" conformance --threads 1 --backend "$1" --dtype "$2" --pass "$3" --filter "$4"; }
 hidden() { ATTENTION_CUDNN=/nonexistent logged "hidden.auto-cuda.$1.$2.$3" "$xtask" conformance --threads 1 --backend auto-cuda --dtype "$1" --pass "$2" --filter "$3"; }
-golden() { logged "golden.$1.$2" "$xtask" golden --backend "$1" --dtype "$2"; }
+golden() { logged "golden.$1.$2" "$xtask" golden --dir "$root/crates/attention-conformance/golden/jax" --dir "$root/crates/attention-conformance/golden/extended" --backend "$1" --dtype "$2"; }
 sanitized() { logged "$1.$2.$3.$4.$5" compute-sanitizer --tool "$1" --error-exitcode 9 "$xtask" conformance --threads 1 --backend "$2" --dtype "$3" --pass "$4" --filter "$5"; }
 device_test() { logged "tests.device.$1" "$DEVICE_TESTS" --ignored --test-threads 1 --nocapture --exact "$1"; }
 gpu() { logged "tests.gpu" "$gpu_tests" --ignored --test-threads 1; }
@@ -46,7 +51,7 @@ if [[ -n ${DEVICE_TESTS:-} && $only != suite && $only != speed ]]; then
 fi
 
 families="layout values random position pair tile large bias mask groups small lengths head-dim value-head-dim end-to-end dropout
-    results scale softcap alibi sinks magnitude bits"
+    results scale softcap alibi sinks magnitude bits choices"
 {
     for family in $families; do
         for pass in backward forward; do
@@ -70,9 +75,9 @@ families="layout values random position pair tile large bias mask groups small l
             echo "suite auto-cuda bf16 $pass $family/"
             for dtype in f32 bf16; do echo "hidden $dtype $pass $family/"; done
         done
-        for family in tile large values mask end-to-end; do
+        for family in tile large values mask bias sinks magnitude head-dim choices end-to-end; do
             echo "suite chunked-cuda-without-split-f32 f32 $pass $family/"
-            echo "suite chunked-cuda-without-warpgroups bf16 $pass $family/"
+            for dtype in f16 bf16; do echo "suite chunked-cuda-without-warpgroups $dtype $pass $family/"; done
         done
     done
     if [[ -n $candle_tests ]]; then
@@ -111,14 +116,66 @@ awk '
             printf "%-55s %6d passed, %d failed, %d skipped%s%s\n", group, passed[group], failed[group], skipped[group], said[group],
                 bad[group] == "" ? "" : "  FAILED:" bad[group]
     }' "$out"/*.txt | sort
-# Forward and backward of both, in turns on a device that does nothing else: the ratio of the medians is old time by new time.
-if [[ -n ${OLD_XTASK:-} && $only != suite && $only != tests ]]; then
-    for turn in 1 2 3; do
-        for which in old new; do
-            program=$xtask
-            if [[ $which == old ]]; then program=$OLD_XTASK; fi
-            logged "speed.$which.$turn" "$program" bench --suite gpu --repeats 1 --json "$out/speed.$which.$turn.json"
-        done
-    done
+# Each log says which variants of a backend its process has run; only all logs together say which were not. Variants of one name are the
+# same kernels whatever the backend was told to leave out.
+variants="$out/variants"
+if [[ $only == all || $only == suite ]]; then
+    awk '
+        BEGIN { FS = " *(│|┆) *" }
+        /^Runs of each variant:/ { table = 1; next }
+        /^└/ { table = 0 }
+        table && $2 == "variant" { backend = $3; sub(/-without-.*/, "", backend); next }
+        table && NF >= 3 && backend !~ /^auto/ && $3 != "-" { runs[backend ": " $2] += ($3 == "NOT RUN" ? 0 : $3) }
+        END {
+            for (name in runs) { all++; if (runs[name] == 0) { missing++; print "NOT RUN " name } }
+            printf "%d variants, %d of them not run on this device\n", all, missing
+        }' "$out"/suite.*.txt | sort >"$variants"
+    cat "$variants"
 fi
-! grep -lE '^exit status [^0]' "$out"/*.txt >/dev/null
+
+# Forward and backward of both, in turns on a device that does nothing else, after a turn of both side by side that compiles what they
+# need, each in a folder of its own: old time by new time, of the medians of the turns.
+if [[ -n ${OLD_XTASK:-} && $only != suite && $only != tests ]]; then
+    bench() {
+        local which=$1 name=$2 program=$xtask
+        shift 2
+        if [[ $which == old ]]; then program=$OLD_XTASK; fi
+        ATTENTION_KERNEL_FOLDER="$ATTENTION_KERNEL_FOLDER-$which" logged "speed.$name.$which" "$program" bench --suite gpu \
+            --backend chunked-cuda --record "$out/speed.$name.$which.csv" "$@"
+    }
+    for which in old new; do
+        for dtype in f32 bf16; do bench "$which" "first-$dtype" --dtype "$dtype" --repeats 1 & done
+    done
+    wait
+    for turn in $(seq "${TURNS:-2}"); do
+        for which in old new; do bench "$which" "$turn" --repeats 2; done
+    done
+    awk '
+        function median(list,    all, count, i, j, swap) {
+            count = split(list, all, " ")
+            for (i = 1; i <= count; ++i)
+                for (j = i + 1; j <= count; ++j)
+                    if (all[j] + 0 < all[i] + 0) { swap = all[i]; all[i] = all[j]; all[j] = swap }
+            return (all[int((count + 1) / 2)] + all[int(count / 2) + 1]) / 2
+        }
+        BEGIN { FS = "," }
+        FNR == 1 { which = FILENAME; sub(/.*speed\.[0-9]*\./, "", which); sub(/\.csv$/, "", which) }
+        /^#/ || $1 == "b" { next }
+        {
+            row = sprintf("%s,%s,%s,%s,%s,%s %s %s%s%s", $1, $2, $3, $4, $5, $6, $7, $8, $9 == "true" ? " causal" : "", $10 == "plain" ? "" : " " $10)
+            if (!(row in seen)) { seen[row] = 1; order[++rows] = row }
+            times[which, row] = times[which, row] " " $12
+        }
+        END {
+            printf "%-45s %10s %10s  old / new\n", "B,T,S,N,K,H", "old us", "new us"
+            for (i = 1; i <= rows; ++i) {
+                row = order[i]; old = median(times["old", row]); new = median(times["new", row])
+                if (old == 0 || new == 0) { printf "%-45s measured on one side only\n", row; continue }
+                printf "%-45s %10.1f %10.1f  %.3f%s\n", row, old, new, old / new, old / new < 0.98 ? "  SLOWER" : ""
+                sum += log(old / new); ++count
+            }
+            if (count) printf "geometric mean %.3f of %d rows\n", exp(sum / count), count
+        }' "$out"/speed.[0-9]*.csv
+fi
+failed=$(grep -lE '^exit status [^0]' "$out"/*.txt || true)
+[[ -z $failed ]] && ! grep -qs '^NOT RUN' "$variants"

@@ -20,9 +20,17 @@ type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + 
 fn numbers(seed: u32, count: usize) -> Vec<f64> {
     const PERIOD: usize = 65_537;
     let word = |index: usize| philox4x32_10([index as u32, 0, 0, 0], [seed, 0])[0];
-    let period: Vec<f64> =
-        (0..count.min(PERIOD)).map(|index| f64::from(word(index)) / f64::from(1u32 << 30) - 2.0).collect();
-    period.into_iter().cycle().take(count).collect()
+    (0..count.min(PERIOD)).map(|index| f64::from(word(index)) / f64::from(1u32 << 30) - 2.0).collect()
+}
+
+/// The first `count` of these numbers, over and over again: copied, since tests may be built without optimisation.
+fn repeated<T: Copy>(numbers: &[T], count: usize) -> Vec<T> {
+    let mut all = Vec::with_capacity(count + numbers.len());
+    while all.len() < count {
+        all.extend_from_slice(numbers);
+    }
+    all.truncate(count);
+    all
 }
 
 /// A tensor of any dtype in host memory.
@@ -46,8 +54,18 @@ impl Data {
         }
     }
 
+    /// So many, which repeat these.
+    fn repeating(dtype: DType, numbers: &[f64], count: usize) -> Self {
+        match Self::of(dtype, numbers) {
+            Self::F64(data) => Self::F64(repeated(&data, count)),
+            Self::F32(data) => Self::F32(repeated(&data, count)),
+            Self::F16(data) => Self::F16(repeated(&data, count)),
+            Self::Bf16(data) => Self::Bf16(repeated(&data, count)),
+        }
+    }
+
     fn zeros(dtype: DType, count: usize) -> Self {
-        Self::of(dtype, &vec![0.0; count])
+        Self::repeating(dtype, &[0.0], count)
     }
 
     fn to_f64(&self) -> Vec<f64> {
@@ -117,15 +135,15 @@ struct Call {
 
 /// Output, logsumexp, and gradients of queries, keys and values.
 struct Results {
-    out: Vec<f64>,
-    lse: Vec<f64>,
-    gradients: Option<[Vec<f64>; 3]>,
+    out: Data,
+    lse: Data,
+    gradients: Option<[Data; 3]>,
 }
 
 impl Call {
     fn new(dtype: DType, sizes: Sizes, causal: bool, seed: u32) -> Self {
         let [b, t, s, n, k, h] = sizes;
-        let of = |index: u32, count: usize| Data::of(dtype, &numbers(seed + index, count));
+        let of = |index: u32, count: usize| Data::repeating(dtype, &numbers(seed + index, count), count);
         let operands =
             [of(0, b * t * n * h), of(1, b * s * k * h), of(2, b * s * k * h), of(3, b * t * n * h)];
         Self { sizes, dtype, causal, bias: None, operands }
@@ -145,7 +163,7 @@ impl Call {
         let outputs = ForwardOutputs { out: out.view_mut(rows)?, lse: Some(lse.view_mut(statistics)?) };
         backend.forward(ForwardCall::new(&problem, inputs, outputs)?, none())?;
         if !backward {
-            return Ok(Results { out: out.to_f64(), lse: lse.to_f64(), gradients: None });
+            return Ok(Results { out, lse, gradients: None });
         }
         let problem = inputs.problem().causal(self.causal).gradients(Gradients::QKV).build()?;
         let mut dq = Data::zeros(self.dtype, b * t * n * h);
@@ -163,44 +181,45 @@ impl Call {
             ..BackwardOutputs::default()
         };
         backend.backward(BackwardCall::new(&problem, inputs, saved, outputs)?, none())?;
-        let gradients = Some([dq, dk, dv].map(|data| data.to_f64()));
-        Ok(Results { out: out.to_f64(), lse: lse.to_f64(), gradients })
+        Ok(Results { out, lse, gradients: Some([dq, dk, dv]) })
     }
 
-    /// The logits of a row, rounded as a backend has them; -inf for keys that it may not see.
+    /// The logits of a row, rounded as a backend has them, of the keys that it may see.
     fn logits(&self, [b, t, n]: [usize; 3]) -> Vec<f64> {
         let [_, queries, keys, heads, key_heads, width] = self.sizes;
         let at = ((b * queries + t) * heads + n) * width;
         let q = self.operands[0].part(at..at + width);
-        let key = self.operands[1].part(b * keys * key_heads * width..(b + 1) * keys * key_heads * width);
-        let bias = self.bias.as_ref().map(|(bias, shape)| (bias.to_f64(), *shape));
-        (0..keys)
-            .map(|j| {
-                if self.causal && j > t {
-                    return f64::NEG_INFINITY;
-                }
-                let k = &key[(j * key_heads + n / (heads / key_heads)) * width..][..width];
-                let product: f64 = q.iter().zip(k).map(|(q, k)| q * k).sum();
-                let of_bias = |(bias, shape): &(Vec<f64>, [usize; 4])| {
-                    bias[if shape[2] == 1 { j } else { t * keys + j }]
-                };
-                let x = product / (width as f64).sqrt() + bias.as_ref().map_or(0.0, of_bias);
-                if self.dtype == DType::F64 { x } else { f64::from(x as f32) }
-            })
-            .collect()
+        let visible = if self.causal { keys.min(t + 1) } else { keys };
+        let bias = self.bias.as_ref().map(|(bias, shape)| {
+            let start = if shape[2] == 1 { 0 } else { t * keys };
+            bias.part(start..start + keys)
+        });
+        let logit = |j: usize| {
+            let k = self.key_row(1, [b, j, n / (heads / key_heads)]);
+            let product: f64 = q.iter().zip(k).map(|(q, k)| q * k).sum();
+            let x = product / (width as f64).sqrt() + bias.as_ref().map_or(0.0, |bias| bias[j]);
+            if self.dtype == DType::F64 { x } else { f64::from(x as f32) }
+        };
+        (0..visible).map(logit).collect()
+    }
+
+    /// A row of the keys, which are operand 1, or of the values.
+    fn key_row(&self, operand: usize, [b, j, head]: [usize; 3]) -> Vec<f64> {
+        let [_, _, keys, _, key_heads, width] = self.sizes;
+        let at = ((b * keys + j) * key_heads + head) * width;
+        self.operands[operand].part(at..at + width)
     }
 
     /// The output of a row and its logsumexp.
     fn row(&self, [b, t, n]: [usize; 3]) -> (Vec<f64>, f64) {
-        let [_, _, keys, heads, key_heads, width] = self.sizes;
-        let value = self.operands[2].part(b * keys * key_heads * width..(b + 1) * keys * key_heads * width);
+        let [_, _, _, heads, key_heads, width] = self.sizes;
         let logits = self.logits([b, t, n]);
         let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let (mut total, mut out) = (0.0, vec![0.0; width]);
         for (j, x) in logits.into_iter().enumerate() {
             let weight = (x - largest).exp();
             total += weight;
-            let v = &value[(j * key_heads + n / (heads / key_heads)) * width..][..width];
+            let v = self.key_row(2, [b, j, n / (heads / key_heads)]);
             out.iter_mut().zip(v).for_each(|(out, v)| *out += weight * v);
         }
         out.iter_mut().for_each(|out| *out /= total);
@@ -227,49 +246,67 @@ fn backends(device: &CudaDevice) -> Vec<(&'static str, Arc<dyn AttentionBackend>
     backends
 }
 
+/// Runs each job on a thread of its own, which makes its own backends: most of the time is the compiler's. Their failures together.
+fn side_by_side<J: Copy + Send>(
+    jobs: impl IntoIterator<Item = J>,
+    run: impl Fn(&CudaDevice, J) -> Result<(usize, Vec<String>)> + Sync,
+) -> Result {
+    let run = &run;
+    let (mut calls, mut failures) = (0, Vec::new());
+    std::thread::scope(|scope| -> Result {
+        let all: Vec<_> = (jobs.into_iter())
+            .map(|job| scope.spawn(move || run(&CudaDevice::new("test", 0)?, job)))
+            .collect();
+        for one in all {
+            let (of_job, wrong) = one.join().map_err(|_| "a job panicked")??;
+            calls += of_job;
+            failures.extend(wrong);
+        }
+        Ok(())
+    })?;
+    println!("{calls} calls, {} failures", failures.len());
+    assert!(calls > 0 && failures.is_empty(), "{}", failures[..failures.len().min(60)].join("\n"));
+    Ok(())
+}
+
 /// 108 causal prompts, 65 to 4096 queries over 511 to 5000 keys: those with few blocks have their keys split, and every combination of
 /// forward kernel and merge must start and be right.
 #[test]
 #[ignore = "needs a GPU"]
 fn causal_prompts_whose_keys_are_split() -> Result {
-    let device = CudaDevice::new("test", 0)?;
-    let backends = backends(&device);
-    let (mut calls, mut failures) = (0, Vec::new());
-    for queries in [65, 200, 512, 4096] {
-        for keys in [511, 1500, 5000] {
-            for heads in [1, 8, 32] {
-                for width in [64, 128, 256] {
-                    let call = Call::new(DType::Bf16, [1, queries, keys, heads, 1, width], true, 7);
-                    for (name, backend) in &backends {
-                        let what = format!("{name} {queries} x {keys}, {heads} heads of {width}");
-                        calls += 1;
-                        let results = match call.run(&**backend, false) {
-                            Ok(results) => results,
-                            Err(error) => {
-                                failures.push(format!("{what}: {error}"));
-                                continue;
-                            }
-                        };
-                        for (t, n) in [(0, 0), (64.min(queries - 1), heads - 1), (queries - 1, heads / 2)] {
-                            let (out, lse) = call.row([0, t, n]);
-                            let at = t * heads + n;
-                            let got = &results.out[at * width..][..width];
-                            let most = out.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-                            if !(most <= 0.02 && (results.lse[at] - lse).abs() <= 1e-4) {
-                                failures.push(format!(
-                                    "{what}, row {t}: off by {most}, lse {} for {lse}",
-                                    results.lse[at]
-                                ));
-                            }
+    let sizes = [64, 128, 256].into_iter().flat_map(|width| [1, 8, 32].map(|heads| [heads, width]));
+    side_by_side(sizes, |device, [heads, width]| {
+        let backends = backends(device);
+        let (mut calls, mut failures) = (0, Vec::new());
+        for queries in [65, 200, 512, 4096] {
+            for keys in [511, 1500, 5000] {
+                let call = Call::new(DType::Bf16, [1, queries, keys, heads, 1, width], true, 7);
+                let rows = [(0, 0), (64.min(queries - 1), heads - 1), (queries - 1, heads / 2)];
+                let wanted = rows.map(|(t, n)| call.row([0, t, n]));
+                for (name, backend) in &backends {
+                    let what = format!("{name} {queries} x {keys}, {heads} heads of {width}");
+                    calls += 1;
+                    let results = match call.run(&**backend, false) {
+                        Ok(results) => results,
+                        Err(error) => {
+                            failures.push(format!("{what}: {error}"));
+                            continue;
+                        }
+                    };
+                    for ((t, n), (out, lse)) in rows.into_iter().zip(&wanted) {
+                        let at = t * heads + n;
+                        let got = results.out.part(at * width..(at + 1) * width);
+                        let most = out.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                        let got = results.lse.part(at..at + 1)[0];
+                        if !(most <= 0.02 && (got - lse).abs() <= 1e-4) {
+                            failures.push(format!("{what}, row {t}: off by {most}, lse {got} for {lse}"));
                         }
                     }
                 }
             }
         }
-    }
-    println!("{calls} calls, {} failures", failures.len());
-    assert!(failures.is_empty(), "{}", failures.join("\n"));
-    Ok(())
+        Ok((calls, failures))
+    })
 }
 
 /// A bias of each magnitude: on all keys, on one far above, on all but the last far below, on blocks far below. Probabilities sum to 1
@@ -277,75 +314,51 @@ fn causal_prompts_whose_keys_are_split() -> Result {
 #[test]
 #[ignore = "needs a GPU"]
 fn logits_of_every_magnitude() -> Result {
-    let device = CudaDevice::new("test", 0)?;
-    let (t, mut calls, mut failures) = (40, 0, Vec::new());
-    let magnitudes = (0..38).flat_map(|exponent| [1.0, 3.0, 7.0].map(|digit| digit * 10f64.powi(exponent)));
-    let magnitudes: Vec<f64> =
-        magnitudes.filter(|&size| size < f64::from(f32::MAX)).chain([f64::from(f32::MAX)]).collect();
-    for (name, backend) in backends(&device) {
-        for dtype in DType::FLOATS {
-            // The second has its keys split.
-            for s in [152, 600] {
-                let sizes = [1, t, s, 1, 1, 64];
-                let mut call = Call::new(dtype, sizes, false, 11);
-                call.operands[3] = Data::of(dtype, &vec![1.0; t * 64]);
-                for kind in ["same", "one above", "last", "blocks"] {
-                    for &size in &magnitudes {
-                        let of = |j: usize| match kind {
-                            "same" => -size,
-                            "one above" => {
-                                if j == 77 {
-                                    size
-                                } else {
-                                    0.0
-                                }
-                            }
-                            "last" => {
-                                if j == s - 1 {
-                                    0.0
-                                } else {
-                                    -size
-                                }
-                            }
-                            _ => {
-                                if j < 64 {
-                                    -size
-                                } else if j < 128 {
-                                    -0.7 * size
-                                } else {
-                                    0.0
-                                }
-                            }
-                        };
-                        let bias: Vec<f64> = (0..t * s).map(|index| of(index % s)).collect();
-                        let bias_dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-                        call.bias = Some((Data::of(bias_dtype, &bias), [1, 1, t, s]));
-                        let what = format!("{name} {dtype} {s} keys, {kind} {size:e}");
-                        let results = match call.run(&*backend, true) {
-                            Ok(results) => results,
-                            Err(error) if is_refusal(&*error) => continue,
-                            Err(error) => {
-                                failures.push(format!("{what}: {error}"));
-                                continue;
-                            }
-                        };
-                        calls += 1;
-                        if let Some(fault) = fault(&call, &results) {
-                            failures.push(format!("{what}: {fault}"));
-                        }
-                    }
-                }
-            }
-            println!("{name} {dtype}: {calls} calls so far, {} wrong", failures.len());
+    let dtypes = DType::FLOATS.into_iter();
+    // The second number of keys has them split.
+    let jobs = dtypes
+        .flat_map(|dtype| [152, 600].into_iter().flat_map(move |s| [0, 1, 2].map(|index| (dtype, s, index))));
+    side_by_side(jobs, |device, (dtype, s, index)| {
+        let (mut calls, mut failures) = (0, Vec::new());
+        let Some((name, backend)) = backends(device).into_iter().nth(index) else { return Ok((0, failures)) };
+        // Without the products that not every device has, f64 is what it is with them.
+        if dtype == DType::F64 && index == 1 {
+            return Ok((0, failures));
         }
-    }
-    assert!(
-        calls > 0 && failures.is_empty(),
-        "{} of {calls}:\n{}",
-        failures.len(),
-        failures[..failures.len().min(60)].join("\n")
-    );
-    Ok(())
+        // f32 is multiplied in parts from 129 rows and keys on.
+        let t = if dtype == DType::F32 && index == 0 { 130 } else { 40 };
+        let mut call = Call::new(dtype, [1, t, s, 1, 1, 64], false, 11);
+        call.operands[3] = Data::repeating(dtype, &[1.0], t * 64);
+        let magnitudes =
+            (0..38).map(|exponent| [1.0, 3.0, 7.0][exponent as usize % 3] * 10f64.powi(exponent));
+        for size in magnitudes.chain([3e38, f64::from(f32::MAX)]) {
+            for kind in ["same", "one above", "last", "blocks"] {
+                let of = |j: usize| match (kind, j) {
+                    ("same", _) | ("blocks", ..64) => -size,
+                    ("one above", 77) => size,
+                    ("last", j) if j < s - 1 => -size,
+                    ("blocks", ..128) => -0.7 * size,
+                    _ => 0.0,
+                };
+                let bias: Vec<f64> = (0..s).map(of).collect();
+                let bias_dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+                call.bias = Some((Data::repeating(bias_dtype, &bias, t * s), [1, 1, t, s]));
+                let what = format!("{name} {dtype} {s} keys, {kind} {size:e}");
+                let results = match call.run(&*backend, true) {
+                    Ok(results) => results,
+                    Err(error) if is_refusal(&*error) => continue,
+                    Err(error) => {
+                        failures.push(format!("{what}: {error}"));
+                        continue;
+                    }
+                };
+                calls += 1;
+                failures.extend(fault(&call, &results).map(|fault| format!("{what}: {fault}")));
+            }
+        }
+        println!("{name} {dtype}, {s} keys: {calls} calls, {} wrong", failures.len());
+        Ok((calls, failures))
+    })
 }
 
 fn is_refusal(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
@@ -363,28 +376,30 @@ fn fault(call: &Call, results: &Results) -> Option<String> {
         let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         // Logits that have weight, and what one more rounding of them is worth.
         let slack = (4.0 * logit_unit * largest.abs()).exp_m1().min(1.0);
-        let got = &results.out[row * width..][..width];
-        let most = out.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        let got = results.out.part(row * width..(row + 1) * width);
+        let most = out.iter().zip(&got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         let inside = got.iter().all(|x| x.abs() <= 2.0 * (1.0 + 4.0 * unit));
         if !(most <= 4.0 * slack + 8.0 * unit + 1e-4 * f64::from(u8::from(unit > 1e-12)) && inside) {
             return Some(format!("row {row} is off by {most}"));
         }
-        let got = results.lse[row];
-        if !((got - lse).abs() <= 4.0 * logit_unit * lse.abs() + 1e-5) {
+        let got = results.lse.part(row..row + 1)[0];
+        let close = (got - lse).abs() <= 4.0 * logit_unit * lse.abs() + 1e-5;
+        if !close {
             return Some(format!("the logsumexp of row {row} is {got} for {lse}"));
         }
     }
-    let [dq, dk, dv] = results.gradients.as_ref()?;
+    let [dq, dk, dv] = results.gradients.as_ref()?.each_ref().map(Data::to_f64);
     for column in [0, width - 1] {
         let sum: f64 = (0..s).map(|j| dv[j * width + column]).sum();
         let off = (sum / t as f64 - 1.0).abs();
-        if !(off <= 4.0 * unit + 1e-4) {
+        let close = off <= 4.0 * unit + 1e-4;
+        if !close {
             return Some(format!("dv sums to {sum} for {t}"));
         }
     }
     // At most twice the sum over a value's columns, times a key.
-    let most = dq.iter().chain(dk).map(|x| x.abs()).fold(0.0, f64::max);
-    let finite = dq.iter().chain(dk).chain(dv).all(|x| x.is_finite());
+    let most = dq.iter().chain(&dk).map(|x| x.abs()).fold(0.0, f64::max);
+    let finite = dq.iter().chain(&dk).chain(&dv).all(|x| x.is_finite());
     (!finite || most > 8.0 * (width * t) as f64).then(|| format!("a gradient of {most}, finite: {finite}"))
 }
 
@@ -403,11 +418,12 @@ fn more_batch_rows_or_heads_than_65535() -> Result {
                 };
                 for (row, head) in [(0, 0), (b - 1, n - 1), (b / 2, n / 2)] {
                     let (out, _) = call.row([row, 2, head]);
-                    let got = &results.out[((row * 3 + 2) * n + head) * 32..][..32];
+                    let at = ((row * 3 + 2) * n + head) * 32;
+                    let got = results.out.part(at..at + 32);
                     let most = out.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
                     assert!(most <= 8.0 * units(dtype).0 + 1e-5, "{name} {dtype} {b} x {n}: {most}");
                 }
-                let gradients = results.gradients.ok_or("gradients")?;
+                let gradients = results.gradients.ok_or("gradients")?.map(|data| data.to_f64());
                 assert!(gradients.iter().flatten().all(|x| x.is_finite()), "{name} {dtype} {b} x {n}");
                 // The last batch row and head has the gradients that it has alone.
                 let last = gradients[2][gradients[2].len() - 32..].iter().any(|&x| x != 0.0);
@@ -427,23 +443,63 @@ struct Spread {
 /// The distance of batch rows: beyond 2^31, and a multiple of 8.
 const FAR: usize = (1 << 31) + (1 << 10);
 
+/// A tensor's elements without gaps, as bytes. The first axis has two places.
+#[derive(Clone)]
+struct Compact {
+    dtype: DType,
+    shape: [usize; 4],
+    bytes: Vec<u8>,
+}
+
+impl Compact {
+    fn of(shape: [usize; 4], seed: u32) -> Self {
+        let count = shape.iter().product();
+        let Data::Bf16(data) = Data::repeating(DType::Bf16, &numbers(seed, count), count) else {
+            unreachable!("asked for")
+        };
+        let bytes = data.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect();
+        Self { dtype: DType::Bf16, shape, bytes }
+    }
+
+    fn zeros(shape: [usize; 4]) -> Self {
+        Self { dtype: DType::Bf16, shape, bytes: vec![0; 2 * shape.iter().product::<usize>()] }
+    }
+
+    /// The same on a device.
+    fn on(&self, device: &CudaDevice) -> Result<DeviceTensor> {
+        if self.dtype == DType::Bool {
+            let data: Vec<bool> = self.bytes.iter().map(|&byte| byte != 0).collect();
+            return Ok(DeviceTensor::from_host(device, View::from_slice(&data, self.shape)?)?);
+        }
+        let halves = self.bytes.chunks_exact(2).map(|two| bf16::from_le_bytes([two[0], two[1]]));
+        let data: Vec<bf16> = halves.collect();
+        Ok(DeviceTensor::from_host(device, View::from_slice(&data, self.shape)?)?)
+    }
+
+    /// A mask that leaves every row its first key.
+    fn mask(shape: [usize; 4]) -> Self {
+        let keys = shape[3];
+        let bytes = (0..shape.iter().product())
+            .map(|index: usize| u8::from(index.is_multiple_of(keys) || index % 7 < 5));
+        Self { dtype: DType::Bool, shape, bytes: bytes.collect() }
+    }
+}
+
 impl Spread {
-    /// With a copy of `compact`, whose first axis has two places, as it lies in memory without gaps.
-    fn new(device: &CudaDevice, compact: &[bf16], shape: [usize; 4]) -> Result<Self> {
-        let [b, t, n, h] = shape;
-        let row = t * n * h;
-        assert_eq!((b, compact.len()), (2, 2 * row));
+    /// With a copy of these elements.
+    fn new(device: &CudaDevice, of: &Compact) -> Result<Self> {
+        let [_, t, n, h] = of.shape;
+        let (size, row) = (of.dtype.size(), of.bytes.len() / 2);
         let stream = device.stream();
         // SAFETY: only what is written below is read.
-        let mut memory = unsafe { stream.alloc::<u8>(2 * (FAR + row)) }?;
+        let mut memory = unsafe { stream.alloc::<u8>(size * FAR + row) }?;
         for batch in 0..2 {
-            let bytes: Vec<u8> =
-                compact[batch * row..][..row].iter().flat_map(|x| x.to_bits().to_le_bytes()).collect();
-            let mut part = memory.slice_mut(2 * batch * FAR..2 * (batch * FAR + row));
-            stream.memcpy_htod(&bytes, &mut part)?;
+            let mut part = memory.slice_mut(size * batch * FAR..size * batch * FAR + row);
+            stream.memcpy_htod(&of.bytes[batch * row..][..row], &mut part)?;
         }
         let strides = [FAR as isize, (n * h) as isize, h as isize, 1];
-        Ok(Self { memory, desc: TensorDesc::strided(DType::Bf16, shape, strides).ok_or("ranks")? })
+        debug_assert_eq!(row, size * t * n * h);
+        Ok(Self { memory, desc: TensorDesc::strided(of.dtype, of.shape, strides).ok_or("ranks")? })
     }
 
     fn pointer(&self, device: &CudaDevice) -> usize {
@@ -463,11 +519,11 @@ impl Spread {
     }
 
     fn elements(&self, device: &CudaDevice) -> Result<Vec<u8>> {
-        let shape = self.desc.shape();
-        let row = shape[1] * shape[2] * shape[3];
+        let size = self.desc.dtype().size();
+        let row = size * self.desc.shape()[1..].iter().product::<usize>();
         let mut all = Vec::new();
         for batch in 0..2 {
-            let part = self.memory.slice(2 * batch * FAR..2 * (batch * FAR + row));
+            let part = self.memory.slice(size * batch * FAR..size * batch * FAR + row);
             all.extend(device.stream().clone_dtoh(&part)?);
         }
         device.stream().synchronize()?;
@@ -475,17 +531,18 @@ impl Spread {
     }
 }
 
-/// The same call with tensors whose elements are more than 2^31 apart has the same bits: of 34 GB of operands, results and gradients.
+/// Bytes that [`offsets_beyond_2_to_the_31_elements`] has on the device: ten tensors of halves and a mask, and what calls take.
+const OFFSETS_NEED: usize = 10 * 2 * FAR + FAR + (2 << 30);
+
+/// The same call with tensors whose elements are more than 2^31 apart has the same bits: operands, results and gradients, then a
+/// mask, a bias and its gradient too.
 #[test]
-#[ignore = "needs a GPU with 50 GB of free memory"]
+#[ignore = "needs a GPU with 48 GB of free memory"]
 fn offsets_beyond_2_to_the_31_elements() -> Result {
     let device = CudaDevice::new("test", 0)?;
-    let shape = [2, 200, 2, 64];
-    let count = shape.iter().product();
-    let data: Vec<Vec<bf16>> = (0..4)
-        .map(|seed| numbers(seed, count).into_iter().map(|x| bf16::from_f32(x as f32)).collect())
-        .collect();
-    let zeros = vec![bf16::ZERO; count];
+    let (free, _) = device.context().mem_get_info()?;
+    assert!(free >= OFFSETS_NEED, "needs {OFFSETS_NEED} bytes of free device memory, there are {free}");
+    let (shape, logits) = ([2, 200, 2, 64], [2, 2, 200, 200]);
     let mut own: Vec<(&str, Box<dyn AttentionBackend>)> = vec![(
         "chunked-cuda",
         Box::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())),
@@ -496,50 +553,65 @@ fn offsets_beyond_2_to_the_31_elements() -> Result {
         Err(missing) => println!("left out: {missing}"),
     }
     for (name, backend) in own {
-        let mut compact: Option<Vec<Vec<u8>>> = None;
-        for spread in [false, true] {
-            let results = if spread {
-                let make = |data: &[bf16]| Spread::new(&device, data, shape);
-                let inputs: Vec<Spread> = data.iter().map(|data| make(data)).collect::<Result<_>>()?;
-                let mut outputs: Vec<Spread> = (0..4).map(|_| make(&zeros)).collect::<Result<_>>()?;
-                let [out, dq, dk, dv] = &mut outputs[..] else { unreachable!("four of them") };
-                let views: Vec<View<'_>> =
-                    inputs.iter().map(|input| input.view(&device)).collect::<Result<_>>()?;
-                step(&device, &*backend, &views, out.view_mut(&device)?, None)?;
-                let saved = out.view(&device)?;
-                let gradients = [dq.view_mut(&device)?, dk.view_mut(&device)?, dv.view_mut(&device)?];
-                let lse = lse_of(&device, &*backend, &views, shape)?;
-                back(&device, &*backend, &views, (saved, &lse), gradients)?;
-                outputs.iter().map(|output| output.elements(&device)).collect::<Result<Vec<_>>>()?
-            } else {
-                let make = |data: &[bf16]| -> Result<DeviceTensor> {
-                    Ok(DeviceTensor::from_host(&device, View::from_slice(data, shape)?)?)
-                };
-                let inputs: Vec<DeviceTensor> = data.iter().map(|data| make(data)).collect::<Result<_>>()?;
-                let mut outputs: Vec<DeviceTensor> = (0..4).map(|_| make(&zeros)).collect::<Result<_>>()?;
-                let [out, dq, dk, dv] = &mut outputs[..] else { unreachable!("four of them") };
+        for has_terms in [false, true] {
+            // cuDNN has no gradient of the bias.
+            let has_dbias = has_terms && name == "chunked-cuda";
+            let mut inputs: Vec<Compact> = (0..4).map(|seed| Compact::of(shape, seed)).collect();
+            if has_terms {
+                inputs.push(Compact::mask([2, 1, 200, 200]));
+                inputs.push(Compact::of(logits, 4));
+            }
+            let mut outputs = vec![Compact::zeros(shape); 4];
+            if has_dbias {
+                outputs.push(Compact::zeros(logits));
+            }
+            let near = {
+                let make = |of: &Compact| of.on(&device);
+                let inputs: Vec<DeviceTensor> = inputs.iter().map(make).collect::<Result<_>>()?;
+                let mut outputs: Vec<DeviceTensor> = outputs.iter().map(make).collect::<Result<_>>()?;
                 let views: Vec<View<'_>> =
                     inputs.iter().map(|input| Ok(input.view()?)).collect::<Result<_>>()?;
+                let (out, gradients) = outputs.split_first_mut().ok_or("outputs")?;
                 step(&device, &*backend, &views, out.view_mut()?, None)?;
-                let saved = out.view()?;
-                let gradients = [dq.view_mut()?, dk.view_mut()?, dv.view_mut()?];
                 let lse = lse_of(&device, &*backend, &views, shape)?;
-                back(&device, &*backend, &views, (saved, &lse), gradients)?;
+                let gradients: Vec<ViewMut<'_>> =
+                    gradients.iter_mut().map(|gradient| Ok(gradient.view_mut()?)).collect::<Result<_>>()?;
+                back(&device, &*backend, &views, (out.view()?, &lse), gradients)?;
                 outputs.iter().map(|output| Ok(output.bytes()?)).collect::<Result<Vec<_>>>()?
             };
-            match compact.take() {
-                None => compact = Some(results),
+            let far = {
+                let make = |of: &Compact| Spread::new(&device, of);
+                let inputs: Vec<Spread> = inputs.iter().map(make).collect::<Result<_>>()?;
+                let mut outputs: Vec<Spread> = outputs.iter().map(make).collect::<Result<_>>()?;
+                let views: Vec<View<'_>> =
+                    inputs.iter().map(|input| input.view(&device)).collect::<Result<_>>()?;
+                let (out, gradients) = outputs.split_first_mut().ok_or("outputs")?;
+                step(&device, &*backend, &views, out.view_mut(&device)?, None)?;
+                let lse = lse_of(&device, &*backend, &views, shape)?;
+                let gradients: Vec<ViewMut<'_>> =
+                    gradients.iter_mut().map(|gradient| gradient.view_mut(&device)).collect::<Result<_>>()?;
+                back(&device, &*backend, &views, (out.view(&device)?, &lse), gradients)?;
+                outputs.iter().map(|output| output.elements(&device)).collect::<Result<Vec<_>>>()?
+            };
+            for (index, (one, other)) in near.iter().zip(&far).enumerate() {
+                let what = format!("{name}, terms: {has_terms}, result {index}");
                 // Of cuDNN the gradient of queries may differ from call to call.
-                Some(compact) => {
-                    for (index, (one, other)) in compact.iter().zip(&results).enumerate() {
-                        assert!(one == other || (name == "cudnn" && index > 0), "{name}: result {index}");
-                        assert!(other.iter().any(|&byte| byte != 0), "{name}: result {index} is zero");
-                    }
-                }
+                assert!(one == other || (name == "cudnn" && index == 1), "{what}");
+                let row = other.len() / 2;
+                let has_both =
+                    other[..row].iter().any(|&byte| byte != 0) && other[row..].iter().any(|&byte| byte != 0);
+                assert!(has_both, "{what}: a batch row is zero");
             }
         }
     }
     Ok(())
+}
+
+/// Query, key and value, and mask and bias where the views have them, behind d_out.
+fn inputs_of<'a>(views: &[View<'a>]) -> Inputs<'a> {
+    let mut inputs = Inputs::new(views[0], views[1], views[2]);
+    (inputs.mask, inputs.bias) = (views.get(4).copied(), views.get(5).copied());
+    inputs
 }
 
 /// A causal forward pass.
@@ -550,7 +622,7 @@ fn step(
     out: ViewMut<'_>,
     lse: Option<ViewMut<'_>>,
 ) -> Result {
-    let inputs = Inputs::new(views[0], views[1], views[2]);
+    let inputs = inputs_of(views);
     let builder = inputs.problem().causal(true).lse(lse.is_some());
     let problem = builder.layout(attention_core::Role::Out, out.desc()).build()?;
     let bytes = backend.scratch_bytes(&problem)?;
@@ -572,24 +644,28 @@ fn lse_of(
     Ok(lse)
 }
 
-/// The backward pass.
+/// The backward pass: gradients of query, key and value, and of the bias where there is a fourth.
 fn back(
     device: &CudaDevice,
     backend: &dyn AttentionBackend,
     views: &[View<'_>],
     (out, lse): (View<'_>, &DeviceTensor),
-    [dq, dk, dv]: [ViewMut<'_>; 3],
+    gradients: Vec<ViewMut<'_>>,
 ) -> Result {
-    let inputs = Inputs::new(views[0], views[1], views[2]);
-    let outputs = BackwardOutputs { dq: Some(dq), dk: Some(dk), dv: Some(dv), ..BackwardOutputs::default() };
-    let builder = inputs.problem().causal(true).gradients(Gradients::QKV);
-    let builder = [(attention_core::Role::Out, out.desc()), (attention_core::Role::DOut, views[3].desc())]
-        .into_iter()
-        .fold(builder, |builder, (role, desc)| builder.layout(role, desc));
-    let builder = (outputs.dq.iter().map(|view| (attention_core::Role::DQuery, view.desc())))
-        .chain(outputs.dk.iter().map(|view| (attention_core::Role::DKey, view.desc())))
-        .chain(outputs.dv.iter().map(|view| (attention_core::Role::DValue, view.desc())))
-        .fold(builder, |builder, (role, desc)| builder.layout(role, desc));
+    use attention_core::Role;
+    let inputs = inputs_of(views);
+    let wants = if gradients.len() > 3 { Gradients::QKV | Gradients::BIAS } else { Gradients::QKV };
+    let mut builder = inputs.problem().causal(true).gradients(wants);
+    for (role, desc) in [(Role::Out, out.desc()), (Role::DOut, views[3].desc())] {
+        builder = builder.layout(role, desc);
+    }
+    for (role, view) in [Role::DQuery, Role::DKey, Role::DValue, Role::DBias].into_iter().zip(&gradients) {
+        builder = builder.layout(role, view.desc());
+    }
+    let mut gradients = gradients.into_iter();
+    let mut next = || gradients.next();
+    let (dq, dk, dv, dbias) = (next(), next(), next(), next());
+    let outputs = BackwardOutputs { dq, dk, dv, dbias, ..BackwardOutputs::default() };
     let problem = builder.build()?;
     let bytes = backend.scratch_bytes(&problem)?;
     let mut scratch = DeviceScratch::new(device, bytes)?;

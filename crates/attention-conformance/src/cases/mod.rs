@@ -5,6 +5,7 @@
 //! [`strategy`] for proptest draws.
 
 mod bits;
+mod choices;
 mod contents;
 mod data;
 mod families;
@@ -88,6 +89,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(layouts::cases());
     cases.extend(families::cases());
     cases.extend(magnitudes::cases());
+    cases.extend(choices::cases());
     cases.extend(bits::cases());
     cases.extend((0..RANDOM_CASES).map(case_from_seed));
     cases

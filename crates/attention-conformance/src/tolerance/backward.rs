@@ -139,8 +139,8 @@ impl Precision {
             let terms: Vec<Term> = (row.entries.iter())
                 .map(|entry| {
                     let exponent = self.exponent_error(oracle, entry, row.lse) + lse_error;
-                    let p_error =
-                        probability_error(entry.logit - row.lse, entry.probability, exponent) + self.underflow;
+                    let p_error = probability_error(entry.logit - row.lse, entry.probability, exponent)
+                        + self.underflow;
                     let (mut dp, mut size) = (0.0, 0.0);
                     if entry.keep > 0.0 {
                         let value = oracle.value.row(&[b, entry.key, kv]);

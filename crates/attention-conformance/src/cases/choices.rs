@@ -1,0 +1,69 @@
+//! Cases about choices: sizes and options at which backends take another kernel, for their own sake. What runs is said by the
+//! variants of a report; a variant that no case reaches fails a whole run.
+
+use attention_core::{Dimensions, Gradients};
+
+use super::{AlibiShape, Broadcast, Case, Edit, dims};
+
+/// Masks and biases together, for which some backends have kernels that look for every option.
+fn several(case: &mut Case) {
+    case.options.mask = Some(Broadcast { rank: 4, full: [true, false, false, true] });
+    case.options.bias = Some(Broadcast { rank: 4, full: [false, false, true, true] });
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let options: [(&str, Edit); 3] = [
+        ("plain", |_| ()),
+        ("mask", |case| case.options.mask = Some(Broadcast { rank: 4, full: [true, false, false, true] })),
+        ("several", several),
+    ];
+    // Few rows of few heads over many keys, which are cut into parts: from 17 rows, from 65 and from 129 on, kernels are others.
+    for rows in [5, 30, 80, 130] {
+        for width in [64, 128] {
+            for (name, edit) in options {
+                let sizes = dims([1, rows, 600, 1, 1, width]);
+                let mut case = Case::new(format!("choices/rows-{rows}-h{width}-{name}"), sizes);
+                edit(&mut case);
+                cases.push(case);
+            }
+        }
+    }
+    // As many, over keys that are one part.
+    for width in [64, 128] {
+        for (name, edit) in [options[0], options[2]] {
+            let mut case =
+                Case::new(format!("choices/keys-140-h{width}-{name}"), dims([1, 130, 140, 1, 1, width]));
+            edit(&mut case);
+            cases.push(case);
+        }
+    }
+    // One of the gradients that share a kernel.
+    for (rows, width) in [(130, 64), (130, 128), (5, 192), (5, 256)] {
+        for (name, gradients) in [("dk", Gradients::KEY), ("dv", Gradients::VALUE)] {
+            let sizes = dims([1, rows, rows + 10, 2, 2, width]);
+            let mut case = Case::new(format!("choices/{name}-h{width}"), sizes);
+            case.options.gradients = gradients;
+            cases.push(case.clone());
+            if name == "dk" {
+                case.name.push_str("-several");
+                several(&mut case);
+                cases.push(case);
+            }
+        }
+    }
+    let mut case = Case::new("choices/dbias-h192", dims([1, 5, 6, 2, 1, 192]));
+    case.options.bias = Some(Broadcast::FULL);
+    cases.push(case);
+    // Where every key is behind its row, cuDNN has ALiBi itself; heads of their own, whose gradients it does not round twice.
+    for (name, lengths) in [("", None), ("-lengths", Some([40, 23]))] {
+        let sizes = Dimensions { batch: 2, ..dims([1, 40, 40, 2, 2, 64]) };
+        let mut case = Case::new(format!("choices/alibi-causal{name}"), sizes);
+        case.options.causal = true;
+        case.options.alibi = Some(AlibiShape::Heads);
+        case.options.query_lengths = lengths.map(Vec::from);
+        case.options.key_value_lengths = lengths.map(Vec::from);
+        cases.push(case);
+    }
+    cases
+}
