@@ -96,7 +96,7 @@ esac
 xargs -a "$out/jobs" -P "${JOBS:-$(nproc)}" -I{} bash -c '{}'
 
 # Totals by what stands before the family in a log's name. Filters find cases of other families too, so that some count twice.
-awk '
+if compgen -G "$out/*.txt" >/dev/null; then awk '
     FNR == 1 {
         group = FILENAME
         sub(/.*\//, "", group)
@@ -115,7 +115,8 @@ awk '
         for (group in logs)
             printf "%-55s %6d passed, %d failed, %d skipped%s%s\n", group, passed[group], failed[group], skipped[group], said[group],
                 bad[group] == "" ? "" : "  FAILED:" bad[group]
-    }' "$out"/*.txt | sort
+    }' "$out"/*.txt | sort; fi
+
 # Each log says which variants of a backend its process has run; only all logs together say which were not. Variants of one name are the
 # same kernels whatever the backend was told to leave out.
 variants="$out/variants"
@@ -129,6 +130,7 @@ if [[ $only == all || $only == suite ]]; then
         END {
             for (name in runs) { all++; if (runs[name] == 0) { missing++; print "NOT RUN " name } }
             printf "%d variants, %d of them not run on this device\n", all, missing
+            if (!all) print "NOT RUN: no log lists a variant"
         }' "$out"/suite.*.txt | sort >"$variants"
     cat "$variants"
 fi

@@ -1,5 +1,7 @@
 //! What can be checked without a GPU: structure, tiles, plans and refusals.
 
+use std::collections::BTreeSet;
+
 use attention_conformance::cases;
 use attention_core::{
     AttentionBackend, DType, Device, Dropout, FeatureSet, Gradients, Pass, Problem, Role, TensorDesc,
@@ -171,6 +173,29 @@ fn every_variant_that_a_plan_chooses_is_listed() {
         }
         assert!((40..200).contains(&listed.len()), "{}: {listed:#?}", listed.len());
     }
+}
+
+/// On Hopper, of the configurations that docs/gpu-runs/run.sh runs.
+#[test]
+fn every_variant_that_is_listed_is_chosen_by_a_case_of_the_suite() {
+    let machines = [HOPPER, Machine { splits: false, ..HOPPER }, Machine { warpgroups: false, ..HOPPER }];
+    let mut missing: BTreeSet<String> = machines.into_iter().flat_map(variants).collect();
+    // The families of magnitudes and bits have much data, and sizes that others have.
+    let cases = cases::all()
+        .into_iter()
+        .filter(|case| !["magnitude/", "bits/"].iter().any(|family| case.name.starts_with(family)));
+    for (case, dtype) in cases.flat_map(|case| DType::FLOATS.map(|dtype| (case.clone(), dtype))) {
+        let data = case.data(dtype);
+        for pass in [Pass::Forward, Pass::Backward] {
+            let problem = on_device(&case.problem(&data, pass, FeatureSet::all()).unwrap());
+            for plan in machines.map(|machine| Plan::of(&problem, machine)).into_iter().flatten() {
+                for kernel in &plan.kernels {
+                    missing.remove(&kernel.variant(&plan));
+                }
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
 }
 
 #[test]
