@@ -261,7 +261,10 @@ impl Needs {
         let rows = |batch: usize| if is_small(batch) { small.rows() } else { layout.rows() };
         let tasks = Tasks::of(problem, threads, keys, rows);
         let bias = bias::Parts::of(problem).map_or(0, |parts| parts.count());
-        Some(Self { layout, small, bytes, states, tasks, workers: threads.min(tasks.workers.max(bias)) })
+        // Sums of rows take the place of logsumexps that have lost digits, also where sinks alone have a gradient.
+        let sums = usize::from(plan::has_rows(problem) && dims.key_heads > 0);
+        let workers = threads.min(tasks.workers.max(bias).max(sums));
+        Some(Self { layout, small, bytes, states, tasks, workers })
     }
 }
 
