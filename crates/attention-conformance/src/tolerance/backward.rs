@@ -108,6 +108,7 @@ impl Precision {
         let d = problem.dims();
         let u = self.accumulator;
         let scale = problem.scale().abs();
+        let underflow = self.scaled_underflow(oracle);
         let gradients = oracle.gradients(d_out, d_lse);
         let out = oracle.out();
         let mut dq = Sum::new(gradients.dq.len());
@@ -196,8 +197,8 @@ impl Precision {
                 for h in 0..d.head_dim {
                     let query = oracle.query.data[at_query + h].abs();
                     let key = oracle.key.data[at_key + h].abs();
-                    dq.add(at_query + h, error * key, d_product * key);
-                    dk.add(at_key + h, error * query, d_product * query);
+                    dq.add(at_query + h, error * key + underflow, d_product * key);
+                    dk.add(at_key + h, error * query + underflow, d_product * query);
                 }
             }
             if let Some(sink) = row.sink.filter(|&sink| sink != f64::NEG_INFINITY) {

@@ -17,6 +17,11 @@ pub struct ForwardBounds {
 }
 
 impl Precision {
+    /// What a product that underflows loses, multiplied by the scale.
+    pub(super) fn scaled_underflow(&self, oracle: &Oracle) -> f64 {
+        self.underflow * oracle.problem.scale().abs()
+    }
+
     /// How far a computed logit may be from the oracle's.
     pub(super) fn logit_error(&self, oracle: &Oracle, entry: &Entry) -> f64 {
         if entry.exact && self.logit == 0.0 {
@@ -24,7 +29,8 @@ impl Precision {
             return 0.0;
         }
         let terms = oracle.problem.dims().head_dim as f64;
-        let product = ((terms + PRODUCT) * self.accumulator + 2.0 * self.factor) * entry.product_magnitude;
+        let product = ((terms + PRODUCT) * self.accumulator + 2.0 * self.factor) * entry.product_magnitude
+            + terms * self.scaled_underflow(oracle);
         let capped = match oracle.problem.softcap() {
             None => product,
             Some(cap) => {
