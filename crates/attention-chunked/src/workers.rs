@@ -32,4 +32,6 @@ pub(crate) fn run(
             red_zones::end_task();
         }
     });
+    // Of what this thread cut for all workers, such as the states of rows.
+    red_zones::end_task();
 }

@@ -29,7 +29,9 @@ pub(crate) type State = [f64; 3];
 pub(crate) fn bytes(problem: &Problem) -> Option<usize> {
     let dims = problem.dims();
     let rows = dims.batch.checked_mul(dims.query_heads)?.checked_mul(dims.query_length)?;
-    rows.checked_mul(size_of::<State>())?.checked_next_multiple_of(64)
+    let mut pieces = Pieces::counting();
+    let _ = pieces.take::<State>(rows);
+    pieces.bytes()
 }
 
 /// A shared pointer to states that tasks write different ones of.
