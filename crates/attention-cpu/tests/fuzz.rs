@@ -1,0 +1,24 @@
+//! Random calls, checked in every way that the suite knows. `cargo xtask fuzz` runs more of them, `cargo xtask sanitize`
+//! these under the address sanitizer.
+
+use std::sync::Arc;
+
+use attention_conformance::fuzz;
+use attention_conformance::suite::Subject;
+use attention_cpu::{CpuBackend, CpuConfig};
+
+/// How many seeds to run: `ATTENTION_FUZZ_SEEDS`, or as many as take some seconds.
+fn seeds() -> u64 {
+    let given = std::env::var("ATTENTION_FUZZ_SEEDS").ok();
+    given.map_or(60, |count| count.parse().expect("ATTENTION_FUZZ_SEEDS is a number"))
+}
+
+#[test]
+fn random_calls_are_right() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("a pool of three threads");
+    let three = CpuBackend::with_config(CpuConfig::default().pool(Arc::new(pool)));
+    let one = CpuBackend::with_config(CpuConfig::default().threads(1));
+    let default = CpuBackend::new();
+    let subject = Subject::new(&default).same_as("one thread", &one).same_as("three threads", &three);
+    println!("{}", fuzz::assert_seeds(subject, 0..seeds()));
+}
