@@ -70,6 +70,7 @@ pub(crate) struct Terms<'a, F> {
     narrows_bias: bool,
     mask: Option<(HostView<'a, u8>, [usize; 4])>,
     dropout: Option<DropoutStream>,
+    gradient_scale: (F, F),
 }
 
 impl<'a, F: Float> Terms<'a, F> {
@@ -101,7 +102,20 @@ impl<'a, F: Float> Terms<'a, F> {
                 && inputs.bias.is_some_and(|bias| bias.desc().dtype() == DType::F64),
             mask,
             dropout: problem.dropout_stream(),
+            gradient_scale: {
+                let exponent = problem.scale().abs().log2();
+                let is_large = exponent > 24.0 && problem.dtype() != DType::F16;
+                let before = if is_large { (exponent / 2.0).floor().exp2() } else { 1.0 };
+                (F::from_f64(before), F::from_f64(problem.scale() / before))
+            },
         }
+    }
+
+    /// The factors of the scale that gradients of products are multiplied with: before the sums that dq and dk are, a power
+    /// of two, so that nothing is rounded, and after them. A scale of 1e38 has operands of 1e-19, whose products with small
+    /// gradients would underflow. 1 and the scale otherwise, and for f16, whose range the gradients of products would leave.
+    pub(crate) fn gradient_scale(&self) -> (F, F) {
+        self.gradient_scale
     }
 
     /// What queries are multiplied by when they are packed, so that the scale is never negative from there on.

@@ -91,6 +91,13 @@ impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
         assert!(needed <= self.products.len() && needed <= self.gradients.len() && rows <= self.states.len());
         assert!(!self.terms.has_softcap() || self.columns <= self.slopes.len());
         let mut memory: [AddedRow<E::F>; 2] = Default::default();
+        let before = self.before();
+        if before != E::F::ONE {
+            for row in 0..rows {
+                let gradients = &mut self.gradients[row * self.stride..][..self.columns];
+                gradients.iter_mut().for_each(|gradient| *gradient = *gradient * before);
+            }
+        }
         if let Some(packs) = self.packs {
             assert!(!self.terms.has_softcap() && !self.terms.has_dropout());
             assert!(self.columns <= E::BLOCK_KEYS && rows <= E::BLOCK_ROWS);
@@ -112,6 +119,12 @@ impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
 const PLACES: [(usize, usize); 4] = [(0, 0), (0, 1), (1, 0), (1, 1)];
 
 impl<E: Engine> BlockGradient<'_, '_, E> {
+    /// What the gradients of products are multiplied with before they are summed.
+    #[inline(always)]
+    fn before(&self) -> E::F {
+        if self.of == GradientOf::Products { self.terms.gradient_scale().0 } else { E::F::ONE }
+    }
+
     /// # Safety
     /// As checked in `run`, for a row of the block.
     #[inline(always)]
@@ -199,8 +212,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         let nothing = simd.splat(E::F::NEG_INFINITY);
         let factor = simd.splat(self.terms.factor());
         let base = self.terms.base();
-        let states =
-            [first, first + 1].map(|row| State::of(simd, &self.states[row.min(self.rows.len() - 1)]));
+        let states = [first, first + 1]
+            .map(|row| State::of(simd, &self.states[row.min(self.rows.len() - 1)], self.before()));
         for column in (0..columns).step_by(2 * lanes) {
             let mut x = [nothing; 4];
             let mut incoming = [zero; 4];
@@ -259,7 +272,7 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         let nothing = simd.splat(E::F::NEG_INFINITY);
         let factor = simd.splat(self.terms.factor());
         let has_slopes = self.terms.has_softcap() && self.of == GradientOf::Products;
-        let state = State::of(simd, state);
+        let state = State::of(simd, state, self.before());
         // SAFETY: the caller's.
         unsafe {
             let (tile, gradients) = (self.products.as_mut_ptr().add(at), self.gradients.as_mut_ptr().add(at));
@@ -340,14 +353,14 @@ struct State<V> {
 
 impl<V: Copy> State<V> {
     #[inline(always)]
-    fn of<F: Float, S: Simd<F, V = V>>(simd: S, state: &RowState<F>) -> Self {
+    fn of<F: Float, S: Simd<F, V = V>>(simd: S, state: &RowState<F>, before: F) -> Self {
         // A row that attends to nothing has logits of -inf, which no shift may make NaN of.
         let shift = if state.is_empty() { F::ZERO } else { state.shift };
         Self {
             shift: simd.splat(shift),
             gain: simd.splat(state.gain),
             most: simd.splat(state.most),
-            delta: simd.splat(state.delta),
+            delta: simd.splat(state.delta * before),
         }
     }
 }

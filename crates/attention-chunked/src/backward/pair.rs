@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use attention_core::merge::Accumulator;
-use attention_core::{Gradients, Problem, Role, Scalar};
+use attention_core::{Gradients, Problem, Role};
 
 use super::gradient::{BlockGradient, GradientOf, RowState};
 use super::{Backward, Outputs, bias};
@@ -233,7 +233,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             unsafe { self.keys(first, outputs, scratch) };
         }
         if let Some(dq) = &outputs.dq {
-            let factor = E::F::from_f64(problem.scale());
+            let (_, factor) = self.backward.terms.gradient_scale();
             for row in 0..self.rows.len() {
                 let (head, query) = self.rows.at(row);
                 let sums = &scratch.dq[row * stride..][..layout.head_dim];
@@ -267,7 +267,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         if !self.dkv {
             return;
         }
-        let scale = E::F::from_f64(problem.scale());
+        let (_, scale) = self.backward.terms.gradient_scale();
         let capacity = keys.len().next_multiple_of(STAGE);
         let gradients = [
             (&outputs.dk, &*scratch.dk, layout.head_dim, scale),
