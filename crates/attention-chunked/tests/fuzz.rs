@@ -1,0 +1,32 @@
+//! Random calls at every level of the machine, checked in every way that the suite knows. `cargo xtask fuzz` runs more
+//! of them, `cargo xtask sanitize` these under the address sanitizer.
+
+use std::sync::Arc;
+
+use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
+use attention_conformance::fuzz;
+use attention_conformance::suite::Subject;
+
+/// How many seeds to run: `ATTENTION_FUZZ_SEEDS`, or as many as take some seconds.
+fn seeds() -> u64 {
+    let given = std::env::var("ATTENTION_FUZZ_SEEDS").ok();
+    given.map_or(60, |count| count.parse().expect("ATTENTION_FUZZ_SEEDS is a number"))
+}
+
+#[test]
+fn random_calls_are_right_at_every_level() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().expect("a pool of three threads");
+    let pool = Arc::new(pool);
+    for level in Level::available() {
+        let config = || ChunkedConfig::default().level(level);
+        let one = ChunkedBackend::with_config(config().threads(1));
+        let three = ChunkedBackend::with_config(config().pool(pool.clone()));
+        let small_chunks = ChunkedBackend::with_config(config().query_chunk(1).budget(1));
+        let default = ChunkedBackend::with_config(config());
+        let subject = Subject::new(&default)
+            .same_as("one thread", &one)
+            .same_as("three threads", &three)
+            .same_as("the smallest chunks", &small_chunks);
+        println!("at {level}: {}", fuzz::assert_seeds(subject, 0..seeds()));
+    }
+}
