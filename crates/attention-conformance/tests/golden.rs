@@ -102,6 +102,15 @@ fn unknown_keys_are_errors() {
             "tensor 'w' is unknown",
         ),
         ("format", |m| m["format"] = 3.into(), "format 3 is unknown"),
+        // Whatever else another format has.
+        (
+            "format-keys",
+            |m| {
+                m["format"] = 3.into();
+                m["novel"] = 1.into();
+            },
+            "format 3 is unknown",
+        ),
         ("count", |m| m["n_cases"] = 2.into(), "n_cases is 2, there are 1"),
         ("rank", |m| m["cases"][0]["rank"] = 5.into(), "rank 5 with layout BTNH"),
         (

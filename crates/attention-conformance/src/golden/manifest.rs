@@ -7,6 +7,15 @@ use serde::Deserialize;
 
 use super::GoldenError;
 
+/// The formats that this reader knows.
+const KNOWN_FORMATS: std::ops::RangeInclusive<u32> = 1..=2;
+
+/// What every format has.
+#[derive(Deserialize)]
+struct Format {
+    format: u32,
+}
+
 /// `manifest.json`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -185,16 +194,20 @@ impl Manifest {
     pub(super) fn read(path: &Path) -> Result<Self, GoldenError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| GoldenError::Read { path: path.to_owned(), source })?;
-        let manifest: Self = serde_json::from_str(&without_special_numbers(&text))
-            .map_err(|source| GoldenError::Manifest { path: path.to_owned(), source })?;
+        let text = without_special_numbers(&text);
+        let invalid = |source| GoldenError::Manifest { path: path.to_owned(), source };
+        // The format first: of another one nothing else is known.
+        let Format { format } = serde_json::from_str(&text).map_err(invalid)?;
+        if !KNOWN_FORMATS.contains(&format) {
+            let what = format!("format {format} is unknown, this reader knows 1 and 2");
+            return Err(GoldenError::Contradiction { path: path.to_owned(), what });
+        }
+        let manifest: Self = serde_json::from_str(&text).map_err(invalid)?;
         manifest.check().map_err(|what| GoldenError::Contradiction { path: path.to_owned(), what })?;
         Ok(manifest)
     }
 
     fn check(&self) -> Result<(), String> {
-        if !(1..=2).contains(&self.format) {
-            return Err(format!("format {} is unknown, this reader knows 1 and 2", self.format));
-        }
         if self.n_cases != self.cases.len() {
             return Err(format!("n_cases is {}, there are {} cases", self.n_cases, self.cases.len()));
         }

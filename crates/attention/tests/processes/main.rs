@@ -149,7 +149,11 @@ fn what_needs_no_pool_starts_none() {
         let problem = problem();
         let explanation = attention::explain(&problem);
         assert!(explanation.choice.is_some());
+        // Those of CUDA devices refuse a call on host memory.
         for backend in Registry::default().backends() {
+            if backend.capabilities().device != attention::DeviceKind::Cpu {
+                continue;
+            }
             backend.supports(&problem).unwrap();
             assert!(backend.scratch_bytes(&problem).unwrap() > 0);
         }
@@ -283,13 +287,28 @@ fn without_memory_a_call_is_an_error() {
     succeeds("without_memory_a_call_is_an_error", "ulimit -v 200000 &&", &[("RAYON_NUM_THREADS", "1")]);
 }
 
-/// A batch of a million rows takes no memory of its own: it ran out at this limit, where lists of tasks aborted.
+/// Lets this process's address space grow by at most `bytes` from here on.
+#[cfg(target_os = "linux")]
+fn leave_memory(bytes: libc::rlim_t) {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: libc::rlim_t = pages.split(' ').next().unwrap().parse().unwrap();
+    // SAFETY: asks for the size of a page, and changes this process's own limit, in a test of its own.
+    let is_set = unsafe {
+        let most = pages * libc::sysconf(libc::_SC_PAGESIZE) as libc::rlim_t + bytes;
+        libc::setrlimit(libc::RLIMIT_AS, &libc::rlimit { rlim_cur: most, rlim_max: most }) == 0
+    };
+    assert!(is_set);
+}
+
+/// A large batch takes no memory of its own: lists of tasks, of some 70 bytes a batch row, ran out at this limit.
 #[test]
+#[cfg(target_os = "linux")]
 fn a_large_batch_takes_no_memory_beside_tensors_and_scratch() {
     if is_child() {
-        const BATCH: usize = 1_000_000;
+        const BATCH: usize = 200_000;
         let x = vec![half::bf16::ONE; BATCH];
         let mut out = vec![half::bf16::ZERO; BATCH];
+        leave_memory(8 << 20);
         let shape = [BATCH, 1, 1, 1];
         for name in implementations() {
             let x = (&x, shape);
@@ -300,11 +319,8 @@ fn a_large_batch_takes_no_memory_beside_tensors_and_scratch() {
         done();
         return;
     }
-    succeeds(
-        "a_large_batch_takes_no_memory_beside_tensors_and_scratch",
-        "ulimit -v 60000 &&",
-        &[("RAYON_NUM_THREADS", "1")],
-    );
+    let name = "a_large_batch_takes_no_memory_beside_tensors_and_scratch";
+    succeeds(name, "", &[("RAYON_NUM_THREADS", "1")]);
 }
 
 /// An empty batch, whatever its size, and questions about a large one.
