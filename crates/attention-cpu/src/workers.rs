@@ -21,7 +21,7 @@ pub(crate) fn run<T>(
     let queue = Mutex::new(tasks);
     // Without tasks there is no scratch, and making none of them may write padding.
     let bytes = if workers == 0 { 0 } else { bytes };
-    team.run(workers, scratch, bytes, |scratch| {
+    team.run(workers, scratch, bytes, &|scratch| {
         // A worker that panics poisons the lock; the team passes its panic on.
         while let Some(task) = queue.lock().ok().and_then(|mut queue| queue.next()) {
             work(task, scratch);

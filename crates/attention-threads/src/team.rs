@@ -68,7 +68,7 @@ impl Team {
     ///
     /// # Panics
     /// Where `work` does, on any thread; and where the scratch is shorter than a piece for each worker.
-    pub fn run(&self, workers: usize, scratch: &mut [u8], bytes: usize, work: impl Fn(&mut [u8]) + Sync) {
+    pub fn run(&self, workers: usize, scratch: &mut [u8], bytes: usize, work: &(dyn Fn(&mut [u8]) + Sync)) {
         let workers = workers.clamp(1, self.size);
         let needed = bytes.checked_mul(workers);
         assert!(needed.is_some_and(|needed| needed <= scratch.len()), "scratch for {workers} workers");
@@ -232,7 +232,7 @@ mod tests {
         let team = Team::of_pool(pool(3), 4);
         for round in 0..200 {
             let (mut scratch, all) = (vec![0u8; 4 * 64 + 7], Barrier::new(4));
-            team.run(9, &mut scratch, 64, |piece| {
+            team.run(9, &mut scratch, 64, &|piece| {
                 // All four are at work at the same time.
                 all.wait();
                 assert_eq!(piece.len(), 64);
@@ -252,7 +252,7 @@ mod tests {
         let team = Team::of_pool(pool.clone(), 2);
         let calls = AtomicUsize::new(0);
         for _ in 0..2 * MOST_WAITING {
-            team.run(2, &mut [], 0, |_| {
+            team.run(2, &mut [], 0, &|_| {
                 calls.fetch_add(1, Ordering::Relaxed);
             });
         }
@@ -273,7 +273,7 @@ mod tests {
             let (inside, all) = (AtomicUsize::new(0), Barrier::new(3));
             let caller = std::thread::current().id();
             let result = catch_unwind(AssertUnwindSafe(|| {
-                team.run(3, &mut [], 0, |_| {
+                team.run(3, &mut [], 0, &|_| {
                     inside.fetch_add(1, Ordering::SeqCst);
                     all.wait();
                     let is_caller = std::thread::current().id() == caller;
@@ -285,7 +285,7 @@ mod tests {
             assert_eq!((message, inside.load(Ordering::SeqCst)), ("on purpose", 0));
         }
         // And the pool still works.
-        team.run(3, &mut [0; 30], 10, |piece| assert_eq!(piece.len(), 10));
+        team.run(3, &mut [0; 30], 10, &|piece| assert_eq!(piece.len(), 10));
     }
 
     #[test]
@@ -295,11 +295,11 @@ mod tests {
         let team = Team::of_pool(pool.clone(), 3);
         let tasks = AtomicUsize::new(0);
         let inner = || {
-            Team::of_current_pool(3).run(3, &mut [0; 3], 1, |_| {
+            Team::of_current_pool(3).run(3, &mut [0; 3], 1, &|_| {
                 tasks.fetch_add(1, Ordering::Relaxed);
             });
         };
-        pool.install(|| team.run(3, &mut [], 0, |_| inner()));
+        pool.install(|| team.run(3, &mut [], 0, &|_| inner()));
         assert!(tasks.load(Ordering::Relaxed) >= 1);
     }
 }
