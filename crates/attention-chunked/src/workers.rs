@@ -14,7 +14,7 @@ pub(crate) fn run(
     team: &Team,
     scratch: &mut [u8],
     bytes: usize,
-    work: impl Fn(usize, &mut [u8]) + Sync,
+    work: &(dyn Fn(usize, &mut [u8]) + Sync),
 ) {
     let pieces = scratch.len().checked_div(bytes).unwrap_or(usize::MAX);
     let workers = tasks.min(pieces);
@@ -22,7 +22,7 @@ pub(crate) fn run(
         return;
     }
     let next = AtomicUsize::new(0);
-    team.run(workers, scratch, bytes, |scratch| {
+    team.run(workers, scratch, bytes, &|scratch| {
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             if index >= tasks {

@@ -1,5 +1,7 @@
 //! What chunk sizes, levels and layouts may and may not change, beyond the sizes of the conformance suite.
 
+mod common;
+
 use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, ForwardCall, ForwardOutputs,
@@ -98,6 +100,39 @@ fn chunks_and_threads_do_not_change_a_bit() {
                 ("a large budget", ChunkedConfig::default().budget(64 << 20)),
             ] {
                 assert_same_bits(&at(config), &want, &format!("{level}, causal {causal}, {what}"));
+            }
+        }
+    }
+}
+
+/// An element of the bias is broadcast along queries, keys or both: the order in which the gradients of its logits are summed
+/// must not follow the chunks.
+#[test]
+fn chunks_do_not_change_a_bit_of_a_broadcast_bias_gradient() {
+    let [batch, queries, keys, heads] = [2, 150, 600, 2];
+    for level in Level::available() {
+        for dtype in [DType::F64, DType::F32, DType::Bf16] {
+            for shape in [
+                [1, 1, 1, 1],
+                [batch, heads, 1, 1],
+                [1, heads, 1, keys],
+                [1, 1, queries, 1],
+                [1, 1, queries, keys],
+            ] {
+                let mut case = common::Case::new(dtype, [batch, queries, keys, heads, 1, 8]);
+                case.d_out = common::random(case.query.len(), 5);
+                case.bias = Some((dtype, common::random(shape.iter().product(), 6), shape.to_vec()));
+                let at = |config: ChunkedConfig| case.run(&ChunkedBackend::with_config(config.level(level)));
+                let want = at(ChunkedConfig::default());
+                want.assert_finite(level.name());
+                for (what, config) in [
+                    ("one thread", ChunkedConfig::default().threads(1)),
+                    ("small query chunks", ChunkedConfig::default().query_chunk(1)),
+                    ("small key chunks", ChunkedConfig::default().key_chunk(1)),
+                    ("the smallest budget", ChunkedConfig::default().budget(1)),
+                ] {
+                    at(config).assert_same(&want, &[], &format!("{level}, {dtype}, bias {shape:?}, {what}"));
+                }
             }
         }
     }

@@ -113,7 +113,7 @@ pub(super) fn run<E: Engine, Small: Engine>(
         unreachable!("the problem has the gradient of the bias")
     };
     let dbias = SharedOutput::new(dbias);
-    workers::run(parts.count(), team, scratch, bytes, |number, memory| {
+    workers::run(parts.count(), team, scratch, bytes, &|number, memory| {
         let part = &parts.at(number);
         let length = |axis: usize, range: &Range<usize>| if shape[axis] == 1 { 1 } else { range.len() };
         let (rows, columns) = (length(2, &part.queries), length(3, &part.keys));
@@ -165,7 +165,10 @@ impl Sums<'_> {
                 let heads = intersection(&(key_head * group..(key_head + 1) * group), &part.heads);
                 let rows = Rows { batch, key_head, heads, queries: queries.clone() };
                 let pair = Pair { backward, rows: &rows, dq: false, dkv: false };
-                let step = backward.layout.keys();
+                // Where sums go over keys, of more than one row perhaps, a block of keys at a time for all rows: the order of
+                // the terms, and with it the bits, must not depend on the size of chunks.
+                let keys = backward.layout.keys();
+                let step = if self.shape[3] == 1 { keys.min(E::BLOCK_KEYS) } else { keys };
                 let mut first = range.start / step * step;
                 while first < range.end {
                     let keys = first..range.end.min(first + step);
