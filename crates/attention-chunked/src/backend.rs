@@ -3,13 +3,17 @@
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet, ForwardCall,
     NumericsClass, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
+    Variants,
 };
+
+use std::sync::Arc;
 
 use crate::config::ChunkedConfig;
 use crate::engine::Engine;
 #[cfg(target_arch = "x86_64")]
 use crate::engine::amx::Tiles;
 use crate::engine::vector::Fused;
+use crate::paths::{Kind, Paths, Taken};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{Scalar, Simd};
@@ -52,6 +56,8 @@ pub struct ChunkedBackend {
     config: ChunkedConfig,
     level: Result<Level, String>,
     capabilities: Capabilities,
+    /// Shared by clones.
+    paths: Arc<Paths>,
 }
 
 impl Default for ChunkedBackend {
@@ -66,6 +72,69 @@ trait WithEngines {
     type Output;
 
     fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) -> Self::Output;
+}
+
+/// Runs `work` with the engines for a dtype at a level.
+fn with_engines<W: WithEngines>(
+    level: Option<Level>,
+    config: &ChunkedConfig,
+    dtype: DType,
+    work: W,
+) -> W::Output {
+    let level = level.unwrap_or(Level::Scalar);
+    fn fused<S: Simd<f32> + Simd<f64>, W: WithEngines>(simd: S, dtype: DType, work: W) -> W::Output {
+        let (single, double) = (Fused::<f32, S>::new(simd), Fused::<f64, S>::new(simd));
+        match dtype {
+            DType::F64 => work.run(double, None::<Fused<f64, S>>),
+            DType::F32 => work.run(single, Some(double)),
+            // The type of `Small` says nothing without one: this way f32 and halves share their code.
+            _ => work.run(single, None::<Fused<f64, S>>),
+        }
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
+        match dtype {
+            DType::Bf16 if level >= Level::Amx => {
+                if let Some(engine) = Tiles::<1>::detect() {
+                    return work.run(engine, None::<Tiles<1>>);
+                }
+            }
+            DType::F16 if level >= Level::Amx => {
+                if let Some(engine) = Tiles::<2>::detect() {
+                    return work.run(engine, None::<Tiles<2>>);
+                }
+            }
+            DType::F32 if level >= Level::Amx && config.splits_f32() => {
+                if let Some((engine, simd)) = Tiles::<3>::detect().zip(Avx512::<false>::detect()) {
+                    return work.run(engine, Some(Fused::<f64, _>::new(simd)));
+                }
+            }
+            _ => {}
+        }
+        if level >= Level::Avx512
+            && let Some(simd) = Avx512::<false>::detect()
+        {
+            return fused(simd, dtype, work);
+        }
+        if level >= Level::Avx2
+            && let Some(simd) = Avx2::detect()
+        {
+            return fused(simd, dtype, work);
+        }
+    }
+    let _ = (level, config);
+    fused(Scalar::new(), dtype, work)
+}
+
+/// What a dtype's engines are.
+struct KindOf;
+
+impl WithEngines for KindOf {
+    type Output = Kind;
+
+    fn run<E: Engine, Small: Engine>(self, _: E, small: Option<Small>) -> Kind {
+        Kind { packs_gradients: E::PACKS_GRADIENTS, has_small: small.is_some() }
+    }
 }
 
 impl ChunkedBackend {
@@ -86,7 +155,11 @@ impl ChunkedBackend {
         let capabilities =
             Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::Constant)
                 .with_backward(pass);
-        Self { level: config.chosen_level(), config, capabilities }
+        let level = config.chosen_level();
+        let paths = Paths::new(config.planned_threads(), |dtype| {
+            with_engines(level.as_ref().ok().copied(), &config, dtype, KindOf)
+        });
+        Self { level, config, capabilities, paths: Arc::new(paths) }
     }
 
     /// The instruction set it uses; `None` where the machine lacks the one that was asked for.
@@ -96,48 +169,7 @@ impl ChunkedBackend {
 
     /// Runs `work` with the engines for a dtype.
     fn with_engines<W: WithEngines>(&self, dtype: DType, work: W) -> W::Output {
-        let level = self.level().unwrap_or(Level::Scalar);
-        fn fused<S: Simd<f32> + Simd<f64>, W: WithEngines>(simd: S, dtype: DType, work: W) -> W::Output {
-            let (single, double) = (Fused::<f32, S>::new(simd), Fused::<f64, S>::new(simd));
-            match dtype {
-                DType::F64 => work.run(double, None::<Fused<f64, S>>),
-                DType::F32 => work.run(single, Some(double)),
-                _ => work.run(single, None::<Fused<f32, S>>),
-            }
-        }
-        #[cfg(target_arch = "x86_64")]
-        {
-            match dtype {
-                DType::Bf16 if level >= Level::Amx => {
-                    if let Some(engine) = Tiles::<1>::detect() {
-                        return work.run(engine, None::<Tiles<1>>);
-                    }
-                }
-                DType::F16 if level >= Level::Amx => {
-                    if let Some(engine) = Tiles::<2>::detect() {
-                        return work.run(engine, None::<Tiles<2>>);
-                    }
-                }
-                DType::F32 if level >= Level::Amx && self.config.splits_f32() => {
-                    if let Some((engine, simd)) = Tiles::<3>::detect().zip(Avx512::<false>::detect()) {
-                        return work.run(engine, Some(Fused::<f64, _>::new(simd)));
-                    }
-                }
-                _ => {}
-            }
-            if level >= Level::Avx512
-                && let Some(simd) = Avx512::<false>::detect()
-            {
-                return fused(simd, dtype, work);
-            }
-            if level >= Level::Avx2
-                && let Some(simd) = Avx2::detect()
-            {
-                return fused(simd, dtype, work);
-            }
-        }
-        let _ = level;
-        fused(Scalar::new(), dtype, work)
+        with_engines(self.level(), &self.config, dtype, work)
     }
 
     /// Bytes of scratch of a call; `None` on overflow.
@@ -181,22 +213,26 @@ impl ChunkedBackend {
             call: Call<'c>,
             config: &'d ChunkedConfig,
             scratch: &'d mut [u8],
+            taken: [&'d Taken; 2],
         }
 
         impl WithEngines for Run<'_, '_> {
             type Output = ();
 
             fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
-                match self.call {
-                    Call::Forward(call) => forward::run(engine, small, call, self.config, self.scratch),
-                    Call::Backward(call) => backward::run(engine, small, call, self.config, self.scratch),
+                let Self { call, config, scratch, taken } = self;
+                match call {
+                    Call::Forward(call) => forward::run(engine, small, call, config, scratch, taken),
+                    Call::Backward(call) => backward::run(engine, small, call, config, scratch, taken),
                 }
             }
         }
 
         let scratch = self.host_scratch(problem, scratch)?;
-        let run = Run { call, config: &self.config, scratch };
+        let taken = [Taken::default(), Taken::default()];
+        let run = Run { call, config: &self.config, scratch, taken: taken.each_ref() };
         self.with_engines(problem.dtype(), run);
+        self.paths.count(problem.dtype(), taken);
         Ok(())
     }
 }
@@ -234,6 +270,10 @@ impl AttentionBackend for ChunkedBackend {
 
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
         self.scratch_bytes(problem).map(drop)
+    }
+
+    fn variants(&self) -> Option<&Variants> {
+        Some(self.paths.variants())
     }
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {

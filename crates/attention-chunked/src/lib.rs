@@ -9,6 +9,7 @@ mod engine;
 mod float;
 mod forward;
 mod level;
+mod paths;
 mod plan;
 mod scratch;
 mod simd;

@@ -36,6 +36,54 @@ macro_rules! typed {
 }
 pub(crate) use typed;
 
+/// Work at a level on a view whose element type is not known where the work is described.
+pub(crate) trait ViewKernel {
+    /// What it returns.
+    type Output;
+
+    /// Must be `#[inline(always)]`, as for a [`Kernel`].
+    fn run<T: Source>(self, view: &HostView<'_, T>) -> Self::Output;
+}
+
+/// Work with its view.
+pub(crate) struct OnView<'v, 'r, T, K> {
+    pub(crate) view: &'r HostView<'v, T>,
+    pub(crate) work: K,
+}
+
+impl<T: Source, K: ViewKernel> Kernel for OnView<'_, '_, T, K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn run(self) -> K::Output {
+        self.work.run(self.view)
+    }
+}
+
+/// The dtypes of operands that a float computes: work on queries, keys and values is compiled for these alone.
+pub(crate) trait Operands {
+    /// Runs `work` on a query, key, value or gradient of the output.
+    fn vectorize<F: Float, S: Simd<F>, K: ViewKernel>(of: &Floats<'_>, simd: S, work: K) -> K::Output;
+}
+
+macro_rules! operands {
+    ($name:ident, $what:literal, $($variant:ident),*) => {
+        #[doc = $what]
+        pub(crate) enum $name {}
+
+        impl Operands for $name {
+            fn vectorize<F: Float, S: Simd<F>, K: ViewKernel>(of: &Floats<'_>, simd: S, work: K) -> K::Output {
+                match of {
+                    $(Floats::$variant(view) => simd.vectorize(OnView { view, work }),)*
+                    _ => unreachable!("the engine of a problem takes operands of its dtype"),
+                }
+            }
+        }
+    };
+}
+operands!(OperandsOfF32, "f32, f16 and bf16 are computed in f32.", F32, F16, Bf16);
+operands!(OperandsOfF64, "f64 is computed in f64, and f32 where batch rows are small.", F64, F32);
+
 /// An element type, with its widening load.
 pub(crate) trait Source: Scalar {
     /// `LANES` elements, converted.
@@ -103,7 +151,7 @@ impl<'a> Floats<'a> {
         &'r self,
         engine: E,
         count: usize,
-        index: impl Fn(usize) -> [usize; 3],
+        index: &dyn Fn(usize) -> [usize; 3],
         factor: E::F,
         clean: bool,
         room: &'r mut [E::F],
@@ -111,15 +159,15 @@ impl<'a> Floats<'a> {
         if E::TAKES_BF16
             && factor == E::F::ONE
             && let Self::Bf16(view) = self
-            && let Some(rows) = contiguous_rows(view, count, &index)
+            && let Some(rows) = contiguous_rows(view, count, index)
         {
             let ahead = view.strides()[1].wrapping_mul(AHEAD as isize);
-            let not_finite = engine.simd().vectorize(NotFinite { rows: &rows, ahead });
+            let not_finite = engine.plain().vectorize(NotFinite { rows: &rows, ahead });
             if !clean || not_finite == 0 {
                 return (Staged::Bf16(rows), not_finite);
             }
         }
-        let not_finite = self.stage_floats(engine.simd(), count, index, factor, clean, room);
+        let not_finite = self.stage_floats(engine.plain(), count, index, factor, clean, room);
         let width = self.width();
         (Staged::Floats(FloatRows { data: room, stride: Self::stage_stride(width), width }), not_finite)
     }
@@ -130,12 +178,17 @@ impl<'a> Floats<'a> {
         &self,
         simd: S,
         count: usize,
-        index: impl Fn(usize) -> [usize; 3],
+        index: &dyn Fn(usize) -> [usize; 3],
         factor: F,
         clean: bool,
         room: &mut [F],
     ) -> u32 {
-        typed!(self, view => simd.vectorize(StageRows { simd, view, count, index, factor, clean, to: room }))
+        F::Operands::vectorize(self, simd, StageRows { simd, count, index, factor, clean, to: room })
+    }
+
+    /// Whether the elements of a row are not neighbours.
+    pub(crate) fn is_strided(&self) -> bool {
+        typed!(self, view => view.strides()[3] != 1 && view.shape()[3] > 1)
     }
 
     /// The size of the last of four axes.
@@ -183,7 +236,7 @@ impl<'a> Floats<'a> {
 fn contiguous_rows<'a, T: Copy>(
     view: &HostView<'a, T>,
     count: usize,
-    index: impl Fn(usize) -> [usize; 3],
+    index: &dyn Fn(usize) -> [usize; 3],
 ) -> Option<[&'a [T]; STAGE]> {
     let mut rows: [&[T]; STAGE] = [&[]; STAGE];
     for (row, to) in rows[..count].iter_mut().enumerate() {
@@ -230,22 +283,21 @@ fn dot<A: Source, B: Source>(
     (sums[0] + sums[2]) + (sums[1] + sums[3])
 }
 
-struct StageRows<'v, 'r, F, S, T, I> {
+struct StageRows<'r, F, S> {
     simd: S,
-    view: &'r HostView<'v, T>,
     count: usize,
-    index: I,
+    index: &'r dyn Fn(usize) -> [usize; 3],
     factor: F,
     clean: bool,
     to: &'r mut [F],
 }
 
-impl<F: Float, S: Simd<F>, T: Source, I: Fn(usize) -> [usize; 3]> Kernel for StageRows<'_, '_, F, S, T, I> {
+impl<F: Float, S: Simd<F>> ViewKernel for StageRows<'_, F, S> {
     type Output = u32;
 
     #[inline(always)]
-    fn run(self) -> u32 {
-        let Self { simd, view, count, index, factor, clean, to } = self;
+    fn run<T: Source>(self, view: &HostView<'_, T>) -> u32 {
+        let Self { simd, count, index, factor, clean, to } = self;
         let width = view.shape()[3];
         let stride = Floats::stage_stride(width);
         let mut not_finite = 0;

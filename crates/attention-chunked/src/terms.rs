@@ -147,8 +147,12 @@ impl<'a, F: Float> Terms<'a, F> {
     /// Whether products become natural logits in the tile before anything is added: with a softcap, and where there is
     /// nothing to add that the scale could be applied with.
     pub(crate) fn needs_tile(&self) -> bool {
-        let adds = self.slopes.is_some() || self.bias.is_some();
-        self.softcap.is_some() || self.scale == F::ZERO || !(adds || self.is_plain)
+        self.softcap.is_some() || self.scale == F::ZERO || !(self.adds_bias() || self.is_plain)
+    }
+
+    /// Whether a bias or ALiBi is added.
+    pub(crate) fn adds_bias(&self) -> bool {
+        self.slopes.is_some() || self.bias.is_some()
     }
 
     /// Whether there is a boolean mask.
@@ -182,29 +186,20 @@ impl<'a, F: Float> Terms<'a, F> {
         })
     }
 
-    /// Turns the first of these rows from products into logits; -inf wherever a key takes no part. Column 0 is key
-    /// `first`; the columns of the tile are a multiple of the vector's lanes, at most [`MAX_COLUMNS`].
+    /// Turns a row of products into logits by what is to be [`added`](Self::added); -inf wherever a key takes no part.
+    ///
+    /// # Safety
+    /// The tile has `columns` elements, whole vectors, and what is added has as many.
     #[inline(always)]
-    pub(crate) fn apply<S: Simd<F>>(
-        &self,
-        simd: S,
-        rows: &[QueryRow],
-        first: usize,
-        tile: &mut [F],
-        memory: &mut AddedRow<F>,
-    ) {
-        if self.needs_tile() {
-            self.capped(simd, tile, None);
-        }
-        let added = self.added(simd, rows, first, tile, memory);
+    pub(crate) unsafe fn add<S: Simd<F>>(&self, simd: S, added: Added<'_, F>, tile: *mut F, columns: usize) {
         if added.bias.is_none() && added.mask.is_none() {
             return;
         }
         let factor = simd.splat(self.factor());
-        for column in (0..tile.len()).step_by(S::LANES) {
-            // SAFETY: whole vectors of the tile, and of what is added, which has as many columns.
+        for column in (0..columns).step_by(S::LANES) {
+            // SAFETY: a whole vector of the tile, and of what is added.
             unsafe {
-                let at = tile.as_mut_ptr().add(column);
+                let at = tile.add(column);
                 let mut x = simd.load(at);
                 if let Some(bias) = added.bias {
                     x = logit(simd, x, factor, simd.load(bias.as_ptr().add(column)));

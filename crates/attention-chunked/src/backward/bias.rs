@@ -15,6 +15,7 @@ use super::gradient::GradientOf;
 use super::pair::{Packing, Pair, Scratch};
 use crate::engine::Engine;
 use crate::forward::tile_stride;
+use crate::paths::Path;
 use crate::plan::{self, Rows, intersection};
 use crate::scratch::Pieces;
 use crate::tensor::SharedOutput;
@@ -160,6 +161,7 @@ impl Sums<'_> {
         if range.is_empty() {
             return;
         }
+        backward.taken.mark(Path::bias_gradient(self.shape));
         backward.engine.with_state(|| {
             for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {
                 let heads = intersection(&(key_head * group..(key_head + 1) * group), &part.heads);

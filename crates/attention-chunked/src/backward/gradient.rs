@@ -98,7 +98,9 @@ impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
                 gradients.iter_mut().for_each(|gradient| *gradient = *gradient * before);
             }
         }
-        if let Some(packs) = self.packs {
+        if E::PACKS_GRADIENTS
+            && let Some(packs) = self.packs
+        {
             assert!(!self.terms.has_softcap() && !self.terms.has_dropout());
             assert!(self.columns <= E::BLOCK_KEYS && rows <= E::BLOCK_ROWS);
             // Packed rows come in pairs of whole groups.

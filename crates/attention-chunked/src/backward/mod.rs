@@ -22,6 +22,7 @@ use self::pair::{Layout, Pair};
 use self::states::{SharedStates, State, Workers};
 use crate::config::{ChunkedConfig, Plan, Sizes};
 use crate::engine::Engine;
+use crate::paths::{Path, Taken};
 use crate::plan::{self, Rows};
 use crate::scratch::Pieces;
 use crate::tensor::{Floats, SharedOutput};
@@ -40,6 +41,7 @@ pub(crate) struct Backward<'a, E: Engine> {
     /// Of every query row, `[B, N, T]`.
     states: &'a [State],
     layout: Layout,
+    taken: &'a Taken,
 }
 
 /// The gradients of query, key and value that a call writes.
@@ -164,6 +166,7 @@ impl<'a, E: Engine> Backward<'a, E> {
         saved: &BackwardInputs<'a>,
         states: &'a [State],
         layout: Layout,
+        taken: &'a Taken,
     ) -> Self {
         Self {
             engine,
@@ -175,6 +178,7 @@ impl<'a, E: Engine> Backward<'a, E> {
             terms: Terms::new(problem, inputs),
             states,
             layout,
+            taken,
         }
     }
 
@@ -195,6 +199,11 @@ impl<'a, E: Engine> Backward<'a, E> {
     /// # Safety
     /// No other thread runs this task.
     unsafe fn task(&self, task: &Task, outputs: &Outputs<'a>, memory: &mut [u8]) {
+        self.taken.mark(match task {
+            Task::Together { .. } => Path::Together,
+            Task::Queries(_) => Path::Queries,
+            Task::Keys { .. } => Path::Keys,
+        });
         let mut scratch = self.layout.scratch::<E>(&mut Pieces::of(memory));
         self.engine.with_state(|| {
             // SAFETY: a task writes the rows that its own description names.
@@ -288,13 +297,14 @@ pub(crate) fn needs<E: Engine, Small: Engine>(
     Needs::of::<E, Small>(problem, has_small, &config.sizes(), config.planned_threads())?.scratch()
 }
 
-/// Runs a checked call in checked scratch.
+/// Runs a checked call in checked scratch, and marks the paths that it takes: on the engine, and on the small one.
 pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,
     call: BackwardCall<'_>,
     config: &ChunkedConfig,
     scratch: &mut [u8],
+    taken: [&Taken; 2],
 ) {
     let (problem, inputs, saved, outputs) = call.into_parts();
     let sizes = config.sizes();
@@ -313,7 +323,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
         let (lse, sinks) = (Floats::new(saved.lse), inputs.sinks.map(Floats::new));
         let shared = SharedStates::new(states);
         let bytes = needs.bytes;
-        let of = Backward::new(engine, problem, &inputs, &saved, &[], needs.layout);
+        let of = Backward::new(engine, problem, &inputs, &saved, &[], needs.layout, taken[0]);
         states::replace(
             &of,
             &lse,
@@ -323,7 +333,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
             Workers { team: &team, scratch: &mut *scratch, bytes },
         );
         if let Some(small) = small {
-            let of = Backward::new(small, problem, &inputs, &saved, &[], needs.small);
+            let of = Backward::new(small, problem, &inputs, &saved, &[], needs.small, taken[1]);
             states::replace(
                 &of,
                 &lse,
@@ -336,12 +346,14 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     }
     let states: &[State] = states;
     if let Some(dsinks) = outputs.dsinks {
+        taken[0].mark(Path::Sinks);
         let unit = |batch: usize| if is_small(batch) { units.1.to_f64() } else { units.0.to_f64() };
         states::sink_gradient(problem, &inputs, states, unit, dsinks);
     }
 
-    let backward = Backward::new(engine, problem, &inputs, &saved, states, needs.layout);
-    let small = small.map(|small| Backward::new(small, problem, &inputs, &saved, states, needs.small));
+    let backward = Backward::new(engine, problem, &inputs, &saved, states, needs.layout, taken[0]);
+    let small =
+        small.map(|small| Backward::new(small, problem, &inputs, &saved, states, needs.small, taken[1]));
     if let Some(dbias) = outputs.dbias {
         bias::run(&backward, small.as_ref(), dbias, &team, needs.bytes, scratch);
     }
@@ -365,7 +377,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     let keys = |batch: usize| if is_small(batch) { needs.small.keys() } else { needs.layout.keys() };
     let rows = |batch: usize| if is_small(batch) { needs.small.rows() } else { needs.layout.rows() };
     let tasks = needs.tasks;
-    workers::run(tasks.count(), &team, scratch, needs.bytes, |number, memory| {
+    workers::run(tasks.count(), &team, scratch, needs.bytes, &|number, memory| {
         let Some(task) = tasks.at(problem, number, keys, rows) else { return };
         // SAFETY: the tasks are different, and each is run once.
         unsafe {

@@ -12,6 +12,7 @@ use crate::engine::{Before, Engine, GradientPacks, STAGE, Weights};
 use crate::float::Float;
 use crate::forward::softmax::BlockSoftmax;
 use crate::forward::{MAX_BLOCK_ROWS, tile_stride};
+use crate::paths::Path;
 use crate::plan::{self, Rows};
 use crate::scratch::{Pieces, round_up};
 use crate::simd::Simd;
@@ -304,14 +305,14 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         for first in (0..keys.len()).step_by(STAGE) {
             let staged = STAGE.min(keys.len() - first);
             let index = |row: usize| [self.rows.batch, keys.start + first + row, self.rows.key_head];
-            let (rows, _) = value.stage(*engine, staged, index, E::F::ONE, false, scratch.stage);
+            let (rows, _) = value.stage(*engine, staged, &index, E::F::ONE, false, scratch.stage);
             engine.pack_keys(rows, first, packed, scratch.values);
-            let (mut rows, bad) = key.stage(*engine, staged, index, E::F::ONE, false, scratch.stage);
+            let (mut rows, bad) = key.stage(*engine, staged, &index, E::F::ONE, false, scratch.stage);
             engine.pack_keys(rows, first, packed, scratch.keys);
             scratch.bad_keys[first / STAGE] = bad;
             if self.dq {
                 if bad != 0 {
-                    (rows, _) = key.stage(*engine, staged, index, E::F::ONE, true, scratch.stage);
+                    (rows, _) = key.stage(*engine, staged, &index, E::F::ONE, true, scratch.stage);
                 }
                 engine.pack_values(rows, first, packed, scratch.key_rows);
             }
@@ -329,21 +330,21 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                 [self.rows.batch, query, head]
             };
             let sign = terms.query_sign();
-            let (mut rows, bad) = query.stage(*engine, staged, index, sign, false, scratch.stage);
+            let (mut rows, bad) = query.stage(*engine, staged, &index, sign, false, scratch.stage);
             scratch.bad_queries[first / STAGE] = bad;
             engine.pack_queries(rows, first, packed, scratch.queries);
             if self.dkv && layout.dk {
                 if bad != 0 || sign != E::F::ONE {
-                    (rows, _) = query.stage(*engine, staged, index, E::F::ONE, true, scratch.stage);
+                    (rows, _) = query.stage(*engine, staged, &index, E::F::ONE, true, scratch.stage);
                 }
                 engine.pack_terms(rows, first, packed, scratch.query_terms);
             }
-            let (mut rows, bad) = d_out.stage(*engine, staged, index, E::F::ONE, false, scratch.stage);
+            let (mut rows, bad) = d_out.stage(*engine, staged, &index, E::F::ONE, false, scratch.stage);
             scratch.bad_d_out[first / STAGE] = bad;
             engine.pack_queries(rows, first, packed, scratch.d_out);
             if self.dkv && layout.dv {
                 if bad != 0 {
-                    (rows, _) = d_out.stage(*engine, staged, index, E::F::ONE, true, scratch.stage);
+                    (rows, _) = d_out.stage(*engine, staged, &index, E::F::ONE, true, scratch.stage);
                 }
                 engine.pack_terms(rows, first, packed, scratch.d_out_terms);
             }
@@ -407,8 +408,9 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         chunk: &Range<usize>,
         scratch: &mut Scratch<'_, E>,
     ) -> bool {
-        let Backward { engine, layout, terms, .. } = self.backward;
+        let Backward { engine, layout, terms, taken, .. } = self.backward;
         if terms.has_mask() && terms.masks_all(block.infos(), keys.clone()) {
+            taken.mark(Path::GradientMaskedBlock);
             return false;
         }
         let stride = tile_stride::<E>();
@@ -426,6 +428,19 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         }
         let columns = count.next_multiple_of((2 * lanes).max(E::WEIGHT_STEP));
         let inside = block.all.start <= keys.start && block.all.end >= keys.end;
+        let apply = !inside || columns != count || !terms.is_plain() || terms.has_mask();
+        taken.mark(Path::gradient(terms, apply));
+        taken.mark(match packing {
+            Packing::Later => Path::PackedLater,
+            Packing::Both => Path::PackedAndKept,
+            Packing::Alone => Path::PackedAlone,
+        });
+        if terms.has_dropout() {
+            taken.mark(Path::GradientDropout);
+        }
+        if of == GradientOf::Products && terms.gradient_scale().0 != E::F::ONE {
+            taken.mark(Path::GradientLargeScale);
+        }
         engine.simd().vectorize(BlockGradient {
             engine: *engine,
             terms,
@@ -434,7 +449,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             states: &block.states,
             first: keys.start,
             columns,
-            apply: !inside || columns != count || !terms.is_plain() || terms.has_mask(),
+            apply,
             products: scratch.products,
             gradients: scratch.gradients,
             slopes: scratch.slopes,
@@ -465,7 +480,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                 [info.batch, info.query, info.head]
             };
             let (count, sign) = (STAGE.min(rows - first), terms.query_sign());
-            let (staged, _) = query.stage(*engine, count, index, sign, false, scratch.stage);
+            let (staged, _) = query.stage(*engine, count, &index, sign, false, scratch.stage);
             engine.pack_queries(staged, first, packed_rows, scratch.queries);
         }
         let mut factors = [E::F::ZERO; MAX_BLOCK_ROWS];
@@ -476,7 +491,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             for first in (0..chunk.len()).step_by(STAGE) {
                 let index = |row: usize| [self.rows.batch, chunk.start + first + row, self.rows.key_head];
                 let count = STAGE.min(chunk.len() - first);
-                let (staged, _) = key.stage(*engine, count, index, E::F::ONE, false, scratch.stage);
+                let (staged, _) = key.stage(*engine, count, &index, E::F::ONE, false, scratch.stage);
                 engine.pack_keys(staged, first, packed, scratch.keys);
             }
             for keys in Self::key_blocks(block, &chunk) {
@@ -645,7 +660,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         keys: &Range<usize>,
         scratch: &mut Scratch<'_, E>,
     ) {
-        let Backward { layout, query, d_out, key, .. } = self.backward;
+        let Backward { layout, query, d_out, key, taken, .. } = self.backward;
         let stride = tile_stride::<E>();
         let packed = keys.len().next_multiple_of(STAGE);
         let begin = block_keys.start - keys.start;
@@ -674,6 +689,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                 if !wanted || !is_bad(bad, row) {
                     continue;
                 }
+                taken.mark(Path::RowsApart);
                 source.read_row(at, &mut scratch.row[..width]);
                 for column in 0..block_keys.len() {
                     let tile = index * stride + column;
@@ -691,6 +707,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         }
         let out_stride = E::sum_stride(layout.head_dim);
         for column in (0..block_keys.len()).filter(|column| is_bad(scratch.bad_keys, begin + column)) {
+            taken.mark(Path::KeysApart);
             let at = [self.rows.batch, block_keys.start + column, self.rows.key_head];
             key.read_row(at, &mut scratch.row[..layout.head_dim]);
             for index in 0..block.rows.len() {

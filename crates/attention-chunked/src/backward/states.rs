@@ -109,7 +109,7 @@ pub(crate) fn compute<'m>(
     let d_lse = saved.d_lse.map(Floats::new);
     let any_lost = AtomicBool::new(false);
     let shared = SharedStates::new(states);
-    workers::run(total.div_ceil(TASK_ROWS), team, &mut [], 0, |task, _| {
+    workers::run(total.div_ceil(TASK_ROWS), team, &mut [], 0, &|task, _| {
         for index in task * TASK_ROWS..total.min((task + 1) * TASK_ROWS) {
             let (row, query) = (index / dims.query_length, index % dims.query_length);
             let (batch, head) = (row / dims.query_heads, row % dims.query_heads);

@@ -690,6 +690,7 @@ fn key_sum_stride(keys: usize) -> usize {
 impl<const PARTS: usize> Engine for Tiles<PARTS> {
     type F = f32;
     type S = Avx512;
+    type Plain = crate::simd::Avx512<false>;
     type Packed = u16;
 
     const TAKES_BF16: bool = PARTS == 1;
@@ -705,6 +706,10 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
 
     fn simd(self) -> Avx512 {
         self.simd
+    }
+
+    fn plain(self) -> crate::simd::Avx512<false> {
+        self.simd.without_bf16()
     }
 
     fn with_state<R>(self, work: impl FnOnce() -> R) -> R {

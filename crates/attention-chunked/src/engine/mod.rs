@@ -113,6 +113,13 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// The vectors.
     fn simd(self) -> Self::S;
 
+    /// The vectors of what needs nothing of the engine: reading rows, and few query rows, for which nothing is packed.
+    /// Engines of one level share their code.
+    type Plain: Simd<Self::F>;
+
+    /// The same.
+    fn plain(self) -> Self::Plain;
+
     /// Runs `work` with the state that products need set up on this thread.
     fn with_state<R>(self, work: impl FnOnce() -> R) -> R {
         work()

@@ -254,6 +254,7 @@ fn panels<F: Float, S: Simd<F>>(columns: usize) -> impl Iterator<Item = (usize, 
 impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     type F = F;
     type S = S;
+    type Plain = S;
     type Packed = F;
 
     const BLOCK_ROWS: usize = 48;
@@ -268,6 +269,10 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
     }
 
     fn simd(self) -> S {
+        self.simd
+    }
+
+    fn plain(self) -> S {
         self.simd
     }
 

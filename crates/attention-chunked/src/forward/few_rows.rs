@@ -13,10 +13,11 @@ use super::{Forward, Outputs, normalise};
 use crate::engine::Engine;
 use crate::engine::vector::Fused;
 use crate::float::Float;
+use crate::paths::{Path, Taken};
 use crate::plan::Rows;
 use crate::scratch::{Pieces, extent};
 use crate::simd::{Kernel, Simd, prefetch};
-use crate::tensor::{Floats, Source, typed};
+use crate::tensor::{Floats, Operands, Source, ViewKernel};
 use crate::terms::QueryRow;
 
 /// Rows of a key/value head up to which they are few: more have products enough to pay for packing keys and values.
@@ -176,6 +177,7 @@ impl<'a, E: Engine> Forward<'a, E> {
     /// # Safety
     /// No other thread writes these rows of the outputs.
     pub(super) unsafe fn few_rows(&self, heads: &Heads, outputs: &Outputs<'a>, memory: &mut [u8]) {
+        self.taken.mark(Path::FewWhole);
         let mut scratch = self.few.scratch::<E::F>(&mut Pieces::of(memory));
         scratch.running.clear();
         self.stage_heads(heads, scratch.stage);
@@ -190,6 +192,7 @@ impl<'a, E: Engine> Forward<'a, E> {
 
     /// One part of the keys of some rows, into memory of [`Few::partial_bytes`].
     pub(super) fn few_rows_part(&self, heads: &Heads, keys: Range<usize>, to: &mut [u8], memory: &mut [u8]) {
+        self.taken.mark(Path::FewPart);
         let mut scratch = self.few.scratch::<E::F>(&mut Pieces::of(memory));
         scratch.part = self.few.partial(&mut Pieces::of(to));
         self.stage_heads(heads, scratch.stage);
@@ -225,7 +228,7 @@ impl<'a, E: Engine> Forward<'a, E> {
                 let (head, query) = rows.at(row);
                 [rows.batch, query, head]
             };
-            self.query.stage_floats(self.engine.simd(), rows.len(), index, sign, false, stage);
+            self.query.stage_floats(self.engine.plain(), rows.len(), &index, sign, false, stage);
         }
     }
 
@@ -253,6 +256,12 @@ impl<'a, E: Engine> Forward<'a, E> {
 
     /// Computes a part: a block of keys for all heads, then the next.
     fn part(&self, heads: &Heads, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
+        if heads.len() > 1 {
+            self.taken.mark(Path::FewHeads);
+        }
+        if self.key.is_strided() || self.value.is_strided() {
+            self.taken.mark(Path::FewStrided);
+        }
         scratch.part.clear();
         for first in keys.clone().step_by(BLOCK_KEYS) {
             let block = first..keys.end.min(first + BLOCK_KEYS);
@@ -263,7 +272,7 @@ impl<'a, E: Engine> Forward<'a, E> {
     }
 
     fn few_block(&self, index: usize, rows: &Rows, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
-        let simd = self.engine.simd();
+        let simd = self.engine.plain();
         let (batch, key_head) = (rows.batch, rows.key_head);
         let mut infos = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; FEW];
         let infos = &mut infos[..rows.len()];
@@ -272,22 +281,34 @@ impl<'a, E: Engine> Forward<'a, E> {
         }
         let queries_stride = Floats::stage_stride(self.few.head_dim);
         let queries = &scratch.stage[index * FEW * queries_stride..][..FEW * queries_stride];
-        typed!(&self.key, view => simd.vectorize(Dots {
-            simd, view, batch, key_head, keys: keys.clone(), rows: rows.len(), queries, queries_stride,
+        let dots = Dots {
+            simd,
+            batch,
+            key_head,
+            keys: keys.clone(),
+            rows: rows.len(),
+            queries,
+            queries_stride,
             tile: scratch.tile,
-        }));
-        let columns = keys.len().next_multiple_of(2 * <E::S as Simd<E::F>>::LANES);
+        };
+        <E::F as Float>::Operands::vectorize(&self.key, simd, dots);
+        let columns = keys.len().next_multiple_of(2 * <E::Plain as Simd<E::F>>::LANES);
         let inside = infos.iter().all(|row| row.begin <= keys.start && row.end >= keys.end);
+        let apply = !inside || columns != keys.len() || !self.terms.is_plain() || self.terms.has_mask();
+        self.taken.mark(Path::few(rows.len()));
+        if apply {
+            self.taken.mark(Path::FewAdded);
+        }
         let place = self.few.rows_of(index, rows);
         let width = scratch.part.width;
         let part = &mut scratch.part;
         simd.vectorize(BlockSoftmax {
-            engine: Fused::<E::F, E::S>::new(simd),
+            engine: Fused::<E::F, E::Plain>::new(simd),
             terms: &self.terms,
             rows: infos,
             first: keys.start,
             columns,
-            apply: !inside || columns != keys.len() || !self.terms.is_plain() || self.terms.has_mask(),
+            apply,
             // Values that are not finite are told by it from those that take no part.
             mark: true,
             tile: scratch.tile,
@@ -300,17 +321,25 @@ impl<'a, E: Engine> Forward<'a, E> {
         });
         let values = &mut part.values[place.start * width..place.end * width];
         let sums = &part.sums[place];
-        typed!(&self.value, view => simd.vectorize(WeightedSums {
-            simd, view, batch, key_head, keys, rows: rows.len(), weights: scratch.tile,
-            factors: scratch.factors, totals: sums, values,
-        }));
+        let weighted_sums = WeightedSums {
+            simd,
+            batch,
+            key_head,
+            keys,
+            rows: rows.len(),
+            weights: scratch.tile,
+            factors: scratch.factors,
+            totals: sums,
+            values,
+            taken: self.taken,
+        };
+        <E::F as Float>::Operands::vectorize(&self.value, simd, weighted_sums);
     }
 }
 
 /// The products of few queries with keys as they lie.
-struct Dots<'v, 'r, F, S, T> {
+struct Dots<'r, F, S> {
     simd: S,
-    view: &'r HostView<'v, T>,
     batch: usize,
     key_head: usize,
     keys: Range<usize>,
@@ -320,25 +349,25 @@ struct Dots<'v, 'r, F, S, T> {
     tile: &'r mut [F],
 }
 
-impl<F: Float, S: Simd<F>, T: Source> Kernel for Dots<'_, '_, F, S, T> {
+impl<F: Float, S: Simd<F>> ViewKernel for Dots<'_, F, S> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run<T: Source>(self, view: &HostView<'_, T>) {
         match self.rows {
-            1 => self.rows::<1>(),
-            2 => self.rows::<2>(),
-            3 | 4 => self.rows::<4>(),
-            _ => self.rows::<FEW>(),
+            1 => self.rows::<1, T>(view),
+            2 => self.rows::<2, T>(view),
+            3 | 4 => self.rows::<4, T>(view),
+            _ => self.rows::<FEW, T>(view),
         }
     }
 }
 
-impl<F: Float, S: Simd<F>, T: Source> Dots<'_, '_, F, S, T> {
+impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
     /// At most `ROWS` rows; the stage holds zeros behind the real ones.
     #[inline(always)]
-    fn rows<const ROWS: usize>(self) {
-        let Self { simd, view, batch, key_head, keys, rows, queries, queries_stride, tile } = self;
+    fn rows<const ROWS: usize, T: Source>(self, view: &HostView<'_, T>) {
+        let Self { simd, batch, key_head, keys, rows, queries, queries_stride, tile } = self;
         let width = view.shape()[3];
         assert!(extent(ROWS, queries_stride, width) <= queries.len());
         assert!(keys.len() <= STRIDE && rows * STRIDE <= tile.len() && rows <= ROWS);
@@ -385,21 +414,26 @@ unsafe fn load_row<F: Float, S: Simd<F>, T: Source>(simd: S, row: &Row<'_, T>, a
         Some(row) => unsafe { T::load(simd, row.as_ptr().add(at)) },
         None => {
             let mut lanes = [F::ZERO; 64];
-            for (lane, to) in lanes[..S::LANES].iter_mut().enumerate() {
-                *to = row.at(at + lane).widen();
-            }
+            gather(row, at, &mut lanes[..S::LANES]);
             // SAFETY: 64 elements are as many as any vector has.
             unsafe { simd.load(lanes.as_ptr()) }
         }
     }
 }
 
+/// Elements of a row whose elements are not neighbours, from `at` on. Compiled once, not for each vector of each kernel.
+#[inline(never)]
+fn gather<F: Float, T: Source>(row: &Row<'_, T>, at: usize, to: &mut [F]) {
+    for (lane, to) in to.iter_mut().enumerate() {
+        *to = row.at(at + lane).widen();
+    }
+}
+
 /// `values[row] = factors[row] * values[row] + sum over keys of weights[row][key] * value[key]`, for values as they
 /// lie. A value that is not finite counts for the rows in which its key takes part alone: sums that are not finite are
 /// summed once more, with zeros in the place of such values and those added apart, so the other rows keep their bits.
-struct WeightedSums<'v, 'r, F, S, T> {
+struct WeightedSums<'r, F, S> {
     simd: S,
-    view: &'r HostView<'v, T>,
     batch: usize,
     key_head: usize,
     keys: Range<usize>,
@@ -409,46 +443,48 @@ struct WeightedSums<'v, 'r, F, S, T> {
     /// The sums of weights, which are NaN in a row that no care can help.
     totals: &'r [F],
     values: &'r mut [F],
+    taken: &'r Taken,
 }
 
-impl<F: Float, S: Simd<F>, T: Source> Kernel for WeightedSums<'_, '_, F, S, T> {
+impl<F: Float, S: Simd<F>> ViewKernel for WeightedSums<'_, F, S> {
     type Output = ();
 
     #[inline(always)]
-    fn run(mut self) {
-        let width = self.view.shape()[3];
+    fn run<T: Source>(mut self, view: &HostView<'_, T>) {
+        let width = view.shape()[3];
         assert!(self.rows * STRIDE <= self.weights.len() && self.keys.len() <= STRIDE);
         assert!(self.rows.saturating_mul(width) <= self.values.len());
         assert!(self.rows <= self.factors.len() && self.rows <= self.totals.len());
+        let head = view.index_axis(2, self.key_head).index_axis(0, self.batch);
         for row in (0..self.rows).step_by(ROW_GROUP) {
             match (self.rows - row).min(ROW_GROUP) {
-                1 => self.group::<1>(row),
-                2 => self.group::<2>(row),
-                3 => self.group::<3>(row),
-                _ => self.group::<ROW_GROUP>(row),
+                1 => self.group::<1, T>(&head, row),
+                2 => self.group::<2, T>(&head, row),
+                3 => self.group::<3, T>(&head, row),
+                _ => self.group::<ROW_GROUP, T>(&head, row),
             }
         }
     }
 }
 
-impl<F: Float, S: Simd<F>, T: Source> WeightedSums<'_, '_, F, S, T> {
+impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
+    /// `ROWS` rows; `head` has the values of a key in each row.
     #[inline(always)]
-    fn group<const ROWS: usize>(&mut self, first: usize) {
-        let width = self.view.shape()[3];
+    fn group<const ROWS: usize, T: Source>(&mut self, head: &HostView<'_, T>, first: usize) {
+        let width = head.shape()[1];
         let mut done = 0;
         while ROWS <= 2 && done + 8 * S::LANES <= width {
-            self.columns::<ROWS, 8>(first, done);
+            self.columns::<ROWS, 8, T>(head, first, done);
             done += 8 * S::LANES;
         }
         while done + 4 * S::LANES <= width {
-            self.columns::<ROWS, 4>(first, done);
+            self.columns::<ROWS, 4, T>(head, first, done);
             done += 4 * S::LANES;
         }
         while done + S::LANES <= width {
-            self.columns::<ROWS, 1>(first, done);
+            self.columns::<ROWS, 1, T>(head, first, done);
             done += S::LANES;
         }
-        let head = self.view.index_axis(2, self.key_head).index_axis(0, self.batch);
         for column in done..width {
             let mut sums = [F::ZERO; ROWS];
             for (index, key) in self.keys.clone().enumerate() {
@@ -458,21 +494,27 @@ impl<F: Float, S: Simd<F>, T: Source> WeightedSums<'_, '_, F, S, T> {
                 }
             }
             for (row, mut sum) in sums.into_iter().enumerate() {
-                if !sum.is_finite() && !self.totals[first + row].is_nan() {
-                    sum = self.careful_element(first + row, column);
+                let row = first + row;
+                if !sum.is_finite() && !self.totals[row].is_nan() {
+                    self.taken.mark(Path::FewValuesApart);
+                    sum = careful_sum(head, self.keys.clone(), column, &self.weights[row * STRIDE..]);
                 }
-                let to = &mut self.values[(first + row) * width + column];
-                *to = *to * self.factors[first + row] + sum;
+                let to = &mut self.values[row * width + column];
+                *to = *to * self.factors[row] + sum;
             }
         }
     }
 
     /// `VECTORS` vectors of columns from `column` on, which the values have.
     #[inline(always)]
-    fn columns<const ROWS: usize, const VECTORS: usize>(&mut self, first: usize, column: usize) {
+    fn columns<const ROWS: usize, const VECTORS: usize, T: Source>(
+        &mut self,
+        head: &HostView<'_, T>,
+        first: usize,
+        column: usize,
+    ) {
         let simd = self.simd;
-        let width = self.view.shape()[3];
-        let head = self.view.index_axis(2, self.key_head).index_axis(0, self.batch);
+        let width = head.shape()[1];
         let mut sums = [[simd.splat(F::ZERO); VECTORS]; ROWS];
         let ahead = head.strides()[0].wrapping_mul(AHEAD as isize);
         for (index, key) in self.keys.clone().enumerate() {
@@ -495,60 +537,90 @@ impl<F: Float, S: Simd<F>, T: Source> WeightedSums<'_, '_, F, S, T> {
         }
         for (row, sums) in sums.iter().enumerate() {
             let row = first + row;
-            let factor = simd.splat(self.factors[row]);
+            let factor = self.factors[row];
             let zero = simd.splat(F::ZERO);
             // Zero times what is not finite is NaN, which every sum keeps.
             let nothing = sums.iter().fold(zero, |nothing, &sum| simd.fma(sum, zero, nothing));
-            let careful = simd.reduce_sum(nothing) != F::ZERO && !self.totals[row].is_nan();
+            let to = &mut self.values[row * width + column..][..VECTORS * S::LANES];
+            if simd.reduce_sum(nothing) != F::ZERO && !self.totals[row].is_nan() {
+                self.taken.mark(Path::FewValuesApart);
+                let (keys, weights) = (self.keys.clone(), &self.weights[row * STRIDE..]);
+                simd.vectorize(CarefulSums { simd, head, keys, column, weights, factor, to });
+                continue;
+            }
             for (vector, &sum) in sums.iter().enumerate() {
-                let column = column + vector * S::LANES;
-                let sum = if careful { self.careful_vector(row, column) } else { sum };
-                // SAFETY: the columns are inside the row of the values, which have `rows * width` elements.
+                // SAFETY: `VECTORS` vectors, as many as there are sums.
                 unsafe {
-                    let at = self.values.as_mut_ptr().add(row * width + column);
-                    simd.store(at, simd.fma(simd.load(at), factor, sum));
+                    let at = to.as_mut_ptr().add(vector * S::LANES);
+                    simd.store(at, simd.fma(simd.load(at), simd.splat(factor), sum));
                 }
             }
         }
     }
+}
 
-    /// The sum of a vector of columns with values that are not finite apart: what is finite is summed as it always is.
+/// The sums of some whole vectors of columns of a row, with values that are not finite apart: what is finite is summed as
+/// it always is. Rare, so compiled once for all numbers of rows and columns.
+struct CarefulSums<'v, 'r, F, S, T> {
+    simd: S,
+    head: &'r HostView<'v, T>,
+    keys: Range<usize>,
+    /// The first column, which the values have, as they have those behind it.
+    column: usize,
+    /// Of the row.
+    weights: &'r [F],
+    factor: F,
+    /// The row's values from the column on.
+    to: &'r mut [F],
+}
+
+impl<F: Float, S: Simd<F>, T: Source> Kernel for CarefulSums<'_, '_, F, S, T> {
+    type Output = ();
+
     #[inline(always)]
-    fn careful_vector(&self, row: usize, column: usize) -> S::V {
-        let simd = self.simd;
+    fn run(self) {
+        let Self { simd, head, keys, column, weights, factor, to } = self;
         let zero = simd.splat(F::ZERO);
-        let head = self.view.index_axis(2, self.key_head).index_axis(0, self.batch);
-        let (mut sum, mut apart) = (zero, zero);
-        for (index, key) in self.keys.clone().enumerate() {
-            // SAFETY: the columns are inside the row.
-            let value = unsafe { load_row(simd, &head.matrix_row(key), column) };
-            let finite = simd.equal(simd.sub(value, value), zero);
-            let weight = self.weights[row * STRIDE + index];
-            sum = simd.fma(simd.splat(weight), simd.select(finite, value, zero), sum);
-            if !weight.is_disallowed() {
-                apart = simd.fma(simd.splat(weight), simd.select(finite, zero, value), apart);
-            }
-        }
-        simd.add(sum, apart)
-    }
-
-    /// The same for one column behind the last whole vector.
-    #[inline(always)]
-    fn careful_element(&self, row: usize, column: usize) -> F {
-        let head = self.view.index_axis(2, self.key_head).index_axis(0, self.batch);
-        let (mut sum, mut apart) = (F::ZERO, F::ZERO);
-        for (index, key) in self.keys.clone().enumerate() {
-            let value: F = head.matrix_row(key).at(column).widen();
-            let weight = self.weights[row * STRIDE + index];
-            if value.is_finite() {
-                sum += weight * value;
-            } else {
-                sum += weight * F::ZERO;
+        assert!(column + to.len() <= head.shape()[1]);
+        for (vector, to) in to.chunks_exact_mut(S::LANES).enumerate() {
+            let (mut sum, mut apart) = (zero, zero);
+            for (key, &weight) in keys.clone().zip(weights) {
+                // SAFETY: the columns are inside the row, as checked above.
+                let value = unsafe { load_row(simd, &head.matrix_row(key), column + vector * S::LANES) };
+                let finite = simd.equal(simd.sub(value, value), zero);
+                sum = simd.fma(simd.splat(weight), simd.select(finite, value, zero), sum);
                 if !weight.is_disallowed() {
-                    apart += weight * value;
+                    apart = simd.fma(simd.splat(weight), simd.select(finite, zero, value), apart);
                 }
             }
+            // SAFETY: a chunk is a vector.
+            unsafe {
+                let at = to.as_mut_ptr();
+                simd.store(at, simd.fma(simd.load(at), simd.splat(factor), simd.add(sum, apart)));
+            }
         }
-        sum + apart
     }
+}
+
+/// The same for one column behind the last whole vector.
+#[inline(never)]
+fn careful_sum<F: Float, T: Source>(
+    head: &HostView<'_, T>,
+    keys: Range<usize>,
+    column: usize,
+    weights: &[F],
+) -> F {
+    let (mut sum, mut apart) = (F::ZERO, F::ZERO);
+    for (key, &weight) in keys.zip(weights) {
+        let value: F = head.matrix_row(key).at(column).widen();
+        if value.is_finite() {
+            sum += weight * value;
+        } else {
+            sum += weight * F::ZERO;
+            if !weight.is_disallowed() {
+                apart += weight * value;
+            }
+        }
+    }
+    sum + apart
 }

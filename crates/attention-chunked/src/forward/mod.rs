@@ -19,6 +19,7 @@ use self::softmax::BlockSoftmax;
 use crate::config::{ChunkedConfig, Plan, Sizes};
 use crate::engine::{Before, Engine, STAGE, Weights};
 use crate::float::Float;
+use crate::paths::{Path, Taken};
 use crate::plan::{self, Rows};
 use crate::scratch::Pieces;
 use crate::simd::{Kernel, Simd};
@@ -140,6 +141,7 @@ pub(crate) struct Forward<'a, E: Engine> {
     terms: Terms<'a, E::F>,
     layout: Layout,
     few: Few,
+    taken: &'a Taken,
 }
 
 /// What the tasks of a call write.
@@ -178,7 +180,14 @@ impl<'a> Outputs<'a> {
 }
 
 impl<'a, E: Engine> Forward<'a, E> {
-    fn new(engine: E, problem: &'a Problem, inputs: &Inputs<'a>, layout: Layout, few: Few) -> Self {
+    fn new(
+        engine: E,
+        problem: &'a Problem,
+        inputs: &Inputs<'a>,
+        layout: Layout,
+        few: Few,
+        taken: &'a Taken,
+    ) -> Self {
         Self {
             engine,
             problem,
@@ -189,6 +198,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             terms: Terms::new(problem, inputs),
             layout,
             few,
+            taken,
         }
     }
 
@@ -197,6 +207,7 @@ impl<'a, E: Engine> Forward<'a, E> {
     /// # Safety
     /// No other thread writes these rows of the outputs.
     unsafe fn task(&self, rows: &Rows, outputs: &Outputs<'a>, memory: &mut [u8]) {
+        self.taken.mark(Path::Chunk);
         let mut scratch = self.layout.scratch::<E>(&mut Pieces::of(memory));
         let range = self.problem.key_range_of_rows(rows.batch, rows.queries.clone());
         self.engine.with_state(|| {
@@ -230,7 +241,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             };
             let sign = self.terms.query_sign();
             let staged = STAGE.min(count - first);
-            let (staged, _) = self.query.stage(self.engine, staged, index, sign, false, scratch.stage);
+            let (staged, _) = self.query.stage(self.engine, staged, &index, sign, false, scratch.stage);
             let packed = self.layout.rows.next_multiple_of(STAGE);
             self.engine.pack_queries(staged, first, packed, scratch.queries);
         }
@@ -266,10 +277,10 @@ impl<'a, E: Engine> Forward<'a, E> {
         for first in (skipped..keys.len()).step_by(STAGE) {
             let staged = STAGE.min(keys.len() - first);
             let index = |row: usize| [rows.batch, keys.start + first + row, rows.key_head];
-            let (rows, _) = self.key.stage(self.engine, staged, index, E::F::ONE, false, scratch.stage);
+            let (rows, _) = self.key.stage(self.engine, staged, &index, E::F::ONE, false, scratch.stage);
             self.engine.pack_keys(rows, first, packed, scratch.keys);
             let (rows, not_finite) =
-                self.value.stage(self.engine, staged, index, E::F::ONE, true, scratch.stage);
+                self.value.stage(self.engine, staged, &index, E::F::ONE, true, scratch.stage);
             self.engine.pack_values(rows, first, packed, scratch.values);
             scratch.not_finite[first / STAGE] = not_finite;
             all |= not_finite;
@@ -306,6 +317,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             *info = QueryRow { batch: rows.batch, head, query, begin, end };
         }
         if self.terms.has_mask() && self.terms.masks_all(infos, keys.clone()) {
+            self.taken.mark(Path::MaskedBlock);
             return;
         }
         self.block(&block, infos, chunk, keys, apply, all_finite, scratch);
@@ -362,6 +374,13 @@ impl<'a, E: Engine> Forward<'a, E> {
             sums: &mut scratch.sums[block.clone()],
             factors: scratch.factors,
         });
+        self.taken.mark(Path::softmax(&self.terms, apply));
+        if self.terms.has_dropout() {
+            self.taken.mark(Path::Dropout);
+        }
+        if rescaled {
+            self.taken.mark(Path::Rescaled);
+        }
         let out_stride = E::sum_stride(value_head_dim);
         let out = &mut scratch.out[block.start * out_stride..];
         engine.weighted_sums(
@@ -383,6 +402,7 @@ impl<'a, E: Engine> Forward<'a, E> {
                     if !(begin..begin + count).contains(&key) {
                         continue;
                     }
+                    self.taken.mark(Path::ValuesApart);
                     let index = [infos[0].batch, chunk.start + key, infos[0].head / self.group()];
                     self.value.read_row(index, scratch.row);
                     add_apart(scratch.row, scratch.tile, stride, key - begin, infos.len(), out, out_stride);
@@ -689,13 +709,14 @@ pub(crate) fn needs<E: Engine, Small: Engine>(
     Needs::of::<E, Small>(problem, has_small, &config.sizes(), config.planned_threads())?.scratch()
 }
 
-/// Runs a checked call in checked scratch.
+/// Runs a checked call in checked scratch, and marks the paths that it takes: on the engine, and on the small one.
 pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,
     call: ForwardCall<'_>,
     config: &ChunkedConfig,
     scratch: &mut [u8],
+    taken: [&Taken; 2],
 ) {
     let (problem, inputs, outputs) = call.into_parts();
     let outputs = Outputs::new(problem, outputs);
@@ -705,13 +726,13 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     let limit = |batch: usize| {
         if small.is_some() && plan::is_small(problem, batch) { small_layout.rows } else { layout.rows }
     };
-    let forward = Forward::new(engine, problem, &inputs, layout, few);
-    let small = small.map(|small| Forward::new(small, problem, &inputs, small_layout, few));
+    let forward = Forward::new(engine, problem, &inputs, layout, few, taken[0]);
+    let small = small.map(|small| Forward::new(small, problem, &inputs, small_layout, few, taken[1]));
     let small_of = |batch: usize| small.as_ref().filter(|_| plan::is_small(problem, batch));
     let (slots, scratch) = scratch.split_at_mut(slot * tasks.parts.len());
     let slots = Slots { first: slots.as_mut_ptr(), bytes: slot, count: tasks.parts.len() };
 
-    workers::run(tasks.count(problem), &team, scratch, bytes, |number, memory| {
+    workers::run(tasks.count(problem), &team, scratch, bytes, &|number, memory| {
         let Some(task) = tasks.at(problem, limit, number) else { return };
         // SAFETY: the tasks are different rows or different slots, and each is run once.
         unsafe {
@@ -734,7 +755,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
             }
         }
     });
-    workers::run(tasks.merges.len(), &team, scratch, bytes, |index, memory| {
+    workers::run(tasks.merges.len(), &team, scratch, bytes, &|index, memory| {
         let (heads, range) = &tasks.merges[index];
         // SAFETY: the merges are different rows with different slots, whose parts are done.
         unsafe {

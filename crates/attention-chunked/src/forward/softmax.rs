@@ -94,10 +94,14 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
                 let rows = &self.rows[index..];
                 // SAFETY: `columns` elements of the row, to which nothing else refers here.
                 let tile = unsafe { std::slice::from_raw_parts_mut(products, self.columns) };
-                if self.mark || self.terms.needs_tile() {
-                    self.terms.apply(simd, rows, self.first, tile, &mut memory);
-                } else {
-                    added = self.terms.added(simd, rows, self.first, tile, &mut memory);
+                let needs_tile = self.terms.needs_tile();
+                if needs_tile {
+                    self.terms.capped(simd, tile, None);
+                }
+                added = self.terms.added(simd, rows, self.first, tile, &mut memory);
+                if self.mark || needs_tile {
+                    // SAFETY: what is added has as many elements as the row has columns, which are whole vectors.
+                    unsafe { self.terms.add(simd, std::mem::take(&mut added), products, self.columns) };
                 }
             }
             let row = Row {

@@ -17,6 +17,11 @@ impl<const BF16: bool> Avx512<BF16> {
         let has_bf16 = !BF16 || is_x86_feature_detected!("avx512bf16");
         (Level::Avx512.is_available() && has_bf16).then_some(Self(()))
     }
+
+    /// The same without BF16.
+    pub(crate) const fn without_bf16(self) -> Avx512<false> {
+        Avx512(())
+    }
 }
 
 /// The bits of `2^(i / 32)` less those that adding `i / 32` to an exponent adds: `i << 18`.

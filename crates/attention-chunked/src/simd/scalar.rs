@@ -16,6 +16,12 @@ impl Scalar {
     }
 }
 
+/// A kernel that is compiled once, not in each of its callers.
+#[inline(never)]
+fn vectorized<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}
+
 /// Two SSE2 or NEON registers of f32: enough for the compiler to find a vector in.
 const LANES: usize = 4;
 
@@ -59,7 +65,7 @@ impl<F: Float> Simd<F> for Scalar {
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
-        kernel.run()
+        vectorized(kernel)
     }
 
     #[inline(always)]

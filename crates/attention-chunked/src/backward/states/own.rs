@@ -10,6 +10,7 @@ use crate::backward::pair::Pair;
 use crate::engine::Engine;
 use crate::float::Float;
 use crate::forward::MAX_BLOCK_ROWS;
+use crate::paths::Path;
 use crate::scratch::Pieces;
 use crate::tensor::Floats;
 use crate::workers;
@@ -39,7 +40,7 @@ pub(crate) fn replace<E: Engine>(
     let blocks = dims.query_length.saturating_mul(dims.group_size()).div_ceil(E::BLOCK_ROWS);
     let tasks = dims.batch * dims.key_heads * blocks;
     let Workers { team, scratch, bytes } = workers;
-    workers::run(tasks, team, scratch, bytes, |task, memory| {
+    workers::run(tasks, team, scratch, bytes, &|task, memory| {
         let (head, block) = (task / blocks, task % blocks);
         let (batch, key_head) = (head / dims.key_heads, head % dims.key_heads);
         if !is_of_engine(batch) {
@@ -73,6 +74,7 @@ pub(crate) fn replace<E: Engine>(
                 continue;
             }
             let index = (batch * dims.query_heads + head) * dims.query_length + query;
+            backward.taken.mark(Path::OwnSums);
             // SAFETY: a row is in one block, whose task runs once.
             unsafe { states.update(index, |state| (state[0], state[1]) = (own.shift, own.log_gain)) };
         }
