@@ -1,5 +1,6 @@
 //! Runs one case on one backend.
 
+mod base;
 mod call;
 mod capability;
 mod compare;
@@ -20,6 +21,7 @@ use crate::oracle::Oracle;
 use crate::report::{CaseResult, Outcome};
 use crate::suite::Subject;
 use crate::tolerance::{ForwardBounds, Precision};
+pub(crate) use base::Base;
 pub(crate) use call::Invocation;
 pub(crate) use compare::{Judge, fraction_of_bound};
 pub(crate) use results::Results;
@@ -119,7 +121,7 @@ fn forward(
     }
     after_the_first_call(subject, case, &invocation, &results)?;
     if case.variations && subject.reproducible {
-        variations::Base { subject, case, data, problem, saved: None, oracle, results: &results }.check()?;
+        Base { subject, case, data, problem, saved: None, oracle, results: &results }.check_all()?;
     }
     Ok(judge)
 }
@@ -184,7 +186,7 @@ fn backward(
     after_the_first_call(subject, case, &invocation, &results)?;
     if case.variations && subject.reproducible {
         let saved = Some(&saved);
-        variations::Base { subject, case, data, problem, saved, oracle, results: &results }.check()?;
+        Base { subject, case, data, problem, saved, oracle, results: &results }.check_all()?;
     }
     Ok(judge)
 }
