@@ -3,7 +3,7 @@
 
 use attention_core::{Dimensions, Gradients};
 
-use super::{AlibiShape, Broadcast, Case, Edit, dims};
+use super::{AlibiShape, Broadcast, Case, Edit, Saved, dims};
 
 /// Masks and biases together, for which some backends have kernels that look for every option.
 fn several(case: &mut Case) {
@@ -55,6 +55,20 @@ pub(super) fn cases() -> Vec<Case> {
     let mut case = Case::new("choices/dbias-h192", dims([1, 5, 6, 2, 1, 192]));
     case.options.bias = Some(Broadcast::FULL);
     cases.push(case);
+    // Keys that are a part of a row's, whose probabilities come from the given logsumexp: few rows and more, f32 computed in f64
+    // and in itself.
+    for sizes in [[2, 1, 20, 4, 2, 16], [1, 3, 1500, 4, 2, 16], [2, 20, 30, 4, 2, 16], [1, 90, 140, 2, 1, 64]]
+    {
+        let [_, rows, keys, ..] = sizes;
+        for (name, edit) in [options[0], options[2]] {
+            let mut case = Case::new(format!("choices/more-keys-{rows}x{keys}-{name}"), dims(sizes));
+            case.options.sinks = true;
+            case.options.d_lse = true;
+            case.saved = Saved::MoreKeys;
+            edit(&mut case);
+            cases.push(case);
+        }
+    }
     // Where every key is behind its row, cuDNN has ALiBi itself; heads of their own, whose gradients it does not round twice.
     for (name, lengths) in [("", None), ("-lengths", Some([40, 23]))] {
         let sizes = Dimensions { batch: 2, ..dims([1, 40, 40, 2, 2, 64]) };

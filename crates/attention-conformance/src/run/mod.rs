@@ -77,17 +77,28 @@ fn judge_case(
     features: &mut FeatureSet,
 ) -> Result<Judge, Stop> {
     let backend = subject.backend;
-    let data = case.data(dtype);
+    let mut data = case.data(dtype);
+    // The rows of which the call has a part: sinks have no values, so other keys of any value have the same gradients.
+    let whole = (case.saved == Saved::MoreKeys && pass == Pass::Backward).then(|| {
+        let whole = data.clone();
+        data.sinks = None;
+        whole
+    });
     let declared = backend.capabilities().pass(pass).map_or(FeatureSet::EMPTY, |pass| pass.features);
-    let problem = case
-        .problem(&data, pass, declared)
-        .map_err(|error| Stop::failed(format!("the case is no valid call: {error}")))?;
+    let problem_of = |data: &CaseData| {
+        case.problem(data, pass, declared)
+            .map_err(|error| Stop::failed(format!("the case is no valid call: {error}")))
+    };
+    let problem = problem_of(&data)?;
     *features = problem.features();
     usable(backend)?;
     capability::agrees(backend, &problem, &data, case)?;
     let class = backend.capabilities().numerics_of(dtype).unwrap_or(NumericsClass::F32);
     let precision = Precision::new(dtype, class);
-    let oracle = Oracle::new(&problem, &data.inputs());
+    let oracle = match &whole {
+        None => Oracle::new(&problem, &data.inputs()),
+        Some(whole) => Oracle::new(&problem_of(whole)?, &whole.inputs()),
+    };
     match pass {
         Pass::Forward => forward(subject, case, &data, &problem, &oracle, precision),
         Pass::Backward => backward(subject, case, &data, &problem, &oracle, precision),
@@ -144,7 +155,7 @@ fn backward(
 
     let mut judge = Judge::new(problem.dtype());
     let mut saved = match case.saved {
-        Saved::Oracle => SavedTensors::of_oracle(oracle, problem, &case.layouts),
+        Saved::Oracle | Saved::MoreKeys => SavedTensors::of_oracle(oracle, problem, &case.layouts),
         Saved::Backend => {
             let mut forward = case.clone();
             forward.options.lse = Wanted::Always;
