@@ -1,9 +1,11 @@
 //! The backend: capabilities, scratch, and the choice of the operand type.
 
+use std::sync::Arc;
+
 use attention_core::{
     AttentionBackend, BackendFailure, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet,
     ForwardCall, NumericsClass, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable,
-    Unsupported,
+    Unsupported, Variants,
 };
 use attention_threads::Team;
 use half::{bf16, f16};
@@ -11,6 +13,7 @@ use half::{bf16, f16};
 use crate::config::CpuConfig;
 use crate::gemm::where_products_run;
 use crate::operand::Operand;
+use crate::variants::Runs;
 use crate::{backward, forward};
 
 const NAME: &str = "cpu";
@@ -24,6 +27,8 @@ const NAME: &str = "cpu";
 /// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16 (operands are widened, so nothing is
 ///   rounded to a half before the results).
 /// - Results are bitwise the same for any number of threads, any composition of the batch and any amount of padding.
+/// - [`variants`](AttentionBackend::variants): packed and unpacked keys in both passes, where rows take their sums from, and how
+///   biases, masks and gradients of biases and sinks are read and written, by dtype.
 /// - Scratch: packed keys and values and a block of logits a thread, see
 ///   [`scratch_bytes`](AttentionBackend::scratch_bytes).
 ///
@@ -49,6 +54,8 @@ const NAME: &str = "cpu";
 pub struct CpuBackend {
     config: CpuConfig,
     capabilities: Capabilities,
+    /// Clones count together.
+    runs: Arc<Runs>,
 }
 
 impl Default for CpuBackend {
@@ -75,7 +82,7 @@ impl CpuBackend {
         let capabilities =
             Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::RowBlock)
                 .with_backward(pass);
-        Self { config, capabilities }
+        Self { config, capabilities, runs: Arc::new(Runs::new()) }
     }
 
     /// What a call takes; `None` on overflow.
@@ -173,6 +180,10 @@ impl AttentionBackend for CpuBackend {
         self.scratch_bytes(problem).map(drop)
     }
 
+    fn variants(&self) -> Option<&Variants> {
+        Some(self.runs.variants())
+    }
+
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
         self.needs(problem).map(|(_, bytes)| bytes)
     }
@@ -182,11 +193,12 @@ impl AttentionBackend for CpuBackend {
         let (Sizes::Forward(sizes), scratch, team) = self.begin(problem, scratch)? else {
             unreachable!("a forward call is of a forward problem")
         };
+        let runs = &*self.runs;
         where_products_run(|| match problem.dtype() {
-            DType::F64 => forward::run::<f64>(call, &sizes, &team, scratch),
-            DType::F32 => forward::run::<f32>(call, &sizes, &team, scratch),
-            DType::F16 => forward::run::<f16>(call, &sizes, &team, scratch),
-            DType::Bf16 => forward::run::<bf16>(call, &sizes, &team, scratch),
+            DType::F64 => forward::run::<f64>(call, &sizes, &team, scratch, runs),
+            DType::F32 => forward::run::<f32>(call, &sizes, &team, scratch, runs),
+            DType::F16 => forward::run::<f16>(call, &sizes, &team, scratch, runs),
+            DType::Bf16 => forward::run::<bf16>(call, &sizes, &team, scratch, runs),
             dtype => unreachable!("{dtype} is not among the capabilities, which were checked"),
         })
         .map_err(|source| failure("forward", source))?;
@@ -198,11 +210,12 @@ impl AttentionBackend for CpuBackend {
         let (Sizes::Backward(sizes), scratch, team) = self.begin(problem, scratch)? else {
             unreachable!("a backward call is of a backward problem")
         };
+        let runs = &*self.runs;
         where_products_run(|| match problem.dtype() {
-            DType::F64 => backward::run::<f64>(call, &sizes, &team, scratch),
-            DType::F32 => backward::run::<f32>(call, &sizes, &team, scratch),
-            DType::F16 => backward::run::<f16>(call, &sizes, &team, scratch),
-            DType::Bf16 => backward::run::<bf16>(call, &sizes, &team, scratch),
+            DType::F64 => backward::run::<f64>(call, &sizes, &team, scratch, runs),
+            DType::F32 => backward::run::<f32>(call, &sizes, &team, scratch, runs),
+            DType::F16 => backward::run::<f16>(call, &sizes, &team, scratch, runs),
+            DType::Bf16 => backward::run::<bf16>(call, &sizes, &team, scratch, runs),
             dtype => unreachable!("{dtype} is not among the capabilities, which were checked"),
         })
         .map_err(|source| failure("backward", source))?;

@@ -1,9 +1,10 @@
 //! Small tensors of any float dtype: bias rows, ALiBi slopes and sinks.
 
-use attention_core::{DType, HostView, Row, Scalar, View};
+use attention_core::{DType, HostView, Row, Scalar, VariantCounter, View};
 use half::{bf16, f16};
 
 use crate::elementary::Compute;
+use crate::variants::{BiasRuns, RowRuns};
 
 /// A tensor of any float dtype that the logits take numbers from.
 #[derive(Clone, Copy)]
@@ -31,6 +32,17 @@ impl<'a> AnyFloat<'a> {
         typed.unwrap_or_else(|| {
             unreachable!("a checked call has float tensors in host memory, got {}", view.desc())
         })
+    }
+
+    /// The counter of how [`add_row`](Self::add_row) reads a bias; `None` where it has no rows.
+    pub(crate) fn counter<'r>(&self, runs: &'r BiasRuns) -> Option<&'r VariantCounter> {
+        match self {
+            Self::F64(view) => row_counter(view, &runs.f64),
+            Self::F64InF32(view) => row_counter(view, &runs.f64_in_f32),
+            Self::F32(view) => row_counter(view, &runs.f32),
+            Self::F16(view) => row_counter(view, &runs.f16),
+            Self::Bf16(view) => row_counter(view, &runs.bf16),
+        }
     }
 
     /// One number.
@@ -86,6 +98,22 @@ fn add_row<C: Compute, T: Scalar>(
             *logit = logit.biased(convert(row.at(start + index)), lowest);
         }
     }
+}
+
+/// The counter of how the rows of a mask or bias are read; `None` where it has none.
+pub(crate) fn row_counter<'r, T: Copy>(
+    view: &HostView<'_, T>,
+    runs: &'r RowRuns,
+) -> Option<&'r VariantCounter> {
+    if view.shape().contains(&0) {
+        return None;
+    }
+    let row = view.row(&[0; 3]);
+    Some(match row.contiguous() {
+        _ if row.len() == 1 => &runs.one_for_all_keys,
+        Some(_) => &runs.contiguous,
+        None => &runs.strided,
+    })
 }
 
 /// The index of a broadcast tensor of four axes for a row of the logits: 0 along axes of size 1.

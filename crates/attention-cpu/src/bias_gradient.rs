@@ -124,6 +124,7 @@ pub(crate) fn run<E: Operand>(
     team: &Team,
     scratch: &mut [u8],
 ) {
+    shared.runs.dbias_as.count(dbias.desc().dtype());
     match dbias.desc().dtype() {
         DType::F64 => write::<E, f64>(shared, small, sizes, dbias, team, scratch),
         DType::F32 => write::<E, f32>(shared, small, sizes, dbias, team, scratch),
@@ -158,10 +159,17 @@ fn write<E: Operand, T: Scalar>(
             view.host_mut::<T>().unwrap_or_else(|| unreachable!("a checked call has dbias in host memory"))
         });
     let tasks = parts(problem, shape).zip(views);
+    let cut = &shared.runs.dbias_task;
 
     let sums_bytes = sums_bytes(problem).unwrap_or_else(|| unreachable!("sized before"));
     workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_worker, |(part, mut view), scratch| {
         let columns = view.shape()[1];
+        if view.shape()[0] < shape[2] {
+            cut.part_of_rows.count();
+        }
+        if columns < shape[3] {
+            cut.part_of_keys.count();
+        }
         let (sums, rest) = scratch.split_at_mut(sums_bytes);
         let sums = Carver::new(sums).take::<f64>(view.shape()[0] * columns);
         sums.fill(0.0);
@@ -202,11 +210,14 @@ fn add_batch<E: Operand>(
     if keys.is_empty() {
         return;
     }
+    E::runs(shared.runs).dbias.of(shape[2] != 1, shape[3] != 1).count();
+    shared.terms.count();
     for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {
         let head = |view| Head::<E>::new(view, batch, key_head);
-        let key_panels = Panels::pack(&head(&shared.key), keys.clone(), scratch.key_panels, scratch.row);
+        let key_panels =
+            Panels::pack(&head(&shared.key), keys.clone(), scratch.key_panels, scratch.row, shared.runs);
         let value_panels =
-            Panels::pack(&head(&shared.value), keys.clone(), scratch.value_panels, scratch.row);
+            Panels::pack(&head(&shared.value), keys.clone(), scratch.value_panels, scratch.row, shared.runs);
         for head in intersection(&(key_head * group..(key_head + 1) * group), &part.heads) {
             let rows = Rows { batch, heads: head..head + 1, queries: queries.clone() };
             for (rows, block_keys) in plan::blocks(problem, &rows, &all_keys, MATRICES) {

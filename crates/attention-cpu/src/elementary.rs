@@ -3,6 +3,7 @@
 use attention_core::Scalar;
 
 use crate::gemm::Multiply;
+use crate::variants::{ComputeRuns, Runs};
 
 /// f32, or f64 for f64 operands.
 pub(crate) trait Compute:
@@ -26,6 +27,8 @@ pub(crate) trait Compute:
     /// from an allowed probability that is zero.
     const DISALLOWED: Self;
 
+    /// The counters of the code that is compiled for this.
+    fn runs(runs: &Runs) -> &ComputeRuns;
     /// Whether this is exactly [`DISALLOWED`](Self::DISALLOWED).
     fn is_disallowed(self) -> bool;
     /// Neither infinite nor NaN.
@@ -63,11 +66,15 @@ macro_rules! horner {
 
 /// What f32 and f64 do alike.
 macro_rules! same_for_all {
-    ($float:ident) => {
+    ($float:ident, $runs:ident) => {
         const ZERO: Self = 0.0;
         const ONE: Self = 1.0;
         const NEG_INFINITY: Self = $float::NEG_INFINITY;
         const DISALLOWED: Self = -0.0;
+
+        fn runs(runs: &Runs) -> &ComputeRuns {
+            &runs.$runs
+        }
 
         #[inline(always)]
         fn is_disallowed(self) -> bool {
@@ -105,7 +112,7 @@ macro_rules! same_for_all {
 }
 
 impl Compute for f32 {
-    same_for_all!(f32);
+    same_for_all!(f32, in_f32);
 
     /// Cody and Waite's reduction to `|r| <= ln 2 / 2` and the minimax polynomial of Cephes (`expf`).
     #[inline(always)]
@@ -143,7 +150,7 @@ impl Compute for f32 {
 }
 
 impl Compute for f64 {
-    same_for_all!(f64);
+    same_for_all!(f64, in_f64);
 
     /// As for f32, with a polynomial of degree 12.
     #[inline(always)]

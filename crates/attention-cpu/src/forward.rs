@@ -15,6 +15,7 @@ use crate::plan::{self, Task, TaskSize};
 use crate::scratch::{Carver, piece_bytes};
 use crate::simd::{Kernel, dispatch};
 use crate::softmax::{RowDropout, RowSoftmax, softmax};
+use crate::variants::Runs;
 use crate::{direct, workers};
 
 /// Elements of each piece of a worker's scratch.
@@ -125,16 +126,23 @@ struct Shared<'a, E: Operand> {
     value: HostView<'a, E::Element>,
     terms: Terms<'a, E::Compute>,
     sinks: Option<AnyFloat<'a>>,
+    runs: &'a Runs,
 }
 
 /// Runs a checked call in checked scratch.
-pub(crate) fn run<E: Operand>(call: ForwardCall<'_>, sizes: &Sizes, team: &Team, scratch: &mut [u8]) {
+pub(crate) fn run<E: Operand>(
+    call: ForwardCall<'_>,
+    sizes: &Sizes,
+    team: &Team,
+    scratch: &mut [u8],
+    runs: &Runs,
+) {
     let (problem, inputs, outputs) = call.into_parts();
     if !plan::has_rows(problem) {
         return;
     }
-    let shared = Shared::<E>::new(problem, &inputs);
-    let small = Shared::<E::Small>::new(problem, &inputs);
+    let shared = Shared::<E>::new(problem, &inputs, runs);
+    let small = Shared::<E::Small>::new(problem, &inputs, runs);
     let tasks = Queue::<E::Element, E::Statistics>::new(problem, outputs);
     workers::run(
         team,
@@ -286,7 +294,7 @@ fn fill<T: Scalar>(mut view: HostViewMut<'_, T>, value: T) {
 }
 
 impl<'a, E: Operand> Shared<'a, E> {
-    fn new(problem: &'a Problem, inputs: &Inputs<'a>) -> Self {
+    fn new(problem: &'a Problem, inputs: &Inputs<'a>, runs: &'a Runs) -> Self {
         let host = |view: attention_core::View<'a>| {
             view.host::<E::Element>()
                 .unwrap_or_else(|| unreachable!("a checked call has operands of its dtype in host memory"))
@@ -296,8 +304,9 @@ impl<'a, E: Operand> Shared<'a, E> {
             query: host(inputs.query),
             key: host(inputs.key),
             value: host(inputs.value),
-            terms: Terms::new(problem, inputs),
+            terms: Terms::new(problem, inputs, runs),
             sinks: inputs.sinks.map(|sinks| AnyFloat::new(sinks, problem.dtype().accumulator())),
+            runs,
         }
     }
 
@@ -314,12 +323,13 @@ impl<'a, E: Operand> Shared<'a, E> {
         let batch = task.rows.batch;
         let keys = Head::<E>::new(&self.key, batch, task.key_head);
         let values = Head::<E>::new(&self.value, batch, task.key_head);
+        self.count(task);
         if plan::few_rows(task.rows.len()) {
             self.direct(task, &keys, &values, outputs, scratch);
             return;
         }
-        let panels = Panels::pack(&keys, task.keys.clone(), scratch.panels, scratch.row);
-        let values = Dense::pack(&values, task.keys.clone(), scratch.values);
+        let panels = Panels::pack(&keys, task.keys.clone(), scratch.panels, scratch.row, self.runs);
+        let values = Dense::pack(&values, task.keys.clone(), scratch.values, self.runs);
         let stride = plan::logits_stride(task.keys.len()).unwrap_or_else(|| unreachable!("sized before"));
         for (rows, keys) in plan::blocks(self.problem, &task.rows, &task.keys, 1) {
             self.read_queries(&rows, scratch.query);
@@ -344,6 +354,21 @@ impl<'a, E: Operand> Shared<'a, E> {
             );
             self.write(task, &rows, &results, scratch.sums, outputs);
         }
+    }
+
+    /// Counts the paths that a task takes.
+    fn count(&self, task: &Task) {
+        let (few, forward) = (plan::few_rows(task.rows.len()), &E::runs(self.runs).forward);
+        if few { &forward.unpacked } else { &forward.packed }.count();
+        let cut = &self.runs.forward_task;
+        match task.rows.queries.len() < self.problem.query_len(task.rows.batch) {
+            true if few => &cut.end_of_head,
+            true => &cut.part_of_head,
+            false if task.rows.heads.len() > 1 => &cut.heads,
+            false => &cut.head,
+        }
+        .count();
+        self.terms.count();
     }
 
     fn read_queries(&self, rows: &Rows, to: &mut [E::Compute]) {
@@ -431,6 +456,7 @@ impl<'a, E: Operand> Shared<'a, E> {
         let columns = Columns { start: task.keys.start, count: task.keys.len() };
         let stride = plan::logits_stride(task.keys.len()).unwrap_or_else(|| unreachable!("sized before"));
         let (width, value_width) = (keys.width(), values.width());
+        [keys, values].into_iter().for_each(|rows| rows.count_borrowed(E::runs(self.runs)));
         self.read_queries(rows, scratch.query);
         let queries = &scratch.query[..rows.len() * width];
         let scale = self.terms.scale;

@@ -18,6 +18,7 @@ mod scratch;
 mod simd;
 mod sink_gradient;
 mod softmax;
+mod variants;
 mod workers;
 
 pub use backend::CpuBackend;

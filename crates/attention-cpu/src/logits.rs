@@ -4,11 +4,12 @@
 
 use std::ops::Range;
 
-use attention_core::{DType, HostView, Inputs, Problem};
+use attention_core::{DType, HostView, Inputs, Problem, VariantCounter};
 
-use crate::bias::{AnyFloat, broadcast};
+use crate::bias::{AnyFloat, broadcast, row_counter};
 use crate::elementary::Compute;
 use crate::packed::Columns;
+use crate::variants::Runs;
 
 /// The query rows of a block: the same rows of some neighbouring heads, head by head.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,16 +48,23 @@ pub(crate) struct Terms<'a, C> {
     slopes_per_batch: bool,
     bias: Option<(AnyFloat<'a>, [usize; 4])>,
     mask: Option<HostView<'a, u8>>,
+    /// The counters of how bias and mask are read.
+    reads: [Option<&'a VariantCounter>; 2],
 }
 
 impl<'a, C: Compute> Terms<'a, C> {
-    pub(crate) fn new(problem: &'a Problem, inputs: &Inputs<'a>) -> Self {
+    pub(crate) fn new(problem: &'a Problem, inputs: &Inputs<'a>, runs: &'a Runs) -> Self {
         let mask = inputs.mask.map(|mask| {
             mask.host_mask()
                 .unwrap_or_else(|| unreachable!("a checked call has a boolean mask in host memory"))
         });
         let shape = |view: attention_core::View<'_>| std::array::from_fn(|axis| view.shape()[axis]);
         let logits = problem.dtype().accumulator();
+        let bias = inputs.bias.map(|bias| (AnyFloat::new(bias, logits), shape(bias)));
+        let reads = [
+            bias.as_ref().and_then(|(bias, _)| bias.counter(&runs.bias)),
+            mask.as_ref().and_then(|mask| row_counter(mask, &runs.mask)),
+        ];
         let lowest = C::from_f64(if logits == DType::F64 { f64::MIN } else { f32::MIN.into() });
         Self {
             problem,
@@ -71,9 +79,15 @@ impl<'a, C: Compute> Terms<'a, C> {
             softcap: problem.softcap().map(C::from_f64),
             slopes: inputs.alibi_slopes.map(|slopes| AnyFloat::new(slopes, logits)),
             slopes_per_batch: inputs.alibi_slopes.is_some_and(|slopes| slopes.shape().rank() == 2),
-            bias: inputs.bias.map(|bias| (AnyFloat::new(bias, logits), shape(bias))),
+            bias,
             mask,
+            reads,
         }
+    }
+
+    /// Counts a task that makes logits.
+    pub(crate) fn count(&self) {
+        self.reads.into_iter().flatten().for_each(VariantCounter::count);
     }
 
     /// Turns a row of scaled products into logits: -inf at every column that takes no part.

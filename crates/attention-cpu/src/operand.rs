@@ -5,6 +5,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::elementary::Compute;
+use crate::variants::{OperandRuns, Runs};
 
 /// A way to compute on queries, keys and values of one dtype.
 pub(crate) trait Operand: 'static {
@@ -22,6 +23,8 @@ pub(crate) trait Operand: 'static {
     /// The distance from 1 to the next number of [`Statistics`](Self::Statistics).
     const STATISTICS_EPSILON: f64;
 
+    /// The counters of the code that is compiled for this.
+    fn runs(runs: &Runs) -> &OperandRuns;
     /// Neighbours as they are computed in, where that is the same type.
     fn as_compute(from: &[Self::Element]) -> Option<&[Self::Compute]>;
     /// Converts neighbours; exact.
@@ -35,7 +38,7 @@ pub(crate) trait Operand: 'static {
 }
 
 macro_rules! same {
-    ($type:ty, $small:ty, $has_small:literal) => {
+    ($type:ident, $small:ty, $has_small:literal) => {
         impl Operand for $type {
             type Element = $type;
             type Statistics = $type;
@@ -43,7 +46,11 @@ macro_rules! same {
             type Small = $small;
 
             const HAS_SMALL: bool = $has_small;
-            const STATISTICS_EPSILON: f64 = <$type>::EPSILON as f64;
+            const STATISTICS_EPSILON: f64 = $type::EPSILON as f64;
+
+            fn runs(runs: &Runs) -> &OperandRuns {
+                &runs.$type
+            }
 
             #[inline(always)]
             fn as_compute(from: &[$type]) -> Option<&[$type]> {
@@ -75,7 +82,7 @@ same!(f32, F32InF64, true);
 pub(crate) enum F32InF64 {}
 
 macro_rules! converted {
-    ($operand:ty, $element:ty, $compute:ty, $widen:expr, $narrow:expr, $widen_all:expr, $narrow_all:expr) => {
+    ($operand:ty, $runs:ident, $element:ty, $compute:ty, $widen:expr, $narrow:expr, $widen_all:expr, $narrow_all:expr) => {
         impl Operand for $operand {
             type Element = $element;
             type Statistics = f32;
@@ -83,6 +90,10 @@ macro_rules! converted {
             type Small = $operand;
 
             const STATISTICS_EPSILON: f64 = f32::EPSILON as f64;
+
+            fn runs(runs: &Runs) -> &OperandRuns {
+                &runs.$runs
+            }
 
             #[inline(always)]
             fn as_compute(_: &[$element]) -> Option<&[$compute]> {
@@ -124,6 +135,7 @@ fn widen_bf16(value: bf16) -> f32 {
 
 converted!(
     F32InF64,
+    f32_in_f64,
     f32,
     f64,
     f64::from,
@@ -134,6 +146,7 @@ converted!(
 converted!(
     f16,
     f16,
+    f16,
     f32,
     f16::to_f32,
     f16::from_f32,
@@ -141,6 +154,7 @@ converted!(
     |from, to: &mut [f16]| to.convert_from_f32_slice(from)
 );
 converted!(
+    bf16,
     bf16,
     bf16,
     f32,
@@ -184,6 +198,15 @@ impl<'a, E: Operand> Head<'a, E> {
     /// The length of a row.
     pub(crate) fn width(&self) -> usize {
         self.rows.shape()[1]
+    }
+
+    /// Counts a task that [borrows](Self::borrow) these rows.
+    pub(crate) fn count_borrowed(&self, runs: &OperandRuns) {
+        if self.rows.shape()[0] == 0 {
+            return;
+        }
+        let in_place = self.rows.matrix_row(0).contiguous().and_then(E::as_compute).is_some();
+        if in_place { &runs.read_in_place } else { &runs.read_copied }.count();
     }
 
     /// One row as it is computed in: itself where it lies side by side in that type, else a copy in `room`.

@@ -11,6 +11,7 @@ use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
 use crate::operand::{Head, Operand};
 use crate::simd::{Kernel, dispatch};
+use crate::variants::{ComputeRuns, Runs};
 
 /// Keys in a panel. 64 columns a product reach full speed from 48 rows on (docs/performance.md).
 pub(crate) const PANEL: usize = 64;
@@ -32,6 +33,7 @@ pub(crate) struct Panels<'a, C> {
     data: &'a [C],
     width: usize,
     keys: Range<usize>,
+    runs: &'a ComputeRuns,
 }
 
 /// Which keys the columns of a block of logits stand for: from `start` on, in whole panels.
@@ -50,6 +52,7 @@ impl<'a, C: Compute> Panels<'a, C> {
         keys: Range<usize>,
         data: &'a mut [C],
         row: &mut [C],
+        runs: &'a Runs,
     ) -> Self {
         let width = head.width();
         let data = &mut data[..keys.len().next_multiple_of(PANEL) * width];
@@ -64,7 +67,7 @@ impl<'a, C: Compute> Panels<'a, C> {
                 column[index % PANEL] = value;
             }
         }
-        Self { data, width, keys }
+        Self { data, width, keys, runs: C::runs(runs) }
     }
 
     /// The columns that hold all of `keys`, which must be among the packed ones.
@@ -85,9 +88,11 @@ impl<'a, C: Compute> Panels<'a, C> {
     ) {
         let count = rows.len() / self.width;
         if count == 1 {
+            self.runs.product_of_row.count();
             dispatch(SingleRow { panels: self, row: rows, columns, factor, products });
             return;
         }
+        self.runs.product.count();
         let first = (columns.start - self.keys.start) / PANEL;
         for index in 0..columns.count / PANEL {
             let panel = &self.data[(first + index) * PANEL * self.width..][..PANEL * self.width];
@@ -164,6 +169,7 @@ impl<'a, C: Compute> Dense<'a, C> {
         head: &Head<'_, E>,
         keys: Range<usize>,
         data: &'a mut [C],
+        runs: &Runs,
     ) -> Self {
         let width = head.width();
         let data = &mut data[..keys.len() * width];
@@ -171,6 +177,9 @@ impl<'a, C: Compute> Dense<'a, C> {
             head.read(position, row);
         }
         let not_finite = set_apart(data, width);
+        if !not_finite.is_empty() {
+            C::runs(runs).not_finite_keys.count();
+        }
         Self { data, width, keys, not_finite }
     }
 

@@ -22,6 +22,7 @@ pub(crate) fn run<E: Operand>(
     team: &Team,
     scratch: &mut [u8],
 ) {
+    shared.runs.dsinks_as.count(dsinks.desc().dtype());
     match dsinks.desc().dtype() {
         DType::F64 => write::<E, f64>(shared, small, sizes, dsinks, team, scratch),
         DType::F32 => write::<E, f32>(shared, small, sizes, dsinks, team, scratch),
@@ -74,6 +75,7 @@ impl<E: Operand> Shared<'_, E> {
             return 0.0;
         }
         let mut sum = 0.0;
+        let (mut by_sum, mut by_lse) = (false, false);
         let (mut carve, mut carved) = (Some(scratch), None);
         for query in 0..self.problem.query_len(batch) {
             let state = self.row_state(batch, head, query);
@@ -89,10 +91,19 @@ impl<E: Operand> Shared<'_, E> {
             } else {
                 None
             };
+            by_sum |= own.is_some();
+            by_lse |= own.is_none();
             // A probability is at most 1. NaN passes the comparison.
             let above = sink - lse;
             let p = own.unwrap_or(if above > 0.0 { 1.0 } else { above.exp() });
             sum -= p * state.delta().to_f64();
+        }
+        let runs = E::runs(self.runs);
+        if by_sum {
+            runs.sink_by_sum.count();
+        }
+        if by_lse {
+            runs.sink_by_lse.count();
         }
         sum
     }

@@ -4,6 +4,7 @@ use attention_core::{
     Dropout, Gradients, InvalidCall, Lengths, NumericsClass, Problem, QueryOffset, Role, View, Window,
 };
 
+use crate::hidden_keys;
 use crate::operands::Operands;
 use crate::selection::Policy;
 use crate::{AxisOrder, Error, Explanation, Implementation, IntoView, Options, Registry, Selection, Tensor};
@@ -338,6 +339,14 @@ impl<'a> Attention<'a> {
     /// [`Error::Core`]: its refusal, or why it failed to plan.
     pub fn select(&self, problem: &Problem) -> Result<Selection, Error> {
         self.policy.select(problem)
+    }
+
+    /// The implementation of a call that is about to run. Never inlined: what a choice takes of the stack is not there beside the
+    /// call.
+    #[inline(never)]
+    pub(crate) fn choose(&self, problem: &Problem) -> Result<Selection, Error> {
+        hidden_keys::tell(problem);
+        self.select(problem)
     }
 
     /// The gradients that backward computes where nobody says otherwise.

@@ -8,7 +8,7 @@ use attention_core::{
 use crate::forward::{allocate, call_span, host_outputs};
 use crate::operands::{Operands, input};
 use crate::scratch::with_scratch;
-use crate::{Attention, AxisOrder, Error, Forward, IntoView, Tensor, hidden_keys};
+use crate::{Attention, AxisOrder, Error, Forward, IntoView, Tensor};
 
 /// The gradients of a call: each present where it was wanted, with the shape and dtype of the tensor it belongs to.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -167,7 +167,7 @@ impl<'a> Attention<'a> {
         let builder = builder.layout(Role::Out, saved.out.desc()).layout(Role::Lse, saved.lse.desc());
         let builder = layouts.into_iter().fold(builder, |builder, (role, desc)| builder.layout(role, desc));
         let problem = operands.build(builder, &self.options)?;
-        self.run_backward(&problem, &operands, saved, outputs)
+        self.run_backward(checked(&problem, &operands, saved, outputs)?)
     }
 
     fn backward_owned(
@@ -178,33 +178,52 @@ impl<'a> Attention<'a> {
     ) -> Result<Backward, Error> {
         host_outputs(operands.device(), "backward_into")?;
         let incoming = Incoming::new(operands, d_out, self.d_lse)?;
-        // What the forward returned is contiguous in the caller's order, as the problem has it by default.
-        let problem = operands.build(incoming.problem(self, operands, self.wanted()), &self.options)?;
+        let (problem, mut gradients) = self.prepare_backward(operands, forward, &incoming)?;
         let saved = incoming.with(operands, forward.out.view(), forward.lse.view())?;
-        same_call(forward, &problem, operands.order)?;
-        let mut gradients = Backward::allocate(self, operands, &problem)?;
-        self.run_backward(&problem, operands, saved, with_batch(operands, gradients.outputs())?)?;
+        self.run_backward(checked(&problem, operands, saved, with_batch(operands, gradients.outputs())?)?)?;
         Ok(gradients)
     }
 
-    fn run_backward(
+    /// The problem of a backward call into owned tensors, and these.
+    ///
+    /// Returns before the call begins, so that what it builds with is not on the stack beside the call.
+    #[inline(never)]
+    fn prepare_backward(
         &self,
-        problem: &Problem,
         operands: &Operands<'_>,
-        saved: BackwardInputs<'_>,
-        outputs: BackwardOutputs<'_>,
-    ) -> Result<(), Error> {
+        forward: &Forward,
+        incoming: &Incoming<'_>,
+    ) -> Result<(Box<Problem>, Backward), Error> {
+        // What the forward returned is contiguous in the caller's order, as the problem has it by default.
+        let problem = operands.build(incoming.problem(self, operands, self.wanted()), &self.options)?;
+        same_call(forward, &problem, operands.order)?;
+        let gradients = Backward::allocate(self, operands, &problem)?;
+        Ok((Box::new(problem), gradients))
+    }
+
+    /// Runs a checked call, which is boxed since it is some kilobytes that every move would put on the stack again.
+    fn run_backward(&self, call: Box<BackwardCall<'_>>) -> Result<(), Error> {
+        let problem = call.problem();
         let span = call_span(problem);
-        let call = BackwardCall::new(problem, operands.inputs, saved, outputs)
-            .map_err(|error| operands.order.told(error))?;
-        hidden_keys::tell(problem);
-        let selection = self.select(problem)?;
+        let selection = self.choose(problem)?;
         let backend = selection.backend();
         span.record("backend", backend.name());
         with_scratch(&**backend, problem, selection.scratch_bytes(), |scratch| {
-            Ok(backend.backward(call, scratch)?)
+            Ok(backend.backward(*call, scratch)?)
         })
     }
+}
+
+/// Checks a call. Never inlined: what it takes of the stack is not there beside the call.
+#[inline(never)]
+fn checked<'c>(
+    problem: &'c Problem,
+    operands: &Operands<'c>,
+    saved: BackwardInputs<'c>,
+    outputs: BackwardOutputs<'c>,
+) -> Result<Box<BackwardCall<'c>>, Error> {
+    let call = BackwardCall::new(problem, operands.inputs, saved, outputs);
+    Ok(Box::new(call.map_err(|error| operands.order.told(error))?))
 }
 
 /// Refuses a backward of another call than its forward was: its gradients would be those of neither.

@@ -5,7 +5,7 @@ use attention_core::{Device, ForwardCall, ForwardOutputs, Problem, Role, ViewMut
 use crate::operands::{Operands, output};
 use crate::order::Kind;
 use crate::scratch::with_scratch;
-use crate::{Attention, AxisOrder, Error, IntoView, IntoViewMut, Tensor, hidden_keys};
+use crate::{Attention, AxisOrder, Error, IntoView, IntoViewMut, Tensor};
 
 /// What a forward call with logsumexp returns, and what backward wants back.
 #[derive(Clone, Debug, PartialEq)]
@@ -149,8 +149,7 @@ impl<'a> Attention<'a> {
         let span = call_span(problem);
         let call = ForwardCall::new(problem, operands.inputs, outputs)
             .map_err(|error| operands.order.told(error))?;
-        hidden_keys::tell(problem);
-        let selection = self.select(problem)?;
+        let selection = self.choose(problem)?;
         let backend = selection.backend();
         span.record("backend", backend.name());
         with_scratch(&**backend, problem, selection.scratch_bytes(), |scratch| {

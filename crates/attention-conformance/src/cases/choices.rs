@@ -1,9 +1,9 @@
 //! Cases about choices: sizes and options at which backends take another kernel, for their own sake. What runs is said by the
 //! variants of a report; a variant that no case reaches fails a whole run.
 
-use attention_core::{Dimensions, Gradients};
+use attention_core::{DType, Dimensions, Gradients, Role};
 
-use super::{AlibiShape, Broadcast, Case, Edit, dims};
+use super::{AlibiShape, BiasContent, Broadcast, Case, Edit, Far, Layout, Layouts, Saved, Sizes, dims};
 
 /// Masks and biases together, for which some backends have kernels that look for every option.
 fn several(case: &mut Case) {
@@ -55,6 +55,50 @@ pub(super) fn cases() -> Vec<Case> {
     let mut case = Case::new("choices/dbias-h192", dims([1, 5, 6, 2, 1, 192]));
     case.options.bias = Some(Broadcast::FULL);
     cases.push(case);
+    // Keys that are a part of a row's, whose probabilities come from the given logsumexp: few rows and more, f32 computed in f64
+    // and in itself.
+    for sizes in [[2, 1, 20, 4, 2, 16], [1, 3, 1500, 4, 2, 16], [2, 20, 30, 4, 2, 16], [1, 90, 140, 2, 1, 64]]
+    {
+        let [_, rows, keys, ..] = sizes;
+        for (name, edit) in [options[0], options[2]] {
+            let mut case = Case::new(format!("choices/more-keys-{rows}x{keys}-{name}"), dims(sizes));
+            case.options.sinks = true;
+            case.options.d_lse = true;
+            case.saved = Saved::MoreKeys;
+            edit(&mut case);
+            cases.push(case);
+        }
+    }
+    // Batch rows of more logits than f32 is computed in f64 for: rows of a bias with one number for all keys, logsumexps above
+    // which a sink is weighed with its row's own sum, and strided keys that are not packed.
+    for (name, queries) in [("one", false), ("rows", true)] {
+        let mut case = Case::new(format!("choices/bias-{name}"), dims([2, 70, 66, 4, 2, 16]));
+        case.options.bias = Some(Broadcast { rank: 4, full: [true, true, queries, false] });
+        cases.push(case);
+    }
+    for rows in [4, 70] {
+        let mut case = Case::new(format!("choices/large-sinks-{rows}"), dims([1, rows, 1100, 2, 1, 16]));
+        case.options.sinks = true;
+        case.options.bias = Some(Broadcast { rank: 4, full: [false, true, false, false] });
+        case.content.bias = BiasContent::Far { far: Far::Rows, start: 2 };
+        case.content.sinks = Sizes::Far { start: 2 };
+        case.options.scale = Some(0.0);
+        cases.push(case);
+        let mut case = Case::new(format!("choices/strided-{rows}"), dims([1, rows, 1100, 2, 1, 16]));
+        case.layouts = Layouts::operands(Layout::InnerStride);
+        cases.push(case);
+    }
+    // A bias of more digits than the logits, strided, and more keys than one task sums its gradient for.
+    let mut case = Case::new("choices/bias-f64-strided", dims([2, 9, 20, 2, 1, 16]));
+    case.options.bias = Some(Broadcast::FULL);
+    case.options.bias_dtype = Some(DType::F64);
+    case.layouts = Layouts::default().with(Role::Bias, Layout::InnerStride);
+    cases.push(case);
+    let mut case = Case::new("choices/dbias-4200-keys", dims([1, 3, 4200, 2, 1, 8]));
+    case.options.bias = Some(Broadcast { rank: 4, full: [false, false, true, true] });
+    cases.push(case);
+    // Heads that are cut into tasks of many rows and one of few.
+    cases.push(Case::new("choices/rows-515", dims([1, 515, 20, 2, 1, 16])));
     // Where every key is behind its row, cuDNN has ALiBi itself; heads of their own, whose gradients it does not round twice.
     for (name, lengths) in [("", None), ("-lengths", Some([40, 23]))] {
         let sizes = Dimensions { batch: 2, ..dims([1, 40, 40, 2, 2, 64]) };

@@ -44,6 +44,17 @@ impl CaseData {
             ..Inputs::new(self.query.view(), self.key.view(), self.value.view())
         }
     }
+
+    /// Query, key, value or the incoming gradient of the output.
+    pub(crate) fn operand_mut(&mut self, role: Role) -> &mut HostTensor {
+        match role {
+            Role::Query => &mut self.query,
+            Role::Key => &mut self.key,
+            Role::Value => &mut self.value,
+            Role::DOut => &mut self.d_out,
+            _ => unreachable!("{role} is no operand"),
+        }
+    }
 }
 
 impl Case {

@@ -38,6 +38,9 @@ pub enum Saved {
     Oracle,
     /// From the backend's own forward pass: both are judged together.
     Backend,
+    /// From the oracle, for rows that have more keys than the call: the call's are a part of each row's, as where keys are
+    /// spread over devices. What the others weigh is the case's sinks, which the backward call has none of.
+    MoreKeys,
 }
 
 /// One case.

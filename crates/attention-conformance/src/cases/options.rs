@@ -183,7 +183,7 @@ impl Case {
                 if options.bias.is_some() && options.dbias.holds(declared, Feature::DBias) {
                     gradients = gradients | Gradients::BIAS;
                 }
-                if options.sinks && options.dsinks.holds(declared, Feature::DSinks) {
+                if data.sinks.is_some() && options.dsinks.holds(declared, Feature::DSinks) {
                     gradients = gradients | Gradients::SINKS;
                 }
                 builder = builder.gradients(gradients).d_lse(options.d_lse);

@@ -5,11 +5,10 @@ use attention_core::{AttentionBackend, DType, FeatureSet, Gradients, NumericsCla
 use super::case::FuzzCase;
 use super::counts::Counts;
 use super::magnitudes::largest;
-use super::variants::Base;
 use crate::cases::{CaseData, Saved, Wanted};
 use crate::oracle::{Dense, Oracle};
 use crate::rng::Rng;
-use crate::run::{self, Invocation, Results, SavedTensors, Stop, fraction_of_bound};
+use crate::run::{self, Base, Invocation, Results, SavedTensors, Stop, fraction_of_bound};
 use crate::suite::Subject;
 use crate::tensor::{HostTensor, unravel};
 use crate::tolerance::{Precision, constants, unit_roundoff};
@@ -88,7 +87,7 @@ impl<'a> Prepared<'a> {
         let invocation = self.invocation(&problem, None);
         let results = invocation.run(subject.backend)?;
         self.compare_forward(&self.precision(subject.backend), &results, counts)?;
-        self.variants(subject, &problem, None, &results, counts)
+        self.variations(subject, &problem, None, &results, counts)
     }
 
     fn backward(&self, subject: &Subject<'_>, counts: &mut Counts) -> Result<(), Stop> {
@@ -124,7 +123,7 @@ impl<'a> Prepared<'a> {
                 self.probabilities_sum_to_one(&precision, &results, &d_out)?;
             }
         }
-        self.variants(subject, &problem, Some(&saved), &results, counts)
+        self.variations(subject, &problem, Some(&saved), &results, counts)
     }
 
     fn invocation<'b>(&'b self, problem: &'b Problem, saved: Option<&'b SavedTensors>) -> Invocation<'b> {
@@ -136,7 +135,7 @@ impl<'a> Prepared<'a> {
         }
     }
 
-    fn variants(
+    fn variations(
         &self,
         subject: &Subject<'_>,
         problem: &Problem,
@@ -149,9 +148,9 @@ impl<'a> Prepared<'a> {
         }
         let (case, data, oracle) = (&self.fuzz.case, &self.data, &self.oracle);
         let base = Base { subject, case, data, problem, saved, oracle, results };
-        // The same variants for every backend, so that a fault is found again on its own.
+        // The same variations for every backend, so that a fault is found again on its own.
         let mut rng = Rng::named(self.fuzz.seed(), &problem.pass().to_string());
-        counts.of(self.fuzz.dtype, problem.pass()).bitwise += base.check(&mut rng)?;
+        counts.of(self.fuzz.dtype, problem.pass()).bitwise += base.check_some(&mut rng)?;
         Ok(())
     }
 

@@ -23,7 +23,7 @@ mod check;
 mod counts;
 mod invalid;
 mod magnitudes;
-mod variants;
+mod variations;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,5 +1,6 @@
 //! Runs one case on one backend.
 
+mod base;
 mod call;
 mod capability;
 mod compare;
@@ -20,6 +21,7 @@ use crate::oracle::Oracle;
 use crate::report::{CaseResult, Outcome};
 use crate::suite::Subject;
 use crate::tolerance::{ForwardBounds, Precision};
+pub(crate) use base::Base;
 pub(crate) use call::Invocation;
 pub(crate) use compare::{Judge, fraction_of_bound};
 pub(crate) use results::Results;
@@ -75,17 +77,28 @@ fn judge_case(
     features: &mut FeatureSet,
 ) -> Result<Judge, Stop> {
     let backend = subject.backend;
-    let data = case.data(dtype);
+    let mut data = case.data(dtype);
+    // The rows of which the call has a part: sinks have no values, so other keys of any value have the same gradients.
+    let whole = (case.saved == Saved::MoreKeys && pass == Pass::Backward).then(|| {
+        let whole = data.clone();
+        data.sinks = None;
+        whole
+    });
     let declared = backend.capabilities().pass(pass).map_or(FeatureSet::EMPTY, |pass| pass.features);
-    let problem = case
-        .problem(&data, pass, declared)
-        .map_err(|error| Stop::failed(format!("the case is no valid call: {error}")))?;
+    let problem_of = |data: &CaseData| {
+        case.problem(data, pass, declared)
+            .map_err(|error| Stop::failed(format!("the case is no valid call: {error}")))
+    };
+    let problem = problem_of(&data)?;
     *features = problem.features();
     usable(backend)?;
     capability::agrees(backend, &problem, &data, case)?;
     let class = backend.capabilities().numerics_of(dtype).unwrap_or(NumericsClass::F32);
     let precision = Precision::new(dtype, class);
-    let oracle = Oracle::new(&problem, &data.inputs());
+    let oracle = match &whole {
+        None => Oracle::new(&problem, &data.inputs()),
+        Some(whole) => Oracle::new(&problem_of(whole)?, &whole.inputs()),
+    };
     match pass {
         Pass::Forward => forward(subject, case, &data, &problem, &oracle, precision),
         Pass::Backward => backward(subject, case, &data, &problem, &oracle, precision),
@@ -119,7 +132,7 @@ fn forward(
     }
     after_the_first_call(subject, case, &invocation, &results)?;
     if case.variations && subject.reproducible {
-        variations::Base { subject, case, data, problem, saved: None, oracle, results: &results }.check()?;
+        Base { subject, case, data, problem, saved: None, oracle, results: &results }.check_all()?;
     }
     Ok(judge)
 }
@@ -142,7 +155,7 @@ fn backward(
 
     let mut judge = Judge::new(problem.dtype());
     let mut saved = match case.saved {
-        Saved::Oracle => SavedTensors::of_oracle(oracle, problem, &case.layouts),
+        Saved::Oracle | Saved::MoreKeys => SavedTensors::of_oracle(oracle, problem, &case.layouts),
         Saved::Backend => {
             let mut forward = case.clone();
             forward.options.lse = Wanted::Always;
@@ -184,7 +197,7 @@ fn backward(
     after_the_first_call(subject, case, &invocation, &results)?;
     if case.variations && subject.reproducible {
         let saved = Some(&saved);
-        variations::Base { subject, case, data, problem, saved, oracle, results: &results }.check()?;
+        Base { subject, case, data, problem, saved, oracle, results: &results }.check_all()?;
     }
     Ok(judge)
 }

@@ -135,7 +135,7 @@ impl<E: Operand> Shared<'_, E> {
         stride: usize,
         block: &mut BlockScratch<'_, E::Compute>,
     ) {
-        dispatch(SoftmaxGradient {
+        let sums = dispatch(SoftmaxGradient {
             shared: self,
             rows,
             columns,
@@ -146,6 +146,13 @@ impl<E: Operand> Shared<'_, E> {
             stride,
             of,
         });
+        let runs = E::runs(self.runs);
+        if sums.own {
+            runs.own_sum.count();
+        }
+        if sums.given {
+            runs.given_lse.count();
+        }
     }
 }
 
@@ -189,6 +196,13 @@ impl<E: Operand> Shared<'_, E> {
     }
 }
 
+/// By which sums the rows of a block were divided: their own, the given ones, or both.
+#[derive(Clone, Copy, Debug, Default)]
+struct SumsOfRows {
+    own: bool,
+    given: bool,
+}
+
 /// From products to probabilities, and from products of output gradients and values to gradients of the logits.
 struct SoftmaxGradient<'b, 'a, E: Operand> {
     shared: &'b Shared<'a, E>,
@@ -203,10 +217,11 @@ struct SoftmaxGradient<'b, 'a, E: Operand> {
 }
 
 impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
-    type Output = ();
+    type Output = SumsOfRows;
 
     #[inline(always)]
-    fn run<const FMA: bool>(self) {
+    fn run<const FMA: bool>(self) -> SumsOfRows {
+        let mut sums = SumsOfRows::default();
         let Self { shared, rows, columns, states, probabilities, d_logits, capped, stride, of } = self;
         let (problem, batch) = (shared.problem, rows.batch);
         let keys = problem.key_value_len(batch);
@@ -224,6 +239,8 @@ impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
             shared.terms.apply::<FMA>(batch, (head, query), columns, p, capped.as_deref_mut());
             let own = softmax::<_, FMA>(p, shared.sink(head));
             let whole = state.is_of(own.lse, E::STATISTICS_EPSILON);
+            sums.own |= whole;
+            sums.given |= !whole;
             // exp(x - lse) = exp(x - max) / (sum * exp(lse - own lse)).
             let total = if whole { own.total } else { own.total * (state.lse - own.lse).exp_lane::<FMA>() };
             if let Some(dropout) = RowDropout::new(problem, batch, head, query) {
@@ -254,5 +271,6 @@ impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
                 dropout.apply(columns, keys, p);
             }
         }
+        sums
     }
 }

@@ -26,6 +26,7 @@ impl<E: Operand> Shared<'_, E> {
         let dims = self.problem.dims();
         let key_head = Head::<E>::new(&self.key, task.batch, task.key_head);
         let value_head = Head::<E>::new(&self.value, task.batch, task.key_head);
+        [&key_head, &value_head].into_iter().for_each(|rows| rows.count_borrowed(E::runs(self.runs)));
         let columns = Columns { start: keys.start, count: keys.len() };
         let stride = plan::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));
         let (one, (_, factor)) = (E::Compute::ONE, self.terms.gradient_scale);

@@ -23,6 +23,7 @@ use crate::gemm::{Destination, Mat, MatMut, gemm};
 use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, write_row};
 use crate::packed::{Dense, Panels, set_apart};
+use crate::variants::Runs;
 use crate::{bias_gradient, plan, sink_gradient, workers};
 
 /// Everything that the tasks of a call share.
@@ -35,8 +36,9 @@ pub(crate) struct Shared<'a, E: Operand> {
     d_out: HostView<'a, E::Element>,
     lse: HostView<'a, E::Statistics>,
     d_lse: Option<HostView<'a, E::Statistics>>,
-    terms: Terms<'a, E::Compute>,
+    pub(crate) terms: Terms<'a, E::Compute>,
     pub(crate) sinks: Option<AnyFloat<'a>>,
+    pub(crate) runs: &'a Runs,
 }
 
 /// One key/value head of one batch row, with the gradients it writes.
@@ -52,10 +54,16 @@ struct Task<'a, T> {
 }
 
 /// Runs a checked call in checked scratch.
-pub(crate) fn run<E: Operand>(call: BackwardCall<'_>, sizes: &Sizes, team: &Team, scratch: &mut [u8]) {
+pub(crate) fn run<E: Operand>(
+    call: BackwardCall<'_>,
+    sizes: &Sizes,
+    team: &Team,
+    scratch: &mut [u8],
+    runs: &Runs,
+) {
     let (problem, inputs, saved, outputs) = call.into_parts();
-    let shared = Shared::<E>::new(problem, &inputs, &saved);
-    let small = Shared::<E::Small>::new(problem, &inputs, &saved);
+    let shared = Shared::<E>::new(problem, &inputs, &saved, runs);
+    let small = Shared::<E::Small>::new(problem, &inputs, &saved, runs);
     if let Some(dsinks) = outputs.dsinks {
         sink_gradient::run(&shared, &small, sizes, dsinks, team, scratch);
     }
@@ -98,7 +106,7 @@ fn heads<'a, T: Scalar>(view: ViewMut<'a>) -> impl Iterator<Item = HostViewMut<'
 }
 
 impl<'a, E: Operand> Shared<'a, E> {
-    fn new(problem: &'a Problem, inputs: &Inputs<'a>, saved: &BackwardInputs<'a>) -> Self {
+    fn new(problem: &'a Problem, inputs: &Inputs<'a>, saved: &BackwardInputs<'a>, runs: &'a Runs) -> Self {
         fn host<'a, T: attention_core::Scalar>(view: attention_core::View<'a>) -> HostView<'a, T> {
             view.host()
                 .unwrap_or_else(|| unreachable!("a checked call has tensors of its dtypes in host memory"))
@@ -112,8 +120,9 @@ impl<'a, E: Operand> Shared<'a, E> {
             d_out: host(saved.d_out),
             lse: host(saved.lse),
             d_lse: saved.d_lse.map(host),
-            terms: Terms::new(problem, inputs),
+            terms: Terms::new(problem, inputs, runs),
             sinks: inputs.sinks.map(|sinks| AnyFloat::new(sinks, problem.dtype().accumulator())),
+            runs,
         }
     }
 
@@ -124,6 +133,7 @@ impl<'a, E: Operand> Shared<'a, E> {
         let keys = problem.key_range_of_rows(batch, 0..queries);
         let group = task.key_head * dims.group_size()..(task.key_head + 1) * dims.group_size();
         let rows = Rows { batch, heads: group.clone(), queries: 0..queries };
+        self.count(&rows);
         if plan::few_rows(rows.len()) {
             self.few_rows(&mut task, &rows, keys.clone(), scratch);
             fill_padding(task, queries, &keys);
@@ -131,9 +141,11 @@ impl<'a, E: Operand> Shared<'a, E> {
         }
         let key_head = Head::<E>::new(&self.key, batch, task.key_head);
         let value_head = Head::<E>::new(&self.value, batch, task.key_head);
-        let key_panels = Panels::pack(&key_head, keys.clone(), scratch.key_panels, scratch.row);
-        let value_panels = Panels::pack(&value_head, keys.clone(), scratch.value_panels, scratch.row);
-        let dense_keys = (!task.dq.is_empty()).then(|| Dense::pack(&key_head, keys.clone(), scratch.keys));
+        let key_panels = Panels::pack(&key_head, keys.clone(), scratch.key_panels, scratch.row, self.runs);
+        let value_panels =
+            Panels::pack(&value_head, keys.clone(), scratch.value_panels, scratch.row, self.runs);
+        let dense_keys =
+            (!task.dq.is_empty()).then(|| Dense::pack(&key_head, keys.clone(), scratch.keys, self.runs));
         let dk = &mut scratch.dk[..if task.dk.is_some() { keys.len() * dims.head_dim } else { 0 }];
         let dv = &mut scratch.dv[..if task.dv.is_some() { keys.len() * dims.value_head_dim } else { 0 }];
         dk.fill(E::Compute::ZERO);
@@ -168,6 +180,7 @@ impl<'a, E: Operand> Shared<'a, E> {
                         E::Compute::ONE,
                         d_out,
                         dv,
+                        self.runs,
                     );
                 }
                 if let Some(dense_keys) = &dense_keys {
@@ -184,7 +197,17 @@ impl<'a, E: Operand> Shared<'a, E> {
                 if task.dk.is_some() {
                     let query = &mut block.query[..count * dims.head_dim];
                     let (_, scale) = self.terms.gradient_scale;
-                    add_outer(block.d_logits, block.probabilities, stride, &valid, &keys, scale, query, dk);
+                    add_outer(
+                        block.d_logits,
+                        block.probabilities,
+                        stride,
+                        &valid,
+                        &keys,
+                        scale,
+                        query,
+                        dk,
+                        self.runs,
+                    );
                 }
             }
         }
@@ -196,6 +219,16 @@ impl<'a, E: Operand> Shared<'a, E> {
             }
         }
         fill_padding(task, queries, &keys);
+    }
+
+    /// Counts the paths of a task over these rows.
+    fn count(&self, rows: &Rows) {
+        let backward = &E::runs(self.runs).backward;
+        if plan::few_rows(rows.len()) { &backward.unpacked } else { &backward.packed }.count();
+        if self.terms.gradient_scale.0 != E::Compute::ONE {
+            E::Compute::runs(self.runs).scaled_twice.count();
+        }
+        self.terms.count();
     }
 }
 
@@ -230,6 +263,7 @@ fn add_outer<C: Compute>(
     factor: C,
     values: &mut [C],
     sums: &mut [C],
+    runs: &Runs,
 ) {
     let (count, width) = (valid.len(), sums.len() / keys.len().max(1));
     if count == 0 {
@@ -238,6 +272,9 @@ fn add_outer<C: Compute>(
     let rows = values.len() / width;
     let sums = &mut sums[(valid.start - keys.start) * width..][..count * width];
     let not_finite = set_apart(values, width);
+    if !not_finite.is_empty() {
+        C::runs(runs).not_finite_rows.count();
+    }
     gemm(
         MatMut::new(sums, count, width, width),
         Destination::Accumulate,

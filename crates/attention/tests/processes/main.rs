@@ -380,9 +380,8 @@ fn a_call_in_the_destructor_of_a_thread_local_runs() {
     assert!(receiver.recv().expect("the destructor made its calls") == want);
 }
 
-/// Kernels keep what they work on in scratch, not on the stack.
+/// Kernels keep what they work on in scratch, not on the stack. With debug assertions, too, whose frames are larger.
 #[test]
-#[cfg(not(debug_assertions))]
 fn calls_run_on_a_small_stack() {
     if is_child() {
         let names = implementations();
