@@ -50,7 +50,6 @@ paths! {
     MaskedBlock: "forward, block masked whole",
     FewWhole: "few rows, all keys",
     FewPart: "few rows, parts and merge",
-    FewHeads: "few rows, several heads at once",
     FewStrided: "few rows, strided keys or values",
     FewValuesApart: "few rows, values that are not finite",
     FewAdded: "few rows, logits changed",

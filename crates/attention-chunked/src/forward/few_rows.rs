@@ -256,9 +256,6 @@ impl<'a, E: Engine> Forward<'a, E> {
 
     /// Computes a part: a block of keys for all heads, then the next.
     fn part(&self, heads: &Heads, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
-        if heads.len() > 1 {
-            self.taken.mark(Path::FewHeads);
-        }
         if self.key.is_strided() || self.value.is_strided() {
             self.taken.mark(Path::FewStrided);
         }

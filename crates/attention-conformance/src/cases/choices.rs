@@ -3,7 +3,10 @@
 
 use attention_core::{DType, Dimensions, Gradients, Role};
 
-use super::{AlibiShape, BiasContent, Broadcast, Case, Edit, Far, Layout, Layouts, Saved, Sizes, dims};
+use super::{
+    AlibiShape, BiasContent, Broadcast, Case, Edit, Far, Layout, Layouts, MaskContent, Saved, Sizes, Values,
+    dims,
+};
 
 /// Masks and biases together, for which some backends have kernels that look for every option.
 fn several(case: &mut Case) {
@@ -97,6 +100,27 @@ pub(super) fn cases() -> Vec<Case> {
     let mut case = Case::new("choices/dbias-4200-keys", dims([1, 3, 4200, 2, 1, 8]));
     case.options.bias = Some(Broadcast { rank: 4, full: [false, false, true, true] });
     cases.push(case);
+    // Decoding of batch rows that f32 is not computed in f64 for: each number of rows that shares a pass over the keys, and a
+    // value that is not finite in whole vectors of columns and behind them.
+    for (rows, sizes) in
+        [(1, [1, 1, 4200, 4, 4, 40]), (2, [1, 2, 2100, 2, 2, 40]), (4, [1, 1, 4200, 8, 2, 40])]
+    {
+        let mut case = Case::new(format!("choices/few-{rows}"), dims(sizes));
+        cases.push(case.clone());
+        case.name.push_str("-nan");
+        case.content.values = Values::NanInOneValue;
+        cases.push(case);
+    }
+    // As large: no product counts, and no key takes part.
+    let mut case = Case::new("choices/scale-zero", dims([1, 70, 66, 2, 1, 16]));
+    case.options.scale = Some(0.0);
+    cases.push(case);
+    let mut case = Case::new("choices/mask-none", dims([1, 70, 66, 2, 1, 16]));
+    case.options.mask = Some(Broadcast::FULL);
+    case.content.mask = MaskContent::AllFalse;
+    cases.push(case);
+    // More heads than threads, so that one thread can have all gradients of a head.
+    cases.push(Case::new("choices/heads-96", Dimensions { batch: 3, ..dims([1, 70, 60, 32, 32, 8]) }));
     // Heads that are cut into tasks of many rows and one of few.
     cases.push(Case::new("choices/rows-515", dims([1, 515, 20, 2, 1, 16])));
     // Where every key is behind its row, cuDNN has ALiBi itself; heads of their own, whose gradients it does not round twice.

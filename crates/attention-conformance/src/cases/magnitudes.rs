@@ -72,6 +72,8 @@ fn biases(cases: &mut Vec<Case>) {
             cases.push(case);
         }
     }
+    // Two blocks of keys, the second far above the first, in a batch row so small that f32 is computed in f64.
+    cases.push(with_bias("magnitude/first-two-blocks".to_owned(), [1, 10, 400, 2, 2, 16], Far::First, 0));
     // Sinks of ordinary size beside them.
     for (size, sizes) in &SIZES[..2] {
         let mut case = with_bias(format!("magnitude/rows-{size}-sinks"), *sizes, Far::Rows, 0);
@@ -171,7 +173,12 @@ fn softcaps(cases: &mut Vec<Case>) {
 }
 
 fn scales(cases: &mut Vec<Case>) {
-    for (size, sizes) in [("small", [2, 9, 13, 4, 2, 16]), ("blocks", [1, 20, 90, 4, 2, 16])] {
+    let sizes = [
+        ("small", [2, 9, 13, 4, 2, 16]),
+        ("blocks", [1, 20, 90, 4, 2, 16]),
+        ("tiles", [1, 70, 66, 2, 1, 16]),
+    ];
+    for (size, sizes) in sizes {
         // Where the scale is large, queries and keys are both far from 1: neither gradient leaves the range before or after
         // it is multiplied with the scale.
         for (scale, query, key) in [
