@@ -100,8 +100,8 @@ impl Sizes {
         let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
         let empty = Pieces { row, ..Pieces::default() };
         let (mut pieces, mut small_pieces) = (empty, empty);
-        let rows = if plan::has_rows(problem) { plan::different_rows(problem) } else { 0..0 };
-        for batch in rows {
+        let rows = plan::has_rows(problem).then(|| plan::sized_rows(problem));
+        for batch in rows.into_iter().flatten() {
             let small = plan::is_small::<E>(problem, batch);
             if small { &mut small_pieces } else { &mut pieces }.make_room(problem, batch)?;
         }

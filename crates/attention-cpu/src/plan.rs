@@ -76,6 +76,12 @@ pub(crate) fn different_rows(problem: &Problem) -> Range<usize> {
     }
 }
 
+/// Batch rows that scratch is sized by: each whose lengths are not those of the one before.
+pub(crate) fn sized_rows(problem: &Problem) -> impl Iterator<Item = usize> {
+    let lengths = |batch: usize| [problem.query_len(batch), problem.key_value_len(batch)];
+    different_rows(problem).filter(move |&batch| batch == 0 || lengths(batch) != lengths(batch - 1))
+}
+
 /// How many tasks there are, or `most` if there are more.
 pub(crate) fn task_count(problem: &Problem, most: usize) -> usize {
     let dims = problem.dims();

@@ -68,41 +68,35 @@ impl BlockPieces {
 pub(crate) const MATRICES: usize = 2;
 
 impl Pieces {
-    /// Large enough for every small batch row of the problem, or for the others; `None` on overflow.
-    fn of<E: Operand>(problem: &Problem, small: bool) -> Option<Self> {
+    /// Makes room for the tasks of a batch row; `None` on overflow.
+    fn make_room(&mut self, problem: &Problem, batch: usize) -> Option<()> {
         let dims = problem.dims();
-        let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
-        let mut pieces = Self { row, ..Self::default() };
         let wants = |gradient| problem.gradients().contains(gradient);
-        for batch in
-            plan::different_rows(problem).filter(|&batch| plan::is_small::<E>(problem, batch) == small)
-        {
-            let queries = problem.query_len(batch);
-            let keys = problem.key_range_of_rows(batch, 0..queries).len();
-            let few = plan::few_rows(dims.group_size().checked_mul(queries)?);
-            if few {
-                let rows = dims.group_size() * queries;
-                pieces.block = pieces.block.max(BlockPieces::of(problem, rows, keys)?);
-            }
-            // The gradient of the bias is computed from packed keys and values, however few rows there are.
-            if few && !problem.has(Role::DBias) {
-                continue;
-            }
-            pieces.key_panels = pieces.key_panels.max(panel_elements(keys, dims.head_dim)?);
-            pieces.value_panels = pieces.value_panels.max(panel_elements(keys, dims.value_head_dim)?);
-            if wants(Gradients::QUERY) {
-                pieces.keys = pieces.keys.max(keys.checked_mul(dims.head_dim)?);
-            }
-            if wants(Gradients::KEY) {
-                pieces.dk = pieces.dk.max(keys.checked_mul(dims.head_dim)?);
-            }
-            if wants(Gradients::VALUE) {
-                pieces.dv = pieces.dv.max(keys.checked_mul(dims.value_head_dim)?);
-            }
-            let rows = queries.min(plan::block_rows(keys, MATRICES));
-            pieces.block = pieces.block.max(BlockPieces::of(problem, rows, keys)?);
+        let queries = problem.query_len(batch);
+        let keys = problem.key_range_of_rows(batch, 0..queries).len();
+        let few = plan::few_rows(dims.group_size().checked_mul(queries)?);
+        if few {
+            let rows = dims.group_size() * queries;
+            self.block = self.block.max(BlockPieces::of(problem, rows, keys)?);
         }
-        Some(pieces)
+        // The gradient of the bias is computed from packed keys and values, however few rows there are.
+        if few && !problem.has(Role::DBias) {
+            return Some(());
+        }
+        self.key_panels = self.key_panels.max(panel_elements(keys, dims.head_dim)?);
+        self.value_panels = self.value_panels.max(panel_elements(keys, dims.value_head_dim)?);
+        if wants(Gradients::QUERY) {
+            self.keys = self.keys.max(keys.checked_mul(dims.head_dim)?);
+        }
+        if wants(Gradients::KEY) {
+            self.dk = self.dk.max(keys.checked_mul(dims.head_dim)?);
+        }
+        if wants(Gradients::VALUE) {
+            self.dv = self.dv.max(keys.checked_mul(dims.value_head_dim)?);
+        }
+        let rows = queries.min(plan::block_rows(keys, MATRICES));
+        self.block = self.block.max(BlockPieces::of(problem, rows, keys)?);
+        Some(())
     }
 
     fn bytes<C>(&self) -> Option<usize> {
@@ -129,12 +123,18 @@ pub(crate) struct Sizes {
 impl Sizes {
     /// With tasks counted up to `threads`; `None` on overflow.
     pub(crate) fn of<E: Operand>(problem: &Problem, threads: usize) -> Option<Self> {
-        let (pieces, small_pieces) = (Pieces::of::<E>(problem, false)?, Pieces::of::<E>(problem, true)?);
+        let dims = problem.dims();
+        let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
+        let empty = Pieces { row, ..Pieces::default() };
+        let (mut pieces, mut small_pieces) = (empty, empty);
+        for batch in plan::sized_rows(problem) {
+            let small = plan::is_small::<E>(problem, batch);
+            if small { &mut small_pieces } else { &mut pieces }.make_room(problem, batch)?;
+        }
         let bytes = pieces.bytes::<E::Compute>()?;
         let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
         let bytes_per_task = bytes.max(small_bytes);
         let bytes_per_worker = bytes_per_task.checked_add(bias_gradient::sums_bytes(problem)?)?;
-        let dims = problem.dims();
         let tasks = dims.batch.saturating_mul(dims.key_heads).max(bias_gradient::task_count(problem));
         Some(Self { pieces, small_pieces, bytes_per_task, bytes_per_worker, workers: tasks.min(threads) })
     }

@@ -235,6 +235,9 @@ impl Policy {
 
     /// Whether a backend serves a problem inside the caller's limits. From the cheapest and most telling reason to
     /// the most particular: device, availability, numerics class, the problem, the scratch limit. Plans nothing.
+    ///
+    /// `supports` is not asked apart, here and in [`plan`](Self::plan): `scratch_bytes` refuses what it refuses, and both read
+    /// every length of a batch.
     pub(crate) fn judge(
         &self,
         backend: &dyn AttentionBackend,
@@ -242,13 +245,10 @@ impl Policy {
         problem: &Problem,
     ) -> Result<Served, Refusal> {
         self.admit(backend, class, problem)?;
-        backend.supports(problem)?;
         self.serve(backend, problem)
     }
 
     /// As [`judge`](Self::judge), and plans the problem where it is served.
-    ///
-    /// Part of every call, so `supports` is not asked apart: `scratch_bytes` and `prepare` refuse what it refuses.
     pub(crate) fn plan(
         &self,
         backend: &dyn AttentionBackend,
