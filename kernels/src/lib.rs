@@ -140,6 +140,7 @@ pub const SOURCES: &[Source] = &[
         text: attention!(
             "cuda/attention/carry.cuh",
             "cuda/attention/gradients.cuh",
+            "cuda/attention/far_rows.cuh",
             "cuda/attention/backward_sums.cu"
         ),
         entry_points: &["attention_sum_rows"],
@@ -171,7 +172,12 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_queries.cu",
-        text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_queries.cu"),
+        text: attention!(
+            "cuda/attention/carry.cuh",
+            "cuda/attention/gradients.cuh",
+            "cuda/attention/far_rows.cuh",
+            "cuda/attention/backward_queries.cu"
+        ),
         entry_points: &["attention_gradient_of_queries"],
         variants: &[
             variant!(3, 128, 128, 0, 128, 128, 8, 2, 0, 1),
