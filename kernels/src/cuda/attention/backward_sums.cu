@@ -2,6 +2,7 @@
 // The heads' numbers are 0 before.
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows(const Parameters p) {
+    static_assert(LOADERS == 0, "every thread loads and computes");
     extern __shared__ __align__(1024) unsigned char memory[];
     element *const query_tile = reinterpret_cast<element *>(memory);
     element *const key_tile = query_tile + tile_size<ROWS, HEAD>();
@@ -23,28 +24,23 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows
 
     const int last_t = first_t + row_count - 1;
     const int from = first_key(batch, first_t) / KEYS * KEYS, to = end_key(batch, last_t);
-    // On warpgroups, half of the loaders load.
-    const bool stages = LOADERS == 0 || (threadIdx.x >= THREADS && threadIdx.x < THREADS + STAGERS), computes = threadIdx.x < THREADS;
-    if (stages)
-        stage_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
+    stage_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
 
     Row rows[ROW_SLOTS];
     real maxima[ROW_SLOTS], totals[ROW_SLOTS];
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
-        rows[r] = row_of(p, batch, b, n, first_t + (computes ? row_at<ROWS>(r) : 0));
+        rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
         maxima[r] = -infinity();
         totals[r] = 0;
     }
     for (int first = from; first < to; first += KEYS) {
-        if (stages) {
-            stage_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
-            close_copies();
-            await_copies<0>();
-        }
+        stage_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
+        close_copies();
+        await_copies<0>();
         __syncthreads();
-        if (computes) sum_tile(p, rows, first, query_tile, key_tile, maxima, totals);
+        sum_tile(p, rows, first, query_tile, key_tile, maxima, totals);
         __syncthreads();
     }
-    if (computes) finish_far_rows(p, batch, b, n, first_t, row_count, maxima, totals, [](int, const State &) {});
+    finish_far_rows(p, batch, b, n, first_t, row_count, maxima, totals, [](int, const State &) {});
 }
