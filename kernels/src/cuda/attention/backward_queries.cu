@@ -14,8 +14,8 @@ struct Reach {
     long long terms;
 };
 
-// Numbers of a block on warpgroups: whether the tile has a far row, 12 bytes that keep the next ones aligned, the score, offset and row term
-// of each row, and its reach.
+// Numbers of a block on warpgroups: whether the tile has a far row, 12 bytes that keep the next ones aligned, the score, offset and row
+// term of each row, and its reach.
 constexpr int NUMBERS = ON_WARPGROUPS ? 4 + 3 * ROWS + ROWS * (int)(sizeof(Reach) / sizeof(real)) : 0;
 
 // From products of queries and keys, and of d_out and values, to the gradients of the products, in the place of the second.
@@ -127,8 +127,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
                 deliver(there + slot);
             }
         };
-        // What is loaded first is the same whether rows are far or not, so nobody waits to know. Whoever is done with the last tile has said
-        // whether there are such rows.
+        // The first round of keys is loaded whether rows are far or not, so loaders need not wait to know. The threads that compute set
+        // `far` before they take the first tile, so that it is known once they are done with the last one.
 #pragma unroll 1
         for (bool again = true; again;) {
             const int start = step;

@@ -1,4 +1,5 @@
-// The sums of far rows (far_rows.cuh) by themselves, for the gradients of another library. One block to a tile of query rows of a head. Blocks without a far row end at once.
+// The sums of far rows (far_rows.cuh) by themselves, for the gradients of another library. One block to a tile of query rows of a head.
+// Blocks without a far row end at once.
 // The heads' numbers are 0 before.
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows(const Parameters p) {

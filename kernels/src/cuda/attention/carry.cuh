@@ -38,7 +38,8 @@ __device__ inline bool carry_softmax(real (&scores)[row_slots<ROWS>()][column_sl
         // The row's maximum is that of one of its threads, so none has a shift beside 0 where no thread says so.
         is_far |= tops[r] != -infinity() && !(fabs(tops[r] * factor) < NEAR);
     }
-    // Rare, and before the maxima are exchanged: what follows is one piece of code, in which exponentials run beside whatever else there is.
+    // Rare, and before the maxima are exchanged, so that the code below has no branch: the compiler schedules exponentials beside dropout's
+    // numbers and waits for the products.
     if (FUSES && __builtin_expect(__any_sync(~0u, is_far), 0)) {
 #pragma unroll
         for (int r = 0; r < ROW_SLOTS; ++r) {
