@@ -140,18 +140,13 @@ pub const SOURCES: &[Source] = &[
         text: attention!(
             "cuda/attention/carry.cuh",
             "cuda/attention/gradients.cuh",
+            "cuda/attention/far_rows.cuh",
             "cuda/attention/backward_sums.cu"
         ),
         entry_points: &["attention_sum_rows"],
         variants: &[
-            variant!(3, 128, 128, 0, 128, 128, 8, 1, 0, 1),
-            variant!(2, 256, 256, 63, 128, 64, 8, 1, 0, 1),
-            variant!(3, 128, 128, 0, 64, 64, 4, 1, 0, 0),
             variant!(3, 128, 128, 63, 32, 32, 2, 1, 0, 0, "GROUP=1"),
-            variant!(2, 64, 64, 63, 64, 32, 4, 1, 0, 0),
-            variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),
-            variant!(1, 128, 128, 0, 128, 32, 8, 1, 0, 0, "SPLIT=1"),
-            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
+            variant!(2, 256, 256, 34, 32, 32, 2, 1, 0, 0, "GROUP=1"),
         ],
     },
     Source {
@@ -171,10 +166,16 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_queries.cu",
-        text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_queries.cu"),
+        text: attention!(
+            "cuda/attention/carry.cuh",
+            "cuda/attention/gradients.cuh",
+            "cuda/attention/far_rows.cuh",
+            "cuda/attention/backward_queries.cu"
+        ),
         entry_points: &["attention_gradient_of_queries"],
         variants: &[
             variant!(3, 128, 128, 0, 128, 128, 8, 2, 0, 1),
+            variant!(3, 128, 128, 1, 128, 128, 8, 2, 0, 1),
             variant!(2, 256, 256, 63, 128, 64, 8, 1, 0, 1),
             variant!(3, 128, 128, 0, 64, 64, 4, 2, 0, 0),
             variant!(2, 64, 64, 63, 64, 32, 4, 2, 0, 0),

@@ -5,6 +5,8 @@
 use std::sync::Arc;
 
 use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_conformance::oracle::{Dense, Oracle};
+use attention_conformance::tolerance::{Precision, SavedErrors};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Device, ForwardCall,
     ForwardOutputs, Gradients, Inputs, Scratch, TensorDesc, View, ViewMut, philox4x32_10,
@@ -403,36 +405,97 @@ fn fault(call: &Call, results: &Results) -> Option<String> {
     (!finite || most > 8.0 * (width * t) as f64).then(|| format!("a gradient of {most}, finite: {finite}"))
 }
 
-/// As many batch rows, and as many heads, as no grid has blocks along its second axis.
+/// The results of a batch row and head of a causal call as f64 has them, one behind the other, each with what an error of one unit of the
+/// numbers that it is made of is worth: the outputs of every query, then the gradients of queries, keys and values.
+fn results_of(call: &Call, [b, n]: [usize; 2]) -> [Vec<(f64, f64)>; 4] {
+    let [_, t, s, heads, key_heads, width] = call.sizes;
+    assert!(call.causal && call.bias.is_none() && heads == key_heads, "what is computed here");
+    let row = |operand: usize, length: usize, position: usize| {
+        let at = ((b * length + position) * heads + n) * width;
+        call.operands[operand].part(at..at + width)
+    };
+    let dot = |x: &[f64], y: &[f64]| -> (f64, f64) {
+        x.iter().zip(y).fold((0.0, 0.0), |(sum, size), (x, y)| (sum + x * y, size + (x * y).abs()))
+    };
+    let add = |to: &mut [(f64, f64)], factor: (f64, f64), row: &[f64]| {
+        for (to, x) in to.iter_mut().zip(row) {
+            *to = (to.0 + factor.0 * x, to.1 + factor.1 * x.abs());
+        }
+    };
+    let scale = 1.0 / (width as f64).sqrt();
+    let [mut out, mut dq] = [(); 2].map(|()| vec![(0.0, 0.0); t * width]);
+    let [mut dk, mut dv] = [(); 2].map(|()| vec![(0.0, 0.0); s * width]);
+    for i in 0..t {
+        let (query, d_out) = (row(0, t, i), row(3, t, i));
+        let logits = call.logits([b, i, n]);
+        let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = logits.iter().map(|x| (x - largest).exp()).sum();
+        let here = i * width..(i + 1) * width;
+        for (j, x) in logits.iter().enumerate() {
+            let p = (x - largest).exp() / total;
+            add(&mut out[here.clone()], (p, p), &row(2, s, j));
+            add(&mut dv[j * width..][..width], (p, p), &d_out);
+        }
+        let of_row: Vec<f64> = out[here.clone()].iter().map(|&(x, _)| x).collect();
+        let delta = dot(&d_out, &of_row);
+        for (j, x) in logits.iter().enumerate() {
+            let p = scale * (x - largest).exp() / total;
+            let incoming = dot(&d_out, &row(2, s, j));
+            let change = (p * (incoming.0 - delta.0), p * (incoming.1 + delta.1));
+            add(&mut dq[here.clone()], change, &row(1, s, j));
+            add(&mut dk[j * width..][..width], change, &query);
+        }
+    }
+    [out, dq, dk, dv]
+}
+
+/// As many batch rows, and as many heads, as no grid has blocks along its second axis: those beside the last block of such a grid, and the
+/// first and the last.
 #[test]
 #[ignore = "needs a GPU"]
 fn more_batch_rows_or_heads_than_65535() -> Result {
-    let device = CudaDevice::new("test", 0)?;
-    for (name, backend) in backends(&device) {
-        for dtype in [DType::F32, DType::Bf16] {
-            for [b, n] in [[70_000, 1], [1, 70_000]] {
-                let call = Call::new(dtype, [b, 3, 5, n, n, 32], true, 3);
-                let results = match call.run(&*backend, true) {
-                    Err(error) if name == "cudnn" && is_refusal(&*error) => continue,
-                    other => other?,
-                };
-                for (row, head) in [(0, 0), (b - 1, n - 1), (b / 2, n / 2)] {
-                    let (out, _) = call.row([row, 2, head]);
-                    let at = ((row * 3 + 2) * n + head) * 32;
-                    let got = results.out.part(at..at + 32);
-                    let most = out.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-                    assert!(most <= 8.0 * units(dtype).0 + 1e-5, "{name} {dtype} {b} x {n}: {most}");
+    const MANY: usize = 70_000;
+    // Most of the time is the compiler's.
+    let jobs = (0..3).flat_map(|backend| [DType::F32, DType::Bf16].map(|dtype| (backend, dtype)));
+    side_by_side(jobs, |device, (backend, dtype)| {
+        let (mut calls, mut wrong) = (0, Vec::new());
+        let Some((name, backend)) = backends(device).into_iter().nth(backend) else {
+            return Ok((0, wrong));
+        };
+        for [b, n] in [[MANY, 1], [1, MANY]] {
+            let began = std::time::Instant::now();
+            let call = Call::new(dtype, [b, 3, 5, n, n, 32], true, 3);
+            let Results { out, gradients, .. } = match call.run(&*backend, true) {
+                Err(error) if name == "cudnn" && is_refusal(&*error) => continue,
+                other => other?,
+            };
+            let [dq, dk, dv] = gradients.ok_or("gradients")?;
+            let (unit, logit_unit) = units(dtype);
+            // What is rounded to the dtype, and the sums of a logit of at most 2 * 2 * sqrt(32), which are of tf32 parts at worst.
+            let most = 16.0 * (unit + 32.0 * logit_unit);
+            for place in [0, 65_534, 65_535, 65_536, MANY - 1] {
+                let [row, head] = if n == 1 { [place, 0] } else { [0, place] };
+                let wants = results_of(&call, [row, head]);
+                for ((what, got, length), want) in
+                    [("out", &out, 3), ("dq", &dq, 3), ("dk", &dk, 5), ("dv", &dv, 5)].into_iter().zip(wants)
+                {
+                    for (position, want) in want.chunks(32).enumerate() {
+                        let at = ((row * length + position) * n + head) * 32;
+                        let far = got.part(at..at + 32).iter().zip(want).any(|(got, (want, size))| {
+                            let near = (got - want).abs() <= most * size + 1e-30;
+                            !near
+                        });
+                        if far {
+                            wrong.push(format!("{name} {dtype} {b} x {n}: {what} of {place}, {position}"));
+                        }
+                    }
                 }
-                let gradients = results.gradients.ok_or("gradients")?.map(|data| data.to_f64());
-                assert!(gradients.iter().flatten().all(|x| x.is_finite()), "{name} {dtype} {b} x {n}");
-                // The last key that a causal call of three queries sees, in the last batch row and head.
-                let at = (((b - 1) * 5 + 2) * n + n - 1) * 32;
-                let last = gradients[2][at..at + 32].iter().any(|&x| x != 0.0);
-                assert!(last, "{name} {dtype} {b} x {n}: the last key that is seen has no gradient");
             }
+            calls += 1;
+            println!("{name} {dtype} {b} x {n}: {:.1} s", began.elapsed().as_secs_f64());
         }
-    }
-    Ok(())
+        Ok((calls, wrong))
+    })
 }
 
 /// Device memory of a tensor whose second batch row begins 2^31 and some elements behind the first.
@@ -466,15 +529,20 @@ impl Compact {
         Self { dtype: DType::Bf16, shape, bytes: vec![0; 2 * shape.iter().product::<usize>()] }
     }
 
+    fn halves(&self) -> Vec<bf16> {
+        self.bytes.chunks_exact(2).map(|two| bf16::from_le_bytes([two[0], two[1]])).collect()
+    }
+
+    fn bools(&self) -> Vec<bool> {
+        self.bytes.iter().map(|&byte| byte != 0).collect()
+    }
+
     /// The same on a device.
     fn on(&self, device: &CudaDevice) -> Result<DeviceTensor> {
         if self.dtype == DType::Bool {
-            let data: Vec<bool> = self.bytes.iter().map(|&byte| byte != 0).collect();
-            return Ok(DeviceTensor::from_host(device, View::from_slice(&data, self.shape)?)?);
+            return Ok(DeviceTensor::from_host(device, View::from_slice(&self.bools(), self.shape)?)?);
         }
-        let halves = self.bytes.chunks_exact(2).map(|two| bf16::from_le_bytes([two[0], two[1]]));
-        let data: Vec<bf16> = halves.collect();
-        Ok(DeviceTensor::from_host(device, View::from_slice(&data, self.shape)?)?)
+        Ok(DeviceTensor::from_host(device, View::from_slice(&self.halves(), self.shape)?)?)
     }
 
     /// A mask that leaves every row its first key.
@@ -532,11 +600,50 @@ impl Spread {
     }
 }
 
+/// The bounds of the errors of dq, dk and dv that the suite has for the class, of a causal call with these operands that is given this output
+/// and logsumexp.
+fn bounds_of(
+    class: attention_core::NumericsClass,
+    inputs: &[Compact],
+    out: &[u8],
+    lse: &[u8],
+) -> Result<[Vec<f64>; 3]> {
+    let halves: Vec<Vec<bf16>> = inputs.iter().map(Compact::halves).collect();
+    let mask = inputs.get(4).map(Compact::bools);
+    let view = |index: usize| View::from_slice(&halves[index], inputs[index].shape);
+    let mut of = Inputs::new(view(0)?, view(1)?, view(2)?);
+    if let Some(mask) = &mask {
+        (of.mask, of.bias) = (Some(View::from_slice(mask, inputs[4].shape)?), Some(view(5)?));
+    }
+    let problem = of.problem().causal(true).gradients(Gradients::QKV).build()?;
+    let oracle = Oracle::new(&problem, &of);
+    let out = out.chunks_exact(2).map(|two| f64::from(bf16::from_le_bytes([two[0], two[1]])));
+    let lse = lse.chunks_exact(4).map(|x| f64::from(f32::from_le_bytes([x[0], x[1], x[2], x[3]])));
+    let errors = SavedErrors::between(&out.collect::<Vec<_>>(), &lse.collect::<Vec<_>>(), &oracle);
+    let d_out = Dense::read(&view(3)?);
+    let bounds = Precision::new(DType::Bf16, class).backward(&oracle, &d_out, None, &errors);
+    Ok([bounds.dq, bounds.dk, bounds.dv])
+}
+
+/// The largest difference of two tensors of halves, in units of these bounds.
+fn most_apart(one: &[u8], other: &[u8], bounds: &[f64]) -> f64 {
+    let halves = |bytes: &[u8]| -> Vec<f64> {
+        bytes.chunks_exact(2).map(|two| f64::from(bf16::from_le_bytes([two[0], two[1]]))).collect()
+    };
+    let apart = halves(one).into_iter().zip(halves(other)).map(|(x, y)| (x - y).abs());
+    // NaN, and a difference where none is allowed, count as infinite.
+    apart.zip(bounds).fold(0.0, |most, (apart, bound)| match apart {
+        0.0 => most,
+        apart if apart.is_nan() => f64::INFINITY,
+        apart => most.max(apart / bound),
+    })
+}
+
 /// Bytes that [`offsets_beyond_2_to_the_31_elements`] has on the device: ten tensors of halves and a mask, and what calls take.
 const OFFSETS_NEED: usize = 10 * 2 * FAR + FAR + (2 << 30);
 
 /// The same call with tensors whose elements are more than 2^31 apart has the same bits: operands, results and gradients, then a
-/// mask, a bias and its gradient too.
+/// mask, a bias and its gradient too. The gradients of cuDNN may differ from call to call, each within the bound of its class.
 #[test]
 #[ignore = "needs a GPU with 48 GB of free memory"]
 fn offsets_beyond_2_to_the_31_elements() -> Result {
@@ -566,7 +673,7 @@ fn offsets_beyond_2_to_the_31_elements() -> Result {
             if has_dbias {
                 outputs.push(Compact::zeros(logits));
             }
-            let near = {
+            let (near, lse) = {
                 let make = |of: &Compact| of.on(&device);
                 let inputs: Vec<DeviceTensor> = inputs.iter().map(make).collect::<Result<_>>()?;
                 let mut outputs: Vec<DeviceTensor> = outputs.iter().map(make).collect::<Result<_>>()?;
@@ -578,7 +685,8 @@ fn offsets_beyond_2_to_the_31_elements() -> Result {
                 let gradients: Vec<ViewMut<'_>> =
                     gradients.iter_mut().map(|gradient| Ok(gradient.view_mut()?)).collect::<Result<_>>()?;
                 back(&device, &*backend, &views, (out.view()?, &lse), gradients)?;
-                outputs.iter().map(|output| Ok(output.bytes()?)).collect::<Result<Vec<_>>>()?
+                let results = outputs.iter().map(|output| Ok(output.bytes()?)).collect::<Result<Vec<_>>>()?;
+                (results, lse.bytes()?)
             };
             let far = {
                 let make = |of: &Compact| Spread::new(&device, of);
@@ -594,10 +702,22 @@ fn offsets_beyond_2_to_the_31_elements() -> Result {
                 back(&device, &*backend, &views, (out.view(&device)?, &lse), gradients)?;
                 outputs.iter().map(|output| output.elements(&device)).collect::<Result<Vec<_>>>()?
             };
+            let bounds = if name == "cudnn" {
+                let class = backend.capabilities().numerics_of(DType::Bf16).ok_or("bf16")?;
+                bounds_of(class, &inputs, &near[0], &lse)?.into()
+            } else {
+                Vec::new()
+            };
             for (index, (one, other)) in near.iter().zip(&far).enumerate() {
                 let what = format!("{name}, terms: {has_terms}, result {index}");
-                // Of cuDNN the gradient of queries may differ from call to call.
-                assert!(one == other || (name == "cudnn" && index == 1), "{what}");
+                match bounds.get(index.wrapping_sub(1)) {
+                    Some(bounds) => {
+                        let apart = most_apart(one, other, bounds);
+                        println!("{what}: {apart} of the bound apart");
+                        assert!(apart <= 2.0, "{what}: {apart} of the bound apart");
+                    }
+                    None => assert!(one == other, "{what}: other bits"),
+                }
                 let row = other.len() / 2;
                 let has_both =
                     other[..row].iter().any(|&byte| byte != 0) && other[row..].iter().any(|&byte| byte != 0);

@@ -102,7 +102,6 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
             }
             names.insert(of("attention_prepare_gradients", Tiles::of_rows(), ""));
             names.insert(of("attention_gradient_of_sinks", Tiles::of_rows(), ""));
-            names.insert(of("attention_sum_rows", queries, ""));
             names.insert(of("attention_gradient_of_queries", queries, ""));
             names.insert(of("attention_gradient_of_keys", keys, ONE_GRADIENT));
             if !shape.splits_gradients() {
@@ -263,16 +262,17 @@ impl Plan {
             kernel.clone(),
             &[row_count.div_ceil(kernel.tiles.threads() / self.shape.threads_to_a_row())],
         )?;
-        let queries = self.shape.queries(machine);
-        let sums = Kernel {
-            source: "attention_backward_sums.cu",
-            entry_point: "attention_sum_rows",
-            // The products are those of the gradient of queries, bit by bit.
-            tiles: Tiles { stages: 1, ..queries },
-            shared_bytes: self.shape.sums_bytes(queries),
+        // First, since it leaves the sums of rows with a large logsumexp for the others: where the gradient is not wanted, that is all that
+        // it does.
+        let tiles = self.shape.queries(machine);
+        let queries = Kernel {
+            source: "attention_backward_queries.cu",
+            entry_point: "attention_gradient_of_queries",
+            tiles,
+            shared_bytes: self.shape.queries_bytes(tiles),
             ..kernel.clone()
         };
-        self.add(sums, &[dims.query_length.div_ceil(queries.rows), dims.query_heads, dims.batch])?;
+        self.add(queries, &[dims.query_length.div_ceil(tiles.rows), dims.query_heads, dims.batch])?;
         if wants(Gradients::SINKS) {
             let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
             self.add(sinks, &[dims.query_heads])?;
@@ -290,18 +290,6 @@ impl Plan {
                 shared_bytes: self.shape.keys_bytes(tiles),
             };
             self.add(keys, &[dims.key_length.div_ceil(tiles.keys), dims.key_heads, dims.batch])?;
-        }
-        if wants(Gradients::QUERY) {
-            let tiles = queries;
-            let queries = Kernel {
-                source: "attention_backward_queries.cu",
-                entry_point: "attention_gradient_of_queries",
-                tiles,
-                wanted: 0,
-                blocks: 0,
-                shared_bytes: self.shape.queries_bytes(tiles),
-            };
-            self.add(queries, &[dims.query_length.div_ceil(tiles.rows), dims.query_heads, dims.batch])?;
         }
         if let Some(bias) = problem.tensor(Role::Bias).filter(|_| wants(Gradients::BIAS)) {
             let tiles = self.shape.bias(machine);

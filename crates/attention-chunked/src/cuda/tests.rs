@@ -245,10 +245,40 @@ fn long_f32_is_split_where_that_is_wanted() {
         let plan = Plan::of(&problem, machine).unwrap();
         plan.kernels.iter().filter(|kernel| kernel.tiles.split).count()
     };
-    // Sums of far rows, the gradients of keys and values, and of queries.
-    assert_eq!([SMALL, AMPERE, HOPPER].map(|machine| splits_with(machine, 64)), [3; 3]);
+    // The gradients of queries, and of keys and values.
+    assert_eq!([SMALL, AMPERE, HOPPER].map(|machine| splits_with(machine, 64)), [2; 3]);
     assert_eq!([48, 192].map(|head| splits_with(HOPPER, head)), [0; 2]);
     assert_eq!(splits_with(Machine { splits: false, ..HOPPER }, 128), 0);
+}
+
+/// The kernel for the gradient of queries sums the rows whose logsumexp is large, whether or not the gradient is wanted.
+#[test]
+fn rows_are_summed_before_others_need_them_and_without_a_launch_of_their_own() {
+    let desc = |width| TensorDesc::contiguous(DType::Bf16, [2, 300, 4, width]);
+    let builder = Problem::builder(desc(64), desc(64), desc(64)).device(Device::Cuda(0));
+    let bias = TensorDesc::contiguous(DType::Bf16, [1, 4, 300, 300]);
+    let builder = builder.bias(bias).sinks(TensorDesc::contiguous(DType::F32, [4]));
+    let entry_points = |gradients: Gradients, machine: Machine| -> Vec<&str> {
+        let problem = builder.clone().gradients(gradients).build().unwrap();
+        let plan = Plan::of(&problem, machine).unwrap();
+        let name = |kernel: &super::plan::Kernel| kernel.entry_point.trim_start_matches("attention_");
+        plan.kernels.iter().map(name).collect()
+    };
+    let first = ["prepare_gradients", "gradient_of_queries"];
+    for machine in [SMALL, AMPERE, HOPPER] {
+        assert_eq!(entry_points(Gradients::QUERY, machine), first);
+        assert_eq!(
+            entry_points(Gradients::QKV, machine),
+            ["prepare_gradients", "gradient_of_queries", "gradient_of_keys"]
+        );
+        for (gradients, last) in [
+            (Gradients::KEY | Gradients::VALUE, "gradient_of_keys"),
+            (Gradients::SINKS, "gradient_of_sinks"),
+            (Gradients::BIAS, "gradient_of_bias"),
+        ] {
+            assert_eq!(entry_points(gradients, machine), [first[0], first[1], last]);
+        }
+    }
 }
 
 #[test]

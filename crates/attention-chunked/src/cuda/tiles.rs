@@ -377,17 +377,13 @@ impl Shape {
             + self.room(tiles, tiles.keys, tiles.rows)
     }
 
-    /// Shared memory of the kernel that sums far rows: one tile of queries, one of keys.
-    pub(crate) fn sums_bytes(self, tiles: Tiles) -> usize {
-        self.tile(tiles, tiles.rows, self.head) + self.tile(tiles, tiles.keys, self.head)
-    }
-
-    /// Shared memory of the kernels for the gradients of queries and of the bias, with the scores of rows on
-    /// warpgroups.
+    /// Shared memory of the kernels for the gradients of queries and of the bias, with `NUMBERS` of the former on warpgroups: the states of
+    /// rows, and 16 bytes that say what each sees.
     pub(crate) fn queries_bytes(self, tiles: Tiles) -> usize {
-        let scores = if tiles.warpgroups { (tiles.rows + 4) * self.dtype.accumulator().size() } else { 0 };
+        let states = (3 * tiles.rows + 4) * self.dtype.accumulator().size();
+        let numbers = if tiles.warpgroups { states + 16 * tiles.rows } else { 0 };
         self.both(tiles, tiles.rows)
-            + scores
+            + numbers
             + tiles.stages * self.both(tiles, tiles.keys)
             + self.room(tiles, tiles.rows, tiles.keys)
     }

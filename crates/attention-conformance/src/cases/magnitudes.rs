@@ -2,7 +2,7 @@
 //!
 //! Each row of a case has another magnitude, so that one case has them all.
 
-use attention_core::DType;
+use attention_core::{DType, Gradients};
 
 use super::{AlibiShape, BiasContent, Broadcast, Case, Far, Grid, Saved, Sizes, Values, dims};
 
@@ -81,6 +81,14 @@ fn biases(cases: &mut Vec<Case>) {
         case.options.d_lse = true;
         cases.push(case);
     }
+    // Gradients that need the rows' sums without the gradient of queries, whose kernel takes them in `chunked-cuda`; and heads of more rows
+    // than a tile has, some of whose tiles have ordinary rows alone.
+    for (size, sizes) in [SIZES[1], SIZES[2], ("tall", [1, 352, 40, 1, 1, 16])] {
+        let mut case = with_bias(format!("magnitude/rows-{size}-without-dq"), sizes, Far::Rows, 0);
+        case.options.gradients = Gradients::KEY | Gradients::VALUE;
+        cases.push(case);
+    }
+    cases.push(with_bias("magnitude/rows-tall".to_owned(), [1, 352, 40, 1, 1, 16], Far::Rows, 0));
     let mut case = with_bias("magnitude/first-causal".to_owned(), [1, 30, 300, 4, 2, 16], Far::First, 0);
     case.options.causal = true;
     case.options.query_offset = attention_core::QueryOffset::BottomRight;

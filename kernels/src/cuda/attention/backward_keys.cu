@@ -180,6 +180,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         // Behind the last row a bias may hold anything, and behind the last key there is none.
         const bool whole = t + ROWS <= to && first + KEYS <= end;
         const bool checked = !whole || first_key(batch, last_t) > first || end_key(batch, t) < end;
+        const bool may_be_far = state[2 * ROWS] != 0;
 
         real weights[KEY_SLOTS][ROW_SLOTS], gradients[KEY_SLOTS][ROW_SLOTS];
         begin_products<KEYS, ROWS, HEAD, true>(weights, key_tile, query_tile);
@@ -189,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         await_products<0>();
         hold(weights);
         if constexpr (WANTS_KEYS) hold(gradients);
-        if (state[2 * ROWS] != 0)
+        if (__builtin_expect(may_be_far, 0))
             weigh_tile<Checked, true>(p, batch, b, n, t, first, state, terms, weights, gradients);
         else if (checked)
             weigh_tile<Checked, false>(p, batch, b, n, t, first, state, terms, weights, gradients);

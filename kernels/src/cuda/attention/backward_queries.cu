@@ -1,17 +1,34 @@
 // The gradient of queries. One block to a tile of query rows of a head, which goes over the keys that they see. STAGES says how
 // many tiles of keys there is room for.
+//
+// Where the tile has a far row (gradients.cuh), the block goes over the keys twice, first for the sums of such rows. It leaves those for
+// the kernels behind it, and says so for its head. That is all there is to do where nobody wants the gradient.
+
+// Whether threads keep what they know of their rows in registers. On warpgroups, beside a bias or a mask, there are none to spare: what is
+// read of those for a tile would be stored again, and waited for before the products are there.
+constexpr bool KEEPS_ROWS = !ON_WARPGROUPS || !(PACKS_MASK || PACKS_BIAS);
+
+// What is kept in shared memory of a row then: the keys in reach, and where its bias or mask begins.
+struct Reach {
+    int low, high;
+    long long terms;
+};
+
+// Numbers of a block on warpgroups: whether the tile has a far row, 12 bytes that keep the next ones aligned, the score, offset and row
+// term of each row, and its reach.
+constexpr int NUMBERS = ON_WARPGROUPS ? 4 + 3 * ROWS + ROWS * (int)(sizeof(Reach) / sizeof(real)) : 0;
 
 // From products of queries and keys, and of d_out and values, to the gradients of the products, in the place of the second.
-template <class Check, bool IS_FAR>
-__device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], const real *scores,
-                                  const real (&offsets)[row_slots<ROWS>()], const real (&deltas)[row_slots<ROWS>()], int first, const RowTerms<ROWS, KEYS> &terms,
-                                  const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
+// `state_of_slot` gives the state of a row of the thread; without IS_FAR, its score is 0.
+template <class Check, bool IS_FAR, class StateOf>
+__device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], StateOf state_of_slot, int first,
+                                  const RowTerms<ROWS, KEYS> &terms, const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
                                   real (&gradients)[row_slots<ROWS>()][column_slots<KEYS>()]) {
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
         const real distance = distance_of(p, rows[r], first + key_at(0));
-        const State state{IS_FAR && offsets[r] > -infinity() ? scores[row_at<ROWS>(r)] : real(0), offsets[r], deltas[r]};
+        const State state = state_of_slot(r, IS_FAR);
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c)
             gradients[r][c] = weigh<Check, IS_FAR, false>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c,
@@ -27,9 +44,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
     element *const d_out_tile = query_tile + tile_size<ROWS, HEAD>();
     element *const key_tiles = d_out_tile + tile_size<ROWS, VALUE>();
     element *const value_tiles = key_tiles + STAGES * KEY_TILE;
-    // On warpgroups, whether the head has far rows and the score of each row are here: there are no registers to spare for them.
     real *const far = reinterpret_cast<real *>(value_tiles + STAGES * VALUE_TILE);
-    real *const room = far + (ON_WARPGROUPS ? ROWS + 4 : 0);
+    real *const room = far + NUMBERS;
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>(), OUT_SLOTS = output_slots<HEAD>();
 
     const int row_tiles = (int)((p.query_length + ROWS - 1) / ROWS);
@@ -37,6 +53,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
     const int first_t = (row_tiles - 1 - place.tile) * ROWS;
     const long long n = place.head, b = place.batch, key_head = (unsigned)place.head / (unsigned)p.group;
     const Batch batch = batch_row(p, b);
+    const real *const scores = scores_of_states(p) + state_of(p, b, n, first_t);
+    // attention_prepare_gradients gives a score to far rows alone.
+    const auto is_far_row = [&](int row) { return first_t + row < batch.queries && scores[row] != 0; };
+    const bool wants_gradient = p.d_query.data != nullptr;
+    if (!wants_gradient) {
+        bool any_far = false;
+        for (int row = threadIdx.x; row < ROWS; row += BLOCK) any_far |= is_far_row(row);
+        if (!__syncthreads_or(any_far)) return;
+    }
 
     int from = 0, to = 0, all_from = 0, all_to = 0;
     if (first_t < batch.queries) {
@@ -71,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
     Gate *const queries_there = reinterpret_cast<Gate *>(room);
     Gate *const there = queries_there + 1, *const done = there + STAGES;
     if (threadIdx.x == 0) {
+        *far = 0;
         open_gate(queries_there, LOADERS);
         for (int slot = 0; slot < STAGES; ++slot) {
             open_gate(there + slot, LOADERS);
@@ -88,15 +114,27 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         else
             stage_d_out();
         deliver(queries_there);
-        for (int first = from, step = 0; first < to; first += KEYS, ++step) {
-            const int slot = step % STAGES;
-            if (has_keys) announce_terms<ROWS, KEYS>(p, b, n, first_t, first);
-            pass(done + slot, step / STAGES - 1);
-            if (has_keys)
-                stage_keys(slot, first);
-            else
-                stage_values(slot, first);
-            deliver(there + slot);
+        int step = 0;
+        const auto load_keys = [&] {
+            for (int first = from; first < to; first += KEYS, ++step) {
+                const int slot = step % STAGES;
+                if (has_keys) announce_terms<ROWS, KEYS>(p, b, n, first_t, first);
+                pass(done + slot, step / STAGES - 1);
+                if (has_keys)
+                    stage_keys(slot, first);
+                else
+                    stage_values(slot, first);
+                deliver(there + slot);
+            }
+        };
+        // The first round of keys is loaded whether rows are far or not, so loaders need not wait to know. The threads that compute set
+        // `far` before they take the first tile, so that it is known once they are done with the last one.
+#pragma unroll 1
+        for (bool again = true; again;) {
+            const int start = step;
+            load_keys();
+            pass(done + (step - 1) % STAGES, (step - 1) / STAGES);
+            again = start == 0 && wants_gradient && *far != 0;
         }
         return;
     }
@@ -105,31 +143,57 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
 
     Row rows[ROW_SLOTS];
     real offsets[ROW_SLOTS], deltas[ROW_SLOTS];
-#if ON_WARPGROUPS
-    const real *const scores = far + 4;
-    const auto has_far = [&] { return *far != 0; };
-    if (threadIdx.x == 0) *far = far_heads(p)[b * p.query_heads + n];
-    for (int row = threadIdx.x; row < ROWS; row += THREADS)
-        far[4 + row] = first_t + row < batch.queries ? scores_of_states(p)[state_of(p, b, n, first_t + row)] : real(0);
-    meet();
-#else
-    const real *const scores = scores_of_states(p) + state_of(p, b, n, first_t);
-    const bool is_far_head = has_far_rows(p, b, n);
-    const auto has_far = [&] { return is_far_head; };
-#endif
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
         const long long t = first_t + row_at<ROWS>(r);
         rows[r] = row_of(p, batch, b, n, t);
-        const bool there = t < batch.queries;
+        const bool there = KEEPS_ROWS && t < batch.queries;
         offsets[r] = there ? p.first[state_of(p, b, n, t)] : -infinity();
         deltas[r] = there ? p.second[state_of(p, b, n, t)] : real(0);
     }
-    real sums[ROW_SLOTS][OUT_SLOTS];
+#if ON_WARPGROUPS
+    real *const scores_here = far + 4, *const offsets_here = scores_here + ROWS, *const deltas_here = offsets_here + ROWS;
+    Reach *const reach_here = reinterpret_cast<Reach *>(deltas_here + ROWS);
+    for (int row = threadIdx.x; row < ROWS; row += THREADS) {
+        const bool there = first_t + row < batch.queries;
+        const long long place = state_of(p, b, n, first_t + row);
+        const real score = there ? scores[row] : real(0);
+        scores_here[row] = score;
+        if constexpr (!KEEPS_ROWS) {
+            offsets_here[row] = there ? p.first[place] : -infinity();
+            deltas_here[row] = there ? p.second[place] : real(0);
+            const Row whole = row_of(p, batch, b, n, first_t + row);
+            reach_here[row] = Reach{whole.low, whole.high, PACKS_BIAS ? whole.bias : whole.mask};
+        }
+        if (score != 0) *far = 1;
+    }
+    meet();
+    const auto has_far = [&] { return *far != 0; };
+#else
+    bool any_far = false;
+    for (int row = threadIdx.x; row < ROWS; row += THREADS) any_far |= is_far_row(row);
+#endif
+    // Rows again, with what is asked for: where their bias or mask begins, or the keys in reach.
+    const auto refresh = [&](Row(&again)[ROW_SLOTS], bool reach) {
 #pragma unroll
-    for (int r = 0; r < ROW_SLOTS; ++r)
-#pragma unroll
-        for (int c = 0; c < OUT_SLOTS; ++c) sums[r][c] = 0;
+        for (int r = 0; r < ROW_SLOTS; ++r) {
+            if (KEEPS_ROWS) again[r] = rows[r];
+#if ON_WARPGROUPS
+            const Reach &here = reach_here[row_at<ROWS>(r)];
+            if (!KEEPS_ROWS && reach) again[r].low = here.low, again[r].high = here.high;
+            if (!KEEPS_ROWS && !reach) again[r].bias = again[r].mask = here.terms;
+#endif
+        }
+    };
+    const auto state_of_slot = [&](int r, bool may_be_far) {
+#if ON_WARPGROUPS
+        const int row = row_at<ROWS>(r);
+        if (!KEEPS_ROWS) return State{may_be_far ? scores_here[row] : real(0), offsets_here[row], deltas_here[row]};
+        return State{may_be_far ? scores_here[row] : real(0), offsets[r], deltas[r]};
+#else
+        return State{may_be_far && offsets[r] > -infinity() ? scores[row_at<ROWS>(r)] : real(0), offsets[r], deltas[r]};
+#endif
+    };
     if (from < to) {
 #if ON_WARPGROUPS
         pass(queries_there, 0);
@@ -139,8 +203,59 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         stage_step(0, from);
 #endif
     }
-    Factors<KEYS> factors;
+#if !ON_WARPGROUPS
+    const bool is_far_tile = __syncthreads_or(any_far);
+    const auto has_far = [&] { return is_far_tile; };
+#endif
     int step = 0;
+    if (__builtin_expect(has_far(), 0)) {
+        if (threadIdx.x == 0) far_heads(p)[b * p.query_heads + n] = 1;
+        real maxima[ROW_SLOTS], totals[ROW_SLOTS];
+#pragma unroll
+        for (int r = 0; r < ROW_SLOTS; ++r) {
+            maxima[r] = -infinity();
+            totals[r] = 0;
+        }
+#pragma unroll 1
+        for (int first = from; first < to; first += KEYS) {
+#if ON_WARPGROUPS
+            const int slot = step % STAGES;
+            pass(there + slot, step / STAGES);
+            sum_tile(p, rows, first, query_tile, key_tiles + slot * KEY_TILE, maxima, totals);
+            arrive_as_warp(done + slot);
+            ++step;
+#else
+            if (first > from) {
+                __syncthreads();
+                stage_keys(0, first);
+                close_copies();
+            }
+            await_copies<0>();
+            __syncthreads();
+            sum_tile(p, rows, first, query_tile, key_tiles, maxima, totals);
+#endif
+        }
+        finish_far_rows(p, batch, b, n, first_t, min(ROWS, batch.queries - first_t), maxima, totals, [&](int r, const State &state) {
+            offsets[r] = state.offset;
+#if ON_WARPGROUPS
+            scores_here[row_at<ROWS>(r)] = state.score;
+            if (!KEEPS_ROWS) offsets_here[row_at<ROWS>(r)] = state.offset;
+#endif
+        });
+        if (!wants_gradient) return;
+        // The rows are the warp's own.
+        __syncwarp();
+#if !ON_WARPGROUPS
+        __syncthreads();
+        if (from < to) stage_step(0, from);
+#endif
+    }
+    real sums[ROW_SLOTS][OUT_SLOTS];
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r)
+#pragma unroll
+        for (int c = 0; c < OUT_SLOTS; ++c) sums[r][c] = 0;
+    Factors<KEYS> factors;
     for (int first = from; first < to; first += KEYS, ++step) {
         const int slot = step % STAGES;
 #if ON_WARPGROUPS
@@ -151,21 +266,24 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         if (STAGES > 1 && first + KEYS < to) stage_step(step + 1, first + KEYS);
 #endif
         const element *key_tile = key_tiles + slot * KEY_TILE;
-        const bool checked = first < all_from || first + KEYS > all_to;
+        const bool checked = first < all_from || first + KEYS > all_to, may_be_far = has_far();
         real weights[ROW_SLOTS][KEY_SLOTS], gradients[ROW_SLOTS][KEY_SLOTS];
         begin_products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
         begin_products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tiles + slot * VALUE_TILE);
         RowTerms<ROWS, KEYS> terms;
-        if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, first);
+        Row known[ROW_SLOTS];
+        refresh(known, false);
+        if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, known, first);
         await_products<0>();
         hold(weights);
         hold(gradients);
-        if (has_far())
-            weigh_tile<Checked, true>(p, rows, scores, offsets, deltas, first, terms, weights, gradients);
+        refresh(known, true);
+        if (__builtin_expect(may_be_far, 0))
+            weigh_tile<Checked, true>(p, known, state_of_slot, first, terms, weights, gradients);
         else if (checked)
-            weigh_tile<Checked, false>(p, rows, scores, offsets, deltas, first, terms, weights, gradients);
+            weigh_tile<Checked, false>(p, known, state_of_slot, first, terms, weights, gradients);
         else
-            weigh_tile<Unchecked, false>(p, rows, scores, offsets, deltas, first, terms, weights, gradients);
+            weigh_tile<Unchecked, false>(p, known, state_of_slot, first, terms, weights, gradients);
         begin_weighted<ROWS, KEYS, HEAD>(sums, gradients, factors, key_tile, room);
         await_products<0>();
         hold(sums);

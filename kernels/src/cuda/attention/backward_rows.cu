@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_prepare_
     p.first[row] = state.offset;
     p.second[row] = state.delta;
     scores_of_states(p)[row] = state.score;
-    // attention_sum_rows sets it.
+    // Whoever sums a far row sets it (far_rows.cuh).
     if (t == 0) far_heads(p)[head] = 0;
 }
 

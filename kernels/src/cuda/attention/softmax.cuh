@@ -69,7 +69,8 @@ __device__ inline real logsumexp_of(precise reference, real sum) {
     return (real)(reference + (HALVES ? (precise)log(sum) : log((precise)sum)));
 }
 
-// What a row's sums are multiplied by, and its logsumexp. `maximum` is a score; without a key, `sum` is 0.
+// What a row's sums are multiplied by, and its logsumexp, if anyone wants it: it takes longer. `maximum` is a score; without a key, `sum`
+// is 0.
 __device__ inline real finish(const Parameters &p, long long n, bool padded, real maximum, real sum, real &logsumexp) {
     logsumexp = -infinity();
     if (padded) return 0;
@@ -79,11 +80,11 @@ __device__ inline real finish(const Parameters &p, long long n, bool padded, rea
         logsumexp = sink;
         return 0;
     }
-    const precise reference = reference_of(p, maximum);
     if (!has_sink) {
-        logsumexp = logsumexp_of(reference, sum);
+        if (p.lse.data) logsumexp = logsumexp_of(reference_of(p, maximum), sum);
         return keep_scale(p) / sum;
     }
+    const precise reference = reference_of(p, maximum);
     const precise top = fmax(reference, (precise)sink);
     const real own = exp((real)(reference - top));
     const real all = sum * own + exp((real)((precise)sink - top));

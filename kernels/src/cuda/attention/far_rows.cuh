@@ -1,0 +1,69 @@
+// The softmax of far rows (gradients.cuh) once more, from the products that the gradient of queries is made of: their logsumexp is so
+// large that its rounding would be seen. The kernel for that gradient does so before anything else, in blocks that have such a row.
+
+// Takes a tile of keys into the maxima and sums of the rows of a tile of queries. Both tiles are in shared memory.
+__device__ inline void sum_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first, const element *query_tile,
+                                const element *key_tile, real (&maxima)[row_slots<ROWS>()], real (&totals)[row_slots<ROWS>()]) {
+    real scores[row_slots<ROWS>()][column_slots<KEYS>()], shrink[row_slots<ROWS>()];
+    begin_products<ROWS, KEYS, HEAD>(scores, query_tile, key_tile);
+    RowTerms<ROWS, KEYS> terms;
+    if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, first);
+    await_products<0>();
+    hold(scores);
+    finish_scores<Checked>(p, rows, first, terms, scores);
+    carry_softmax<false>(scores, power_factor(p), maxima, totals, shrink);
+}
+
+// Leaves the states of the far rows among `row_count` from `first_t` on, but for the row term: a row's largest score and the offset of its
+// sum, where they give the logsumexp that was given but for rounding, else what that says. Those of other rows are there before. `use`
+// takes the slot and the state of each far row of the thread.
+template <class Use>
+__device__ inline void finish_far_rows(const Parameters &p, const Batch &batch, long long b, long long n, int first_t, int row_count,
+                                       real (&maxima)[row_slots<ROWS>()], real (&totals)[row_slots<ROWS>()], Use use) {
+    constexpr int ROW_SLOTS = row_slots<ROWS>();
+    const auto logsumexp_of_slot = [&](int r) {
+        const int row = row_at<ROWS>(r);
+        if (row >= row_count) return -infinity();
+        const real *const lse = reinterpret_cast<const real *>(p.lse.data);
+        return lse[b * p.lse.stride[0] + (long long)(first_t + row) * p.lse.stride[1] + n * p.lse.stride[2]];
+    };
+    // Rows to be summed by themselves: what they must not see may be NaN, and reach them by way of a bias of -inf or split products.
+    unsigned again = 0;
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r) {
+        totals[r] = sum_of_row(totals[r]);
+        if (is_far(logsumexp_of_slot(r)) && !is_finite(totals[r])) again |= 1u << r;
+    }
+    // A warp has whole rows.
+#pragma unroll 1
+    for (int slot = 0; slot < ROW_SLOTS; ++slot) {
+        for (unsigned lanes = __ballot_sync(~0u, leads_row() && (again >> slot & 1)); lanes != 0; lanes &= lanes - 1) {
+            const int row = __shfl_sync(~0u, row_at<ROWS>(slot), __ffs(lanes) - 1);
+            real maximum, total;
+            const Row whole = row_of(p, batch, b, n, first_t + row);
+            exact_softmax(p, whole, b, n, whole.low, whole.high, maximum, total);
+            // Its sum is relative to what the maximum says; here it is to be relative to the maximum.
+            const Shift shift = shift_of<HALVES>(maximum, power_factor(p));
+            total *= change_of(shift, Shift{maximum, 0}, power_factor(p));
+#pragma unroll
+            for (int r = 0; r < ROW_SLOTS; ++r) {
+                if (r != slot || row != row_at<ROWS>(r)) continue;
+                maxima[r] = maximum;
+                totals[r] = total;
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r) {
+        const real logsumexp = logsumexp_of_slot(r);
+        if (!is_far(logsumexp)) continue;
+        State state = state_of_logsumexp(p, logsumexp, 0);
+        state_of_sums(p, n, maxima[r], totals[r], logsumexp, state);
+        if (leads_row()) {
+            const long long place = state_of(p, b, n, first_t + row_at<ROWS>(r));
+            scores_of_states(p)[place] = state.score;
+            p.first[place] = state.offset;
+        }
+        use(r, state);
+    }
+}
