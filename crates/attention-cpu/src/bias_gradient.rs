@@ -125,23 +125,6 @@ pub(crate) fn run<E: Operand>(
     scratch: &mut [u8],
 ) {
     shared.runs.dbias_as.count(dbias.desc().dtype());
-    match dbias.desc().dtype() {
-        DType::F64 => write::<E, f64>(shared, small, sizes, dbias, team, scratch),
-        DType::F32 => write::<E, f32>(shared, small, sizes, dbias, team, scratch),
-        DType::F16 => write::<E, f16>(shared, small, sizes, dbias, team, scratch),
-        DType::Bf16 => write::<E, bf16>(shared, small, sizes, dbias, team, scratch),
-        dtype => unreachable!("a checked call has a bias of a float dtype, got {dtype}"),
-    }
-}
-
-fn write<E: Operand, T: Scalar>(
-    shared: &Shared<'_, E>,
-    small: &Shared<'_, E::Small>,
-    sizes: &backward::Sizes,
-    dbias: ViewMut<'_>,
-    team: &Team,
-    scratch: &mut [u8],
-) {
     let problem = shared.problem;
     let shape = bias_shape(problem).unwrap_or_else(|| unreachable!("the problem has the gradient"));
     if dbias.desc().is_empty() {
@@ -154,24 +137,21 @@ fn write<E: Operand, T: Scalar>(
         .into_axis(0)
         .flat_map(|view| view.into_axis(0))
         .flat_map(move |view| view.into_chunks(0, size(2, PART_QUERIES)))
-        .flat_map(move |view| view.into_chunks(1, size(3, PART_KEYS)))
-        .map(|view| {
-            view.host_mut::<T>().unwrap_or_else(|| unreachable!("a checked call has dbias in host memory"))
-        });
+        .flat_map(move |view| view.into_chunks(1, size(3, PART_KEYS)));
     let tasks = parts(problem, shape).zip(views);
     let cut = &shared.runs.dbias_task;
 
     let sums_bytes = sums_bytes(problem).unwrap_or_else(|| unreachable!("sized before"));
-    workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_worker, |(part, mut view), scratch| {
-        let columns = view.shape()[1];
-        if view.shape()[0] < shape[2] {
+    workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_worker, |(part, view), scratch| {
+        let [rows, columns] = [0, 1].map(|axis| view.desc().shape()[axis]);
+        if rows < shape[2] {
             cut.part_of_rows.count();
         }
         if columns < shape[3] {
             cut.part_of_keys.count();
         }
         let (sums, rest) = scratch.split_at_mut(sums_bytes);
-        let sums = Carver::new(sums).take::<f64>(view.shape()[0] * columns);
+        let sums = Carver::new(sums).take::<f64>(rows * columns);
         sums.fill(0.0);
         let batches = if plan::has_logits(problem) { part.batches.clone() } else { 0..0 };
         for batch in batches {
@@ -183,10 +163,28 @@ fn write<E: Operand, T: Scalar>(
                 add_batch(shared, batch, &part, shape, sums, columns, &mut scratch);
             }
         }
-        for (row, sums) in sums.chunks_exact(columns.max(1)).enumerate() {
-            view.row_mut(&[row]).fill_with(|column| T::from_f64(sums[column]));
-        }
+        write_rows(view, sums);
     });
+}
+
+/// Writes the numbers of all rows, rounded.
+fn write_rows(view: ViewMut<'_>, numbers: &[f64]) {
+    fn typed<T: Scalar>(view: ViewMut<'_>, numbers: &[f64]) {
+        let Some(mut view) = view.host_mut::<T>() else {
+            unreachable!("a checked call has the gradient in host memory")
+        };
+        let columns = view.shape()[1];
+        for (row, numbers) in numbers.chunks_exact(columns.max(1)).enumerate() {
+            view.row_mut(&[row]).fill_with(|column| T::from_f64(numbers[column]));
+        }
+    }
+    match view.desc().dtype() {
+        DType::F64 => typed::<f64>(view, numbers),
+        DType::F32 => typed::<f32>(view, numbers),
+        DType::F16 => typed::<f16>(view, numbers),
+        DType::Bf16 => typed::<bf16>(view, numbers),
+        dtype => unreachable!("a checked call has a bias of a float dtype, got {dtype}"),
+    }
 }
 
 /// Adds the gradients of all logits of a part that are in one batch row to the part's sums, rows of `columns`.

@@ -13,8 +13,8 @@ use crate::operand::{Head, Operand, read_row, write_row};
 use crate::packed::{Columns, Dense, Panels, panel_elements};
 use crate::plan::{self, Task, TaskSize};
 use crate::scratch::{Carver, piece_bytes};
-use crate::simd::{Kernel, dispatch};
-use crate::softmax::{RowDropout, RowSoftmax, softmax};
+use crate::simd::dispatch;
+use crate::softmax::{RowDropout, RowSoftmax, SoftmaxRows};
 use crate::variants::Runs;
 use crate::{direct, workers};
 
@@ -310,10 +310,6 @@ impl<'a, E: Operand> Shared<'a, E> {
         }
     }
 
-    fn sink(&self, head: usize) -> Option<E::Compute> {
-        self.sinks.as_ref().map(|sinks| sinks.at(&[head]))
-    }
-
     fn task(
         &self,
         task: &Task,
@@ -386,31 +382,15 @@ impl<'a, E: Operand> Shared<'a, E> {
         logits: &mut [E::Compute],
         stride: usize,
     ) -> Vec<RowSoftmax<E::Compute>> {
-        struct Block<'b, 'a, E: Operand> {
-            shared: &'b Shared<'a, E>,
-            rows: &'b Rows,
-            columns: &'b Columns,
-            logits: &'b mut [E::Compute],
-            stride: usize,
-        }
-
-        impl<E: Operand> Kernel for Block<'_, '_, E> {
-            type Output = Vec<RowSoftmax<E::Compute>>;
-
-            #[inline(always)]
-            fn run<const FMA: bool>(self) -> Self::Output {
-                let Self { shared, rows, columns, logits, stride } = self;
-                let mut results = Vec::with_capacity(rows.len());
-                for ((head, query), row) in rows.iter().zip(logits.chunks_mut(stride)) {
-                    let row = &mut row[..columns.count];
-                    shared.terms.apply::<FMA>(rows.batch, (head, query), columns, row, None);
-                    results.push(softmax::<_, FMA>(row, shared.sink(head)));
-                }
-                results
-            }
-        }
-
-        let results = dispatch(Block { shared: self, rows, columns, logits: &mut *logits, stride });
+        let terms = &self.terms;
+        let results = dispatch(SoftmaxRows {
+            terms,
+            sinks: self.sinks.as_ref(),
+            rows,
+            columns,
+            logits: &mut *logits,
+            stride,
+        });
         let keys = self.problem.key_value_len(rows.batch);
         for ((head, query), row) in rows.iter().zip(logits.chunks_mut(stride)) {
             if let Some(dropout) = RowDropout::new(self.problem, rows.batch, head, query) {

@@ -23,29 +23,9 @@ pub(crate) fn run<E: Operand>(
     scratch: &mut [u8],
 ) {
     shared.runs.dsinks_as.count(dsinks.desc().dtype());
-    match dsinks.desc().dtype() {
-        DType::F64 => write::<E, f64>(shared, small, sizes, dsinks, team, scratch),
-        DType::F32 => write::<E, f32>(shared, small, sizes, dsinks, team, scratch),
-        DType::F16 => write::<E, f16>(shared, small, sizes, dsinks, team, scratch),
-        DType::Bf16 => write::<E, bf16>(shared, small, sizes, dsinks, team, scratch),
-        dtype => unreachable!("a checked call has sinks of a float dtype, got {dtype}"),
-    }
-}
-
-fn write<E: Operand, T: Scalar>(
-    shared: &Shared<'_, E>,
-    small: &Shared<'_, E::Small>,
-    sizes: &Sizes,
-    dsinks: ViewMut<'_>,
-    team: &Team,
-    scratch: &mut [u8],
-) {
     let dims = shared.problem.dims();
     let tasks = dsinks.into_chunks(0, 1).enumerate();
     workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_worker, |(head, view), scratch| {
-        let mut view = view
-            .host_mut::<T>()
-            .unwrap_or_else(|| unreachable!("a checked call has the gradient in host memory"));
         let mut sum = 0.0;
         // Without query rows, of any number of batch rows.
         for batch in 0..if dims.query_length > 0 { dims.batch } else { 0 } {
@@ -55,8 +35,25 @@ fn write<E: Operand, T: Scalar>(
                 shared.sink_gradient(batch, head, || Scratch::carve(&sizes.pieces, scratch))
             };
         }
-        view.set(&[0], T::from_f64(sum));
+        write_one(view, sum);
     });
+}
+
+/// Writes a number, rounded.
+fn write_one(view: ViewMut<'_>, number: f64) {
+    fn typed<T: Scalar>(view: ViewMut<'_>, number: f64) {
+        let Some(mut view) = view.host_mut::<T>() else {
+            unreachable!("a checked call has the gradient in host memory")
+        };
+        view.set(&[0], T::from_f64(number));
+    }
+    match view.desc().dtype() {
+        DType::F64 => typed::<f64>(view, number),
+        DType::F32 => typed::<f32>(view, number),
+        DType::F16 => typed::<f16>(view, number),
+        DType::Bf16 => typed::<bf16>(view, number),
+        dtype => unreachable!("a checked call has sinks of a float dtype, got {dtype}"),
+    }
 }
 
 impl<E: Operand> Shared<'_, E> {

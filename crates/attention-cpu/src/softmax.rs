@@ -2,8 +2,11 @@
 
 use attention_core::{DropoutStream, Problem};
 
+use crate::bias::AnyFloat;
 use crate::elementary::Compute;
+use crate::logits::{Rows, Terms};
 use crate::packed::Columns;
+use crate::simd::Kernel;
 
 /// Independent accumulators of a reduction: enough for four vectors of the widest kind.
 const LANES: usize = 64;
@@ -140,6 +143,33 @@ impl<C: Compute> RowDropout<C> {
     /// not negative.
     pub(crate) fn apply(&self, columns: &Columns, keys: usize, row: &mut [C]) {
         self.for_each(columns, keys, |column, factor| row[column] *= factor);
+    }
+}
+
+/// The softmax of the rows of a block, from products to unnormalised weights.
+pub(crate) struct SoftmaxRows<'b, 'a, C> {
+    pub(crate) terms: &'b Terms<'a, C>,
+    pub(crate) sinks: Option<&'b AnyFloat<'a>>,
+    pub(crate) rows: &'b Rows,
+    pub(crate) columns: &'b Columns,
+    /// Rows some distance apart.
+    pub(crate) logits: &'b mut [C],
+    pub(crate) stride: usize,
+}
+
+impl<C: Compute> Kernel for SoftmaxRows<'_, '_, C> {
+    type Output = Vec<RowSoftmax<C>>;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Self::Output {
+        let Self { terms, sinks, rows, columns, logits, stride } = self;
+        let mut results = Vec::with_capacity(rows.len());
+        for (index, (head, query)) in rows.iter().enumerate() {
+            let row = &mut logits[index * stride..][..columns.count];
+            terms.apply::<FMA>(rows.batch, (head, query), columns, row, None);
+            results.push(softmax::<_, FMA>(row, sinks.map(|sinks| sinks.at(&[head]))));
+        }
+        results
     }
 }
 

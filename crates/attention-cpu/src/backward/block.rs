@@ -4,13 +4,14 @@ use attention_core::Scalar;
 
 use super::Shared;
 use super::pieces::{BlockScratch, Scratch};
+use crate::bias::AnyFloat;
 use crate::direct;
 use crate::elementary::Compute;
-use crate::logits::Rows;
+use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, read_row};
 use crate::packed::{Columns, Panels};
 use crate::simd::{Kernel, dispatch};
-use crate::softmax::{RowDropout, RowSoftmax, mean, softmax};
+use crate::softmax::{RowDropout, SoftmaxRows, mean, softmax};
 
 /// What a block's gradient is taken of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,10 +78,6 @@ impl<E: Operand> Shared<'_, E> {
         RowState { lse, product: E::Compute::from_f64(product), d_lse }
     }
 
-    fn sink(&self, head: usize) -> Option<E::Compute> {
-        self.sinks.as_ref().map(|sinks| sinks.at(&[head]))
-    }
-
     /// Computes a block's probabilities after dropout (with the marks of what takes no part) and the gradients of
     /// its logits or products, and leaves its queries and output gradients packed.
     #[allow(
@@ -136,7 +133,9 @@ impl<E: Operand> Shared<'_, E> {
         block: &mut BlockScratch<'_, E::Compute>,
     ) {
         let sums = dispatch(SoftmaxGradient {
-            shared: self,
+            terms: &self.terms,
+            sinks: self.sinks.as_ref(),
+            epsilon: E::STATISTICS_EPSILON,
             rows,
             columns,
             states,
@@ -166,24 +165,6 @@ impl<E: Operand> Shared<'_, E> {
         state: &RowState<E::Compute>,
         scratch: &mut Scratch<'_, E::Compute>,
     ) -> Option<f64> {
-        struct OwnSink<'b, 'a, E: Operand> {
-            shared: &'b Shared<'a, E>,
-            row: (usize, usize, usize),
-            columns: &'b Columns,
-            logits: &'b mut [E::Compute],
-        }
-
-        impl<E: Operand> Kernel for OwnSink<'_, '_, E> {
-            type Output = RowSoftmax<E::Compute>;
-
-            #[inline(always)]
-            fn run<const FMA: bool>(self) -> Self::Output {
-                let Self { shared, row: (batch, head, query), columns, logits } = self;
-                shared.terms.apply::<FMA>(batch, (head, query), columns, logits, None);
-                softmax::<_, FMA>(logits, shared.sink(head))
-            }
-        }
-
         let keys = self.problem.key_range(batch, query);
         let head_of_keys = Head::<E>::new(&self.key, batch, head / self.problem.dims().group_size());
         let row = &mut scratch.block.query[..head_of_keys.width()];
@@ -191,7 +172,10 @@ impl<E: Operand> Shared<'_, E> {
         let logits = &mut scratch.block.probabilities[..keys.len()];
         direct::products(&head_of_keys, keys.clone(), row, self.terms.scale, scratch.row, logits, keys.len());
         let columns = Columns { start: keys.start, count: keys.len() };
-        let own = dispatch(OwnSink { shared: self, row: (batch, head, query), columns: &columns, logits });
+        let (stride, rows) = (logits.len(), Rows { batch, heads: head..head + 1, queries: query..query + 1 });
+        let (terms, sinks) = (&self.terms, self.sinks.as_ref());
+        let own = dispatch(SoftmaxRows { terms, sinks, rows: &rows, columns: &columns, logits, stride });
+        let own = own.first()?;
         state.is_of(own.lse, E::STATISTICS_EPSILON).then(|| (own.sink / own.total).to_f64())
     }
 }
@@ -204,41 +188,56 @@ struct SumsOfRows {
 }
 
 /// From products to probabilities, and from products of output gradients and values to gradients of the logits.
-struct SoftmaxGradient<'b, 'a, E: Operand> {
-    shared: &'b Shared<'a, E>,
+struct SoftmaxGradient<'b, 'a, C> {
+    terms: &'b Terms<'a, C>,
+    sinks: Option<&'b AnyFloat<'a>>,
+    /// The distance from 1 to the next number of the stored logsumexps.
+    epsilon: f64,
     rows: &'b Rows,
     columns: &'b Columns,
-    states: &'b [RowState<E::Compute>],
-    probabilities: &'b mut [E::Compute],
-    d_logits: &'b mut [E::Compute],
-    capped: &'b mut [E::Compute],
+    states: &'b [RowState<C>],
+    probabilities: &'b mut [C],
+    d_logits: &'b mut [C],
+    capped: &'b mut [C],
     stride: usize,
     of: GradientOf,
 }
 
-impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
+impl<C: Compute> Kernel for SoftmaxGradient<'_, '_, C> {
     type Output = SumsOfRows;
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> SumsOfRows {
         let mut sums = SumsOfRows::default();
-        let Self { shared, rows, columns, states, probabilities, d_logits, capped, stride, of } = self;
-        let (problem, batch) = (shared.problem, rows.batch);
+        let Self {
+            terms,
+            sinks,
+            epsilon,
+            rows,
+            columns,
+            states,
+            probabilities,
+            d_logits,
+            capped,
+            stride,
+            of,
+        } = self;
+        let (problem, batch) = (terms.problem, rows.batch);
         let keys = problem.key_value_len(batch);
         for (index, (head, query)) in rows.iter().enumerate() {
             let at = index * stride;
             let p = &mut probabilities[at..][..columns.count];
             let d = &mut d_logits[at..][..columns.count];
-            let mut capped = shared.terms.softcap.map(|_| &mut capped[at..][..columns.count]);
+            let mut capped = terms.softcap.map(|_| &mut capped[at..][..columns.count]);
             let state = &states[index];
-            if state.lse == E::Compute::NEG_INFINITY {
-                p.fill(E::Compute::DISALLOWED);
-                d.fill(E::Compute::DISALLOWED);
+            if state.lse == C::NEG_INFINITY {
+                p.fill(C::DISALLOWED);
+                d.fill(C::DISALLOWED);
                 continue;
             }
-            shared.terms.apply::<FMA>(batch, (head, query), columns, p, capped.as_deref_mut());
-            let own = softmax::<_, FMA>(p, shared.sink(head));
-            let whole = state.is_of(own.lse, E::STATISTICS_EPSILON);
+            terms.apply::<FMA>(batch, (head, query), columns, p, capped.as_deref_mut());
+            let own = softmax::<_, FMA>(p, sinks.map(|sinks| sinks.at(&[head])));
+            let whole = state.is_of(own.lse, epsilon);
             sums.own |= whole;
             sums.given |= !whole;
             // exp(x - lse) = exp(x - max) / (sum * exp(lse - own lse)).
@@ -249,21 +248,21 @@ impl<E: Operand> Kernel for SoftmaxGradient<'_, '_, E> {
             for (d, p) in d.iter_mut().zip(p.iter_mut()) {
                 let allowed = !p.is_disallowed();
                 *p = if allowed { *p / total } else { *p };
-                *d = if allowed { *d } else { E::Compute::ZERO };
+                *d = if allowed { *d } else { C::ZERO };
             }
             let delta = if whole { mean(p, d, own.sink / total) - state.d_lse } else { state.delta() };
             for (d, &p) in d.iter_mut().zip(&*p) {
-                *d = if p.is_disallowed() { E::Compute::DISALLOWED } else { p * (*d - delta) };
+                *d = if p.is_disallowed() { C::DISALLOWED } else { p * (*d - delta) };
             }
-            if let (Some(cap), Some(capped), GradientOf::Products) = (shared.terms.softcap, capped, of) {
+            if let (Some(cap), Some(capped), GradientOf::Products) = (terms.softcap, capped, of) {
                 for (d, (&capped, &p)) in d.iter_mut().zip(capped.iter().zip(&*p)) {
                     let ratio = capped / cap;
-                    let slope = E::Compute::ONE - ratio * ratio;
-                    *d = if p.is_disallowed() { E::Compute::DISALLOWED } else { *d * slope };
+                    let slope = C::ONE - ratio * ratio;
+                    *d = if p.is_disallowed() { C::DISALLOWED } else { *d * slope };
                 }
             }
-            let (before, _) = shared.terms.gradient_scale;
-            if of == GradientOf::Products && before != E::Compute::ONE {
+            let (before, _) = terms.gradient_scale;
+            if of == GradientOf::Products && before != C::ONE {
                 // The sign of a disallowed one stays.
                 d.iter_mut().for_each(|d| *d *= before);
             }
