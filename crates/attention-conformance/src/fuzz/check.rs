@@ -150,7 +150,7 @@ impl<'a> Prepared<'a> {
         let base = Base { subject, case, data, problem, saved, oracle, results };
         // The same variations for every backend, so that a fault is found again on its own.
         let mut rng = Rng::named(self.fuzz.seed(), &problem.pass().to_string());
-        counts.of(self.fuzz.dtype, problem.pass()).bitwise += base.check_some(&mut rng)?;
+        counts.of(self.fuzz.dtype, problem.pass()).bitwise += base.check_some(&mut rng, self.overflows)?;
         Ok(())
     }
 
