@@ -339,6 +339,19 @@ fn tensor(problem: &Problem, role: Role) -> Result<(), Unsupported> {
             ));
         }
     }
+    // Seen with 9.19 on an H200: gradients of tensors whose elements lie farther apart were more than twice the bound of their
+    // class from those of near ones; outputs had the same bits.
+    if problem.pass() == Pass::Backward {
+        let reach = |axis: usize| (shape[axis] as i128 - 1).max(0) * strides[axis] as i128;
+        let last: i128 = (0..desc.rank()).map(reach).sum();
+        if last > i128::from(i32::MAX) {
+            return Err(limit(
+                format!("the last element of {role} in backward"),
+                last,
+                "at most 2^31 - 1 elements behind the first",
+            ));
+        }
+    }
     Ok(())
 }
 
@@ -365,6 +378,29 @@ mod tests {
             of(96, 192, 2).bias(bias).gradients(Gradients::QKV),
         ]
         .map(|builder| builder.build().expect("valid"))
+    }
+
+    /// In elements, from the first to the last of a tensor with a batch stride of its own.
+    #[test]
+    fn gradients_of_tensors_that_are_far_apart_are_refused() {
+        let near = TensorDesc::contiguous(DType::Bf16, [2, 8, 2, 64]);
+        let (target, config) = (Target::default(), CudnnConfig::default());
+        let row = 8 * 2 * 64;
+        for (stride, is_served) in [((1 << 31) - row, true), (1 << 31, false)] {
+            let strides = [stride, 128, 64, 1];
+            let far = TensorDesc::strided(DType::Bf16, [2, 8, 2, 64], strides).expect("four axes");
+            for (key, value) in [(far, near), (near, far)] {
+                let builder = Problem::builder(near, key, value).device(Device::Cuda(0));
+                let answer = |builder: attention_core::ProblemBuilder| {
+                    let problem = builder.build().expect("valid");
+                    check(&capabilities(target, &config), target, &config, &problem)
+                };
+                assert_eq!(answer(builder.clone()), Ok(()), "forward");
+                let backward = answer(builder.gradients(Gradients::QKV));
+                assert_eq!(backward.is_ok(), is_served, "{stride}: {backward:?}");
+                assert!(is_served || backward.is_err_and(|refusal| refusal.to_string().contains("2^31 - 1")));
+            }
+        }
     }
 
     #[test]
