@@ -23,6 +23,9 @@ const KEY_CHUNK: usize = 256;
 /// 64 the cut costs nothing that can be measured.
 const DEPTH: usize = 64;
 
+/// The fewest terms that a sum is cut into.
+const MIN_DEPTH: usize = 8;
+
 /// Elements of the panels of `keys` rows of `width`.
 pub(crate) fn panel_elements(keys: usize, width: usize) -> Option<usize> {
     keys.checked_next_multiple_of(PANEL)?.checked_mul(width)
@@ -97,8 +100,10 @@ impl<'a, C: Compute> Panels<'a, C> {
         for index in 0..columns.count / PANEL {
             let panel = &self.data[(first + index) * PANEL * self.width..][..PANEL * self.width];
             let mut mode = Destination::Overwrite;
-            for depth in (0..self.width).step_by(DEPTH) {
-                let terms = DEPTH.min(self.width - depth);
+            // At least two sums: one chain of additions over all of a row loses more, which large logits amplify.
+            let most = self.width.div_ceil(2).clamp(MIN_DEPTH, DEPTH);
+            for depth in (0..self.width).step_by(most) {
+                let terms = most.min(self.width - depth);
                 gemm(
                     MatMut::new(&mut products[index * PANEL..], count, PANEL, stride),
                     mode,
