@@ -1,12 +1,12 @@
 //! The backend: capabilities, scratch, and the choice of the engine.
 
+use std::sync::Arc;
+
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet, ForwardCall,
     NumericsClass, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
     Variants,
 };
-
-use std::sync::Arc;
 
 use crate::config::ChunkedConfig;
 use crate::engine::Engine;

@@ -382,9 +382,8 @@ impl<'a, E: Operand> Shared<'a, E> {
         logits: &mut [E::Compute],
         stride: usize,
     ) -> Vec<RowSoftmax<E::Compute>> {
-        let terms = &self.terms;
         let results = dispatch(SoftmaxRows {
-            terms,
+            terms: &self.terms,
             sinks: self.sinks.as_ref(),
             rows,
             columns,
