@@ -350,38 +350,46 @@ impl<F: Float, S: Simd<F>> ViewKernel for Dots<'_, F, S> {
     type Output = ();
 
     #[inline(always)]
-    fn run<T: Source>(self, view: &HostView<'_, T>) {
+    fn run<T: Source>(mut self, view: &HostView<'_, T>) {
+        let head = view.index_axis(2, self.key_head).index_axis(0, self.batch);
+        if is_strided(&head) {
+            (0..self.rows).for_each(|row| self.rows::<1, true, T>(&head, row));
+            return;
+        }
         match self.rows {
-            1 => self.rows::<1, T>(view),
-            2 => self.rows::<2, T>(view),
-            3 | 4 => self.rows::<4, T>(view),
-            _ => self.rows::<FEW, T>(view),
+            1 => self.rows::<1, false, T>(&head, 0),
+            2 => self.rows::<2, false, T>(&head, 0),
+            3 | 4 => self.rows::<4, false, T>(&head, 0),
+            _ => self.rows::<FEW, false, T>(&head, 0),
         }
     }
 }
 
 impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
-    /// At most `ROWS` rows; the stage holds zeros behind the real ones.
+    /// At most `ROWS` rows from `first` on; the stage holds zeros behind the real ones. `head` has a key in each row.
     #[inline(always)]
-    fn rows<const ROWS: usize, T: Source>(self, view: &HostView<'_, T>) {
-        let Self { simd, batch, key_head, keys, rows, queries, queries_stride, tile } = self;
-        let width = view.shape()[3];
+    fn rows<const ROWS: usize, const STRIDED: bool, T: Source>(
+        &mut self,
+        head: &HostView<'_, T>,
+        first: usize,
+    ) {
+        let Self { simd, queries_stride, .. } = *self;
+        let width = head.shape()[1];
+        let count = (self.rows - first).min(ROWS);
+        let queries = &self.queries[first * queries_stride..];
         assert!(extent(ROWS, queries_stride, width) <= queries.len());
-        assert!(keys.len() <= STRIDE && rows * STRIDE <= tile.len() && rows <= ROWS);
-        let head = view.index_axis(2, key_head).index_axis(0, batch);
+        assert!(self.keys.len() <= STRIDE && (first + count) * STRIDE <= self.tile.len());
         let row_bytes = width * size_of::<T>();
         let ahead = head.strides()[0].wrapping_mul(AHEAD as isize);
-        for (column, key) in keys.enumerate() {
-            let row = head.matrix_row(key);
-            if let Some(row) = row.contiguous() {
-                prefetch(row.as_ptr().wrapping_offset(ahead).cast(), row_bytes);
-            }
+        for (column, key) in self.keys.clone().enumerate() {
+            let row = KeyRow::<STRIDED, T>::new(head.matrix_row(key), width);
+            row.prefetch(ahead, 0, row_bytes);
             let mut sums = [simd.splat(F::ZERO); ROWS];
             let mut done = 0;
             while done + S::LANES <= width {
                 // SAFETY: `done + LANES` elements are in the key and in each of ROWS queries.
                 unsafe {
-                    let key = load_row(simd, &row, done);
+                    let key = row.load(simd, done);
                     for (index, sum) in sums.iter_mut().enumerate() {
                         let query = simd.load(queries.as_ptr().add(index * queries_stride + done));
                         *sum = simd.fma(query, key, *sum);
@@ -389,12 +397,60 @@ impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
                 }
                 done += S::LANES;
             }
-            for (index, &sum) in sums.iter().enumerate().take(rows) {
+            for (index, &sum) in sums.iter().enumerate().take(count) {
                 let mut total = simd.reduce_sum(sum);
                 for d in done..width {
-                    total += queries[index * queries_stride + d] * row.at(d).widen::<F>();
+                    total += queries[index * queries_stride + d] * row.row.at(d).widen::<F>();
                 }
-                tile[index * STRIDE + column] = total;
+                self.tile[(first + index) * STRIDE + column] = total;
+            }
+        }
+    }
+}
+
+/// Whether the elements of a row are not neighbours.
+fn is_strided<T: Source>(head: &HostView<'_, T>) -> bool {
+    head.strides()[1] != 1 && head.shape()[1] > 1
+}
+
+/// A key or its value. Which of the two ways to read it is a constant of the kernel: with both inside one loop, the compiler keeps
+/// the sums in memory beside a call that is never made, and the loop takes nearly twice as long.
+struct KeyRow<'v, const STRIDED: bool, T> {
+    row: Row<'v, T>,
+    /// Empty if STRIDED.
+    neighbours: &'v [T],
+}
+
+impl<'v, const STRIDED: bool, T: Source> KeyRow<'v, STRIDED, T> {
+    /// # Panics
+    /// Unless STRIDED, where the elements are not neighbours, or not `width`.
+    #[inline(always)]
+    fn new(row: Row<'v, T>, width: usize) -> Self {
+        let neighbours = if STRIDED { None } else { row.contiguous() }.unwrap_or_default();
+        assert!(STRIDED || neighbours.len() == width, "elements side by side");
+        Self { row, neighbours }
+    }
+
+    /// Brings elements of a later row near, `ahead` elements behind this one, from `at` on.
+    #[inline(always)]
+    fn prefetch(&self, ahead: isize, at: usize, bytes: usize) {
+        if !STRIDED {
+            prefetch(self.neighbours.as_ptr().wrapping_offset(ahead).wrapping_add(at).cast(), bytes);
+        }
+    }
+
+    /// A vector of it.
+    ///
+    /// # Safety
+    /// The row has `at + LANES` elements.
+    #[inline(always)]
+    unsafe fn load<F: Float, S: Simd<F>>(&self, simd: S, at: usize) -> S::V {
+        // SAFETY: the caller's; without STRIDED, the neighbours are the whole row.
+        unsafe {
+            if STRIDED {
+                load_row(simd, &self.row, at)
+            } else {
+                T::load(simd, self.neighbours.as_ptr().add(at))
             }
         }
     }
@@ -453,12 +509,16 @@ impl<F: Float, S: Simd<F>> ViewKernel for WeightedSums<'_, F, S> {
         assert!(self.rows.saturating_mul(width) <= self.values.len());
         assert!(self.rows <= self.factors.len() && self.rows <= self.totals.len());
         let head = view.index_axis(2, self.key_head).index_axis(0, self.batch);
+        if is_strided(&head) {
+            (0..self.rows).for_each(|row| self.group::<1, true, T>(&head, row));
+            return;
+        }
         for row in (0..self.rows).step_by(ROW_GROUP) {
             match (self.rows - row).min(ROW_GROUP) {
-                1 => self.group::<1, T>(&head, row),
-                2 => self.group::<2, T>(&head, row),
-                3 => self.group::<3, T>(&head, row),
-                _ => self.group::<ROW_GROUP, T>(&head, row),
+                1 => self.group::<1, false, T>(&head, row),
+                2 => self.group::<2, false, T>(&head, row),
+                3 => self.group::<3, false, T>(&head, row),
+                _ => self.group::<ROW_GROUP, false, T>(&head, row),
             }
         }
     }
@@ -467,19 +527,23 @@ impl<F: Float, S: Simd<F>> ViewKernel for WeightedSums<'_, F, S> {
 impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
     /// `ROWS` rows; `head` has the values of a key in each row.
     #[inline(always)]
-    fn group<const ROWS: usize, T: Source>(&mut self, head: &HostView<'_, T>, first: usize) {
+    fn group<const ROWS: usize, const STRIDED: bool, T: Source>(
+        &mut self,
+        head: &HostView<'_, T>,
+        first: usize,
+    ) {
         let width = head.shape()[1];
         let mut done = 0;
-        while ROWS <= 2 && done + 8 * S::LANES <= width {
-            self.columns::<ROWS, 8, T>(head, first, done);
+        while !STRIDED && ROWS <= 2 && done + 8 * S::LANES <= width {
+            self.columns::<ROWS, 8, STRIDED, T>(head, first, done);
             done += 8 * S::LANES;
         }
-        while done + 4 * S::LANES <= width {
-            self.columns::<ROWS, 4, T>(head, first, done);
+        while !STRIDED && done + 4 * S::LANES <= width {
+            self.columns::<ROWS, 4, STRIDED, T>(head, first, done);
             done += 4 * S::LANES;
         }
         while done + S::LANES <= width {
-            self.columns::<ROWS, 1, T>(head, first, done);
+            self.columns::<ROWS, 1, STRIDED, T>(head, first, done);
             done += S::LANES;
         }
         for column in done..width {
@@ -504,7 +568,7 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
 
     /// `VECTORS` vectors of columns from `column` on, which the values have.
     #[inline(always)]
-    fn columns<const ROWS: usize, const VECTORS: usize, T: Source>(
+    fn columns<const ROWS: usize, const VECTORS: usize, const STRIDED: bool, T: Source>(
         &mut self,
         head: &HostView<'_, T>,
         first: usize,
@@ -515,15 +579,12 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
         let mut sums = [[simd.splat(F::ZERO); VECTORS]; ROWS];
         let ahead = head.strides()[0].wrapping_mul(AHEAD as isize);
         for (index, key) in self.keys.clone().enumerate() {
-            let row = head.matrix_row(key);
+            let row = KeyRow::<STRIDED, T>::new(head.matrix_row(key), width);
+            row.prefetch(ahead, column, VECTORS * S::LANES * size_of::<T>());
             let mut values = [simd.splat(F::ZERO); VECTORS];
-            if let Some(row) = row.contiguous() {
-                let next = row.as_ptr().wrapping_offset(ahead).wrapping_add(column);
-                prefetch(next.cast(), VECTORS * S::LANES * size_of::<T>());
-            }
             for (vector, value) in values.iter_mut().enumerate() {
                 // SAFETY: the columns are inside the row.
-                *value = unsafe { load_row(simd, &row, column + vector * S::LANES) };
+                *value = unsafe { row.load(simd, column + vector * S::LANES) };
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let weight = simd.splat(self.weights[(first + row) * STRIDE + index]);
