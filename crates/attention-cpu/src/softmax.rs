@@ -9,17 +9,35 @@ use crate::packed::Columns;
 use crate::simd::Kernel;
 
 /// Independent accumulators of a reduction: enough for four vectors of the widest kind.
-const LANES: usize = 64;
+const LANES: usize = 4 * GROUP;
+
+/// Accumulators that the compiler keeps in registers: it unrolls a loop over so many, and not one over all of them, which
+/// stay in memory then, where each step waits for the stores of the one before.
+const GROUP: usize = 16;
 
 /// Reduces a row with [`LANES`] accumulators, in an order that depends on its length alone.
 #[inline(always)]
 fn reduce<C: Compute>(row: &[C], start: C, combine: impl Fn(C, C) -> C) -> C {
-    let mut lanes = [start; LANES];
+    let (mut first, mut second, mut third, mut fourth) =
+        ([start; GROUP], [start; GROUP], [start; GROUP], [start; GROUP]);
     let (chunks, tail) = row.as_chunks::<LANES>();
     for chunk in chunks {
-        for lane in 0..LANES {
-            lanes[lane] = combine(lanes[lane], chunk[lane]);
+        for lane in 0..GROUP {
+            first[lane] = combine(first[lane], chunk[lane]);
         }
+        for lane in 0..GROUP {
+            second[lane] = combine(second[lane], chunk[GROUP + lane]);
+        }
+        for lane in 0..GROUP {
+            third[lane] = combine(third[lane], chunk[2 * GROUP + lane]);
+        }
+        for lane in 0..GROUP {
+            fourth[lane] = combine(fourth[lane], chunk[3 * GROUP + lane]);
+        }
+    }
+    let mut lanes = [start; LANES];
+    for (lanes, group) in lanes.chunks_exact_mut(GROUP).zip([first, second, third, fourth]) {
+        lanes.copy_from_slice(&group);
     }
     for (lane, &value) in lanes.iter_mut().zip(tail) {
         *lane = combine(*lane, value);
@@ -52,23 +70,28 @@ fn sum<C: Compute>(row: &[C]) -> C {
 /// it is subtracted from them.
 #[inline(always)]
 pub(crate) fn mean<C: Compute>(weights: &[C], values: &[C], of_zero: C) -> C {
-    const LANES: usize = 16;
-    let (mut totals, mut sums) = ([0.0f64; LANES], [0.0f64; LANES]);
-    let ((weights, w_tail), (values, v_tail)) = (weights.as_chunks::<LANES>(), values.as_chunks::<LANES>());
-    for (weights, values) in weights.iter().zip(values) {
-        for lane in 0..LANES {
+    let (mut totals, mut sums) = ([0.0f64; GROUP], [0.0f64; GROUP]);
+    let (chunks, tail) = weights.as_chunks::<GROUP>();
+    let (chunks_of_values, tail_of_values) = values.as_chunks::<GROUP>();
+    // One loop each: the compiler makes no vectors of both in one.
+    for weights in chunks {
+        for lane in 0..GROUP {
             totals[lane] += weights[lane].to_f64();
+        }
+    }
+    for (weights, values) in chunks.iter().zip(chunks_of_values) {
+        for lane in 0..GROUP {
             sums[lane] += weights[lane].to_f64() * values[lane].to_f64();
         }
     }
-    for (lane, (weight, value)) in w_tail.iter().zip(v_tail).enumerate() {
-        totals[lane] += weight.to_f64();
-        sums[lane] += weight.to_f64() * value.to_f64();
-    }
     let (mut total, mut sum) = (of_zero.to_f64(), 0.0);
-    for lane in 0..LANES {
+    for lane in 0..GROUP {
         total += totals[lane];
         sum += sums[lane];
+    }
+    for (weight, value) in tail.iter().zip(tail_of_values) {
+        total += weight.to_f64();
+        sum += weight.to_f64() * value.to_f64();
     }
     C::from_f64(sum / total)
 }
