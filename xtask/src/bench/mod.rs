@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
     /// A backend to measure; all by default
     #[arg(long, value_name = "NAME")]
     backend: Vec<String>,
-    /// A shape, B,T,S,N,K,H or B,T,S,N,K,H,Hv; the shared list by default
+    /// A shape, B,T,S,N,K,H or B,T,S,N,K,H,Hv; the shared list by default. With --suite, one of its shapes
     #[arg(long, value_parser = parse_shape, value_name = "B,T,S,N,K,H[,Hv]")]
     shape: Vec<Dimensions>,
     /// Only the short part of the shared list
@@ -66,7 +66,7 @@ pub(crate) struct Arguments {
         long,
         value_parser = ["gpu"],
         value_name = "gpu",
-        conflicts_with_all = ["shape", "quick", "pass", "causal", "mask", "threads", "peer_path", "memory", "run_up_to"]
+        conflicts_with_all = ["quick", "pass", "causal", "mask", "threads", "peer_path", "memory", "run_up_to"]
     )]
     suite: Option<String>,
     /// How many turns each side has; as many as fit into some seconds by default
@@ -114,7 +114,8 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
             arguments.peer.iter().any(|peer| peer == "torch").then_some(arguments.peer_python.as_path());
         let repeats = arguments.repeats.unwrap_or(3);
         let files = gpu::Files { json: arguments.json.as_deref(), record: arguments.record.as_deref() };
-        return gpu::run(&arguments.backend, &arguments.dtype, peer, repeats, &files);
+        let wanted = gpu::Wanted { dtypes: &arguments.dtype, shapes: &arguments.shape };
+        return gpu::run(&arguments.backend, &wanted, peer, repeats, &files);
     }
     let threads = if arguments.memory { 1 } else { arguments.threads.unwrap_or_else(machine::cores) };
     let backends = (backends::named(&arguments.backend)?.into_iter())

@@ -138,7 +138,7 @@ impl Columns {
 }
 
 /// `B,T,S,N,K,H`, with `Hv` where it differs.
-fn shape(dims: Dimensions) -> String {
+pub(super) fn shape(dims: Dimensions) -> String {
     let Dimensions { batch, query_length, key_length, query_heads, key_heads, head_dim, value_head_dim } =
         dims;
     let mut text = format!("{batch},{query_length},{key_length},{query_heads},{key_heads},{head_dim}");

@@ -8,11 +8,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
-use attention_core::{AttentionBackend, DType};
+use attention_core::{AttentionBackend, DType, Dimensions};
 use attention_cuda::CudaDevice;
 use attention_cudnn::{CudnnBackend, CudnnConfig};
 use serde::{Deserialize, Serialize};
 
+use super::row;
 use crate::{machine, reporting};
 use call::{Call, Data};
 use peer::Peer;
@@ -51,6 +52,18 @@ impl Case {
     fn plain([b, t, s, n, k, h]: [usize; 6], dtype: DType, calls: usize) -> Self {
         let (causal, backward, terms) = (false, false, Terms::Plain);
         Self { b, t, s, n, k, h, dtype, causal, backward, terms, calls }
+    }
+
+    fn shape(&self) -> Dimensions {
+        Dimensions {
+            batch: self.b,
+            query_length: self.t,
+            key_length: self.s,
+            query_heads: self.n,
+            key_heads: self.k,
+            head_dim: self.h,
+            value_head_dim: self.h,
+        }
     }
 }
 
@@ -115,14 +128,38 @@ pub(super) struct Files<'a> {
     pub(super) record: Option<&'a Path>,
 }
 
-/// Measures every case of these dtypes, or of all if there are none, and prints a table.
+/// Which cases are measured: those of these dtypes and shapes, of all where there are none.
+pub(super) struct Wanted<'a> {
+    pub(super) dtypes: &'a [DType],
+    pub(super) shapes: &'a [Dimensions],
+}
+
+impl Wanted<'_> {
+    /// The cases, in the order of the suite, or that it has no such case.
+    fn cases(&self) -> crate::Result<Vec<Case>> {
+        let cases = cases();
+        if let Some(&missing) =
+            self.shapes.iter().find(|&&shape| cases.iter().all(|case| case.shape() != shape))
+        {
+            return Err(format!("the suite for GPUs has no case of {}", row::shape(missing)).into());
+        }
+        let is_wanted = |case: &Case| {
+            (self.dtypes.is_empty() || self.dtypes.contains(&case.dtype))
+                && (self.shapes.is_empty() || self.shapes.contains(&case.shape()))
+        };
+        Ok(cases.into_iter().filter(is_wanted).collect())
+    }
+}
+
+/// Measures the cases that are wanted, and prints a table.
 pub(super) fn run(
     backends: &[String],
-    dtypes: &[DType],
+    wanted: &Wanted<'_>,
     peer: Option<&Path>,
     repeats: usize,
     files: &Files<'_>,
 ) -> crate::Result<bool> {
+    let cases = wanted.cases()?;
     let device = CudaDevice::new("cudnn", 0)?;
     let backends: Vec<(&str, Arc<dyn AttentionBackend>)> = on_device(&device)
         .into_iter()
@@ -147,7 +184,7 @@ pub(super) fn run(
         "TFLOP/s on the device (decoding: TB/s of keys and values), and microseconds on the host, by implementation"
     );
     let mut rows = Vec::new();
-    for case in cases().into_iter().filter(|case| dtypes.is_empty() || dtypes.contains(&case.dtype)) {
+    for case in cases {
         let mut data = Data::new(&device, &case)?;
         let mut measured: Vec<(String, Vec<Times>)> = Vec::new();
         let mut add = |name: &str, times: Times| match measured.iter_mut().find(|(of, _)| of == name) {
@@ -241,4 +278,46 @@ fn median(times: &[Times]) -> Option<Times> {
         |part: fn(&Times) -> f64| super::measure::median(&mut times.iter().map(part).collect::<Vec<_>>());
     (!times.is_empty())
         .then(|| Times { device_us: of(|times| times.device_us), host_us: of(|times| times.host_us) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dims([batch, query_length, key_length, query_heads, key_heads, head_dim]: [usize; 6]) -> Dimensions {
+        Dimensions {
+            batch,
+            query_length,
+            key_length,
+            query_heads,
+            key_heads,
+            head_dim,
+            value_head_dim: head_dim,
+        }
+    }
+
+    #[test]
+    fn shapes_and_dtypes_choose_cases() -> crate::Result<()> {
+        let count = |dtypes: &[DType], shapes: &[Dimensions]| {
+            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(Wanted { dtypes, shapes }.cases()?.len())
+        };
+        let (small, large) = (dims([1, 256, 256, 4, 4, 64]), dims([4, 4096, 4096, 16, 16, 128]));
+        assert_eq!(count(&[], &[])?, cases().len());
+        // Both passes, full and causal.
+        assert_eq!(count(&[], &[small])?, 4);
+        assert_eq!(count(&[DType::F32], &[small])?, 0);
+        // Besides, both passes of three options, and in f32.
+        assert_eq!(count(&[], &[small, large])?, 4 + 4 + 6 + 2);
+        assert_eq!(count(&[DType::F32], &[small, large])?, 2);
+        Ok(())
+    }
+
+    #[test]
+    fn a_shape_that_is_not_there_is_named() {
+        let shapes = [dims([1, 256, 256, 4, 4, 64]), dims([1, 255, 256, 4, 2, 64])];
+        let Err(error) = (Wanted { dtypes: &[], shapes: &shapes }).cases() else {
+            panic!("a shape of no case was taken");
+        };
+        assert_eq!(error.to_string(), "the suite for GPUs has no case of 1,255,256,4,2,64");
+    }
 }
