@@ -134,7 +134,9 @@ impl Precision {
                 delta_size += (g * out[at]).abs();
                 delta_error += g.abs() * saved.out[at];
             }
-            delta_error += self.sum(d.value_head_dim) * delta_size;
+            // Each of these products may underflow.
+            let lost = d.value_head_dim as f64 * self.underflow;
+            delta_error += self.sum(d.value_head_dim) * delta_size + lost;
             let lse_error = self.logsumexp_error(oracle, row, saved.lse[index]);
             // With dropout's factor in it: what comes in for each probability, and by how much either may be off.
             let terms: Vec<Term> = (row.entries.iter())
@@ -151,7 +153,7 @@ impl Precision {
                             size += term.abs();
                         }
                     }
-                    Term { p_error, dp, dp_error: self.sum(d.value_head_dim) * size }
+                    Term { p_error, dp, dp_error: self.sum(d.value_head_dim) * size + entry.keep * lost }
                 })
                 .collect();
             // The product may also be the sum of p dp over the keys at hand, which is the same by the definition of the
@@ -169,7 +171,7 @@ impl Precision {
                     let weight = entry.keep * (p_error + p * (self.weight + 2.0 * u) + self.weight_underflow);
                     let start = oracle.value.flat(&[b, j, kv]) * d.value_head_dim;
                     for (dim, g) in incoming.iter().enumerate() {
-                        dv.add(start + dim, weight * g.abs(), entry.keep * p * g.abs());
+                        dv.add(start + dim, weight * g.abs() + self.underflow, entry.keep * p * g.abs());
                     }
                 }
                 // d_logit = p (dp - delta).
@@ -177,7 +179,8 @@ impl Precision {
                 let d_logit = (p * (dp - delta)).abs();
                 let mut error = p_error * ((dp - delta).abs() + difference_error)
                     + p * difference_error
-                    + 3.0 * u * p * (dp.abs() + delta.abs());
+                    + 3.0 * u * p * (dp.abs() + delta.abs())
+                    + self.underflow;
                 if let Some(bias) = &oracle.bias {
                     dbias.add(bias.broadcast_flat([b, n, t, j]), error, d_logit);
                 }
@@ -205,7 +208,8 @@ impl Precision {
                 let p = row.sink_probability();
                 let exponent = self.sink_error(sink, row.lse) + lse_error;
                 let p_error = probability_error(sink - row.lse, p, exponent) + self.underflow;
-                dsinks.add(n, p_error * (delta.abs() + delta_error) + p * delta_error, p * delta.abs());
+                let error = p_error * (delta.abs() + delta_error) + p * delta_error + self.underflow;
+                dsinks.add(n, error, p * delta.abs());
             }
         });
         let operand = problem.dtype();
