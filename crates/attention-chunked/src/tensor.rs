@@ -413,7 +413,7 @@ impl<'a> SharedOutput<'a> {
                     let mut room = [0f32; 64];
                     for (to, from) in to.chunks_mut(64).zip(from.chunks(64)) {
                         for (room, &from) in room.iter_mut().zip(from) {
-                            *room = ((from + F::ZERO) * factor).to_f32();
+                            *room = (from * factor + F::ZERO).to_f32();
                         }
                         to.convert_from_f32_slice(&room[..from.len()]);
                     }
@@ -479,12 +479,12 @@ unsafe fn put<F: Float, T: Copy>(
         // SAFETY: with stride 1 the elements are neighbours.
         let to = unsafe { std::slice::from_raw_parts_mut(first, from.len()) };
         for (to, &from) in to.iter_mut().zip(from) {
-            *to = convert((from + F::ZERO) * factor);
+            *to = convert(from * factor + F::ZERO);
         }
     } else {
         for (index, &from) in from.iter().enumerate() {
             // SAFETY: the caller's; the offset was checked to fit isize when the view was made.
-            unsafe { first.offset(index as isize * stride).write(convert((from + F::ZERO) * factor)) };
+            unsafe { first.offset(index as isize * stride).write(convert(from * factor + F::ZERO)) };
         }
     }
 }

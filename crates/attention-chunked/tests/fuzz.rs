@@ -33,6 +33,8 @@ fn random_calls_are_right_at_every_level() {
         // Logits beyond the range of f64, of which -inf is no mask: only what does not ask which keys a row reads is compared.
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(101_171));
         // A gradient of a bias in f64 below all numbers of the f32 that it is computed in.
-        fuzz::assert_case(subject, &fuzz::FuzzCase::from_seed(2_010_317));
+        fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(2_010_317));
+        // A negative scale, and keys that no query sees: the sign of their gradient, 0, once followed the chunks.
+        fuzz::assert_case(subject, &fuzz::FuzzCase::from_seed(5_000_037));
     }
 }
