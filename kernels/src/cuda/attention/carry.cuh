@@ -25,8 +25,11 @@ template <bool FUSES>
 __device__ inline bool carry_softmax(real (&scores)[row_slots<ROWS>()][column_slots<KEYS>()], real factor, real (&maxima)[row_slots<ROWS>()],
                                      real (&totals)[row_slots<ROWS>()], real (&shrink)[row_slots<ROWS>()]) {
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>();
-    // The largest score of the thread's keys, and of the row so far.
-    real tops[ROW_SLOTS];
+    // The largest score of the thread's keys and of the row so far; what is subtracted from the scores of a row that is far, 0 for others;
+    // and what earlier sums are relative to, as an exponent.
+    real tops[ROW_SLOTS], moved[ROW_SLOTS], before[ROW_SLOTS];
+    // Half of what would do, for the rounding of the quotient: the branch below is right for rows that are not far, too.
+    const real near = NEAR / 2 / factor;
     bool is_far = false;
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
@@ -35,33 +38,39 @@ __device__ inline bool carry_softmax(real (&scores)[row_slots<ROWS>()][column_sl
 #pragma unroll
         for (int c = 2; c < KEY_SLOTS; ++c) (c % 2 ? other : maximum) = fmax(c % 2 ? other : maximum, scores[r][c]);
         tops[r] = fmax(maxima[r], fmax(maximum, other));
+        moved[r] = 0;
+        before[r] = maxima[r] * factor;
         // The row's maximum is that of one of its threads, so none has a shift beside 0 where no thread says so.
-        is_far |= tops[r] != -infinity() && !(fabs(tops[r] * factor) < NEAR);
+        is_far |= tops[r] != -infinity() && !(fabs(tops[r]) < near);
     }
     // Rare, and before the maxima are exchanged, so that the code below has no branch: the compiler schedules exponentials beside dropout's
-    // numbers and waits for the products.
-    if (FUSES && __builtin_expect(__any_sync(~0u, is_far), 0)) {
+    // numbers and waits for the products. From here on scores are relative to what is `moved`, as `shift_of` has it.
+    if (!FUSES || __builtin_expect(__any_sync(~0u, is_far), 0)) {
 #pragma unroll
         for (int r = 0; r < ROW_SLOTS; ++r) {
-            const real maximum = maximum_of_row(tops[r]), moved = shift_of<FUSES>(maximum == -infinity() ? real(0) : maximum, factor).score;
+            const real maximum = maximum_of_row(tops[r]);
+            const Shift earlier = shift_of<FUSES>(maxima[r], factor);
+            // Less infinity is NaN where everything so far is masked.
+            moved[r] = shift_of<FUSES>(maximum == -infinity() ? real(0) : maximum, factor).score;
+            before[r] = fma(difference(earlier.score, moved[r]), factor, earlier.power);
+            tops[r] = moved[r] != 0 ? real(0) : maximum;
 #pragma unroll
-            for (int c = 0; c < KEY_SLOTS; ++c) scores[r][c] = difference(scores[r][c], moved);
+            for (int c = 0; c < KEY_SLOTS; ++c) scores[r][c] = difference(scores[r][c], moved[r]);
         }
     }
     bool rescales = false;
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
-        const real maximum = maximum_of_row(tops[r]);
-        // Less infinity is NaN where everything so far is masked.
-        const Shift shift = shift_of<FUSES>(maximum == -infinity() ? real(0) : maximum, factor);
-        shrink[r] = change_of(shift_of<FUSES>(maxima[r], factor), shift, factor);
+        const real maximum = FUSES ? maximum_of_row(tops[r]) : tops[r];
+        const real base = maximum == -infinity() ? real(0) : maximum * factor;
+        shrink[r] = power(before[r] - base);
         rescales |= shrink[r] != 1;
-        maxima[r] = maximum;
+        maxima[r] = maximum + moved[r];
         real even = 0, odd = 0;
 #pragma unroll
         for (int c = 0; c < KEY_SLOTS; ++c) {
-            // `exponent_of`, with the difference taken above where there is one.
-            scores[r][c] = power(FUSES ? fma(scores[r][c], factor, -shift.power) : exponent_of<false>(scores[r][c], shift, factor));
+            // `exponent_of`, of which the difference is taken above.
+            scores[r][c] = power(FUSES ? fma(scores[r][c], factor, -base) : scores[r][c] * factor);
             (c % 2 ? odd : even) += scores[r][c];
         }
         totals[r] = fma(totals[r], shrink[r], even + odd);
