@@ -3,7 +3,7 @@
 // Threads to a row.
 constexpr int WIDE = lanes_of_row<VALUE>();
 
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_prepare_gradients(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, 6) attention_prepare_gradients(const Parameters p) {
     const long long row = (blockIdx.x * (long long)THREADS + threadIdx.x) / WIDE;
     const int within = threadIdx.x % WIDE;
     const bool inside = row < p.batch * p.query_heads * p.query_length;
