@@ -55,6 +55,12 @@ impl Features {
         self.0 == Self::ALL
     }
 
+    /// Whether the kernels may read a mask or bias for many keys at a time, `PACKS_MASK` and `PACKS_BIAS`: those read a bias
+    /// of f32 key by key, which this does not look at.
+    pub(crate) fn packs(self) -> bool {
+        matches!(self.0 & !Self::NATURAL, Self::MASK | Self::BIAS)
+    }
+
     /// The bias's dtype as the kernels are compiled for it.
     pub(crate) fn bias_dtype(self, problem: &Problem) -> i32 {
         match problem.tensor(Role::Bias) {

@@ -219,6 +219,30 @@ fn tiles_fit_into_shared_memory() {
     }
 }
 
+/// How much shared memory a multiprocessor of compute capability 9.0 can set aside, in KiB, of which each block has one to itself
+/// (CUDA C++ Programming Guide, "Shared Memory" of 9.0); the rest is cache. Another step between two launches takes a microsecond,
+/// which is seen in short calls.
+#[test]
+fn shared_memory_on_warpgroups_stays_below_the_steps_that_were_measured() {
+    let step = |bytes: usize| {
+        let steps = [0, 8, 16, 32, 64, 100, 132, 164, 196, 228];
+        steps.into_iter().find(|&step| bytes + (1 << 10) <= step << 10).unwrap()
+    };
+    for dtype in [DType::F16, DType::Bf16] {
+        for (head, queries, keys) in [(64, 100, 100), (128, 196, 132)] {
+            let problem = with_heads(dtype, head, head, Pass::Backward);
+            let plan = Plan::of(&problem, HOPPER).unwrap();
+            let step_of = |entry_point: &str| {
+                let kernel = plan.kernels.iter().find(|kernel| kernel.entry_point == entry_point).unwrap();
+                assert!(kernel.tiles.warpgroups, "{entry_point} of {dtype}, {head}");
+                step(kernel.shared_bytes)
+            };
+            assert_eq!(step_of("attention_gradient_of_queries"), queries, "{dtype}, {head}");
+            assert_eq!(step_of("attention_gradient_of_keys"), keys, "{dtype}, {head}");
+        }
+    }
+}
+
 #[test]
 fn large_heads_are_for_the_forward_pass_and_shared_among_blocks() {
     for dtype in DType::FLOATS {

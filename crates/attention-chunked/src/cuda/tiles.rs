@@ -377,11 +377,12 @@ impl Shape {
             + self.room(tiles, tiles.keys, tiles.rows)
     }
 
-    /// Shared memory of the kernels for the gradients of queries and of the bias, with `NUMBERS` of the former on warpgroups: the states of
-    /// rows, and 16 bytes that say what each sees.
+    /// Shared memory of the kernels for the gradients of queries and of the bias, with `NUMBERS` of the former on warpgroups: the scores of
+    /// rows, and beside a mask or bias alone their other states and 16 bytes that say what each sees.
     pub(crate) fn queries_bytes(self, tiles: Tiles) -> usize {
-        let states = (3 * tiles.rows + 4) * self.dtype.accumulator().size();
-        let numbers = if tiles.warpgroups { states + 16 * tiles.rows } else { 0 };
+        let size = self.dtype.accumulator().size();
+        let others = if self.features.packs() { tiles.rows * (2 * size + 16) } else { 0 };
+        let numbers = if tiles.warpgroups { (tiles.rows + 4) * size + others } else { 0 };
         self.both(tiles, tiles.rows)
             + numbers
             + tiles.stages * self.both(tiles, tiles.keys)

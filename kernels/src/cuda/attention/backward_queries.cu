@@ -14,9 +14,10 @@ struct Reach {
     long long terms;
 };
 
-// Numbers of a block on warpgroups: whether the tile has a far row, 12 bytes that keep the next ones aligned, the score, offset and row
-// term of each row, and its reach.
-constexpr int NUMBERS = ON_WARPGROUPS ? 4 + 3 * ROWS + ROWS * (int)(sizeof(Reach) / sizeof(real)) : 0;
+// Numbers of a block on warpgroups: whether the tile has a far row, for the loaders; 12 bytes that keep the next ones aligned; the score of
+// each row; and of rows that threads do not keep, the offset and row term, and the reach. No more than needed: what shared memory the
+// blocks of two kernels have decides how much cache there is beside it, and changing that between two launches takes a microsecond.
+constexpr int NUMBERS = !ON_WARPGROUPS ? 0 : 4 + ROWS + (KEEPS_ROWS ? 0 : 2 * ROWS + ROWS * (int)(sizeof(Reach) / sizeof(real)));
 
 // From products of queries and keys, and of d_out and values, to the gradients of the products, in the place of the second.
 // `state_of_slot` gives the state of a row of the thread; without IS_FAR, its score is 0.
@@ -72,11 +73,31 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         all_to = end_key(batch, first_t);
     }
 
+#if ON_WARPGROUPS
+    real *const scores_here = far + 4, *const offsets_here = scores_here + ROWS, *const deltas_here = offsets_here + ROWS;
+    Reach *const reach_here = reinterpret_cast<Reach *>(deltas_here + ROWS);
+#endif
     const auto stage_queries = [&] {
         stage_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
     };
     const auto stage_d_out = [&] {
         stage_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, batch.queries, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
+#if ON_WARPGROUPS
+        const long long place = state_of(p, b, n, first_t);
+        for (int row = stager(); row < ROWS; row += STAGERS) {
+            const bool there = first_t + row < batch.queries;
+            const auto stage = [&](real *to, const real *from, real otherwise) {
+                if (there)
+                    copy_number(to + row, from + row);
+                else
+                    to[row] = otherwise;
+            };
+            stage(scores_here, scores, 0);
+            if (KEEPS_ROWS) continue;
+            stage(offsets_here, p.first + place, -infinity());
+            stage(deltas_here, p.second + place, 0);
+        }
+#endif
     };
     const auto stage_keys = [&](int slot, int first) {
         stage_rows<KEYS, HEAD, KeysAcross>(key_tiles + slot * KEY_TILE, p.key, b, key_head, first, batch.keys, p.head_dim,
@@ -128,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
             }
         };
         // The first round of keys is loaded whether rows are far or not, so loaders need not wait to know. The threads that compute set
-        // `far` before they take the first tile, so that it is known once they are done with the last one.
+        // `far` before they are done with the first tile, so that it is known once they are done with the last one.
 #pragma unroll 1
         for (bool again = true; again;) {
             const int start = step;
@@ -151,26 +172,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         offsets[r] = there ? p.first[state_of(p, b, n, t)] : -infinity();
         deltas[r] = there ? p.second[state_of(p, b, n, t)] : real(0);
     }
+    bool any_far = false;
 #if ON_WARPGROUPS
-    real *const scores_here = far + 4, *const offsets_here = scores_here + ROWS, *const deltas_here = offsets_here + ROWS;
-    Reach *const reach_here = reinterpret_cast<Reach *>(deltas_here + ROWS);
-    for (int row = threadIdx.x; row < ROWS; row += THREADS) {
-        const bool there = first_t + row < batch.queries;
-        const long long place = state_of(p, b, n, first_t + row);
-        const real score = there ? scores[row] : real(0);
-        scores_here[row] = score;
-        if constexpr (!KEEPS_ROWS) {
-            offsets_here[row] = there ? p.first[place] : -infinity();
-            deltas_here[row] = there ? p.second[place] : real(0);
+    if constexpr (!KEEPS_ROWS) {
+        for (int row = threadIdx.x; row < ROWS; row += THREADS) {
             const Row whole = row_of(p, batch, b, n, first_t + row);
             reach_here[row] = Reach{whole.low, whole.high, PACKS_BIAS ? whole.bias : whole.mask};
         }
-        if (score != 0) *far = 1;
+        meet();
     }
-    meet();
-    const auto has_far = [&] { return *far != 0; };
 #else
-    bool any_far = false;
     for (int row = threadIdx.x; row < ROWS; row += THREADS) any_far |= is_far_row(row);
 #endif
     // Rows again, with what is asked for: where their bias or mask begins, or the keys in reach.
@@ -197,18 +208,26 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
     if (from < to) {
 #if ON_WARPGROUPS
         pass(queries_there, 0);
+        // Each warp looks at all rows.
+        for (int row = threadIdx.x % 32; row < ROWS; row += 32) any_far |= scores_here[row] != 0;
 #else
         stage_queries();
         stage_d_out();
         stage_step(0, from);
 #endif
     }
-#if !ON_WARPGROUPS
+#if ON_WARPGROUPS
+    const bool is_far_tile = __any_sync(~0u, any_far);
+#else
     const bool is_far_tile = __syncthreads_or(any_far);
-    const auto has_far = [&] { return is_far_tile; };
 #endif
     int step = 0;
-    if (__builtin_expect(has_far(), 0)) {
+    if (__builtin_expect(is_far_tile, 0)) {
+#if ON_WARPGROUPS
+        // Scores change below, once every warp has looked at them.
+        meet();
+        if (threadIdx.x % 32 == 0) *far = 1;
+#endif
         if (threadIdx.x == 0) far_heads(p)[b * p.query_heads + n] = 1;
         real maxima[ROW_SLOTS], totals[ROW_SLOTS];
 #pragma unroll
@@ -266,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         if (STAGES > 1 && first + KEYS < to) stage_step(step + 1, first + KEYS);
 #endif
         const element *key_tile = key_tiles + slot * KEY_TILE;
-        const bool checked = first < all_from || first + KEYS > all_to, may_be_far = has_far();
+        const bool checked = first < all_from || first + KEYS > all_to;
         real weights[ROW_SLOTS][KEY_SLOTS], gradients[ROW_SLOTS][KEY_SLOTS];
         begin_products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
         begin_products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tiles + slot * VALUE_TILE);
@@ -278,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         hold(weights);
         hold(gradients);
         refresh(known, true);
-        if (__builtin_expect(may_be_far, 0))
+        if (__builtin_expect(is_far_tile, 0))
             weigh_tile<Checked, true>(p, known, state_of_slot, first, terms, weights, gradients);
         else if (checked)
             weigh_tile<Checked, false>(p, known, state_of_slot, first, terms, weights, gradients);
