@@ -1,6 +1,11 @@
 // Attention forward, second kernel, where the keys are cut into parts: joins the parts of a row, which the first kernel left in
 // scratch. One warp to a row and slice of its columns.
 
+// Parts whose sums a warp has on their way at once: as many as there are registers for.
+constexpr int COLUMNS = VALUE / 32;
+constexpr int WORDS = COLUMNS * (int)(sizeof(real) / sizeof(float));
+constexpr int BATCH = WORDS <= 2 ? 32 : WORDS <= 16 ? 64 / WORDS : 4;
+
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_merge(const Parameters p) {
     const long long all_rows = p.batch * p.query_heads * p.query_length;
     const long long index = blockIdx.x * (long long)WARPS + threadIdx.x / 32, row = index / SLICES;
@@ -9,34 +14,42 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_merge(co
     const long long t = row % p.query_length, n = row / p.query_length % p.query_heads, b = row / p.query_length / p.query_heads;
     const Batch batch = batch_row(p, b);
     const real *states = p.second + 2 * row;
-    // Each lane looks at parts of its own, which costs the latency of one load; sums keep the order of the parts.
     const int lane = threadIdx.x % 32;
+    real parts[BATCH][COLUMNS];
+    const auto read_batch = [&](int first) {
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            // The last part again where there are no more, which counts for nothing below.
+            const long long part = min(first + i, p.parts - 1);
+            const real *const from = p.first + (part * all_rows + row) * p.value_head_dim + first_column;
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j) parts[i][j] = 32 * j + lane < width ? from[32 * j + lane] : real(0);
+        }
+    };
+    read_batch(0);
+    // Each lane looks at parts of its own, which costs the latency of one load; sums keep the order of the parts.
     real maximum = -infinity();
     for (int part = lane; part < p.parts; part += 32) maximum = fmax(maximum, states[2 * part * all_rows]);
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) maximum = fmax(maximum, __shfl_xor_sync(~0u, maximum, distance));
     const real factor = power_factor(p);
     const Shift shift = shift_of<HALVES>(maximum == -infinity() ? real(0) : maximum, factor);
-    real total = 0, sums[VALUE / 32];
+    real total = 0, sums[COLUMNS];
 #pragma unroll
-    for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
-    for (int first = 0; first < p.parts; first += 32) {
+    for (int i = 0; i < COLUMNS; ++i) sums[i] = 0;
+    for (int first = 0; first < p.parts; first += BATCH) {
+        if (first > 0) read_batch(first);
         const int own = min(first + lane, p.parts - 1);
         const real own_weight = change_of(shift_of<HALVES>(states[2 * own * all_rows], factor), shift, factor);
-        const real own_total = states[2 * own * all_rows + 1];
-        const int count = min(32, p.parts - first);
-#pragma unroll 4
-        for (int i = 0; i < count; ++i) {
+        const real own_total = first + lane < p.parts ? states[2 * own * all_rows + 1] : real(0);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
             const real weight = __shfl_sync(~0u, own_weight, i), part_total = __shfl_sync(~0u, own_total, i);
             // A part without a key has zeros, and its weight may be NaN.
             const bool is_empty = part_total == 0;
             total = is_empty ? total : fma(part_total, weight, total);
-            const real *from = p.first + ((first + i) * all_rows + row) * p.value_head_dim + first_column;
 #pragma unroll
-            for (int j = 0; j < VALUE / 32; ++j) {
-                const int column = 32 * j + lane;
-                if (column < width) sums[j] = is_empty ? sums[j] : fma(from[column], weight, sums[j]);
-            }
+            for (int j = 0; j < COLUMNS; ++j) sums[j] = is_empty ? sums[j] : fma(parts[i][j], weight, sums[j]);
         }
     }
     real logsumexp;
@@ -45,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_merge(co
     if (slice == 0 && threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
     if (padded || total == 0) {
 #pragma unroll
-        for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
+        for (int i = 0; i < COLUMNS; ++i) sums[i] = 0;
     }
     store_row<VALUE>(at(p.out, b, t, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, scale);
 }
