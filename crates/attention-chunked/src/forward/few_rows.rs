@@ -413,8 +413,8 @@ fn is_strided<T: Source>(head: &HostView<'_, T>) -> bool {
     head.strides()[1] != 1 && head.shape()[1] > 1
 }
 
-/// A key or its value. Which of the two ways to read it is a constant of the kernel: with both inside one loop, the compiler keeps
-/// the sums in memory beside a call that is never made, and the loop takes nearly twice as long.
+/// A key or its value. Whether its elements are neighbours is a constant of the kernel: in a loop that may also call `gather`, the
+/// compiler keeps the sums in memory, and the loop takes nearly twice as long.
 struct KeyRow<'v, const STRIDED: bool, T> {
     row: Row<'v, T>,
     /// Empty if STRIDED.
@@ -431,7 +431,7 @@ impl<'v, const STRIDED: bool, T: Source> KeyRow<'v, STRIDED, T> {
         Self { row, neighbours }
     }
 
-    /// Brings elements of a later row near, `ahead` elements behind this one, from `at` on.
+    /// Prefetches `bytes` of the row that lies `ahead` elements behind this one, from its element `at` on.
     #[inline(always)]
     fn prefetch(&self, ahead: isize, at: usize, bytes: usize) {
         if !STRIDED {
