@@ -134,8 +134,12 @@ struct Gate {
 /// Set in the state of a gate once no further job may go in.
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
-/// How often the owner looks before it sleeps: the last tasks of a call end at about the same time.
+/// How often the owner of a gate looks whether the jobs inside have left before it sleeps, at first at once, then after giving
+/// its processor to another thread. The last tasks of a call end within some ten microseconds of each other, and being woken
+/// takes as long again: calls of less than 3 ms took 1 to 3 % longer with 256 looks and none after a yield (two threads of an
+/// EPYC).
 const LOOKS: usize = 256;
+const LOOKS_AFTER_A_YIELD: usize = 128;
 
 // SAFETY: the work may be called from any thread (`Sync`), and its pointer is used under the conditions of `enter` alone.
 unsafe impl Send for Gate {}
@@ -196,11 +200,13 @@ impl Drop for Shut<'_> {
     fn drop(&mut self) {
         let state = &self.0.state;
         state.fetch_or(CLOSED, Ordering::Relaxed);
-        let mut looks = 0;
+        let mut looks = 0usize;
         while state.load(Ordering::Acquire) != CLOSED {
-            if looks < LOOKS {
-                looks += 1;
+            looks += 1;
+            if looks <= LOOKS {
                 std::hint::spin_loop();
+            } else if looks <= LOOKS + LOOKS_AFTER_A_YIELD {
+                std::thread::yield_now();
             } else {
                 // Woken by the last job inside; by anybody else, it looks again.
                 std::thread::park();
