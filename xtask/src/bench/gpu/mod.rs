@@ -282,26 +282,16 @@ fn median(times: &[Times]) -> Option<Times> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use attention_benches::parse_shape;
 
-    fn dims([batch, query_length, key_length, query_heads, key_heads, head_dim]: [usize; 6]) -> Dimensions {
-        Dimensions {
-            batch,
-            query_length,
-            key_length,
-            query_heads,
-            key_heads,
-            head_dim,
-            value_head_dim: head_dim,
-        }
-    }
+    use super::*;
 
     #[test]
     fn shapes_and_dtypes_choose_cases() -> crate::Result<()> {
-        let count = |dtypes: &[DType], shapes: &[Dimensions]| {
-            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(Wanted { dtypes, shapes }.cases()?.len())
+        let count = |dtypes: &[DType], shapes: &[Dimensions]| -> crate::Result<usize> {
+            Ok(Wanted { dtypes, shapes }.cases()?.len())
         };
-        let (small, large) = (dims([1, 256, 256, 4, 4, 64]), dims([4, 4096, 4096, 16, 16, 128]));
+        let (small, large) = (parse_shape("1,256,256,4,4,64")?, parse_shape("4,4096,4096,16,16,128")?);
         assert_eq!(count(&[], &[])?, cases().len());
         // Both passes, full and causal.
         assert_eq!(count(&[], &[small])?, 4);
@@ -313,11 +303,12 @@ mod tests {
     }
 
     #[test]
-    fn a_shape_that_is_not_there_is_named() {
-        let shapes = [dims([1, 256, 256, 4, 4, 64]), dims([1, 255, 256, 4, 2, 64])];
+    fn a_shape_that_is_not_there_is_named() -> crate::Result<()> {
+        let shapes = [parse_shape("1,256,256,4,4,64")?, parse_shape("1,255,256,4,2,64")?];
         let Err(error) = (Wanted { dtypes: &[], shapes: &shapes }).cases() else {
             panic!("a shape of no case was taken");
         };
         assert_eq!(error.to_string(), "the suite for GPUs has no case of 1,255,256,4,2,64");
+        Ok(())
     }
 }
