@@ -188,7 +188,7 @@ impl<'a> Floats<'a> {
 
     /// Whether the elements of a row are not neighbours.
     pub(crate) fn is_strided(&self) -> bool {
-        typed!(self, view => view.strides()[3] != 1 && view.shape()[3] > 1)
+        typed!(self, view => is_strided(view))
     }
 
     /// The size of the last of four axes.
@@ -463,6 +463,12 @@ impl<'a> SharedOutput<'a> {
             }
         }
     }
+}
+
+/// Whether the elements along the last axis are not neighbours.
+pub(crate) fn is_strided<T: Source>(view: &HostView<'_, T>) -> bool {
+    let last = view.shape().rank() - 1;
+    view.strides()[last] != 1 && view.shape()[last] > 1
 }
 
 /// # Safety

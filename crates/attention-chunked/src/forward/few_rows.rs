@@ -17,7 +17,7 @@ use crate::paths::{Path, Taken};
 use crate::plan::Rows;
 use crate::scratch::{Pieces, extent};
 use crate::simd::{Kernel, Simd, prefetch};
-use crate::tensor::{Floats, Operands, Source, ViewKernel};
+use crate::tensor::{Floats, Operands, Source, ViewKernel, is_strided};
 use crate::terms::QueryRow;
 
 /// Rows of a key/value head up to which they are few: more have products enough to pay for packing keys and values.
@@ -366,7 +366,8 @@ impl<F: Float, S: Simd<F>> ViewKernel for Dots<'_, F, S> {
 }
 
 impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
-    /// At most `ROWS` rows from `first` on; the stage holds zeros behind the real ones. `head` has a key in each row.
+    /// At most `ROWS` rows from `first` on; the stage holds zeros behind the real ones. `head` has a key in each
+    /// row.
     #[inline(always)]
     fn rows<const ROWS: usize, const STRIDED: bool, T: Source>(
         &mut self,
@@ -408,13 +409,8 @@ impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
     }
 }
 
-/// Whether the elements of a row are not neighbours.
-fn is_strided<T: Source>(head: &HostView<'_, T>) -> bool {
-    head.strides()[1] != 1 && head.shape()[1] > 1
-}
-
-/// A key or its value. Whether its elements are neighbours is a constant of the kernel: in a loop that may also call `gather`, the
-/// compiler keeps the sums in memory, and the loop takes nearly twice as long.
+/// A key or its value. Whether its elements are neighbours is a constant of the kernel: in a loop that may also call
+/// `gather`, the compiler keeps the sums in memory, and the loop takes nearly twice as long.
 struct KeyRow<'v, const STRIDED: bool, T> {
     row: Row<'v, T>,
     /// Empty if STRIDED.
