@@ -14,9 +14,9 @@ struct Reach {
     long long terms;
 };
 
-// Numbers of a block on warpgroups: whether the tile has a far row, for the loaders; 12 bytes that keep the next ones aligned; the score of
-// each row; and of rows that threads do not keep, the offset and row term, and the reach. No more than needed: what shared memory the
-// blocks of two kernels have decides how much cache there is beside it, and changing that between two launches takes a microsecond.
+// Numbers of a block on warpgroups: whether the tile has a far row, for the loaders; 12 bytes that keep the next ones aligned;
+// the score of each row; and of rows that threads do not keep, the offset and row term, and the reach. No more than needed:
+// shared memory that is not set aside is cache.
 constexpr int NUMBERS = !ON_WARPGROUPS ? 0 : 4 + ROWS + (KEEPS_ROWS ? 0 : 2 * ROWS + ROWS * (int)(sizeof(Reach) / sizeof(real)));
 
 // From products of queries and keys, and of d_out and values, to the gradients of the products, in the place of the second.
