@@ -89,30 +89,39 @@ fn print_bits(all: &[(&str, Vec<u32>)]) {
     }
 }
 
-/// As many threads as one process may have: none beside its first. Needs a user whose processes are counted.
-#[test]
-fn calls_run_where_no_thread_can_be_made() {
-    if is_child() {
-        // SAFETY: changes this process's own limits and user, in a test of its own.
-        let no_threads = unsafe {
-            let limit = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
-            // A user without other processes; without the right to become one, the limit may count this user's.
-            libc::setgid(54_321);
-            libc::setuid(54_321);
-            libc::setrlimit(libc::RLIMIT_NPROC, &limit) == 0
+/// Limits this process to `count` threads with its first one, as a user whose processes are counted.
+fn limit_threads(count: libc::rlim_t, user: libc::uid_t) {
+    // SAFETY: changes this process's own limits and user, in a test of its own.
+    let is_limited = unsafe {
+        let limit = libc::rlimit { rlim_cur: count, rlim_max: count };
+        // A user without other processes; without the right to become one, the limit may count this user's.
+        libc::setgid(user);
+        libc::setuid(user);
+        libc::setrlimit(libc::RLIMIT_NPROC, &limit) == 0
+    };
+    assert!(is_limited);
+}
+
+/// The threads, of at most `wanted`, that can be made beside those that run.
+fn threads_to_be_made(wanted: usize) -> usize {
+    let (end, wait) = std::sync::mpsc::channel::<()>();
+    let wait = std::sync::Mutex::new(wait);
+    std::thread::scope(|scope| {
+        // Each waits, in turn, for the sender to be gone.
+        let begin = || {
+            std::thread::Builder::new().spawn_scoped(scope, || wait.lock().unwrap().recv().is_err()).is_ok()
         };
-        assert!(no_threads);
-        assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "the limit holds");
-        let all = implementations().into_iter().map(|name| (name, bits(name).unwrap())).collect::<Vec<_>>();
-        print_bits(&all);
-        done();
-        return;
-    }
-    let name = "calls_run_where_no_thread_can_be_made";
-    let without = child(name, "", &[("RAYON_NUM_THREADS", "4")]);
-    let (out, err) = (String::from_utf8_lossy(&without.stdout), String::from_utf8_lossy(&without.stderr));
-    assert!(without.status.success() && out.contains("done here"), "{}\n{out}\n{err}", without.status);
-    // The same bits as here, with threads.
+        let made = (0..wanted).take_while(|_| begin()).count();
+        drop(end);
+        made
+    })
+}
+
+/// Checks that a child, limited in threads, has the bits of this process with threads.
+fn same_bits_in_a_child(name: &str, threads: &str) {
+    let limited = child(name, "", &[("RAYON_NUM_THREADS", threads)]);
+    let (out, err) = (String::from_utf8_lossy(&limited.stdout), String::from_utf8_lossy(&limited.stderr));
+    assert!(limited.status.success() && out.contains("done here"), "{}\n{out}\n{err}", limited.status);
     for name in implementations() {
         let bits = bits(name).unwrap();
         let sum = bits.iter().fold(0u64, |sum, &bits| sum.wrapping_mul(31).wrapping_add(bits.into()));
@@ -120,21 +129,36 @@ fn calls_run_where_no_thread_can_be_made() {
     }
 }
 
-/// More threads than the address space has stacks for.
+/// As many threads as one process may have: none beside its first.
 #[test]
-fn calls_run_where_not_all_threads_can_be_made() {
+fn calls_run_where_no_thread_can_be_made() {
     if is_child() {
-        for name in implementations() {
-            bits(name).unwrap();
-        }
+        limit_threads(1, 54_321);
+        assert_eq!(threads_to_be_made(1), 0, "the limit holds");
+        let all = implementations().into_iter().map(|name| (name, bits(name).unwrap())).collect::<Vec<_>>();
+        print_bits(&all);
         done();
         return;
     }
-    succeeds(
-        "calls_run_where_not_all_threads_can_be_made",
-        "ulimit -v 400000 &&",
-        &[("RAYON_NUM_THREADS", "4000")],
-    );
+    same_bits_in_a_child("calls_run_where_no_thread_can_be_made", "4");
+}
+
+/// Some of the threads that a pool is to have, and no more. A limit of processes, not of memory: where the address space
+/// runs out, the standard library ends the process from within any thread that starts then.
+#[test]
+fn calls_run_where_not_all_threads_can_be_made() {
+    if is_child() {
+        limit_threads(4, 54_322);
+        let made = threads_to_be_made(8);
+        // SAFETY: asks for this process's user.
+        let is_alone = unsafe { libc::getuid() } == 54_322;
+        assert!(made < 8 && (made > 0 || !is_alone), "{made} threads could be made");
+        let all = implementations().into_iter().map(|name| (name, bits(name).unwrap())).collect::<Vec<_>>();
+        print_bits(&all);
+        done();
+        return;
+    }
+    same_bits_in_a_child("calls_run_where_not_all_threads_can_be_made", "8");
 }
 
 /// No pool is started by a question, by a call for one thread, or by one with a single task.
