@@ -22,37 +22,26 @@ fn vectorized<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
-/// Two SSE2 or NEON registers of f32: enough for the compiler to find a vector in.
+/// One or two SSE2 or NEON registers: enough for the compiler to find vectors in. Lanes are written out one by one: each
+/// loop over them would be one more that the compiler must unroll wherever an operation is used.
 const LANES: usize = 4;
 
 #[inline(always)]
-fn map<A: Copy, B: Default + Copy>(a: [A; LANES], f: impl Fn(A) -> B) -> [B; LANES] {
-    let mut out = [B::default(); LANES];
-    for lane in 0..LANES {
-        out[lane] = f(a[lane]);
-    }
-    out
+fn map<A: Copy, B>(a: [A; LANES], f: impl Fn(A) -> B) -> [B; LANES] {
+    [f(a[0]), f(a[1]), f(a[2]), f(a[3])]
 }
 
 #[inline(always)]
-fn zip<A: Copy, B: Default + Copy>(a: [A; LANES], b: [A; LANES], f: impl Fn(A, A) -> B) -> [B; LANES] {
-    let mut out = [B::default(); LANES];
-    for lane in 0..LANES {
-        out[lane] = f(a[lane], b[lane]);
-    }
-    out
+fn zip<A: Copy, B>(a: [A; LANES], b: [A; LANES], f: impl Fn(A, A) -> B) -> [B; LANES] {
+    [f(a[0], b[0]), f(a[1], b[1]), f(a[2], b[2]), f(a[3], b[3])]
 }
 
 /// # Safety
 /// `LANES` elements at `from` can be read.
 #[inline(always)]
-unsafe fn read<T: Copy, F: Float>(from: *const T, convert: impl Fn(T) -> F) -> [F; LANES] {
-    let mut out = [F::ZERO; LANES];
-    for (lane, out) in out.iter_mut().enumerate() {
-        // SAFETY: `lane` is below LANES, which the caller vouches for.
-        *out = convert(unsafe { *from.add(lane) });
-    }
-    out
+unsafe fn read<T: Copy>(from: *const T) -> [T; LANES] {
+    // SAFETY: the caller's; an array lies as its elements side by side.
+    unsafe { from.cast::<[T; LANES]>().read() }
 }
 
 impl<F: Float> Simd<F> for Scalar {
@@ -75,43 +64,37 @@ impl<F: Float> Simd<F> for Scalar {
     #[inline(always)]
     unsafe fn load(self, from: *const F) -> Self::V {
         // SAFETY: the caller's.
-        unsafe { read(from, |x| x) }
+        unsafe { read(from) }
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut F, x: Self::V) {
-        for (lane, x) in x.into_iter().enumerate() {
-            // SAFETY: `lane` is below LANES, which the caller vouches for.
-            unsafe { *to.add(lane) = x };
-        }
+        // SAFETY: the caller's; an array lies as its elements side by side.
+        unsafe { to.cast::<Self::V>().write(x) }
     }
     #[inline(always)]
     unsafe fn load_f64(self, from: *const f64) -> Self::V {
         // SAFETY: the caller's.
-        unsafe { read(from, F::from_f64) }
+        map(unsafe { read(from) }, F::from_f64)
     }
     #[inline(always)]
     unsafe fn load_f32(self, from: *const f32) -> Self::V {
         // SAFETY: the caller's.
-        unsafe { read(from, F::from_f32) }
+        map(unsafe { read(from) }, F::from_f32)
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> Self::V {
         // SAFETY: the caller's.
-        unsafe { read(from, |x| F::from_f32(x.to_f32())) }
+        map(unsafe { read(from) }, |x: f16| F::from_f32(x.to_f32()))
     }
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> Self::V {
         // SAFETY: the caller's.
-        unsafe { read(from, |x| F::from_f32(x.to_f32())) }
+        map(unsafe { read(from) }, |x: bf16| F::from_f32(x.to_f32()))
     }
     #[inline(always)]
     unsafe fn load_mask(self, from: *const u8) -> Self::Mask {
-        let mut out = [false; LANES];
-        for (lane, out) in out.iter_mut().enumerate() {
-            // SAFETY: `lane` is below LANES, which the caller vouches for.
-            *out = unsafe { *from.add(lane) } != 0;
-        }
-        out
+        // SAFETY: the caller's.
+        map(unsafe { read(from) }, |x| x != 0)
     }
 
     #[inline(always)]
@@ -168,10 +151,11 @@ impl<F: Float> Simd<F> for Scalar {
     }
     #[inline(always)]
     fn any(self, mask: Self::Mask) -> bool {
-        mask.contains(&true)
+        mask[0] | mask[1] | mask[2] | mask[3]
     }
     #[inline(always)]
     fn select(self, mask: Self::Mask, yes: Self::V, no: Self::V) -> Self::V {
+        // A loop, unlike the others: of lanes written out the compiler made branches (the softmax took a third longer).
         let mut out = no;
         for lane in 0..LANES {
             out[lane] = if mask[lane] { yes[lane] } else { no[lane] };
