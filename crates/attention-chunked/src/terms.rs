@@ -13,7 +13,7 @@ use std::ops::Range;
 use attention_core::{DType, DropoutStream, HostView, Inputs, Problem, Row};
 
 use crate::float::Float;
-use crate::simd::{Base, Simd, prefetch, tanh};
+use crate::simd::{Base, Kernel, Simd, prefetch, tanh};
 use crate::tensor::{Floats, Source, typed};
 
 /// A query row: its head and query, and the keys that structure lets it see.
@@ -224,70 +224,7 @@ impl<'a, F: Float> Terms<'a, F> {
         tile: &mut [F],
         memory: &'r mut AddedRow<F>,
     ) -> Added<'r, F> {
-        let row = &rows[0];
-        let columns = tile.len();
-        let AddedRow { bias: bias_room, mask: mask_room } = memory;
-        let (begin, end) = seen(row, first, columns);
-        tile[..begin].fill(F::NEG_INFINITY);
-        tile[end..].fill(F::NEG_INFINITY);
-        let mut added = Added::default();
-        if let Some((mask, shape)) = &self.mask {
-            let bytes = mask.row(&broadcast(shape, [row.batch, row.head, row.query]));
-            if let Some(next) = rows.get(AHEAD) {
-                ahead(mask.row(&broadcast(shape, [next.batch, next.head, next.query])), first, columns);
-            }
-            if bytes.len() == 1 {
-                if bytes.at(0) == 0 {
-                    tile.fill(F::NEG_INFINITY);
-                    return added;
-                }
-            } else {
-                let direct = bytes.contiguous().and_then(|bytes| bytes.get(first..first + columns));
-                added.mask = Some(direct.unwrap_or_else(|| {
-                    for (column, to) in mask_room[begin..end].iter_mut().enumerate() {
-                        *to = bytes.at(first + begin + column);
-                    }
-                    &mask_room[..columns]
-                }));
-            }
-        }
-        let slope = self.slope(row);
-        if let Some((bias, shape)) = &self.bias {
-            let index = broadcast(shape, [row.batch, row.head, row.query]);
-            typed!(bias, bias => {
-                let bias_row = bias.row(&index);
-                if let Some(next) = rows.get(AHEAD) {
-                    ahead(bias.row(&broadcast(shape, [next.batch, next.head, next.query])), first, columns);
-                }
-                let direct = if slope.is_none() && !self.narrows_bias && begin == 0 && end == columns {
-                    bias_row.contiguous().and_then(|bias| bias.get(first..first + columns)).and_then(Source::floats)
-                } else {
-                    None
-                };
-                if direct.is_some() {
-                    added.bias = direct;
-                    return added;
-                }
-                stage_bias(simd, bias_row, first, begin..end, bias_room);
-            });
-            if self.narrows_bias {
-                for x in &mut bias_room[begin..end] {
-                    *x = F::from_f32(x.to_f32());
-                }
-            }
-        } else if slope.is_none() {
-            return added;
-        }
-        if let Some(slope) = slope {
-            let position = self.problem.position(row.batch, row.query);
-            let ahead = position.saturating_sub(first as i64);
-            add_alibi(simd, slope, ahead, self.bias.is_some(), begin..end, bias_room);
-        }
-        // What structure masks stays so, whatever the bias holds there.
-        bias_room[..begin].fill(F::ZERO);
-        bias_room[end..columns].fill(F::ZERO);
-        added.bias = Some(&bias_room[..columns]);
-        added
+        simd.vectorize(AddedOf { terms: self, simd, rows, first, tile, memory })
     }
 
     /// The ALiBi slope of a row's head.
@@ -300,24 +237,8 @@ impl<'a, F: Float> Terms<'a, F> {
     /// Makes natural logits of a row of products by scale and softcap alone, where [`needs_tile`](Self::needs_tile).
     /// `slopes`, of the tile's size, receives the softcap's derivative at each product.
     #[inline(always)]
-    pub(crate) fn capped<S: Simd<F>>(&self, simd: S, tile: &mut [F], mut slopes: Option<&mut [F]>) {
-        let scale = simd.splat(self.scale);
-        for column in (0..tile.len()).step_by(S::LANES) {
-            // SAFETY: the tile has whole vectors, and the slopes have its size.
-            unsafe {
-                let at = tile.as_mut_ptr().add(column);
-                let mut x = simd.mul(simd.load(at), scale);
-                if let Some(cap) = self.softcap {
-                    let t = tanh(simd, simd.div(x, simd.splat(cap)));
-                    if let Some(slopes) = &mut slopes {
-                        let slope = simd.sub(simd.splat(F::ONE), simd.mul(t, t));
-                        simd.store(slopes.as_mut_ptr().add(column), slope);
-                    }
-                    x = simd.mul(simd.splat(cap), t);
-                }
-                simd.store(at, x);
-            }
-        }
+    pub(crate) fn capped<S: Simd<F>>(&self, simd: S, tile: &mut [F], slopes: Option<&mut [F]>) {
+        simd.vectorize(Capped { terms: self, simd, tile, slopes });
     }
 
     /// Multiplies the weights of a row by the factors of dropout: 0 or the scale of what is kept. A disallowed weight
@@ -342,6 +263,125 @@ impl<'a, F: Float> Terms<'a, F> {
         stream.for_each(batch_head, row.query as u32, keys, |key, kept| {
             visit(key - first, if kept { keep } else { F::ZERO });
         });
+    }
+}
+
+/// [`Terms::added`], compiled once for all kernels of a level.
+struct AddedOf<'t, 'a, 'i, 'r, F, S> {
+    terms: &'r Terms<'a, F>,
+    simd: S,
+    rows: &'i [QueryRow],
+    first: usize,
+    tile: &'t mut [F],
+    memory: &'r mut AddedRow<F>,
+}
+
+impl<'r, F: Float, S: Simd<F>> Kernel for AddedOf<'_, '_, '_, 'r, F, S> {
+    type Output = Added<'r, F>;
+
+    #[inline(always)]
+    fn run(self) -> Added<'r, F> {
+        let Self { terms, simd, rows, first, tile, memory } = self;
+        let row = &rows[0];
+        let columns = tile.len();
+        let AddedRow { bias: bias_room, mask: mask_room } = memory;
+        let (begin, end) = seen(row, first, columns);
+        tile[..begin].fill(F::NEG_INFINITY);
+        tile[end..].fill(F::NEG_INFINITY);
+        let mut added = Added::default();
+        if let Some((mask, shape)) = &terms.mask {
+            let bytes = mask.row(&broadcast(shape, [row.batch, row.head, row.query]));
+            if let Some(next) = rows.get(AHEAD) {
+                ahead(mask.row(&broadcast(shape, [next.batch, next.head, next.query])), first, columns);
+            }
+            if bytes.len() == 1 {
+                if bytes.at(0) == 0 {
+                    tile.fill(F::NEG_INFINITY);
+                    return added;
+                }
+            } else {
+                let direct = bytes.contiguous().and_then(|bytes| bytes.get(first..first + columns));
+                added.mask = Some(direct.unwrap_or_else(|| {
+                    for (column, to) in mask_room[begin..end].iter_mut().enumerate() {
+                        *to = bytes.at(first + begin + column);
+                    }
+                    &mask_room[..columns]
+                }));
+            }
+        }
+        let slope = terms.slope(row);
+        if let Some((bias, shape)) = &terms.bias {
+            let index = broadcast(shape, [row.batch, row.head, row.query]);
+            typed!(bias, bias => {
+                let bias_row = bias.row(&index);
+                if let Some(next) = rows.get(AHEAD) {
+                    ahead(bias.row(&broadcast(shape, [next.batch, next.head, next.query])), first, columns);
+                }
+                let direct = if slope.is_none() && !terms.narrows_bias && begin == 0 && end == columns {
+                    bias_row.contiguous().and_then(|bias| bias.get(first..first + columns)).and_then(Source::floats)
+                } else {
+                    None
+                };
+                if direct.is_some() {
+                    added.bias = direct;
+                    return added;
+                }
+                stage_bias(simd, bias_row, first, begin..end, bias_room);
+            });
+            if terms.narrows_bias {
+                for x in &mut bias_room[begin..end] {
+                    *x = F::from_f32(x.to_f32());
+                }
+            }
+        } else if slope.is_none() {
+            return added;
+        }
+        if let Some(slope) = slope {
+            let position = terms.problem.position(row.batch, row.query);
+            let ahead = position.saturating_sub(first as i64);
+            add_alibi(simd, slope, ahead, terms.bias.is_some(), begin..end, bias_room);
+        }
+        // What structure masks stays so, whatever the bias holds there.
+        bias_room[..begin].fill(F::ZERO);
+        bias_room[end..columns].fill(F::ZERO);
+        added.bias = Some(&bias_room[..columns]);
+        added
+    }
+}
+
+/// [`Terms::capped`], compiled once for all kernels of a level.
+struct Capped<'t, 'a, F, S> {
+    terms: &'t Terms<'a, F>,
+    simd: S,
+    tile: &'t mut [F],
+    slopes: Option<&'t mut [F]>,
+}
+
+impl<F: Float, S: Simd<F>> Kernel for Capped<'_, '_, F, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { terms, simd, tile, mut slopes } = self;
+        assert!(tile.len().is_multiple_of(S::LANES));
+        assert!(slopes.as_ref().is_none_or(|slopes| slopes.len() == tile.len()));
+        let scale = simd.splat(terms.scale);
+        for column in (0..tile.len()).step_by(S::LANES) {
+            // SAFETY: the tile has whole vectors, and the slopes have its size, as checked above.
+            unsafe {
+                let at = tile.as_mut_ptr().add(column);
+                let mut x = simd.mul(simd.load(at), scale);
+                if let Some(cap) = terms.softcap {
+                    let t = tanh(simd, simd.div(x, simd.splat(cap)));
+                    if let Some(slopes) = &mut slopes {
+                        let slope = simd.sub(simd.splat(F::ONE), simd.mul(t, t));
+                        simd.store(slopes.as_mut_ptr().add(column), slope);
+                    }
+                    x = simd.mul(simd.splat(cap), t);
+                }
+                simd.store(at, x);
+            }
+        }
     }
 }
 

@@ -131,7 +131,7 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     /// As checked in `run`, for a row of the block.
     #[inline(always)]
     unsafe fn row(&mut self, row: usize, memory: &mut AddedRow<E::F>) {
-        let simd = self.engine.simd();
+        let plain = self.engine.plain();
         let lanes = <E::S as Simd<E::F>>::LANES;
         let (columns, start) = (self.columns, row * self.stride);
         let (info, state) = (self.rows[row], self.states[row]);
@@ -149,9 +149,9 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             let tile = unsafe { std::slice::from_raw_parts_mut(tile, columns) };
             if self.terms.needs_tile() {
                 let slopes = self.terms.has_softcap().then_some(&mut self.slopes[..columns]);
-                self.terms.capped(simd, tile, slopes);
+                self.terms.capped(plain, tile, slopes);
             }
-            let added = self.terms.added(simd, &self.rows[row..], self.first, tile, memory);
+            let added = self.terms.added(plain, &self.rows[row..], self.first, tile, memory);
             adding = Adding::of(&added);
         }
         if self.terms.has_dropout() {
@@ -188,7 +188,7 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         packs: &GradientPacks<E::Packed>,
         memory: &mut [AddedRow<E::F>; 2],
     ) {
-        let simd = self.engine.simd();
+        let (simd, plain) = (self.engine.simd(), self.engine.plain());
         let lanes = <E::S as Simd<E::F>>::LANES;
         let columns = self.columns;
         let zero = simd.splat(E::F::ZERO);
@@ -204,9 +204,9 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             } else if self.apply {
                 let tile = &mut self.products[start..start + columns];
                 if self.terms.needs_tile() {
-                    self.terms.capped(simd, tile, None);
+                    self.terms.capped(plain, tile, None);
                 }
-                let added = self.terms.added(simd, &self.rows[row..], self.first, tile, memory);
+                let added = self.terms.added(plain, &self.rows[row..], self.first, tile, memory);
                 adding[index] = Adding::of(&added);
             }
         }

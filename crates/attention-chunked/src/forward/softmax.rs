@@ -7,6 +7,8 @@
 //! always a logit of the row, with the bits that it has as one: so its own weight is exactly 1, and no logit is so large
 //! that the rounding of the shift could matter.
 
+use std::ops::Range;
+
 use attention_core::merge::Accumulator;
 
 use crate::engine::Engine;
@@ -64,6 +66,27 @@ struct Row<F> {
     room: F,
 }
 
+/// The power of one number, with the bits that it has among others. Shifts move rarely, so this is compiled once for all
+/// kinds of rows.
+struct PowerOfOne<F, S> {
+    simd: S,
+    base: Base<F>,
+    x: F,
+}
+
+impl<F: Float, S: Simd<F>> Kernel for PowerOfOne<F, S> {
+    type Output = F;
+
+    #[inline(always)]
+    fn run(self) -> F {
+        let mut lanes = [F::ZERO; 64];
+        let [power] = power(self.simd, self.base, [self.simd.splat(self.x)]);
+        // SAFETY: 64 elements are as many as any vector has.
+        unsafe { self.simd.store(lanes.as_mut_ptr(), power) };
+        lanes[0]
+    }
+}
+
 impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
     /// Whether any factor is not 1.
     type Output = bool;
@@ -89,16 +112,16 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
             // SAFETY: the row's columns are in the tile, as checked above.
             let products = unsafe { self.tile.as_mut_ptr().add(index * self.stride) };
             let mut added = Added::default();
-            let simd = self.engine.simd();
+            let (simd, plain) = (self.engine.simd(), self.engine.plain());
             if self.apply {
                 let rows = &self.rows[index..];
                 // SAFETY: `columns` elements of the row, to which nothing else refers here.
                 let tile = unsafe { std::slice::from_raw_parts_mut(products, self.columns) };
                 let needs_tile = self.terms.needs_tile();
                 if needs_tile {
-                    self.terms.capped(simd, tile, None);
+                    self.terms.capped(plain, tile, None);
                 }
-                added = self.terms.added(simd, rows, self.first, tile, &mut memory);
+                added = self.terms.added(plain, rows, self.first, tile, &mut memory);
                 if self.mark || needs_tile {
                     // SAFETY: what is added has as many elements as the row has columns, which are whole vectors.
                     unsafe { self.terms.add(simd, std::mem::take(&mut added), products, self.columns) };
@@ -123,6 +146,10 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
                     (true, true, false) => self.row::<true, true, false>(&row, &mut kept),
                 }
             };
+            if self.terms.has_dropout() {
+                // SAFETY: as above.
+                unsafe { self.drop_weights(index) };
+            }
         }
         rescaled
     }
@@ -172,15 +199,9 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
                     from.products = kept.as_ptr();
                 }
             }
-            if self.terms.has_dropout() {
-                self.drop_weights(index);
-            }
             let mut factor = E::F::ONE;
             if shift != before && before != nothing {
-                let mut lanes = [E::F::ZERO; 64];
-                let [rescale] = power(simd, row.base, [simd.splat(before - shift)]);
-                simd.store(lanes.as_mut_ptr(), rescale);
-                factor = lanes[0];
+                factor = simd.vectorize(PowerOfOne { simd, base: row.base, x: before - shift });
             }
             self.sums[index] = self.sums[index] * factor + sum;
             self.shifts[index] = shift;
@@ -202,8 +223,15 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let end = self.columns.min(begin + FIRST_VECTORS * lanes);
         // SAFETY: the caller's.
         unsafe {
-            let shift = self.largest::<BIAS, MASK>(row, begin, end);
-            if shift == E::F::NEG_INFINITY { self.largest::<BIAS, MASK>(row, 0, self.columns) } else { shift }
+            let mut columns = begin..end;
+            loop {
+                let shift = self.largest::<BIAS, MASK>(row, columns.clone());
+                let all = 0..self.columns;
+                if shift != E::F::NEG_INFINITY || columns == all {
+                    return shift;
+                }
+                columns = all;
+            }
         }
     }
 
@@ -215,12 +243,11 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     unsafe fn largest<const BIAS: bool, const MASK: bool>(
         &self,
         row: &Row<E::F>,
-        begin: usize,
-        end: usize,
+        columns: Range<usize>,
     ) -> E::F {
         let simd = self.engine.simd();
         let mut largest = simd.splat(E::F::NEG_INFINITY);
-        for column in (begin..end).step_by(<E::S as Simd<E::F>>::LANES) {
+        for column in columns.step_by(<E::S as Simd<E::F>>::LANES) {
             // SAFETY: the caller's.
             let [(_, x)] = unsafe { self.logits::<BIAS, MASK, 1>(row, column) };
             largest = simd.max(largest, x);
