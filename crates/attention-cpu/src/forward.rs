@@ -389,6 +389,7 @@ impl<'a, E: Operand> Shared<'a, E> {
             columns,
             logits: &mut *logits,
             stride,
+            capped: None,
         });
         let keys = self.problem.key_value_len(rows.batch);
         for ((head, query), row) in rows.iter().zip(logits.chunks_mut(stride)) {

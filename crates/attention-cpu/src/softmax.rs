@@ -178,6 +178,8 @@ pub(crate) struct SoftmaxRows<'b, 'a, C> {
     /// Rows some distance apart.
     pub(crate) logits: &'b mut [C],
     pub(crate) stride: usize,
+    /// With a softcap, receives the soft-capped products, as far apart.
+    pub(crate) capped: Option<&'b mut [C]>,
 }
 
 impl<C: Compute> Kernel for SoftmaxRows<'_, '_, C> {
@@ -185,11 +187,13 @@ impl<C: Compute> Kernel for SoftmaxRows<'_, '_, C> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Self::Output {
-        let Self { terms, sinks, rows, columns, logits, stride } = self;
+        let Self { terms, sinks, rows, columns, logits, stride, mut capped } = self;
         let mut results = Vec::with_capacity(rows.len());
         for (index, (head, query)) in rows.iter().enumerate() {
-            let row = &mut logits[index * stride..][..columns.count];
-            terms.apply::<FMA>(rows.batch, (head, query), columns, row, None);
+            let at = index * stride;
+            let row = &mut logits[at..][..columns.count];
+            let capped = capped.as_deref_mut().map(|capped| &mut capped[at..][..columns.count]);
+            terms.apply::<FMA>(rows.batch, (head, query), columns, row, capped);
             results.push(softmax::<_, FMA>(row, sinks.map(|sinks| sinks.at(&[head]))));
         }
         results

@@ -542,19 +542,24 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
             self.columns::<ROWS, 1, STRIDED, T>(head, first, done);
             done += S::LANES;
         }
-        for column in done..width {
-            let mut sums = [F::ZERO; ROWS];
-            for (index, key) in self.keys.clone().enumerate() {
-                let value: F = head.matrix_row(key).at(column).widen();
-                for (row, sum) in sums.iter_mut().enumerate() {
-                    *sum += self.weights[(first + row) * STRIDE + index] * value;
-                }
-            }
-            for (row, mut sum) in sums.into_iter().enumerate() {
-                let row = first + row;
+        if done < width {
+            self.last_columns(head, first..first + ROWS, done);
+        }
+    }
+
+    /// The columns of some rows from `begin` on, behind the last whole vector.
+    #[inline(never)]
+    fn last_columns<T: Source>(&mut self, head: &HostView<'_, T>, rows: Range<usize>, begin: usize) {
+        let width = head.shape()[1];
+        for row in rows {
+            let weights = &self.weights[row * STRIDE..];
+            for column in begin..width {
+                let value = |key| head.matrix_row(key).at(column).widen::<F>();
+                let products = self.keys.clone().zip(weights).map(|(key, &weight)| weight * value(key));
+                let mut sum = products.fold(F::ZERO, |sum, product| sum + product);
                 if !sum.is_finite() && !self.totals[row].is_nan() {
                     self.taken.mark(Path::FewValuesApart);
-                    sum = careful_sum(head, self.keys.clone(), column, &self.weights[row * STRIDE..]);
+                    sum = careful_sum(head, self.keys.clone(), column, weights);
                 }
                 let to = &mut self.values[row * width + column];
                 *to = *to * self.factors[row] + sum;
@@ -589,23 +594,51 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
                 }
             }
         }
-        for (row, sums) in sums.iter().enumerate() {
+        // A copy, so that the sums of the loop stay in registers.
+        let done = sums;
+        let sums = done.as_flattened();
+        simd.vectorize(AddSums { of: self, head, first, column, vectors: VECTORS, sums });
+    }
+}
+
+/// Adds the sums of some rows to their values. Compiled once for all numbers of rows and columns.
+struct AddSums<'k, 'r, 'v, F: Float, S: Simd<F>, T> {
+    of: &'k mut WeightedSums<'r, F, S>,
+    head: &'k HostView<'v, T>,
+    /// The first row.
+    first: usize,
+    /// The first column, and how many vectors there are, which the values have.
+    column: usize,
+    vectors: usize,
+    /// As many for each row.
+    sums: &'k [S::V],
+}
+
+impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, '_, F, S, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { of, head, first, column, vectors, sums } = self;
+        let simd = of.simd;
+        let width = head.shape()[1];
+        for (row, sums) in sums.chunks_exact(vectors).enumerate() {
             let row = first + row;
-            let factor = self.factors[row];
+            let factor = of.factors[row];
             let zero = simd.splat(F::ZERO);
             // Zero times what is not finite is NaN, which every sum keeps.
             let nothing = sums.iter().fold(zero, |nothing, &sum| simd.fma(sum, zero, nothing));
-            let to = &mut self.values[row * width + column..][..VECTORS * S::LANES];
-            if simd.reduce_sum(nothing) != F::ZERO && !self.totals[row].is_nan() {
-                self.taken.mark(Path::FewValuesApart);
-                let (keys, weights) = (self.keys.clone(), &self.weights[row * STRIDE..]);
+            let to = &mut of.values[row * width + column..][..vectors * S::LANES];
+            if simd.reduce_sum(nothing) != F::ZERO && !of.totals[row].is_nan() {
+                of.taken.mark(Path::FewValuesApart);
+                let (keys, weights) = (of.keys.clone(), &of.weights[row * STRIDE..]);
                 simd.vectorize(CarefulSums { simd, head, keys, column, weights, factor, to });
                 continue;
             }
-            for (vector, &sum) in sums.iter().enumerate() {
-                // SAFETY: `VECTORS` vectors, as many as there are sums.
+            for (to, &sum) in to.chunks_exact_mut(S::LANES).zip(sums) {
+                // SAFETY: a chunk is a vector.
                 unsafe {
-                    let at = to.as_mut_ptr().add(vector * S::LANES);
+                    let at = to.as_mut_ptr();
                     simd.store(at, simd.fma(simd.load(at), simd.splat(factor), sum));
                 }
             }

@@ -4,14 +4,13 @@ use attention_core::Scalar;
 
 use super::Shared;
 use super::pieces::{BlockScratch, Scratch};
-use crate::bias::AnyFloat;
 use crate::direct;
 use crate::elementary::Compute;
 use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, read_row};
 use crate::packed::{Columns, Panels};
 use crate::simd::{Kernel, dispatch};
-use crate::softmax::{RowDropout, SoftmaxRows, mean, softmax};
+use crate::softmax::{RowDropout, RowSoftmax, SoftmaxRows, mean};
 
 /// What a block's gradient is taken of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,9 +131,18 @@ impl<E: Operand> Shared<'_, E> {
         stride: usize,
         block: &mut BlockScratch<'_, E::Compute>,
     ) {
-        let sums = dispatch(SoftmaxGradient {
+        let own = dispatch(SoftmaxRows {
             terms: &self.terms,
             sinks: self.sinks.as_ref(),
+            rows,
+            columns,
+            logits: block.probabilities,
+            stride,
+            capped: self.terms.softcap.is_some().then_some(&mut *block.capped),
+        });
+        let sums = dispatch(SoftmaxGradient {
+            terms: &self.terms,
+            own: &own,
             epsilon: E::STATISTICS_EPSILON,
             rows,
             columns,
@@ -174,7 +182,15 @@ impl<E: Operand> Shared<'_, E> {
         let columns = Columns { start: keys.start, count: keys.len() };
         let (stride, rows) = (logits.len(), Rows { batch, heads: head..head + 1, queries: query..query + 1 });
         let (terms, sinks) = (&self.terms, self.sinks.as_ref());
-        let own = dispatch(SoftmaxRows { terms, sinks, rows: &rows, columns: &columns, logits, stride });
+        let own = dispatch(SoftmaxRows {
+            terms,
+            sinks,
+            rows: &rows,
+            columns: &columns,
+            logits,
+            stride,
+            capped: None,
+        });
         let own = own.first()?;
         state.is_of(own.lse, E::STATISTICS_EPSILON).then(|| (own.sink / own.total).to_f64())
     }
@@ -187,10 +203,11 @@ struct SumsOfRows {
     given: bool,
 }
 
-/// From products to probabilities, and from products of output gradients and values to gradients of the logits.
+/// From unnormalised weights to probabilities, and from products of output gradients and values to gradients of the logits.
 struct SoftmaxGradient<'b, 'a, C> {
     terms: &'b Terms<'a, C>,
-    sinks: Option<&'b AnyFloat<'a>>,
+    /// Of each row.
+    own: &'b [RowSoftmax<C>],
     /// The distance from 1 to the next number of the stored logsumexps.
     epsilon: f64,
     rows: &'b Rows,
@@ -198,7 +215,8 @@ struct SoftmaxGradient<'b, 'a, C> {
     states: &'b [RowState<C>],
     probabilities: &'b mut [C],
     d_logits: &'b mut [C],
-    capped: &'b mut [C],
+    /// Soft-capped products, with a softcap.
+    capped: &'b [C],
     stride: usize,
     of: GradientOf,
 }
@@ -209,41 +227,28 @@ impl<C: Compute> Kernel for SoftmaxGradient<'_, '_, C> {
     #[inline(always)]
     fn run<const FMA: bool>(self) -> SumsOfRows {
         let mut sums = SumsOfRows::default();
-        let Self {
-            terms,
-            sinks,
-            epsilon,
-            rows,
-            columns,
-            states,
-            probabilities,
-            d_logits,
-            capped,
-            stride,
-            of,
-        } = self;
+        let Self { terms, own, epsilon, rows, columns, states, probabilities, d_logits, capped, stride, of } =
+            self;
         let (problem, batch) = (terms.problem, rows.batch);
         let keys = problem.key_value_len(batch);
         for (index, (head, query)) in rows.iter().enumerate() {
             let at = index * stride;
             let p = &mut probabilities[at..][..columns.count];
             let d = &mut d_logits[at..][..columns.count];
-            let mut capped = terms.softcap.map(|_| &mut capped[at..][..columns.count]);
-            let state = &states[index];
+            let capped = terms.softcap.map(|_| &capped[at..][..columns.count]);
+            let (state, own) = (&states[index], &own[index]);
             if state.lse == C::NEG_INFINITY {
                 p.fill(C::DISALLOWED);
                 d.fill(C::DISALLOWED);
                 continue;
             }
-            terms.apply::<FMA>(batch, (head, query), columns, p, capped.as_deref_mut());
-            let own = softmax::<_, FMA>(p, sinks.map(|sinks| sinks.at(&[head])));
             let whole = state.is_of(own.lse, epsilon);
             sums.own |= whole;
             sums.given |= !whole;
             // exp(x - lse) = exp(x - max) / (sum * exp(lse - own lse)).
             let total = if whole { own.total } else { own.total * (state.lse - own.lse).exp_lane::<FMA>() };
             if let Some(dropout) = RowDropout::new(problem, batch, head, query) {
-                dropout.for_each(columns, keys, |column, factor| d[column] *= factor);
+                dropout.apply(columns, keys, d);
             }
             for (d, p) in d.iter_mut().zip(p.iter_mut()) {
                 let allowed = !p.is_disallowed();
