@@ -169,18 +169,34 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     }
 }
 
-/// Asks for the cache lines of `bytes` bytes from `from` on, where the machine has an instruction for it. Any address
-/// will do: nothing is read.
+/// Prefetches the cache lines of `bytes` bytes from `from` on. Any address will do: nothing is read.
 #[inline(always)]
 pub(crate) fn prefetch(from: *const u8, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
+    prefetch_line(from);
+    prefetch_behind(from, bytes);
+}
+
+/// The same without the line of the first byte, for where the bytes before are prefetched too. An allocation begins 16
+/// bytes into a line, so as a rule 128 bytes lie in three lines: without the last one, decoding took 1.2 to 1.4 times as
+/// long.
+#[inline(always)]
+pub(crate) fn prefetch_behind(from: *const u8, bytes: usize) {
     for offset in (0..bytes).step_by(64) {
+        prefetch_line(from.wrapping_add((offset + 63).min(bytes - 1)));
+    }
+}
+
+/// Prefetches the cache line of an address, where the machine has an instruction for it.
+#[inline(always)]
+fn prefetch_line(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: every x86-64 processor has the instruction, which never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(offset).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, bytes);
+    let _ = address;
 }
 
 /// What an x86-64 machine lacks for a level.
