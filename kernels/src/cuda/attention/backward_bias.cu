@@ -14,12 +14,13 @@ __device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_
         const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
         if (rows[r].t >= queries) continue;
         const State state = PreparedState()(p, b, n, rows[r].t);
+        const real largest = largest_exponent(state);
         const real distance = distance_of(p, rows[r], first + key_at(0));
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c)
             // Nothing is computed once more here, so what a bias of -inf masks must not be NaN.
             sums[r][c] += weigh<Checked, IS_FAR, true>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c, kept >> c & 1,
-                                                       products[r][c], incoming[r][c], state)
+                                                       products[r][c], incoming[r][c], state, largest)
                               .logit;
     }
 }

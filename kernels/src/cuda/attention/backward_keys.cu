@@ -12,19 +12,19 @@ constexpr int STATES = 2 * ROWS + 4;
 constexpr bool WANTS_KEYS = (WANTED & 1) != 0, WANTS_VALUES = (WANTED & 2) != 0;
 
 // From products of keys and queries, and of values and d_out, to probabilities after dropout and the gradients of the first
-// products, in their places. `state` holds the offset and the row term of each query row; scores of far rows are read where there are
-// such.
-template <class Check, bool IS_FAR>
+// products, in their places. `state` holds the offset and the row term of each query row; scores are read where the head has far rows.
+// As in backward_queries.cu, the checked version has those too.
+template <class Check, bool MAY_BE_FAR>
 __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long long b, long long n, int t, int first, const real *state,
-                                  const KeyTerms<KEYS, ROWS> &terms,
+                                  bool has_far, const KeyTerms<KEYS, ROWS> &terms,
                                   real (&weights)[row_slots<KEYS>()][column_slots<ROWS>()],
                                   real (&gradients)[row_slots<KEYS>()][column_slots<ROWS>()]) {
     unsigned kept[row_slots<KEYS>()];
     if (drops(p)) kept_of_keys<KEYS, ROWS>(p, (unsigned)(b * p.query_heads + n), t, first, kept);
     real distances[row_slots<KEYS>()];
     const Row first_row = row_of(p, batch, b, n, t + column_at(0), false);
-    const real *const scores = IS_FAR ? scores_of_states(p) + state_of(p, b, n, t + column_at(0)) : nullptr;
-    const int rows_left = IS_FAR ? batch.queries - t - column_at(0) : 0;
+    const real *const scores = MAY_BE_FAR ? scores_of_states(p) + state_of(p, b, n, t + column_at(0)) : nullptr;
+    const int rows_left = MAY_BE_FAR && has_far ? batch.queries - t - column_at(0) : 0;
 #pragma unroll
     for (int r = 0; r < row_slots<KEYS>(); ++r) distances[r] = distance_of(p, first_row, first + key_row_at<KEYS>(r));
 #pragma unroll
@@ -32,13 +32,15 @@ __device__ inline void weigh_tile(const Parameters &p, const Batch &batch, long 
         const int column = column_at(c);
         Row row = first_row;
         if (READS_SINGLY || Check::value) row = row_of(p, batch, b, n, t + column, Check::value);
-        const bool has_score = IS_FAR && column_offset(c) < rows_left;
+        const bool has_score = MAY_BE_FAR && column_offset(c) < rows_left;
         const State own{has_score ? scores[column_offset(c)] : real(0), state[column], state[ROWS + column]};
+        const real largest = MAY_BE_FAR ? computed_here(largest_exponent(own)) : infinity();
 #pragma unroll
         for (int r = 0; r < row_slots<KEYS>(); ++r) {
             const Weights of =
-                weigh<Check, IS_FAR, false>(p, row, first + key_row_at<KEYS>(r), distances[r] + column_offset(c), terms, r, c,
-                                            !drops(p) || kept[r] >> c & 1, weights[r][c], WANTS_KEYS ? gradients[r][c] : real(0), own);
+                weigh<Check, MAY_BE_FAR, false>(p, row, first + key_row_at<KEYS>(r), distances[r] + column_offset(c), terms, r, c,
+                                                !drops(p) || kept[r] >> c & 1, weights[r][c], WANTS_KEYS ? gradients[r][c] : real(0),
+                                                own, largest);
             weights[r][c] = of.kept;
             gradients[r][c] = of.product;
         }
@@ -180,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         // Behind the last row a bias may hold anything, and behind the last key there is none.
         const bool whole = t + ROWS <= to && first + KEYS <= end;
         const bool checked = !whole || first_key(batch, last_t) > first || end_key(batch, t) < end;
-        const bool may_be_far = state[2 * ROWS] != 0;
+        const bool has_far = state[2 * ROWS] != 0;
 
         real weights[KEY_SLOTS][ROW_SLOTS], gradients[KEY_SLOTS][ROW_SLOTS];
         begin_products<KEYS, ROWS, HEAD, true>(weights, key_tile, query_tile);
@@ -190,12 +192,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         await_products<0>();
         hold(weights);
         if constexpr (WANTS_KEYS) hold(gradients);
-        if (__builtin_expect(may_be_far, 0))
-            weigh_tile<Checked, true>(p, batch, b, n, t, first, state, terms, weights, gradients);
-        else if (checked)
-            weigh_tile<Checked, false>(p, batch, b, n, t, first, state, terms, weights, gradients);
+        if (checked || has_far)
+            weigh_tile<Checked, true>(p, batch, b, n, t, first, state, has_far, terms, weights, gradients);
         else
-            weigh_tile<Unchecked, false>(p, batch, b, n, t, first, state, terms, weights, gradients);
+            weigh_tile<Unchecked, false>(p, batch, b, n, t, first, state, has_far, terms, weights, gradients);
         if constexpr (WANTS_VALUES) begin_weighted<KEYS, ROWS, VALUE>(values, weights, factors, d_out_tile, room);
         if constexpr (WANTS_KEYS) begin_weighted<KEYS, ROWS, HEAD>(keys, gradients, changes, query_tile, room);
         await_products<0>();

@@ -20,20 +20,24 @@ struct Reach {
 constexpr int NUMBERS = !ON_WARPGROUPS ? 0 : 4 + ROWS + (KEEPS_ROWS ? 0 : 2 * ROWS + ROWS * (int)(sizeof(Reach) / sizeof(real)));
 
 // From products of queries and keys, and of d_out and values, to the gradients of the products, in the place of the second.
-// `state_of_slot` gives the state of a row of the thread; without IS_FAR, its score is 0.
-template <class Check, bool IS_FAR, class StateOf>
-__device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], StateOf state_of_slot, int first,
-                                  const RowTerms<ROWS, KEYS> &terms, const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
+// `state_of_slot` gives the state of a row of the thread, with a score where the tile has far rows.
+//
+// Tiles with far rows are weighed by the checked version, not by a third one, which would make the loop over tiles longer for all calls:
+// short calls wait for instructions to be fetched.
+template <class Check, bool MAY_BE_FAR, class StateOf>
+__device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], StateOf state_of_slot, bool is_far_tile,
+                                  int first, const RowTerms<ROWS, KEYS> &terms, const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
                                   real (&gradients)[row_slots<ROWS>()][column_slots<KEYS>()]) {
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
         const real distance = distance_of(p, rows[r], first + key_at(0));
-        const State state = state_of_slot(r, IS_FAR);
+        const State state = state_of_slot(r, MAY_BE_FAR && is_far_tile);
+        const real largest = MAY_BE_FAR ? computed_here(largest_exponent(state)) : infinity();
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c)
-            gradients[r][c] = weigh<Check, IS_FAR, false>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c,
-                                                          kept >> c & 1, products[r][c], gradients[r][c], state)
+            gradients[r][c] = weigh<Check, MAY_BE_FAR, false>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c,
+                                                              kept >> c & 1, products[r][c], gradients[r][c], state, largest)
                                   .product;
     }
 }
@@ -297,12 +301,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         hold(weights);
         hold(gradients);
         refresh(known, true);
-        if (__builtin_expect(is_far_tile, 0))
-            weigh_tile<Checked, true>(p, known, state_of_slot, first, terms, weights, gradients);
-        else if (checked)
-            weigh_tile<Checked, false>(p, known, state_of_slot, first, terms, weights, gradients);
+        if (checked || is_far_tile)
+            weigh_tile<Checked, true>(p, known, state_of_slot, is_far_tile, first, terms, weights, gradients);
         else
-            weigh_tile<Unchecked, false>(p, known, state_of_slot, first, terms, weights, gradients);
+            weigh_tile<Unchecked, false>(p, known, state_of_slot, is_far_tile, first, terms, weights, gradients);
         begin_weighted<ROWS, KEYS, HEAD>(sums, gradients, factors, key_tile, room);
         await_products<0>();
         hold(sums);

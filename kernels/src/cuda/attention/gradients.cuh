@@ -68,14 +68,17 @@ __device__ inline real *scores_of_states(const Parameters &p) { return p.second 
 __device__ inline real *far_heads(const Parameters &p) { return p.second + 2 * count_of_states(p); }
 __device__ inline bool has_far_rows(const Parameters &p, long long b, long long n) { return far_heads(p)[b * p.query_heads + n] != 0; }
 
-// The exponent of a probability. IS_FAR says that the row may be far; then it is at most 0, which in one that is not far takes away what
-// rounding the logsumexp adds to a probability of 1. NaN stays.
-template <bool IS_FAR>
-__device__ inline real exponent_in(const Parameters &p, real score, const State &state) {
+// What the exponents of a row are at most.
+__device__ inline real largest_exponent(const State &state) { return state.score != 0 ? real(0) : infinity(); }
+
+// The exponent of a probability, at most `largest`. A row that is not far has the same bits with and without MAY_BE_FAR, so they do not
+// depend on the rows that share its tile. NaN stays.
+template <bool MAY_BE_FAR>
+__device__ inline real exponent_in(const Parameters &p, real score, const State &state, real largest) {
     const real factor = gradient_factor(p);
-    if constexpr (!IS_FAR) return fma(score, factor, state.offset);
+    if constexpr (!MAY_BE_FAR) return fma(score, factor, state.offset);
     const real exponent = fma(difference(score, state.score), factor, state.offset);
-    return exponent > 0 ? real(0) : exponent;
+    return at_most(exponent, largest);
 }
 
 struct Weights {
@@ -99,9 +102,9 @@ __device__ inline Weights weigh(const Parameters &p, bool masked, real exponent,
 }
 
 // The same in slots r and c of a tile, from the product of query and key and as `tile_logit` has it.
-template <class Check, bool IS_FAR, bool EXACT, class Terms>
+template <class Check, bool MAY_BE_FAR, bool EXACT, class Terms>
 __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, real distance, const Terms &terms, int r, int c, bool kept,
-                                real product, real incoming, const State &state) {
+                                real product, real incoming, const State &state, real largest) {
     real slope = 1, score = product;
     bool masked;
     if constexpr (HAS_TERMS) {
@@ -111,7 +114,7 @@ __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, re
         masked = !takes_part<Check>(p, row, key, terms, r, c);
     }
     // The state may be NaN.
-    return weigh(p, masked, masked ? -infinity() : exponent_in<IS_FAR>(p, score, state), slope, kept, incoming, state.delta);
+    return weigh(p, masked, masked ? -infinity() : exponent_in<MAY_BE_FAR>(p, score, state, largest), slope, kept, incoming, state.delta);
 }
 
 // As attention_prepare_gradients left it.
@@ -131,7 +134,7 @@ __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const 
     const real incoming =
         dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     const bool kept = !drops(p) || is_kept(p, row, key);
-    weights = weigh(p, false, exponent_in<true>(p, score, state), slope, kept, incoming, state.delta);
+    weights = weigh(p, false, exponent_in<true>(p, score, state, largest_exponent(state)), slope, kept, incoming, state.delta);
     return true;
 }
 

@@ -117,6 +117,24 @@ __device__ inline real exponential(real x) {
 __device__ inline float difference(float x, float y) { return __fsub_rn(x, y); }
 __device__ inline double difference(double x, double y) { return __dsub_rn(x, y); }
 
+// The smaller; NaN where x is NaN, other than with fmin. A single instruction in f32.
+__device__ inline float at_most(float x, float most) {
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(most));
+    return y;
+}
+__device__ inline double at_most(double x, double most) { return x > most ? most : x; }
+
+// Has x computed here, once: a compiler short of registers would compute it again wherever it is used.
+__device__ inline float computed_here(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
+__device__ inline double computed_here(double x) {
+    asm volatile("" : "+d"(x));
+    return x;
+}
+
 __device__ inline float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 __device__ inline double rounded_product(double x, double y) { return __dmul_rn(x, y); }
 __device__ inline float rounded_sum(float x, float y) { return __fadd_rn(x, y); }
