@@ -3,7 +3,7 @@
 // registers: no more memory, and a fixed order.
 
 // Adds the gradients of a tile's logits, from products of queries and keys, and of d_out and values.
-template <bool IS_FAR>
+template <bool MAY_BE_FAR>
 __device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int queries, long long b, long long n,
                                      int first, const RowTerms<ROWS, KEYS> &terms,
                                      const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
@@ -19,8 +19,8 @@ __device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c)
             // Nothing is computed once more here, so what a bias of -inf masks must not be NaN.
-            sums[r][c] += weigh<Checked, IS_FAR, true>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c, kept >> c & 1,
-                                                       products[r][c], incoming[r][c], state, largest)
+            sums[r][c] += weigh<Checked, MAY_BE_FAR, true>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c,
+                                                           kept >> c & 1, products[r][c], incoming[r][c], state, largest)
                               .logit;
     }
 }

@@ -68,7 +68,8 @@ __device__ inline real *scores_of_states(const Parameters &p) { return p.second 
 __device__ inline real *far_heads(const Parameters &p) { return p.second + 2 * count_of_states(p); }
 __device__ inline bool has_far_rows(const Parameters &p, long long b, long long n) { return far_heads(p)[b * p.query_heads + n] != 0; }
 
-// What the exponents of a row are at most.
+// What the exponents of a row are at most in the loops over tiles. A far row with a largest score of 0 has none: its logsumexp is that of its
+// sink, so its exponents are far below 0.
 __device__ inline real largest_exponent(const State &state) { return state.score != 0 ? real(0) : infinity(); }
 
 // The exponent of a probability, at most `largest`. A row that is not far has the same bits with and without MAY_BE_FAR, so they do not
@@ -125,7 +126,8 @@ struct PreparedState {
     }
 };
 
-// The same for a single row and key, by a whole warp. False where the key takes no part.
+// The same for a single row and key, by a whole warp. False where the key takes no part. The product is summed in another order than the
+// logsumexp was, so exponents of all rows are at most 0.
 __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const State &state, long long b, long long n, int key,
                                      Weights &weights) {
     real slope;
@@ -134,7 +136,7 @@ __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const 
     const real incoming =
         dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     const bool kept = !drops(p) || is_kept(p, row, key);
-    weights = weigh(p, false, exponent_in<true>(p, score, state, largest_exponent(state)), slope, kept, incoming, state.delta);
+    weights = weigh(p, false, exponent_in<true>(p, score, state, real(0)), slope, kept, incoming, state.delta);
     return true;
 }
 
