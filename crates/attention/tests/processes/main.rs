@@ -89,8 +89,10 @@ fn print_bits(all: &[(&str, Vec<u32>)]) {
     }
 }
 
-/// Limits this process to `count` threads with its first one, as a user whose processes are counted.
-fn limit_threads(count: libc::rlim_t, user: libc::uid_t) {
+/// Limits this process to `count` threads with its first one, as a user of its own whose processes are counted; whether it
+/// could become that user.
+fn limit_threads(count: libc::rlim_t) -> bool {
+    let user = 50_000 + std::process::id() % 10_000;
     // SAFETY: changes this process's own limits and user, in a test of its own.
     let is_limited = unsafe {
         let limit = libc::rlimit { rlim_cur: count, rlim_max: count };
@@ -100,6 +102,8 @@ fn limit_threads(count: libc::rlim_t, user: libc::uid_t) {
         libc::setrlimit(libc::RLIMIT_NPROC, &limit) == 0
     };
     assert!(is_limited);
+    // SAFETY: asks for this process's user.
+    unsafe { libc::getuid() == user }
 }
 
 /// The threads, of at most `wanted`, that can be made beside those that run.
@@ -133,7 +137,7 @@ fn same_bits_in_a_child(name: &str, threads: &str) {
 #[test]
 fn calls_run_where_no_thread_can_be_made() {
     if is_child() {
-        limit_threads(1, 54_321);
+        limit_threads(1);
         assert_eq!(threads_to_be_made(1), 0, "the limit holds");
         let all = implementations().into_iter().map(|name| (name, bits(name).unwrap())).collect::<Vec<_>>();
         print_bits(&all);
@@ -148,10 +152,8 @@ fn calls_run_where_no_thread_can_be_made() {
 #[test]
 fn calls_run_where_not_all_threads_can_be_made() {
     if is_child() {
-        limit_threads(4, 54_322);
+        let is_alone = limit_threads(4);
         let made = threads_to_be_made(8);
-        // SAFETY: asks for this process's user.
-        let is_alone = unsafe { libc::getuid() } == 54_322;
         assert!(made < 8 && (made > 0 || !is_alone), "{made} threads could be made");
         let all = implementations().into_iter().map(|name| (name, bits(name).unwrap())).collect::<Vec<_>>();
         print_bits(&all);
