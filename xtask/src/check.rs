@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{bench, capabilities, cargo, features, members, packages, trees, united, unsafe_sites};
+use crate::{bench, capabilities, cargo, circles, features, members, packages, trees, united, unsafe_sites};
 
-/// Checks formatting, lints, docs, features, dependencies, packages, and the build beside candle
+/// Checks formatting, lints, docs, features, dependencies, circles of files, packages, and the build beside candle
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Package crates whose files are not committed
@@ -60,6 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     })?;
     step("features", &mut || features::run(&features::Arguments { test: false }))?;
     step("dependencies", &mut trees::check)?;
+    step("circles", &mut circles::check)?;
     step("packages", &mut || packages::check(arguments.allow_dirty))?;
     step("united", &mut united::check)?;
 

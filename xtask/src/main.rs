@@ -18,6 +18,7 @@ mod bench;
 mod capabilities;
 mod cargo;
 mod check;
+mod circles;
 mod conformance;
 mod exchange;
 mod explain;
