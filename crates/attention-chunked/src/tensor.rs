@@ -259,7 +259,7 @@ impl Kernel for NotFinite<'_, '_> {
     fn run(self) -> u32 {
         const EXPONENT: u16 = 0x7f80;
         let mut not_finite = 0;
-        for (index, row) in self.rows.iter().enumerate() {
+        for (index, row) in self.rows.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
             prefetch(row.as_ptr().wrapping_offset(self.ahead).cast(), size_of_val(*row));
             let largest = row.iter().fold(0, |largest, x| (x.to_bits() & EXPONENT).max(largest));
             if largest == EXPONENT {

@@ -284,6 +284,7 @@ impl<'r, F: Float, S: Simd<F>> Kernel for AddedOf<'_, '_, '_, 'r, F, S> {
         let Self { terms, simd, rows, first, tile, memory } = self;
         let row = &rows[0];
         let columns = tile.len();
+        assert!(columns <= MAX_COLUMNS && columns.is_multiple_of(S::LANES));
         let AddedRow { bias: bias_room, mask: mask_room } = memory;
         let (begin, end) = seen(row, first, columns);
         tile[..begin].fill(F::NEG_INFINITY);

@@ -549,24 +549,20 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
             self.columns::<ROWS, 1, STRIDED, T>(head, first, done);
             done += S::LANES;
         }
-        if done < width {
-            self.last_columns(head, first..first + ROWS, done);
-        }
-    }
-
-    /// The columns of some rows from `begin` on, behind the last whole vector.
-    #[inline(never)]
-    fn last_columns<T: Source>(&mut self, head: &HostView<'_, T>, rows: Range<usize>, begin: usize) {
-        let width = head.shape()[1];
-        for row in rows {
-            let weights = &self.weights[row * STRIDE..];
-            for column in begin..width {
-                let value = |key| head.matrix_row(key).at(column).widen::<F>();
-                let products = self.keys.clone().zip(weights).map(|(key, &weight)| weight * value(key));
-                let mut sum = products.fold(F::ZERO, |sum, product| sum + product);
+        let (keys, weights, taken) = (self.keys.clone(), self.weights, self.taken);
+        for column in done..width {
+            let mut sums = [F::ZERO; ROWS];
+            for (index, key) in keys.clone().enumerate() {
+                let value: F = head.matrix_row(key).at(column).widen();
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    *sum += weights[(first + row) * STRIDE + index] * value;
+                }
+            }
+            for (row, mut sum) in sums.into_iter().enumerate() {
+                let row = first + row;
                 if !sum.is_finite() && !self.totals[row].is_nan() {
-                    self.taken.mark(Path::FewValuesApart);
-                    sum = careful_sum(head, self.keys.clone(), column, weights);
+                    taken.mark(Path::FewValuesApart);
+                    sum = careful_sum(head, keys.clone(), column, &weights[row * STRIDE..]);
                 }
                 let to = &mut self.values[row * width + column];
                 *to = *to * self.factors[row] + sum;
@@ -604,41 +600,59 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
         // A copy, so that the sums of the loop stay in registers.
         let done = sums;
         let sums = done.as_flattened();
-        simd.vectorize(AddSums { of: self, head, first, column, vectors: VECTORS, sums });
+        let rows = first..first + ROWS;
+        simd.vectorize(AddSums {
+            simd,
+            head,
+            keys: self.keys.clone(),
+            weights: &self.weights[first * STRIDE..],
+            factors: &self.factors[rows.clone()],
+            totals: &self.totals[rows],
+            taken: self.taken,
+            sums,
+            vectors: VECTORS,
+            column,
+            values: &mut self.values[first * width..],
+        });
     }
 }
 
-/// Adds the sums of some rows to their values. Compiled once for all numbers of rows and columns.
-struct AddSums<'k, 'r, 'v, F: Float, S: Simd<F>, T> {
-    of: &'k mut WeightedSums<'r, F, S>,
+/// Adds the sums of some rows to their values. Compiled once for all numbers of rows and columns. It has no reference to
+/// [`WeightedSums`], which would then lie in memory.
+struct AddSums<'k, 'v, F: Float, S: Simd<F>, T> {
+    simd: S,
     head: &'k HostView<'v, T>,
-    /// The first row.
-    first: usize,
-    /// The first column, and how many vectors there are, which the values have.
-    column: usize,
-    vectors: usize,
-    /// As many for each row.
+    keys: Range<usize>,
+    weights: &'k [F],
+    /// One for each row, as `totals` has.
+    factors: &'k [F],
+    totals: &'k [F],
+    taken: &'k Taken,
+    /// Some vectors for each row.
     sums: &'k [S::V],
+    vectors: usize,
+    /// The first column, of as many vectors, which the values have.
+    column: usize,
+    values: &'k mut [F],
 }
 
-impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, '_, F, S, T> {
+impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, F, S, T> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        let Self { of, head, first, column, vectors, sums } = self;
-        let simd = of.simd;
+        let Self { simd, head, keys, weights, factors, totals, taken, sums, vectors, column, values } = self;
         let width = head.shape()[1];
-        for (row, sums) in sums.chunks_exact(vectors).enumerate() {
-            let row = first + row;
-            let factor = of.factors[row];
-            let zero = simd.splat(F::ZERO);
+        let zero = simd.splat(F::ZERO);
+        for (row, (sums, (&factor, total))) in
+            sums.chunks_exact(vectors).zip(factors.iter().zip(totals)).enumerate()
+        {
             // Zero times what is not finite is NaN, which every sum keeps.
             let nothing = sums.iter().fold(zero, |nothing, &sum| simd.fma(sum, zero, nothing));
-            let to = &mut of.values[row * width + column..][..vectors * S::LANES];
-            if simd.reduce_sum(nothing) != F::ZERO && !of.totals[row].is_nan() {
-                of.taken.mark(Path::FewValuesApart);
-                let (keys, weights) = (of.keys.clone(), &of.weights[row * STRIDE..]);
+            let to = &mut values[row * width + column..][..vectors * S::LANES];
+            if simd.reduce_sum(nothing) != F::ZERO && !total.is_nan() {
+                taken.mark(Path::FewValuesApart);
+                let (keys, weights) = (keys.clone(), &weights[row * STRIDE..]);
                 simd.vectorize(CarefulSums { simd, head, keys, column, weights, factor, to });
                 continue;
             }

@@ -169,16 +169,19 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     }
 }
 
-/// Prefetches the cache lines of `bytes` bytes from `from` on. Any address will do: nothing is read.
+/// Prefetches the cache lines of `bytes` bytes, at least one, from `from` on. Any address will do: nothing is read.
+///
+/// The line of the last byte is one more where the first byte lies inside a line, as it does in nearly every allocation,
+/// whose data begin 16 bytes behind a page's. Without it, decoding took 1.2 to 1.4 times as long.
 #[inline(always)]
 pub(crate) fn prefetch(from: *const u8, bytes: usize) {
-    prefetch_line(from);
-    prefetch_behind(from, bytes);
+    for offset in (0..bytes).step_by(64) {
+        prefetch_line(from.wrapping_add(offset));
+    }
+    prefetch_line(from.wrapping_add(bytes).wrapping_sub(1));
 }
 
-/// The same without the line of the first byte, for where the bytes before are prefetched too. An allocation begins 16
-/// bytes into a line, so as a rule 128 bytes lie in three lines: without the last one, decoding took 1.2 to 1.4 times as
-/// long.
+/// The same without the line of the first byte, for where the bytes before are prefetched too.
 #[inline(always)]
 pub(crate) fn prefetch_behind(from: *const u8, bytes: usize) {
     for offset in (0..bytes).step_by(64) {
