@@ -24,8 +24,9 @@ fn child(name: &str, limits: &str, variables: &[(&str, &str)]) -> Output {
     command.output().unwrap()
 }
 
-/// Checks that a child did well, and said so: a test that was not found would end well too.
-fn succeeds(name: &str, limits: &str, variables: &[(&str, &str)]) {
+/// Checks that a child did well, and said so: a test that was not found would end well too. Gives what it
+/// printed.
+fn succeeds(name: &str, limits: &str, variables: &[(&str, &str)]) -> String {
     let output = child(name, limits, variables);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(
@@ -33,6 +34,7 @@ fn succeeds(name: &str, limits: &str, variables: &[(&str, &str)]) {
         "{name}, {limits:?}: {}\n{out}\n{err}",
         output.status
     );
+    out.into_owned()
 }
 
 fn done() {
@@ -81,16 +83,18 @@ fn problem() -> Problem {
     dims.problem(attention::DType::F32).causal(true).build().unwrap()
 }
 
-/// The bits of a process of its own with threads, from its output.
-fn print_bits(all: &[(&str, Vec<u32>)]) {
-    for (name, bits) in all {
+/// A line for each implementation, which says its bits here.
+fn lines_of_bits() -> Vec<String> {
+    let line = |name| {
+        let bits = bits(name).unwrap();
         let sum = bits.iter().fold(0u64, |sum, &bits| sum.wrapping_mul(31).wrapping_add(bits.into()));
-        println!("{name} {sum:x}");
-    }
+        format!("{name} {sum:x}")
+    };
+    implementations().into_iter().map(line).collect()
 }
 
-/// Limits this process to `count` threads with its first one, as a user of its own whose processes are counted; whether it
-/// could become that user.
+/// Limits this process to `count` threads with its first one, as a user of its own whose processes are
+/// counted; whether it could become that user.
 fn limit_threads(count: libc::rlim_t) -> bool {
     let user = 50_000 + std::process::id() % 10_000;
     // SAFETY: changes this process's own limits and user, in a test of its own.
@@ -123,13 +127,9 @@ fn threads_to_be_made(wanted: usize) -> usize {
 
 /// Checks that a child, limited in threads, has the bits of this process with threads.
 fn same_bits_in_a_child(name: &str, threads: &str) {
-    let limited = child(name, "", &[("RAYON_NUM_THREADS", threads)]);
-    let (out, err) = (String::from_utf8_lossy(&limited.stdout), String::from_utf8_lossy(&limited.stderr));
-    assert!(limited.status.success() && out.contains("done here"), "{}\n{out}\n{err}", limited.status);
-    for name in implementations() {
-        let bits = bits(name).unwrap();
-        let sum = bits.iter().fold(0u64, |sum, &bits| sum.wrapping_mul(31).wrapping_add(bits.into()));
-        assert!(out.contains(&format!("{name} {sum:x}")), "{name}: {out}");
+    let out = succeeds(name, "", &[("RAYON_NUM_THREADS", threads)]);
+    for line in lines_of_bits() {
+        assert!(out.contains(&line), "{line}: {out}");
     }
 }
 
@@ -139,24 +139,22 @@ fn calls_run_where_no_thread_can_be_made() {
     if is_child() {
         limit_threads(1);
         assert_eq!(threads_to_be_made(1), 0, "the limit holds");
-        let all = implementations().into_iter().map(|name| (name, bits(name).unwrap())).collect::<Vec<_>>();
-        print_bits(&all);
+        lines_of_bits().iter().for_each(|line| println!("{line}"));
         done();
         return;
     }
     same_bits_in_a_child("calls_run_where_no_thread_can_be_made", "4");
 }
 
-/// Some of the threads that a pool is to have, and no more. A limit of processes, not of memory: where the address space
-/// runs out, the standard library ends the process from within any thread that starts then.
+/// Some of the threads that a pool is to have, and no more. A limit of processes, not of memory: where the
+/// address space runs out, the standard library ends the process from within any thread that starts then.
 #[test]
 fn calls_run_where_not_all_threads_can_be_made() {
     if is_child() {
         let is_alone = limit_threads(4);
         let made = threads_to_be_made(8);
         assert!(made < 8 && (made > 0 || !is_alone), "{made} threads could be made");
-        let all = implementations().into_iter().map(|name| (name, bits(name).unwrap())).collect::<Vec<_>>();
-        print_bits(&all);
+        lines_of_bits().iter().for_each(|line| println!("{line}"));
         done();
         return;
     }
