@@ -1,7 +1,9 @@
-//! Whether the files of a crate use each other in a circle: then none of them can be read, or moved, without the others.
+//! Whether the files of a crate use each other in a circle: then none of them can be read, or moved, without
+//! the others.
 //!
-//! An arrow goes from a file to the one that defines what it uses, by `use` lines and by paths that begin with `crate`,
-//! `super` or `self`; re-exports are followed, and are none themselves. What only tests use does not count.
+//! An arrow goes from a file to the one that defines what it uses, by `use` lines and by paths that begin
+//! with `crate`, `super` or `self`; re-exports are followed, and are none themselves. What only tests use
+//! does not count.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -11,7 +13,8 @@ use syn::{Item, UseTree, Visibility};
 
 use crate::cargo::{self, Workspace};
 
-/// Circles that stand, by package: each is to be taken apart, and none to come. A package that is not here has none.
+/// Circles that stand, by package: each is to be taken apart, and none to come. A package that is not here
+/// has none.
 const KNOWN: &[(&str, usize)] = &[
     ("attention", 3),
     ("attention-candle", 2),
@@ -24,7 +27,8 @@ const KNOWN: &[(&str, usize)] = &[
     ("xtask", 1),
 ];
 
-/// Compares the circles of every package with those that are known, and prints the arrows of a package that differs.
+/// Compares the circles of every package with those that are known, and prints the arrows of a package that
+/// differs.
 pub(crate) fn check() -> crate::Result {
     let workspace = Workspace::read()?;
     let (mut faults, mut files, mut known) = (Vec::new(), 0, 0);
@@ -58,7 +62,7 @@ pub(crate) fn check() -> crate::Result {
 }
 
 /// One file of a circle that uses another one of it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct Arrow {
     from: PathBuf,
     to: PathBuf,
@@ -99,21 +103,22 @@ impl Sources {
     fn read(root: &Path, text: &dyn Fn(&Path) -> Option<String>) -> crate::Result<Self> {
         let mut sources = Self::default();
         let folder = root.parent().ok_or("a root is in a folder")?;
-        sources.read_file(root, folder, Vec::new(), text)?;
+        sources.read_file(&[root.to_owned()], folder, Vec::new(), text)?;
         Ok(sources)
     }
 
-    /// Reads a file, whose modules have their files in `folder`.
+    /// Reads the first of some files that is there, whose modules have their files in `folder`.
     fn read_file(
         &mut self,
-        file: &Path,
+        files: &[PathBuf],
         folder: &Path,
         path: Vec<String>,
         text: &dyn Fn(&Path) -> Option<String>,
     ) -> crate::Result<()> {
-        let source = text(file).ok_or_else(|| format!("{} cannot be read", file.display()))?;
+        let read = files.iter().find_map(|file| Some((file, text(file)?)));
+        let (file, source) = read.ok_or_else(|| format!("none of {files:?} can be read"))?;
         let parsed = syn::parse_file(&source).map_err(|error| format!("{}: {error}", file.display()))?;
-        self.files.insert(file.to_owned());
+        self.files.insert(file.clone());
         self.read_items(&parsed.items, file, folder, path, text)
     }
 
@@ -136,9 +141,8 @@ impl Sources {
                     match &inner.content {
                         Some((_, items)) => self.read_items(items, file, &folder, below, text)?,
                         None => {
-                            let beside = folder.with_extension("rs");
-                            let file = if text(&beside).is_some() { beside } else { folder.join("mod.rs") };
-                            self.read_file(&file, &folder, below, text)?;
+                            let files = [folder.with_extension("rs"), folder.join("mod.rs")];
+                            self.read_file(&files, &folder, below, text)?;
                         }
                     }
                 }
@@ -285,8 +289,8 @@ fn from_root(segments: &[String], module: &[String]) -> Option<Vec<String>> {
     Some([&base, rest].concat())
 }
 
-/// The names that a `use` tree brings into a module, with what they stand for. A first segment that is no keyword may be
-/// a module beside.
+/// The names that a `use` tree brings into a module, with what they stand for. A first segment that is no
+/// keyword may be a module beside.
 fn leaves(tree: &UseTree, module: &[String]) -> Vec<(String, Vec<String>)> {
     fn walk(tree: &UseTree, before: &[String], found: &mut Vec<(String, Vec<String>)>) {
         match tree {
