@@ -36,9 +36,9 @@ const MAX_PARTS: usize = 64;
 /// Rows that share one pass over the values.
 const ROW_GROUP: usize = 4;
 
-/// How many keys ahead rows are prefetched: rows of neighbouring keys are as far apart as all heads together, often a
-/// page or more, which no processor's own prefetching bridges. 16 takes 1.01 to 1.15 times less than 8 on an AMD EPYC (AVX2
-/// and AVX-512, 4096 keys); 4 and 32 are faster and slower by case.
+/// How many keys ahead rows are prefetched: rows of neighbouring keys are as far apart as all heads together,
+/// often a page or more, which no processor's own prefetching bridges. 16 takes 1.01 to 1.15 times less than
+/// 8 on an AMD EPYC (AVX2 and AVX-512, 4096 keys); 4 and 32 are faster and slower by case.
 const AHEAD: usize = 16;
 
 /// Bytes that neighbouring heads of one key have in a page of memory: heads that share pages are worked on together,
@@ -367,8 +367,8 @@ impl<F: Float, S: Simd<F>> ViewKernel for Dots<'_, F, S> {
 }
 
 impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
-    /// At most `ROWS` rows from `first` on; the stage holds zeros behind the real ones. `head` has a key in each
-    /// row.
+    /// At most `ROWS` rows from `first` on; the stage holds zeros behind the real ones. `head` has a key in
+    /// each row.
     #[inline(always)]
     fn rows<const ROWS: usize, const STRIDED: bool, T: Source>(
         &mut self,
@@ -410,8 +410,8 @@ impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
     }
 }
 
-/// A key or its value. Whether its elements are neighbours is a constant of the kernel: in a loop that may also call
-/// `gather`, the compiler keeps the sums in memory, and the loop takes nearly twice as long.
+/// A key or its value. Whether its elements are neighbours is a constant of the kernel: in a loop that may
+/// also call `gather`, the compiler keeps the sums in memory, and the loop takes nearly twice as long.
 struct KeyRow<'v, const STRIDED: bool, T> {
     row: Row<'v, T>,
     /// Empty if STRIDED.
@@ -428,8 +428,8 @@ impl<'v, const STRIDED: bool, T: Source> KeyRow<'v, STRIDED, T> {
         Self { row, neighbours }
     }
 
-    /// Prefetches `bytes` of the row that lies `ahead` elements behind this one, from its element `at` on; those before
-    /// it are prefetched too.
+    /// Prefetches `bytes` of the row that lies `ahead` elements behind this one, from its element `at` on;
+    /// those before it are prefetched too.
     #[inline(always)]
     fn prefetch(&self, ahead: isize, at: usize, bytes: usize) {
         if !STRIDED {
@@ -617,8 +617,7 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
     }
 }
 
-/// Adds the sums of some rows to their values. Compiled once for all numbers of rows and columns. It has no reference to
-/// [`WeightedSums`], which would then lie in memory.
+/// Adds the sums of some rows to their values. Compiled once for all numbers of rows and columns.
 struct AddSums<'k, 'v, F: Float, S: Simd<F>, T> {
     simd: S,
     head: &'k HostView<'v, T>,
@@ -657,14 +656,19 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, F, S, T> {
                 continue;
             }
             for (to, &sum) in to.chunks_exact_mut(S::LANES).zip(sums) {
-                // SAFETY: a chunk is a vector.
-                unsafe {
-                    let at = to.as_mut_ptr();
-                    simd.store(at, simd.fma(simd.load(at), simd.splat(factor), sum));
-                }
+                scale_and_add(simd, to, factor, sum);
             }
         }
     }
+}
+
+/// `to = factor * to + sum`, for a vector of values.
+#[inline(always)]
+fn scale_and_add<F: Float, S: Simd<F>>(simd: S, to: &mut [F], factor: F, sum: S::V) {
+    assert_eq!(to.len(), S::LANES);
+    let at = to.as_mut_ptr();
+    // SAFETY: a whole vector, as checked above.
+    unsafe { simd.store(at, simd.fma(simd.load(at), simd.splat(factor), sum)) };
 }
 
 /// The sums of some whole vectors of columns of a row, with values that are not finite apart: what is finite is summed as
@@ -701,11 +705,7 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for CarefulSums<'_, '_, F, S, T> {
                     apart = simd.fma(simd.splat(weight), simd.select(finite, zero, value), apart);
                 }
             }
-            // SAFETY: a chunk is a vector.
-            unsafe {
-                let at = to.as_mut_ptr();
-                simd.store(at, simd.fma(simd.load(at), simd.splat(factor), simd.add(sum, apart)));
-            }
+            scale_and_add(simd, to, factor, simd.add(sum, apart));
         }
     }
 }
