@@ -234,15 +234,16 @@ impl<'a, F: Float> Terms<'a, F> {
         Some(if self.slopes_per_batch { slopes.at(&[row.batch, row.head]) } else { slopes.at(&[row.head]) })
     }
 
-    /// Makes natural logits of a row of products by scale and softcap alone, where [`needs_tile`](Self::needs_tile).
-    /// `slopes`, of the tile's size, receives the softcap's derivative at each product.
+    /// Makes natural logits of a row of products by scale and softcap alone, where
+    /// [`needs_tile`](Self::needs_tile). `slopes`, of the tile's size, receives the softcap's derivative at
+    /// each product.
     #[inline(always)]
     pub(crate) fn capped<S: Simd<F>>(&self, simd: S, tile: &mut [F], slopes: Option<&mut [F]>) {
         simd.vectorize(Capped { terms: self, simd, tile, slopes });
     }
 
-    /// Multiplies the weights of a row by the factors of dropout: 0 or the scale of what is kept. A disallowed weight
-    /// stays so: negative zero times a factor that is not negative.
+    /// Multiplies the weights of a row by the factors of dropout: 0 or the scale of what is kept. A
+    /// disallowed weight stays so: negative zero times a factor that is not negative.
     pub(crate) fn drop(&self, row: &QueryRow, first: usize, tile: &mut [F]) {
         self.for_each_kept(row, first, tile.len(), |column, factor| tile[column] = tile[column] * factor);
     }

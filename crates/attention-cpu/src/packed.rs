@@ -102,8 +102,8 @@ impl<'a, C: Compute> Panels<'a, C> {
         for index in 0..columns.count / PANEL {
             let panel = &self.data[(first + index) * PANEL * self.width..][..PANEL * self.width];
             let mut mode = Destination::Overwrite;
-            // At least two sums in f32: one chain of additions over all of a row loses more, which large logits
-            // amplify.
+            // At least two sums in f32: one chain of additions over all of a row loses more, which large
+            // logits amplify.
             let is_f32 = C::DTYPE == DType::F32;
             let most = if is_f32 { self.width.div_ceil(2).clamp(MIN_DEPTH, DEPTH) } else { DEPTH };
             for depth in (0..self.width).step_by(most) {

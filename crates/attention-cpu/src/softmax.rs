@@ -11,8 +11,8 @@ use crate::simd::Kernel;
 /// Independent accumulators of a reduction: enough for four vectors of the widest kind.
 const LANES: usize = 4 * GROUP;
 
-/// Accumulators in one array. The compiler unrolls a loop over 16 and keeps the array in registers; one of 64 stays in
-/// memory, where each step waits for the stores of the step before.
+/// Accumulators in one array. The compiler unrolls a loop over 16 and keeps the array in registers; one of 64
+/// stays in memory, where each step waits for the stores of the step before.
 const GROUP: usize = 16;
 
 /// Reduces a row with [`LANES`] accumulators, in an order that depends on its length alone.

@@ -55,8 +55,8 @@ impl Features {
         self.0 == Self::ALL
     }
 
-    /// Whether the kernels may read a mask or bias for many keys at a time, `PACKS_MASK` and `PACKS_BIAS`: those read a
-    /// bias of f32 key by key, which this does not look at.
+    /// Whether the kernels may read a mask or bias for many keys at a time, `PACKS_MASK` and `PACKS_BIAS`:
+    /// those read a bias of f32 key by key, which this does not look at.
     pub(crate) fn packs(self) -> bool {
         matches!(self.0 & !Self::NATURAL, Self::MASK | Self::BIAS)
     }

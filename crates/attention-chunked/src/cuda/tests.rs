@@ -219,9 +219,10 @@ fn tiles_fit_into_shared_memory() {
     }
 }
 
-/// A multiprocessor of compute capability 9.0 sets shared memory aside in steps, and the rest is cache; each block has
-/// 1 KiB more than it asks for (CUDA C++ Programming Guide, "Shared Memory" of 9.0). What a step costs was below what
-/// could be measured (an H200, 1 x 256 and 32 x 512, backward), so this only keeps the cache as large as it can be.
+/// A multiprocessor of compute capability 9.0 sets shared memory aside in steps, and the rest is cache; each
+/// block has 1 KiB more than it asks for (CUDA C++ Programming Guide, "Shared Memory" of 9.0). What a step
+/// costs was below what could be measured (an H200, 1 x 256 and 32 x 512, backward), so this only keeps the
+/// cache as large as it can be.
 #[test]
 fn shared_memory_on_warpgroups_stays_below_the_steps_that_were_measured() {
     let step = |bytes: usize| {

@@ -377,9 +377,9 @@ impl Shape {
             + self.room(tiles, tiles.keys, tiles.rows)
     }
 
-    /// Shared memory of the kernels for the gradients of queries and of the bias, with `NUMBERS` of the former on
-    /// warpgroups: the scores of rows, and beside a mask or bias alone their other states and 16 bytes that say what
-    /// each sees.
+    /// Shared memory of the kernels for the gradients of queries and of the bias, with `NUMBERS` of the
+    /// former on warpgroups: the scores of rows, and beside a mask or bias alone their other states and 16
+    /// bytes that say what each sees.
     pub(crate) fn queries_bytes(self, tiles: Tiles) -> usize {
         let size = self.dtype.accumulator().size();
         let others = if self.features.packs() { tiles.rows * (2 * size + 16) } else { 0 };

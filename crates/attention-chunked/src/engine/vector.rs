@@ -321,8 +321,8 @@ impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
         out: &mut [F],
         stride: usize,
     ) {
-        // Two sums for each product in f32: one chain of additions over all of a row loses up to 1.4 times as much,
-        // which large logits amplify.
+        // Two sums for each product in f32: one chain of additions over all of a row loses up to 1.4 times as
+        // much, which large logits amplify.
         let two = F::DTYPE == DType::F32 && width >= TWO_SUMS;
         let half = if two { width / 2 } else { width };
         let sums = [(0, half, Before::Forgotten), (half, width - half, Before::Kept)];

@@ -66,8 +66,8 @@ struct Row<F> {
     room: F,
 }
 
-/// The power of one number, with the bits that it has among others. Shifts move rarely, so this is compiled once for all
-/// kinds of rows.
+/// The power of one number, with the bits that it has among others. Shifts move rarely, so this is compiled
+/// once for all kinds of rows.
 struct PowerOfOne<F, S> {
     simd: S,
     base: Base<F>,

@@ -22,8 +22,8 @@ fn vectorized<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
-/// One or two SSE2 or NEON registers: enough for the compiler to find vectors in. Lanes are written out one by one: each
-/// loop over them would be one more that the compiler must unroll wherever an operation is used.
+/// One or two SSE2 or NEON registers: enough for the compiler to find vectors in. Lanes are written out one
+/// by one: each loop over them would be one more that the compiler must unroll wherever an operation is used.
 const LANES: usize = 4;
 
 #[inline(always)]
@@ -155,7 +155,8 @@ impl<F: Float> Simd<F> for Scalar {
     }
     #[inline(always)]
     fn select(self, mask: Self::Mask, yes: Self::V, no: Self::V) -> Self::V {
-        // A loop, unlike the others: of lanes written out the compiler made branches (the softmax took a third longer).
+        // A loop, unlike the others: of lanes written out the compiler made branches (the softmax took a
+        // third longer).
         let mut out = no;
         for lane in 0..LANES {
             out[lane] = if mask[lane] { yes[lane] } else { no[lane] };

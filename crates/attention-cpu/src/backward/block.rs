@@ -203,7 +203,8 @@ struct SumsOfRows {
     given: bool,
 }
 
-/// From unnormalised weights to probabilities, and from products of output gradients and values to gradients of the logits.
+/// From unnormalised weights to probabilities, and from products of output gradients and values to gradients
+/// of the logits.
 struct SoftmaxGradient<'b, 'a, C> {
     terms: &'b Terms<'a, C>,
     /// Of each row.
