@@ -34,6 +34,11 @@ fn random_calls_are_right_at_every_level() {
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(101_171));
         // A gradient of a bias in f64 below all numbers of the f32 that it is computed in.
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(2_010_317));
+        // Dropout of 0.999 in f16: outputs beyond its largest number, of which the infinities that were stored leave no gradients.
+        fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(12_015_560));
+        fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(12_019_001));
+        // Queries of bf16 some of which are subnormal, beside a scale of 5e36: AMX takes them as 0, decoding does not.
+        fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(12_000_939));
         // A negative scale, and keys that no query sees: the sign of their gradient, 0, once followed the chunks.
         fuzz::assert_case(subject, &fuzz::FuzzCase::from_seed(5_000_037));
     }

@@ -36,6 +36,19 @@ impl SavedTensors {
         SavedErrors::between(&self.out.values(), &self.lse.values(), oracle)
     }
 
+    /// Whether an output is beyond the largest number of its dtype: it was stored as an infinity, which leaves nothing of the
+    /// gradients that depend on it.
+    pub(crate) fn overflow(&self, oracle: &Oracle) -> bool {
+        let stored = |tensor: &HostTensor, exact: Vec<f64>| {
+            tensor
+                .values()
+                .into_iter()
+                .zip(exact)
+                .any(|(stored, exact)| exact.is_finite() && stored.is_infinite())
+        };
+        stored(&self.out, oracle.out()) || stored(&self.lse, oracle.lse())
+    }
+
     /// This number in padded rows, which nothing may read.
     pub(crate) fn add_garbage(&mut self, oracle: &Oracle, garbage: f64) {
         for tensor in [&mut self.out, &mut self.lse] {

@@ -18,7 +18,7 @@ pub struct ForwardBounds {
 
 impl Precision {
     /// What a product that underflows loses, multiplied by the scale.
-    pub(super) fn scaled_underflow(&self, oracle: &Oracle) -> f64 {
+    pub(crate) fn scaled_underflow(&self, oracle: &Oracle) -> f64 {
         self.underflow * oracle.problem.scale().abs()
     }
 
