@@ -42,7 +42,7 @@ __device__ inline void weigh_tile(const Parameters &p, const Row (&rows)[row_slo
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_queries(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_queries(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
     element *const query_tile = reinterpret_cast<element *>(memory);
@@ -233,18 +233,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
         if (threadIdx.x % 32 == 0) *far = 1;
 #endif
         if (threadIdx.x == 0) far_heads(p)[b * p.query_heads + n] = 1;
-        real maxima[ROW_SLOTS], totals[ROW_SLOTS];
+        RowSums far_sums;
 #pragma unroll
         for (int r = 0; r < ROW_SLOTS; ++r) {
-            maxima[r] = -infinity();
-            totals[r] = 0;
+            far_sums.maxima[r] = -infinity();
+            far_sums.totals[r] = 0;
         }
 #pragma unroll 1
         for (int first = from; first < to; first += KEYS) {
 #if ON_WARPGROUPS
             const int slot = step % STAGES;
             pass(there + slot, step / STAGES);
-            sum_tile(p, rows, first, query_tile, key_tiles + slot * KEY_TILE, maxima, totals);
+            sum_tile(p, rows, first, query_tile, key_tiles + slot * KEY_TILE, far_sums.maxima, far_sums.totals);
             arrive_as_warp(done + slot);
             ++step;
 #else
@@ -255,16 +255,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
             }
             await_copies<0>();
             __syncthreads();
-            sum_tile(p, rows, first, query_tile, key_tiles, maxima, totals);
+            sum_tile(p, rows, first, query_tile, key_tiles, far_sums.maxima, far_sums.totals);
 #endif
         }
-        finish_far_rows(p, batch, b, n, first_t, min(ROWS, batch.queries - first_t), maxima, totals, [&](int r, const State &state) {
-            offsets[r] = state.offset;
+        const FarStates states = finish_far_rows(p, b, n, first_t, far_sums);
+#pragma unroll
+        for (int r = 0; r < ROW_SLOTS; ++r) {
+            if (!(states.far >> r & 1)) continue;
+            offsets[r] = states.offsets[r];
 #if ON_WARPGROUPS
-            scores_here[row_at<ROWS>(r)] = state.score;
-            if (!KEEPS_ROWS) offsets_here[row_at<ROWS>(r)] = state.offset;
+            scores_here[row_at<ROWS>(r)] = states.scores[r];
+            if (!KEEPS_ROWS) offsets_here[row_at<ROWS>(r)] = states.offsets[r];
 #endif
-        });
+        }
         if (!wants_gradient) return;
         // The rows are the warp's own.
         __syncwarp();

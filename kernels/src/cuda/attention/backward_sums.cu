@@ -2,7 +2,7 @@
 // Blocks without a far row end at once.
 // The heads' numbers are 0 before.
 
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows(const __grid_constant__ Parameters p) {
     static_assert(LOADERS == 0, "every thread loads and computes");
     extern __shared__ __align__(1024) unsigned char memory[];
     element *const query_tile = reinterpret_cast<element *>(memory);
@@ -28,20 +28,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows
     stage_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
 
     Row rows[ROW_SLOTS];
-    real maxima[ROW_SLOTS], totals[ROW_SLOTS];
+    RowSums sums;
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
         rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
-        maxima[r] = -infinity();
-        totals[r] = 0;
+        sums.maxima[r] = -infinity();
+        sums.totals[r] = 0;
     }
     for (int first = from; first < to; first += KEYS) {
         stage_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
         close_copies();
         await_copies<0>();
         __syncthreads();
-        sum_tile(p, rows, first, query_tile, key_tile, maxima, totals);
+        sum_tile(p, rows, first, query_tile, key_tile, sums.maxima, sums.totals);
         __syncthreads();
     }
-    finish_far_rows(p, batch, b, n, first_t, row_count, maxima, totals, [](int, const State &) {});
+    finish_far_rows(p, b, n, first_t, sums);
 }

@@ -14,13 +14,26 @@ __device__ inline void sum_tile(const Parameters &p, const Row (&rows)[row_slots
     carry_softmax<false>(scores, power_factor(p), maxima, totals, shrink);
 }
 
-// Leaves the states of the far rows among `row_count` from `first_t` on, but for the row term: a row's largest score and the offset of its
-// sum, where they give the logsumexp that was given but for rounding, else what that says. Those of other rows are there before. `use`
-// takes the slot and the state of each far row of the thread.
-template <class Use>
-__device__ inline void finish_far_rows(const Parameters &p, const Batch &batch, long long b, long long n, int first_t, int row_count,
-                                       real (&maxima)[row_slots<ROWS>()], real (&totals)[row_slots<ROWS>()], Use use) {
+// The states of a thread's far rows, by slot: bit r of `far` says that slot r has one.
+struct FarStates {
+    unsigned far;
+    real scores[row_slots<ROWS>()], offsets[row_slots<ROWS>()];
+};
+
+// The maxima and sums of a thread's rows, by slot.
+struct RowSums {
+    real maxima[row_slots<ROWS>()], totals[row_slots<ROWS>()];
+};
+
+// Leaves the states of the far rows among those of a tile that begins at `first_t`, but for the row term: a row's largest score and the
+// offset of its sum, where they give the logsumexp that was given but for rounding, else what that says. Those of other rows are there before.
+//
+// A function of its own in the compiled code, behind that of the kernel: 20 KB that few calls run would lie between the beginning of the
+// kernel and its loop, and short calls would wait for the instructions behind it.
+__device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long b, long long n, int first_t, RowSums sums) {
     constexpr int ROW_SLOTS = row_slots<ROWS>();
+    const Batch batch = batch_row(p, b);
+    const int row_count = min(ROWS, batch.queries - first_t);
     const auto logsumexp_of_slot = [&](int r) {
         const int row = row_at<ROWS>(r);
         if (row >= row_count) return -infinity();
@@ -31,8 +44,8 @@ __device__ inline void finish_far_rows(const Parameters &p, const Batch &batch, 
     unsigned again = 0;
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
-        totals[r] = sum_of_row(totals[r]);
-        if (is_far(logsumexp_of_slot(r)) && !is_finite(totals[r])) again |= 1u << r;
+        sums.totals[r] = sum_of_row(sums.totals[r]);
+        if (is_far(logsumexp_of_slot(r)) && !is_finite(sums.totals[r])) again |= 1u << r;
     }
     // A warp has whole rows.
 #pragma unroll 1
@@ -48,22 +61,27 @@ __device__ inline void finish_far_rows(const Parameters &p, const Batch &batch, 
 #pragma unroll
             for (int r = 0; r < ROW_SLOTS; ++r) {
                 if (r != slot || row != row_at<ROWS>(r)) continue;
-                maxima[r] = maximum;
-                totals[r] = total;
+                sums.maxima[r] = maximum;
+                sums.totals[r] = total;
             }
         }
     }
+    FarStates states;
+    states.far = 0;
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
         const real logsumexp = logsumexp_of_slot(r);
         if (!is_far(logsumexp)) continue;
         State state = state_of_logsumexp(p, logsumexp, 0);
-        state_of_sums(p, n, maxima[r], totals[r], logsumexp, state);
+        state_of_sums(p, n, sums.maxima[r], sums.totals[r], logsumexp, state);
         if (leads_row()) {
             const long long place = state_of(p, b, n, first_t + row_at<ROWS>(r));
             scores_of_states(p)[place] = state.score;
             p.first[place] = state.offset;
         }
-        use(r, state);
+        states.far |= 1u << r;
+        states.scores[r] = state.score;
+        states.offsets[r] = state.offset;
     }
+    return states;
 }
