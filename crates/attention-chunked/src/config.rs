@@ -91,8 +91,8 @@ impl ChunkedConfig {
 
     /// At [`Level::Amx`], multiplies f32 operands as sums of three bf16 parts on the matrix unit. Still of class `F32`:
     /// it passes the whole conformance suite inside the same bounds. Numbers above 3.38e38, which no bf16 holds, become
-    /// NaN. Off by default, since it is not faster on every machine (docs/performance.md); at other levels it does
-    /// nothing.
+    /// NaN. Off by default, since it is not faster on every machine (docs/performance/results.md); at other levels
+    /// it does nothing.
     #[must_use]
     pub fn split_f32(self, split: bool) -> Self {
         Self { split_f32: split, ..self }

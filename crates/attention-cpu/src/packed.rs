@@ -15,7 +15,7 @@ use crate::operand::{Head, Operand};
 use crate::simd::{Kernel, dispatch};
 use crate::variants::{ComputeRuns, Runs};
 
-/// Keys in a panel. 64 columns a product reach full speed from 48 rows on (docs/performance.md).
+/// Keys in a panel. 64 columns a product reach full speed from 48 rows on (docs/performance/design.md).
 pub(crate) const PANEL: usize = 64;
 
 /// Terms of a product over keys: the chunk of values that stays in the first cache levels.

@@ -78,7 +78,7 @@ pub(crate) struct Arguments {
     /// Write the rows to this file as CSV, with the machine and the versions on top
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
-    /// Draw the figures of docs/performance.md from the records in benches/record instead; nothing is measured
+    /// Draw the figures of docs/performance/results.md from benches/record instead; nothing is measured
     #[arg(long)]
     plot: bool,
     /// With --plot: compare with the figures that are there instead, and fail where they differ

@@ -67,8 +67,8 @@ impl Case {
     }
 }
 
-/// The shapes of docs/performance.md: 16384 tokens in all; one so small that the host is what is measured; options;
-/// decoding; f32.
+/// The shapes of docs/performance/results.md: 16384 tokens in all; one so small that the time on the host is
+/// what is measured; options; decoding; f32.
 fn cases() -> Vec<Case> {
     let both = |case: Case| [case, Case { backward: true, ..case }];
     let mut all = Vec::new();

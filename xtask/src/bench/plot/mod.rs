@@ -1,4 +1,5 @@
-//! `cargo xtask bench --plot`: the figures of docs/performance.md, from the records in benches/record. Nothing is measured.
+//! `cargo xtask bench --plot`: the figures of docs/performance/results.md, from the records in benches/record.
+//! Nothing is measured.
 
 mod cpu;
 mod draw;
@@ -47,9 +48,9 @@ mod tests {
 
     #[test]
     fn every_figure_is_shown_and_names_its_records() {
-        let page = generated::read("docs/performance.md").unwrap();
+        let page = generated::read("docs/performance/results.md").unwrap();
         for (file, records, draw) in FIGURES {
-            assert!(page.contains(&format!("](plots/{file})")), "{file} is not in docs/performance.md");
+            assert!(page.contains(&format!("](plots/{file})")), "{file} is not in docs/performance/results.md");
             let read: Vec<Record> = records.iter().map(|file| Record::read(file).unwrap()).collect();
             let figure = draw(&read).unwrap();
             for record in *records {
