@@ -19,18 +19,20 @@ pub struct Source {
 macro_rules! attention {
     ($($part:literal),*) => {
         concat!(
-            include_str!("cuda/attention/numbers.cuh"),
-            include_str!("cuda/attention/parameters.cuh"),
-            include_str!("cuda/attention/terms.cuh"),
-            include_str!("cuda/attention/staging.cuh"),
-            include_str!("cuda/attention/spread.cuh"),
-            include_str!("cuda/attention/tensor_cores.cuh"),
-            include_str!("cuda/attention/split.cuh"),
-            include_str!("cuda/attention/cores.cuh"),
-            include_str!("cuda/attention/warpgroups.cuh"),
-            include_str!("cuda/attention/logits.cuh"),
-            include_str!("cuda/attention/softmax.cuh"),
-            include_str!("cuda/attention/exact.cuh"),
+            include_str!("cuda/common/dtypes.cuh"),
+            include_str!("cuda/common/philox.cuh"),
+            include_str!("cuda/fused/numbers.cuh"),
+            include_str!("cuda/fused/parameters.cuh"),
+            include_str!("cuda/fused/terms.cuh"),
+            include_str!("cuda/fused/staging.cuh"),
+            include_str!("cuda/fused/spread.cuh"),
+            include_str!("cuda/fused/tensor_cores.cuh"),
+            include_str!("cuda/fused/split.cuh"),
+            include_str!("cuda/fused/cores.cuh"),
+            include_str!("cuda/fused/warpgroups.cuh"),
+            include_str!("cuda/fused/logits.cuh"),
+            include_str!("cuda/fused/softmax.cuh"),
+            include_str!("cuda/fused/exact.cuh"),
             $(include_str!($part)),*
         )
     };
@@ -86,13 +88,17 @@ macro_rules! variant {
 pub const SOURCES: &[Source] = &[
     Source {
         name: "attention_rows.cu",
-        text: include_str!("cuda/attention_rows.cu"),
+        text: include_str!("cuda/cudnn/rows.cu"),
         entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
         variants: &[&["BLOCK=128", "SUMMING_BLOCK=256"]],
     },
     Source {
         name: "attention_terms.cu",
-        text: include_str!("cuda/attention_terms.cu"),
+        text: concat!(
+            include_str!("cuda/common/dtypes.cuh"),
+            include_str!("cuda/common/philox.cuh"),
+            include_str!("cuda/cudnn/bias.cu")
+        ),
         entry_points: &[
             "attention_make_bias",
             "attention_to_floats",
@@ -103,7 +109,7 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_forward.cu",
-        text: attention!("cuda/attention/carry.cuh", "cuda/attention/forward.cu"),
+        text: attention!("cuda/fused/carry.cuh", "cuda/fused/forward/forward.cu"),
         entry_points: &["attention_forward"],
         variants: &[
             variant!(3, 128, 128, 0, 128, 128, 8, 1, 0, 1),
@@ -120,7 +126,7 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_merge.cu",
-        text: attention!("cuda/attention/merge.cu"),
+        text: attention!("cuda/fused/forward/combine.cu"),
         entry_points: &["attention_merge"],
         variants: &[
             variant!(3, 128, 128, 0, 0, 0, 4, 0, 0, 0),
@@ -131,17 +137,17 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_rows.cu",
-        text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_rows.cu"),
+        text: attention!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/rows.cu"),
         entry_points: &["attention_prepare_gradients", "attention_gradient_of_sinks"],
         variants: &[variant!(3, 64, 64, 0, 0, 0, 8, 0, 0, 0), variant!(0, 64, 64, 0, 0, 0, 8, 0, 0, 0)],
     },
     Source {
         name: "attention_backward_sums.cu",
         text: attention!(
-            "cuda/attention/carry.cuh",
-            "cuda/attention/gradients.cuh",
-            "cuda/attention/far_rows.cuh",
-            "cuda/attention/backward_sums.cu"
+            "cuda/fused/carry.cuh",
+            "cuda/fused/backward/gradients.cuh",
+            "cuda/fused/backward/far_rows.cuh",
+            "cuda/cudnn/sum_rows.cu"
         ),
         entry_points: &["attention_sum_rows"],
         variants: &[
@@ -151,7 +157,7 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_keys.cu",
-        text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_keys.cu"),
+        text: attention!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/keys.cu"),
         entry_points: &["attention_gradient_of_keys"],
         variants: &[
             variant!(3, 128, 128, 0, 64, 128, 8, 2, 3, 1),
@@ -167,10 +173,10 @@ pub const SOURCES: &[Source] = &[
     Source {
         name: "attention_backward_queries.cu",
         text: attention!(
-            "cuda/attention/carry.cuh",
-            "cuda/attention/gradients.cuh",
-            "cuda/attention/far_rows.cuh",
-            "cuda/attention/backward_queries.cu"
+            "cuda/fused/carry.cuh",
+            "cuda/fused/backward/gradients.cuh",
+            "cuda/fused/backward/far_rows.cuh",
+            "cuda/fused/backward/queries.cu"
         ),
         entry_points: &["attention_gradient_of_queries"],
         variants: &[
@@ -186,13 +192,13 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_bias.cu",
-        text: attention!("cuda/attention/gradients.cuh", "cuda/attention/backward_bias.cu"),
+        text: attention!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/bias.cu"),
         entry_points: &["attention_gradient_of_bias"],
         variants: &[variant!(3, 64, 64, 34, 64, 32, 4, 1, 0, 0), variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0)],
     },
     Source {
         name: "attention_contain_outputs.cu",
-        text: attention!("cuda/attention/contain.cuh", "cuda/attention/contain_outputs.cu"),
+        text: attention!("cuda/cudnn/contain.cuh", "cuda/cudnn/contain_outputs.cu"),
         entry_points: &["attention_contain_outputs"],
         variants: &[
             variant!(3, 128, 128, 63, 64, 32, 8, 1, 0, 0, "GROUP=16"),
@@ -202,9 +208,9 @@ pub const SOURCES: &[Source] = &[
     Source {
         name: "attention_contain_gradients.cu",
         text: attention!(
-            "cuda/attention/gradients.cuh",
-            "cuda/attention/contain.cuh",
-            "cuda/attention/contain_gradients.cu"
+            "cuda/fused/backward/gradients.cuh",
+            "cuda/cudnn/contain.cuh",
+            "cuda/cudnn/contain_gradients.cu"
         ),
         entry_points: &["attention_contain_gradients"],
         variants: &[

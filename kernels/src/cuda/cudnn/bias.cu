@@ -4,46 +4,6 @@
 //
 // Compute capability 8.0 and later. Tested by the conformance suite of attention-cudnn.
 
-// Element types, numbered as `attention_cudnn` numbers them.
-enum Element { F64 = 0, F32 = 1, F16 = 2, BF16 = 3 };
-
-__device__ inline float float_of_half(unsigned short bits) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-}
-
-// Rounds to nearest, ties to even; infinities stay, and what is too large becomes one.
-__device__ inline unsigned short half_of_float(float value) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-__device__ inline unsigned short bf16_of_float(float value) {
-    unsigned short bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-__device__ inline float load(const void *from, long long index, int element) {
-    switch (element) {
-    case F64: return (float)static_cast<const double *>(from)[index];
-    case F32: return static_cast<const float *>(from)[index];
-    case F16: return float_of_half(static_cast<const unsigned short *>(from)[index]);
-    default: return __int_as_float((int)static_cast<const unsigned short *>(from)[index] << 16);
-    }
-}
-
-__device__ inline void store(void *to, long long index, int element, double value) {
-    switch (element) {
-    case F64: static_cast<double *>(to)[index] = value; break;
-    case F32: static_cast<float *>(to)[index] = (float)value; break;
-    case F16: static_cast<unsigned short *>(to)[index] = half_of_float((float)value); break;
-    default: static_cast<unsigned short *>(to)[index] = bf16_of_float((float)value); break;
-    }
-}
-
 // Four strides, by value: 0 along axes of size 1.
 struct Strides {
     long long of[4];
@@ -56,7 +16,7 @@ __device__ inline long long offset(const Strides &strides, const long long *inde
 // What `attention_make_bias` writes, and how it lies.
 struct MadeBias {
     void *to;
-    // F32 or BF16.
+    // DTYPE_F32 or DTYPE_BF16.
     int element;
     // Full or 1, but for the keys, which are always there; rows of `row` elements.
     long long batch, heads, positions, keys, row;
@@ -93,10 +53,10 @@ constexpr int OWN = 8, STRIP = 16;
 
 // The `OWN` elements from `from` on, `stride` apart; 0 for those behind `count`.
 __device__ inline void load_own(float *to, const void *from, int element, long long start, long long stride, int count) {
-    const char *at = static_cast<const char *>(from) + start * (element == F64 ? 8 : element == F32 ? 4 : 2);
+    const char *at = static_cast<const char *>(from) + start * (element == DTYPE_F64 ? 8 : element == DTYPE_F32 ? 4 : 2);
     const bool aligned = (reinterpret_cast<unsigned long long>(at) & 15) == 0;
-    if (stride == 1 && count == OWN && aligned && element != F64) {
-        if (element == F32) {
+    if (stride == 1 && count == OWN && aligned && element != DTYPE_F64) {
+        if (element == DTYPE_F32) {
             const float4 low = *reinterpret_cast<const float4 *>(at), high = *reinterpret_cast<const float4 *>(at + 16);
             to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
             to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
@@ -107,12 +67,12 @@ __device__ inline void load_own(float *to, const void *from, int element, long l
 #pragma unroll
         for (int own = 0; own < OWN; ++own) {
             const unsigned short bits = (unsigned short)(pairs[own / 2] >> (own % 2 * 16));
-            to[own] = element == F16 ? float_of_half(bits) : __int_as_float((int)bits << 16);
+            to[own] = element == DTYPE_F16 ? f16_to_float(bits) : bf16_to_float(bits);
         }
         return;
     }
 #pragma unroll
-    for (int own = 0; own < OWN; ++own) to[own] = own < count ? load(from, start + own * stride, element) : 0.0f;
+    for (int own = 0; own < OWN; ++own) to[own] = own < count ? load_as<float>(from, element, start + own * stride) : 0.0f;
 }
 
 // A bit for each of the `OWN` bytes of a mask from `from` on that is not zero; none for those behind `count`.
@@ -135,7 +95,7 @@ __device__ inline unsigned int load_own_mask(const unsigned char *from, long lon
 }
 
 __device__ inline void store_own(void *to, long long start, int element, const float *values) {
-    if (element == F32) {
+    if (element == DTYPE_F32) {
         float4 *at = reinterpret_cast<float4 *>(static_cast<float *>(to) + start);
         at[0] = make_float4(values[0], values[1], values[2], values[3]);
         at[1] = make_float4(values[4], values[5], values[6], values[7]);
@@ -144,7 +104,7 @@ __device__ inline void store_own(void *to, long long start, int element, const f
     unsigned int pairs[4];
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-        pairs[pair] = bf16_of_float(values[2 * pair]) | (unsigned int)bf16_of_float(values[2 * pair + 1]) << 16;
+        pairs[pair] = float_to_bf16(values[2 * pair]) | (unsigned int)float_to_bf16(values[2 * pair + 1]) << 16;
     }
     *reinterpret_cast<uint4 *>(static_cast<unsigned short *>(to) + start) =
         make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
@@ -248,22 +208,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_to_floats(
     const long long index = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (index >= rows * columns) return;
     const long long at = index / columns * row_stride + index % columns * column_stride;
-    to[index] = load(from, at, element);
-}
-
-// Philox4x32 with 10 rounds, as docs/semantics.md, "Dropout".
-__device__ inline uint4 philox(uint4 counter, uint2 key) {
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        if (round > 0) {
-            key.x += 0x9E3779B9u;
-            key.y += 0xBB67AE85u;
-        }
-        const unsigned int low0 = 0xD2511F53u * counter.x, high0 = __umulhi(0xD2511F53u, counter.x);
-        const unsigned int low1 = 0xCD9E8D57u * counter.z, high1 = __umulhi(0xCD9E8D57u, counter.z);
-        counter = make_uint4(high1 ^ counter.y ^ key.x, low1, high0 ^ counter.w ^ key.y, low0);
-    }
-    return counter;
+    to[index] = load_as<float>(from, element, at);
 }
 
 // 1 where a probability is kept, else 0, in a dtype of two bytes whose 1 is `one`: `[rows, positions]` rows of
@@ -275,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_keep_mask(
     if (at >= rows * positions) return;
     const unsigned int position = (unsigned int)(at % positions), row = (unsigned int)(at / positions);
     for (long long block = threadIdx.x; block < blocks; block += blockDim.x) {
-        const uint4 words = philox(make_uint4((unsigned int)block, position, row, stream_offset), make_uint2(key0, key1));
+        const uint4 words = philox4x32_10(make_uint4((unsigned int)block, position, row, stream_offset), key0, key1);
         const auto pair = [&](unsigned int word) {
             return ((word & 0xFFFFu) >= threshold ? one : 0u) | ((word >> 16) >= threshold ? one << 16 : 0u);
         };
@@ -318,5 +263,5 @@ extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK) attention_sink_gradi
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
         __syncthreads();
     }
-    if (threadIdx.x == 0) store(to, head * to_stride, element, -sums[0]);
+    if (threadIdx.x == 0) store(to, element, head * to_stride, -sums[0]);
 }

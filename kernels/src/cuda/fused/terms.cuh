@@ -124,24 +124,9 @@ __device__ inline real logit(const Parameters &p, const Row &row, int key, real 
     return logit_of<EXACT>(p, row, visible, distance_of(p, row, key), bias, product, slope);
 }
 
-// Philox4x32 with 10 rounds (Salmon et al. 2011): the sixteen-bit lanes of eight keys of a row.
-__device__ inline uint4 dropout_words(const Parameters &p, unsigned batch_head, unsigned t, unsigned block) {
-    uint4 counter = make_uint4(block, t, batch_head, p.drop_offset);
-    unsigned key0 = p.drop_key[0], key1 = p.drop_key[1];
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        const unsigned high0 = __umulhi(0xD2511F53u, counter.x), low0 = 0xD2511F53u * counter.x;
-        const unsigned high1 = __umulhi(0xCD9E8D57u, counter.z), low1 = 0xCD9E8D57u * counter.z;
-        counter = make_uint4(high1 ^ counter.y ^ key0, low1, high0 ^ counter.w ^ key1, low0);
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
-    return counter;
-}
-
 // Bit i says whether key 8 * block + i of the row is kept.
 __device__ inline unsigned kept_of_block(const Parameters &p, unsigned batch_head, unsigned t, unsigned block) {
-    const uint4 words = dropout_words(p, batch_head, t, block);
+    const uint4 words = philox4x32_10(make_uint4(block, t, batch_head, p.drop_offset), p.drop_key[0], p.drop_key[1]);
     const unsigned word[4] = {words.x, words.y, words.z, words.w};
     unsigned kept = 0;
 #pragma unroll

@@ -1,16 +1,4 @@
-// Element types and arithmetic. No header is included: where these sources are compiled, at run time, there may be none.
-//
-// DTYPE is the operands': 0 for f64, 1 for f32, 2 for f16, 3 for bf16.
-
-// What one kernel does not use, another one does.
-#pragma nv_diag_suppress 177
-
-#define DTYPE_F64 0
-#define DTYPE_F32 1
-#define DTYPE_F16 2
-#define DTYPE_BF16 3
-// Decided at run time.
-#define DTYPE_ANY 4
+// Element types and arithmetic of the fused kernels. DTYPE is the operands' code (common/dtypes.cuh).
 
 #define HALVES (DTYPE >= DTYPE_F16)
 
@@ -150,35 +138,6 @@ __device__ inline float hyperbolic_tangent(float x) {
 
 __device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
 
-__device__ inline float f16_to_float(unsigned short x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-
-__device__ inline float bf16_to_float(unsigned short x) { return __int_as_float((int)x << 16); }
-
-__device__ inline unsigned short float_to_f16(float x) {
-    unsigned short y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-
-__device__ inline unsigned short float_to_bf16(float x) {
-    unsigned short y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-
-// Rounded to odd, so that rounding once more, to a half, is as rounding once.
-__device__ inline float narrowed(double x) {
-    const float towards_zero = __double2float_rz(x);
-    const bool exact = (double)towards_zero == x || !(fabs(x) < 3.0e38);
-    return exact ? (float)x : __int_as_float(__float_as_int(towards_zero) | 1);
-}
-
-__device__ inline float narrowed(float x) { return x; }
-
 __device__ inline real widened(element x) {
 #if DTYPE == DTYPE_F16
     return f16_to_float(x);
@@ -213,23 +172,7 @@ __device__ inline unsigned packed(float low, float high) {
 #endif
 
 // The element at this index of a tensor of any dtype.
-__device__ inline real load(const char *data, int dtype, long long index) {
-    switch (dtype) {
-        case DTYPE_F64: return (real) reinterpret_cast<const double *>(data)[index];
-        case DTYPE_F32: return reinterpret_cast<const float *>(data)[index];
-        case DTYPE_F16: return f16_to_float(reinterpret_cast<const unsigned short *>(data)[index]);
-        default: return bf16_to_float(reinterpret_cast<const unsigned short *>(data)[index]);
-    }
-}
-
-__device__ inline void store(char *data, int dtype, long long index, real x) {
-    switch (dtype) {
-        case DTYPE_F64: reinterpret_cast<double *>(data)[index] = x; break;
-        case DTYPE_F32: reinterpret_cast<float *>(data)[index] = (float)x; break;
-        case DTYPE_F16: reinterpret_cast<unsigned short *>(data)[index] = float_to_f16(narrowed(x)); break;
-        default: reinterpret_cast<unsigned short *>(data)[index] = float_to_bf16(narrowed(x)); break;
-    }
-}
+__device__ inline real load(const char *data, int dtype, long long index) { return load_as<real>(data, dtype, index); }
 
 __device__ inline real sum_of_warp(real x) {
 #pragma unroll
