@@ -109,7 +109,14 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_forward.cu",
-        text: attention!("cuda/fused/carry.cuh", "cuda/fused/forward/forward.cu"),
+        text: attention!(
+            "cuda/fused/online_softmax.cuh",
+            "cuda/fused/forward/scheduler.cuh",
+            "cuda/fused/forward/producer.cuh",
+            "cuda/fused/forward/consumer.cuh",
+            "cuda/fused/forward/epilogue.cuh",
+            "cuda/fused/forward/forward.cu"
+        ),
         entry_points: &["attention_forward"],
         variants: &[
             variant!(3, 128, 128, 0, 128, 128, 8, 1, 0, 1),
@@ -144,7 +151,7 @@ pub const SOURCES: &[Source] = &[
     Source {
         name: "attention_backward_sums.cu",
         text: attention!(
-            "cuda/fused/carry.cuh",
+            "cuda/fused/online_softmax.cuh",
             "cuda/fused/backward/gradients.cuh",
             "cuda/fused/backward/far_rows.cuh",
             "cuda/cudnn/sum_rows.cu"
@@ -157,7 +164,14 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_keys.cu",
-        text: attention!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/keys.cu"),
+        text: attention!(
+            "cuda/fused/backward/gradients.cuh",
+            "cuda/fused/backward/keys/scheduler.cuh",
+            "cuda/fused/backward/keys/producer.cuh",
+            "cuda/fused/backward/keys/consumer.cuh",
+            "cuda/fused/backward/keys/epilogue.cuh",
+            "cuda/fused/backward/keys.cu"
+        ),
         entry_points: &["attention_gradient_of_keys"],
         variants: &[
             variant!(3, 128, 128, 0, 64, 128, 8, 2, 3, 1),
@@ -173,9 +187,13 @@ pub const SOURCES: &[Source] = &[
     Source {
         name: "attention_backward_queries.cu",
         text: attention!(
-            "cuda/fused/carry.cuh",
+            "cuda/fused/online_softmax.cuh",
             "cuda/fused/backward/gradients.cuh",
             "cuda/fused/backward/far_rows.cuh",
+            "cuda/fused/backward/queries/scheduler.cuh",
+            "cuda/fused/backward/queries/producer.cuh",
+            "cuda/fused/backward/queries/consumer.cuh",
+            "cuda/fused/backward/queries/epilogue.cuh",
             "cuda/fused/backward/queries.cu"
         ),
         entry_points: &["attention_gradient_of_queries"],
@@ -235,6 +253,14 @@ mod tests {
 
     use super::*;
 
+    /// The declarations of the kernels of a source, up to their bodies, each on one line.
+    fn kernels(text: &str) -> impl Iterator<Item = String> {
+        text.split("extern \"C\" __global__").skip(1).map(|after| {
+            let declaration = after.split('{').next().unwrap_or(after);
+            declaration.split_whitespace().collect::<Vec<_>>().join(" ")
+        })
+    }
+
     /// What is wrong with a table of sources.
     fn faults(sources: &[Source]) -> Vec<String> {
         let mut faults = Vec::new();
@@ -258,11 +284,7 @@ mod tests {
                 if !entry_points.insert(entry_point) {
                     faults.push(format!("two entry points are called {entry_point}"));
                 }
-                let declares = |line: &str| {
-                    line.trim_start().starts_with("extern \"C\" __global__")
-                        && line.contains(&format!(" {entry_point}("))
-                };
-                if !source.text.lines().any(declares) {
+                if !kernels(source.text).any(|kernel| kernel.contains(&format!(" {entry_point}("))) {
                     faults.push(format!("{} does not declare {entry_point}", source.name));
                 }
             }
@@ -275,25 +297,23 @@ mod tests {
         assert_eq!(faults(SOURCES), Vec::<String>::new());
     }
 
-    /// Lines that declare a kernel without a bound on its threads that comes from the host's launch.
-    fn unbounded(text: &str) -> Vec<&str> {
+    /// Kernels that are declared without a bound on their threads that comes from the host's launch.
+    fn unbounded(text: &str) -> Vec<String> {
         let bounded =
             ["__launch_bounds__(BLOCK)", "__launch_bounds__(BLOCK, ", "__launch_bounds__(SUMMING_BLOCK)"];
-        (text.lines())
-            .filter(|line| line.contains("__global__") && !bounded.iter().any(|bound| line.contains(bound)))
-            .collect()
+        kernels(text).filter(|kernel| !bounded.iter().any(|bound| kernel.contains(bound))).collect()
     }
 
     #[test]
     fn every_kernel_is_bounded_by_the_threads_it_is_launched_with() {
         for source in SOURCES {
-            assert_eq!(unbounded(source.text), Vec::<&str>::new(), "{}", source.name);
+            assert_eq!(unbounded(source.text), Vec::<String>::new(), "{}", source.name);
             for defines in source.variants {
                 assert!(defines.iter().any(|define| define.starts_with("BLOCK=")), "{}", source.name);
             }
         }
-        let bound = "extern \"C\" __global__ void __launch_bounds__(THREADS, 1) merge(int x) {";
-        assert_eq!(unbounded(bound), [bound]);
+        let bound = "extern \"C\" __global__ void __launch_bounds__(THREADS, 1)\n    merge(int x) {";
+        assert_eq!(unbounded(bound), ["void __launch_bounds__(THREADS, 1) merge(int x)"]);
     }
 
     #[test]

@@ -52,8 +52,11 @@ struct Seen {
 constexpr int OWN = 8, STRIP = 16;
 
 // The `OWN` elements from `from` on, `stride` apart; 0 for those behind `count`.
-__device__ inline void load_own(float *to, const void *from, int element, long long start, long long stride, int count) {
-    const char *at = static_cast<const char *>(from) + start * (element == DTYPE_F64 ? 8 : element == DTYPE_F32 ? 4 : 2);
+__device__ inline void load_own(float *to, const void *from, int element, long long start, long long stride,
+                                int count) {
+    const char *at = static_cast<const char *>(from) + start * (element == DTYPE_F64   ? 8
+                                                                : element == DTYPE_F32 ? 4
+                                                                                       : 2);
     const bool aligned = (reinterpret_cast<unsigned long long>(at) & 15) == 0;
     if (stride == 1 && count == OWN && aligned && element != DTYPE_F64) {
         if (element == DTYPE_F32) {
@@ -72,7 +75,8 @@ __device__ inline void load_own(float *to, const void *from, int element, long l
         return;
     }
 #pragma unroll
-    for (int own = 0; own < OWN; ++own) to[own] = own < count ? load_as<float>(from, element, start + own * stride) : 0.0f;
+    for (int own = 0; own < OWN; ++own)
+        to[own] = own < count ? load_as<float>(from, element, start + own * stride) : 0.0f;
 }
 
 // A bit for each of the `OWN` bytes of a mask from `from` on that is not zero; none for those behind `count`.
@@ -124,9 +128,9 @@ __device__ inline unsigned int own_between(long long key, long long first, long 
 //
 // Beside it, which rows and keys take part. One block `STRIP` rows of a batch row and head of the bias (blockIdx.x), for every
 // position even where the bias has one row for all of them, and `OWN` keys a thread (blockIdx.y).
-extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(
-    MadeBias made, Terms terms, Structure structure, Seen seen,
-    long long batch, long long heads, long long group, long long positions) {
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    attention_make_bias(MadeBias made, Terms terms, Structure structure, Seen seen, long long batch, long long heads,
+                        long long group, long long positions) {
     const long long strips = (positions + STRIP - 1) / STRIP;
     const long long first_row = blockIdx.x % strips * STRIP;
     const long long n = blockIdx.x / strips % made.heads;
@@ -202,9 +206,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(
 }
 
 // A matrix of at most a few thousand numbers, as f32 without gaps.
-extern "C" __global__ void __launch_bounds__(BLOCK) attention_to_floats(
-    float *to, const void *from, int element, long long rows, long long columns,
-    long long row_stride, long long column_stride) {
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    attention_to_floats(float *to, const void *from, int element, long long rows, long long columns,
+                        long long row_stride, long long column_stride) {
     const long long index = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (index >= rows * columns) return;
     const long long at = index / columns * row_stride + index % columns * column_stride;
@@ -213,9 +217,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_to_floats(
 
 // 1 where a probability is kept, else 0, in a dtype of two bytes whose 1 is `one`: `[rows, positions]` rows of
 // `blocks` times eight keys. One thread eight keys; blockDim.y rows a block.
-extern "C" __global__ void __launch_bounds__(BLOCK) attention_keep_mask(
-    uint4 *to, unsigned int one, long long rows, long long positions, long long blocks,
-    unsigned int threshold, unsigned int key0, unsigned int key1, unsigned int stream_offset) {
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    attention_keep_mask(uint4 *to, unsigned int one, long long rows, long long positions, long long blocks,
+                        unsigned int threshold, unsigned int key0, unsigned int key1, unsigned int stream_offset) {
     const long long at = blockIdx.x * (long long)blockDim.y + threadIdx.y;
     if (at >= rows * positions) return;
     const unsigned int position = (unsigned int)(at % positions), row = (unsigned int)(at / positions);
@@ -233,11 +237,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_keep_mask(
 // `delta` is [B, N, T] without gaps; `lse` is the caller's. Rows behind a query length take no part;
 // `lengths` is null where there are none. Of rows whose logsumexp is as large as `far`, `scores` and `offsets` have the largest logit
 // and the logarithm of the sum of what is relative to it, in base two and with the sign turned, as attention_sum_rows left them.
-extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK) attention_sink_gradient(
-    void *to, int element, long long to_stride, const float *sinks, const float *delta,
-    const float *lse, long long lse_batch, long long lse_position, long long lse_head,
-    const int *lengths, const float *scores, const float *offsets, float far,
-    long long batch, long long heads, long long positions) {
+extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK)
+    attention_sink_gradient(void *to, int element, long long to_stride, const float *sinks, const float *delta,
+                            const float *lse, long long lse_batch, long long lse_position, long long lse_head,
+                            const int *lengths, const float *scores, const float *offsets, float far, long long batch,
+                            long long heads, long long positions) {
     const long long head = blockIdx.x;
     const double sink = sinks[head];
     double sum = 0.0;

@@ -15,8 +15,10 @@ static_assert(HALVES, "results are told apart by their bits");
 
 __device__ inline bool is_finite(const uint4 &of) {
     // The highest exponent, and what makes it one more: the sign's place.
-    constexpr unsigned HIGHEST = DTYPE == DTYPE_F16 ? 0x7c007c00u : 0x7f807f80u, ONE = DTYPE == DTYPE_F16 ? 0x04000400u : 0x00800080u;
-    const unsigned any = ((of.x & HIGHEST) + ONE) | ((of.y & HIGHEST) + ONE) | ((of.z & HIGHEST) + ONE) | ((of.w & HIGHEST) + ONE);
+    constexpr unsigned HIGHEST = DTYPE == DTYPE_F16 ? 0x7c007c00u : 0x7f807f80u,
+                       ONE = DTYPE == DTYPE_F16 ? 0x04000400u : 0x00800080u;
+    const unsigned any =
+        ((of.x & HIGHEST) + ONE) | ((of.y & HIGHEST) + ONE) | ((of.z & HIGHEST) + ONE) | ((of.w & HIGHEST) + ONE);
     return (any & 0x80008000u) == 0;
 }
 
@@ -25,7 +27,8 @@ constexpr int GROUPS_OF_WARP = ROWS / WARPS;
 // Which of a warp's groups, the first of which begins with row `first`, hold something that is not finite in the rows of a result's
 // head that are looked at. `first` is before `end`; groups from there on read the last row, and may be among them.
 template <int DEPTH>
-__device__ inline unsigned spoiled_groups(const Tensor &tensor, long long b, long long head, int first, int end, int width, bool aligned) {
+__device__ inline unsigned non_finite_groups(const Tensor &tensor, long long b, long long head, int first, int end,
+                                             int width, bool aligned) {
     constexpr int LANES = lanes_of_row<DEPTH>(), AT_ONCE = 32 / LANES, DEEP = GROUPS_OF_WARP / AT_ONCE;
     constexpr int PARTS = (DEPTH + LANES * CHUNK - 1) / (LANES * CHUNK), LOOKS = GROUP > 1 ? 2 : 1;
     // As many chunks as registers have room for are under way at once.
@@ -67,22 +70,24 @@ __device__ inline unsigned spoiled_groups(const Tensor &tensor, long long b, lon
                     finite[i] &= is_finite(widened(from[column * tensor.stride[3]]));
             }
     }
-    unsigned spoiled = 0;
+    unsigned non_finite = 0;
 #pragma unroll
     for (int i = 0; i < DEEP; ++i) {
         const unsigned votes = __ballot_sync(~0u, !finite[i]);
 #pragma unroll
         for (int own = 0; own < AT_ONCE; ++own)
-            if (votes >> (own * LANES) & (LANES == 32 ? ~0u : (1u << LANES) - 1)) spoiled |= 1u << (i * AT_ONCE + own);
+            if (votes >> (own * LANES) & (LANES == 32 ? ~0u : (1u << LANES) - 1))
+                non_finite |= 1u << (i * AT_ONCE + own);
     }
-    return spoiled;
+    return non_finite;
 }
 
 // Whether a row of a result's head is finite, for the whole warp.
 __device__ inline bool is_finite_row(const Tensor &tensor, long long b, long long position, long long head, int width) {
     const element *const from = at(tensor, b, position, head);
     bool finite = true;
-    for (int column = threadIdx.x % 32; column < width; column += 32) finite &= is_finite(widened(from[column * tensor.stride[3]]));
+    for (int column = threadIdx.x % 32; column < width; column += 32)
+        finite &= is_finite(widened(from[column * tensor.stride[3]]));
     return __all_sync(~0u, finite);
 }
 
@@ -98,18 +103,20 @@ __device__ inline void for_each_row(unsigned groups, int first, int end, Again a
 
 // The rows of a block's head, and where those of a warp begin.
 struct Strip {
-    Place place;
+    TileIndex place;
     Batch batch;
     int first;
 };
 
 constexpr int ROWS_OF_BLOCK = ROWS * GROUP;
 
-__device__ inline unsigned strips_of_head(long long rows) { return (unsigned)((rows + ROWS_OF_BLOCK - 1) / ROWS_OF_BLOCK); }
+__device__ inline unsigned strips_of_head(long long rows) {
+    return (unsigned)((rows + ROWS_OF_BLOCK - 1) / ROWS_OF_BLOCK);
+}
 
 __device__ inline Strip strip_of_warp(const Parameters &p, unsigned block, long long rows, long long heads) {
     Strip strip;
-    strip.place = place_of_block(p, block, strips_of_head(rows), (unsigned)heads);
+    strip.place = tile_of_block(p, block, strips_of_head(rows), (unsigned)heads);
     strip.batch = batch_row(p, strip.place.batch);
     strip.first = strip.place.tile * ROWS_OF_BLOCK + threadIdx.x / 32 * GROUPS_OF_WARP * GROUP;
     return strip;

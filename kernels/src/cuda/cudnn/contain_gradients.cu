@@ -7,22 +7,26 @@
 struct ComputedState {
     __device__ inline State operator()(const Parameters &p, long long b, long long n, int t) const {
         const auto of_row = [&](const Tensor &tensor) {
-            return reinterpret_cast<const real *>(tensor.data)[b * tensor.stride[0] + t * tensor.stride[1] + n * tensor.stride[2]];
+            return reinterpret_cast<const real *>(
+                tensor.data)[b * tensor.stride[0] + t * tensor.stride[1] + n * tensor.stride[2]];
         };
         const real logsumexp = of_row(p.lse);
-        const real delta = dot(at(p.d_out, b, t, n), p.d_out.stride[3], at(p.out, b, t, n), p.out.stride[3], p.value_head_dim);
-        State state = state_of_logsumexp(p, logsumexp, balance_of(p) * (p.d_lse.data ? delta - of_row(p.d_lse) : delta));
-        if (p.second && is_far(logsumexp)) {
+        const real delta =
+            dot(at(p.d_out, b, t, n), p.d_out.stride[3], at(p.out, b, t, n), p.out.stride[3], p.value_head_dim);
+        State state =
+            state_of_logsumexp(p, logsumexp, balance_of(p) * (p.d_lse.data ? delta - of_row(p.d_lse) : delta));
+        if (p.row_deltas && is_far(logsumexp)) {
             const long long place = state_of(p, b, n, t);
             state.score = scores_of_states(p)[place];
-            state.offset = p.first[place];
+            state.offset = p.row_offsets[place];
         }
         return state;
     }
 };
 
 __device__ inline bool is_far_row(const Parameters &p, long long b, long long n, int t) {
-    return is_far(reinterpret_cast<const real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]]);
+    return is_far(
+        reinterpret_cast<const real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]]);
 }
 
 constexpr unsigned ALL_GROUPS = (1u << GROUPS_OF_WARP) - 1;
@@ -32,10 +36,11 @@ __device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned
     const long long b = strip.place.batch, n = strip.place.head;
     const int first = strip.first, end = strip.batch.queries;
     if (first >= end) return;
-    const bool has_far = p.second && has_far_rows(p, b, n);
-    const unsigned spoiled =
-        has_far ? ALL_GROUPS : spoiled_groups<HEAD>(p.d_query, b, n, first, end, p.head_dim, p.aligned & ALIGNED_D_QUERY);
-    for_each_row(spoiled, first, end, [&](int t) {
+    const bool has_far = p.row_deltas && has_far_rows(p, b, n);
+    const unsigned non_finite =
+        has_far ? ALL_GROUPS
+                : non_finite_groups<HEAD>(p.d_query, b, n, first, end, p.head_dim, p.aligned & ALIGNED_D_QUERY);
+    for_each_row(non_finite, first, end, [&](int t) {
         if (is_finite_row(p.d_query, b, t, n, p.head_dim) && !(has_far && is_far_row(p, b, n, t))) return;
         real sums[HEAD / 32];
         exact_gradient_of_query(p, row_of(p, strip.batch, b, n, t), b, n, ComputedState(), sums);
@@ -49,18 +54,21 @@ __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned b
     const int first = strip.first, end = strip.batch.keys;
     if (first >= end) return;
     bool has_far = false;
-    for (long long n = head * p.group; p.second && n < (head + 1) * p.group; ++n) has_far |= has_far_rows(p, b, n);
-    unsigned spoiled = has_far ? ALL_GROUPS : 0;
-    if (p.d_key.data && !has_far) spoiled |= spoiled_groups<HEAD>(p.d_key, b, head, first, end, p.head_dim, p.aligned & ALIGNED_D_KEY);
+    for (long long n = head * p.group; p.row_deltas && n < (head + 1) * p.group; ++n) has_far |= has_far_rows(p, b, n);
+    unsigned non_finite = has_far ? ALL_GROUPS : 0;
+    if (p.d_key.data && !has_far)
+        non_finite |= non_finite_groups<HEAD>(p.d_key, b, head, first, end, p.head_dim, p.aligned & ALIGNED_D_KEY);
     if (p.d_value.data && !has_far)
-        spoiled |= spoiled_groups<VALUE>(p.d_value, b, head, first, end, p.value_head_dim, p.aligned & ALIGNED_D_VALUE);
-    for_each_row(spoiled, first, end, [&](int key) {
+        non_finite |=
+            non_finite_groups<VALUE>(p.d_value, b, head, first, end, p.value_head_dim, p.aligned & ALIGNED_D_VALUE);
+    for_each_row(non_finite, first, end, [&](int key) {
         const bool finite = (!p.d_key.data || is_finite_row(p.d_key, b, key, head, p.head_dim)) &&
                             (!p.d_value.data || is_finite_row(p.d_value, b, key, head, p.value_head_dim));
         if (finite && !has_far) return;
         real keys[HEAD / 32], values[VALUE / 32];
         exact_gradients_of_key(p, strip.batch, b, head, key, ComputedState(), keys, values);
-        if (p.d_key.data) store_row<HEAD>(at(p.d_key, b, key, head), p.d_key.stride[3], p.head_dim, keys, scale_of_sums(p));
+        if (p.d_key.data)
+            store_row<HEAD>(at(p.d_key, b, key, head), p.d_key.stride[3], p.head_dim, keys, scale_of_sums(p));
         if (p.d_value.data)
             store_row<VALUE>(at(p.d_value, b, key, head), p.d_value.stride[3], p.value_head_dim, values, keep_scale(p));
     });
@@ -68,7 +76,8 @@ __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned b
 
 // Blocks of query rows, if their gradient is wanted, then blocks of keys.
 extern "C" __global__ void __launch_bounds__(BLOCK, MANY) attention_contain_gradients(const Parameters p) {
-    const unsigned of_queries = p.d_query.data ? strips_of_head(p.query_length) * (unsigned)(p.query_heads * p.batch) : 0;
+    const unsigned of_queries =
+        p.d_query.data ? strips_of_head(p.query_length) * (unsigned)(p.query_heads * p.batch) : 0;
     if (blockIdx.x < of_queries)
         contain_gradient_of_queries(p, blockIdx.x);
     else

@@ -12,7 +12,7 @@ constexpr real LARGE = 1024;
 __device__ inline unsigned large_rows(const Parameters &p, long long b, long long n, int first, int end) {
     static_assert(GROUPS_OF_WARP <= 32, "a lane to a row");
     const int t = first + threadIdx.x % 32;
-    const real x = t < end ? p.first[(b * p.query_heads + n) * p.query_length + t] : real(0);
+    const real x = t < end ? p.row_offsets[(b * p.query_heads + n) * p.query_length + t] : real(0);
     return __ballot_sync(~0u, fabs(x) >= LARGE && is_finite(x)) & ((1u << GROUPS_OF_WARP) - 1);
 }
 
@@ -21,9 +21,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MANY) attention_contain_outp
     const long long b = strip.place.batch, n = strip.place.head;
     const int first = strip.first, end = strip.batch.queries;
     if (first >= end) return;
-    const unsigned spoiled = spoiled_groups<VALUE>(p.out, b, n, first, end, p.value_head_dim, p.aligned & ALIGNED_OUT);
-    const unsigned large = GROUP == 1 && p.first ? large_rows(p, b, n, first, end) : 0;
-    for_each_row(spoiled | large, first, end, [&](int t) {
+    const unsigned non_finite =
+        non_finite_groups<VALUE>(p.out, b, n, first, end, p.value_head_dim, p.aligned & ALIGNED_OUT);
+    const unsigned large = GROUP == 1 && p.row_offsets ? large_rows(p, b, n, first, end) : 0;
+    for_each_row(non_finite | large, first, end, [&](int t) {
         if (!(large >> (t - first) & 1) && is_finite_row(p.out, b, t, n, p.value_head_dim)) return;
         const Row row = row_of(p, strip.batch, b, n, t);
         real maximum, total;

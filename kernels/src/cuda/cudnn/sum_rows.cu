@@ -2,15 +2,16 @@
 // Blocks without a far row end at once.
 // The heads' numbers are 0 before.
 
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows(const __grid_constant__ Parameters p) {
-    static_assert(LOADERS == 0, "every thread loads and computes");
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
+    attention_sum_rows(const __grid_constant__ Parameters p) {
+    static_assert(PRODUCER_THREADS == 0, "every thread loads and computes");
     extern __shared__ __align__(1024) unsigned char memory[];
     element *const query_tile = reinterpret_cast<element *>(memory);
     element *const key_tile = query_tile + tile_size<ROWS, HEAD>();
     constexpr int ROW_SLOTS = row_slots<ROWS>();
 
     const int row_tiles = (int)((p.query_length + ROWS - 1) / ROWS);
-    const Place place = place_of_block(p, blockIdx.x, row_tiles, (unsigned)p.query_heads);
+    const TileIndex place = tile_of_block(p, blockIdx.x, row_tiles, (unsigned)p.query_heads);
     const int first_t = place.tile * ROWS;
     const long long n = place.head, b = place.batch, key_head = (unsigned)place.head / (unsigned)p.group;
     const Batch batch = batch_row(p, b);
@@ -18,29 +19,31 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_sum_rows
     bool any_far = false;
     for (int row = threadIdx.x; row < row_count; row += BLOCK) {
         const real *const lse = reinterpret_cast<const real *>(p.lse.data);
-        any_far |= is_far(lse[b * p.lse.stride[0] + (long long)(first_t + row) * p.lse.stride[1] + n * p.lse.stride[2]]);
+        any_far |=
+            is_far(lse[b * p.lse.stride[0] + (long long)(first_t + row) * p.lse.stride[1] + n * p.lse.stride[2]]);
     }
     if (!__syncthreads_or(any_far)) return;
     if (threadIdx.x == 0) far_heads(p)[b * p.query_heads + n] = 1;
 
     const int last_t = first_t + row_count - 1;
     const int from = first_key(batch, first_t) / KEYS * KEYS, to = end_key(batch, last_t);
-    stage_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
+    load_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
 
     Row rows[ROW_SLOTS];
     RowSums sums;
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
         rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
-        sums.maxima[r] = -infinity();
-        sums.totals[r] = 0;
+        sums.row_max[r] = -infinity();
+        sums.row_sum[r] = 0;
     }
     for (int first = from; first < to; first += KEYS) {
-        stage_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, key_head, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
-        close_copies();
-        await_copies<0>();
+        load_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, key_head, first, batch.keys, p.head_dim,
+                                          p.aligned & ALIGNED_KEY);
+        cp_async_commit();
+        cp_async_wait<0>();
         __syncthreads();
-        sum_tile(p, rows, first, query_tile, key_tile, sums.maxima, sums.totals);
+        sum_tile(p, rows, first, query_tile, key_tile, sums.row_max, sums.row_sum);
         __syncthreads();
     }
     finish_far_rows(p, b, n, first_t, sums);

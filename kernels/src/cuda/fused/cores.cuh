@@ -47,9 +47,9 @@ struct NoTerms {
     __device__ inline void read(Any...) {}
 };
 template <int HEIGHT, int WIDTH>
-struct RowTerms : NoTerms {};
+struct RowMaskBias : NoTerms {};
 template <int HEIGHT, int WIDTH>
-struct KeyTerms : NoTerms {};
+struct KeyMaskBias : NoTerms {};
 
 constexpr int NEIGHBOURS = 2;
 
@@ -97,12 +97,14 @@ __device__ inline void kept_of_keys(const Parameters &p, unsigned batch_head, in
         kept[r] = 0;
 #pragma unroll
         for (int c = 0; c < column_slots<WIDTH>(); ++c)
-            kept[r] |= (kept_of_block(p, batch_head, (unsigned)(first_t + column_at(c)), key / 8) >> (key % 8) & 1) << c;
+            kept[r] |= (kept_of_block(p, batch_head, (unsigned)(first_t + column_at(c)), key / 8) >> (key % 8) & 1)
+                       << c;
     }
 }
 
 template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
-__device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
+__device__ inline void gemm_ss(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a,
+                               const element *b) {
     constexpr int STRIDE = row_stride<DEPTH>();
     constexpr int ROWS_OF_THREAD = row_slots<HEIGHT>(), COLUMNS_OF_THREAD = column_slots<WIDTH>();
 #pragma unroll
@@ -123,29 +125,31 @@ __device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<W
 #pragma unroll
             for (int r = 0; r < ROWS_OF_THREAD; ++r)
 #pragma unroll
-                for (int c = 0; c < COLUMNS_OF_THREAD; ++c) sums[r][c] = fma(rows[r].of[i], columns[c].of[i], sums[r][c]);
+                for (int c = 0; c < COLUMNS_OF_THREAD; ++c)
+                    sums[r][c] = fma(rows[r].of[i], columns[c].of[i], sums[r][c]);
     }
 }
 
 // Weights go through `room`, HEIGHT rows of WIDTH and a chunk. Only the threads of a row exchange them, and those are in one
 // warp.
 template <int HEIGHT, int WIDTH, int DEPTH>
-__device__ inline void add_weighted(real (&sums)[row_slots<HEIGHT>()][output_slots<DEPTH>()],
-                                    const real (&weights)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *b, real *room) {
-    constexpr int STRIDE = row_stride<DEPTH>(), ROOM_STRIDE = row_stride<WIDTH>();
+__device__ inline void gemm_rs(real (&sums)[row_slots<HEIGHT>()][output_slots<DEPTH>()],
+                               const real (&weights)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *b,
+                               real *workspace) {
+    constexpr int STRIDE = row_stride<DEPTH>(), WORKSPACE_STRIDE = row_stride<WIDTH>();
     constexpr int ROWS_OF_THREAD = row_slots<HEIGHT>(), OUTPUTS = output_slots<DEPTH>();
-    real *own = room + row_at<HEIGHT>(0) * ROOM_STRIDE;
+    real *own = workspace + row_at<HEIGHT>(0) * WORKSPACE_STRIDE;
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < ROWS_OF_THREAD; ++r)
 #pragma unroll
-        for (int c = 0; c < column_slots<WIDTH>(); ++c) own[r * ROOM_STRIDE + column_at(c)] = weights[r][c];
+        for (int c = 0; c < column_slots<WIDTH>(); ++c) own[r * WORKSPACE_STRIDE + column_at(c)] = weights[r][c];
     __syncwarp();
 #pragma unroll 2
     for (int k = 0; k < WIDTH; k += CHUNK) {
         Chunk factors[ROWS_OF_THREAD];
 #pragma unroll
-        for (int r = 0; r < ROWS_OF_THREAD; ++r) factors[r] = chunk_at(own + r * ROOM_STRIDE + k);
+        for (int r = 0; r < ROWS_OF_THREAD; ++r) factors[r] = chunk_at(own + r * WORKSPACE_STRIDE + k);
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
             real row[OUTPUTS];

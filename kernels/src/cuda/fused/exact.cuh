@@ -4,9 +4,24 @@
 // result is not finite, its row may have been spoiled by memory that must not matter. That is rare, and is settled by
 // computing the row from its allowed keys alone.
 
+// Marks the rows of a tile that a consumer thread found, bit r of `found` for the row `row_of_slot(r)`, in `flags`, for all consumer
+// threads, which call this together. Whether there are any. No call without masked keys has some.
+template <int HEIGHT, class RowOfSlot>
+__device__ inline bool mark_rows(const Parameters &p, unsigned found, int *flags, RowOfSlot row_of_slot) {
+    if (!p.hides_keys || !consumer_sync_or(found != 0)) return false;
+    for (int row = threadIdx.x; row < HEIGHT; row += THREADS) flags[row] = 0;
+    consumer_sync();
+#pragma unroll
+    for (int r = 0; r < row_slots<HEIGHT>(); ++r)
+        if (found >> r & 1) flags[row_of_slot(r)] = 1;
+    consumer_sync();
+    return true;
+}
+
 __device__ inline real dot(const element *a, long long a_stride, const element *b, long long b_stride, int width) {
     real sum = 0;
-    for (int i = threadIdx.x % 32; i < width; i += 32) sum = fma(widened(a[i * a_stride]), widened(b[i * b_stride]), sum);
+    for (int i = threadIdx.x % 32; i < width; i += 32)
+        sum = fma(widened(a[i * a_stride]), widened(b[i * b_stride]), sum);
     return sum_of_warp(sum);
 }
 
@@ -22,7 +37,8 @@ __device__ inline void add_row(real (&sums)[DEPTH / 32], real factor, const elem
 
 // row[32 * i + lane] = factor * sums[i]
 template <int DEPTH>
-__device__ inline void store_row(element *row, long long stride, int width, const real (&sums)[DEPTH / 32], real factor) {
+__device__ inline void store_row(element *row, long long stride, int width, const real (&sums)[DEPTH / 32],
+                                 real factor) {
 #pragma unroll
     for (int i = 0; i < DEPTH / 32; ++i) {
         const int column = 32 * i + threadIdx.x % 32;
@@ -37,18 +53,21 @@ __device__ constexpr int lanes_of_row() {
 }
 
 // The score of a key and a row (softmax.cuh), by the whole warp.
-__device__ inline real exact_score(const Parameters &p, const Row &row, long long b, long long n, int key, real &slope) {
-    const real product = dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
-    if constexpr (HAS_TERMS) return logit<Checked, true>(p, row, key, product, slope);
+__device__ inline real exact_score(const Parameters &p, const Row &row, long long b, long long n, int key,
+                                   real &slope) {
+    const real product =
+        dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
+    if constexpr (NEEDS_LOGITS) return logit<Checked, true>(p, row, key, product, slope);
     slope = 1;
     bool visible = key >= row.low && key < row.high;
-    if constexpr ((FEATURES & FEATURE_MASK) != 0) visible = visible && p.mask.data[row.mask + key * key_stride(p.mask)] != 0;
+    if constexpr ((FEATURES & FEATURE_MASK) != 0)
+        visible = visible && p.mask.data[row.mask + key * key_stride(p.mask)] != 0;
     return visible ? product : -infinity();
 }
 
 // The softmax over the keys from `first` to before `end` that a row sees: the maximum of the scores, and the sum of weights.
-__device__ inline void exact_softmax(const Parameters &p, const Row &row, long long b, long long n, int first, int end, real &maximum,
-                                     real &total) {
+__device__ inline void exact_softmax(const Parameters &p, const Row &row, long long b, long long n, int first, int end,
+                                     real &maximum, real &total) {
     const real factor = power_factor(p);
     maximum = -infinity();
     total = 0;
@@ -58,7 +77,8 @@ __device__ inline void exact_softmax(const Parameters &p, const Row &row, long l
         if (score == -infinity()) continue;
         const real top = fmax(maximum, score);
         const Shift shift = shift_of<HALVES>(top, factor);
-        total = fma(total, change_of(shift_of<HALVES>(maximum, factor), shift, factor), power(exponent_of<HALVES>(score, shift, factor)));
+        total = fma(total, change_of(shift_of<HALVES>(maximum, factor), shift, factor),
+                    power(exponent_of<HALVES>(score, shift, factor)));
         maximum = top;
         // What is not a number stays that.
         if (!(total >= 0)) break;
@@ -67,8 +87,8 @@ __device__ inline void exact_softmax(const Parameters &p, const Row &row, long l
 
 // The sum of values by weights relative to `maximum`, over the keys from `first` to before `end` that row sees: `width` columns
 // from `first_column` on.
-__device__ inline void exact_output(const Parameters &p, const Row &row, long long b, long long n, int first, int end, real maximum,
-                                    int first_column, int width, real (&sums)[VALUE / 32]) {
+__device__ inline void exact_output(const Parameters &p, const Row &row, long long b, long long n, int first, int end,
+                                    real maximum, int first_column, int width, real (&sums)[VALUE / 32]) {
     const real factor = power_factor(p);
     const Shift shift = shift_of<HALVES>(maximum, factor);
 #pragma unroll

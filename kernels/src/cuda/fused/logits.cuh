@@ -1,13 +1,14 @@
 // The logits of a tile.
 
 // Where the mask and the bias are read key by key.
-constexpr bool READS_SINGLY = ((FEATURES & FEATURE_MASK) != 0 && !PACKS_MASK) || ((FEATURES & FEATURE_BIAS) != 0 && !PACKS_BIAS);
+constexpr bool READS_SINGLY =
+    ((FEATURES & FEATURE_MASK) != 0 && !PACKS_MASK) || ((FEATURES & FEATURE_BIAS) != 0 && !PACKS_BIAS);
 
 // The logit in slots r and c of a tile from its product, with what was read for the tile. Where there is ALiBi alone, `distance` is
 // that of row and key, which is cheaper to carry from slot to slot than to compute.
 template <class Check, bool EXACT, class Terms>
-__device__ inline real tile_logit(const Parameters &p, const Row &row, int key, real distance, const Terms &terms, int r, int c,
-                                  real product, real &slope) {
+__device__ inline real tile_logit(const Parameters &p, const Row &row, int key, real distance, const Terms &terms,
+                                  int r, int c, real product, real &slope) {
     if constexpr (READS_SINGLY) {
         return logit<Check, EXACT>(p, row, key, product, slope);
     } else {

@@ -35,29 +35,30 @@ typedef float real;
 
 // The threads that compute. On warpgroups others follow them, which load what those work on.
 constexpr int THREADS = 32 * WARPS;
-constexpr int LOADERS = ON_WARPGROUPS ? 128 : 0;
+constexpr int PRODUCER_THREADS = ON_WARPGROUPS ? 128 : 0;
 // BLOCK is the number of threads that the host launches a block with, and the bound that every kernel is compiled with: a kernel with
 // a smaller bound than its launch does not start. A variant for warpgroups keeps it where it is compiled for another architecture.
 static_assert(BLOCK == 32 * WARPS + (HALVES && WARPGROUPS ? 128 : 0), "threads that compute, and those that load");
 // Blocks that a multiprocessor has room for at least: eight warps have all the registers that there are.
-constexpr int RESIDENT = WARPS >= 8 ? 1 : 8 / WARPS;
+constexpr int MIN_BLOCKS = WARPS >= 8 ? 1 : 8 / WARPS;
 
 // Waits for all threads that compute.
-__device__ inline void meet() {
-    if constexpr (LOADERS > 0)
+__device__ inline void consumer_sync() {
+    if constexpr (PRODUCER_THREADS > 0)
         asm volatile("barrier.cta.sync 1, %0;" ::"n"(THREADS) : "memory");
     else
         __syncthreads();
 }
 
 // The same, and whether any of them says so.
-__device__ inline bool meet_or(bool says) {
-    if constexpr (LOADERS == 0) return __syncthreads_or(says);
+__device__ inline bool consumer_sync_or(bool says) {
+    if constexpr (PRODUCER_THREADS == 0) return __syncthreads_or(says);
     int any;
-    asm volatile("{ .reg .pred says, any; setp.ne.b32 says, %1, 0; barrier.cta.red.or.pred any, 1, %2, says; selp.b32 %0, 1, 0, any; }"
-                 : "=r"(any)
-                 : "r"((int)says), "n"(THREADS)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred says, any; setp.ne.b32 says, %1, 0; barrier.cta.red.or.pred any, 1, %2, says; selp.b32 %0, 1, 0, any; }"
+        : "=r"(any)
+        : "r"((int)says), "n"(THREADS)
+        : "memory");
     return any != 0;
 }
 

@@ -19,14 +19,21 @@ struct Batch {
 };
 
 struct Parameters {
-    Tensor query, key, value, mask, bias, slopes, sinks, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias, d_sinks;
+    Tensor query, key, value, mask, bias, slopes, sinks, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias,
+        d_sinks;
     // One for each batch row, or null where `uniform` is that of all.
     const Batch *batches;
     Batch uniform;
-    // Scratch. Forward over parts of the keys: their outputs [part, B, N, T, Hv], maxima and sums [part, B, N, T, 2].
-    // Backward: what gradients.cuh has of each row.
-    real *first;
-    real *second;
+    // Scratch. Forward with split keys: partial outputs [split, B, N, T, Hv], and row max and row sum [split, B, N, T, 2].
+    // Backward: what gradients.cuh has of each row, offsets in the first and row terms, scores and far heads in the second.
+    union {
+        real *partial_out;
+        real *row_offsets;
+    };
+    union {
+        real *partial_state;
+        real *row_deltas;
+    };
     long long batch, query_length, key_length, query_heads, key_heads;
     long long bias_size[4];
     double scale;
@@ -38,17 +45,17 @@ struct Parameters {
     // Query heads that share a key/value head.
     int group;
     // Query heads whose rows one tile holds.
-    int pack;
+    int pack_gqa;
     // Parts that the keys are cut into.
-    int parts;
+    int splits;
     // A bit for each tensor above, in order: rows begin at multiples of 16 bytes, elements are neighbours.
     int aligned;
     int bias_dtype, slopes_dtype, sinks_dtype;
     // Whether a row may see some keys of a tile and not others.
-    int contains;
+    int hides_keys;
     unsigned drop_threshold, drop_key[2], drop_offset;
     // So many heads, or batch rows, have their tiles in turn, since they read the same mask or bias. Their number is a multiple.
-    int beside, beside_batch;
+    int swizzle, swizzles_batch;
 };
 
 static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) == 864, "the host's layout");
@@ -73,9 +80,9 @@ static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) 
 #define FEATURE_DROPOUT 16
 // Logits are made one by one, before the maximum is taken: there is more to them than a product, a scale above 0, and whether they
 // are there.
-#define FEATURE_NATURAL 32
+#define FEATURE_LOGITS 32
 
-constexpr bool HAS_TERMS = (FEATURES & FEATURE_NATURAL) != 0;
+constexpr bool NEEDS_LOGITS = (FEATURES & FEATURE_LOGITS) != 0;
 constexpr bool HAS_DROPOUT = (FEATURES & FEATURE_DROPOUT) != 0;
 
 __device__ inline Batch batch_row(const Parameters &p, long long b) { return p.batches ? p.batches[b] : p.uniform; }
@@ -89,21 +96,22 @@ __device__ inline int first_key(const Batch &batch, long long t) { return betwee
 __device__ inline int end_key(const Batch &batch, long long t) { return between(t + batch.high, 0, batch.keys); }
 
 __device__ inline element *at(const Tensor &tensor, long long b, long long position, long long head) {
-    return reinterpret_cast<element *>(tensor.data) + b * tensor.stride[0] + position * tensor.stride[1] + head * tensor.stride[2];
+    return reinterpret_cast<element *>(tensor.data) + b * tensor.stride[0] + position * tensor.stride[1] +
+           head * tensor.stride[2];
 }
 
 // What a block works on.
-struct Place {
+struct TileIndex {
     int tile, head, batch;
 };
 
 // Tiles of a head follow each other.
-__device__ inline Place place_of_block(const Parameters &p, unsigned index, unsigned tiles, unsigned heads) {
-    const unsigned beside = (unsigned)p.beside, turn = index % beside;
-    index /= beside;
+__device__ inline TileIndex tile_of_block(const Parameters &p, unsigned index, unsigned tiles, unsigned heads) {
+    const unsigned swizzle = (unsigned)p.swizzle, turn = index % swizzle;
+    index /= swizzle;
     const int tile = (int)(index % tiles);
     index /= tiles;
-    const unsigned groups = (p.beside_batch ? (unsigned)p.batch : heads) / beside;
-    const int inner = (int)(index % groups * beside + turn), outer = (int)(index / groups);
-    return p.beside_batch ? Place{tile, outer, inner} : Place{tile, inner, outer};
+    const unsigned groups = (p.swizzles_batch ? (unsigned)p.batch : heads) / swizzle;
+    const int inner = (int)(index % groups * swizzle + turn), outer = (int)(index / groups);
+    return p.swizzles_batch ? TileIndex{tile, outer, inner} : TileIndex{tile, inner, outer};
 }

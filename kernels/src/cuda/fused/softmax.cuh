@@ -18,7 +18,7 @@ __device__ inline real power(real x) {
 }
 
 // From scores to natural logits.
-__device__ inline real natural_factor(const Parameters &p) { return HAS_TERMS ? real(1) : (real)p.scale; }
+__device__ inline real natural_factor(const Parameters &p) { return NEEDS_LOGITS ? real(1) : (real)p.scale; }
 
 // From differences of scores to exponents.
 __device__ inline real power_factor(const Parameters &p) { return natural_factor(p) * POWER_UNIT; }
@@ -60,7 +60,8 @@ typedef double precise;
 // The natural logit that sums with this maximum are relative to, not rounded yet: the maximum, less what weights are relative to instead
 // where that was rounded in base two.
 __device__ inline precise reference_of(const Parameters &p, real maximum) {
-    const real factor = power_factor(p), above = exponent_of<HALVES>(maximum, shift_of<HALVES>(maximum, factor), factor);
+    const real factor = power_factor(p),
+               above = exponent_of<HALVES>(maximum, shift_of<HALVES>(maximum, factor), factor);
     return (precise)maximum * (precise)natural_factor(p) - (precise)(above / POWER_UNIT);
 }
 
@@ -94,5 +95,6 @@ __device__ inline real finish(const Parameters &p, long long n, bool padded, rea
 
 __device__ inline void store_logsumexp(const Parameters &p, long long b, long long t, long long n, real logsumexp) {
     if (p.lse.data)
-        reinterpret_cast<real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]] = logsumexp;
+        reinterpret_cast<real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]] =
+            logsumexp;
 }

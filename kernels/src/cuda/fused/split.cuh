@@ -18,8 +18,8 @@ __device__ inline Parts parts_of(float x) {
     return parts;
 }
 
-__device__ inline void multiply(float &c0, float &c1, float &c2, float &c3, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
-                                unsigned b1) {
+__device__ inline void mma_m16n8k16(float &c0, float &c1, float &c2, float &c3, unsigned a0, unsigned a1, unsigned a2,
+                                    unsigned a3, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -33,17 +33,21 @@ struct Left {
 // Adds the product with two terms of a column on the right: the small products first, that of the left factor's low parts before the
 // other, or behind it if the product is TRANSPOSED, so that it has the bits of the one that is not.
 template <bool TRANSPOSED>
-__device__ inline void multiply(float &c0, float &c1, float &c2, float &c3, const Left &a, const Parts &b0, const Parts &b1) {
-    if constexpr (!TRANSPOSED) multiply(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
-    multiply(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.low, b1.low);
-    if constexpr (TRANSPOSED) multiply(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
-    multiply(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.high, b1.high);
+__device__ inline void mma_m16n8k16(float &c0, float &c1, float &c2, float &c3, const Left &a, const Parts &b0,
+                                    const Parts &b1) {
+    if constexpr (!TRANSPOSED)
+        mma_m16n8k16(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
+    mma_m16n8k16(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.low, b1.low);
+    if constexpr (TRANSPOSED)
+        mma_m16n8k16(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
+    mma_m16n8k16(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.high, b1.high);
 }
 
 // sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. A thread reads four neighbouring terms of a row: two for each of two
 // products of eight, in whichever order, as long as both factors have the same.
 template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
-__device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
+__device__ inline void gemm_ss(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a,
+                               const element *b) {
     constexpr int BLOCKS = row_slots<HEIGHT>() / 2;
 #pragma unroll
     for (int r = 0; r < row_slots<HEIGHT>(); ++r)
@@ -58,7 +62,8 @@ __device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<W
         Left factors[BLOCKS][2];
 #pragma unroll
         for (int i = 0; i < BLOCKS; ++i) {
-            const Chunk upper = chunk_at(left + i * 16 * DEPTH + place), lower = chunk_at(left + (i * 16 + 8) * DEPTH + place);
+            const Chunk upper = chunk_at(left + i * 16 * DEPTH + place),
+                        lower = chunk_at(left + (i * 16 + 8) * DEPTH + place);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -75,8 +80,8 @@ __device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<W
                 const Parts first = parts_of(column.of[2 * half]), second = parts_of(column.of[2 * half + 1]);
 #pragma unroll
                 for (int i = 0; i < BLOCKS; ++i)
-                    multiply<TRANSPOSED>(sums[2 * i][2 * j], sums[2 * i][2 * j + 1], sums[2 * i + 1][2 * j], sums[2 * i + 1][2 * j + 1],
-                                         factors[i][half], first, second);
+                    mma_m16n8k16<TRANSPOSED>(sums[2 * i][2 * j], sums[2 * i][2 * j + 1], sums[2 * i + 1][2 * j],
+                                             sums[2 * i + 1][2 * j + 1], factors[i][half], first, second);
             }
         }
     }
@@ -84,8 +89,9 @@ __device__ inline void products(real (&sums)[row_slots<HEIGHT>()][column_slots<W
 
 // sums += weights * b, of tiles HEIGHT x WIDTH and WIDTH x DEPTH.
 template <int HEIGHT, int WIDTH, int DEPTH>
-__device__ inline void add_weighted(real (&sums)[row_slots<HEIGHT>()][output_slots<DEPTH>()],
-                                    const real (&weights)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *b, real *) {
+__device__ inline void gemm_rs(real (&sums)[row_slots<HEIGHT>()][output_slots<DEPTH>()],
+                               const real (&weights)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *b,
+                               real *) {
     constexpr int BLOCKS = row_slots<HEIGHT>() / 2;
     // Two rows that follow each other, four columns of each.
     const int row = lane() % 4 * 2, column = lane() / 4 * 4;
@@ -97,18 +103,20 @@ __device__ inline void add_weighted(real (&sums)[row_slots<HEIGHT>()][output_slo
 #pragma unroll
         for (int i = 0; i < BLOCKS; ++i)
 #pragma unroll
-            for (int slot = 0; slot < 4; ++slot) factors[i].of[slot] = parts_of(weights[2 * i + slot % 2][2 * k + slot / 2]);
+            for (int slot = 0; slot < 4; ++slot)
+                factors[i].of[slot] = parts_of(weights[2 * i + slot % 2][2 * k + slot / 2]);
 #pragma unroll
         for (int group = 0; group < DEPTH / 32; ++group) {
-            const Chunk first = chunk_at(even + k * 8 * DEPTH + group * 32), second = chunk_at(odd + k * 8 * DEPTH + group * 32);
+            const Chunk first = chunk_at(even + k * 8 * DEPTH + group * 32),
+                        second = chunk_at(odd + k * 8 * DEPTH + group * 32);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const Parts upper = parts_of(first.of[j]), lower = parts_of(second.of[j]);
                 const int low = group * 8 + j, high = low + 4;
 #pragma unroll
                 for (int i = 0; i < BLOCKS; ++i)
-                    multiply<false>(sums[2 * i][low], sums[2 * i][high], sums[2 * i + 1][low], sums[2 * i + 1][high], factors[i], upper,
-                                    lower);
+                    mma_m16n8k16<false>(sums[2 * i][low], sums[2 * i][high], sums[2 * i + 1][low],
+                                        sums[2 * i + 1][high], factors[i], upper, lower);
             }
         }
     }

@@ -125,9 +125,10 @@ __device__ inline bool byte_of(unsigned four, int index) { return (four & 0xffu 
 
 // Rows are rows of a product, and columns are keys.
 template <int HEIGHT, int WIDTH>
-struct RowTerms {
+struct RowMaskBias {
     static constexpr int ROWS_OF_THREAD = row_slots<HEIGHT>(), KEYS_OF_THREAD = column_slots<WIDTH>();
-    unsigned mask[ROWS_OF_THREAD][PACKS_MASK ? KEYS_OF_THREAD / 4 : 1], bias[ROWS_OF_THREAD][PACKS_BIAS ? KEYS_OF_THREAD / 2 : 1];
+    unsigned mask[ROWS_OF_THREAD][PACKS_MASK ? KEYS_OF_THREAD / 4 : 1],
+        bias[ROWS_OF_THREAD][PACKS_BIAS ? KEYS_OF_THREAD / 2 : 1];
 
     __device__ inline bool visible(int r, int c) const { return !PACKS_MASK || byte_of(mask[r][c / 4], c % 4); }
     __device__ inline real added(int r, int c) const { return PACKS_BIAS ? half_of(bias[r][c / 2], c % 2) : real(0); }
@@ -142,7 +143,8 @@ struct RowTerms {
                 for (int r = 0; r < ROWS_OF_THREAD; ++r)
 #pragma unroll
                     for (int c = 0; c < KEYS_OF_THREAD; c += 8) {
-                        const uint2 eight = __ldg(reinterpret_cast<const uint2 *>(p.mask.data + rows[r].mask + min(first + key_at(c), last - 7)));
+                        const uint2 eight = __ldg(reinterpret_cast<const uint2 *>(p.mask.data + rows[r].mask +
+                                                                                  min(first + key_at(c), last - 7)));
                         mask[r][c / 4] = eight.x;
                         mask[r][c / 4 + 1] = eight.y;
                     }
@@ -151,7 +153,9 @@ struct RowTerms {
                 for (int r = 0; r < ROWS_OF_THREAD; ++r)
 #pragma unroll
                     for (int c = 0; c < KEYS_OF_THREAD; ++c) {
-                        const unsigned one = (unsigned char)p.mask.data[rows[r].mask + min(first + key_at(c), last) * key_stride(p.mask)];
+                        const unsigned one =
+                            (unsigned char)
+                                p.mask.data[rows[r].mask + min(first + key_at(c), last) * key_stride(p.mask)];
                         mask[r][c / 4] = c % 4 ? mask[r][c / 4] | one << (8 * (c % 4)) : one;
                     }
             }
@@ -162,8 +166,8 @@ struct RowTerms {
                 for (int r = 0; r < ROWS_OF_THREAD; ++r)
 #pragma unroll
                     for (int c = 0; c < KEYS_OF_THREAD; c += 8) {
-                        const uint4 eight =
-                            __ldg(reinterpret_cast<const uint4 *>(p.bias.data + 2 * (rows[r].bias + min(first + key_at(c), last - 7))));
+                        const uint4 eight = __ldg(reinterpret_cast<const uint4 *>(
+                            p.bias.data + 2 * (rows[r].bias + min(first + key_at(c), last - 7))));
                         bias[r][c / 2] = eight.x;
                         bias[r][c / 2 + 1] = eight.y;
                         bias[r][c / 2 + 2] = eight.z;
@@ -185,7 +189,7 @@ struct RowTerms {
 
 // Rows of a product are keys, and columns are query rows.
 template <int HEIGHT, int WIDTH>
-struct KeyTerms {
+struct KeyMaskBias {
     static constexpr int ROWS_OF_THREAD = column_slots<WIDTH>();
     unsigned mask[PACKS_MASK ? ROWS_OF_THREAD / 2 : 1], bias[PACKS_BIAS ? ROWS_OF_THREAD : 1];
 
@@ -199,7 +203,8 @@ struct KeyTerms {
         const bool inside = first_t + WIDTH <= p.query_length;
         const auto head = [&](const Tensor &tensor) { return b * tensor.stride[0] + n * tensor.stride[1]; };
         const auto slow = [&](const Tensor &tensor, int c, int i) {
-            return head(tensor) + min(t + column_offset(c), last_t) * tensor.stride[2] + min(key + i, last) * key_stride(tensor);
+            return head(tensor) + min(t + column_offset(c), last_t) * tensor.stride[2] +
+                   min(key + i, last) * key_stride(tensor);
         };
         // Loads without branches between them are under way at once.
         if constexpr (PACKS_MASK) {
@@ -208,14 +213,15 @@ struct KeyTerms {
                 unsigned short both[ROWS_OF_THREAD];
 #pragma unroll
                 for (int c = 0; c < ROWS_OF_THREAD; ++c)
-                    both[c] = __ldg(reinterpret_cast<const unsigned short *>(from + column_offset(c) * p.mask.stride[2]));
+                    both[c] =
+                        __ldg(reinterpret_cast<const unsigned short *>(from + column_offset(c) * p.mask.stride[2]));
 #pragma unroll
                 for (int c = 0; c < ROWS_OF_THREAD; c += 2) mask[c / 2] = both[c] | (unsigned)both[c + 1] << 16;
             } else {
 #pragma unroll
                 for (int c = 0; c < ROWS_OF_THREAD; ++c) {
-                    const unsigned both =
-                        (unsigned char)p.mask.data[slow(p.mask, c, 0)] | (unsigned)(unsigned char)p.mask.data[slow(p.mask, c, 1)] << 8;
+                    const unsigned both = (unsigned char)p.mask.data[slow(p.mask, c, 0)] |
+                                          (unsigned)(unsigned char)p.mask.data[slow(p.mask, c, 1)] << 8;
                     mask[c / 2] = c % 2 ? mask[c / 2] | both << 16 : both;
                 }
             }

@@ -20,8 +20,10 @@ __device__ constexpr int row_stride() {
 __device__ constexpr int turn_of_row(int row) { return SPLITS ? (((row ^ row >> 2) & 1) << 2 | (row & 2)) * CHUNK : 0; }
 
 // The threads that fill a tile: all of them, or half of the loaders.
-constexpr int STAGERS = LOADERS > 0 ? LOADERS / 2 : THREADS;
-__device__ inline int stager() { return LOADERS > 0 ? (threadIdx.x - THREADS) % STAGERS : threadIdx.x; }
+constexpr int LOADING_THREADS = PRODUCER_THREADS > 0 ? PRODUCER_THREADS / 2 : THREADS;
+__device__ inline int loading_thread() {
+    return PRODUCER_THREADS > 0 ? (threadIdx.x - THREADS) % LOADING_THREADS : threadIdx.x;
+}
 
 // Bytes of a row of a panel.
 constexpr int PANEL_BYTES = 128;
@@ -42,24 +44,24 @@ __device__ inline int place_of(int row, int column) {
 __device__ inline unsigned shared_address(const void *pointer) { return (unsigned)__cvta_generic_to_shared(pointer); }
 
 // Copies 16 bytes, or writes 16 zeros, without waiting.
-__device__ inline void copy_chunk(unsigned to, const void *from, bool there) {
+__device__ inline void cp_async_16(unsigned to, const void *from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                  "r"(there ? 16 : 0)
                  : "memory");
 }
 
 // Copies one number without waiting.
-__device__ inline void copy_number(real *to, const real *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)),
-                 "n"(sizeof(real))
+__device__ inline void cp_async_number(real *to, const real *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "n"(sizeof(real))
                  : "memory");
 }
 
-__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most this many of the groups closed last are under way.
 template <int GROUPS>
-__device__ inline void await_copies() {
+__device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 #if ON_WARPGROUPS
     // What this thread wrote is there for products once it has met the others.
@@ -75,18 +77,20 @@ struct InOrder {
 // Fills HEIGHT rows of a tile, which stand where `Order` says. `row_at` gives the address of a row, or null for one of zeros,
 // which the columns from `width` on are too. `there` is any address that may be read.
 template <int HEIGHT, int DEPTH, class Order = InOrder, class RowAt>
-__device__ inline void stage(element *tile, RowAt row_at, int width, long long inner, bool aligned, const char *there) {
+__device__ inline void load_tile(element *tile, RowAt row_at, int width, long long inner, bool aligned,
+                                 const char *there) {
     constexpr int CHUNKS = DEPTH / CHUNK;
-    for (int index = stager(); index < HEIGHT * CHUNKS; index += STAGERS) {
+    for (int index = loading_thread(); index < HEIGHT * CHUNKS; index += LOADING_THREADS) {
         const int row = index / CHUNKS, column = index % CHUNKS * CHUNK;
         element *to = tile + place_of<HEIGHT, DEPTH>(Order::of(row), column);
         const element *from = row_at(row);
         if (aligned) {
             const bool inside = from && column < width;
-            copy_chunk(shared_address(to), inside ? (const void *)(from + column) : there, inside);
+            cp_async_16(shared_address(to), inside ? (const void *)(from + column) : there, inside);
         } else {
 #pragma unroll
-            for (int i = 0; i < CHUNK; ++i) to[i] = from && column + i < width ? from[(column + i) * inner] : element(0);
+            for (int i = 0; i < CHUNK; ++i)
+                to[i] = from && column + i < width ? from[(column + i) * inner] : element(0);
         }
     }
 }
@@ -94,17 +98,17 @@ __device__ inline void stage(element *tile, RowAt row_at, int width, long long i
 // Rows `first` to `first + HEIGHT` of a tensor [B, length, heads, ..], `width` columns from `first_column` on; those from `end` on are
 // zeros.
 template <int HEIGHT, int DEPTH, class Order = InOrder>
-__device__ inline void stage_rows(element *tile, const Tensor &tensor, long long b, long long head, long long first, long long end,
-                                  int width, bool aligned, int first_column = 0) {
+__device__ inline void load_rows(element *tile, const Tensor &tensor, long long b, long long head, long long first,
+                                 long long end, int width, bool aligned, int first_column = 0) {
     const element *origin = at(tensor, b, first, head) + first_column * tensor.stride[3];
     const long long step = tensor.stride[1];
 #if ON_WARPGROUPS
     if (aligned) {
         // Eight threads have a row of a panel, and rows are at equal distances, a power of two.
-        constexpr int ROWS_AT_ONCE = STAGERS / 8;
+        constexpr int ROWS_AT_ONCE = LOADING_THREADS / 8;
         static_assert(HEIGHT % ROWS_AT_ONCE == 0 && (ROWS_AT_ONCE & ROWS_AT_ONCE - 1) == 0 && ROWS_AT_ONCE >= 8,
                       "every thread has as many rows");
-        const int row = stager() / 8, column = stager() % 8 * CHUNK;
+        const int row = loading_thread() / 8, column = loading_thread() % 8 * CHUNK;
         const unsigned to = shared_address(tile + place_of<HEIGHT, DEPTH>(Order::of(row), column));
         const char *from = reinterpret_cast<const char *>(origin + row * step + column);
         const long long jump = step * (ROWS_AT_ONCE * (int)sizeof(element));
@@ -115,19 +119,20 @@ __device__ inline void stage_rows(element *tile, const Tensor &tensor, long long
             const int below = Order::of(i * ROWS_AT_ONCE);
 #pragma unroll
             for (int panel = 0; panel < DEPTH / 64; ++panel)
-                copy_chunk((to ^ below % 8 * 16) + (panel * HEIGHT + below) * PANEL_BYTES, from + panel * PANEL_BYTES,
-                           i * ROWS_AT_ONCE < rows && panel * 64 + column < width);
+                cp_async_16((to ^ below % 8 * 16) + (panel * HEIGHT + below) * PANEL_BYTES, from + panel * PANEL_BYTES,
+                            i * ROWS_AT_ONCE < rows && panel * 64 + column < width);
             from += jump;
         }
         return;
     }
 #else
     constexpr int CHUNKS = DEPTH / CHUNK;
-    if constexpr (STAGERS % CHUNKS == 0 && (CHUNKS & CHUNKS - 1) == 0 && HEIGHT % (STAGERS / CHUNKS) == 0) {
+    if constexpr (LOADING_THREADS % CHUNKS == 0 && (CHUNKS & CHUNKS - 1) == 0 &&
+                  HEIGHT % (LOADING_THREADS / CHUNKS) == 0) {
         // Each thread has one column, and rows at equal distances, a power of two.
         if (aligned) {
-            constexpr int ROWS_AT_ONCE = STAGERS / CHUNKS;
-            const int row = stager() / CHUNKS, column = stager() % CHUNKS * CHUNK;
+            constexpr int ROWS_AT_ONCE = LOADING_THREADS / CHUNKS;
+            const int row = loading_thread() / CHUNKS, column = loading_thread() % CHUNKS * CHUNK;
             const unsigned to = shared_address(tile + place_of<HEIGHT, DEPTH>(Order::of(row), column));
             const char *from = reinterpret_cast<const char *>(origin + row * step + column);
             const long long jump = step * (ROWS_AT_ONCE * (int)sizeof(element));
@@ -136,21 +141,23 @@ __device__ inline void stage_rows(element *tile, const Tensor &tensor, long long
             for (int i = 0; i < HEIGHT / ROWS_AT_ONCE; ++i) {
                 const int below = Order::of(i * ROWS_AT_ONCE);
                 // Behind the last row the address is one of nothing, and not read.
-                copy_chunk((to ^ turn_of_row(below) * (int)sizeof(element)) + below * row_stride<DEPTH>() * (int)sizeof(element), from,
-                           i * ROWS_AT_ONCE < rows);
+                cp_async_16((to ^ turn_of_row(below) * (int)sizeof(element)) +
+                                below * row_stride<DEPTH>() * (int)sizeof(element),
+                            from, i * ROWS_AT_ONCE < rows);
                 from += jump;
             }
             return;
         }
     }
 #endif
-    stage<HEIGHT, DEPTH, Order>(
-        tile, [=](int row) { return first + row < end ? origin + row * step : (const element *)nullptr; }, width, tensor.stride[3],
-        aligned, tensor.data);
+    load_tile<HEIGHT, DEPTH, Order>(
+        tile, [=](int row) { return first + row < end ? origin + row * step : (const element *)nullptr; }, width,
+        tensor.stride[3], aligned, tensor.data);
 }
 
 // Stores two sums that are next to each other in a row of results.
-__device__ inline void store_pair(element *row, int column, int width, long long inner, bool aligned, real low, real high) {
+__device__ inline void store_pair(element *row, int column, int width, long long inner, bool aligned, real low,
+                                  real high) {
 #if HALVES
     if (aligned && column + 1 < width) {
         *reinterpret_cast<unsigned *>(row + column) = packed(low, high);

@@ -16,7 +16,8 @@ struct Row {
 
 // The row t of a batch row and head. Rows behind the last are as padded ones. Nobody asks for the keys in reach where nothing is
 // `checked`.
-__device__ inline Row row_of(const Parameters &p, const Batch &batch, long long b, long long n, long long t, bool checked = true) {
+__device__ inline Row row_of(const Parameters &p, const Batch &batch, long long b, long long n, long long t,
+                             bool checked = true) {
     Row row;
     row.t = (int)t;
     row.batch_head = (unsigned)(b * p.query_heads + n);
@@ -47,7 +48,8 @@ __device__ inline long long key_stride(const Tensor &tensor) {
 }
 
 // Kernels for one option have it; those for all of them look.
-constexpr bool IS_ONE_OPTION = FEATURES != (FEATURE_MASK | FEATURE_BIAS | FEATURE_ALIBI | FEATURE_SOFTCAP | FEATURE_DROPOUT | FEATURE_NATURAL);
+constexpr bool IS_SINGLE_OPTION =
+    FEATURES != (FEATURE_MASK | FEATURE_BIAS | FEATURE_ALIBI | FEATURE_SOFTCAP | FEATURE_DROPOUT | FEATURE_LOGITS);
 
 // Whether tiles are compared with the structure, as a type.
 struct Checked {
@@ -58,8 +60,9 @@ struct Unchecked {
 };
 
 // Whether the mask and the bias of a tile are read together, into registers, before its products are there.
-constexpr bool PACKS_MASK = HALVES && IS_ONE_OPTION && (FEATURES & FEATURE_MASK) != 0;
-constexpr bool PACKS_BIAS = HALVES && IS_ONE_OPTION && (FEATURES & FEATURE_BIAS) != 0 && (BIAS_DTYPE == DTYPE_F16 || BIAS_DTYPE == DTYPE_BF16);
+constexpr bool PACKS_MASK = HALVES && IS_SINGLE_OPTION && (FEATURES & FEATURE_MASK) != 0;
+constexpr bool PACKS_BIAS = HALVES && IS_SINGLE_OPTION && (FEATURES & FEATURE_BIAS) != 0 &&
+                            (BIAS_DTYPE == DTYPE_F16 || BIAS_DTYPE == DTYPE_BF16);
 
 // The logit of a key from its product with the query and what there is to it: -inf where it takes no part. `slope` is the
 // derivative by the scaled product, `distance` that of the row from the key. Which operations are fused is said here, so that every
@@ -68,7 +71,8 @@ constexpr bool PACKS_BIAS = HALVES && IS_ONE_OPTION && (FEATURES & FEATURE_BIAS)
 // A bias of -inf masks. Where the product is NaN or +inf too, the sum is NaN: only with EXACT that is told apart. Kernels that do not pay
 // for it find a sum that is NaN in the end, and compute its row or key once more.
 template <bool EXACT>
-__device__ inline real logit_of(const Parameters &p, const Row &row, bool visible, real distance, real bias, real product, real &slope) {
+__device__ inline real logit_of(const Parameters &p, const Row &row, bool visible, real distance, real bias,
+                                real product, real &slope) {
     constexpr bool HAS_SOFTCAP = (FEATURES & FEATURE_SOFTCAP) != 0, HAS_ALIBI = (FEATURES & FEATURE_ALIBI) != 0;
     constexpr bool HAS_BIAS = (FEATURES & FEATURE_BIAS) != 0;
     slope = 1;
@@ -78,7 +82,7 @@ __device__ inline real logit_of(const Parameters &p, const Row &row, bool visibl
     } else {
         x = rounded_product(product, (real)p.scale);
         if constexpr (HAS_SOFTCAP) {
-            if (IS_ONE_OPTION || p.softcap > 0) {
+            if (IS_SINGLE_OPTION || p.softcap > 0) {
                 const real cap = (real)p.softcap, inverse = 1 / cap;
                 const real y = hyperbolic_tangent(x * inverse);
                 slope = (1 - y) * (1 + y);
@@ -95,7 +99,7 @@ __device__ inline real logit_of(const Parameters &p, const Row &row, bool visibl
 // Where there is ALiBi, the distance of a row from a key.
 __device__ inline real distance_of(const Parameters &p, const Row &row, int key) {
     if constexpr ((FEATURES & FEATURE_ALIBI) == 0) return 0;
-    if constexpr (IS_ONE_OPTION) return row.place - (real)key;
+    if constexpr (IS_SINGLE_OPTION) return row.place - (real)key;
     return p.slopes.data ? (real)(row.position - key) : real(0);
 }
 
@@ -111,12 +115,12 @@ __device__ inline real logit(const Parameters &p, const Row &row, int key, real 
         place = visible ? key : 0;
     }
     if constexpr ((FEATURES & FEATURE_MASK) != 0) {
-        if (IS_ONE_OPTION || p.mask.data) visible &= p.mask.data[row.mask + place * key_stride(p.mask)] != 0;
+        if (IS_SINGLE_OPTION || p.mask.data) visible &= p.mask.data[row.mask + place * key_stride(p.mask)] != 0;
     }
     real bias = 0;
     if constexpr ((FEATURES & FEATURE_BIAS) != 0) {
         constexpr int known = BIAS_DTYPE;
-        if (IS_ONE_OPTION || p.bias.data) {
+        if (IS_SINGLE_OPTION || p.bias.data) {
             const int dtype = known == DTYPE_ANY ? p.bias_dtype : known;
             bias = load(p.bias.data, dtype, row.bias + place * key_stride(p.bias));
         }

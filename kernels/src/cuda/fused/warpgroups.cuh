@@ -10,18 +10,18 @@
 static_assert(WARPS % 4 == 0, "whole warpgroups");
 
 // Where a matrix is: `panels` is the distance of panels in bytes, for a factor whose rows are summed over.
-__device__ inline unsigned long long matrix(const element *tile, unsigned offset, unsigned panels) {
+__device__ inline unsigned long long smem_descriptor(const element *tile, unsigned offset, unsigned panels) {
     const unsigned address = __shfl_sync(~0u, shared_address(tile) + offset, 0);
     // The pattern of 128 bytes, and 1024 bytes from eight rows to the next.
     return 1ull << 62 | 64ull << 32 | (unsigned long long)(panels / 16) << 16 | (address & 0x3ffff) / 16;
 }
 
-__device__ inline void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit_batch() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Keeps what follows from being computed before this.
 template <int COUNT>
-__device__ inline void hold(real (&sums)[2][COUNT]) {
+__device__ inline void warpgroup_fence_operand(real (&sums)[2][COUNT]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -30,55 +30,57 @@ __device__ inline void hold(real (&sums)[2][COUNT]) {
 
 // Waits until at most this many of the groups of products closed last are under way.
 template <int GROUPS>
-__device__ inline void await_products() {
+__device__ inline void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
 }
 
 // A barrier in shared memory, which `count` arrivals pass from one phase to the next.
-typedef unsigned long long Gate;
+typedef unsigned long long Mbarrier;
 
-__device__ inline void open_gate(Gate *gate, int count) {
+__device__ inline void mbarrier_init(Mbarrier *gate, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(gate)), "r"(count) : "memory");
 }
 
-__device__ inline void arrive(Gate *gate) {
-    asm volatile("{ .reg .b64 phase; mbarrier.arrive.shared::cta.b64 phase, [%0]; }" ::"r"(shared_address(gate)) : "memory");
+__device__ inline void mbarrier_arrive(Mbarrier *gate) {
+    asm volatile("{ .reg .b64 phase; mbarrier.arrive.shared::cta.b64 phase, [%0]; }" ::"r"(shared_address(gate))
+                 : "memory");
 }
 
 // One arrival for the warp.
-__device__ inline void arrive_as_warp(Gate *gate) {
+__device__ inline void mbarrier_arrive_per_warp(Mbarrier *gate) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(gate);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(gate);
 }
 
 // Waits for the end of the phase of this number, counted from 0. One before the first has ended.
-__device__ inline void pass(Gate *gate, int phase) {
+__device__ inline void mbarrier_wait(Mbarrier *gate, int phase) {
     asm volatile(
-        "{ .reg .pred passed; WAIT: mbarrier.try_wait.parity.shared::cta.b64 passed, [%0], %1; @passed bra.uni DONE; bra.uni WAIT; DONE: }" ::"r"(
-            shared_address(gate)),
+        "{ .reg .pred passed; WAIT: mbarrier.try_wait.parity.shared::cta.b64 passed, [%0], %1; @passed bra.uni DONE; bra.uni WAIT; DONE: }" ::
+            "r"(shared_address(gate)),
         "r"(phase & 1)
         : "memory");
 }
 
 // Says that what this thread copied is there, as soon as it is.
-__device__ inline void deliver(Gate *gate) {
-    close_copies();
-    await_copies<0>();
-    arrive(gate);
+__device__ inline void mbarrier_arrive_after_copies(Mbarrier *gate) {
+    cp_async_commit();
+    cp_async_wait<0>();
+    mbarrier_arrive(gate);
 }
 
 // Has the mask and the bias of a tile on their way from memory, as far as a cache that all share, before those that compute ask for
 // them. By the stagers of a tile.
 template <int HEIGHT, int WIDTH>
-__device__ inline void announce_terms(const Parameters &p, long long b, long long n, int first_t, int first) {
+__device__ inline void prefetch_mask_and_bias(const Parameters &p, long long b, long long n, int first_t, int first) {
     const auto announce = [&](const Tensor &tensor, int size) {
         constexpr int LINE = 128;
         const int lines = WIDTH * size / LINE;
         const char *const head = tensor.data + size * (b * tensor.stride[0] + n * tensor.stride[1]);
-        for (int i = stager(); i < HEIGHT * lines; i += STAGERS) {
+        for (int i = loading_thread(); i < HEIGHT * lines; i += LOADING_THREADS) {
             const int t = min(first_t + i / lines, (int)p.query_length - 1);
             const int key = min(first + i % lines * (LINE / size), (int)p.key_length - 1);
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(head + size * (t * tensor.stride[2] + key))));
+            asm volatile(
+                "prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(head + size * (t * tensor.stride[2] + key))));
         }
     };
     if constexpr (PACKS_MASK && TERM_STRIDE == 1) announce(p.mask, 1);
@@ -86,83 +88,92 @@ __device__ inline void announce_terms(const Parameters &p, long long b, long lon
 }
 
 // Registers of a thread, of which loaders leave theirs to those that compute.
-constexpr int REGISTERS_TO_LOAD = WARPS == 8 ? 40 : 32, REGISTERS_TO_COMPUTE = WARPS == 8 ? 232 : 160;
-static_assert(WARPS == 8 || WARPS == 12, "as many registers as there are for two or three warpgroups beside the loaders");
+constexpr int PRODUCER_REGISTERS = WARPS == 8 ? 40 : 32, CONSUMER_REGISTERS = WARPS == 8 ? 232 : 160;
+static_assert(WARPS == 8 || WARPS == 12,
+              "as many registers as there are for two or three warpgroups beside the producers");
 
-__device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS_TO_LOAD)); }
-__device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS_TO_COMPUTE)); }
+__device__ inline void warpgroup_reg_dealloc() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+}
+__device__ inline void warpgroup_reg_alloc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+}
 
 #if DTYPE == DTYPE_F16
 #define WGMMA_TYPES "f32.f16.f16"
 #else
 #define WGMMA_TYPES "f32.bf16.bf16"
 #endif
-#define SUMS_OF_8(i)                                                                                                                 \
-    "+f"(sums[0][FIRST + 2 * (i)]), "+f"(sums[0][FIRST + 2 * (i) + 1]), "+f"(sums[1][FIRST + 2 * (i)]), "+f"(sums[1][FIRST + 2 * (i) + 1])
-#define SUMS_OF_32(i) SUMS_OF_8(i), SUMS_OF_8(i + 1), SUMS_OF_8(i + 2), SUMS_OF_8(i + 3)
-#define REGISTERS_32 \
+#define ACCUMULATORS_8(i)                                                                               \
+    "+f"(sums[0][FIRST + 2 * (i)]), "+f"(sums[0][FIRST + 2 * (i) + 1]), "+f"(sums[1][FIRST + 2 * (i)]), \
+        "+f"(sums[1][FIRST + 2 * (i) + 1])
+#define ACCUMULATORS_32(i) ACCUMULATORS_8(i), ACCUMULATORS_8(i + 1), ACCUMULATORS_8(i + 2), ACCUMULATORS_8(i + 3)
+#define REGISTERS_32                                                         \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGISTERS_64 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define REGISTERS_64                                                                   \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // The 16 columns of a from `left` on times those of b from `right` on, to sums WIDTH wide. Unless it `adds`, sums start there.
 template <int WIDTH, int FIRST, int SLOTS>
-__device__ inline void multiply_tiles(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right, int adds) {
+__device__ inline void wgmma_ss(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right, int adds) {
     static_assert(WIDTH == 64 || WIDTH == 128, "as wide as there is an instruction for here");
     if constexpr (WIDTH == 64)
-        asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" REGISTERS_32
-                     "}, %32, %33, adds, 1, 1, 0, 0; }"
-                     : SUMS_OF_32(0), SUMS_OF_32(4)
+        asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES
+                     " {" REGISTERS_32 "}, %32, %33, adds, 1, 1, 0, 0; }"
+                     : ACCUMULATORS_32(0), ACCUMULATORS_32(4)
                      : "l"(left), "l"(right), "r"(adds));
     else
-        asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES " {" REGISTERS_64
-                     "}, %64, %65, adds, 1, 1, 0, 0; }"
-                     : SUMS_OF_32(0), SUMS_OF_32(4), SUMS_OF_32(8), SUMS_OF_32(12)
+        asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES
+                     " {" REGISTERS_64 "}, %64, %65, adds, 1, 1, 0, 0; }"
+                     : ACCUMULATORS_32(0), ACCUMULATORS_32(4), ACCUMULATORS_32(8), ACCUMULATORS_32(12)
                      : "l"(left), "l"(right), "r"(adds));
 }
 
 // Weights of 16 columns times the 16 rows of b from `right` on, added to sums.
 template <int WIDTH, int FIRST, int SLOTS>
-__device__ inline void multiply_weights(real (&sums)[2][SLOTS], const unsigned (&left)[4], unsigned long long right) {
+__device__ inline void wgmma_rs(real (&sums)[2][SLOTS], const unsigned (&left)[4], unsigned long long right) {
     static_assert(WIDTH == 64 || WIDTH == 128, "as wide as there is an instruction for here");
     if constexpr (WIDTH == 64)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" REGISTERS_32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                     : SUMS_OF_32(0), SUMS_OF_32(4)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" REGISTERS_32
+                     "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                     : ACCUMULATORS_32(0), ACCUMULATORS_32(4)
                      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
     else
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES " {" REGISTERS_64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                     : SUMS_OF_32(0), SUMS_OF_32(4), SUMS_OF_32(8), SUMS_OF_32(12)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES " {" REGISTERS_64
+                     "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                     : ACCUMULATORS_32(0), ACCUMULATORS_32(4), ACCUMULATORS_32(8), ACCUMULATORS_32(12)
                      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
 }
 
 // Begins sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. TRANSPOSED as split.cuh has it.
 template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
-__device__ inline void begin_products(real (&sums)[2][column_slots<WIDTH>()], const element *a, const element *b) {
+__device__ inline void gemm_ss_async(real (&sums)[2][column_slots<WIDTH>()], const element *a, const element *b) {
     static_assert(HEIGHT == WARPS * 16 && DEPTH % 64 == 0, "64 rows to a warpgroup, whole panels");
-    const unsigned long long left = matrix(a, threadIdx.x / 128 * 64 * PANEL_BYTES, 16), right = matrix(b, 0, 16);
-    hold(sums);
-    open_products();
+    const unsigned long long left = smem_descriptor(a, threadIdx.x / 128 * 64 * PANEL_BYTES, 16),
+                             right = smem_descriptor(b, 0, 16);
+    warpgroup_fence_operand(sums);
+    warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < DEPTH / 16; ++k) {
         const int within = k % 4 * 32;
-        multiply_tiles<WIDTH, 0>(sums, left + (k / 4 * HEIGHT * PANEL_BYTES + within) / 16,
-                                 right + (k / 4 * WIDTH * PANEL_BYTES + within) / 16, k > 0);
+        wgmma_ss<WIDTH, 0>(sums, left + (k / 4 * HEIGHT * PANEL_BYTES + within) / 16,
+                           right + (k / 4 * WIDTH * PANEL_BYTES + within) / 16, k > 0);
     }
-    close_products();
+    warpgroup_commit_batch();
 }
 
 // Weights as the factor on the left, rounded to the operands' dtype.
 template <int WIDTH>
-struct Factors {
+struct FragmentA {
     unsigned of[WIDTH / 16][4];
 };
 
 template <int WIDTH>
-__device__ inline void pack(Factors<WIDTH> &factors, const real (&weights)[2][column_slots<WIDTH>()]) {
+__device__ inline void pack(FragmentA<WIDTH> &factors, const real (&weights)[2][column_slots<WIDTH>()]) {
 #pragma unroll
     for (int k = 0; k < WIDTH / 16; ++k)
 #pragma unroll
@@ -171,7 +182,7 @@ __device__ inline void pack(Factors<WIDTH> &factors, const real (&weights)[2][co
 }
 
 template <int WIDTH>
-__device__ inline void hold(Factors<WIDTH> &factors) {
+__device__ inline void warpgroup_fence_operand(FragmentA<WIDTH> &factors) {
 #pragma unroll
     for (int k = 0; k < WIDTH / 16; ++k)
 #pragma unroll
@@ -180,32 +191,34 @@ __device__ inline void hold(Factors<WIDTH> &factors) {
 
 // Begins sums += weights * b, of tiles HEIGHT x WIDTH and WIDTH x DEPTH.
 template <int WIDTH, int DEPTH>
-__device__ inline void begin_weighted(real (&sums)[2][output_slots<DEPTH>()], Factors<WIDTH> &weights, const element *b) {
-    const unsigned long long right = matrix(b, 0, WIDTH * PANEL_BYTES);
-    hold(sums);
-    hold(weights);
-    open_products();
+__device__ inline void gemm_rs_async(real (&sums)[2][output_slots<DEPTH>()], FragmentA<WIDTH> &weights,
+                                     const element *b) {
+    const unsigned long long right = smem_descriptor(b, 0, WIDTH * PANEL_BYTES);
+    warpgroup_fence_operand(sums);
+    warpgroup_fence_operand(weights);
+    warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < WIDTH / 16; ++k) {
         const unsigned long long rows = right + k * 16 * PANEL_BYTES / 16;
         if constexpr (DEPTH == 64) {
-            multiply_weights<64, 0>(sums, weights.of[k], rows);
+            wgmma_rs<64, 0>(sums, weights.of[k], rows);
         } else {
             constexpr int PANEL = WIDTH * PANEL_BYTES / 16;
-            multiply_weights<128, 0>(sums, weights.of[k], rows);
-            if constexpr (DEPTH == 192) multiply_weights<64, 32>(sums, weights.of[k], rows + 2 * PANEL);
-            if constexpr (DEPTH == 256) multiply_weights<128, 32>(sums, weights.of[k], rows + 2 * PANEL);
+            wgmma_rs<128, 0>(sums, weights.of[k], rows);
+            if constexpr (DEPTH == 192) wgmma_rs<64, 32>(sums, weights.of[k], rows + 2 * PANEL);
+            if constexpr (DEPTH == 256) wgmma_rs<128, 32>(sums, weights.of[k], rows + 2 * PANEL);
         }
     }
-    close_products();
+    warpgroup_commit_batch();
 }
 
 // The same from weights, which are in `factors` until it is done.
 template <int HEIGHT, int WIDTH, int DEPTH>
-__device__ inline void begin_weighted(real (&sums)[2][output_slots<DEPTH>()], const real (&weights)[2][column_slots<WIDTH>()],
-                                      Factors<WIDTH> &factors, const element *b, real *) {
+__device__ inline void gemm_rs_async(real (&sums)[2][output_slots<DEPTH>()],
+                                     const real (&weights)[2][column_slots<WIDTH>()], FragmentA<WIDTH> &factors,
+                                     const element *b, real *) {
     pack<WIDTH>(factors, weights);
-    begin_weighted<WIDTH, DEPTH>(sums, factors, b);
+    gemm_rs_async<WIDTH, DEPTH>(sums, factors, b);
 }
 
 #else
@@ -213,24 +226,25 @@ __device__ inline void begin_weighted(real (&sums)[2][output_slots<DEPTH>()], co
 // Elsewhere, products are done as soon as they have begun.
 
 template <int WIDTH>
-struct Factors {};
+struct FragmentA {};
 
 template <class Sums>
-__device__ inline void hold(Sums &) {}
+__device__ inline void warpgroup_fence_operand(Sums &) {}
 
 template <int GROUPS>
-__device__ inline void await_products() {}
+__device__ inline void warpgroup_wait() {}
 
 template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
-__device__ inline void begin_products(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a, const element *b) {
-    products<HEIGHT, WIDTH, DEPTH, TRANSPOSED>(sums, a, b);
+__device__ inline void gemm_ss_async(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a,
+                                     const element *b) {
+    gemm_ss<HEIGHT, WIDTH, DEPTH, TRANSPOSED>(sums, a, b);
 }
 
 template <int HEIGHT, int WIDTH, int DEPTH>
-__device__ inline void begin_weighted(real (&sums)[row_slots<HEIGHT>()][output_slots<DEPTH>()],
-                                      const real (&weights)[row_slots<HEIGHT>()][column_slots<WIDTH>()], Factors<WIDTH> &,
-                                      const element *b, real *room) {
-    add_weighted<HEIGHT, WIDTH, DEPTH>(sums, weights, b, room);
+__device__ inline void gemm_rs_async(real (&sums)[row_slots<HEIGHT>()][output_slots<DEPTH>()],
+                                     const real (&weights)[row_slots<HEIGHT>()][column_slots<WIDTH>()],
+                                     FragmentA<WIDTH> &, const element *b, real *workspace) {
+    gemm_rs<HEIGHT, WIDTH, DEPTH>(sums, weights, b, workspace);
 }
 
 #endif

@@ -4,8 +4,8 @@
 
 // Adds the gradients of a tile's logits, from products of queries and keys, and of d_out and values.
 template <bool MAY_BE_FAR>
-__device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int queries, long long b, long long n,
-                                     int first, const RowTerms<ROWS, KEYS> &terms,
+__device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int queries,
+                                     long long b, long long n, int first, const RowMaskBias<ROWS, KEYS> &terms,
                                      const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
                                      const real (&incoming)[row_slots<ROWS>()][column_slots<KEYS>()],
                                      real (&sums)[row_slots<ROWS>()][column_slots<KEYS>()]) {
@@ -19,13 +19,14 @@ __device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c)
             // Nothing is computed once more here, so what a bias of -inf masks must not be NaN.
-            sums[r][c] += weigh<Checked, MAY_BE_FAR, true>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c,
-                                                           kept >> c & 1, products[r][c], incoming[r][c], state, largest)
-                              .logit;
+            sums[r][c] +=
+                weigh<Checked, MAY_BE_FAR, true>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c,
+                                                 kept >> c & 1, products[r][c], incoming[r][c], state, largest)
+                    .logit;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_bias(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradient_of_bias(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     element *const query_tile = reinterpret_cast<element *>(memory);
     element *const d_out_tile = query_tile + tile_size<ROWS, HEAD>();
@@ -51,8 +52,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
 #pragma unroll
         for (int c = 0; c < KEY_SLOTS; ++c) sums[r][c] = 0;
 
-    const long long batch_end = sums_batch ? p.batch : batch_place + 1, head_end = sums_heads ? p.query_heads : head_place + 1;
-    const long long row_end = sums_rows ? p.query_length : row_place + 1, key_end = sums_keys ? p.key_length : key_place + 1;
+    const long long batch_end = sums_batch ? p.batch : batch_place + 1,
+                    head_end = sums_heads ? p.query_heads : head_place + 1;
+    const long long row_end = sums_rows ? p.query_length : row_place + 1,
+                    key_end = sums_keys ? p.key_length : key_place + 1;
     for (long long b = batch_place; b < batch_end; ++b) {
         const Batch batch = batch_row(p, b);
         for (long long n = head_place; n < head_end; ++n) {
@@ -64,27 +67,28 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient
                     if (first + KEYS <= from) continue;
                     __syncthreads();
                     if (!staged) {
-                        stage_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim,
-                                               p.aligned & ALIGNED_QUERY);
-                        stage_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, batch.queries, p.value_head_dim,
-                                                p.aligned & ALIGNED_D_OUT);
+                        load_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim,
+                                              p.aligned & ALIGNED_QUERY);
+                        load_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, batch.queries, p.value_head_dim,
+                                               p.aligned & ALIGNED_D_OUT);
                         staged = true;
                     }
-                    stage_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, n / p.group, first, batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
-                    stage_rows<KEYS, VALUE, KeysAcross>(value_tile, p.value, b, n / p.group, first, batch.keys, p.value_head_dim,
-                                            p.aligned & ALIGNED_VALUE);
-                    close_copies();
-                    await_copies<0>();
+                    load_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, n / p.group, first, batch.keys, p.head_dim,
+                                                      p.aligned & ALIGNED_KEY);
+                    load_rows<KEYS, VALUE, KeysAcross>(value_tile, p.value, b, n / p.group, first, batch.keys,
+                                                       p.value_head_dim, p.aligned & ALIGNED_VALUE);
+                    cp_async_commit();
+                    cp_async_wait<0>();
                     __syncthreads();
                     real weights[ROW_SLOTS][KEY_SLOTS], gradients[ROW_SLOTS][KEY_SLOTS];
-                    products<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
-                    products<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tile);
+                    gemm_ss<ROWS, KEYS, HEAD>(weights, query_tile, key_tile);
+                    gemm_ss<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tile);
                     Row rows[ROW_SLOTS];
 #pragma unroll
                     for (int r = 0; r < ROW_SLOTS; ++r) rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
-                    RowTerms<ROWS, KEYS> terms;
+                    RowMaskBias<ROWS, KEYS> terms;
                     if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, (int)first);
-if (has_far_rows(p, b, n))
+                    if (has_far_rows(p, b, n))
                         add_gradients<true>(p, rows, batch.queries, b, n, (int)first, terms, weights, gradients, sums);
                     else
                         add_gradients<false>(p, rows, batch.queries, b, n, (int)first, terms, weights, gradients, sums);
@@ -96,7 +100,8 @@ if (has_far_rows(p, b, n))
     const auto put = [&](long long t, long long key, real sum) {
         if (t >= p.bias_size[2] || key >= p.bias_size[3]) return;
         const long long *stride = p.d_bias.stride;
-        store(p.d_bias.data, p.bias_dtype, batch_place * stride[0] + head_place * stride[1] + t * stride[2] + key * stride[3],
+        store(p.d_bias.data, p.bias_dtype,
+              batch_place * stride[0] + head_place * stride[1] + t * stride[2] + key * stride[3],
               sum * unbalance_of(p));
     };
     if (!sums_rows) {

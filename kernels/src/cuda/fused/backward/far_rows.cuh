@@ -2,16 +2,17 @@
 // large that its rounding would be seen. The kernel for that gradient does so before anything else, in blocks that have such a row.
 
 // Takes a tile of keys into the maxima and sums of the rows of a tile of queries. Both tiles are in shared memory.
-__device__ inline void sum_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first, const element *query_tile,
-                                const element *key_tile, real (&maxima)[row_slots<ROWS>()], real (&totals)[row_slots<ROWS>()]) {
-    real scores[row_slots<ROWS>()][column_slots<KEYS>()], shrink[row_slots<ROWS>()];
-    begin_products<ROWS, KEYS, HEAD>(scores, query_tile, key_tile);
-    RowTerms<ROWS, KEYS> terms;
+__device__ inline void sum_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
+                                const element *query_tile, const element *key_tile, real (&row_max)[row_slots<ROWS>()],
+                                real (&row_sum)[row_slots<ROWS>()]) {
+    real scores[row_slots<ROWS>()][column_slots<KEYS>()], scores_scale[row_slots<ROWS>()];
+    gemm_ss_async<ROWS, KEYS, HEAD>(scores, query_tile, key_tile);
+    RowMaskBias<ROWS, KEYS> terms;
     if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, first);
-    await_products<0>();
-    hold(scores);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(scores);
     finish_scores<Checked>(p, rows, first, terms, scores);
-    carry_softmax<false>(scores, power_factor(p), maxima, totals, shrink);
+    online_softmax<false>(scores, power_factor(p), row_max, row_sum, scores_scale);
 }
 
 // The states of a thread's far rows, by slot: bit r of `far` says that slot r has one.
@@ -22,7 +23,7 @@ struct FarStates {
 
 // The maxima and sums of a thread's rows, by slot.
 struct RowSums {
-    real maxima[row_slots<ROWS>()], totals[row_slots<ROWS>()];
+    real row_max[row_slots<ROWS>()], row_sum[row_slots<ROWS>()];
 };
 
 // Leaves the states of the far rows among those of a tile that begins at `first_t`, but for the row term: a row's largest score and the
@@ -30,7 +31,8 @@ struct RowSums {
 //
 // A function of its own in the compiled code, behind that of the kernel: 20 KB that few calls run would lie between the beginning of the
 // kernel and its loop, and short calls would wait for the instructions behind it.
-__device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long b, long long n, int first_t, RowSums sums) {
+__device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long b, long long n, int first_t,
+                                                  RowSums sums) {
     constexpr int ROW_SLOTS = row_slots<ROWS>();
     const Batch batch = batch_row(p, b);
     const int row_count = min(ROWS, batch.queries - first_t);
@@ -44,8 +46,8 @@ __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long
     unsigned again = 0;
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
-        sums.totals[r] = sum_of_row(sums.totals[r]);
-        if (is_far(logsumexp_of_slot(r)) && !is_finite(sums.totals[r])) again |= 1u << r;
+        sums.row_sum[r] = sum_of_row(sums.row_sum[r]);
+        if (is_far(logsumexp_of_slot(r)) && !is_finite(sums.row_sum[r])) again |= 1u << r;
     }
     // A warp has whole rows.
 #pragma unroll 1
@@ -61,8 +63,8 @@ __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long
 #pragma unroll
             for (int r = 0; r < ROW_SLOTS; ++r) {
                 if (r != slot || row != row_at<ROWS>(r)) continue;
-                sums.maxima[r] = maximum;
-                sums.totals[r] = total;
+                sums.row_max[r] = maximum;
+                sums.row_sum[r] = total;
             }
         }
     }
@@ -73,11 +75,11 @@ __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long
         const real logsumexp = logsumexp_of_slot(r);
         if (!is_far(logsumexp)) continue;
         State state = state_of_logsumexp(p, logsumexp, 0);
-        state_of_sums(p, n, sums.maxima[r], sums.totals[r], logsumexp, state);
+        state_of_sums(p, n, sums.row_max[r], sums.row_sum[r], logsumexp, state);
         if (leads_row()) {
             const long long place = state_of(p, b, n, first_t + row_at<ROWS>(r));
             scores_of_states(p)[place] = state.score;
-            p.first[place] = state.offset;
+            p.row_offsets[place] = state.offset;
         }
         states.far |= 1u << r;
         states.scores[r] = state.score;

@@ -39,7 +39,8 @@ __device__ inline State state_of_logsumexp(const Parameters &p, real logsumexp, 
 // Of a row's own maximum and sum, where they give the logsumexp that was given, but for rounding: of eight units in its last place,
 // since the forward pass may have summed products in another order. Where the keys at hand are a part of the row's, the state stays as it
 // is: the given logsumexp stands for the rest.
-__device__ inline void state_of_sums(const Parameters &p, long long n, real maximum, real total, real logsumexp, State &state) {
+__device__ inline void state_of_sums(const Parameters &p, long long n, real maximum, real total, real logsumexp,
+                                     State &state) {
     if (!(total > 0) || !is_finite(total)) return;
     const precise reference = (precise)maximum * (precise)natural_factor(p);
     precise own = reference + log((precise)total), offset = -log((precise)total);
@@ -64,9 +65,11 @@ __device__ inline long long state_of(const Parameters &p, long long b, long long
     return (b * p.query_heads + n) * p.query_length + t;
 }
 __device__ inline long long count_of_states(const Parameters &p) { return p.batch * p.query_heads * p.query_length; }
-__device__ inline real *scores_of_states(const Parameters &p) { return p.second + count_of_states(p); }
-__device__ inline real *far_heads(const Parameters &p) { return p.second + 2 * count_of_states(p); }
-__device__ inline bool has_far_rows(const Parameters &p, long long b, long long n) { return far_heads(p)[b * p.query_heads + n] != 0; }
+__device__ inline real *scores_of_states(const Parameters &p) { return p.row_deltas + count_of_states(p); }
+__device__ inline real *far_heads(const Parameters &p) { return p.row_deltas + 2 * count_of_states(p); }
+__device__ inline bool has_far_rows(const Parameters &p, long long b, long long n) {
+    return far_heads(p)[b * p.query_heads + n] != 0;
+}
 
 // What the exponents of a row are at most in the loops over tiles. A far row with a largest score of 0 has none: its logsumexp is that of its
 // sink, so its exponents are far below 0.
@@ -91,7 +94,8 @@ struct Weights {
 
 // From the exponent of a probability to the gradient of its logit; where it is `masked`, it is -inf. `incoming` is the product of
 // d_out and value, `kept` the bit of dropout.
-__device__ inline Weights weigh(const Parameters &p, bool masked, real exponent, real slope, bool kept, real incoming, real delta) {
+__device__ inline Weights weigh(const Parameters &p, bool masked, real exponent, real slope, bool kept, real incoming,
+                                real delta) {
     const real probability = exponential(exponent);
     const real change = (kept ? keep_scale(p) * balance_of(p) * incoming : real(0)) - delta;
     Weights weights;
@@ -104,37 +108,38 @@ __device__ inline Weights weigh(const Parameters &p, bool masked, real exponent,
 
 // The same in slots r and c of a tile, from the product of query and key and as `tile_logit` has it.
 template <class Check, bool MAY_BE_FAR, bool EXACT, class Terms>
-__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, real distance, const Terms &terms, int r, int c, bool kept,
-                                real product, real incoming, const State &state, real largest) {
+__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, real distance, const Terms &terms, int r,
+                                int c, bool kept, real product, real incoming, const State &state, real largest) {
     real slope = 1, score = product;
     bool masked;
-    if constexpr (HAS_TERMS) {
+    if constexpr (NEEDS_LOGITS) {
         score = tile_logit<Check, EXACT>(p, row, key, distance, terms, r, c, product, slope);
         masked = score == -infinity();
     } else {
         masked = !takes_part<Check>(p, row, key, terms, r, c);
     }
     // The state may be NaN.
-    return weigh(p, masked, masked ? -infinity() : exponent_in<MAY_BE_FAR>(p, score, state, largest), slope, kept, incoming, state.delta);
+    return weigh(p, masked, masked ? -infinity() : exponent_in<MAY_BE_FAR>(p, score, state, largest), slope, kept,
+                 incoming, state.delta);
 }
 
 // As attention_prepare_gradients left it.
 struct PreparedState {
     __device__ inline State operator()(const Parameters &p, long long b, long long n, int t) const {
         const long long state = state_of(p, b, n, t);
-        return State{scores_of_states(p)[state], p.first[state], p.second[state]};
+        return State{scores_of_states(p)[state], p.row_offsets[state], p.row_deltas[state]};
     }
 };
 
 // The same for a single row and key, by a whole warp. False where the key takes no part. The product is summed in another order than the
 // logsumexp was, so exponents of all rows are at most 0.
-__device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const State &state, long long b, long long n, int key,
-                                     Weights &weights) {
+__device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const State &state, long long b, long long n,
+                                     int key, Weights &weights) {
     real slope;
     const real score = exact_score(p, row, b, n, key, slope);
     if (score == -infinity()) return false;
-    const real incoming =
-        dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
+    const real incoming = dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group),
+                              p.value.stride[3], p.value_head_dim);
     const bool kept = !drops(p) || is_kept(p, row, key);
     weights = weigh(p, false, exponent_in<true>(p, score, state, real(0)), slope, kept, incoming, state.delta);
     return true;
@@ -142,8 +147,8 @@ __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const 
 
 // The gradient of a query, but for `scale_of_sums`, by a warp.
 template <class StateOf>
-__device__ inline void exact_gradient_of_query(const Parameters &p, const Row &row, long long b, long long n, StateOf state_of_row,
-                                               real (&sums)[HEAD / 32]) {
+__device__ inline void exact_gradient_of_query(const Parameters &p, const Row &row, long long b, long long n,
+                                               StateOf state_of_row, real (&sums)[HEAD / 32]) {
 #pragma unroll
     for (int i = 0; i < HEAD / 32; ++i) sums[i] = 0;
     const State state = state_of_row(p, b, n, row.t);
@@ -156,20 +161,23 @@ __device__ inline void exact_gradient_of_query(const Parameters &p, const Row &r
 
 // The gradients of a key, but for `scale_of_sums`, and of its value, but for dropout's factor, by a warp.
 template <class StateOf>
-__device__ inline void exact_gradients_of_key(const Parameters &p, const Batch &batch, long long b, long long key_head, int key,
-                                              StateOf state_of_row, real (&keys)[HEAD / 32], real (&values)[VALUE / 32]) {
+__device__ inline void exact_gradients_of_key(const Parameters &p, const Batch &batch, long long b, long long key_head,
+                                              int key, StateOf state_of_row, real (&keys)[HEAD / 32],
+                                              real (&values)[VALUE / 32]) {
 #pragma unroll
     for (int i = 0; i < HEAD / 32; ++i) keys[i] = 0;
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) values[i] = 0;
-    const int from = between(key - batch.high + 1, 0, batch.queries), to = between(key + 1 - batch.low, 0, batch.queries);
+    const int from = between(key - batch.high + 1, 0, batch.queries),
+              to = between(key + 1 - batch.low, 0, batch.queries);
     for (long long n = key_head * p.group; n < (key_head + 1) * p.group; ++n) {
         for (int t = from; t < to; ++t) {
             const Row row = row_of(p, batch, b, n, t);
             Weights weights;
             if (!weigh_exactly(p, row, state_of_row(p, b, n, t), b, n, key, weights)) continue;
             add_row<HEAD>(keys, weights.product, at(p.query, b, t, n), p.query.stride[3], p.head_dim);
-            if (weights.kept != 0) add_row<VALUE>(values, weights.kept, at(p.d_out, b, t, n), p.d_out.stride[3], p.value_head_dim);
+            if (weights.kept != 0)
+                add_row<VALUE>(values, weights.kept, at(p.d_out, b, t, n), p.d_out.stride[3], p.value_head_dim);
         }
     }
 }

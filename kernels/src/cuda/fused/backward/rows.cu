@@ -13,7 +13,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS) attention_
     const bool inside = row < p.batch * p.query_heads * p.query_length;
     // Rows of a head follow each other.
     const unsigned head = inside ? (unsigned)(row / p.query_length) : 0;
-    const long long t = inside ? row - head * p.query_length : 0, n = head % (unsigned)p.query_heads, b = head / (unsigned)p.query_heads;
+    const long long t = inside ? row - head * p.query_length : 0, n = head % (unsigned)p.query_heads,
+                    b = head / (unsigned)p.query_heads;
     const bool padded = !inside || t >= batch_row(p, b).queries;
     real delta = 0;
     if (!padded) {
@@ -43,15 +44,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS) attention_
         if (p.d_lse.data) delta -= of_row(p.d_lse);
     }
     const State state = state_of_logsumexp(p, logsumexp, balance_of(p) * delta);
-    p.first[row] = state.offset;
-    p.second[row] = state.delta;
+    p.row_offsets[row] = state.offset;
+    p.row_deltas[row] = state.delta;
     scores_of_states(p)[row] = state.score;
     // Whoever sums a far row sets it (far_rows.cuh).
     if (t == 0) far_heads(p)[head] = 0;
 }
 
 // One block to a head, which adds up its rows in a fixed order.
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_gradient_of_sinks(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradient_of_sinks(const Parameters p) {
     __shared__ real sums[WARPS];
     const long long n = blockIdx.x;
     const real sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]);

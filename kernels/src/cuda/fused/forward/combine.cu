@@ -6,22 +6,24 @@ constexpr int COLUMNS = VALUE / 32;
 constexpr int WORDS = COLUMNS * (int)(sizeof(real) / sizeof(float));
 constexpr int BATCH = WORDS <= 2 ? 32 : WORDS <= 16 ? 64 / WORDS : 4;
 
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_merge(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(const Parameters p) {
     const long long all_rows = p.batch * p.query_heads * p.query_length;
     const long long index = blockIdx.x * (long long)WARPS + threadIdx.x / 32, row = index / SLICES;
     if (row >= all_rows) return;
-    const int slice = (int)(index % SLICES), first_column = slice * VALUE, width = min(VALUE, p.value_head_dim - first_column);
-    const long long t = row % p.query_length, n = row / p.query_length % p.query_heads, b = row / p.query_length / p.query_heads;
+    const int slice = (int)(index % SLICES), first_column = slice * VALUE,
+              width = min(VALUE, p.value_head_dim - first_column);
+    const long long t = row % p.query_length, n = row / p.query_length % p.query_heads,
+                    b = row / p.query_length / p.query_heads;
     const Batch batch = batch_row(p, b);
-    const real *states = p.second + 2 * row;
+    const real *states = p.partial_state + 2 * row;
     const int lane = threadIdx.x % 32;
     real parts[BATCH][COLUMNS];
     const auto read_batch = [&](int first) {
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             // The last part again where there are no more, which counts for nothing below.
-            const long long part = min(first + i, p.parts - 1);
-            const real *const from = p.first + (part * all_rows + row) * p.value_head_dim + first_column;
+            const long long part = min(first + i, p.splits - 1);
+            const real *const from = p.partial_out + (part * all_rows + row) * p.value_head_dim + first_column;
 #pragma unroll
             for (int j = 0; j < COLUMNS; ++j) parts[i][j] = 32 * j + lane < width ? from[32 * j + lane] : real(0);
         }
@@ -29,19 +31,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) attention_merge(co
     read_batch(0);
     // Each lane looks at parts of its own, which costs the latency of one load; sums keep the order of the parts.
     real maximum = -infinity();
-    for (int part = lane; part < p.parts; part += 32) maximum = fmax(maximum, states[2 * part * all_rows]);
+    for (int part = lane; part < p.splits; part += 32) maximum = fmax(maximum, states[2 * part * all_rows]);
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) maximum = fmax(maximum, __shfl_xor_sync(~0u, maximum, distance));
+    for (int distance = 16; distance > 0; distance /= 2)
+        maximum = fmax(maximum, __shfl_xor_sync(~0u, maximum, distance));
     const real factor = power_factor(p);
     const Shift shift = shift_of<HALVES>(maximum == -infinity() ? real(0) : maximum, factor);
     real total = 0, sums[COLUMNS];
 #pragma unroll
     for (int i = 0; i < COLUMNS; ++i) sums[i] = 0;
-    for (int first = 0; first < p.parts; first += BATCH) {
+    for (int first = 0; first < p.splits; first += BATCH) {
         if (first > 0) read_batch(first);
-        const int own = min(first + lane, p.parts - 1);
+        const int own = min(first + lane, p.splits - 1);
         const real own_weight = change_of(shift_of<HALVES>(states[2 * own * all_rows], factor), shift, factor);
-        const real own_total = first + lane < p.parts ? states[2 * own * all_rows + 1] : real(0);
+        const real own_total = first + lane < p.splits ? states[2 * own * all_rows + 1] : real(0);
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const real weight = __shfl_sync(~0u, own_weight, i), part_total = __shfl_sync(~0u, own_total, i);

@@ -3,7 +3,8 @@
 // From the products of a tile to its scores (softmax.cuh).
 template <class Check>
 __device__ inline void finish_scores(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
-                                     const RowTerms<ROWS, KEYS> &terms, real (&scores)[row_slots<ROWS>()][column_slots<KEYS>()]) {
+                                     const RowMaskBias<ROWS, KEYS> &terms,
+                                     real (&scores)[row_slots<ROWS>()][column_slots<KEYS>()]) {
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const real distance = distance_of(p, rows[r], first + key_at(0));
@@ -11,8 +12,9 @@ __device__ inline void finish_scores(const Parameters &p, const Row (&rows)[row_
         for (int c = 0; c < column_slots<KEYS>(); ++c) {
             const int key = first + key_at(c);
             real slope;
-            if constexpr (HAS_TERMS)
-                scores[r][c] = tile_logit<Check, false>(p, rows[r], key, distance - key_offset(c), terms, r, c, scores[r][c], slope);
+            if constexpr (NEEDS_LOGITS)
+                scores[r][c] = tile_logit<Check, false>(p, rows[r], key, distance - key_offset(c), terms, r, c,
+                                                        scores[r][c], slope);
             else if (!takes_part<Check>(p, rows[r], key, terms, r, c))
                 scores[r][c] = -infinity();
         }
@@ -22,8 +24,9 @@ __device__ inline void finish_scores(const Parameters &p, const Row (&rows)[row_
 // The softmax carried along by a tile: scores become weights, `shrink` what earlier sums are to be multiplied by. False where
 // that is 1 for the whole warp.
 template <bool FUSES>
-__device__ inline bool carry_softmax(real (&scores)[row_slots<ROWS>()][column_slots<KEYS>()], real factor, real (&maxima)[row_slots<ROWS>()],
-                                     real (&totals)[row_slots<ROWS>()], real (&shrink)[row_slots<ROWS>()]) {
+__device__ inline bool online_softmax(real (&scores)[row_slots<ROWS>()][column_slots<KEYS>()], real factor,
+                                      real (&row_max)[row_slots<ROWS>()], real (&row_sum)[row_slots<ROWS>()],
+                                      real (&scores_scale)[row_slots<ROWS>()]) {
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>();
     // The largest score of the thread's keys and of the row so far; what is subtracted from the scores of a row that is far, 0 for others;
     // and what earlier sums are relative to, as an exponent.
@@ -37,9 +40,9 @@ __device__ inline bool carry_softmax(real (&scores)[row_slots<ROWS>()][column_sl
         real maximum = scores[r][0], other = scores[r][KEY_SLOTS > 1 ? 1 : 0];
 #pragma unroll
         for (int c = 2; c < KEY_SLOTS; ++c) (c % 2 ? other : maximum) = fmax(c % 2 ? other : maximum, scores[r][c]);
-        tops[r] = fmax(maxima[r], fmax(maximum, other));
+        tops[r] = fmax(row_max[r], fmax(maximum, other));
         moved[r] = 0;
-        before[r] = maxima[r] * factor;
+        before[r] = row_max[r] * factor;
         // The row's maximum is that of one of its threads, so none has a shift beside 0 where no thread says so.
         is_far |= tops[r] != -infinity() && !(fabs(tops[r]) < near);
     }
@@ -49,7 +52,7 @@ __device__ inline bool carry_softmax(real (&scores)[row_slots<ROWS>()][column_sl
 #pragma unroll
         for (int r = 0; r < ROW_SLOTS; ++r) {
             const real maximum = maximum_of_row(tops[r]);
-            const Shift earlier = shift_of<FUSES>(maxima[r], factor);
+            const Shift earlier = shift_of<FUSES>(row_max[r], factor);
             // Less infinity is NaN where everything so far is masked.
             moved[r] = shift_of<FUSES>(maximum == -infinity() ? real(0) : maximum, factor).score;
             before[r] = fma(difference(earlier.score, moved[r]), factor, earlier.power);
@@ -63,9 +66,9 @@ __device__ inline bool carry_softmax(real (&scores)[row_slots<ROWS>()][column_sl
     for (int r = 0; r < ROW_SLOTS; ++r) {
         const real maximum = FUSES ? maximum_of_row(tops[r]) : tops[r];
         const real base = maximum == -infinity() ? real(0) : maximum * factor;
-        shrink[r] = power(before[r] - base);
-        rescales |= shrink[r] != 1;
-        maxima[r] = maximum + moved[r];
+        scores_scale[r] = power(before[r] - base);
+        rescales |= scores_scale[r] != 1;
+        row_max[r] = maximum + moved[r];
         real even = 0, odd = 0;
 #pragma unroll
         for (int c = 0; c < KEY_SLOTS; ++c) {
@@ -73,7 +76,7 @@ __device__ inline bool carry_softmax(real (&scores)[row_slots<ROWS>()][column_sl
             scores[r][c] = power(FUSES ? fma(scores[r][c], factor, -base) : scores[r][c] * factor);
             (c % 2 ? odd : even) += scores[r][c];
         }
-        totals[r] = fma(totals[r], shrink[r], even + odd);
+        row_sum[r] = fma(row_sum[r], scores_scale[r], even + odd);
     }
     return __any_sync(~0u, rescales);
 }

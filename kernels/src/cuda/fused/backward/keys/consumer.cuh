@@ -1,0 +1,120 @@
+// The main loop of the kernel for the gradients of keys and values. One loop serves warpgroups, which are fed by producer threads, and
+// other architectures, where all threads load.
+
+constexpr bool WANTS_KEYS = (WANTED & 1) != 0, WANTS_VALUES = (WANTED & 2) != 0;
+
+// The sums of a consumer thread's keys.
+struct KeySums {
+    real keys[row_slots<KEYS>()][output_slots<HEAD>()], values[row_slots<KEYS>()][output_slots<VALUE>()];
+};
+
+// From products of keys and queries, and of values and d_out, to probabilities after dropout and the gradients of the first products, in
+// their places, for query rows from `t` on of head n. `numbers` holds the offset and the row term of each query row; scores are read where
+// the head has far rows, by the checked version, as for the gradient of queries.
+template <class Check, bool MAY_BE_FAR>
+__device__ inline void logit_gradients(const Parameters &p, const KeyTile &tile, long long n, int t, const real *numbers,
+                                       bool has_far, const KeyMaskBias<KEYS, ROWS> &mask_bias,
+                                       real (&weights)[row_slots<KEYS>()][column_slots<ROWS>()],
+                                       real (&gradients)[row_slots<KEYS>()][column_slots<ROWS>()]) {
+    unsigned kept[row_slots<KEYS>()];
+    if (drops(p)) kept_of_keys<KEYS, ROWS>(p, (unsigned)(tile.b * p.query_heads + n), t, tile.first, kept);
+    real distances[row_slots<KEYS>()];
+    const Row first_row = row_of(p, tile.batch, tile.b, n, t + column_at(0), false);
+    const real *const scores = MAY_BE_FAR ? scores_of_states(p) + state_of(p, tile.b, n, t + column_at(0)) : nullptr;
+    const int rows_left = MAY_BE_FAR && has_far ? tile.batch.queries - t - column_at(0) : 0;
+#pragma unroll
+    for (int r = 0; r < row_slots<KEYS>(); ++r)
+        distances[r] = distance_of(p, first_row, tile.first + key_row_at<KEYS>(r));
+#pragma unroll
+    for (int c = 0; c < column_slots<ROWS>(); ++c) {
+        const int column = column_at(c);
+        Row row = first_row;
+        if (READS_SINGLY || Check::value) row = row_of(p, tile.batch, tile.b, n, t + column, Check::value);
+        const bool has_score = MAY_BE_FAR && column_offset(c) < rows_left;
+        const State own{has_score ? scores[column_offset(c)] : real(0), numbers[column], numbers[ROWS + column]};
+        const real largest = MAY_BE_FAR ? computed_here(largest_exponent(own)) : infinity();
+#pragma unroll
+        for (int r = 0; r < row_slots<KEYS>(); ++r) {
+            const Weights of = weigh<Check, MAY_BE_FAR, false>(
+                p, row, tile.first + key_row_at<KEYS>(r), distances[r] + column_offset(c), mask_bias, r, c,
+                !drops(p) || kept[r] >> c & 1, weights[r][c], WANTS_KEYS ? gradients[r][c] : real(0), own, largest);
+            weights[r][c] = of.kept;
+            gradients[r][c] = of.product;
+        }
+    }
+}
+
+template <class Pipeline>
+__device__ inline void consume(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, const Pipeline &pipeline,
+                               KeySums &sums) {
+#pragma unroll
+    for (int r = 0; r < row_slots<KEYS>(); ++r) {
+#pragma unroll
+        for (int c = 0; c < output_slots<HEAD>(); ++c) sums.keys[r][c] = 0;
+#pragma unroll
+        for (int c = 0; c < output_slots<VALUE>(); ++c) sums.values[r][c] = 0;
+    }
+    if (tile.steps > 0) {
+#if ON_WARPGROUPS
+        mbarrier_wait(pipeline.key_full, 0);
+#else
+        load_keys(p, tile, shared);
+        load_values(p, tile, shared);
+        load_step(p, tile, shared, 0, tile.key_head * p.group, tile.from);
+#endif
+    }
+
+    FragmentA<ROWS> weights_fragment, gradients_fragment;
+    long long n = tile.key_head * p.group;
+    int t = tile.from;
+    for (int step = 0; step < tile.steps; ++step) {
+        const bool ends_head = t + ROWS >= tile.to;
+        const long long next_n = ends_head ? n + 1 : n;
+        const int next_t = ends_head ? tile.from : t + ROWS;
+        const int stage = step % STAGES;
+#if ON_WARPGROUPS
+        mbarrier_wait(pipeline.full + stage, step / STAGES);
+#else
+        cp_async_wait<0>();
+        __syncthreads();
+        if (STAGES > 1 && step + 1 < tile.steps) load_step(p, tile, shared, step + 1, next_n, next_t);
+#endif
+        const element *query_tile = shared.queries + stage * QUERY_TILE, *d_out_tile = shared.d_outs + stage * D_OUT_TILE;
+        const real *numbers = shared.numbers + stage * NUMBERS;
+        const int last_t = min(t + ROWS, tile.to) - 1;
+        // Behind the last row a bias may hold anything, and behind the last key there is none.
+        const bool whole = t + ROWS <= tile.to && tile.first + KEYS <= tile.end;
+        const bool checked = !whole || first_key(tile.batch, last_t) > tile.first || end_key(tile.batch, t) < tile.end;
+        const bool has_far = numbers[2 * ROWS] != 0;
+
+        real weights[row_slots<KEYS>()][column_slots<ROWS>()], gradients[row_slots<KEYS>()][column_slots<ROWS>()];
+        gemm_ss_async<KEYS, ROWS, HEAD, true>(weights, shared.key, query_tile);
+        if constexpr (WANTS_KEYS) gemm_ss_async<KEYS, ROWS, VALUE>(gradients, shared.value, d_out_tile);
+        KeyMaskBias<KEYS, ROWS> mask_bias;
+        if constexpr (PACKS_MASK || PACKS_BIAS) mask_bias.read(p, tile.b, n, t, tile.first);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(weights);
+        if constexpr (WANTS_KEYS) warpgroup_fence_operand(gradients);
+        if (checked || has_far)
+            logit_gradients<Checked, true>(p, tile, n, t, numbers, has_far, mask_bias, weights, gradients);
+        else
+            logit_gradients<Unchecked, false>(p, tile, n, t, numbers, has_far, mask_bias, weights, gradients);
+        if constexpr (WANTS_VALUES)
+            gemm_rs_async<KEYS, ROWS, VALUE>(sums.values, weights, weights_fragment, d_out_tile, shared.workspace);
+        if constexpr (WANTS_KEYS)
+            gemm_rs_async<KEYS, ROWS, HEAD>(sums.keys, gradients, gradients_fragment, query_tile, shared.workspace);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(sums.keys);
+        warpgroup_fence_operand(sums.values);
+#if ON_WARPGROUPS
+        mbarrier_arrive(pipeline.empty + stage);
+#else
+        if (STAGES == 1 && step + 1 < tile.steps) {
+            __syncthreads();
+            load_step(p, tile, shared, step + 1, next_n, next_t);
+        }
+#endif
+        n = next_n;
+        t = next_t;
+    }
+}

@@ -1,0 +1,27 @@
+// What a block of the kernel for the gradients of keys and values works on: a tile of keys of a key/value head, and the query rows of all
+// heads of its group that see any of them.
+
+struct KeyTile {
+    long long b, key_head;
+    Batch batch;
+    // Keys from `first` to before `end`, query rows from `from` to before `to`, in `steps` tiles over all heads.
+    int first, end, from, to, steps;
+};
+
+__device__ inline KeyTile key_tile_of_block(const Parameters &p) {
+    const unsigned key_tiles = (unsigned)((p.key_length + KEYS - 1) / KEYS);
+    const TileIndex place = tile_of_block(p, blockIdx.x, key_tiles, (unsigned)p.key_heads);
+    KeyTile tile;
+    tile.first = place.tile * KEYS;
+    tile.key_head = place.head, tile.b = place.batch;
+    tile.batch = batch_row(p, tile.b);
+    tile.end = min(tile.first + KEYS, tile.batch.keys);
+    tile.from = tile.to = 0;
+    if (tile.first < tile.end) {
+        tile.from = between(tile.first - tile.batch.high + 1, 0, tile.batch.queries);
+        tile.to = between(tile.end - tile.batch.low, 0, tile.batch.queries);
+    }
+    const int row_tiles = tile.from < tile.to ? (tile.to - tile.from + ROWS - 1) / ROWS : 0;
+    tile.steps = row_tiles * p.group;
+    return tile;
+}

@@ -1,0 +1,37 @@
+// What a block of the kernel for the gradient of queries works on: a tile of query rows of a head, and the keys that they see.
+
+struct QueryTile {
+    long long b, n, key_head;
+    Batch batch;
+    int first_t;
+    // The keys that any row of the tile sees, and those that all of its rows see.
+    int from, to, all_from, all_to;
+};
+
+// The tile of this block, the last one of a head first: under causal masking it takes longest.
+__device__ inline QueryTile query_tile_of_block(const Parameters &p) {
+    const int row_tiles = (int)((p.query_length + ROWS - 1) / ROWS);
+    const TileIndex place = tile_of_block(p, blockIdx.x, row_tiles, (unsigned)p.query_heads);
+    QueryTile tile;
+    tile.first_t = (row_tiles - 1 - place.tile) * ROWS;
+    tile.n = place.head, tile.b = place.batch, tile.key_head = (unsigned)place.head / (unsigned)p.group;
+    tile.batch = batch_row(p, tile.b);
+    tile.from = tile.to = tile.all_from = tile.all_to = 0;
+    if (tile.first_t < tile.batch.queries) {
+        const int last_t = min(tile.first_t + ROWS, tile.batch.queries) - 1;
+        tile.from = first_key(tile.batch, tile.first_t) / KEYS * KEYS;
+        tile.to = end_key(tile.batch, last_t);
+        tile.all_from = first_key(tile.batch, last_t);
+        tile.all_to = end_key(tile.batch, tile.first_t);
+    }
+    return tile;
+}
+
+// The scores of the tile's rows in scratch, which attention_prepare_gradients sets to another number than 0 for far rows alone.
+__device__ inline const real *scores_of_tile(const Parameters &p, const QueryTile &tile) {
+    return scores_of_states(p) + state_of(p, tile.b, tile.n, tile.first_t);
+}
+
+__device__ inline bool is_far_row(const Parameters &p, const QueryTile &tile, int row) {
+    return tile.first_t + row < tile.batch.queries && scores_of_tile(p, tile)[row] != 0;
+}

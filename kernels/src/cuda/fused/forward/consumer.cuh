@@ -1,0 +1,136 @@
+// The main loop of the forward kernel: products of queries and keys, online softmax, weighted sums of values, over the keys of the tile.
+// One version on warpgroups, fed by producer threads, and one for all other architectures. Needs producer.cuh, online_softmax.cuh.
+
+// What a consumer thread keeps of its rows over the keys: row max and row sum of the softmax, and the sums of values.
+struct ForwardRows {
+    Row rows[row_slots<ROWS>()];
+    real row_max[row_slots<ROWS>()], row_sum[row_slots<ROWS>()], outputs[row_slots<ROWS>()][output_slots<VALUE>()];
+};
+
+__device__ inline void begin_rows(const Parameters &p, const ForwardTile &tile, ForwardRows &state) {
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        const int row = tile.first_row + row_at<ROWS>(r);
+        state.rows[r] = row_of(p, tile.batch, tile.b, tile.head_of(p, row), tile.t_of(p, row));
+    }
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        state.row_max[r] = -infinity();
+        state.row_sum[r] = 0;
+#pragma unroll
+        for (int c = 0; c < output_slots<VALUE>(); ++c) state.outputs[r][c] = 0;
+    }
+}
+
+// Sets the weights of dropped keys to 0, behind the row sums, which count them.
+__device__ inline void apply_dropout(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
+                                     real (&weights)[row_slots<ROWS>()][column_slots<KEYS>()]) {
+    if (!drops(p)) return;
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        const unsigned kept = kept_of_row<KEYS>(p, rows[r], first);
+#pragma unroll
+        for (int c = 0; c < column_slots<KEYS>(); ++c)
+            if (!(kept >> c & 1)) weights[r][c] = 0;
+    }
+}
+
+__device__ inline void read_mask_and_bias(const Parameters &p, const ForwardRows &state, int first,
+                                          RowMaskBias<ROWS, KEYS> &mask_bias) {
+    if constexpr (PACKS_MASK || PACKS_BIAS) mask_bias.read(p, state.rows, first);
+}
+
+// From the products of a tile of keys to weights, in their place. Whether sums of values so far have to be multiplied by `scores_scale`.
+__device__ inline bool softmax_step(const Parameters &p, const ForwardTile &tile, ForwardRows &state, real factor,
+                                    int first, const RowMaskBias<ROWS, KEYS> &mask_bias,
+                                    real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()],
+                                    real (&scores_scale)[row_slots<ROWS>()]) {
+    if (first < tile.all_from || first + KEYS > tile.all_to)
+        finish_scores<Checked>(p, state.rows, first, mask_bias, logits);
+    else
+        finish_scores<Unchecked>(p, state.rows, first, mask_bias, logits);
+    const bool rescales = online_softmax<HALVES>(logits, factor, state.row_max, state.row_sum, scores_scale);
+    apply_dropout(p, state.rows, first, logits);
+    return rescales;
+}
+
+__device__ inline void rescale(ForwardRows &state, const real (&scores_scale)[row_slots<ROWS>()]) {
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r)
+#pragma unroll
+        for (int c = 0; c < output_slots<VALUE>(); ++c) state.outputs[r][c] *= scores_scale[r];
+}
+
+#if ON_WARPGROUPS
+
+// The product of a tile's weights and values runs beside the softmax of the next one.
+__device__ inline void consume(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
+                               const ForwardPipeline &pipeline, ForwardRows &state) {
+    const real factor = power_factor(p);
+    RowMaskBias<ROWS, KEYS> mask_bias;
+    real logits[row_slots<ROWS>()][column_slots<KEYS>()], scores_scale[row_slots<ROWS>()];
+    FragmentA<KEYS> weights;
+    mbarrier_wait(pipeline.query_full, 0);
+    mbarrier_wait(pipeline.key_full, 0);
+    gemm_ss_async<ROWS, KEYS, HEAD>(logits, shared.query, shared.key);
+    read_mask_and_bias(p, state, tile.from, mask_bias);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(logits);
+    mbarrier_arrive_per_warp(pipeline.key_empty);
+    softmax_step(p, tile, state, factor, tile.from, mask_bias, logits, scores_scale);
+    pack<KEYS>(weights, logits);
+    int step = 1;
+    for (int first = tile.from + KEYS; first < tile.to; first += KEYS, ++step) {
+        const int stage = step % 2, last = stage ^ 1;
+        mbarrier_wait(pipeline.key_full + stage, step / 2);
+        gemm_ss_async<ROWS, KEYS, HEAD>(logits, shared.query, shared.key + stage * KEY_TILE);
+        mbarrier_wait(pipeline.value_full + last, (step - 1) / 2);
+        gemm_rs_async<KEYS, VALUE>(state.outputs, weights, shared.value + last * VALUE_TILE);
+        read_mask_and_bias(p, state, first, mask_bias);
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(logits);
+        mbarrier_arrive_per_warp(pipeline.key_empty + stage);
+        const bool rescales = softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(state.outputs);
+        mbarrier_arrive_per_warp(pipeline.value_empty + last);
+        if (rescales) rescale(state, scores_scale);
+        pack<KEYS>(weights, logits);
+    }
+    const int last = (step - 1) % 2;
+    mbarrier_wait(pipeline.value_full + last, (step - 1) / 2);
+    gemm_rs_async<KEYS, VALUE>(state.outputs, weights, shared.value + last * VALUE_TILE);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(state.outputs);
+}
+
+#else
+
+// All threads load the values of a tile beside its logits, and the next keys beside its weighted sums.
+__device__ inline void consume(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
+                               ForwardRows &state) {
+    const real factor = power_factor(p);
+    RowMaskBias<ROWS, KEYS> mask_bias;
+    load_queries(p, tile, shared.query);
+    load_keys(p, tile, tile.from, shared.key);
+    cp_async_commit();
+    for (int first = tile.from; first < tile.to; first += KEYS) {
+        cp_async_wait<0>();
+        __syncthreads();
+        load_values(p, tile, first, shared.value);
+        cp_async_commit();
+        real logits[row_slots<ROWS>()][column_slots<KEYS>()], scores_scale[row_slots<ROWS>()];
+        read_mask_and_bias(p, state, first, mask_bias);
+        gemm_ss<ROWS, KEYS, HEAD>(logits, shared.query, shared.key);
+        cp_async_wait<0>();
+        __syncthreads();
+        if (first + KEYS < tile.to) {
+            load_keys(p, tile, first + KEYS, shared.key);
+            cp_async_commit();
+        }
+        if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale)) rescale(state, scores_scale);
+        gemm_rs<ROWS, KEYS, VALUE>(state.outputs, logits, shared.value, shared.workspace);
+    }
+}
+
+#endif

@@ -1,0 +1,113 @@
+// What the forward kernel does behind its main loop: stores outputs and logsumexps, or partial ones where keys are split, and computes rows
+// again that hold NaN or infinities of keys that they must not see. Needs consumer.cuh, exact.cuh.
+
+// Bit r says that the row in slot r has to be computed again: its sums of values are NaN or infinite, and its softmax is not, so they
+// may come from masked keys, whose weights are 0. Split products make NaN of infinities, in the softmax too, and so does a bias of -inf
+// beside an infinite product.
+__device__ inline unsigned non_finite_rows(const ForwardTile &tile, ForwardRows &state) {
+    constexpr bool LOOKS_AT_SOFTMAX = SPLITS || (FEATURES & FEATURE_BIAS) != 0;
+    unsigned non_finite = 0;
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        state.row_sum[r] = sum_of_row(state.row_sum[r]);
+        bool finite = true;
+#pragma unroll
+        for (int c = 0; c < output_slots<VALUE>(); ++c) finite &= is_finite(state.outputs[r][c]);
+        const bool has_softmax = is_finite(state.row_sum[r]);
+        const bool suspect =
+            LOOKS_AT_SOFTMAX ? !finite || !has_softmax : !finite && has_softmax && state.row_sum[r] > 0;
+        if (suspect && tile.is_stored(row_at<ROWS>(r))) non_finite |= 1u << r;
+    }
+    return non_finite;
+}
+
+// Where the results of a split of a row are, in the order of rows.
+__device__ inline long long partial_row(const Parameters &p, const ForwardTile &tile, long long n, long long t) {
+    const long long all_rows = p.batch * p.query_heads * p.query_length;
+    return tile.split * all_rows + (tile.b * p.query_heads + n) * p.query_length + t;
+}
+
+// Stores the rows of the thread, but for those of the tile that `is_computed_again` has.
+__device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, const ForwardRows &state,
+                                  bool any_again, const int *is_computed_again) {
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        if (!tile.is_stored(row_at<ROWS>(r))) continue;
+        const int row = tile.first_row + row_at<ROWS>(r);
+        const long long n = tile.head_of(p, row), t = tile.t_of(p, row);
+        const bool empty = state.row_sum[r] == 0;
+        // Threads of another warp may have found it.
+        const bool again = any_again && is_computed_again[row_at<ROWS>(r)];
+        if (p.splits > 1) {
+            const long long slot = partial_row(p, tile, n, t);
+            if (tile.slice == 0 && leads_row() && !again) {
+                p.partial_state[2 * slot] = state.row_max[r];
+                p.partial_state[2 * slot + 1] = state.row_sum[r];
+            }
+            if (again) continue;
+#pragma unroll
+            for (int c = 0; c < output_slots<VALUE>(); ++c) {
+                const int column = output_column_at<VALUE>(c);
+                if (column < tile.width)
+                    p.partial_out[slot * p.value_head_dim + tile.first_column + column] =
+                        empty ? real(0) : state.outputs[r][c];
+            }
+            continue;
+        }
+        real logsumexp;
+        const real scale = finish(p, n, t >= tile.batch.queries, state.row_max[r], state.row_sum[r], logsumexp);
+        if (tile.slice == 0 && leads_row() && !again) store_logsumexp(p, tile.b, t, n, logsumexp);
+        if (again) continue;
+        const bool zero = empty || t >= tile.batch.queries;
+        element *to_row = at(p.out, tile.b, t, n) + tile.first_column * p.out.stride[3];
+#pragma unroll
+        for (int c = 0; c < output_slots<VALUE>(); c += NEIGHBOURS) {
+            const int column = output_column_at<VALUE>(c);
+            const real low = zero ? real(0) : state.outputs[r][c] * scale,
+                       high = zero ? real(0) : state.outputs[r][c + 1] * scale;
+            store_pair(to_row, column, tile.width, p.out.stride[3], p.aligned & ALIGNED_OUT, low, high);
+        }
+    }
+}
+
+// Computes a row of the tile from its allowed keys alone, and stores it. By a warp. The softmax too: products are summed in another
+// order here, and weights are relative to the row max of the same products.
+__device__ inline void store_exact_row(const Parameters &p, const ForwardTile &tile, int local_row) {
+    const long long n = tile.head_of(p, tile.first_row + local_row), t = tile.t_of(p, tile.first_row + local_row);
+    const Row whole = row_of(p, tile.batch, tile.b, n, t);
+    real maximum, total, sums[VALUE / 32];
+    exact_softmax(p, whole, tile.b, n, tile.from, tile.to, maximum, total);
+    exact_output(p, whole, tile.b, n, tile.from, tile.to, maximum, tile.first_column, tile.width, sums);
+    const long long slot = partial_row(p, tile, n, t);
+    real logsumexp;
+    const real scale = p.splits > 1 ? real(1) : finish(p, n, t >= tile.batch.queries, maximum, total, logsumexp);
+    if (tile.slice == 0 && threadIdx.x % 32 == 0) {
+        if (p.splits > 1) {
+            p.partial_state[2 * slot] = maximum;
+            p.partial_state[2 * slot + 1] = total;
+        } else {
+            store_logsumexp(p, tile.b, t, n, logsumexp);
+        }
+    }
+    if (p.splits == 1) {
+        store_row<VALUE>(at(p.out, tile.b, t, n) + tile.first_column * p.out.stride[3], p.out.stride[3], tile.width,
+                         sums, scale);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < VALUE / 32; ++i) {
+        const int column = 32 * i + threadIdx.x % 32;
+        if (column < tile.width) p.partial_out[slot * p.value_head_dim + tile.first_column + column] = sums[i];
+    }
+}
+
+__device__ inline void finish_tile(const Parameters &p, const ForwardTile &tile, ForwardRows &state,
+                                   unsigned char *memory) {
+    int *const is_computed_again = reinterpret_cast<int *>(memory);
+    const bool any_again =
+        mark_rows<ROWS>(p, non_finite_rows(tile, state), is_computed_again, [](int r) { return row_at<ROWS>(r); });
+    store_rows(p, tile, state, any_again, is_computed_again);
+    if (!any_again) return;
+    for (int local_row = threadIdx.x / 32; local_row < ROWS; local_row += WARPS)
+        if (is_computed_again[local_row]) store_exact_row(p, tile, local_row);
+}

@@ -1,0 +1,99 @@
+// Loads of the forward kernel, from global to shared memory. On warpgroups (wgmma), producer threads of their own run them, two tiles of
+// keys and values ahead of the consumers; elsewhere all threads do. Needs scheduler.cuh, staging.cuh, warpgroups.cuh.
+
+// Tiles of keys, and of values, in shared memory.
+constexpr int STAGES_OF_KEYS = ON_WARPGROUPS ? 2 : 1;
+constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
+
+struct SharedTiles {
+    element *query, *key, *value;
+    // Behind the tiles: mbarriers on warpgroups, elsewhere what gemm_rs exchanges between threads.
+    real *workspace;
+};
+
+__device__ inline SharedTiles shared_tiles(unsigned char *memory) {
+    SharedTiles shared;
+    shared.query = reinterpret_cast<element *>(memory);
+    shared.key = shared.query + tile_size<ROWS, HEAD>();
+    shared.value = shared.key + STAGES_OF_KEYS * KEY_TILE;
+    shared.workspace = reinterpret_cast<real *>(shared.value + STAGES_OF_KEYS * VALUE_TILE);
+    return shared;
+}
+
+__device__ inline void load_queries(const Parameters &p, const ForwardTile &tile, element *to) {
+    if (p.pack_gqa == 1) {
+        load_rows<ROWS, HEAD>(to, p.query, tile.b, tile.first_head, tile.first_row, tile.batch.queries, p.head_dim,
+                              p.aligned & ALIGNED_QUERY);
+        return;
+    }
+    load_tile<ROWS, HEAD>(
+        to,
+        [&](int row) {
+            const int t = tile.t_of(p, tile.first_row + row);
+            return t < tile.batch.queries ? at(p.query, tile.b, t, tile.head_of(p, tile.first_row + row))
+                                          : (const element *)nullptr;
+        },
+        p.head_dim, p.query.stride[3], p.aligned & ALIGNED_QUERY, p.query.data);
+}
+
+__device__ inline void load_keys(const Parameters &p, const ForwardTile &tile, int first, element *to) {
+    load_rows<KEYS, HEAD, KeysAcross>(to, p.key, tile.b, tile.key_head, first, tile.batch.keys, p.head_dim,
+                                      p.aligned & ALIGNED_KEY);
+}
+
+__device__ inline void load_values(const Parameters &p, const ForwardTile &tile, int first, element *to) {
+    load_rows<KEYS, VALUE, KeysAcross>(to, p.value, tile.b, tile.key_head, first, tile.batch.keys, tile.width,
+                                       p.aligned & ALIGNED_VALUE, tile.first_column);
+}
+
+#if ON_WARPGROUPS
+
+// For each of the two stages of keys and of values, an mbarrier on which consumers wait for the tile (`full`), and one on which producers
+// wait for its last reader (`empty`).
+struct ForwardPipeline {
+    Mbarrier *query_full, *key_full, *key_empty, *value_full, *value_empty;
+};
+
+// Initialised by one thread, for all threads of the block, which meet here.
+__device__ inline ForwardPipeline forward_pipeline(const SharedTiles &shared) {
+    ForwardPipeline pipeline;
+    pipeline.query_full = reinterpret_cast<Mbarrier *>(shared.workspace);
+    pipeline.key_full = pipeline.query_full + 1;
+    pipeline.key_empty = pipeline.key_full + 2;
+    pipeline.value_full = pipeline.key_empty + 2;
+    pipeline.value_empty = pipeline.value_full + 2;
+    if (threadIdx.x == 0) {
+        mbarrier_init(pipeline.query_full, LOADING_THREADS);
+        for (int stage = 0; stage < 2; ++stage) {
+            mbarrier_init(pipeline.key_full + stage, LOADING_THREADS);
+            mbarrier_init(pipeline.value_full + stage, LOADING_THREADS);
+            mbarrier_init(pipeline.key_empty + stage, WARPS);
+            mbarrier_init(pipeline.value_empty + stage, WARPS);
+        }
+    }
+    __syncthreads();
+    return pipeline;
+}
+
+// All that a producer thread does: half of them load keys, the others queries and values.
+__device__ inline void produce(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
+                               const ForwardPipeline &pipeline) {
+    if (threadIdx.x < THREADS + LOADING_THREADS) {
+        for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
+            if (p.pack_gqa == 1) prefetch_mask_and_bias<ROWS, KEYS>(p, tile.b, tile.first_head, tile.first_row, first);
+            mbarrier_wait(pipeline.key_empty + step % 2, step / 2 - 1);
+            load_keys(p, tile, first, shared.key + step % 2 * KEY_TILE);
+            mbarrier_arrive_after_copies(pipeline.key_full + step % 2);
+        }
+    } else if (tile.from < tile.to) {
+        load_queries(p, tile, shared.query);
+        mbarrier_arrive_after_copies(pipeline.query_full);
+        for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
+            mbarrier_wait(pipeline.value_empty + step % 2, step / 2 - 1);
+            load_values(p, tile, first, shared.value + step % 2 * VALUE_TILE);
+            mbarrier_arrive_after_copies(pipeline.value_full + step % 2);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,57 @@
+// What a block of the forward kernel works on: a tile of query rows, a range of keys, and a slice of the columns of values. Needs
+// parameters.cuh.
+
+struct ForwardTile {
+    long long b, first_head, key_head;
+    Batch batch;
+    // Rows of the tile are counted over the head, or over the query heads that share it with pack GQA: the heads of a position, then
+    // those of the next one.
+    int first_row, rows_of_head;
+    // Which of the splits of the keys, and which slice of the columns of values and outputs, `width` of them from `first_column` on.
+    int split, slice, first_column, width;
+    // The keys that any row of the tile sees, and those that all of its rows see.
+    int from, to, all_from, all_to;
+
+    __device__ inline int t_of(const Parameters &p, int row) const {
+        return p.pack_gqa == 1 ? row : (int)((unsigned)row / (unsigned)p.pack_gqa);
+    }
+    __device__ inline long long head_of(const Parameters &p, int row) const {
+        return p.pack_gqa == 1 ? first_head : first_head + (unsigned)row % (unsigned)p.pack_gqa;
+    }
+    __device__ inline bool is_stored(int local_row) const { return first_row + local_row < rows_of_head; }
+};
+
+// The tile of this block. The last tile of a head comes first: under causal masking it takes longest.
+__device__ inline ForwardTile forward_tile(const Parameters &p) {
+    ForwardTile tile;
+    tile.rows_of_head = (int)(p.query_length * p.pack_gqa);
+    const int row_tiles = (tile.rows_of_head + ROWS - 1) / ROWS;
+    tile.split = (int)(blockIdx.x % (unsigned)p.splits);
+    tile.slice = (int)(blockIdx.x / (unsigned)p.splits % SLICES);
+    const TileIndex place = tile_of_block(p, blockIdx.x / (unsigned)p.splits / SLICES, row_tiles,
+                                          (unsigned)p.query_heads / (unsigned)p.pack_gqa);
+    tile.first_column = tile.slice * VALUE;
+    tile.width = SLICES == 1 ? p.value_head_dim : min(VALUE, p.value_head_dim - tile.first_column);
+    tile.first_row = (row_tiles - 1 - place.tile) * ROWS;
+    tile.first_head = (long long)place.head * p.pack_gqa;
+    tile.b = place.batch;
+    tile.key_head = (unsigned)tile.first_head / (unsigned)p.group;
+    tile.batch = batch_row(p, tile.b);
+
+    const int first_t = tile.t_of(p, tile.first_row);
+    const int last_t = min(tile.t_of(p, tile.first_row + ROWS - 1), tile.batch.queries - 1);
+    tile.from = tile.to = tile.all_from = tile.all_to = 0;
+    if (first_t <= last_t) {
+        tile.from = first_key(tile.batch, first_t) / KEYS * KEYS;
+        tile.to = end_key(tile.batch, last_t);
+        tile.all_from = first_key(tile.batch, last_t);
+        tile.all_to = end_key(tile.batch, first_t);
+    }
+    if (p.splits > 1 && tile.from < tile.to) {
+        const int key_tiles = (tile.to - tile.from + KEYS - 1) / KEYS;
+        const int each = (key_tiles + p.splits - 1) / p.splits;
+        tile.from = (int)min((long long)tile.to, tile.from + (long long)tile.split * each * KEYS);
+        tile.to = (int)min((long long)tile.to, tile.from + (long long)each * KEYS);
+    }
+    return tile;
+}
