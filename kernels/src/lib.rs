@@ -15,22 +15,25 @@ pub struct Source {
     pub variants: &'static [&'static [&'static str]],
 }
 
-/// What the attention kernels are made of: each source is complete in itself, without includes.
-macro_rules! attention {
+/// The text of a fused kernel: what all of them share, then its own files, in an order in which each file follows
+/// those that it needs.
+macro_rules! fused {
     ($($part:literal),*) => {
         concat!(
             include_str!("cuda/common/dtypes.cuh"),
             include_str!("cuda/common/philox.cuh"),
             include_str!("cuda/fused/numbers.cuh"),
             include_str!("cuda/fused/parameters.cuh"),
-            include_str!("cuda/fused/terms.cuh"),
-            include_str!("cuda/fused/staging.cuh"),
-            include_str!("cuda/fused/spread.cuh"),
-            include_str!("cuda/fused/tensor_cores.cuh"),
-            include_str!("cuda/fused/split.cuh"),
-            include_str!("cuda/fused/cores.cuh"),
-            include_str!("cuda/fused/warpgroups.cuh"),
+            include_str!("cuda/fused/row.cuh"),
             include_str!("cuda/fused/logits.cuh"),
+            include_str!("cuda/fused/dropout.cuh"),
+            include_str!("cuda/fused/shared_tiles.cuh"),
+            include_str!("cuda/fused/fragments.cuh"),
+            include_str!("cuda/fused/mma/sm80.cuh"),
+            include_str!("cuda/fused/mma/tf32_split.cuh"),
+            include_str!("cuda/fused/mma/fma.cuh"),
+            include_str!("cuda/fused/mma/sm90.cuh"),
+            include_str!("cuda/fused/pipeline.cuh"),
             include_str!("cuda/fused/softmax.cuh"),
             include_str!("cuda/fused/exact.cuh"),
             $(include_str!($part)),*
@@ -109,7 +112,7 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_forward.cu",
-        text: attention!(
+        text: fused!(
             "cuda/fused/online_softmax.cuh",
             "cuda/fused/forward/scheduler.cuh",
             "cuda/fused/forward/producer.cuh",
@@ -133,7 +136,7 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_merge.cu",
-        text: attention!("cuda/fused/forward/combine.cu"),
+        text: fused!("cuda/fused/forward/combine.cu"),
         entry_points: &["attention_merge"],
         variants: &[
             variant!(3, 128, 128, 0, 0, 0, 4, 0, 0, 0),
@@ -144,13 +147,13 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_rows.cu",
-        text: attention!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/rows.cu"),
+        text: fused!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/rows.cu"),
         entry_points: &["attention_prepare_gradients", "attention_gradient_of_sinks"],
         variants: &[variant!(3, 64, 64, 0, 0, 0, 8, 0, 0, 0), variant!(0, 64, 64, 0, 0, 0, 8, 0, 0, 0)],
     },
     Source {
         name: "attention_backward_sums.cu",
-        text: attention!(
+        text: fused!(
             "cuda/fused/online_softmax.cuh",
             "cuda/fused/backward/gradients.cuh",
             "cuda/fused/backward/far_rows.cuh",
@@ -164,7 +167,7 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_keys.cu",
-        text: attention!(
+        text: fused!(
             "cuda/fused/backward/gradients.cuh",
             "cuda/fused/backward/keys/scheduler.cuh",
             "cuda/fused/backward/keys/producer.cuh",
@@ -186,7 +189,7 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_queries.cu",
-        text: attention!(
+        text: fused!(
             "cuda/fused/online_softmax.cuh",
             "cuda/fused/backward/gradients.cuh",
             "cuda/fused/backward/far_rows.cuh",
@@ -210,13 +213,13 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_backward_bias.cu",
-        text: attention!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/bias.cu"),
+        text: fused!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/bias.cu"),
         entry_points: &["attention_gradient_of_bias"],
         variants: &[variant!(3, 64, 64, 34, 64, 32, 4, 1, 0, 0), variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0)],
     },
     Source {
         name: "attention_contain_outputs.cu",
-        text: attention!("cuda/cudnn/contain.cuh", "cuda/cudnn/contain_outputs.cu"),
+        text: fused!("cuda/cudnn/contain.cuh", "cuda/cudnn/contain_outputs.cu"),
         entry_points: &["attention_contain_outputs"],
         variants: &[
             variant!(3, 128, 128, 63, 64, 32, 8, 1, 0, 0, "GROUP=16"),
@@ -225,7 +228,7 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_contain_gradients.cu",
-        text: attention!(
+        text: fused!(
             "cuda/fused/backward/gradients.cuh",
             "cuda/cudnn/contain.cuh",
             "cuda/cudnn/contain_gradients.cu"
@@ -314,6 +317,41 @@ mod tests {
         }
         let bound = "extern \"C\" __global__ void __launch_bounds__(THREADS, 1)\n    merge(int x) {";
         assert_eq!(unbounded(bound), ["void __launch_bounds__(THREADS, 1) merge(int x)"]);
+    }
+
+    /// Each file of a text says in its first comment which files it needs, and follows them.
+    #[test]
+    fn every_file_follows_those_that_it_needs() {
+        let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src"));
+        let table = std::fs::read_to_string(folder.join("lib.rs")).unwrap();
+        let paths = |text: &str| -> Vec<String> {
+            text.split('"').filter(|part| part.starts_with("cuda/")).map(str::to_owned).collect()
+        };
+        let (_, after) = table.split_once("macro_rules! fused").unwrap();
+        let shared = paths(after.split_once("};").unwrap().0);
+        let mut seen = HashSet::new();
+        for source in table.split("        text: ").skip(1) {
+            let text = source.split_once("entry_points").unwrap().0;
+            let own = paths(text);
+            let files = if text.starts_with("fused!") { [shared.clone(), own].concat() } else { own };
+            for (index, file) in files.iter().enumerate() {
+                let content = std::fs::read_to_string(folder.join(file)).unwrap();
+                let comment = (content.lines().map_while(|line| line.strip_prefix("//")))
+                    .map(str::trim)
+                    .skip_while(|line| !line.starts_with("Needs: "))
+                    .take_while(|line| !line.is_empty())
+                    .collect::<Vec<_>>()
+                    .join(" ");
+                let needs = comment.strip_prefix("Needs: ").and_then(|needs| needs.strip_suffix('.'));
+                let needs = needs.unwrap_or_else(|| panic!("{file} does not say what it needs"));
+                for needed in needs.split(", ").filter(|&needed| needed != "nothing") {
+                    let needed = format!("cuda/{needed}");
+                    assert!(files[..index].contains(&needed), "{file} comes before {needed}, which it needs");
+                }
+                seen.insert(file.clone());
+            }
+        }
+        assert!(seen.len() > 30, "{seen:?}");
     }
 
     #[test]

@@ -1,4 +1,6 @@
-// Codes of dtypes, conversions between them, and elements of tensors whose dtype is known at run time only. Needs nothing.
+// Codes of dtypes, conversions between them, and elements of tensors whose dtype is known at run time only.
+//
+// Needs: nothing.
 //
 // No header of the toolkit is included: where these sources are compiled, at run time, there may be none.
 

@@ -1,4 +1,6 @@
-// Philox4x32 with 10 rounds (Salmon et al., SC 2011, section 2.4): the numbers of dropout (docs/semantics.md, "Dropout"). Needs nothing.
+// Philox4x32 with 10 rounds (Salmon et al., SC 2011, section 2.4): the numbers of dropout (docs/semantics.md,
+// "Dropout").
+// Needs: nothing.
 
 __device__ inline uint4 philox4x32_10(uint4 counter, unsigned key0, unsigned key1) {
 #pragma unroll

@@ -1,6 +1,7 @@
-// What is added to logits or multiplies probabilities, brought to the one form that a fused attention of another library
-// takes: mask and bias as one tensor, small vectors as f32, and dropout as a tensor of ones and zeros. And the gradient
-// of the sinks, which needs nothing but what a backward pass computes anyhow.
+// Masks, biases, ALiBi and dropout in the form that cuDNN's fused attention takes: mask, bias and ALiBi as
+// one bias tensor, small vectors as f32, dropout as a tensor of ones and zeros. And the gradient of the
+// sinks, from what the backward pass has computed.
+// Needs: common/dtypes.cuh, common/philox.cuh.
 //
 // Compute capability 8.0 and later. Tested by the conformance suite of attention-cudnn.
 
@@ -20,11 +21,11 @@ struct MadeBias {
     int element;
     // Full or 1, but for the keys, which are always there; rows of `row` elements.
     long long batch, heads, positions, keys, row;
-    // What stands for a logit that takes no part, and the least that others count as.
+    // The bias of a masked logit, and the least bias of any other.
     float masked, least;
 };
 
-// What it is made of; null where there is none.
+// What the bias is made of; null where the call has none.
 struct Terms {
     const unsigned char *mask;
     Strides mask_strides;
@@ -35,23 +36,24 @@ struct Terms {
     long long slopes_batch;
 };
 
-// Which rows see which keys by structure: row t of batch row b, if it is in its interval of `rows`, sees the keys from
-// `t + positions[b] - left` to `t + positions[b] + right`, both included, that are in its interval of `keys`.
+// Which rows see which keys by structure: row t of batch row b, if it is in its interval of `rows`, sees the
+// keys from `t + positions[b] - left` to `t + positions[b] + right`, both included, that are in its interval
+// of `keys`.
 struct Structure {
     const int *rows, *keys, *positions;
     long long left, right;
 };
 
-// Which rows and keys take part at all, bytes that are zero before: `rows` [B, N, T] and `keys` [B, K, row], both with one
-// head where the bias has one.
+// Which rows see any key, and which keys any row sees, bytes that are zero before: `rows` [B, N, T] and
+// `keys` [B, K, row], both with one head where the bias has one.
 struct Seen {
     unsigned char *rows, *keys;
 };
 
-// Neighbouring keys of a thread, and rows of a block.
+// Consecutive keys per thread, and rows per block.
 constexpr int OWN = 8, STRIP = 16;
 
-// The `OWN` elements from `from` on, `stride` apart; 0 for those behind `count`.
+// The `OWN` elements from `from` on, `stride` apart; 0 for those past `count`.
 __device__ inline void load_own(float *to, const void *from, int element, long long start, long long stride,
                                 int count) {
     const char *at = static_cast<const char *>(from) + start * (element == DTYPE_F64   ? 8
@@ -79,7 +81,7 @@ __device__ inline void load_own(float *to, const void *from, int element, long l
         to[own] = own < count ? load_as<float>(from, element, start + own * stride) : 0.0f;
 }
 
-// A bit for each of the `OWN` bytes of a mask from `from` on that is not zero; none for those behind `count`.
+// A bit for each of the `OWN` bytes of a mask from `from` on that is not zero; 0 for those past `count`.
 __device__ inline unsigned int load_own_mask(const unsigned char *from, long long stride, int count) {
     unsigned int bits = 0;
     if (stride == 1 && count == OWN && (reinterpret_cast<unsigned long long>(from) & 7) == 0) {
@@ -123,11 +125,12 @@ __device__ inline unsigned int own_between(long long key, long long first, long 
 
 // `to[b, n, t, j] = mask ? bias - slope * |t + position - j| : masked`; what is behind a row's keys is zero.
 //
-// The libraries that this is for compute NaN from infinities, so a logit that takes no part is the finite `masked`, and
-// other values are at least `least`, which is far above it.
+// cuDNN computes NaN from infinities, so a masked logit has the finite bias `masked`, and others at least
+// `least`, which is far above it.
 //
-// Beside it, which rows and keys take part. One block `STRIP` rows of a batch row and head of the bias (blockIdx.x), for every
-// position even where the bias has one row for all of them, and `OWN` keys a thread (blockIdx.y).
+// It also marks rows that see a key, and keys that are seen. One block per `STRIP` rows of a batch row and
+// head of the bias (blockIdx.x), for every position even where the bias has one row for all of them, and
+// `OWN` keys per thread (blockIdx.y).
 extern "C" __global__ void __launch_bounds__(BLOCK)
     attention_make_bias(MadeBias made, Terms terms, Structure structure, Seen seen, long long batch, long long heads,
                         long long group, long long positions) {
@@ -137,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     const long long b = blockIdx.x / strips / made.heads;
     const long long key = (blockIdx.y * (long long)blockDim.x + threadIdx.x) * OWN;
     const int count = (int)min(max(made.keys - key, 0ll), (long long)OWN);
-    // Which of a row's keys take part, but for structure: a byte a row.
+    // Which keys the mask and the bias leave a row, a byte per row.
     unsigned int alive[STRIP / 4] = {};
 #pragma unroll
     for (int row = 0; row < STRIP; ++row) {
@@ -162,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         }
 #pragma unroll
         for (int own = 0; own < OWN; ++own) {
-            // Not a number stays what it is.
+            // NaN stays NaN.
             if (values[own] == __int_as_float(0xff800000)) bits &= ~(1u << own);
             const float value = values[own] < made.least ? made.least : values[own];
             values[own] = own >= count ? 0.0f : bits >> own & 1u ? value : made.masked;
@@ -187,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
             unsigned int bits = alive[row / 4] >> (row % 4 * 8) & own_between(key, first, end);
             if (t < structure.rows[2 * at] || t >= structure.rows[2 * at + 1]) bits = 0;
             any |= bits;
-            // Others may write the same at the same time, here and below.
+            // Other blocks may write the same value at the same time, here and below.
             if (__any_sync(0xFFFFFFFFu, bits != 0) && threadIdx.x % 32 == 0) {
                 seen.rows[(at * made.heads + n) * positions + t] = 1;
             }
@@ -199,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         for (int half = 0; half < 2; ++half) {
             const unsigned int four = any >> (half * 4) & 0xFu;
             const unsigned int bytes = four & 1u | (four & 2u) << 7 | (four & 4u) << 14 | (four & 8u) << 21;
-            // Most blocks find what earlier ones wrote.
+            // Most blocks find the bits set by earlier ones.
             if ((flags[half] & bytes) != bytes) atomicOr(flags + half, bytes);
         }
     }
@@ -215,8 +218,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     to[index] = load_as<float>(from, element, at);
 }
 
-// 1 where a probability is kept, else 0, in a dtype of two bytes whose 1 is `one`: `[rows, positions]` rows of
-// `blocks` times eight keys. One thread eight keys; blockDim.y rows a block.
+// 1 where a probability is kept, else 0, in a dtype of two bytes whose 1 is `one`: `[rows, positions]` rows
+// of `blocks` times eight keys. Eight keys per thread, blockDim.y rows per block.
 extern "C" __global__ void __launch_bounds__(BLOCK)
     attention_keep_mask(uint4 *to, unsigned int one, long long rows, long long positions, long long blocks,
                         unsigned int threshold, unsigned int key0, unsigned int key1, unsigned int stream_offset) {
@@ -235,8 +238,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 // `d_sinks[n] = - sum over b and t of exp(sink[n] - lse) * delta`. One block a head, always the same order.
 //
 // `delta` is [B, N, T] without gaps; `lse` is the caller's. Rows behind a query length take no part;
-// `lengths` is null where there are none. Of rows whose logsumexp is as large as `far`, `scores` and `offsets` have the largest logit
-// and the logarithm of the sum of what is relative to it, in base two and with the sign turned, as attention_sum_rows left them.
+// `lengths` is null where there are none. Of rows whose logsumexp is as large as `far`, `scores` and
+// `offsets` have the largest logit and the logarithm of the sum of what is relative to it, in base two and
+// with the sign turned, as attention_sum_rows left them.
 extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK)
     attention_sink_gradient(void *to, int element, long long to_stride, const float *sinks, const float *delta,
                             const float *lse, long long lse_batch, long long lse_position, long long lse_head,
@@ -255,7 +259,8 @@ extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK)
         double exponent = sink - (double)value;
         if (fabsf(value) >= far && fabsf(value) < __int_as_float(0x7f800000)) {
             const double above = sink - (double)scores[row];
-            // So far above the largest logit, the sink has all there is, and the offset has lost what is left of the difference.
+            // A sink so far above the largest logit has a probability of 1, and the offset has lost the rest
+            // of the difference.
             exponent = above > 2.0 * far ? 0.0 : above + (double)offsets[row] * 0.6931471805599453;
         }
         sum += exp(exponent > 0.0 ? 0.0 : exponent) * (double)delta[row];

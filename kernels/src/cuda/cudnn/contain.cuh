@@ -1,11 +1,13 @@
-// Containment after a fused attention of another library, which multiplies what a row must not see with zero: zero times NaN is
-// NaN. A row of a result that holds something that is not finite is computed once more, from what takes part alone.
+// Isolation of NaN behind cuDNN, which multiplies masked values by 0, and 0 times NaN is NaN: a row of a
+// result that is not finite is computed again, from allowed keys alone.
+// Needs: fused/exact.cuh.
 //
-// What is not finite reaches all rows of a tile of that library: those that see it, and by products with zero those that do not. So
-// of GROUP rows that are in one tile only the first and the last are looked at. The same holds of keys and the rows that see them.
+// NaN or infinities reach all rows of one of cuDNN's tiles: those that see the key, and through products with
+// 0 those that do not. So of GROUP rows of one tile only the first and the last are looked at. The same holds
+// for keys and the rows that see them.
 //
-// Halves, with every option; any compute capability from 8.0. ROWS groups to a block, one warp to a row that is computed again.
-// Tested by the conformance suite of attention-cudnn.
+// f16 and bf16, every option, compute capability 8.0 and later. ROWS groups per block, one warp per row that
+// is computed again. Tested by the conformance suite of attention-cudnn.
 
 #ifndef GROUP
 #define GROUP 1
@@ -14,7 +16,7 @@
 static_assert(HALVES, "results are told apart by their bits");
 
 __device__ inline bool is_finite(const uint4 &of) {
-    // The highest exponent, and what makes it one more: the sign's place.
+    // The largest exponent, and what carries from it into the place of the sign.
     constexpr unsigned HIGHEST = DTYPE == DTYPE_F16 ? 0x7c007c00u : 0x7f807f80u,
                        ONE = DTYPE == DTYPE_F16 ? 0x04000400u : 0x00800080u;
     const unsigned any =
@@ -24,14 +26,15 @@ __device__ inline bool is_finite(const uint4 &of) {
 
 constexpr int GROUPS_OF_WARP = ROWS / WARPS;
 
-// Which of a warp's groups, the first of which begins with row `first`, hold something that is not finite in the rows of a result's
-// head that are looked at. `first` is before `end`; groups from there on read the last row, and may be among them.
+// Which of a warp's groups, the first of which begins with row `first`, hold something that is not finite in
+// the rows of a result's head that are looked at. `first` is before `end`; groups from there on read the last
+// row, and may be among them.
 template <int DEPTH>
 __device__ inline unsigned non_finite_groups(const Tensor &tensor, long long b, long long head, int first, int end,
                                              int width, bool aligned) {
     constexpr int LANES = lanes_of_row<DEPTH>(), AT_ONCE = 32 / LANES, DEEP = GROUPS_OF_WARP / AT_ONCE;
     constexpr int PARTS = (DEPTH + LANES * CHUNK - 1) / (LANES * CHUNK), LOOKS = GROUP > 1 ? 2 : 1;
-    // As many chunks as registers have room for are under way at once.
+    // As many chunks are in flight at once as registers allow.
     constexpr int LOOKS_AT_ONCE = LOOKS * DEEP * PARTS <= 8 ? LOOKS : 1;
     const int lane = threadIdx.x % 32;
     const element *const rows = at(tensor, b, 0, head);
@@ -46,7 +49,7 @@ __device__ inline unsigned non_finite_groups(const Tensor &tensor, long long b, 
 #pragma unroll LOOKS_AT_ONCE
         for (int look = 0; look < LOOKS; ++look) {
             uint4 chunks[DEEP][PARTS];
-            // Nothing between the loads waits for one of them: what is behind the end reads something else again.
+            // No load waits for another: past the end, the last chunk is read again.
 #pragma unroll
             for (int i = 0; i < DEEP; ++i)
 #pragma unroll
@@ -122,5 +125,5 @@ __device__ inline Strip strip_of_warp(const Parameters &p, unsigned block, long 
     return strip;
 }
 
-// Blocks that a multiprocessor has room for at least: few registers, since what needs more is rare.
+// Blocks per multiprocessor, at least: few registers, since code that needs more is rarely run.
 constexpr int MANY = 4;

@@ -1,7 +1,10 @@
-// Containment of the backward pass: gradients of queries, keys and values, each of which is null where nobody wants it.
+// Isolation of NaN behind the backward pass: gradients of queries, keys and values, each null where it is not
+// wanted.
+// Needs: cudnn/contain.cuh, fused/backward/gradients.cuh.
 
-// Rows that are far (gradients.cuh) are computed again too, and keys that they may see: the library takes a logsumexp for what it says.
-// That is where attention_sum_rows ran before and left its states; elsewhere `second` is null.
+// Far rows (gradients.cuh) are computed again too, and the keys that they may see: cuDNN takes the given
+// logsumexp as exact. attention_sum_rows ran before then, and left its states; elsewhere `row_deltas` is
+// null.
 
 // From the results of the forward pass, by a warp.
 struct ComputedState {

@@ -1,11 +1,13 @@
-// Containment of the forward pass: outputs and their logsumexp.
+// Isolation of NaN behind the forward pass: outputs and their logsumexp.
+// Needs: cudnn/contain.cuh.
 //
-// Rows with a large logsumexp are computed again too: what is added to their logits leaves the library's exponents no digits, and it
-// had no bias below -1e29. `first` has the library's own logsumexp, [B, N, T], -inf for a row that sees nothing; null where nothing
-// makes it large.
+// Rows with a large logsumexp are computed again too: their logits are so large that cuDNN's exponents have
+// no digits left, and it was given no bias below -1e29. `row_offsets` has cuDNN's own logsumexp, [B, N, T],
+// -inf for a row that sees nothing; null where nothing makes it large.
 
-// The library rounds logits in base two before it subtracts their maximum, to half a unit in the last place of the larger, which differs
-// from key to key. Below this, a weight is off by 2^-14 at most, less than by its own rounding.
+// cuDNN rounds logits in base two before it subtracts the row max, to half a unit in the last place of the
+// logit, which differs from key to key. Below this, a weight is off by 2^-14 at most, less than by its own
+// rounding.
 constexpr real LARGE = 1024;
 
 // Which of a warp's rows, one to a group, have a large logsumexp.

@@ -1,11 +1,13 @@
-// Rows that see no key, keys that no row sees, and the logsumexp in another layout: what a fused attention of another
-// library leaves to do. Zero times what lies at masked positions is NaN there if that is NaN, so such rows are cleaned
-// before.
+// Rows that see no key, keys that no row sees, and the logsumexp in cuDNN's layout. cuDNN multiplies values
+// at masked positions by 0, and 0 times NaN is NaN, so rows and keys that take part in nothing are replaced
+// by zeros before.
+// Needs: nothing.
 //
-// One thread a row and head, or one for eight elements in the copy. Any dtype of two bytes (the output is only ever written
-// zeros), f32 logsumexp, any compute capability. Tested by the conformance suite of attention-cudnn.
+// One thread per row and head, or per eight elements in the copy. Any dtype of two bytes (outputs are only
+// ever set to zeros), f32 logsumexp, any compute capability. Tested by the conformance suite of
+// attention-cudnn.
 
-// The row of a thread: batch row, head, position; false behind the last.
+// The row of a thread: batch row, head, position; `inside` is false past the last one.
 struct RowOf {
     long long batch, head, position;
     bool inside;
@@ -22,8 +24,8 @@ __device__ inline RowOf row_of(long long batch, long long positions, long long h
     return row;
 }
 
-// `intervals` holds, for each batch row, the first row that sees a key by structure and the end of those that do; `flags`
-// [B, N or 1, T] is null, or zero for rows that a mask or a bias leaves nothing.
+// `intervals` holds, for each batch row, the first row that sees a key by structure and the end of those that
+// do; `flags` [B, N or 1, T] is null, or zero for rows that a mask or a bias leaves nothing.
 __device__ inline bool sees(const int *intervals, const unsigned char *flags, long long flag_heads, const RowOf &row,
                             long long positions) {
     const bool inside = row.position >= intervals[2 * row.batch] && row.position < intervals[2 * row.batch + 1];
@@ -72,11 +74,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     stats[(row.batch * heads + row.head) * positions + row.position] = seen ? value : __int_as_float(0x7f800000);
 }
 
-// Copies rows [B, T, N, H] without gaps; those that take no part become zero: outside the interval of their batch row, or
-// where `flags` [B, N or 1, ...] is zero, or where `stats` [B, N, T] says that a row sees nothing, as
-// `attention_prepare_backward` writes it. Each of the three is null where it says nothing.
+// Copies rows [B, T, N, H] without gaps; those that take no part become zero: outside the interval of their
+// batch row, or where `flags` [B, N or 1, ...] is zero, or where `stats` [B, N, T] says that a row sees
+// nothing, as `attention_prepare_backward` writes it. Each of the three is null where it says nothing.
 //
-// Rows begin at multiples of 16 bytes; `parts` of them make a row. A thread moves one part; threadIdx.y counts rows.
+// Rows begin at multiples of 16 bytes; `parts` of them make a row. A thread moves one part; threadIdx.y
+// counts rows.
 extern "C" __global__ void __launch_bounds__(BLOCK)
     attention_clean_rows(const unsigned short *from, long long from_batch, long long from_position, long long from_head,
                          uint4 *to, const int *intervals, const unsigned char *flags, long long flag_heads,

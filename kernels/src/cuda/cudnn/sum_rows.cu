@@ -1,6 +1,6 @@
-// The sums of far rows (far_rows.cuh) by themselves, for the gradients of another library. One block to a tile of query rows of a head.
-// Blocks without a far row end at once.
-// The heads' numbers are 0 before.
+// The sums of far rows (far_rows.cuh) by themselves, for cuDNN's gradients. One block per tile of query rows
+// of a head; blocks without a far row return at once. The numbers of the heads are 0 before.
+// Needs: fused/backward/far_rows.cuh.
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     attention_sum_rows(const __grid_constant__ Parameters p) {

@@ -1,11 +1,12 @@
-// Single rows and keys once more, by a warp, with nothing read that takes no part.
+// Single rows and keys computed again by a warp, from allowed keys alone.
+// Needs: fused/softmax.cuh, fused/fragments.cuh, fused/mma/fma.cuh.
 //
-// A product of tiles multiplies what lies at masked positions with probabilities of zero. Zero times NaN is NaN, so where a
-// result is not finite, its row may have been spoiled by memory that must not matter. That is rare, and is settled by
-// computing the row from its allowed keys alone.
+// A product of tiles multiplies values at masked positions by weights of 0, and 0 times NaN is NaN: a result
+// that is not finite may come from memory that must not matter. That is rare, and its row is computed again.
 
-// Marks the rows of a tile that a consumer thread found, bit r of `found` for the row `row_of_slot(r)`, in `flags`, for all consumer
-// threads, which call this together. Whether there are any. No call without masked keys has some.
+// Collects in `flags` the rows of a tile that any consumer thread found: bit r of `found` stands for the row
+// `row_of_slot(r)`. All consumer threads call this together. Returns whether any row was found; in a call
+// without masked keys, none is.
 template <int HEIGHT, class RowOfSlot>
 __device__ inline bool mark_rows(const Parameters &p, unsigned found, int *flags, RowOfSlot row_of_slot) {
     if (!p.hides_keys || !consumer_sync_or(found != 0)) return false;
@@ -46,7 +47,7 @@ __device__ inline void store_row(element *row, long long stride, int width, cons
     }
 }
 
-// Threads to a row where each reads it in chunks: so many that each has one, where that can be.
+// Threads per row that is read in chunks: one chunk for each thread, within a warp.
 template <int DEPTH>
 __device__ constexpr int lanes_of_row() {
     return DEPTH / CHUNK >= 32 ? 32 : DEPTH / CHUNK >= 16 ? 16 : DEPTH / CHUNK >= 8 ? 8 : 4;
@@ -65,7 +66,7 @@ __device__ inline real exact_score(const Parameters &p, const Row &row, long lon
     return visible ? product : -infinity();
 }
 
-// The softmax over the keys from `first` to before `end` that a row sees: the maximum of the scores, and the sum of weights.
+// Row max and row sum over the keys from `first` to before `end` that a row sees.
 __device__ inline void exact_softmax(const Parameters &p, const Row &row, long long b, long long n, int first, int end,
                                      real &maximum, real &total) {
     const real factor = power_factor(p);
@@ -80,13 +81,13 @@ __device__ inline void exact_softmax(const Parameters &p, const Row &row, long l
         total = fma(total, change_of(shift_of<HALVES>(maximum, factor), shift, factor),
                     power(exponent_of<HALVES>(score, shift, factor)));
         maximum = top;
-        // What is not a number stays that.
+        // NaN stays NaN.
         if (!(total >= 0)) break;
     }
 }
 
-// The sum of values by weights relative to `maximum`, over the keys from `first` to before `end` that row sees: `width` columns
-// from `first_column` on.
+// The sum of values by weights relative to `maximum`, over the keys from `first` to before `end` that row
+// sees: `width` columns from `first_column` on.
 __device__ inline void exact_output(const Parameters &p, const Row &row, long long b, long long n, int first, int end,
                                     real maximum, int first_column, int width, real (&sums)[VALUE / 32]) {
     const real factor = power_factor(p);

@@ -1,27 +1,29 @@
-// Element types and arithmetic of the fused kernels. DTYPE is the operands' code (common/dtypes.cuh).
+// Element types and arithmetic of the fused kernels. DTYPE is the code of the operands' dtype.
+// Needs: common/dtypes.cuh.
 
 #define HALVES (DTYPE >= DTYPE_F16)
 
-// Whether products of f32 are sums of products of parts, on tensor cores. SPLIT asks for it.
+// Whether f32 operands are split into two tf32 parts and multiplied on tensor cores. SPLIT asks for it.
 #ifndef SPLIT
 #define SPLIT 0
 #endif
 #define SPLITS (DTYPE == DTYPE_F32 && SPLIT)
 #define TENSOR_CORES (HALVES || SPLITS)
 
-// Blocks that share the columns of a value, VALUE each, where they are too many for one.
+// Blocks that share the columns of values and outputs, VALUE columns each, where these are too many for one
+// block.
 #ifndef SLICES
 #define SLICES 1
 #endif
 
-// Whether products run on warpgroups. WARPGROUPS says that tiles are made for it.
+// Whether products run on warpgroups (wgmma). WARPGROUPS says that tiles and threads are made for it.
 #if HALVES && WARPGROUPS && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define ON_WARPGROUPS 1
 #else
 #define ON_WARPGROUPS 0
 #endif
 
-// An element of an operand, and what logits, softmax and sums are computed in.
+// `element` is the dtype of operands, `real` that of logits, softmax and accumulators.
 #if DTYPE == DTYPE_F64
 typedef double element;
 typedef double real;
@@ -33,16 +35,17 @@ typedef unsigned short element;
 typedef float real;
 #endif
 
-// The threads that compute. On warpgroups others follow them, which load what those work on.
+// The consumer threads, which compute. On warpgroups, producer threads follow them, which load operands.
 constexpr int THREADS = 32 * WARPS;
 constexpr int PRODUCER_THREADS = ON_WARPGROUPS ? 128 : 0;
-// BLOCK is the number of threads that the host launches a block with, and the bound that every kernel is compiled with: a kernel with
-// a smaller bound than its launch does not start. A variant for warpgroups keeps it where it is compiled for another architecture.
+// BLOCK is the number of threads per block that the host launches, and the bound that every kernel is
+// compiled with: a kernel with a smaller bound does not start. A variant for warpgroups keeps it where it is
+// compiled for another architecture.
 static_assert(BLOCK == 32 * WARPS + (HALVES && WARPGROUPS ? 128 : 0), "threads that compute, and those that load");
-// Blocks that a multiprocessor has room for at least: eight warps have all the registers that there are.
+// Blocks per multiprocessor, at least: eight warps use all registers.
 constexpr int MIN_BLOCKS = WARPS >= 8 ? 1 : 8 / WARPS;
 
-// Waits for all threads that compute.
+// A barrier for all consumer threads.
 __device__ inline void consumer_sync() {
     if constexpr (PRODUCER_THREADS > 0)
         asm volatile("barrier.cta.sync 1, %0;" ::"n"(THREADS) : "memory");
@@ -50,7 +53,7 @@ __device__ inline void consumer_sync() {
         __syncthreads();
 }
 
-// The same, and whether any of them says so.
+// The same; returns whether `says` is true in any of them.
 __device__ inline bool consumer_sync_or(bool says) {
     if constexpr (PRODUCER_THREADS == 0) return __syncthreads_or(says);
     int any;
@@ -75,7 +78,7 @@ __device__ inline real infinity() {
 // False for NaN too.
 __device__ inline bool is_finite(real x) { return fabs(x) < infinity(); }
 
-// Two to the power of x. The instruction is good to 2 units in the last place, which the numerics class allows for.
+// Two to the power of x, to 2 units in the last place, which the numerics class allows for.
 __device__ inline float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -84,12 +87,13 @@ __device__ inline float power_of_two(float x) {
 
 __device__ inline double power_of_two(double x) { return exp2(x); }
 
-// Logits times this are what exponents of the backward pass are in. Base two saves halves a product a logit. In f32 it would round a
-// logit before the logsumexp is subtracted, and the error of that grows with the logit: there, and in f64, the difference comes first.
+// Exponents of the backward pass are logits times this. Base two saves a multiplication per logit in half
+// precision. In f32 it would round a logit before the logsumexp is subtracted, with an error that grows with
+// the logit; there, and in f64, the difference comes first.
 constexpr real UNIT = HALVES ? LOG2_E : real(1);
 
-// e to the power of x / UNIT. Split products have errors of the size of the instruction's; what is to be as exact as f32 can be pays
-// for one unit in the last place.
+// e to the power of x / UNIT. Split products have errors of the size of the instruction's; other f32 kernels
+// pay for an exponential to one unit in the last place.
 __device__ inline real exponential(real x) {
 #if HALVES
     return power_of_two(x);
@@ -100,9 +104,9 @@ __device__ inline real exponential(real x) {
 #endif
 }
 
-// A difference that no compiler makes part of a fused operation with the product before it. Where x is a rounded product and y is
-// another, or the same, the fused operation would leave what rounding y lost: half a unit in the last place of y, which for large
-// numbers is a number beyond what an exponential bears.
+// A difference that the compiler does not fuse with the product before it. Where x and y are rounded
+// products, fused multiply-add would leave the rounding error of y, half a unit in its last place: for large
+// numbers, more than an exponential bears.
 __device__ inline float difference(float x, float y) { return __fsub_rn(x, y); }
 __device__ inline double difference(double x, double y) { return __dsub_rn(x, y); }
 
@@ -114,7 +118,7 @@ __device__ inline float at_most(float x, float most) {
 }
 __device__ inline double at_most(double x, double most) { return x > most ? most : x; }
 
-// Has x computed here, once: a compiler short of registers would compute it again wherever it is used.
+// Makes the compiler compute x here, once; short of registers, it would compute x again at each use.
 __device__ inline float computed_here(float x) {
     asm volatile("" : "+f"(x));
     return x;
@@ -132,7 +136,7 @@ __device__ inline double rounded_sum(double x, double y) { return __dadd_rn(x, y
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
 
-// Made of an exponential, so its error is absolute: that is how the numerics class counts it.
+// Computed from an exponential, so its error is absolute, as the numerics class counts it.
 __device__ inline float hyperbolic_tangent(float x) {
     return 1.0f - __fdividef(2.0f, power_of_two(x * (2.0f * 1.44269504088896340736f)) + 1.0f);
 }
@@ -160,7 +164,7 @@ __device__ inline element rounded(real x) {
 }
 
 #if HALVES
-// Two elements in a register, the first in the low half.
+// Two elements in one register, the first in the low half.
 __device__ inline unsigned packed(float low, float high) {
     unsigned both;
 #if DTYPE == DTYPE_F16

@@ -1,7 +1,8 @@
-// What a call passes to every kernel. The layout is that of `Parameters` on the host.
+// What a call passes to every kernel. The layout is that of `Parameters` on the host (attention-cuda).
+// Needs: common/dtypes.cuh, fused/numbers.cuh.
 
-// A strided tensor: the address of the element at index 0, and strides in elements. Axes are those of the tensor's shape,
-// but for slopes, [B, N], whose first stride may be 0.
+// A strided tensor: the address of the element at index 0, and strides in elements. Axes are those of the
+// tensor's shape, but for slopes, [B, N], whose first stride may be 0.
 struct Tensor {
     char *data;
     long long stride[4];
@@ -11,7 +12,7 @@ struct Tensor {
 struct Batch {
     // Query row t stands at t + offset.
     long long offset;
-    // Row t sees keys from t + low to before t + high, as far as there are any.
+    // Row t sees the keys from t + low to before t + high that exist.
     long long low;
     long long high;
     int queries;
@@ -24,8 +25,9 @@ struct Parameters {
     // One for each batch row, or null where `uniform` is that of all.
     const Batch *batches;
     Batch uniform;
-    // Scratch. Forward with split keys: partial outputs [split, B, N, T, Hv], and row max and row sum [split, B, N, T, 2].
-    // Backward: what gradients.cuh has of each row, offsets in the first and row terms, scores and far heads in the second.
+    // Scratch. Forward with split keys: partial outputs [split, B, N, T, Hv], and row max and row sum [split,
+    // B, N, T, 2]. Backward: what gradients.cuh has of each row, offsets in the first and row terms, scores
+    // and far heads in the second.
     union {
         real *partial_out;
         real *row_offsets;
@@ -39,22 +41,25 @@ struct Parameters {
     double scale;
     double softcap;
     double keep_scale;
-    // A power of two that gradients of logits carry until their products are summed, and one over it (balance_of).
+    // A power of two that gradients of logits carry until their products are summed, and one over it
+    // (balance_of).
     float balance, unbalance;
     int head_dim, value_head_dim;
     // Query heads that share a key/value head.
     int group;
-    // Query heads whose rows one tile holds.
+    // Query heads whose rows share a tile (pack GQA).
     int pack_gqa;
-    // Parts that the keys are cut into.
+    // Splits of the keys (split-KV).
     int splits;
     // A bit for each tensor above, in order: rows begin at multiples of 16 bytes, elements are neighbours.
     int aligned;
     int bias_dtype, slopes_dtype, sinks_dtype;
-    // Whether a row may see some keys of a tile and not others.
+    // Whether a row may see some keys of a tile and not others, so that products with masked keys have to be
+    // looked at for NaN.
     int hides_keys;
     unsigned drop_threshold, drop_key[2], drop_offset;
-    // So many heads, or batch rows, have their tiles in turn, since they read the same mask or bias. Their number is a multiple.
+    // Number of heads, or batch rows where `swizzles_batch`, whose tiles are scheduled round-robin, so that
+    // they share reads of a mask or bias in L2. Divides the number of heads (batch rows).
     int swizzle, swizzles_batch;
 };
 
@@ -72,14 +77,15 @@ static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) 
 #define ALIGNED_D_KEY (1 << 12)
 #define ALIGNED_D_VALUE (1 << 13)
 
-// Bits of FEATURES: what the compiled kernels look for. All but `NATURAL` may be absent from a call all the same.
+// Bits of FEATURES: the options that a kernel is compiled for. The generic kernel has all of them, and tests
+// at run time.
 #define FEATURE_MASK 1
 #define FEATURE_BIAS 2
 #define FEATURE_ALIBI 4
 #define FEATURE_SOFTCAP 8
 #define FEATURE_DROPOUT 16
-// Logits are made one by one, before the maximum is taken: there is more to them than a product, a scale above 0, and whether they
-// are there.
+// Logits must be complete before the row max, because more than a positive scale and a mask is applied to
+// products.
 #define FEATURE_LOGITS 32
 
 constexpr bool NEEDS_LOGITS = (FEATURES & FEATURE_LOGITS) != 0;
@@ -100,12 +106,12 @@ __device__ inline element *at(const Tensor &tensor, long long b, long long posit
            head * tensor.stride[2];
 }
 
-// What a block works on.
+// The tile that a block works on, in the order of the grid.
 struct TileIndex {
     int tile, head, batch;
 };
 
-// Tiles of a head follow each other.
+// Tiles of a head follow each other, those of heads (batch rows) that share a mask or bias in turn.
 __device__ inline TileIndex tile_of_block(const Parameters &p, unsigned index, unsigned tiles, unsigned heads) {
     const unsigned swizzle = (unsigned)p.swizzle, turn = index % swizzle;
     index /= swizzle;

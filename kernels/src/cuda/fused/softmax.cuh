@@ -1,12 +1,14 @@
-// The softmax of a row: how it is carried along, and how it ends.
+// The softmax of a row: what weights are relative to, and the logsumexp.
+// Needs: fused/logits.cuh, fused/dropout.cuh.
 //
-// A score is what the maximum of a row is taken of: the product of query and key where there is nothing else to a logit, else the
-// logit. Maxima are kept as scores, and a weight is `power((score - maximum) * factor)`: the difference comes before the factor, so
-// that it is exact for scores near the maximum however large they are, and no score leaves the numbers that there are by a change of
-// base.
+// The row max is taken over scores: products of query and key where logits are products times a positive
+// scale, else logits. A weight is `power((score - row max) * factor)`. The difference comes before the
+// factor, so it is exact for scores near the row max, however large, and a change of base makes no score
+// overflow.
 
-// What exponents of the forward pass are in: base two, where the instruction for it is good enough. Split products have errors of the
-// size of the instruction's; what is to be as exact as f32 can be pays for one unit in the last place.
+// Exponents of the forward pass are logits times this: base two, where the instruction for powers of two is
+// accurate enough. Split products have errors of its size; other f32 kernels pay for an exponential to one
+// unit in the last place.
 constexpr real POWER_UNIT = TENSOR_CORES ? LOG2_E : real(1);
 
 __device__ inline real power(real x) {
@@ -23,17 +25,19 @@ __device__ inline real natural_factor(const Parameters &p) { return NEEDS_LOGITS
 // From differences of scores to exponents.
 __device__ inline real power_factor(const Parameters &p) { return natural_factor(p) * POWER_UNIT; }
 
-// What a row's weights are relative to: a weight is `power((score - shift.score) * factor - shift.power)`.
+// What the weights of a row are relative to: a weight is `power((score - shift.score) * factor -
+// shift.power)`.
 struct Shift {
     real score, power;
 };
 
-// Below this, halves save an operation a score: the maximum goes to base two, where it is rounded, and is subtracted in the operation
-// that multiplies. Weights are then off by what was rounded, all alike, at most half a unit in the last place of this: 1/32. That
-// cancels, but for larger numbers it would leave the range of weights.
+// Below this, half-precision kernels save an operation per score: the row max is multiplied by the factor,
+// which rounds it, and subtracted in the same fused multiply-add. All weights of a row are then off by the
+// same factor, at most 2^(1/32), which cancels; above this, it would leave the range of weights.
 constexpr real NEAR = 1 << 20;
 
-// From a row's maximum, and nothing else: whoever has the maximum knows what its sums are relative to. FUSES allows the saving.
+// A function of the row max alone: who knows the row max knows what the sums are relative to. FUSES allows
+// the saving above.
 template <bool FUSES>
 __device__ inline Shift shift_of(real maximum, real factor) {
     const real power = maximum * factor;
@@ -44,34 +48,35 @@ __device__ inline Shift shift_of(real maximum, real factor) {
 template <bool FUSES>
 __device__ inline real exponent_of(real score, const Shift &shift, real factor) {
     const real moved = difference(score, shift.score);
-    // Where nothing was moved, this is the operation that saves one: the same bits by either way.
+    // Where `shift.score` is 0, both ways have the same bits.
     return FUSES ? fma(moved, factor, -shift.power) : moved * factor;
 }
 
-// What sums relative to one shift are multiplied by to be relative to a later one. 0 for those of a row that has seen nothing, whose
-// maximum is -inf; that of the later one is finite.
+// The rescale of sums from one shift to a later one; 0 where the row max was -inf, since no key was seen. The
+// later row max is finite.
 __device__ inline real change_of(const Shift &from, const Shift &to, real factor) {
     return power(fma(difference(from.score, to.score), factor, from.power - to.power));
 }
 
-// Natural logits beside which a difference of order one must not be lost: that of a sink and a row's maximum, at any size of both.
+// Natural logits whose differences of order one must not be lost, at any size: that of a sink and a row max.
 typedef double precise;
 
-// The natural logit that sums with this maximum are relative to, not rounded yet: the maximum, less what weights are relative to instead
-// where that was rounded in base two.
+// The natural logit that the sums of a row with this row max are relative to, unrounded: the row max, less
+// the rounding of `shift_of` in base two.
 __device__ inline precise reference_of(const Parameters &p, real maximum) {
     const real factor = power_factor(p),
                above = exponent_of<HALVES>(maximum, shift_of<HALVES>(maximum, factor), factor);
     return (precise)maximum * (precise)natural_factor(p) - (precise)(above / POWER_UNIT);
 }
 
-// Of a logit and the sum of exponentials above it. In f32 rounded once, since nothing comes after it; halves do with the f32 logarithm.
+// The logsumexp from a logit and the sum of exponentials relative to it. f32 rounds once, at the end; half
+// precision makes do with the f32 logarithm.
 __device__ inline real logsumexp_of(precise reference, real sum) {
     return (real)(reference + (HALVES ? (precise)log(sum) : log((precise)sum)));
 }
 
-// What a row's sums are multiplied by, and its logsumexp, if anyone wants it: it takes longer. `maximum` is a score; without a key, `sum`
-// is 0.
+// The factor for the sums of values of a row, and its logsumexp where the call wants it. `maximum` is a
+// score; `sum` is 0 for a row without keys.
 __device__ inline real finish(const Parameters &p, long long n, bool padded, real maximum, real sum, real &logsumexp) {
     logsumexp = -infinity();
     if (padded) return 0;

@@ -1,11 +1,12 @@
-// The gradient of the bias: the gradients of the logits, summed over the axes along which the bias was broadcast. One block to a
-// tile of the result, which computes every tile of logits that goes into it, one after the other, and holds the sums in
-// registers: no more memory, and a fixed order.
+// The gradient of the bias: gradients of logits, summed over the axes along which the bias was broadcast. One
+// block per tile of the result computes all tiles of logits that it sums, one after the other, and holds the
+// sums in registers: no memory of the size of the logits, and a fixed order.
+// Needs: fused/exact.cuh, fused/backward/gradients.cuh.
 
 // Adds the gradients of a tile's logits, from products of queries and keys, and of d_out and values.
 template <bool MAY_BE_FAR>
 __device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int queries,
-                                     long long b, long long n, int first, const RowMaskBias<ROWS, KEYS> &terms,
+                                     long long b, long long n, int first, const RowMaskBias<ROWS, KEYS> &mask_bias,
                                      const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
                                      const real (&incoming)[row_slots<ROWS>()][column_slots<KEYS>()],
                                      real (&sums)[row_slots<ROWS>()][column_slots<KEYS>()]) {
@@ -18,10 +19,10 @@ __device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_
         const real distance = distance_of(p, rows[r], first + key_at(0));
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c)
-            // Nothing is computed once more here, so what a bias of -inf masks must not be NaN.
+            // Exact: no row is computed again here, so what a bias of -inf masks must not become NaN.
             sums[r][c] +=
-                weigh<Checked, MAY_BE_FAR, true>(p, rows[r], first + key_at(c), distance - key_offset(c), terms, r, c,
-                                                 kept >> c & 1, products[r][c], incoming[r][c], state, largest)
+                weigh<Checked, MAY_BE_FAR, true>(p, rows[r], first + key_at(c), distance - key_offset(c), mask_bias, r,
+                                                 c, kept >> c & 1, products[r][c], incoming[r][c], state, largest)
                     .logit;
     }
 }
@@ -34,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
     element *const value_tile = key_tile + tile_size<KEYS, HEAD>();
     constexpr int ROW_SLOTS = row_slots<ROWS>(), KEY_SLOTS = column_slots<KEYS>();
 
-    // An axis of size 1 is one that everything is summed over, whether it was broadcast or has one element to sum.
+    // An axis of size 1 is summed over, whether the bias is broadcast along it or the logits have size 1 too.
     const bool sums_batch = p.bias_size[0] == 1, sums_heads = p.bias_size[1] == 1;
     const bool sums_rows = p.bias_size[2] == 1, sums_keys = p.bias_size[3] == 1;
     const long long row_tiles = sums_rows ? 1 : (p.bias_size[2] + ROWS - 1) / ROWS;
@@ -86,12 +87,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
                     Row rows[ROW_SLOTS];
 #pragma unroll
                     for (int r = 0; r < ROW_SLOTS; ++r) rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
-                    RowMaskBias<ROWS, KEYS> terms;
-                    if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, (int)first);
+                    RowMaskBias<ROWS, KEYS> mask_bias;
+                    if constexpr (PACKS_MASK || PACKS_BIAS) mask_bias.read(p, rows, (int)first);
                     if (has_far_rows(p, b, n))
-                        add_gradients<true>(p, rows, batch.queries, b, n, (int)first, terms, weights, gradients, sums);
+                        add_gradients<true>(p, rows, batch.queries, b, n, (int)first, mask_bias, weights, gradients,
+                                            sums);
                     else
-                        add_gradients<false>(p, rows, batch.queries, b, n, (int)first, terms, weights, gradients, sums);
+                        add_gradients<false>(p, rows, batch.queries, b, n, (int)first, mask_bias, weights, gradients,
+                                             sums);
                 }
             }
         }

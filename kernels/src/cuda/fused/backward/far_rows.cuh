@@ -1,36 +1,39 @@
-// The softmax of far rows (gradients.cuh) once more, from the products that the gradient of queries is made of: their logsumexp is so
-// large that its rounding would be seen. The kernel for that gradient does so before anything else, in blocks that have such a row.
+// The softmax of far rows (gradients.cuh) again, from the same products as the gradient of queries: their
+// logsumexp is so large that its rounding would show. The kernel for that gradient does this first, in blocks
+// with such a row.
+// Needs: fused/online_softmax.cuh, fused/exact.cuh, fused/backward/gradients.cuh.
 
-// Takes a tile of keys into the maxima and sums of the rows of a tile of queries. Both tiles are in shared memory.
+// Updates row max and row sum of a tile of queries by a tile of keys. Both tiles are in shared memory.
 __device__ inline void sum_tile(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
                                 const element *query_tile, const element *key_tile, real (&row_max)[row_slots<ROWS>()],
                                 real (&row_sum)[row_slots<ROWS>()]) {
     real scores[row_slots<ROWS>()][column_slots<KEYS>()], scores_scale[row_slots<ROWS>()];
     gemm_ss_async<ROWS, KEYS, HEAD>(scores, query_tile, key_tile);
-    RowMaskBias<ROWS, KEYS> terms;
-    if constexpr (PACKS_MASK || PACKS_BIAS) terms.read(p, rows, first);
+    RowMaskBias<ROWS, KEYS> mask_bias;
+    if constexpr (PACKS_MASK || PACKS_BIAS) mask_bias.read(p, rows, first);
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
-    finish_scores<Checked>(p, rows, first, terms, scores);
+    finish_scores<Checked>(p, rows, first, mask_bias, scores);
     online_softmax<false>(scores, power_factor(p), row_max, row_sum, scores_scale);
 }
 
-// The states of a thread's far rows, by slot: bit r of `far` says that slot r has one.
+// The states of a thread's far rows by slot; bit r of `far` is set where slot r has one.
 struct FarStates {
     unsigned far;
     real scores[row_slots<ROWS>()], offsets[row_slots<ROWS>()];
 };
 
-// The maxima and sums of a thread's rows, by slot.
+// Row max and row sum of a thread's rows by slot.
 struct RowSums {
     real row_max[row_slots<ROWS>()], row_sum[row_slots<ROWS>()];
 };
 
-// Leaves the states of the far rows among those of a tile that begins at `first_t`, but for the row term: a row's largest score and the
-// offset of its sum, where they give the logsumexp that was given but for rounding, else what that says. Those of other rows are there before.
+// Stores the states of the far rows of the tile that begins at `first_t`, without the row term: a row's
+// largest score and the offset of its row sum, where these agree with the given logsumexp to within rounding,
+// else those of the logsumexp. The states of other rows stay.
 //
-// A function of its own in the compiled code, behind that of the kernel: 20 KB that few calls run would lie between the beginning of the
-// kernel and its loop, and short calls would wait for the instructions behind it.
+// Not inlined, so that its code lies behind the kernel's: 20 KB that few calls run would lie between the
+// kernel's first instructions and its loop, and short calls would wait for the instruction cache.
 __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long b, long long n, int first_t,
                                                   RowSums sums) {
     constexpr int ROW_SLOTS = row_slots<ROWS>();
@@ -42,14 +45,15 @@ __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long
         const real *const lse = reinterpret_cast<const real *>(p.lse.data);
         return lse[b * p.lse.stride[0] + (long long)(first_t + row) * p.lse.stride[1] + n * p.lse.stride[2]];
     };
-    // Rows to be summed by themselves: what they must not see may be NaN, and reach them by way of a bias of -inf or split products.
+    // Rows whose sums are not finite are summed from allowed keys alone: NaN of masked keys reaches them
+    // through a bias of -inf or split products.
     unsigned again = 0;
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
         sums.row_sum[r] = sum_of_row(sums.row_sum[r]);
         if (is_far(logsumexp_of_slot(r)) && !is_finite(sums.row_sum[r])) again |= 1u << r;
     }
-    // A warp has whole rows.
+    // Each row lies within one warp.
 #pragma unroll 1
     for (int slot = 0; slot < ROW_SLOTS; ++slot) {
         for (unsigned lanes = __ballot_sync(~0u, leads_row() && (again >> slot & 1)); lanes != 0; lanes &= lanes - 1) {
@@ -57,7 +61,7 @@ __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long
             real maximum, total;
             const Row whole = row_of(p, batch, b, n, first_t + row);
             exact_softmax(p, whole, b, n, whole.low, whole.high, maximum, total);
-            // Its sum is relative to what the maximum says; here it is to be relative to the maximum.
+            // From the shift of its maximum to the maximum itself.
             const Shift shift = shift_of<HALVES>(maximum, power_factor(p));
             total *= change_of(shift, Shift{maximum, 0}, power_factor(p));
 #pragma unroll

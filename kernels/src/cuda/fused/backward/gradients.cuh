@@ -1,28 +1,31 @@
-// What backward kernels share: the gradient of a logit from the probability that the given logsumexp makes
+// What backward kernels share: the gradient of a logit, from the probability that the given logsumexp makes
 // (docs/semantics.md, "Gradients").
+// Needs: fused/softmax.cuh, fused/exact.cuh.
 
-// What the gradients of a row need. A probability is `exponential((score - state.score) * factor + state.offset)`. As a rule
-// `state.score` is 0 and the offset is the logsumexp, with the sign turned, times UNIT; -inf for a row without a probability.
+// What the gradients of a row need. A probability is `exponential((score - state.score) * factor +
+// state.offset)`. As a rule `state.score` is 0 and the offset is minus the logsumexp, times UNIT; -inf for a
+// row without a probability.
 //
-// A far row is one whose logsumexp is so large that its rounding would be seen: its `score` is another number, the largest of its
-// own keys, and the offset is of their sum. Its exponents are at most 0, whatever the rounding of a score does.
+// A far row is one whose logsumexp is so large that its rounding would show. Its `score` is its row max, not
+// 0, and its offset comes from its row sum. Its exponents are capped at 0, whatever a score is rounded to.
 //
 // The row term `delta` and gradients of logits carry the factor `balance_of`.
 struct State {
     real score, offset, delta;
 };
 
-// A large scale is applied in two steps, to the gradients of logits and to the sums of their products with queries or keys: between a
-// gradient of 1e-30 and a key of 1e-19, the product would be below all numbers although the scale brings it back. 1 where the scale
-// is below 2, and in f16, whose gradients of logits have no such range, and whose products with queries and keys need none.
+// A large scale is applied in two steps, to the gradients of logits and to their sums of products with
+// queries or keys: the product of a gradient of 1e-30 and a key of 1e-19 would underflow before the scale
+// brings it back. 1 where the scale is below 2, and in f16, where gradients of logits have no such range.
 __device__ inline real balance_of(const Parameters &p) { return DTYPE == DTYPE_F16 ? real(1) : (real)p.balance; }
 __device__ inline real unbalance_of(const Parameters &p) { return DTYPE == DTYPE_F16 ? real(1) : (real)p.unbalance; }
 
-// What is left of the scale for the sums.
+// The rest of the scale, for the sums.
 __device__ inline real scale_of_sums(const Parameters &p) { return (real)p.scale * unbalance_of(p); }
 
-// The logsumexp above which a row is far. In f32 the rounding of one below is 2^-17 of a probability at most, which is the size of
-// the error of its logits; halves round probabilities themselves, to 2^-12 at best, and 2^-14 does not add to that.
+// The logsumexp above which a row is far. Below it, rounding the logsumexp changes a probability by at most
+// 2^-17 in f32, the size of the error of its logits, and by 2^-14 in half precision, which rounds
+// probabilities to 2^-12 at best.
 constexpr real FAR = HALVES ? 1024 : 128;
 
 __device__ inline bool is_far(real logsumexp) { return fabs(logsumexp) >= FAR && fabs(logsumexp) < infinity(); }
@@ -30,15 +33,17 @@ __device__ inline bool is_far(real logsumexp) { return fabs(logsumexp) >= FAR &&
 // From differences of scores to exponents.
 __device__ inline real gradient_factor(const Parameters &p) { return natural_factor(p) * UNIT; }
 
-// Of a given logsumexp, as far as that says it. Zero would say that the row is not far.
+// The state from the given logsumexp alone. The score of a far row is not 0, which would say that it is not
+// far.
 __device__ inline State state_of_logsumexp(const Parameters &p, real logsumexp, real delta) {
     if (is_far(logsumexp)) return State{logsumexp / natural_factor(p), 0, delta};
     return State{0, logsumexp == -infinity() ? -infinity() : -logsumexp * UNIT, delta};
 }
 
-// Of a row's own maximum and sum, where they give the logsumexp that was given, but for rounding: of eight units in its last place,
-// since the forward pass may have summed products in another order. Where the keys at hand are a part of the row's, the state stays as it
-// is: the given logsumexp stands for the rest.
+// The state from the row's own row max and row sum, where these agree with the given logsumexp to eight units
+// in its last place: the forward pass may have summed products in another order. Where the keys at hand are
+// only some of the row's, they do not agree, and the state stays: the given logsumexp stands for the other
+// keys too.
 __device__ inline void state_of_sums(const Parameters &p, long long n, real maximum, real total, real logsumexp,
                                      State &state) {
     if (!(total > 0) || !is_finite(total)) return;
@@ -55,12 +60,12 @@ __device__ inline void state_of_sums(const Parameters &p, long long n, real maxi
     const precise magnitude = fmax(fabs(own), fabs((precise)logsumexp));
     if (!(fabs(own - (precise)logsumexp) <= 8 * EPSILON * magnitude)) return;
     state.score = maximum;
-    // -inf would say that the row has no probability.
+    // Not -inf, which stands for a row without a probability.
     state.offset = (real)fmax(offset * (precise)UNIT, precise(-1e30));
 }
 
-// The scratch that attention_prepare_gradients fills, [B, N, T] each: offsets in `first`, row terms in `second` and scores behind
-// those; and a number for each head that is not 0 where it has a far row.
+// The scratch that attention_prepare_gradients fills, [B, N, T] each: offsets in `row_offsets`; row terms in
+// `row_deltas`, scores behind those, and behind them a number per head that is not 0 where it has a far row.
 __device__ inline long long state_of(const Parameters &p, long long b, long long n, long long t) {
     return (b * p.query_heads + n) * p.query_length + t;
 }
@@ -71,12 +76,12 @@ __device__ inline bool has_far_rows(const Parameters &p, long long b, long long 
     return far_heads(p)[b * p.query_heads + n] != 0;
 }
 
-// What the exponents of a row are at most in the loops over tiles. A far row with a largest score of 0 has none: its logsumexp is that of its
-// sink, so its exponents are far below 0.
+// The cap on the exponents of a row in the loops over tiles. A far row whose row max is 0 needs none: its
+// logsumexp is that of its sink, so its exponents are far below 0.
 __device__ inline real largest_exponent(const State &state) { return state.score != 0 ? real(0) : infinity(); }
 
-// The exponent of a probability, at most `largest`. A row that is not far has the same bits with and without MAY_BE_FAR, so they do not
-// depend on the rows that share its tile. NaN stays.
+// The exponent of a probability, capped at `largest`; NaN stays. A row that is not far has the same bits with
+// and without MAY_BE_FAR, so its bits do not depend on the rows that share its tile.
 template <bool MAY_BE_FAR>
 __device__ inline real exponent_in(const Parameters &p, real score, const State &state, real largest) {
     const real factor = gradient_factor(p);
@@ -86,39 +91,40 @@ __device__ inline real exponent_in(const Parameters &p, real score, const State 
 }
 
 struct Weights {
-    // The probability after dropout, without dropout's factor.
+    // The probability after dropout, without the factor of dropout.
     real kept;
     // The gradient of the logit, and of the scaled product behind it, balanced.
     real logit, product;
 };
 
-// From the exponent of a probability to the gradient of its logit; where it is `masked`, it is -inf. `incoming` is the product of
-// d_out and value, `kept` the bit of dropout.
+// From the exponent of a probability, -inf where `masked`, to the gradient of its logit. `incoming` is the
+// product of d_out and value, `kept` the bit of dropout.
 __device__ inline Weights weigh(const Parameters &p, bool masked, real exponent, real slope, bool kept, real incoming,
                                 real delta) {
     const real probability = exponential(exponent);
     const real change = (kept ? keep_scale(p) * balance_of(p) * incoming : real(0)) - delta;
     Weights weights;
     weights.kept = kept ? probability : real(0);
-    // Selected, not multiplied: what is masked may be NaN.
+    // Selected, not multiplied: masked operands may be NaN.
     weights.logit = masked ? real(0) : probability * change;
     weights.product = weights.logit * slope;
     return weights;
 }
 
 // The same in slots r and c of a tile, from the product of query and key and as `tile_logit` has it.
-template <class Check, bool MAY_BE_FAR, bool EXACT, class Terms>
-__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, real distance, const Terms &terms, int r,
-                                int c, bool kept, real product, real incoming, const State &state, real largest) {
+template <class Check, bool MAY_BE_FAR, bool EXACT, class MaskBias>
+__device__ inline Weights weigh(const Parameters &p, const Row &row, int key, real distance, const MaskBias &mask_bias,
+                                int r, int c, bool kept, real product, real incoming, const State &state,
+                                real largest) {
     real slope = 1, score = product;
     bool masked;
     if constexpr (NEEDS_LOGITS) {
-        score = tile_logit<Check, EXACT>(p, row, key, distance, terms, r, c, product, slope);
+        score = tile_logit<Check, EXACT>(p, row, key, distance, mask_bias, r, c, product, slope);
         masked = score == -infinity();
     } else {
-        masked = !takes_part<Check>(p, row, key, terms, r, c);
+        masked = !takes_part<Check>(p, row, key, mask_bias, r, c);
     }
-    // The state may be NaN.
+    // Not from the state, which may be NaN.
     return weigh(p, masked, masked ? -infinity() : exponent_in<MAY_BE_FAR>(p, score, state, largest), slope, kept,
                  incoming, state.delta);
 }
@@ -131,8 +137,8 @@ struct PreparedState {
     }
 };
 
-// The same for a single row and key, by a whole warp. False where the key takes no part. The product is summed in another order than the
-// logsumexp was, so exponents of all rows are at most 0.
+// The same for a single row and key, by a whole warp. Returns false where the key is masked. The product is
+// summed in another order than the logsumexp was, so exponents are capped at 0 in every row.
 __device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const State &state, long long b, long long n,
                                      int key, Weights &weights) {
     real slope;

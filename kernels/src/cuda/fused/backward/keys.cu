@@ -1,9 +1,11 @@
-// The gradients of keys and values. One block to a tile of keys of a key/value head: it goes over the query rows of all heads of the
-// group, so that both gradients are summed in registers, in a fixed order, and rounded once.
+// The gradients of keys and values. One block to a tile of keys of a key/value head: it goes over the query
+// rows of all heads of the group, so that both gradients are summed in registers, in a fixed order, and
+// rounded once.
+// Needs: fused/backward/keys/epilogue.cuh.
 //
-// Logits are computed transposed, keys by queries, so that probabilities and gradients of logits are the left operands of the products
-// that follow, without leaving registers. WANTED is 1 for the gradient of keys, 2 for that of values, 3 for both; STAGES is the number
-// of tiles of queries, and of d_out, in shared memory.
+// Logits are computed transposed, keys by queries, so that probabilities and gradients of logits are the left
+// operands of the products that follow, without leaving registers. WANTED is 1 for the gradient of keys, 2
+// for that of values, 3 for both; STAGES is the number of tiles of queries, and of d_out, in shared memory.
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradient_of_keys(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];

@@ -1,8 +1,10 @@
-// The gradient of queries. One block to a tile of query rows of a head, which goes over the keys that they see. STAGES is the number of
-// tiles of keys, and of values, in shared memory.
+// The gradient of queries. One block to a tile of query rows of a head, which goes over the keys that they
+// see. STAGES is the number of tiles of keys, and of values, in shared memory.
+// Needs: fused/backward/queries/epilogue.cuh.
 //
-// Where the tile has a far row (gradients.cuh), the block goes over the keys twice, first for the sums of such rows. It leaves those in
-// scratch for the kernels behind it, and marks its head. Where the gradient is not wanted, that is all that it does.
+// Where the tile has a far row (gradients.cuh), the block goes over the keys twice, first for the sums of
+// such rows. It leaves those in scratch for the kernels behind it, and marks its head. Where the gradient is
+// not wanted, that is all that it does.
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     attention_gradient_of_queries(const __grid_constant__ Parameters p) {

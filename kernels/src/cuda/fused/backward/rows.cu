@@ -1,17 +1,20 @@
-// What backward needs of each query row before anything else, and the gradient of the sinks, which is a sum over rows.
+// The first kernel of the backward pass: offset, row term and score per query row. And the gradient of the
+// sinks, a sum over rows.
+// Needs: fused/exact.cuh, fused/backward/gradients.cuh.
 
-// Threads to a row.
+// Threads per row.
 constexpr int WIDE = lanes_of_row<VALUE>();
 
-// Six blocks of eight warps to a multiprocessor, so 40 registers a thread: the kernel waits for memory, and more warps wait at once than
-// with the 56 that the compiler takes otherwise. Eight blocks were not measured.
+// Six blocks of eight warps per multiprocessor, so 40 registers per thread: the kernel is bound by memory
+// latency, and more warps hide more of it than with the 56 registers that the compiler takes otherwise. Eight
+// blocks were not measured.
 constexpr int PREPARING_BLOCKS = 6;
 
 extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS) attention_prepare_gradients(const Parameters p) {
     const long long row = (blockIdx.x * (long long)THREADS + threadIdx.x) / WIDE;
     const int within = threadIdx.x % WIDE;
     const bool inside = row < p.batch * p.query_heads * p.query_length;
-    // Rows of a head follow each other.
+    // Rows of a head are consecutive.
     const unsigned head = inside ? (unsigned)(row / p.query_length) : 0;
     const long long t = inside ? row - head * p.query_length : 0, n = head % (unsigned)p.query_heads,
                     b = head / (unsigned)p.query_heads;
@@ -47,11 +50,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS) attention_
     p.row_offsets[row] = state.offset;
     p.row_deltas[row] = state.delta;
     scores_of_states(p)[row] = state.score;
-    // Whoever sums a far row sets it (far_rows.cuh).
+    // Set again by the block that sums a far row (far_rows.cuh).
     if (t == 0) far_heads(p)[head] = 0;
 }
 
-// One block to a head, which adds up its rows in a fixed order.
+// One block per head, which adds up its rows in a fixed order.
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradient_of_sinks(const Parameters p) {
     __shared__ real sums[WARPS];
     const long long n = blockIdx.x;
@@ -59,10 +62,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
     real sum = 0;
     for (long long row = threadIdx.x; row < p.batch * p.query_length; row += THREADS) {
         const State state = PreparedState()(p, row / p.query_length, n, (int)(row % p.query_length));
-        // What has no probability has none beside NaN either.
+        // A row or a sink without a probability adds nothing, even beside NaN.
         if (state.offset == -infinity() || sink == -infinity()) continue;
         const precise above = (precise)sink - (precise)state.score * (precise)natural_factor(p);
-        // So far above the keys' largest score, the sink has all there is, and the offset has lost what is left of the difference.
+        // A sink so far above the largest score has a probability of 1, and the offset has lost the rest of
+        // the difference.
         const real exponent = above > 2 * FAR ? real(0) : (real)(above * (precise)UNIT + (precise)state.offset);
         sum = fma(exponential(exponent > 0 ? real(0) : exponent), state.delta, sum);
     }

@@ -1,7 +1,8 @@
-// Attention forward, second kernel, where the keys are cut into parts: joins the parts of a row, which the first kernel left in
-// scratch. One warp to a row and slice of its columns.
+// Attention forward with split keys, second kernel: combines the partial results of a row that the first
+// kernel left in scratch. One warp per row and slice of its columns.
+// Needs: fused/softmax.cuh, fused/exact.cuh.
 
-// Parts whose sums a warp has on their way at once: as many as there are registers for.
+// Splits whose partial outputs a warp loads at once, as many as registers allow.
 constexpr int COLUMNS = VALUE / 32;
 constexpr int WORDS = COLUMNS * (int)(sizeof(real) / sizeof(float));
 constexpr int BATCH = WORDS <= 2 ? 32 : WORDS <= 16 ? 64 / WORDS : 4;
@@ -21,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
     const auto read_batch = [&](int first) {
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            // The last part again where there are no more, which counts for nothing below.
+            // The last split again where there are no more; its weight is 0 below.
             const long long part = min(first + i, p.splits - 1);
             const real *const from = p.partial_out + (part * all_rows + row) * p.value_head_dim + first_column;
 #pragma unroll
@@ -29,7 +30,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
         }
     };
     read_batch(0);
-    // Each lane looks at parts of its own, which costs the latency of one load; sums keep the order of the parts.
+    // Each lane reads the row max of splits of its own, at the latency of one load; sums keep the order of
+    // the splits.
     real maximum = -infinity();
     for (int part = lane; part < p.splits; part += 32) maximum = fmax(maximum, states[2 * part * all_rows]);
 #pragma unroll
@@ -48,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const real weight = __shfl_sync(~0u, own_weight, i), part_total = __shfl_sync(~0u, own_total, i);
-            // A part without a key has zeros, and its weight may be NaN.
+            // A split without a key has zeros, and its weight may be NaN.
             const bool is_empty = part_total == 0;
             total = is_empty ? total : fma(part_total, weight, total);
 #pragma unroll

@@ -1,7 +1,10 @@
-// The main loop of the forward kernel: products of queries and keys, online softmax, weighted sums of values, over the keys of the tile.
-// One version on warpgroups, fed by producer threads, and one for all other architectures. Needs producer.cuh, online_softmax.cuh.
+// The main loop of the forward kernel: products of queries and keys, online softmax, weighted sums of values,
+// over the keys of the tile. One version on warpgroups, fed by producer threads, and one for all other
+// architectures.
+// Needs: fused/forward/producer.cuh, fused/online_softmax.cuh, fused/mma/sm90.cuh.
 
-// What a consumer thread keeps of its rows over the keys: row max and row sum of the softmax, and the sums of values.
+// What a consumer thread keeps of its rows over the keys: row max and row sum of the softmax, and the sums of
+// values.
 struct ForwardRows {
     Row rows[row_slots<ROWS>()];
     real row_max[row_slots<ROWS>()], row_sum[row_slots<ROWS>()], outputs[row_slots<ROWS>()][output_slots<VALUE>()];
@@ -40,7 +43,8 @@ __device__ inline void read_mask_and_bias(const Parameters &p, const ForwardRows
     if constexpr (PACKS_MASK || PACKS_BIAS) mask_bias.read(p, state.rows, first);
 }
 
-// From the products of a tile of keys to weights, in their place. Whether sums of values so far have to be multiplied by `scores_scale`.
+// From the products of a tile of keys to weights, in their place. Whether sums of values so far have to be
+// multiplied by `scores_scale`.
 __device__ inline bool softmax_step(const Parameters &p, const ForwardTile &tile, ForwardRows &state, real factor,
                                     int first, const RowMaskBias<ROWS, KEYS> &mask_bias,
                                     real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()],

@@ -1,9 +1,10 @@
-// What the forward kernel does behind its main loop: stores outputs and logsumexps, or partial ones where keys are split, and computes rows
-// again that hold NaN or infinities of keys that they must not see. Needs consumer.cuh, exact.cuh.
+// What the forward kernel does behind its main loop: stores outputs and logsumexps, or partial ones where
+// keys are split, and computes rows again that hold NaN or infinities of keys that they must not see.
+// Needs: fused/forward/consumer.cuh, fused/exact.cuh.
 
-// Bit r says that the row in slot r has to be computed again: its sums of values are NaN or infinite, and its softmax is not, so they
-// may come from masked keys, whose weights are 0. Split products make NaN of infinities, in the softmax too, and so does a bias of -inf
-// beside an infinite product.
+// Bit r says that the row in slot r has to be computed again: its sums of values are NaN or infinite, and its
+// softmax is not, so they may come from masked keys, whose weights are 0. Split products make NaN of
+// infinities, in the softmax too, and so does a bias of -inf beside an infinite product.
 __device__ inline unsigned non_finite_rows(const ForwardTile &tile, ForwardRows &state) {
     constexpr bool LOOKS_AT_SOFTMAX = SPLITS || (FEATURES & FEATURE_BIAS) != 0;
     unsigned non_finite = 0;
@@ -70,8 +71,8 @@ __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, 
     }
 }
 
-// Computes a row of the tile from its allowed keys alone, and stores it. By a warp. The softmax too: products are summed in another
-// order here, and weights are relative to the row max of the same products.
+// Computes a row of the tile from its allowed keys alone, and stores it. By a warp. The softmax too: products
+// are summed in another order here, and weights are relative to the row max of the same products.
 __device__ inline void store_exact_row(const Parameters &p, const ForwardTile &tile, int local_row) {
     const long long n = tile.head_of(p, tile.first_row + local_row), t = tile.t_of(p, tile.first_row + local_row);
     const Row whole = row_of(p, tile.batch, tile.b, n, t);

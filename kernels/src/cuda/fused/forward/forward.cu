@@ -1,9 +1,11 @@
-// Attention forward: one pass over the keys for a tile of query rows, with an online softmax (Dao, FlashAttention-2, arXiv 2307.08691,
-// algorithm 1; Rabe and Staats, arXiv 2112.05682). Needs scheduler.cuh, producer.cuh, consumer.cuh, epilogue.cuh.
+// Attention forward: one pass over the keys for a tile of query rows, with an online softmax (Dao,
+// FlashAttention-2, arXiv 2307.08691, algorithm 1; Rabe and Staats, arXiv 2112.05682).
+// Needs: fused/forward/epilogue.cuh.
 //
-// Any dtype, head dimensions up to HEAD and SLICES * VALUE, any strides; compute capability 8.0 for halves. ROWS query rows and KEYS
-// keys to a tile. So that few queries keep the device busy, rows of several query heads can share a tile (pack GQA), and keys can be split
-// over blocks whose partial results a second kernel combines (split-KV, combine.cu).
+// Any dtype, head dimensions up to HEAD and SLICES * VALUE, any strides; compute capability 8.0 for halves.
+// ROWS query rows and KEYS keys to a tile. So that few queries keep the device busy, rows of several query
+// heads can share a tile (pack GQA), and keys can be split over blocks whose partial results a second kernel
+// combines (split-KV, combine.cu).
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_forward(const Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];

@@ -1,5 +1,6 @@
-// Loads of the forward kernel, from global to shared memory. On warpgroups (wgmma), producer threads of their own run them, two tiles of
-// keys and values ahead of the consumers; elsewhere all threads do. Needs scheduler.cuh, staging.cuh, warpgroups.cuh.
+// Loads of the forward kernel, from global to shared memory. On warpgroups (wgmma), producer threads of their
+// own run them, two tiles of keys and values ahead of the consumers; elsewhere all threads do.
+// Needs: fused/forward/scheduler.cuh, fused/shared_tiles.cuh, fused/fragments.cuh, fused/pipeline.cuh.
 
 // Tiles of keys, and of values, in shared memory.
 constexpr int STAGES_OF_KEYS = ON_WARPGROUPS ? 2 : 1;
@@ -48,8 +49,8 @@ __device__ inline void load_values(const Parameters &p, const ForwardTile &tile,
 
 #if ON_WARPGROUPS
 
-// For each of the two stages of keys and of values, an mbarrier on which consumers wait for the tile (`full`), and one on which producers
-// wait for its last reader (`empty`).
+// For each of the two stages of keys and of values, an mbarrier on which consumers wait for the tile
+// (`full`), and one on which producers wait for its last reader (`empty`).
 struct ForwardPipeline {
     Mbarrier *query_full, *key_full, *key_empty, *value_full, *value_empty;
 };

@@ -1,13 +1,15 @@
-// What a block of the forward kernel works on: a tile of query rows, a range of keys, and a slice of the columns of values. Needs
-// parameters.cuh.
+// What a block of the forward kernel works on: a tile of query rows, a range of keys, and a slice of the
+// columns of values.
+// Needs: fused/parameters.cuh.
 
 struct ForwardTile {
     long long b, first_head, key_head;
     Batch batch;
-    // Rows of the tile are counted over the head, or over the query heads that share it with pack GQA: the heads of a position, then
-    // those of the next one.
+    // Rows of the tile are counted over the head, or over the query heads that share it with pack GQA: the
+    // heads of a position, then those of the next one.
     int first_row, rows_of_head;
-    // Which of the splits of the keys, and which slice of the columns of values and outputs, `width` of them from `first_column` on.
+    // Which of the splits of the keys, and which slice of the columns of values and outputs, `width` of them
+    // from `first_column` on.
     int split, slice, first_column, width;
     // The keys that any row of the tile sees, and those that all of its rows see.
     int from, to, all_from, all_to;

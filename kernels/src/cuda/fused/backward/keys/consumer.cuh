@@ -1,5 +1,6 @@
-// The main loop of the kernel for the gradients of keys and values. One loop serves warpgroups, which are fed by producer threads, and
-// other architectures, where all threads load.
+// The main loop of the kernel for the gradients of keys and values. One loop serves warpgroups, which are fed
+// by producer threads, and other architectures, where all threads load.
+// Needs: fused/backward/keys/producer.cuh, fused/mma/sm90.cuh.
 
 constexpr bool WANTS_KEYS = (WANTED & 1) != 0, WANTS_VALUES = (WANTED & 2) != 0;
 
@@ -8,12 +9,13 @@ struct KeySums {
     real keys[row_slots<KEYS>()][output_slots<HEAD>()], values[row_slots<KEYS>()][output_slots<VALUE>()];
 };
 
-// From products of keys and queries, and of values and d_out, to probabilities after dropout and the gradients of the first products, in
-// their places, for query rows from `t` on of head n. `numbers` holds the offset and the row term of each query row; scores are read where
-// the head has far rows, by the checked version, as for the gradient of queries.
+// From products of keys and queries, and of values and d_out, to probabilities after dropout and the
+// gradients of the first products, in their places, for query rows from `t` on of head n. `numbers` holds the
+// offset and the row term of each query row; scores are read where the head has far rows, by the checked
+// version, as for the gradient of queries.
 template <class Check, bool MAY_BE_FAR>
-__device__ inline void logit_gradients(const Parameters &p, const KeyTile &tile, long long n, int t, const real *numbers,
-                                       bool has_far, const KeyMaskBias<KEYS, ROWS> &mask_bias,
+__device__ inline void logit_gradients(const Parameters &p, const KeyTile &tile, long long n, int t,
+                                       const real *numbers, bool has_far, const KeyMaskBias<KEYS, ROWS> &mask_bias,
                                        real (&weights)[row_slots<KEYS>()][column_slots<ROWS>()],
                                        real (&gradients)[row_slots<KEYS>()][column_slots<ROWS>()]) {
     unsigned kept[row_slots<KEYS>()];
@@ -45,8 +47,8 @@ __device__ inline void logit_gradients(const Parameters &p, const KeyTile &tile,
 }
 
 template <class Pipeline>
-__device__ inline void consume(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, const Pipeline &pipeline,
-                               KeySums &sums) {
+__device__ inline void consume(const Parameters &p, const KeyTile &tile, const SharedKeys &shared,
+                               const Pipeline &pipeline, KeySums &sums) {
 #pragma unroll
     for (int r = 0; r < row_slots<KEYS>(); ++r) {
 #pragma unroll
@@ -79,7 +81,8 @@ __device__ inline void consume(const Parameters &p, const KeyTile &tile, const S
         __syncthreads();
         if (STAGES > 1 && step + 1 < tile.steps) load_step(p, tile, shared, step + 1, next_n, next_t);
 #endif
-        const element *query_tile = shared.queries + stage * QUERY_TILE, *d_out_tile = shared.d_outs + stage * D_OUT_TILE;
+        const element *query_tile = shared.queries + stage * QUERY_TILE,
+                      *d_out_tile = shared.d_outs + stage * D_OUT_TILE;
         const real *numbers = shared.numbers + stage * NUMBERS;
         const int last_t = min(t + ROWS, tile.to) - 1;
         // Behind the last row a bias may hold anything, and behind the last key there is none.

@@ -1,7 +1,9 @@
-// What the kernel for the gradients of keys and values does behind its main loop: stores the sums, and computes keys again that hold NaN or
-// infinities of query rows that do not see them.
+// What the kernel for the gradients of keys and values does behind its main loop: stores the sums, and
+// computes keys again that hold NaN or infinities of query rows that do not see them.
+// Needs: fused/backward/keys/consumer.cuh, fused/exact.cuh.
 
-__device__ inline void store_gradients(const Parameters &p, const KeyTile &tile, const KeySums &sums, unsigned char *memory) {
+__device__ inline void store_gradients(const Parameters &p, const KeyTile &tile, const KeySums &sums,
+                                       unsigned char *memory) {
     unsigned non_finite = 0;
 #pragma unroll
     for (int r = 0; r < row_slots<KEYS>(); ++r) {
@@ -13,8 +15,7 @@ __device__ inline void store_gradients(const Parameters &p, const KeyTile &tile,
         if (!finite && tile.first + key_row_at<KEYS>(r) < tile.end) non_finite |= 1u << r;
     }
     int *const is_computed_again = reinterpret_cast<int *>(memory);
-    const bool any_again =
-        mark_rows<KEYS>(p, non_finite, is_computed_again, [](int r) { return key_row_at<KEYS>(r); });
+    const bool any_again = mark_rows<KEYS>(p, non_finite, is_computed_again, [](int r) { return key_row_at<KEYS>(r); });
     const real scale = scale_of_sums(p);
 #pragma unroll
     for (int r = 0; r < row_slots<KEYS>(); ++r) {
@@ -46,7 +47,7 @@ __device__ inline void store_gradients(const Parameters &p, const KeyTile &tile,
         if (WANTS_KEYS && p.d_key.data)
             store_row<HEAD>(at(p.d_key, tile.b, key, tile.key_head), p.d_key.stride[3], p.head_dim, key_sums, scale);
         if (WANTS_VALUES && p.d_value.data)
-            store_row<VALUE>(at(p.d_value, tile.b, key, tile.key_head), p.d_value.stride[3], p.value_head_dim, value_sums,
-                             keep_scale(p));
+            store_row<VALUE>(at(p.d_value, tile.b, key, tile.key_head), p.d_value.stride[3], p.value_head_dim,
+                             value_sums, keep_scale(p));
     }
 }

@@ -1,8 +1,10 @@
-// Loads of the kernel for the gradients of keys and values: keys and values once, tiles of queries and d_out in a ring of STAGES. On
-// warpgroups, half of the producer threads load keys and queries, the others values and d_out; elsewhere all threads load.
+// Loads of the kernel for the gradients of keys and values: keys and values once, tiles of queries and d_out
+// in a ring of STAGES. On warpgroups, half of the producer threads load keys and queries, the others values
+// and d_out; elsewhere all threads load.
+// Needs: fused/backward/keys/scheduler.cuh, fused/backward/gradients.cuh, fused/pipeline.cuh.
 
-// Numbers that a tile of queries comes with: offset and row term per row, whether the head has far rows, and 12 or 24 bytes that keep
-// the next ones aligned.
+// Numbers that a tile of queries comes with: offset and row term per row, whether the head has far rows, and
+// 12 or 24 bytes that keep the next ones aligned.
 constexpr int NUMBERS = 2 * ROWS + 4;
 
 constexpr int QUERY_TILE = tile_size<ROWS, HEAD>(), D_OUT_TILE = tile_size<ROWS, VALUE>();
@@ -32,19 +34,19 @@ __device__ inline void load_keys(const Parameters &p, const KeyTile &tile, const
 }
 
 __device__ inline void load_values(const Parameters &p, const KeyTile &tile, const SharedKeys &shared) {
-    load_rows<KEYS, VALUE, KeysDown>(shared.value, p.value, tile.b, tile.key_head, tile.first, tile.end, p.value_head_dim,
-                                     p.aligned & ALIGNED_VALUE);
+    load_rows<KEYS, VALUE, KeysDown>(shared.value, p.value, tile.b, tile.key_head, tile.first, tile.end,
+                                     p.value_head_dim, p.aligned & ALIGNED_VALUE);
 }
 
-__device__ inline void load_queries(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, int stage, long long n,
-                                    int t) {
+__device__ inline void load_queries(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, int stage,
+                                    long long n, int t) {
     load_rows<ROWS, HEAD>(shared.queries + stage * QUERY_TILE, p.query, tile.b, n, t, tile.to, p.head_dim,
                           p.aligned & ALIGNED_QUERY);
 }
 
 // With the numbers of the rows.
-__device__ inline void load_d_out(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, int stage, long long n,
-                                  int t) {
+__device__ inline void load_d_out(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, int stage,
+                                  long long n, int t) {
     load_rows<ROWS, VALUE>(shared.d_outs + stage * D_OUT_TILE, p.d_out, tile.b, n, t, tile.to, p.value_head_dim,
                            p.aligned & ALIGNED_D_OUT);
     real *const numbers = shared.numbers + stage * NUMBERS;
@@ -62,7 +64,8 @@ __device__ inline void load_d_out(const Parameters &p, const KeyTile &tile, cons
 }
 
 // Queries and d_out of a step of the loop, by all threads.
-__device__ inline void load_step(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, int step, long long n, int t) {
+__device__ inline void load_step(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, int step,
+                                 long long n, int t) {
     load_queries(p, tile, shared, step % STAGES, n, t);
     load_d_out(p, tile, shared, step % STAGES, n, t);
     cp_async_commit();
@@ -70,8 +73,9 @@ __device__ inline void load_step(const Parameters &p, const KeyTile &tile, const
 
 #if ON_WARPGROUPS
 
-// An mbarrier on which consumers wait for keys and values, and for each stage of queries and d_out one on which they wait for the tiles
-// (`full`), and one on which producers wait for the tiles' last reader (`empty`).
+// An mbarrier on which consumers wait for keys and values, and for each stage of queries and d_out one on
+// which they wait for the tiles (`full`), and one on which producers wait for the tiles' last reader
+// (`empty`).
 struct KeyPipeline {
     Mbarrier *key_full, *full, *empty;
 };
@@ -95,7 +99,8 @@ __device__ inline KeyPipeline key_pipeline(const SharedKeys &shared) {
 }
 
 // All that a producer thread does.
-__device__ inline void produce(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, const KeyPipeline &pipeline) {
+__device__ inline void produce(const Parameters &p, const KeyTile &tile, const SharedKeys &shared,
+                               const KeyPipeline &pipeline) {
     const bool has_queries = threadIdx.x < THREADS + LOADING_THREADS;
     if (tile.steps == 0) return;
     if (has_queries)

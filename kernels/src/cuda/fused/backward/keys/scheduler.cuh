@@ -1,10 +1,12 @@
-// What a block of the kernel for the gradients of keys and values works on: a tile of keys of a key/value head, and the query rows of all
-// heads of its group that see any of them.
+// What a block of the kernel for the gradients of keys and values works on: a tile of keys of a key/value
+// head, and the query rows of all heads of its group that see any of them.
+// Needs: fused/parameters.cuh.
 
 struct KeyTile {
     long long b, key_head;
     Batch batch;
-    // Keys from `first` to before `end`, query rows from `from` to before `to`, in `steps` tiles over all heads.
+    // Keys from `first` to before `end`, query rows from `from` to before `to`, in `steps` tiles over all
+    // heads.
     int first, end, from, to, steps;
 };
 

@@ -1,5 +1,6 @@
-// The main loop of the kernel for the gradient of queries, and the sums of far rows before it. One loop serves warpgroups, which are fed by
-// producer threads, and other architectures, where all threads load.
+// The main loop of the kernel for the gradient of queries, and the sums of far rows before it. One loop
+// serves warpgroups, which are fed by producer threads, and other architectures, where all threads load.
+// Needs: fused/backward/queries/producer.cuh, fused/backward/far_rows.cuh, fused/mma/sm90.cuh.
 
 // What a consumer thread keeps of its rows over the keys.
 struct QueryRows {
@@ -10,7 +11,8 @@ struct QueryRows {
     int step;
 };
 
-__device__ inline void begin_rows(const Parameters &p, const QueryTile &tile, const SharedQueries &shared, QueryRows &state) {
+__device__ inline void begin_rows(const Parameters &p, const QueryTile &tile, const SharedQueries &shared,
+                                  QueryRows &state) {
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const long long t = tile.first_t + row_at<ROWS>(r);
@@ -59,10 +61,11 @@ __device__ inline State state_of_slot(const Parameters &p, const QueryTile &tile
 #endif
 }
 
-// From products of queries and keys, and of d_out and values, to the gradients of the products, in the place of the second.
+// From products of queries and keys, and of d_out and values, to the gradients of the products, in the place
+// of the second.
 //
-// Tiles with far rows take the checked version, not a third one, which would make the loop over tiles longer for all calls: short calls
-// wait for instructions to be fetched.
+// Tiles with far rows take the checked version, not a third one, which would make the loop over tiles longer
+// for all calls: short calls wait for instructions to be fetched.
 template <class Check, bool MAY_BE_FAR>
 __device__ inline void logit_gradients(const Parameters &p, const QueryTile &tile, const SharedQueries &shared,
                                        const QueryRows &state, const Row (&rows)[row_slots<ROWS>()], bool is_far_tile,
@@ -84,8 +87,9 @@ __device__ inline void logit_gradients(const Parameters &p, const QueryTile &til
     }
 }
 
-// The softmax of the tile's far rows once more, from the products that the gradients are made of (far_rows.cuh): a round over the keys
-// of its own. States of far rows are replaced here and in scratch, for the kernels behind this one.
+// The softmax of the tile's far rows once more, from the products that the gradients are made of
+// (far_rows.cuh): a round over the keys of its own. States of far rows are replaced here and in scratch, for
+// the kernels behind this one.
 template <class Pipeline>
 __device__ inline void sum_far_rows(const Parameters &p, const QueryTile &tile, const SharedQueries &shared,
                                     const Pipeline &pipeline, QueryRows &state) {

@@ -1,5 +1,6 @@
-// What the kernel for the gradient of queries does behind its main loop: stores the sums, and computes rows again that hold NaN or
-// infinities of keys that they must not see.
+// What the kernel for the gradient of queries does behind its main loop: stores the sums, and computes rows
+// again that hold NaN or infinities of keys that they must not see.
+// Needs: fused/backward/queries/consumer.cuh, fused/exact.cuh.
 
 __device__ inline void store_gradients(const Parameters &p, const QueryTile &tile, const QueryRows &state,
                                        unsigned char *memory) {
@@ -12,8 +13,7 @@ __device__ inline void store_gradients(const Parameters &p, const QueryTile &til
         if (!finite && tile.first_t + row_at<ROWS>(r) < tile.batch.queries) non_finite |= 1u << r;
     }
     int *const is_computed_again = reinterpret_cast<int *>(memory);
-    const bool any_again =
-        mark_rows<ROWS>(p, non_finite, is_computed_again, [](int r) { return row_at<ROWS>(r); });
+    const bool any_again = mark_rows<ROWS>(p, non_finite, is_computed_again, [](int r) { return row_at<ROWS>(r); });
     const real scale = scale_of_sums(p);
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {

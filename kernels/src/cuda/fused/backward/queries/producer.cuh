@@ -1,19 +1,23 @@
-// Loads of the kernel for the gradient of queries: rows of queries and d_out once, tiles of keys and values in a ring of STAGES. On
-// warpgroups, half of the producer threads load queries and keys, the others d_out and values; elsewhere all threads load.
+// Loads of the kernel for the gradient of queries: rows of queries and d_out once, tiles of keys and values
+// in a ring of STAGES. On warpgroups, half of the producer threads load queries and keys, the others d_out
+// and values; elsewhere all threads load.
+// Needs: fused/backward/queries/scheduler.cuh, fused/pipeline.cuh.
 
-// Whether consumers keep what they know of their rows in registers. On warpgroups, beside a bias or a mask, there are none to spare:
-// what is read of those for a tile would be stored again, and waited for before the products are there.
+// Whether consumers keep what they know of their rows in registers. On warpgroups, beside a bias or a mask,
+// there are none to spare: what is read of those for a tile would be stored again, and waited for before the
+// products are there.
 constexpr bool KEEPS_ROWS = !ON_WARPGROUPS || !(PACKS_MASK || PACKS_BIAS);
 
-// What shared memory has of a row that consumers do not keep: the keys in reach, and where its bias or mask begins.
+// What shared memory has of a row that consumers do not keep: the keys in reach, and where its bias or mask
+// begins.
 struct Reach {
     int low, high;
     long long mask_bias;
 };
 
-// Numbers of a block on warpgroups: whether the tile has a far row, for the producers; 12 bytes that keep the next ones aligned; the
-// score of each row; and of rows that consumers do not keep, the offset and row term, and the reach. No more than needed: shared
-// memory that is not set aside is cache.
+// Numbers of a block on warpgroups: whether the tile has a far row, for the producers; 12 bytes that keep the
+// next ones aligned; the score of each row; and of rows that consumers do not keep, the offset and row term,
+// and the reach. No more than needed: shared memory that is not set aside is cache.
 constexpr int NUMBERS =
     !ON_WARPGROUPS ? 0 : 4 + ROWS + (KEEPS_ROWS ? 0 : 2 * ROWS + ROWS * (int)(sizeof(Reach) / sizeof(real)));
 
@@ -70,18 +74,21 @@ __device__ inline void load_d_out(const Parameters &p, const QueryTile &tile, co
 #endif
 }
 
-__device__ inline void load_keys(const Parameters &p, const QueryTile &tile, const SharedQueries &shared, int stage, int first) {
-    load_rows<KEYS, HEAD, KeysAcross>(shared.keys + stage * KEY_TILE, p.key, tile.b, tile.key_head, first, tile.batch.keys,
-                                      p.head_dim, p.aligned & ALIGNED_KEY);
+__device__ inline void load_keys(const Parameters &p, const QueryTile &tile, const SharedQueries &shared, int stage,
+                                 int first) {
+    load_rows<KEYS, HEAD, KeysAcross>(shared.keys + stage * KEY_TILE, p.key, tile.b, tile.key_head, first,
+                                      tile.batch.keys, p.head_dim, p.aligned & ALIGNED_KEY);
 }
 
-__device__ inline void load_values(const Parameters &p, const QueryTile &tile, const SharedQueries &shared, int stage, int first) {
-    load_rows<KEYS, VALUE, KeysAcross>(shared.values + stage * VALUE_TILE, p.value, tile.b, tile.key_head, first, tile.batch.keys,
-                                       p.value_head_dim, p.aligned & ALIGNED_VALUE);
+__device__ inline void load_values(const Parameters &p, const QueryTile &tile, const SharedQueries &shared, int stage,
+                                   int first) {
+    load_rows<KEYS, VALUE, KeysAcross>(shared.values + stage * VALUE_TILE, p.value, tile.b, tile.key_head, first,
+                                       tile.batch.keys, p.value_head_dim, p.aligned & ALIGNED_VALUE);
 }
 
 // Keys and values of a step of the loop, by all threads.
-__device__ inline void load_step(const Parameters &p, const QueryTile &tile, const SharedQueries &shared, int step, int first) {
+__device__ inline void load_step(const Parameters &p, const QueryTile &tile, const SharedQueries &shared, int step,
+                                 int first) {
     load_keys(p, tile, shared, step % STAGES, first);
     load_values(p, tile, shared, step % STAGES, first);
     cp_async_commit();
@@ -89,8 +96,9 @@ __device__ inline void load_step(const Parameters &p, const QueryTile &tile, con
 
 #if ON_WARPGROUPS
 
-// An mbarrier on which consumers wait for queries and d_out, and for each stage of keys and values one on which they wait for the tiles
-// (`full`), and one on which producers wait for the tiles' last reader (`empty`).
+// An mbarrier on which consumers wait for queries and d_out, and for each stage of keys and values one on
+// which they wait for the tiles (`full`), and one on which producers wait for the tiles' last reader
+// (`empty`).
 struct QueryPipeline {
     Mbarrier *query_full, *full, *empty;
 };
@@ -113,9 +121,9 @@ __device__ inline QueryPipeline query_pipeline(const SharedQueries &shared) {
     return pipeline;
 }
 
-// All that a producer thread does. Keys and values are loaded once more where consumers find far rows and the gradient is wanted; the first
-// round is loaded in any case, so producers need not wait to know. Consumers set `has_far` before they release the first tile, so that it
-// is known once they have released the last one.
+// All that a producer thread does. Keys and values are loaded once more where consumers find far rows and the
+// gradient is wanted; the first round is loaded in any case, so producers need not wait to know. Consumers
+// set `has_far` before they release the first tile, so that it is known once they have released the last one.
 __device__ inline void produce(const Parameters &p, const QueryTile &tile, const SharedQueries &shared,
                                const QueryPipeline &pipeline, bool wants_gradient) {
     const bool has_keys = threadIdx.x < THREADS + LOADING_THREADS;

@@ -1,4 +1,6 @@
-// What a block of the kernel for the gradient of queries works on: a tile of query rows of a head, and the keys that they see.
+// What a block of the kernel for the gradient of queries works on: a tile of query rows of a head, and the
+// keys that they see.
+// Needs: fused/backward/gradients.cuh.
 
 struct QueryTile {
     long long b, n, key_head;
@@ -27,7 +29,8 @@ __device__ inline QueryTile query_tile_of_block(const Parameters &p) {
     return tile;
 }
 
-// The scores of the tile's rows in scratch, which attention_prepare_gradients sets to another number than 0 for far rows alone.
+// The scores of the tile's rows in scratch, which attention_prepare_gradients sets to another number than 0
+// for far rows alone.
 __device__ inline const real *scores_of_tile(const Parameters &p, const QueryTile &tile) {
     return scores_of_states(p) + state_of(p, tile.b, tile.n, tile.first_t);
 }

@@ -1,7 +1,8 @@
-// Products of tiles of f32 on tensor cores (mma.sync.m16n8k8 of tf32, from compute capability 8.0): each factor is the sum of two
-// parts of 11 bits, and of their four products the three that count are added in f32 (Markidis et al. 2018, arXiv 1803.04014).
-// What is lost is of the order of f32's own rounding. An infinity is no sum of two parts: whoever calls looks at results that are not
-// finite, and computes them once more.
+// Products of tiles of f32 on tensor cores (mma.sync.m16n8k8 of tf32, from compute capability 8.0). Each
+// operand is the sum of two parts of 11 bits; of their four products the three that count are added in f32
+// (Markidis et al. 2018, arXiv 1803.04014). The error is of the order of f32's rounding. An infinity is no
+// sum of two parts: the epilogue looks for results that are not finite, and computes their rows again.
+// Needs: fused/shared_tiles.cuh, fused/fragments.cuh.
 
 #if SPLITS
 
@@ -11,40 +12,42 @@ struct Parts {
 
 __device__ inline Parts parts_of(float x) {
     Parts parts;
-    // To the nearest of 11 bits, as `cvt.rna.tf32.f32` does in four instructions, of which two are for what is not finite.
+    // To the nearest of 11 bits. `cvt.rna.tf32.f32` does the same in four instructions, two of which are for
+    // numbers that are not finite.
     parts.high = __float_as_uint(x) + 0x1000u & 0xffffe000u;
-    // Exact, and of as many bits as are left; what the product ignores of it is behind those.
+    // Exact; the instruction ignores the bits past the 11th.
     parts.low = __float_as_uint(x - __uint_as_float(parts.high));
     return parts;
 }
 
-__device__ inline void mma_m16n8k16(float &c0, float &c1, float &c2, float &c3, unsigned a0, unsigned a1, unsigned a2,
-                                    unsigned a3, unsigned b0, unsigned b1) {
+__device__ inline void mma_m16n8k8_tf32(float &c0, float &c1, float &c2, float &c3, unsigned a0, unsigned a1,
+                                        unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The factor on the left of 16 rows and 8 terms: rows `lane / 4` and 8 below, each with two terms.
+// The left operand, 16 rows by 8 columns: of the thread, rows `lane / 4` and `lane / 4 + 8`, two columns
+// each.
 struct Left {
     Parts of[4];
 };
 
-// Adds the product with two terms of a column on the right: the small products first, that of the left factor's low parts before the
-// other, or behind it if the product is TRANSPOSED, so that it has the bits of the one that is not.
+// Adds the product with two rows of a column of the right operand, small products first. The order of the two
+// small ones is reversed in a TRANSPOSED product, so that it has the same bits as the product that is not.
 template <bool TRANSPOSED>
-__device__ inline void mma_m16n8k16(float &c0, float &c1, float &c2, float &c3, const Left &a, const Parts &b0,
-                                    const Parts &b1) {
+__device__ inline void mma_split(float &c0, float &c1, float &c2, float &c3, const Left &a, const Parts &b0,
+                                 const Parts &b1) {
     if constexpr (!TRANSPOSED)
-        mma_m16n8k16(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
-    mma_m16n8k16(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.low, b1.low);
+        mma_m16n8k8_tf32(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
+    mma_m16n8k8_tf32(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.low, b1.low);
     if constexpr (TRANSPOSED)
-        mma_m16n8k16(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
-    mma_m16n8k16(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.high, b1.high);
+        mma_m16n8k8_tf32(c0, c1, c2, c3, a.of[0].low, a.of[1].low, a.of[2].low, a.of[3].low, b0.high, b1.high);
+    mma_m16n8k8_tf32(c0, c1, c2, c3, a.of[0].high, a.of[1].high, a.of[2].high, a.of[3].high, b0.high, b1.high);
 }
 
-// sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. A thread reads four neighbouring terms of a row: two for each of two
-// products of eight, in whichever order, as long as both factors have the same.
+// sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. A thread reads four neighbouring terms of a row:
+// two for each of two products of eight, in whichever order, as long as both factors have the same.
 template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
 __device__ inline void gemm_ss(real (&sums)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *a,
                                const element *b) {
@@ -80,8 +83,8 @@ __device__ inline void gemm_ss(real (&sums)[row_slots<HEIGHT>()][column_slots<WI
                 const Parts first = parts_of(column.of[2 * half]), second = parts_of(column.of[2 * half + 1]);
 #pragma unroll
                 for (int i = 0; i < BLOCKS; ++i)
-                    mma_m16n8k16<TRANSPOSED>(sums[2 * i][2 * j], sums[2 * i][2 * j + 1], sums[2 * i + 1][2 * j],
-                                             sums[2 * i + 1][2 * j + 1], factors[i][half], first, second);
+                    mma_split<TRANSPOSED>(sums[2 * i][2 * j], sums[2 * i][2 * j + 1], sums[2 * i + 1][2 * j],
+                                          sums[2 * i + 1][2 * j + 1], factors[i][half], first, second);
             }
         }
     }
@@ -115,8 +118,8 @@ __device__ inline void gemm_rs(real (&sums)[row_slots<HEIGHT>()][output_slots<DE
                 const int low = group * 8 + j, high = low + 4;
 #pragma unroll
                 for (int i = 0; i < BLOCKS; ++i)
-                    mma_m16n8k16<false>(sums[2 * i][low], sums[2 * i][high], sums[2 * i + 1][low],
-                                        sums[2 * i + 1][high], factors[i], upper, lower);
+                    mma_split<false>(sums[2 * i][low], sums[2 * i][high], sums[2 * i + 1][low], sums[2 * i + 1][high],
+                                     factors[i], upper, lower);
             }
         }
     }

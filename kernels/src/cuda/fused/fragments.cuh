@@ -1,7 +1,11 @@
-// How a tile of HEIGHT x WIDTH sums on tensor cores is spread over the threads: each warp has HEIGHT / WARPS whole rows of it, and
-// each thread `row_slots` rows and `column_slots` columns of those. That is the layout of the accumulator of mma.sync.m16n8k*
-// and of wgmma, which the factor on the left shares where the order of what is summed is chosen for it. So what was summed can be
-// multiplied without leaving registers.
+// The accumulator layout of mma.sync.m16n8k* and wgmma: which rows and columns of a HEIGHT x WIDTH tile each
+// thread holds, what of the mask, the bias and dropout it reads for them, and reductions along rows and
+// columns. mma/fma.cuh has the same for products without tensor cores.
+// Needs: fused/logits.cuh, fused/dropout.cuh, fused/shared_tiles.cuh.
+//
+// Each warp holds HEIGHT / WARPS whole rows, each thread `row_slots` rows and `column_slots` columns of them.
+// The left operand of the next product has the same layout, where the order of summation is chosen for it, so
+// accumulators are multiplied without leaving registers.
 
 #if TENSOR_CORES
 
@@ -31,8 +35,8 @@ __device__ inline int column_at(int slot) { return slot / 2 * 8 + lane() % 4 * 2
 
 __device__ constexpr int column_offset(int slot) { return slot / 2 * 8 + slot % 2; }
 
-// Keys stand in tiles in an order in which those of a thread follow each other, so that what is read for them comes in few pieces.
-// Across, a thread has eight keys of 32; down, two of 16.
+// Tiles hold keys in an order in which those of a thread are consecutive, so that it reads its mask and bias
+// in wide loads. As columns, a thread has eight consecutive keys of 32; as rows, two of 16.
 __device__ inline int key_at(int slot) { return slot / 8 * 32 + lane() % 4 * 8 + slot % 8; }
 __device__ constexpr int key_offset(int slot) { return slot / 8 * 32 + slot % 8; }
 
@@ -42,7 +46,7 @@ __device__ inline int key_row_at(int slot) {
     return threadIdx.x / 32 * 16 + lane() / 4 * 2 + slot;
 }
 
-// The row of a tile where a key stands, if keys are the columns of a product or its rows.
+// The row of a tile that holds a key, where keys are the columns of a product (across) or its rows (down).
 struct KeysAcross {
     static __device__ constexpr int of(int key) { return (key & ~30) | (key & 6) << 2 | (key >> 2 & 6); }
 };
@@ -50,17 +54,18 @@ struct KeysDown {
     static __device__ constexpr int of(int key) { return (key & ~15) | (key >> 1 & 7) | (key & 1) << 3; }
 };
 
-// Outputs of split products are spread so that a thread reads four neighbouring columns of the factor on the right at once.
+// Outputs of split products are permuted so that a thread reads four neighbouring columns of the right
+// operand at once.
 template <int WIDTH>
 __device__ inline int output_column_at(int slot) {
     if constexpr (SPLITS) return slot / 8 * 32 + (lane() % 4 * 2 + slot / 4 % 2) * 4 + slot % 4;
     return column_at(slot);
 }
 
-// Slots 2 * i and 2 * i + 1 are columns next to each other.
+// Slots 2 * i and 2 * i + 1 are neighbouring columns.
 constexpr int NEIGHBOURS = 2;
 
-// Whether the thread speaks for its rows.
+// Whether the thread writes what is one number per row.
 __device__ inline bool leads_row() { return lane() % 4 == 0; }
 
 // Over the threads that share a row.
@@ -95,8 +100,8 @@ __device__ inline unsigned kept_of_row(const Parameters &p, const Row &row, int 
     return kept;
 }
 
-// The same where columns are query rows from `first_t` on, and the thread's own rows are keys. The four threads whose keys are one
-// block draw for a row each.
+// The same where columns are query rows from `first_t` on and the thread's rows are keys. Four threads whose
+// keys are drawn together each draw for one query row.
 template <int HEIGHT, int WIDTH>
 __device__ inline void kept_of_keys(const Parameters &p, unsigned batch_head, int first_t, int first,
                                     unsigned (&kept)[row_slots<HEIGHT>()]) {
@@ -115,7 +120,7 @@ __device__ inline void kept_of_keys(const Parameters &p, unsigned batch_head, in
     }
 }
 
-// The mask and the bias of a tile, as they are read: those of neighbouring keys share a register.
+// The mask and the bias of a tile in registers, several keys to a register.
 __device__ inline real half_of(unsigned both, int index) {
     const unsigned short half = (unsigned short)(both >> (16 * index));
     return BIAS_DTYPE == DTYPE_F16 ? f16_to_float(half) : bf16_to_float(half);
@@ -133,10 +138,10 @@ struct RowMaskBias {
     __device__ inline bool visible(int r, int c) const { return !PACKS_MASK || byte_of(mask[r][c / 4], c % 4); }
     __device__ inline real added(int r, int c) const { return PACKS_BIAS ? half_of(bias[r][c / 2], c % 2) : real(0); }
 
-    // Keys from `first` on. What is read for keys behind the last is nobody's.
+    // For keys from `first` on. What is read past the last key is not used.
     __device__ inline void read(const Parameters &p, const Row (&rows)[ROWS_OF_THREAD], int first) {
         const int last = (int)p.key_length - 1;
-        // Loads without branches between them are under way at once.
+        // Without branches between them, all loads are in flight at once.
         if constexpr (PACKS_MASK) {
             if (p.aligned & ALIGNED_MASK) {
 #pragma unroll
@@ -196,7 +201,8 @@ struct KeyMaskBias {
     __device__ inline bool visible(int r, int c) const { return !PACKS_MASK || byte_of(mask[c / 2], c % 2 * 2 + r); }
     __device__ inline real added(int r, int c) const { return PACKS_BIAS ? half_of(bias[c], r) : real(0); }
 
-    // Query rows from `first_t` on of a head, and keys from `first` on. What is read for those behind the last is nobody's.
+    // For query rows of a head from `first_t` on and keys from `first` on. What is read past the last of them
+    // is not used.
     __device__ inline void read(const Parameters &p, long long b, long long n, int first_t, int first) {
         const int key = first + key_row_at<HEIGHT>(0), last = (int)p.key_length - 1;
         const int t = first_t + column_at(0), last_t = (int)p.query_length - 1;
@@ -206,7 +212,7 @@ struct KeyMaskBias {
             return head(tensor) + min(t + column_offset(c), last_t) * tensor.stride[2] +
                    min(key + i, last) * key_stride(tensor);
         };
-        // Loads without branches between them are under way at once.
+        // Without branches between them, all loads are in flight at once.
         if constexpr (PACKS_MASK) {
             if (inside && (p.aligned & ALIGNED_MASK)) {
                 const char *const from = p.mask.data + head(p.mask) + t * p.mask.stride[2] + min(key, last - 1);

@@ -1,25 +1,28 @@
-// Products of tiles on warpgroups (wgmma, which compute capability 9.0 alone has), for f16 and bf16 with sums in f32.
+// Products of tiles on warpgroups (wgmma, compute capability 9.0 only), for f16 and bf16 with accumulators in
+// f32.
+// Needs: fused/shared_tiles.cuh, fused/fragments.cuh, fused/mma/sm80.cuh, fused/mma/tf32_split.cuh,
+// fused/mma/fma.cuh.
 //
-// A warpgroup is four warps, which have 64 rows of a product. Its sums are spread over threads as spread.cuh has it, 16
-// rows to a warp, so a kernel does with them what it does there. Factors are tiles in shared memory as in staging.cuh, or weights
-// in registers on the left. A product runs beside what its threads do next: between `begin_...` and the `await_products` after
-// it, sums are nobody's.
+// A warpgroup is four warps, which compute 64 rows of a product. Accumulators lie as fragments.cuh says, 16
+// rows per warp. Operands are tiles in shared memory (shared_tiles.cuh); the left one may be in registers.
+// Products are asynchronous: accumulators must not be touched between `gemm_..._async` and the
+// `warpgroup_wait` after it.
 
 #if ON_WARPGROUPS
 
 static_assert(WARPS % 4 == 0, "whole warpgroups");
 
-// Where a matrix is: `panels` is the distance of panels in bytes, for a factor whose rows are summed over.
+// The descriptor of a matrix in shared memory: 128-byte swizzle, 1024 bytes from eight rows to the next,
+// `panels` bytes from panel to panel where the product sums over rows.
 __device__ inline unsigned long long smem_descriptor(const element *tile, unsigned offset, unsigned panels) {
     const unsigned address = __shfl_sync(~0u, shared_address(tile) + offset, 0);
-    // The pattern of 128 bytes, and 1024 bytes from eight rows to the next.
     return 1ull << 62 | 64ull << 32 | (unsigned long long)(panels / 16) << 16 | (address & 0x3ffff) / 16;
 }
 
 __device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void warpgroup_commit_batch() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Keeps what follows from being computed before this.
+// Keeps the compiler from moving accesses of these registers across this point.
 template <int COUNT>
 __device__ inline void warpgroup_fence_operand(real (&sums)[2][COUNT]) {
 #pragma unroll
@@ -28,75 +31,10 @@ __device__ inline void warpgroup_fence_operand(real (&sums)[2][COUNT]) {
         for (int c = 0; c < COUNT; ++c) asm volatile("" : "+f"(sums[r][c])::"memory");
 }
 
-// Waits until at most this many of the groups of products closed last are under way.
+// Waits until at most this many of the batches that were committed last are in flight.
 template <int GROUPS>
 __device__ inline void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
-}
-
-// A barrier in shared memory, which `count` arrivals pass from one phase to the next.
-typedef unsigned long long Mbarrier;
-
-__device__ inline void mbarrier_init(Mbarrier *gate, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(gate)), "r"(count) : "memory");
-}
-
-__device__ inline void mbarrier_arrive(Mbarrier *gate) {
-    asm volatile("{ .reg .b64 phase; mbarrier.arrive.shared::cta.b64 phase, [%0]; }" ::"r"(shared_address(gate))
-                 : "memory");
-}
-
-// One arrival for the warp.
-__device__ inline void mbarrier_arrive_per_warp(Mbarrier *gate) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(gate);
-}
-
-// Waits for the end of the phase of this number, counted from 0. One before the first has ended.
-__device__ inline void mbarrier_wait(Mbarrier *gate, int phase) {
-    asm volatile(
-        "{ .reg .pred passed; WAIT: mbarrier.try_wait.parity.shared::cta.b64 passed, [%0], %1; @passed bra.uni DONE; bra.uni WAIT; DONE: }" ::
-            "r"(shared_address(gate)),
-        "r"(phase & 1)
-        : "memory");
-}
-
-// Says that what this thread copied is there, as soon as it is.
-__device__ inline void mbarrier_arrive_after_copies(Mbarrier *gate) {
-    cp_async_commit();
-    cp_async_wait<0>();
-    mbarrier_arrive(gate);
-}
-
-// Has the mask and the bias of a tile on their way from memory, as far as a cache that all share, before those that compute ask for
-// them. By the stagers of a tile.
-template <int HEIGHT, int WIDTH>
-__device__ inline void prefetch_mask_and_bias(const Parameters &p, long long b, long long n, int first_t, int first) {
-    const auto announce = [&](const Tensor &tensor, int size) {
-        constexpr int LINE = 128;
-        const int lines = WIDTH * size / LINE;
-        const char *const head = tensor.data + size * (b * tensor.stride[0] + n * tensor.stride[1]);
-        for (int i = loading_thread(); i < HEIGHT * lines; i += LOADING_THREADS) {
-            const int t = min(first_t + i / lines, (int)p.query_length - 1);
-            const int key = min(first + i % lines * (LINE / size), (int)p.key_length - 1);
-            asm volatile(
-                "prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(head + size * (t * tensor.stride[2] + key))));
-        }
-    };
-    if constexpr (PACKS_MASK && TERM_STRIDE == 1) announce(p.mask, 1);
-    if constexpr (PACKS_BIAS && TERM_STRIDE == 1) announce(p.bias, 2);
-}
-
-// Registers of a thread, of which loaders leave theirs to those that compute.
-constexpr int PRODUCER_REGISTERS = WARPS == 8 ? 40 : 32, CONSUMER_REGISTERS = WARPS == 8 ? 232 : 160;
-static_assert(WARPS == 8 || WARPS == 12,
-              "as many registers as there are for two or three warpgroups beside the producers");
-
-__device__ inline void warpgroup_reg_dealloc() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-}
-__device__ inline void warpgroup_reg_alloc() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 }
 
 #if DTYPE == DTYPE_F16
@@ -117,10 +55,11 @@ __device__ inline void warpgroup_reg_alloc() {
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// The 16 columns of a from `left` on times those of b from `right` on, to sums WIDTH wide. Unless it `adds`, sums start there.
+// One instruction: 16 columns of a (from `left` on) by those of b (from `right` on), WIDTH columns of
+// accumulators. Overwrites them where `adds` is 0.
 template <int WIDTH, int FIRST, int SLOTS>
 __device__ inline void wgmma_ss(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right, int adds) {
-    static_assert(WIDTH == 64 || WIDTH == 128, "as wide as there is an instruction for here");
+    static_assert(WIDTH == 64 || WIDTH == 128, "the widths of the instructions below");
     if constexpr (WIDTH == 64)
         asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES
                      " {" REGISTERS_32 "}, %32, %33, adds, 1, 1, 0, 0; }"
@@ -133,10 +72,10 @@ __device__ inline void wgmma_ss(real (&sums)[2][SLOTS], unsigned long long left,
                      : "l"(left), "l"(right), "r"(adds));
 }
 
-// Weights of 16 columns times the 16 rows of b from `right` on, added to sums.
+// One instruction: 16 columns of the operand in registers by 16 rows of b from `right` on, added.
 template <int WIDTH, int FIRST, int SLOTS>
 __device__ inline void wgmma_rs(real (&sums)[2][SLOTS], const unsigned (&left)[4], unsigned long long right) {
-    static_assert(WIDTH == 64 || WIDTH == 128, "as wide as there is an instruction for here");
+    static_assert(WIDTH == 64 || WIDTH == 128, "the widths of the instructions below");
     if constexpr (WIDTH == 64)
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" REGISTERS_32
                      "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
@@ -149,7 +88,8 @@ __device__ inline void wgmma_rs(real (&sums)[2][SLOTS], const unsigned (&left)[4
                      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
 }
 
-// Begins sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. TRANSPOSED as split.cuh has it.
+// Begins sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. TRANSPOSED matters to mma/tf32_split.cuh
+// alone.
 template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
 __device__ inline void gemm_ss_async(real (&sums)[2][column_slots<WIDTH>()], const element *a, const element *b) {
     static_assert(HEIGHT == WARPS * 16 && DEPTH % 64 == 0, "64 rows to a warpgroup, whole panels");
@@ -166,7 +106,7 @@ __device__ inline void gemm_ss_async(real (&sums)[2][column_slots<WIDTH>()], con
     warpgroup_commit_batch();
 }
 
-// Weights as the factor on the left, rounded to the operands' dtype.
+// The left operand in registers, rounded to the operands' dtype.
 template <int WIDTH>
 struct FragmentA {
     unsigned of[WIDTH / 16][4];
@@ -212,7 +152,7 @@ __device__ inline void gemm_rs_async(real (&sums)[2][output_slots<DEPTH>()], Fra
     warpgroup_commit_batch();
 }
 
-// The same from weights, which are in `factors` until it is done.
+// The same from weights, which stay in `factors` until it is done.
 template <int HEIGHT, int WIDTH, int DEPTH>
 __device__ inline void gemm_rs_async(real (&sums)[2][output_slots<DEPTH>()],
                                      const real (&weights)[2][column_slots<WIDTH>()], FragmentA<WIDTH> &factors,
@@ -223,7 +163,7 @@ __device__ inline void gemm_rs_async(real (&sums)[2][output_slots<DEPTH>()],
 
 #else
 
-// Elsewhere, products are done as soon as they have begun.
+// Elsewhere products are synchronous.
 
 template <int WIDTH>
 struct FragmentA {};

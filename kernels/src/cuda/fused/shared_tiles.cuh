@@ -1,7 +1,11 @@
-// Tiles of operands in shared memory. Eight rows next to each other begin in different banks: rows of DEPTH elements have 16
-// bytes between them; or, for warpgroups, a tile is made of panels of 64 columns, rows of 128 bytes in which the 16 bytes at i are
-// where i ^ row % 8 would be. For split products, rows have no gaps, and 16 bytes are elsewhere in them by `turn_of_row`: so that
-// eight threads read from different banks whether they have two rows and four pieces, or four even or odd rows and two.
+// Tiles of operands in shared memory, and the copies that fill them (cp.async).
+// Needs: fused/parameters.cuh.
+//
+// Eight neighbouring rows begin in different banks. Three layouts do that: rows of DEPTH elements padded by
+// 16 bytes; for wgmma, panels of 64 columns with the 128-byte swizzle (the 16 bytes at i of a row stand at i
+// ^ row % 8); for split products, rows without padding whose columns are swizzled by `turn_of_row`, so that
+// eight threads read from different banks whether they read two rows in four pieces, or four even or odd rows
+// in two.
 
 constexpr int CHUNK = 16 / sizeof(element);
 
@@ -16,10 +20,11 @@ __device__ constexpr int row_stride() {
     return DEPTH + (SPLITS ? 0 : CHUNK);
 }
 
-// What the columns of a row are moved by, with exclusive or. Linear: of a ^ b it is that of a, exclusive or that of b.
+// The swizzle of a row's columns: columns are exclusive-ored with it. Linear in the row: turn(a ^ b) =
+// turn(a) ^ turn(b).
 __device__ constexpr int turn_of_row(int row) { return SPLITS ? (((row ^ row >> 2) & 1) << 2 | (row & 2)) * CHUNK : 0; }
 
-// The threads that fill a tile: all of them, or half of the loaders.
+// The threads that fill a tile: all of the block, or half of the producers.
 constexpr int LOADING_THREADS = PRODUCER_THREADS > 0 ? PRODUCER_THREADS / 2 : THREADS;
 __device__ inline int loading_thread() {
     return PRODUCER_THREADS > 0 ? (threadIdx.x - THREADS) % LOADING_THREADS : threadIdx.x;
@@ -34,7 +39,7 @@ __device__ constexpr int tile_size() {
     return HEIGHT * (ON_WARPGROUPS ? DEPTH : row_stride<DEPTH>());
 }
 
-// Where a tile has the elements of this row from this column on, a multiple of a chunk.
+// The index in a tile of this row and column, a multiple of CHUNK.
 template <int HEIGHT, int DEPTH>
 __device__ inline int place_of(int row, int column) {
     if constexpr (ON_WARPGROUPS) return (column / 64 * HEIGHT + row) * 64 + (column % 64 ^ row % 8 * 8);
@@ -43,14 +48,14 @@ __device__ inline int place_of(int row, int column) {
 
 __device__ inline unsigned shared_address(const void *pointer) { return (unsigned)__cvta_generic_to_shared(pointer); }
 
-// Copies 16 bytes, or writes 16 zeros, without waiting.
+// Copies 16 bytes asynchronously, or writes 16 zero bytes where `there` is false.
 __device__ inline void cp_async_16(unsigned to, const void *from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                  "r"(there ? 16 : 0)
                  : "memory");
 }
 
-// Copies one number without waiting.
+// Copies one number asynchronously.
 __device__ inline void cp_async_number(real *to, const real *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)),
                  "l"(__cvta_generic_to_global(from)), "n"(sizeof(real))
@@ -59,23 +64,23 @@ __device__ inline void cp_async_number(real *to, const real *from) {
 
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most this many of the groups closed last are under way.
+// Waits until at most this many of the groups that were committed last are in flight.
 template <int GROUPS>
 __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 #if ON_WARPGROUPS
-    // What this thread wrote is there for products once it has met the others.
+    // Makes this thread's copies visible to wgmma, once a barrier has ordered them.
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// Rows of a tile as they come.
+// Rows of a tile in their own order.
 struct InOrder {
     static __device__ constexpr int of(int row) { return row; }
 };
 
-// Fills HEIGHT rows of a tile, which stand where `Order` says. `row_at` gives the address of a row, or null for one of zeros,
-// which the columns from `width` on are too. `there` is any address that may be read.
+// Fills HEIGHT rows of a tile, in the order `Order`. `row_at` gives the address of a row, or null for a row
+// of zeros; columns from `width` on are zeros too. `there` is any address that may be read.
 template <int HEIGHT, int DEPTH, class Order = InOrder, class RowAt>
 __device__ inline void load_tile(element *tile, RowAt row_at, int width, long long inner, bool aligned,
                                  const char *there) {
@@ -95,8 +100,8 @@ __device__ inline void load_tile(element *tile, RowAt row_at, int width, long lo
     }
 }
 
-// Rows `first` to `first + HEIGHT` of a tensor [B, length, heads, ..], `width` columns from `first_column` on; those from `end` on are
-// zeros.
+// Rows `first` to `first + HEIGHT` of a tensor [B, length, heads, ..], `width` columns from `first_column`
+// on; those from `end` on are zeros.
 template <int HEIGHT, int DEPTH, class Order = InOrder>
 __device__ inline void load_rows(element *tile, const Tensor &tensor, long long b, long long head, long long first,
                                  long long end, int width, bool aligned, int first_column = 0) {
@@ -104,7 +109,7 @@ __device__ inline void load_rows(element *tile, const Tensor &tensor, long long 
     const long long step = tensor.stride[1];
 #if ON_WARPGROUPS
     if (aligned) {
-        // Eight threads have a row of a panel, and rows are at equal distances, a power of two.
+        // Eight threads copy a row of a panel; a thread's rows are a power of two apart.
         constexpr int ROWS_AT_ONCE = LOADING_THREADS / 8;
         static_assert(HEIGHT % ROWS_AT_ONCE == 0 && (ROWS_AT_ONCE & ROWS_AT_ONCE - 1) == 0 && ROWS_AT_ONCE >= 8,
                       "every thread has as many rows");
@@ -115,7 +120,8 @@ __device__ inline void load_rows(element *tile, const Tensor &tensor, long long 
         const int rows = (int)min(end - first, (long long)HEIGHT) - row;
 #pragma unroll
         for (int i = 0; i < HEIGHT / ROWS_AT_ONCE; ++i) {
-            // No bit is set in this and the thread's own row both.
+            // Shares no bit with the thread's first row, so the swizzle of their sum is that of each,
+            // exclusive-ored.
             const int below = Order::of(i * ROWS_AT_ONCE);
 #pragma unroll
             for (int panel = 0; panel < DEPTH / 64; ++panel)
@@ -129,7 +135,7 @@ __device__ inline void load_rows(element *tile, const Tensor &tensor, long long 
     constexpr int CHUNKS = DEPTH / CHUNK;
     if constexpr (LOADING_THREADS % CHUNKS == 0 && (CHUNKS & CHUNKS - 1) == 0 &&
                   HEIGHT % (LOADING_THREADS / CHUNKS) == 0) {
-        // Each thread has one column, and rows at equal distances, a power of two.
+        // Each thread copies one column of rows that are a power of two apart.
         if (aligned) {
             constexpr int ROWS_AT_ONCE = LOADING_THREADS / CHUNKS;
             const int row = loading_thread() / CHUNKS, column = loading_thread() % CHUNKS * CHUNK;
@@ -140,7 +146,7 @@ __device__ inline void load_rows(element *tile, const Tensor &tensor, long long 
 #pragma unroll
             for (int i = 0; i < HEIGHT / ROWS_AT_ONCE; ++i) {
                 const int below = Order::of(i * ROWS_AT_ONCE);
-                // Behind the last row the address is one of nothing, and not read.
+                // Past the last row the address is invalid, and not read.
                 cp_async_16((to ^ turn_of_row(below) * (int)sizeof(element)) +
                                 below * row_stride<DEPTH>() * (int)sizeof(element),
                             from, i * ROWS_AT_ONCE < rows);
@@ -155,7 +161,7 @@ __device__ inline void load_rows(element *tile, const Tensor &tensor, long long 
         tensor.stride[3], aligned, tensor.data);
 }
 
-// Stores two sums that are next to each other in a row of results.
+// Stores two neighbouring columns of a row of results.
 __device__ inline void store_pair(element *row, int column, int width, long long inner, bool aligned, real low,
                                   real high) {
 #if HALVES

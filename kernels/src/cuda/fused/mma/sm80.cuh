@@ -1,8 +1,10 @@
-// Products of tiles on tensor cores (mma.sync.m16n8k16, from compute capability 8.0), for f16 and bf16 with sums in f32.
+// Products of tiles on tensor cores (mma.sync.m16n8k16, from compute capability 8.0), for f16 and bf16 with
+// accumulators in f32.
+// Needs: fused/shared_tiles.cuh, fused/fragments.cuh.
 
 #if HALVES
 
-// Four 8 x 8 matrices from shared memory; each lane gives the address of a row: an address there and a number of elements,
+// Four 8 x 8 matrices from shared memory. Each lane gives the address of a row and an offset in elements,
 // which is part of the instruction where it is constant.
 __device__ inline void ldmatrix_x4(unsigned (&to)[4], unsigned row, int offset) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -42,7 +44,7 @@ __device__ inline void gemm_ss(real (&sums)[row_slots<HEIGHT>()][column_slots<WI
     const unsigned left =
         shared_address(a + (threadIdx.x / 32 * (HEIGHT / WARPS) + lane() % 16) * STRIDE + lane() / 16 * 8);
     const unsigned right = shared_address(b + (lane() % 8 + lane() / 16 * 8) * STRIDE + lane() / 8 % 2 * 8);
-    // What the next products need is loaded before these are computed.
+    // The operands of the next step are loaded before this step is computed.
     constexpr int PAIRS = WIDTH / 16, STEPS = DEPTH / 16 * PAIRS;
     unsigned factors[2][BLOCKS][4], columns[2][4];
 #pragma unroll

@@ -1,5 +1,6 @@
-// Products of tiles by fused multiply-add, for f64, and f32 where it is not split: as in tensor_cores.cuh, with a spread of its own. Sixteen threads
-// share a row, and rows of a thread follow each other.
+// Products of tiles by fused multiply-add, for f64, and for f32 that is not split, with a layout of
+// accumulators of its own: sixteen threads share a row, and a thread's rows are consecutive.
+// Needs: fused/logits.cuh, fused/dropout.cuh, fused/shared_tiles.cuh.
 
 #if !TENSOR_CORES
 
@@ -27,7 +28,7 @@ __device__ inline int column_at(int slot) { return threadIdx.x % 16 + slot * 16;
 
 __device__ constexpr int column_offset(int slot) { return slot * 16; }
 
-// Keys stand in tiles as they come.
+// Tiles hold keys in their own order.
 __device__ inline int key_at(int slot) { return column_at(slot); }
 __device__ constexpr int key_offset(int slot) { return column_offset(slot); }
 
@@ -41,7 +42,7 @@ struct KeysAcross {
 };
 typedef KeysAcross KeysDown;
 
-// Masks and biases are read key by key.
+// Mask and bias are read key by key (logits.cuh).
 struct NoTerms {
     template <class... Any>
     __device__ inline void read(Any...) {}
@@ -53,7 +54,7 @@ struct KeyMaskBias : NoTerms {};
 
 constexpr int NEIGHBOURS = 2;
 
-// Outputs are wider than tiles of logits, so that a load brings several neighbours.
+// Outputs are wider than tiles of logits: a thread loads several neighbouring columns at once.
 template <int WIDTH>
 __device__ inline int output_column_at(int slot) {
     constexpr int RUN = WIDTH % 64 == 0 ? 4 : NEIGHBOURS;
@@ -130,8 +131,8 @@ __device__ inline void gemm_ss(real (&sums)[row_slots<HEIGHT>()][column_slots<WI
     }
 }
 
-// Weights go through `room`, HEIGHT rows of WIDTH and a chunk. Only the threads of a row exchange them, and those are in one
-// warp.
+// Weights are exchanged through `workspace`, HEIGHT rows of WIDTH and a chunk, between the threads of a row,
+// which are in one warp.
 template <int HEIGHT, int WIDTH, int DEPTH>
 __device__ inline void gemm_rs(real (&sums)[row_slots<HEIGHT>()][output_slots<DEPTH>()],
                                const real (&weights)[row_slots<HEIGHT>()][column_slots<WIDTH>()], const element *b,

@@ -1,0 +1,72 @@
+// The pipeline between producer and consumer warps of kernels on warpgroups: mbarriers, prefetch, and
+// registers.
+// Needs: fused/row.cuh, fused/shared_tiles.cuh.
+
+#if ON_WARPGROUPS
+
+// A barrier in shared memory. A phase ends with `count` arrivals, and the next one begins.
+typedef unsigned long long Mbarrier;
+
+__device__ inline void mbarrier_init(Mbarrier *barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+__device__ inline void mbarrier_arrive(Mbarrier *barrier) {
+    asm volatile("{ .reg .b64 phase; mbarrier.arrive.shared::cta.b64 phase, [%0]; }" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+
+// One arrival for all threads of the warp, behind what they did before.
+__device__ inline void mbarrier_arrive_per_warp(Mbarrier *barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
+// Waits for the end of phase `phase`, counted from 0. Phase -1 has ended: a producer's first wait for an
+// empty stage passes.
+__device__ inline void mbarrier_wait(Mbarrier *barrier, int phase) {
+    asm volatile(
+        "{ .reg .pred passed; WAIT: mbarrier.try_wait.parity.shared::cta.b64 passed, [%0], %1; @passed bra.uni DONE; bra.uni WAIT; DONE: }" ::
+            "r"(shared_address(barrier)),
+        "r"(phase & 1)
+        : "memory");
+}
+
+// Waits for this thread's copies (cp.async), then arrives.
+__device__ inline void mbarrier_arrive_after_copies(Mbarrier *barrier) {
+    cp_async_commit();
+    cp_async_wait<0>();
+    mbarrier_arrive(barrier);
+}
+
+// Prefetches the mask and the bias of a tile into L2. Called by the producer threads of a tile.
+template <int HEIGHT, int WIDTH>
+__device__ inline void prefetch_mask_and_bias(const Parameters &p, long long b, long long n, int first_t, int first) {
+    const auto prefetch = [&](const Tensor &tensor, int size) {
+        constexpr int LINE = 128;
+        const int lines = WIDTH * size / LINE;
+        const char *const head = tensor.data + size * (b * tensor.stride[0] + n * tensor.stride[1]);
+        for (int i = loading_thread(); i < HEIGHT * lines; i += LOADING_THREADS) {
+            const int t = min(first_t + i / lines, (int)p.query_length - 1);
+            const int key = min(first + i % lines * (LINE / size), (int)p.key_length - 1);
+            asm volatile(
+                "prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(head + size * (t * tensor.stride[2] + key))));
+        }
+    };
+    if constexpr (PACKS_MASK && TERM_STRIDE == 1) prefetch(p.mask, 1);
+    if constexpr (PACKS_BIAS && TERM_STRIDE == 1) prefetch(p.bias, 2);
+}
+
+// Registers per thread: producers give up theirs (setmaxnreg), consumers take them.
+constexpr int PRODUCER_REGISTERS = WARPS == 8 ? 40 : 32, CONSUMER_REGISTERS = WARPS == 8 ? 232 : 160;
+static_assert(WARPS == 8 || WARPS == 12,
+              "the registers of a multiprocessor for two or three consumer warpgroups and one of producers");
+
+__device__ inline void warpgroup_reg_dealloc() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+}
+__device__ inline void warpgroup_reg_alloc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+}
+
+#endif

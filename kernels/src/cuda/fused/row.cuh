@@ -1,0 +1,71 @@
+// A query row of a head: its position, the keys in reach, and where its mask and bias begin.
+// Needs: common/dtypes.cuh, fused/numbers.cuh, fused/parameters.cuh.
+
+struct Row {
+    long long position;
+    // The position as a real, for kernels specialised for ALiBi alone. The host launches others where an f32
+    // does not hold it.
+    real place;
+    // The keys that causal masking, window and lengths let it see, from `low` to before `high`; none for a
+    // padded row.
+    int low, high;
+    int t;
+    unsigned batch_head;
+    real slope;
+    // Indices of the elements for key 0.
+    long long mask, bias;
+};
+
+// Row t of a batch row and head. Rows past the end are treated as padding. `low` and `high` are not read
+// where `checked` is false.
+__device__ inline Row row_of(const Parameters &p, const Batch &batch, long long b, long long n, long long t,
+                             bool checked = true) {
+    Row row;
+    row.t = (int)t;
+    row.batch_head = (unsigned)(b * p.query_heads + n);
+    const bool padded = t >= batch.queries;
+    row.low = row.high = 0;
+    if (checked && !padded) {
+        row.low = first_key(batch, t);
+        row.high = end_key(batch, t);
+    }
+    row.position = t + batch.offset;
+    row.place = (real)row.position;
+    row.slope = 0;
+    if constexpr ((FEATURES & FEATURE_ALIBI) != 0) {
+        if (p.slopes.data && !padded)
+            row.slope = load(p.slopes.data, p.slopes_dtype, b * p.slopes.stride[0] + n * p.slopes.stride[1]);
+    }
+    // Unchecked tiles read mask and bias for rows past the end, too.
+    const long long inside = min(t, p.query_length - 1);
+    row.mask = b * p.mask.stride[0] + n * p.mask.stride[1] + inside * p.mask.stride[2];
+    row.bias = b * p.bias.stride[0] + n * p.bias.stride[1] + inside * p.bias.stride[2];
+    return row;
+}
+
+// The stride of the mask or bias from key to key: a constant of the instruction where the kernel is compiled
+// for one stride.
+__device__ inline long long key_stride(const Tensor &tensor) {
+    constexpr int known = TERM_STRIDE;
+    return known >= 0 ? known : tensor.stride[3];
+}
+
+// A kernel specialised for one option assumes that the call has it; the generic kernel, which has all, tests
+// at run time.
+constexpr bool IS_SINGLE_OPTION =
+    FEATURES != (FEATURE_MASK | FEATURE_BIAS | FEATURE_ALIBI | FEATURE_SOFTCAP | FEATURE_DROPOUT | FEATURE_LOGITS);
+
+// Whether a tile has keys that some of its rows do not see, so that each logit is compared with its row's
+// reach; as a type.
+struct Checked {
+    static constexpr bool value = true;
+};
+struct Unchecked {
+    static constexpr bool value = false;
+};
+
+// Whether the mask, or the bias, of a tile is read into registers while its products are computed, several
+// keys to a register.
+constexpr bool PACKS_MASK = HALVES && IS_SINGLE_OPTION && (FEATURES & FEATURE_MASK) != 0;
+constexpr bool PACKS_BIAS = HALVES && IS_SINGLE_OPTION && (FEATURES & FEATURE_BIAS) != 0 &&
+                            (BIAS_DTYPE == DTYPE_F16 || BIAS_DTYPE == DTYPE_BF16);
