@@ -4,7 +4,6 @@
 mod backend;
 mod backward;
 mod bias;
-mod bias_gradient;
 mod config;
 mod direct;
 mod elementary;
@@ -16,7 +15,6 @@ mod packed;
 mod plan;
 mod scratch;
 mod simd;
-mod sink_gradient;
 mod softmax;
 mod variants;
 mod workers;

@@ -2,8 +2,8 @@
 
 use attention_core::Scalar;
 
-use super::Shared;
 use super::pieces::{BlockScratch, Scratch};
+use super::shared::Shared;
 use crate::direct;
 use crate::elementary::Compute;
 use crate::logits::{Rows, Terms};

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use attention_core::HostViewMut;
 
-use super::Shared;
+use super::block::GradientOf;
 use super::pieces::Scratch;
-use super::{GradientOf, Task};
+use super::shared::{Shared, Task};
 use crate::elementary::Compute;
 use crate::logits::Rows;
 use crate::operand::{Head, Operand, write_row};

@@ -4,54 +4,32 @@
 //! `dv = (D P)^T d_out`, `dx = P (D (d_out v^T) - delta)`, `dq = scale * dx k`, `dk = scale * dx^T q`, with the slope
 //! of the softcap between `dx` and the products (Dao et al., arXiv 2205.14135, appendix B.2).
 
+mod bias_gradient;
+mod bias_parts;
 mod block;
 mod few_rows;
 mod pieces;
+mod shared;
+mod sink_gradient;
 
 use std::ops::Range;
 
-use attention_core::{BackwardCall, BackwardInputs, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
-
+use attention_core::{BackwardCall, HostViewMut, Scalar, ViewMut};
 use attention_threads::Team;
 
-pub(crate) use self::block::GradientOf;
-pub(crate) use self::pieces::{MATRICES, Scratch, Sizes};
-use crate::bias::AnyFloat;
+use self::block::GradientOf;
+use self::pieces::{MATRICES, Scratch};
+use self::shared::{Shared, Task};
 use crate::direct::add_weighted;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
-use crate::logits::{Rows, Terms};
+use crate::logits::Rows;
 use crate::operand::{Head, Operand, write_row};
 use crate::packed::{Dense, Panels, set_apart};
 use crate::variants::Runs;
-use crate::{bias_gradient, plan, sink_gradient, workers};
+use crate::{plan, workers};
 
-/// Everything that the tasks of a call share.
-pub(crate) struct Shared<'a, E: Operand> {
-    pub(crate) problem: &'a Problem,
-    query: HostView<'a, E::Element>,
-    pub(crate) key: HostView<'a, E::Element>,
-    pub(crate) value: HostView<'a, E::Element>,
-    out: HostView<'a, E::Element>,
-    d_out: HostView<'a, E::Element>,
-    lse: HostView<'a, E::Statistics>,
-    d_lse: Option<HostView<'a, E::Statistics>>,
-    pub(crate) terms: Terms<'a, E::Compute>,
-    pub(crate) sinks: Option<AnyFloat<'a>>,
-    pub(crate) runs: &'a Runs,
-}
-
-/// One key/value head of one batch row, with the gradients it writes.
-struct Task<'a, T> {
-    batch: usize,
-    key_head: usize,
-    /// `[T, H]` for each query head of the group.
-    dq: Vec<HostViewMut<'a, T>>,
-    /// `[S, H]`.
-    dk: Option<HostViewMut<'a, T>>,
-    /// `[S, Hv]`.
-    dv: Option<HostViewMut<'a, T>>,
-}
+pub(crate) use self::pieces::Sizes;
 
 /// Runs a checked call in checked scratch.
 pub(crate) fn run<E: Operand>(
@@ -105,27 +83,7 @@ fn heads<'a, T: Scalar>(view: ViewMut<'a>) -> impl Iterator<Item = HostViewMut<'
     })
 }
 
-impl<'a, E: Operand> Shared<'a, E> {
-    fn new(problem: &'a Problem, inputs: &Inputs<'a>, saved: &BackwardInputs<'a>, runs: &'a Runs) -> Self {
-        fn host<'a, T: attention_core::Scalar>(view: attention_core::View<'a>) -> HostView<'a, T> {
-            view.host()
-                .unwrap_or_else(|| unreachable!("a checked call has tensors of its dtypes in host memory"))
-        }
-        Self {
-            problem,
-            query: host(inputs.query),
-            key: host(inputs.key),
-            value: host(inputs.value),
-            out: host(saved.out),
-            d_out: host(saved.d_out),
-            lse: host(saved.lse),
-            d_lse: saved.d_lse.map(host),
-            terms: Terms::new(problem, inputs, runs),
-            sinks: inputs.sinks.map(|sinks| AnyFloat::new(sinks, problem.dtype().accumulator())),
-            runs,
-        }
-    }
-
+impl<E: Operand> Shared<'_, E> {
     fn task(&self, mut task: Task<'_, E::Element>, scratch: &mut Scratch<'_, E::Compute>) {
         let (problem, batch) = (self.problem, task.batch);
         let dims = problem.dims();

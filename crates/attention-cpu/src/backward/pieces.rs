@@ -3,7 +3,7 @@
 use attention_core::{Gradients, Problem, Role};
 use bytemuck::Pod;
 
-use crate::bias_gradient;
+use super::bias_parts;
 use crate::direct;
 use crate::operand::Operand;
 use crate::packed::panel_elements;
@@ -134,8 +134,8 @@ impl Sizes {
         let bytes = pieces.bytes::<E::Compute>()?;
         let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
         let bytes_per_task = bytes.max(small_bytes);
-        let bytes_per_worker = bytes_per_task.checked_add(bias_gradient::sums_bytes(problem)?)?;
-        let tasks = dims.batch.saturating_mul(dims.key_heads).max(bias_gradient::task_count(problem));
+        let bytes_per_worker = bytes_per_task.checked_add(bias_parts::sums_bytes(problem)?)?;
+        let tasks = dims.batch.saturating_mul(dims.key_heads).max(bias_parts::task_count(problem));
         Some(Self { pieces, small_pieces, bytes_per_task, bytes_per_worker, workers: tasks.min(threads) })
     }
 }

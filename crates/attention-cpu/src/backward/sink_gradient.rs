@@ -6,7 +6,8 @@ use attention_core::{DType, Scalar, ViewMut};
 use attention_threads::Team;
 use half::{bf16, f16};
 
-use crate::backward::{Scratch, Shared, Sizes};
+use super::pieces::{Scratch, Sizes};
+use super::shared::Shared;
 use crate::operand::Operand;
 use crate::{plan, workers};
 
@@ -14,7 +15,7 @@ use crate::{plan, workers};
 /// the last place of the logsumexp, at 128 as much as 64 roundings.
 const LARGEST_EXACT: f64 = 128.0;
 
-pub(crate) fn run<E: Operand>(
+pub(super) fn run<E: Operand>(
     shared: &Shared<'_, E>,
     small: &Shared<'_, E::Small>,
     sizes: &Sizes,

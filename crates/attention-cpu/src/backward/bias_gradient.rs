@@ -6,120 +6,26 @@
 
 use std::ops::Range;
 
-use attention_core::{DType, Problem, Role, Scalar, ViewMut};
+use attention_core::{DType, Scalar, ViewMut};
 use attention_threads::Team;
 use half::{bf16, f16};
 
-use crate::backward::{self, GradientOf, MATRICES, Shared};
+use super::bias_parts::{PART_KEYS, PART_QUERIES, Part, bias_shape, parts, sums_bytes};
+use super::block::GradientOf;
+use super::pieces::{MATRICES, Scratch, Sizes};
+use super::shared::Shared;
 use crate::logits::Rows;
 use crate::operand::{Head, Operand};
 use crate::packed::Panels;
 use crate::plan;
-use crate::scratch::{Carver, piece_bytes};
+use crate::scratch::Carver;
 use crate::workers;
 
-/// Keys of a part where the bias has an axis of keys.
-const PART_KEYS: usize = 4096;
-
-/// Queries of a part where the bias has an axis of queries.
-const PART_QUERIES: usize = 128;
-
-/// The ranges of the logits `[B, N, T, S]` that one part of `dbias` was broadcast to.
-#[derive(Clone, Debug)]
-struct Part {
-    batches: Range<usize>,
-    heads: Range<usize>,
-    queries: Range<usize>,
-    keys: Range<usize>,
-}
-
-/// How an axis of the logits is cut: into single indices or pieces where the bias has the axis, not at all where it
-/// does not.
-#[derive(Clone, Copy, Debug)]
-struct Axis {
-    size: usize,
-    piece: usize,
-}
-
-impl Axis {
-    fn of(size: usize, bias_size: usize, piece: usize) -> Self {
-        Self { size, piece: if bias_size == 1 { usize::MAX } else { piece } }
-    }
-
-    /// How many pieces there are: one where the bias has no such axis, also of nothing.
-    fn count(self) -> usize {
-        if self.piece == usize::MAX { 1 } else { self.size.div_ceil(self.piece) }
-    }
-
-    fn pieces(self) -> impl Iterator<Item = Range<usize>> + Clone + Send {
-        (0..self.count()).map(move |index| {
-            let start = index * self.piece;
-            start..self.size.min(start.saturating_add(self.piece))
-        })
-    }
-
-    /// Elements of the gradient in the largest piece.
-    fn elements(self) -> usize {
-        if self.piece == usize::MAX { 1 } else { self.size.min(self.piece) }
-    }
-}
-
-fn bias_shape(problem: &Problem) -> Option<[usize; 4]> {
-    let desc = problem.tensor(Role::DBias)?;
-    Some(std::array::from_fn(|axis| desc.shape()[axis]))
-}
-
-fn axes(problem: &Problem, shape: [usize; 4]) -> [Axis; 4] {
-    let [batch, heads, queries, keys] = problem.dims().logits();
-    [
-        Axis::of(batch, shape[0], 1),
-        Axis::of(heads, shape[1], 1),
-        Axis::of(queries, shape[2], PART_QUERIES),
-        Axis::of(keys, shape[3], PART_KEYS),
-    ]
-}
-
-/// The parts, in the order of batch rows, heads, queries and keys.
-fn parts(problem: &Problem, shape: [usize; 4]) -> impl Iterator<Item = Part> + Send {
-    let [batches, heads, queries, keys] = axes(problem, shape);
-    batches.pieces().flat_map(move |batches| {
-        heads.pieces().flat_map(move |heads| {
-            let batches = batches.clone();
-            queries.pieces().flat_map(move |queries| {
-                let (batches, heads) = (batches.clone(), heads.clone());
-                keys.pieces().map(move |keys| {
-                    let [batches, heads, queries] = [&batches, &heads, &queries].map(Clone::clone);
-                    Part { batches, heads, queries, keys }
-                })
-            })
-        })
-    })
-}
-
-/// How many parts can run side by side.
-pub(crate) fn task_count(problem: &Problem) -> usize {
-    let count =
-        |shape| axes(problem, shape).into_iter().fold(1usize, |n, axis| n.saturating_mul(axis.count()));
-    bias_shape(problem).map_or(0, count)
-}
-
-/// Elements of the sums of the largest part.
-fn sums_elements(problem: &Problem, shape: [usize; 4]) -> Option<usize> {
-    let [_, _, queries, keys] = axes(problem, shape);
-    queries.elements().checked_mul(keys.elements())
-}
-
-/// Bytes of the sums of a part: 0 where the gradient is not wanted, `None` on overflow.
-pub(crate) fn sums_bytes(problem: &Problem) -> Option<usize> {
-    let Some(shape) = bias_shape(problem) else { return Some(0) };
-    piece_bytes::<f64>(sums_elements(problem, shape)?)
-}
-
 /// Computes `dbias`, `[Bb, Nb, Tb, Sb]`, each axis 1 or that of the logits.
-pub(crate) fn run<E: Operand>(
+pub(super) fn run<E: Operand>(
     shared: &Shared<'_, E>,
     small: &Shared<'_, E::Small>,
-    sizes: &backward::Sizes,
+    sizes: &Sizes,
     dbias: ViewMut<'_>,
     team: &Team,
     scratch: &mut [u8],
@@ -156,10 +62,10 @@ pub(crate) fn run<E: Operand>(
         let batches = if plan::has_logits(problem) { part.batches.clone() } else { 0..0 };
         for batch in batches {
             if plan::is_small::<E>(problem, batch) {
-                let mut scratch = backward::Scratch::carve(&sizes.small_pieces, rest);
+                let mut scratch = Scratch::carve(&sizes.small_pieces, rest);
                 add_batch(small, batch, &part, shape, sums, columns, &mut scratch);
             } else {
-                let mut scratch = backward::Scratch::carve(&sizes.pieces, rest);
+                let mut scratch = Scratch::carve(&sizes.pieces, rest);
                 add_batch(shared, batch, &part, shape, sums, columns, &mut scratch);
             }
         }
@@ -195,7 +101,7 @@ fn add_batch<E: Operand>(
     shape: [usize; 4],
     sums: &mut [f64],
     columns: usize,
-    scratch: &mut backward::Scratch<'_, E::Compute>,
+    scratch: &mut Scratch<'_, E::Compute>,
 ) {
     let problem = shared.problem;
     // 0 where there are no query heads, and then no head of a part either.
