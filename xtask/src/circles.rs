@@ -21,7 +21,6 @@ const KNOWN: &[(&str, usize)] = &[
     ("attention-chunked", 4),
     ("attention-conformance", 4),
     ("attention-core", 1),
-    ("attention-cpu", 1),
     ("attention-cuda", 1),
     ("attention-cudnn", 1),
     ("xtask", 1),

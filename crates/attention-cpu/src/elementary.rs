@@ -1,14 +1,11 @@
 //! The floats that logits and softmax are computed in, with exp and tanh that vectorise: no branch, no table.
 
-use attention_core::Scalar;
-
 use crate::gemm::Multiply;
 use crate::variants::{ComputeRuns, Runs};
 
 /// f32, or f64 for f64 operands.
 pub(crate) trait Compute:
-    Scalar
-    + Multiply
+    Multiply
     + Default
     + PartialOrd
     + std::fmt::Debug

@@ -9,9 +9,8 @@
 
 #![allow(unsafe_code)]
 
+use attention_core::Scalar;
 use gemm_common::Parallelism;
-
-use crate::elementary::Compute;
 
 /// `dst = alpha * dst + beta * lhs * rhs` for `m`, `n` and `k`: each matrix as a pointer with the strides of its columns
 /// and rows in elements, `dst` with whether it is read, behind the factors three flags for conjugates.
@@ -38,7 +37,7 @@ type Product<C> = unsafe fn(
 );
 
 /// A float that there is a matrix product for.
-pub(crate) trait Multiply: Sized {
+pub(crate) trait Multiply: Scalar {
     /// The product for the instruction set of this processor.
     fn product() -> Product<Self>;
 }
@@ -152,7 +151,7 @@ pub(crate) enum Destination {
 ///
 /// # Panics
 /// Where the dimensions do not fit.
-pub(crate) fn gemm<C: Compute>(
+pub(crate) fn gemm<C: Multiply>(
     dst: MatMut<'_, C>,
     mode: Destination,
     factor: C,
@@ -193,7 +192,7 @@ pub(crate) fn gemm<C: Compute>(
             rhs.data.as_ptr(),
             rhs.column_stride as isize,
             rhs.row_stride as isize,
-            if accumulate { C::ONE } else { C::ZERO },
+            C::from_f32(if accumulate { 1.0 } else { 0.0 }),
             factor,
             false,
             false,
