@@ -9,6 +9,7 @@ pub mod oracle;
 pub mod report;
 mod rng;
 mod run;
+mod subject;
 pub mod suite;
 pub mod tensor;
 pub mod tolerance;

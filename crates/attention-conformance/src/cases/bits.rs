@@ -2,7 +2,8 @@
 
 use attention_core::{DType, Dropout, QueryOffset, Window};
 
-use super::{AlibiShape, BiasContent, Broadcast, Case, Edit, MaskContent, dims};
+use super::case::Edit;
+use super::{AlibiShape, BiasContent, Broadcast, Case, MaskContent, dims};
 
 /// Alone and, the last, together.
 const OPTIONS: [(&str, Edit); 16] = [

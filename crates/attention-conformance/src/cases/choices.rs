@@ -3,9 +3,9 @@
 
 use attention_core::{DType, Dimensions, Gradients, Role};
 
+use super::case::Edit;
 use super::{
-    AlibiShape, BiasContent, Broadcast, Case, Edit, Far, Layout, Layouts, MaskContent, Saved, Sizes, Values,
-    dims,
+    AlibiShape, BiasContent, Broadcast, Case, Far, Layout, Layouts, MaskContent, Saved, Sizes, Values, dims,
 };
 
 /// Masks and biases together, for which some backends have kernels that look for every option.

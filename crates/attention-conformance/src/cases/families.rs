@@ -2,7 +2,8 @@
 
 use attention_core::{DType, Dropout, Gradients, QueryOffset, Window};
 
-use super::{AlibiShape, BiasContent, Broadcast, Case, Edit, MaskContent, Saved, Values, Wanted, dims};
+use super::case::Edit;
+use super::{AlibiShape, BiasContent, Broadcast, Case, MaskContent, Saved, Values, Wanted, dims};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();

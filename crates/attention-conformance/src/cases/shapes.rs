@@ -2,7 +2,8 @@
 
 use attention_core::{DType, Dimensions, Dropout, QueryOffset, Window};
 
-use super::{AlibiShape, Broadcast, Case, Edit, dims};
+use super::case::Edit;
+use super::{AlibiShape, Broadcast, Case, dims};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();

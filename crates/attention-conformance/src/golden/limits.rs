@@ -4,6 +4,16 @@ use attention_core::DType;
 
 use super::Entry;
 
+/// What results are measured by in f32 and half precision. In f64 it is always an error of 1e-12.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Limits {
+    /// Twice the error of unmodified JAX on the same case: a measure of quality.
+    #[default]
+    Jax,
+    /// The bounds of [`tolerance`](crate::tolerance), which every backend of the class keeps.
+    Derived,
+}
+
 /// An f64 implementation should reach this, relative to the largest value, or absolute below 1.
 const F64: f64 = 1e-12;
 

@@ -9,18 +9,55 @@ use super::file::Tensors;
 use super::problem::GoldenInputs;
 use super::{Entry, GoldenSet};
 use crate::oracle::Oracle;
-use crate::report::{CaseResult, Outcome};
+use crate::report::{About, CaseResult, Counting, Outcome, Report};
 use crate::run::{Invocation, Judge, SavedTensors, Stop, usable};
-use crate::suite::Subject;
+use crate::suite::{Progress, Subject};
 use crate::tolerance::Precision;
 
-pub(super) fn run_entry(
-    set: &GoldenSet,
-    subject: &Subject<'_>,
-    entry: &Entry,
-    dtype: DType,
-    pass: Pass,
-) -> CaseResult {
+impl GoldenSet {
+    /// Runs the cases whose name contains `filter`, in these dtypes: forward with the logsumexp, and backward from
+    /// what forward wrote. Each gives two results.
+    pub fn run<'a>(
+        &self,
+        subject: impl Into<Subject<'a>>,
+        dtypes: &[DType],
+        filter: Option<&str>,
+        mut progress: impl FnMut(Progress<'_>),
+    ) -> Report {
+        let subject = subject.into();
+        let entries: Vec<&Entry> = (self.manifest().cases.iter())
+            .filter(|entry| filter.is_none_or(|part| entry.id.contains(part)))
+            .collect();
+        let total = 2 * entries.len() * dtypes.len();
+        let mut results = Vec::with_capacity(total);
+        let mut filters = Vec::new();
+        if let Some(part) = filter {
+            let (left, all) = (entries.len(), self.len());
+            filters.push(format!("{left} of {all} cases, whose names contain '{part}'"));
+        }
+        if DType::FLOATS.iter().any(|dtype| !dtypes.contains(dtype)) {
+            filters.push(format!(
+                "dtypes {}",
+                dtypes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+            ));
+        }
+        let about = About::here(subject.device.as_deref(), filters);
+        let counting = Counting::start(subject.backends());
+        for &dtype in dtypes {
+            for entry in &entries {
+                for pass in [Pass::Forward, Pass::Backward] {
+                    let result = run_entry(self, &subject, entry, dtype, pass);
+                    progress(Progress { done: results.len() + 1, total, result: &result });
+                    results.push(result);
+                }
+            }
+        }
+        let (backend, version) = (subject.backend.name().to_owned(), subject.backend.version().to_owned());
+        Report { backend, version, about, variants: counting.finish(), results }
+    }
+}
+
+fn run_entry(set: &GoldenSet, subject: &Subject<'_>, entry: &Entry, dtype: DType, pass: Pass) -> CaseResult {
     let start = Instant::now();
     let mut features = FeatureSet::EMPTY;
     let outcome = match run(set, subject, entry, dtype, pass, &mut features) {

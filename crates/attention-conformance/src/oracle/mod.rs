@@ -7,16 +7,17 @@ mod dense;
 mod exact;
 mod gradients;
 mod philox;
+mod row;
 mod rows;
 mod structure;
 
 pub use dense::Dense;
 pub use gradients::OracleGradients;
 pub use philox::keep;
-pub use rows::{Entry, Row};
+pub use row::{Entry, Row};
 pub use structure::{Dead, Structure};
 
-use attention_core::{Inputs, Problem};
+use attention_core::Problem;
 
 /// The logits, probabilities and results of one call.
 #[derive(Clone, Debug)]
@@ -33,14 +34,6 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// Computes the probabilities of a call of either pass.
-    ///
-    /// # Panics
-    /// Where the inputs are not those of the problem, or not in host memory.
-    pub fn new(problem: &Problem, inputs: &Inputs<'_>) -> Self {
-        rows::compute(problem, inputs)
-    }
-
     /// The row of query `t` of head `n` in batch row `b`.
     pub fn row(&self, b: usize, t: usize, n: usize) -> &Row {
         let d = self.problem.dims();

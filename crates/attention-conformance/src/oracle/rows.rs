@@ -5,146 +5,108 @@ use attention_core::{Inputs, Problem};
 use super::exact::{Accumulator, Grid};
 use super::philox::{keep, keep_factor};
 use super::structure::{Structure, full_rank, in_precision_of_logits};
-use super::{Dense, Oracle};
+use super::{Dense, Entry, Oracle, Row};
 
-/// One allowed key of a row.
-#[derive(Clone, Copy, Debug)]
-pub struct Entry {
-    /// The key.
-    pub key: usize,
-    /// `scale * <q, k>`.
-    pub product: f64,
-    /// `|scale| * sum |q| |k|`: what rounding errors of the product are measured by.
-    pub product_magnitude: f64,
-    /// The product after softcap.
-    pub capped: f64,
-    /// The derivative of the softcap at the product; 1 without softcap.
-    pub cap_slope: f64,
-    /// `|slope| * |pos - j| + |bias|`: what is added after softcap, without cancellation.
-    pub added_magnitude: f64,
-    /// The logit.
-    pub logit: f64,
-    /// Whether an accumulator of the operands' dtype computes the logit without any rounding, in whichever order.
-    pub exact: bool,
-    /// `exp(logit - lse)`, computed as `exp(logit - max) / sum`.
-    pub probability: f64,
-    /// What dropout multiplies the probability by: 0 where dropped, 1 without dropout.
-    pub keep: f64,
-}
+impl Oracle {
+    /// Computes the probabilities of a call of either pass.
+    ///
+    /// # Panics
+    /// Where the inputs are not those of the problem, or not in host memory.
+    pub fn new(problem: &Problem, inputs: &Inputs<'_>) -> Self {
+        let d = problem.dims();
+        let structure = Structure::read(problem, inputs);
+        let (query, key) = (Dense::read(&inputs.query), Dense::read(&inputs.key));
+        let read = |view| in_precision_of_logits(Dense::read(&view), problem);
+        let bias = inputs.bias.map(|view| full_rank(read(view)));
+        let slopes = inputs.alibi_slopes.map(read);
+        let sinks = inputs.sinks.map(read);
+        let accumulator = Accumulator::new(problem);
+        let grids =
+            |tensor: &Dense| -> Vec<Grid> { tensor.data.chunks_exact(d.head_dim).map(Grid::of).collect() };
+        let (query_grids, key_grids) = (grids(&query), grids(&key));
 
-/// One row of the matrix of probabilities.
-#[derive(Clone, Debug)]
-pub struct Row {
-    /// The allowed keys.
-    pub entries: Vec<Entry>,
-    /// The sink's logit; `None` without sinks and for padded rows.
-    pub sink: Option<f64>,
-    /// The largest of logits and sink.
-    pub max: f64,
-    /// The sum of `exp(x - max)` over logits and sink.
-    pub sum: f64,
-    /// The logsumexp.
-    pub lse: f64,
-}
-
-impl Row {
-    /// The probability that the sink takes; 0 without one.
-    pub fn sink_probability(&self) -> f64 {
-        let terms = self.lse != f64::NEG_INFINITY;
-        self.sink.filter(|_| terms).map_or(0.0, |sink| (sink - self.max).exp() / self.sum)
-    }
-}
-
-pub(super) fn compute(problem: &Problem, inputs: &Inputs<'_>) -> Oracle {
-    let d = problem.dims();
-    let structure = Structure::read(problem, inputs);
-    let (query, key) = (Dense::read(&inputs.query), Dense::read(&inputs.key));
-    let read = |view| in_precision_of_logits(Dense::read(&view), problem);
-    let bias = inputs.bias.map(|view| full_rank(read(view)));
-    let slopes = inputs.alibi_slopes.map(read);
-    let sinks = inputs.sinks.map(read);
-    let accumulator = Accumulator::new(problem);
-    let grids =
-        |tensor: &Dense| -> Vec<Grid> { tensor.data.chunks_exact(d.head_dim).map(Grid::of).collect() };
-    let (query_grids, key_grids) = (grids(&query), grids(&key));
-
-    let logits = |b: usize, t: usize, n: usize| -> Vec<Entry> {
-        let slope = slopes.as_ref().map(|slopes| match slopes.shape.len() {
-            1 => slopes.at(&[n]),
-            _ => slopes.at(&[b, n]),
-        });
-        (0..d.key_length)
-            .filter(|&j| structure.allows(b, n, t, j))
-            .map(|j| {
-                let (mut product, mut magnitude) = (0.0, 0.0);
-                for (q, k) in query.row(&[b, t, n]).iter().zip(key.row(&[b, j, n / d.group_size()])) {
-                    product += q * k;
-                    magnitude += (q * k).abs();
-                }
-                let raw_magnitude = magnitude;
-                product *= problem.scale();
-                let (capped, cap_slope) = match problem.softcap() {
-                    None => (product, 1.0),
-                    Some(cap) => {
-                        let tanh = (product / cap).tanh();
-                        // 1 - tanh^2 without the cancellation where tanh is close to 1.
-                        (cap * tanh, (product / cap).cosh().powi(-2))
+        let logits = |b: usize, t: usize, n: usize| -> Vec<Entry> {
+            let slope = slopes.as_ref().map(|slopes| match slopes.shape.len() {
+                1 => slopes.at(&[n]),
+                _ => slopes.at(&[b, n]),
+            });
+            (0..d.key_length)
+                .filter(|&j| structure.allows(b, n, t, j))
+                .map(|j| {
+                    let (mut product, mut magnitude) = (0.0, 0.0);
+                    for (q, k) in query.row(&[b, t, n]).iter().zip(key.row(&[b, j, n / d.group_size()])) {
+                        product += q * k;
+                        magnitude += (q * k).abs();
                     }
-                };
-                let distance = (structure.position(b, t) - j as i128).unsigned_abs() as f64;
-                let alibi = slope.map_or(0.0, |slope| slope * distance);
-                let bias = bias.as_ref().map_or(0.0, |bias| bias.data[bias.broadcast_flat([b, n, t, j])]);
-                let kept = match problem.dropout() {
-                    None => 1.0,
-                    Some(dropout) if keep(&dropout, b * d.query_heads + n, t, j) => keep_factor(&dropout),
-                    Some(_) => 0.0,
-                };
-                let exact = accumulator.computes_exactly(
-                    [&query_grids[query.flat(&[b, t, n])], &key_grids[key.flat(&[b, j, n / d.group_size()])]],
-                    raw_magnitude,
-                    product,
-                    [alibi, bias],
-                );
-                Entry {
-                    exact,
-                    key: j,
-                    product,
-                    product_magnitude: magnitude * problem.scale().abs(),
-                    capped,
-                    cap_slope,
-                    added_magnitude: alibi.abs() + bias.abs(),
-                    logit: capped - alibi + bias,
-                    probability: 0.0,
-                    keep: kept,
-                }
-            })
-            .filter(|entry| entry.logit != f64::NEG_INFINITY)
-            .collect()
-    };
+                    let raw_magnitude = magnitude;
+                    product *= problem.scale();
+                    let (capped, cap_slope) = match problem.softcap() {
+                        None => (product, 1.0),
+                        Some(cap) => {
+                            let tanh = (product / cap).tanh();
+                            // 1 - tanh^2 without the cancellation where tanh is close to 1.
+                            (cap * tanh, (product / cap).cosh().powi(-2))
+                        }
+                    };
+                    let distance = (structure.position(b, t) - j as i128).unsigned_abs() as f64;
+                    let alibi = slope.map_or(0.0, |slope| slope * distance);
+                    let bias = bias.as_ref().map_or(0.0, |bias| bias.data[bias.broadcast_flat([b, n, t, j])]);
+                    let kept = match problem.dropout() {
+                        None => 1.0,
+                        Some(dropout) if keep(&dropout, b * d.query_heads + n, t, j) => keep_factor(&dropout),
+                        Some(_) => 0.0,
+                    };
+                    let exact = accumulator.computes_exactly(
+                        [
+                            &query_grids[query.flat(&[b, t, n])],
+                            &key_grids[key.flat(&[b, j, n / d.group_size()])],
+                        ],
+                        raw_magnitude,
+                        product,
+                        [alibi, bias],
+                    );
+                    Entry {
+                        exact,
+                        key: j,
+                        product,
+                        product_magnitude: magnitude * problem.scale().abs(),
+                        capped,
+                        cap_slope,
+                        added_magnitude: alibi.abs() + bias.abs(),
+                        logit: capped - alibi + bias,
+                        probability: 0.0,
+                        keep: kept,
+                    }
+                })
+                .filter(|entry| entry.logit != f64::NEG_INFINITY)
+                .collect()
+        };
 
-    let mut rows = Vec::with_capacity(d.batch * d.query_length * d.query_heads);
-    for b in 0..d.batch {
-        for t in 0..d.query_length {
-            for n in 0..d.query_heads {
-                let mut entries = logits(b, t, n);
-                let sink = sinks.as_ref().filter(|_| !structure.is_padded(b, t)).map(|sinks| sinks.at(&[n]));
-                let terms = || entries.iter().map(|entry| entry.logit).chain(sink);
-                // `f64::max` ignores NaN, which the sum below then brings back.
-                let max = terms().fold(f64::NEG_INFINITY, f64::max);
-                let (sum, lse) = if terms().all(|x| x == f64::NEG_INFINITY) {
-                    (0.0, f64::NEG_INFINITY)
-                } else {
-                    let sum = terms().map(|x| (x - max).exp()).sum::<f64>();
-                    (sum, max + sum.ln())
-                };
-                for entry in &mut entries {
-                    // Not exp(logit - lse): rounding a large logsumexp would show in every probability.
-                    entry.probability = (entry.logit - max).exp() / sum;
+        let mut rows = Vec::with_capacity(d.batch * d.query_length * d.query_heads);
+        for b in 0..d.batch {
+            for t in 0..d.query_length {
+                for n in 0..d.query_heads {
+                    let mut entries = logits(b, t, n);
+                    let sink =
+                        sinks.as_ref().filter(|_| !structure.is_padded(b, t)).map(|sinks| sinks.at(&[n]));
+                    let terms = || entries.iter().map(|entry| entry.logit).chain(sink);
+                    // `f64::max` ignores NaN, which the sum below then brings back.
+                    let max = terms().fold(f64::NEG_INFINITY, f64::max);
+                    let (sum, lse) = if terms().all(|x| x == f64::NEG_INFINITY) {
+                        (0.0, f64::NEG_INFINITY)
+                    } else {
+                        let sum = terms().map(|x| (x - max).exp()).sum::<f64>();
+                        (sum, max + sum.ln())
+                    };
+                    for entry in &mut entries {
+                        // Not exp(logit - lse): rounding a large logsumexp would show in every probability.
+                        entry.probability = (entry.logit - max).exp() / sum;
+                    }
+                    rows.push(Row { entries, sink, max, sum, lse });
                 }
-                rows.push(Row { entries, sink, max, sum, lse });
             }
         }
+        let value = Dense::read(&inputs.value);
+        Self { problem: problem.clone(), structure, query, key, value, bias, sinks, rows }
     }
-    let value = Dense::read(&inputs.value);
-    Oracle { problem: problem.clone(), structure, query, key, value, bias, sinks, rows }
 }

@@ -8,6 +8,7 @@ pub(crate) mod invariance;
 mod results;
 mod saved;
 mod scratch;
+mod stop;
 mod variations;
 
 use std::time::Instant;
@@ -26,20 +27,7 @@ pub(crate) use call::Invocation;
 pub(crate) use compare::{Judge, fraction_of_bound};
 pub(crate) use results::Results;
 pub(crate) use saved::SavedTensors;
-
-/// Why a case ends before all checks are done.
-pub(crate) enum Stop {
-    /// The backend is wrong.
-    Failed(String, Vec<crate::report::Difference>),
-    /// The backend does not claim to serve the case.
-    Skipped(String),
-}
-
-impl Stop {
-    pub(crate) fn failed(reason: impl Into<String>) -> Self {
-        Stop::Failed(reason.into(), Vec::new())
-    }
-}
+pub(crate) use stop::Stop;
 
 /// Runs one case with all its checks.
 pub(crate) fn run_case(subject: &Subject<'_>, case: &Case, dtype: DType, pass: Pass) -> CaseResult {

@@ -1,0 +1,100 @@
+//! The problems of a case.
+
+use attention_core::{
+    BackwardInputs, Feature, FeatureSet, Gradients, Inputs, InvalidCall, Pass, Problem, ProblemBuilder, Role,
+};
+
+use super::{Case, CaseData};
+
+impl Case {
+    /// The problem of this case for a pass, on tensors made by [`Case::data`]. `declared` are the features that
+    /// the backend declares for the pass, which decide about outputs that are [`Wanted::IfDeclared`].
+    ///
+    /// # Errors
+    /// Where the case is no valid call. Generated cases always are.
+    pub fn problem(&self, data: &CaseData, pass: Pass, declared: FeatureSet) -> Result<Problem, InvalidCall> {
+        let options = &self.options;
+        let mut builder = self.with_options(data.inputs().problem());
+        if let Some(lengths) = &options.query_lengths {
+            builder = builder.query_lengths(lengths);
+        }
+        if let Some(lengths) = &options.key_value_lengths {
+            builder = builder.key_value_lengths(lengths);
+        }
+        let roles: &[Role] = match pass {
+            Pass::Forward => {
+                builder = builder.lse(options.lse.holds(declared, Feature::Lse));
+                &[Role::Out, Role::Lse]
+            }
+            Pass::Backward => {
+                let mut gradients = options.gradients;
+                if options.bias.is_some() && options.dbias.holds(declared, Feature::DBias) {
+                    gradients = gradients | Gradients::BIAS;
+                }
+                if data.sinks.is_some() && options.dsinks.holds(declared, Feature::DSinks) {
+                    gradients = gradients | Gradients::SINKS;
+                }
+                builder = builder.gradients(gradients).d_lse(options.d_lse);
+                &[
+                    Role::Out,
+                    Role::Lse,
+                    Role::DOut,
+                    Role::DLse,
+                    Role::DQuery,
+                    Role::DKey,
+                    Role::DValue,
+                    Role::DBias,
+                    Role::DSinks,
+                ]
+            }
+        };
+        // Built once for the shapes of its results, and again with their layouts.
+        let plain = builder.clone().build()?;
+        for &role in roles {
+            if let Some(desc) = plain.tensor(role) {
+                builder = builder.layout(role, self.layouts.desc(role, desc));
+            }
+        }
+        builder.build()
+    }
+
+    /// The problem of one batch row of `whole`, a problem of this case, on views of that row.
+    pub(crate) fn problem_of_row(
+        &self,
+        inputs: &Inputs<'_>,
+        saved: Option<&BackwardInputs<'_>>,
+        whole: &Problem,
+        row: usize,
+    ) -> Result<Problem, InvalidCall> {
+        let mut builder = self.with_options(inputs.problem());
+        if self.options.query_lengths.is_some() {
+            builder = builder.query_lengths([whole.query_len(row)]);
+        }
+        if self.options.key_value_lengths.is_some() {
+            builder = builder.key_value_lengths([whole.key_value_len(row)]);
+        }
+        let Some(saved) = saved else {
+            return builder.lse(whole.has(Role::Lse)).build();
+        };
+        let builder = builder
+            .gradients(whole.gradients())
+            .d_lse(saved.d_lse.is_some())
+            .layout(Role::Out, saved.out.desc())
+            .layout(Role::Lse, saved.lse.desc())
+            .layout(Role::DOut, saved.d_out.desc());
+        saved.d_lse.iter().fold(builder, |builder, d_lse| builder.layout(Role::DLse, d_lse.desc())).build()
+    }
+
+    /// The options that do not depend on the batch.
+    fn with_options(&self, builder: ProblemBuilder) -> ProblemBuilder {
+        let options = &self.options;
+        builder
+            .scale(options.scale)
+            .causal(options.causal)
+            .query_offset(options.query_offset)
+            .window(options.window)
+            .softcap(options.softcap)
+            .dropout(options.dropout)
+            .deterministic(options.deterministic)
+    }
+}
