@@ -19,7 +19,6 @@ const KNOWN: &[(&str, usize)] = &[
     ("attention", 3),
     ("attention-candle", 2),
     ("attention-chunked", 4),
-    ("attention-core", 1),
     ("attention-cuda", 1),
     ("attention-cudnn", 1),
     ("xtask", 1),

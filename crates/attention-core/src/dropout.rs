@@ -3,7 +3,7 @@
 //! Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). The bits
 //! do not depend on the backend, on chunk sizes, thread counts or layouts.
 
-use crate::{InvalidCall, OutOfMemory, Problem};
+use crate::InvalidCall;
 
 /// Dropout on the probabilities after the softmax, from the published stream.
 #[derive(Clone, Copy, Debug)]
@@ -109,7 +109,7 @@ impl DropoutStream {
     }
 
     /// Calls `visit(s, keep)` for the keys `range` of a row, in order, with one evaluation of Philox for eight keys.
-    /// Keys are numbered with 32 bits; a [`Problem`] with more is refused.
+    /// Keys are numbered with 32 bits; a [`Problem`](crate::Problem) with more is refused.
     #[inline]
     pub fn for_each(
         &self,
@@ -128,30 +128,6 @@ impl DropoutStream {
             s = end;
         }
     }
-}
-
-/// The keep mask of a problem, `[B, N, T, S]` in row-major order, or `None` without dropout. Positions outside the
-/// lengths have bits too; they are not used.
-///
-/// # Errors
-/// [`OutOfMemory`] where the mask does not fit in memory: it has a byte for each element of the logits.
-pub fn dropout_mask(problem: &Problem) -> Result<Option<Vec<bool>>, OutOfMemory> {
-    let Some(stream) = problem.dropout_stream() else { return Ok(None) };
-    let dims = problem.dims();
-    // The problem checked that the logits can be counted.
-    let count: usize = dims.logits().iter().product();
-    let mut mask = Vec::new();
-    if count == 0 {
-        // Without keys there may be any number of rows.
-        return Ok(Some(mask));
-    }
-    mask.try_reserve_exact(count).map_err(|_| OutOfMemory { what: "a dropout mask", bytes: count })?;
-    for batch_head in 0..(dims.batch * dims.query_heads) as u32 {
-        for t in 0..dims.query_length as u32 {
-            stream.for_each(batch_head, t, 0..dims.key_length, |_, keep| mask.push(keep));
-        }
-    }
-    Ok(Some(mask))
 }
 
 /// Philox4x32 with 10 rounds (Salmon et al. 2011, section 3.3).

@@ -114,33 +114,11 @@ pub(crate) fn element_count(shape: &[usize]) -> Option<usize> {
 
 /// A tensor without its memory: dtype, shape and strides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "StoredDesc"))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct TensorDesc {
     dtype: DType,
     shape: Dims,
     strides: Strides,
-}
-
-/// A stored description, whose ranks may differ.
-#[cfg(feature = "serde")]
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a tensor's dtype, shape and strides")]
-struct StoredDesc {
-    dtype: DType,
-    shape: Dims,
-    strides: Strides,
-}
-
-#[cfg(feature = "serde")]
-impl TryFrom<StoredDesc> for TensorDesc {
-    type Error = crate::InvalidCall;
-
-    fn try_from(stored: StoredDesc) -> Result<Self, Self::Error> {
-        let (shape, strides) = (stored.shape.rank(), stored.strides.rank());
-        Self::strided(stored.dtype, stored.shape, stored.strides)
-            .ok_or(crate::InvalidCall::StridesRank { shape, strides })
-    }
 }
 
 impl TensorDesc {

@@ -1,4 +1,6 @@
-//! Loading of options by the names of their fields.
+//! Loading of options by the names of their fields, and of tensors whose ranks may not fit.
+
+use crate::{DType, Dims, InvalidCall, Strides, TensorDesc};
 
 /// Implements `Serialize` and `Deserialize` for a struct that derives both with `serde(remote = "Self")`: formats for
 /// people (JSON, TOML) must name its fields.
@@ -40,4 +42,21 @@ macro_rules! fields_by_name {
             }
         }
     };
+}
+
+/// A stored description, whose ranks may differ.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a tensor's dtype, shape and strides")]
+struct StoredDesc {
+    dtype: DType,
+    shape: Dims,
+    strides: Strides,
+}
+
+impl<'de> serde::Deserialize<'de> for TensorDesc {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let StoredDesc { dtype, shape, strides } = StoredDesc::deserialize(deserializer)?;
+        let different = InvalidCall::StridesRank { shape: shape.rank(), strides: strides.rank() };
+        Self::strided(dtype, shape, strides).ok_or_else(|| serde::de::Error::custom(different))
+    }
 }

@@ -1,9 +1,10 @@
 //! Collects what a problem consists of.
 
-use super::{Dimensions, Pass, Problem, Spec, validate};
+use super::{Dimensions, Problem, Spec, validate};
 use crate::float_bits::FloatBits;
 use crate::{
-    DType, Device, Dropout, Gradients, InvalidCall, Lengths, QueryOffset, Role, Sequences, TensorDesc, Window,
+    DType, Device, Dropout, Gradients, InvalidCall, Lengths, Pass, QueryOffset, Role, Sequences, TensorDesc,
+    Window,
 };
 
 /// Collects what a [`Problem`] consists of; [`build`](Self::build) checks it.
@@ -15,11 +16,11 @@ use crate::{
 #[cfg_attr(feature = "serde", serde(transparent))]
 #[must_use = "a builder does nothing until `build`"]
 pub struct ProblemBuilder {
-    pub(super) spec: Spec,
+    spec: Spec,
 }
 
 impl ProblemBuilder {
-    pub(super) fn new(query: TensorDesc, key: TensorDesc, value: TensorDesc) -> Self {
+    fn new(query: TensorDesc, key: TensorDesc, value: TensorDesc) -> Self {
         let mut tensors = [None; Role::COUNT];
         tensors[Role::Query as usize] = Some(query);
         tensors[Role::Key as usize] = Some(key);
@@ -168,6 +169,19 @@ impl ProblemBuilder {
     }
 }
 
+impl Problem {
+    /// Starts a problem from the descriptions of query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, Hv]`.
+    pub fn builder(query: TensorDesc, key: TensorDesc, value: TensorDesc) -> ProblemBuilder {
+        ProblemBuilder::new(query, key, value)
+    }
+
+    /// A builder that holds everything of this problem, to make a variant of it: the backward problem of a
+    /// forward one, or the same for another device.
+    pub fn to_builder(&self) -> ProblemBuilder {
+        ProblemBuilder { spec: self.spec.clone() }
+    }
+}
+
 impl From<Problem> for ProblemBuilder {
     fn from(problem: Problem) -> Self {
         Self { spec: problem.spec }
@@ -179,6 +193,22 @@ impl TryFrom<ProblemBuilder> for Problem {
 
     fn try_from(builder: ProblemBuilder) -> Result<Self, InvalidCall> {
         builder.build()
+    }
+}
+
+#[cfg(feature = "serde")]
+impl serde::Serialize for Problem {
+    /// As its builder.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.to_builder().serialize(serializer)
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for Problem {
+    /// A stored builder, checked again.
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        ProblemBuilder::deserialize(deserializer)?.build().map_err(serde::de::Error::custom)
     }
 }
 

@@ -10,29 +10,9 @@ pub use builder::ProblemBuilder;
 
 use crate::float_bits::FloatBits;
 use crate::{
-    DType, Device, Dropout, DropoutStream, Feature, FeatureSet, Gradients, QueryOffset, Role, Sequences,
-    TensorDesc, Window,
+    DType, Device, Dropout, DropoutStream, Feature, FeatureSet, Gradients, Pass, QueryOffset, Role,
+    Sequences, TensorDesc, Window,
 };
-
-/// The direction of a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
-pub enum Pass {
-    /// Computes the output and, on request, the logsumexp.
-    Forward,
-    /// Computes gradients from the incoming gradient, the output and the logsumexp.
-    Backward,
-}
-
-impl std::fmt::Display for Pass {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(match self {
-            Pass::Forward => "forward",
-            Pass::Backward => "backward",
-        })
-    }
-}
 
 /// The sizes of a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -151,8 +131,6 @@ struct Spec {
 /// # Ok::<(), attention_core::InvalidCall>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "ProblemBuilder", into = "ProblemBuilder"))]
 pub struct Problem {
     spec: Spec,
     dims: Dimensions,
@@ -161,17 +139,6 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// Starts a problem from the descriptions of query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, Hv]`.
-    pub fn builder(query: TensorDesc, key: TensorDesc, value: TensorDesc) -> ProblemBuilder {
-        ProblemBuilder::new(query, key, value)
-    }
-
-    /// A builder that holds everything of this problem, to make a variant of it: the backward problem of a
-    /// forward one, or the same for another device.
-    pub fn to_builder(&self) -> ProblemBuilder {
-        ProblemBuilder { spec: self.spec.clone() }
-    }
-
     /// Forward or backward.
     pub fn pass(&self) -> Pass {
         self.spec.pass

@@ -1,9 +1,9 @@
 //! The checks of a problem: the only place where calls are judged.
 
-use super::{Dimensions, Pass, Problem, Spec};
+use super::{Dimensions, Problem, Spec};
 use crate::float_bits::FloatBits;
 use crate::shape::element_count;
-use crate::{DType, Dims, Gradients, InvalidCall, Lengths, Role, Sequences, TensorDesc};
+use crate::{DType, Dims, Gradients, InvalidCall, Lengths, Pass, Role, Sequences, TensorDesc};
 
 const ANY_FLOAT: &str = "f64, f32, f16 or bf16";
 

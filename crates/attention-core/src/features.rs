@@ -1,0 +1,147 @@
+//! Options of a call and properties of its tensors, by name, and sets of them.
+
+macro_rules! features {
+    ($($(#[$doc:meta])* $variant:ident => $name:literal,)*) => {
+        /// An option of a call, or a property of its tensors, that a backend supports or not.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+        #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+        #[non_exhaustive]
+        pub enum Feature {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Feature {
+            /// Every feature, in the order in which tables list them.
+            pub const ALL: &[Feature] = &[$(Feature::$variant,)*];
+
+            /// The name used in messages and tables.
+            pub const fn name(self) -> &'static str {
+                match self { $(Feature::$variant => $name,)* }
+            }
+        }
+    };
+}
+
+features! {
+    /// `K < N`: grouped-query or multi-query attention.
+    GroupedHeads => "grouped heads",
+    /// `Hv != H`.
+    ValueHeadDim => "value head dim != head dim",
+    /// Causal masking.
+    Causal => "causal",
+    /// A query offset other than top-left, fixed.
+    QueryOffset => "query offset",
+    /// The bottom-right query offset.
+    BottomRight => "bottom-right offset",
+    /// A window's left bound.
+    WindowLeft => "window left",
+    /// A window's right bound.
+    WindowRight => "window right",
+    /// A boolean mask.
+    Mask => "mask",
+    /// An additive bias.
+    Bias => "bias",
+    /// Query lengths.
+    QueryLengths => "query lengths",
+    /// Key/value lengths.
+    KeyValueLengths => "key/value lengths",
+    /// Softcap.
+    Softcap => "softcap",
+    /// ALiBi slopes.
+    Alibi => "ALiBi",
+    /// Attention sinks.
+    Sinks => "sinks",
+    /// Dropout from the published stream.
+    Dropout => "dropout",
+    /// The logsumexp as an output.
+    Lse => "lse output",
+    /// An incoming gradient of the logsumexp.
+    DLse => "d_lse",
+    /// The gradient of the bias.
+    DBias => "dbias",
+    /// The gradient of the sinks.
+    DSinks => "dsinks",
+    /// Bitwise reproducible results on request.
+    Deterministic => "deterministic",
+    /// Tensors whose last axis has a stride other than 1.
+    InnerStride => "inner stride != 1",
+    /// Negative strides.
+    NegativeStrides => "negative strides",
+}
+
+impl std::fmt::Display for Feature {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A set of features.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(from = "Vec<Feature>", into = "Vec<Feature>"))]
+pub struct FeatureSet(u32);
+
+impl FeatureSet {
+    /// No feature.
+    pub const EMPTY: Self = Self(0);
+
+    /// Every feature of this version.
+    pub fn all() -> Self {
+        Feature::ALL.iter().copied().collect()
+    }
+
+    /// This set with `feature`.
+    pub const fn with(self, feature: Feature) -> Self {
+        Self(self.0 | 1 << feature as u32)
+    }
+
+    /// This set without `feature`.
+    pub const fn without(self, feature: Feature) -> Self {
+        Self(self.0 & !(1 << feature as u32))
+    }
+
+    /// Whether `feature` is in the set.
+    pub const fn contains(self, feature: Feature) -> bool {
+        self.0 & (1 << feature as u32) != 0
+    }
+
+    /// Whether the set is empty.
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The features of this set that `other` lacks.
+    pub const fn difference(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    /// The features, in table order.
+    pub fn iter(self) -> impl Iterator<Item = Feature> {
+        Feature::ALL.iter().copied().filter(move |&feature| self.contains(feature))
+    }
+}
+
+impl FromIterator<Feature> for FeatureSet {
+    fn from_iter<I: IntoIterator<Item = Feature>>(features: I) -> Self {
+        features.into_iter().fold(Self::EMPTY, Self::with)
+    }
+}
+
+impl From<Vec<Feature>> for FeatureSet {
+    fn from(features: Vec<Feature>) -> Self {
+        features.into_iter().collect()
+    }
+}
+
+impl From<FeatureSet> for Vec<Feature> {
+    fn from(set: FeatureSet) -> Self {
+        set.iter().collect()
+    }
+}
+
+impl std::fmt::Debug for FeatureSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.iter()).finish()
+    }
+}
