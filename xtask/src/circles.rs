@@ -16,7 +16,6 @@ use crate::cargo::{self, Workspace};
 /// Circles that stand, by package: each is to be taken apart, and none to come. A package that is not here
 /// has none.
 const KNOWN: &[(&str, usize)] = &[
-    ("attention", 3),
     ("attention-candle", 2),
     ("attention-chunked", 4),
     ("attention-cuda", 1),

@@ -5,7 +5,7 @@ use attention_core::{
 };
 
 use crate::hidden_keys;
-use crate::operands::Operands;
+use crate::operands::{Operands, OptionalInputs};
 use crate::selection::Policy;
 use crate::{AxisOrder, Error, Explanation, Implementation, IntoView, Options, Registry, Selection, Tensor};
 
@@ -52,10 +52,7 @@ use crate::{AxisOrder, Error, Explanation, Implementation, IntoView, Options, Re
 pub struct Attention<'a> {
     pub(crate) options: Options,
     pub(crate) order: AxisOrder,
-    pub(crate) mask: Option<View<'a>>,
-    pub(crate) bias: Option<View<'a>>,
-    pub(crate) alibi_slopes: Option<View<'a>>,
-    pub(crate) sinks: Option<View<'a>>,
+    pub(crate) optional: OptionalInputs<'a>,
     pub(crate) d_lse: Option<View<'a>>,
     pub(crate) gradients: Option<Gradients>,
     pub(crate) policy: Policy,
@@ -166,28 +163,28 @@ impl<'a> Attention<'a> {
     /// # Ok::<(), attention::Error>(())
     /// ```
     pub fn mask(mut self, mask: impl IntoView<'a>) -> Self {
-        self.mask = self.tensor(Role::Mask, mask);
+        self.optional.mask = self.tensor(Role::Mask, mask);
         self
     }
 
     /// An additive bias of any float dtype, shapes as for the [mask](Self::mask). It is added to the scaled and
     /// soft-capped logits; -inf masks. Its gradient has its shape: it is summed over the axes along which it was broadcast.
     pub fn bias(mut self, bias: impl IntoView<'a>) -> Self {
-        self.bias = self.tensor(Role::Bias, bias);
+        self.optional.bias = self.tensor(Role::Bias, bias);
         self
     }
 
     /// ALiBi slopes, `[N]` or `[B, N]`, of any float dtype: `slope * |pos - j|` is taken off the logits
     /// (arXiv 2108.12409). They have no gradient.
     pub fn alibi_slopes(mut self, slopes: impl IntoView<'a>) -> Self {
-        self.alibi_slopes = self.tensor(Role::AlibiSlopes, slopes);
+        self.optional.alibi_slopes = self.tensor(Role::AlibiSlopes, slopes);
         self
     }
 
     /// Attention sinks, `[N]`, of any float dtype: one extra logit a head that joins the softmax's denominator only
     /// (as in gpt-oss, arXiv 2508.10925). They have a gradient.
     pub fn sinks(mut self, sinks: impl IntoView<'a>) -> Self {
-        self.sinks = self.tensor(Role::Sinks, sinks);
+        self.optional.sinks = self.tensor(Role::Sinks, sinks);
         self
     }
 
@@ -278,7 +275,7 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Problem, Error> {
-        let operands = Operands::new(self, query, key, value)?;
+        let operands = self.operands(query, key, value)?;
         operands.build(operands.problem(&self.options), &self.options)
     }
 
@@ -293,7 +290,7 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Problem, Error> {
-        let operands = Operands::new(self, query, key, value)?;
+        let operands = self.operands(query, key, value)?;
         let builder = operands.problem(&self.options).gradients(self.wanted());
         operands.build(builder.d_lse(self.d_lse.is_some()), &self.options)
     }
@@ -341,6 +338,19 @@ impl<'a> Attention<'a> {
         self.policy.select(problem)
     }
 
+    /// The inputs of a call.
+    pub(crate) fn operands<'b: 'a>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+    ) -> Result<Operands<'a>, Error> {
+        if let Some((role, source)) = self.broken.clone() {
+            return Err(Error::Input { role, source });
+        }
+        Operands::new(self.order, self.optional, query, key, value)
+    }
+
     /// The implementation of a call that is about to run. Never inlined: what a choice takes of the stack is not there beside the
     /// call.
     #[inline(never)]
@@ -354,8 +364,8 @@ impl<'a> Attention<'a> {
         let given = |present: bool, gradient| if present { gradient } else { Gradients::NONE };
         self.gradients.unwrap_or(
             Gradients::QKV
-                | given(self.bias.is_some(), Gradients::BIAS)
-                | given(self.sinks.is_some(), Gradients::SINKS),
+                | given(self.optional.bias.is_some(), Gradients::BIAS)
+                | given(self.optional.sinks.is_some(), Gradients::SINKS),
         )
     }
 

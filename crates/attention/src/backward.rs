@@ -51,7 +51,7 @@ impl<'a> Attention<'a> {
         forward: &Forward,
         d_out: impl IntoView<'b>,
     ) -> Result<Backward, Error> {
-        let operands = Operands::new(self, query, key, value)?;
+        let operands = self.operands(query, key, value)?;
         let d_out = input(Role::DOut, d_out)?;
         self.backward_owned(&operands, forward, d_out)
     }
@@ -85,7 +85,7 @@ impl<'a> Attention<'a> {
         value: impl IntoView<'b>,
         d_out: impl IntoView<'b>,
     ) -> Result<Backward, Error> {
-        let operands = Operands::new(self, query, key, value)?;
+        let operands = self.operands(query, key, value)?;
         let d_out = input(Role::DOut, d_out)?;
         host_outputs(operands.device(), "backward_into")?;
         // Judged first, so that a backward that cannot run does not cost a forward.
@@ -145,7 +145,7 @@ impl<'a> Attention<'a> {
         saved: BackwardInputs<'_>,
         outputs: BackwardOutputs<'_>,
     ) -> Result<(), Error> {
-        let operands = Operands::new(self, query, key, value)?;
+        let operands = self.operands(query, key, value)?;
         let incoming = Incoming::new(&operands, saved.d_out, saved.d_lse.or(self.d_lse))?;
         let saved = incoming.with(&operands, saved.out, saved.lse)?;
         let outputs = with_batch(&operands, outputs)?;
@@ -354,8 +354,8 @@ impl Backward {
             dk: wanted(Role::DKey)?,
             dv: wanted(Role::DValue)?,
             // In the caller's shape, which may have fewer axes than the problem's.
-            dbias: like(Role::DBias, call.bias)?,
-            dsinks: like(Role::DSinks, call.sinks)?,
+            dbias: like(Role::DBias, call.optional.bias)?,
+            dsinks: like(Role::DSinks, call.optional.sinks)?,
         })
     }
 

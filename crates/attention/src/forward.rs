@@ -45,7 +45,7 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Tensor, Error> {
-        let operands = Operands::new(self, query, key, value)?;
+        let operands = self.operands(query, key, value)?;
         host_outputs(operands.device(), "forward_into")?;
         let problem = operands.build(operands.problem(&self.options), &self.options)?;
         let mut out = allocate(&operands, &problem, Role::Out)?;
@@ -63,7 +63,7 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Forward, Error> {
-        self.forward_owned(&Operands::new(self, query, key, value)?, "forward_into")
+        self.forward_owned(&self.operands(query, key, value)?, "forward_into")
     }
 
     /// As [`forward`](Self::forward), into memory of the caller's, of any strides in which no two elements meet:
@@ -101,7 +101,7 @@ impl<'a> Attention<'a> {
         out: impl IntoViewMut<'o>,
         lse: Option<ViewMut<'o>>,
     ) -> Result<(), Error> {
-        let operands = Operands::new(self, query, key, value)?;
+        let operands = self.operands(query, key, value)?;
         let out = operands.written(Role::Out, output(Role::Out, out)?)?;
         let lse = lse.map(|lse| operands.written(Role::Lse, lse)).transpose()?;
         let mut builder = operands.problem(&self.options).layout(Role::Out, out.desc());

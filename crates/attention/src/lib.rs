@@ -23,6 +23,7 @@ mod registry;
 mod scratch;
 mod selection;
 mod tensor;
+mod zeros;
 
 pub use attention::{Attention, dot_product_attention};
 pub use attention_core as core;

@@ -3,7 +3,16 @@
 use attention_core::{Device, Dims, Inputs, InvalidCall, Problem, ProblemBuilder, Role, View, ViewMut};
 
 use crate::order::Kind;
-use crate::{Attention, AxisOrder, Error, IntoView, IntoViewMut, Options};
+use crate::{AxisOrder, Error, IntoView, IntoViewMut, Options};
+
+/// The inputs of a call besides query, key and value, whose axes do not depend on the order of the call's.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct OptionalInputs<'a> {
+    pub(crate) mask: Option<View<'a>>,
+    pub(crate) bias: Option<View<'a>>,
+    pub(crate) alibi_slopes: Option<View<'a>>,
+    pub(crate) sinks: Option<View<'a>>,
+}
 
 /// The inputs of a call with four axes in the order of the core, and how they came.
 #[derive(Clone, Copy)]
@@ -27,21 +36,19 @@ pub(crate) fn output<'a>(role: Role, tensor: impl IntoViewMut<'a>) -> Result<Vie
 
 impl<'a> Operands<'a> {
     pub(crate) fn new<'b: 'a>(
-        call: &Attention<'a>,
+        order: AxisOrder,
+        optional: OptionalInputs<'a>,
         query: impl IntoView<'b>,
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Self, Error> {
-        if let Some((role, source)) = call.broken.clone() {
-            return Err(Error::Input { role, source });
-        }
         let (query, key, value) =
             (input(Role::Query, query)?, input(Role::Key, key)?, input(Role::Value, value)?);
         let views = [(Role::Query, query), (Role::Key, key), (Role::Value, value)];
         let ranks = views.map(|(_, view)| view.shape().rank());
         for ((role, view), rank) in views.into_iter().zip(ranks) {
             if !(3..=4).contains(&rank) {
-                let expected = match call.order {
+                let expected = match order {
                     AxisOrder::Btnh => "4 ([B, T, N, H]) or 3 ([T, N, H])",
                     AxisOrder::Bnth => "4 ([B, N, T, H]) or 3 ([N, T, H])",
                 };
@@ -50,21 +57,17 @@ impl<'a> Operands<'a> {
         }
         if ranks != [ranks[0]; 3] {
             let (query, key, value) = (query.shape(), key.shape(), value.shape());
-            return Err(Error::MixedRanks { query, key, value, order: call.order });
+            return Err(Error::MixedRanks { query, key, value, order });
         }
         let batched = ranks[0] == 4;
         let four = |view: View<'b>| {
-            let view = call.order.read(Kind::Operand, view)?;
+            let view = order.read(Kind::Operand, view)?;
             if batched { Ok(view) } else { view.unsqueeze() }
         };
-        let inputs = Inputs {
-            mask: call.mask,
-            bias: call.bias,
-            alibi_slopes: call.alibi_slopes,
-            sinks: call.sinks,
-            ..Inputs::new(four(query)?, four(key)?, four(value)?)
-        };
-        let operands = Self { inputs, batched, order: call.order };
+        let OptionalInputs { mask, bias, alibi_slopes, sinks } = optional;
+        let inputs =
+            Inputs { mask, bias, alibi_slopes, sinks, ..Inputs::new(four(query)?, four(key)?, four(value)?) };
+        let operands = Self { inputs, batched, order };
         operands.one_device()?;
         Ok(operands)
     }

@@ -4,11 +4,9 @@ use std::sync::{Arc, LazyLock};
 
 use attention_core::AttentionBackend;
 
-use crate::{Choice, Error, Implementation};
-
 /// An ordered list of implementations. The default one holds those of this build; others join by value.
 ///
-/// The order is the order of preference of [`Implementation::Auto`], except where a measured crossover between two
+/// The order is the order of preference of [`Implementation::Auto`](crate::Implementation::Auto), except where a measured crossover between two
 /// implementations of ours says otherwise. A name stands for one implementation: adding another of the same name puts
 /// it in the place of the first, which is how a configured one replaces a default one.
 ///
@@ -76,16 +74,6 @@ impl Registry {
     /// The names of the implementations, in order of preference.
     pub fn names(&self) -> Vec<String> {
         self.backends.iter().map(|backend| backend.name().to_owned()).collect()
-    }
-
-    /// The implementation that a stored choice stands for here.
-    ///
-    /// # Errors
-    /// [`Error::UnknownImplementation`] or [`Error::NotBuilt`] where the choice names one that is missing here,
-    /// [`Error::OtherVersion`], [`Error::OtherNumerics`]; [`Error::NoNumerics`] where the choice names a class that no implementation here
-    /// computes in.
-    pub fn resolve(&self, choice: &Choice) -> Result<Implementation, Error> {
-        choice.resolve(self)
     }
 }
 

@@ -2,10 +2,8 @@
 
 use std::any::Any;
 
-use attention_core::{DType, Dims, Element, InvalidCall, TensorDesc, View, ViewMut};
+use attention_core::{DType, Dims, Element, InvalidCall, OutOfMemory, View, ViewMut};
 use half::{bf16, f16};
-
-use crate::Error;
 
 /// An owned, row-major tensor in host memory: what the facade returns, and one way to hand it inputs.
 ///
@@ -111,20 +109,8 @@ impl Tensor {
         Ok(Self { shape, data })
     }
 
-    /// A tensor of zeros (of `false` for bool).
-    ///
-    /// # Errors
-    /// [`InvalidCall::Overflow`] inside [`Error::Core`]; [`Error::OutOfMemory`].
-    pub fn zeros<T: Element>(shape: impl Into<Dims>) -> Result<Self, Error> {
-        Self::zeros_of(T::DTYPE, shape.into())
-    }
-
-    /// As [`zeros`](Self::zeros), for a dtype of a checked problem.
-    pub(crate) fn zeros_of(dtype: DType, shape: Dims) -> Result<Self, Error> {
-        let desc = TensorDesc::contiguous(dtype, shape);
-        let overflow = InvalidCall::Overflow { what: "a tensor", shape };
-        desc.span().ok_or_else(|| overflow.clone())?;
-        let count = desc.element_count().ok_or(overflow)?;
+    /// A tensor of zeros with this many elements.
+    pub(crate) fn zeroed(dtype: DType, shape: Dims, count: usize) -> Result<Self, OutOfMemory> {
         Ok(Self { shape, data: Data::zeros(dtype, count)? })
     }
 
@@ -193,7 +179,7 @@ impl Tensor {
 
 impl Data {
     /// Asks the allocator for zeroed memory, which it maps when it is first touched, and survives a refusal.
-    fn zeros(dtype: DType, count: usize) -> Result<Self, Error> {
+    fn zeros(dtype: DType, count: usize) -> Result<Self, OutOfMemory> {
         let data = match dtype {
             DType::F64 => bytemuck::try_zeroed_vec(count).map(Self::F64),
             DType::F32 => bytemuck::try_zeroed_vec(count).map(Self::F32),
@@ -202,12 +188,14 @@ impl Data {
             DType::Bool => bytemuck::try_zeroed_vec(count).map(Self::Bool),
             _ => unreachable!("no problem and no element type has dtype {dtype}"),
         };
-        data.map_err(|()| Error::OutOfMemory { what: "a tensor", bytes: count.saturating_mul(dtype.size()) })
+        data.map_err(|()| OutOfMemory { what: "a tensor", bytes: count.saturating_mul(dtype.size()) })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use attention_core::TensorDesc;
+
     use super::*;
 
     fn round_trip<T: Element + PartialEq + std::fmt::Debug>(values: Vec<T>) {

@@ -53,11 +53,19 @@ impl Choice {
             Self::Implementation { numerics, .. } | Self::Numerics(numerics) => *numerics,
         }
     }
+}
 
-    pub(crate) fn resolve(&self, registry: &Registry) -> Result<Implementation, Error> {
-        match self {
-            Self::Implementation { name, version, dtype, numerics } => {
-                let backend = registry.get(name).ok_or_else(|| missing(name, registry))?;
+impl Registry {
+    /// The implementation that a stored choice stands for here.
+    ///
+    /// # Errors
+    /// [`Error::UnknownImplementation`] or [`Error::NotBuilt`] where the choice names one that is missing here,
+    /// [`Error::OtherVersion`], [`Error::OtherNumerics`]; [`Error::NoNumerics`] where the choice names a class that no implementation here
+    /// computes in.
+    pub fn resolve(&self, choice: &Choice) -> Result<Implementation, Error> {
+        match choice {
+            Choice::Implementation { name, version, dtype, numerics } => {
+                let backend = self.get(name).ok_or_else(|| missing(name, self))?;
                 let here = backend.capabilities().numerics_of(*dtype);
                 if here != Some(*numerics) {
                     let (name, dtype, stored) = (name.clone(), *dtype, *numerics);
@@ -72,12 +80,12 @@ impl Choice {
                     _ => Ok(Implementation::Exactly(backend.clone())),
                 }
             }
-            Self::Numerics(class) => {
-                let has_class = registry.backends().iter().any(|backend| {
+            Choice::Numerics(class) => {
+                let has_class = self.backends().iter().any(|backend| {
                     backend.capabilities().numerics.iter().any(|(_, candidate)| candidate == class)
                 });
                 if !has_class {
-                    return Err(Error::NoNumerics { class: *class, known: registry.names() });
+                    return Err(Error::NoNumerics { class: *class, known: self.names() });
                 }
                 Ok(Implementation::Numerics(*class))
             }
