@@ -4,7 +4,8 @@ use attention::core::Inputs;
 use attention::{BackwardInputs, BackwardOutputs, DType, Role, View, ViewMut};
 use candle_core::Tensor;
 
-use crate::memory::{Locked, Output, Reads, Writes};
+use crate::events::{Reads, Writes};
+use crate::memory::{Locked, Output};
 use crate::{Attention, Error, Explanation};
 
 /// What a forward call leaves: memory with its shape in the caller's order.

@@ -16,7 +16,8 @@ use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::{CudaDevice, CudaStorage, Layout};
 
 use crate::Error;
-use crate::memory::{CudaOutput, Reads, Writes, axes, expected};
+use crate::events::{Reads, Writes};
+use crate::layout::{axes, expected};
 
 /// The device of candle's tensors with the stream that candle puts its work on, for backends with a configuration of your
 /// own: `CudnnBackend::on(device_of(device), config)`, in a [`Registry`].
@@ -86,6 +87,12 @@ pub(crate) fn view<'g>(
     // in the order of its stream, on which the call runs; the storage is borrowed, locked against writes, for 'g, and freed in
     // the order of the stream.
     Ok(unsafe { View::from_raw_parts(std::ptr::with_exposed_provenance(first), device, desc) }?)
+}
+
+/// Memory of a device, with the stream that its work is put on.
+pub(crate) struct CudaOutput {
+    pub(crate) storage: CudaStorage,
+    stream: Arc<CudaStream>,
 }
 
 /// Memory for a row-major tensor of so many elements.

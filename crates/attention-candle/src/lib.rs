@@ -6,7 +6,10 @@ mod call;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
+mod events;
+mod forward;
 mod graph;
+mod layout;
 mod memory;
 
 pub use self::attention::Attention;

@@ -6,14 +6,9 @@ use candle_core::{CpuStorage, Layout, Storage, StorageRef, Tensor};
 
 use crate::Error;
 #[cfg(feature = "cuda")]
-use crate::cuda;
-
-/// What queries, keys, values and biases may be.
-/// No two libraries read a mask of integers alike.
-const MASK: &str = "u8, 0 for masked: `mask.ne(0.)?` makes it of numbers that say which keys take part (a mask of integers is added \
-                    to the logits in MLX and tinygrad, selects where it is not 0 in Keras, and is refused by torch and JAX), \
-                    and floats that are added to the logits are a bias";
-const FLOATS: &str = "f64, f32, f16 or bf16";
+use crate::cuda::{self, CudaOutput};
+use crate::events::{Reads, Writes};
+use crate::layout::{axes, expected};
 
 /// The storages of the tensors of a call, locked against writes for as long as the call runs.
 pub(crate) struct Locked<'t> {
@@ -69,30 +64,6 @@ impl<'t> Locked<'t> {
     }
 }
 
-/// What is told when the reads of a call are on their stream; nothing in host memory.
-#[derive(Default)]
-pub(crate) struct Reads<'g> {
-    #[cfg(feature = "cuda")]
-    pub(crate) events: Vec<attention::cuda::cudarc::driver::SyncOnDrop<'g>>,
-    #[cfg(not(feature = "cuda"))]
-    host: std::marker::PhantomData<&'g ()>,
-}
-
-/// The dtypes that a tensor of this role can have, in words.
-pub(crate) fn expected(role: Role) -> &'static str {
-    if role == Role::Mask { MASK } else { FLOATS }
-}
-
-/// Shape and strides of a candle tensor with at most four axes.
-pub(crate) fn axes(layout: &Layout) -> (attention::Dims, attention::Strides) {
-    let shape = attention::Dims::from_slice(layout.dims());
-    // A stride that fits no isize belongs to no element.
-    let strides: Vec<isize> =
-        layout.stride().iter().map(|&stride| isize::try_from(stride).unwrap_or(isize::MAX)).collect();
-    let strides = attention::Strides::from_slice(&strides);
-    (shape.expect("the rank was checked"), strides.expect("the rank was checked"))
-}
-
 fn host_view<'a>(role: Role, storage: &'a CpuStorage, layout: &Layout) -> Result<View<'a>, Error> {
     fn floats<'a, T: Element>(data: &'a [T], layout: &Layout) -> Result<View<'a>, Error> {
         let (shape, strides) = axes(layout);
@@ -119,22 +90,6 @@ pub(crate) enum Output {
     Host(attention::Tensor),
     #[cfg(feature = "cuda")]
     Cuda(CudaOutput),
-}
-
-/// Memory of a device, with the stream that its work is put on.
-#[cfg(feature = "cuda")]
-pub(crate) struct CudaOutput {
-    pub(crate) storage: candle_core::CudaStorage,
-    pub(crate) stream: std::sync::Arc<attention::cuda::cudarc::driver::CudaStream>,
-}
-
-/// Whether writes to outputs are on their stream; nothing in host memory.
-#[derive(Default)]
-pub(crate) struct Writes<'g> {
-    #[cfg(feature = "cuda")]
-    pub(crate) events: Vec<attention::cuda::cudarc::driver::SyncOnDrop<'g>>,
-    #[cfg(not(feature = "cuda"))]
-    host: std::marker::PhantomData<&'g ()>,
 }
 
 impl Output {
