@@ -30,6 +30,7 @@ mod graphs;
 mod kernels;
 mod machine;
 mod members;
+mod outcome;
 mod packages;
 mod reporting;
 mod sanitize;
@@ -42,10 +43,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// What went wrong, as one sentence for the person at the terminal.
-type Error = Box<dyn std::error::Error + Send + Sync>;
-/// What a command returns: whether everything it looked at is as it should be.
-type Result<T = bool> = std::result::Result<T, Error>;
+pub(crate) use outcome::Result;
 
 /// Checks, tests and measures this repository.
 #[derive(Parser)]

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: backends on the shared shapes, beside other libraries.
 
+mod case;
 mod gpu;
 mod measure;
 mod memory;
@@ -15,6 +16,7 @@ use attention_core::{AttentionBackend, DType, Dimensions, ScratchGrowth};
 
 use crate::backends::{self, InPool, parse_dtype};
 use crate::{machine, reporting};
+use case::Case;
 use peer::Peer;
 use row::Row;
 
@@ -88,16 +90,6 @@ pub(crate) struct Arguments {
 
 fn positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a number above 0".to_owned())
-}
-
-/// What a row measures, but for the backend and the peer.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Case {
-    pub(crate) dims: Dimensions,
-    pub(crate) dtype: DType,
-    pub(crate) work: Work,
-    pub(crate) causal: bool,
-    pub(crate) mask: Mask,
 }
 
 /// Runs the command.

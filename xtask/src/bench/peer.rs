@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::Case;
+use super::case::Case;
 use crate::{cargo, machine};
 
 /// A running peer.

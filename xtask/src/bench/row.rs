@@ -6,7 +6,7 @@ use std::fmt::Write;
 use attention_core::Dimensions;
 use serde::Serialize;
 
-use super::Case;
+use super::case::Case;
 use crate::machine;
 
 /// One measurement. The names are those of the JSON objects and the CSV columns.

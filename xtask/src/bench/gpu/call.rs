@@ -9,7 +9,8 @@ use attention_core::{
 use attention_cuda::cudarc::driver::sys::CUevent_flags;
 use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
 
-use super::{Case, Terms, Times};
+use super::case::{Case, Terms};
+use super::measured::Times;
 
 /// The tensors of a case, shared by all backends.
 pub(super) struct Data {

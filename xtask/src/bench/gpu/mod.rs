@@ -1,6 +1,8 @@
 //! `cargo xtask bench --suite gpu`: the backends for NVIDIA GPUs and, in turn, PyTorch's paths.
 
 mod call;
+pub(super) mod case;
+mod measured;
 mod peer;
 pub(super) mod record;
 
@@ -11,116 +13,16 @@ use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{AttentionBackend, DType, Dimensions};
 use attention_cuda::CudaDevice;
 use attention_cudnn::{CudnnBackend, CudnnConfig};
-use serde::{Deserialize, Serialize};
 
 use super::row;
 use crate::{machine, reporting};
 use call::{Call, Data};
+use case::{Case, Terms, cases};
+use measured::{Row, Times};
 use peer::Peer;
-
-/// What is added to the logits or multiplies the probabilities.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Terms {
-    Plain,
-    /// `[1, N, T, S]`, of the operands' dtype.
-    Bias,
-    /// `[B, 1, T, S]`.
-    Mask,
-    /// At a rate of 1/8.
-    Dropout,
-}
-
-/// A shape of the suite.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Case {
-    b: usize,
-    t: usize,
-    s: usize,
-    n: usize,
-    k: usize,
-    h: usize,
-    dtype: DType,
-    causal: bool,
-    backward: bool,
-    terms: Terms,
-    /// Calls that are timed together.
-    calls: usize,
-}
-
-impl Case {
-    fn plain([b, t, s, n, k, h]: [usize; 6], dtype: DType, calls: usize) -> Self {
-        let (causal, backward, terms) = (false, false, Terms::Plain);
-        Self { b, t, s, n, k, h, dtype, causal, backward, terms, calls }
-    }
-
-    fn shape(&self) -> Dimensions {
-        Dimensions {
-            batch: self.b,
-            query_length: self.t,
-            key_length: self.s,
-            query_heads: self.n,
-            key_heads: self.k,
-            head_dim: self.h,
-            value_head_dim: self.h,
-        }
-    }
-}
-
-/// The shapes of docs/performance/results.md: 16384 tokens in all; one so small that the time on the host is
-/// what is measured; options; decoding; f32.
-fn cases() -> Vec<Case> {
-    let both = |case: Case| [case, Case { backward: true, ..case }];
-    let mut all = Vec::new();
-    for (b, t, n, k, h, calls) in [
-        (1, 256, 4, 4, 64, 200),
-        (32, 512, 16, 16, 128, 50),
-        (16, 1024, 16, 16, 128, 30),
-        (4, 4096, 16, 16, 128, 10),
-        (1, 16384, 16, 16, 128, 4),
-        (4, 4096, 32, 32, 64, 10),
-        (4, 4096, 8, 8, 256, 10),
-        (4, 4096, 32, 8, 128, 6),
-    ] {
-        for causal in [false, true] {
-            let case = Case::plain([b, t, t, n, k, h], DType::Bf16, calls);
-            all.extend(both(Case { causal, ..case }));
-        }
-    }
-    for terms in [Terms::Bias, Terms::Mask, Terms::Dropout] {
-        let case = Case::plain([4, 4096, 4096, 16, 16, 128], DType::Bf16, 5);
-        all.extend(both(Case { terms, ..case }));
-    }
-    for (b, s) in [(32, 8192), (1, 8192), (64, 2048)] {
-        all.push(Case::plain([b, 1, s, 32, 8, 128], DType::Bf16, 20));
-    }
-    for h in [64, 128] {
-        all.extend(both(Case::plain([4, 4096, 4096, 16, 16, h], DType::F32, 2)));
-    }
-    all
-}
-
-/// Microseconds of a call.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-struct Times {
-    /// On the device.
-    device_us: f64,
-    /// Until the call returns.
-    host_us: f64,
-}
 
 /// PyTorch's fused paths.
 const PATHS: [&str; 3] = ["cudnn", "flash", "efficient"];
-
-#[derive(Serialize)]
-struct Row {
-    #[serde(flatten)]
-    case: Case,
-    /// Operations of a call, half of them when causal.
-    flops: f64,
-    /// By name, `torch-` and the path for the peer's; absent where it refuses.
-    times: Vec<(String, Times)>,
-}
 
 /// Where rows are written besides.
 pub(super) struct Files<'a> {

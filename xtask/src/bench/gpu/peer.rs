@@ -6,7 +6,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Case, Times};
+use super::case::Case;
+use super::measured::Times;
 use crate::cargo;
 
 /// What the peer is asked.

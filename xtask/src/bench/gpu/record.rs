@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Row, Terms};
+use super::case::Terms;
+use super::measured::Row;
 
 /// One implementation on one case. The names are those of the columns.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,7 +87,8 @@ fn version_of_driver(text: &str) -> Option<String> {
 mod tests {
     use attention_core::DType;
 
-    use super::super::{Case, Times};
+    use super::super::case::Case;
+    use super::super::measured::Times;
     use super::*;
 
     #[test]

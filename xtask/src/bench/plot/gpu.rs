@@ -2,7 +2,7 @@
 
 use super::draw::{self, Bars, Drawn, OURS, Series, THEIRS};
 use super::record::Record;
-use crate::bench::gpu::Terms;
+use crate::bench::gpu::case::Terms;
 use crate::bench::gpu::record::GpuRow;
 use crate::bench::measure::median;
 
