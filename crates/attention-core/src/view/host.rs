@@ -28,26 +28,26 @@ pub struct Row<'a, T> {
 impl<'a> View<'a> {
     /// The view with elements of type `T`, or `None` where it has another dtype or is not in host memory.
     pub fn host<T: Scalar>(&self) -> Option<HostView<'a, T>> {
-        (self.desc.dtype() == T::DTYPE).then(|| self.host_as())?
+        (self.raw.desc.dtype() == T::DTYPE).then(|| self.host_as())?
     }
 
     /// A boolean view as bytes, zero for `false`; `None` where it has another dtype or is not in host memory.
     pub fn host_mask(&self) -> Option<HostView<'a, u8>> {
-        (self.desc.dtype() == DType::Bool).then(|| self.host_as())?
+        (self.raw.desc.dtype() == DType::Bool).then(|| self.host_as())?
     }
 
     /// `T` must have the size and alignment of the view's dtype and accept every bit pattern.
     fn host_as<T: bytemuck::Pod>(&self) -> Option<HostView<'a, T>> {
-        if self.device != Device::Cpu {
+        if self.raw.device != Device::Cpu {
             return None;
         }
-        let (shape, strides) = (self.desc.shape(), self.desc.strides());
+        let (shape, strides) = (self.raw.desc.shape(), self.raw.desc.strides());
         // Checked when the view was made.
-        let (low, high) = self.desc.span()?;
-        if self.desc.is_empty() {
+        let (low, high) = self.raw.desc.span()?;
+        if self.raw.desc.is_empty() {
             return Some(HostView { span: &[], origin: 0, shape, strides });
         }
-        let first = self.pointer.with_addr(self.offset_pointer(low)).cast::<T>();
+        let first = self.raw.at(low).as_ptr().cast::<T>();
         // SAFETY: by the invariant of View, the span from `low` to `high` elements around the pointer is allocated
         // host memory, initialised and not written during 'a; the pointer is aligned for the dtype, `T` is plain
         // data of the same size, and the length in bytes fits isize (`span` checks it).
@@ -225,11 +225,16 @@ pub struct RowMut<'a, T> {
 impl<'a> ViewMut<'a> {
     /// The view with elements of type `T`, or `None` where it has another dtype or is not in host memory.
     pub fn host_mut<T: Scalar>(self) -> Option<HostViewMut<'a, T>> {
-        if self.desc.dtype() != T::DTYPE || self.device != Device::Cpu {
+        if self.raw.desc.dtype() != T::DTYPE || self.raw.device != Device::Cpu {
             return None;
         }
-        let (shape, strides) = (self.desc.shape(), self.desc.strides());
-        Some(HostViewMut { pointer: self.pointer.cast(), shape, strides, memory: PhantomData })
+        let (shape, strides) = (self.raw.desc.shape(), self.raw.desc.strides());
+        Some(HostViewMut {
+            pointer: self.raw.pointer.as_mut_ptr().cast(),
+            shape,
+            strides,
+            memory: PhantomData,
+        })
     }
 }
 
