@@ -1,5 +1,7 @@
 //! Numerics classes: which implementations may stand in for each other.
 
+use crate::DType;
+
 /// How an implementation computes. Two implementations replace each other silently (in an automatic choice, or
 /// when a stored choice moves to another machine) only inside one class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -20,6 +22,31 @@ pub enum NumericsClass {
     Tf32,
 }
 
+impl NumericsClass {
+    /// The standard class of every dtype that operands may have, in the order of [`DType::FLOATS`]: what a backend
+    /// declares in its [`Capabilities`](crate::Capabilities) that computes each of them so, and what an automatic choice
+    /// keeps to.
+    pub const STANDARD: [(DType, Self); 4] = [
+        (DType::F64, Self::F64),
+        (DType::F32, Self::F32),
+        (DType::F16, Self::HalfF32),
+        (DType::Bf16, Self::HalfF32),
+    ];
+
+    /// The standard class of a dtype; `None` where operands cannot have it.
+    ///
+    /// # Examples
+    /// ```
+    /// use attention_core::{DType, NumericsClass}; // or of `attention`, which are the same
+    ///
+    /// assert_eq!(NumericsClass::standard(DType::Bf16), Some(NumericsClass::HalfF32));
+    /// assert_eq!(NumericsClass::standard(DType::Bool), None);
+    /// ```
+    pub fn standard(dtype: DType) -> Option<Self> {
+        Self::STANDARD.into_iter().find_map(|(of, class)| (of == dtype).then_some(class))
+    }
+}
+
 impl std::fmt::Display for NumericsClass {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.pad(match self {
@@ -29,5 +56,17 @@ impl std::fmt::Display for NumericsClass {
             NumericsClass::HalfRounded => "HalfRounded",
             NumericsClass::Tf32 => "Tf32",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_dtype_of_operands_has_a_standard_class() {
+        assert_eq!(NumericsClass::STANDARD.map(|(dtype, _)| dtype), DType::FLOATS);
+        assert_eq!(NumericsClass::standard(DType::F16), Some(NumericsClass::HalfF32));
+        assert_eq!(NumericsClass::standard(DType::F8E4M3), None);
     }
 }

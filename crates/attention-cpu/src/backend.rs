@@ -73,15 +73,13 @@ impl CpuBackend {
     /// With a configuration of its own.
     pub fn with_config(config: CpuConfig) -> Self {
         let pass = PassCapabilities::new(FeatureSet::all());
-        let numerics = [
-            (DType::F64, NumericsClass::F64),
-            (DType::F32, NumericsClass::F32),
-            (DType::F16, NumericsClass::HalfF32),
-            (DType::Bf16, NumericsClass::HalfF32),
-        ];
-        let capabilities =
-            Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::RowBlock)
-                .with_backward(pass);
+        let capabilities = Capabilities::new(
+            DeviceKind::Cpu,
+            NumericsClass::STANDARD,
+            pass.clone(),
+            ScratchGrowth::RowBlock,
+        )
+        .with_backward(pass);
         Self { config, capabilities, runs: Arc::new(Runs::new()) }
     }
 

@@ -29,14 +29,9 @@ impl ThroughCandle {
         let pass = || PassCapabilities::new(FeatureSet::all());
         // Of kernels on a GPU.
         let backward = if device().is_cuda() { pass().with_max_head_dims(256, 256) } else { pass() };
-        let numerics = [
-            (DType::F64, NumericsClass::F64),
-            (DType::F32, NumericsClass::F32),
-            (DType::F16, NumericsClass::HalfF32),
-            (DType::Bf16, NumericsClass::HalfF32),
-        ];
-        let capabilities = Capabilities::new(DeviceKind::Cpu, numerics, pass(), ScratchGrowth::Constant)
-            .with_backward(backward);
+        let capabilities =
+            Capabilities::new(DeviceKind::Cpu, NumericsClass::STANDARD, pass(), ScratchGrowth::Constant)
+                .with_backward(backward);
         Self { order, recompute, capabilities }
     }
 

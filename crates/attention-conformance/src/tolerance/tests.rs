@@ -5,11 +5,7 @@ use crate::cases::{self, BiasContent, Values};
 use crate::oracle::{Dense, Oracle};
 
 fn class(dtype: DType) -> NumericsClass {
-    match dtype {
-        DType::F64 => NumericsClass::F64,
-        DType::F32 => NumericsClass::F32,
-        _ => NumericsClass::HalfF32,
-    }
+    NumericsClass::standard(dtype).expect("a dtype of operands")
 }
 
 /// The largest bound of a tensor as a fraction of its largest element.

@@ -30,15 +30,13 @@ pub(crate) struct Naive {
 impl Naive {
     pub(crate) fn new(flaw: Flaw) -> Self {
         let pass = PassCapabilities::new(flaw.declared(FeatureSet::all()));
-        let numerics = [
-            (DType::F64, NumericsClass::F64),
-            (DType::F32, NumericsClass::F32),
-            (DType::F16, NumericsClass::HalfF32),
-            (DType::Bf16, NumericsClass::HalfF32),
-        ];
-        let capabilities =
-            Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::RowBlock)
-                .with_backward(pass);
+        let capabilities = Capabilities::new(
+            DeviceKind::Cpu,
+            NumericsClass::STANDARD,
+            pass.clone(),
+            ScratchGrowth::RowBlock,
+        )
+        .with_backward(pass);
         Self { capabilities, flaw, wide: false, calls: Default::default(), variants: None }
     }
 

@@ -173,12 +173,9 @@ impl From<Obstacle> for Error {
 }
 
 /// The class that an automatic choice keeps to.
-fn standard_class(dtype: DType) -> NumericsClass {
-    match dtype {
-        DType::F64 => NumericsClass::F64,
-        DType::F32 => NumericsClass::F32,
-        _ => NumericsClass::HalfF32,
-    }
+fn standard_class(problem: &Problem) -> NumericsClass {
+    let class = NumericsClass::standard(problem.dtype());
+    class.unwrap_or_else(|| unreachable!("a checked problem has operands of a float dtype"))
 }
 
 impl Policy {
@@ -212,7 +209,7 @@ impl Policy {
         };
         match implementation {
             Implementation::Auto => in_order(
-                self.numerics.unwrap_or_else(|| standard_class(problem.dtype())),
+                self.numerics.unwrap_or_else(|| standard_class(problem)),
                 if self.numerics.is_some() { Reason::FirstOfClass } else { Reason::FirstInOrder },
             ),
             Implementation::Numerics(class) => in_order(*class, Reason::FirstOfClass),
