@@ -1,7 +1,5 @@
 //! Runs a golden case.
 
-use std::time::Instant;
-
 use attention_core::{DType, Feature, FeatureSet, Gradients, NumericsClass, Pass, Problem, dropout_mask};
 
 use super::bounds::Bounds;
@@ -9,8 +7,8 @@ use super::file::Tensors;
 use super::problem::GoldenInputs;
 use super::{Entry, GoldenSet};
 use crate::oracle::Oracle;
-use crate::report::{About, CaseResult, Counting, Outcome, Report};
-use crate::run::{Invocation, Judge, SavedTensors, Stop, usable};
+use crate::report::{About, Counting, Report};
+use crate::run::{Invocation, Judge, SavedTensors, Stop, timed, usable};
 use crate::suite::{Progress, Subject};
 use crate::tolerance::Precision;
 
@@ -46,7 +44,9 @@ impl GoldenSet {
         for &dtype in dtypes {
             for entry in &entries {
                 for pass in [Pass::Forward, Pass::Backward] {
-                    let result = run_entry(self, &subject, entry, dtype, pass);
+                    let result = timed(&entry.id, dtype, pass, |features| {
+                        run(self, &subject, entry, dtype, pass, features)
+                    });
                     progress(Progress { done: results.len() + 1, total, result: &result });
                     results.push(result);
                 }
@@ -54,24 +54,6 @@ impl GoldenSet {
         }
         let (backend, version) = (subject.backend.name().to_owned(), subject.backend.version().to_owned());
         Report { backend, version, about, variants: counting.finish(), results }
-    }
-}
-
-fn run_entry(set: &GoldenSet, subject: &Subject<'_>, entry: &Entry, dtype: DType, pass: Pass) -> CaseResult {
-    let start = Instant::now();
-    let mut features = FeatureSet::EMPTY;
-    let outcome = match run(set, subject, entry, dtype, pass, &mut features) {
-        Ok(judge) => judge.outcome(),
-        Err(Stop::Failed(reason, differences)) => Outcome::Failed { reason, differences },
-        Err(Stop::Skipped(reason)) => Outcome::Skipped { reason },
-    };
-    CaseResult {
-        case: entry.id.clone(),
-        dtype,
-        pass,
-        features: features.iter().collect(),
-        outcome,
-        ms: start.elapsed().as_secs_f64() * 1e3,
     }
 }
 

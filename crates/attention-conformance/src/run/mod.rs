@@ -9,9 +9,8 @@ mod results;
 mod saved;
 mod scratch;
 mod stop;
+mod timed;
 mod variations;
-
-use std::time::Instant;
 
 use attention_core::{
     AttentionBackend, DType, DeviceKind, FeatureSet, NumericsClass, Pass, Problem, dropout_mask,
@@ -19,7 +18,7 @@ use attention_core::{
 
 use crate::cases::{Case, CaseData, Saved, Values, Wanted};
 use crate::oracle::Oracle;
-use crate::report::{CaseResult, Outcome};
+use crate::report::CaseResult;
 use crate::suite::Subject;
 use crate::tolerance::{ForwardBounds, Precision};
 pub(crate) use base::Base;
@@ -28,24 +27,11 @@ pub(crate) use compare::{Judge, fraction_of_bound};
 pub(crate) use results::Results;
 pub(crate) use saved::SavedTensors;
 pub(crate) use stop::Stop;
+pub(crate) use timed::timed;
 
 /// Runs one case with all its checks.
 pub(crate) fn run_case(subject: &Subject<'_>, case: &Case, dtype: DType, pass: Pass) -> CaseResult {
-    let start = Instant::now();
-    let mut features = FeatureSet::EMPTY;
-    let outcome = match judge_case(subject, case, dtype, pass, &mut features) {
-        Ok(judge) => judge.outcome(),
-        Err(Stop::Failed(reason, differences)) => Outcome::Failed { reason, differences },
-        Err(Stop::Skipped(reason)) => Outcome::Skipped { reason },
-    };
-    CaseResult {
-        case: case.name.clone(),
-        dtype,
-        pass,
-        features: features.iter().collect(),
-        outcome,
-        ms: start.elapsed().as_secs_f64() * 1e3,
-    }
+    timed(&case.name, dtype, pass, |features| judge_case(subject, case, dtype, pass, features))
 }
 
 /// Whether a backend refuses a case, without running it.
