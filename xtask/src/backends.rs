@@ -5,8 +5,8 @@ use std::sync::Arc;
 use attention::Registry;
 use attention_chunked::{ChunkedBackend, ChunkedConfig, ChunkedCudaBackend, ChunkedCudaConfig, Level};
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, DType, Error, ForwardCall, LentScratch, Pass, Problem,
-    Scratch, Unavailable, Unsupported, Variants,
+    AttentionBackend, BackwardCall, DType, Delegate, Error, ForwardCall, Pass, Problem, Scratch, Unavailable,
+    Unsupported,
 };
 use attention_cuda::{CudaDevice, KERNEL_FOLDER, OnHost};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
@@ -165,83 +165,30 @@ pub(crate) struct Labelled {
     pub(crate) backend: Arc<dyn AttentionBackend>,
 }
 
-/// Everything but the name and whether it is there is that of another backend, called as `$call` says.
-macro_rules! delegate {
-    ($type:ty, |$this:ident| $name:expr, |$there:ident| $available:expr, |$self_:ident, $run:ident| $call:expr) => {
-        impl AttentionBackend for $type {
-            fn name(&self) -> &str {
-                let $this = self;
-                $name
-            }
+impl Delegate for Labelled {
+    fn inner(&self) -> &dyn AttentionBackend {
+        &*self.backend
+    }
 
-            fn version(&self) -> &str {
-                self.backend.version()
-            }
-
-            fn capabilities(&self) -> &Capabilities {
-                self.backend.capabilities()
-            }
-
-            fn variants(&self) -> Option<&Variants> {
-                self.backend.variants()
-            }
-
-            fn available(&self) -> Result<(), Unavailable> {
-                let $there = self;
-                $available
-            }
-
-            fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
-                let $self_ = self;
-                let $run = || self.backend.supports(problem);
-                $call
-            }
-
-            fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-                let $self_ = self;
-                let $run = || self.backend.scratch_bytes(problem);
-                $call
-            }
-
-            fn prepare(&self, problem: &Problem) -> Result<(), Error> {
-                let $self_ = self;
-                let $run = || self.backend.prepare(problem);
-                $call
-            }
-
-            fn lend_scratch(
-                &self,
-                problem: &Problem,
-                bytes: usize,
-            ) -> Result<Box<dyn LentScratch + '_>, Error> {
-                self.backend.lend_scratch(problem, bytes)
-            }
-
-            fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-                let $self_ = self;
-                let $run = || self.backend.forward(call, scratch);
-                $call
-            }
-
-            fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-                let $self_ = self;
-                let $run = || self.backend.backward(call, scratch);
-                $call
-            }
-        }
-    };
+    fn name(&self) -> &str {
+        &self.label
+    }
 }
-
-delegate!(Labelled, |this| &this.label, |this| this.backend.available(), |_this, run| run());
-delegate!(InPool, |this| this.backend.name(), |this| this.backend.available(), |this, run| this
-    .pool
-    .install(run));
-delegate!(Assumed, |this| this.backend.name(), |_this| Ok(()), |_this, run| run());
 
 /// A backend for a device that need not be there: asked about problems, it answers as if its library and device were.
 #[derive(Debug)]
 pub(crate) struct Assumed {
     pub(crate) backend: Arc<dyn AttentionBackend>,
+}
+
+impl Delegate for Assumed {
+    fn inner(&self) -> &dyn AttentionBackend {
+        &*self.backend
+    }
+
+    fn available(&self) -> Result<(), Unavailable> {
+        Ok(())
+    }
 }
 
 /// A pool of this many threads.
@@ -261,6 +208,32 @@ impl InPool {
     /// A backend in a pool of this many threads.
     pub(crate) fn new(backend: Arc<dyn AttentionBackend>, threads: usize) -> crate::Result<Self> {
         Ok(Self { backend, pool: pool(threads)? })
+    }
+}
+
+impl Delegate for InPool {
+    fn inner(&self) -> &dyn AttentionBackend {
+        &*self.backend
+    }
+
+    fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
+        self.pool.install(|| self.backend.supports(problem))
+    }
+
+    fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
+        self.pool.install(|| self.backend.scratch_bytes(problem))
+    }
+
+    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+        self.pool.install(|| self.backend.prepare(problem))
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.pool.install(|| self.backend.forward(call, scratch))
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.pool.install(|| self.backend.backward(call, scratch))
     }
 }
 

@@ -17,7 +17,12 @@ use crate::{
 /// - No panic on any call that a [`ForwardCall`] or [`BackwardCall`] can hold.
 ///
 /// Backends are values: configuration (threads, chunk sizes, streams) belongs to the value, so the trait has no
-/// room for options that only some backends have.
+/// room for options that only some backends have. A backend that wraps another one implements
+/// [`Delegate`](crate::Delegate) instead, and writes only what differs.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a backend",
+    note = "a backend implements `AttentionBackend`, and one that wraps another backend implements `Delegate`"
+)]
 pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
     /// The name by which users ask for it, in lower case: `cpu`, `chunked`, `cudnn`.
     fn name(&self) -> &str;

@@ -136,18 +136,15 @@ fn what_fails_backward_is_an_error_of_backward() -> Result<()> {
     use attention::core::{Capabilities, FeatureSet, PassCapabilities};
     #[derive(Debug)]
     struct ForwardOnly(attention::chunked::ChunkedBackend, Capabilities);
-    impl attention::AttentionBackend for ForwardOnly {
+    impl attention::core::Delegate for ForwardOnly {
+        fn inner(&self) -> &dyn attention::AttentionBackend {
+            &self.0
+        }
         fn name(&self) -> &str {
             "forward-only"
         }
-        fn version(&self) -> &str {
-            "1"
-        }
         fn capabilities(&self) -> &Capabilities {
             &self.1
-        }
-        fn available(&self) -> std::result::Result<(), attention::Unavailable> {
-            self.0.available()
         }
         fn supports(&self, problem: &attention::Problem) -> std::result::Result<(), attention::Unsupported> {
             self.1.check(self.name(), problem)
@@ -157,14 +154,10 @@ fn what_fails_backward_is_an_error_of_backward() -> Result<()> {
             problem: &attention::Problem,
         ) -> std::result::Result<usize, attention::Unsupported> {
             self.supports(problem)?;
-            self.0.scratch_bytes(problem)
+            self.inner().scratch_bytes(problem)
         }
-        fn forward(
-            &self,
-            call: attention::core::ForwardCall<'_>,
-            scratch: attention::core::Scratch<'_>,
-        ) -> std::result::Result<(), attention::core::Error> {
-            self.0.forward(call, scratch)
+        fn prepare(&self, problem: &attention::Problem) -> std::result::Result<(), attention::core::Error> {
+            Ok(self.supports(problem)?)
         }
         fn backward(
             &self,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use attention::core::{
-    BackwardCall, BackwardInputs, BackwardOutputs, Capabilities, Error as CoreError, ForwardCall,
+    BackwardCall, BackwardInputs, BackwardOutputs, Capabilities, Delegate, Error as CoreError, ForwardCall,
     ForwardOutputs, Inputs, LentScratch, Scratch, ScratchBuffer,
 };
 use attention::{
@@ -94,29 +94,21 @@ fn host_scratch(mut scratch: Scratch<'_>) -> Scratch<'_> {
     unsafe { Scratch::from_raw_parts(scratch.as_mut_ptr(), scratch.len(), Device::Cpu) }
 }
 
-impl AttentionBackend for OnDevice {
-    fn name(&self) -> &str {
-        self.toy.name()
-    }
-
-    fn version(&self) -> &str {
-        self.toy.version()
+impl Delegate for OnDevice {
+    fn inner(&self) -> &dyn AttentionBackend {
+        &self.toy
     }
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
     }
 
-    fn available(&self) -> Result<(), Unavailable> {
-        self.toy.available()
-    }
-
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
-        self.capabilities.check(self.name(), problem)
+        self.capabilities.check(self.toy.name(), problem)
     }
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-        self.supports(problem)?;
+        Delegate::supports(self, problem)?;
         self.toy.scratch_bytes(&host_problem(problem))
     }
 
