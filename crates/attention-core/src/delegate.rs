@@ -7,19 +7,21 @@ use crate::{
 
 /// A backend that wraps another one, and writes only what differs.
 ///
-/// Every method but [`inner`](Self::inner) is the one of [`AttentionBackend`] of its name, and asks the inner backend by
-/// default. What implements this trait implements that one, also with methods that later versions add to both.
+/// Every method but [`inner`](Self::inner) is the one of [`AttentionBackend`] of its name, and asks the inner
+/// backend by default. What implements this trait implements that one, also with methods that later versions
+/// add to both.
 ///
 /// # Semantics
-/// The contract is that of [`AttentionBackend`], for the wrapper as a whole: methods belong together. A wrapper that
-/// refuses a problem refuses it in [`supports`](Self::supports), [`scratch_bytes`](Self::scratch_bytes),
-/// [`prepare`](Self::prepare), [`forward`](Self::forward) and [`backward`](Self::backward), and one that asks for scratch of
-/// its own answers for it in [`scratch_bytes`](Self::scratch_bytes) and lends it in
-/// [`lend_scratch`](Self::lend_scratch). Errors of the inner backend carry the inner backend's name.
+/// The contract is that of [`AttentionBackend`], for the wrapper as a whole: methods belong together. A
+/// wrapper that refuses a problem refuses it in [`supports`](Self::supports),
+/// [`scratch_bytes`](Self::scratch_bytes), [`prepare`](Self::prepare), [`forward`](Self::forward) and
+/// [`backward`](Self::backward), and one that asks for scratch of its own answers for it in
+/// [`scratch_bytes`](Self::scratch_bytes) and lends it in [`lend_scratch`](Self::lend_scratch). Errors of the
+/// inner backend carry the inner backend's name.
 ///
-/// Where both traits are imported, their methods are ambiguous on the wrapper's own type: say which one is meant
-/// (`Delegate::name(self)`), or import one of the two. On `dyn AttentionBackend`, which [`inner`](Self::inner) gives, they
-/// need no import and are not ambiguous.
+/// Where both traits are imported, their methods are ambiguous on the wrapper's own type: say which one is
+/// meant (`Delegate::name(self)`), or import one of the two. On `dyn AttentionBackend`, which
+/// [`inner`](Self::inner) gives, they need no import and are not ambiguous.
 ///
 /// # Examples
 /// ```

@@ -23,9 +23,9 @@ pub enum NumericsClass {
 }
 
 impl NumericsClass {
-    /// The standard class of every dtype that operands may have, in the order of [`DType::FLOATS`]: what a backend
-    /// declares in its [`Capabilities`](crate::Capabilities) that computes each of them so, and what an automatic choice
-    /// keeps to.
+    /// The standard class of every dtype that operands may have, in the order of [`DType::FLOATS`]. An
+    /// automatic choice keeps to it, and a backend that computes every dtype in its standard class declares
+    /// this table in its [`Capabilities`](crate::Capabilities).
     pub const STANDARD: [(DType, Self); 4] = [
         (DType::F64, Self::F64),
         (DType::F32, Self::F32),

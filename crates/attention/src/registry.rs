@@ -6,9 +6,10 @@ use attention_core::AttentionBackend;
 
 /// An ordered list of implementations. The default one holds those of this build; others join by value.
 ///
-/// The order is the order of preference of [`Implementation::Auto`](crate::Implementation::Auto), except where a measured crossover between two
-/// implementations of ours says otherwise. A name stands for one implementation: adding another of the same name puts
-/// it in the place of the first, which is how a configured one replaces a default one.
+/// The order is the order of preference of [`Implementation::Auto`](crate::Implementation::Auto), except
+/// where a measured crossover between two implementations of ours says otherwise. A name stands for one
+/// implementation: adding another of the same name puts it in the place of the first, which is how a
+/// configured one replaces a default one.
 ///
 /// # Examples
 /// ```

@@ -7,7 +7,8 @@ use attention_core::{DType, FeatureSet, Pass};
 use super::{Judge, Stop};
 use crate::report::{CaseResult, Outcome};
 
-/// Runs the checks of a case, which note the features that it has, and says how they ended and how long they took.
+/// Runs the checks of a case, which note the features that it has, and says how they ended and how long they
+/// took.
 pub(crate) fn timed(
     case: &str,
     dtype: DType,

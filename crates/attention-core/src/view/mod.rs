@@ -38,8 +38,8 @@ use crate::{Device, Dims, Element, InvalidCall, Strides, TensorDesc};
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
-    // For a host view, the span of the description around the pointer lies in memory that is initialised and not
-    // written during 'a.
+    // For a host view, the span of the description around the pointer lies in memory that is initialised and
+    // not written during 'a.
     raw: RawView,
     memory: PhantomData<&'a [u8]>,
 }
@@ -55,8 +55,8 @@ unsafe impl Sync for View<'_> {}
 /// elements of a strided view may belong to others.
 #[derive(Debug)]
 pub struct ViewMut<'a> {
-    // As in View, with the elements (not the gaps between them) exclusive during 'a, and a pointer that may be written
-    // through.
+    // As in View, with the elements (not the gaps between them) exclusive during 'a, and a pointer that may
+    // be written through.
     raw: RawView,
     memory: PhantomData<&'a mut [u8]>,
 }

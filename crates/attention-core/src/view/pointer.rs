@@ -1,8 +1,8 @@
 //! Where a tensor begins.
 
-/// Where the element at index 0 of a tensor is: an address of the host or of a device. What is done with addresses of
-/// tensors is done here, so that memory which has none (a buffer of a graphics library, with an offset) has one place to
-/// go.
+/// Where the element at index 0 of a tensor is: an address of the host or of a device. What is done with
+/// addresses of tensors is done here, so that memory which has none (a buffer of a graphics library, with an
+/// offset) has one place to go.
 ///
 /// Whether it may be written through is the promise of the view that holds it.
 #[derive(Clone, Copy, Debug)]
@@ -19,8 +19,8 @@ impl Pointer {
         self.0 as usize
     }
 
-    /// The pointer this many bytes behind, with the provenance of this one. Wraps: where there is an element, the offset
-    /// was checked.
+    /// The pointer this many bytes behind, with the provenance of this one. Wraps: where there is an element,
+    /// the offset was checked.
     #[inline]
     pub(super) fn offset(self, bytes: isize) -> Self {
         Self(self.0.wrapping_offset(bytes))

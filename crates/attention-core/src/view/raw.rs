@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::pointer::Pointer;
 use crate::{Device, Dims, Element, InvalidCall, Strides, TensorDesc};
 
-/// A tensor's description, and where its element at index 0 is. Says nothing of who may reach the memory, and for how
-/// long: that is the promise of the view around it.
+/// A tensor's description, and where its element at index 0 is. Says nothing of who may reach the memory, and
+/// for how long: that is the promise of the view around it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RawView {
     pub(super) desc: TensorDesc,
@@ -15,8 +15,8 @@ pub(super) struct RawView {
 }
 
 impl RawView {
-    /// On host memory of a slice, whose first element is `offset` elements into it. Of a slice that may be written, the
-    /// pointer may be written through.
+    /// On host memory of a slice, whose first element is `offset` elements into it. Of a slice that may be
+    /// written, the pointer may be written through.
     pub(super) fn on_host<T>(data: *const T, offset: usize, desc: TensorDesc) -> Self {
         // An offset into an empty view has no element to point at.
         let first = data.wrapping_add(if desc.is_empty() { 0 } else { offset });
@@ -34,14 +34,15 @@ impl RawView {
         InvalidCall::ViewIndex { what: what(), shape: self.desc.shape() }
     }
 
-    /// Where the element is that is this many elements behind the first. Empty views keep their pointer: an offset into
-    /// one has no element to point at.
+    /// Where the element is that is this many elements behind the first. Empty views keep their pointer: an
+    /// offset into one has no element to point at.
     #[inline]
     pub(super) fn at(&self, elements: isize) -> Pointer {
         self.pointer.offset(elements.wrapping_mul(self.desc.dtype().size() as isize))
     }
 
-    /// Another view of the same memory, whose first element is this many elements behind the first of this one.
+    /// Another view of the same memory, whose first element is this many elements behind the first of this
+    /// one.
     pub(super) fn with(&self, desc: TensorDesc, elements: isize) -> Self {
         Self { desc, pointer: self.at(elements), ..*self }
     }
