@@ -13,12 +13,10 @@ use attention_cuda::cudarc::driver::{CudaFunction, PushKernelArg};
 use attention_cuda::parameters::ProblemParameters;
 use attention_cuda::{CudaDevice, KernelCache, Workspaces, check_stream, failure};
 
+use super::NAME;
 use super::config::ChunkedCudaConfig;
 use super::plan::{Plan, limit, variants};
 use super::tiles::{MOST_DEPTH, MOST_HEAD, MOST_VALUE, Machine};
-
-/// The name of the backend.
-pub(crate) const NAME: &str = "chunked-cuda";
 
 /// Measured on an H200 with values of one sign, 256 rows: f32 in tf32 parts, then halves with the keys cut in 132 parts, each a
 /// sum of its own. Without parts halves drift as cuDNN does.

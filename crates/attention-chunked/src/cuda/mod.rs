@@ -10,3 +10,6 @@ mod tiles;
 
 pub use backend::ChunkedCudaBackend;
 pub use config::ChunkedCudaConfig;
+
+/// The name of the backend.
+const NAME: &str = "chunked-cuda";

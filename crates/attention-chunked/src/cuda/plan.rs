@@ -7,7 +7,7 @@ use attention_core::{DType, Gradients, Pass, Problem, Role, Unsupported};
 use attention_cuda::cudarc::driver::LaunchConfig;
 use attention_cuda::parameters::dtype_code;
 
-use super::backend::NAME;
+use super::NAME;
 use super::tiles::{FEW_ROWS, MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
 
 /// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are cut into parts where there are
