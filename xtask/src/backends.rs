@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use attention::Registry;
-use attention_chunked::{ChunkedBackend, ChunkedConfig, ChunkedCudaBackend, ChunkedCudaConfig, Level};
+use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
+use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, DType, Delegate, Error, ForwardCall, Pass, Problem, Scratch, Unavailable,
     Unsupported,

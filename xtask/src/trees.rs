@@ -10,6 +10,7 @@ const SIBLINGS: &[(&str, &[&str])] = &[
         "attention",
         &[
             "attention-chunked",
+            "attention-chunked-cuda",
             "attention-core",
             "attention-cpu",
             "attention-cuda",
@@ -23,6 +24,7 @@ const SIBLINGS: &[(&str, &[&str])] = &[
         &[
             "attention",
             "attention-chunked",
+            "attention-chunked-cuda",
             "attention-core",
             "attention-cpu",
             "attention-cuda",
@@ -31,7 +33,8 @@ const SIBLINGS: &[(&str, &[&str])] = &[
             "attention-threads",
         ],
     ),
-    ("attention-chunked", &["attention-core", "attention-cuda", "attention-kernels", "attention-threads"]),
+    ("attention-chunked", &["attention-core", "attention-threads"]),
+    ("attention-chunked-cuda", &["attention-core", "attention-cuda", "attention-kernels"]),
     ("attention-conformance", &["attention-core"]),
     ("attention-core", &[]),
     ("attention-cpu", &["attention-core", "attention-threads"]),
@@ -42,7 +45,7 @@ const SIBLINGS: &[(&str, &[&str])] = &[
 ];
 
 /// The crates that are for CUDA, and may depend on it by default.
-const CUDA: &[&str] = &["attention-cuda", "attention-cudnn"];
+const CUDA: &[&str] = &["attention-chunked-cuda", "attention-cuda", "attention-cudnn"];
 
 /// Everything that the core may name in its manifest.
 const CORE_DEPENDENCIES: &[&str] = &["bytemuck", "half", "serde", "thiserror"];

@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use attention::chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention::chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention::core::BackendFailure;
 use attention::cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr};
 use attention::cudnn::{CudnnBackend, CudnnConfig};

@@ -3,8 +3,6 @@
 mod backend;
 mod backward;
 mod config;
-#[cfg(feature = "cuda")]
-mod cuda;
 mod engine;
 mod float;
 mod forward;
@@ -19,6 +17,4 @@ mod workers;
 
 pub use backend::ChunkedBackend;
 pub use config::ChunkedConfig;
-#[cfg(feature = "cuda")]
-pub use cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 pub use level::Level;

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Device, ForwardCall,
     ForwardOutputs, Gradients, Inputs, Scratch, TensorDesc, View, ViewMut, philox4x32_10,

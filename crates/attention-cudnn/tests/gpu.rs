@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, Error, ForwardCall,
     ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, Scalar, TensorDesc, Unsupported, View,

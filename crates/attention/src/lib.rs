@@ -46,10 +46,15 @@ pub use selection::{
 };
 pub use tensor::{OtherTensor, Tensor};
 
-/// The memory-efficient implementations of this build, on the CPU and with feature `cuda` on NVIDIA GPUs, to configure and hand
-/// to [`Implementation::Exactly`].
-#[cfg(any(feature = "chunked", feature = "cuda"))]
+/// The memory-efficient CPU implementation of this build, to configure and hand to
+/// [`Implementation::Exactly`].
+#[cfg(feature = "chunked")]
 pub use attention_chunked as chunked;
+
+/// The memory-efficient implementation for NVIDIA GPUs of this build, to configure and hand to
+/// [`Implementation::Exactly`].
+#[cfg(feature = "cuda")]
+pub use attention_chunked_cuda as chunked_cuda;
 
 /// The plain CPU implementation of this build, to configure and hand to [`Implementation::Exactly`].
 #[cfg(feature = "cpu")]

@@ -90,7 +90,7 @@ impl Default for Registry {
         #[cfg(feature = "cuda")]
         registry.register(Arc::new(attention_cudnn::CudnnBackend::default()));
         #[cfg(feature = "cuda")]
-        registry.register(Arc::new(attention_chunked::ChunkedCudaBackend::default()));
+        registry.register(Arc::new(attention_chunked_cuda::ChunkedCudaBackend::default()));
         registry
     }
 }

@@ -4,7 +4,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use attention::Registry;
-use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{AttentionBackend, Device};
 use attention_cudnn::{CudnnBackend, CudnnConfig, Target};
 

@@ -9,7 +9,7 @@ pub(super) mod record;
 use std::path::Path;
 use std::sync::Arc;
 
-use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{AttentionBackend, DType, Dimensions};
 use attention_cuda::CudaDevice;
 use attention_cudnn::{CudnnBackend, CudnnConfig};

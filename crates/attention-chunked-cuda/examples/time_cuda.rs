@@ -1,6 +1,6 @@
-//! Device time of calls on a GPU, forward and backward: `cargo run --release --features cuda --example time_cuda`.
+//! Device time of calls on a GPU, forward and backward: `cargo run --release --example time_cuda`.
 
-use attention_chunked::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dims, ForwardCall,
     ForwardOutputs, Gradients, Inputs, Role, TensorDesc,

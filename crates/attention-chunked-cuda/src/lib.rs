@@ -1,4 +1,4 @@
-//! The same algorithm on NVIDIA GPUs, in kernels of our own.
+#![doc = include_str!("../README.md")]
 
 mod backend;
 mod config;
