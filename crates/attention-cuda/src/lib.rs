@@ -2,6 +2,7 @@
 
 mod device;
 mod disk;
+mod error;
 mod kernels;
 pub mod library;
 mod nvrtc;
@@ -14,7 +15,8 @@ mod workspace;
 pub use cudarc;
 pub use device::{CudaDevice, device_count};
 pub use disk::{DiskCache, DiskKey};
-pub use kernels::{KERNEL_FOLDER, KernelCache, KernelError};
+pub use error::KernelError;
+pub use kernels::{KERNEL_FOLDER, KernelCache};
 pub use nvrtc::{Compiled, Nvrtc};
 pub use on_host::OnHost;
 pub use owned::check_stream;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use attention_kernels::Source;
 use libloading::Library;
 
-use crate::kernels::KernelError;
+use crate::error::KernelError;
 use crate::library::{Found, NotFound, Search};
 
 /// The loader's names of NVRTC, newest first.
