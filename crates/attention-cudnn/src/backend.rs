@@ -16,8 +16,9 @@ use crate::key::{self, CLEANED, Key, Stats};
 use crate::layout::Layout;
 use crate::lists::Lists;
 use crate::numbers::Numbers;
-use crate::plan::{Plan, Slot};
+use crate::plan::Plan;
 use crate::runtime::Runtime;
+use crate::slot::Slot;
 use crate::{CudnnConfig, Target, support};
 
 /// The name of the backend.

@@ -18,8 +18,9 @@ use crate::layout::Layout;
 use crate::library::CudnnError;
 use crate::lists::Lists;
 use crate::numbers::Numbers;
-use crate::plan::{Plan, Slot};
+use crate::plan::Plan;
 use crate::runtime::{Array, Runtime};
+use crate::slot::Slot;
 
 /// Everything about a problem that its calls share: looked up by the problem, so that a call does no more than fill in
 /// addresses.

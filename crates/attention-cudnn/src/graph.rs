@@ -2,7 +2,7 @@
 
 use crate::descriptor::{Descriptor, kind};
 use crate::library::{Cudnn, CudnnError};
-use crate::plan::Slot;
+use crate::slot::Slot;
 
 /// Element types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

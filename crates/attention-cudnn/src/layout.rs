@@ -6,7 +6,7 @@ use crate::CudnnConfig;
 use crate::far;
 use crate::graph::Type;
 use crate::key::{CLEANED, Key, Stats};
-use crate::plan::Slot;
+use crate::slot::Slot;
 
 /// What lies in the scratch: each at a multiple of 256 bytes.
 #[derive(Debug, Default)]

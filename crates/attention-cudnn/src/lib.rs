@@ -17,6 +17,7 @@ mod offline;
 mod pattern;
 mod plan;
 mod runtime;
+mod slot;
 mod support;
 
 pub use backend::CudnnBackend;

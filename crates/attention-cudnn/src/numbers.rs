@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use attention_core::{DropoutStream, Problem, philox4x32_10};
 
 use crate::key::right_bound;
-use crate::plan::Slot;
+use crate::slot::Slot;
 
 /// The seed of cuDNN's own generator for a place in a stream. What cuDNN makes of an offset is not documented, so streams of
 /// neighbouring offsets might overlap; a seed of their own keeps them apart.

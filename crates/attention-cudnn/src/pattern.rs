@@ -5,7 +5,7 @@ use attention_core::{Pass, Role};
 use crate::graph::{Finished, Graph, Op, Overrides, Reduction, Shape, Tensor, Type, packed};
 use crate::key::{Diagonal, Drops, Key, Stats};
 use crate::library::{Cudnn, CudnnError};
-use crate::plan::Slot;
+use crate::slot::Slot;
 
 /// What graphs are made by, so that plans of others are known as such.
 pub(crate) const SOURCE: &str = concat!(include_str!("pattern.rs"), include_str!("graph.rs"));
