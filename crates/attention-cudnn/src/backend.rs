@@ -9,12 +9,13 @@ use attention_core::{
 };
 use attention_cuda::{CudaDevice, failure};
 
-use crate::call::{Failure, Memory, Prepared, Run, read, written};
+use crate::call::{Failure, Prepared, Run};
 use crate::contain::Containment;
 use crate::far::FarRows;
 use crate::key::{self, CLEANED, Key, Stats};
 use crate::layout::Layout;
 use crate::lists::Lists;
+use crate::memory::{Memory, read, written};
 use crate::numbers::Numbers;
 use crate::plan::Plan;
 use crate::runtime::Runtime;

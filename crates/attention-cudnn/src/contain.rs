@@ -8,9 +8,9 @@ use attention_cuda::parameters::{ProblemParameters, dtype_code};
 
 use crate::CudnnConfig;
 use crate::backend::NAME;
-use crate::call::Memory;
 use crate::far;
 use crate::key::{Drops, Key, seen_rows};
+use crate::memory::Memory;
 use crate::runtime::Runtime;
 
 /// Groups of rows of a block, and its warps. So many that each thread has something to read, and all of it is under way at once.

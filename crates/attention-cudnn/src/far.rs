@@ -8,9 +8,9 @@ use attention_cuda::parameters::ProblemParameters;
 
 use crate::CudnnConfig;
 use crate::backend::NAME;
-use crate::call::Memory;
 use crate::contain::{self, defines};
 use crate::key::Key;
+use crate::memory::Memory;
 use crate::runtime::Runtime;
 
 /// Rows of a block, two warps: so few that the tiles of the largest heads fit into the shared memory that every block has.

@@ -12,6 +12,7 @@ mod launch;
 mod layout;
 mod library;
 mod lists;
+mod memory;
 mod numbers;
 mod offline;
 mod pattern;
