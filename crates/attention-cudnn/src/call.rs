@@ -8,9 +8,10 @@ use attention_cuda::cudarc::driver::DriverError;
 use attention_cuda::{check_stream, failure};
 
 use crate::backend::NAME;
-use crate::contain::{self, Containment, Large};
+use crate::contain::{Containment, Large};
 use crate::far::FarRows;
 use crate::key::Key;
+use crate::large;
 use crate::launch::{Kernels, Seen, Terms};
 use crate::layout::Layout;
 use crate::library::CudnnError;
@@ -224,7 +225,7 @@ impl<'a> Run<'a> {
         let problem = self.kernels.problem;
         let large = match (problem.pass(), self.scratch_at(Slot::States)) {
             (Pass::Backward, Some(states)) => Large::States(states),
-            (Pass::Forward, _) if contain::may_be_large(problem) => Large::Stats(self.at(Slot::Stats)),
+            (Pass::Forward, _) if large::may_be_large(problem) => Large::Stats(self.at(Slot::Stats)),
             _ => Large::Unknown,
         };
         // SAFETY: the call's tensors, by the caller's word; what cuDNN or a kernel left in the scratch, by its layout.

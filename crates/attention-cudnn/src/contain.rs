@@ -8,8 +8,8 @@ use attention_cuda::parameters::{ProblemParameters, dtype_code};
 
 use crate::CudnnConfig;
 use crate::backend::NAME;
-use crate::far;
 use crate::key::{Drops, Key, seen_rows};
+use crate::large;
 use crate::memory::Memory;
 use crate::runtime::Runtime;
 
@@ -35,26 +35,15 @@ pub(crate) struct Containment {
 /// reach it. What all rows of a batch row must not see is zero before ([`Key::cleans`]). What cuDNN's own dropout kept is
 /// not known outside of it, so rows of such a call cannot be computed again.
 ///
-/// Finite operands leave it to [large logits](may_be_large), and in forward to sinks: one above 2.3e38 is infinite in base two, which
-/// makes NaN of its head.
+/// Finite operands leave it to [large logits](large::may_be_large), and in forward to sinks: one above 2.3e38
+/// is infinite in base two, which makes NaN of its head.
 pub(crate) fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
     let structured = problem.causal() || !problem.window().is_unbounded();
     let parts_rows = structured && problem.dims().query_length > 1;
     let own = matches!(key.dropout, Some(Drops::Own { .. }));
     let of_operands = (parts_rows || problem.has(Role::Mask)) && !config.finite_operands;
     let of_sinks = problem.has(Role::Sinks) && problem.pass() == Pass::Forward;
-    (of_operands || may_be_large(problem) || of_sinks) && !own
-}
-
-/// Whether what is added to products may make logits so large that cuDNN's exponents have no digits left, in forward, or the
-/// logsumexp none, in backward: a bias, or slopes where a row's own position has no key.
-pub(crate) fn may_be_large(problem: &Problem) -> bool {
-    let has_own_key = |batch: usize| {
-        let (offset, rows) = (i128::from(problem.offset(batch)), problem.query_len(batch) as i128);
-        offset >= 0 && offset + rows <= problem.key_value_len(batch) as i128
-    };
-    let far = || !(0..problem.dims().batch).all(has_own_key);
-    problem.has(Role::Bias) || (problem.has(Role::AlibiSlopes) && far())
+    (of_operands || large::may_be_large(problem) || of_sinks) && !own
 }
 
 /// The source and the entry point of a problem's kernel.
@@ -89,7 +78,8 @@ fn rows_of_group(problem: &Problem) -> usize {
     let heads = dims.group_size();
     let every_row_sees =
         (0..dims.batch).all(|batch| seen_rows(problem, batch) == (0..problem.query_len(batch)));
-    if problem.has(Role::Mask) || may_be_large(problem) || !heads.is_power_of_two() || !every_row_sees {
+    if problem.has(Role::Mask) || large::may_be_large(problem) || !heads.is_power_of_two() || !every_row_sees
+    {
         return 1;
     }
     (TILED / heads).max(1)
@@ -126,7 +116,7 @@ pub(crate) fn defines(
 /// What says which rows have large logits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Large {
-    /// Nothing does: there is [nothing](may_be_large) that makes them so.
+    /// Nothing does: there is [nothing](large::may_be_large) that makes them so.
     Unknown,
     /// The address of cuDNN's own logsumexp, `[B, N, T]`, of a forward pass.
     Stats(u64),
@@ -179,7 +169,7 @@ impl Containment {
         match large {
             Large::Unknown => {}
             Large::Stats(stats) => parameters.first = stats,
-            Large::States(start) => far::set(&mut parameters, problem, start),
+            Large::States(start) => large::set(&mut parameters, problem, start),
         }
         let config =
             LaunchConfig { grid_dim: (self.blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };

@@ -3,7 +3,7 @@
 use attention_core::{DType, Dimensions, Pass, Problem, QueryOffset, Role, TensorDesc};
 
 use crate::graph::{Shape, Type, packed};
-use crate::{CudnnConfig, Target, contain, support};
+use crate::{CudnnConfig, Target, large, support};
 
 /// How the rows' positions are moved against the keys'.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -186,7 +186,7 @@ impl Key {
             // A mask or a bias may leave a row nothing.
             _ if made => Stats::Packed,
             // It says which rows are computed once more.
-            _ if contain::may_be_large(problem) => Stats::Packed,
+            _ if large::may_be_large(problem) => Stats::Packed,
             None => Stats::Unwanted,
             Some(desc) => {
                 let [b, t, n] = std::array::from_fn(|axis| desc.strides()[axis] as i64);

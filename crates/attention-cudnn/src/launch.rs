@@ -7,9 +7,9 @@ use attention_cuda::cudarc::driver::{CudaFunction, DriverError, LaunchConfig, Pu
 use attention_cuda::{KernelError, failure};
 
 use crate::backend::NAME;
-use crate::far;
 use crate::graph::Type;
 use crate::key::{Bias, right_bound};
+use crate::large;
 use crate::runtime::Runtime;
 
 /// A number of threads with the macro that gives it to the kernels: what they are launched with is the bound that they are
@@ -253,7 +253,7 @@ impl Kernels<'_> {
         let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
         let [b, t, n] = self.row_axes();
         let mut launch = self.runtime.device.stream().launch_builder(&function);
-        let far_heads = states.map_or(0, |start| far::places(self.problem, start)[2]);
+        let far_heads = states.map_or(0, |start| large::places(self.problem, start)[2]);
         launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&stats).arg(&far_heads);
         launch.arg(&self.rows).arg(&self.seen.rows).arg(&self.seen_heads);
         launch.arg(&b).arg(&t).arg(&n);
@@ -411,7 +411,7 @@ impl Kernels<'_> {
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&to).arg(&to_element).arg(&to_stride).arg(&sinks).arg(&delta);
         launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&self.query_lengths);
-        let ([offsets, scores, _], far_from) = (far::places(self.problem, states), far::FAR);
+        let ([offsets, scores, _], far_from) = (large::places(self.problem, states), large::FAR);
         launch.arg(&scores).arg(&offsets).arg(&far_from).arg(&b).arg(&n).arg(&t);
         let config = blocks([n.unsigned_abs(), 1], [SUMMING_THREADS, 1]);
         // SAFETY: the arguments are those of the kernel; it writes a number for each head and nothing else.

@@ -6,6 +6,7 @@ use crate::CudnnConfig;
 use crate::far;
 use crate::graph::Type;
 use crate::key::{CLEANED, Key, Stats};
+use crate::large;
 use crate::slot::Slot;
 
 /// What lies in the scratch: each at a multiple of 256 bytes.
@@ -67,7 +68,7 @@ impl Layout {
             }
         }
         if far::is_needed(problem, key, config) {
-            layout.take(Slot::States, &[far::numbers(problem)?], 4)?;
+            layout.take(Slot::States, &[large::numbers(problem)?], 4)?;
         }
         if key.writes_kept() {
             layout.take(Slot::Kept, &[row_count, dims.key_length.checked_next_multiple_of(8)?], size)?;

@@ -8,6 +8,7 @@ mod descriptor;
 mod far;
 mod graph;
 mod key;
+mod large;
 mod launch;
 mod layout;
 mod library;
