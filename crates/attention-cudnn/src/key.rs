@@ -150,10 +150,6 @@ fn element_type(dtype: DType) -> Type {
     }
 }
 
-/// The tensors whose strides are a part of the key.
-pub(crate) const TENSORS: [Role; 8] =
-    [Role::Query, Role::Key, Role::Value, Role::Out, Role::DOut, Role::DQuery, Role::DKey, Role::DValue];
-
 /// The keys that rows see beyond their position: none, where causal.
 pub(crate) fn right_bound(problem: &Problem) -> Option<usize> {
     let window = problem.window().right;
@@ -210,7 +206,7 @@ impl Key {
             pass: problem.pass(),
             element: problem.dtype(),
             dims,
-            strides: TENSORS.iter().map(|&role| strides_of(role)).collect(),
+            strides: support::TENSORS.iter().map(|&role| strides_of(role)).collect(),
             lengths: lengths || support::wants_lengths(target, problem),
             diagonal,
             right: right.map(|right| right == 0),
@@ -262,7 +258,7 @@ impl Key {
 
     /// The strides of a tensor, in the order batch, head, position, width.
     pub(crate) fn strides_of(&self, role: Role) -> Option<Shape> {
-        let index = TENSORS.iter().position(|&tensor| tensor == role)?;
+        let index = support::TENSORS.iter().position(|&tensor| tensor == role)?;
         self.strides[index]
     }
 }

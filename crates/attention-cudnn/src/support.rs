@@ -7,7 +7,6 @@ use attention_core::{
 
 use crate::CudnnConfig;
 use crate::backend::NAME;
-use crate::key::TENSORS;
 
 /// A cuDNN version and the device that it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -316,6 +315,10 @@ pub(crate) fn check(
     }
     Ok(())
 }
+
+/// The tensors that are held to rules for their strides, which are a part of a plan's key.
+pub(crate) const TENSORS: [Role; 8] =
+    [Role::Query, Role::Key, Role::Value, Role::Out, Role::DOut, Role::DQuery, Role::DKey, Role::DValue];
 
 /// The rules for the strides of operands, outputs and gradients: those that break them give wrong numbers or end the
 /// process, without a word from cuDNN.
