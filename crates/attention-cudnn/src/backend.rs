@@ -20,10 +20,7 @@ use crate::numbers::Numbers;
 use crate::plan::Plan;
 use crate::runtime::Runtime;
 use crate::slot::Slot;
-use crate::{CudnnConfig, Target, support};
-
-/// The name of the backend.
-pub(crate) const NAME: &str = "cudnn";
+use crate::{CudnnConfig, NAME, Target, support};
 
 /// Fused attention on NVIDIA GPUs by cuDNN, which is found at run time.
 ///

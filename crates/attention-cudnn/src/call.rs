@@ -7,7 +7,7 @@ use attention_core::{Device, Error, Pass, Problem, Role, Scratch, Unsupported, V
 use attention_cuda::cudarc::driver::DriverError;
 use attention_cuda::{check_stream, failure};
 
-use crate::backend::NAME;
+use crate::NAME;
 use crate::contain::{Containment, Large};
 use crate::far::FarRows;
 use crate::key::Key;

@@ -6,12 +6,11 @@ use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use attention_cuda::failure;
 use attention_cuda::parameters::{ProblemParameters, dtype_code};
 
-use crate::CudnnConfig;
-use crate::backend::NAME;
 use crate::key::{Drops, Key, seen_rows};
 use crate::large;
 use crate::memory::Memory;
 use crate::runtime::Runtime;
+use crate::{CudnnConfig, NAME};
 
 /// Groups of rows of a block, and its warps. So many that each thread has something to read, and all of it is under way at once.
 const GROUPS: usize = 64;

@@ -6,13 +6,12 @@ use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use attention_cuda::failure;
 use attention_cuda::parameters::ProblemParameters;
 
-use crate::CudnnConfig;
-use crate::backend::NAME;
 use crate::contain::{self, defines};
 use crate::key::Key;
 use crate::large;
 use crate::memory::Memory;
 use crate::runtime::Runtime;
+use crate::{CudnnConfig, NAME};
 
 /// Rows of a block, two warps: so few that the tiles of the largest heads fit into the shared memory that every block has.
 const ROWS: usize = 32;

@@ -6,7 +6,7 @@ use attention_cuda::cudarc::driver::result::memset_d8_async;
 use attention_cuda::cudarc::driver::{CudaFunction, DriverError, LaunchConfig, PushKernelArg};
 use attention_cuda::{KernelError, failure};
 
-use crate::backend::NAME;
+use crate::NAME;
 use crate::graph::Type;
 use crate::key::{Bias, right_bound};
 use crate::large;

@@ -26,3 +26,6 @@ pub use backend::CudnnBackend;
 pub use config::CudnnConfig;
 pub use offline::{Answer, Offline};
 pub use support::Target;
+
+/// The name of the backend.
+const NAME: &str = "cudnn";

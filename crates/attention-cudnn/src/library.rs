@@ -7,7 +7,7 @@ use attention_core::Unavailable;
 use attention_cuda::Nvrtc;
 use attention_cuda::library::{NotFound, Search};
 
-use crate::{CudnnConfig, backend::NAME};
+use crate::{CudnnConfig, NAME};
 
 /// A descriptor or handle of cuDNN.
 pub(crate) type Opaque = *mut c_void;

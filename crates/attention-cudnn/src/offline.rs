@@ -3,12 +3,11 @@
 use attention_core::{Device, Error, Problem, Unavailable, Unsupported};
 use attention_cuda::failure;
 
-use crate::backend::NAME;
 use crate::descriptor::Descriptor;
 use crate::key::Key;
 use crate::library::{Cudnn, name_of};
 use crate::plan::{Plan, Site};
-use crate::{CudnnConfig, Target, pattern, support};
+use crate::{CudnnConfig, NAME, Target, pattern, support};
 
 /// cuDNN, for a device that is described and need not be there: whether it takes the graphs of problems, and how much
 /// memory it asks for.

@@ -7,11 +7,10 @@ use attention_core::Unavailable;
 use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DriverError};
 use attention_cuda::{CudaDevice, DiskCache, DiskKey, KernelCache, KernelError, Workspaces};
 
-use crate::backend::NAME;
 use crate::key::Key;
 use crate::library::{Cudnn, CudnnError};
 use crate::plan::{Handle, Plan, Site};
-use crate::{CudnnConfig, Target, pattern};
+use crate::{CudnnConfig, NAME, Target, pattern};
 
 #[derive(Debug)]
 pub(crate) struct Runtime {

@@ -5,8 +5,7 @@ use attention_core::{
     Problem, Role, ScratchGrowth, Unsupported,
 };
 
-use crate::CudnnConfig;
-use crate::backend::NAME;
+use crate::{CudnnConfig, NAME};
 
 /// A cuDNN version and the device that it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
