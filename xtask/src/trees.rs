@@ -45,7 +45,7 @@ const SIBLINGS: &[(&str, &[&str])] = &[
 ];
 
 /// The crates that are for CUDA, and may depend on it by default.
-const CUDA: &[&str] = &["attention-chunked-cuda", "attention-cuda", "attention-cudnn"];
+pub(crate) const CUDA: &[&str] = &["attention-chunked-cuda", "attention-cuda", "attention-cudnn"];
 
 /// Everything that the core may name in its manifest.
 const CORE_DEPENDENCIES: &[&str] = &["bytemuck", "half", "serde", "thiserror"];

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::cargo::{self, Workspace};
+use crate::trees;
 
 /// The version of `cudarc` that candle-core 0.11.1 asks for.
 const VERSION: &str = "0.19.10";
@@ -44,8 +45,8 @@ name=$(basename "$source" .cu)
 : > "$folder/$name.ptx"
 "#;
 
-/// Checks a crate that depends on all that use `cudarc`, and on `cudarc` as candle does; and on Unix the crate for candle
-/// with its feature `cuda`. Nothing is linked, which would need CUDA's libraries.
+/// Checks a crate that depends on all that are for CUDA, and on `cudarc` as candle does; and on Unix the
+/// crate for candle with its feature `cuda`. Nothing is linked, which would need CUDA's libraries.
 pub(crate) fn check() -> crate::Result {
     let workspace = Workspace::read()?;
     let folder = workspace.target_directory.join("united");
@@ -106,10 +107,7 @@ fn manifest(workspace: &Workspace) -> String {
             folder.display()
         );
     }
-    let users = workspace
-        .published()
-        .filter(|package| package.dependencies.iter().any(|dependency| dependency.name == "cudarc"));
-    for package in users {
+    for package in workspace.published().filter(|package| trees::CUDA.contains(&package.name.as_str())) {
         let folder = package.manifest_path.with_file_name("");
         // Writing to a string cannot fail. A literal string of TOML takes backslashes as they are.
         let _ = writeln!(text, "{} = {{ path = '{}' }}", package.name, folder.display());
@@ -122,9 +120,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_crates_that_use_cudarc_are_united_with_candles_features() {
+    fn the_crates_for_cuda_are_united_with_candles_features() {
         let text = manifest(&Workspace::read().unwrap());
         for wanted in [
+            "\nattention-chunked-cuda = { path = '",
             "\nattention-cuda = { path = '",
             "\nattention-cudnn = { path = '",
             "\nattention-candle = { path = '",
