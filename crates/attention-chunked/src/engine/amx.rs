@@ -12,7 +12,6 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::sync::OnceLock;
 
 use half::bf16;
 
@@ -27,43 +26,6 @@ type Avx512 = crate::simd::Avx512<true>;
 const TILE: usize = 512;
 /// Bytes between rows of a packed tile.
 const ROW_BYTES: usize = 64;
-
-/// What the machine lacks for AMX on bf16, beside AVX-512. Found out once a process: every call asks, and under a
-/// hypervisor the instruction that tells costs more than a short call.
-pub(crate) fn lacks() -> Option<String> {
-    static ANSWER: OnceLock<Option<&'static str>> = OnceLock::new();
-    let answer = ANSWER.get_or_init(|| {
-        // Leaf 7: bit 22 of EDX is AMX-BF16, bit 24 AMX-TILE.
-        let features = __cpuid_count(7, 0).edx;
-        if features >> 22 & 1 == 0 || features >> 24 & 1 == 0 {
-            return Some("the processor has no amx-bf16");
-        }
-        (!permitted()).then_some("the operating system does not permit AMX tiles")
-    });
-    answer.map(str::to_owned)
-}
-
-/// Whether this process may use tiles. Linux wants to be asked; the permission is the process's.
-#[cfg(target_os = "linux")]
-fn permitted() -> bool {
-    /// `arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`.
-    const SYSCALL: i64 = 158;
-    const REQUEST: i64 = 0x1023;
-    const TILE_DATA: i64 = 18;
-    let mut answer = SYSCALL;
-    // SAFETY: a system call that takes two integers, touches no memory of ours and clobbers what is named.
-    unsafe {
-        asm!("syscall", inlateout("rax") answer, in("rdi") REQUEST, in("rsi") TILE_DATA,
-             lateout("rcx") _, lateout("r11") _, options(nostack));
-    }
-    answer == 0
-}
-
-/// Nobody has tried another system.
-#[cfg(not(target_os = "linux"))]
-fn permitted() -> bool {
-    false
-}
 
 /// The engine for operands of `PARTS` bf16 parts: 1 for bf16, 2 for f16, 3 for f32.
 #[derive(Clone, Copy, Debug)]

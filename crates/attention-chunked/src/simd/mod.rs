@@ -23,9 +23,6 @@ pub(crate) use avx512::Avx512;
 pub(crate) use elementary::{Base, power, tanh};
 pub(crate) use scalar::Scalar;
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) use crate::engine::amx::lacks as amx_lacks;
-
 /// A loop nest that is compiled for each level.
 pub(crate) trait Kernel {
     /// What it returns.
@@ -201,28 +198,6 @@ fn prefetch_line(address: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
-}
-
-/// What an x86-64 machine lacks for a level.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn x86_lacks(level: crate::Level) -> Option<String> {
-    use crate::Level;
-    macro_rules! first_missing {
-        ($($feature:tt),*) => {
-            [$(($feature, is_x86_feature_detected!($feature))),*]
-                .into_iter()
-                .find(|(_, there)| !there)
-                .map(|(name, _)| format!("the processor has no {name}"))
-        };
-    }
-    match level {
-        Level::Avx2 => first_missing!("avx2", "fma", "f16c"),
-        Level::Avx512 => {
-            first_missing!("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-        }
-        Level::Amx => x86_lacks(Level::Avx512).or_else(|| first_missing!("avx512bf16")).or_else(amx_lacks),
-        Level::Scalar => None,
-    }
 }
 
 #[cfg(test)]

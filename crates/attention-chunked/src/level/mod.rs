@@ -1,12 +1,15 @@
 //! Instruction sets that the kernels are written for, and which of them this machine has.
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use std::fmt;
 use std::str::FromStr;
 
 /// An instruction set that the kernels have a version for.
 ///
-/// Results of one level are bitwise reproducible; those of two levels agree within the error bounds of the numerics
-/// class.
+/// Results of one level are bitwise reproducible; those of two levels agree within the error bounds of the
+/// numerics class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Level {
@@ -38,8 +41,8 @@ impl Level {
         }
     }
 
-    /// What is missing for this level here, or `Ok`. For AMX this asks the operating system for permission to use
-    /// tiles, once a process.
+    /// What is missing for this level here, or `Ok`. For AMX this asks the operating system for permission to
+    /// use tiles, once per process.
     ///
     /// # Errors
     /// A sentence that names what the machine lacks.
@@ -47,7 +50,11 @@ impl Level {
         match self {
             Self::Scalar => Ok(()),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 | Self::Avx512 | Self::Amx => crate::simd::x86_lacks(self).map_or(Ok(()), Err),
+            Self::Avx2 => x86::avx2_lacks().map_or(Ok(()), Err),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => x86::avx512_lacks().map_or(Ok(()), Err),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => x86::amx_lacks().map_or(Ok(()), Err),
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512 | Self::Amx => Err(format!("{self} exists on x86-64 alone")),
         }
