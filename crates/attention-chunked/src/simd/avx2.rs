@@ -4,7 +4,8 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, Simd};
+use super::elementary::power_by_polynomial;
+use super::{Base, Kernel, Simd};
 use crate::Level;
 
 /// The proof that the processor has AVX2, FMA and F16C.
@@ -123,6 +124,10 @@ macro_rules! common {
         fn any(self, mask: Self::Mask) -> bool {
             // SAFETY: as in `splat`.
             unsafe { $movemask(mask) != 0 }
+        }
+        #[inline(always)]
+        fn power<const COUNT: usize>(self, base: Base<$float>, x: [$v; COUNT]) -> [$v; COUNT] {
+            power_by_polynomial(self, base, x)
         }
     };
 }

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use super::elementary::power_by_polynomial;
 use super::{Base, Kernel, Simd};
 use crate::Level;
 
@@ -362,6 +363,11 @@ impl<const BF16: bool> Simd<f64> for Avx512<BF16> {
         _mm512_reduce_add_pd,
         _mm512_reduce_max_pd
     );
+
+    #[inline(always)]
+    fn power<const COUNT: usize>(self, base: Base<f64>, x: [__m512d; COUNT]) -> [__m512d; COUNT] {
+        power_by_polynomial(self, base, x)
+    }
 
     #[inline(always)]
     unsafe fn load_f64(self, from: *const f64) -> __m512d {

@@ -1,24 +1,7 @@
 //! Powers of two and hyperbolic tangents, for whole vectors: no branch, no table.
 
-use super::Simd;
+use super::{Base, Simd};
 use crate::float::Float;
-
-/// The base of powers, by its logarithm: `2^log2`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Base<F> {
-    /// The logarithm to base two: positive, finite and a normal number.
-    pub(crate) log2: F,
-    /// The exponent below which a power would be less than the smallest normal number. Finite, so that -inf is below.
-    pub(crate) least: F,
-}
-
-impl<F: Float> Base<F> {
-    /// Of a logarithm that is positive, finite and a normal number.
-    pub(crate) fn new(log2: F) -> Self {
-        let least = F::EXPONENTS[0] / log2;
-        Self { log2, least: if least < -F::LARGEST { -F::LARGEST } else { least } }
-    }
-}
 
 /// `2^(log2 x)` of several vectors, to within 3 units in the last place (1.5 where the level has no table) of that of the
 /// product, which is not rounded where the level has fused operations; exactly 1 at 0; 0 below the smallest normal number

@@ -20,7 +20,7 @@ use crate::float::Float;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
-pub(crate) use elementary::{Base, power, tanh};
+pub(crate) use elementary::{power, tanh};
 pub(crate) use scalar::Scalar;
 
 /// A loop nest that is compiled for each level.
@@ -30,6 +30,24 @@ pub(crate) trait Kernel {
 
     /// Must be `#[inline(always)]`, like everything in it that uses vectors.
     fn run(self) -> Self::Output;
+}
+
+/// The base of powers, by its logarithm: `2^log2`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Base<F> {
+    /// The logarithm to base two: positive, finite and a normal number.
+    pub(crate) log2: F,
+    /// The exponent below which a power would be less than the smallest normal number. Finite, so that -inf is
+    /// below.
+    pub(crate) least: F,
+}
+
+impl<F: Float> Base<F> {
+    /// Of a logarithm that is positive, finite and a normal number.
+    pub(crate) fn new(log2: F) -> Self {
+        let least = F::EXPONENTS[0] / log2;
+        Self { log2, least: if least < -F::LARGEST { -F::LARGEST } else { least } }
+    }
 }
 
 /// Vector operations on one kind of float, at one level.
@@ -130,11 +148,8 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     /// The largest lane; a NaN may win or lose.
     fn reduce_max(self, a: Self::V) -> F;
 
-    /// Powers of vectors side by side, as [`power`] says.
-    #[inline(always)]
-    fn power<const COUNT: usize>(self, base: Base<F>, x: [Self::V; COUNT]) -> [Self::V; COUNT] {
-        elementary::power_by_polynomial(self, base, x)
-    }
+    /// Powers of vectors side by side, as [`power`] says; from a polynomial alone, unless the level has a table.
+    fn power<const COUNT: usize>(self, base: Base<F>, x: [Self::V; COUNT]) -> [Self::V; COUNT];
 
     /// The same, each multiplied by a factor.
     #[inline(always)]

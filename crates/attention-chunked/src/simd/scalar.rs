@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 
-use super::{Kernel, Simd};
+use super::elementary::power_by_polynomial;
+use super::{Base, Kernel, Simd};
 use crate::float::Float;
 
 /// The level that every machine has.
@@ -171,5 +172,9 @@ impl<F: Float> Simd<F> for Scalar {
     fn reduce_max(self, a: Self::V) -> F {
         let max = |a, b| if a > b { a } else { b };
         max(max(a[0], a[2]), max(a[1], a[3]))
+    }
+    #[inline(always)]
+    fn power<const COUNT: usize>(self, base: Base<F>, x: [Self::V; COUNT]) -> [Self::V; COUNT] {
+        power_by_polynomial(self, base, x)
     }
 }
