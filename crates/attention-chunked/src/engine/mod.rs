@@ -20,6 +20,15 @@ use crate::simd::Simd;
 /// Rows that are staged at a time: read from the caller's tensors, widened, and handed over to be packed.
 pub(crate) const STAGE: usize = 32;
 
+/// Rows of the largest block of any engine.
+pub(crate) const MAX_BLOCK_ROWS: usize = 128;
+
+/// The distance between rows of a tile: a bit more than a block, since rows a power of two apart would share
+/// the sets of the cache.
+pub(crate) const fn tile_stride<E: Engine>() -> usize {
+    E::BLOCK_KEYS + 16
+}
+
 /// [`STAGE`] rows on their way to be packed. Rows behind the last real one are zero.
 #[derive(Clone, Copy)]
 #[allow(clippy::large_enum_variant, reason = "one at a time, on the stack")]

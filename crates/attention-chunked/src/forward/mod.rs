@@ -17,7 +17,7 @@ use attention_core::{ForwardCall, ForwardOutputs, Inputs, Problem};
 use self::few_rows::Few;
 use self::softmax::BlockSoftmax;
 use crate::config::{ChunkedConfig, Plan, Sizes};
-use crate::engine::{Before, Engine, STAGE, Weights};
+use crate::engine::{Before, Engine, MAX_BLOCK_ROWS, STAGE, Weights, tile_stride};
 use crate::float::Float;
 use crate::paths::{Path, Taken};
 use crate::plan::{self, Rows};
@@ -26,15 +26,6 @@ use crate::simd::{Kernel, Simd};
 use crate::tensor::{Floats, SharedOutput};
 use crate::terms::{QueryRow, Terms};
 use crate::workers;
-
-/// Rows of the largest block of any engine.
-pub(crate) const MAX_BLOCK_ROWS: usize = 128;
-
-/// The distance between rows of a tile: a bit more than a block, since rows a power of two apart would share the sets
-/// of the cache.
-pub(crate) const fn tile_stride<E: Engine>() -> usize {
-    E::BLOCK_KEYS + 16
-}
 
 /// What a task works in.
 struct Scratch<'a, E: Engine> {
