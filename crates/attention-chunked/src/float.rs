@@ -2,8 +2,6 @@
 
 use attention_core::merge::Accumulator;
 
-use crate::tensor::{Operands, OperandsOfF32, OperandsOfF64};
-
 /// f32, or f64 for f64 operands and for batch rows so small that speed is no concern.
 pub(crate) trait Float:
     Accumulator
@@ -16,9 +14,6 @@ pub(crate) trait Float:
     + std::ops::AddAssign
     + std::ops::Neg<Output = Self>
 {
-    /// The dtypes of operands that are computed in it.
-    type Operands: Operands;
-
     /// One.
     const ONE: Self;
     /// `log2(e)`.
@@ -71,15 +66,13 @@ pub(crate) trait Float:
 }
 
 macro_rules! float {
-    ($float:ident, $operands:ident, $bits:ident, $bias:expr, $mantissa:expr, $exponents:expr, [$($exp2:expr),*], [$($p:expr),*], [$($q:expr),*]) => {
+    ($float:ident, $bits:ident, $bias:expr, $mantissa:expr, $exponents:expr, [$($exp2:expr),*], [$($p:expr),*], [$($q:expr),*]) => {
         #[allow(
             clippy::approx_constant,
             clippy::excessive_precision,
             reason = "coefficients of minimax polynomials, as their exchange gave them"
         )]
         impl Float for $float {
-            type Operands = $operands;
-
             const ONE: Self = 1.0;
             const LOG2_E: Self = std::$float::consts::LOG2_E;
             const DISALLOWED: Self = -0.0;
@@ -134,7 +127,6 @@ macro_rules! float {
 
 float!(
     f32,
-    OperandsOfF32,
     u32,
     127,
     23,
@@ -145,7 +137,6 @@ float!(
 );
 float!(
     f64,
-    OperandsOfF64,
     u64,
     1023,
     52,

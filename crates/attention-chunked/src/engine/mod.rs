@@ -14,8 +14,8 @@ pub(crate) mod vector;
 use bytemuck::Pod;
 use half::bf16;
 
-use crate::float::Float;
 use crate::simd::Simd;
+use crate::tensor::Operands;
 
 /// Rows that are staged at a time: read from the caller's tensors, widened, and handed over to be packed.
 pub(crate) const STAGE: usize = 32;
@@ -94,7 +94,7 @@ pub(crate) enum Before<'a, F> {
 /// not.
 pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// What logits, softmax and sums are computed in.
-    type F: Float;
+    type F: Operands;
     /// The vectors of everything between the products.
     type S: Simd<Self::F>;
     /// Elements of packed operands.

@@ -10,6 +10,7 @@ use super::{Before, Engine, FloatRows, STAGE, Staged, Weights};
 use crate::float::Float;
 use crate::scratch::{extent, round_up};
 use crate::simd::{Kernel, Simd};
+use crate::tensor::Operands;
 
 /// The width of rows from which products of queries and keys in f32 are two sums.
 const TWO_SUMS: usize = 16;
@@ -256,7 +257,7 @@ fn panels<F: Float, S: Simd<F>>(columns: usize) -> impl Iterator<Item = (usize, 
     (0..columns).step_by(S::TILE_COLUMNS).map(move |start| (start, S::TILE_COLUMNS.min(columns - start)))
 }
 
-impl<F: Float, S: Simd<F>> Engine for Fused<F, S> {
+impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
     type F = F;
     type S = S;
     type Plain = S;

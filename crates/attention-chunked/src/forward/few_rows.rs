@@ -289,7 +289,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             queries_stride,
             tile: scratch.tile,
         };
-        <E::F as Float>::Operands::vectorize(&self.key, simd, dots);
+        <E::F as Operands>::vectorize(&self.key, simd, dots);
         let columns = keys.len().next_multiple_of(2 * <E::Plain as Simd<E::F>>::LANES);
         let inside = infos.iter().all(|row| row.begin <= keys.start && row.end >= keys.end);
         let apply = !inside || columns != keys.len() || !self.terms.is_plain() || self.terms.has_mask();
@@ -331,7 +331,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             values,
             taken: self.taken,
         };
-        <E::F as Float>::Operands::vectorize(&self.value, simd, weighted_sums);
+        <E::F as Operands>::vectorize(&self.value, simd, weighted_sums);
     }
 }
 

@@ -57,20 +57,17 @@ impl<T: Source, K: ViewKernel> Kernel for OnView<'_, '_, T, K> {
     }
 }
 
-/// The dtypes of operands that a float computes: work on queries, keys and values is compiled for these
-/// alone.
-pub(crate) trait Operands {
+/// A float with the dtypes of operands that are computed in it: work on queries, keys and values is compiled
+/// for these alone.
+pub(crate) trait Operands: Float {
     /// Runs `work` on a query, key, value or gradient of the output.
-    fn vectorize<F: Float, S: Simd<F>, K: ViewKernel>(of: &Floats<'_>, simd: S, work: K) -> K::Output;
+    fn vectorize<S: Simd<Self>, K: ViewKernel>(of: &Floats<'_>, simd: S, work: K) -> K::Output;
 }
 
 macro_rules! operands {
-    ($name:ident, $what:literal, $($variant:ident),*) => {
-        #[doc = $what]
-        pub(crate) enum $name {}
-
-        impl Operands for $name {
-            fn vectorize<F: Float, S: Simd<F>, K: ViewKernel>(of: &Floats<'_>, simd: S, work: K) -> K::Output {
+    ($float:ident, $($variant:ident),*) => {
+        impl Operands for $float {
+            fn vectorize<S: Simd<Self>, K: ViewKernel>(of: &Floats<'_>, simd: S, work: K) -> K::Output {
                 match of {
                     $(Floats::$variant(view) => simd.vectorize(OnView { view, work }),)*
                     _ => unreachable!("the engine of a problem takes operands of its dtype"),
@@ -79,8 +76,9 @@ macro_rules! operands {
         }
     };
 }
-operands!(OperandsOfF32, "f32, f16 and bf16 are computed in f32.", F32, F16, Bf16);
-operands!(OperandsOfF64, "f64 is computed in f64, and f32 where batch rows are small.", F64, F32);
+operands!(f32, F32, F16, Bf16);
+// f32 is computed in f64 where batch rows are small.
+operands!(f64, F64, F32);
 
 /// An element type, with its widening load.
 pub(crate) trait Source: Scalar {

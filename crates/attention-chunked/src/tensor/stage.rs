@@ -43,7 +43,7 @@ impl Floats<'_> {
 
     /// As [`stage`](Self::stage), always in the room: zero rows up to [`STAGE`],
     /// [`stage_stride`](Self::stage_stride) apart.
-    pub(crate) fn stage_floats<F: Float, S: Simd<F>>(
+    pub(crate) fn stage_floats<F: Operands, S: Simd<F>>(
         &self,
         simd: S,
         count: usize,
@@ -52,7 +52,7 @@ impl Floats<'_> {
         clean: bool,
         room: &mut [F],
     ) -> u32 {
-        F::Operands::vectorize(self, simd, StageRows { simd, count, index, factor, clean, to: room })
+        F::vectorize(self, simd, StageRows { simd, count, index, factor, clean, to: room })
     }
 
     /// The distance of staged rows of `width` elements.
