@@ -8,8 +8,9 @@ use std::ops::Range;
 
 use attention_core::{HostView, Problem, Row};
 
+use super::call::{Forward, Outputs};
+use super::finish::normalise;
 use super::softmax::BlockSoftmax;
-use super::{Forward, Outputs, normalise};
 use crate::engine::Engine;
 use crate::engine::vector::Fused;
 use crate::float::Float;

@@ -1,0 +1,90 @@
+//! A call of the forward pass: what its tasks share, and what they write.
+
+use attention_core::{ForwardOutputs, Inputs, Problem};
+
+use super::few_rows::Few;
+use super::layout::Layout;
+use crate::engine::Engine;
+use crate::paths::Taken;
+use crate::plan;
+use crate::tensor::{Floats, SharedOutput};
+use crate::terms::Terms;
+
+/// Everything that the tasks of a call share.
+pub(super) struct Forward<'a, E: Engine> {
+    pub(super) engine: E,
+    pub(super) problem: &'a Problem,
+    pub(super) query: Floats<'a>,
+    pub(super) key: Floats<'a>,
+    pub(super) value: Floats<'a>,
+    pub(super) sinks: Option<Floats<'a>>,
+    pub(super) terms: Terms<'a, E::F>,
+    pub(super) layout: Layout,
+    pub(super) few: Few,
+    pub(super) taken: &'a Taken,
+}
+
+/// What the tasks of a call write.
+pub(super) struct Outputs<'a> {
+    pub(super) out: SharedOutput<'a>,
+    pub(super) lse: Option<SharedOutput<'a>>,
+}
+
+impl<'a> Outputs<'a> {
+    /// Takes the outputs of a call and fills the padded rows: with 0 an output, with -inf a logsumexp.
+    pub(super) fn new(problem: &Problem, outputs: ForwardOutputs<'a>) -> Self {
+        let new = Self { out: SharedOutput::new(outputs.out), lse: outputs.lse.map(SharedOutput::new) };
+        let dims = problem.dims();
+        for batch in 0..if plan::may_have_padding(problem) { dims.batch } else { 0 } {
+            for query in problem.query_len(batch)..dims.query_length {
+                for head in 0..dims.query_heads {
+                    // SAFETY: no task has begun.
+                    unsafe { new.empty_row(batch, query, head) };
+                }
+            }
+        }
+        new
+    }
+
+    /// # Safety
+    /// No other thread writes this row.
+    unsafe fn empty_row(&self, batch: usize, query: usize, head: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            self.out.zero_row([batch, query, head]);
+            if let Some(lse) = &self.lse {
+                lse.write([batch, query, head, 0], f64::NEG_INFINITY);
+            }
+        }
+    }
+}
+
+impl<'a, E: Engine> Forward<'a, E> {
+    /// With the layouts that the tasks of a call are planned for.
+    pub(super) fn new(
+        engine: E,
+        problem: &'a Problem,
+        inputs: &Inputs<'a>,
+        layout: Layout,
+        few: Few,
+        taken: &'a Taken,
+    ) -> Self {
+        Self {
+            engine,
+            problem,
+            query: Floats::new(inputs.query),
+            key: Floats::new(inputs.key),
+            value: Floats::new(inputs.value),
+            sinks: inputs.sinks.map(Floats::new),
+            terms: Terms::new(problem, inputs),
+            layout,
+            few,
+            taken,
+        }
+    }
+
+    /// Query heads per key/value head; 1 where there are none.
+    pub(super) fn group(&self) -> usize {
+        self.problem.dims().group_size().max(1)
+    }
+}
