@@ -2,7 +2,7 @@
 
 use attention_core::{ForwardOutputs, Inputs, Problem};
 
-use super::few_rows::Few;
+use super::decode::Few;
 use super::layout::Layout;
 use crate::engine::Engine;
 use crate::paths::Taken;

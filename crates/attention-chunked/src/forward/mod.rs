@@ -8,7 +8,7 @@
 
 mod call;
 mod chunk;
-mod few_rows;
+mod decode;
 mod finish;
 mod layout;
 pub(crate) mod softmax;

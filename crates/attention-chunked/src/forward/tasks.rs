@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use attention_core::Problem;
 
-use super::few_rows::{self, Few};
+use super::decode::{self, Few};
 use super::layout::Layout;
 use crate::config::{Plan, Sizes};
 use crate::engine::Engine;
@@ -31,7 +31,7 @@ impl FewHeads {
     /// Runs `work` on the rows of each head.
     pub(super) fn with_rows<R>(&self, problem: &Problem, work: impl FnOnce(&[Rows]) -> R) -> R {
         let group = problem.dims().group_size();
-        let rows: [Rows; few_rows::MAX_HEADS] = std::array::from_fn(|index| {
+        let rows: [Rows; decode::MAX_HEADS] = std::array::from_fn(|index| {
             let key_head = self.key_heads.start + index;
             let heads = key_head * group..(key_head + 1) * group;
             Rows { batch: self.batch, key_head, heads, queries: 0..problem.query_len(self.batch) }
@@ -58,7 +58,7 @@ pub(super) struct Tasks {
 
 /// Whether the rows of a key/value head are few in a batch row.
 fn is_few(problem: &Problem, batch: usize) -> bool {
-    problem.query_len(batch).saturating_mul(problem.dims().group_size()) <= few_rows::FEW
+    problem.query_len(batch).saturating_mul(problem.dims().group_size()) <= decode::FEW
 }
 
 /// Key/value heads of all batch rows with few query rows.
@@ -93,7 +93,7 @@ impl Tasks {
             for first in (0..key_heads).step_by(few.heads) {
                 let heads = FewHeads { batch, key_heads: first..key_heads.min(first + few.heads) };
                 let slot = parts.len();
-                parts.extend(few_rows::parts(&keys).map(|keys| (heads.clone(), keys)));
+                parts.extend(decode::parts(&keys).map(|keys| (heads.clone(), keys)));
                 merges.push((heads, slot..parts.len()));
             }
         }
@@ -169,7 +169,7 @@ impl Needs {
                 few_rows_of_head = few_rows_of_head.max(problem.query_len(batch) * dims.group_size());
             }
         }
-        let parts = few_rows::parts(&(0..dims.key_length)).len().max(1);
+        let parts = decode::parts(&(0..dims.key_length)).len().max(1);
         let enough = few_heads(problem).saturating_mul(parts) / threads.saturating_mul(4).max(1);
         let few = Few::of(problem, few_rows_of_head, enough);
         let (mut bytes, mut slot) = (0usize, 0usize);

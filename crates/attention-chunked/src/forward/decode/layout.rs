@@ -1,0 +1,152 @@
+//! The sizes of decoding: of parts of the keys, and of what its tasks work in and leave.
+
+use std::ops::Range;
+
+use attention_core::Problem;
+
+use crate::float::Float;
+use crate::plan::Rows;
+use crate::scratch::Pieces;
+use crate::tensor::Floats;
+
+/// Rows of a key/value head up to which they are few: more have products enough to pay for packing keys and
+/// values.
+pub(in crate::forward) const FEW: usize = 8;
+
+/// Keys whose logits are held at a time.
+pub(super) const BLOCK_KEYS: usize = 256;
+
+/// The distance between rows of logits.
+pub(super) const STRIDE: usize = BLOCK_KEYS + 16;
+
+/// Keys of a part: at least so many, and at most so many parts.
+const PART_KEYS: usize = 1024;
+const MAX_PARTS: usize = 64;
+
+/// Bytes that neighbouring heads of one key have in a page of memory: heads that share pages are worked on
+/// together, since finding a page takes longer than reading a row of it.
+const PAGE: usize = 4096;
+
+/// The most heads that are worked on together.
+pub(in crate::forward) const MAX_HEADS: usize = 8;
+
+/// The sizes of a task of few rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::forward) struct Few {
+    /// Key/value heads that are worked on together.
+    pub(in crate::forward) heads: usize,
+    /// Rows of each.
+    rows: usize,
+    pub(super) head_dim: usize,
+    value_head_dim: usize,
+}
+
+impl Few {
+    /// For problems whose batch rows with few rows have at most `rows` of them a key/value head; `enough`
+    /// says how many heads at a time leave enough tasks. Bits do not depend on it.
+    pub(in crate::forward) fn of(problem: &Problem, rows: usize, enough: usize) -> Self {
+        let dims = problem.dims();
+        let row_bytes = problem.dtype().size() * dims.head_dim.min(dims.value_head_dim).max(1);
+        let heads = (PAGE / row_bytes).min(enough).clamp(1, MAX_HEADS);
+        Self { heads, rows, head_dim: dims.head_dim, value_head_dim: dims.value_head_dim }
+    }
+
+    pub(super) fn scratch<'a, F: Float>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, F> {
+        Scratch {
+            stage: pieces.take((self.heads * FEW).saturating_mul(Floats::stage_stride(self.head_dim))),
+            tile: pieces.take(FEW * STRIDE),
+            factors: pieces.take(FEW),
+            part: self.partial(pieces),
+            running: self.partial(pieces),
+        }
+    }
+
+    pub(super) fn partial<'a, F: Float>(&self, pieces: &mut Pieces<'a>) -> Partial<'a, F> {
+        let rows = self.heads * self.rows;
+        Partial {
+            width: self.value_head_dim,
+            shifts: pieces.take(rows),
+            sums: pieces.take(rows),
+            values: pieces.take(rows.saturating_mul(self.value_head_dim)),
+        }
+    }
+
+    /// Bytes of a task's scratch; `None` on overflow.
+    pub(in crate::forward) fn bytes<F: Float>(&self) -> Option<usize> {
+        let mut pieces = Pieces::counting();
+        let _ = self.scratch::<F>(&mut pieces);
+        pieces.bytes()
+    }
+
+    /// Bytes of a partial result that is kept; `None` on overflow.
+    pub(in crate::forward) fn partial_bytes<F: Float>(&self) -> Option<usize> {
+        let mut pieces = Pieces::counting();
+        let _ = self.partial::<F>(&mut pieces);
+        pieces.bytes()
+    }
+
+    /// The rows of head `head` of a task among those of a partial result.
+    pub(super) fn rows_of(&self, head: usize, rows: &Rows) -> Range<usize> {
+        head * self.rows..head * self.rows + rows.len()
+    }
+}
+
+/// What a task of few rows works in.
+pub(super) struct Scratch<'a, F> {
+    pub(super) stage: &'a mut [F],
+    pub(super) tile: &'a mut [F],
+    pub(super) factors: &'a mut [F],
+    pub(super) part: Partial<'a, F>,
+    /// The parts so far.
+    pub(super) running: Partial<'a, F>,
+}
+
+/// The result of some keys for each row of some heads.
+pub(super) struct Partial<'a, F> {
+    pub(super) width: usize,
+    /// In units of the call.
+    pub(super) shifts: &'a mut [F],
+    pub(super) sums: &'a mut [F],
+    /// Unnormalised, rows of the value head dimension.
+    pub(super) values: &'a mut [F],
+}
+
+impl<F: Float> Partial<'_, F> {
+    pub(super) fn clear(&mut self) {
+        self.shifts.fill(F::NEG_INFINITY);
+        self.sums.fill(F::ZERO);
+        self.values.fill(F::ZERO);
+    }
+
+    /// Adds the result of further keys; `unit` is the size of the shifts' unit.
+    pub(super) fn merge(&mut self, part: &Self, unit: F) {
+        let width = self.width;
+        for row in 0..self.sums.len() {
+            let shifts = [self.shifts[row], part.shifts[row]];
+            // A NaN on either side becomes the shift and stays it.
+            let shift = if shifts[1] > shifts[0] || shifts[1].is_nan() { shifts[1] } else { shifts[0] };
+            let [old, new] =
+                shifts.map(
+                    |before| {
+                        if before == F::NEG_INFINITY { F::ZERO } else { ((before - shift) * unit).exp() }
+                    },
+                );
+            self.shifts[row] = shift;
+            self.sums[row] = self.sums[row] * old + part.sums[row] * new;
+            let values = &mut self.values[row * width..][..width];
+            for (value, &from) in values.iter_mut().zip(&part.values[row * width..]) {
+                *value = *value * old + from * new;
+            }
+        }
+    }
+}
+
+/// The parts that the keys of some rows are cut into.
+pub(in crate::forward) fn parts(keys: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+    let size = PART_KEYS.max(keys.len().div_ceil(MAX_PARTS).next_multiple_of(BLOCK_KEYS));
+    let keys = keys.clone();
+    (0..keys.len().div_ceil(size)).map(move |part| {
+        let start = keys.start + part * size;
+        start..keys.end.min(start + size)
+    })
+}
