@@ -1,7 +1,8 @@
 //! The code paths of a call: which there are, and which of them a call took.
 //!
-//! Tasks mark the paths that they take in a set of bits that all tasks of the call share; once the call is done, the backend
-//! counts each path of the set. So a path costs a look at a shared line of the cache, and a write the first time.
+//! Tasks mark the paths that they take in a set of bits that all tasks of the call share; once the call is
+//! done, the backend counts each path of the set. So a path costs a look at a shared line of the cache, and a
+//! write the first time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -48,16 +49,16 @@ paths! {
     ValuesApart: "forward, values that are not finite",
     Rescaled: "forward, sums rescaled",
     MaskedBlock: "forward, block masked whole",
-    FewWhole: "few rows, all keys",
-    FewPart: "few rows, parts and merge",
-    FewStrided: "few rows, strided keys or values",
-    FewValuesApart: "few rows, values that are not finite",
-    FewAdded: "few rows, logits changed",
-    Few1: "few rows, 1",
-    Few2: "few rows, 2",
-    Few3: "few rows, 3",
-    Few4: "few rows, 4",
-    FewMore: "few rows, 5 to 8",
+    DecodeWhole: "few rows, all keys",
+    DecodeSplit: "few rows, parts and merge",
+    DecodeStrided: "few rows, strided keys or values",
+    DecodeValuesApart: "few rows, values that are not finite",
+    DecodeAdded: "few rows, logits changed",
+    Decode1: "few rows, 1",
+    Decode2: "few rows, 2",
+    Decode3: "few rows, 3",
+    Decode4: "few rows, 4",
+    DecodeMore: "few rows, 5 to 8",
     Together: "backward, all gradients of a head together",
     Queries: "backward, dq apart",
     Keys: "backward, dk and dv apart",
@@ -142,14 +143,14 @@ impl Path {
         applied.path(terms, apply)
     }
 
-    /// Few rows of this number.
-    pub(crate) fn few(rows: usize) -> Self {
+    /// Decoding of this number of query rows per key/value head.
+    pub(crate) fn decode(rows: usize) -> Self {
         match rows {
-            0 | 1 => Self::Few1,
-            2 => Self::Few2,
-            3 => Self::Few3,
-            4 => Self::Few4,
-            _ => Self::FewMore,
+            0 | 1 => Self::Decode1,
+            2 => Self::Decode2,
+            3 => Self::Decode3,
+            4 => Self::Decode4,
+            _ => Self::DecodeMore,
         }
     }
 
@@ -211,7 +212,8 @@ impl Paths {
                     if (kind.has_small || !small) && is_possible(path, dtype, small, kind, threads) {
                         variants.list([name.as_str()]);
                     }
-                    // A path that is not listed, and is taken all the same, is a fault of the list, and is counted as one.
+                    // A path that is not listed, and is taken all the same, is a fault of the list, and is
+                    // counted as one.
                     counters.push(variants.counter(&name));
                 }
             }
@@ -239,7 +241,7 @@ impl Paths {
 /// Whether a call can take the path.
 fn is_possible(path: Path, dtype: DType, small: bool, kind: Kind, threads: usize) -> bool {
     match path {
-        Path::FewPart | Path::Queries | Path::Keys => threads > 1,
+        Path::DecodeSplit | Path::Queries | Path::Keys => threads > 1,
         Path::PackedAlone | Path::PackedAndKept => kind.packs_gradients && !small,
         // The range of f16 leaves no room for a factor before the sums.
         Path::GradientLargeScale => dtype != DType::F16,
@@ -261,7 +263,7 @@ mod tests {
         for path in [Path::Chunk, Path::Chunk, Path::Sinks] {
             large.mark(path);
         }
-        small.mark(Path::Few3);
+        small.mark(Path::Decode3);
         paths.count(DType::F32, [large, small]);
         let runs = paths.variants().runs();
         let run: Vec<_> =

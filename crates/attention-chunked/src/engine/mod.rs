@@ -122,8 +122,8 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// The vectors.
     fn simd(self) -> Self::S;
 
-    /// The vectors of what needs nothing of the engine: reading rows, what is added to logits, and few query
-    /// rows, for which nothing is packed. Engines of one level share their code.
+    /// The vectors of what needs nothing of the engine: reading rows, what is added to logits, and decoding,
+    /// for which nothing is packed. Engines of one level share their code.
     type Plain: Simd<Self::F>;
 
     /// The same.

@@ -2,7 +2,7 @@
 
 use attention_core::{ForwardOutputs, Inputs, Problem};
 
-use super::decode::Few;
+use super::decode::DecodeLayout;
 use super::layout::Layout;
 use crate::engine::Engine;
 use crate::paths::Taken;
@@ -20,7 +20,7 @@ pub(super) struct Forward<'a, E: Engine> {
     pub(super) sinks: Option<Floats<'a>>,
     pub(super) terms: Terms<'a, E::F>,
     pub(super) layout: Layout,
-    pub(super) few: Few,
+    pub(super) decode: DecodeLayout,
     pub(super) taken: &'a Taken,
 }
 
@@ -66,7 +66,7 @@ impl<'a, E: Engine> Forward<'a, E> {
         problem: &'a Problem,
         inputs: &Inputs<'a>,
         layout: Layout,
-        few: Few,
+        decode: DecodeLayout,
         taken: &'a Taken,
     ) -> Self {
         Self {
@@ -78,7 +78,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             sinks: inputs.sinks.map(Floats::new),
             terms: Terms::new(problem, inputs),
             layout,
-            few,
+            decode,
             taken,
         }
     }

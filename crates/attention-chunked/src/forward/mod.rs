@@ -48,16 +48,16 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     let (problem, inputs, outputs) = call.into_parts();
     let outputs = Outputs::new(problem, outputs);
     let sizes = config.sizes();
-    let (Needs { layout, small: small_layout, few, bytes, slot, tasks }, team) = config
+    let (Needs { layout, small: small_layout, decode, bytes, slot, tasks }, team) = config
         .begin(scratch.len(), |threads| Needs::of::<E, Small>(problem, small.is_some(), &sizes, threads));
     let limit = |batch: usize| {
         if small.is_some() && plan::is_small(problem, batch) { small_layout.rows } else { layout.rows }
     };
-    let forward = Forward::new(engine, problem, &inputs, layout, few, taken[0]);
-    let small = small.map(|small| Forward::new(small, problem, &inputs, small_layout, few, taken[1]));
+    let forward = Forward::new(engine, problem, &inputs, layout, decode, taken[0]);
+    let small = small.map(|small| Forward::new(small, problem, &inputs, small_layout, decode, taken[1]));
     let small_of = |batch: usize| small.as_ref().filter(|_| plan::is_small(problem, batch));
-    let (slots, scratch) = scratch.split_at_mut(slot * tasks.parts.len());
-    let slots = Slots { first: slots.as_mut_ptr(), bytes: slot, count: tasks.parts.len() };
+    let (slots, scratch) = scratch.split_at_mut(slot * tasks.splits.len());
+    let slots = Slots { first: slots.as_mut_ptr(), bytes: slot, count: tasks.splits.len() };
 
     workers::run(tasks.count(problem), &team, scratch, bytes, &|number, memory| {
         let Some(task) = tasks.at(problem, limit, number) else { return };
@@ -68,28 +68,28 @@ pub(crate) fn run<E: Engine, Small: Engine>(
                     Some(small) => small.task(&rows, &outputs, memory),
                     None => forward.task(&rows, &outputs, memory),
                 },
-                Task::Few(heads) => heads.with_rows(problem, |rows| match small_of(heads.batch) {
-                    Some(small) => small.few_rows(rows, &outputs, memory),
-                    None => forward.few_rows(rows, &outputs, memory),
+                Task::Decode(heads) => heads.with_rows(problem, |rows| match small_of(heads.batch) {
+                    Some(small) => small.decode(rows, &outputs, memory),
+                    None => forward.decode(rows, &outputs, memory),
                 }),
-                Task::Part { heads, keys, slot } => heads.with_rows(problem, |rows| {
+                Task::DecodeSplit { heads, keys, slot } => heads.with_rows(problem, |rows| {
                     let to = slots.range(slot..slot + 1);
                     match small_of(heads.batch) {
-                        Some(small) => small.few_rows_part(rows, keys, to, memory),
-                        None => forward.few_rows_part(rows, keys, to, memory),
+                        Some(small) => small.decode_split(rows, keys, to, memory),
+                        None => forward.decode_split(rows, keys, to, memory),
                     }
                 }),
             }
         }
     });
-    workers::run(tasks.merges.len(), &team, scratch, bytes, &|index, memory| {
-        let (heads, range) = &tasks.merges[index];
-        // SAFETY: the merges are different rows with different slots, whose parts are done.
+    workers::run(tasks.combines.len(), &team, scratch, bytes, &|index, memory| {
+        let (heads, range) = &tasks.combines[index];
+        // SAFETY: the combinations are of different rows and different slots, whose splits are done.
         unsafe {
-            let parts = slots.range(range.clone());
+            let splits = slots.range(range.clone());
             heads.with_rows(problem, |rows| match small_of(heads.batch) {
-                Some(small) => small.merge_parts(rows, parts, slot, &outputs, memory),
-                None => forward.merge_parts(rows, parts, slot, &outputs, memory),
+                Some(small) => small.combine_splits(rows, splits, slot, &outputs, memory),
+                None => forward.combine_splits(rows, splits, slot, &outputs, memory),
             });
         }
     });

@@ -1,4 +1,4 @@
-//! The sizes of decoding: of parts of the keys, and of what its tasks work in and leave.
+//! The sizes of decoding: of the splits of keys, and of what its tasks work in and leave.
 
 use std::ops::Range;
 
@@ -9,9 +9,8 @@ use crate::plan::Rows;
 use crate::scratch::Pieces;
 use crate::tensor::Floats;
 
-/// Rows of a key/value head up to which they are few: more have products enough to pay for packing keys and
-/// values.
-pub(in crate::forward) const FEW: usize = 8;
+/// The most query rows per key/value head: more have products enough to pay for packing keys and values.
+pub(in crate::forward) const MAX_ROWS: usize = 8;
 
 /// Keys whose logits are held at a time.
 pub(super) const BLOCK_KEYS: usize = 256;
@@ -19,9 +18,9 @@ pub(super) const BLOCK_KEYS: usize = 256;
 /// The distance between rows of logits.
 pub(super) const STRIDE: usize = BLOCK_KEYS + 16;
 
-/// Keys of a part: at least so many, and at most so many parts.
-const PART_KEYS: usize = 1024;
-const MAX_PARTS: usize = 64;
+/// The fewest keys of a split, and the most splits.
+const SPLIT_KEYS: usize = 1024;
+const MAX_SPLITS: usize = 64;
 
 /// Bytes that neighbouring heads of one key have in a page of memory: heads that share pages are worked on
 /// together, since finding a page takes longer than reading a row of it.
@@ -30,9 +29,9 @@ const PAGE: usize = 4096;
 /// The most heads that are worked on together.
 pub(in crate::forward) const MAX_HEADS: usize = 8;
 
-/// The sizes of a task of few rows.
+/// The sizes of a decoding task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::forward) struct Few {
+pub(in crate::forward) struct DecodeLayout {
     /// Key/value heads that are worked on together.
     pub(in crate::forward) heads: usize,
     /// Rows of each.
@@ -41,8 +40,8 @@ pub(in crate::forward) struct Few {
     value_head_dim: usize,
 }
 
-impl Few {
-    /// For problems whose batch rows with few rows have at most `rows` of them a key/value head; `enough`
+impl DecodeLayout {
+    /// For problems whose decoded batch rows have at most `rows` query rows per key/value head; `enough`
     /// says how many heads at a time leave enough tasks. Bits do not depend on it.
     pub(in crate::forward) fn of(problem: &Problem, rows: usize, enough: usize) -> Self {
         let dims = problem.dims();
@@ -53,10 +52,10 @@ impl Few {
 
     pub(super) fn scratch<'a, F: Float>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, F> {
         Scratch {
-            stage: pieces.take((self.heads * FEW).saturating_mul(Floats::stage_stride(self.head_dim))),
-            tile: pieces.take(FEW * STRIDE),
-            factors: pieces.take(FEW),
-            part: self.partial(pieces),
+            stage: pieces.take((self.heads * MAX_ROWS).saturating_mul(Floats::stage_stride(self.head_dim))),
+            tile: pieces.take(MAX_ROWS * STRIDE),
+            factors: pieces.take(MAX_ROWS),
+            split: self.partial(pieces),
             running: self.partial(pieces),
         }
     }
@@ -91,13 +90,13 @@ impl Few {
     }
 }
 
-/// What a task of few rows works in.
+/// What a decoding task works in.
 pub(super) struct Scratch<'a, F> {
     pub(super) stage: &'a mut [F],
     pub(super) tile: &'a mut [F],
     pub(super) factors: &'a mut [F],
-    pub(super) part: Partial<'a, F>,
-    /// The parts so far.
+    pub(super) split: Partial<'a, F>,
+    /// The splits so far.
     pub(super) running: Partial<'a, F>,
 }
 
@@ -119,10 +118,10 @@ impl<F: Float> Partial<'_, F> {
     }
 
     /// Adds the result of further keys; `unit` is the size of the shifts' unit.
-    pub(super) fn merge(&mut self, part: &Self, unit: F) {
+    pub(super) fn merge(&mut self, split: &Self, unit: F) {
         let width = self.width;
         for row in 0..self.sums.len() {
-            let shifts = [self.shifts[row], part.shifts[row]];
+            let shifts = [self.shifts[row], split.shifts[row]];
             // A NaN on either side becomes the shift and stays it.
             let shift = if shifts[1] > shifts[0] || shifts[1].is_nan() { shifts[1] } else { shifts[0] };
             let [old, new] =
@@ -132,21 +131,21 @@ impl<F: Float> Partial<'_, F> {
                     },
                 );
             self.shifts[row] = shift;
-            self.sums[row] = self.sums[row] * old + part.sums[row] * new;
+            self.sums[row] = self.sums[row] * old + split.sums[row] * new;
             let values = &mut self.values[row * width..][..width];
-            for (value, &from) in values.iter_mut().zip(&part.values[row * width..]) {
+            for (value, &from) in values.iter_mut().zip(&split.values[row * width..]) {
                 *value = *value * old + from * new;
             }
         }
     }
 }
 
-/// The parts that the keys of some rows are cut into.
-pub(in crate::forward) fn parts(keys: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
-    let size = PART_KEYS.max(keys.len().div_ceil(MAX_PARTS).next_multiple_of(BLOCK_KEYS));
+/// The splits that the keys of some rows are cut into.
+pub(in crate::forward) fn splits(keys: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+    let size = SPLIT_KEYS.max(keys.len().div_ceil(MAX_SPLITS).next_multiple_of(BLOCK_KEYS));
     let keys = keys.clone();
-    (0..keys.len().div_ceil(size)).map(move |part| {
-        let start = keys.start + part * size;
+    (0..keys.len().div_ceil(size)).map(move |split| {
+        let start = keys.start + split * size;
         start..keys.end.min(start + size)
     })
 }

@@ -1,8 +1,9 @@
-//! Decoding: few query rows a key/value head, where reading keys and values is all the work.
+//! Decoding: at most [`MAX_ROWS`] query rows per key/value head, where reading keys and values is all the
+//! work.
 //!
-//! Keys and values are read once, as they lie, for all rows of the group. The keys are cut into parts by
-//! their number alone; each part gives a partial result, and the parts are merged in order, so that a single
-//! row can use every thread and gives the same bits on one.
+//! Keys and values are read once, as they lie, for all rows of the group. The keys are cut into splits by
+//! their number alone (split-KV); each split gives a partial result, and the splits are combined in order, so
+//! that a single row can use every thread and gives the same bits on one.
 
 mod layout;
 mod products;
@@ -27,7 +28,7 @@ use crate::simd::Simd;
 use crate::tensor::{Floats, Operands};
 use crate::terms::QueryRow;
 
-pub(super) use self::layout::{FEW, Few, MAX_HEADS, parts};
+pub(super) use self::layout::{DecodeLayout, MAX_HEADS, MAX_ROWS, splits};
 
 /// The rows of some heads of one batch row: the same queries of each.
 type Heads = [Rows];
@@ -37,53 +38,53 @@ impl<'a, E: Engine> Forward<'a, E> {
     ///
     /// # Safety
     /// No other thread writes these rows of the outputs.
-    pub(super) unsafe fn few_rows(&self, heads: &Heads, outputs: &Outputs<'a>, memory: &mut [u8]) {
-        self.taken.mark(Path::FewWhole);
-        let mut scratch = self.few.scratch::<E::F>(&mut Pieces::of(memory));
+    pub(super) unsafe fn decode(&self, heads: &Heads, outputs: &Outputs<'a>, memory: &mut [u8]) {
+        self.taken.mark(Path::DecodeWhole);
+        let mut scratch = self.decode.scratch::<E::F>(&mut Pieces::of(memory));
         scratch.running.clear();
         self.stage_heads(heads, scratch.stage);
         let keys = self.problem.key_range_of_rows(heads[0].batch, heads[0].queries.clone());
-        for part in parts(&keys) {
-            self.part(heads, part, &mut scratch);
-            scratch.running.merge(&scratch.part, self.terms.unit());
+        for split in splits(&keys) {
+            self.split(heads, split, &mut scratch);
+            scratch.running.merge(&scratch.split, self.terms.unit());
         }
         // SAFETY: the caller's.
-        unsafe { self.finish_few(heads, &mut scratch.running, outputs) };
+        unsafe { self.finish_decode(heads, &mut scratch.running, outputs) };
     }
 
-    /// One part of the keys of some rows, into memory of [`Few::partial_bytes`].
-    pub(super) fn few_rows_part(&self, heads: &Heads, keys: Range<usize>, to: &mut [u8], memory: &mut [u8]) {
-        self.taken.mark(Path::FewPart);
-        let mut scratch = self.few.scratch::<E::F>(&mut Pieces::of(memory));
-        scratch.part = self.few.partial(&mut Pieces::of(to));
+    /// One split of the keys of some rows, into memory of [`DecodeLayout::partial_bytes`].
+    pub(super) fn decode_split(&self, heads: &Heads, keys: Range<usize>, to: &mut [u8], memory: &mut [u8]) {
+        self.taken.mark(Path::DecodeSplit);
+        let mut scratch = self.decode.scratch::<E::F>(&mut Pieces::of(memory));
+        scratch.split = self.decode.partial(&mut Pieces::of(to));
         self.stage_heads(heads, scratch.stage);
-        self.part(heads, keys, &mut scratch);
+        self.split(heads, keys, &mut scratch);
     }
 
-    /// Merges the parts of some rows, each in `bytes` of the memory, and writes the rows.
+    /// Combines the splits of some rows, each in `bytes` of the memory, and writes the rows.
     ///
     /// # Safety
     /// No other thread writes these rows of the outputs.
-    pub(super) unsafe fn merge_parts(
+    pub(super) unsafe fn combine_splits(
         &self,
         heads: &Heads,
-        parts: &mut [u8],
+        splits: &mut [u8],
         bytes: usize,
         outputs: &Outputs<'a>,
         memory: &mut [u8],
     ) {
-        let mut scratch = self.few.scratch::<E::F>(&mut Pieces::of(memory));
+        let mut scratch = self.decode.scratch::<E::F>(&mut Pieces::of(memory));
         scratch.running.clear();
-        for part in parts.chunks_exact_mut(bytes) {
-            scratch.running.merge(&self.few.partial(&mut Pieces::of(part)), self.terms.unit());
+        for split in splits.chunks_exact_mut(bytes) {
+            scratch.running.merge(&self.decode.partial(&mut Pieces::of(split)), self.terms.unit());
         }
         // SAFETY: the caller's.
-        unsafe { self.finish_few(heads, &mut scratch.running, outputs) };
+        unsafe { self.finish_decode(heads, &mut scratch.running, outputs) };
     }
 
     fn stage_heads(&self, heads: &Heads, stage: &mut [E::F]) {
         let sign = self.terms.query_sign();
-        let room = FEW * Floats::stage_stride(self.few.head_dim);
+        let room = MAX_ROWS * Floats::stage_stride(self.decode.head_dim);
         for (rows, stage) in heads.iter().zip(stage.chunks_exact_mut(room)) {
             let index = |row: usize| {
                 let (head, query) = rows.at(row);
@@ -94,11 +95,11 @@ impl<'a, E: Engine> Forward<'a, E> {
     }
 
     /// # Safety
-    /// As for [`few_rows`](Self::few_rows).
-    unsafe fn finish_few(&self, heads: &Heads, result: &mut Partial<'_, E::F>, outputs: &Outputs<'a>) {
+    /// As for [`decode`](Self::decode).
+    unsafe fn finish_decode(&self, heads: &Heads, result: &mut Partial<'_, E::F>, outputs: &Outputs<'a>) {
         let width = result.width;
         for (index, rows) in heads.iter().enumerate() {
-            for (row, place) in self.few.rows_of(index, rows).enumerate() {
+            for (row, place) in self.decode.rows_of(index, rows).enumerate() {
                 let (head, query) = rows.at(row);
                 let sink = self.sinks.as_ref().map(|sinks| sinks.at(&[head]));
                 let values = &mut result.values[place * width..][..width];
@@ -115,30 +116,30 @@ impl<'a, E: Engine> Forward<'a, E> {
         }
     }
 
-    /// Computes a part: a block of keys for all heads, then the next.
-    fn part(&self, heads: &Heads, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
+    /// Computes a split: a block of keys for all heads, then the next.
+    fn split(&self, heads: &Heads, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
         if self.key.is_strided() || self.value.is_strided() {
-            self.taken.mark(Path::FewStrided);
+            self.taken.mark(Path::DecodeStrided);
         }
-        scratch.part.clear();
+        scratch.split.clear();
         for first in keys.clone().step_by(BLOCK_KEYS) {
             let block = first..keys.end.min(first + BLOCK_KEYS);
             for (index, rows) in heads.iter().enumerate() {
-                self.few_block(index, rows, block.clone(), scratch);
+                self.decode_block(index, rows, block.clone(), scratch);
             }
         }
     }
 
-    fn few_block(&self, index: usize, rows: &Rows, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
+    fn decode_block(&self, index: usize, rows: &Rows, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
         let simd = self.engine.plain();
         let (batch, key_head) = (rows.batch, rows.key_head);
-        let mut infos = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; FEW];
+        let mut infos = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; MAX_ROWS];
         let infos = &mut infos[..rows.len()];
         for (row, info) in infos.iter_mut().enumerate() {
             *info = rows.row(self.problem, row);
         }
-        let queries_stride = Floats::stage_stride(self.few.head_dim);
-        let queries = &scratch.stage[index * FEW * queries_stride..][..FEW * queries_stride];
+        let queries_stride = Floats::stage_stride(self.decode.head_dim);
+        let queries = &scratch.stage[index * MAX_ROWS * queries_stride..][..MAX_ROWS * queries_stride];
         let dots = Dots {
             simd,
             batch,
@@ -153,13 +154,13 @@ impl<'a, E: Engine> Forward<'a, E> {
         let columns = keys.len().next_multiple_of(2 * <E::Plain as Simd<E::F>>::LANES);
         let inside = infos.iter().all(|row| row.begin <= keys.start && row.end >= keys.end);
         let apply = !inside || columns != keys.len() || !self.terms.is_plain() || self.terms.has_mask();
-        self.taken.mark(Path::few(rows.len()));
+        self.taken.mark(Path::decode(rows.len()));
         if apply {
-            self.taken.mark(Path::FewAdded);
+            self.taken.mark(Path::DecodeAdded);
         }
-        let place = self.few.rows_of(index, rows);
-        let width = scratch.part.width;
-        let part = &mut scratch.part;
+        let place = self.decode.rows_of(index, rows);
+        let width = scratch.split.width;
+        let split = &mut scratch.split;
         simd.vectorize(BlockSoftmax {
             engine: Fused::<E::F, E::Plain>::new(simd),
             terms: &self.terms,
@@ -173,12 +174,12 @@ impl<'a, E: Engine> Forward<'a, E> {
             stride: STRIDE,
             packed_columns: BLOCK_KEYS,
             packed: &mut [],
-            shifts: &mut part.shifts[place.clone()],
-            sums: &mut part.sums[place.clone()],
+            shifts: &mut split.shifts[place.clone()],
+            sums: &mut split.sums[place.clone()],
             factors: scratch.factors,
         });
-        let values = &mut part.values[place.start * width..place.end * width];
-        let sums = &part.sums[place];
+        let values = &mut split.values[place.start * width..place.end * width];
+        let sums = &split.sums[place];
         let weighted_sums = WeightedSums {
             simd,
             batch,

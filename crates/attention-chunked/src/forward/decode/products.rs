@@ -4,14 +4,14 @@ use std::ops::Range;
 
 use attention_core::HostView;
 
-use super::layout::{FEW, STRIDE};
+use super::layout::{MAX_ROWS, STRIDE};
 use super::row::{AHEAD, KeyRow};
 use crate::float::Float;
 use crate::scratch::extent;
 use crate::simd::Simd;
 use crate::tensor::{Source, ViewKernel, is_strided};
 
-/// The products of few queries with keys as they lie.
+/// The products of at most [`MAX_ROWS`] queries with keys as they lie.
 pub(super) struct Dots<'r, F, S> {
     pub(super) simd: S,
     pub(super) batch: usize,
@@ -37,7 +37,7 @@ impl<F: Float, S: Simd<F>> ViewKernel for Dots<'_, F, S> {
             1 => self.rows::<1, false, T>(&head, 0),
             2 => self.rows::<2, false, T>(&head, 0),
             3 | 4 => self.rows::<4, false, T>(&head, 0),
-            _ => self.rows::<FEW, false, T>(&head, 0),
+            _ => self.rows::<MAX_ROWS, false, T>(&head, 0),
         }
     }
 }

@@ -91,7 +91,7 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
             for (row, mut sum) in sums.into_iter().enumerate() {
                 let row = first + row;
                 if !sum.is_finite() && !self.totals[row].is_nan() {
-                    taken.mark(Path::FewValuesApart);
+                    taken.mark(Path::DecodeValuesApart);
                     sum = careful_sum(head, keys.clone(), column, &weights[row * STRIDE..]);
                 }
                 let to = &mut self.values[row * width + column];
@@ -180,7 +180,7 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, F, S, T> {
             let nothing = sums.iter().fold(zero, |nothing, &sum| simd.fma(sum, zero, nothing));
             let to = &mut values[row * width + column..][..vectors * S::LANES];
             if simd.reduce_sum(nothing) != F::ZERO && !total.is_nan() {
-                taken.mark(Path::FewValuesApart);
+                taken.mark(Path::DecodeValuesApart);
                 let (keys, weights) = (keys.clone(), &weights[row * STRIDE..]);
                 simd.vectorize(CarefulSums { simd, head, keys, column, weights, factor, to });
                 continue;
