@@ -1,103 +1,26 @@
 //! The gradient of the bias, for every broadcast: a pass of its own over the parts of `dbias`.
 //!
-//! A part is a range of elements of `dbias` that no other task writes; its task visits, in order, every block of
-//! logits that the bias was broadcast to and adds their gradients. That computes the logits once more, and needs
-//! neither a matrix of the size of the logits nor an order among threads.
+//! A part is a range of elements of `dbias` that no other task writes; its task visits, in order, every block
+//! of logits that the bias was broadcast to and adds their gradients. That computes the logits once more, and
+//! needs neither a matrix of the size of the logits nor an order among threads.
 
 use std::ops::Range;
 
-use attention_core::{Problem, Role, Scalar, ViewMut};
-
+use attention_core::{Scalar, ViewMut};
 use attention_threads::Team;
 
-use super::Backward;
+use super::bias_parts::{Part, Parts, shape};
+use super::block::Pair;
+use super::call::Backward;
 use super::gradient::GradientOf;
-use super::pair::{Packing, Pair, Scratch};
+use super::layout::Scratch;
+use super::pack::Packing;
 use crate::engine::{Engine, tile_stride};
 use crate::paths::Path;
 use crate::plan::{self, Rows, intersection};
 use crate::scratch::Pieces;
 use crate::tensor::SharedOutput;
 use crate::workers;
-
-/// Keys of a part where the bias has an axis of keys: a multiple of every engine's block.
-const PART_KEYS: usize = 512;
-
-/// Queries of a part where the bias has an axis of queries.
-const PART_QUERIES: usize = 64;
-
-/// The ranges of the logits `[B, N, T, S]` that one part of `dbias` was broadcast to.
-#[derive(Clone, Debug)]
-pub(super) struct Part {
-    batches: Range<usize>,
-    heads: Range<usize>,
-    queries: Range<usize>,
-    keys: Range<usize>,
-}
-
-fn shape(problem: &Problem) -> Option<[usize; 4]> {
-    let desc = problem.tensor(Role::DBias)?;
-    Some(std::array::from_fn(|axis| desc.shape()[axis]))
-}
-
-/// The parts of the gradient: found by their number. Single indices or pieces along an axis that the bias has, all of an
-/// axis that it does not have.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Parts {
-    logits: [usize; 4],
-    pieces: [usize; 4],
-    counts: [usize; 4],
-}
-
-impl Parts {
-    /// `None` where the gradient is not wanted.
-    pub(super) fn of(problem: &Problem) -> Option<Self> {
-        let shape = shape(problem)?;
-        let logits = problem.dims().logits();
-        let mut pieces = [1, 1, PART_QUERIES, PART_KEYS];
-        let mut counts = [1; 4];
-        for axis in 0..4 {
-            if shape[axis] == 1 {
-                pieces[axis] = logits[axis];
-            } else {
-                counts[axis] = logits[axis].div_ceil(pieces[axis]);
-            }
-        }
-        Some(Self { logits, pieces, counts })
-    }
-
-    /// How many there are. No overflow: each has an element of the gradient.
-    pub(super) fn count(&self) -> usize {
-        if self.counts.contains(&0) { 0 } else { self.counts.iter().product() }
-    }
-
-    fn at(&self, number: usize) -> Part {
-        let (mut rest, mut ranges) = (number, [const { 0..0 }; 4]);
-        for axis in (0..4).rev() {
-            let start = rest % self.counts[axis] * self.pieces[axis];
-            rest /= self.counts[axis];
-            ranges[axis] = start..self.logits[axis].min(start.saturating_add(self.pieces[axis]));
-        }
-        let [batches, heads, queries, keys] = ranges;
-        Part { batches, heads, queries, keys }
-    }
-}
-
-/// Elements of the sums of the largest part.
-pub(super) fn sums_len(problem: &Problem) -> usize {
-    let Some(shape) = shape(problem) else { return 0 };
-    let dims = problem.dims();
-    let queries = if shape[2] == 1 { 1 } else { dims.query_length.min(PART_QUERIES) };
-    let keys = if shape[3] == 1 { 1 } else { dims.key_length.min(PART_KEYS) };
-    queries * keys
-}
-
-/// Bytes of the sums of the largest part; `None` on overflow.
-pub(super) fn sums_bytes(problem: &Problem) -> Option<usize> {
-    let mut pieces = Pieces::counting();
-    let _ = pieces.take::<f64>(sums_len(problem));
-    pieces.bytes()
-}
 
 /// Computes `dbias`, `[Bb, Nb, Tb, Sb]`, each axis 1 or that of the logits.
 pub(super) fn run<E: Engine, Small: Engine>(
@@ -166,9 +89,9 @@ impl Sums<'_> {
                 let heads = intersection(&(key_head * group..(key_head + 1) * group), &part.heads);
                 let rows = Rows { batch, key_head, heads, queries: queries.clone() };
                 let pair = Pair { backward, rows: &rows, dq: false, dkv: false };
-                // Where sums go over keys, of more than one row perhaps, a block of keys at a time for all rows: the order of
-                // the terms, and with it the bits, must not depend on the size of chunks.
-                let keys = backward.layout.keys();
+                // Where sums go over keys, of more than one row perhaps, a block of keys at a time for all
+                // rows: the order of the terms, and with it the bits, must not depend on the size of chunks.
+                let keys = backward.layout.keys;
                 let step = if self.shape[3] == 1 { keys.min(E::BLOCK_KEYS) } else { keys };
                 let mut first = range.start / step * step;
                 while first < range.end {
@@ -189,7 +112,7 @@ impl Sums<'_> {
         range: &Range<usize>,
         scratch: &mut Scratch<'_, E>,
     ) {
-        let (stride, step) = (tile_stride::<E>(), pair.backward.layout.rows());
+        let (stride, step) = (tile_stride::<E>(), pair.backward.layout.rows);
         for chunk in (0..pair.rows.len()).step_by(step) {
             let chunk = chunk..pair.rows.len().min(chunk + step);
             pair.pack_rows(&chunk, scratch);

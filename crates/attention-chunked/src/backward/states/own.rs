@@ -5,8 +5,8 @@ use attention_core::merge::Accumulator;
 use attention_threads::Team;
 
 use super::{SharedStates, has_lost_digits, round_shift};
-use crate::backward::Backward;
-use crate::backward::pair::Pair;
+use crate::backward::block::Pair;
+use crate::backward::call::Backward;
 use crate::engine::{Engine, MAX_BLOCK_ROWS};
 use crate::float::Float;
 use crate::paths::Path;
