@@ -9,7 +9,7 @@ use super::call::{Backward, Outputs};
 use super::gradient::{BlockGradient, GradientOf};
 use super::layout::Scratch;
 use super::pack::Packing;
-use crate::engine::{Before, Engine, MAX_BLOCK_ROWS, STAGE, Weights, tile_stride};
+use crate::engine::{Accumulate, Engine, MAX_BLOCK_ROWS, STAGE, Weights, tile_stride};
 use crate::float::Float;
 use crate::forward::softmax::BlockSoftmax;
 use crate::paths::Path;
@@ -288,7 +288,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                         begin,
                         count,
                         layout.head_dim,
-                        Before::Kept,
+                        Accumulate::Add,
                         &mut scratch.dq[(chunk.start + rows.start) * out_stride..],
                         out_stride,
                     );

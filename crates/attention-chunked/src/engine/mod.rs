@@ -78,15 +78,15 @@ pub(crate) struct GradientPacks<P> {
     pub(crate) as_weights: *mut P,
 }
 
-/// What becomes of sums that are there already.
+/// What becomes of sums that are in memory already.
 #[derive(Clone, Copy)]
-pub(crate) enum Before<'a, F> {
+pub(crate) enum Accumulate<'a, F> {
     /// They are overwritten.
-    Forgotten,
+    Overwrite,
     /// The new ones are added.
-    Kept,
-    /// The new ones are added to a multiple of them, one factor a row.
-    Scaled(&'a [F]),
+    Add,
+    /// The new ones are added to a multiple of them, one factor per row.
+    ScaleAdd(&'a [F]),
 }
 
 /// A way to multiply. All lengths are in elements of [`Packed`](Self::Packed) unless they say otherwise; all
@@ -191,7 +191,7 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
         begin: usize,
         count: usize,
         width: usize,
-        before: Before<'_, Self::F>,
+        accumulate: Accumulate<'_, Self::F>,
         out: &mut [Self::F],
         stride: usize,
     );

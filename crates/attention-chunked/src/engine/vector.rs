@@ -6,7 +6,7 @@
 
 use attention_core::DType;
 
-use super::{Before, Engine, FloatRows, STAGE, Staged, Weights};
+use super::{Accumulate, Engine, FloatRows, STAGE, Staged, Weights};
 use crate::float::Float;
 use crate::scratch::{extent, round_up};
 use crate::simd::{Kernel, Simd};
@@ -56,7 +56,7 @@ struct Product<'a, F: Float, S: Simd<F>> {
     depth: (usize, usize),
     /// The columns of the right operand that take part: from a multiple of the panel's, whole vectors.
     columns: (usize, usize),
-    before: Before<'a, F>,
+    accumulate: Accumulate<'a, F>,
     out: &'a mut [F],
     stride: usize,
 }
@@ -77,7 +77,7 @@ impl<F: Float, S: Simd<F>> Kernel for Product<'_, F, S> {
         let left = extent(self.rows, self.left_row, extent(self.depth.1, self.left_depth, 1));
         assert!(self.depth.1 == 0 || left <= self.left.len());
         assert!(extent(self.rows, self.stride, end - begin) <= self.out.len());
-        if let Before::Scaled(scales) = self.before {
+        if let Accumulate::ScaleAdd(scales) = self.accumulate {
             assert!(self.rows <= scales.len());
         }
 
@@ -170,10 +170,10 @@ impl<F: Float, S: Simd<F>> Product<'_, F, S> {
                 let out = out.add((row + index) * self.stride);
                 for (vector, &sum) in sums.iter().enumerate() {
                     let out = out.add(vector * S::LANES);
-                    let sum = match self.before {
-                        Before::Forgotten => sum,
-                        Before::Kept => simd.add(simd.load(out), sum),
-                        Before::Scaled(scales) => {
+                    let sum = match self.accumulate {
+                        Accumulate::Overwrite => sum,
+                        Accumulate::Add => simd.add(simd.load(out), sum),
+                        Accumulate::ScaleAdd(scales) => {
                             simd.fma(simd.load(out), simd.splat(*scales.get_unchecked(row + index)), sum)
                         }
                     };
@@ -326,8 +326,8 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
         // much, which large logits amplify.
         let two = F::DTYPE == DType::F32 && width >= TWO_SUMS;
         let half = if two { width / 2 } else { width };
-        let sums = [(0, half, Before::Forgotten), (half, width - half, Before::Kept)];
-        for (from, depth, before) in sums.into_iter().take(if two { 2 } else { 1 }) {
+        let sums = [(0, half, Accumulate::Overwrite), (half, width - half, Accumulate::Add)];
+        for (from, depth, accumulate) in sums.into_iter().take(if two { 2 } else { 1 }) {
             self.simd.vectorize(Product {
                 simd: self.simd,
                 left: &queries[first * width + from..],
@@ -337,7 +337,7 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
                 right: Panels { data: keys, depth: width, columns: count },
                 depth: (from, depth),
                 columns,
-                before,
+                accumulate,
                 out,
                 stride,
             });
@@ -373,7 +373,7 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
         begin: usize,
         count: usize,
         width: usize,
-        before: Before<'_, F>,
+        accumulate: Accumulate<'_, F>,
         out: &mut [F],
         stride: usize,
     ) {
@@ -387,7 +387,7 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
             right: Panels { data: values, depth: keys, columns },
             depth: (begin, count),
             columns: (0, columns),
-            before,
+            accumulate,
             out,
             stride,
         });
@@ -433,7 +433,7 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
             right: Panels { data: terms, depth, columns },
             depth: (first, rows),
             columns: (0, columns),
-            before: Before::Kept,
+            accumulate: Accumulate::Add,
             out: &mut sums[begin * columns..],
             stride: columns,
         });

@@ -7,7 +7,7 @@ use attention_core::merge::Accumulator;
 use super::call::{Forward, Outputs};
 use super::layout::{Layout, Scratch};
 use super::softmax::BlockSoftmax;
-use crate::engine::{Before, Engine, MAX_BLOCK_ROWS, STAGE, Weights, tile_stride};
+use crate::engine::{Accumulate, Engine, MAX_BLOCK_ROWS, STAGE, Weights, tile_stride};
 use crate::float::Float;
 use crate::paths::Path;
 use crate::plan::{self, Rows};
@@ -205,7 +205,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             begin,
             count,
             value_head_dim,
-            if rescaled { Before::Scaled(scratch.factors) } else { Before::Kept },
+            if rescaled { Accumulate::ScaleAdd(scratch.factors) } else { Accumulate::Add },
             out,
             out_stride,
         );

@@ -4,7 +4,7 @@ use std::arch::x86_64::__m512;
 
 use super::pack::{Form, PackBlock, put, put_pair};
 use super::tile::{Avx512, Operand, Tiles};
-use crate::engine::{Before, Engine, GradientPacks, STAGE, Staged, Weights};
+use crate::engine::{Accumulate, Engine, GradientPacks, STAGE, Staged, Weights};
 use crate::scratch::{extent, round_up};
 use crate::simd::{Kernel, Simd};
 
@@ -177,17 +177,17 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         begin: usize,
         count: usize,
         width: usize,
-        before: Before<'_, f32>,
+        accumulate: Accumulate<'_, f32>,
         out: &mut [f32],
         stride: usize,
     ) {
-        if let Before::Scaled(factors) = before {
+        if let Accumulate::ScaleAdd(factors) = accumulate {
             Simd::<f32>::vectorize(
                 self.simd,
                 Scale { simd: self.simd, factors, rows, width, sums: out, stride },
             );
         }
-        let add = !matches!(before, Before::Forgotten);
+        let add = !matches!(accumulate, Accumulate::Overwrite);
         let steps = count.div_ceil(32);
         for column in (0..width).step_by(32) {
             let right = Operand { data: values, length: keys, outer: column, inner: begin };
