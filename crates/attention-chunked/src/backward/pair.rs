@@ -9,7 +9,9 @@ use super::call::{Backward, Outputs};
 use super::gradient::{BlockGradient, GradientOf};
 use super::layout::Scratch;
 use super::pack::Packing;
-use crate::engine::{Accumulate, Engine, MAX_BLOCK_ROWS, STAGE, Weights, tile_stride};
+use crate::engine::{
+    Accumulate, Engine, KeySumsMut, MAX_BLOCK_ROWS, PackedRows, STAGE, TileMut, Weights, tile_stride,
+};
 use crate::float::Float;
 use crate::forward::softmax::BlockSoftmax;
 use crate::paths::Path;
@@ -129,8 +131,14 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             (&*scratch.d_out, &*scratch.values, layout.value_head_dim, &mut *scratch.gradients),
         ];
         for (left, right, width, out) in sides {
-            let rows_at = (block.rows.start, block.rows.len());
-            engine.products((left, rows), rows_at, (right, packed), (begin, end), width, out, stride);
+            engine.products(
+                PackedRows { data: left, len: rows },
+                block.rows.clone(),
+                PackedRows { data: right, len: packed },
+                begin..end,
+                width,
+                TileMut { data: out, stride },
+            );
         }
         let columns = count.next_multiple_of((2 * lanes).max(E::WEIGHT_STEP));
         let inside = block.all.start <= keys.start && block.all.end >= keys.end;
@@ -205,13 +213,12 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                 let end = (begin + count).next_multiple_of(E::KEY_STEP).min(packed);
                 let columns = count.next_multiple_of((2 * lanes).max(E::WEIGHT_STEP));
                 engine.products(
-                    (scratch.queries, packed_rows),
-                    (0, rows),
-                    (scratch.keys, packed),
-                    (begin, end),
+                    PackedRows { data: scratch.queries, len: packed_rows },
+                    0..rows,
+                    PackedRows { data: scratch.keys, len: packed },
+                    begin..end,
                     layout.head_dim,
-                    scratch.products,
-                    stride,
+                    TileMut { data: scratch.products, stride },
                 );
                 engine.simd().vectorize(BlockSoftmax {
                     engine: *engine,
@@ -253,44 +260,48 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                 if !self.gradients(GradientOf::Products, packing, &block, &block_keys, keys, scratch) {
                     continue;
                 }
-                let (begin, count) = (block_keys.start - keys.start, block_keys.len());
+                let here = block_keys.start - keys.start..block_keys.end - keys.start;
+                let count = rows.len();
                 if packing == Packing::Later {
-                    self.pack_tiles(rows.len(), count, scratch);
+                    self.pack_tiles(count, here.len(), scratch);
                 }
                 if self.dkv && layout.dv {
                     engine.add_key_sums(
-                        Weights { tile: scratch.products, stride, packed: scratch.value_weights },
-                        (rows.start, rows.len()),
-                        (scratch.d_out_terms, layout.packed_rows()),
-                        begin,
-                        count,
+                        Weights {
+                            rows: count,
+                            tile: scratch.products,
+                            stride,
+                            packed: scratch.value_weights,
+                        },
+                        PackedRows { data: scratch.d_out_terms, len: layout.packed_rows() },
+                        rows.start,
+                        here.clone(),
                         layout.value_head_dim,
-                        (scratch.dv, packed),
+                        KeySumsMut { data: scratch.dv, keys: packed },
                     );
                 }
                 if self.dkv && layout.dk {
                     engine.add_key_sums(
-                        Weights { tile: scratch.gradients, stride, packed: scratch.key_weights },
-                        (rows.start, rows.len()),
-                        (scratch.query_terms, layout.packed_rows()),
-                        begin,
-                        count,
+                        Weights { rows: count, tile: scratch.gradients, stride, packed: scratch.key_weights },
+                        PackedRows { data: scratch.query_terms, len: layout.packed_rows() },
+                        rows.start,
+                        here.clone(),
                         layout.head_dim,
-                        (scratch.dk, packed),
+                        KeySumsMut { data: scratch.dk, keys: packed },
                     );
                 }
                 if self.dq {
                     let out_stride = E::sum_stride(layout.head_dim);
                     engine.weighted_sums(
-                        Weights { tile: scratch.gradients, stride, packed: scratch.weights },
-                        rows.len(),
-                        (scratch.key_rows, packed),
-                        begin,
-                        count,
+                        Weights { rows: count, tile: scratch.gradients, stride, packed: scratch.weights },
+                        PackedRows { data: scratch.key_rows, len: packed },
+                        here.clone(),
                         layout.head_dim,
                         Accumulate::Add,
-                        &mut scratch.dq[(chunk.start + rows.start) * out_stride..],
-                        out_stride,
+                        TileMut {
+                            data: &mut scratch.dq[(chunk.start + rows.start) * out_stride..],
+                            stride: out_stride,
+                        },
                     );
                 }
                 if packing != Packing::Alone {

@@ -11,6 +11,8 @@
 pub(crate) mod amx;
 pub(crate) mod vector;
 
+use std::ops::Range;
+
 use bytemuck::Pod;
 use half::bf16;
 
@@ -57,9 +59,33 @@ impl<'a, F> Staged<'a, F> {
     }
 }
 
+/// Rows of an operand as the engine packed them.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedRows<'a, P> {
+    pub(crate) data: &'a [P],
+    /// How many rows there are, those that groups were filled up with included.
+    pub(crate) len: usize,
+}
+
+/// Where a product goes: rows `stride` apart.
+pub(crate) struct TileMut<'a, F> {
+    pub(crate) data: &'a mut [F],
+    pub(crate) stride: usize,
+}
+
+/// The sums of some keys, as the engine keeps them.
+pub(crate) struct KeySumsMut<'a, F> {
+    /// Of [`key_sums_len`](Engine::key_sums_len).
+    pub(crate) data: &'a mut [F],
+    /// How many keys they are of.
+    pub(crate) keys: usize,
+}
+
 /// A block of weights: probabilities, or gradients of logits.
 #[derive(Clone, Copy)]
 pub(crate) struct Weights<'a, F, P> {
+    /// How many rows there are.
+    pub(crate) rows: usize,
     /// Row-major, `stride` apart.
     pub(crate) tile: &'a [F],
     pub(crate) stride: usize,
@@ -147,18 +173,16 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// Packs staged rows `first..first + STAGE` of `keys`.
     fn pack_values(self, staged: Staged<'_, Self::F>, first: usize, keys: usize, to: &mut [Self::Packed]);
 
-    /// `out[row][key - begin] = <queries[first + row], keys[key]>` for `rows` rows and the packed keys `begin..end`,
-    /// both multiples of [`KEY_STEP`](Self::KEY_STEP) or `end` the number of keys.
-    #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
+    /// `out[row - rows.start][key - range.start] = <queries[row], keys[key]>` for the queries `rows` and the keys
+    /// `range`, whose ends are multiples of [`KEY_STEP`](Self::KEY_STEP), or the second is the number of keys.
     fn products(
         self,
-        queries: (&[Self::Packed], usize),
-        rows: (usize, usize),
-        keys: (&[Self::Packed], usize),
-        range: (usize, usize),
+        queries: PackedRows<'_, Self::Packed>,
+        rows: Range<usize>,
+        keys: PackedRows<'_, Self::Packed>,
+        range: Range<usize>,
         width: usize,
-        out: &mut [Self::F],
-        stride: usize,
+        out: TileMut<'_, Self::F>,
     );
 
     /// Length of the packed weights of a block.
@@ -181,19 +205,16 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
         weights: [<Self::S as Simd<Self::F>>::V; 2],
     );
 
-    /// `out[row] = sum over keys of weights[row][key] * values[begin + key]` for `count` keys of the tile.
-    #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
+    /// `out[row] = sum over keys of weights[row][key] * values[keys.start + key]` for the rows of the weights and
+    /// the keys of the tile, which are `keys` of the values; `accumulate` says what becomes of what `out` has.
     fn weighted_sums(
         self,
         weights: Weights<'_, Self::F, Self::Packed>,
-        rows: usize,
-        values: (&[Self::Packed], usize),
-        begin: usize,
-        count: usize,
+        values: PackedRows<'_, Self::Packed>,
+        keys: Range<usize>,
         width: usize,
         accumulate: Accumulate<'_, Self::F>,
-        out: &mut [Self::F],
-        stride: usize,
+        out: TileMut<'_, Self::F>,
     );
 
     // The gradients of keys and values: sums over query rows.
@@ -240,17 +261,16 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     );
     /// Elements of the sums of `keys` keys.
     fn key_sums_len(keys: usize, width: usize) -> usize;
-    /// `sums[begin + key] += sum over rows of weights[row][key] * terms[first + row]` for `count` keys of the tile.
-    #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
+    /// `sums[keys.start + key] += sum over rows of weights[row][key] * terms[first + row]` for the rows of the
+    /// weights and the keys of the tile, which are `keys` of the sums.
     fn add_key_sums(
         self,
         weights: Weights<'_, Self::F, Self::Packed>,
-        rows: (usize, usize),
-        terms: (&[Self::Packed], usize),
-        begin: usize,
-        count: usize,
+        terms: PackedRows<'_, Self::Packed>,
+        first: usize,
+        keys: Range<usize>,
         width: usize,
-        sums: (&mut [Self::F], usize),
+        sums: KeySumsMut<'_, Self::F>,
     );
     /// The sums of keys `first..first + STAGE` of `keys`, as rows some distance apart, which is also given: where they
     /// lie, or in the room, which is as long as that of staged rows. `first` is a multiple of [`STAGE`].

@@ -4,9 +4,11 @@
 //! narrower; the left one is read element by element and needs no packing beyond being in the computing type. So a
 //! block of weights is used where it lies, in either direction.
 
+use std::ops::Range;
+
 use attention_core::DType;
 
-use super::{Accumulate, Engine, FloatRows, STAGE, Staged, Weights};
+use super::{Accumulate, Engine, FloatRows, KeySumsMut, PackedRows, STAGE, Staged, TileMut, Weights};
 use crate::float::Float;
 use crate::scratch::{extent, round_up};
 use crate::simd::{Kernel, Simd};
@@ -314,13 +316,12 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
 
     fn products(
         self,
-        (queries, _): (&[F], usize),
-        (first, rows): (usize, usize),
-        (keys, count): (&[F], usize),
-        columns: (usize, usize),
+        queries: PackedRows<'_, F>,
+        rows: Range<usize>,
+        keys: PackedRows<'_, F>,
+        range: Range<usize>,
         width: usize,
-        out: &mut [F],
-        stride: usize,
+        out: TileMut<'_, F>,
     ) {
         // Two sums for each product in f32: one chain of additions over all of a row loses up to 1.4 times as
         // much, which large logits amplify.
@@ -330,16 +331,16 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
         for (from, depth, accumulate) in sums.into_iter().take(if two { 2 } else { 1 }) {
             self.simd.vectorize(Product {
                 simd: self.simd,
-                left: &queries[first * width + from..],
+                left: &queries.data[rows.start * width + from..],
                 left_row: width,
                 left_depth: 1,
-                rows,
-                right: Panels { data: keys, depth: width, columns: count },
+                rows: rows.len(),
+                right: Panels { data: keys.data, depth: width, columns: keys.len },
                 depth: (from, depth),
-                columns,
+                columns: (range.start, range.end),
                 accumulate,
-                out,
-                stride,
+                out: out.data,
+                stride: out.stride,
             });
         }
     }
@@ -368,14 +369,11 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
     fn weighted_sums(
         self,
         weights: Weights<'_, F, F>,
-        rows: usize,
-        (values, keys): (&[F], usize),
-        begin: usize,
-        count: usize,
+        values: PackedRows<'_, F>,
+        keys: Range<usize>,
         width: usize,
         accumulate: Accumulate<'_, F>,
-        out: &mut [F],
-        stride: usize,
+        out: TileMut<'_, F>,
     ) {
         let columns = Self::padded(width);
         self.simd.vectorize(Product {
@@ -383,13 +381,13 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
             left: weights.tile,
             left_row: weights.stride,
             left_depth: 1,
-            rows,
-            right: Panels { data: values, depth: keys, columns },
-            depth: (begin, count),
+            rows: weights.rows,
+            right: Panels { data: values.data, depth: values.len, columns },
+            depth: (keys.start, keys.len()),
             columns: (0, columns),
             accumulate,
-            out,
-            stride,
+            out: out.data,
+            stride: out.stride,
         });
     }
 
@@ -416,12 +414,11 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
     fn add_key_sums(
         self,
         weights: Weights<'_, F, F>,
-        (first, rows): (usize, usize),
-        (terms, depth): (&[F], usize),
-        begin: usize,
-        count: usize,
+        terms: PackedRows<'_, F>,
+        first: usize,
+        keys: Range<usize>,
         width: usize,
-        (sums, _): (&mut [F], usize),
+        sums: KeySumsMut<'_, F>,
     ) {
         let columns = Self::padded(width);
         self.simd.vectorize(Product {
@@ -429,12 +426,12 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
             left: weights.tile,
             left_row: 1,
             left_depth: weights.stride,
-            rows: count,
-            right: Panels { data: terms, depth, columns },
-            depth: (first, rows),
+            rows: keys.len(),
+            right: Panels { data: terms.data, depth: terms.len, columns },
+            depth: (first, weights.rows),
             columns: (0, columns),
             accumulate: Accumulate::Add,
-            out: &mut sums[begin * columns..],
+            out: &mut sums.data[keys.start * columns..],
             stride: columns,
         });
     }

@@ -7,7 +7,7 @@ use attention_core::merge::Accumulator;
 use super::call::{Forward, Outputs};
 use super::layout::{Layout, Scratch};
 use super::softmax::BlockSoftmax;
-use crate::engine::{Accumulate, Engine, MAX_BLOCK_ROWS, STAGE, Weights, tile_stride};
+use crate::engine::{Accumulate, Engine, MAX_BLOCK_ROWS, PackedRows, STAGE, TileMut, Weights, tile_stride};
 use crate::float::Float;
 use crate::paths::Path;
 use crate::plan::{self, Rows};
@@ -157,13 +157,12 @@ impl<'a, E: Engine> Forward<'a, E> {
         let (begin, count) = (keys.start - chunk.start, keys.len());
         let end = (begin + count).next_multiple_of(E::KEY_STEP).min(packed);
         engine.products(
-            (scratch.queries, self.layout.rows.next_multiple_of(STAGE)),
-            (block.start, block.len()),
-            (scratch.keys, packed),
-            (begin, end),
+            PackedRows { data: scratch.queries, len: self.layout.rows.next_multiple_of(STAGE) },
+            block.clone(),
+            PackedRows { data: scratch.keys, len: packed },
+            begin..end,
             head_dim,
-            scratch.tile,
-            stride,
+            TileMut { data: scratch.tile, stride },
         );
         let columns = count.next_multiple_of(pair.max(E::WEIGHT_STEP));
         if columns != count && !apply {
@@ -199,15 +198,12 @@ impl<'a, E: Engine> Forward<'a, E> {
         let out_stride = E::sum_stride(value_head_dim);
         let out = &mut scratch.out[block.start * out_stride..];
         engine.weighted_sums(
-            Weights { tile: scratch.tile, stride, packed: scratch.weights },
-            block.len(),
-            (scratch.values, packed),
-            begin,
-            count,
+            Weights { rows: block.len(), tile: scratch.tile, stride, packed: scratch.weights },
+            PackedRows { data: scratch.values, len: packed },
+            begin..begin + count,
             value_head_dim,
             if rescaled { Accumulate::ScaleAdd(scratch.factors) } else { Accumulate::Add },
-            out,
-            out_stride,
+            TileMut { data: &mut *out, stride: out_stride },
         );
         if !all_finite {
             let groups = begin / STAGE..(begin + count).div_ceil(STAGE);

@@ -1,10 +1,13 @@
 //! The engine: blocks as products of packed operands, and sums for keys that are kept transposed.
 
 use std::arch::x86_64::__m512;
+use std::ops::Range;
 
 use super::pack::{Form, PackBlock, put, put_pair};
 use super::tile::{Avx512, Operand, Tiles};
-use crate::engine::{Accumulate, Engine, GradientPacks, STAGE, Staged, Weights};
+use crate::engine::{
+    Accumulate, Engine, GradientPacks, KeySumsMut, PackedRows, STAGE, Staged, TileMut, Weights,
+};
 use crate::scratch::{extent, round_up};
 use crate::simd::{Kernel, Simd};
 
@@ -132,21 +135,21 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
 
     fn products(
         self,
-        (queries, _): (&[u16], usize),
-        (first, rows): (usize, usize),
-        (keys, _): (&[u16], usize),
-        (begin, end): (usize, usize),
+        queries: PackedRows<'_, u16>,
+        rows: Range<usize>,
+        keys: PackedRows<'_, u16>,
+        range: Range<usize>,
         width: usize,
-        out: &mut [f32],
-        stride: usize,
+        out: TileMut<'_, f32>,
     ) {
         let inner = width.next_multiple_of(32);
-        for key in (begin..end).step_by(32) {
-            let right = Operand { data: keys, length: inner, outer: key, inner: 0 };
-            for row in (0..rows).step_by(32) {
-                let left = Operand { data: queries, length: inner, outer: first + row, inner: 0 };
-                let out = &mut out[row * stride + key - begin..];
-                self.product(left, right, inner / 32, out, stride, false, true);
+        let (begin, stride) = (range.start, out.stride);
+        for key in range.step_by(32) {
+            let right = Operand { data: keys.data, length: inner, outer: key, inner: 0 };
+            for row in (0..rows.len()).step_by(32) {
+                let left = Operand { data: queries.data, length: inner, outer: rows.start + row, inner: 0 };
+                let out = TileMut { data: &mut out.data[row * stride + key - begin..], stride };
+                self.product(left, right, inner / 32, out, false, true);
             }
         }
     }
@@ -172,28 +175,27 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
     fn weighted_sums(
         self,
         weights: Weights<'_, f32, u16>,
-        rows: usize,
-        (values, keys): (&[u16], usize),
-        begin: usize,
-        count: usize,
+        values: PackedRows<'_, u16>,
+        keys: Range<usize>,
         width: usize,
         accumulate: Accumulate<'_, f32>,
-        out: &mut [f32],
-        stride: usize,
+        out: TileMut<'_, f32>,
     ) {
+        let (rows, stride) = (weights.rows, out.stride);
         if let Accumulate::ScaleAdd(factors) = accumulate {
             Simd::<f32>::vectorize(
                 self.simd,
-                Scale { simd: self.simd, factors, rows, width, sums: out, stride },
+                Scale { simd: self.simd, factors, rows, width, sums: &mut *out.data, stride },
             );
         }
         let add = !matches!(accumulate, Accumulate::Overwrite);
-        let steps = count.div_ceil(32);
+        let steps = keys.len().div_ceil(32);
         for column in (0..width).step_by(32) {
-            let right = Operand { data: values, length: keys, outer: column, inner: begin };
+            let right = Operand { data: values.data, length: values.len, outer: column, inner: keys.start };
             for row in (0..rows).step_by(32) {
                 let left = Operand { data: weights.packed, length: Self::BLOCK_KEYS, outer: row, inner: 0 };
-                self.product(left, right, steps, &mut out[row * stride + column..], stride, add, false);
+                let out = TileMut { data: &mut out.data[row * stride + column..], stride };
+                self.product(left, right, steps, out, add, false);
             }
         }
     }
@@ -285,21 +287,20 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
     fn add_key_sums(
         self,
         weights: Weights<'_, f32, u16>,
-        (first, rows): (usize, usize),
-        (terms, length): (&[u16], usize),
-        begin: usize,
-        count: usize,
+        terms: PackedRows<'_, u16>,
+        first: usize,
+        keys: Range<usize>,
         width: usize,
-        (sums, keys): (&mut [f32], usize),
+        sums: KeySumsMut<'_, f32>,
     ) {
-        let steps = rows.div_ceil(32);
-        for key in (0..count).step_by(32) {
+        let steps = weights.rows.div_ceil(32);
+        let stride = key_sum_stride(sums.keys);
+        for key in (0..keys.len()).step_by(32) {
             let right = Operand { data: weights.packed, length: Self::BLOCK_ROWS, outer: key, inner: 0 };
             for column in (0..width).step_by(32) {
-                let left = Operand { data: terms, length, outer: column, inner: first };
-                let stride = key_sum_stride(keys);
-                let sums = &mut sums[column * stride + begin + key..];
-                self.product(left, right, steps, sums, stride, true, false);
+                let left = Operand { data: terms.data, length: terms.len, outer: column, inner: first };
+                let sums = TileMut { data: &mut sums.data[column * stride + keys.start + key..], stride };
+                self.product(left, right, steps, sums, true, false);
             }
         }
     }

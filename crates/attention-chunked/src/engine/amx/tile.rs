@@ -2,6 +2,7 @@
 
 use std::arch::asm;
 
+use crate::engine::TileMut;
 use crate::scratch::{extent, round_up};
 
 /// The vectors beside the tiles.
@@ -136,14 +137,12 @@ impl<const PARTS: usize> Tiles<PARTS> {
     /// `out[32][32] (+)= left * right` over `steps` tiles of 32 of the inner axis. With `exact`, every
     /// product of parts that the operands' dtype needs; without, those that weights rounded to it need.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
     pub(super) fn product(
         self,
         left: Operand<'_>,
         right: Operand<'_>,
         steps: usize,
-        out: &mut [f32],
-        stride: usize,
+        out: TileMut<'_, f32>,
         add: bool,
         exact: bool,
     ) {
@@ -155,6 +154,7 @@ impl<const PARTS: usize> Tiles<PARTS> {
             assert!(second.saturating_add(steps.saturating_mul(PARTS * TILE)) <= operand.data.len());
             (operand.data[first..].as_ptr(), operand.data[second..].as_ptr())
         };
+        let TileMut { data: out, stride } = out;
         assert!(extent(32, stride, 32) <= out.len());
         if steps == 0 {
             if !add {
