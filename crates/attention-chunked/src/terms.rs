@@ -429,7 +429,7 @@ fn add_alibi<F: Float, S: Simd<F>>(
             for (lane, value) in lanes[..S::LANES].iter_mut().enumerate() {
                 *value = F::from_difference(ahead.saturating_sub((column + lane) as i64));
             }
-            // SAFETY: as above.
+            // SAFETY: 64 elements are as many as any vector has.
             unsafe { simd.load(lanes.as_ptr()) }
         };
         // SAFETY: a row has whole vectors.

@@ -1,5 +1,5 @@
-//! The gradients of a block of logits: from products and the gradients of probabilities to probabilities and the
-//! gradients of products (Dao et al., arXiv 2205.14135, appendix B.2).
+//! The gradients of a block of logits: from products and the gradients of probabilities to probabilities and
+//! the gradients of products (Dao et al., arXiv 2205.14135, appendix B.2).
 
 use attention_core::merge::Accumulator;
 
@@ -20,7 +20,8 @@ pub(crate) enum GradientOf {
 /// What probabilities of a query row are made of, `gain e^(x - shift)`, and the row term of their gradients.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowState<F> {
-    /// Near the logsumexp, or the largest logit, in units of the call; -inf for a row that attends to nothing.
+    /// Near the logsumexp, or the largest logit, in units of the call; -inf for a row that attends to
+    /// nothing.
     shift: F,
     /// Brings the sum of probabilities to 1: `e` to what the shift leaves of the logsumexp.
     gain: F,
@@ -37,10 +38,11 @@ impl<F: Float> RowState<F> {
 
     /// Of a state in f64, with the logarithm of the gain, where logits come in units of size `unit`.
     pub(crate) fn of([shift, log_gain, delta]: [f64; 3], unit: F) -> Self {
-        // What the rounding of a shift leaves is mostly so small that two terms are exact, in a fraction of the time.
+        // What the rounding of a shift leaves is mostly so small that two terms are exact, in a fraction of
+        // the time.
         let is_tiny = log_gain.abs() < 1e-6;
-        // Where the shift of a very large logsumexp was rounded up by far, no key is near it, and zero times infinity
-        // would be NaN.
+        // Where the shift of a very large logsumexp was rounded up by far, no key is near it, and zero times
+        // infinity would be NaN.
         let gain =
             if is_tiny { 1.0 + (log_gain + 0.5 * log_gain * log_gain) } else { log_gain.min(64.0).exp() };
         // The softmax's own shift is at most this far below the largest logit.
@@ -54,8 +56,8 @@ impl<F: Float> RowState<F> {
     }
 }
 
-/// Turns a tile of products and one of gradients of probabilities, in place, into probabilities after dropout (with
-/// the marks of what takes no part) and the gradients of the block.
+/// Turns a tile of products and one of gradients of probabilities, in place, into probabilities after dropout
+/// (with the marks of what takes no part) and the gradients of the block.
 pub(crate) struct BlockGradient<'t, 'a, E: Engine> {
     pub(crate) engine: E,
     pub(crate) terms: &'t Terms<'a, E::F>,
@@ -105,7 +107,8 @@ impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
             assert!(self.columns <= E::BLOCK_KEYS && rows <= E::BLOCK_ROWS);
             // Packed rows come in pairs of whole groups.
             for row in (0..rows.next_multiple_of(STAGE)).step_by(2) {
-                // SAFETY: as above; the rows and columns are inside the block, whose packs the caller vouches for.
+                // SAFETY: the packs were checked by the caller of `run`; both rows and all columns are inside
+                // the block, by the asserts above.
                 unsafe { self.pair(row, &packs, &mut memory) };
             }
             return;
@@ -243,7 +246,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
                 p[row][vector] = simd.select(disallowed, simd.splat(E::F::DISALLOWED), weights[index]);
                 d[row][vector] = simd.select(disallowed, zero, gradient);
             }
-            // SAFETY: the caller's; rows that are kept are real.
+            // SAFETY: the caller guarantees that both rows and the columns are inside the block; rows that
+            // are kept are real.
             unsafe {
                 E::put_gradients(simd, packs, first, column, p, d);
                 if self.keep {
@@ -275,7 +279,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         let factor = simd.splat(self.terms.factor());
         let has_slopes = self.terms.has_softcap() && self.of == GradientOf::Products;
         let state = State::of(simd, state, self.before());
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees that the vectors at `at` are inside both tiles, and those at the
+        // column inside the slopes and what is added.
         unsafe {
             let (tile, gradients) = (self.products.as_mut_ptr().add(at), self.gradients.as_mut_ptr().add(at));
             let mut x = [nothing; COUNT];
@@ -331,7 +336,7 @@ impl<F: Float> Adding<F> {
     #[inline(always)]
     unsafe fn to<S: Simd<F>>(self, simd: S, product: S::V, factor: S::V, column: usize) -> S::V {
         let mut x = product;
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees that what is added has a vector at `column`.
         unsafe {
             if !self.bias.is_null() {
                 x = logit(simd, x, factor, simd.load(self.bias.add(column)));

@@ -37,7 +37,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         let end = if self.dkv { problem.dims().key_length } else { range.end };
         let first = if self.dkv { 0 } else { range.start / layout.keys * layout.keys };
         for first in (first..end).step_by(layout.keys) {
-            // SAFETY: the caller's.
+            // SAFETY: the caller guarantees that no other thread writes the gradients of these keys.
             unsafe { self.keys(first, outputs, scratch) };
         }
         if let Some(dq) = &outputs.dq {
@@ -45,7 +45,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             for row in 0..self.rows.len() {
                 let (head, query) = self.rows.at(row);
                 let sums = &scratch.dq[row * stride..][..layout.head_dim];
-                // SAFETY: the caller's.
+                // SAFETY: the caller guarantees that no other thread writes the gradients of these rows.
                 unsafe { dq.write_row([self.rows.batch, query, head], sums, factor) };
             }
         }
@@ -92,7 +92,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                 };
                 for key in group..all.len().min(group + STAGE) {
                     let index = [batch, first + key, key_head];
-                    // SAFETY: the caller's.
+                    // SAFETY: the caller guarantees that no other thread writes the gradients of these keys.
                     unsafe {
                         if is_seen && key < keys.len() {
                             output.write_row(index, &sums[(key - group) * stride..][..width], factor);

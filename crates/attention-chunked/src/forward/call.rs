@@ -49,7 +49,7 @@ impl<'a> Outputs<'a> {
     /// # Safety
     /// No other thread writes this row.
     unsafe fn empty_row(&self, batch: usize, query: usize, head: usize) {
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees that no other thread writes this row.
         unsafe {
             self.out.zero_row([batch, query, head]);
             if let Some(lse) = &self.lse {

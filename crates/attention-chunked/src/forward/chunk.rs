@@ -41,7 +41,7 @@ impl<'a, E: Engine> Forward<'a, E> {
                 chunk += self.layout.keys;
             }
         });
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
         unsafe { self.finish(rows, outputs, &mut scratch) };
     }
 

@@ -1,11 +1,11 @@
-//! The online softmax of a block: from products to unnormalised weights, with the shift and the sum of each row
-//! (Rabe and Staats, arXiv 2112.05682, section 3; Milakov and Gimelshein, arXiv 1805.02867).
+//! The online softmax of a block: from products to unnormalised weights, with the shift and the sum of each
+//! row (Rabe and Staats, arXiv 2112.05682, section 3; Milakov and Gimelshein, arXiv 1805.02867).
 //!
-//! Any shift near the maximum serves as well as the maximum itself, so that a row is passed over once: its weights are
-//! taken relative to the shift of the blocks before, and only where a logit is more than [`Float::ROOM`] above it, the
-//! shift moves and the row is passed over again. The first shift is the largest logit of a row's first keys. A shift is
-//! always a logit of the row, with the bits that it has as one: so its own weight is exactly 1, and no logit is so large
-//! that the rounding of the shift could matter.
+//! Any shift near the maximum serves as well as the maximum itself, so that a row is passed over once: its
+//! weights are taken relative to the shift of the blocks before, and only where a logit is more than
+//! [`Float::ROOM`] above it, the shift moves and the row is passed over again. The first shift is the largest
+//! logit of a row's first keys. A shift is always a logit of the row, with the bits that it has as one: so
+//! its own weight is exactly 1, and no logit is so large that the rounding of the shift could matter.
 
 use std::ops::Range;
 
@@ -40,7 +40,8 @@ pub(crate) struct BlockSoftmax<'t, 'a, E: Engine> {
     /// Columns of the packed weights.
     pub(crate) packed_columns: usize,
     pub(crate) packed: &'t mut [E::Packed],
-    /// What the logits of each row are taken relative to, in units of the call; -inf before the first allowed key.
+    /// What the logits of each row are taken relative to, in units of the call; -inf before the first allowed
+    /// key.
     pub(crate) shifts: &'t mut [E::F],
     /// The sum of weights of each row so far.
     pub(crate) sums: &'t mut [E::F],
@@ -123,7 +124,8 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
                 }
                 added = self.terms.added(plain, rows, self.first, tile, &mut memory);
                 if self.mark || needs_tile {
-                    // SAFETY: what is added has as many elements as the row has columns, which are whole vectors.
+                    // SAFETY: what is added has as many elements as the row has columns, which are whole
+                    // vectors.
                     unsafe { self.terms.add(simd, std::mem::take(&mut added), products, self.columns) };
                 }
             }
@@ -136,7 +138,8 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
                 base,
                 room,
             };
-            // SAFETY: as above; what is added has as many columns as the row.
+            // SAFETY: the row's columns are in the tile, as checked above; what is added has as many columns
+            // as the row.
             rescaled |= unsafe {
                 match (added.bias.is_some(), added.mask.is_some(), self.mark) {
                     (_, _, true) => self.row::<false, false, true>(&row, &mut kept),
@@ -147,7 +150,7 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
                 }
             };
             if self.terms.has_dropout() {
-                // SAFETY: as above.
+                // SAFETY: the row's columns are in the tile, as checked above.
                 unsafe { self.drop_weights(index) };
             }
         }
@@ -171,7 +174,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let index = row.index;
         let before = self.shifts[index];
         let mut shift = before;
-        // SAFETY: the caller's, here and below.
+        // SAFETY: the caller guarantees that the row is in the tile, with what is added to it, here and
+        // below.
         unsafe {
             if shift == nothing {
                 shift = self.first_shift::<BIAS, MASK>(row);
@@ -189,7 +193,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
                 if !simd.any(simd.less(room, simd.sub(above, simd.splat(used)))) {
                     break;
                 }
-                // Nothing is above the largest: the second pass is the last. With NaN there may be no largest.
+                // Nothing is above the largest: the second pass is the last. With NaN there may be no
+                // largest.
                 let largest = simd.reduce_max(above);
                 if largest == used || E::F::is_nan(largest) {
                     break;
@@ -210,8 +215,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         }
     }
 
-    /// A shift for a row that has none: the largest logit of its first keys, or of all where those are masked. Which
-    /// keys are looked at depends on the row alone, not on where its tile begins.
+    /// A shift for a row that has none: the largest logit of its first keys, or of all where those are
+    /// masked. Which keys are looked at depends on the row alone, not on where its tile begins.
     ///
     /// # Safety
     /// As for [`row`](Self::row).
@@ -221,7 +226,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let begin = self.rows[row.index].begin;
         let begin = begin.saturating_sub(self.first).min(self.columns) / lanes * lanes;
         let end = self.columns.min(begin + FIRST_VECTORS * lanes);
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees the row, whose columns the range is inside of.
         unsafe {
             let mut columns = begin..end;
             loop {
@@ -248,7 +253,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let simd = self.engine.simd();
         let mut largest = simd.splat(E::F::NEG_INFINITY);
         for column in columns.step_by(<E::S as Simd<E::F>>::LANES) {
-            // SAFETY: the caller's.
+            // SAFETY: the caller guarantees the row; every vector from a column of the range on is inside it.
             let [(_, x)] = unsafe { self.logits::<BIAS, MASK, 1>(row, column) };
             largest = simd.max(largest, x);
         }
@@ -269,7 +274,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let lanes = <E::S as Simd<E::F>>::LANES;
         let factor = simd.splat(row.factor);
         let mut all = [(factor, factor); COUNT];
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees `COUNT` vectors of the row at `column`.
         unsafe {
             for (index, (product, x)) in all.iter_mut().enumerate() {
                 let column = column + index * lanes;
@@ -334,7 +339,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     ) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
-        // SAFETY: the caller's: every vector at `at` is inside the row, and inside the packed weights.
+        // SAFETY: the caller guarantees that every vector at `at` is inside the row, and inside the packed
+        // weights.
         unsafe {
             let at = self.tile.as_mut_ptr().add(row.index * self.stride + column);
             let logits = self.logits::<BIAS, MASK, COUNT>(row, column);

@@ -20,7 +20,7 @@ pub(crate) struct SharedOutput<'a> {
 // SAFETY: an exclusive reference to plain data, whose rows are written through unsafe methods that ask their
 // callers for different rows on different threads.
 unsafe impl Sync for SharedOutput<'_> {}
-// SAFETY: as above.
+// SAFETY: the same holds for a reference that another thread takes over.
 unsafe impl Send for SharedOutput<'_> {}
 
 impl<'a> SharedOutput<'a> {
@@ -150,7 +150,8 @@ unsafe fn put<F: Float, T: Copy>(
         }
     } else {
         for (index, &from) in from.iter().enumerate() {
-            // SAFETY: the caller's; the offset was checked to fit isize when the view was made.
+            // SAFETY: the caller guarantees that the elements can be written; the offset was checked to fit
+            // isize when the view was made.
             unsafe { first.offset(index as isize * stride).write(convert(from * factor + F::ZERO)) };
         }
     }

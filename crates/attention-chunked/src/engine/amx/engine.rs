@@ -168,7 +168,8 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         _: *mut f32,
         weights: [__m512; 2],
     ) {
-        // SAFETY: the caller's; a column is a multiple of two vectors, 32.
+        // SAFETY: the caller guarantees a block at `packed` that has the row and the columns; a column is a
+        // multiple of two vectors, 32.
         unsafe { put::<PARTS>(packed, keys, row, column, weights) };
     }
 
@@ -239,7 +240,8 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         probabilities: [[__m512; 2]; 2],
         gradients: [[__m512; 2]; 2],
     ) {
-        // SAFETY: the caller's, here and below.
+        // SAFETY: the caller guarantees that each buffer is null or of a block, which has both rows and the
+        // columns.
         unsafe {
             if !packs.for_values.is_null() {
                 put_pair::<PARTS>(packs.for_values, Self::BLOCK_ROWS, row, column, probabilities);
@@ -250,7 +252,7 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         }
         if !packs.as_weights.is_null() {
             for (offset, values) in gradients.into_iter().enumerate() {
-                // SAFETY: as above.
+                // SAFETY: as above, for each of the two rows.
                 unsafe { put::<PARTS>(packs.as_weights, Self::BLOCK_KEYS, row + offset, column, values) };
             }
         }

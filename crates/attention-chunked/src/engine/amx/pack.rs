@@ -372,7 +372,7 @@ pub(super) unsafe fn put<const PARTS: usize>(
     values: [__m512; 2],
 ) {
     let tile = Tiles::<PARTS>::tile_at(row, column, keys);
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees the instructions, and that the row and the columns are inside the block.
     unsafe {
         parts::<PARTS>(values[0], values[1], |part, bits| {
             _mm512_storeu_si512(to.add(tile + part * TILE + row % 16 * 32).cast(), bits);
@@ -395,7 +395,8 @@ pub(super) unsafe fn put_pair<const PARTS: usize>(
 ) {
     for vector in 0..2 {
         let tile = Tiles::<PARTS>::tile_at(column + 16 * vector, row, rows);
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees the instructions, and that both rows and the columns are inside the
+        // block.
         unsafe {
             parts::<PARTS>(even[vector], odd[vector], |part, bits| {
                 let at = to.add(tile + part * TILE + row / 2 % 16 * 32);

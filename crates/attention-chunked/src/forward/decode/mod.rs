@@ -48,7 +48,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             self.split(heads, split, &mut scratch);
             scratch.running.merge(&scratch.split, self.terms.unit());
         }
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
         unsafe { self.finish_decode(heads, &mut scratch.running, outputs) };
     }
 
@@ -78,7 +78,7 @@ impl<'a, E: Engine> Forward<'a, E> {
         for split in splits.chunks_exact_mut(bytes) {
             scratch.running.merge(&self.decode.partial(&mut Pieces::of(split)), self.terms.unit());
         }
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
         unsafe { self.finish_decode(heads, &mut scratch.running, outputs) };
     }
 
@@ -105,7 +105,7 @@ impl<'a, E: Engine> Forward<'a, E> {
                 let values = &mut result.values[place * width..][..width];
                 let (shift, sum) = (result.shifts[place], result.sums[place]);
                 let lse = normalise(shift, sum, self.terms.unit(), sink, values);
-                // SAFETY: the caller's.
+                // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
                 unsafe {
                     outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
                     if let Some(to) = &outputs.lse {

@@ -50,7 +50,8 @@ impl<'v, const STRIDED: bool, T: Source> KeyRow<'v, STRIDED, T> {
     /// The row has `at + LANES` elements.
     #[inline(always)]
     pub(super) unsafe fn load<F: Float, S: Simd<F>>(&self, simd: S, at: usize) -> S::V {
-        // SAFETY: the caller's; without STRIDED, the neighbours are the whole row.
+        // SAFETY: the caller guarantees `at + LANES` elements; without STRIDED, the neighbours are the whole
+        // row.
         unsafe {
             if STRIDED {
                 load_row(simd, &self.row, at)
@@ -68,7 +69,7 @@ impl<'v, const STRIDED: bool, T: Source> KeyRow<'v, STRIDED, T> {
 #[inline(always)]
 pub(super) unsafe fn load_row<F: Float, S: Simd<F>, T: Source>(simd: S, row: &Row<'_, T>, at: usize) -> S::V {
     match row.contiguous() {
-        // SAFETY: the caller's.
+        // SAFETY: the caller guarantees `at + LANES` elements.
         Some(row) => unsafe { T::load(simd, row.as_ptr().add(at)) },
         None => {
             let mut lanes = [F::ZERO; 64];
