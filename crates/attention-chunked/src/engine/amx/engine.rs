@@ -98,11 +98,11 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
     }
 
     fn simd(self) -> Avx512 {
-        self.simd
+        self.vectors()
     }
 
     fn plain(self) -> crate::simd::Avx512<false> {
-        self.simd.without_bf16()
+        self.vectors().without_bf16()
     }
 
     fn with_state<R>(self, work: impl FnOnce() -> R) -> R {
@@ -185,8 +185,8 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         let (rows, stride) = (weights.rows, out.stride);
         if let Accumulate::ScaleAdd(factors) = accumulate {
             Simd::<f32>::vectorize(
-                self.simd,
-                Scale { simd: self.simd, factors, rows, width, sums: &mut *out.data, stride },
+                self.vectors(),
+                Scale { simd: self.vectors(), factors, rows, width, sums: &mut *out.data, stride },
             );
         }
         let add = !matches!(accumulate, Accumulate::Overwrite);
@@ -224,7 +224,7 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
     ) {
         let (rows, columns) = (count, keys);
         Simd::<f32>::vectorize(
-            self.simd,
+            self.vectors(),
             PackBlock::<PARTS> { tile, stride, rows, columns, as_weights, for_keys },
         );
     }
@@ -268,9 +268,9 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
     ) -> (&'r [f32], usize) {
         let room_stride = width.next_multiple_of(16);
         Simd::<f32>::vectorize(
-            self.simd,
+            self.vectors(),
             TransposeSums {
-                simd: self.simd,
+                simd: self.vectors(),
                 sums,
                 stride: key_sum_stride(keys),
                 first,

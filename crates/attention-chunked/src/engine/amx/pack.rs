@@ -87,7 +87,7 @@ pub(super) enum Form {
 impl<const PARTS: usize> Tiles<PARTS> {
     /// Packs staged rows `first..first + STAGE` of `rows`.
     pub(super) fn pack(self, form: Form, staged: Staged<'_, f32>, first: usize, rows: usize, to: &mut [u16]) {
-        let simd = self.simd;
+        let simd = self.vectors();
         match staged {
             Staged::Floats(staged) => {
                 Simd::<f32>::vectorize(simd, Pack::<PARTS> { simd, form, staged, first, rows, to });

@@ -16,7 +16,7 @@ const ROW_BYTES: usize = 64;
 /// The engine for operands of `PARTS` bf16 parts: 1 for bf16, 2 for f16, 3 for f32.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tiles<const PARTS: usize> {
-    pub(super) simd: Avx512,
+    simd: Avx512,
 }
 
 impl<const PARTS: usize> Tiles<PARTS> {
@@ -24,6 +24,11 @@ impl<const PARTS: usize> Tiles<PARTS> {
     pub(crate) fn detect() -> Option<Self> {
         let simd = Avx512::detect()?;
         crate::Level::Amx.is_available().then_some(Self { simd })
+    }
+
+    /// The vectors.
+    pub(super) fn vectors(self) -> Avx512 {
+        self.simd
     }
 
     /// Elements of a packed operand.
