@@ -1,12 +1,12 @@
-//! Causal self-attention of a million tokens, one head of dimension 64 in bf16, in memory that does not depend on the
-//! length.
+//! Causal self-attention of a million tokens, one head of dimension 64 in bf16, in memory that does not
+//! depend on the length.
 //!
 //! ```text
 //! cargo run --release -p attention-chunked --example million_tokens [TOKENS]
 //! ```
 //!
-//! The queries are taken in pieces, each a call of its own with the offset of its first row, so that there is progress
-//! to show; a row's result does not depend on the piece it is in. The scores alone would take 2 TB.
+//! The queries are taken in pieces, each a call of its own with the offset of its first row, so that there is
+//! progress to show; a row's result does not depend on the piece it is in. The scores alone would take 2 TB.
 
 use std::error::Error;
 use std::time::Instant;

@@ -21,17 +21,17 @@ use crate::{Level, backward, forward, plan};
 
 const NAME: &str = "chunked";
 
-/// The memory-efficient CPU backend: every option, every dtype, forward and backward, in memory that does not grow
-/// with the sequences.
+/// The memory-efficient CPU backend: every option, every dtype, forward and backward, in memory that does not
+/// grow with the sequences.
 ///
-/// The algorithm is that of Rabe and Staats (arXiv 2112.05682): an outer loop over chunks of queries, an inner one
-/// over chunks of keys and values, carrying a shift near the maximum, the sum and the value of each row; backward
-/// recomputes the logits of a chunk from the logsumexp.
+/// The algorithm is that of Rabe and Staats (arXiv 2112.05682): an outer loop over chunks of queries, an
+/// inner one over chunks of keys and values, carrying a shift near the maximum, the sum and the value of each
+/// row; backward recomputes the logits of a chunk from the logsumexp.
 ///
 /// # Semantics
 /// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16.
-/// - Results are bitwise the same for any number of threads, any composition of the batch, any amount of padding and
-///   any chunk sizes, on one [`Level`].
+/// - Results are bitwise the same for any number of threads, any composition of the batch, any amount of
+///   padding and any chunk sizes, on one [`Level`].
 ///
 /// # Examples
 /// ```
@@ -66,8 +66,8 @@ impl Default for ChunkedBackend {
     }
 }
 
-/// What is done with the engines of a dtype: the one for batch rows of any size, and one for small ones where that
-/// is another.
+/// What is done with the engines of a dtype: the one for batch rows of any size, and one for small ones where
+/// that is another.
 trait WithEngines {
     type Output;
 

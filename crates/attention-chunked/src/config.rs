@@ -9,14 +9,14 @@ use rayon::ThreadPool;
 
 use crate::Level;
 
-/// Bytes that a worker's packed chunks and running values stay inside by default: with tiles and stage a thread takes at
-/// most 1 MiB up to head dimension 128, half of the second-level cache of server processors.
+/// Bytes that a worker's packed chunks and running values stay inside by default: with tiles and stage a
+/// thread takes at most 1 MiB up to head dimension 128, half of the second-level cache of server processors.
 const DEFAULT_BUDGET: usize = 704 << 10;
 
 /// Chunk sizes, threads and instruction set of a [`ChunkedBackend`](crate::ChunkedBackend).
 ///
-/// Threads, pool, chunk sizes and budget do not change a bit of a result; the level and `split_f32` do, inside the
-/// bounds of the numerics class.
+/// Threads, pool, chunk sizes and budget do not change a bit of a result; the level and `split_f32` do,
+/// inside the bounds of the numerics class.
 ///
 /// ```
 /// use attention_chunked::{ChunkedBackend, ChunkedConfig};
@@ -45,29 +45,30 @@ pub(crate) struct Sizes {
 }
 
 impl ChunkedConfig {
-    /// Query rows (of all heads that share a key/value head) that go over the keys together. Rounded up to whole
-    /// blocks of the engine; 0 stands for a size chosen from the budget.
+    /// Query rows (of all heads that share a key/value head) that go over the keys together. Rounded up to
+    /// whole blocks of the engine; 0 stands for a size chosen from the budget.
     #[must_use]
     pub fn query_chunk(self, rows: usize) -> Self {
         Self { query_chunk: NonZeroUsize::new(rows), ..self }
     }
 
-    /// Keys and values that are packed together. Rounded down to whole blocks of 256, between one and eight; 0 stands for
-    /// one block forward, which leaves the budget to query rows, and for as many as the budget allows backward.
+    /// Keys and values that are packed together. Rounded down to whole blocks of 256, between one and eight;
+    /// 0 stands for one block forward, which leaves the budget to query rows, and for as many as the budget
+    /// allows backward.
     #[must_use]
     pub fn key_chunk(self, keys: usize) -> Self {
         Self { key_chunk: NonZeroUsize::new(keys), ..self }
     }
 
-    /// About how many bytes of scratch a thread may use for its chunks, where their sizes are not given; 0 stands
-    /// for the default, 704 KiB. What a call takes exactly, `scratch_bytes` says.
+    /// About how many bytes of scratch a thread may use for its chunks, where their sizes are not given; 0
+    /// stands for the default, 704 KiB. What a call takes exactly, `scratch_bytes` says.
     #[must_use]
     pub fn budget(self, bytes: usize) -> Self {
         Self { budget: NonZeroUsize::new(bytes), ..self }
     }
 
-    /// Uses at most this many threads, the calling one included, and asks for scratch for as many. 0 and the default
-    /// stand for all threads of the configured pool, else for those of rayon's global pool by default
+    /// Uses at most this many threads, the calling one included, and asks for scratch for as many. 0 and the
+    /// default stand for all threads of the configured pool, else for those of rayon's global pool by default
     /// (`RAYON_NUM_THREADS`, or what the machine runs side by side).
     ///
     /// With 1 no pool is looked at or started.
@@ -82,17 +83,17 @@ impl ChunkedConfig {
         Self { threads: self.threads.pool(pool), ..self }
     }
 
-    /// Uses this instruction set; the backend is unavailable where the machine lacks it. By default the one that
-    /// `ATTENTION_CPU_LEVEL` names, else the fastest of the machine.
+    /// Uses this instruction set; the backend is unavailable where the machine lacks it. By default the one
+    /// that `ATTENTION_CPU_LEVEL` names, else the fastest of the machine.
     #[must_use]
     pub fn level(self, level: Level) -> Self {
         Self { level: Some(level), ..self }
     }
 
-    /// At [`Level::Amx`], multiplies f32 operands as sums of three bf16 parts on the matrix unit. Still of class `F32`:
-    /// it passes the whole conformance suite inside the same bounds. Numbers above 3.38e38, which no bf16 holds, become
-    /// NaN. Off by default, since it is not faster on every machine (docs/performance/results.md); at other levels
-    /// it does nothing.
+    /// At [`Level::Amx`], multiplies f32 operands as sums of three bf16 parts on the matrix unit. Still of
+    /// class `F32`: it passes the whole conformance suite inside the same bounds. Numbers above 3.38e38,
+    /// which no bf16 holds, become NaN. Off by default, since it is not faster on every machine
+    /// (docs/performance/results.md); at other levels it does nothing.
     #[must_use]
     pub fn split_f32(self, split: bool) -> Self {
         Self { split_f32: split, ..self }
@@ -125,8 +126,9 @@ impl ChunkedConfig {
         self.threads.planned()
     }
 
-    /// What a call takes, and its threads: planned for as many as there are now, where that fits the scratch that was
-    /// asked for. `of` plans for a number of threads; no pool is started where the plan has work for one.
+    /// What a call takes, and its threads: planned for as many as there are now, where that fits the scratch
+    /// that was asked for. `of` plans for a number of threads; no pool is started where the plan has work for
+    /// one.
     pub(crate) fn begin<P: Plan>(&self, scratch: usize, of: impl Fn(usize) -> Option<P>) -> (P, Team) {
         let plan = of(self.planned_threads()).unwrap_or_else(|| unreachable!("the scratch was sized before"));
         if plan.workers() <= 1 {
@@ -151,8 +153,8 @@ pub(crate) trait Plan {
     fn scratch(&self) -> Option<usize>;
 }
 
-/// The level that the value of the variable names, or the best one without a value. An empty value is none, as for other
-/// programs.
+/// The level that the value of the variable names, or the best one without a value. An empty value is none,
+/// as for other programs.
 fn level_named(value: Option<OsString>) -> Result<Level, String> {
     let Some(name) = value.filter(|value| !value.is_empty()) else { return Ok(Level::best()) };
     let level: Level =

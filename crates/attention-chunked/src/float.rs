@@ -19,30 +19,32 @@ pub(crate) trait Float:
     /// `log2(e)`.
     const LOG2_E: Self;
 
-    /// The weight of a position that takes no part: negative zero, which adds nothing to a sum and can be told from
-    /// an allowed weight that is zero.
+    /// The weight of a position that takes no part: negative zero, which adds nothing to a sum and can be
+    /// told from an allowed weight that is zero.
     const DISALLOWED: Self;
 
-    /// How far, in powers of two, logits may be above the shift that weights are taken relative to. Weights of up to 2^8
-    /// keep every digit, and leave sums of values as far from overflow as 256 times as many keys would.
+    /// How far, in powers of two, logits may be above the shift that weights are taken relative to. Weights
+    /// of up to 2^8 keep every digit, and leave sums of values as far from overflow as 256 times as many keys
+    /// would.
     const ROOM: Self;
 
     /// The largest finite number.
     const LARGEST: Self;
 
-    /// Exponents that powers of two are computed between ([`power`](crate::simd::power)): below the first, that of the
-    /// smallest normal number, the result is 0; from the second on it is infinity.
+    /// Exponents that powers of two are computed between ([`power`](crate::simd::power)): below the first,
+    /// that of the smallest normal number, the result is 0; from the second on it is infinity.
     const EXPONENTS: [Self; 2];
 
-    /// Adding it to a number of at most 2^21 (2^50 in f64) leaves the nearest integer, ties to even, in the low bits.
+    /// Adding it to a number of at most 2^21 (2^50 in f64) leaves the nearest integer, ties to even, in the
+    /// low bits.
     const INTEGERS: Self;
 
-    /// `2^r = 1 + r (c[0] + c[1] r + ...)` for `|r| <= 1/2`: minimax in the relative error (Remez exchange in 60
-    /// digits), which is 2.6e-9 in f32 and 1.8e-17 in f64, both below half a unit in the last place.
+    /// `2^r = 1 + r (c[0] + c[1] r + ...)` for `|r| <= 1/2`: minimax in the relative error (Remez exchange in
+    /// 60 digits), which is 2.6e-9 in f32 and 1.8e-17 in f64, both below half a unit in the last place.
     const EXP2: &'static [Self];
 
-    /// `tanh x = x + x z p(z) / q(z)` with `z = x^2` for `|x| < 0.625`, highest coefficient first (Cephes, `tanhf`
-    /// and `tanh`).
+    /// `tanh x = x + x z p(z) / q(z)` with `z = x^2` for `|x| < 0.625`, highest coefficient first (Cephes,
+    /// `tanhf` and `tanh`).
     const TANH_P: &'static [Self];
     /// The denominator; empty for 1.
     const TANH_Q: &'static [Self];
@@ -94,8 +96,8 @@ macro_rules! float {
             }
             #[inline(always)]
             fn times_power_of_two(self, k: Self) -> Self {
-                // In two factors, so that neither overflows. Exponents that are no number, or below the range, give some
-                // number; the caller selects another result then, or the factor is NaN too.
+                // In two factors, so that neither overflows. Exponents that are no number, or below the
+                // range, give some number; the caller selects another result then, or the factor is NaN too.
                 let k = (k as i32).clamp(Self::EXPONENTS[0] as i32, Self::EXPONENTS[1] as i32);
                 let half = k >> 1;
                 let power = |k: i32| $float::from_bits(((k + $bias) as $bits) << $mantissa);

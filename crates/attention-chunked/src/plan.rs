@@ -1,8 +1,8 @@
 //! How a problem is cut into tasks.
 //!
-//! A row's result depends on the blocks of keys it meets, which begin at multiples of the engine's block size from
-//! key 0 of its batch row, and on nothing else. So the cuts along query rows are free: they may depend on the number
-//! of threads without changing a bit.
+//! A row's result depends on the blocks of keys it meets, which begin at multiples of the engine's block size
+//! from key 0 of its batch row, and on nothing else. So the cuts along query rows are free: they may depend
+//! on the number of threads without changing a bit.
 
 use std::ops::Range;
 
@@ -10,8 +10,8 @@ use attention_core::{Problem, Sequences};
 
 use crate::terms::QueryRow;
 
-/// Logits of a head up to which a batch row is small: there calls and conversions cost more than arithmetic, and the
-/// largest of a few dozen rounding errors is a matter of luck, so f32 is computed in f64.
+/// Logits of a head up to which a batch row is small: there calls and conversions cost more than arithmetic,
+/// and the largest of a few dozen rounding errors is a matter of luck, so f32 is computed in f64.
 pub(crate) const SMALL_LOGITS: usize = 1 << 12;
 
 /// Whether a batch row is small.
@@ -47,7 +47,8 @@ impl Rows {
     }
 }
 
-/// How the query rows of each head of a batch row are cut into tasks: neighbouring heads of a group times queries.
+/// How the query rows of each head of a batch row are cut into tasks: neighbouring heads of a group times
+/// queries.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cut {
     queries: usize,
@@ -114,7 +115,8 @@ pub(crate) fn count_up_to(problem: &Problem, most: usize, count: impl Fn(usize) 
     sum
 }
 
-/// Whether there are query rows at all, padded ones included: without, the number of batch rows says nothing about time.
+/// Whether there are query rows at all, padded ones included: without, the number of batch rows says nothing
+/// about time.
 pub(crate) fn has_rows(problem: &Problem) -> bool {
     let dims = problem.dims();
     dims.batch > 0 && dims.query_length > 0 && dims.query_heads > 0
@@ -131,8 +133,9 @@ pub(crate) fn has_logits(problem: &Problem) -> bool {
     has_rows(problem) && problem.dims().key_length > 0
 }
 
-/// Whether every product of sizes that scratch is made of fits: rows of chunks, or of a whole key/value head, of the
-/// widest row with its padding, in up to three parts of up to eight bytes. Strides of 0 let head dimensions be anything.
+/// Whether every product of sizes that scratch is made of fits: rows of chunks, or of a whole key/value head,
+/// of the widest row with its padding, in up to three parts of up to eight bytes. Strides of 0 let head
+/// dimensions be anything.
 pub(crate) fn sizes_fit(problem: &Problem) -> bool {
     let dims = problem.dims();
     let rows = dims.query_length.saturating_mul(dims.group_size()).saturating_add(256).max(1 << 13);

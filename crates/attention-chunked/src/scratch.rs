@@ -11,8 +11,8 @@ pub(crate) const fn round_up(length: usize, multiple: usize) -> usize {
     }
 }
 
-/// Elements from the first of `rows` rows, `stride` apart, to the last of `width` in the last row; saturates, so that a
-/// comparison with the length of a buffer holds for every argument.
+/// Elements from the first of `rows` rows, `stride` apart, to the last of `width` in the last row; saturates,
+/// so that a comparison with the length of a buffer holds for every argument.
 pub(crate) const fn extent(rows: usize, stride: usize, width: usize) -> usize {
     if rows == 0 { 0 } else { (rows - 1).saturating_mul(stride).saturating_add(width) }
 }

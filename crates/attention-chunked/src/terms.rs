@@ -1,12 +1,13 @@
 //! From products of queries and keys to logits: scale, softcap, ALiBi, bias, masks, dropout.
 //!
-//! The semantics of [`Problem`], steps 2 and 3. Logits come in units of the call: products as they are where nothing but
-//! the scale applies, so that no pass and no rounding is spent on it, natural logits otherwise. [`Terms::unit`] says how
-//! large a unit is; weights are powers of [`Terms::base`]. Differences of logits are taken in these units, where those of
-//! equal logits are exactly 0 whatever their size, and only they go to base two.
+//! The semantics of [`Problem`], steps 2 and 3. Logits come in units of the call: products as they are where
+//! nothing but the scale applies, so that no pass and no rounding is spent on it, natural logits otherwise.
+//! [`Terms::unit`] says how large a unit is; weights are powers of [`Terms::base`]. Differences of logits are
+//! taken in these units, where those of equal logits are exactly 0 whatever their size, and only they go to
+//! base two.
 //!
-//! One expression makes a natural logit of a product and of what is added to it, [`logit`], for every path, pass and
-//! column: the bits of a result do not depend on how a bias or a mask lies, or on what is masked.
+//! One expression makes a natural logit of a product and of what is added to it, [`logit`], for every path,
+//! pass and column: the bits of a result do not depend on how a bias or a mask lies, or on what is masked.
 
 use std::ops::Range;
 
@@ -29,8 +30,8 @@ pub(crate) struct QueryRow {
 /// What a row's products meet on their way to logits.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Added<'r, F> {
-    /// Bias less ALiBi; where it is -inf a key takes no part. Products are multiplied by [`Terms::factor`] where it is
-    /// added, and are logits without it.
+    /// Bias less ALiBi; where it is -inf a key takes no part. Products are multiplied by [`Terms::factor`]
+    /// where it is added, and are logits without it.
     pub(crate) bias: Option<&'r [F]>,
     /// Makes -inf of where it is zero.
     pub(crate) mask: Option<&'r [u8]>,
@@ -51,7 +52,8 @@ impl<F: Float> Default for AddedRow<F> {
 /// Columns of the longest row of a tile.
 pub(crate) const MAX_COLUMNS: usize = 272;
 
-/// How many rows ahead bias and mask are asked for: a piece of a row is too short for the processor's own prefetching.
+/// How many rows ahead bias and mask are asked for: a piece of a row is too short for the processor's own
+/// prefetching.
 const AHEAD: usize = 4;
 
 /// What turns products into logits, read from the call once.
@@ -84,8 +86,8 @@ impl<'a, F: Float> Terms<'a, F> {
         let scale = F::from_f64(problem.scale().abs());
         let nothing_added =
             problem.softcap().is_none() && inputs.alibi_slopes.is_none() && inputs.bias.is_none();
-        // A scale of zero would make NaN of the -inf of a masked product, and one that cannot go to base two is applied
-        // first.
+        // A scale of zero would make NaN of the -inf of a masked product, and one that cannot go to base two
+        // is applied first.
         let plain = nothing_added && (scale * F::LOG2_E).is_normal();
         let unit = if plain { scale } else { F::ONE };
         Self {
@@ -111,14 +113,16 @@ impl<'a, F: Float> Terms<'a, F> {
         }
     }
 
-    /// The factors of the scale that gradients of products are multiplied with: before the sums that dq and dk are, a power
-    /// of two, so that nothing is rounded, and after them. A scale of 1e38 has operands of 1e-19, whose products with small
-    /// gradients would underflow. 1 and the scale otherwise, and for f16, whose range the gradients of products would leave.
+    /// The factors of the scale that gradients of products are multiplied with: before the sums that dq and
+    /// dk are, a power of two, so that nothing is rounded, and after them. A scale of 1e38 has operands of
+    /// 1e-19, whose products with small gradients would underflow. 1 and the scale otherwise, and for f16,
+    /// whose range the gradients of products would leave.
     pub(crate) fn gradient_scale(&self) -> (F, F) {
         self.gradient_scale
     }
 
-    /// What queries are multiplied by when they are packed, so that the scale is never negative from there on.
+    /// What queries are multiplied by when they are packed, so that the scale is never negative from there
+    /// on.
     pub(crate) fn query_sign(&self) -> F {
         if self.problem.scale() < 0.0 { -F::ONE } else { F::ONE }
     }
@@ -138,14 +142,14 @@ impl<'a, F: Float> Terms<'a, F> {
         self.base
     }
 
-    /// What products are multiplied by where something is added to them, once [`capped`](Self::capped) has been where
-    /// that is needed.
+    /// What products are multiplied by where something is added to them, once [`capped`](Self::capped) has
+    /// been where that is needed.
     pub(crate) fn factor(&self) -> F {
         if self.needs_tile() { F::ONE } else { self.scale }
     }
 
-    /// Whether products become natural logits in the tile before anything is added: with a softcap, and where there is
-    /// nothing to add that the scale could be applied with.
+    /// Whether products become natural logits in the tile before anything is added: with a softcap, and where
+    /// there is nothing to add that the scale could be applied with.
     pub(crate) fn needs_tile(&self) -> bool {
         self.softcap.is_some() || self.scale == F::ZERO || !(self.adds_bias() || self.is_plain)
     }
@@ -186,7 +190,8 @@ impl<'a, F: Float> Terms<'a, F> {
         })
     }
 
-    /// Turns a row of products into logits by what is to be [`added`](Self::added); -inf wherever a key takes no part.
+    /// Turns a row of products into logits by what is to be [`added`](Self::added); -inf wherever a key takes
+    /// no part.
     ///
     /// # Safety
     /// The tile has `columns` elements, whole vectors, and what is added has as many.
@@ -212,9 +217,9 @@ impl<'a, F: Float> Terms<'a, F> {
         }
     }
 
-    /// Masks what structure masks in a row of products, the first of these, and gives what is to be added to it: as many
-    /// elements as the row has columns, at most [`MAX_COLUMNS`], which may lie in `memory`. Column 0 is key `first`; the
-    /// columns are a multiple of the vector's lanes.
+    /// Masks what structure masks in a row of products, the first of these, and gives what is to be added to
+    /// it: as many elements as the row has columns, at most [`MAX_COLUMNS`], which may lie in `memory`.
+    /// Column 0 is key `first`; the columns are a multiple of the vector's lanes.
     #[inline(always)]
     pub(crate) fn added<'r, S: Simd<F>>(
         &'r self,
@@ -387,8 +392,8 @@ impl<F: Float, S: Simd<F>> Kernel for Capped<'_, '_, F, S> {
     }
 }
 
-/// The natural logit of a product and what is added to it: rounded once where the level has fused operations. What is
-/// added as -inf masks like a boolean mask, whatever the product is.
+/// The natural logit of a product and what is added to it: rounded once where the level has fused operations.
+/// What is added as -inf masks like a boolean mask, whatever the product is.
 #[inline(always)]
 pub(crate) fn logit<F: Float, S: Simd<F>>(simd: S, product: S::V, factor: S::V, added: S::V) -> S::V {
     let disallowed = simd.equal(added, simd.splat(F::NEG_INFINITY));
@@ -401,8 +406,9 @@ pub(crate) fn masked<F: Float, S: Simd<F>>(simd: S, x: S::V, allowed: S::Mask) -
     simd.select(allowed, x, simd.splat(F::NEG_INFINITY))
 }
 
-/// Adds ALiBi, the slope times the distance of each key, negated, to the vectors of a row of bias, or to zeros, that have
-/// columns in `range`; `ahead` is how far the query's position is ahead of column 0. What masks stays so.
+/// Adds ALiBi, the slope times the distance of each key, negated, to the vectors of a row of bias, or to
+/// zeros, that have columns in `range`; `ahead` is how far the query's position is ahead of column 0. What
+/// masks stays so.
 #[inline(always)]
 fn add_alibi<F: Float, S: Simd<F>>(
     simd: S,

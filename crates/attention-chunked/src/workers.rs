@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use attention_core::red_zones;
 use attention_threads::Team;
 
-/// Runs `work(index, scratch)` for every index below `tasks`, in no particular order, on as many threads of the team as
-/// the scratch has pieces of `bytes` for, each with one to itself.
+/// Runs `work(index, scratch)` for every index below `tasks`, in no particular order, on as many threads of
+/// the team as the scratch has pieces of `bytes` for, each with one to itself.
 ///
 /// Without a whole piece, none of the indices is a task: the scratch was sized for at least one.
 pub(crate) fn run(

@@ -1,5 +1,5 @@
-//! What must not change a bit: padding, strides of masks and biases, whatever is masked, other heads and batch rows, and
-//! the number of threads. Chunk sizes are in `chunks.rs`.
+//! What must not change a bit: padding, strides of masks and biases, whatever is masked, other heads and
+//! batch rows, and the number of threads. Chunk sizes are in `chunks.rs`.
 
 mod common;
 
@@ -182,7 +182,8 @@ fn masked_memory_changes_nothing() {
                     let what = format!("{what}, {name}, {sizes:?}, {number} and {other}");
                     case.run(&backend).assert_same(&want, &[], &what);
                 }
-                // Hidden from the last query alone: the last row has the bits that it has when all rows see a number.
+                // Hidden from the last query alone: the last row has the bits that it has when all rows see a
+                // number.
                 let mut mask = vec![true; queries * keys];
                 mask[(queries - 1) * keys + 5] = false;
                 case.mask = Some((mask, vec![queries, keys]));

@@ -105,8 +105,8 @@ fn chunks_and_threads_do_not_change_a_bit() {
     }
 }
 
-/// An element of the bias is broadcast along queries, keys or both: the order in which the gradients of its logits are summed
-/// must not follow the chunks.
+/// An element of the bias is broadcast along queries, keys or both: the order in which the gradients of its
+/// logits are summed must not follow the chunks.
 #[test]
 fn chunks_do_not_change_a_bit_of_a_broadcast_bias_gradient() {
     let [batch, queries, keys, heads] = [2, 150, 600, 2];
@@ -175,8 +175,8 @@ fn levels_parse_from_their_names() {
     assert!(Level::Scalar.is_available() && Level::available().any(|level| level == Level::best()));
 }
 
-/// The promise of constant memory: the same scratch for any length, at most 1 MiB a thread forward; backward grows
-/// with the states of the rows and one key/value head's dq alone.
+/// The promise of constant memory: the same scratch for any length, at most 1 MiB a thread forward; backward
+/// grows with the states of the rows and one key/value head's dq alone.
 #[test]
 fn scratch_does_not_grow_with_the_sequences() {
     let problem = |length: usize, dtype: DType, backward: bool| {

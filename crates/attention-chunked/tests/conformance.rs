@@ -1,5 +1,5 @@
-//! The conformance suite and the golden sets, at every level of the machine, on one and on several threads and with
-//! chunks of several sizes: results must agree with the oracle, and with each other to the bit.
+//! The conformance suite and the golden sets, at every level of the machine, on one and on several threads
+//! and with chunks of several sizes: results must agree with the oracle, and with each other to the bit.
 //!
 //! A level that the machine lacks is ignored, with what it lacks.
 
@@ -63,7 +63,8 @@ fn conforms_with_f32_split_for_amx() {
     assert!(report.totals().passed > 1000);
 }
 
-/// Not only inside the derived bounds: f64 to 1e-12, and f32 no further from the truth than twice JAX's own f32.
+/// Not only inside the derived bounds: f64 to 1e-12, and f32 no further from the truth than twice JAX's own
+/// f32.
 fn is_as_exact_as_the_golden_sets_ask() {
     for level in Level::available() {
         let backend = ChunkedBackend::with_config(ChunkedConfig::default().level(level));

@@ -1,5 +1,5 @@
-//! Random calls at every level of the machine, checked in every way that the suite knows. `cargo xtask fuzz` runs more
-//! of them, `cargo xtask sanitize` these under the address sanitizer.
+//! Random calls at every level of the machine, checked in every way that the suite knows. `cargo xtask fuzz`
+//! runs more of them, `cargo xtask sanitize` these under the address sanitizer.
 
 use std::sync::Arc;
 
@@ -30,16 +30,20 @@ fn random_calls_are_right_at_every_level() {
         println!("at {level}: {}", fuzz::assert_seeds(subject.clone(), 0..seeds()));
         // A gradient of a bias of one element, whose sum once followed the chunks; with what is around it.
         fuzz::assert_seeds(subject.clone(), 1250..1300);
-        // Logits beyond the range of f64, of which -inf is no mask: only what does not ask which keys a row reads is compared.
+        // Logits beyond the range of f64, of which -inf is no mask: only what does not ask which keys a row
+        // reads is compared.
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(101_171));
         // A gradient of a bias in f64 below all numbers of the f32 that it is computed in.
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(2_010_317));
-        // Dropout of 0.999 in f16: outputs beyond its largest number, of which the infinities that were stored leave no gradients.
+        // Dropout of 0.999 in f16: outputs beyond its largest number, of which the infinities that were
+        // stored leave no gradients.
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(12_015_560));
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(12_019_001));
-        // Queries of bf16 some of which are subnormal, beside a scale of 5e36: AMX takes them as 0, decoding does not.
+        // Queries of bf16 some of which are subnormal, beside a scale of 5e36: AMX takes them as 0, decoding
+        // does not.
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(12_000_939));
-        // A negative scale, and keys that no query sees: the sign of their gradient, 0, once followed the chunks.
+        // A negative scale, and keys that no query sees: the sign of their gradient, 0, once followed the
+        // chunks.
         fuzz::assert_case(subject, &fuzz::FuzzCase::from_seed(5_000_037));
     }
 }

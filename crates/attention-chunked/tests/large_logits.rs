@@ -1,8 +1,8 @@
 //! Finite logits of any size: a row's weights sum to 1, forward and backward, at every level.
 //!
-//! The usual way to mask by a number is a bias of a large negative one, so rows of one such number occur wherever a whole
-//! row is padding. Which values fail where the rounding of a logit comes back as a weight is a matter of luck, so the
-//! sweeps go over one to nine times every power of ten.
+//! The usual way to mask by a number is a bias of a large negative one, so rows of one such number occur
+//! wherever a whole row is padding. Which values fail where the rounding of a logit comes back as a weight is
+//! a matter of luck, so the sweeps go over one to nine times every power of ten.
 
 mod common;
 
@@ -10,8 +10,8 @@ use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
 use attention_core::DType;
 use common::{Case, Data, Results};
 
-/// Sizes that take each way through the backend: small batch rows, chunks of rows, chunks of grouped rows over several
-/// blocks of keys, few rows of one and of several parts.
+/// Sizes that take each way through the backend: small batch rows, chunks of rows, chunks of grouped rows
+/// over several blocks of keys, few rows of one and of several parts.
 const WAYS: [(&str, [usize; 6]); 5] = [
     ("small", [1, 9, 20, 1, 1, 4]),
     ("chunk", [1, 16, 300, 1, 1, 16]),
@@ -25,8 +25,8 @@ fn largest(dtype: DType) -> f64 {
     if dtype == DType::F64 { f64::MAX } else { f64::from(f32::MAX) }
 }
 
-/// One to nine times each power of ten from 1 on, and the largest number; in dtypes whose logits are like another's, or of
-/// very many powers, some of them, another digit each time. Longer ways take every fourth.
+/// One to nine times each power of ten from 1 on, and the largest number; in dtypes whose logits are like
+/// another's, or of very many powers, some of them, another digit each time. Longer ways take every fourth.
 fn magnitudes(dtype: DType, way: &str) -> impl Iterator<Item = f64> {
     let largest = largest(dtype);
     let powers = if dtype == DType::F64 { 0..=308 } else { 0..=38 };
@@ -88,8 +88,8 @@ fn sums(data: &Data, sizes: [usize; 6]) -> Vec<f64> {
         .collect()
 }
 
-/// That probabilities sum to 1 in both passes: with a gradient of ones, each row adds 1 to the sum of dv, and an output is
-/// a mean of values.
+/// That probabilities sum to 1 in both passes: with a gradient of ones, each row adds 1 to the sum of dv, and
+/// an output is a mean of values.
 fn assert_weights_sum_to_one(case: &Case, results: &Results, what: &str) {
     results.assert_finite(what);
     let [_, queries, _, heads, key_heads, _] = case.sizes;
@@ -155,8 +155,8 @@ fn rows_of_one_bias_with_ordinary_products_sum_to_one() {
     });
 }
 
-/// Left padding, all keys but the last, the first block and a half, by a number: what is left is as if alone, once the
-/// number is far enough below.
+/// Left padding, all keys but the last, the first block and a half, by a number: what is left is as if alone,
+/// once the number is far enough below.
 #[test]
 fn padding_by_a_number_is_padding() {
     for_each(|backend, dtype, way, sizes, at| {
@@ -229,8 +229,8 @@ fn large_products_and_scales() {
                 mean_of_values(&case, &results, sizes[2] - 1..sizes[2], &what);
             }
 
-            // A scale of any size that is honoured, on operands that make ordinary logits with it, or none where their
-            // products would be subnormal, which some levels take as 0.
+            // A scale of any size that is honoured, on operands that make ordinary logits with it, or none
+            // where their products would be subnormal, which some levels take as 0.
             let mut case = Case::new(dtype, sizes);
             case.scale = Some(magnitude);
             let is_small = dtype != DType::F16 && magnitude < largest(dtype).powf(0.8);
@@ -296,8 +296,8 @@ fn sinks_of_any_size() {
     });
 }
 
-/// A bias is read in the precision of the logits: what is -inf there masks as a boolean mask does, and whatever the
-/// memory of such a key holds reaches nothing.
+/// A bias is read in the precision of the logits: what is -inf there masks as a boolean mask does, and
+/// whatever the memory of such a key holds reaches nothing.
 #[test]
 fn a_bias_of_minus_infinity_masks_memory_that_is_not_a_number() {
     for_each(|backend, dtype, _, sizes, at| {

@@ -1,8 +1,9 @@
 //! What probabilities of each query row are made of, and the gradient of the sinks, which takes nothing else.
 //!
-//! The forward pass left the logsumexp of a row. Its difference from a shift that a logit can be compared with goes into
-//! a factor, the gain, so that nothing is rounded at the size of the logsumexp but the logsumexp itself. Where that was
-//! rounded too far, which is where it is large, the sum of the keys at hand takes its place ([`own`]).
+//! The forward pass left the logsumexp of a row. Its difference from a shift that a logit can be compared
+//! with goes into a factor, the gain, so that nothing is rounded at the size of the logsumexp but the
+//! logsumexp itself. Where that was rounded too far, which is where it is large, the sum of the keys at hand
+//! takes its place ([`own`]).
 
 mod own;
 
@@ -21,8 +22,8 @@ pub(super) use own::{Workers, replace};
 /// Rows whose states are computed by one task.
 const TASK_ROWS: usize = 256;
 
-/// The shift, the logarithm of the gain and the row term of a query row, as [`RowState`](super::gradient::RowState) has
-/// them.
+/// The shift, the logarithm of the gain and the row term of a query row, as
+/// [`RowState`](super::gradient::RowState) has them.
 pub(crate) type State = [f64; 3];
 
 /// Bytes of the states of all query rows, `[B, N, T]`; `None` on overflow.
@@ -42,8 +43,8 @@ pub(crate) struct SharedStates<'m> {
     memory: std::marker::PhantomData<&'m mut [State]>,
 }
 
-// SAFETY: an exclusive piece of plain data, whose elements are written through an unsafe method that asks its callers for
-// different elements on different threads.
+// SAFETY: an exclusive piece of plain data, whose elements are written through an unsafe method that asks its
+// callers for different elements on different threads.
 unsafe impl Sync for SharedStates<'_> {}
 
 impl<'m> SharedStates<'m> {
@@ -62,9 +63,10 @@ impl<'m> SharedStates<'m> {
     }
 }
 
-/// The largest logsumexp whose own rounding is no concern: relative to probabilities, it is up to half a unit in the last
-/// place of the logsumexp. At 128 that is 64 roundings of a class with operands of the logsumexp's own precision, half
-/// of what the products of a head of 128 are allowed; halves round probabilities themselves, by more than all of it.
+/// The largest logsumexp whose own rounding is no concern: relative to probabilities, it is up to half a unit
+/// in the last place of the logsumexp. At 128 that is 64 roundings of a class with operands of the
+/// logsumexp's own precision, half of what the products of a head of 128 are allowed; halves round
+/// probabilities themselves, by more than all of it.
 fn largest_exact(dtype: DType) -> f64 {
     match dtype {
         DType::F32 | DType::F64 => 128.0,
@@ -83,7 +85,8 @@ fn round_shift<F: Float>(natural: f64, unit: F) -> f64 {
     F::from_f64((natural / unit.to_f64()).clamp(-largest, largest)).to_f64()
 }
 
-/// The shift that a logsumexp stands for, where logits come in units of size `unit`, and the logarithm of the gain.
+/// The shift that a logsumexp stands for, where logits come in units of size `unit`, and the logarithm of the
+/// gain.
 pub(crate) fn split<F: Float>(unit: F, lse: f64) -> [f64; 2] {
     if !lse.is_finite() {
         return [lse, 0.0];
@@ -93,8 +96,8 @@ pub(crate) fn split<F: Float>(unit: F, lse: f64) -> [f64; 2] {
 }
 
 /// Computes the state of every query row, `[B, N, T]`, with `split(batch, lse)` for shift and gain, and
-/// `<d_out, out> - d_lse` in f64: the product is subtracted from numbers that it nearly equals. Says whether there is a
-/// logsumexp that has lost digits.
+/// `<d_out, out> - d_lse` in f64: the product is subtracted from numbers that it nearly equals. Says whether
+/// there is a logsumexp that has lost digits.
 pub(crate) fn compute<'m>(
     problem: &Problem,
     saved: &BackwardInputs<'_>,
@@ -134,8 +137,8 @@ pub(crate) fn compute<'m>(
     (states, any_lost.into_inner())
 }
 
-/// `dsink[n] = -sum over rows of exp(sink - lse) (<d_out, out> - d_lse)`: the sink has no value, so the derivative
-/// of the softmax leaves only the row term. `unit(batch)` is the size of the unit of the shifts.
+/// `dsink[n] = -sum over rows of exp(sink - lse) (<d_out, out> - d_lse)`: the sink has no value, so the
+/// derivative of the softmax leaves only the row term. `unit(batch)` is the size of the unit of the shifts.
 pub(crate) fn sink_gradient(
     problem: &Problem,
     inputs: &Inputs<'_>,
@@ -151,8 +154,8 @@ pub(crate) fn sink_gradient(
     for head in 0..dims.query_heads {
         let sink: f64 = sinks.at(&[head]);
         let mut sum = 0.0;
-        // A sink of -inf is no sink: no row has a gradient through it, whatever its own are. Without query rows there may be any
-        // number of batch rows.
+        // A sink of -inf is no sink: no row has a gradient through it, whatever its own are. Without query
+        // rows there may be any number of batch rows.
         let batches = if sink == f64::NEG_INFINITY || dims.query_length == 0 { 0 } else { dims.batch };
         for batch in 0..batches {
             let first = (batch * dims.query_heads + head) * dims.query_length;

@@ -1,9 +1,9 @@
 //! Matrix products on packed operands: what an implementation of the chunked algorithm is built from.
 //!
-//! The algorithm ([`forward`](crate::forward), [`backward`](crate::backward)) is written once over [`Engine`]. An
-//! engine decides how operands are packed, multiplies them, and says with which vectors everything between the
-//! products is done. [`Fused`](vector::Fused) multiplies with fused multiply-add on any vector level;
-//! [`Tiles`](amx::Tiles) with the matrix unit of AMX.
+//! The algorithm ([`forward`](crate::forward), [`backward`](crate::backward)) is written once over
+//! [`Engine`]. An engine decides how operands are packed, multiplies them, and says with which vectors
+//! everything between the products is done. [`Fused`](vector::Fused) multiplies with fused multiply-add on
+//! any vector level; [`Tiles`](amx::Tiles) with the matrix unit of AMX.
 //!
 //! Shapes of one block: `rows` query rows, `keys` keys, `width` the head dimension of the operand at hand.
 
@@ -37,7 +37,8 @@ pub(crate) const fn tile_stride<E: Engine>() -> usize {
 pub(crate) enum Staged<'a, F> {
     /// Converted to what is computed in.
     Floats(FloatRows<'a, F>),
-    /// As they lie in the caller's tensor, for an engine with [`TAKES_BF16`](Engine::TAKES_BF16); empty where zero.
+    /// As they lie in the caller's tensor, for an engine with [`TAKES_BF16`](Engine::TAKES_BF16); empty where
+    /// zero.
     Bf16([&'a [bf16]; STAGE]),
 }
 
@@ -116,8 +117,8 @@ pub(crate) enum Accumulate<'a, F> {
 }
 
 /// A way to multiply. All lengths are in elements of [`Packed`](Self::Packed) unless they say otherwise; all
-/// methods panic where a buffer is shorter than its length function says, so no argument reaches memory it should
-/// not.
+/// methods panic where a buffer is shorter than its length function says, so no argument reaches memory it
+/// should not.
 pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// What logits, softmax and sums are computed in.
     type F: Operands;
@@ -173,8 +174,9 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// Packs staged rows `first..first + STAGE` of `keys`.
     fn pack_values(self, staged: Staged<'_, Self::F>, first: usize, keys: usize, to: &mut [Self::Packed]);
 
-    /// `out[row - rows.start][key - range.start] = <queries[row], keys[key]>` for the queries `rows` and the keys
-    /// `range`, whose ends are multiples of [`KEY_STEP`](Self::KEY_STEP), or the second is the number of keys.
+    /// `out[row - rows.start][key - range.start] = <queries[row], keys[key]>` for the queries `rows` and the
+    /// keys `range`, whose ends are multiples of [`KEY_STEP`](Self::KEY_STEP), or the second is the number of
+    /// keys.
     fn products(
         self,
         queries: PackedRows<'_, Self::Packed>,
@@ -193,8 +195,9 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// Called inside [`Simd::vectorize`].
     ///
     /// # Safety
-    /// `packed` points to [`weights_len`](Self::weights_len) elements of a block with `keys` columns; `row` and the
-    /// columns `column..column + 2 * LANES` are inside the block; `tile` points to those columns of the row.
+    /// `packed` points to [`weights_len`](Self::weights_len) elements of a block with `keys` columns; `row`
+    /// and the columns `column..column + 2 * LANES` are inside the block; `tile` points to those columns of
+    /// the row.
     unsafe fn put_weights(
         simd: Self::S,
         packed: *mut Self::Packed,
@@ -205,8 +208,9 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
         weights: [<Self::S as Simd<Self::F>>::V; 2],
     );
 
-    /// `out[row] = sum over keys of weights[row][key] * values[keys.start + key]` for the rows of the weights and
-    /// the keys of the tile, which are `keys` of the values; `accumulate` says what becomes of what `out` has.
+    /// `out[row] = sum over keys of weights[row][key] * values[keys.start + key]` for the rows of the weights
+    /// and the keys of the tile, which are `keys` of the values; `accumulate` says what becomes of what `out`
+    /// has.
     fn weighted_sums(
         self,
         weights: Weights<'_, Self::F, Self::Packed>,
@@ -222,13 +226,14 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// Whether gradients are packed on their way to the tile, by [`put_gradients`](Self::put_gradients).
     const PACKS_GRADIENTS: bool = false;
 
-    /// Packs what is computed of two neighbouring rows, the first even, at two neighbouring vectors of columns:
-    /// `[row][vector]`, zero where there is nothing.
+    /// Packs what is computed of two neighbouring rows, the first even, at two neighbouring vectors of
+    /// columns: `[row][vector]`, zero where there is nothing.
     ///
     /// Called inside [`Simd::vectorize`], where [`PACKS_GRADIENTS`](Self::PACKS_GRADIENTS).
     ///
     /// # Safety
-    /// The buffers are those of a block; rows and columns are inside it, and the columns are a multiple of two vectors.
+    /// The buffers are those of a block; rows and columns are inside it, and the columns are a multiple of
+    /// two vectors.
     #[inline(always)]
     unsafe fn put_gradients(
         _: Self::S,
@@ -248,8 +253,8 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// Length of the scratch that [`pack_gradients`](Self::pack_gradients) fills.
     fn gradients_len(rows: usize, keys: usize) -> usize;
     /// Packs a tile of `rows` rows, the first `count` real, of `keys` columns, for
-    /// [`weighted_sums`](Self::weighted_sums) (`as_weights`) and for [`add_key_sums`](Self::add_key_sums). Nothing to
-    /// do where products take the tile as it is.
+    /// [`weighted_sums`](Self::weighted_sums) (`as_weights`) and for [`add_key_sums`](Self::add_key_sums).
+    /// Nothing to do where products take the tile as it is.
     fn pack_gradients(
         self,
         tile: &[Self::F],
@@ -261,8 +266,8 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
     );
     /// Elements of the sums of `keys` keys.
     fn key_sums_len(keys: usize, width: usize) -> usize;
-    /// `sums[keys.start + key] += sum over rows of weights[row][key] * terms[first + row]` for the rows of the
-    /// weights and the keys of the tile, which are `keys` of the sums.
+    /// `sums[keys.start + key] += sum over rows of weights[row][key] * terms[first + row]` for the rows of
+    /// the weights and the keys of the tile, which are `keys` of the sums.
     fn add_key_sums(
         self,
         weights: Weights<'_, Self::F, Self::Packed>,
@@ -272,8 +277,9 @@ pub(crate) trait Engine: Copy + Send + Sync + std::fmt::Debug + 'static {
         width: usize,
         sums: KeySumsMut<'_, Self::F>,
     );
-    /// The sums of keys `first..first + STAGE` of `keys`, as rows some distance apart, which is also given: where they
-    /// lie, or in the room, which is as long as that of staged rows. `first` is a multiple of [`STAGE`].
+    /// The sums of keys `first..first + STAGE` of `keys`, as rows some distance apart, which is also given:
+    /// where they lie, or in the room, which is as long as that of staged rows. `first` is a multiple of
+    /// [`STAGE`].
     fn key_sum_rows<'r>(
         self,
         sums: &'r [Self::F],

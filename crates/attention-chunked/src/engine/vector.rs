@@ -1,8 +1,8 @@
 //! Products by fused multiply-add, on any vector level.
 //!
-//! The right operand is packed in panels of the register tile's columns, `[panel][depth][columns]`, the last one
-//! narrower; the left one is read element by element and needs no packing beyond being in the computing type. So a
-//! block of weights is used where it lies, in either direction.
+//! The right operand is packed in panels of the register tile's columns, `[panel][depth][columns]`, the last
+//! one narrower; the left one is read element by element and needs no packing beyond being in the computing
+//! type. So a block of weights is used where it lies, in either direction.
 
 use std::ops::Range;
 

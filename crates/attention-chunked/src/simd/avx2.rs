@@ -42,7 +42,8 @@ macro_rules! common {
         }
         #[inline(always)]
         fn splat(self, x: $float) -> Self::V {
-            // SAFETY: `self` proves that the processor has the instruction. The same holds for every block below.
+            // SAFETY: `self` proves that the processor has the instruction. The same holds for every block
+            // below.
             unsafe { $splat(x) }
         }
         #[inline(always)]
@@ -159,8 +160,8 @@ impl Simd<f32> for Avx2 {
     fn times_power_of_two(self, a: __m256, k: __m256) -> __m256 {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe {
-            // In two factors, so that neither overflows. An exponent below the range gives some number, which the
-            // caller does not use.
+            // In two factors, so that neither overflows. An exponent below the range gives some number, which
+            // the caller does not use.
             let k = _mm256_cvtps_epi32(k);
             let half = _mm256_srai_epi32::<1>(k);
             let power = |k| {

@@ -8,8 +8,8 @@ use super::elementary::power_by_polynomial;
 use super::{Base, Kernel, Simd};
 use crate::Level;
 
-/// The proof that the processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C; with `BF16` also AVX-512 BF16, which
-/// kernels are then compiled with.
+/// The proof that the processor has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C; with `BF16` also AVX-512
+/// BF16, which kernels are then compiled with.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512<const BF16: bool = false>(());
 
@@ -79,7 +79,8 @@ macro_rules! common {
         type Mask = $mask;
 
         const LANES: usize = 64 / size_of::<$float>();
-        // 24 accumulators, 4 vectors of the panel and a broadcast: 29 of 32 registers, and 10 loads to 24 products.
+        // 24 accumulators, 4 vectors of the panel and a broadcast: 29 of 32 registers, and 10 loads to 24
+        // products.
         const TILE_ROWS: usize = 6;
         const TILE_VECTORS: usize = 4;
         const SIDE_BY_SIDE: usize = 4;
@@ -91,7 +92,8 @@ macro_rules! common {
         }
         #[inline(always)]
         fn splat(self, x: $float) -> Self::V {
-            // SAFETY: `self` proves that the processor has the instruction. The same holds for every block below.
+            // SAFETY: `self` proves that the processor has the instruction. The same holds for every block
+            // below.
             unsafe { $splat(x) }
         }
         #[inline(always)]
@@ -217,8 +219,9 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
         _mm512_reduce_max_ps
     );
 
-    /// `2^y = 2^k 2^(i / 32) 2^r` with `|r| <= 1/64`: the middle factor from a table in two registers, the last from a
-    /// polynomial of degree 2 (minimax in the relative error, 5.3e-8), and the first added to the exponent.
+    /// `2^y = 2^k 2^(i / 32) 2^r` with `|r| <= 1/64`: the middle factor from a table in two registers, the
+    /// last from a polynomial of degree 2 (minimax in the relative error, 5.3e-8), and the first added to the
+    /// exponent.
     #[inline(always)]
     fn power<const COUNT: usize>(self, base: Base<f32>, x: [__m512; COUNT]) -> [__m512; COUNT] {
         let one = Simd::<f32>::splat(self, 1.0);
@@ -235,7 +238,8 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
     ) -> [__m512; COUNT] {
         // SAFETY: `self` proves that the processor has the instructions; the table is two vectors long.
         unsafe {
-            // Adding it leaves k and i, the integer and the 32nds of the nearest multiple of 1/32, in the low bits.
+            // Adding it leaves k and i, the integer and the 32nds of the nearest multiple of 1/32, in the low
+            // bits.
             let shift = _mm512_set1_ps(1.5 * (1 << 18) as f32);
             let log2 = _mm512_set1_ps(base.log2);
             let low = _mm512_loadu_si512(POWERS.as_ptr().cast());

@@ -3,13 +3,14 @@
 use super::{Base, Simd};
 use crate::float::Float;
 
-/// `2^(log2 x)` of several vectors, to within 3 units in the last place (1.5 where the level has no table) of that of the
-/// product, which is not rounded where the level has fused operations; exactly 1 at 0; 0 below the smallest normal number
-/// and at negative infinity; NaN stays NaN. From 128 on (1024 in f64) the result is any number.
+/// `2^(log2 x)` of several vectors, to within 3 units in the last place (1.5 where the level has no table) of
+/// that of the product, which is not rounded where the level has fused operations; exactly 1 at 0; 0 below
+/// the smallest normal number and at negative infinity; NaN stays NaN. From 128 on (1024 in f64) the result
+/// is any number.
 ///
-/// Results that would be subnormal are 0, since processors take a hundred times as long for products with them, and
-/// weights that small are nothing beside the largest. The steps are taken for all vectors together, so that the
-/// processor finds independent operations side by side.
+/// Results that would be subnormal are 0, since processors take a hundred times as long for products with
+/// them, and weights that small are nothing beside the largest. The steps are taken for all vectors together,
+/// so that the processor finds independent operations side by side.
 #[inline(always)]
 pub(crate) fn power<F: Float, S: Simd<F>, const COUNT: usize>(
     simd: S,

@@ -1,9 +1,9 @@
-//! Vectors of one instruction set, behind one trait: kernels are written once, over [`Simd`], and compiled for each
-//! level in its file.
+//! Vectors of one instruction set, behind one trait: kernels are written once, over [`Simd`], and compiled
+//! for each level in its file.
 //!
-//! A value of a type that implements [`Simd`] is the proof that the machine has the level: it is made by detection
-//! alone. Whatever uses its operations must be inlined into [`Simd::vectorize`], which is where the instructions are
-//! enabled; so kernels are structs whose `run` and helpers are `#[inline(always)]`.
+//! A value of a type that implements [`Simd`] is the proof that the machine has the level: it is made by
+//! detection alone. Whatever uses its operations must be inlined into [`Simd::vectorize`], which is where the
+//! instructions are enabled; so kernels are structs whose `run` and helpers are `#[inline(always)]`.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -37,8 +37,8 @@ pub(crate) trait Kernel {
 pub(crate) struct Base<F> {
     /// The logarithm to base two: positive, finite and a normal number.
     pub(crate) log2: F,
-    /// The exponent below which a power would be less than the smallest normal number. Finite, so that -inf is
-    /// below.
+    /// The exponent below which a power would be less than the smallest normal number. Finite, so that -inf
+    /// is below.
     pub(crate) least: F,
 }
 
@@ -53,8 +53,8 @@ impl<F: Float> Base<F> {
 /// Vector operations on one kind of float, at one level.
 ///
 /// # Safety
-/// The methods that take pointers are unsafe and say how many elements they reach. The others are safe because a
-/// value of the type proves that the instructions exist.
+/// The methods that take pointers are unsafe and say how many elements they reach. The others are safe
+/// because a value of the type proves that the instructions exist.
 pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// A vector.
     type V: Copy;
@@ -148,7 +148,8 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     /// The largest lane; a NaN may win or lose.
     fn reduce_max(self, a: Self::V) -> F;
 
-    /// Powers of vectors side by side, as [`power`] says; from a polynomial alone, unless the level has a table.
+    /// Powers of vectors side by side, as [`power`] says; from a polynomial alone, unless the level has a
+    /// table.
     fn power<const COUNT: usize>(self, base: Base<F>, x: [Self::V; COUNT]) -> [Self::V; COUNT];
 
     /// The same, each multiplied by a factor.

@@ -134,7 +134,8 @@ fn tanh_is_within_two_and_a_half_units() {
     }
 }
 
-/// The product with the logarithm is not rounded where operations are fused: powers of e keep the digits of those of two.
+/// The product with the logarithm is not rounded where operations are fused: powers of e keep the digits of
+/// those of two.
 #[test]
 fn powers_of_e_lose_no_digits_to_the_change_of_base() {
     for (level, (single, double)) in functions() {

@@ -63,7 +63,8 @@ impl Data {
         }
     }
 
-    /// As [`view`](Self::view), of data whose last axis has a stride of two: every second element is another number.
+    /// As [`view`](Self::view), of data whose last axis has a stride of two: every second element is another
+    /// number.
     pub(crate) fn strided<'a>(&'a self, shape: &[usize]) -> View<'a> {
         fn make<'a, T: Element>(data: &'a [T], shape: &[usize]) -> View<'a> {
             View::strided(data, 0, dims(shape), strides(shape, 2)).expect("the data has the shape, twice")

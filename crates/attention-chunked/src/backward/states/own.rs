@@ -22,10 +22,12 @@ pub(crate) struct Workers<'m> {
     pub(crate) bytes: usize,
 }
 
-/// Puts sums of the keys at hand in the place of the logsumexps that have lost digits, for the batch rows of an engine.
+/// Puts sums of the keys at hand in the place of the logsumexps that have lost digits, for the batch rows of
+/// an engine.
 ///
-/// The products are those of the gradients, to the bit, so the probabilities sum to 1. Where the keys at hand are not
-/// all that the row has (context parallelism), their logsumexp is another than the one that was given, which then stays.
+/// The products are those of the gradients, to the bit, so the probabilities sum to 1. Where the keys at hand
+/// are not all that the row has (context parallelism), their logsumexp is another than the one that was
+/// given, which then stays.
 pub(crate) fn replace<E: Engine>(
     backward: &Backward<'_, E>,
     lse: &Floats<'_>,
@@ -107,10 +109,11 @@ impl Own {
         Self { shift, log_gain: -log_sum, lse: shift.mul_add(size, log_sum) }
     }
 
-    /// Whether this is the logsumexp that was given for the whole row, to within the rounding of what was stored.
+    /// Whether this is the logsumexp that was given for the whole row, to within the rounding of what was
+    /// stored.
     ///
-    /// Four units in the last place is what two ways of summing differ by; a rest of the row that hides in it is as small
-    /// as the rounding of the logsumexp that was given.
+    /// Four units in the last place is what two ways of summing differ by; a rest of the row that hides in it
+    /// is as small as the rounding of the logsumexp that was given.
     fn is_of(&self, given: f64, dtype: DType) -> bool {
         let epsilon = if dtype == DType::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
         self.lse.is_finite() && (self.lse - given).abs() <= 4.0 * epsilon * self.lse.abs().max(given.abs())
