@@ -246,7 +246,8 @@ impl Plan {
     fn backward(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
         let dims = problem.dims();
         let rows = [dims.batch, dims.query_heads, dims.query_length];
-        // Offsets; row terms, scores and, for each head, whether it has a far row (kernels/src/cuda/attention/gradients.cuh).
+        // Offsets; row terms, scores and, per head, whether it has a far row
+        // (kernels/src/cuda/fused/backward/gradients.cuh).
         self.scratch([&rows, &[dims.batch, dims.query_heads, 2 * dims.query_length + 1]])?;
         let wants = |gradient| problem.gradients().contains(gradient);
         let kernel = Kernel {
