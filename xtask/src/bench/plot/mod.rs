@@ -50,7 +50,10 @@ mod tests {
     fn every_figure_is_shown_and_names_its_records() {
         let page = generated::read("docs/performance/results.md").unwrap();
         for (file, records, draw) in FIGURES {
-            assert!(page.contains(&format!("](plots/{file})")), "{file} is not in docs/performance/results.md");
+            assert!(
+                page.contains(&format!("](plots/{file})")),
+                "{file} is not in docs/performance/results.md"
+            );
             let read: Vec<Record> = records.iter().map(|file| Record::read(file).unwrap()).collect();
             let figure = draw(&read).unwrap();
             for record in *records {
