@@ -370,7 +370,7 @@ impl Shape {
 
     /// Shared memory of the kernel for the gradients of keys and values.
     pub(crate) fn keys_bytes(self, tiles: Tiles) -> usize {
-        // `STATES` of the kernel.
+        // `NUMBERS` of the kernel.
         let states = (2 * tiles.rows + 4) * self.dtype.accumulator().size();
         self.both(tiles, tiles.keys)
             + tiles.stages * (self.both(tiles, tiles.rows) + states)

@@ -52,9 +52,9 @@ pub struct Parameters {
     /// The address of a [`Batch`] for each batch row, or 0 where `uniform` is that of all.
     batches: u64,
     uniform: Batch,
-    /// The addresses of the scratch of kernels that have some.
+    /// The addresses of the scratch of kernels that have some: `partial_out` or `row_offsets` in the kernels.
     pub first: u64,
-    /// See [`first`](Self::first).
+    /// See [`first`](Self::first): `partial_state` or `row_deltas` in the kernels.
     pub second: u64,
     batch: i64,
     query_length: i64,
@@ -70,9 +70,9 @@ pub struct Parameters {
     head_dim: i32,
     value_head_dim: i32,
     group: i32,
-    /// Query heads whose rows share tiles; 1 unless set.
+    /// Query heads whose rows share tiles (pack GQA), `pack_gqa` in the kernels; 1 unless set.
     pub pack: i32,
-    /// Parts that the keys are cut into; 1 unless set.
+    /// Splits of the keys (split-KV), `splits` in the kernels; 1 unless set.
     pub parts: i32,
     aligned: u32,
     bias_dtype: i32,

@@ -6,8 +6,8 @@
 // -inf for a row that sees nothing; null where nothing makes it large.
 
 // cuDNN rounds logits in base two before it subtracts the row max, to half a unit in the last place of the
-// logit, which differs from key to key. Below this, a weight is off by 2^-14 at most, less than by its own
-// rounding.
+// larger of the two, which differs from key to key. Below this, a weight is off by 2^-14 at most, less than
+// by its own rounding.
 constexpr real LARGE = 1024;
 
 // Which of a warp's rows, one to a group, have a large logsumexp.

@@ -27,7 +27,7 @@ struct Parameters {
     Batch uniform;
     // Scratch. Forward with split keys: partial outputs [split, B, N, T, Hv], and row max and row sum [split,
     // B, N, T, 2]. Backward: what gradients.cuh has of each row, offsets in the first and row terms, scores
-    // and far heads in the second.
+    // and far heads in the second. Behind cuDNN's forward pass: its logsumexp, as offsets.
     union {
         real *partial_out;
         real *row_offsets;
@@ -78,7 +78,7 @@ static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) 
 #define ALIGNED_D_VALUE (1 << 13)
 
 // Bits of FEATURES: the options that a kernel is compiled for. The generic kernel has all of them, and tests
-// at run time.
+// at run time, but for FEATURE_LOGITS, which is known when it is compiled.
 #define FEATURE_MASK 1
 #define FEATURE_BIAS 2
 #define FEATURE_ALIBI 4

@@ -51,7 +51,7 @@ mod tests {
         let page = generated::read("docs/performance/results.md").unwrap();
         for (file, records, draw) in FIGURES {
             assert!(
-                page.contains(&format!("](plots/{file})")),
+                page.contains(&format!("](../plots/{file})")),
                 "{file} is not in docs/performance/results.md"
             );
             let read: Vec<Record> = records.iter().map(|file| Record::read(file).unwrap()).collect();

@@ -7,7 +7,7 @@ struct QueryRows {
     Row rows[row_slots<ROWS>()];
     real offsets[row_slots<ROWS>()], deltas[row_slots<ROWS>()];
     real sums[row_slots<ROWS>()][output_slots<HEAD>()];
-    // Tiles of keys so far, over both rounds.
+    // Tiles of keys so far; on warpgroups over both rounds.
     int step;
 };
 
