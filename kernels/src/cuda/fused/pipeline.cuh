@@ -69,4 +69,34 @@ __device__ inline void warpgroup_reg_alloc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 }
 
+// The mbarriers of a kernel that loads some operands once and streams others through a ring of STAGES: one on
+// which consumers wait for the former, and for each stage one on which they wait for its tiles (`full`), and
+// one on which producers wait for the tiles' last reader (`empty`).
+struct RingPipeline {
+    Mbarrier *once_full, *full, *empty;
+};
+
+// In shared memory from `memory` on, with this many arrivals of consumers to empty a stage. Initialised by one
+// thread, for all threads of the block, which meet here.
+__device__ inline RingPipeline ring_pipeline(real *memory, int consumer_arrivals) {
+    RingPipeline pipeline;
+    pipeline.once_full = reinterpret_cast<Mbarrier *>(memory);
+    pipeline.full = pipeline.once_full + 1;
+    pipeline.empty = pipeline.full + STAGES;
+    if (threadIdx.x == 0) {
+        mbarrier_init(pipeline.once_full, PRODUCER_THREADS);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(pipeline.full + stage, PRODUCER_THREADS);
+            mbarrier_init(pipeline.empty + stage, consumer_arrivals);
+        }
+    }
+    __syncthreads();
+    return pipeline;
+}
+
+#else
+
+// All threads load and compute, and meet at barriers of the block.
+struct RingPipeline {};
+
 #endif

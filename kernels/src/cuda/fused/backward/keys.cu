@@ -13,7 +13,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
     const KeyTile tile = key_tile_of_block(p);
     KeySums sums;
 #if ON_WARPGROUPS
-    const KeyPipeline pipeline = key_pipeline(shared);
+    // Each consumer thread arrives: each reads the rows' numbers itself.
+    const RingPipeline pipeline = ring_pipeline(shared.workspace, THREADS);
     if (threadIdx.x >= THREADS) {
         warpgroup_reg_dealloc();
         produce(p, tile, shared, pipeline);
@@ -21,9 +22,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
     }
     warpgroup_reg_alloc();
 #else
-    // All threads load and compute.
-    const struct {
-    } pipeline;
+    const RingPipeline pipeline{};
 #endif
     consume(p, tile, shared, pipeline, sums);
     store_gradients(p, tile, sums, memory);

@@ -19,7 +19,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     }
     QueryRows state;
 #if ON_WARPGROUPS
-    const QueryPipeline pipeline = query_pipeline(shared);
+    if (threadIdx.x == 0) *shared.has_far = 0;
+    const RingPipeline pipeline = ring_pipeline(shared.workspace, WARPS);
     if (threadIdx.x >= THREADS) {
         warpgroup_reg_dealloc();
         produce(p, tile, shared, pipeline, wants_gradient);
@@ -27,9 +28,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     }
     warpgroup_reg_alloc();
 #else
-    // All threads load and compute.
-    const struct {
-    } pipeline;
+    const RingPipeline pipeline{};
 #endif
     begin_rows(p, tile, shared, state);
     const bool is_far_tile = begin_tile(p, tile, shared, pipeline);

@@ -46,9 +46,8 @@ __device__ inline void logit_gradients(const Parameters &p, const KeyTile &tile,
     }
 }
 
-template <class Pipeline>
 __device__ inline void consume(const Parameters &p, const KeyTile &tile, const SharedKeys &shared,
-                               const Pipeline &pipeline, KeySums &sums) {
+                               const RingPipeline &pipeline, KeySums &sums) {
 #pragma unroll
     for (int r = 0; r < row_slots<KEYS>(); ++r) {
 #pragma unroll
@@ -58,7 +57,7 @@ __device__ inline void consume(const Parameters &p, const KeyTile &tile, const S
     }
     if (tile.steps > 0) {
 #if ON_WARPGROUPS
-        mbarrier_wait(pipeline.key_full, 0);
+        mbarrier_wait(pipeline.once_full, 0);
 #else
         load_keys(p, tile, shared);
         load_values(p, tile, shared);

@@ -73,41 +73,16 @@ __device__ inline void load_step(const Parameters &p, const KeyTile &tile, const
 
 #if ON_WARPGROUPS
 
-// An mbarrier on which consumers wait for keys and values, and for each stage of queries and d_out one on
-// which they wait for the tiles (`full`), and one on which producers wait for the tiles' last reader
-// (`empty`).
-struct KeyPipeline {
-    Mbarrier *key_full, *full, *empty;
-};
-
-// Initialised by one thread, for all threads of the block, which meet here.
-__device__ inline KeyPipeline key_pipeline(const SharedKeys &shared) {
-    KeyPipeline pipeline;
-    pipeline.key_full = reinterpret_cast<Mbarrier *>(shared.workspace);
-    pipeline.full = pipeline.key_full + 1;
-    pipeline.empty = pipeline.full + STAGES;
-    if (threadIdx.x == 0) {
-        mbarrier_init(pipeline.key_full, PRODUCER_THREADS);
-        for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(pipeline.full + stage, PRODUCER_THREADS);
-            // Each consumer thread arrives: each reads the rows' numbers itself.
-            mbarrier_init(pipeline.empty + stage, THREADS);
-        }
-    }
-    __syncthreads();
-    return pipeline;
-}
-
 // All that a producer thread does.
 __device__ inline void produce(const Parameters &p, const KeyTile &tile, const SharedKeys &shared,
-                               const KeyPipeline &pipeline) {
+                               const RingPipeline &pipeline) {
     const bool has_queries = threadIdx.x < THREADS + LOADING_THREADS;
     if (tile.steps == 0) return;
     if (has_queries)
         load_keys(p, tile, shared);
     else
         load_values(p, tile, shared);
-    mbarrier_arrive_after_copies(pipeline.key_full);
+    mbarrier_arrive_after_copies(pipeline.once_full);
     int step = 0;
     for (long long n = tile.key_head * p.group; n < (tile.key_head + 1) * p.group; ++n) {
         for (int t = tile.from; t < tile.to; t += ROWS, ++step) {

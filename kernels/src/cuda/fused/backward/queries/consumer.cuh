@@ -90,9 +90,8 @@ __device__ inline void logit_gradients(const Parameters &p, const QueryTile &til
 // The softmax of the tile's far rows once more, from the products that the gradients are made of
 // (far_rows.cuh): a round over the keys of its own. States of far rows are replaced here and in scratch, for
 // the kernels behind this one.
-template <class Pipeline>
 __device__ inline void sum_far_rows(const Parameters &p, const QueryTile &tile, const SharedQueries &shared,
-                                    const Pipeline &pipeline, QueryRows &state) {
+                                    const RingPipeline &pipeline, QueryRows &state) {
 #if ON_WARPGROUPS
     // Scores change below, once every warp has looked at them.
     consumer_sync();
@@ -137,13 +136,12 @@ __device__ inline void sum_far_rows(const Parameters &p, const QueryTile &tile, 
 }
 
 // The first loads, or the wait for those of the producers, and whether the tile has a far row.
-template <class Pipeline>
 __device__ inline bool begin_tile(const Parameters &p, const QueryTile &tile, const SharedQueries &shared,
-                                  const Pipeline &pipeline) {
+                                  const RingPipeline &pipeline) {
     bool any_far = false;
 #if ON_WARPGROUPS
     if (tile.from < tile.to) {
-        mbarrier_wait(pipeline.query_full, 0);
+        mbarrier_wait(pipeline.once_full, 0);
         // Each warp looks at all rows.
         for (int row = threadIdx.x % 32; row < ROWS; row += 32) any_far |= shared.scores[row] != 0;
     }
@@ -159,9 +157,8 @@ __device__ inline bool begin_tile(const Parameters &p, const QueryTile &tile, co
 #endif
 }
 
-template <class Pipeline>
 __device__ inline void consume(const Parameters &p, const QueryTile &tile, const SharedQueries &shared,
-                               const Pipeline &pipeline, bool is_far_tile, QueryRows &state) {
+                               const RingPipeline &pipeline, bool is_far_tile, QueryRows &state) {
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r)
 #pragma unroll

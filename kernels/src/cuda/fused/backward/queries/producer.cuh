@@ -96,43 +96,18 @@ __device__ inline void load_step(const Parameters &p, const QueryTile &tile, con
 
 #if ON_WARPGROUPS
 
-// An mbarrier on which consumers wait for queries and d_out, and for each stage of keys and values one on
-// which they wait for the tiles (`full`), and one on which producers wait for the tiles' last reader
-// (`empty`).
-struct QueryPipeline {
-    Mbarrier *query_full, *full, *empty;
-};
-
-// Initialised by one thread, for all threads of the block, which meet here.
-__device__ inline QueryPipeline query_pipeline(const SharedQueries &shared) {
-    QueryPipeline pipeline;
-    pipeline.query_full = reinterpret_cast<Mbarrier *>(shared.workspace);
-    pipeline.full = pipeline.query_full + 1;
-    pipeline.empty = pipeline.full + STAGES;
-    if (threadIdx.x == 0) {
-        *shared.has_far = 0;
-        mbarrier_init(pipeline.query_full, PRODUCER_THREADS);
-        for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(pipeline.full + stage, PRODUCER_THREADS);
-            mbarrier_init(pipeline.empty + stage, WARPS);
-        }
-    }
-    __syncthreads();
-    return pipeline;
-}
-
 // All that a producer thread does. Keys and values are loaded once more where consumers find far rows and the
 // gradient is wanted; the first round is loaded in any case, so producers need not wait to know. Consumers
 // set `has_far` before they release the first tile, so that it is known once they have released the last one.
 __device__ inline void produce(const Parameters &p, const QueryTile &tile, const SharedQueries &shared,
-                               const QueryPipeline &pipeline, bool wants_gradient) {
+                               const RingPipeline &pipeline, bool wants_gradient) {
     const bool has_keys = threadIdx.x < THREADS + LOADING_THREADS;
     if (tile.from >= tile.to) return;
     if (has_keys)
         load_queries(p, tile, shared);
     else
         load_d_out(p, tile, shared);
-    mbarrier_arrive_after_copies(pipeline.query_full);
+    mbarrier_arrive_after_copies(pipeline.once_full);
     int step = 0;
 #pragma unroll 1
     for (bool again = true; again;) {
