@@ -26,9 +26,9 @@ impl Attention {
         Ok(out)
     }
 
-    /// As [`forward`](Self::forward), with the logsumexp of each row's logits, natural logarithm, -inf for a row with
-    /// nothing to attend to. It has gradients too, which cost a backward call of their own, and are rounded to the dtype of what
-    /// they belong to before candle adds them to those of the output.
+    /// As [`forward`](Self::forward), with the logsumexp of each row's logits, natural logarithm, -inf for a
+    /// row with nothing to attend to. It has gradients too, which cost a backward call of their own, and are
+    /// rounded to the dtype of what they belong to before candle adds them to those of the output.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
@@ -60,7 +60,8 @@ impl Attention {
         Ok((out, lse))
     }
 
-    /// What would run forward on these tensors, and why: every implementation with its verdict, as data and as a table.
+    /// What would run forward on these tensors, and why: every implementation with its verdict, as data and
+    /// as a table.
     ///
     /// # Errors
     /// As [`forward`](Self::forward) where the call is wrong. A call that nothing serves is no error here.

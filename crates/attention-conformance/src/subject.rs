@@ -18,9 +18,9 @@ impl<'a> Subject<'a> {
         Self { backend, same: Vec::new(), reproducible, device: None }
     }
 
-    /// A backend that computes on a device, on copies of host memory. Backends for host memory must give the same bits
-    /// whenever they are called and whatever else is in the batch; of this one that is asked only where the problem is to
-    /// be deterministic, as of any backend for device memory.
+    /// A backend that computes on a device, on copies of host memory. Backends for host memory must give the
+    /// same bits whenever they are called and whatever else is in the batch; of this one that is asked only
+    /// where the problem is to be deterministic, as of any backend for device memory.
     #[must_use]
     pub fn computes_on_a_device(self) -> Self {
         Self { reproducible: false, ..self }

@@ -15,7 +15,7 @@ pub(super) enum Packing {
     Later,
     /// To the tiles, and packed.
     Both,
-    /// Packed alone: nobody looks at the tiles.
+    /// Packed alone: no later step reads the tiles.
     Alone,
 }
 

@@ -14,8 +14,9 @@ pub enum Saved {
     Oracle,
     /// From the backend's own forward pass: both are judged together.
     Backend,
-    /// From the oracle, for rows that have more keys than the call: the call's are a part of each row's, as where keys are
-    /// spread over devices. What the others weigh is the case's sinks, which the backward call has none of.
+    /// From the oracle, for rows that have more keys than the call: the call's are a part of each row's, as
+    /// where keys are spread over devices. What the others weigh is the case's sinks, which the backward call
+    /// has none of.
     MoreKeys,
 }
 
@@ -34,8 +35,9 @@ pub struct Case {
     pub content: Content,
     /// What a backward call starts from.
     pub saved: Saved,
-    /// Whether the results are also compared, bit by bit, with those of calls that must give the same ones: padded, with
-    /// other strides, with other numbers in memory that does not matter, and with NaN in what other rows read.
+    /// Whether the results are also compared, bit by bit, with those of calls that must give the same ones:
+    /// padded, with other strides, with other numbers in memory that does not matter, and with NaN in what
+    /// other rows read.
     pub variations: bool,
 }
 

@@ -27,8 +27,8 @@ pub(super) struct Prepared<'a> {
     fuzz: &'a FuzzCase,
     data: CaseData,
     oracle: Oracle,
-    /// Whether a logit, or a product on the way to it, leaves the range of the accumulator. Then any result is right,
-    /// and only what must not change bits is checked.
+    /// Whether a logit, or a product on the way to it, leaves the range of the accumulator. Then any result
+    /// is right, and only what must not change bits is checked.
     overflows: bool,
 }
 
@@ -171,8 +171,8 @@ impl<'a> Prepared<'a> {
         self.outputs_are_means(precision, results)
     }
 
-    /// Without dropout an output is a weighted mean of values: between the least and the largest of them, whatever
-    /// the logits. Bounds of large logits say less than that.
+    /// Without dropout an output is a weighted mean of values: between the least and the largest of them,
+    /// whatever the logits. Bounds of large logits say less than that.
     fn outputs_are_means(&self, precision: &Precision, results: &Results) -> Result<(), Stop> {
         let (d, Some(out)) = (self.fuzz.case.dims, results.get(Role::Out)) else { return Ok(()) };
         if self.fuzz.case.options.dropout.is_some() {
@@ -211,10 +211,11 @@ impl<'a> Prepared<'a> {
         failure.map_or(Ok(()), |reason| Err(Stop::failed(reason)))
     }
 
-    /// Without dropout and sinks the probabilities of a row sum to 1, so the gradients of values sum over the keys to
-    /// the incoming gradients, whatever the logits: as far as the backend's own logsumexp was given back to it, and
-    /// the products of queries and keys are exact to a quarter, and lose next to nothing where they underflow: a path of the
-    /// forward pass may keep subnormal numbers, and one of the backward pass take them as 0.
+    /// Without dropout and sinks the probabilities of a row sum to 1, so the gradients of values sum over the
+    /// keys to the incoming gradients, whatever the logits: as far as the backend's own logsumexp was given
+    /// back to it, and the products of queries and keys are exact to a quarter, and lose next to nothing
+    /// where they underflow: a path of the forward pass may keep subnormal numbers, and one of the backward
+    /// pass take them as 0.
     fn probabilities_sum_to_one(
         &self,
         precision: &Precision,
@@ -224,14 +225,9 @@ impl<'a> Prepared<'a> {
         let (d, options) = (self.fuzz.case.dims, &self.fuzz.case.options);
         let Some(dv) = results.get(Role::DValue) else { return Ok(()) };
         let product_error = (d.head_dim as f64 + constants::PRODUCT) * precision.accumulator;
-        let exact = self
-            .oracle
-            .rows
-            .iter()
-            .flat_map(|row| &row.entries)
-            .all(|entry| product_error * entry.product_magnitude < 0.25);
         let lost = d.head_dim as f64 * precision.scaled_underflow(&self.oracle);
-        let is_exact = exact && lost < 1e-4;
+        let mut entries = self.oracle.rows.iter().flat_map(|row| &row.entries);
+        let is_exact = lost < 1e-4 && entries.all(|entry| product_error * entry.product_magnitude < 0.25);
         if options.dropout.is_some() || options.sinks || options.softcap.is_some() || !is_exact {
             return Ok(());
         }
@@ -278,7 +274,8 @@ impl<'a> Prepared<'a> {
     }
 }
 
-/// Whether a logit is beyond the largest number of the accumulator, or so close that roundings can make it so.
+/// Whether a logit is beyond the largest number of the accumulator, or so close that roundings can make it
+/// so.
 fn logits_overflow(oracle: &Oracle, most: f64) -> bool {
     (oracle.rows.iter().flat_map(|row| &row.entries)).any(|entry| {
         let size = entry.capped.abs() + entry.added_magnitude;

@@ -13,8 +13,8 @@ use crate::suite::{Progress, Subject};
 use crate::tolerance::Precision;
 
 impl GoldenSet {
-    /// Runs the cases whose name contains `filter`, in these dtypes: forward with the logsumexp, and backward from
-    /// what forward wrote. Each gives two results.
+    /// Runs the cases whose name contains `filter`, in these dtypes: forward with the logsumexp, and backward
+    /// from what forward wrote. Each gives two results.
     pub fn run<'a>(
         &self,
         subject: impl Into<Subject<'a>>,
@@ -125,7 +125,8 @@ fn gradients(tensors: &Tensors) -> Gradients {
     .fold(Gradients::NONE, |all, (_, gradient)| all | gradient)
 }
 
-/// Whether the file agrees with the semantics where no backend is asked: which rows have keys, and the keep bits.
+/// Whether the file agrees with the semantics where no backend is asked: which rows have keys, and the keep
+/// bits.
 fn check_case(tensors: &Tensors, problem: &Problem, oracle: &Oracle) -> Result<(), Stop> {
     let same =
         |stored: &[f64], ours: &[bool]| stored.iter().map(|&value| value != 0.0).eq(ours.iter().copied());

@@ -17,7 +17,8 @@ pub struct Entry {
     pub added_magnitude: f64,
     /// The logit.
     pub logit: f64,
-    /// Whether an accumulator of the operands' dtype computes the logit without any rounding, in whichever order.
+    /// Whether an accumulator of the operands' dtype computes the logit without any rounding, in whichever
+    /// order.
     pub exact: bool,
     /// `exp(logit - lse)`, computed as `exp(logit - max) / sum`.
     pub probability: f64,

@@ -36,8 +36,8 @@ impl SavedTensors {
         SavedErrors::between(&self.out.values(), &self.lse.values(), oracle)
     }
 
-    /// Whether an output is beyond the largest number of its dtype: it was stored as an infinity, which leaves nothing of the
-    /// gradients that depend on it.
+    /// Whether an output is beyond the largest number of its dtype: it was stored as an infinity, which
+    /// leaves nothing of the gradients that depend on it.
     pub(crate) fn overflow(&self, oracle: &Oracle) -> bool {
         let stored = |tensor: &HostTensor, exact: Vec<f64>| {
             tensor
