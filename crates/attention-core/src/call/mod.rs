@@ -3,7 +3,7 @@
 mod overlap;
 
 use crate::{Device, InvalidCall, Pass, Problem, ProblemBuilder, Role, TensorDesc, View, ViewMut};
-use overlap::Placed;
+use overlap::{Extent, elements_meet};
 
 /// The inputs that forward and backward share.
 #[derive(Clone, Copy, Debug)]
@@ -123,7 +123,7 @@ pub struct BackwardOutputs<'a> {
 /// let inputs = Inputs::new(x, x, x);
 /// let problem = inputs.problem().causal(true).build()?;
 /// let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, [1, 4, 2, 8])?, lse: None };
-/// // Ready for `AttentionBackend::forward`.
+/// // Ready for `Plan::forward`.
 /// let call = ForwardCall::new(&problem, inputs, outputs)?;
 /// # assert!(call.problem().causal());
 /// # Ok::<(), attention_core::InvalidCall>(())
@@ -234,24 +234,25 @@ fn expect_pass(problem: &Problem, call: Pass) -> Result<(), InvalidCall> {
 /// Compares tensors with the problem and collects where they lie.
 struct Checker<'p> {
     problem: &'p Problem,
-    inputs: Vec<Placed>,
-    outputs: Vec<Placed>,
+    /// Where tensors lie that are read, by role, and those that are written.
+    inputs: [Extent; Role::COUNT],
+    outputs: [Extent; Role::COUNT],
 }
 
 impl<'p> Checker<'p> {
     fn new(problem: &'p Problem) -> Self {
-        Self { problem, inputs: Vec::with_capacity(11), outputs: Vec::with_capacity(5) }
+        Self { problem, inputs: [Extent::default(); Role::COUNT], outputs: [Extent::default(); Role::COUNT] }
     }
 
     fn read(&mut self, role: Role, view: Option<View<'_>>) -> Result<(), InvalidCall> {
         self.matches(role, view.map(|view| (view.desc(), view.device())))?;
-        self.inputs.extend(view.map(|view| Placed::new(role, view.address_range(), view.desc())));
+        self.inputs[role as usize] = view.map_or_else(Extent::default, |view| view.address_range().into());
         Ok(())
     }
 
     fn written(&mut self, role: Role, view: Option<&ViewMut<'_>>) -> Result<(), InvalidCall> {
         self.matches(role, view.map(|view| (view.desc(), view.device())))?;
-        self.outputs.extend(view.map(|view| Placed::new(role, view.address_range(), view.desc())));
+        self.outputs[role as usize] = view.map_or_else(Extent::default, |view| view.address_range().into());
         Ok(())
     }
 
@@ -288,13 +289,23 @@ impl<'p> Checker<'p> {
         Ok(())
     }
 
+    /// Called on tensors that are as the problem describes them.
     fn overlaps(&self) -> Result<(), InvalidCall> {
-        for (index, output) in self.outputs.iter().enumerate() {
+        let with_bytes = |extents: [Extent; Role::COUNT]| {
+            Role::ALL.into_iter().zip(extents).filter(|(_, extent)| extent.has_bytes())
+        };
+        let outputs = || with_bytes(self.outputs);
+        for (role, output) in outputs() {
             // The gaps of an input count as its memory: views promise that nobody writes to them.
-            let input = self.inputs.iter().find(|input| input.range_meets(output));
-            let other = input.or_else(|| self.outputs[..index].iter().find(|other| other.meets(output)));
-            if let Some(other) = other {
-                return Err(InvalidCall::Overlap { first: output.role, second: other.role });
+            let input = with_bytes(self.inputs).find(|(_, input)| input.meets(output));
+            let meets = |(other, extent): &(Role, Extent)| {
+                let (one, other) = (self.problem.tensor(role), self.problem.tensor(*other));
+                let descs = one.zip(other);
+                descs.is_some_and(|(one, other)| elements_meet((output, one), (*extent, other)))
+            };
+            let mut before = outputs().take_while(|&(other, _)| other != role);
+            if let Some((second, _)) = input.or_else(|| before.find(meets)) {
+                return Err(InvalidCall::Overlap { first: role, second });
             }
         }
         Ok(())

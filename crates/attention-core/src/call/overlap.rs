@@ -2,48 +2,61 @@
 
 use std::ops::Range;
 
-use crate::{Role, TensorDesc};
+use crate::TensorDesc;
 
-/// A tensor and where it lies.
-pub(super) struct Placed {
-    pub(super) role: Role,
-    range: Range<usize>,
-    /// The lowest address.
-    start: i128,
+/// Where a tensor lies: its lowest address, and the one behind its highest. Without bytes by default.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Extent {
+    first: usize,
+    end: usize,
+}
+
+impl From<Range<usize>> for Extent {
+    fn from(Range { start: first, end }: Range<usize>) -> Self {
+        Self { first, end }
+    }
+}
+
+impl Extent {
+    pub(super) fn has_bytes(self) -> bool {
+        self.first < self.end
+    }
+
+    /// Whether two have an address in common, gaps between elements included.
+    pub(super) fn meets(self, other: Self) -> bool {
+        let have_bytes = self.has_bytes() && other.has_bytes();
+        have_bytes && self.first < other.end && other.first < self.end
+    }
+}
+
+/// Whether an element of one tensor may be an element of the other. Exact for slices of one row-major buffer, such as
+/// the parts of a fused QKV gradient; where a layout is too tangled to tell, the answer is yes.
+pub(super) fn elements_meet(one: (Extent, &TensorDesc), other: (Extent, &TensorDesc)) -> bool {
+    one.0.meets(other.0) && {
+        let (a, b) = (Lattice::of(one.1), Lattice::of(other.1));
+        let mut strides: Vec<i128> = a.axes.iter().chain(&b.axes).map(|&(stride, _)| stride).collect();
+        strides.sort_unstable_by(|a, b| b.cmp(a));
+        strides.dedup();
+        meet(&a, &b, &strides, other.0.first as i128 - one.0.first as i128)
+    }
+}
+
+/// The addresses of a tensor's elements, from its lowest on.
+struct Lattice {
+    /// Bytes of an element.
     element: i128,
     /// `(stride in bytes, size)` of the axes with more than one element, strides made positive.
     axes: Vec<(i128, i128)>,
 }
 
-impl Placed {
-    /// `range` goes from the lowest address to behind the highest.
-    pub(super) fn new(role: Role, range: Range<usize>, desc: TensorDesc) -> Self {
+impl Lattice {
+    fn of(desc: &TensorDesc) -> Self {
         let element = desc.dtype().size() as i128;
         let axes = (desc.shape().iter().zip(desc.strides().iter()))
             .filter(|&(&size, _)| size > 1)
             .map(|(&size, &stride)| (stride.unsigned_abs() as i128 * element, size as i128))
             .collect();
-        Self { role, start: range.start as i128, range, element, axes }
-    }
-
-    /// Whether the address ranges meet, gaps included.
-    pub(super) fn range_meets(&self, other: &Self) -> bool {
-        !self.range.is_empty()
-            && !other.range.is_empty()
-            && self.range.start < other.range.end
-            && other.range.start < self.range.end
-    }
-
-    /// Whether an element of one may be an element of the other. Exact for slices of one row-major buffer, such as
-    /// the parts of a fused QKV gradient; where a layout is too tangled to tell, the answer is yes.
-    pub(super) fn meets(&self, other: &Self) -> bool {
-        if !self.range_meets(other) {
-            return false;
-        }
-        let mut strides: Vec<i128> = self.axes.iter().chain(&other.axes).map(|&(stride, _)| stride).collect();
-        strides.sort_unstable_by(|a, b| b.cmp(a));
-        strides.dedup();
-        meet(self, other, &strides, other.start - self.start)
+        Self { element, axes }
     }
 
     /// The number of elements along the axis of this stride, and the bytes that one index of it and all smaller
@@ -62,7 +75,7 @@ impl Placed {
 }
 
 /// Whether `a` and `b`, `delta` bytes behind it, meet in the axes of `strides` (largest first) and the element.
-fn meet(a: &Placed, b: &Placed, strides: &[i128], delta: i128) -> bool {
+fn meet(a: &Lattice, b: &Lattice, strides: &[i128], delta: i128) -> bool {
     let Some((&stride, smaller)) = strides.split_first() else {
         return -b.element < delta && delta < a.element;
     };
