@@ -29,12 +29,12 @@ fn measure(criterion: &mut Criterion, backend: &dyn AttentionBackend) {
             for &dtype in shape.dtypes {
                 let mut workload = Workload::new(shape.dims, dtype, work, false, Mask::None)
                     .expect("the shapes of the list are valid");
-                let bytes = workload.scratch_bytes(backend).expect("both serve every call");
-                let mut scratch = ScratchBuffer::new(bytes);
+                let plans = workload.plan(backend).expect("both serve every call");
+                let mut scratch = ScratchBuffer::new(plans.scratch_bytes());
                 // Criterion prints elements a second; here they are floating-point operations.
                 group.throughput(Throughput::Elements(workload.flops() as u64));
                 group.bench_function(BenchmarkId::new(dtype.name(), shape.dims), |bencher| {
-                    bencher.iter(|| black_box(workload.run(backend, &mut scratch)).expect("a served call"));
+                    bencher.iter(|| black_box(workload.run(&plans, &mut scratch)).expect("a served call"));
                 });
             }
         }

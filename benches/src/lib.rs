@@ -6,4 +6,4 @@ mod shapes;
 mod workload;
 
 pub use shapes::{SHAPES, Shape, parse_shape};
-pub use workload::{Mask, Work, Workload};
+pub use workload::{Mask, Plans, Work, Workload};

@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dimensions, Error, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, InvalidCall, Problem, Role, ScratchBuffer, TensorDesc, Unsupported,
+    ForwardOutputs, Gradients, Inputs, InvalidCall, Plan, Problem, Role, ScratchBuffer, TensorDesc,
 };
 
 use crate::buffer::Buffer;
@@ -71,9 +72,9 @@ named!(Mask, "mask", Mask::None => "none", Mask::Bool => "bool", Mask::Bias => "
 ///
 /// let dims = parse_shape("1,16,16,2,2,8")?;
 /// let mut workload = Workload::new(dims, DType::F32, Work::Both, true, Mask::None)?;
-/// let backend = CpuBackend::new();
-/// let mut scratch = ScratchBuffer::new(workload.scratch_bytes(&backend)?);
-/// workload.run(&backend, &mut scratch)?;
+/// let plans = workload.plan(&CpuBackend::new())?;
+/// let mut scratch = ScratchBuffer::new(plans.scratch_bytes());
+/// workload.run(&plans, &mut scratch)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -88,6 +89,20 @@ pub struct Workload {
     out: Buffer,
     lse: Option<Buffer>,
     saved: Option<Saved>,
+}
+
+/// The passes of a workload, planned by a backend.
+#[derive(Clone, Debug)]
+pub struct Plans {
+    forward: Arc<dyn Plan>,
+    backward: Option<Arc<dyn Plan>>,
+}
+
+impl Plans {
+    /// Bytes of scratch that [`Workload::run`] needs: passes run one after the other and share them.
+    pub fn scratch_bytes(&self) -> usize {
+        self.forward.scratch_bytes().max(self.backward.as_ref().map_or(0, |plan| plan.scratch_bytes()))
+    }
 }
 
 /// What only a workload with a backward pass has.
@@ -145,23 +160,20 @@ impl Workload {
         })
     }
 
-    /// Bytes of scratch that [`run`](Self::run) needs: passes run one after the other and share them.
+    /// Has a backend plan the passes.
     ///
     /// # Errors
-    /// [`Unsupported`] where the backend refuses a pass.
-    pub fn scratch_bytes(&self, backend: &dyn AttentionBackend) -> Result<usize, Unsupported> {
-        backend.supports(&self.forward)?;
-        let forward = backend.scratch_bytes(&self.forward)?;
-        let Some(problem) = &self.backward else { return Ok(forward) };
-        backend.supports(problem)?;
-        Ok(forward.max(backend.scratch_bytes(problem)?))
+    /// As the backend says, where it refuses a pass.
+    pub fn plan(&self, backend: &dyn AttentionBackend) -> Result<Plans, Error> {
+        let backward = self.backward.as_ref().map(|problem| backend.plan(problem)).transpose()?;
+        Ok(Plans { forward: backend.plan(&self.forward)?, backward })
     }
 
-    /// Makes the call once.
+    /// Makes the call once, with the plans of this workload.
     ///
     /// # Errors
     /// As the backend's passes.
-    pub fn run(&mut self, backend: &dyn AttentionBackend, scratch: &mut ScratchBuffer) -> Result<(), Error> {
+    pub fn run(&mut self, plans: &Plans, scratch: &mut ScratchBuffer) -> Result<(), Error> {
         let mut inputs = Inputs::new(self.query.view()?, self.key.view()?, self.value.view()?);
         inputs.mask = self.mask.as_ref().map(Buffer::view).transpose()?;
         inputs.bias = self.bias.as_ref().map(Buffer::view).transpose()?;
@@ -169,9 +181,10 @@ impl Workload {
             out: self.out.view_mut()?,
             lse: self.lse.as_mut().map(Buffer::view_mut).transpose()?,
         };
-        backend.forward(ForwardCall::new(&self.forward, inputs, outputs)?, scratch.scratch())?;
+        let call = ForwardCall::new(plans.forward.problem(), inputs, outputs)?;
+        plans.forward.forward(call, scratch.scratch())?;
 
-        let (Some(problem), Some(saved), Some(lse)) = (&self.backward, &mut self.saved, &self.lse) else {
+        let (Some(plan), Some(saved), Some(lse)) = (&plans.backward, &mut self.saved, &self.lse) else {
             return Ok(());
         };
         let given = BackwardInputs {
@@ -186,7 +199,7 @@ impl Workload {
             dv: Some(saved.dv.view_mut()?),
             ..BackwardOutputs::default()
         };
-        backend.backward(BackwardCall::new(problem, inputs, given, gradients)?, scratch.scratch())
+        plan.backward(BackwardCall::new(plan.problem(), inputs, given, gradients)?, scratch.scratch())
     }
 
     /// Useful floating-point operations of one [`run`](Self::run): `2 B N T S (H + Hv)` forward, 2.5 times that
@@ -217,8 +230,9 @@ mod tests {
             for work in [Work::Forward, Work::Both] {
                 for mask in [Mask::None, Mask::Bool, Mask::Bias] {
                     let mut workload = Workload::new(dims, dtype, work, false, mask).unwrap();
-                    let mut scratch = ScratchBuffer::new(workload.scratch_bytes(&backend).unwrap());
-                    workload.run(&backend, &mut scratch).unwrap();
+                    let plans = workload.plan(&backend).unwrap();
+                    let mut scratch = ScratchBuffer::new(plans.scratch_bytes());
+                    workload.run(&plans, &mut scratch).unwrap();
                     assert!(workload.out.is_written(), "{dtype} {work} {mask}");
                     let written = |saved: &Saved| [&saved.dq, &saved.dk, &saved.dv].map(Buffer::is_written);
                     assert_eq!(

@@ -2,11 +2,11 @@
 //! the libraries that it chooses among.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use attention::{Attention, Implementation, Registry, Selection};
+use attention::{Attention, AttentionPlan, Implementation, Registry};
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, Error, ForwardCall, LentScratch, Problem, Scratch,
+    AttentionBackend, BackwardCall, Capabilities, DelegatePlan, Error, ForwardCall, Plan, Problem, Scratch,
     Unavailable, Unsupported,
 };
 
@@ -19,37 +19,32 @@ pub(crate) struct Auto {
     registry: Registry,
     /// Of a backend that serves whatever any of them serves.
     capabilities: Capabilities,
-    /// How many, by name and pass.
-    calls: Mutex<BTreeMap<(String, String), usize>>,
+    calls: Arc<Calls>,
 }
+
+/// How many calls, by the name of who ran them and the pass.
+type Calls = Mutex<BTreeMap<(String, String), usize>>;
 
 impl Auto {
     /// Among these, of which `widest` serves whatever any of them serves.
     pub(crate) fn new(registry: Registry, widest: &dyn AttentionBackend) -> Self {
-        Self { registry, capabilities: widest.capabilities().clone(), calls: Mutex::default() }
+        Self { registry, capabilities: widest.capabilities().clone(), calls: Arc::default() }
     }
 
-    fn select(&self, problem: &Problem) -> Result<Selection, Unsupported> {
+    fn select(&self, problem: &Problem) -> Result<AttentionPlan, Unsupported> {
         let attention = Attention::new().registry(&self.registry).implementation(Implementation::Auto);
-        attention.select(problem).map_err(|error| Unsupported::Limit {
+        attention.plan(problem).map_err(|error| Unsupported::Limit {
             backend: NAME.to_owned(),
             what: "an implementation that serves the call".to_owned(),
             value: error.to_string(),
             limit: "at hand".to_owned(),
         })
     }
-
-    fn selected_for(&self, problem: &Problem) -> Result<Selection, Error> {
-        let selection = self.select(problem)?;
-        let who = (selection.backend().name().to_owned(), problem.pass().to_string());
-        *self.calls.lock().unwrap_or_else(PoisonError::into_inner).entry(who).or_default() += 1;
-        Ok(selection)
-    }
 }
 
 impl Drop for Auto {
     fn drop(&mut self) {
-        for ((name, pass), count) in self.calls.get_mut().unwrap_or_else(PoisonError::into_inner) {
+        for ((name, pass), count) in &*self.calls.lock().unwrap_or_else(PoisonError::into_inner) {
             println!("{NAME}: {name} ran {count} {pass} calls");
         }
     }
@@ -80,19 +75,41 @@ impl AttentionBackend for Auto {
     }
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-        self.select(problem).map(|selection| selection.scratch_bytes())
+        self.select(problem).map(|plan| plan.scratch_bytes())
     }
 
-    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
-        Err(Unsupported::LentScratch { backend: NAME.to_owned(), device: problem.device(), needed: bytes }
-            .into())
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        let plan = self.select(problem)?.backend_plan().clone();
+        Ok(Arc::new(CountedPlan { plan, calls: self.calls.clone() }))
+    }
+}
+
+/// The plan of who was chosen.
+#[derive(Debug)]
+struct CountedPlan {
+    plan: Arc<dyn Plan>,
+    calls: Arc<Calls>,
+}
+
+impl CountedPlan {
+    fn count(&self) {
+        let who = (self.plan.backend().to_owned(), self.plan.problem().pass().to_string());
+        *self.calls.lock().unwrap_or_else(PoisonError::into_inner).entry(who).or_default() += 1;
+    }
+}
+
+impl DelegatePlan for CountedPlan {
+    fn inner(&self) -> &dyn Plan {
+        &*self.plan
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.selected_for(call.problem())?.backend().forward(call, scratch)
+        self.count();
+        self.plan.forward(call, scratch)
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.selected_for(call.problem())?.backend().backward(call, scratch)
+        self.count();
+        self.plan.backward(call, scratch)
     }
 }

@@ -6,8 +6,8 @@ use attention::Registry;
 use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
 use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
-    AttentionBackend, BackwardCall, DType, Delegate, Error, ForwardCall, Pass, Problem, Scratch, Unavailable,
-    Unsupported,
+    AttentionBackend, BackwardCall, DType, Delegate, DelegatePlan, Error, ForwardCall, Pass, Plan, Problem,
+    Scratch, Unavailable, Unsupported,
 };
 use attention_cuda::{CudaDevice, KERNEL_FOLDER, OnHost};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
@@ -225,16 +225,30 @@ impl Delegate for InPool {
         self.pool.install(|| self.backend.scratch_bytes(problem))
     }
 
-    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
-        self.pool.install(|| self.backend.prepare(problem))
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        let plan = self.pool.install(|| self.backend.plan(problem))?;
+        Ok(Arc::new(PlanInPool { plan, pool: self.pool.clone() }))
+    }
+}
+
+/// A plan of an [`InPool`].
+#[derive(Debug)]
+struct PlanInPool {
+    plan: Arc<dyn Plan>,
+    pool: Arc<ThreadPool>,
+}
+
+impl DelegatePlan for PlanInPool {
+    fn inner(&self) -> &dyn Plan {
+        &*self.plan
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.pool.install(|| self.backend.forward(call, scratch))
+        self.pool.install(|| self.plan.forward(call, scratch))
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.pool.install(|| self.backend.backward(call, scratch))
+        self.pool.install(|| self.plan.backward(call, scratch))
     }
 }
 

@@ -103,13 +103,14 @@ fn run(device: &CudaDevice, backend: &ChunkedCudaBackend, case: &Case) -> Result
     };
     let mut out = DeviceTensor::filled(device, *problem.tensor(Role::Out).ok_or("out")?, 0)?;
     let mut lse = DeviceTensor::filled(device, *problem.tensor(Role::Lse).ok_or("lse")?, 0)?;
-    let bytes = backend.scratch_bytes(&problem)?.max(backend.scratch_bytes(&backward)?);
+    let (forward_plan, backward_plan) = (backend.plan(&problem)?, backend.plan(&backward)?);
+    let bytes = forward_plan.scratch_bytes().max(backward_plan.scratch_bytes());
     let mut scratch = DeviceScratch::new(device, bytes)?;
     let share = if extra == Extra::Causal { 0.5 } else { 1.0 };
     let forward_ms = time(device, || {
         let outputs = ForwardOutputs { out: out.view_mut()?, lse: Some(lse.view_mut()?) };
         let scratch = scratch.scratch(bytes);
-        Ok(backend.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch)?)
+        Ok(forward_plan.forward(ForwardCall::new(forward_plan.problem(), inputs, outputs)?, scratch)?)
     })?;
     print!("{name:24} {dtype} {extra:?}: forward {forward_ms:.3} ms");
     print!(" {:.1} TFLOP/s", problem.flops() * share / forward_ms / 1e9);
@@ -128,7 +129,8 @@ fn run(device: &CudaDevice, backend: &ChunkedCudaBackend, case: &Case) -> Result
             ..BackwardOutputs::default()
         };
         let scratch = scratch.scratch(bytes);
-        Ok(backend.backward(BackwardCall::new(&backward, inputs, saved, outputs)?, scratch)?)
+        let call = BackwardCall::new(backward_plan.problem(), inputs, saved, outputs)?;
+        Ok(backward_plan.backward(call, scratch)?)
     })?;
     println!(", backward {backward_ms:.3} ms {:.1} TFLOP/s", backward.flops() * share / backward_ms / 1e9);
     Ok(())

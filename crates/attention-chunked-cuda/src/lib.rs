@@ -3,7 +3,9 @@
 mod backend;
 mod config;
 mod features;
+mod launches;
 mod plan;
+mod runtime;
 #[cfg(test)]
 mod tests;
 mod tiles;

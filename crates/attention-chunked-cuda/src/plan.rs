@@ -1,344 +1,139 @@
-//! What a problem takes: kernels, grids and scratch.
+//! A planned problem: its kernels, compiled, and their parameters.
 
-use std::collections::BTreeSet;
-use std::ops::Range;
+use std::sync::Arc;
 
-use attention_core::{DType, Gradients, Pass, Problem, Role, Unsupported};
-use attention_cuda::cudarc::driver::LaunchConfig;
-use attention_cuda::parameters::dtype_code;
+use attention_core::{
+    BackwardCall, Error, ForwardCall, LentScratch, Plan, Problem, Scratch, VariantCounter, Variants,
+};
+use attention_cuda::cudarc::driver::sys::CUfunction_attribute;
+use attention_cuda::cudarc::driver::{CudaFunction, PushKernelArg};
+use attention_cuda::parameters::ProblemParameters;
+use attention_cuda::{Addresses, failure};
 
 use super::NAME;
-use super::tiles::{FEW_ROWS, MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
+use super::launches::{Kernel, Launches, limit};
+use super::runtime::Runtime;
 
-/// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are cut into parts where there are
-/// fewer. A constant, since the scratch of a problem must not depend on the device.
-const BUSY_BLOCKS: usize = 264;
-
-/// The same where one warp is a block, which leave no multiprocessor waiting for the last ones.
-const BUSY_WARPS: usize = 2640;
-
-/// Keys that a part has at least: less is not worth the merge.
-const LEAST_KEYS: usize = 256;
-
-/// Sequences are at most this long: positions are 32 bits wide, and tiles reach beyond the end.
-const MOST_POSITIONS: usize = (1 << 31) - (1 << 16);
-
-/// A kernel to launch.
-#[derive(Clone, Debug)]
-pub(crate) struct Kernel {
-    pub(crate) source: &'static str,
-    pub(crate) entry_point: &'static str,
-    pub(crate) tiles: Tiles,
-    /// 1 for the gradient of keys, 2 for that of values, 3 for both.
-    pub(crate) wanted: u32,
-    pub(crate) blocks: u32,
-    pub(crate) shared_bytes: usize,
+/// A problem with everything that its calls share.
+#[derive(Debug)]
+pub(crate) struct ChunkedCudaPlan {
+    problem: Problem,
+    runtime: Arc<Runtime>,
+    launches: Launches,
+    parameters: ProblemParameters,
+    /// Of the kernels, in order.
+    functions: Vec<CudaFunction>,
+    /// As well.
+    runs: Vec<VariantCounter>,
 }
 
-impl Kernel {
-    /// Its name among the backend's [`variants`].
-    pub(crate) fn variant(&self, plan: &Plan) -> String {
-        let more = match self.entry_point {
-            "attention_forward" if plan.parts > 1 => IN_PARTS,
-            "attention_gradient_of_keys" if self.wanted < 3 => ONE_GRADIENT,
-            _ => "",
-        };
-        variant(self.entry_point, plan.shape.dtype, self.tiles, more)
-    }
-
-    /// How it is launched: the only place from which both the launch and the bound that the kernel is compiled with take the
-    /// number of threads.
-    pub(crate) fn launch_config(&self) -> LaunchConfig {
-        LaunchConfig {
-            grid_dim: (self.blocks, 1, 1),
-            block_dim: (self.tiles.threads() as u32, 1, 1),
-            shared_mem_bytes: self.shared_bytes as u32,
+impl ChunkedCudaPlan {
+    /// Compiles the kernels that are not compiled yet.
+    pub(crate) fn new(
+        problem: &Problem,
+        runtime: &Arc<Runtime>,
+        launches: Launches,
+        variants: &Variants,
+    ) -> Result<Self, Error> {
+        let function = |kernel| function(problem, runtime, &launches, kernel);
+        let functions = launches.kernels.iter().map(function).collect::<Result<Vec<_>, Error>>()?;
+        let mut parameters = ProblemParameters::new(problem, runtime.device.stream())
+            .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
+        let of_calls = parameters.of_calls();
+        // Both fit: parts are as many as keep a device busy, and a group has at most as many heads as there are.
+        (of_calls.pack, of_calls.parts) = (launches.pack as i32, launches.parts as i32);
+        if launches.kernels.iter().any(|kernel| kernel.tiles.split) {
+            // Parts of an infinity are NaN.
+            of_calls.check_results();
         }
-    }
-}
-
-/// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what multiplies them. Head
-/// dimensions and options that share tiles share a variant.
-fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str) -> String {
-    let name = entry_point.trim_start_matches("attention_").replace('_', " ");
-    let Tiles { rows, keys, warps, warpgroups, split, .. } = tiles;
-    let tile = if rows > 0 { format!(" {rows}x{keys}") } else { String::new() };
-    let by = match (warpgroups, split) {
-        (true, _) => " on warpgroups",
-        (_, true) => " in tf32 parts",
-        _ => "",
-    };
-    format!("{name} {dtype}{tile}, {warps} warps{by}{more}")
-}
-
-/// Of a forward kernel whose results others merge.
-const IN_PARTS: &str = ", keys in parts";
-
-/// Of a kernel for one of the two gradients that one kernel gives otherwise.
-const ONE_GRADIENT: &str = ", one gradient";
-
-/// The variants of every kernel that a plan for this device may choose.
-pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
-    let mut names = BTreeSet::new();
-    for dtype in DType::FLOATS {
-        let of = |entry_point: &str, tiles: Tiles, more: &str| variant(entry_point, dtype, tiles, more);
-        for shape in Shape::all(dtype) {
-            for &rows in shape.counts_of_rows() {
-                let tiles = shape.forward(rows, machine);
-                if shape.forward_bytes(tiles) <= machine.shared_bytes {
-                    let merge = Tiles::of_merge(tiles);
-                    names.insert(of("attention_forward", tiles, ""));
-                    names.insert(of("attention_forward", tiles, IN_PARTS));
-                    names.insert(of("attention_merge", merge, ""));
-                }
-            }
-            if shape.depth() > MOST_DEPTH {
-                continue;
-            }
-            let (keys, queries, bias) = (shape.keys(machine), shape.queries(machine), shape.bias(machine));
-            let fits = [shape.keys_bytes(keys), shape.queries_bytes(queries), shape.queries_bytes(bias)];
-            if fits.iter().any(|&bytes| bytes > machine.shared_bytes) {
-                continue;
-            }
-            names.insert(of("attention_prepare_gradients", Tiles::of_rows(), ""));
-            names.insert(of("attention_gradient_of_sinks", Tiles::of_rows(), ""));
-            names.insert(of("attention_gradient_of_queries", queries, ""));
-            names.insert(of("attention_gradient_of_keys", keys, ONE_GRADIENT));
-            if !shape.splits_gradients() {
-                names.insert(of("attention_gradient_of_keys", keys, ""));
-            }
-            // Kernels without an option have no bias.
-            if !shape.features.is_none() {
-                names.insert(of("attention_gradient_of_bias", bias, ""));
-            }
-        }
-    }
-    names
-}
-
-/// Kernels in the order in which they run, and scratch.
-#[derive(Clone, Debug)]
-pub(crate) struct Plan {
-    pub(crate) shape: Shape,
-    pub(crate) kernels: Vec<Kernel>,
-    pub(crate) pack: usize,
-    pub(crate) parts: usize,
-    pub(crate) first: Range<usize>,
-    pub(crate) second: Range<usize>,
-}
-
-pub(crate) fn limit(what: &str, value: impl ToString, limit: impl Into<String>) -> Unsupported {
-    Unsupported::Limit {
-        backend: NAME.to_owned(),
-        what: what.to_owned(),
-        value: value.to_string(),
-        limit: limit.into(),
-    }
-}
-
-impl Plan {
-    /// For a problem that the capabilities allow, on such a device. Scratch does not depend on that.
-    pub(crate) fn of(problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
-        let dims = problem.dims();
-        let shape = Shape::of(problem).ok_or_else(|| {
-            limit("a head dimension", dims.head_dim.max(dims.value_head_dim), format!("at most {MOST_HEAD}"))
-        })?;
-        for (what, size) in [
-            ("query length", dims.query_length),
-            ("key length", dims.key_length),
-            ("query heads", dims.query_heads),
-            ("key/value heads", dims.key_heads),
-        ] {
-            if size > MOST_POSITIONS {
-                return Err(limit(what, size, format!("at most {MOST_POSITIONS}")));
-            }
-        }
-        let plan = Self { shape, kernels: Vec::new(), pack: 1, parts: 1, first: 0..0, second: 0..0 };
-        match problem.pass() {
-            Pass::Forward => plan.forward(problem, machine),
-            Pass::Backward => plan.backward(problem, machine),
-        }
+        let runs =
+            launches.kernels.iter().map(|kernel| variants.counter(&kernel.variant(&launches))).collect();
+        let (problem, runtime) = (problem.clone(), runtime.clone());
+        Ok(Self { problem, runtime, launches, parameters, functions, runs })
     }
 
-    /// Bytes of scratch.
-    pub(crate) fn scratch_bytes(&self) -> usize {
-        self.second.end
-    }
-
-    fn scratch(&mut self, sizes: [&[usize]; 2]) -> Result<(), Unsupported> {
-        let size = self.shape.dtype.accumulator().size();
-        let bytes = |of: &[usize]| of.iter().try_fold(size, |bytes, &axis| bytes.checked_mul(axis));
-        let ranges = || {
-            let first = bytes(sizes[0])?;
-            let start = first.checked_next_multiple_of(64)?;
-            Some((0..first, start..start.checked_add(bytes(sizes[1])?)?))
-        };
-        (self.first, self.second) =
-            ranges().ok_or_else(|| limit("scratch", "more", "that fits an address space"))?;
-        Ok(())
-    }
-
-    fn add(&mut self, kernel: Kernel, blocks: &[usize]) -> Result<(), Unsupported> {
-        let count = blocks.iter().try_fold(1usize, |count, &axis| count.checked_mul(axis));
-        let blocks = count
-            .and_then(|count| i32::try_from(count).ok())
-            .ok_or_else(|| limit("blocks of a kernel", format!("{blocks:?}"), "fewer than 2^31 in all"))?;
-        if blocks > 0 {
-            self.kernels.push(Kernel { blocks: blocks.unsigned_abs(), ..kernel });
+    /// Launches the kernels on an admitted call's tensors.
+    ///
+    /// # Safety
+    /// The addresses are those of a checked call of the problem, and the scratch was admitted.
+    unsafe fn launch(&self, tensors: &Addresses, mut scratch: Scratch<'_>) -> Result<(), Error> {
+        let base = scratch.as_mut_ptr() as u64;
+        let stream = self.runtime.device.stream();
+        tensors.check_streams(NAME, stream, base)?;
+        let mut parameters = self.parameters.of_call();
+        parameters.first = base + self.launches.first.start as u64;
+        parameters.second = base + self.launches.second.start as u64;
+        parameters.set_all(tensors);
+        for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
+            let mut launch = stream.launch_builder(function);
+            launch.arg(&parameters);
+            // SAFETY: every kernel takes this one struct. Its tensors are the problem's (the caller's word), the scratch was
+            // checked to have the plan's size, and kernels stay inside the shapes that the struct gives.
+            unsafe { launch.launch(kernel.launch_config()) }
+                .map_err(|error| failure(NAME, "running a kernel", error))?;
+            runs.count();
         }
         Ok(())
     }
+}
 
-    fn forward(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
-        let dims = problem.dims();
-        let group = dims.group_size();
-        let nominal_rows = self.shape.nominal_rows(dims.query_length);
-        // The rows of a group's heads go over the same keys, and share tiles that they would not fill alone.
-        let shares = dims.query_length < nominal_rows
-            && (dims.query_length * group).div_ceil(nominal_rows)
-                < group * dims.query_length.div_ceil(nominal_rows);
-        if shares {
-            self.pack = group;
-        }
-        let rows_of_head = dims.query_length * self.pack;
-        let tiles = self.shape.forward(rows_of_head, machine);
-        let heads = dims.query_heads / self.pack.max(1);
-        let nominal_tiles = rows_of_head.div_ceil(self.shape.nominal_rows(rows_of_head));
-        let blocks = nominal_tiles.saturating_mul(heads).saturating_mul(dims.batch);
-        let few = self.shape.is_half() && self.shape.depth() <= MOST_DEPTH && rows_of_head <= FEW_ROWS;
-        let busy = if few { BUSY_WARPS } else { BUSY_BLOCKS };
-        if blocks > 0 && blocks < busy {
-            let most = dims.key_length / LEAST_KEYS;
-            self.parts = (busy / blocks).clamp(1, most.max(1));
-        }
-        if self.parts > 1 {
-            let rows = [self.parts, dims.batch, dims.query_heads, dims.query_length];
-            self.scratch([&[&rows[..], &[dims.value_head_dim]].concat(), &[&rows[..], &[2]].concat()])?;
-        }
-        let kernel = Kernel {
-            source: "attention_forward.cu",
-            entry_point: "attention_forward",
-            tiles,
-            wanted: 0,
-            blocks: 0,
-            shared_bytes: self.shape.forward_bytes(tiles),
-        };
-        let slices = self.shape.slices();
-        self.add(
-            kernel.clone(),
-            &[rows_of_head.div_ceil(tiles.rows), heads, dims.batch, self.parts, slices],
-        )?;
-        if self.parts > 1 {
-            let rows = dims.batch.saturating_mul(dims.query_heads).saturating_mul(dims.query_length);
-            let tiles = Tiles::of_merge(tiles);
-            let merge = Kernel {
-                source: "attention_merge.cu",
-                entry_point: "attention_merge",
-                tiles,
-                shared_bytes: 0,
-                ..kernel
-            };
-            self.add(merge, &[rows.saturating_mul(slices).div_ceil(tiles.warps)])?;
-        }
-        Ok(self)
+/// A kernel of a problem, compiled and ready to be launched.
+fn function(
+    problem: &Problem,
+    runtime: &Runtime,
+    launches: &Launches,
+    kernel: &Kernel,
+) -> Result<CudaFunction, Error> {
+    let most = runtime.machine.shared_bytes;
+    if kernel.shared_bytes > most {
+        let allowed = format!("at most {most} on this device");
+        return Err(limit("shared memory of a block", kernel.shared_bytes, allowed).into());
+    }
+    let source = attention_kernels::source(kernel.source)
+        .unwrap_or_else(|| unreachable!("{} is in the package", kernel.source));
+    let defines = launches.defines(problem, kernel);
+    let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
+    let function = runtime
+        .kernels
+        .function(runtime.device.context(), source, &defines, kernel.entry_point)
+        .map_err(|error| failure(NAME, "compiling a kernel", error))?;
+    let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    // At most what the device says that a block may have, an int.
+    function
+        .set_attribute(attribute, kernel.shared_bytes as i32)
+        .map_err(|error| failure(NAME, "reserving shared memory", error))?;
+    Ok(function)
+}
+
+impl Plan for ChunkedCudaPlan {
+    fn backend(&self) -> &str {
+        NAME
     }
 
-    fn backward(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
-        let dims = problem.dims();
-        let rows = [dims.batch, dims.query_heads, dims.query_length];
-        // Offsets; row terms, scores and, per head, whether it has a far row
-        // (kernels/src/cuda/fused/backward/gradients.cuh).
-        self.scratch([&rows, &[dims.batch, dims.query_heads, 2 * dims.query_length + 1]])?;
-        let wants = |gradient| problem.gradients().contains(gradient);
-        let kernel = Kernel {
-            source: "attention_backward_rows.cu",
-            entry_point: "attention_prepare_gradients",
-            tiles: Tiles::of_rows(),
-            wanted: 0,
-            blocks: 0,
-            shared_bytes: 0,
-        };
-        let row_count = rows.into_iter().fold(1, usize::saturating_mul);
-        self.add(
-            kernel.clone(),
-            &[row_count.div_ceil(kernel.tiles.threads() / self.shape.threads_to_a_row())],
-        )?;
-        // First, since it leaves the sums of rows with a large logsumexp for the others: where the gradient is not wanted, that is all that
-        // it does.
-        let tiles = self.shape.queries(machine);
-        let queries = Kernel {
-            source: "attention_backward_queries.cu",
-            entry_point: "attention_gradient_of_queries",
-            tiles,
-            shared_bytes: self.shape.queries_bytes(tiles),
-            ..kernel.clone()
-        };
-        self.add(queries, &[dims.query_length.div_ceil(tiles.rows), dims.query_heads, dims.batch])?;
-        if wants(Gradients::SINKS) {
-            let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
-            self.add(sinks, &[dims.query_heads])?;
-        }
-        let wanted = u32::from(wants(Gradients::KEY)) + 2 * u32::from(wants(Gradients::VALUE));
-        let passes = if wanted == 3 && self.shape.splits_gradients() { vec![1, 2] } else { vec![wanted] };
-        for wanted in passes.into_iter().filter(|&wanted| wanted > 0) {
-            let tiles = self.shape.keys(machine);
-            let keys = Kernel {
-                source: "attention_backward_keys.cu",
-                entry_point: "attention_gradient_of_keys",
-                tiles,
-                wanted,
-                blocks: 0,
-                shared_bytes: self.shape.keys_bytes(tiles),
-            };
-            self.add(keys, &[dims.key_length.div_ceil(tiles.keys), dims.key_heads, dims.batch])?;
-        }
-        if let Some(bias) = problem.tensor(Role::Bias).filter(|_| wants(Gradients::BIAS)) {
-            let tiles = self.shape.bias(machine);
-            let of_bias = Kernel {
-                source: "attention_backward_bias.cu",
-                entry_point: "attention_gradient_of_bias",
-                tiles,
-                wanted: 0,
-                blocks: 0,
-                shared_bytes: self.shape.queries_bytes(tiles),
-            };
-            let shape = bias.shape();
-            // What is summed over an axis is one tile wide there; an axis without elements has no tiles.
-            self.add(
-                of_bias,
-                &[shape[3].div_ceil(tiles.keys), shape[2].div_ceil(tiles.rows), shape[1], shape[0]],
-            )?;
-        }
-        Ok(self)
+    fn problem(&self) -> &Problem {
+        &self.problem
     }
 
-    /// The macros that a kernel is compiled with for this problem.
-    pub(crate) fn defines(&self, problem: &Problem, kernel: &Kernel) -> Vec<String> {
-        let Shape { dtype, head, features, .. } = self.shape;
-        let Tiles { rows, keys, warps, stages, warpgroups, split } = kernel.tiles;
-        let (threads, _, _) = kernel.launch_config().block_dim;
-        let (head, value) = (kernel.tiles.columns(head), kernel.tiles.columns(self.shape.columns_of_slice()));
-        let mut defines = vec![
-            format!("DTYPE={}", dtype_code(dtype)),
-            format!("HEAD={head}"),
-            format!("VALUE={value}"),
-            format!("FEATURES={}", features.bits()),
-            format!("BIAS_DTYPE={}", features.bias_dtype(problem)),
-            format!("TERM_STRIDE={}", features.term_stride(problem)),
-            format!("ROWS={rows}"),
-            format!("KEYS={keys}"),
-            format!("WARPS={warps}"),
-            format!("STAGES={stages}"),
-            format!("WANTED={}", kernel.wanted),
-            format!("WARPGROUPS={}", u32::from(warpgroups)),
-            format!("BLOCK={threads}"),
-        ];
-        if self.shape.slices() > 1 {
-            defines.push(format!("SLICES={}", self.shape.slices()));
-        }
-        if split {
-            defines.push("SPLIT=1".to_owned());
-        }
-        defines
+    fn scratch_bytes(&self) -> usize {
+        self.launches.scratch_bytes()
+    }
+
+    fn lend_scratch(&self) -> Result<Box<dyn LentScratch + '_>, Error> {
+        let Runtime { workspaces, device, .. } = &*self.runtime;
+        workspaces.lend(NAME, device, self.scratch_bytes())
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.admit(call.problem(), &scratch)?;
+        let (_, inputs, mut outputs) = call.into_parts();
+        // SAFETY: an admitted call: it holds the tensors that the problem describes.
+        unsafe { self.launch(&Addresses::of_forward(&inputs, &mut outputs), scratch) }
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.admit(call.problem(), &scratch)?;
+        let (_, inputs, saved, mut outputs) = call.into_parts();
+        // SAFETY: as in `forward`.
+        unsafe { self.launch(&Addresses::of_backward(&inputs, &saved, &mut outputs), scratch) }
     }
 }

@@ -9,7 +9,7 @@ use attention_core::{
 };
 use attention_cuda::parameters::{batches, beside};
 
-use super::plan::{Plan, variants};
+use super::launches::{Launches, variants};
 use super::tiles::{Machine, Shape};
 use super::{ChunkedCudaBackend, ChunkedCudaConfig};
 
@@ -127,7 +127,7 @@ fn every_kernel_is_compiled_for_the_threads_it_is_launched_with() {
     let (mut merges, mut kernels) = (0, 0);
     for problem in every_kind_of_problem() {
         for machine in [SMALL, AMPERE, HOPPER, Machine { splits: false, warpgroups: false, ..HOPPER }] {
-            let plan = Plan::of(&problem, machine).unwrap();
+            let plan = Launches::of(&problem, machine).unwrap();
             for kernel in &plan.kernels {
                 let threads = kernel.launch_config().block_dim.0;
                 let what = format!("{problem} on {machine:?}: {kernel:?}");
@@ -161,7 +161,7 @@ fn every_variant_that_a_plan_chooses_is_listed() {
     for machine in [SMALL, AMPERE, HOPPER, Machine { splits: false, warpgroups: false, ..HOPPER }] {
         let listed = variants(machine);
         for problem in every_kind_of_problem() {
-            let plan = Plan::of(&problem, machine).unwrap();
+            let plan = Launches::of(&problem, machine).unwrap();
             // The backend refuses the others.
             if plan.kernels.iter().any(|kernel| kernel.shared_bytes > machine.shared_bytes) {
                 continue;
@@ -188,7 +188,7 @@ fn every_variant_that_is_listed_is_chosen_by_a_case_of_the_suite() {
         let data = case.data(dtype);
         for pass in [Pass::Forward, Pass::Backward] {
             let problem = on_device(&case.problem(&data, pass, FeatureSet::all()).unwrap());
-            for plan in machines.map(|machine| Plan::of(&problem, machine)).into_iter().flatten() {
+            for plan in machines.map(|machine| Launches::of(&problem, machine)).into_iter().flatten() {
                 for kernel in &plan.kernels {
                     missing.remove(&kernel.variant(&plan));
                 }
@@ -206,7 +206,7 @@ fn tiles_fit_into_shared_memory() {
                 let problem = with_heads(dtype, head, value, pass);
                 for machine in [SMALL, AMPERE, HOPPER] {
                     let limit = machine.shared_bytes;
-                    let plan = Plan::of(&problem, machine).unwrap();
+                    let plan = Launches::of(&problem, machine).unwrap();
                     let most = plan.kernels.iter().map(|kernel| kernel.shared_bytes).max().unwrap();
                     // The largest heads of f64 need a device for data centres.
                     let too_small =
@@ -232,7 +232,7 @@ fn shared_memory_on_warpgroups_stays_below_the_steps_that_were_measured() {
     for dtype in [DType::F16, DType::Bf16] {
         for (head, queries, keys) in [(64, 100, 100), (128, 196, 132)] {
             let problem = with_heads(dtype, head, head, Pass::Backward);
-            let plan = Plan::of(&problem, HOPPER).unwrap();
+            let plan = Launches::of(&problem, HOPPER).unwrap();
             let step_of = |entry_point: &str| {
                 let kernel = plan.kernels.iter().find(|kernel| kernel.entry_point == entry_point).unwrap();
                 assert!(kernel.tiles.warpgroups, "{entry_point} of {dtype}, {head}");
@@ -249,7 +249,7 @@ fn large_heads_are_for_the_forward_pass_and_shared_among_blocks() {
     for dtype in DType::FLOATS {
         for machine in [SMALL, AMPERE, HOPPER] {
             let problem = with_heads(dtype, 576, 512, Pass::Forward);
-            let plan = Plan::of(&problem, machine).unwrap();
+            let plan = Launches::of(&problem, machine).unwrap();
             let kernel = &plan.kernels[0];
             let too_small = dtype == DType::F64 && machine.shared_bytes == SMALL.shared_bytes;
             assert!(
@@ -267,7 +267,7 @@ fn large_heads_are_for_the_forward_pass_and_shared_among_blocks() {
 fn long_f32_is_split_where_that_is_wanted() {
     let splits_with = |machine: Machine, head: usize| {
         let problem = with_heads(DType::F32, head, 128, Pass::Backward);
-        let plan = Plan::of(&problem, machine).unwrap();
+        let plan = Launches::of(&problem, machine).unwrap();
         plan.kernels.iter().filter(|kernel| kernel.tiles.split).count()
     };
     // The gradients of queries, and of keys and values.
@@ -285,8 +285,8 @@ fn rows_are_summed_before_others_need_them_and_without_a_launch_of_their_own() {
     let builder = builder.bias(bias).sinks(TensorDesc::contiguous(DType::F32, [4]));
     let entry_points = |gradients: Gradients, machine: Machine| -> Vec<&str> {
         let problem = builder.clone().gradients(gradients).build().unwrap();
-        let plan = Plan::of(&problem, machine).unwrap();
-        let name = |kernel: &super::plan::Kernel| kernel.entry_point.trim_start_matches("attention_");
+        let plan = Launches::of(&problem, machine).unwrap();
+        let name = |kernel: &super::launches::Kernel| kernel.entry_point.trim_start_matches("attention_");
         plan.kernels.iter().map(name).collect()
     };
     let first = ["prepare_gradients", "gradient_of_queries"];
@@ -310,9 +310,9 @@ fn rows_are_summed_before_others_need_them_and_without_a_launch_of_their_own() {
 fn scratch_does_not_depend_on_the_device() {
     for pass in [Pass::Forward, Pass::Backward] {
         for (name, problem) in problems(DType::Bf16, pass) {
-            let Ok(plan) = Plan::of(&problem, Machine::ANY) else { continue };
+            let Ok(plan) = Launches::of(&problem, Machine::ANY) else { continue };
             for machine in [SMALL, AMPERE, HOPPER] {
-                let other = Plan::of(&problem, machine).unwrap();
+                let other = Launches::of(&problem, machine).unwrap();
                 assert_eq!(plan.scratch_bytes(), other.scratch_bytes(), "{name}");
             }
         }
@@ -324,7 +324,7 @@ fn few_rows_share_tiles_and_cut_the_keys() {
     let query = TensorDesc::contiguous(DType::Bf16, [2, 1, 32, 128]);
     let key = TensorDesc::contiguous(DType::Bf16, [2, 8192, 8, 128]);
     let problem = Problem::builder(query, key, key).device(Device::Cuda(0)).build().unwrap();
-    let plan = Plan::of(&problem, AMPERE).unwrap();
+    let plan = Launches::of(&problem, AMPERE).unwrap();
     assert_eq!((plan.pack, plan.parts), (4, 32));
     // Per part, an output and two numbers for each row, in f32.
     assert_eq!(plan.scratch_bytes(), 32 * 2 * 32 * (128 + 2) * 4);

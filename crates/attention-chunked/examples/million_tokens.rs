@@ -63,9 +63,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             Inputs::new(View::from_slice(query, shape)?, key.narrow(1, 0..seen)?, value.narrow(1, 0..seen)?);
         let offset = QueryOffset::Fixed(i64::try_from(first)?);
         let problem = inputs.problem().causal(true).query_offset(offset).build()?;
-        scratch.reserve(backend.scratch_bytes(&problem)?);
+        let plan = backend.plan(&problem)?;
+        scratch.reserve(plan.scratch_bytes());
         let outputs = ForwardOutputs { out: ViewMut::from_slice(out, shape)?, lse: None };
-        backend.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch.scratch())?;
+        plan.forward(ForwardCall::new(plan.problem(), inputs, outputs)?, scratch.scratch())?;
         // Work grows with the square of what is done.
         bar.set_position((seen as u64).pow(2));
     }

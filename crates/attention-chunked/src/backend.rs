@@ -1,25 +1,17 @@
-//! The backend: capabilities, scratch, and the choice of the engine.
+//! The backend: capabilities, and what problems take.
 
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet, ForwardCall,
-    NumericsClass, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
-    Variants,
+    AttentionBackend, Capabilities, DType, DeviceKind, Error, FeatureSet, NumericsClass, PassCapabilities,
+    Plan, Problem, ScratchGrowth, Unavailable, Unsupported, Variants,
 };
 
 use crate::config::ChunkedConfig;
-use crate::engine::Engine;
-#[cfg(target_arch = "x86_64")]
-use crate::engine::amx::Tiles;
-use crate::engine::vector::Fused;
-use crate::paths::{Kind, Paths, Taken};
-#[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx2, Avx512};
-use crate::simd::{Scalar, Simd};
-use crate::{Level, backward, forward, plan};
-
-const NAME: &str = "chunked";
+use crate::engines::{KindOf, with_engines};
+use crate::paths::Paths;
+use crate::plan::{ChunkedPlan, Needs};
+use crate::{Level, NAME};
 
 /// The memory-efficient CPU backend: every option, every dtype, forward and backward, in memory that does not
 /// grow with the sequences.
@@ -36,18 +28,21 @@ const NAME: &str = "chunked";
 /// # Examples
 /// ```
 /// use attention_chunked::ChunkedBackend;
-/// use attention_core::{AttentionBackend, ForwardCall, ForwardOutputs, Inputs, ScratchBuffer, View, ViewMut};
+/// use attention_core::{
+///     AttentionBackend, ForwardCall, ForwardOutputs, Inputs, ScratchBuffer, View, ViewMut,
+/// };
 ///
 /// let backend = ChunkedBackend::new();
 /// let data = vec![0.5f32; 4 * 2 * 8];
 /// let view = View::from_slice(&data, [1, 4, 2, 8])?;
 /// let inputs = Inputs::new(view, view, view);
-/// let problem = inputs.problem().causal(true).build()?;
+/// // Planned once, and run as often as there are tensors of these shapes.
+/// let plan = backend.plan(&inputs.problem().causal(true).build()?)?;
+/// let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
 ///
 /// let mut out = vec![0.0f32; 4 * 2 * 8];
 /// let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, [1, 4, 2, 8])?, lse: None };
-/// let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem)?);
-/// backend.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch.scratch())?;
+/// plan.forward(ForwardCall::new(plan.problem(), inputs, outputs)?, scratch.scratch())?;
 /// assert!(out.iter().all(|&x| (x - 0.5).abs() < 1e-6));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -56,84 +51,13 @@ pub struct ChunkedBackend {
     config: ChunkedConfig,
     level: Result<Level, String>,
     capabilities: Capabilities,
-    /// Shared by clones.
+    /// Shared by clones and plans.
     paths: Arc<Paths>,
 }
 
 impl Default for ChunkedBackend {
     fn default() -> Self {
         Self::new()
-    }
-}
-
-/// What is done with the engines of a dtype: the one for batch rows of any size, and one for small ones where
-/// that is another.
-trait WithEngines {
-    type Output;
-
-    fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) -> Self::Output;
-}
-
-/// Runs `work` with the engines for a dtype at a level.
-fn with_engines<W: WithEngines>(
-    level: Option<Level>,
-    config: &ChunkedConfig,
-    dtype: DType,
-    work: W,
-) -> W::Output {
-    let level = level.unwrap_or(Level::Scalar);
-    fn fused<S: Simd<f32> + Simd<f64>, W: WithEngines>(simd: S, dtype: DType, work: W) -> W::Output {
-        let (single, double) = (Fused::<f32, S>::new(simd), Fused::<f64, S>::new(simd));
-        match dtype {
-            DType::F64 => work.run(double, None::<Fused<f64, S>>),
-            DType::F32 => work.run(single, Some(double)),
-            // The type of `Small` says nothing without one: this way f32 and halves share their code.
-            _ => work.run(single, None::<Fused<f64, S>>),
-        }
-    }
-    #[cfg(target_arch = "x86_64")]
-    {
-        match dtype {
-            DType::Bf16 if level >= Level::Amx => {
-                if let Some(engine) = Tiles::<1>::detect() {
-                    return work.run(engine, None::<Tiles<1>>);
-                }
-            }
-            DType::F16 if level >= Level::Amx => {
-                if let Some(engine) = Tiles::<2>::detect() {
-                    return work.run(engine, None::<Tiles<2>>);
-                }
-            }
-            DType::F32 if level >= Level::Amx && config.splits_f32() => {
-                if let Some((engine, simd)) = Tiles::<3>::detect().zip(Avx512::<false>::detect()) {
-                    return work.run(engine, Some(Fused::<f64, _>::new(simd)));
-                }
-            }
-            _ => {}
-        }
-        if level >= Level::Avx512
-            && let Some(simd) = Avx512::<false>::detect()
-        {
-            return fused(simd, dtype, work);
-        }
-        if level >= Level::Avx2
-            && let Some(simd) = Avx2::detect()
-        {
-            return fused(simd, dtype, work);
-        }
-    }
-    let _ = (level, config);
-    fused(Scalar::new(), dtype, work)
-}
-
-/// What a dtype's engines are.
-struct KindOf;
-
-impl WithEngines for KindOf {
-    type Output = Kind;
-
-    fn run<E: Engine, Small: Engine>(self, _: E, small: Option<Small>) -> Kind {
-        Kind { packs_gradients: E::PACKS_GRADIENTS, has_small: small.is_some() }
     }
 }
 
@@ -156,9 +80,9 @@ impl ChunkedBackend {
             Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::Constant)
                 .with_backward(pass);
         let level = config.chosen_level();
-        let paths = Paths::new(config.planned_threads(), |dtype| {
-            with_engines(level.as_ref().ok().copied(), &config, dtype, KindOf)
-        });
+        let of_paths = level.as_ref().map_or(Level::Scalar, |&level| level);
+        let paths =
+            Paths::new(config.planned_threads(), |dtype| with_engines(of_paths, &config, dtype, KindOf));
         Self { level, config, capabilities, paths: Arc::new(paths) }
     }
 
@@ -167,81 +91,18 @@ impl ChunkedBackend {
         self.level.as_ref().ok().copied()
     }
 
-    /// Runs `work` with the engines for a dtype.
-    fn with_engines<W: WithEngines>(&self, dtype: DType, work: W) -> W::Output {
-        with_engines(self.level(), &self.config, dtype, work)
+    /// What calls of a problem take, if this backend serves it.
+    fn needs(&self, problem: &Problem) -> Result<(Needs, usize), Unsupported> {
+        self.capabilities.check(NAME, problem)?;
+        // At a level that the machine lacks, questions are answered as at the least one.
+        let level = self.level().unwrap_or(Level::Scalar);
+        Needs::of(problem, &self.config, level).ok_or_else(|| Unsupported::Limit {
+            backend: NAME.to_owned(),
+            what: "scratch".to_owned(),
+            value: problem.dims().to_string(),
+            limit: "that fits an address space".to_owned(),
+        })
     }
-
-    /// Bytes of scratch of a call; `None` on overflow.
-    fn needs(&self, problem: &Problem) -> Option<usize> {
-        struct Needs<'p> {
-            problem: &'p Problem,
-            config: &'p ChunkedConfig,
-        }
-
-        impl WithEngines for Needs<'_> {
-            type Output = Option<usize>;
-
-            fn run<E: Engine, Small: Engine>(self, _: E, small: Option<Small>) -> Option<usize> {
-                let Self { problem, config } = self;
-                let bytes = match problem.pass() {
-                    Pass::Forward => forward::needs::<E, Small>(problem, small.is_some(), config),
-                    Pass::Backward => backward::needs::<E, Small>(problem, small.is_some(), config),
-                };
-                bytes.filter(|&bytes| bytes <= isize::MAX as usize)
-            }
-        }
-
-        if !plan::sizes_fit(problem) {
-            return None;
-        }
-        self.with_engines(problem.dtype(), Needs { problem, config: &self.config })
-    }
-
-    /// Checks what is left to check of a call and gives its scratch as bytes.
-    fn host_scratch<'a>(&self, problem: &Problem, scratch: Scratch<'a>) -> Result<&'a mut [u8], Error> {
-        let needed = self.scratch_bytes(problem)?;
-        self.available()?;
-        scratch.check(problem.device(), needed)?;
-        // Device and size were checked; a call without scratch may bring one from anywhere.
-        Ok(scratch.into_host().unwrap_or_default())
-    }
-
-    /// Runs a call of this problem.
-    fn run(&self, problem: &Problem, call: Call<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        struct Run<'c, 'd> {
-            call: Call<'c>,
-            config: &'d ChunkedConfig,
-            scratch: &'d mut [u8],
-            taken: [&'d Taken; 2],
-        }
-
-        impl WithEngines for Run<'_, '_> {
-            type Output = ();
-
-            fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
-                let Self { call, config, scratch, taken } = self;
-                match call {
-                    Call::Forward(call) => forward::run(engine, small, call, config, scratch, taken),
-                    Call::Backward(call) => backward::run(engine, small, call, config, scratch, taken),
-                }
-            }
-        }
-
-        let scratch = self.host_scratch(problem, scratch)?;
-        let taken = [Taken::default(), Taken::default()];
-        let run = Run { call, config: &self.config, scratch, taken: taken.each_ref() };
-        self.with_engines(problem.dtype(), run);
-        self.paths.count(problem.dtype(), taken);
-        Ok(())
-    }
-}
-
-/// A call of either pass.
-#[allow(clippy::large_enum_variant, reason = "one is made a call, and no box is worth an allocation")]
-enum Call<'c> {
-    Forward(ForwardCall<'c>),
-    Backward(BackwardCall<'c>),
 }
 
 impl AttentionBackend for ChunkedBackend {
@@ -277,20 +138,19 @@ impl AttentionBackend for ChunkedBackend {
     }
 
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-        self.capabilities.check(NAME, problem)?;
-        self.needs(problem).ok_or_else(|| Unsupported::Limit {
-            backend: NAME.to_owned(),
-            what: "scratch".to_owned(),
-            value: problem.dims().to_string(),
-            limit: "that fits an address space".to_owned(),
-        })
+        Ok(self.needs(problem)?.1)
     }
 
-    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.run(call.problem(), Call::Forward(call), scratch)
-    }
-
-    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.run(call.problem(), Call::Backward(call), scratch)
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        let (needs, scratch_bytes) = self.needs(problem)?;
+        self.available()?;
+        Ok(Arc::new(ChunkedPlan {
+            problem: problem.clone(),
+            needs,
+            scratch_bytes,
+            level: self.level().unwrap_or(Level::Scalar),
+            config: self.config.clone(),
+            paths: self.paths.clone(),
+        }))
     }
 }

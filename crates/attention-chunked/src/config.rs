@@ -126,26 +126,29 @@ impl ChunkedConfig {
         self.threads.planned()
     }
 
-    /// What a call takes, and its threads: planned for as many as there are now, where that fits the scratch
-    /// that was asked for. `of` plans for a number of threads; no pool is started where the plan has work for
-    /// one.
-    pub(crate) fn begin<P: Plan>(&self, scratch: usize, of: impl Fn(usize) -> Option<P>) -> (P, Team) {
-        let plan = of(self.planned_threads()).unwrap_or_else(|| unreachable!("the scratch was sized before"));
-        if plan.workers() <= 1 {
-            return (plan, Team::alone());
+    /// The threads of a call that was planned to take `needs`, and what it takes on so many: `None` for as planned. `of`
+    /// cuts it for a number of threads; no pool is started where there is work for one.
+    pub(crate) fn team<N: Needs>(
+        &self,
+        needs: &N,
+        scratch: usize,
+        of: impl FnOnce(usize) -> Option<N>,
+    ) -> (Option<N>, Team) {
+        if needs.workers() <= 1 {
+            return (None, Team::alone());
         }
         let team = self.threads.team();
         if team.size() == self.planned_threads() {
-            return (plan, team);
+            return (None, team);
         }
         // Fewer threads than planned, in a smaller pool: larger chunks keep each of them busier.
-        let fewer = of(team.size()).filter(|plan| plan.scratch().is_some_and(|bytes| bytes <= scratch));
-        (fewer.unwrap_or(plan), team)
+        let fewer = of(team.size()).filter(|fewer| fewer.scratch().is_some_and(|bytes| bytes <= scratch));
+        (fewer, team)
     }
 }
 
-/// What a call of either pass takes.
-pub(crate) trait Plan {
+/// What a call of either pass takes: its tasks, and the layout of its scratch.
+pub(crate) trait Needs {
     /// How many threads have something to do.
     fn workers(&self) -> usize;
 

@@ -3,7 +3,9 @@
 mod backend;
 mod backward;
 mod config;
+mod cut;
 mod engine;
+mod engines;
 mod float;
 mod forward;
 mod level;
@@ -18,3 +20,6 @@ mod workers;
 pub use backend::ChunkedBackend;
 pub use config::ChunkedConfig;
 pub use level::Level;
+
+/// The name of the backend.
+const NAME: &str = "chunked";

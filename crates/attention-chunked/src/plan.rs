@@ -1,161 +1,140 @@
-//! How a problem is cut into tasks.
-//!
-//! A row's result depends on the blocks of keys it meets, which begin at multiples of the engine's block size
-//! from key 0 of its batch row, and on nothing else. So the cuts along query rows are free: they may depend
-//! on the number of threads without changing a bit.
+//! A planned problem: what its calls take, and how they run.
 
-use std::ops::Range;
+use std::sync::Arc;
 
-use attention_core::{Problem, Sequences};
+use attention_core::{BackwardCall, Error, ForwardCall, Pass, Plan, Problem, Scratch};
 
-use crate::terms::QueryRow;
+use crate::config::{ChunkedConfig, Needs as _};
+use crate::engine::Engine;
+use crate::engines::{WithEngines, with_engines};
+use crate::paths::{Paths, Taken};
+use crate::{Level, NAME, backward, cut, forward};
 
-/// Logits of a head up to which a batch row is small: there calls and conversions cost more than arithmetic,
-/// and the largest of a few dozen rounding errors is a matter of luck, so f32 is computed in f64.
-pub(crate) const SMALL_LOGITS: usize = 1 << 12;
-
-/// Whether a batch row is small.
-pub(crate) fn is_small(problem: &Problem, batch: usize) -> bool {
-    problem.query_len(batch).saturating_mul(problem.key_value_len(batch)) <= SMALL_LOGITS
+/// What calls of a problem take: their tasks, and the layout of their scratch.
+#[derive(Debug)]
+pub(crate) enum Needs {
+    Forward(forward::Needs),
+    Backward(backward::Needs),
 }
 
-/// Query rows of some neighbouring heads that share a key/value head: the same queries of each, head by head.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Rows {
-    pub(crate) batch: usize,
-    pub(crate) key_head: usize,
-    pub(crate) heads: Range<usize>,
-    pub(crate) queries: Range<usize>,
-}
+impl Needs {
+    /// Cuts a problem, for as many threads as the configuration plans for; with its bytes of scratch. `None` on overflow.
+    pub(crate) fn of(problem: &Problem, config: &ChunkedConfig, level: Level) -> Option<(Self, usize)> {
+        struct Cut<'p> {
+            problem: &'p Problem,
+            config: &'p ChunkedConfig,
+        }
 
-impl Rows {
-    pub(crate) fn len(&self) -> usize {
-        self.heads.len() * self.queries.len()
-    }
+        impl WithEngines for Cut<'_> {
+            type Output = Option<(Needs, usize)>;
 
-    /// Head and query of row `index`.
-    pub(crate) fn at(&self, index: usize) -> (usize, usize) {
-        let queries = self.queries.len();
-        (self.heads.start + index / queries, self.queries.start + index % queries)
-    }
+            fn run<E: Engine, Small: Engine>(self, _: E, small: Option<Small>) -> Self::Output {
+                let Self { problem, config } = self;
+                let (small, sizes, threads) = (small.is_some(), config.sizes(), config.planned_threads());
+                Some(match problem.pass() {
+                    Pass::Forward => {
+                        let needs = forward::Needs::of::<E, Small>(problem, small, &sizes, threads)?;
+                        let bytes = needs.scratch()?;
+                        (Needs::Forward(needs), bytes)
+                    }
+                    Pass::Backward => {
+                        let needs = backward::Needs::of::<E, Small>(problem, small, &sizes, threads)?;
+                        let bytes = needs.scratch()?;
+                        (Needs::Backward(needs), bytes)
+                    }
+                })
+            }
+        }
 
-    /// Row `index`, with the keys that structure lets it see.
-    pub(crate) fn row(&self, problem: &Problem, index: usize) -> QueryRow {
-        let (head, query) = self.at(index);
-        let keys = problem.key_range(self.batch, query);
-        QueryRow { batch: self.batch, head, query, begin: keys.start, end: keys.end }
-    }
-}
-
-/// How the query rows of each head of a batch row are cut into tasks: neighbouring heads of a group times
-/// queries.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Cut {
-    queries: usize,
-    heads: usize,
-}
-
-impl Cut {
-    /// For tasks of at most `limit` rows.
-    pub(crate) fn of(problem: &Problem, batch: usize, limit: usize) -> Self {
-        let queries = problem.query_len(batch).clamp(1, limit.max(1));
-        Self { queries, heads: (limit / queries).clamp(1, problem.dims().group_size().max(1)) }
-    }
-
-    /// How many tasks there are: of heads of a group, and of queries.
-    fn counts(&self, problem: &Problem, batch: usize) -> [usize; 2] {
-        let group = problem.dims().group_size();
-        [group.div_ceil(self.heads), problem.query_len(batch).div_ceil(self.queries)]
-    }
-
-    /// How many tasks a batch row has. No overflow: each has a row of the problem, whose rows can be counted.
-    pub(crate) fn count(&self, problem: &Problem, batch: usize) -> usize {
-        let [heads, queries] = self.counts(problem, batch);
-        problem.dims().key_heads * heads * queries
-    }
-
-    /// Task `index` of a batch row, if it has so many. The queries of a head ascend.
-    pub(crate) fn rows(&self, problem: &Problem, batch: usize, index: usize) -> Option<Rows> {
-        if index >= self.count(problem, batch) {
+        if !cut::sizes_fit(problem) {
             return None;
         }
-        let group = problem.dims().group_size();
-        let [heads, queries] = self.counts(problem, batch);
-        let (head, query) = (index / queries, index % queries * self.queries);
-        let (key_head, head) = (head / heads, head % heads * self.heads);
-        Some(Rows {
-            batch,
-            key_head,
-            heads: key_head * group + head..key_head * group + group.min(head + self.heads),
-            queries: query..problem.query_len(batch).min(query + self.queries),
-        })
+        let needs = with_engines(level, config, problem.dtype(), Cut { problem, config });
+        needs.filter(|&(_, bytes)| bytes <= isize::MAX as usize)
     }
 }
 
-/// Batch rows of which every other is like one: a single one where all have the same lengths.
-pub(crate) fn different_rows(problem: &Problem) -> Range<usize> {
-    let batch = problem.dims().batch;
-    match problem.sequences() {
-        Sequences::Dense { query, key_value } if query.is_full() && key_value.is_full() => 0..batch.min(1),
-        _ => 0..batch,
-    }
+/// A problem with what its calls take.
+#[derive(Debug)]
+pub(crate) struct ChunkedPlan {
+    pub(crate) problem: Problem,
+    pub(crate) needs: Needs,
+    pub(crate) scratch_bytes: usize,
+    pub(crate) level: Level,
+    pub(crate) config: ChunkedConfig,
+    pub(crate) paths: Arc<Paths>,
 }
 
-/// The sum of `count` over all batch rows, or `most` if it is more.
-pub(crate) fn count_up_to(problem: &Problem, most: usize, count: impl Fn(usize) -> usize) -> usize {
-    let different = different_rows(problem);
-    let alike = problem.dims().batch / different.len().max(1);
-    let mut sum = 0usize;
-    for batch in different {
-        sum = sum.saturating_add(count(batch).saturating_mul(alike));
-        if sum >= most {
-            return most;
+/// A call of either pass, and what it takes.
+#[allow(clippy::large_enum_variant, reason = "one is made a call, and no box is worth an allocation")]
+enum Call<'c> {
+    Forward(ForwardCall<'c>, &'c forward::Needs),
+    Backward(BackwardCall<'c>, &'c backward::Needs),
+}
+
+impl ChunkedPlan {
+    /// Runs an admitted call.
+    fn run(&self, call: Call<'_>, scratch: Scratch<'_>) {
+        struct Run<'c, 'd> {
+            call: Call<'c>,
+            config: &'d ChunkedConfig,
+            scratch: &'d mut [u8],
+            taken: [&'d Taken; 2],
         }
+
+        impl WithEngines for Run<'_, '_> {
+            type Output = ();
+
+            fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
+                let Self { call, config, scratch, taken } = self;
+                match call {
+                    Call::Forward(call, needs) => {
+                        forward::run(engine, small, call, needs, config, scratch, taken);
+                    }
+                    Call::Backward(call, needs) => {
+                        backward::run(engine, small, call, needs, config, scratch, taken);
+                    }
+                }
+            }
+        }
+
+        // Device and size were checked; a call without scratch may bring one from anywhere.
+        let scratch = scratch.into_host().unwrap_or_default();
+        let taken = [Taken::default(), Taken::default()];
+        let run = Run { call, config: &self.config, scratch, taken: taken.each_ref() };
+        with_engines(self.level, &self.config, self.problem.dtype(), run);
+        self.paths.count(self.problem.dtype(), taken);
     }
-    sum
 }
 
-/// Whether there are query rows at all, padded ones included: without, the number of batch rows says nothing
-/// about time.
-pub(crate) fn has_rows(problem: &Problem) -> bool {
-    let dims = problem.dims();
-    dims.batch > 0 && dims.query_length > 0 && dims.query_heads > 0
-}
+impl Plan for ChunkedPlan {
+    fn backend(&self) -> &str {
+        NAME
+    }
 
-/// Whether there are query rows that lengths may make padding.
-pub(crate) fn may_have_padding(problem: &Problem) -> bool {
-    let full = matches!(problem.sequences(), Sequences::Dense { query, .. } if query.is_full());
-    has_rows(problem) && !full
-}
+    fn problem(&self) -> &Problem {
+        &self.problem
+    }
 
-/// Whether there are logits.
-pub(crate) fn has_logits(problem: &Problem) -> bool {
-    has_rows(problem) && problem.dims().key_length > 0
-}
+    fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes
+    }
 
-/// Whether every product of sizes that scratch is made of fits: rows of chunks, or of a whole key/value head,
-/// of the widest row with its padding, in up to three parts of up to eight bytes. Strides of 0 let head
-/// dimensions be anything.
-pub(crate) fn sizes_fit(problem: &Problem) -> bool {
-    let dims = problem.dims();
-    let rows = dims.query_length.saturating_mul(dims.group_size()).saturating_add(256).max(1 << 13);
-    let width = dims.head_dim.max(dims.value_head_dim).saturating_add(64);
-    rows.saturating_mul(width) <= isize::MAX as usize / 32
-}
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.admit(call.problem(), &scratch)?;
+        let Needs::Forward(needs) = &self.needs else {
+            unreachable!("a forward call is of a forward problem")
+        };
+        self.run(Call::Forward(call, needs), scratch);
+        Ok(())
+    }
 
-/// Real query rows of all heads of a problem.
-pub(crate) fn total_rows(problem: &Problem) -> usize {
-    let queries = count_up_to(problem, usize::MAX, |batch| problem.query_len(batch));
-    queries.saturating_mul(problem.dims().query_heads)
-}
-
-/// The most real keys of a batch row.
-pub(crate) fn most_keys(problem: &Problem) -> usize {
-    different_rows(problem).map(|batch| problem.key_value_len(batch)).max().unwrap_or(0)
-}
-
-/// The intersection of two ranges, empty where they do not meet.
-pub(crate) fn intersection(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
-    let start = a.start.max(b.start);
-    start..a.end.min(b.end).max(start)
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.admit(call.problem(), &scratch)?;
+        let Needs::Backward(needs) = &self.needs else {
+            unreachable!("a backward call is of a backward problem")
+        };
+        self.run(Call::Backward(call, needs), scratch);
+        Ok(())
+    }
 }

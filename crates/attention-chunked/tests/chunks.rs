@@ -51,8 +51,9 @@ fn run(backend: &ChunkedBackend, causal: bool) -> Results {
         out: ViewMut::from_slice(&mut out, SHAPE).unwrap(),
         lse: Some(ViewMut::from_slice(&mut lse, [1, 700, 4]).unwrap()),
     };
-    let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&forward).unwrap());
-    backend.forward(ForwardCall::new(&forward, inputs, outputs).unwrap(), scratch.scratch()).unwrap();
+    let plan = backend.plan(&forward).unwrap();
+    let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
+    plan.forward(ForwardCall::new(&forward, inputs, outputs).unwrap(), scratch.scratch()).unwrap();
 
     let backward = problem().gradients(Gradients::QKV).build().unwrap();
     let mut gradients = [count(SHAPE), count(KEYS), count(KEYS)].map(|count| vec![f32::NAN; count]);
@@ -70,9 +71,10 @@ fn run(backend: &ChunkedBackend, causal: bool) -> Results {
             dv: Some(ViewMut::from_slice(dv, KEYS).unwrap()),
             ..BackwardOutputs::default()
         };
-        let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&backward).unwrap());
+        let plan = backend.plan(&backward).unwrap();
+        let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
         let call = BackwardCall::new(&backward, inputs, saved, outputs).unwrap();
-        backend.backward(call, scratch.scratch()).unwrap();
+        plan.backward(call, scratch.scratch()).unwrap();
     }
     let [dq, dk, dv] = gradients;
     Results { out, lse, dq, dk, dv }

@@ -42,13 +42,14 @@ fn in_use(queries: usize, keys: usize, window: usize) -> (usize, usize) {
     let key = View::from_slice(&k, [1, keys, 1, 64]).unwrap();
     let inputs = Inputs::new(query, key, key);
     let problem = inputs.problem().window(Window { left: Some(window), right: None }).build().unwrap();
-    let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem).unwrap());
+    let plan = backend.plan(&problem).unwrap();
+    let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
     let outputs =
         ForwardOutputs { out: ViewMut::from_slice(&mut out, [1, queries, 1, 64]).unwrap(), lse: None };
     let call = ForwardCall::new(&problem, inputs, outputs).unwrap();
     let before = NOW.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
-    backend.forward(call, scratch.scratch()).unwrap();
+    plan.forward(call, scratch.scratch()).unwrap();
     assert!(out.iter().all(|&x| (x - 0.25).abs() < 1e-6));
     (scratch.len(), PEAK.load(Ordering::Relaxed) - before)
 }

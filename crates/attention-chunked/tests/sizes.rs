@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use attention_chunked::{ChunkedBackend, ChunkedConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Error, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Problem, ScratchBuffer, TensorDesc, View, ViewMut,
+    ForwardOutputs, Gradients, Inputs, Plan, Problem, ScratchBuffer, TensorDesc, View, ViewMut,
 };
 
 /// Runs `work`, which must not take long: the loops it was found in took seconds, or never ended.
@@ -21,14 +21,14 @@ fn forward(query: [usize; 4], key: [usize; 4]) -> Result<(), Error> {
     let (q, k) = (View::from_slice(&none, query)?, View::from_slice(&none, key)?);
     let inputs = Inputs::new(q, k, k);
     let problem = inputs.problem().lse(true).build()?;
-    let backend = ChunkedBackend::new();
-    let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem)?);
+    let plan = ChunkedBackend::new().plan(&problem)?;
+    let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
     let (out, lse): (&mut [f32], &mut [f32]) = (&mut [], &mut []);
     let outputs = ForwardOutputs {
         out: ViewMut::from_slice(out, query)?,
         lse: Some(ViewMut::from_slice(lse, [query[0], query[1], query[2]])?),
     };
-    backend.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch.scratch())
+    plan.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch.scratch())
 }
 
 #[test]
@@ -70,15 +70,15 @@ fn backward(query: [usize; 4], key: [usize; 4]) -> Result<(), Error> {
         dbias: Some(ViewMut::from_slice(&mut dbias, [1, 1, 1, 1])?),
         dsinks: None,
     };
-    let backend = ChunkedBackend::new();
-    let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem)?);
-    backend.backward(BackwardCall::new(&problem, inputs, saved, outputs)?, scratch.scratch())?;
+    let plan = ChunkedBackend::new().plan(&problem)?;
+    let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
+    plan.backward(BackwardCall::new(&problem, inputs, saved, outputs)?, scratch.scratch())?;
     assert_eq!(dbias, [0.0]);
     Ok(())
 }
 
 #[test]
-fn questions_about_a_large_batch_are_answered_at_once() {
+fn large_batches_are_asked_about_and_planned_at_once() {
     let backend = ChunkedBackend::new();
     for shape in
         [[1 << 24, 1, 1, 1], [1 << 40, 1, 4, 1], [1, 1 << 24, 1, 1], [1, 1, 1 << 40, 1], [1, 1 << 50, 1, 1]]
@@ -94,7 +94,9 @@ fn questions_about_a_large_batch_are_answered_at_once() {
             let problem = builder.build().unwrap();
             at_once(&format!("{problem}"), || {
                 backend.supports(&problem).unwrap();
-                backend.scratch_bytes(&problem).unwrap()
+                backend.scratch_bytes(&problem).unwrap();
+                // A plan has the sizes of the work, and no list of it.
+                backend.plan(&problem).unwrap()
             });
         }
     }
@@ -146,20 +148,23 @@ fn scratch_does_not_depend_on_the_pool() {
     for config in [ChunkedConfig::default(), ChunkedConfig::default().threads(2)] {
         let backend = ChunkedBackend::with_config(config);
         let bytes = backend.scratch_bytes(&problem).unwrap();
-        let run = || {
-            assert_eq!(backend.scratch_bytes(&problem).unwrap(), bytes);
+        let run = |plan: &dyn Plan| {
+            assert_eq!((backend.scratch_bytes(&problem).unwrap(), plan.scratch_bytes()), (bytes, bytes));
             let mut out = vec![f32::NAN; data.len()];
             let mut scratch = ScratchBuffer::new(bytes);
             let outputs =
                 ForwardOutputs { out: ViewMut::from_slice(&mut out, [2, 300, 4, 8]).unwrap(), lse: None };
             let call = ForwardCall::new(&problem, inputs, outputs).unwrap();
-            backend.forward(call, scratch.scratch()).unwrap();
+            plan.forward(call, scratch.scratch()).unwrap();
             out
         };
-        let want = run();
+        let plan = backend.plan(&problem).unwrap();
+        let want = run(&*plan);
         for threads in [1, 2, 3, 7] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            assert!(pool.install(run) == want, "{threads} threads");
+            assert!(pool.install(|| run(&*plan)) == want, "{threads} threads, planned outside");
+            let planned_inside = || run(&*backend.plan(&problem).unwrap());
+            assert!(pool.install(planned_inside) == want, "{threads} threads, planned inside");
         }
     }
 }
@@ -201,8 +206,9 @@ fn sinks_have_their_gradient_without_others() {
                     dsinks: Some(ViewMut::from_slice(&mut dsinks, [1]).unwrap()),
                 };
                 let call = BackwardCall::new(&problem, inputs, saved(), outputs).unwrap();
-                let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem).unwrap());
-                backend.backward(call, scratch.scratch()).unwrap();
+                let plan = backend.plan(&problem).unwrap();
+                let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
+                plan.backward(call, scratch.scratch()).unwrap();
                 dsinks[0]
             };
             let (alone, with_dq) = (run(Gradients::SINKS), run(Gradients::SINKS | Gradients::QUERY));

@@ -3,9 +3,11 @@
 //! `cargo run -p attention-conformance --example toy_backend`.
 
 // ANCHOR: type
+use std::sync::Arc;
+
 use attention_core::{
     AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Error, Feature, FeatureSet, ForwardCall,
-    NumericsClass, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
+    NumericsClass, PassCapabilities, Plan, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported,
 };
 
 const NAME: &str = "toy";
@@ -64,20 +66,47 @@ impl AttentionBackend for Toy {
         Ok(problem.dims().key_length * size_of::<f32>())
     }
 
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        let scratch_bytes = self.scratch_bytes(problem)?;
+        Ok(Arc::new(ToyPlan { problem: problem.clone(), scratch_bytes }))
+    }
+}
+// ANCHOR_END: trait
+
+// ANCHOR: plan
+/// A problem that the toy serves, and what its calls take.
+#[derive(Debug)]
+struct ToyPlan {
+    problem: Problem,
+    scratch_bytes: usize,
+}
+
+impl Plan for ToyPlan {
+    fn backend(&self) -> &str {
+        NAME
+    }
+
+    fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes
+    }
+
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        let needed = self.scratch_bytes(call.problem())?;
-        scratch.check(call.problem().device(), needed)?;
+        self.admit(call.problem(), &scratch)?;
         run(call, scratch);
         Ok(())
     }
 
-    fn backward(&self, call: BackwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
-        // There is no backward pass, so this always refuses, and names the first reason.
-        self.supports(call.problem())?;
-        Err(Unsupported::Pass { backend: NAME.to_owned(), pass: Pass::Backward }.into())
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        // Every plan is of a forward problem, so this refuses every backward call.
+        self.admit(call.problem(), &scratch)?;
+        unreachable!("there is no plan of a backward problem")
     }
 }
-// ANCHOR_END: trait
+// ANCHOR_END: plan
 
 // ANCHOR: run
 /// The forward pass of a problem that was checked.

@@ -51,8 +51,19 @@ fn breaches_of_the_contract_are_named() {
         &BOTH,
         "supports refuses what the capabilities declare",
     );
-    fails_with(Flaw::RunsWhatItRefuses, "scale/1-causal", &BOTH, "runs a call that supports refuses");
+    fails_with(Flaw::PlansWhatItRefuses, "scale/1-causal", &BOTH, "plan accepts what supports refuses");
+    fails_with(Flaw::PlanFails, "scale/", &BOTH, "plan fails on what supports accepts");
+    fails_with(Flaw::PlanPanics, "scale/", &BOTH, "panicked: on purpose");
+    fails_with(Flaw::PlanIsOfAnotherProblem, "scale/", &BOTH, "not the one that was to be planned");
+    fails_with(Flaw::PlanAsksForMoreScratch, "scale/", &BOTH, "the plan asks for");
+    fails_with(Flaw::RunsCallsOfOtherProblems, "scale/", &BOTH, "given a call of another problem");
     fails_with(Flaw::ChangesFromCallToCall, "groups/", &[Pass::Forward], "differs when the call is repeated");
+    fails_with(
+        Flaw::ChangesFromPlanToPlan,
+        "groups/",
+        &[Pass::Forward],
+        "differs when the call is planned again",
+    );
     fails_with(Flaw::DependsOnTheBatch, "groups/", &[Pass::Forward], "alone");
     fails_with(Flaw::DependsOnPadding, "bits/plain-small", &[Pass::Forward], "when it is padded");
     fails_with(Flaw::DependsOnStrides, "bits/bias-small", &[Pass::Forward], "with a stride of 2");

@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use attention_conformance::cases;
 use attention_conformance::report::{Outcome, uncovered};
 use attention_conformance::suite::{Subject, Suite, run_case};
@@ -56,7 +58,8 @@ fn filters_choose_by_name_dtype_and_pass() {
 /// What a run has reached is told from what other runs have, and from what was skipped.
 #[test]
 fn variants_that_were_not_run_are_named() {
-    let naive = Naive { variants: Some(Variants::new(["forward", "backward"])), ..Naive::new(Flaw::None) };
+    let naive =
+        Naive { variants: Some(Arc::new(Variants::new(["forward", "backward"]))), ..Naive::new(Flaw::None) };
     let suite = Suite::new().filter("small/one-of-each").dtypes([DType::F32]);
     let whole = suite.run(&naive, |_| {});
     assert_eq!((uncovered(std::slice::from_ref(&whole)), whole.variants.unwrap().len()), (None, 2));

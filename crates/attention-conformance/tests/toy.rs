@@ -57,5 +57,5 @@ fn the_guide_shows_the_code_of_the_example() {
         assert!(guide.contains(code.trim()), "the guide does not show part '{name}' as it is");
         parts += 1;
     }
-    assert_eq!(parts, 5);
+    assert_eq!(parts, 6);
 }

@@ -1,7 +1,9 @@
-//! Backends that wrap another one.
+//! Backends and plans that wrap another one.
+
+use std::sync::Arc;
 
 use crate::{
-    AttentionBackend, BackwardCall, Capabilities, Error, ForwardCall, LentScratch, Problem, Scratch,
+    AttentionBackend, BackwardCall, Capabilities, Error, ForwardCall, LentScratch, Plan, Problem, Scratch,
     Unavailable, Unsupported, Variants,
 };
 
@@ -14,10 +16,8 @@ use crate::{
 /// # Semantics
 /// The contract is that of [`AttentionBackend`], for the wrapper as a whole: methods belong together. A
 /// wrapper that refuses a problem refuses it in [`supports`](Self::supports),
-/// [`scratch_bytes`](Self::scratch_bytes), [`prepare`](Self::prepare), [`forward`](Self::forward) and
-/// [`backward`](Self::backward), and one that asks for scratch of its own answers for it in
-/// [`scratch_bytes`](Self::scratch_bytes) and lends it in [`lend_scratch`](Self::lend_scratch). Errors of the
-/// inner backend carry the inner backend's name.
+/// [`scratch_bytes`](Self::scratch_bytes) and [`plan`](Self::plan), and one that does something to calls gives plans
+/// of its own, which implement [`DelegatePlan`]. Errors of the inner backend carry the inner backend's name.
 ///
 /// Where both traits are imported, their methods are ambiguous on the wrapper's own type: say which one is
 /// meant (`Delegate::name(self)`), or import one of the two. On `dyn AttentionBackend`, which
@@ -28,13 +28,15 @@ use crate::{
 /// use std::sync::Arc;
 /// use std::sync::atomic::{AtomicUsize, Ordering};
 ///
-/// use attention_core::{AttentionBackend, Delegate, Error, ForwardCall, Scratch};
+/// use attention_core::{
+///     AttentionBackend, Delegate, DelegatePlan, Error, ForwardCall, Plan, Problem, Scratch,
+/// };
 ///
 /// /// Counts the forward calls of a backend.
 /// #[derive(Debug)]
 /// struct Counted {
 ///     backend: Arc<dyn AttentionBackend>,
-///     calls: AtomicUsize,
+///     calls: Arc<AtomicUsize>,
 /// }
 ///
 /// impl Delegate for Counted {
@@ -42,14 +44,30 @@ use crate::{
 ///         &*self.backend
 ///     }
 ///
+///     fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+///         Ok(Arc::new(CountedPlan { plan: self.backend.plan(problem)?, calls: self.calls.clone() }))
+///     }
+/// }
+///
+/// #[derive(Debug)]
+/// struct CountedPlan {
+///     plan: Arc<dyn Plan>,
+///     calls: Arc<AtomicUsize>,
+/// }
+///
+/// impl DelegatePlan for CountedPlan {
+///     fn inner(&self) -> &dyn Plan {
+///         &*self.plan
+///     }
+///
 ///     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
 ///         self.calls.fetch_add(1, Ordering::Relaxed);
-///         self.backend.forward(call, scratch)
+///         self.plan.forward(call, scratch)
 ///     }
 /// }
 ///
 /// fn counted(backend: Arc<dyn AttentionBackend>) -> Arc<dyn AttentionBackend> {
-///     Arc::new(Counted { backend, calls: AtomicUsize::new(0) })
+///     Arc::new(Counted { backend, calls: Arc::default() })
 /// }
 /// ```
 pub trait Delegate: Send + Sync + std::fmt::Debug {
@@ -100,36 +118,12 @@ pub trait Delegate: Send + Sync + std::fmt::Debug {
         self.inner().scratch_bytes(problem)
     }
 
-    /// As [`AttentionBackend::prepare`].
+    /// As [`AttentionBackend::plan`].
     ///
     /// # Errors
     /// As there.
-    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
-        self.inner().prepare(problem)
-    }
-
-    /// As [`AttentionBackend::lend_scratch`].
-    ///
-    /// # Errors
-    /// As there.
-    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
-        self.inner().lend_scratch(problem, bytes)
-    }
-
-    /// As [`AttentionBackend::forward`].
-    ///
-    /// # Errors
-    /// As there.
-    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.inner().forward(call, scratch)
-    }
-
-    /// As [`AttentionBackend::backward`].
-    ///
-    /// # Errors
-    /// As there.
-    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        self.inner().backward(call, scratch)
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        self.inner().plan(problem)
     }
 }
 
@@ -162,20 +156,84 @@ impl<D: Delegate> AttentionBackend for D {
         Delegate::scratch_bytes(self, problem)
     }
 
-    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
-        Delegate::prepare(self, problem)
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        Delegate::plan(self, problem)
+    }
+}
+
+/// A plan that wraps another one, and writes only what differs: as [`Delegate`], for [`Plan`].
+///
+/// # Semantics
+/// A wrapper that asks for scratch of its own answers for it in [`scratch_bytes`](Self::scratch_bytes) and lends it in
+/// [`lend_scratch`](Self::lend_scratch). One that plans another problem than it is asked for, on a device for example, says
+/// so in [`problem`](Self::problem).
+pub trait DelegatePlan: Send + Sync + std::fmt::Debug {
+    /// The plan that is wrapped.
+    fn inner(&self) -> &dyn Plan;
+
+    /// As [`Plan::backend`].
+    fn backend(&self) -> &str {
+        self.inner().backend()
     }
 
-    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
-        Delegate::lend_scratch(self, problem, bytes)
+    /// As [`Plan::problem`].
+    fn problem(&self) -> &Problem {
+        self.inner().problem()
+    }
+
+    /// As [`Plan::scratch_bytes`].
+    fn scratch_bytes(&self) -> usize {
+        self.inner().scratch_bytes()
+    }
+
+    /// As [`Plan::lend_scratch`].
+    ///
+    /// # Errors
+    /// As there.
+    fn lend_scratch(&self) -> Result<Box<dyn LentScratch + '_>, Error> {
+        self.inner().lend_scratch()
+    }
+
+    /// As [`Plan::forward`].
+    ///
+    /// # Errors
+    /// As there.
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.inner().forward(call, scratch)
+    }
+
+    /// As [`Plan::backward`].
+    ///
+    /// # Errors
+    /// As there.
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.inner().backward(call, scratch)
+    }
+}
+
+impl<D: DelegatePlan> Plan for D {
+    fn backend(&self) -> &str {
+        DelegatePlan::backend(self)
+    }
+
+    fn problem(&self) -> &Problem {
+        DelegatePlan::problem(self)
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        DelegatePlan::scratch_bytes(self)
+    }
+
+    fn lend_scratch(&self) -> Result<Box<dyn LentScratch + '_>, Error> {
+        DelegatePlan::lend_scratch(self)
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        Delegate::forward(self, call, scratch)
+        DelegatePlan::forward(self, call, scratch)
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        Delegate::backward(self, call, scratch)
+        DelegatePlan::backward(self, call, scratch)
     }
 }
 
@@ -194,7 +252,7 @@ mod tests {
     struct Asked {
         capabilities: Capabilities,
         variants: Variants,
-        asked: Mutex<Vec<&'static str>>,
+        asked: Arc<Mutex<Vec<&'static str>>>,
     }
 
     impl Asked {
@@ -232,13 +290,40 @@ mod tests {
             self.was("scratch_bytes");
             Ok(9)
         }
-        fn prepare(&self, _: &Problem) -> Result<(), Error> {
-            self.was("prepare");
-            Ok(())
+        fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+            self.was("plan");
+            Ok(Arc::new(AskedPlan { problem: problem.clone(), asked: self.asked.clone() }))
         }
-        fn lend_scratch(&self, _: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
+    }
+
+    #[derive(Debug)]
+    struct AskedPlan {
+        problem: Problem,
+        asked: Arc<Mutex<Vec<&'static str>>>,
+    }
+
+    impl AskedPlan {
+        fn was(&self, what: &'static str) {
+            self.asked.lock().unwrap().push(what);
+        }
+    }
+
+    impl Plan for AskedPlan {
+        fn backend(&self) -> &str {
+            self.was("backend");
+            "asked"
+        }
+        fn problem(&self) -> &Problem {
+            self.was("problem");
+            &self.problem
+        }
+        fn scratch_bytes(&self) -> usize {
+            self.was("scratch_bytes of the plan");
+            9
+        }
+        fn lend_scratch(&self) -> Result<Box<dyn LentScratch + '_>, Error> {
             self.was("lend_scratch");
-            Ok(Box::new(ScratchBuffer::new(bytes)))
+            Ok(Box::new(ScratchBuffer::new(5)))
         }
         fn forward(&self, _: ForwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
             self.was("forward");
@@ -260,6 +345,18 @@ mod tests {
         fn name(&self) -> &str {
             "renamed"
         }
+        fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+            Ok(Arc::new(RenamedPlan(self.0.plan(problem)?)))
+        }
+    }
+
+    #[derive(Debug)]
+    struct RenamedPlan(Arc<dyn Plan>);
+
+    impl DelegatePlan for RenamedPlan {
+        fn inner(&self) -> &dyn Plan {
+            &*self.0
+        }
     }
 
     #[test]
@@ -268,7 +365,7 @@ mod tests {
         let inner = Arc::new(Asked {
             capabilities: Capabilities::new(DeviceKind::Cpu, [], nothing, ScratchGrowth::Constant),
             variants: Variants::default(),
-            asked: Mutex::default(),
+            asked: Arc::default(),
         });
         let wrapper: &dyn AttentionBackend = &Renamed(inner.clone());
         let data = [1.0f32];
@@ -282,18 +379,19 @@ mod tests {
         assert!(wrapper.available().is_ok() && wrapper.supports(&problem).is_ok());
         assert!(wrapper.variants().is_some());
         assert_eq!(wrapper.scratch_bytes(&problem), Ok(9));
-        assert!(wrapper.prepare(&problem).is_ok());
-        assert_eq!(wrapper.lend_scratch(&problem, 5).unwrap().scratch().len(), 5);
+        let plan = wrapper.plan(&problem).unwrap();
+        assert_eq!((plan.backend(), plan.problem(), plan.scratch_bytes()), ("asked", &problem, 9));
+        assert_eq!(plan.lend_scratch().unwrap().scratch().len(), 5);
         let mut out = [0.0f32];
         let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, [1; 4]).unwrap(), lse: None };
         let call = ForwardCall::new(&problem, inputs, outputs).unwrap();
-        assert!(wrapper.forward(call, Scratch::none(Device::Cpu)).is_ok());
+        assert!(plan.forward(call, Scratch::none(Device::Cpu)).is_ok());
         let problem = inputs.problem().gradients(Gradients::QUERY).build().unwrap();
         let saved = BackwardInputs { out: x, lse: row, d_out: x, d_lse: None };
         let dq = Some(ViewMut::from_slice(&mut out, [1; 4]).unwrap());
         let outputs = BackwardOutputs { dq, ..Default::default() };
         let call = BackwardCall::new(&problem, inputs, saved, outputs).unwrap();
-        assert!(wrapper.backward(call, Scratch::none(Device::Cpu)).is_ok());
+        assert!(plan.backward(call, Scratch::none(Device::Cpu)).is_ok());
 
         let asked = [
             "version",
@@ -302,7 +400,10 @@ mod tests {
             "supports",
             "variants",
             "scratch_bytes",
-            "prepare",
+            "plan",
+            "backend",
+            "problem",
+            "scratch_bytes of the plan",
             "lend_scratch",
             "forward",
             "backward",

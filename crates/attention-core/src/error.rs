@@ -296,6 +296,14 @@ pub enum InvalidCall {
         /// The call's pass.
         call: Pass,
     },
+    /// A plan was given a call of another problem than it was made for.
+    #[error("the plan is of `{planned}`, the call is of {}", other_than(planned, call))]
+    OtherProblem {
+        /// The plan's problem, in words.
+        planned: String,
+        /// The call's, in words.
+        call: String,
+    },
     /// A gradient of a tensor that the problem does not have.
     #[error("{gradient} was asked for, the problem has no {role}")]
     GradientWithoutTensor {
@@ -451,6 +459,12 @@ fn asked_for_with(role: Role) -> &'static str {
 
 fn one_or(size: usize) -> String {
     if size == 1 { "1".to_owned() } else { format!("1 or {size}") }
+}
+
+/// The problem of a call that is not its plan's, in words that show a difference.
+fn other_than(planned: &str, call: &str) -> String {
+    let alike = "one with the same sizes and options on tensors of another layout";
+    if planned == call { alike.to_owned() } else { format!("`{call}`") }
 }
 
 /// A number for a message: without hundreds of digits.

@@ -1,10 +1,10 @@
-//! The backend: capabilities, scratch, and the choice of the operand type.
+//! The backend and its plans: capabilities, scratch, and the choice of the operand type.
 
 use std::sync::Arc;
 
 use attention_core::{
     AttentionBackend, BackendFailure, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet,
-    ForwardCall, NumericsClass, Pass, PassCapabilities, Problem, Scratch, ScratchGrowth, Unavailable,
+    ForwardCall, NumericsClass, Pass, PassCapabilities, Plan, Problem, Scratch, ScratchGrowth, Unavailable,
     Unsupported, Variants,
 };
 use attention_threads::Team;
@@ -34,19 +34,22 @@ const NAME: &str = "cpu";
 ///
 /// # Examples
 /// ```
-/// use attention_core::{AttentionBackend, ForwardCall, ForwardOutputs, Inputs, ScratchBuffer, View, ViewMut};
+/// use attention_core::{
+///     AttentionBackend, ForwardCall, ForwardOutputs, Inputs, ScratchBuffer, View, ViewMut,
+/// };
 /// use attention_cpu::CpuBackend;
 ///
 /// let backend = CpuBackend::new();
 /// let data = vec![0.5f32; 4 * 2 * 8];
 /// let view = View::from_slice(&data, [1, 4, 2, 8])?;
 /// let inputs = Inputs::new(view, view, view);
-/// let problem = inputs.problem().causal(true).build()?;
+/// // Planned once, and run as often as there are tensors of these shapes.
+/// let plan = backend.plan(&inputs.problem().causal(true).build()?)?;
+/// let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
 ///
 /// let mut out = vec![0.0f32; 4 * 2 * 8];
 /// let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, [1, 4, 2, 8])?, lse: None };
-/// let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem)?);
-/// backend.forward(ForwardCall::new(&problem, inputs, outputs)?, scratch.scratch())?;
+/// plan.forward(ForwardCall::new(plan.problem(), inputs, outputs)?, scratch.scratch())?;
 /// assert!(out.iter().all(|&x| (x - 0.5).abs() < 1e-6));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -115,23 +118,10 @@ impl CpuBackend {
             limit: "that fits an address space".to_owned(),
         })
     }
-
-    /// Checks what is left to check of a call; gives what it takes, its scratch as bytes, and its threads.
-    fn begin<'a>(
-        &self,
-        problem: &Problem,
-        scratch: Scratch<'a>,
-    ) -> Result<(Sizes, &'a mut [u8], Team), Error> {
-        let (sizes, needed) = self.needs(problem)?;
-        scratch.check(problem.device(), needed)?;
-        // Device and size were checked; a call without scratch may bring one from anywhere.
-        let scratch = scratch.into_host().unwrap_or_default();
-        let team = self.config.team(sizes.workers());
-        Ok((sizes, scratch, team))
-    }
 }
 
 /// What a call of either pass takes.
+#[derive(Debug)]
 enum Sizes {
     Forward(forward::Sizes),
     Backward(backward::Sizes),
@@ -186,17 +176,61 @@ impl AttentionBackend for CpuBackend {
         self.needs(problem).map(|(_, bytes)| bytes)
     }
 
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        let (sizes, scratch_bytes) = self.needs(problem)?;
+        Ok(Arc::new(CpuPlan {
+            problem: problem.clone(),
+            sizes,
+            scratch_bytes,
+            config: self.config.clone(),
+            runs: self.runs.clone(),
+        }))
+    }
+}
+
+/// A problem with what its calls take.
+#[derive(Debug)]
+struct CpuPlan {
+    problem: Problem,
+    sizes: Sizes,
+    scratch_bytes: usize,
+    config: CpuConfig,
+    runs: Arc<Runs>,
+}
+
+impl CpuPlan {
+    /// Checks what is left to check of a call; gives its scratch as bytes, and its threads.
+    fn begin<'a>(&self, problem: &Problem, scratch: Scratch<'a>) -> Result<(&'a mut [u8], Team), Error> {
+        self.admit(problem, &scratch)?;
+        // Device and size were checked; a call without scratch may bring one from anywhere.
+        Ok((scratch.into_host().unwrap_or_default(), self.config.team(self.sizes.workers())))
+    }
+}
+
+impl Plan for CpuPlan {
+    fn backend(&self) -> &str {
+        NAME
+    }
+
+    fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes
+    }
+
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        let problem = call.problem();
-        let (Sizes::Forward(sizes), scratch, team) = self.begin(problem, scratch)? else {
+        let (scratch, team) = self.begin(call.problem(), scratch)?;
+        let Sizes::Forward(sizes) = &self.sizes else {
             unreachable!("a forward call is of a forward problem")
         };
         let runs = &*self.runs;
-        where_products_run(|| match problem.dtype() {
-            DType::F64 => forward::run::<f64>(call, &sizes, &team, scratch, runs),
-            DType::F32 => forward::run::<f32>(call, &sizes, &team, scratch, runs),
-            DType::F16 => forward::run::<f16>(call, &sizes, &team, scratch, runs),
-            DType::Bf16 => forward::run::<bf16>(call, &sizes, &team, scratch, runs),
+        where_products_run(|| match self.problem.dtype() {
+            DType::F64 => forward::run::<f64>(call, sizes, &team, scratch, runs),
+            DType::F32 => forward::run::<f32>(call, sizes, &team, scratch, runs),
+            DType::F16 => forward::run::<f16>(call, sizes, &team, scratch, runs),
+            DType::Bf16 => forward::run::<bf16>(call, sizes, &team, scratch, runs),
             dtype => unreachable!("{dtype} is not among the capabilities, which were checked"),
         })
         .map_err(|source| failure("forward", source))?;
@@ -204,16 +238,16 @@ impl AttentionBackend for CpuBackend {
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        let problem = call.problem();
-        let (Sizes::Backward(sizes), scratch, team) = self.begin(problem, scratch)? else {
+        let (scratch, team) = self.begin(call.problem(), scratch)?;
+        let Sizes::Backward(sizes) = &self.sizes else {
             unreachable!("a backward call is of a backward problem")
         };
         let runs = &*self.runs;
-        where_products_run(|| match problem.dtype() {
-            DType::F64 => backward::run::<f64>(call, &sizes, &team, scratch, runs),
-            DType::F32 => backward::run::<f32>(call, &sizes, &team, scratch, runs),
-            DType::F16 => backward::run::<f16>(call, &sizes, &team, scratch, runs),
-            DType::Bf16 => backward::run::<bf16>(call, &sizes, &team, scratch, runs),
+        where_products_run(|| match self.problem.dtype() {
+            DType::F64 => backward::run::<f64>(call, sizes, &team, scratch, runs),
+            DType::F32 => backward::run::<f32>(call, sizes, &team, scratch, runs),
+            DType::F16 => backward::run::<f16>(call, sizes, &team, scratch, runs),
+            DType::Bf16 => backward::run::<bf16>(call, sizes, &team, scratch, runs),
             dtype => unreachable!("{dtype} is not among the capabilities, which were checked"),
         })
         .map_err(|source| failure("backward", source))?;

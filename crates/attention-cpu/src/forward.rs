@@ -7,11 +7,11 @@ use attention_threads::Team;
 use bytemuck::Pod;
 
 use crate::bias::AnyFloat;
+use crate::cut::{self, Task, TaskSize};
 use crate::elementary::Compute;
 use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, read_row, write_row};
 use crate::packed::{Columns, Dense, Panels, panel_elements};
-use crate::plan::{self, Task, TaskSize};
 use crate::scratch::{Carver, piece_bytes};
 use crate::simd::dispatch;
 use crate::softmax::{RowDropout, RowSoftmax, SoftmaxRows};
@@ -36,16 +36,16 @@ impl Pieces {
         let queries = problem.query_len(batch);
         let size = TaskSize::of(queries, dims.group_size());
         let rows = size.queries * size.heads;
-        let keys = plan::task_keys(problem, batch, size.queries);
+        let keys = cut::task_keys(problem, batch, size.queries);
         // The last task of a head may be the only one of few rows, and the other way round the first is the largest.
-        if !plan::few_rows(rows) {
+        if !cut::few_rows(rows) {
             self.panels = self.panels.max(panel_elements(keys, dims.head_dim)?);
             self.values = self.values.max(keys.checked_mul(dims.value_head_dim)?);
         }
         // Tasks that see fewer keys have blocks of more rows.
-        let block = rows.min(plan::block_rows(0, 1));
+        let block = rows.min(cut::block_rows(0, 1));
         self.query = self.query.max(block.checked_mul(dims.head_dim)?);
-        self.logits = self.logits.max(plan::block_elements(rows, keys, 1)?);
+        self.logits = self.logits.max(cut::block_elements(rows, keys, 1)?);
         self.sums = self.sums.max(block.checked_mul(dims.value_head_dim)?);
         Some(())
     }
@@ -82,6 +82,7 @@ impl<'a, C: Pod> Scratch<'a, C> {
 }
 
 /// What a problem takes, read off its batch rows once.
+#[derive(Debug)]
 pub(crate) struct Sizes {
     /// Large enough for every task of the batch rows that are not small.
     pieces: Pieces,
@@ -100,14 +101,14 @@ impl Sizes {
         let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
         let empty = Pieces { row, ..Pieces::default() };
         let (mut pieces, mut small_pieces) = (empty, empty);
-        let rows = plan::has_rows(problem).then(|| plan::sized_rows(problem));
+        let rows = cut::has_rows(problem).then(|| cut::sized_rows(problem));
         for batch in rows.into_iter().flatten() {
-            let small = plan::is_small::<E>(problem, batch);
+            let small = cut::is_small::<E>(problem, batch);
             if small { &mut small_pieces } else { &mut pieces }.make_room(problem, batch)?;
         }
         let bytes = pieces.bytes::<E::Compute>()?;
         let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
-        let workers = plan::task_count(problem, threads);
+        let workers = cut::task_count(problem, threads);
         Some(Self { pieces, small_pieces, bytes_per_worker: bytes.max(small_bytes), workers })
     }
 }
@@ -138,7 +139,7 @@ pub(crate) fn run<E: Operand>(
     runs: &Runs,
 ) {
     let (problem, inputs, outputs) = call.into_parts();
-    if !plan::has_rows(problem) {
+    if !cut::has_rows(problem) {
         return;
     }
     let shared = Shared::<E>::new(problem, &inputs, runs);
@@ -151,7 +152,7 @@ pub(crate) fn run<E: Operand>(
         scratch,
         sizes.bytes_per_worker,
         |(task, mut outputs), scratch| {
-            if plan::is_small::<E>(problem, task.rows.batch) {
+            if cut::is_small::<E>(problem, task.rows.batch) {
                 small.task(&task, &mut outputs, &mut Scratch::carve(&sizes.small_pieces, scratch));
             } else {
                 shared.task(&task, &mut outputs, &mut Scratch::carve(&sizes.pieces, scratch));
@@ -320,14 +321,14 @@ impl<'a, E: Operand> Shared<'a, E> {
         let keys = Head::<E>::new(&self.key, batch, task.key_head);
         let values = Head::<E>::new(&self.value, batch, task.key_head);
         self.count(task);
-        if plan::few_rows(task.rows.len()) {
+        if cut::few_rows(task.rows.len()) {
             self.direct(task, &keys, &values, outputs, scratch);
             return;
         }
         let panels = Panels::pack(&keys, task.keys.clone(), scratch.panels, scratch.row, self.runs);
         let values = Dense::pack(&values, task.keys.clone(), scratch.values, self.runs);
-        let stride = plan::logits_stride(task.keys.len()).unwrap_or_else(|| unreachable!("sized before"));
-        for (rows, keys) in plan::blocks(self.problem, &task.rows, &task.keys, 1) {
+        let stride = cut::logits_stride(task.keys.len()).unwrap_or_else(|| unreachable!("sized before"));
+        for (rows, keys) in cut::blocks(self.problem, &task.rows, &task.keys, 1) {
             self.read_queries(&rows, scratch.query);
             let columns = panels.columns(&keys);
             let width = self.query.shape()[3];
@@ -354,7 +355,7 @@ impl<'a, E: Operand> Shared<'a, E> {
 
     /// Counts the paths that a task takes.
     fn count(&self, task: &Task) {
-        let (few, forward) = (plan::few_rows(task.rows.len()), &E::runs(self.runs).forward);
+        let (few, forward) = (cut::few_rows(task.rows.len()), &E::runs(self.runs).forward);
         if few { &forward.unpacked } else { &forward.packed }.count();
         let cut = &self.runs.forward_task;
         match task.rows.queries.len() < self.problem.query_len(task.rows.batch) {
@@ -434,7 +435,7 @@ impl<'a, E: Operand> Shared<'a, E> {
     ) {
         let rows = &task.rows;
         let columns = Columns { start: task.keys.start, count: task.keys.len() };
-        let stride = plan::logits_stride(task.keys.len()).unwrap_or_else(|| unreachable!("sized before"));
+        let stride = cut::logits_stride(task.keys.len()).unwrap_or_else(|| unreachable!("sized before"));
         let (width, value_width) = (keys.width(), values.width());
         [keys, values].into_iter().for_each(|rows| rows.count_borrowed(E::runs(self.runs)));
         self.read_queries(rows, scratch.query);

@@ -15,7 +15,7 @@ pub(crate) trait Operand: 'static {
     type Statistics: Scalar;
     /// What is computed in.
     type Compute: Compute;
-    /// The way to compute on small batch rows ([`plan::is_small`](crate::plan::is_small)).
+    /// The way to compute on small batch rows ([`cut::is_small`](crate::cut::is_small)).
     type Small: Operand<Element = Self::Element, Statistics = Self::Statistics>;
 
     /// Whether [`Small`](Self::Small) is another way than this.

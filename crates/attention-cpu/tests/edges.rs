@@ -50,9 +50,10 @@ impl<T: Scalar + attention_core::Element, B: Scalar> Call<'_, T, B> {
             out: ViewMut::from_slice(&mut out, query).unwrap(),
             lse: Some(ViewMut::from_slice(&mut lse, [1, rows, 1]).unwrap()),
         };
-        let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem).unwrap());
+        let plan = backend.plan(&problem).unwrap();
+        let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
         let call = ForwardCall::new(&problem, inputs, outputs).unwrap();
-        backend.forward(call, scratch.scratch()).unwrap();
+        plan.forward(call, scratch.scratch()).unwrap();
 
         let mut wanted = Gradients::QKV;
         if self.bias.is_some() {
@@ -79,9 +80,10 @@ impl<T: Scalar + attention_core::Element, B: Scalar> Call<'_, T, B> {
             dbias: bias_shape.map(|shape| ViewMut::from_slice(&mut dbias, shape).unwrap()),
             dsinks: self.sink.map(|_| ViewMut::from_slice(&mut dsink, [1]).unwrap()),
         };
-        let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem).unwrap());
+        let plan = backend.plan(&problem).unwrap();
+        let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
         let call = BackwardCall::new(&problem, inputs, saved, outputs).unwrap();
-        backend.backward(call, scratch.scratch()).unwrap();
+        plan.backward(call, scratch.scratch()).unwrap();
         fn all<T: Scalar>(data: &[T]) -> Vec<f64> {
             data.iter().map(|x| x.to_f64()).collect()
         }

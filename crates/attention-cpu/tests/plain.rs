@@ -3,7 +3,7 @@
 use attention_conformance::oracle::Oracle;
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, Error, ForwardCall, ForwardOutputs,
-    Gradients, Inputs, InvalidCall, Problem, ScratchBuffer, View, ViewMut, Window,
+    Gradients, Inputs, InvalidCall, Plan, Problem, ScratchBuffer, View, ViewMut, Window,
 };
 use attention_cpu::{CpuBackend, CpuConfig};
 
@@ -59,8 +59,8 @@ impl Data {
     /// Runs both passes of the forward problem `problem`, in scratch and outputs full of NaN.
     fn run(&self, backend: &CpuBackend, problem: &Problem) -> Results {
         let [b, t, s, n, k, h] = self.dims;
-        let scratch_for = |problem: &Problem| {
-            let mut scratch = ScratchBuffer::new(backend.scratch_bytes(problem).unwrap());
+        let scratch_for = |plan: &dyn Plan| {
+            let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
             scratch.bytes_mut().fill(0xFF);
             scratch
         };
@@ -70,7 +70,8 @@ impl Data {
             lse: Some(ViewMut::from_slice(&mut lse, [b, t, n]).unwrap()),
         };
         let call = ForwardCall::new(problem, self.inputs(), outputs).unwrap();
-        backend.forward(call, scratch_for(problem).scratch()).unwrap();
+        let plan = backend.plan(problem).unwrap();
+        plan.forward(call, scratch_for(&*plan).scratch()).unwrap();
 
         let backward = problem.to_builder().gradients(Gradients::QKV).build().unwrap();
         let mut gradients =
@@ -89,7 +90,8 @@ impl Data {
             ..BackwardOutputs::default()
         };
         let call = BackwardCall::new(&backward, self.inputs(), saved, outputs).unwrap();
-        backend.backward(call, scratch_for(&backward).scratch()).unwrap();
+        let plan = backend.plan(&backward).unwrap();
+        plan.backward(call, scratch_for(&*plan).scratch()).unwrap();
         Results { out, lse, gradients }
     }
 }
@@ -183,10 +185,10 @@ fn gradients_of_parts_of_the_keys_add_up() {
             dv: Some(ViewMut::from_slice(&mut part_dv, [1, count, 2, 16]).unwrap()),
             ..BackwardOutputs::default()
         };
-        let backend = CpuBackend::new();
-        let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&problem).unwrap());
+        let plan = CpuBackend::new().plan(&problem).unwrap();
+        let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
         let call = BackwardCall::new(&problem, inputs, saved, outputs).unwrap();
-        backend.backward(call, scratch.scratch()).unwrap();
+        plan.backward(call, scratch.scratch()).unwrap();
         dq.iter_mut().zip(&part_dq).for_each(|(sum, part)| *sum += part);
         dk.extend(part_dk);
         dv.extend(part_dv);
@@ -204,13 +206,13 @@ fn gradients_of_parts_of_the_keys_add_up() {
 fn scratch_that_does_not_fit_is_refused() {
     let data = Data::new([1, 20, 20, 1, 1, 8]);
     let problem = data.inputs().problem().build().unwrap();
-    let backend = one_thread();
-    let needed = backend.scratch_bytes(&problem).unwrap();
+    let plan = one_thread().plan(&problem).unwrap();
+    let needed = plan.scratch_bytes();
     let mut out = vec![7.0f32; 20 * 8];
     let mut scratch = ScratchBuffer::new(needed - 1);
     let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, [1, 20, 1, 8]).unwrap(), lse: None };
     let call = ForwardCall::new(&problem, data.inputs(), outputs).unwrap();
-    let error = backend.forward(call, scratch.scratch()).unwrap_err();
+    let error = plan.forward(call, scratch.scratch()).unwrap_err();
     let Error::InvalidCall(InvalidCall::ScratchTooSmall { needed: named, given }) = error else {
         panic!("{error}");
     };

@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod addresses;
 mod device;
 mod disk;
 mod error;
@@ -12,6 +13,7 @@ pub mod parameters;
 mod tensor;
 mod workspace;
 
+pub use addresses::Addresses;
 pub use cudarc;
 pub use device::{CudaDevice, device_count};
 pub use disk::{DiskCache, DiskKey};

@@ -1,8 +1,11 @@
 //! A CUDA backend for calls on host memory: copies to the device, runs there, copies back.
 
+use std::sync::Arc;
+
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, Capabilities, Device, DeviceKind, Error,
-    ForwardCall, ForwardOutputs, Inputs, Problem, Scratch, Unavailable, Unsupported, Variants, View, ViewMut,
+    ForwardCall, ForwardOutputs, Inputs, Plan, Problem, Scratch, Unavailable, Unsupported, Variants, View,
+    ViewMut,
 };
 use cudarc::driver::DriverError;
 
@@ -50,9 +53,21 @@ impl<B: AttentionBackend> OnHost<B> {
         let moved = problem.to_builder().device(self.device.device()).build();
         Ok(moved.unwrap_or_else(|error| unreachable!("a valid problem is valid on any device: {error}")))
     }
+}
 
+/// A plan of the backend on the device, for calls on host memory.
+#[derive(Debug)]
+struct OnHostPlan {
+    /// On the host.
+    problem: Problem,
+    /// Of the same problem on the device.
+    plan: Arc<dyn Plan>,
+    device: CudaDevice,
+}
+
+impl OnHostPlan {
     fn driver(&self, operation: &'static str) -> impl Fn(DriverError) -> Error {
-        let name = self.name().to_owned();
+        let name = self.backend().to_owned();
         move |error| failure(&name, operation, error)
     }
 
@@ -65,12 +80,9 @@ impl<B: AttentionBackend> OnHost<B> {
             .map_err(self.driver("allocating on the device"))
     }
 
-    /// Runs `work` with device scratch of exactly this many bytes.
-    fn with_scratch(
-        &self,
-        bytes: usize,
-        work: impl FnOnce(Scratch<'_>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    /// Runs `work` with device scratch of exactly as many bytes as the plan asks for.
+    fn with_scratch(&self, work: impl FnOnce(Scratch<'_>) -> Result<(), Error>) -> Result<(), Error> {
+        let bytes = self.plan.scratch_bytes();
         let stream = self.device.stream();
         let mut memory = stream
             .clone_htod(&vec![POISON; bytes + GUARD])
@@ -81,7 +93,7 @@ impl<B: AttentionBackend> OnHost<B> {
         match after[bytes..].iter().position(|&byte| byte != POISON) {
             None => Ok(()),
             Some(at) => Err(failure(
-                self.name(),
+                self.backend(),
                 "checking scratch",
                 format!("wrote {at} bytes behind its {bytes} bytes"),
             )),
@@ -92,7 +104,7 @@ impl<B: AttentionBackend> OnHost<B> {
     fn fetch(&self, from: &DeviceTensor, to: &mut ViewMut<'_>) -> Result<(), Error> {
         let bytes = from.bytes().map_err(self.driver("copying from the device"))?;
         if !from.desc().is_empty() && !from.gaps_are(POISON, bytes.clone()) {
-            return Err(failure(self.name(), "checking an output", "wrote between its elements"));
+            return Err(failure(self.backend(), "checking an output", "wrote between its elements"));
         }
         from.put_elements(&bytes, to);
         Ok(())
@@ -111,12 +123,12 @@ struct Sent {
 }
 
 impl Sent {
-    fn of<B: AttentionBackend>(on_host: &OnHost<B>, inputs: &Inputs<'_>) -> Result<Self, Error> {
-        let send = |view: Option<View<'_>>| view.map(|view| on_host.send(view)).transpose();
+    fn of(plan: &OnHostPlan, inputs: &Inputs<'_>) -> Result<Self, Error> {
+        let send = |view: Option<View<'_>>| view.map(|view| plan.send(view)).transpose();
         Ok(Self {
-            query: on_host.send(inputs.query)?,
-            key: on_host.send(inputs.key)?,
-            value: on_host.send(inputs.value)?,
+            query: plan.send(inputs.query)?,
+            key: plan.send(inputs.key)?,
+            value: plan.send(inputs.value)?,
             mask: send(inputs.mask)?,
             bias: send(inputs.bias)?,
             alibi_slopes: send(inputs.alibi_slopes)?,
@@ -164,23 +176,38 @@ impl<B: AttentionBackend> AttentionBackend for OnHost<B> {
         self.backend.scratch_bytes(&self.on_device(problem)?).map(|_| 0)
     }
 
-    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
-        self.backend.prepare(&self.on_device(problem)?)
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        let plan = self.backend.plan(&self.on_device(problem)?)?;
+        Ok(Arc::new(OnHostPlan { problem: problem.clone(), plan, device: self.device.clone() }))
+    }
+}
+
+impl Plan for OnHostPlan {
+    fn backend(&self) -> &str {
+        self.plan.backend()
     }
 
-    fn forward(&self, call: ForwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
-        let (problem, inputs, mut outputs) = call.into_parts();
-        let problem = self.on_device(problem)?;
-        let bytes = self.backend.scratch_bytes(&problem)?;
+    fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        0
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.admit(call.problem(), &scratch)?;
+        let (_, inputs, mut outputs) = call.into_parts();
+        let problem = self.plan.problem();
         let sent = Sent::of(self, &inputs)?;
         let mut out = self.room(&outputs.out)?;
         let mut lse = outputs.lse.as_ref().map(|lse| self.room(lse)).transpose()?;
-        self.with_scratch(bytes, |scratch| {
+        self.with_scratch(|scratch| {
             let outputs = ForwardOutputs {
                 out: out.view_mut()?,
                 lse: lse.as_mut().map(DeviceTensor::view_mut).transpose()?,
             };
-            self.backend.forward(ForwardCall::new(&problem, sent.inputs()?, outputs)?, scratch)
+            self.plan.forward(ForwardCall::new(problem, sent.inputs()?, outputs)?, scratch)
         })?;
         self.fetch(&out, &mut outputs.out)?;
         if let (Some(from), Some(to)) = (&lse, &mut outputs.lse) {
@@ -189,10 +216,10 @@ impl<B: AttentionBackend> AttentionBackend for OnHost<B> {
         Ok(())
     }
 
-    fn backward(&self, call: BackwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
-        let (problem, inputs, saved, mut outputs) = call.into_parts();
-        let problem = self.on_device(problem)?;
-        let bytes = self.backend.scratch_bytes(&problem)?;
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        self.admit(call.problem(), &scratch)?;
+        let (_, inputs, saved, mut outputs) = call.into_parts();
+        let problem = self.plan.problem();
         let sent = Sent::of(self, &inputs)?;
         let (out, lse, d_out) = (self.send(saved.out)?, self.send(saved.lse)?, self.send(saved.d_out)?);
         let d_lse = saved.d_lse.map(|view| self.send(view)).transpose()?;
@@ -204,7 +231,7 @@ impl<B: AttentionBackend> AttentionBackend for OnHost<B> {
             room(&outputs.dbias)?,
             room(&outputs.dsinks)?,
         ];
-        self.with_scratch(bytes, |scratch| {
+        self.with_scratch(|scratch| {
             let [dq, dk, dv, dbias, dsinks] = &mut rooms;
             let outputs = BackwardOutputs {
                 dq: dq.as_mut().map(DeviceTensor::view_mut).transpose()?,
@@ -219,7 +246,7 @@ impl<B: AttentionBackend> AttentionBackend for OnHost<B> {
                 d_out: d_out.view()?,
                 d_lse: d_lse.as_ref().map(DeviceTensor::view).transpose()?,
             };
-            self.backend.backward(BackwardCall::new(&problem, sent.inputs()?, saved, outputs)?, scratch)
+            self.plan.backward(BackwardCall::new(problem, sent.inputs()?, saved, outputs)?, scratch)
         })?;
         let targets =
             [&mut outputs.dq, &mut outputs.dk, &mut outputs.dv, &mut outputs.dbias, &mut outputs.dsinks];

@@ -58,8 +58,7 @@ impl Drop for Registered {
 }
 
 /// Whether memory at this address may be used by work on this stream: false where it is known to belong to another one.
-fn may_use(address: u64, stream: StreamKey) -> bool {
-    let owned = OWNED.read().unwrap_or_else(PoisonError::into_inner);
+fn may_use(owned: &BTreeMap<u64, Owned>, address: u64, stream: StreamKey) -> bool {
     let below = owned.range(..=address).next_back();
     below.is_none_or(|(_, memory)| address >= memory.end || memory.stream == stream)
 }
@@ -75,15 +74,28 @@ pub fn check_stream(
     what: impl Display,
     address: u64,
 ) -> Result<(), Unsupported> {
-    if may_use(address, key_of(stream)) {
-        return Ok(());
+    check_streams(backend, stream, std::iter::once((what, address)))
+}
+
+/// As [`check_stream`], for all of these.
+pub(crate) fn check_streams<W: Display>(
+    backend: &str,
+    stream: &CudaStream,
+    memory: impl Iterator<Item = (W, u64)>,
+) -> Result<(), Unsupported> {
+    let (owned, stream) = (OWNED.read().unwrap_or_else(PoisonError::into_inner), key_of(stream));
+    for (what, address) in memory {
+        if !may_use(&owned, address, stream) {
+            return Err(Unsupported::Limit {
+                backend: backend.to_owned(),
+                what: format!("the stream of {what}"),
+                value: "another one".to_owned(),
+                limit: "that of the backend's device: make the tensor with the same CudaDevice, or the backend on the tensor's"
+                    .to_owned(),
+            });
+        }
     }
-    Err(Unsupported::Limit {
-        backend: backend.to_owned(),
-        what: format!("the stream of {what}"),
-        value: "another one".to_owned(),
-        limit: "that of the backend's device: make the tensor with the same CudaDevice, or the backend on the tensor's".to_owned(),
-    })
+    Ok(())
 }
 
 #[cfg(test)]
@@ -95,6 +107,8 @@ mod tests {
         // Addresses that no allocation has.
         let (start, here, elsewhere) = (u64::MAX - 4096, (1, 1), (1, 2));
         let registered = Registered::of(start, 100, here);
+        let may_use =
+            |address, stream| may_use(&OWNED.read().unwrap_or_else(PoisonError::into_inner), address, stream);
         assert!(may_use(start, here) && may_use(start + 99, here));
         assert!(!may_use(start, elsewhere) && !may_use(start + 99, elsewhere));
         assert!(may_use(start - 1, elsewhere) && may_use(start + 100, elsewhere) && may_use(0, elsewhere));

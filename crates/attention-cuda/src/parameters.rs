@@ -5,6 +5,8 @@ use std::sync::Arc;
 use attention_core::{DType, Problem, Role, TensorDesc};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError};
 
+use crate::Addresses;
+
 /// Positions are this far from anything at most: with the lengths added, no sum overflows.
 const FAR: i128 = 1 << 40;
 
@@ -235,6 +237,13 @@ impl Parameters {
     /// Has kernels look at results that are not finite, and compute them once more, whatever the structure is.
     pub fn check_results(&mut self) {
         self.contains = 1;
+    }
+
+    /// Puts the addresses of a call's tensors in their places.
+    pub fn set_all(&mut self, tensors: &Addresses) {
+        for (role, address) in tensors.iter() {
+            self.set(role, address);
+        }
     }
 
     /// Puts the address of a tensor in its place. Rows count as aligned only where the address is too.

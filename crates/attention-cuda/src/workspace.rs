@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use attention_core::{Device, Error, InvalidCall, LentScratch, Scratch, Unsupported};
+use attention_core::{Error, LentScratch, Scratch, Unsupported};
 use cudarc::driver::sys::CUstreamCaptureStatus;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
 
@@ -88,22 +88,16 @@ impl Workspaces {
         Ok(lease(Some(workspace)))
     }
 
-    /// A lease as scratch that `backend` lends for a call on memory of `wanted`, on the stream of `device`.
+    /// A lease as scratch that `backend` lends for a call on the stream of `device`.
     ///
     /// # Errors
-    /// [`InvalidCall::ScratchDevice`] where the call is on another device, [`Unsupported::ScratchLimit`] above the limit, and
-    /// [`Error::Backend`] by the driver.
+    /// [`Unsupported::ScratchLimit`] above the limit, and [`Error::Backend`] by the driver.
     pub fn lend(
         &self,
         backend: &str,
         device: &CudaDevice,
-        wanted: Device,
         bytes: usize,
     ) -> Result<Box<dyn LentScratch>, Error> {
-        let here = device.device();
-        if wanted != here {
-            return Err(InvalidCall::ScratchDevice { device: here, expected: wanted }.into());
-        }
         if bytes > self.limit {
             let (backend, limit) = (backend.to_owned(), self.limit);
             return Err(Unsupported::ScratchLimit { backend, needed: bytes, limit }.into());

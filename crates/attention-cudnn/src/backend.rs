@@ -1,25 +1,17 @@
-//! The backend: calls to plans.
+//! The backend: what it serves, and where.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, DType, Device, Error, ForwardCall, LentScratch, Pass,
-    Problem, Role, Scratch, Unavailable, Unsupported, Variants,
+    AttentionBackend, Capabilities, Device, Error, Plan, Problem, Unavailable, Unsupported, Variants,
 };
-use attention_cuda::{CudaDevice, failure};
+use attention_cuda::CudaDevice;
 
-use crate::call::{Failure, Prepared, Run};
-use crate::contain::Containment;
-use crate::far::FarRows;
-use crate::key::{self, CLEANED, Key, Stats};
+use crate::key::Key;
 use crate::layout::Layout;
-use crate::lists::Lists;
-use crate::memory::{Memory, read, written};
-use crate::numbers::Numbers;
-use crate::plan::Plan;
+use crate::plan::CudnnPlan;
+use crate::planned::{Planned, variants};
 use crate::runtime::Runtime;
-use crate::slot::Slot;
 use crate::{CudnnConfig, NAME, Target, support};
 
 /// Fused attention on NVIDIA GPUs by cuDNN, which is found at run time.
@@ -27,22 +19,18 @@ use crate::{CudnnConfig, NAME, Target, support};
 /// Work is put on the stream of the backend's device ([`CudnnBackend::on`]), and calls return before it is done. Tensors
 /// and scratch must be ready on that stream, and stay until the work is done.
 ///
-/// The first call of a kind builds a plan, which takes up to a second ([`prepare`](AttentionBackend::prepare) does it
-/// ahead); later ones, with other lengths, scale or windows too, reuse it.
+/// The first [plan](AttentionBackend::plan) of a kind has cuDNN build one, which takes up to a second; later ones, with other
+/// lengths, scale or windows too, reuse it.
 #[derive(Debug)]
 pub struct CudnnBackend {
     config: CudnnConfig,
     given: Option<CudaDevice>,
-    runtime: OnceLock<Result<Runtime, Unavailable>>,
+    runtime: OnceLock<Result<Arc<Runtime>, Unavailable>>,
     /// What is assumed where there is no device.
     target: Target,
     capabilities: OnceLock<Capabilities>,
     variants: Variants,
-    prepared: Mutex<HashMap<Problem, Arc<Prepared>>>,
 }
-
-/// Problems that are kept prepared.
-const KEPT_PROBLEMS: usize = 1024;
 
 impl Default for CudnnBackend {
     /// On the first device, with what the loader finds.
@@ -61,7 +49,6 @@ impl CudnnBackend {
             target: Target::default(),
             capabilities: OnceLock::new(),
             variants: Variants::new(variants()),
-            prepared: Mutex::default(),
         }
     }
 
@@ -82,49 +69,9 @@ impl CudnnBackend {
         self.runtime().map_or(self.target, |runtime| runtime.target)
     }
 
-    /// What the calls of a problem share, made at the first one.
-    fn prepared(&self, problem: &Problem) -> Result<(&Runtime, Arc<Prepared>), Error> {
-        let kept = || self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Ok(runtime), Some(prepared)) = (self.runtime(), kept().get(problem)) {
-            return Ok((runtime, prepared.clone()));
-        }
-        let layout = self.layout(problem)?;
-        let runtime = self.runtime()?;
-        let key = Key::of(problem, runtime.target, &self.config);
-        let plan = self.plan(runtime, &key)?;
-        let array = |values: Vec<i32>| {
-            runtime.array(&values).map_err(|error| failure(NAME, "sending lengths to the device", error))
-        };
-        let some = |wanted: bool, values: fn(&Problem) -> Vec<i32>| {
-            wanted.then(|| array(values(problem))).transpose()
-        };
-        let cleaned = CLEANED.into_iter().filter(|&role| key.cleans(role) && problem.has(role)).collect();
-        let prepared = Arc::new(Prepared {
-            cleaned,
-            layout,
-            plan,
-            numbers: Numbers::of(problem),
-            lengths: some(key.lengths, key::lengths)?,
-            rows: some(key.stats == Stats::Packed, key::row_intervals)?,
-            keys: some(key.clean_keys, key::key_intervals)?,
-            positions: some(key.makes_bias(), key::positions)?,
-            containment: Containment::of(runtime, problem, &key, &self.config)?,
-            far: FarRows::of(runtime, problem, &key, &self.config)?,
-            runs: self.variants.counter(&variant(&key, problem)),
-            key,
-            lists: Lists::default(),
-        });
-        let mut kept = kept();
-        if kept.len() >= KEPT_PROBLEMS {
-            kept.clear();
-        }
-        kept.insert(problem.clone(), prepared.clone());
-        Ok((runtime, prepared))
-    }
-
-    fn runtime(&self) -> Result<&Runtime, Unavailable> {
-        let runtime = self.runtime.get_or_init(|| Runtime::new(&self.config, self.given.clone()));
-        runtime.as_ref().map_err(Clone::clone)
+    fn runtime(&self) -> Result<&Arc<Runtime>, Unavailable> {
+        let start = || Runtime::new(&self.config, self.given.clone()).map(Arc::new);
+        self.runtime.get_or_init(start).as_ref().map_err(Clone::clone)
     }
 
     /// The device that calls must be on.
@@ -133,22 +80,25 @@ impl CudnnBackend {
         self.given.as_ref().map_or(Device::Cuda(ordinal), CudaDevice::device)
     }
 
-    fn plan(&self, runtime: &Runtime, key: &Key) -> Result<Arc<Plan>, Error> {
-        let plan = runtime.with_handle(|handle| runtime.plan(key, handle).map_err(Failure::from));
-        let plan = plan.map_err(|error| error.during("building a plan"))?;
-        let plan = plan.ok_or_else(|| {
-            failure(NAME, "building a plan", format!("{} has no engine for {key:?}", runtime.target))
-        })?;
-        let limit = runtime.workspaces.limit();
-        if plan.workspace > limit {
-            return Err(Unsupported::ScratchLimit {
+    /// The scratch of a problem that is served; the refusal of one that is not.
+    fn layout(&self, problem: &Problem) -> Result<Layout, Unsupported> {
+        support::check(self.capabilities(), self.target(), &self.config, problem)?;
+        if problem.device() != self.device() {
+            return Err(Unsupported::Limit {
                 backend: NAME.to_owned(),
-                needed: plan.workspace,
-                limit,
-            }
-            .into());
+                what: "memory of its device".to_owned(),
+                value: problem.device().to_string(),
+                limit: self.device().to_string(),
+            });
         }
-        Ok(plan)
+        Layout::of(problem, &Key::of(problem, self.target(), &self.config), &self.config).ok_or_else(|| {
+            Unsupported::Limit {
+                backend: NAME.to_owned(),
+                what: "scratch".to_owned(),
+                value: "more".to_owned(),
+                limit: "within the address space".to_owned(),
+            }
+        })
     }
 }
 
@@ -181,126 +131,9 @@ impl AttentionBackend for CudnnBackend {
         Ok(self.layout(problem)?.bytes)
     }
 
-    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
-        self.prepared(problem).map(|_| ())
-    }
-
-    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, Error> {
-        let runtime = self.runtime()?;
-        runtime.workspaces.lend(NAME, &runtime.device, problem.device(), bytes)
-    }
-
-    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        let (problem, inputs, mut outputs) = call.into_parts();
-        let (runtime, prepared) = self.prepared(problem)?;
-        let memory = Memory {
-            out: outputs.out.as_mut_ptr().addr() as u64,
-            lse: written(&mut outputs.lse),
-            ..Memory::of(&inputs)
-        };
-        let run = Run::new(self.device(), runtime, &prepared, problem, memory, scratch)?;
-        // SAFETY: a checked call: its tensors are what the problem, and so graph and kernels, say.
-        unsafe {
-            run.bring()?;
-            run.execute()?;
-            if prepared.key.stats == Stats::Packed {
-                let sinks = if problem.has(Role::Sinks) { run.at(Slot::Sinks) } else { 0 };
-                run.kernels.finish_forward(memory.out, memory.lse, run.at(Slot::Stats), sinks)?;
-            }
-            run.contain()?;
-        }
-        prepared.runs.count();
-        Ok(())
-    }
-
-    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        let (problem, inputs, saved, mut outputs) = call.into_parts();
-        let (runtime, prepared) = self.prepared(problem)?;
-        let memory = Memory {
-            out: read(Some(saved.out)),
-            lse: read(Some(saved.lse)),
-            d_out: read(Some(saved.d_out)),
-            dq: written(&mut outputs.dq),
-            dk: written(&mut outputs.dk),
-            dv: written(&mut outputs.dv),
-            dsinks: written(&mut outputs.dsinks),
-            ..Memory::of(&inputs)
-        };
-        let run = Run::new(self.device(), runtime, &prepared, problem, memory, scratch)?;
-        // SAFETY: as in `forward`.
-        unsafe {
-            run.bring()?;
-            run.execute()?;
-            if problem.has(Role::DSinks) {
-                let (sinks, delta, states) = (run.at(Slot::Sinks), run.at(Slot::Delta), run.at(Slot::States));
-                run.kernels.sink_gradient(memory.dsinks, sinks, delta, memory.lse, states)?;
-            }
-            run.contain()?;
-        }
-        prepared.runs.count();
-        Ok(())
-    }
-}
-
-/// What a plan is called among the variants: by the pass, what is added to logits and by whom, and how keys are masked, which are what
-/// cuDNN has other kernels for, and this backend other kernels beside them.
-fn variant(key: &Key, problem: &Problem) -> String {
-    let added = match key.bias {
-        None if key.slopes => ADDED[3],
-        None => ADDED[0],
-        Some(bias) if bias.made => ADDED[2],
-        Some(_) => ADDED[1],
-    };
-    let seen = match (key.lengths, key.right.is_some() || key.left) {
-        (false, false) => SEEN[0],
-        (true, false) => SEEN[1],
-        (false, true) => SEEN[2],
-        (true, true) => SEEN[3],
-    };
-    format!("{} {}, {added}, {seen}", problem.pass(), problem.dtype())
-}
-
-/// What may be added to logits. A bias is used as it lies only where it is promised to be finite, which is off by default.
-const ADDED: [&str; 4] = ["nothing added", "a bias as it lies", "a bias that is made", "ALiBi"];
-
-/// Which keys rows may see.
-const SEEN: [&str; 4] = ["all keys", "lengths", "a diagonal", "lengths and a diagonal"];
-
-/// Every variant but those of a bias as it lies.
-fn variants() -> impl Iterator<Item = String> {
-    let passes = [Pass::Forward, Pass::Backward].into_iter();
-    passes.flat_map(|pass| {
-        [DType::F16, DType::Bf16].into_iter().flat_map(move |dtype| {
-            [ADDED[0], ADDED[2], ADDED[3]].into_iter().flat_map(move |added| {
-                let seen = SEEN.into_iter();
-                // ALiBi is in the graph only where every key is behind its row.
-                let served =
-                    seen.filter(move |&seen| added != ADDED[3] || seen == SEEN[2] || seen == SEEN[3]);
-                served.map(move |seen| format!("{pass} {dtype}, {added}, {seen}"))
-            })
-        })
-    })
-}
-
-impl CudnnBackend {
-    /// The scratch of a problem that is served; the refusal of one that is not.
-    fn layout(&self, problem: &Problem) -> Result<Layout, Unsupported> {
-        support::check(self.capabilities(), self.target(), &self.config, problem)?;
-        if problem.device() != self.device() {
-            return Err(Unsupported::Limit {
-                backend: NAME.to_owned(),
-                what: "memory of its device".to_owned(),
-                value: problem.device().to_string(),
-                limit: self.device().to_string(),
-            });
-        }
-        Layout::of(problem, &Key::of(problem, self.target(), &self.config), &self.config).ok_or_else(|| {
-            Unsupported::Limit {
-                backend: NAME.to_owned(),
-                what: "scratch".to_owned(),
-                value: "more".to_owned(),
-                limit: "within the address space".to_owned(),
-            }
-        })
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        let layout = self.layout(problem)?;
+        let planned = Planned::new(problem, layout, self.runtime()?, &self.config, &self.variants)?;
+        Ok(Arc::new(CudnnPlan(planned)))
     }
 }

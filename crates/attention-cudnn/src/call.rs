@@ -1,111 +1,53 @@
 //! One call: from its tensors to work on the stream.
 
 use std::ffi::c_void;
-use std::sync::Arc;
 
-use attention_core::{Device, Error, Pass, Problem, Role, Scratch, Unsupported, VariantCounter};
-use attention_cuda::cudarc::driver::DriverError;
-use attention_cuda::{check_stream, failure};
+use attention_core::{Error, Pass, Role, Scratch, Unsupported};
+use attention_cuda::Addresses;
 
 use crate::NAME;
-use crate::contain::{Containment, Large};
-use crate::far::FarRows;
-use crate::key::Key;
+use crate::contain::Large;
+use crate::failure::Failure;
 use crate::large;
 use crate::launch::{Kernels, Seen, Terms};
-use crate::layout::Layout;
-use crate::library::CudnnError;
-use crate::lists::Lists;
-use crate::memory::Memory;
-use crate::numbers::Numbers;
-use crate::plan::Plan;
+use crate::planned::Planned;
 use crate::runtime::{Array, Runtime};
 use crate::slot::Slot;
-
-/// Everything about a problem that its calls share: looked up by the problem, so that a call does no more than fill in
-/// addresses.
-#[derive(Debug)]
-pub(crate) struct Prepared {
-    pub(crate) key: Key,
-    /// The operands that are copied first.
-    pub(crate) cleaned: Vec<Role>,
-    pub(crate) layout: Layout,
-    pub(crate) plan: Arc<Plan>,
-    pub(crate) numbers: Numbers,
-    pub(crate) lengths: Option<Array>,
-    pub(crate) rows: Option<Array>,
-    pub(crate) keys: Option<Array>,
-    pub(crate) positions: Option<Array>,
-    pub(crate) lists: Lists,
-    pub(crate) containment: Option<Containment>,
-    pub(crate) far: Option<FarRows>,
-    pub(crate) runs: VariantCounter,
-}
-
-/// What cuDNN or the driver said.
-pub(crate) enum Failure {
-    Cudnn(CudnnError),
-    Driver(DriverError),
-}
-
-impl From<CudnnError> for Failure {
-    fn from(error: CudnnError) -> Self {
-        Self::Cudnn(error)
-    }
-}
-
-impl From<DriverError> for Failure {
-    fn from(error: DriverError) -> Self {
-        Self::Driver(error)
-    }
-}
-
-impl Failure {
-    pub(crate) fn during(self, operation: &str) -> Error {
-        match self {
-            Self::Cudnn(error) => failure(NAME, operation, error),
-            Self::Driver(error) => failure(NAME, operation, error),
-        }
-    }
-}
 
 /// A call on its way to the device.
 pub(crate) struct Run<'a> {
     runtime: &'a Runtime,
-    prepared: &'a Prepared,
+    planned: &'a Planned,
     pub(crate) kernels: Kernels<'a>,
-    memory: Memory,
+    memory: Addresses,
     /// The address of the scratch.
     scratch: u64,
     lengths: u64,
 }
 
 impl<'a> Run<'a> {
-    /// Checks the scratch and the addresses that cuDNN is given.
+    /// Checks the addresses that cuDNN is given, of a call whose scratch was admitted.
     pub(crate) fn new(
-        device: Device,
-        runtime: &'a Runtime,
-        prepared: &'a Prepared,
-        problem: &'a Problem,
-        memory: Memory,
+        planned: &'a Planned,
+        memory: Addresses,
         mut scratch: Scratch<'_>,
     ) -> Result<Self, Error> {
-        scratch.check(device, prepared.layout.bytes)?;
+        let (runtime, problem) = (&*planned.runtime, &planned.problem);
         let address = |array: &Option<Array>| array.as_ref().map_or(0, |array| array.address);
-        let lengths = address(&prepared.lengths);
+        let lengths = address(&planned.lengths);
         let scratch = scratch.as_mut_ptr().addr() as u64;
-        let marks = |slot: Slot| prepared.layout.at(slot).map_or(0, |start| scratch + start);
-        let bias = prepared.key.bias.filter(|bias| bias.made);
+        let marks = |slot: Slot| planned.layout.at(slot).map_or(0, |start| scratch + start);
+        let bias = planned.key.bias.filter(|bias| bias.made);
         let run = Self {
             runtime,
-            prepared,
+            planned,
             kernels: Kernels {
                 runtime,
                 problem,
-                rows: address(&prepared.rows),
-                keys: address(&prepared.keys),
+                rows: address(&planned.rows),
+                keys: address(&planned.keys),
                 query_lengths: lengths,
-                positions: address(&prepared.positions),
+                positions: address(&planned.positions),
                 seen: Seen { rows: marks(Slot::SeenRows), keys: marks(Slot::SeenKeys) },
                 seen_heads: bias.map_or(1, |bias| bias.shape[1]),
                 bias_row: bias.map_or(0, |bias| bias.strides[2]),
@@ -114,14 +56,10 @@ impl<'a> Run<'a> {
             scratch,
             lengths,
         };
-        let stream = runtime.device.stream();
-        check_stream(NAME, stream, "the scratch", run.scratch)?;
-        for role in Role::ALL {
-            check_stream(NAME, stream, role, memory.at(role))?;
-        }
+        memory.check_streams(NAME, runtime.device.stream(), run.scratch)?;
         // cuDNN, and the kernel that copies operands, read 16 bytes at a time; cuDNN does not say so where it may not.
-        let direct = prepared.plan.slots().filter(|&slot| run.scratch_at(slot).is_none());
-        for role in direct.filter_map(Slot::role).chain(prepared.cleaned.iter().copied()) {
+        let direct = planned.execution.slots().filter(|&slot| run.scratch_at(slot).is_none());
+        for role in direct.filter_map(Slot::role).chain(planned.cleaned.iter().copied()) {
             let address = memory.at(role);
             if !address.is_multiple_of(16) {
                 return Err(Unsupported::Limit {
@@ -137,7 +75,7 @@ impl<'a> Run<'a> {
     }
 
     fn scratch_at(&self, slot: Slot) -> Option<u64> {
-        self.prepared.layout.at(slot).map(|start| self.scratch + start)
+        self.planned.layout.at(slot).map(|start| self.scratch + start)
     }
 
     /// The device memory behind a slot: in the scratch, or the caller's.
@@ -153,9 +91,9 @@ impl<'a> Run<'a> {
     /// Brings what the plan reads to the scratch.
     ///
     /// # Safety
-    /// The memory is that of a checked call of the prepared problem.
+    /// The memory is that of a checked call of the planned problem.
     pub(crate) unsafe fn bring(&self) -> Result<(), Error> {
-        let (key, problem) = (&self.prepared.key, self.kernels.problem);
+        let (key, problem) = (&self.planned.key, self.kernels.problem);
         // SAFETY: the call's tensors by the caller's word; room in the scratch by its layout, which was checked.
         unsafe {
             for (slot, role) in [(Slot::Slopes, Role::AlibiSlopes), (Slot::Sinks, Role::Sinks)] {
@@ -165,18 +103,19 @@ impl<'a> Run<'a> {
             }
             if let Some(made) = key.bias.filter(|bias| bias.made) {
                 let slopes = if key.slopes { 0 } else { self.at(Slot::Slopes) };
-                let Memory { mask, bias, .. } = self.memory;
+                let (mask, bias) = (self.memory.at(Role::Mask), self.memory.at(Role::Bias));
                 self.kernels.make_bias(made, Terms { mask, bias, slopes }, self.at(Slot::Bias))?;
             }
             if problem.pass() == Pass::Backward {
                 let states = self.scratch_at(Slot::States);
-                self.kernels.prepare_backward(self.memory.lse, self.at(Slot::Stats), states)?;
-                if let (Some(far), Some(states)) = (&self.prepared.far, states) {
+                let lse = self.memory.at(Role::Lse);
+                self.kernels.prepare_backward(lse, self.at(Slot::Stats), states)?;
+                if let (Some(far), Some(states)) = (&self.planned.far, states) {
                     far.run(self.runtime, problem, &self.memory, states)?;
                 }
             }
             let stats = if key.clean_rows { self.at(Slot::Stats) } else { 0 };
-            for &role in &self.prepared.cleaned {
+            for &role in &self.planned.cleaned {
                 let to = Slot::of(role).map_or(0, |slot| self.at(slot));
                 self.kernels.clean(role, self.memory.at(role), to, stats)?;
             }
@@ -192,25 +131,26 @@ impl<'a> Run<'a> {
     /// # Safety
     /// As for [`Run::bring`].
     pub(crate) unsafe fn execute(&self) -> Result<(), Error> {
-        let (runtime, prepared) = (self.runtime, self.prepared);
+        let (runtime, planned) = (self.runtime, self.planned);
         let run = || -> Result<(), Failure> {
-            let workspace = runtime.workspaces.lease(runtime.device.stream(), prepared.plan.workspace)?;
+            let workspace = runtime.workspaces.lease(runtime.device.stream(), planned.execution.workspace)?;
             let address = |slot: Slot| {
                 let memory = || std::ptr::with_exposed_provenance_mut(self.at(slot) as usize);
-                prepared.numbers.address(slot).unwrap_or_else(memory)
+                planned.numbers.address(slot).unwrap_or_else(memory)
             };
-            let addresses: Vec<*mut c_void> = prepared.plan.slots().map(address).collect();
-            let list = prepared.lists.take(&addresses, workspace.pointer());
+            let addresses: Vec<*mut c_void> = planned.execution.slots().map(address).collect();
+            let list = planned.lists.take(&addresses, workspace.pointer());
             // SAFETY: numbers and lengths are as the graph describes them and outlive the call; the workspace is as large
             // as the plan asks for and goes back to calls on the same stream alone; the rest is in the scratch, by its
             // layout, or the caller's word.
-            let make = || unsafe { prepared.plan.memory(&runtime.cudnn, &addresses, workspace.pointer()) };
+            let make =
+                || unsafe { planned.execution.memory(&runtime.cudnn, &addresses, workspace.pointer()) };
             let list = list.map_or_else(make, Ok)?;
             runtime.with_handle(|handle| {
                 // SAFETY: a list of this plan.
-                unsafe { prepared.plan.execute(&runtime.cudnn, handle, &list) }.map_err(Failure::from)
+                unsafe { planned.execution.execute(&runtime.cudnn, handle, &list) }.map_err(Failure::from)
             })?;
-            prepared.lists.put(&addresses, workspace.pointer(), list);
+            planned.lists.put(&addresses, workspace.pointer(), list);
             Ok(())
         };
         run().map_err(|error| error.during("running a plan"))
@@ -221,7 +161,7 @@ impl<'a> Run<'a> {
     /// # Safety
     /// As for [`Run::bring`].
     pub(crate) unsafe fn contain(&self) -> Result<(), Error> {
-        let Some(containment) = &self.prepared.containment else { return Ok(()) };
+        let Some(containment) = &self.planned.containment else { return Ok(()) };
         let problem = self.kernels.problem;
         let large = match (problem.pass(), self.scratch_at(Slot::States)) {
             (Pass::Backward, Some(states)) => Large::States(states),

@@ -3,12 +3,11 @@
 
 use attention_core::{Error, Gradients, Pass, Problem, Role};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
-use attention_cuda::failure;
 use attention_cuda::parameters::{ProblemParameters, dtype_code};
+use attention_cuda::{Addresses, failure};
 
 use crate::key::{Drops, Key, seen_rows};
 use crate::large;
-use crate::memory::Memory;
 use crate::runtime::Runtime;
 use crate::{CudnnConfig, NAME};
 
@@ -158,13 +157,11 @@ impl Containment {
         &self,
         runtime: &Runtime,
         problem: &Problem,
-        memory: &Memory,
+        memory: &Addresses,
         large: Large,
     ) -> Result<(), Error> {
         let mut parameters = self.parameters.of_call();
-        for role in Role::ALL {
-            parameters.set(role, memory.at(role));
-        }
+        parameters.set_all(memory);
         match large {
             Large::Unknown => {}
             Large::Stats(stats) => parameters.first = stats,

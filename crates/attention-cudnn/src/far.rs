@@ -3,13 +3,12 @@
 
 use attention_core::{Error, Pass, Problem, Role};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
-use attention_cuda::failure;
 use attention_cuda::parameters::ProblemParameters;
+use attention_cuda::{Addresses, failure};
 
 use crate::contain::{self, defines};
 use crate::key::Key;
 use crate::large;
-use crate::memory::Memory;
 use crate::runtime::Runtime;
 use crate::{CudnnConfig, NAME};
 
@@ -72,13 +71,11 @@ impl FarRows {
         &self,
         runtime: &Runtime,
         problem: &Problem,
-        memory: &Memory,
+        memory: &Addresses,
         start: u64,
     ) -> Result<(), Error> {
         let mut parameters = self.parameters.of_call();
-        for role in Role::ALL {
-            parameters.set(role, memory.at(role));
-        }
+        parameters.set_all(memory);
         large::set(&mut parameters, problem, start);
         let mut launch = runtime.device.stream().launch_builder(&self.function);
         launch.arg(&parameters);

@@ -4,9 +4,9 @@ use attention_core::{Device, Error, Problem, Unavailable, Unsupported};
 use attention_cuda::failure;
 
 use crate::descriptor::Descriptor;
+use crate::execution_plan::{ExecutionPlan, Site};
 use crate::key::Key;
 use crate::library::{Cudnn, name_of};
-use crate::plan::{Plan, Site};
 use crate::{CudnnConfig, NAME, Target, pattern, support};
 
 /// cuDNN, for a device that is described and need not be there: whether it takes the graphs of problems, and how much
@@ -79,7 +79,7 @@ impl Offline {
         self.serves(problem)?;
         let key = Key::of(&on_device(problem), self.target, &self.config);
         let plan = pattern::of(&self.cudnn, &key)
-            .and_then(|graph| Plan::build(&self.cudnn, Site::Described(&self.device), graph))
+            .and_then(|graph| ExecutionPlan::build(&self.cudnn, Site::Described(&self.device), graph))
             .map_err(|error| failure(NAME, "building a plan", error))?;
         Ok(plan.map_or(Answer::Refused, |plan| Answer::Accepted { workspace: plan.workspace }))
     }

@@ -7,10 +7,13 @@ use attention_core::Unavailable;
 use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DriverError};
 use attention_cuda::{CudaDevice, DiskCache, DiskKey, KernelCache, KernelError, Workspaces};
 
+use crate::execution_plan::{ExecutionPlan, Handle, Site};
 use crate::key::Key;
 use crate::library::{Cudnn, CudnnError};
-use crate::plan::{Handle, Plan, Site};
 use crate::{CudnnConfig, NAME, Target, pattern};
+
+/// From how many execution plans on those that no planned problem uses are given back.
+const KEPT_PLANS: usize = 1024;
 
 #[derive(Debug)]
 pub(crate) struct Runtime {
@@ -24,8 +27,8 @@ pub(crate) struct Runtime {
     saved_plans: DiskCache,
     /// Handles that nobody is using.
     handles: Mutex<Vec<Handle>>,
-    /// `None` where cuDNN has no engine.
-    plans: Mutex<HashMap<Key, Option<Arc<Plan>>>>,
+    /// Compiled by cuDNN, for problems that differ in what each call may change; `None` where it has no engine.
+    plans: Mutex<HashMap<Key, Option<Arc<ExecutionPlan>>>>,
 }
 
 /// Locks, also after another thread has panicked: what is kept is whole at any time.
@@ -70,8 +73,12 @@ impl Runtime {
         result
     }
 
-    /// The plan of a problem; `None` where cuDNN has no engine for it. Built at the first call of its kind.
-    pub(crate) fn plan(&self, key: &Key, handle: &Handle) -> Result<Option<Arc<Plan>>, CudnnError> {
+    /// The execution plan of a problem; `None` where cuDNN has no engine for it. Built for the first problem of its kind.
+    pub(crate) fn execution_plan(
+        &self,
+        key: &Key,
+        handle: &Handle,
+    ) -> Result<Option<Arc<ExecutionPlan>>, CudnnError> {
         if let Some(plan) = lock(&self.plans).get(key) {
             return Ok(plan.clone());
         }
@@ -82,7 +89,7 @@ impl Runtime {
             Some(plan) => (Some(plan), "loaded a cuDNN plan"),
             None => {
                 let graph = pattern::of(&self.cudnn, key)?;
-                let plan = Plan::build(&self.cudnn, Site::Device(handle), graph)?;
+                let plan = ExecutionPlan::build(&self.cudnn, Site::Device(handle), graph)?;
                 if let (Some(plan), Some(file)) = (&plan, &file) {
                     self.save(plan, file);
                 }
@@ -97,7 +104,12 @@ impl Runtime {
             "{how}"
         );
         let plan = plan.map(Arc::new);
-        Ok(lock(&self.plans).entry(key.clone()).or_insert(plan).clone())
+        let mut plans = lock(&self.plans);
+        if plans.len() >= KEPT_PLANS {
+            let in_use = |plan: &Arc<ExecutionPlan>| Arc::strong_count(plan) > 1;
+            plans.retain(|_, plan| plan.as_ref().is_some_and(in_use));
+        }
+        Ok(plans.entry(key.clone()).or_insert(plan).clone())
     }
 
     /// What a plan is known by on disk.
@@ -108,15 +120,15 @@ impl Runtime {
     }
 
     /// A plan that was kept, if cuDNN still takes it.
-    fn load(&self, key: &Key, handle: &Handle, file: &DiskKey) -> Option<Plan> {
+    fn load(&self, key: &Key, handle: &Handle, file: &DiskKey) -> Option<ExecutionPlan> {
         let saved = self.saved_plans.read(file)?;
-        let plan =
-            pattern::of(&self.cudnn, key).and_then(|graph| Plan::load(&self.cudnn, handle, graph, &saved));
+        let plan = pattern::of(&self.cudnn, key)
+            .and_then(|graph| ExecutionPlan::load(&self.cudnn, handle, graph, &saved));
         plan.inspect_err(|error| tracing::warn!(%error, "a plan from disk was refused, and is built again"))
             .ok()
     }
 
-    fn save(&self, plan: &Plan, file: &DiskKey) {
+    fn save(&self, plan: &ExecutionPlan, file: &DiskKey) {
         match plan.saved() {
             Ok(bytes) => match String::from_utf8(bytes) {
                 Ok(text) => self.saved_plans.write(file, &text),

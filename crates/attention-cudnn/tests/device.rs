@@ -161,7 +161,7 @@ impl Call {
         let mut lse = Data::zeros(accumulator, b * t * n);
         let none = || Scratch::none(Device::Cpu);
         let outputs = ForwardOutputs { out: out.view_mut(rows)?, lse: Some(lse.view_mut(statistics)?) };
-        backend.forward(ForwardCall::new(&problem, inputs, outputs)?, none())?;
+        backend.plan(&problem)?.forward(ForwardCall::new(&problem, inputs, outputs)?, none())?;
         if !backward {
             return Ok(Results { out, lse, gradients: None });
         }
@@ -180,7 +180,7 @@ impl Call {
             dv: Some(dv.view_mut(keys)?),
             ..BackwardOutputs::default()
         };
-        backend.backward(BackwardCall::new(&problem, inputs, saved, outputs)?, none())?;
+        backend.plan(&problem)?.backward(BackwardCall::new(&problem, inputs, saved, outputs)?, none())?;
         Ok(Results { out, lse, gradients: Some([dq, dk, dv]) })
     }
 
@@ -699,10 +699,11 @@ fn step(
     let inputs = inputs_of(views);
     let builder = inputs.problem().causal(true).lse(lse.is_some());
     let problem = builder.layout(attention_core::Role::Out, out.desc()).build()?;
-    let bytes = backend.scratch_bytes(&problem)?;
+    let plan = backend.plan(&problem)?;
+    let bytes = plan.scratch_bytes();
     let mut scratch = DeviceScratch::new(device, bytes)?;
-    Ok(backend
-        .forward(ForwardCall::new(&problem, inputs, ForwardOutputs { out, lse })?, scratch.scratch(bytes))?)
+    let call = ForwardCall::new(plan.problem(), inputs, ForwardOutputs { out, lse })?;
+    Ok(plan.forward(call, scratch.scratch(bytes))?)
 }
 
 /// Its logsumexp.
@@ -740,11 +741,12 @@ fn back(
     let mut next = || gradients.next();
     let (dq, dk, dv, dbias) = (next(), next(), next(), next());
     let outputs = BackwardOutputs { dq, dk, dv, dbias, ..BackwardOutputs::default() };
-    let problem = builder.build()?;
-    let bytes = backend.scratch_bytes(&problem)?;
+    let plan = backend.plan(&builder.build()?)?;
+    let bytes = plan.scratch_bytes();
     let mut scratch = DeviceScratch::new(device, bytes)?;
     let saved = BackwardInputs { out, lse: lse.view()?, d_out: views[3], d_lse: None };
-    Ok(backend.backward(BackwardCall::new(&problem, inputs, saved, outputs)?, scratch.scratch(bytes))?)
+    let call = BackwardCall::new(plan.problem(), inputs, saved, outputs)?;
+    Ok(plan.backward(call, scratch.scratch(bytes))?)
 }
 
 /// Safe code could drop a tensor of another stream while its kernel runs, so such a tensor is refused.

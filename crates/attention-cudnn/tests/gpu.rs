@@ -97,9 +97,9 @@ impl Step {
         let [query, key, value, d_out] = &self.inputs;
         let inputs = Inputs::new(query.view()?, key.view()?, value.view()?);
         let outputs = ForwardOutputs { out: self.out.view_mut()?, lse: Some(self.lse.view_mut()?) };
-        let mut scratch = backend.lend_scratch(&self.forward, backend.scratch_bytes(&self.forward)?)?;
-        backend.forward(ForwardCall::new(&self.forward, inputs, outputs)?, scratch.scratch())?;
-        drop(scratch);
+        let plan = backend.plan(&self.forward)?;
+        let call = ForwardCall::new(plan.problem(), inputs, outputs)?;
+        plan.forward(call, plan.lend_scratch()?.scratch())?;
         let saved = BackwardInputs {
             out: self.out.view()?,
             lse: self.lse.view()?,
@@ -114,8 +114,9 @@ impl Step {
             dbias: None,
             dsinks: None,
         };
-        let mut scratch = backend.lend_scratch(&self.backward, backend.scratch_bytes(&self.backward)?)?;
-        backend.backward(BackwardCall::new(&self.backward, inputs, saved, outputs)?, scratch.scratch())?;
+        let plan = backend.plan(&self.backward)?;
+        let call = BackwardCall::new(plan.problem(), inputs, saved, outputs)?;
+        plan.backward(call, plan.lend_scratch()?.scratch())?;
         Ok(())
     }
 
@@ -213,8 +214,8 @@ fn plans_from_disk_compute_the_same_and_damaged_ones_are_built_again() -> Result
         let mut step = Step::new(&device, [2, 130, 3, 64], true, 1)?;
         for problem in [&step.forward, &step.backward] {
             let started = std::time::Instant::now();
-            backend.prepare(problem)?;
-            println!("{}: prepared in {:?}", problem.pass(), started.elapsed());
+            backend.plan(problem)?;
+            println!("{}: planned in {:?}", problem.pass(), started.elapsed());
         }
         step.run(&backend)?;
         step.results()
@@ -264,8 +265,8 @@ fn faults_are_errors_and_later_calls_work() -> Result {
     let error = error_of(step.run(&limited))?;
     assert!(matches!(error, Error::Unsupported(Unsupported::ScratchLimit { limit: 0, .. })), "{error}");
 
-    let greedy = CudnnBackend::on(device.clone(), CudnnConfig::default().workspace_limit(usize::MAX));
-    let error = greedy.lend_scratch(&step.forward, 1 << 46).err().ok_or("64 TB were lent")?;
+    let greedy = attention_cuda::Workspaces::new(usize::MAX);
+    let error = greedy.lend("greedy", &device, 1 << 46).err().ok_or("64 TB were lent")?;
     assert!(matches!(error, Error::Backend(_)), "{error}");
 
     // Eight bytes further than the tensor begins, so a row less fits.
@@ -280,7 +281,7 @@ fn faults_are_errors_and_later_calls_work() -> Result {
     let mut out = DeviceTensor::filled(&device, desc, 0xff)?;
     let outputs = ForwardOutputs { out: out.view_mut()?, lse: None };
     let call = ForwardCall::new(&problem, Inputs::new(query?, key?, value?), outputs)?;
-    let error = backend.forward(call, attention_core::Scratch::none(device.device()));
+    let error = backend.plan(&problem)?.forward(call, attention_core::Scratch::none(device.device()));
     let error = error.err().ok_or("a misaligned call ran")?;
     assert!(error.to_string().contains("a multiple of 16 bytes"), "{error}");
     assert!(out.bytes()?.iter().all(|&byte| byte == 0xff), "nothing was written");
@@ -318,7 +319,7 @@ fn a_lost_context_is_an_error() -> Result {
     let problem = step.forward.to_builder().lse(false).build()?;
     let outputs = ForwardOutputs { out: step.out.view_mut()?, lse: None };
     let inputs = Inputs::new(query, step.inputs[1].view()?, step.inputs[2].view()?);
-    let started = backend.forward(
+    let started = backend.plan(&problem)?.forward(
         ForwardCall::new(&problem, inputs, outputs)?,
         attention_core::Scratch::none(device.device()),
     );

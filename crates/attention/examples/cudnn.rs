@@ -49,7 +49,7 @@ fn run(bytes: &[u8]) -> Result<bool, Box<dyn Error>> {
         let mut out = DeviceTensor::filled(&device, *out, 0xff)?;
         if index == 0 {
             println!("{}\n", attention.explain_planned(&problem));
-            let selection = attention.select(&problem)?;
+            let selection = attention.plan(&problem)?;
             println!("{} runs it: {}\n", selection.backend().name(), selection.reason());
             println!(
                 "layer  time (median of {RUNS})  max abs error  its bound  of the largest output  by rounding the inputs"

@@ -4,10 +4,11 @@ use attention_core::{
     Dropout, Gradients, InvalidCall, Lengths, NumericsClass, Problem, QueryOffset, Role, View, Window,
 };
 
-use crate::hidden_keys;
 use crate::operands::{Operands, OptionalInputs};
 use crate::selection::Policy;
-use crate::{AxisOrder, Error, Explanation, Implementation, IntoView, Options, Registry, Selection, Tensor};
+use crate::{
+    AttentionPlan, AxisOrder, Error, Explanation, Implementation, IntoView, Options, Registry, Tensor,
+};
 
 /// A call of scaled dot-product attention, apart from its query, key and value: options, mask and bias, and which
 /// implementation shall run it.
@@ -239,7 +240,7 @@ impl<'a> Attention<'a> {
     /// order of preference, an `Arc` of a backend, a numerics class, or what a stored [`Choice`](crate::Choice) stands
     /// for, from [`Registry::resolve`].
     pub fn implementation(mut self, implementation: impl Into<Implementation>) -> Self {
-        self.policy.implementation = implementation.into();
+        self.policy.wanted.implementation = implementation.into();
         self
     }
 
@@ -252,7 +253,7 @@ impl<'a> Attention<'a> {
     /// Refuses implementations that need more scratch memory than this: an automatic choice goes past them, a named
     /// one is an error.
     pub fn scratch_limit(mut self, bytes: impl Into<Option<usize>>) -> Self {
-        self.policy.scratch_limit = bytes.into();
+        self.policy.wanted.scratch_limit = bytes.into();
         self
     }
 
@@ -260,11 +261,11 @@ impl<'a> Attention<'a> {
     /// it, an automatic choice keeps to the standard class of the dtype (F64, F32, HalfF32), and a named one may
     /// compute in any.
     pub fn numerics(mut self, class: impl Into<Option<NumericsClass>>) -> Self {
-        self.policy.numerics = class.into();
+        self.policy.wanted.numerics = class.into();
         self
     }
 
-    /// The forward problem of these inputs, checked. It has no logsumexp; `to_builder().lse(true)` adds it. Whatever the order
+    /// The forward problem of these inputs, checked, without the logsumexp. Whatever the order
     /// of axes of the call, the problem's shapes are in that of the core, `[B, T, N, H]`, with the strides of the call's memory.
     ///
     /// # Errors
@@ -277,6 +278,20 @@ impl<'a> Attention<'a> {
     ) -> Result<Problem, Error> {
         let operands = self.operands(query, key, value)?;
         operands.build(operands.problem(&self.options), &self.options)
+    }
+
+    /// As [`problem`](Self::problem), with the logsumexp: the problem of [`forward_with_lse`](Self::forward_with_lse).
+    ///
+    /// # Errors
+    /// As [`problem`](Self::problem).
+    pub fn problem_with_lse<'b>(
+        &self,
+        query: impl IntoView<'b>,
+        key: impl IntoView<'b>,
+        value: impl IntoView<'b>,
+    ) -> Result<Problem, Error> {
+        let operands = self.operands(query, key, value)?;
+        operands.build(operands.problem(&self.options).lse(true), &self.options)
     }
 
     /// The backward problem of these inputs, checked, with the [gradients](Self::gradients) that backward would
@@ -322,20 +337,20 @@ impl<'a> Attention<'a> {
         self.policy.explain(problem, true)
     }
 
-    /// The implementation that runs a problem, which has [planned](attention_core::AttentionBackend::prepare) it, so
-    /// that the first call does not have to; of this call, the same counts as in
+    /// Plans a problem: chooses the implementation that runs it, and has it do all that calls share. Whoever holds the plan
+    /// runs it without a look-up. Of this call, the order of axes counts, and what counts in
     /// [`explain_problem`](Self::explain_problem).
     ///
-    /// Every call begins with it. An automatic choice goes past one that fails to plan, and a list to the next of the
-    /// list; [`Selection::passed_over`] and a `tracing` event at warn level say why. What fails once the call runs is
-    /// the call's error: nothing else is tried then.
+    /// Every call begins with it, and finds the plan of an earlier one among those that the [registry](Registry) keeps. An
+    /// automatic choice goes past an implementation that fails to plan, and a list to the next of the list;
+    /// [`AttentionPlan::passed_over`] and a `tracing` event at warn level say why. What fails once the call runs is the
+    /// call's error: nothing else is tried then.
     ///
     /// # Errors
     /// [`Error::NoImplementation`], [`Error::UnknownImplementation`], [`Error::NotBuilt`], [`Error::EmptyList`], or what the one
-    /// asked for says inside
-    /// [`Error::Core`]: its refusal, or why it failed to plan.
-    pub fn select(&self, problem: &Problem) -> Result<Selection, Error> {
-        self.policy.select(problem)
+    /// asked for says inside [`Error::Core`]: its refusal, or why it failed to plan.
+    pub fn plan(&self, problem: &Problem) -> Result<AttentionPlan, Error> {
+        Ok(AttentionPlan { chosen: self.policy.chosen(problem)?, order: self.order })
     }
 
     /// The inputs of a call.
@@ -349,14 +364,6 @@ impl<'a> Attention<'a> {
             return Err(Error::Input { role, source });
         }
         Operands::new(self.order, self.optional, query, key, value)
-    }
-
-    /// The implementation of a call that is about to run. Never inlined: what a choice takes of the stack is not there beside the
-    /// call.
-    #[inline(never)]
-    pub(crate) fn choose(&self, problem: &Problem) -> Result<Selection, Error> {
-        hidden_keys::tell(problem);
-        self.select(problem)
     }
 
     /// The gradients that backward computes where nobody says otherwise.

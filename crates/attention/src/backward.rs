@@ -5,9 +5,9 @@ use attention_core::{
     ProblemBuilder, Role, Sequences, View,
 };
 
-use crate::forward::{allocate, call_span, host_outputs};
+use crate::forward::{allocate, host_outputs};
 use crate::operands::{Operands, input};
-use crate::scratch::with_scratch;
+use crate::plan::call_span;
 use crate::{Attention, AxisOrder, Error, Forward, IntoView, Tensor};
 
 /// The gradients of a call: each present where it was wanted, with the shape and dtype of the tensor it belongs to.
@@ -91,7 +91,7 @@ impl<'a> Attention<'a> {
         // Judged first, so that a backward that cannot run does not cost a forward.
         let incoming = Incoming::new(&operands, d_out, self.d_lse)?;
         let problem = incoming.problem(self, &operands, self.wanted());
-        self.select(&operands.build(problem, &self.options)?)?;
+        self.plan(&operands.build(problem, &self.options)?)?;
         let forward = self.forward_owned(&operands, "backward_into")?;
         self.backward_owned(&operands, &forward, d_out)
     }
@@ -148,7 +148,7 @@ impl<'a> Attention<'a> {
         let operands = self.operands(query, key, value)?;
         let incoming = Incoming::new(&operands, saved.d_out, saved.d_lse.or(self.d_lse))?;
         let saved = incoming.with(&operands, saved.out, saved.lse)?;
-        let outputs = with_batch(&operands, outputs)?;
+        let outputs = operands.gradients(outputs)?;
         let mut given = Gradients::NONE;
         let mut layouts = Vec::with_capacity(5);
         for (gradient, role, output) in [
@@ -167,7 +167,7 @@ impl<'a> Attention<'a> {
         let builder = builder.layout(Role::Out, saved.out.desc()).layout(Role::Lse, saved.lse.desc());
         let builder = layouts.into_iter().fold(builder, |builder, (role, desc)| builder.layout(role, desc));
         let problem = operands.build(builder, &self.options)?;
-        self.run_backward(checked(&problem, &operands, saved, outputs)?)
+        self.backward_views(&operands, &problem, saved, outputs)
     }
 
     fn backward_owned(
@@ -180,7 +180,7 @@ impl<'a> Attention<'a> {
         let incoming = Incoming::new(operands, d_out, self.d_lse)?;
         let (problem, mut gradients) = self.prepare_backward(operands, forward, &incoming)?;
         let saved = incoming.with(operands, forward.out.view(), forward.lse.view())?;
-        self.run_backward(checked(&problem, operands, saved, with_batch(operands, gradients.outputs())?)?)?;
+        self.backward_views(operands, &problem, saved, operands.gradients(gradients.outputs())?)?;
         Ok(gradients)
     }
 
@@ -201,29 +201,25 @@ impl<'a> Attention<'a> {
         Ok((Box::new(problem), gradients))
     }
 
-    /// Runs a checked call, which is boxed since it is some kilobytes that every move would put on the stack again.
-    fn run_backward(&self, call: Box<BackwardCall<'_>>) -> Result<(), Error> {
-        let problem = call.problem();
+    fn backward_views(
+        &self,
+        operands: &Operands<'_>,
+        problem: &Problem,
+        saved: BackwardInputs<'_>,
+        outputs: BackwardOutputs<'_>,
+    ) -> Result<(), Error> {
         let span = call_span(problem);
-        let selection = self.choose(problem)?;
-        let backend = selection.backend();
-        span.record("backend", backend.name());
-        with_scratch(&**backend, problem, selection.scratch_bytes(), |scratch| {
-            Ok(backend.backward(*call, scratch)?)
-        })
+        let plan = match self.plan(problem) {
+            Ok(plan) => plan,
+            Err(nobody) => {
+                // What is wrong with the call comes before who would have run it.
+                let call = BackwardCall::new(problem, operands.inputs, saved, outputs);
+                return Err(call.map_or_else(|wrong| operands.order.told(wrong).into(), |_| nobody));
+            }
+        };
+        plan.tell(&span);
+        plan.run_backward(operands, saved, outputs)
     }
-}
-
-/// Checks a call. Never inlined: what it takes of the stack is not there beside the call.
-#[inline(never)]
-fn checked<'c>(
-    problem: &'c Problem,
-    operands: &Operands<'c>,
-    saved: BackwardInputs<'c>,
-    outputs: BackwardOutputs<'c>,
-) -> Result<Box<BackwardCall<'c>>, Error> {
-    let call = BackwardCall::new(problem, operands.inputs, saved, outputs);
-    Ok(Box::new(call.map_err(|error| operands.order.told(error))?))
 }
 
 /// Refuses a backward of another call than its forward was: its gradients would be those of neither.
@@ -323,22 +319,6 @@ impl<'a> Incoming<'a> {
             None => builder,
         }
     }
-}
-
-/// Gives the gradients of query, key and value the batch axis.
-fn with_batch<'o>(
-    operands: &Operands<'_>,
-    outputs: BackwardOutputs<'o>,
-) -> Result<BackwardOutputs<'o>, InvalidCall> {
-    let BackwardOutputs { dq, dk, dv, dbias, dsinks } = outputs;
-    let written = |role, view: Option<_>| view.map(|view| operands.written(role, view)).transpose();
-    Ok(BackwardOutputs {
-        dq: written(Role::DQuery, dq)?,
-        dk: written(Role::DKey, dk)?,
-        dv: written(Role::DValue, dv)?,
-        dbias,
-        dsinks,
-    })
 }
 
 impl Backward {

@@ -4,7 +4,7 @@ use attention_core::{Device, ForwardCall, ForwardOutputs, Problem, Role, ViewMut
 
 use crate::operands::{Operands, output};
 use crate::order::Kind;
-use crate::scratch::with_scratch;
+use crate::plan::call_span;
 use crate::{Attention, AxisOrder, Error, IntoView, IntoViewMut, Tensor};
 
 /// What a forward call with logsumexp returns, and what backward wants back.
@@ -147,21 +147,17 @@ impl<'a> Attention<'a> {
         outputs: ForwardOutputs<'_>,
     ) -> Result<(), Error> {
         let span = call_span(problem);
-        let call = ForwardCall::new(problem, operands.inputs, outputs)
-            .map_err(|error| operands.order.told(error))?;
-        let selection = self.choose(problem)?;
-        let backend = selection.backend();
-        span.record("backend", backend.name());
-        with_scratch(&**backend, problem, selection.scratch_bytes(), |scratch| {
-            Ok(backend.forward(call, scratch)?)
-        })
+        let plan = match self.plan(problem) {
+            Ok(plan) => plan,
+            Err(nobody) => {
+                // What is wrong with the call comes before who would have run it.
+                let call = ForwardCall::new(problem, operands.inputs, outputs);
+                return Err(call.map_or_else(|wrong| operands.order.told(wrong).into(), |_| nobody));
+            }
+        };
+        plan.tell(&span);
+        plan.run_forward(operands, outputs)
     }
-}
-
-/// The span of a call, entered; its implementation is recorded once it is chosen.
-pub(crate) fn call_span(problem: &Problem) -> tracing::span::EnteredSpan {
-    let backend = tracing::field::Empty;
-    tracing::debug_span!(target: "attention", "attention", %problem, backend).entered()
 }
 
 /// Refuses to allocate outputs for a call whose inputs are not in host memory.

@@ -19,6 +19,8 @@ mod into_view;
 mod operands;
 mod options;
 mod order;
+mod plan;
+mod plans;
 mod registry;
 mod scratch;
 mod selection;
@@ -40,10 +42,9 @@ pub use forward::Forward;
 pub use into_view::{IntoView, IntoViewMut};
 pub use options::Options;
 pub use order::AxisOrder;
+pub use plan::AttentionPlan;
 pub use registry::Registry;
-pub use selection::{
-    Candidate, Cause, Choice, Explanation, Implementation, Reason, Selection, Verdict, explain,
-};
+pub use selection::{Candidate, Cause, Choice, Explanation, Implementation, Reason, Verdict, explain};
 pub use tensor::{OtherTensor, Tensor};
 
 /// The memory-efficient CPU implementation of this build, to configure and hand to

@@ -1,6 +1,8 @@
 //! Query, key and value as they were given, brought to four axes in the order of the core.
 
-use attention_core::{Device, Dims, Inputs, InvalidCall, Problem, ProblemBuilder, Role, View, ViewMut};
+use attention_core::{
+    BackwardOutputs, Device, Dims, Inputs, InvalidCall, Problem, ProblemBuilder, Role, View, ViewMut,
+};
 
 use crate::order::Kind;
 use crate::{AxisOrder, Error, IntoView, IntoViewMut, Options};
@@ -173,6 +175,20 @@ impl<'a> Operands<'a> {
             None => view,
         };
         if self.batched { Ok(view) } else { view.unsqueeze() }
+    }
+
+    /// As [`written`](Self::written), for the gradients of query, key and value; those of bias and sinks are as they are.
+    pub(crate) fn gradients<'o>(
+        &self,
+        outputs: BackwardOutputs<'o>,
+    ) -> Result<BackwardOutputs<'o>, InvalidCall> {
+        let written = |role, view: Option<_>| view.map(|view| self.written(role, view)).transpose();
+        Ok(BackwardOutputs {
+            dq: written(Role::DQuery, outputs.dq)?,
+            dk: written(Role::DKey, outputs.dk)?,
+            dv: written(Role::DValue, outputs.dv)?,
+            ..outputs
+        })
     }
 
     /// Without a batch axis, another number of axes could pass for a batch; with one, the core says what is wrong.

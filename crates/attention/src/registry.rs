@@ -1,8 +1,11 @@
 //! The implementations that a call can choose from.
 
+use std::num::NonZeroUsize;
 use std::sync::{Arc, LazyLock};
 
 use attention_core::AttentionBackend;
+
+use crate::plans::{PLANS_KEPT, Plans};
 
 /// An ordered list of implementations. The default one holds those of this build; others join by value.
 ///
@@ -10,6 +13,10 @@ use attention_core::AttentionBackend;
 /// where a measured crossover between two implementations of ours says otherwise. A name stands for one
 /// implementation: adding another of the same name puts it in the place of the first, which is how a
 /// configured one replaces a default one.
+///
+/// A registry keeps the plans of the calls that it served, so that the next call of a problem finds its plan: clones share
+/// them, and a registry that another implementation joins begins anew. Of more than [`plans_kept`](Self::plans_kept), the one
+/// that was not used for longest leaves; whoever holds a [plan](crate::AttentionPlan) keeps it whatever happens here.
 ///
 /// # Examples
 /// ```
@@ -22,12 +29,13 @@ use attention_core::AttentionBackend;
 #[derive(Clone, Debug)]
 pub struct Registry {
     backends: Vec<Arc<dyn AttentionBackend>>,
+    plans: Arc<Plans>,
 }
 
 impl Registry {
     /// A registry without implementations.
-    pub const fn empty() -> Self {
-        Self { backends: Vec::new() }
+    pub fn empty() -> Self {
+        Self { backends: Vec::new(), plans: Arc::new(Plans::new(PLANS_KEPT)) }
     }
 
     /// The default registry, made once: what a call without a registry of its own uses.
@@ -48,11 +56,22 @@ impl Registry {
     pub fn with_preferred(mut self, backend: Arc<dyn AttentionBackend>) -> Self {
         self.backends.retain(|other| other.name() != backend.name());
         self.backends.insert(0, backend);
+        self.begin_anew();
+        self
+    }
+
+    /// Keeps up to this many plans, 512 by default. Those that are kept already are left to the registry's clones.
+    ///
+    /// A plan of the CPU implementations is some kilobytes; one on a GPU holds what its kernels need there.
+    #[must_use]
+    pub fn with_plans_kept(mut self, most: NonZeroUsize) -> Self {
+        self.plans = Arc::new(Plans::new(most));
         self
     }
 
     /// Adds an implementation at the end, or in the place of the one that has its name, which is returned.
     pub fn register(&mut self, backend: Arc<dyn AttentionBackend>) -> Option<Arc<dyn AttentionBackend>> {
+        self.begin_anew();
         match self.backends.iter_mut().find(|other| other.name() == backend.name()) {
             Some(place) => Some(std::mem::replace(place, backend)),
             None => {
@@ -60,6 +79,25 @@ impl Registry {
                 None
             }
         }
+    }
+
+    /// How many plans are kept at most.
+    pub fn plans_kept(&self) -> NonZeroUsize {
+        self.plans.most()
+    }
+
+    /// Forgets the plans that are kept, here and in clones, with what they hold of devices; those that callers hold live on.
+    pub fn forget_plans(&self) {
+        self.plans.clear();
+    }
+
+    pub(crate) fn plans(&self) -> &Plans {
+        &self.plans
+    }
+
+    /// The plans so far were chosen among other implementations.
+    fn begin_anew(&mut self) {
+        self.plans = Arc::new(Plans::new(self.plans.most()));
     }
 
     /// The implementation of this name.

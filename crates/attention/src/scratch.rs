@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use attention_core::{AttentionBackend, Device, Problem, Scratch, ScratchBuffer};
+use attention_core::{Device, Plan, Scratch, ScratchBuffer};
 
 use crate::Error;
 
@@ -14,18 +14,16 @@ thread_local! {
     static KEPT: Cell<ScratchBuffer> = Cell::default();
 }
 
-/// Runs `call` with at least `bytes` of scratch memory where the problem is: the facade's own in host memory, the
+/// Runs `call` with the scratch memory of a plan's call, where its problem is: the facade's own in host memory, the
 /// backend's on a device.
 pub(crate) fn with_scratch<R>(
-    backend: &dyn AttentionBackend,
-    problem: &Problem,
-    bytes: usize,
+    plan: &dyn Plan,
     call: impl FnOnce(Scratch<'_>) -> Result<R, Error>,
 ) -> Result<R, Error> {
-    match problem.device() {
-        device if bytes == 0 => call(Scratch::none(device)),
-        Device::Cpu => with_host_scratch(bytes, call),
-        _ => call(backend.lend_scratch(problem, bytes)?.scratch()),
+    match (plan.scratch_bytes(), plan.problem().device()) {
+        (0, device) => call(Scratch::none(device)),
+        (bytes, Device::Cpu) => with_host_scratch(bytes, call),
+        _ => call(plan.lend_scratch()?.scratch()),
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use attention_benches::Workload;
-use attention_core::{AttentionBackend, ScratchBuffer};
+use attention_benches::{Plans, Workload};
+use attention_core::ScratchBuffer;
 
 use super::peer::Peer;
 use crate::machine;
@@ -34,15 +34,15 @@ pub(crate) struct Times {
 /// sentence about it.
 pub(crate) fn measure(
     workload: &mut Workload,
-    backend: &dyn AttentionBackend,
+    plans: &Plans,
     mut peer: Option<&mut Peer>,
     turns: Option<usize>,
 ) -> crate::Result<Times> {
     let before = machine::resident();
     let resets = machine::reset_peak();
-    let mut scratch = ScratchBuffer::new(workload.scratch_bytes(backend)?);
+    let mut scratch = ScratchBuffer::new(plans.scratch_bytes());
     // The first call maps memory and starts threads; the second says how long one takes.
-    workload.run(backend, &mut scratch)?;
+    workload.run(plans, &mut scratch)?;
     // Less than the scratch means that it came from memory which an earlier measurement had left mapped.
     let peak_bytes = (before.zip(machine::resident()))
         .map(|(before, after)| after.peak.saturating_sub(before.now))
@@ -51,7 +51,7 @@ pub(crate) fn measure(
         let mut times = Vec::with_capacity(calls);
         for _ in 0..calls {
             let start = Instant::now();
-            workload.run(backend, &mut scratch)?;
+            workload.run(plans, &mut scratch)?;
             times.push(1e3 * start.elapsed().as_secs_f64());
         }
         Ok(times)
@@ -134,7 +134,8 @@ mod tests {
         let dims = parse_shape("1,8,8,1,1,8").unwrap();
         let mut workload = Workload::new(dims, DType::F32, Work::Both, false, Mask::None).unwrap();
         let backend = crate::backends::named(&["cpu".to_owned()]).unwrap().remove(0);
-        let times = measure(&mut workload, &*backend, None, Some(2)).unwrap();
+        let plans = workload.plan(&*backend).unwrap();
+        let times = measure(&mut workload, &plans, None, Some(2)).unwrap();
         assert!(times.median_ms > 0.0 && times.peer_median_ms.is_none());
     }
 }

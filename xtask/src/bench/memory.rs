@@ -97,9 +97,10 @@ fn measure(
     let mut workload = Workload::new(dims, dtype, work, false, Mask::None)?;
     let before = machine::resident();
     let resets = machine::reset_peak();
+    let plans = workload.plan(backend)?;
     let mut scratch = ScratchBuffer::new(bytes);
     let start = Instant::now();
-    workload.run(backend, &mut scratch)?;
+    workload.run(&plans, &mut scratch)?;
     let seconds = start.elapsed().as_secs_f64();
     let peak = (before.zip(machine::resident()))
         .map(|(before, after)| after.peak.saturating_sub(before.now))

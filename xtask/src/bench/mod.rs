@@ -191,8 +191,8 @@ fn measure_case(
     threads: usize,
 ) -> crate::Result<Vec<Row>> {
     let mut workload = Workload::new(case.dims, case.dtype, case.work, case.causal, case.mask)?;
-    let scratch_bytes = match workload.scratch_bytes(backend) {
-        Ok(bytes) => bytes,
+    let plans = match workload.plan(backend) {
+        Ok(plans) => plans,
         Err(refusal) => {
             eprintln!("backend {} skipped: {refusal}", backend.name());
             return Ok(Vec::new());
@@ -205,7 +205,7 @@ fn measure_case(
         match peer.prepare(case, path) {
             Err(reason) => eprintln!("peer {} skipped: {reason}", peer.name),
             Ok(path) => {
-                let times = measure::measure(&mut workload, backend, Some(peer), turns)?;
+                let times = measure::measure(&mut workload, &plans, Some(peer), turns)?;
                 if times.peer_median_ms.is_some() {
                     rows.push((times, Some((peer.name.clone(), path))));
                 }
@@ -213,7 +213,7 @@ fn measure_case(
         }
     }
     if rows.is_empty() {
-        rows.push((measure::measure(&mut workload, backend, None, turns)?, None));
+        rows.push((measure::measure(&mut workload, &plans, None, turns)?, None));
     }
     let Dimensions { batch, query_length, key_length, query_heads, key_heads, head_dim, value_head_dim } =
         case.dims;
@@ -234,7 +234,7 @@ fn measure_case(
             mask: case.mask.to_string(),
             median_ms: times.median_ms,
             gflops: 1e-6 * workload.flops() / times.median_ms,
-            scratch_bytes,
+            scratch_bytes: plans.scratch_bytes(),
             peer,
             peer_median_ms: times.peer_median_ms,
             ratio: times.peer_median_ms.map(|ms| ms / times.median_ms),

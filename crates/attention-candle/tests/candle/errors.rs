@@ -156,15 +156,12 @@ fn what_fails_backward_is_an_error_of_backward() -> Result<()> {
             self.supports(problem)?;
             self.inner().scratch_bytes(problem)
         }
-        fn prepare(&self, problem: &attention::Problem) -> std::result::Result<(), attention::core::Error> {
-            Ok(self.supports(problem)?)
-        }
-        fn backward(
+        fn plan(
             &self,
-            call: attention::core::BackwardCall<'_>,
-            _: attention::core::Scratch<'_>,
-        ) -> std::result::Result<(), attention::core::Error> {
-            Ok(self.supports(call.problem())?)
+            problem: &attention::Problem,
+        ) -> std::result::Result<std::sync::Arc<dyn attention::core::Plan>, attention::core::Error> {
+            self.supports(problem)?;
+            self.inner().plan(problem)
         }
     }
     let inner = attention::chunked::ChunkedBackend::default();

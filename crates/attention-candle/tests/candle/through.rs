@@ -1,17 +1,20 @@
 //! A backend of the suite whose calls go through candle: tensors of candle's, this crate, candle's backward.
 
+use std::sync::Arc;
+
 use attention::core::{
     BackendFailure, BackwardCall, Capabilities, DeviceKind, Error, FeatureSet, ForwardCall, Inputs,
-    PassCapabilities, Problem, Scratch, ScratchGrowth, Sequences, Unavailable, Unsupported, View, ViewMut,
+    PassCapabilities, Plan, Problem, Scratch, ScratchGrowth, Sequences, Unavailable, Unsupported, View,
+    ViewMut,
 };
 use attention::{AttentionBackend, DType, NumericsClass, bf16, f16};
-use attention_candle::{Attention, AxisOrder, Options, cause};
+use attention_candle::{Attention, AxisOrder, Options};
 use candle_core::{Result, Tensor, Var};
 
 use crate::device::device;
 use crate::placed::{Placed, write};
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct ThroughCandle {
     order: AxisOrder,
     recompute: bool,
@@ -101,18 +104,6 @@ impl ThroughCandle {
             }
         };
         put(&self.swap(out)?, outputs.out)
-    }
-
-    /// What a call's error is for the suite: the refusal that `supports` gives, where candle says that nothing serves it.
-    fn failed(&self, problem: &Problem, error: candle_core::Error) -> Error {
-        use attention_candle::Error::Call;
-        if let Some(Call(attention::Error::NoImplementation { .. })) = cause(&error)
-            && let Err(refusal) = self.supports(problem)
-        {
-            return refusal.into();
-        }
-        let source = error.to_string().into();
-        BackendFailure { backend: "candle".to_owned(), operation: "a call".to_owned(), source }.into()
     }
 
     fn run_backward(&self, call: BackwardCall<'_>) -> Result<()> {
@@ -215,13 +206,43 @@ impl AttentionBackend for ThroughCandle {
         self.supports(problem).map(|()| 0)
     }
 
-    fn forward(&self, call: ForwardCall<'_>, _: Scratch<'_>) -> std::result::Result<(), Error> {
-        let problem = call.problem();
-        self.run_forward(call).map_err(|error| self.failed(problem, error))
+    fn plan(&self, problem: &Problem) -> std::result::Result<Arc<dyn Plan>, Error> {
+        self.supports(problem)?;
+        Ok(Arc::new(ThroughCandlePlan { backend: self.clone(), problem: problem.clone() }))
+    }
+}
+
+#[derive(Debug)]
+struct ThroughCandlePlan {
+    backend: ThroughCandle,
+    problem: Problem,
+}
+
+impl Plan for ThroughCandlePlan {
+    fn backend(&self) -> &str {
+        self.backend.name()
     }
 
-    fn backward(&self, call: BackwardCall<'_>, _: Scratch<'_>) -> std::result::Result<(), Error> {
-        let problem = call.problem();
-        self.run_backward(call).map_err(|error| self.failed(problem, error))
+    fn problem(&self) -> &Problem {
+        &self.problem
     }
+
+    fn scratch_bytes(&self) -> usize {
+        0
+    }
+
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> std::result::Result<(), Error> {
+        self.admit(call.problem(), &scratch)?;
+        self.backend.run_forward(call).map_err(failed)
+    }
+
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> std::result::Result<(), Error> {
+        self.admit(call.problem(), &scratch)?;
+        self.backend.run_backward(call).map_err(failed)
+    }
+}
+
+fn failed(error: candle_core::Error) -> Error {
+    let source = error.to_string().into();
+    BackendFailure { backend: "candle".to_owned(), operation: "a call".to_owned(), source }.into()
 }

@@ -15,9 +15,9 @@ use super::call::Backward;
 use super::gradient::GradientOf;
 use super::layout::Scratch;
 use super::pack::Packing;
+use crate::cut::{self, Rows, intersection};
 use crate::engine::{Engine, tile_stride};
 use crate::paths::Path;
-use crate::plan::{self, Rows, intersection};
 use crate::scratch::Pieces;
 use crate::tensor::SharedOutput;
 use crate::workers;
@@ -44,9 +44,9 @@ pub(super) fn run<E: Engine, Small: Engine>(
         // The sums come first in the scratch of every engine.
         Pieces::of(memory).take::<f64>(rows * columns).fill(0.0);
         // Without logits, of any number of batch rows.
-        for batch in if plan::has_logits(problem) { part.batches.clone() } else { 0..0 } {
+        for batch in if cut::has_logits(problem) { part.batches.clone() } else { 0..0 } {
             match small {
-                Some(small) if plan::is_small(problem, batch) => sums.add_batch(small, batch, memory),
+                Some(small) if cut::is_small(problem, batch) => sums.add_batch(small, batch, memory),
                 _ => sums.add_batch(backward, batch, memory),
             }
         }

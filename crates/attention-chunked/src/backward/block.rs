@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use super::call::Backward;
 use super::gradient::RowState;
+use crate::cut::{self, Rows};
 use crate::engine::{Engine, MAX_BLOCK_ROWS};
-use crate::plan::{self, Rows};
 use crate::terms::QueryRow;
 
 /// Some query rows of a key/value head against its keys.
@@ -72,7 +72,7 @@ impl<E: Engine> Pair<'_, '_, E> {
         block: &Block<E::F>,
         keys: &Range<usize>,
     ) -> impl Iterator<Item = Range<usize>> + use<E> {
-        let seen = plan::intersection(&block.any, keys);
+        let seen = cut::intersection(&block.any, keys);
         // An empty range may lie anywhere.
         let first = if seen.is_empty() { seen.end } else { seen.start / E::BLOCK_KEYS * E::BLOCK_KEYS };
         (first..seen.end).step_by(E::BLOCK_KEYS).map(move |start| {

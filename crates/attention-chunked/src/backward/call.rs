@@ -5,9 +5,9 @@ use attention_core::{BackwardInputs, Inputs, Problem};
 use super::gradient::RowState;
 use super::layout::Layout;
 use super::states::State;
+use crate::cut::Rows;
 use crate::engine::Engine;
 use crate::paths::Taken;
-use crate::plan::Rows;
 use crate::tensor::{Floats, SharedOutput};
 use crate::terms::Terms;
 

@@ -4,8 +4,8 @@ use attention_core::{Gradients, Problem, Role};
 
 use super::bias_parts;
 use crate::config::Sizes;
+use crate::cut;
 use crate::engine::{Engine, STAGE, tile_stride};
-use crate::plan;
 use crate::scratch::{Pieces, round_up};
 use crate::tensor::Floats;
 
@@ -67,7 +67,7 @@ impl Layout {
         let (head_dim, value_head_dim) = (dims.head_dim, dims.value_head_dim);
         let wanted = problem.gradients();
         let (dk, dv) = (wanted.contains(Gradients::KEY), wanted.contains(Gradients::VALUE));
-        let most_keys = plan::most_keys(problem);
+        let most_keys = cut::most_keys(problem);
         let packed = size_of::<E::Packed>();
         let sum = |lengths: &[usize]| lengths.iter().fold(0usize, |sum, &length| sum.saturating_add(length));
         let of_keys = sum(&[

@@ -21,47 +21,42 @@ mod pair;
 mod states;
 mod tasks;
 
-use attention_core::{BackwardCall, Problem, Scalar};
+use attention_core::{BackwardCall, Scalar};
 
 use self::block::Pair;
 use self::call::{Backward, Outputs};
 use self::states::{SharedStates, State, Workers};
-use self::tasks::{Needs, Task};
-use crate::config::{ChunkedConfig, Plan};
+pub(crate) use self::tasks::Needs;
+use self::tasks::Task;
+use crate::config::ChunkedConfig;
+use crate::cut;
 use crate::engine::Engine;
 use crate::paths::{Path, Taken};
-use crate::plan;
 use crate::scratch::Pieces;
 use crate::tensor::{Floats, SharedOutput};
 use crate::terms::Terms;
 use crate::workers;
 
-/// Bytes of scratch of a call; `None` on overflow.
-pub(crate) fn needs<E: Engine, Small: Engine>(
-    problem: &Problem,
-    has_small: bool,
-    config: &ChunkedConfig,
-) -> Option<usize> {
-    Needs::of::<E, Small>(problem, has_small, &config.sizes(), config.planned_threads())?.scratch()
-}
-
-/// Runs a checked call in checked scratch, and marks the paths that it takes: on the engine, and on the small
+/// Runs a checked call of a problem that was planned to take this, in checked scratch, and marks the paths that it takes: on the engine, and on the small
 /// one.
 pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,
     call: BackwardCall<'_>,
+    planned: &Needs,
     config: &ChunkedConfig,
     scratch: &mut [u8],
     taken: [&Taken; 2],
 ) {
     let (problem, inputs, saved, outputs) = call.into_parts();
     let sizes = config.sizes();
-    let (needs, team) = config
-        .begin(scratch.len(), |threads| Needs::of::<E, Small>(problem, small.is_some(), &sizes, threads));
+    let (recut, team) = config.team(planned, scratch.len(), |threads| {
+        Needs::of::<E, Small>(problem, small.is_some(), &sizes, threads)
+    });
+    let needs = recut.as_ref().unwrap_or(planned);
     let (states, scratch) = scratch.split_at_mut(needs.states);
     let has_small = small.is_some();
-    let is_small = |batch: usize| has_small && plan::is_small(problem, batch);
+    let is_small = |batch: usize| has_small && cut::is_small(problem, batch);
     let units =
         (Terms::<E::F>::new(problem, &inputs).unit(), Terms::<Small::F>::new(problem, &inputs).unit());
     let split = |batch: usize, lse: f64| {
@@ -114,7 +109,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
         dv: outputs.dv.map(SharedOutput::new),
     };
     if let Some(dq) = &outputs.dq {
-        for batch in 0..if plan::may_have_padding(problem) { dims.batch } else { 0 } {
+        for batch in 0..if cut::may_have_padding(problem) { dims.batch } else { 0 } {
             for query in problem.query_len(batch)..dims.query_length {
                 for head in 0..dims.query_heads {
                     // SAFETY: no task has begun.

@@ -9,13 +9,13 @@ use super::call::{Backward, Outputs};
 use super::gradient::{BlockGradient, GradientOf};
 use super::layout::Scratch;
 use super::pack::Packing;
+use crate::cut;
 use crate::engine::{
     Accumulate, Engine, KeySumsMut, MAX_BLOCK_ROWS, PackedRows, STAGE, TileMut, Weights, tile_stride,
 };
 use crate::float::Float;
 use crate::forward::softmax::BlockSoftmax;
 use crate::paths::Path;
-use crate::plan;
 use crate::simd::Simd;
 
 /// Whether bit `index` of a list of groups is set.
@@ -62,7 +62,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         let range = problem.key_range_of_rows(batch, self.rows.queries.clone());
         let all = first..problem.dims().key_length.min(first + layout.keys);
         let keys = first..range.end.min(all.end).max(first);
-        let is_seen = !plan::intersection(&keys, &range).is_empty();
+        let is_seen = !cut::intersection(&keys, &range).is_empty();
         if is_seen {
             self.pack_keys(&keys, scratch);
             scratch.dk.fill(E::F::ZERO);
@@ -249,7 +249,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         for first in (0..chunk.len()).step_by(E::BLOCK_ROWS) {
             let rows = first..chunk.len().min(first + E::BLOCK_ROWS);
             let block = self.block(chunk.start, rows.clone());
-            if plan::intersection(&block.any, keys).is_empty() {
+            if cut::intersection(&block.any, keys).is_empty() {
                 continue;
             }
             let packing = *packing.get_or_insert_with(|| {

@@ -4,9 +4,9 @@ use attention_core::{Gradients, Problem, Role};
 
 use super::layout::Layout;
 use super::{bias_parts, states};
-use crate::config::{Plan, Sizes};
+use crate::config::{self, Sizes};
+use crate::cut::{self, Rows};
 use crate::engine::Engine;
-use crate::plan::{self, Rows};
 
 /// What a task computes.
 #[derive(Clone, Debug)]
@@ -38,7 +38,7 @@ fn together(problem: &Problem, threads: usize) -> bool {
     // Five products by the busiest thread, against seven spread evenly.
     let threads = threads.max(1) as u128;
     // Waking a thread takes longer than all of a small call.
-    let is_small = dims.logits().iter().product::<usize>() <= plan::SMALL_LOGITS;
+    let is_small = dims.logits().iter().product::<usize>() <= cut::SMALL_LOGITS;
     both && (is_small || heads.div_ceil(threads) * 5 * threads <= 7 * heads)
 }
 
@@ -76,13 +76,13 @@ impl Tasks {
             _ => 0,
         };
         let for_queries = |batch: usize| {
-            if together || !dq { 0 } else { plan::Cut::of(problem, batch, rows(batch)).count(problem, batch) }
+            if together || !dq { 0 } else { cut::Cut::of(problem, batch, rows(batch)).count(problem, batch) }
         };
         let most =
-            |count: &dyn Fn(usize) -> usize| plan::different_rows(problem).map(count).max().unwrap_or(0);
+            |count: &dyn Fn(usize) -> usize| cut::different_rows(problem).map(count).max().unwrap_or(0);
         let (keys_per_row, queries_per_row) = (most(&for_keys), most(&for_queries));
         let workers =
-            plan::count_up_to(problem, threads, |batch| for_keys(batch).saturating_add(for_queries(batch)));
+            cut::count_up_to(problem, threads, |batch| for_keys(batch).saturating_add(for_queries(batch)));
         let (batch, key_heads) = (dims.batch, dims.key_heads);
         Self { together, batch, key_heads, keys_per_row, queries_per_row, workers }
     }
@@ -103,7 +103,7 @@ impl Tasks {
         let for_keys = self.batch * self.keys_per_row;
         if let Some(number) = number.checked_sub(for_keys) {
             let (batch, index) = (number / self.queries_per_row, number % self.queries_per_row);
-            return plan::Cut::of(problem, batch, rows(batch)).rows(problem, batch, index).map(Task::Queries);
+            return cut::Cut::of(problem, batch, rows(batch)).rows(problem, batch, index).map(Task::Queries);
         }
         let (batch, index) = (number / self.keys_per_row, number % self.keys_per_row);
         if self.together {
@@ -116,7 +116,8 @@ impl Tasks {
 }
 
 /// The layouts of a problem's tasks, and what they take.
-pub(super) struct Needs {
+#[derive(Debug)]
+pub(crate) struct Needs {
     pub(super) layout: Layout,
     pub(super) small: Layout,
     /// Bytes of a worker's scratch.
@@ -129,7 +130,7 @@ pub(super) struct Needs {
 
 impl Needs {
     /// `None` on overflow.
-    pub(super) fn of<E: Engine, Small: Engine>(
+    pub(crate) fn of<E: Engine, Small: Engine>(
         problem: &Problem,
         has_small: bool,
         sizes: &Sizes,
@@ -137,9 +138,9 @@ impl Needs {
     ) -> Option<Self> {
         let dims = problem.dims();
         let is_together = together(problem, threads);
-        let is_small = |batch: usize| has_small && plan::is_small(problem, batch);
+        let is_small = |batch: usize| has_small && cut::is_small(problem, batch);
         let rows_of = |small: bool| {
-            let queries = plan::different_rows(problem).filter(|&batch| is_small(batch) == small);
+            let queries = cut::different_rows(problem).filter(|&batch| is_small(batch) == small);
             queries.map(|batch| problem.query_len(batch)).max()
         };
         let layout_of = |small: bool| rows_of(small).unwrap_or(0).checked_mul(dims.group_size());
@@ -160,13 +161,13 @@ impl Needs {
         let bias = bias_parts::Parts::of(problem).map_or(0, |parts| parts.count());
         // Sums of rows take the place of logsumexps that have lost digits, also where sinks alone have a
         // gradient.
-        let sums = usize::from(plan::has_rows(problem) && dims.key_heads > 0);
+        let sums = usize::from(cut::has_rows(problem) && dims.key_heads > 0);
         let workers = threads.min(tasks.workers.max(bias).max(sums));
         Some(Self { layout, small, bytes, states, tasks, workers })
     }
 }
 
-impl Plan for Needs {
+impl config::Needs for Needs {
     fn workers(&self) -> usize {
         // The states of rows are computed without scratch, some hundred rows a task.
         self.workers.max(self.states >> 13)

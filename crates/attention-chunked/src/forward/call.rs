@@ -4,9 +4,9 @@ use attention_core::{ForwardOutputs, Inputs, Problem};
 
 use super::decode::DecodeLayout;
 use super::layout::Layout;
+use crate::cut;
 use crate::engine::Engine;
 use crate::paths::Taken;
-use crate::plan;
 use crate::tensor::{Floats, SharedOutput};
 use crate::terms::Terms;
 
@@ -35,7 +35,7 @@ impl<'a> Outputs<'a> {
     pub(super) fn new(problem: &Problem, outputs: ForwardOutputs<'a>) -> Self {
         let new = Self { out: SharedOutput::new(outputs.out), lse: outputs.lse.map(SharedOutput::new) };
         let dims = problem.dims();
-        for batch in 0..if plan::may_have_padding(problem) { dims.batch } else { 0 } {
+        for batch in 0..if cut::may_have_padding(problem) { dims.batch } else { 0 } {
             for query in problem.query_len(batch)..dims.query_length {
                 for head in 0..dims.query_heads {
                     // SAFETY: no task has begun.

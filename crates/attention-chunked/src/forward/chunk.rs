@@ -7,10 +7,10 @@ use attention_core::merge::Accumulator;
 use super::call::{Forward, Outputs};
 use super::layout::{Layout, Scratch};
 use super::softmax::BlockSoftmax;
+use crate::cut::{self, Rows};
 use crate::engine::{Accumulate, Engine, MAX_BLOCK_ROWS, PackedRows, STAGE, TileMut, Weights, tile_stride};
 use crate::float::Float;
 use crate::paths::Path;
-use crate::plan::{self, Rows};
 use crate::scratch::Pieces;
 use crate::simd::Simd;
 use crate::terms::QueryRow;
@@ -114,7 +114,7 @@ impl<'a, E: Engine> Forward<'a, E> {
     ) {
         let [any_begin, any_end, all_begin, all_end] =
             scratch.bounds[block.start / E::BLOCK_ROWS].map(|bound| bound as usize);
-        let seen = plan::intersection(&(any_begin..any_end), keys);
+        let seen = cut::intersection(&(any_begin..any_end), keys);
         if seen.is_empty() {
             return;
         }

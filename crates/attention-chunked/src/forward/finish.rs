@@ -4,9 +4,9 @@ use attention_core::merge::RunningSoftmax;
 
 use super::call::{Forward, Outputs};
 use super::layout::Scratch;
+use crate::cut::Rows;
 use crate::engine::Engine;
 use crate::float::Float;
-use crate::plan::Rows;
 use crate::simd::{Kernel, Simd};
 
 impl<'a, E: Engine> Forward<'a, E> {

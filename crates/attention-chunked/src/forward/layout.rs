@@ -3,8 +3,8 @@
 use attention_core::Problem;
 
 use crate::config::Sizes;
+use crate::cut;
 use crate::engine::{Engine, STAGE, tile_stride};
-use crate::plan;
 use crate::scratch::Pieces;
 use crate::tensor::Floats;
 
@@ -48,8 +48,8 @@ impl Layout {
     pub(super) fn of<E: Engine>(problem: &Problem, sizes: &Sizes, threads: usize) -> Self {
         let dims = problem.dims();
         let (head_dim, value_head_dim) = (dims.head_dim, dims.value_head_dim);
-        let most_keys = plan::most_keys(problem);
-        let all_rows = plan::total_rows(problem);
+        let most_keys = cut::most_keys(problem);
+        let all_rows = cut::total_rows(problem);
         let group_rows = dims.query_length.saturating_mul(dims.group_size().max(1));
         // Enough tasks for every thread to have a few, where rows allow it.
         let fair = (all_rows / (threads * 3).max(1)).clamp(4 * E::BLOCK_ROWS, usize::MAX);

@@ -16,31 +16,24 @@ mod tasks;
 
 use std::ops::Range;
 
-use attention_core::{ForwardCall, Problem};
+use attention_core::ForwardCall;
 
 use self::call::{Forward, Outputs};
-use self::tasks::{Needs, Task};
-use crate::config::{ChunkedConfig, Plan};
+pub(crate) use self::tasks::Needs;
+use self::tasks::Task;
+use crate::config::ChunkedConfig;
+use crate::cut;
 use crate::engine::Engine;
 use crate::paths::Taken;
-use crate::plan;
 use crate::workers;
 
-/// Bytes of scratch of a call; `None` on overflow.
-pub(crate) fn needs<E: Engine, Small: Engine>(
-    problem: &Problem,
-    has_small: bool,
-    config: &ChunkedConfig,
-) -> Option<usize> {
-    Needs::of::<E, Small>(problem, has_small, &config.sizes(), config.planned_threads())?.scratch()
-}
-
-/// Runs a checked call in checked scratch, and marks the paths that it takes: on the engine, and on the small
+/// Runs a checked call of a problem that was planned to take this, in checked scratch, and marks the paths that it takes: on the engine, and on the small
 /// one.
 pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,
     call: ForwardCall<'_>,
+    planned: &Needs,
     config: &ChunkedConfig,
     scratch: &mut [u8],
     taken: [&Taken; 2],
@@ -48,14 +41,17 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     let (problem, inputs, outputs) = call.into_parts();
     let outputs = Outputs::new(problem, outputs);
     let sizes = config.sizes();
-    let (Needs { layout, small: small_layout, decode, bytes, slot, tasks }, team) = config
-        .begin(scratch.len(), |threads| Needs::of::<E, Small>(problem, small.is_some(), &sizes, threads));
+    let (recut, team) = config.team(planned, scratch.len(), |threads| {
+        Needs::of::<E, Small>(problem, small.is_some(), &sizes, threads)
+    });
+    let &Needs { layout, small: small_layout, decode, bytes, slot, ref tasks } =
+        recut.as_ref().unwrap_or(planned);
     let limit = |batch: usize| {
-        if small.is_some() && plan::is_small(problem, batch) { small_layout.rows } else { layout.rows }
+        if small.is_some() && cut::is_small(problem, batch) { small_layout.rows } else { layout.rows }
     };
     let forward = Forward::new(engine, problem, &inputs, layout, decode, taken[0]);
     let small = small.map(|small| Forward::new(small, problem, &inputs, small_layout, decode, taken[1]));
-    let small_of = |batch: usize| small.as_ref().filter(|_| plan::is_small(problem, batch));
+    let small_of = |batch: usize| small.as_ref().filter(|_| cut::is_small(problem, batch));
     let (slots, scratch) = scratch.split_at_mut(slot * tasks.splits.len());
     let slots = Slots { first: slots.as_mut_ptr(), bytes: slot, count: tasks.splits.len() };
 

@@ -7,9 +7,9 @@ use attention_core::Problem;
 
 use super::decode::{self, DecodeLayout};
 use super::layout::Layout;
-use crate::config::{Plan, Sizes};
+use crate::config::{self, Sizes};
+use crate::cut::{self, Rows};
 use crate::engine::Engine;
-use crate::plan::{self, Rows};
 
 /// What a task computes.
 pub(super) enum Task {
@@ -42,6 +42,7 @@ impl DecodeHeads {
 }
 
 /// The tasks of a call: found by their number, since a list would grow with the batch.
+#[derive(Debug)]
 pub(super) struct Tasks {
     /// The most tasks of a batch row, splits left out. Numbers go over the batch rows in steps of this; a
     /// batch row with fewer tasks leaves numbers without one.
@@ -64,11 +65,11 @@ fn decodes(problem: &Problem, batch: usize) -> bool {
 
 /// Key/value heads of all batch rows that are decoded.
 fn decode_heads(problem: &Problem) -> usize {
-    if !plan::has_rows(problem) {
+    if !cut::has_rows(problem) {
         return 0;
     }
     let key_heads = problem.dims().key_heads;
-    plan::count_up_to(problem, usize::MAX, |batch| {
+    cut::count_up_to(problem, usize::MAX, |batch| {
         if decodes(problem, batch) && problem.query_len(batch) > 0 { key_heads } else { 0 }
     })
 }
@@ -84,7 +85,7 @@ impl Tasks {
             _ if problem.query_len(batch) == 0 => 0,
             true if is_split => 0,
             true => key_heads.div_ceil(decode.heads),
-            false => plan::Cut::of(problem, batch, limit(batch)).count(problem, batch),
+            false => cut::Cut::of(problem, batch, limit(batch)).count(problem, batch),
         };
         let (mut splits, mut combines) = (Vec::new(), Vec::new());
         let is_split_of = |batch: usize| is_split && decodes(problem, batch) && problem.query_len(batch) > 0;
@@ -99,9 +100,9 @@ impl Tasks {
             }
         }
         let (mut per_row, mut workers) = (0, splits.len().max(combines.len()));
-        if plan::has_rows(problem) {
-            per_row = plan::different_rows(problem).map(count).max().unwrap_or(0);
-            workers = workers.saturating_add(plan::count_up_to(problem, threads, count));
+        if cut::has_rows(problem) {
+            per_row = cut::different_rows(problem).map(count).max().unwrap_or(0);
+            workers = workers.saturating_add(cut::count_up_to(problem, threads, count));
         }
         let workers = threads.min(workers);
         Self { per_row, splits, combines, is_split, decode_heads: decode.heads, workers }
@@ -127,7 +128,7 @@ impl Tasks {
         };
         let (batch, index) = (number / self.per_row, number % self.per_row);
         if !decodes(problem, batch) {
-            return plan::Cut::of(problem, batch, limit(batch)).rows(problem, batch, index).map(Task::Chunk);
+            return cut::Cut::of(problem, batch, limit(batch)).rows(problem, batch, index).map(Task::Chunk);
         }
         let key_heads = problem.dims().key_heads;
         let first = index * self.decode_heads;
@@ -139,7 +140,8 @@ impl Tasks {
 }
 
 /// What a call takes.
-pub(super) struct Needs {
+#[derive(Debug)]
+pub(crate) struct Needs {
     pub(super) layout: Layout,
     pub(super) small: Layout,
     pub(super) decode: DecodeLayout,
@@ -152,7 +154,7 @@ pub(super) struct Needs {
 
 impl Needs {
     /// `None` on overflow.
-    pub(super) fn of<E: Engine, Small: Engine>(
+    pub(crate) fn of<E: Engine, Small: Engine>(
         problem: &Problem,
         has_small: bool,
         sizes: &Sizes,
@@ -163,8 +165,8 @@ impl Needs {
         let small = Layout::of::<Small>(problem, sizes, threads);
         // Which kinds of batch rows there are, by whether they are decoded and small.
         let (mut kinds, mut decode_rows) = ([[false; 2]; 2], 0);
-        for batch in plan::different_rows(problem) {
-            let (decode, small) = (decodes(problem, batch), has_small && plan::is_small(problem, batch));
+        for batch in cut::different_rows(problem) {
+            let (decode, small) = (decodes(problem, batch), has_small && cut::is_small(problem, batch));
             kinds[usize::from(decode)][usize::from(small)] = true;
             if decode {
                 decode_rows = decode_rows.max(problem.query_len(batch) * dims.group_size());
@@ -190,13 +192,13 @@ impl Needs {
             slot = slot.max(decode.partial_bytes::<Small::F>()?);
         }
         let limit =
-            |batch: usize| if has_small && plan::is_small(problem, batch) { small.rows } else { layout.rows };
+            |batch: usize| if has_small && cut::is_small(problem, batch) { small.rows } else { layout.rows };
         let tasks = Tasks::of(problem, threads, &decode, limit);
         Some(Self { layout, small, decode, bytes, slot, tasks })
     }
 }
 
-impl Plan for Needs {
+impl config::Needs for Needs {
     fn workers(&self) -> usize {
         self.tasks.workers
     }

@@ -258,9 +258,10 @@ impl Case {
         let mut lse = Data::of(stats, batch * queries * heads, nan);
         let forward = problem().lse(true).build().expect("a valid problem");
         let outputs = ForwardOutputs { out: out.view_mut(&rows), lse: Some(lse.view_mut(&lse_shape)) };
-        let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&forward).expect("supported"));
+        let plan = backend.plan(&forward).expect("supported");
+        let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
         let call = ForwardCall::new(&forward, inputs, outputs).expect("a valid call");
-        backend.forward(call, scratch.scratch()).expect("the call runs");
+        plan.forward(call, scratch.scratch()).expect("the call runs");
 
         let mut wanted = Gradients::QKV;
         if bias.is_some() {
@@ -292,9 +293,10 @@ impl Case {
                 dbias: dbias.as_mut().map(|(data, shape)| data.view_mut(shape)),
                 dsinks: dsinks.as_mut().map(|data| data.view_mut(&[heads])),
             };
-            let mut scratch = ScratchBuffer::new(backend.scratch_bytes(&backward).expect("supported"));
+            let plan = backend.plan(&backward).expect("supported");
+            let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
             let call = BackwardCall::new(&backward, inputs, saved, outputs).expect("a valid call");
-            backend.backward(call, scratch.scratch()).expect("the call runs");
+            plan.backward(call, scratch.scratch()).expect("the call runs");
         }
         Results { out, lse, dq, dk, dv, dbias: dbias.map(|(data, _)| data), dsinks }
     }

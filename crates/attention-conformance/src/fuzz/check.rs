@@ -1,6 +1,8 @@
 //! Runs one case on backends: against the oracle, against limits that no rounding moves, and against itself.
 
-use attention_core::{AttentionBackend, DType, FeatureSet, Gradients, NumericsClass, Pass, Problem, Role};
+use attention_core::{
+    AttentionBackend, DType, FeatureSet, Gradients, NumericsClass, Pass, Plan, Problem, Role,
+};
 
 use super::case::FuzzCase;
 use super::counts::Counts;
@@ -85,9 +87,10 @@ impl<'a> Prepared<'a> {
     fn forward(&self, subject: &Subject<'_>, counts: &mut Counts) -> Result<(), Stop> {
         let problem = self.problem(subject.backend, Pass::Forward, false)?;
         let invocation = self.invocation(&problem, None);
-        let results = invocation.run(subject.backend)?;
+        let plan = &*invocation.plan(subject.backend)?;
+        let results = invocation.run_on(plan)?;
         self.compare_forward(&self.precision(subject.backend), &results, counts)?;
-        self.variations(subject, &problem, None, &results, counts)
+        self.variations(subject, plan, None, &results, counts)
     }
 
     fn backward(&self, subject: &Subject<'_>, counts: &mut Counts) -> Result<(), Stop> {
@@ -100,7 +103,9 @@ impl<'a> Prepared<'a> {
         } else {
             SavedTensors::of_oracle(&self.oracle, &problem, layouts)
         };
-        let results = self.invocation(&problem, Some(&saved)).run(subject.backend)?;
+        let invocation = self.invocation(&problem, Some(&saved));
+        let plan = &*invocation.plan(subject.backend)?;
+        let results = invocation.run_on(plan)?;
         if !self.overflows && !saved.overflow(&self.oracle) {
             let precision = self.precision(subject.backend);
             let d_out = Dense::read(&self.data.d_out.view());
@@ -123,7 +128,7 @@ impl<'a> Prepared<'a> {
                 self.probabilities_sum_to_one(&precision, &results, &d_out)?;
             }
         }
-        self.variations(subject, &problem, Some(&saved), &results, counts)
+        self.variations(subject, plan, Some(&saved), &results, counts)
     }
 
     fn invocation<'b>(&'b self, problem: &'b Problem, saved: Option<&'b SavedTensors>) -> Invocation<'b> {
@@ -138,7 +143,7 @@ impl<'a> Prepared<'a> {
     fn variations(
         &self,
         subject: &Subject<'_>,
-        problem: &Problem,
+        plan: &dyn Plan,
         saved: Option<&SavedTensors>,
         results: &Results,
         counts: &mut Counts,
@@ -147,7 +152,8 @@ impl<'a> Prepared<'a> {
             return Ok(());
         }
         let (case, data, oracle) = (&self.fuzz.case, &self.data, &self.oracle);
-        let base = Base { subject, case, data, problem, saved, oracle, results };
+        let problem = plan.problem();
+        let base = Base { subject, case, data, problem, plan, saved, oracle, results };
         // The same variations for every backend, so that a fault is found again on its own.
         let mut rng = Rng::named(self.fuzz.seed(), &problem.pass().to_string());
         counts.of(self.fuzz.dtype, problem.pass()).bitwise += base.check_some(&mut rng, self.overflows)?;

@@ -3,8 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use attention_core::{
-    AttentionBackend, DType, Dimensions, Dropout, Gradients, InvalidCall, Problem, ProblemBuilder, Role,
-    TensorDesc,
+    AttentionBackend, DType, Dimensions, Dropout, Error, Gradients, InvalidCall, Problem, ProblemBuilder,
+    Role, TensorDesc,
 };
 
 use crate::rng::Rng;
@@ -105,12 +105,16 @@ pub(super) fn huge(backend: &dyn AttentionBackend, dtype: DType, rng: &mut Rng) 
     let Some((what, problem)) = huge_problem(dtype, rng) else { return Ok(0) };
     let asked = catch_unwind(AssertUnwindSafe(|| {
         let supported = backend.supports(&problem).is_ok();
-        (supported, backend.scratch_bytes(&problem).is_ok())
+        let sized = backend.scratch_bytes(&problem).is_ok();
+        // A plan of what is supported may take a library seconds, for a call that nobody can make.
+        let refused = supported || matches!(backend.plan(&problem), Err(Error::Unsupported(_)));
+        (supported, sized, refused)
     }));
     match asked {
-        Ok((false, true)) => Err(format!("scratch_bytes accepts what supports refuses: {what}")),
+        Ok((false, true, _)) => Err(format!("scratch_bytes accepts what supports refuses: {what}")),
+        Ok((_, _, false)) => Err(format!("plan does not refuse what supports refuses: {what}")),
         Ok(_) => Ok(1),
-        Err(_) => Err(format!("scratch_bytes panics: {what}")),
+        Err(_) => Err(format!("supports, scratch_bytes or plan panics: {what}")),
     }
 }
 

@@ -6,8 +6,9 @@
 //! - with the f64 oracle, inside the derived bounds, with canaries around every output and behind the scratch memory;
 //! - with what no rounding may move: an output lies between the values that it is a mean of, and the probabilities of
 //!   a row sum to 1;
-//! - with itself, bit by bit: on other numbers of threads, a batch row alone, with more padding, with other strides, with
-//!   NaN in memory that nothing may read, and with NaN in one element, for all that does not depend on it.
+//! - with itself, bit by bit: planned again, on other numbers of threads, a batch row alone, with more padding,
+//!   with other strides, with NaN in memory that nothing may read, and with NaN in one element, for all that does
+//!   not depend on it.
 //!
 //! Calls that are wrong must be refused by a typed error, and nothing may panic. A fault is printed as a test:
 //!

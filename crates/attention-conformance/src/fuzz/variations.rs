@@ -20,9 +20,11 @@ impl Base<'_> {
             compared += 1;
         }
         if rng.chance(0.2) {
-            let again = self.invocation().run(self.subject.backend)?;
+            let again = self.invocation().run_on(self.plan)?;
             self.same(&again, "once more")?;
-            compared += 1;
+            let again = self.invocation().run(self.subject.backend)?;
+            self.same(&again, "planned again")?;
+            compared += 2;
         }
         if rng.chance(0.5) {
             invariance::batch_rows_alone(self.subject.backend, self.case, &self.invocation(), self.results)?;

@@ -3,11 +3,11 @@
 //! Which changes are made is said by the suite ([`variations`](super::variations)), in full, and by the fuzzer
 //! (`fuzz::variations`), at random.
 
-use attention_core::{BackwardInputs, FeatureSet, Inputs, Problem, Role};
+use attention_core::{BackwardInputs, FeatureSet, Inputs, Plan, Problem, Role};
 
 use super::call::Invocation;
 use super::{Results, SavedTensors, Stop};
-use crate::cases::{Broadcast, Case, CaseData, Layout, Layouts};
+use crate::cases::{Broadcast, Case, CaseData, Layout};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::suite::Subject;
@@ -19,6 +19,8 @@ pub(crate) struct Base<'a> {
     pub(crate) case: &'a Case,
     pub(crate) data: &'a CaseData,
     pub(crate) problem: &'a Problem,
+    /// The plan that gave the results, and that makes the calls on other data.
+    pub(crate) plan: &'a dyn Plan,
     pub(crate) saved: Option<&'a SavedTensors>,
     pub(crate) oracle: &'a Oracle,
     pub(crate) results: &'a Results,
@@ -76,7 +78,9 @@ impl Base<'_> {
             return Ok(());
         }
         let saved = saved.as_ref().map(|saved| saved.inputs(&data));
-        let again = self.run(&problem, data.inputs(), saved, &case.layouts)?;
+        let call =
+            Invocation { problem: &problem, inputs: data.inputs(), saved, layouts: Some(&case.layouts) };
+        let again = call.run(self.subject.backend)?;
         // The gradient of a bias that was expanded is another one.
         let expanded = case.options.bias != self.case.options.bias;
         self.same_where(&again, how, |role| !(expanded && role == Role::DBias), |_, _| true)
@@ -90,7 +94,7 @@ impl Base<'_> {
             tensors.add_garbage(self.oracle, garbage);
         }
         let tensors = tensors.as_ref().map(|tensors| tensors.inputs(data));
-        let again = self.run(self.problem, data.inputs(), tensors, &self.case.layouts)?;
+        let again = self.run_on(data.inputs(), tensors)?;
         self.same(&again, how)
     }
 
@@ -142,7 +146,7 @@ impl Base<'_> {
             _ => heads[at[0]],
         };
         let saved = self.saved.map(|saved| saved.inputs(data));
-        let again = self.run(self.problem, data.inputs(), saved, &self.case.layouts)?;
+        let again = self.run_on(data.inputs(), saved)?;
         self.same_where(&again, how, |_| true, |role, at| !depends(role, at))
     }
 
@@ -156,14 +160,9 @@ impl Base<'_> {
         }
     }
 
-    fn run(
-        &self,
-        problem: &Problem,
-        inputs: Inputs<'_>,
-        saved: Option<BackwardInputs<'_>>,
-        layouts: &Layouts,
-    ) -> Result<Results, Stop> {
-        Invocation { problem, inputs, saved, layouts: Some(layouts) }.run(self.subject.backend)
+    /// A call of the plan on other data.
+    fn run_on(&self, inputs: Inputs<'_>, saved: Option<BackwardInputs<'_>>) -> Result<Results, Stop> {
+        Invocation { inputs, saved, ..self.invocation() }.run_on(self.plan)
     }
 
     /// Compares another call's outputs, which may be larger: what is behind the end of this call's must be what padding

@@ -1,9 +1,10 @@
-//! Calls a backend, whatever it does.
+//! Plans problems and makes calls, whatever the backend does.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, Error, ForwardCall, Inputs, Pass, Problem, Scratch,
+    AttentionBackend, BackwardCall, BackwardInputs, Error, ForwardCall, Inputs, Pass, Plan, Problem, Scratch,
     ScratchBuffer,
 };
 
@@ -29,16 +30,39 @@ pub(crate) struct Invocation<'a> {
 }
 
 impl Invocation<'_> {
-    /// Makes the call with exactly the scratch memory that it asks for, and checks what it wrote to: outputs and
-    /// scratch, and nothing else.
+    /// Plans the problem and makes one call of the plan.
     pub(crate) fn run(&self, backend: &dyn AttentionBackend) -> Result<Results, Stop> {
-        let bytes = self.scratch_bytes(backend)?;
+        self.run_on(&*self.plan(backend)?)
+    }
+
+    /// Plans the problem, and checks that the plan is of this problem and asks for the scratch that the backend
+    /// says.
+    pub(crate) fn plan(&self, backend: &dyn AttentionBackend) -> Result<Arc<dyn Plan>, Stop> {
+        let needed = self.scratch_bytes(backend)?;
+        let plan = catch(|| backend.plan(self.problem))?
+            .map_err(|error| Stop::failed(format!("plan fails on what supports accepts: {error}")))?;
+        if catch(|| plan.problem() != self.problem)? {
+            return Err(Stop::failed("the plan's problem is not the one that was to be planned"));
+        }
+        let planned = catch(|| plan.scratch_bytes())?;
+        if planned != needed {
+            return Err(Stop::failed(format!(
+                "the plan asks for {planned} bytes of scratch, and scratch_bytes says {needed}"
+            )));
+        }
+        Ok(plan)
+    }
+
+    /// Makes one call of a plan of this problem, with exactly the scratch memory that it asks for, and checks what
+    /// it wrote to: outputs and scratch, and nothing else.
+    pub(crate) fn run_on(&self, plan: &dyn Plan) -> Result<Results, Stop> {
+        let bytes = catch(|| plan.scratch_bytes())?;
         let mut results = Results::poisoned(self.problem, self.layouts);
         let mut buffer = ScratchBuffer::new(bytes + GUARD_BYTES);
         let (scratch, guard) = buffer.bytes_mut().split_at_mut(bytes);
         scratch.fill(POISON);
         guard.fill(GUARD);
-        self.attempt(backend, &mut results, Scratch::host(scratch))?
+        self.attempt(plan, &mut results, Scratch::host(scratch))?
             .map_err(|error| Stop::failed(format!("the call failed: {error}")))?;
         results.expect_no_stray_writes()?;
         if let Some(at) = guard.iter().position(|&byte| byte != GUARD) {
@@ -56,7 +80,7 @@ impl Invocation<'_> {
     /// Makes the call; a panic is a failure, an error is returned.
     pub(crate) fn attempt(
         &self,
-        backend: &dyn AttentionBackend,
+        plan: &dyn Plan,
         results: &mut Results,
         scratch: Scratch<'_>,
     ) -> Result<Result<(), Error>, Stop> {
@@ -64,13 +88,13 @@ impl Invocation<'_> {
         match self.problem.pass() {
             Pass::Forward => {
                 let call = ForwardCall::new(self.problem, self.inputs, results.forward()).map_err(invalid)?;
-                catch(|| backend.forward(call, scratch))
+                catch(|| plan.forward(call, scratch))
             }
             Pass::Backward => {
                 let saved = self.saved.expect("backward calls have saved tensors");
                 let call = BackwardCall::new(self.problem, self.inputs, saved, results.backward())
                     .map_err(invalid)?;
-                catch(|| backend.backward(call, scratch))
+                catch(|| plan.backward(call, scratch))
             }
         }
     }

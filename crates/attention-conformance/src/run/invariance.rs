@@ -1,6 +1,6 @@
-//! What must not change a single bit: repetition, the number of threads, the rest of the batch.
+//! What must not change a single bit: repetition, a new plan, the number of threads, the rest of the batch.
 
-use attention_core::{AttentionBackend, BackwardInputs, Inputs, Role, View};
+use attention_core::{AttentionBackend, BackwardInputs, Inputs, Plan, Role, View};
 
 use super::call::Invocation;
 use super::{Results, Stop};
@@ -8,13 +8,16 @@ use crate::cases::Case;
 use crate::suite::Subject;
 use crate::tensor::{HostTensor, unravel};
 
-/// The same call again, and on the same backend in its other configurations.
+/// The same call again: of the plan that gave the results, of a new one, and on the same backend in its other
+/// configurations.
 pub(super) fn repeated(
     subject: &Subject<'_>,
+    plan: &dyn Plan,
     invocation: &Invocation<'_>,
     results: &Results,
 ) -> Result<(), Stop> {
-    same(results, &invocation.run(subject.backend)?, "repeated")?;
+    same(results, &invocation.run_on(plan)?, "repeated")?;
+    same(results, &invocation.run(subject.backend)?, "planned again")?;
     for (label, other) in &subject.same {
         same(results, &invocation.run(*other)?, &format!("with {label}"))?;
     }

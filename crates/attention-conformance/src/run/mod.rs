@@ -5,15 +5,15 @@ mod call;
 mod capability;
 mod compare;
 pub(crate) mod invariance;
+mod refusals;
 mod results;
 mod saved;
-mod scratch;
 mod stop;
 mod timed;
 mod variations;
 
 use attention_core::{
-    AttentionBackend, DType, DeviceKind, FeatureSet, NumericsClass, Pass, Problem, dropout_mask,
+    AttentionBackend, DType, DeviceKind, FeatureSet, NumericsClass, Pass, Plan, Problem, dropout_mask,
 };
 
 use crate::cases::{Case, CaseData, Saved, Values, Wanted};
@@ -66,7 +66,7 @@ fn judge_case(
     let problem = problem_of(&data)?;
     *features = problem.features();
     usable(backend)?;
-    capability::agrees(backend, &problem, &data, case)?;
+    capability::agrees(backend, &problem)?;
     let class = backend.capabilities().numerics_of(dtype).unwrap_or(NumericsClass::F32);
     let precision = Precision::new(dtype, class);
     let oracle = match &whole {
@@ -98,15 +98,16 @@ fn forward(
     precision: Precision,
 ) -> Result<Judge, Stop> {
     let invocation = Invocation { problem, inputs: data.inputs(), saved: None, layouts: Some(&case.layouts) };
-    let results = invocation.run(subject.backend)?;
+    let plan = &*invocation.plan(subject.backend)?;
+    let results = invocation.run_on(plan)?;
     let mut judge = Judge::new(problem.dtype());
     compare_forward(&mut judge, &results, oracle, &precision.forward(oracle));
     if case.content.values == Values::Identity {
         dropout_bits(&results, problem)?;
     }
-    after_the_first_call(subject, case, &invocation, &results)?;
+    after_the_first_call(subject, case, plan, &invocation, &results)?;
     if case.variations && subject.reproducible {
-        Base { subject, case, data, problem, saved: None, oracle, results: &results }.check_all()?;
+        Base { subject, case, data, problem, plan, saved: None, oracle, results: &results }.check_all()?;
     }
     Ok(judge)
 }
@@ -160,7 +161,8 @@ fn backward(
         saved: Some(saved.inputs(data)),
         layouts: Some(&case.layouts),
     };
-    let results = invocation.run(subject.backend)?;
+    let plan = &*invocation.plan(subject.backend)?;
+    let results = invocation.run_on(plan)?;
     let want = oracle.gradients(&d_out, d_lse.as_ref());
     let bounds = precision.backward(oracle, &d_out, d_lse.as_ref(), &errors);
     judge.compare(&results, Role::DQuery, &want.dq, &bounds.dq);
@@ -168,10 +170,10 @@ fn backward(
     judge.compare(&results, Role::DValue, &want.dv, &bounds.dv);
     judge.compare(&results, Role::DBias, &want.dbias, &bounds.dbias);
     judge.compare(&results, Role::DSinks, &want.dsinks, &bounds.dsinks);
-    after_the_first_call(subject, case, &invocation, &results)?;
+    after_the_first_call(subject, case, plan, &invocation, &results)?;
     if case.variations && subject.reproducible {
         let saved = Some(&saved);
-        Base { subject, case, data, problem, saved, oracle, results: &results }.check_all()?;
+        Base { subject, case, data, problem, plan, saved, oracle, results: &results }.check_all()?;
     }
     Ok(judge)
 }
@@ -180,14 +182,15 @@ fn backward(
 fn after_the_first_call(
     subject: &Subject<'_>,
     case: &Case,
+    plan: &dyn Plan,
     invocation: &Invocation<'_>,
     results: &Results,
 ) -> Result<(), Stop> {
-    scratch::is_checked(subject.backend, invocation)?;
+    refusals::wrong_calls(subject.backend, plan, invocation)?;
     // Host backends are always reproducible, others where the problem asks for it.
     let reproducible = subject.reproducible;
     if reproducible || invocation.problem.deterministic() {
-        invariance::repeated(subject, invocation, results)?;
+        invariance::repeated(subject, plan, invocation, results)?;
     }
     if reproducible {
         invariance::batch_rows_alone(subject.backend, case, invocation, results)?;

@@ -2,9 +2,9 @@ use attention_conformance::oracle::Dense;
 use attention_core::{BackwardCall, Feature, Role, Scalar, ViewMut};
 
 use super::arithmetic::{Loaded, Real, clamp, epsilon, read, write};
-use super::{Flaw, Naive};
+use super::{Flaw, NaivePlan};
 
-impl Naive {
+impl NaivePlan {
     pub(crate) fn run_backward<T: Scalar, A: Real>(&self, call: BackwardCall<'_>) {
         let (problem, views, saved, outputs) = call.into_parts();
         let inputs = Loaded::new(&views);

@@ -14,8 +14,14 @@ pub(crate) enum Flaw {
     ScratchUnchecked,
     AcceptsEverything,
     RefusesWhatItDeclares,
-    RunsWhatItRefuses,
+    PlansWhatItRefuses,
+    PlanFails,
+    PlanPanics,
+    PlanIsOfAnotherProblem,
+    PlanAsksForMoreScratch,
+    RunsCallsOfOtherProblems,
     ChangesFromCallToCall,
+    ChangesFromPlanToPlan,
     DependsOnTheBatch,
     DependsOnPadding,
     DependsOnStrides,
@@ -49,7 +55,7 @@ impl Flaw {
     /// The features that a backend with this flaw declares.
     pub(crate) fn declared(self, all: FeatureSet) -> FeatureSet {
         match self {
-            Flaw::AcceptsEverything | Flaw::RunsWhatItRefuses => all.without(Feature::Causal),
+            Flaw::AcceptsEverything | Flaw::PlansWhatItRefuses => all.without(Feature::Causal),
             _ => all,
         }
     }

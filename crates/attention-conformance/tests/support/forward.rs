@@ -3,9 +3,9 @@ use std::sync::atomic::Ordering;
 use attention_core::{ForwardCall, Role, Scalar};
 
 use super::arithmetic::{Loaded, Real, epsilon, read, write};
-use super::{Flaw, Naive};
+use super::{Flaw, NaivePlan};
 
-impl Naive {
+impl NaivePlan {
     pub(crate) fn run_forward<T: Scalar, A: Real>(&self, call: ForwardCall<'_>) {
         let (problem, views, mut outputs) = call.into_parts();
         let inputs = Loaded::new(&views);
@@ -15,7 +15,12 @@ impl Naive {
             Flaw::OutputOff(factor) => factor,
             _ => 1.0,
         };
-        if self.flaw == Flaw::ChangesFromCallToCall && self.calls.fetch_add(1, Ordering::Relaxed) % 2 == 1 {
+        let earlier = match self.flaw {
+            Flaw::ChangesFromCallToCall => self.calls.fetch_add(1, Ordering::Relaxed),
+            Flaw::ChangesFromPlanToPlan => self.earlier_plans,
+            _ => 0,
+        };
+        if earlier % 2 == 1 {
             factor = 1.0 + f64::EPSILON;
         }
         if self.flaw == Flaw::DependsOnTheBatch && d.batch == 1 {

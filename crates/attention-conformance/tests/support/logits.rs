@@ -3,7 +3,7 @@
 use attention_core::{DType, Feature, Problem};
 
 use super::arithmetic::{Loaded, Real, clamp, read};
-use super::{Flaw, Naive};
+use super::{Flaw, NaivePlan};
 
 /// A logit, and what its gradient is multiplied by on its way to the product.
 #[derive(Clone, Copy)]
@@ -12,7 +12,7 @@ pub(crate) struct Logit<A> {
     pub(crate) slope: A,
 }
 
-impl Naive {
+impl NaivePlan {
     /// Which keys a row attends to, by structure and mask.
     pub(crate) fn keys(&self, problem: &Problem, inputs: &Loaded, [b, t, n]: [usize; 3]) -> Vec<usize> {
         let ignores = |feature| self.flaw.ignores(feature);

@@ -100,7 +100,7 @@ impl<'a> Scratch<'a> {
 }
 
 /// Scratch memory that its owner lends for one call, and takes back when this is dropped
-/// ([`AttentionBackend::lend_scratch`](crate::AttentionBackend::lend_scratch)).
+/// ([`Plan::lend_scratch`](crate::Plan::lend_scratch)).
 pub trait LentScratch: Send + std::fmt::Debug {
     /// The memory, for a call.
     fn scratch(&mut self) -> Scratch<'_>;

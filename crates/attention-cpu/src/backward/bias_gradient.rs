@@ -14,10 +14,10 @@ use super::bias_parts::{PART_KEYS, PART_QUERIES, Part, bias_shape, parts, sums_b
 use super::block::GradientOf;
 use super::pieces::{MATRICES, Scratch, Sizes};
 use super::shared::Shared;
+use crate::cut;
 use crate::logits::Rows;
 use crate::operand::{Head, Operand};
 use crate::packed::Panels;
-use crate::plan;
 use crate::scratch::Carver;
 use crate::workers;
 
@@ -59,9 +59,9 @@ pub(super) fn run<E: Operand>(
         let (sums, rest) = scratch.split_at_mut(sums_bytes);
         let sums = Carver::new(sums).take::<f64>(rows * columns);
         sums.fill(0.0);
-        let batches = if plan::has_logits(problem) { part.batches.clone() } else { 0..0 };
+        let batches = if cut::has_logits(problem) { part.batches.clone() } else { 0..0 };
         for batch in batches {
-            if plan::is_small::<E>(problem, batch) {
+            if cut::is_small::<E>(problem, batch) {
                 let mut scratch = Scratch::carve(&sizes.small_pieces, rest);
                 add_batch(small, batch, &part, shape, sums, columns, &mut scratch);
             } else {
@@ -108,7 +108,7 @@ fn add_batch<E: Operand>(
     let group = problem.dims().group_size().max(1);
     // Blocks and strides are those of the whole batch row, for which the scratch was sized.
     let all_keys = problem.key_range_of_rows(batch, 0..problem.query_len(batch));
-    let stride = plan::logits_stride(all_keys.len()).unwrap_or_else(|| unreachable!("sized before"));
+    let stride = cut::logits_stride(all_keys.len()).unwrap_or_else(|| unreachable!("sized before"));
     let queries = part.queries.start..part.queries.end.min(problem.query_len(batch));
     let keys = intersection(&problem.key_range_of_rows(batch, queries.clone()), &part.keys);
     if keys.is_empty() {
@@ -124,7 +124,7 @@ fn add_batch<E: Operand>(
             Panels::pack(&head(&shared.value), keys.clone(), scratch.value_panels, scratch.row, shared.runs);
         for head in intersection(&(key_head * group..(key_head + 1) * group), &part.heads) {
             let rows = Rows { batch, heads: head..head + 1, queries: queries.clone() };
-            for (rows, block_keys) in plan::blocks(problem, &rows, &all_keys, MATRICES) {
+            for (rows, block_keys) in cut::blocks(problem, &rows, &all_keys, MATRICES) {
                 let block_keys = intersection(&block_keys, &keys);
                 if block_keys.is_empty() {
                     continue;

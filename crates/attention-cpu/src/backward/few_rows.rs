@@ -12,7 +12,7 @@ use crate::logits::Rows;
 use crate::operand::{Head, Operand, write_row};
 use crate::packed::Columns;
 use crate::simd::{Kernel, dispatch};
-use crate::{direct, plan};
+use crate::{cut, direct};
 
 impl<E: Operand> Shared<'_, E> {
     /// As [`task`](Self::task), for the `rows` of a whole group against `keys`. Padding is the caller's to fill.
@@ -28,7 +28,7 @@ impl<E: Operand> Shared<'_, E> {
         let value_head = Head::<E>::new(&self.value, task.batch, task.key_head);
         [&key_head, &value_head].into_iter().for_each(|rows| rows.count_borrowed(E::runs(self.runs)));
         let columns = Columns { start: keys.start, count: keys.len() };
-        let stride = plan::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));
+        let stride = cut::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));
         let (one, (_, factor)) = (E::Compute::ONE, self.terms.gradient_scale);
         let (block, room) = (&mut scratch.block, &mut *scratch.row);
 

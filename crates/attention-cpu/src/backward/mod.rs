@@ -27,7 +27,7 @@ use crate::logits::Rows;
 use crate::operand::{Head, Operand, write_row};
 use crate::packed::{Dense, Panels, set_apart};
 use crate::variants::Runs;
-use crate::{plan, workers};
+use crate::{cut, workers};
 
 pub(crate) use self::pieces::Sizes;
 
@@ -68,7 +68,7 @@ pub(crate) fn run<E: Operand>(
             dv: dv.as_mut().and_then(Iterator::next),
         });
     workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_task, |task, scratch| {
-        if plan::is_small::<E>(problem, task.batch) {
+        if cut::is_small::<E>(problem, task.batch) {
             small.task(task, &mut Scratch::carve(&sizes.small_pieces, scratch));
         } else {
             shared.task(task, &mut Scratch::carve(&sizes.pieces, scratch));
@@ -92,7 +92,7 @@ impl<E: Operand> Shared<'_, E> {
         let group = task.key_head * dims.group_size()..(task.key_head + 1) * dims.group_size();
         let rows = Rows { batch, heads: group.clone(), queries: 0..queries };
         self.count(&rows);
-        if plan::few_rows(rows.len()) {
+        if cut::few_rows(rows.len()) {
             self.few_rows(&mut task, &rows, keys.clone(), scratch);
             fill_padding(task, queries, &keys);
             return;
@@ -109,10 +109,10 @@ impl<E: Operand> Shared<'_, E> {
         dk.fill(E::Compute::ZERO);
         dv.fill(E::Compute::ZERO);
 
-        let stride = plan::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));
+        let stride = cut::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));
         for head in group.clone() {
             let all = Rows { batch, heads: head..head + 1, queries: 0..queries };
-            for (rows, block_keys) in plan::blocks(problem, &all, &keys, MATRICES) {
+            for (rows, block_keys) in cut::blocks(problem, &all, &keys, MATRICES) {
                 let columns = key_panels.columns(&block_keys);
                 let block = &mut scratch.block;
                 self.d_logits(
@@ -182,7 +182,7 @@ impl<E: Operand> Shared<'_, E> {
     /// Counts the paths of a task over these rows.
     fn count(&self, rows: &Rows) {
         let backward = &E::runs(self.runs).backward;
-        if plan::few_rows(rows.len()) { &backward.unpacked } else { &backward.packed }.count();
+        if cut::few_rows(rows.len()) { &backward.unpacked } else { &backward.packed }.count();
         if self.terms.gradient_scale.0 != E::Compute::ONE {
             E::Compute::runs(self.runs).scaled_twice.count();
         }

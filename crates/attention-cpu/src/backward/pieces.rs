@@ -4,10 +4,10 @@ use attention_core::{Gradients, Problem, Role};
 use bytemuck::Pod;
 
 use super::bias_parts;
+use crate::cut;
 use crate::direct;
 use crate::operand::Operand;
 use crate::packed::panel_elements;
-use crate::plan;
 use crate::scratch::{Carver, piece_bytes};
 
 /// Elements of each piece of a worker's scratch.
@@ -37,7 +37,7 @@ impl BlockPieces {
     /// For blocks of `rows` rows over `keys` keys; `None` on overflow.
     fn of(problem: &Problem, rows: usize, keys: usize) -> Option<Self> {
         let dims = problem.dims();
-        let logits = rows.checked_mul(plan::logits_stride(keys)?)?;
+        let logits = rows.checked_mul(cut::logits_stride(keys)?)?;
         Some(Self {
             query: rows.checked_mul(dims.head_dim)?,
             d_out: rows.checked_mul(dims.value_head_dim)?,
@@ -74,7 +74,7 @@ impl Pieces {
         let wants = |gradient| problem.gradients().contains(gradient);
         let queries = problem.query_len(batch);
         let keys = problem.key_range_of_rows(batch, 0..queries).len();
-        let few = plan::few_rows(dims.group_size().checked_mul(queries)?);
+        let few = cut::few_rows(dims.group_size().checked_mul(queries)?);
         if few {
             let rows = dims.group_size() * queries;
             self.block = self.block.max(BlockPieces::of(problem, rows, keys)?);
@@ -94,7 +94,7 @@ impl Pieces {
         if wants(Gradients::VALUE) {
             self.dv = self.dv.max(keys.checked_mul(dims.value_head_dim)?);
         }
-        let rows = queries.min(plan::block_rows(keys, MATRICES));
+        let rows = queries.min(cut::block_rows(keys, MATRICES));
         self.block = self.block.max(BlockPieces::of(problem, rows, keys)?);
         Some(())
     }
@@ -107,6 +107,7 @@ impl Pieces {
 }
 
 /// What a problem takes, read off its batch rows once.
+#[derive(Debug)]
 pub(crate) struct Sizes {
     /// Large enough for every batch row that is not small.
     pub(crate) pieces: Pieces,
@@ -127,8 +128,8 @@ impl Sizes {
         let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
         let empty = Pieces { row, ..Pieces::default() };
         let (mut pieces, mut small_pieces) = (empty, empty);
-        for batch in plan::sized_rows(problem) {
-            let small = plan::is_small::<E>(problem, batch);
+        for batch in cut::sized_rows(problem) {
+            let small = cut::is_small::<E>(problem, batch);
             if small { &mut small_pieces } else { &mut pieces }.make_room(problem, batch)?;
         }
         let bytes = pieces.bytes::<E::Compute>()?;

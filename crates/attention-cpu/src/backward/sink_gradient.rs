@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use super::pieces::{Scratch, Sizes};
 use super::shared::Shared;
 use crate::operand::Operand;
-use crate::{plan, workers};
+use crate::{cut, workers};
 
 /// The size of a logsumexp up to which its rounding does no harm: relative to the probability of a sink, it is half a unit in
 /// the last place of the logsumexp, at 128 as much as 64 roundings.
@@ -30,7 +30,7 @@ pub(super) fn run<E: Operand>(
         let mut sum = 0.0;
         // Without query rows, of any number of batch rows.
         for batch in 0..if dims.query_length > 0 { dims.batch } else { 0 } {
-            sum += if plan::is_small::<E>(shared.problem, batch) {
+            sum += if cut::is_small::<E>(shared.problem, batch) {
                 small.sink_gradient(batch, head, || Scratch::carve(&sizes.small_pieces, scratch))
             } else {
                 shared.sink_gradient(batch, head, || Scratch::carve(&sizes.pieces, scratch))

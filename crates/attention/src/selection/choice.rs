@@ -1,6 +1,6 @@
 //! A choice that can be stored and loaded on another machine.
 
-use attention_core::{DType, NumericsClass};
+use attention_core::{AttentionBackend, DType, NumericsClass};
 
 use super::ours::missing;
 use crate::{Error, Implementation, Registry};
@@ -38,6 +38,12 @@ pub enum Choice {
 }
 
 impl Choice {
+    /// This implementation, as it computes operands of this dtype.
+    pub(crate) fn of(backend: &dyn AttentionBackend, dtype: DType, numerics: NumericsClass) -> Self {
+        let (name, version) = (backend.name().to_owned(), Some(backend.version().to_owned()));
+        Self::Implementation { name, version, dtype, numerics }
+    }
+
     /// The same without a version, which takes any.
     #[must_use]
     pub fn any_version(mut self) -> Self {

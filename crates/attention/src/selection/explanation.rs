@@ -5,7 +5,7 @@ use std::sync::Arc;
 use attention_core::{AttentionBackend, DeviceKind, NumericsClass, Problem, Unsupported};
 
 use super::select::{Asked, Policy, Served, unknown_name};
-use super::{Choice, Reason, Selection, table};
+use super::{Choice, Reason, table};
 use crate::Refusal;
 use crate::hidden_keys::hidden_keys;
 
@@ -176,7 +176,7 @@ impl std::fmt::Display for Explanation {
 impl Policy {
     /// With `plan`, candidates plan the problem until one has, as in a call.
     pub(crate) fn explain(&self, problem: &Problem, plan: bool) -> Explanation {
-        let mut chosen: Option<Selection> = None;
+        let mut chosen: Option<(Arc<dyn AttentionBackend>, Choice)> = None;
         let mut candidates: Vec<Candidate> = Vec::new();
         // Whom was asked, in which class, and whether it serves the problem.
         let mut judged: Vec<(Arc<dyn AttentionBackend>, Option<NumericsClass>, bool)> = Vec::new();
@@ -198,7 +198,7 @@ impl Policy {
                 continue;
             }
             let verdict = if plan && chosen.is_none() && fails.is_none() {
-                self.plan(&*backend, class, problem).map_err(Refusal::from)
+                self.plan(&*backend, class, problem).map(|(served, _)| served).map_err(Refusal::from)
             } else {
                 self.judge(&*backend, class, problem)
             };
@@ -209,13 +209,12 @@ impl Policy {
                     describe(&*backend, problem, Verdict::Eligible, reason, Some(served))
                 }
                 (Ok(served), None) => {
-                    let dtype = problem.dtype();
-                    let passed_over = Vec::new();
-                    chosen = Some(Selection { backend: backend.clone(), reason, dtype, served, passed_over });
+                    let choice = Choice::of(&*backend, problem.dtype(), served.numerics);
+                    chosen = Some((backend.clone(), choice));
                     describe(&*backend, problem, Verdict::Chosen(reason), reason.to_string(), Some(served))
                 }
-                (Ok(served), Some(first)) => {
-                    let reason = format!("{} comes before it", first.backend.name());
+                (Ok(served), Some((first, _))) => {
+                    let reason = format!("{} comes before it", first.name());
                     describe(&*backend, problem, Verdict::Eligible, reason, Some(served))
                 }
                 (Err(refusal), _) => refused(&*backend, problem, &refusal),
@@ -235,11 +234,11 @@ impl Policy {
         }
         Explanation {
             problem: problem.clone(),
-            asked_for: self.implementation.to_string(),
-            scratch_limit: self.scratch_limit,
-            numerics: self.numerics,
+            asked_for: self.wanted.implementation.to_string(),
+            scratch_limit: self.wanted.scratch_limit,
+            numerics: self.wanted.numerics,
             notes: hidden_keys(problem).into_iter().collect(),
-            choice: chosen.map(|selection| selection.choice()),
+            choice: chosen.map(|(_, choice)| choice),
             candidates,
         }
     }

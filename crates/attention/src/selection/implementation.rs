@@ -52,6 +52,40 @@ impl Implementation {
     }
 }
 
+/// An implementation that was given by value is the same where it is the same `Arc`.
+impl PartialEq for Implementation {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Auto, Self::Auto) => true,
+            (Self::Named(one), Self::Named(other)) => one == other,
+            (Self::Exactly(one), Self::Exactly(other)) => address(one) == address(other),
+            (Self::Prefer(one), Self::Prefer(other)) => one == other,
+            (Self::Numerics(one), Self::Numerics(other)) => one == other,
+            _ => false,
+        }
+    }
+}
+
+impl Eq for Implementation {}
+
+impl std::hash::Hash for Implementation {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        std::mem::discriminant(self).hash(state);
+        match self {
+            Self::Auto => {}
+            Self::Named(name) => name.hash(state),
+            Self::Exactly(backend) => address(backend).hash(state),
+            Self::Prefer(list) => list.hash(state),
+            Self::Numerics(class) => class.hash(state),
+        }
+    }
+}
+
+/// Where a value is: each `Arc` has its own memory, also for values without a size.
+fn address(backend: &Arc<dyn AttentionBackend>) -> *const () {
+    Arc::as_ptr(backend).cast()
+}
+
 impl std::fmt::Display for Implementation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

@@ -1,6 +1,7 @@
 //! Which implementation runs a call, and why.
 
 mod choice;
+mod chosen;
 mod explanation;
 mod implementation;
 mod ours;
@@ -9,10 +10,11 @@ mod select;
 mod table;
 
 pub use choice::Choice;
+pub use chosen::Reason;
+pub(crate) use chosen::{Chosen, Wanted};
 pub use explanation::{Candidate, Cause, Explanation, Verdict, explain};
 pub use implementation::Implementation;
 pub(crate) use select::Policy;
-pub use select::{Reason, Selection};
 
 #[cfg(test)]
 mod tests;

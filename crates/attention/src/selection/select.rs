@@ -2,65 +2,20 @@
 
 use std::sync::Arc;
 
-use attention_core::{AttentionBackend, DType, NumericsClass, Problem, Unsupported};
+use attention_core::{AttentionBackend, NumericsClass, Plan, Problem, Unsupported};
 
+use super::Implementation;
+use super::chosen::{Chosen, Reason, Wanted};
 use super::ours::{is_unknown, missing};
 use super::preference::{CROSSOVERS, order};
-use super::{Choice, Implementation};
-use crate::{Error, Refusal, Registry};
+use crate::{Error, Refusal, Registry, hidden_keys};
 
-/// What a caller asks of the choice.
+/// Among what a caller has the choice made, and what he asks of it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Policy {
-    pub(crate) implementation: Implementation,
     /// The default registry where there is none.
     pub(crate) registry: Option<Registry>,
-    pub(crate) scratch_limit: Option<usize>,
-    pub(crate) numerics: Option<NumericsClass>,
-}
-
-/// The implementation that runs a problem.
-#[derive(Clone, Debug)]
-pub struct Selection {
-    pub(crate) backend: Arc<dyn AttentionBackend>,
-    pub(crate) reason: Reason,
-    pub(crate) dtype: DType,
-    pub(crate) served: Served,
-    pub(crate) passed_over: Vec<Refusal>,
-}
-
-/// Why an implementation was chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
-#[non_exhaustive]
-pub enum Reason {
-    /// It was asked for by name.
-    Named,
-    /// The caller gave its value.
-    Given,
-    /// The first in order of preference that serves the problem.
-    FirstInOrder,
-    /// The first in order of preference that serves the problem, of the numerics class that was asked for.
-    FirstOfClass,
-    /// The first in the caller's list that serves the problem: its place, counted from 1.
-    Preferred(usize),
-}
-
-impl std::fmt::Display for Reason {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Named => f.write_str("asked for by name"),
-            Self::Given => f.write_str("given by the caller"),
-            Self::FirstInOrder => f.write_str("the first in order of preference that serves the problem"),
-            Self::FirstOfClass => {
-                f.write_str("the first in order of preference that serves the problem in the class asked for")
-            }
-            Self::Preferred(place) => {
-                write!(f, "number {place} of the caller's list, the first that serves the problem")
-            }
-        }
-    }
+    pub(crate) wanted: Wanted,
 }
 
 /// What a backend that serves a problem says of it.
@@ -81,44 +36,6 @@ pub(crate) struct Asked {
 /// The refusal of the first name that nothing has, in this build or another, which is the error of the call.
 pub(crate) fn unknown_name(asked: &[Asked]) -> Option<&Refusal> {
     asked.iter().filter_map(|asked| asked.backend.as_ref().err()).find(|refusal| is_unknown(refusal))
-}
-
-impl Selection {
-    /// The implementation.
-    pub fn backend(&self) -> &Arc<dyn AttentionBackend> {
-        &self.backend
-    }
-
-    /// Why it was chosen.
-    pub fn reason(&self) -> Reason {
-        self.reason
-    }
-
-    /// The numerics class that it computes this problem in.
-    pub fn numerics(&self) -> NumericsClass {
-        self.served.numerics
-    }
-
-    /// Bytes of scratch memory that a call takes.
-    pub fn scratch_bytes(&self) -> usize {
-        self.served.scratch_bytes
-    }
-
-    /// Why those that were asked before it do not run the problem, in the order in which they were asked:
-    /// [`Refusal::Planning`] of one that would have served the problem and failed to plan it.
-    pub fn passed_over(&self) -> &[Refusal] {
-        &self.passed_over
-    }
-
-    /// The choice in a form to store.
-    pub fn choice(&self) -> Choice {
-        Choice::Implementation {
-            name: self.backend.name().to_owned(),
-            version: Some(self.backend.version().to_owned()),
-            dtype: self.dtype,
-            numerics: self.served.numerics,
-        }
-    }
 }
 
 /// Why a candidate does not run a problem.
@@ -186,7 +103,7 @@ impl Policy {
     /// Whom to ask, in order.
     pub(crate) fn asked(&self, problem: &Problem) -> Vec<Asked> {
         let mut asked = Vec::new();
-        self.ask(&self.implementation, None, problem, &mut asked);
+        self.ask(&self.wanted.implementation, None, problem, &mut asked);
         asked
     }
 
@@ -209,8 +126,8 @@ impl Policy {
         };
         match implementation {
             Implementation::Auto => in_order(
-                self.numerics.unwrap_or_else(|| standard_class(problem)),
-                if self.numerics.is_some() { Reason::FirstOfClass } else { Reason::FirstInOrder },
+                self.wanted.numerics.unwrap_or_else(|| standard_class(problem)),
+                if self.wanted.numerics.is_some() { Reason::FirstOfClass } else { Reason::FirstInOrder },
             ),
             Implementation::Numerics(class) => in_order(*class, Reason::FirstOfClass),
             Implementation::Named(name) => {
@@ -251,12 +168,12 @@ impl Policy {
         backend: &dyn AttentionBackend,
         class: Option<NumericsClass>,
         problem: &Problem,
-    ) -> Result<Served, Obstacle> {
+    ) -> Result<(Served, Arc<dyn Plan>), Obstacle> {
         self.admit(backend, class, problem)?;
         let served = self.serve(backend, problem)?;
         let failed = |error| Obstacle::Plan { name: backend.name().to_owned(), error };
-        backend.prepare(problem).map_err(failed)?;
-        Ok(served)
+        let plan = backend.plan(problem).map_err(failed)?;
+        Ok((served, plan))
     }
 
     /// What needs no look at the problem's structure: device, availability, numerics class.
@@ -276,7 +193,7 @@ impl Policy {
         let dtype = problem.dtype();
         // Without a class, the dtype is one that the backend does not take, which it says better.
         let numerics = capabilities.numerics_of(dtype);
-        for wanted in [class, self.numerics].into_iter().flatten() {
+        for wanted in [class, self.wanted.numerics].into_iter().flatten() {
             if let Some(class) = numerics.filter(|&numerics| numerics != wanted) {
                 return Err(Unsupported::Numerics { backend: name(), dtype, class, wanted }.into());
             }
@@ -295,17 +212,25 @@ impl Policy {
             dtype,
             supported: supported(),
         })?;
-        if let Some(limit) = self.scratch_limit.filter(|&limit| scratch_bytes > limit) {
+        if let Some(limit) = self.wanted.scratch_limit.filter(|&limit| scratch_bytes > limit) {
             return Err(Unsupported::ScratchLimit { backend: name(), needed: scratch_bytes, limit }.into());
         }
         Ok(Served { numerics, scratch_bytes })
     }
 
-    /// The implementation that runs the problem, which has planned it.
-    pub(crate) fn select(&self, problem: &Problem) -> Result<Selection, Error> {
+    /// The implementation that runs the problem, with a plan: one that is kept, or a new one.
+    pub(crate) fn chosen(&self, problem: &Problem) -> Result<Arc<Chosen>, Error> {
+        self.registry().plans().find(problem, &self.wanted, || self.choose(problem))
+    }
+
+    /// As [`chosen`](Self::chosen), planned anew. Never inlined: what a choice takes of the stack is not there beside a call.
+    #[inline(never)]
+    fn choose(&self, problem: &Problem) -> Result<Chosen, Error> {
+        hidden_keys::tell(problem);
+        let implementation = &self.wanted.implementation;
         // One was asked for: its reason is the error.
-        let alone = matches!(&self.implementation, Implementation::Named(_) | Implementation::Exactly(_));
-        if self.implementation.is_empty_list() {
+        let alone = matches!(implementation, Implementation::Named(_) | Implementation::Exactly(_));
+        if implementation.is_empty_list() {
             return Err(Error::EmptyList { known: self.registry().names() });
         }
         let asked = self.asked(problem);
@@ -316,23 +241,21 @@ impl Policy {
         let mut passed_over = Vec::new();
         for Asked { backend, reason, class } in asked {
             let planned = backend.map_err(Obstacle::from).and_then(|backend| {
-                let served = self.plan(&*backend, class, problem)?;
-                Ok((backend, served))
+                let (served, plan) = self.plan(&*backend, class, problem)?;
+                Ok((backend, served, plan))
             });
             match planned {
-                Ok((backend, served)) => {
-                    let dtype = problem.dtype();
-                    let selection = Selection { backend, reason, dtype, served, passed_over };
+                Ok((backend, Served { numerics, scratch_bytes }, plan)) => {
                     tracing::debug!(
                         target: "attention",
-                        backend = selection.backend.name(),
-                        version = selection.backend.version(),
-                        numerics = %selection.served.numerics,
-                        scratch_bytes = selection.served.scratch_bytes,
-                        reason = %selection.reason,
+                        backend = backend.name(),
+                        version = backend.version(),
+                        %numerics,
+                        scratch_bytes,
+                        %reason,
                         "chosen"
                     );
-                    return Ok(selection);
+                    return Ok(Chosen { backend, plan, reason, numerics, passed_over });
                 }
                 Err(obstacle) => {
                     obstacle.tell();

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, BackwardCall, Capabilities, DType, DeviceKind, Dimensions, Error, Feature, FeatureSet,
-    ForwardCall, Pass, PassCapabilities, Problem, ProblemBuilder, Scratch, ScratchGrowth, TensorDesc,
-    Unavailable, Unsupported,
+    AttentionBackend, Capabilities, DType, DeviceKind, Dimensions, Error, Feature, FeatureSet, Pass,
+    PassCapabilities, Plan, Problem, ProblemBuilder, ScratchGrowth, TensorDesc, Unavailable, Unsupported,
 };
 
 use crate::selection::preference::{CROSSOVERS, Crossover, order};
@@ -33,11 +32,8 @@ impl AttentionBackend for Named {
     fn scratch_bytes(&self, _: &Problem) -> Result<usize, Unsupported> {
         Ok(0)
     }
-    fn forward(&self, _: ForwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
-        Ok(())
-    }
-    fn backward(&self, _: BackwardCall<'_>, _: Scratch<'_>) -> Result<(), Error> {
-        Ok(())
+    fn plan(&self, _: &Problem) -> Result<Arc<dyn Plan>, Error> {
+        unreachable!("an order is of names")
     }
 }
 

@@ -4,15 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use attention::core::{
-    BackwardCall, BackwardInputs, BackwardOutputs, Capabilities, Delegate, Error as CoreError, ForwardCall,
-    ForwardOutputs, Inputs, LentScratch, Scratch, ScratchBuffer,
+    BackwardCall, BackwardInputs, BackwardOutputs, Capabilities, Delegate, DelegatePlan, Error as CoreError,
+    ForwardCall, ForwardOutputs, Inputs, LentScratch, Plan, Scratch, ScratchBuffer,
 };
 use attention::{
     Attention, AttentionBackend, Cause, Device, DeviceKind, Error, Gradients, Implementation, Problem,
-    Reason, Refusal, Registry, Tensor, Unavailable, Unsupported, Verdict, View, ViewMut,
+    Reason, Refusal, Registry, Tensor, Unsupported, Verdict, View, ViewMut,
 };
 
-use crate::support::{Plan, Toy, numbers};
+use crate::support::{Planning, Toy, numbers};
 
 const DEVICE: Device = Device::Cuda(0);
 
@@ -112,13 +112,35 @@ impl Delegate for OnDevice {
         self.toy.scratch_bytes(&host_problem(problem))
     }
 
-    fn prepare(&self, problem: &Problem) -> Result<(), CoreError> {
-        self.toy.prepare(&host_problem(problem))
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, CoreError> {
+        Delegate::supports(self, problem)?;
+        let (problem, plan) = (problem.clone(), self.toy.plan(&host_problem(problem))?);
+        Ok(Arc::new(OnDevicePlan { problem, plan, lends: self.lends, lent: self.lent.clone() }))
+    }
+}
+
+/// A plan of the toy in host memory, for calls on the device.
+#[derive(Debug)]
+struct OnDevicePlan {
+    problem: Problem,
+    plan: Arc<dyn Plan>,
+    lends: bool,
+    lent: Arc<[AtomicUsize; 2]>,
+}
+
+impl DelegatePlan for OnDevicePlan {
+    fn inner(&self) -> &dyn Plan {
+        &*self.plan
     }
 
-    fn lend_scratch(&self, problem: &Problem, bytes: usize) -> Result<Box<dyn LentScratch + '_>, CoreError> {
+    fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    fn lend_scratch(&self) -> Result<Box<dyn LentScratch + '_>, CoreError> {
+        let (backend, bytes) = (Plan::backend(self).to_owned(), self.plan.scratch_bytes());
         if !self.lends {
-            return self.toy.lend_scratch(problem, bytes);
+            return Err(Unsupported::LentScratch { backend, device: DEVICE, needed: bytes }.into());
         }
         self.lent[0].fetch_add(bytes, Ordering::Relaxed);
         self.lent[1].fetch_add(1, Ordering::Relaxed);
@@ -126,21 +148,19 @@ impl Delegate for OnDevice {
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), CoreError> {
-        let (problem, inputs, outputs) = call.into_parts();
-        scratch.check(DEVICE, self.toy.scratch)?;
-        let problem = host_problem(problem);
+        self.admit(call.problem(), &scratch)?;
+        let (_, inputs, outputs) = call.into_parts();
         let outputs = ForwardOutputs {
             out: moved_mut(outputs.out, Device::Cpu),
             lse: outputs.lse.map(|lse| moved_mut(lse, Device::Cpu)),
         };
-        let call = ForwardCall::new(&problem, host_inputs(&inputs), outputs)?;
-        self.toy.forward(call, host_scratch(scratch))
+        let call = ForwardCall::new(self.plan.problem(), host_inputs(&inputs), outputs)?;
+        self.plan.forward(call, host_scratch(scratch))
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), CoreError> {
-        let (problem, inputs, saved, outputs) = call.into_parts();
-        scratch.check(DEVICE, self.toy.scratch)?;
-        let problem = host_problem(problem);
+        self.admit(call.problem(), &scratch)?;
+        let (_, inputs, saved, outputs) = call.into_parts();
         let host = |view| moved(view, Device::Cpu);
         let saved = BackwardInputs {
             out: host(saved.out),
@@ -156,8 +176,8 @@ impl Delegate for OnDevice {
             dbias: host(outputs.dbias),
             dsinks: host(outputs.dsinks),
         };
-        let call = BackwardCall::new(&problem, host_inputs(&inputs), saved, outputs)?;
-        self.toy.backward(call, host_scratch(scratch))
+        let call = BackwardCall::new(self.plan.problem(), host_inputs(&inputs), saved, outputs)?;
+        self.plan.backward(call, host_scratch(scratch))
     }
 }
 
@@ -240,15 +260,15 @@ fn scratch_that_nobody_lends_is_an_error_and_none_needs_no_lender() {
 
 #[test]
 fn an_automatic_choice_goes_past_what_cannot_plan_and_says_so() {
-    let failing = Arc::new(OnDevice::new(Toy::new("failing").plan(Plan::Fails)));
-    let limited = Arc::new(OnDevice::new(Toy::new("limited").plan(Plan::ShowsALimit)));
+    let failing = Arc::new(OnDevice::new(Toy::new("failing").planning(Planning::Fails)));
+    let limited = Arc::new(OnDevice::new(Toy::new("limited").planning(Planning::ShowsALimit)));
     let last = Arc::new(OnDevice::new(Toy::new("last")));
     let registry = registry([&failing, &limited, &last]);
     let call = Attention::new().registry(&registry);
     assert!(forward(&call).is_ok());
     assert_eq!([&failing, &limited, &last].map(|device| device.toy.runs()), [0, 0, 1]);
 
-    let selection = call.select(&problem()).unwrap();
+    let selection = call.plan(&problem()).unwrap();
     assert_eq!((selection.backend().name(), selection.reason()), ("last", Reason::FirstInOrder));
     let reasons: Vec<_> = selection.passed_over().iter().map(Refusal::to_string).collect();
     assert_eq!(
@@ -273,7 +293,7 @@ fn an_automatic_choice_goes_past_what_cannot_plan_and_says_so() {
 
     // A list goes on inside the list.
     let list = call.clone().implementation(["failing", "last"]);
-    assert_eq!(list.select(&problem()).unwrap().reason(), Reason::Preferred(2));
+    assert_eq!(list.plan(&problem()).unwrap().reason(), Reason::Preferred(2));
     let list = call.implementation(["failing", "limited"]);
     let error = forward(&list).unwrap_err();
     assert!(matches!(&error, Error::NoImplementation { refusals, .. } if refusals.len() == 2), "{error}");
@@ -282,8 +302,8 @@ fn an_automatic_choice_goes_past_what_cannot_plan_and_says_so() {
 
 #[test]
 fn a_named_one_that_cannot_plan_fails_with_its_own_error() {
-    let failing = Arc::new(OnDevice::new(Toy::new("failing").plan(Plan::Fails)));
-    let limited = Arc::new(OnDevice::new(Toy::new("limited").plan(Plan::ShowsALimit)));
+    let failing = Arc::new(OnDevice::new(Toy::new("failing").planning(Planning::Fails)));
+    let limited = Arc::new(OnDevice::new(Toy::new("limited").planning(Planning::ShowsALimit)));
     let last = Arc::new(OnDevice::new(Toy::new("last")));
     let registry = registry([&failing, &limited, &last]);
     for implementation in [Implementation::from("failing"), Implementation::from(failing.clone())] {
@@ -297,44 +317,11 @@ fn a_named_one_that_cannot_plan_fails_with_its_own_error() {
     assert_eq!([&failing, &limited, &last].map(|device| device.toy.runs()), [0, 0, 0]);
 }
 
-/// The default of the trait: what `supports` says.
+/// The default of the trait.
 #[test]
-fn a_backend_without_plans_prepares_what_it_supports() {
-    #[derive(Debug)]
-    struct Plain(Toy);
-
-    impl AttentionBackend for Plain {
-        fn name(&self) -> &str {
-            self.0.name()
-        }
-        fn version(&self) -> &str {
-            self.0.version()
-        }
-        fn capabilities(&self) -> &Capabilities {
-            self.0.capabilities()
-        }
-        fn available(&self) -> Result<(), Unavailable> {
-            self.0.available()
-        }
-        fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
-            self.0.supports(problem)
-        }
-        fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported> {
-            self.0.scratch_bytes(problem)
-        }
-        fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), CoreError> {
-            self.0.forward(call, scratch)
-        }
-        fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), CoreError> {
-            self.0.backward(call, scratch)
-        }
-    }
-
-    let plain: Arc<dyn AttentionBackend> = Arc::new(Plain(Toy::new("plain").plan(Plan::Fails)));
-    assert!(plain.prepare(&host_problem(&problem())).is_ok());
-    let error = plain.prepare(&problem()).unwrap_err();
-    assert_eq!(error.to_string(), "plain works on cpu memory, the call is on cuda:0");
-    let error = plain.lend_scratch(&host_problem(&problem()), 8).unwrap_err();
+fn a_plan_on_host_memory_lends_no_scratch() {
+    let plan = Toy::new("plain").scratch(8).plan(&host_problem(&problem())).unwrap();
+    let error = plan.lend_scratch().unwrap_err();
     assert_eq!(error.to_string(), "plain lends no scratch, and a call of it needs 8 bytes on cpu");
 }
 

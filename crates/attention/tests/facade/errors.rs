@@ -4,7 +4,7 @@ use attention::{
     Attention, Device, Error, Gradients, InvalidCall, Registry, Role, Tensor, Unsupported, View, ViewMut,
 };
 
-use crate::support::{Plan, Toy, numbers, registry};
+use crate::support::{Planning, Toy, numbers, registry};
 
 /// The error of a forward call with these shapes of f32 tensors.
 #[track_caller]
@@ -239,7 +239,7 @@ fn culprits_are_found_without_nested_patterns() {
     let registry = registry([
         Toy::new("toy").scratch(100).arc(),
         Toy::new("absent").missing("libtoy is missing", &["libtoy.so"]).arc(),
-        Toy::new("broken").plan(Plan::Fails).arc(),
+        Toy::new("broken").planning(Planning::Fails).arc(),
     ]);
     let call = |name: &'static str| Attention::new().registry(&registry).implementation(name);
     let limited = call("toy").scratch_limit(1).forward(x, x, x).unwrap_err();

@@ -12,6 +12,7 @@ mod errors;
 mod inputs;
 mod options;
 mod order;
+mod plans;
 mod selection;
 #[cfg(feature = "serde")]
 mod stored;

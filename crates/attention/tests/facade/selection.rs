@@ -55,13 +55,13 @@ const REFUSALS: [(&str, Cause, &str); 6] = [
 fn auto_takes_the_first_that_serves() {
     let registry = crowd();
     let call = Attention::new().registry(&registry).scratch_limit(1000);
-    let selection = call.select(&problem()).unwrap();
+    let selection = call.plan(&problem()).unwrap();
     assert_eq!(selection.backend().name(), "first");
     assert_eq!(selection.reason(), Reason::FirstInOrder);
     assert_eq!((selection.numerics(), selection.scratch_bytes()), (NumericsClass::F32, 1000));
     // Without the limit, the hungry one is first.
     let call = call.scratch_limit(None);
-    assert_eq!(call.select(&problem()).unwrap().backend().name(), "hungry");
+    assert_eq!(call.plan(&problem()).unwrap().backend().name(), "hungry");
     assert!(call.forward(&x(), &x(), &x()).is_ok());
 }
 
@@ -110,7 +110,7 @@ fn a_named_one_runs_or_fails_with_its_reason() {
     assert!(matches!(error, Error::Core(attention::core::Error::Unavailable(_))));
     let error = named("gpu").forward(&x(), &x(), &x()).unwrap_err();
     assert!(matches!(error, Error::Core(attention::core::Error::Unsupported(Unsupported::Device { .. }))));
-    assert_eq!(named("second").select(&problem()).unwrap().reason(), Reason::Named);
+    assert_eq!(named("second").plan(&problem()).unwrap().reason(), Reason::Named);
     let error = named("abacus").forward(&x(), &x(), &x()).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -171,7 +171,7 @@ fn a_name_of_this_library_that_is_not_here_is_told_its_feature() {
         let explanation = alone.explain_problem(&problem());
         assert_eq!(explanation.candidates[0].verdict, Verdict::Refused(cause));
         let listed = call.clone().implementation([name, "toy"]);
-        let selection = listed.select(&problem()).unwrap();
+        let selection = listed.plan(&problem()).unwrap();
         assert_eq!(selection.backend().name(), "toy");
         assert_eq!(Cause::from(&selection.passed_over()[0]), cause);
         assert_eq!(listed.explain_problem(&problem()).chosen().unwrap().name, "toy");
@@ -204,13 +204,13 @@ fn a_class_holds_for_every_way_of_asking() {
     let registry = crowd();
     let call = Attention::new().registry(&registry);
     let tf32 = call.clone().numerics(NumericsClass::Tf32);
-    let selection = tf32.select(&problem()).unwrap();
+    let selection = tf32.plan(&problem()).unwrap();
     assert_eq!((selection.backend().name(), selection.reason()), ("tf32", Reason::FirstOfClass));
     let by_class = call.clone().implementation(NumericsClass::Tf32);
-    assert_eq!(by_class.select(&problem()).unwrap().backend().name(), "tf32");
-    let error = tf32.clone().implementation("first").select(&problem()).unwrap_err();
+    assert_eq!(by_class.plan(&problem()).unwrap().backend().name(), "tf32");
+    let error = tf32.clone().implementation("first").plan(&problem()).unwrap_err();
     assert_eq!(error.to_string(), "first computes f32 in class F32, class Tf32 was asked for");
-    let error = by_class.numerics(NumericsClass::F32).select(&problem()).unwrap_err();
+    let error = by_class.numerics(NumericsClass::F32).plan(&problem()).unwrap_err();
     assert!(matches!(error, Error::NoImplementation { .. }));
     let explanation = tf32.explain_problem(&problem());
     assert!(explanation.to_string().contains("asked for: auto, in class Tf32\n"), "{explanation}");
@@ -221,7 +221,7 @@ fn a_list_goes_in_order_and_no_further() {
     let registry = crowd();
     let call = Attention::new().registry(&registry);
     let listed = call.clone().implementation(["cudnn", "gpu", "second", "first"]);
-    let selection = listed.select(&problem()).unwrap();
+    let selection = listed.plan(&problem()).unwrap();
     assert_eq!((selection.backend().name(), selection.reason()), ("second", Reason::Preferred(3)));
     let explanation = listed.explain_problem(&problem());
     assert_eq!(
@@ -232,7 +232,7 @@ fn a_list_goes_in_order_and_no_further() {
     assert_eq!(explanation.candidate("first").unwrap().reason, "second comes before it");
     assert_eq!(explanation.candidate("hungry").unwrap().reason, "not asked for");
 
-    let error = call.clone().implementation(vec!["gpu", "narrow"]).select(&problem()).unwrap_err();
+    let error = call.clone().implementation(vec!["gpu", "narrow"]).plan(&problem()).unwrap_err();
     assert_eq!(
         error.to_string(),
         "no implementation serves: forward f32 B1 T2 S2 N2 K2 H4 on cpu\n  gpu works on cuda memory, the call is on \
@@ -243,7 +243,7 @@ fn a_list_goes_in_order_and_no_further() {
     // Anything can be in the list, an automatic choice too.
     let toy: Arc<dyn AttentionBackend> = Toy::new("own").device(DeviceKind::Cuda).arc();
     let mixed = vec![Implementation::from(toy), Implementation::Auto];
-    let selection = call.implementation(Implementation::Prefer(mixed)).select(&problem()).unwrap();
+    let selection = call.implementation(Implementation::Prefer(mixed)).plan(&problem()).unwrap();
     assert_eq!((selection.backend().name(), selection.reason()), ("hungry", Reason::Preferred(2)));
 }
 
@@ -254,7 +254,7 @@ fn a_list_may_hold_one_name_twice() {
     let (large, small) = (Toy::new("toy").scratch(2000).arc(), Toy::new("toy").scratch(10).arc());
     let list = vec![Implementation::from(large), Implementation::from(small), "toy".into(), "toy".into()];
     let call = Attention::new().registry(&registry).scratch_limit(1000).implementation(list);
-    assert_eq!(call.select(&problem()).unwrap().scratch_bytes(), 10);
+    assert_eq!(call.plan(&problem()).unwrap().scratch_bytes(), 10);
     let explanation = call.explain_problem(&problem());
     let scratch: Vec<_> = explanation.candidates.iter().map(|candidate| candidate.scratch_bytes).collect();
     assert_eq!(scratch, [None, Some(10), Some(500)]);
@@ -271,7 +271,8 @@ fn a_list_may_hold_one_name_twice() {
 #[test]
 fn calls_and_errors_cross_threads() {
     fn sendable<T: Send + Sync>() {}
-    sendable::<(Attention<'static>, Registry, Error, attention::Selection, attention::Explanation, Tensor)>();
+    sendable::<(Attention<'static>, Registry, Error, attention::AttentionPlan, attention::Explanation, Tensor)>(
+    );
 }
 
 #[test]
@@ -279,7 +280,7 @@ fn a_third_party_joins_by_value() {
     let own = Toy::new("own").arc();
     // Without joining: given as it is.
     let exactly = Attention::new().implementation(own.clone());
-    assert_eq!(exactly.select(&problem()).unwrap().reason(), Reason::Given);
+    assert_eq!(exactly.plan(&problem()).unwrap().reason(), Reason::Given);
     exactly.forward(&x(), &x(), &x()).unwrap();
     assert_eq!(own.runs(), 1);
     let explanation = exactly.explain_problem(&problem());
@@ -294,9 +295,9 @@ fn a_third_party_joins_by_value() {
     let registry = Registry::default().with(own.clone());
     assert_eq!(registry.names().last().map(String::as_str), Some("own"));
     let call = Attention::new().registry(&registry).implementation(String::from("own"));
-    assert_eq!(call.select(&problem()).unwrap().backend().name(), "own");
+    assert_eq!(call.plan(&problem()).unwrap().backend().name(), "own");
     let registry = Registry::default().with_preferred(own);
-    let selection = Attention::new().registry(&registry).select(&problem()).unwrap();
+    let selection = Attention::new().registry(&registry).plan(&problem()).unwrap();
     assert_eq!(selection.backend().name(), "own");
 }
 
@@ -338,7 +339,7 @@ fn scratch_is_given_as_asked_for() {
 fn a_choice_moves_to_another_machine_or_says_why_not() {
     let here = registry([Toy::new("fast").arc(), Toy::new("toy").arc()]);
     let call = Attention::new().registry(&here);
-    let choice = call.select(&problem()).unwrap().choice();
+    let choice = call.plan(&problem()).unwrap().choice();
     assert_eq!(
         choice,
         Choice::Implementation {
@@ -352,7 +353,7 @@ fn a_choice_moves_to_another_machine_or_says_why_not() {
     assert_eq!(
         call.clone()
             .implementation(here.resolve(&choice).unwrap())
-            .select(&problem())
+            .plan(&problem())
             .unwrap()
             .backend()
             .name(),
@@ -392,7 +393,7 @@ fn a_stored_class_takes_any_of_that_class() {
     let tf32 = || Toy::new("tf32").numerics(&[(DType::F32, NumericsClass::Tf32)]).arc();
     let here = registry([tf32(), Toy::new("toy").arc()]);
     let call = Attention::new().registry(&here).implementation(here.resolve(&choice).unwrap());
-    assert_eq!(call.select(&problem()).unwrap().backend().name(), "toy");
+    assert_eq!(call.plan(&problem()).unwrap().backend().name(), "toy");
     let error = registry([tf32()]).resolve(&choice).unwrap_err();
     assert_eq!(error.to_string(), "no implementation here computes in class F32; there are: tf32");
 }

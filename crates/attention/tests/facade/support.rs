@@ -1,14 +1,15 @@
 //! A naive backend: the formula, one logit at a time in f64, with everything configurable that a choice looks at.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use attention::core::{
-    BackendFailure, BackwardCall, Capabilities, Error, FeatureSet, ForwardCall, PassCapabilities, Scratch,
-    ScratchGrowth,
+    BackendFailure, BackwardCall, Capabilities, Error, FeatureSet, ForwardCall, PassCapabilities, Plan,
+    Scratch, ScratchGrowth,
 };
 use attention::{
-    AttentionBackend, DType, Device, DeviceKind, NumericsClass, Problem, Registry, Scalar, Unavailable,
-    Unsupported, View, ViewMut, bf16, f16,
+    AttentionBackend, DType, DeviceKind, NumericsClass, Problem, Registry, Scalar, Unavailable, Unsupported,
+    View, ViewMut, bf16, f16,
 };
 
 #[derive(Debug)]
@@ -19,14 +20,15 @@ pub(crate) struct Toy {
     pub(crate) unavailable: Option<Unavailable>,
     pub(crate) scratch: usize,
     /// What it says when it is to plan.
-    pub(crate) plan: Plan,
+    pub(crate) planning: Planning,
     /// Every problem that was run.
-    pub(crate) seen: Mutex<Vec<Problem>>,
+    pub(crate) seen: Arc<Mutex<Vec<Problem>>>,
+    plans: AtomicUsize,
 }
 
 /// How planning ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Plan {
+pub(crate) enum Planning {
     Succeeds,
     Fails,
     ShowsALimit,
@@ -43,8 +45,9 @@ impl Toy {
                 .with_backward(all),
             unavailable: None,
             scratch: 0,
-            plan: Plan::Succeeds,
-            seen: Mutex::default(),
+            planning: Planning::Succeeds,
+            seen: Arc::default(),
+            plans: AtomicUsize::new(0),
         }
     }
 
@@ -53,8 +56,8 @@ impl Toy {
         self
     }
 
-    pub(crate) fn plan(mut self, plan: Plan) -> Self {
-        self.plan = plan;
+    pub(crate) fn planning(mut self, planning: Planning) -> Self {
+        self.planning = planning;
         self
     }
 
@@ -89,11 +92,9 @@ impl Toy {
         self.seen.lock().unwrap().len()
     }
 
-    fn start(&self, problem: &Problem, scratch: &Scratch<'_>) -> Result<(), Error> {
-        self.supports(problem)?;
-        scratch.check(Device::Cpu, self.scratch)?;
-        self.seen.lock().unwrap().push(problem.clone());
-        Ok(())
+    /// How often it was asked to plan.
+    pub(crate) fn plans(&self) -> usize {
+        self.plans.load(Ordering::Relaxed)
     }
 }
 
@@ -127,17 +128,56 @@ impl AttentionBackend for Toy {
         self.supports(problem).map(|()| self.scratch)
     }
 
-    fn prepare(&self, problem: &Problem) -> Result<(), Error> {
+    fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
         self.supports(problem)?;
+        self.plans.fetch_add(1, Ordering::Relaxed);
         let backend = self.name.clone();
-        match self.plan {
-            Plan::Succeeds => Ok(()),
-            Plan::Fails => {
+        match self.planning {
+            Planning::Succeeds => Ok(Arc::new(ToyPlan {
+                problem: problem.clone(),
+                name: backend,
+                scratch: self.scratch,
+                seen: self.seen.clone(),
+            })),
+            Planning::Fails => {
                 let operation = "building a plan".to_owned();
                 Err(BackendFailure { backend, operation, source: "no engine".into() }.into())
             }
-            Plan::ShowsALimit => Err(Unsupported::ScratchLimit { backend, needed: 2048, limit: 1024 }.into()),
+            Planning::ShowsALimit => {
+                Err(Unsupported::ScratchLimit { backend, needed: 2048, limit: 1024 }.into())
+            }
         }
+    }
+}
+
+/// A plan of a [`Toy`].
+#[derive(Debug)]
+struct ToyPlan {
+    problem: Problem,
+    name: String,
+    scratch: usize,
+    seen: Arc<Mutex<Vec<Problem>>>,
+}
+
+impl ToyPlan {
+    fn start(&self, problem: &Problem, scratch: &Scratch<'_>) -> Result<(), Error> {
+        self.admit(problem, scratch)?;
+        self.seen.lock().unwrap().push(problem.clone());
+        Ok(())
+    }
+}
+
+impl Plan for ToyPlan {
+    fn backend(&self) -> &str {
+        &self.name
+    }
+
+    fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {

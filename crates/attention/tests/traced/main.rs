@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use attention::{Attention, DeviceKind, QueryOffset, Registry, Tensor};
 
-use support::{Plan, Toy, registry};
+use support::{Planning, Toy, registry};
 
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<u8>>>);
@@ -74,7 +74,7 @@ fn a_call_is_a_span_and_its_choice_an_event() {
     );
     assert!(lines[2].contains("backend=\"toy\"}") && lines[2].contains("close"), "{text}");
 
-    let text = traced(&registry([Toy::new("picky").plan(Plan::Fails).arc(), Toy::new("toy").arc()]));
+    let text = traced(&registry([Toy::new("picky").planning(Planning::Fails).arc(), Toy::new("toy").arc()]));
     let lines: Vec<_> = text.lines().collect();
     assert!(lines[0].contains("WARN") && lines[0].contains(span), "{text}");
     assert!(
@@ -86,18 +86,21 @@ fn a_call_is_a_span_and_its_choice_an_event() {
 
     // A decoder that forgot its offset: loud at first, then not a line a layer and step.
     let toy = registry([Toy::new("toy").arc()]);
-    let (query, keys) =
-        (Tensor::zeros::<f32>([1, 1, 2, 4]).unwrap(), Tensor::zeros::<f32>([1, 12, 2, 4]).unwrap());
-    let decode = |offset| {
+    let query = Tensor::zeros::<f32>([1, 1, 2, 4]).unwrap();
+    let decode = |offset, keys: usize| {
+        let keys = Tensor::zeros::<f32>([1, keys, 2, 4]).unwrap();
         let call = Attention::new().registry(&toy).causal(true).query_offset(offset);
         traced_call(|| drop(call.forward(&query, &keys, &keys).unwrap()))
     };
     let said = "hides the last 11 keys from every query row";
-    assert!(!decode(QueryOffset::BottomRight).contains("hides"));
-    let text = decode(QueryOffset::TOP_LEFT);
+    assert!(!decode(QueryOffset::BottomRight, 12).contains("hides"));
+    let text = decode(QueryOffset::TOP_LEFT, 12);
     let line = text.lines().find(|line| line.contains(said)).unwrap_or_else(|| panic!("{text}"));
     assert!(line.contains("WARN") && line.contains("QueryOffset::Fixed"), "{line}");
-    let text = decode(QueryOffset::TOP_LEFT);
+    // The next call is of the same plan, which was told of.
+    let text = decode(QueryOffset::TOP_LEFT, 12);
+    assert!(!text.contains(said) && !text.contains("chosen") && text.contains("backend=\"toy\""), "{text}");
+    let (text, said) = (decode(QueryOffset::TOP_LEFT, 13), "hides the last 12 keys from every query row");
     assert!(text.lines().any(|line| line.contains("DEBUG") && line.contains(said)), "{text}");
     assert!(!text.contains("WARN"), "{text}");
 }

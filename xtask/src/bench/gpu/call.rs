@@ -1,10 +1,11 @@
 //! A call on a GPU with its memory.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, Role, TensorDesc, View,
+    ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, Role, TensorDesc, View,
 };
 use attention_cuda::cudarc::driver::sys::CUevent_flags;
 use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
@@ -105,39 +106,41 @@ impl Data {
 /// A case on a backend.
 pub(super) struct Call<'a> {
     data: &'a mut Data,
-    backend: &'a dyn AttentionBackend,
+    /// What is timed.
+    plan: Arc<dyn Plan>,
     scratch: DeviceScratch,
     scratch_bytes: usize,
 }
 
 impl<'a> Call<'a> {
     pub(super) fn new(data: &'a mut Data, backend: &'a dyn AttentionBackend) -> crate::Result<Self> {
+        let plan = backend.plan(&data.problem)?;
         // A real output and logsumexp to go back from.
         let with_lse = data.forward.to_builder().lse(true).build()?;
-        let needed = [&data.problem, &with_lse].map(|problem| backend.scratch_bytes(problem));
+        let with_lse = data.gradients.is_some().then(|| backend.plan(&with_lse)).transpose()?;
         let scratch_bytes =
-            needed.into_iter().try_fold(0, |most, bytes| bytes.map(|bytes| most.max(bytes)))?;
+            plan.scratch_bytes().max(with_lse.as_ref().map_or(0, |plan| plan.scratch_bytes()));
         let scratch = DeviceScratch::new(&data.device, scratch_bytes)?;
-        let mut call = Self { data, backend, scratch, scratch_bytes };
-        if call.data.gradients.is_some() {
-            call.forward(&with_lse)?;
+        let mut call = Self { data, plan, scratch, scratch_bytes };
+        if let Some(with_lse) = with_lse {
+            call.forward(&*with_lse)?;
         }
         Ok(call)
     }
 
-    fn forward(&mut self, problem: &Problem) -> crate::Result<()> {
-        let data = &mut *self.data;
+    fn forward(&mut self, plan: &dyn Plan) -> crate::Result<()> {
+        let (data, problem) = (&mut *self.data, plan.problem());
         let lse = problem.has(Role::Lse).then(|| data.lse.view_mut()).transpose()?;
         let outputs = ForwardOutputs { out: data.out.view_mut()?, lse };
         let inputs = inputs(&data.inputs, &data.mask, &data.bias)?;
         let scratch = self.scratch.scratch(self.scratch_bytes);
-        Ok(self.backend.forward(ForwardCall::new(problem, inputs, outputs)?, scratch)?)
+        Ok(plan.forward(ForwardCall::new(problem, inputs, outputs)?, scratch)?)
     }
 
     fn once(&mut self) -> crate::Result<()> {
         if self.data.gradients.is_none() {
-            let problem = self.data.problem.clone();
-            return self.forward(&problem);
+            let plan = self.plan.clone();
+            return self.forward(&*plan);
         }
         let data = &mut *self.data;
         let Some([d_out, dq, dk, dv]) = &mut data.gradients else { return Ok(()) };
@@ -154,9 +157,9 @@ impl<'a> Call<'a> {
             ..BackwardOutputs::default()
         };
         let inputs = inputs(&data.inputs, &data.mask, &data.bias)?;
-        let call = BackwardCall::new(&data.problem, inputs, saved, outputs)?;
+        let call = BackwardCall::new(self.plan.problem(), inputs, saved, outputs)?;
         let scratch = self.scratch.scratch(self.scratch_bytes);
-        Ok(self.backend.backward(call, scratch)?)
+        Ok(self.plan.backward(call, scratch)?)
     }
 
     /// Device and host time of a call: of many on the stream, and of a few that wait for nothing.

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use attention_core::Problem;
 
+use crate::cut::Rows;
 use crate::float::Float;
-use crate::plan::Rows;
 use crate::scratch::Pieces;
 use crate::tensor::Floats;
 

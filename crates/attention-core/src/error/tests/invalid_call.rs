@@ -6,9 +6,9 @@ use std::collections::HashSet;
 
 use super::{assert_all_seen, variants};
 use crate::{
-    BackwardCall, BackwardInputs, BackwardOutputs, DType, Device, Dims, Dropout, ForwardCall, ForwardOutputs,
-    Gradients, Inputs, InvalidCall, Problem, ProblemBuilder, Role, Scratch, Strides, TensorDesc, View,
-    ViewMut,
+    BackwardCall, BackwardInputs, BackwardOutputs, DType, Device, Dims, Dropout, Error, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, InvalidCall, Plan, Problem, ProblemBuilder, Role, Scratch,
+    ScratchBuffer, Strides, TensorDesc, View, ViewMut,
 };
 
 variants!(
@@ -16,7 +16,7 @@ variants!(
     Rank, RankTooLarge, StridesRank, Shape, NotBroadcastable, DType, HeadsNotDivisible, ZeroHeadDim, NotFinite,
     SoftcapNotPositive, DropoutRate, DropoutCounter, LengthCount, LengthOutOfRange, Overflow, BufferTooSmall,
     BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected, NotAsInProblem, WrongPass,
-    GradientWithoutTensor, NoGradient, ScratchTooSmall, ScratchMisaligned, ScratchDevice,
+    OtherProblem, GradientWithoutTensor, NoGradient, ScratchTooSmall, ScratchMisaligned, ScratchDevice,
 );
 
 type Case = (InvalidCall, &'static str);
@@ -353,9 +353,56 @@ fn of_calls() -> Vec<Case> {
     ]
 }
 
+/// A plan of a problem that takes 64 bytes of scratch.
+#[derive(Debug)]
+struct Planned(Problem);
+
+impl Plan for Planned {
+    fn backend(&self) -> &str {
+        "planned"
+    }
+    fn problem(&self) -> &Problem {
+        &self.0
+    }
+    fn scratch_bytes(&self) -> usize {
+        64
+    }
+    fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        Ok(self.admit(call.problem(), &scratch)?)
+    }
+    fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
+        Ok(self.admit(call.problem(), &scratch)?)
+    }
+}
+
+fn of_plans() -> Vec<Case> {
+    let plan = Planned(problem().build().unwrap());
+    let refused = |problem: ProblemBuilder, bytes: usize| {
+        let mut scratch = ScratchBuffer::new(bytes);
+        plan.admit(&problem.build().unwrap(), &scratch.scratch()).unwrap_err()
+    };
+    let mut scratch = ScratchBuffer::new(64);
+    assert_eq!(plan.admit(plan.problem(), &scratch.scratch()), Ok(()));
+    assert_eq!(plan.admit(&problem().build().unwrap(), &scratch.scratch()), Ok(()));
+    let strided = TensorDesc::strided(DType::F32, [2, 3, 4, 8], [96, 8, 24, 1]).unwrap();
+    vec![
+        (
+            refused(problem().causal(true), 64),
+            "the plan is of `forward f32 B2 T3 S5 N4 K2 H8 Hv6 on cpu, grouped heads, value head dim != head dim`, the call is \
+             of `forward f32 B2 T3 S5 N4 K2 H8 Hv6 on cpu, grouped heads, value head dim != head dim, causal`",
+        ),
+        (
+            refused(Problem::builder(strided, fitting()[1], fitting()[2]), 64),
+            "the plan is of `forward f32 B2 T3 S5 N4 K2 H8 Hv6 on cpu, grouped heads, value head dim != head dim`, the call is \
+             of one with the same sizes and options on tensors of another layout",
+        ),
+        (refused(problem(), 63), "scratch of 63 bytes is too small, 64 are needed"),
+    ]
+}
+
 #[test]
 fn every_variant_is_provoked_and_says_what_is_wrong() {
-    let cases = [of_ranks_and_shapes(), of_dtypes(), of_options(), of_views(), of_calls()];
+    let cases = [of_ranks_and_shapes(), of_dtypes(), of_options(), of_views(), of_calls(), of_plans()];
     let mut seen = HashSet::new();
     for (error, message) in cases.into_iter().flatten() {
         assert_eq!(error.to_string(), message);
