@@ -16,10 +16,17 @@ __device__ inline void mbarrier_arrive(Mbarrier *barrier) {
                  : "memory");
 }
 
-// One arrival for all threads of the warp, behind what they did before.
+// One arrival for all threads of the warp, behind what they did before. The first thread arrives under a
+// predicate, not in a branch: in a branch, NVRTC 13.0 computes the mbarrier's address in a register per thread,
+// and in the forward kernel at head dimension 64 it reuses the register of a scaled row max, so all exponents of
+// that row come before the first exponential, which begins about 30 cycles later.
 __device__ inline void mbarrier_arrive_per_warp(Mbarrier *barrier) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+    asm volatile(
+        "{ .reg .pred is_first; .reg .b64 phase; setp.eq.u32 is_first, %1, 0; @is_first mbarrier.arrive.shared::cta.b64 phase, [%0]; }" ::
+            "r"(shared_address(barrier)),
+        "r"(threadIdx.x % 32)
+        : "memory");
 }
 
 // Waits for the end of phase `phase`, counted from 0. Phase -1 has ended: a producer's first wait for an
