@@ -35,9 +35,9 @@ impl Auto {
         let attention = Attention::new().registry(&self.registry).implementation(Implementation::Auto);
         attention.plan(problem).map_err(|error| Unsupported::Limit {
             backend: NAME.to_owned(),
-            what: "an implementation that serves the call".to_owned(),
-            value: error.to_string(),
-            limit: "at hand".to_owned(),
+            what: "the call".to_owned(),
+            value: problem.to_string(),
+            why: error.to_string(),
         })
     }
 }

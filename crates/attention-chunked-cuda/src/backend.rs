@@ -95,7 +95,7 @@ impl ChunkedCudaBackend {
     fn launches(&self, problem: &Problem, machine: Machine) -> Result<Launches, Unsupported> {
         self.capabilities.check(NAME, problem)?;
         if problem.device() != self.device() {
-            return Err(limit("memory of its device", problem.device(), self.device().to_string()));
+            return Err(limit("memory of", problem.device(), format!("it works on {}", self.device())));
         }
         Launches::of(problem, machine)
     }

@@ -127,13 +127,9 @@ pub(crate) struct Launches {
     pub(crate) second: Range<usize>,
 }
 
-pub(crate) fn limit(what: &str, value: impl ToString, limit: impl Into<String>) -> Unsupported {
-    Unsupported::Limit {
-        backend: NAME.to_owned(),
-        what: what.to_owned(),
-        value: value.to_string(),
-        limit: limit.into(),
-    }
+pub(crate) fn limit(what: &str, value: impl ToString, why: impl Into<String>) -> Unsupported {
+    let (backend, what, value) = (NAME.to_owned(), what.to_owned(), value.to_string());
+    Unsupported::Limit { backend, what, value, why: why.into() }
 }
 
 impl Launches {
@@ -141,7 +137,11 @@ impl Launches {
     pub(crate) fn of(problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
         let dims = problem.dims();
         let shape = Shape::of(problem).ok_or_else(|| {
-            limit("a head dimension", dims.head_dim.max(dims.value_head_dim), format!("at most {MOST_HEAD}"))
+            limit(
+                "head dimension",
+                dims.head_dim.max(dims.value_head_dim),
+                format!("it takes at most {MOST_HEAD}"),
+            )
         })?;
         for (what, size) in [
             ("query length", dims.query_length),
@@ -150,7 +150,7 @@ impl Launches {
             ("key/value heads", dims.key_heads),
         ] {
             if size > MOST_POSITIONS {
-                return Err(limit(what, size, format!("at most {MOST_POSITIONS}")));
+                return Err(limit(what, size, format!("it takes at most {MOST_POSITIONS}")));
             }
         }
         let none = Self { shape, kernels: Vec::new(), pack: 1, parts: 1, first: 0..0, second: 0..0 };
@@ -173,16 +173,17 @@ impl Launches {
             let start = first.checked_next_multiple_of(64)?;
             Some((0..first, start..start.checked_add(bytes(sizes[1])?)?))
         };
-        (self.first, self.second) =
-            ranges().ok_or_else(|| limit("scratch", "more", "that fits an address space"))?;
+        (self.first, self.second) = ranges().ok_or_else(|| {
+            limit("the sizes", format!("{sizes:?}"), "scratch for them does not fit an address space")
+        })?;
         Ok(())
     }
 
     fn add(&mut self, kernel: Kernel, blocks: &[usize]) -> Result<(), Unsupported> {
         let count = blocks.iter().try_fold(1usize, |count, &axis| count.checked_mul(axis));
-        let blocks = count
-            .and_then(|count| i32::try_from(count).ok())
-            .ok_or_else(|| limit("blocks of a kernel", format!("{blocks:?}"), "fewer than 2^31 in all"))?;
+        let blocks = count.and_then(|count| i32::try_from(count).ok()).ok_or_else(|| {
+            limit("a grid of blocks", format!("{blocks:?}"), "a kernel has fewer than 2^31 in all")
+        })?;
         if blocks > 0 {
             self.kernels.push(Kernel { blocks: blocks.unsigned_abs(), ..kernel });
         }

@@ -86,8 +86,8 @@ fn function(
 ) -> Result<CudaFunction, Error> {
     let most = runtime.machine.shared_bytes;
     if kernel.shared_bytes > most {
-        let allowed = format!("at most {most} on this device");
-        return Err(limit("shared memory of a block", kernel.shared_bytes, allowed).into());
+        let why = format!("a block has at most {most} bytes on this device");
+        return Err(limit("a kernel with shared memory of", kernel.shared_bytes, why).into());
     }
     let source = attention_kernels::source(kernel.source)
         .unwrap_or_else(|| unreachable!("{} is in the package", kernel.source));

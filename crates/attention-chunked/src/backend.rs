@@ -98,9 +98,9 @@ impl ChunkedBackend {
         let level = self.level().unwrap_or(Level::Scalar);
         Needs::of(problem, &self.config, level).ok_or_else(|| Unsupported::Limit {
             backend: NAME.to_owned(),
-            what: "scratch".to_owned(),
+            what: "the sizes".to_owned(),
             value: problem.dims().to_string(),
-            limit: "that fits an address space".to_owned(),
+            why: "scratch for them does not fit an address space".to_owned(),
         })
     }
 }

@@ -177,7 +177,7 @@ impl Capabilities {
                     backend: backend(),
                     what: what.to_owned(),
                     value: value.to_string(),
-                    limit: format!("at most {max}"),
+                    why: format!("it takes at most {max}"),
                 });
             }
         }

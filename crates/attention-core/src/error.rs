@@ -383,17 +383,17 @@ pub enum Unsupported {
         /// The pass.
         pass: Pass,
     },
-    /// A numeric limit.
-    #[error("{backend} needs {what} {limit}, the call has {value}")]
+    /// A limit of this backend's own.
+    #[error("{backend} does not support {what} {value}: {why}")]
     Limit {
         /// The backend.
         backend: String,
-        /// What is limited.
+        /// What is limited, worded to be followed by the value: "head dimension".
         what: String,
-        /// The problem's value.
+        /// The value of the call.
         value: String,
-        /// The limit, worded to follow `what`: "at most 256".
-        limit: String,
+        /// What is supported and, where it is not plain, for what reason: a whole clause.
+        why: String,
     },
     /// The scratch memory would exceed the limit that the caller set.
     #[error("{backend} needs {needed} bytes of scratch, the limit is {limit}")]
@@ -454,6 +454,18 @@ fn asked_for_with(role: Role) -> &'static str {
             ": build it from the inputs that have it (`Inputs::problem`)"
         }
         _ => "",
+    }
+}
+
+impl Unsupported {
+    /// The refusal in words, without the value of the call that meets it: what calls of different sizes have in common.
+    pub fn rule(&self) -> String {
+        match self {
+            Self::Limit { backend, what, why, .. } => {
+                format!("{backend}, {what}: {why}")
+            }
+            other => other.to_string(),
+        }
     }
 }
 

@@ -113,9 +113,9 @@ impl CpuBackend {
         });
         needs.ok_or_else(|| Unsupported::Limit {
             backend: NAME.to_owned(),
-            what: "scratch".to_owned(),
-            value: format!("{} keys a row", problem.dims().key_length),
-            limit: "that fits an address space".to_owned(),
+            what: "the sizes".to_owned(),
+            value: problem.dims().to_string(),
+            why: "scratch for them does not fit an address space".to_owned(),
         })
     }
 }

@@ -88,9 +88,10 @@ pub(crate) fn check_streams<W: Display>(
         if !may_use(&owned, address, stream) {
             return Err(Unsupported::Limit {
                 backend: backend.to_owned(),
-                what: format!("the stream of {what}"),
-                value: "another one".to_owned(),
-                limit: "that of the backend's device: make the tensor with the same CudaDevice, or the backend on the tensor's"
+                what: format!("{what} on"),
+                value: "another stream".to_owned(),
+                why: "its work is on the stream of its own device: make the tensor with the same CudaDevice, or the backend on the \
+                      tensor's"
                     .to_owned(),
             });
         }

@@ -86,17 +86,17 @@ impl CudnnBackend {
         if problem.device() != self.device() {
             return Err(Unsupported::Limit {
                 backend: NAME.to_owned(),
-                what: "memory of its device".to_owned(),
+                what: "memory of".to_owned(),
                 value: problem.device().to_string(),
-                limit: self.device().to_string(),
+                why: format!("it works on {}", self.device()),
             });
         }
         Layout::of(problem, &Key::of(problem, self.target(), &self.config), &self.config).ok_or_else(|| {
             Unsupported::Limit {
                 backend: NAME.to_owned(),
-                what: "scratch".to_owned(),
-                value: "more".to_owned(),
-                limit: "within the address space".to_owned(),
+                what: "the sizes".to_owned(),
+                value: problem.dims().to_string(),
+                why: "scratch for them does not fit an address space".to_owned(),
             }
         })
     }

@@ -64,9 +64,9 @@ impl<'a> Run<'a> {
             if !address.is_multiple_of(16) {
                 return Err(Unsupported::Limit {
                     backend: NAME.to_owned(),
-                    what: format!("the address of {role}"),
+                    what: format!("{role} at address"),
                     value: format!("{address:#x}"),
-                    limit: "a multiple of 16 bytes".to_owned(),
+                    why: "cuDNN reads 16 bytes at a time, so it must be a multiple of 16 bytes".to_owned(),
                 }
                 .into());
             }

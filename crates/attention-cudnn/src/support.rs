@@ -47,7 +47,8 @@ pub(crate) struct Known {
     capability: Option<u32>,
     applies: fn(&Problem) -> bool,
     what: &'static str,
-    limit: &'static str,
+    /// What that version does, or what a plan without lengths does: a clause.
+    why: &'static str,
     /// Where it is reported.
     pub(crate) source: &'static str,
     remedy: Remedy,
@@ -79,7 +80,7 @@ pub(crate) const KNOWN: &[Known] = &[
             windowed && !problem.causal() && problem.dims().key_length > 1024
         },
         what: "a window without causal masking over more than 1024 keys",
-        limit: "in cuDNN other than 9.14.0, which computes it wrongly",
+        why: "9.14.0 computes it wrongly",
         source: "https://docs.nvidia.com/deeplearning/cudnn/backend/latest/release-notes.html",
         remedy: Remedy::Refusal,
     },
@@ -92,7 +93,7 @@ pub(crate) const KNOWN: &[Known] = &[
                 && problem.dims().key_heads < 8
         },
         what: "one query row over fewer than 8 key/value heads on compute capability 10",
-        limit: "in cuDNN other than 9.19 and 9.20, which corrupt it",
+        why: "9.19 and 9.20 corrupt it",
         source: "https://github.com/pytorch/pytorch/issues/193893",
         remedy: Remedy::Refusal,
     },
@@ -100,8 +101,8 @@ pub(crate) const KNOWN: &[Known] = &[
         versions: ([9, 10, 0], [9, 10, 2]),
         capability: None,
         applies: |_| true,
-        what: "a version",
-        limit: "of cuDNN other than 9.10.0 and 9.10.1, which compute NaN of a bias in f32 among others",
+        what: "any call",
+        why: "9.10.0 and 9.10.1 compute NaN of a bias in f32, among others",
         source: "https://github.com/jax-ml/jax/issues/32242",
         remedy: Remedy::Refusal,
     },
@@ -111,7 +112,7 @@ pub(crate) const KNOWN: &[Known] = &[
         capability: None,
         applies: |problem| problem.pass() == Pass::Backward,
         what: "a backward pass",
-        limit: "with lengths, without which keys that are no multiple of a tile give NaN",
+        why: "without lengths, keys that are no multiple of a tile give NaN",
         source: "https://github.com/NVIDIA/cudnn-frontend/issues/160",
         remedy: Remedy::Lengths,
     },
@@ -124,7 +125,7 @@ pub(crate) const KNOWN: &[Known] = &[
             problem.pass() == Pass::Backward && adds && problem.dims().key_length % 128 == 64
         },
         what: "a bias or mask in backward over 64 keys more than a multiple of 128",
-        limit: "with lengths, without which rows with a logsumexp below -88 give NaN",
+        why: "without lengths, rows with a logsumexp below -88 give NaN",
         source: "https://github.com/pytorch/pytorch/issues/196678",
         remedy: Remedy::Lengths,
     },
@@ -197,13 +198,9 @@ pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities
         .with_long_sums(LONG_SUMS)
 }
 
-fn limit(what: impl Into<String>, value: impl ToString, limit: impl Into<String>) -> Unsupported {
-    Unsupported::Limit {
-        backend: NAME.to_owned(),
-        what: what.into(),
-        value: value.to_string(),
-        limit: limit.into(),
-    }
+fn limit(what: impl Into<String>, value: impl ToString, why: impl Into<String>) -> Unsupported {
+    let (backend, what, value) = (NAME.to_owned(), what.into(), value.to_string());
+    Unsupported::Limit { backend, what, value, why: why.into() }
 }
 
 /// The fused engines multiply the scale with log2(e), which makes NaN of everything where the product is not a number of f32.
@@ -219,9 +216,9 @@ pub(crate) fn check(
     capabilities.check(NAME, problem)?;
     if target.capability.0 < 8 {
         return Err(limit(
-            "a compute capability",
-            format!("sm_{}{}", target.capability.0, target.capability.1),
-            "of 8.0 or more",
+            "compute capability",
+            format!("{}.{}", target.capability.0, target.capability.1),
+            "cuDNN's fused attention needs 8.0 or more",
         ));
     }
     let dims = problem.dims();
@@ -233,27 +230,28 @@ pub(crate) fn check(
         ("key/value heads", dims.key_heads),
     ] {
         if size == 0 || i32::try_from(size).is_err() {
-            return Err(limit(what, size, "between 1 and 2^31 - 1"));
+            return Err(limit(what, size, "it takes 1 to 2^31 - 1"));
         }
     }
     if dims.batch.saturating_mul(dims.query_heads) > 65535 {
         return Err(limit(
             "batch times query heads",
             dims.batch.saturating_mul(dims.query_heads),
-            "at most 65535",
+            "it takes at most 65535",
         ));
     }
     for (what, size) in [("head dimension", dims.head_dim), ("value head dimension", dims.value_head_dim)] {
         if size % 8 != 0 {
-            return Err(limit(what, size, "a multiple of 8"));
+            return Err(limit(what, size, "it takes multiples of 8"));
         }
     }
     if problem.scale() <= 0.0 {
-        // The fused engines scale after they took the maximum: a negative scale gives NaN.
-        return Err(limit("a scale", problem.scale(), "above 0"));
+        let why = "cuDNN scales after it took the row max, so it takes scales above 0";
+        return Err(limit("scale", problem.scale(), why));
     }
     if problem.scale() > MOST_SCALE {
-        return Err(limit("a scale", problem.scale(), "at most 2e38"));
+        let why = "cuDNN multiplies the scale with log2(e) in f32, so it takes at most 2e38";
+        return Err(limit("scale", problem.scale(), why));
     }
     for role in TENSORS {
         tensor(problem, role)?;
@@ -261,9 +259,9 @@ pub(crate) fn check(
     if problem.pass() == Pass::Backward && (dims.query_length == 1 || dims.key_length == 1) {
         // Release notes: one key is not supported in backward.
         return Err(limit(
-            "query and key lengths in backward",
+            "backward over query and key lengths",
             format!("{} and {}", dims.query_length, dims.key_length),
-            "of at least 2",
+            "cuDNN takes at least 2 of each",
         ));
     }
     // The graphs compute positions in 32 bits, and where a window begins in f32.
@@ -273,43 +271,49 @@ pub(crate) fn check(
     let bounds = [window.left, window.right].into_iter().flatten();
     let bounds = bounds.map(|bound| i64::try_from(bound).unwrap_or(i64::MAX));
     if let Some(far) = offsets.chain(bounds).find(|far| far.unsigned_abs() > FAR.unsigned_abs()) {
-        return Err(limit("offsets and windows", far, "within 2^30"));
+        let why = "cuDNN computes positions in 32 bits, so it takes up to 2^30 either way";
+        return Err(limit("an offset or a window of", far, why));
     }
     if window.left.is_some() && dims.query_length.max(dims.key_length) > 1 << 24 {
         let longest = dims.query_length.max(dims.key_length);
-        return Err(limit("lengths with a window's left bound", longest, "at most 2^24"));
+        let why = "cuDNN computes where a window begins in f32, so it takes up to 2^24";
+        return Err(limit("a window with a left bound over length", longest, why));
     }
     let adds = [Role::Mask, Role::Bias, Role::AlibiSlopes].into_iter().find(|&role| problem.has(role));
     if let Some(role) = adds
         && dims.query_length == 1
         && dims.key_length == 1
     {
-        // A bias of one row and one key is misread where heads have their own.
-        return Err(limit(format!("lengths with {role}"), "1 and 1", "other than 1 and 1"));
+        let why = "cuDNN misreads a bias of one row and one key where heads have their own";
+        return Err(limit(format!("{role} over query and key lengths"), "1 and 1", why));
     }
     if problem.pass() == Pass::Backward
         && problem.dropout().is_some()
         && let Some(batch) = (0..dims.batch).find(|&batch| problem.key_value_len(batch) == 0)
     {
-        // Gradients of a batch row without keys are left unwritten.
-        let what = "key lengths with dropout in backward";
-        return Err(limit(what, format!("0 in batch row {batch}"), "of at least 1"));
+        let what = "backward with dropout and key length";
+        let why = "cuDNN leaves the gradients of a batch row without keys unwritten";
+        return Err(limit(what, format!("0 in batch row {batch}"), why));
     }
     if config.own_dropout && problem.dropout().is_some() && problem.has(Role::DSinks) {
-        // They are computed of the row terms that cuDNN leaves, which are others then.
-        return Err(limit("dsinks with dropout", "cuDNN's own dropout", "the published stream"));
+        let why = "they are computed of row terms that cuDNN leaves with the published stream alone";
+        return Err(limit("dsinks with", "cuDNN's own dropout", why));
     }
     if problem.has(Role::Sinks) && problem.pass() == Pass::Forward {
         if target.version < [9, 13, 0] {
-            return Err(limit("sinks", target, "with cuDNN 9.13 or later"));
+            return Err(limit("sinks with", target, "cuDNN has them from 9.13 on"));
         }
         if dims.query_length == 1 {
-            return Err(limit("a query length with sinks", 1, "of at least 2"));
+            return Err(limit("sinks with query length", 1, "cuDNN takes at least 2"));
         }
     }
     for known in KNOWN {
         if known.remedy == Remedy::Refusal && known.is_met(target, problem) {
-            return Err(limit(known.what, target, format!("{} ({})", known.limit, known.source)));
+            return Err(limit(
+                format!("{} with", known.what),
+                target,
+                format!("{} ({})", known.why, known.source),
+            ));
         }
     }
     Ok(())
@@ -331,13 +335,13 @@ fn tensor(problem: &Problem, role: Role) -> Result<(), Unsupported> {
         }
         if axis == 3 {
             if stride != 1 {
-                return Err(limit(format!("the last stride of {role}"), stride, "1"));
+                return Err(limit(format!("{role} with last stride"), stride, "cuDNN takes 1"));
             }
         } else if stride <= 0 || stride % 8 != 0 {
             return Err(limit(
-                format!("stride {axis} of {role}"),
+                format!("{role} whose axis {axis} has stride"),
                 stride,
-                "a positive multiple of 8 elements (16 bytes)",
+                "cuDNN takes positive multiples of 8 elements (16 bytes)",
             ));
         }
     }
@@ -348,9 +352,9 @@ fn tensor(problem: &Problem, role: Role) -> Result<(), Unsupported> {
         let last: i128 = (0..desc.rank()).map(reach).sum();
         if last > i128::from(i32::MAX) {
             return Err(limit(
-                format!("the last element of {role} in backward"),
+                format!("backward with {role} whose last element is at"),
                 last,
-                "at most 2^31 - 1 elements behind the first",
+                "cuDNN's gradients are wrong of tensors that reach over more than 2^31 - 1 elements",
             ));
         }
     }
@@ -434,7 +438,7 @@ mod tests {
             match known.remedy {
                 Remedy::Refusal => {
                     let error = answer(at(from)).expect_err("refused").to_string();
-                    assert!(error.contains(known.what) && error.contains(known.limit), "{error}");
+                    assert!(error.contains(known.what) && error.contains(known.why), "{error}");
                     assert_eq!(answer(at(until)), Ok(()), "{known:?}");
                 }
                 Remedy::Lengths => {
@@ -458,7 +462,12 @@ mod tests {
             let error = check(&capabilities(target, &config), target, &config, &one)
                 .expect_err("refused")
                 .to_string();
-            assert!(error.contains("query and key lengths in backward of at least 2"), "{error}");
+            assert!(
+                error.contains(
+                    "backward over query and key lengths 1 and 128: cuDNN takes at least 2 of each"
+                ),
+                "{error}"
+            );
         }
     }
 }

@@ -27,10 +27,7 @@ fn answers(target: Target) -> String {
                 let problem = problem.to_builder().device(Device::Cuda(NOWHERE)).build().expect("anywhere");
                 let answer = match backend.supports(&problem) {
                     Ok(()) => "served".to_owned(),
-                    Err(refusal) => {
-                        let text = refusal.to_string();
-                        text.split(", the call has").next().unwrap_or(&text).to_owned()
-                    }
+                    Err(refusal) => refusal.rule(),
                 };
                 *counts.entry((pass.to_string(), answer)).or_default() += 1;
             }

@@ -66,15 +66,15 @@ fn refusals_name_the_limit_and_the_value() {
         ),
         (
             refusal(hopper, problem(DType::F16, [1, 8, 2, 60])),
-            "cudnn needs head dimension a multiple of 8, the call has 60",
+            "cudnn does not support head dimension 60: it takes multiples of 8",
         ),
         (
             refusal(hopper, problem(DType::F16, [1, 8, 2, 264])),
-            "cudnn needs head dimension at most 256, the call has 264",
+            "cudnn does not support head dimension 264: it takes at most 256",
         ),
         (
             refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).scale(-1.0)),
-            "cudnn needs a scale above 0, the call has -1",
+            "cudnn does not support scale -1: cuDNN scales after it took the row max, so it takes scales above 0",
         ),
         (
             refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).softcap(30.0)),
@@ -90,15 +90,15 @@ fn refusals_name_the_limit_and_the_value() {
         ),
         (
             refusal(Target { capability: (7, 5), ..hopper }, problem(DType::F16, [1, 8, 2, 64])),
-            "cudnn needs a compute capability of 8.0 or more, the call has sm_75",
+            "cudnn does not support compute capability 7.5: cuDNN's fused attention needs 8.0 or more",
         ),
         (
             refusal(
                 Target { version: [9, 14, 0], ..hopper },
                 problem(DType::F16, [1, 2048, 2, 64]).window(Window { left: Some(64), right: None }),
             ),
-            "cudnn needs a window without causal masking over more than 1024 keys in cuDNN other than 9.14.0, which \
-             computes it wrongly (https://docs.nvidia.com/deeplearning/cudnn/backend/latest/release-notes.html), the call has cuDNN 9.14.0 on sm_90",
+            "cudnn does not support a window without causal masking over more than 1024 keys with cuDNN 9.14.0 on sm_90: \
+             9.14.0 computes it wrongly (https://docs.nvidia.com/deeplearning/cudnn/backend/latest/release-notes.html)",
         ),
     ];
     for (got, want) in cases {
@@ -108,17 +108,19 @@ fn refusals_name_the_limit_and_the_value() {
     let old = Target { version: [9, 12, 0], ..hopper };
     assert_eq!(
         refusal(old, problem(DType::F16, [1, 8, 2, 64]).sinks(sinks)),
-        "cudnn needs sinks with cuDNN 9.13 or later, the call has cuDNN 9.12.0 on sm_90"
+        "cudnn does not support sinks with cuDNN 9.12.0 on sm_90: cuDNN has them from 9.13 on"
     );
     let mask = TensorDesc::contiguous(DType::Bool, [1, 2, 1, 1]);
     assert_eq!(
         refusal(hopper, problem(DType::F16, [1, 1, 2, 64]).mask(mask)),
-        "cudnn needs lengths with mask other than 1 and 1, the call has 1 and 1"
+        "cudnn does not support mask over query and key lengths 1 and 1: cuDNN misreads a bias of one row and one key where heads \
+         have their own"
     );
     let without_keys = problem(DType::F16, [2, 8, 2, 64]).key_value_lengths([8, 0]).gradients(all);
     assert_eq!(
         refusal(hopper, without_keys.dropout(Dropout::new(0.5, 1))),
-        "cudnn needs key lengths with dropout in backward of at least 1, the call has 0 in batch row 1"
+        "cudnn does not support backward with dropout and key length 0 in batch row 1: cuDNN leaves the gradients of a batch row \
+         without keys unwritten"
     );
     assert!(backend(hopper).supports(&grouped().build().expect("valid")).is_ok(), "grouped heads forward");
 }
@@ -129,7 +131,9 @@ fn strides_that_cudnn_would_misread_are_refused() {
         let desc = TensorDesc::strided(DType::F16, [2, 8, 2, 64], strides).expect("ranks agree");
         Problem::builder(desc, desc, desc).device(Device::Cuda(4000))
     };
-    for (strides, what) in [([1028, 128, 64, 1], "stride 0"), ([2048, 256, 128, 2], "the last stride")] {
+    for (strides, what) in
+        [([1028, 128, 64, 1], "axis 0 has stride 1028"), ([2048, 256, 128, 2], "last stride 2")]
+    {
         let problem = strided(strides).build().expect("valid");
         let error = backend(Target::default()).supports(&problem).expect_err("refused");
         assert!(matches!(error, Unsupported::Limit { .. } | Unsupported::Feature { .. }), "{error}");
@@ -141,7 +145,7 @@ fn strides_that_cudnn_would_misread_are_refused() {
 fn another_device_is_refused() {
     let problem = problem(DType::F16, [1, 8, 2, 64]).device(Device::Cuda(1)).build().expect("valid");
     let error = backend(Target::default()).supports(&problem).expect_err("refused");
-    assert_eq!(error.to_string(), "cudnn needs memory of its device cuda:4000, the call has cuda:1");
+    assert_eq!(error.to_string(), "cudnn does not support memory of cuda:1: it works on cuda:4000");
 }
 
 #[test]

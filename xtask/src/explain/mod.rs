@@ -357,7 +357,10 @@ mod tests {
         for (options, reason) in [
             ("--dtype f32", "cudnn does not take f32 operands, only f16, bf16"),
             ("--dtype bf16 --softcap 30", "cudnn does not support softcap in its forward pass"),
-            ("--dtype bf16 --scale -1", "cudnn needs a scale above 0, the call has -1"),
+            (
+                "--dtype bf16 --scale -1",
+                "cudnn does not support scale -1: cuDNN scales after it took the row max, so it takes scales above 0",
+            ),
             (
                 "--dtype bf16 --pass backward --bias 1NTS --gradients dbias",
                 "cudnn does not support dbias in its backward",
@@ -398,7 +401,7 @@ mod tests {
         let reason = |line: &str| explained(line).candidate("cudnn").expect("a candidate").reason.clone();
         let sinks = "--shape 2,256,256,16,16,64 --dtype bf16 --sinks --device";
         let old = reason(&format!("{sinks} h100@9.12"));
-        assert!(old.contains("sinks with cuDNN 9.13 or later"), "{old}");
+        assert!(old.contains("cuDNN has them from 9.13 on"), "{old}");
         assert_eq!(chosen(&format!("{sinks} h100@9.13")).as_deref(), Some("cudnn"));
         let wide = reason("--shape 1,64,64,2,2,256 --dtype bf16 --pass backward --device a100@9.19");
         assert!(wide.contains("128"), "{wide}");

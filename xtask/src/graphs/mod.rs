@@ -115,10 +115,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
                 let problem = case.problem(&data, pass, FeatureSet::all())?;
                 if let Err(refusal) = offline.serves(&problem) {
                     skipped += 1;
-                    let text = refusal.to_string();
-                    // Without the value that differs from case to case.
-                    let reason = text.split(", the call has").next().unwrap_or(&text).to_owned();
-                    let (count, _) = refusals.entry(reason).or_insert_with(|| (0, case.name.clone()));
+                    let (count, _) = refusals.entry(refusal.rule()).or_insert_with(|| (0, case.name.clone()));
                     *count += 1;
                     continue;
                 }

@@ -47,7 +47,7 @@ const REFUSALS: [(&str, Cause, &str); 6] = [
     ("lib", Cause::Unavailable, "lib is not available: libtoy is missing; looked for libtoy.so.1, libtoy.so"),
     ("tf32", Cause::Numerics, "tf32 computes f32 in class Tf32, class F32 was asked for"),
     ("half", Cause::Unsupported, "half does not take f32 operands, only f16"),
-    ("narrow", Cause::Unsupported, "narrow needs head dimension at most 2, the call has 4"),
+    ("narrow", Cause::Unsupported, "narrow does not support head dimension 4: it takes at most 2"),
     ("hungry", Cause::ScratchLimit, "hungry needs 1001 bytes of scratch, the limit is 1000"),
 ];
 
@@ -87,7 +87,7 @@ gpu             1.2.3    cuda    refused   F32    -        gpu works on cuda mem
 lib             1.2.3    cpu     refused   F32    -        lib is not available: libtoy is missing; looked for libtoy.so.1, libtoy.so
 tf32            1.2.3    cpu     refused   Tf32   -        tf32 computes f32 in class Tf32, class F32 was asked for
 half            1.2.3    cpu     refused   -      -        half does not take f32 operands, only f16
-narrow          1.2.3    cpu     refused   F32    -        narrow needs head dimension at most 2, the call has 4
+narrow          1.2.3    cpu     refused   F32    -        narrow does not support head dimension 4: it takes at most 2
 hungry          1.2.3    cpu     refused   F32    -        hungry needs 1001 bytes of scratch, the limit is 1000
 first           1.2.3    cpu     chosen    F32    1000 B   the first in order of preference that serves the problem
 second          1.2.3    cpu     eligible  F32    0 B      first comes before it";
@@ -236,7 +236,7 @@ fn a_list_goes_in_order_and_no_further() {
     assert_eq!(
         error.to_string(),
         "no implementation serves: forward f32 B1 T2 S2 N2 K2 H4 on cpu\n  gpu works on cuda memory, the call is on \
-         cpu\n  narrow needs head dimension at most 2, the call has 4"
+         cpu\n  narrow does not support head dimension 4: it takes at most 2"
     );
     let Error::NoImplementation { refusals, .. } = error else { unreachable!() };
     assert!(matches!(&refusals[1], Refusal::Unsupported(Unsupported::Limit { .. })));

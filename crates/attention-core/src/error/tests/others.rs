@@ -47,8 +47,11 @@ fn every_unsupported_variant_names_the_limit_and_the_value() {
         (check(sized(DType::F64, 8, 8)), "toy does not take f64 operands, only f32, f16"),
         (check(problem().softcap(20.0)), "toy does not support softcap in its forward pass"),
         (check(problem().gradients(Gradients::QKV)), "toy has no backward pass"),
-        (check(sized(DType::F32, 129, 8)), "toy needs head dimension at most 128, the call has 129"),
-        (check(sized(DType::F32, 128, 97)), "toy needs value head dimension at most 96, the call has 97"),
+        (check(sized(DType::F32, 129, 8)), "toy does not support head dimension 129: it takes at most 128"),
+        (
+            check(sized(DType::F32, 128, 97)),
+            "toy does not support value head dimension 97: it takes at most 96",
+        ),
         (
             Unsupported::ScratchLimit { backend: backend(), needed: 4096, limit: 1024 },
             "toy needs 4096 bytes of scratch, the limit is 1024",
