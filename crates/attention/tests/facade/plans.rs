@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use attention::core::{ForwardOutputs, Inputs, Scratch, ScratchBuffer};
 use attention::{
-    Attention, BackwardInputs, BackwardOutputs, Device, Error, Gradients, Implementation, InvalidCall,
-    Reason, Registry, Role, Tensor, View, ViewMut,
+    Attention, BackwardInputs, BackwardOutputs, Device, DeviceKind, Error, Gradients, Implementation,
+    InvalidCall, Reason, Registry, Role, Tensor, View, ViewMut,
 };
 
 use crate::support::{Planning, Toy, numbers, registry};
@@ -204,6 +204,45 @@ fn tensors_that_are_not_those_of_the_plan_are_refused() {
         "{error}"
     );
     assert_eq!(toy.runs(), 0);
+}
+
+/// Every implementation of this build for host memory, forward and backward: one plan, four threads, the same bits.
+#[test]
+fn threads_call_one_plan_at_once() {
+    let data = [1, 2, 3, 4].map(|seed| Tensor::from_vec(numbers(1280, seed), [2, 40, 2, 8]).unwrap());
+    let [q, k, v, d_out] = &data;
+    for backend in Registry::shared()
+        .backends()
+        .iter()
+        .filter(|backend| backend.capabilities().device == DeviceKind::Cpu)
+    {
+        let attention =
+            Attention::new().implementation(backend.clone()).causal(true).gradients(Gradients::QKV);
+        let forward = attention.forward_with_lse(q, k, v).unwrap();
+        let want = attention.backward(q, k, v, &forward, d_out).unwrap();
+        let plan = attention.plan(&attention.problem_with_lse(q, k, v).unwrap()).unwrap();
+        let backward = attention.plan(&attention.backward_problem(q, k, v).unwrap()).unwrap();
+        let call = || {
+            let zeros = || Tensor::zeros::<f32>([2, 40, 2, 8]).unwrap();
+            let (mut out, mut lse) = (zeros(), Tensor::zeros::<f32>([2, 40, 2]).unwrap());
+            let inputs = Inputs::new(q.view(), k.view(), v.view());
+            let outputs = ForwardOutputs { out: out.view_mut(), lse: Some(lse.view_mut()) };
+            plan.forward_into(inputs, outputs).unwrap();
+            assert_eq!((&out, &lse), (&forward.out, &forward.lse));
+            let (mut dq, mut dk, mut dv) = (zeros(), zeros(), zeros());
+            let saved = BackwardInputs { out: out.view(), lse: lse.view(), d_out: d_out.view(), d_lse: None };
+            let [dq_view, dk_view, dv_view] =
+                [&mut dq, &mut dk, &mut dv].map(|tensor| Some(tensor.view_mut()));
+            let outputs = BackwardOutputs { dq: dq_view, dk: dk_view, dv: dv_view, ..Default::default() };
+            backward.backward_into(inputs, saved, outputs).unwrap();
+            assert_eq!((Some(dq), Some(dk), Some(dv)), (want.dq.clone(), want.dk.clone(), want.dv.clone()));
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..10).for_each(|_| call()));
+            }
+        });
+    }
 }
 
 #[test]
