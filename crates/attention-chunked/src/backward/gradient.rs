@@ -5,8 +5,9 @@ use attention_core::merge::Accumulator;
 
 use crate::engine::{Engine, GradientPacks, STAGE};
 use crate::float::Float;
+use crate::logits::TileShape;
 use crate::simd::{Base, Kernel, Simd};
-use crate::terms::{Added, AddedRow, QueryRow, Terms, logit, masked};
+use crate::terms::{Added, AddedRow, Terms, logit, masked};
 
 /// What the gradient of a block is taken of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,23 +63,33 @@ pub(crate) struct BlockGradient<'t, 'a, E: Engine> {
     pub(crate) engine: E,
     pub(crate) terms: &'t Terms<'a, E::F>,
     pub(crate) of: GradientOf,
-    pub(crate) rows: &'t [QueryRow],
+    /// Of both tiles.
+    pub(crate) shape: TileShape<'t>,
     pub(crate) states: &'t [RowState<E::F>],
-    /// The key of the tiles' first column.
-    pub(crate) first: usize,
-    /// Columns to look at: whole pairs of vectors. Those behind the last key are masked by the rows' ranges.
-    pub(crate) columns: usize,
-    /// Whether there is something to mask or to add.
-    pub(crate) apply: bool,
-    pub(crate) products: &'t mut [E::F],
-    pub(crate) gradients: &'t mut [E::F],
-    /// Room for the slopes of a softcap in one row.
-    pub(crate) slopes: &'t mut [E::F],
-    pub(crate) stride: usize,
-    /// Where the engine packs what is computed. Not with a softcap or dropout.
-    pub(crate) packs: Option<GradientPacks<E::Packed>>,
-    /// Whether the tiles receive what is computed too.
-    pub(crate) keep: bool,
+    pub(crate) tiles: GradientTiles<'t, E::F>,
+    pub(crate) destination: Destination<E::Packed>,
+}
+
+/// The tiles that the gradients of a block are computed in.
+pub(crate) struct GradientTiles<'t, F> {
+    /// Products of queries and keys, then probabilities.
+    pub(crate) products: &'t mut [F],
+    /// Gradients of probabilities, then of logits or products.
+    pub(crate) gradients: &'t mut [F],
+    /// The softcap's derivative at each product of one row.
+    pub(crate) slopes: &'t mut [F],
+}
+
+/// Where probabilities and gradients are written. Packs are for an engine with
+/// [`PACKS_GRADIENTS`](Engine::PACKS_GRADIENTS), without softcap and dropout.
+#[derive(Clone, Copy)]
+pub(crate) enum Destination<P> {
+    /// To the tiles.
+    Tiles,
+    /// To the tiles, and packed.
+    TilesAndPacks(GradientPacks<P>),
+    /// Packed; the tiles keep what they have.
+    Packs(GradientPacks<P>),
 }
 
 impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
@@ -87,29 +98,35 @@ impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
     #[inline(always)]
     fn run(mut self) {
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let rows = self.rows.len();
-        assert!(self.columns.is_multiple_of(2 * lanes) && self.columns <= self.stride);
-        let needed = rows.saturating_sub(1) * self.stride + self.columns;
-        assert!(needed <= self.products.len() && needed <= self.gradients.len() && rows <= self.states.len());
-        assert!(!self.terms.has_softcap() || self.columns <= self.slopes.len());
+        let TileShape { rows, columns, stride, .. } = self.shape;
+        let (rows, tiles) = (rows.len(), &self.tiles);
+        assert!(columns.is_multiple_of(2 * lanes) && columns <= stride && rows <= self.states.len());
+        let needed = self.shape.extent();
+        assert!(needed <= tiles.products.len() && needed <= tiles.gradients.len());
+        assert!(!self.terms.has_softcap() || columns <= tiles.slopes.len());
         let mut memory: [AddedRow<E::F>; 2] = Default::default();
         let before = self.before();
         if before != E::F::ONE {
             for row in 0..rows {
-                let gradients = &mut self.gradients[row * self.stride..][..self.columns];
+                let gradients = &mut self.tiles.gradients[row * stride..][..columns];
                 gradients.iter_mut().for_each(|gradient| *gradient = *gradient * before);
             }
         }
+        let (packs, keeps_tiles) = match self.destination {
+            Destination::Tiles => (None, true),
+            Destination::TilesAndPacks(packs) => (Some(packs), true),
+            Destination::Packs(packs) => (Some(packs), false),
+        };
         if E::PACKS_GRADIENTS
-            && let Some(packs) = self.packs
+            && let Some(packs) = packs
         {
             assert!(!self.terms.has_softcap() && !self.terms.has_dropout());
-            assert!(self.columns <= E::BLOCK_KEYS && rows <= E::BLOCK_ROWS);
+            assert!(columns <= E::BLOCK_KEYS && rows <= E::BLOCK_ROWS);
             // Packed rows come in pairs of whole groups.
             for row in (0..rows.next_multiple_of(STAGE)).step_by(2) {
                 // SAFETY: the packs were checked by the caller of `run`; both rows and all columns are inside
                 // the block, by the asserts above.
-                unsafe { self.pair(row, &packs, &mut memory) };
+                unsafe { self.pair(row, &packs, keeps_tiles, &mut memory) };
             }
             return;
         }
@@ -136,30 +153,30 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     unsafe fn row(&mut self, row: usize, memory: &mut AddedRow<E::F>) {
         let plain = self.engine.plain();
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let (columns, start) = (self.columns, row * self.stride);
-        let (info, state) = (self.rows[row], self.states[row]);
+        let TileShape { rows, first_key, columns, stride, apply } = self.shape;
+        let (info, state, start) = (rows[row], self.states[row], row * stride);
         if state.is_empty() {
             // The row attends to nothing, and whatever its gradients hold does not matter.
-            self.products[start..start + columns].fill(E::F::DISALLOWED);
-            self.gradients[start..start + columns].fill(E::F::ZERO);
+            self.tiles.products[start..start + columns].fill(E::F::DISALLOWED);
+            self.tiles.gradients[start..start + columns].fill(E::F::ZERO);
             return;
         }
         // SAFETY: the row is in the tile.
-        let tile = unsafe { self.products.as_mut_ptr().add(start) };
+        let tile = unsafe { self.tiles.products.as_mut_ptr().add(start) };
         let mut adding = Adding::NOTHING;
-        if self.apply {
+        if apply {
             // SAFETY: `columns` elements of the row, to which nothing else refers while they are changed.
             let tile = unsafe { std::slice::from_raw_parts_mut(tile, columns) };
             if self.terms.needs_tile() {
-                let slopes = self.terms.has_softcap().then_some(&mut self.slopes[..columns]);
+                let slopes = self.terms.has_softcap().then_some(&mut self.tiles.slopes[..columns]);
                 self.terms.capped(plain, tile, slopes);
             }
-            let added = self.terms.added(plain, &self.rows[row..], self.first, tile, memory);
+            let added = self.terms.added(plain, &rows[row..], first_key, tile, memory);
             adding = Adding::of(&added);
         }
         if self.terms.has_dropout() {
-            let gradients = &mut self.gradients[start..start + columns];
-            self.terms.drop(&info, self.first, gradients);
+            let gradients = &mut self.tiles.gradients[start..start + columns];
+            self.terms.drop(&info, first_key, gradients);
         }
         let mut column = 0;
         if <E::S as Simd<E::F>>::SIDE_BY_SIDE == 4 {
@@ -175,8 +192,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             column += 2 * lanes;
         }
         if self.terms.has_dropout() {
-            let weights = &mut self.products[start..start + columns];
-            self.terms.drop(&info, self.first, weights);
+            let weights = &mut self.tiles.products[start..start + columns];
+            self.terms.drop(&info, first_key, weights);
         }
     }
 
@@ -189,27 +206,28 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         &mut self,
         first: usize,
         packs: &GradientPacks<E::Packed>,
+        keeps_tiles: bool,
         memory: &mut [AddedRow<E::F>; 2],
     ) {
         let (simd, plain) = (self.engine.simd(), self.engine.plain());
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let columns = self.columns;
+        let TileShape { rows, first_key, columns, stride, apply } = self.shape;
         let zero = simd.splat(E::F::ZERO);
-        let real = self.rows.len().saturating_sub(first).min(2);
+        let real = rows.len().saturating_sub(first).min(2);
         let mut adding = [Adding::NOTHING; 2];
         for (index, memory) in memory.iter_mut().enumerate().take(real) {
             let row = first + index;
-            let start = row * self.stride;
+            let start = row * stride;
             if self.states[row].is_empty() {
                 // As in `row`: all of it takes no part.
-                self.products[start..start + columns].fill(E::F::NEG_INFINITY);
-                self.gradients[start..start + columns].fill(E::F::ZERO);
-            } else if self.apply {
-                let tile = &mut self.products[start..start + columns];
+                self.tiles.products[start..start + columns].fill(E::F::NEG_INFINITY);
+                self.tiles.gradients[start..start + columns].fill(E::F::ZERO);
+            } else if apply {
+                let tile = &mut self.tiles.products[start..start + columns];
                 if self.terms.needs_tile() {
                     self.terms.capped(plain, tile, None);
                 }
-                let added = self.terms.added(plain, &self.rows[row..], self.first, tile, memory);
+                let added = self.terms.added(plain, &rows[row..], first_key, tile, memory);
                 adding[index] = Adding::of(&added);
             }
         }
@@ -218,7 +236,7 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         let factor = simd.splat(self.terms.factor());
         let base = self.terms.base();
         let states = [first, first + 1]
-            .map(|row| State::of(simd, &self.states[row.min(self.rows.len() - 1)], self.before()));
+            .map(|row| State::of(simd, &self.states[row.min(rows.len() - 1)], self.before()));
         for column in (0..columns).step_by(2 * lanes) {
             let mut x = [nothing; 4];
             let mut incoming = [zero; 4];
@@ -226,9 +244,9 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             unsafe {
                 for (index, (row, vector)) in PLACES.into_iter().enumerate() {
                     if row < real {
-                        let at = (first + row) * self.stride + column + vector * lanes;
-                        x[index] = simd.load(self.products.as_ptr().add(at));
-                        incoming[index] = simd.load(self.gradients.as_ptr().add(at));
+                        let at = (first + row) * stride + column + vector * lanes;
+                        x[index] = simd.load(self.tiles.products.as_ptr().add(at));
+                        incoming[index] = simd.load(self.tiles.gradients.as_ptr().add(at));
                     }
                 }
             }
@@ -250,11 +268,11 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             // are kept are real.
             unsafe {
                 E::put_gradients(simd, packs, first, column, p, d);
-                if self.keep {
+                if keeps_tiles {
                     for (row, vector) in PLACES.into_iter().filter(|&(row, _)| row < real) {
-                        let at = (first + row) * self.stride + column + vector * lanes;
-                        simd.store(self.products.as_mut_ptr().add(at), p[row][vector]);
-                        simd.store(self.gradients.as_mut_ptr().add(at), d[row][vector]);
+                        let at = (first + row) * stride + column + vector * lanes;
+                        simd.store(self.tiles.products.as_mut_ptr().add(at), p[row][vector]);
+                        simd.store(self.tiles.gradients.as_mut_ptr().add(at), d[row][vector]);
                     }
                 }
             }
@@ -282,7 +300,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         // SAFETY: the caller guarantees that the vectors at `at` are inside both tiles, and those at the
         // column inside the slopes and what is added.
         unsafe {
-            let (tile, gradients) = (self.products.as_mut_ptr().add(at), self.gradients.as_mut_ptr().add(at));
+            let (tile, gradients) =
+                (self.tiles.products.as_mut_ptr().add(at), self.tiles.gradients.as_mut_ptr().add(at));
             let mut x = [nothing; COUNT];
             for (index, x) in x.iter_mut().enumerate() {
                 *x = simd.load(tile.add(index * lanes));
@@ -298,7 +317,7 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
                 let at = gradients.add(index * lanes);
                 let mut d = simd.mul(p, simd.sub(simd.load(at), state.delta));
                 if has_slopes {
-                    d = simd.mul(d, simd.load(self.slopes.as_ptr().add(column + index * lanes)));
+                    d = simd.mul(d, simd.load(self.tiles.slopes.as_ptr().add(column + index * lanes)));
                 }
                 let p = simd.select(disallowed, simd.splat(E::F::DISALLOWED), p);
                 simd.store(tile.add(index * lanes), p);

@@ -6,7 +6,7 @@ use attention_core::merge::Accumulator;
 
 use super::block::{Block, Pair};
 use super::call::{Backward, Outputs};
-use super::gradient::{BlockGradient, GradientOf};
+use super::gradient::{BlockGradient, Destination, GradientOf, GradientTiles};
 use super::layout::Scratch;
 use super::pack::Packing;
 use crate::cut;
@@ -14,7 +14,8 @@ use crate::engine::{
     Accumulate, Engine, KeySumsMut, MAX_BLOCK_ROWS, PackedRows, STAGE, TileMut, Weights, tile_stride,
 };
 use crate::float::Float;
-use crate::forward::softmax::BlockSoftmax;
+use crate::forward::softmax::{BlockSoftmax, PackedWeightsMut, SoftmaxStates};
+use crate::logits::TileShape;
 use crate::paths::Path;
 use crate::simd::Simd;
 
@@ -155,22 +156,24 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         if of == GradientOf::Products && terms.gradient_scale().0 != E::F::ONE {
             taken.mark(Path::GradientLargeScale);
         }
+        let mut packs = || self.packs(scratch.value_weights, scratch.key_weights, scratch.weights);
+        let destination = match packing {
+            Packing::Later => Destination::Tiles,
+            Packing::Both => Destination::TilesAndPacks(packs()),
+            Packing::Alone => Destination::Packs(packs()),
+        };
         engine.simd().vectorize(BlockGradient {
             engine: *engine,
             terms,
             of,
-            rows: block.infos(),
+            shape: TileShape { rows: block.infos(), first_key: keys.start, columns, stride, apply },
             states: &block.states,
-            first: keys.start,
-            columns,
-            apply,
-            products: scratch.products,
-            gradients: scratch.gradients,
-            slopes: scratch.slopes,
-            stride,
-            packs: (packing != Packing::Later)
-                .then(|| self.packs(scratch.value_weights, scratch.key_weights, scratch.weights)),
-            keep: packing != Packing::Alone,
+            tiles: GradientTiles {
+                products: scratch.products,
+                gradients: scratch.gradients,
+                slopes: scratch.slopes,
+            },
+            destination,
         });
         true
     }
@@ -223,18 +226,17 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                 engine.simd().vectorize(BlockSoftmax {
                     engine: *engine,
                     terms,
-                    rows: block.infos(),
-                    first: keys.start,
-                    columns,
-                    apply: true,
-                    mark: false,
+                    shape: TileShape {
+                        rows: block.infos(),
+                        first_key: keys.start,
+                        columns,
+                        stride,
+                        apply: true,
+                    },
                     tile: scratch.products,
-                    stride,
-                    packed_columns: E::BLOCK_KEYS,
-                    packed: scratch.weights,
-                    shifts,
-                    sums,
-                    factors: &mut factors,
+                    mark: false,
+                    packed: PackedWeightsMut { data: scratch.weights, columns: E::BLOCK_KEYS },
+                    states: SoftmaxStates { shifts, sums, factors: &mut factors },
                 });
             }
         }

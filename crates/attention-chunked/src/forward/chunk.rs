@@ -6,10 +6,11 @@ use attention_core::merge::Accumulator;
 
 use super::call::{Forward, Outputs};
 use super::layout::{Layout, Scratch};
-use super::softmax::BlockSoftmax;
+use super::softmax::{BlockSoftmax, PackedWeightsMut, SoftmaxStates};
 use crate::cut::{self, Rows};
 use crate::engine::{Accumulate, Engine, MAX_BLOCK_ROWS, PackedRows, STAGE, TileMut, Weights, tile_stride};
 use crate::float::Float;
+use crate::logits::TileShape;
 use crate::paths::Path;
 use crate::scratch::Pieces;
 use crate::simd::Simd;
@@ -175,18 +176,15 @@ impl<'a, E: Engine> Forward<'a, E> {
         let rescaled = engine.simd().vectorize(BlockSoftmax {
             engine,
             terms: &self.terms,
-            rows: infos,
-            first: keys.start,
-            columns,
-            apply,
-            mark: !all_finite,
+            shape: TileShape { rows: infos, first_key: keys.start, columns, stride, apply },
             tile: scratch.tile,
-            stride,
-            packed_columns: E::BLOCK_KEYS,
-            packed: scratch.weights,
-            shifts: &mut scratch.shifts[block.clone()],
-            sums: &mut scratch.sums[block.clone()],
-            factors: scratch.factors,
+            mark: !all_finite,
+            packed: PackedWeightsMut { data: scratch.weights, columns: E::BLOCK_KEYS },
+            states: SoftmaxStates {
+                shifts: &mut scratch.shifts[block.clone()],
+                sums: &mut scratch.sums[block.clone()],
+                factors: scratch.factors,
+            },
         });
         self.taken.mark(Path::softmax(&self.terms, apply));
         if self.terms.has_dropout() {

@@ -13,8 +13,9 @@ use attention_core::merge::Accumulator;
 
 use crate::engine::Engine;
 use crate::float::Float;
+use crate::logits::TileShape;
 use crate::simd::{Base, Kernel, Simd, power};
-use crate::terms::{Added, AddedRow, MAX_COLUMNS, QueryRow, Terms, logit, masked};
+use crate::terms::{Added, AddedRow, MAX_COLUMNS, Terms, logit, masked};
 
 /// Vectors in which the first shift is looked for.
 const FIRST_VECTORS: usize = 4;
@@ -26,27 +27,30 @@ type Vector<E> = <<E as Engine>::S as Simd<<E as Engine>::F>>::V;
 pub(crate) struct BlockSoftmax<'t, 'a, E: Engine> {
     pub(crate) engine: E,
     pub(crate) terms: &'t Terms<'a, E::F>,
-    pub(crate) rows: &'t [QueryRow],
-    /// The key of the tile's first column.
-    pub(crate) first: usize,
-    /// Columns to look at: whole pairs of vectors. Those behind the last key are masked by the rows' ranges.
-    pub(crate) columns: usize,
-    /// Whether there is something to mask or to add.
-    pub(crate) apply: bool,
+    pub(crate) shape: TileShape<'t>,
+    pub(crate) tile: &'t mut [E::F],
     /// Whether weights of disallowed keys must be told from weights that are zero.
     pub(crate) mark: bool,
-    pub(crate) tile: &'t mut [E::F],
-    pub(crate) stride: usize,
-    /// Columns of the packed weights.
-    pub(crate) packed_columns: usize,
-    pub(crate) packed: &'t mut [E::Packed],
+    pub(crate) packed: PackedWeightsMut<'t, E::Packed>,
+    pub(crate) states: SoftmaxStates<'t, E::F>,
+}
+
+/// Where the engine packs weights.
+pub(crate) struct PackedWeightsMut<'t, P> {
+    pub(crate) data: &'t mut [P],
+    /// Columns of the block that they are of.
+    pub(crate) columns: usize,
+}
+
+/// What the online softmax knows of each row of a block.
+pub(crate) struct SoftmaxStates<'t, F> {
     /// What the logits of each row are taken relative to, in units of the call; -inf before the first allowed
     /// key.
-    pub(crate) shifts: &'t mut [E::F],
+    pub(crate) shifts: &'t mut [F],
     /// The sum of weights of each row so far.
-    pub(crate) sums: &'t mut [E::F],
+    pub(crate) sums: &'t mut [F],
     /// Receives what the sums of values so far must be multiplied by.
-    pub(crate) factors: &'t mut [E::F],
+    pub(crate) factors: &'t mut [F],
 }
 
 /// A row on its way through the softmax.
@@ -95,13 +99,13 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
     #[inline(always)]
     fn run(mut self) -> bool {
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let rows = self.rows.len();
-        assert!(self.columns.is_multiple_of(2 * lanes) && self.columns <= self.stride);
-        assert!(self.columns <= MAX_COLUMNS);
-        assert!(rows == 0 || (rows - 1) * self.stride + self.columns <= self.tile.len());
-        assert!(self.packed.len() >= E::weights_len(rows, self.packed_columns));
-        assert!(self.columns <= self.packed_columns);
-        assert!(rows <= self.shifts.len() && rows <= self.sums.len() && rows <= self.factors.len());
+        let TileShape { rows, first_key, columns, stride, apply } = self.shape;
+        let (count, states) = (rows.len(), &self.states);
+        assert!(columns.is_multiple_of(2 * lanes) && columns <= stride && columns <= MAX_COLUMNS);
+        assert!(self.shape.extent() <= self.tile.len());
+        assert!(self.packed.data.len() >= E::weights_len(count, self.packed.columns));
+        assert!(columns <= self.packed.columns);
+        assert!(count <= states.shifts.len() && count <= states.sums.len() && count <= states.factors.len());
         let mut memory = AddedRow::default();
         let mut kept = [E::F::ZERO; MAX_COLUMNS];
         let base = self.terms.base();
@@ -109,24 +113,23 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
         let room = E::F::ROOM / base.log2;
         let room = if room > E::F::LARGEST { E::F::LARGEST } else { room };
         let mut rescaled = false;
-        for index in 0..rows {
+        for index in 0..count {
             // SAFETY: the row's columns are in the tile, as checked above.
-            let products = unsafe { self.tile.as_mut_ptr().add(index * self.stride) };
+            let products = unsafe { self.tile.as_mut_ptr().add(index * stride) };
             let mut added = Added::default();
             let (simd, plain) = (self.engine.simd(), self.engine.plain());
-            if self.apply {
-                let rows = &self.rows[index..];
+            if apply {
                 // SAFETY: `columns` elements of the row, to which nothing else refers here.
-                let tile = unsafe { std::slice::from_raw_parts_mut(products, self.columns) };
+                let tile = unsafe { std::slice::from_raw_parts_mut(products, columns) };
                 let needs_tile = self.terms.needs_tile();
                 if needs_tile {
                     self.terms.capped(plain, tile, None);
                 }
-                added = self.terms.added(plain, rows, self.first, tile, &mut memory);
+                added = self.terms.added(plain, &rows[index..], first_key, tile, &mut memory);
                 if self.mark || needs_tile {
                     // SAFETY: what is added has as many elements as the row has columns, which are whole
                     // vectors.
-                    unsafe { self.terms.add(simd, std::mem::take(&mut added), products, self.columns) };
+                    unsafe { self.terms.add(simd, std::mem::take(&mut added), products, columns) };
                 }
             }
             let row = Row {
@@ -172,7 +175,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let simd = self.engine.simd();
         let nothing = E::F::NEG_INFINITY;
         let index = row.index;
-        let before = self.shifts[index];
+        let before = self.states.shifts[index];
         let mut shift = before;
         // SAFETY: the caller guarantees that the row is in the tile, with what is added to it, here and
         // below.
@@ -208,9 +211,9 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
             if shift != before && before != nothing {
                 factor = simd.vectorize(PowerOfOne { simd, base: row.base, x: before - shift });
             }
-            self.sums[index] = self.sums[index] * factor + sum;
-            self.shifts[index] = shift;
-            self.factors[index] = factor;
+            self.states.sums[index] = self.states.sums[index] * factor + sum;
+            self.states.shifts[index] = shift;
+            self.states.factors[index] = factor;
             factor != E::F::ONE
         }
     }
@@ -223,15 +226,16 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     #[inline(always)]
     unsafe fn first_shift<const BIAS: bool, const MASK: bool>(&self, row: &Row<E::F>) -> E::F {
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let begin = self.rows[row.index].begin;
-        let begin = begin.saturating_sub(self.first).min(self.columns) / lanes * lanes;
-        let end = self.columns.min(begin + FIRST_VECTORS * lanes);
+        let TileShape { rows, first_key, columns: count, .. } = self.shape;
+        let begin = rows[row.index].begin;
+        let begin = begin.saturating_sub(first_key).min(count) / lanes * lanes;
+        let end = count.min(begin + FIRST_VECTORS * lanes);
         // SAFETY: the caller guarantees the row, whose columns the range is inside of.
         unsafe {
             let mut columns = begin..end;
             loop {
                 let shift = self.largest::<BIAS, MASK>(row, columns.clone());
-                let all = 0..self.columns;
+                let all = 0..count;
                 if shift != E::F::NEG_INFINITY || columns == all {
                     return shift;
                 }
@@ -310,12 +314,12 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         // SAFETY: columns are whole pairs of vectors; the rest is the caller's.
         unsafe {
             if <E::S as Simd<E::F>>::SIDE_BY_SIDE == 4 {
-                while column + 4 * lanes <= self.columns {
+                while column + 4 * lanes <= self.shape.columns {
                     self.weights::<BIAS, MASK, MARK, 4>(row, column, shift, keep, &mut sums, &mut above);
                     column += 4 * lanes;
                 }
             }
-            while column < self.columns {
+            while column < self.shape.columns {
                 self.weights::<BIAS, MASK, MARK, 2>(row, column, shift, keep, &mut sums, &mut above);
                 column += 2 * lanes;
             }
@@ -342,7 +346,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         // SAFETY: the caller guarantees that every vector at `at` is inside the row, and inside the packed
         // weights.
         unsafe {
-            let at = self.tile.as_mut_ptr().add(row.index * self.stride + column);
+            let at = self.tile.as_mut_ptr().add(row.index * self.shape.stride + column);
             let logits = self.logits::<BIAS, MASK, COUNT>(row, column);
             let mut x = logits.map(|(_, x)| x);
             for (index, &x) in x.iter().enumerate() {
@@ -374,10 +378,10 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
                 }
             }
             if !dropped {
-                let packed = self.packed.as_mut_ptr();
+                let packed = self.packed.data.as_mut_ptr();
                 for (pair, weights) in x.as_chunks::<2>().0.iter().enumerate() {
                     let (column, at) = (column + 2 * pair * lanes, at.add(2 * pair * lanes));
-                    E::put_weights(simd, packed, self.packed_columns, row.index, column, at, *weights);
+                    E::put_weights(simd, packed, self.packed.columns, row.index, column, at, *weights);
                 }
             }
         }
@@ -391,18 +395,18 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     unsafe fn drop_weights(&mut self, row: usize) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
+        let TileShape { rows, first_key, columns, stride, .. } = self.shape;
         // SAFETY: `columns` elements of the row, which nothing else refers to here.
-        let weights = unsafe {
-            std::slice::from_raw_parts_mut(self.tile.as_mut_ptr().add(row * self.stride), self.columns)
-        };
-        self.terms.drop(&self.rows[row], self.first, weights);
-        let (tile, packed) = (weights.as_mut_ptr(), self.packed.as_mut_ptr());
-        for column in (0..self.columns).step_by(2 * lanes) {
+        let weights =
+            unsafe { std::slice::from_raw_parts_mut(self.tile.as_mut_ptr().add(row * stride), columns) };
+        self.terms.drop(&rows[row], first_key, weights);
+        let (tile, packed) = (weights.as_mut_ptr(), self.packed.data.as_mut_ptr());
+        for column in (0..columns).step_by(2 * lanes) {
             // SAFETY: two vectors inside the row, and inside the packed weights.
             unsafe {
                 let at = tile.add(column);
                 let weights = [simd.load(at), simd.load(at.add(lanes))];
-                E::put_weights(simd, packed, self.packed_columns, row, column, at, weights);
+                E::put_weights(simd, packed, self.packed.columns, row, column, at, weights);
             }
         }
     }

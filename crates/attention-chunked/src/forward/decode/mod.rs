@@ -17,11 +17,12 @@ use self::products::Dots;
 use self::sums::WeightedSums;
 use super::call::{Forward, Outputs};
 use super::finish::normalise;
-use super::softmax::BlockSoftmax;
+use super::softmax::{BlockSoftmax, PackedWeightsMut, SoftmaxStates};
 use crate::cut::Rows;
 use crate::engine::Engine;
 use crate::engine::vector::Fused;
 use crate::float::Float;
+use crate::logits::TileShape;
 use crate::paths::Path;
 use crate::scratch::Pieces;
 use crate::simd::Simd;
@@ -164,19 +165,16 @@ impl<'a, E: Engine> Forward<'a, E> {
         simd.vectorize(BlockSoftmax {
             engine: Fused::<E::F, E::Plain>::new(simd),
             terms: &self.terms,
-            rows: infos,
-            first: keys.start,
-            columns,
-            apply,
+            shape: TileShape { rows: infos, first_key: keys.start, columns, stride: STRIDE, apply },
+            tile: scratch.tile,
             // Values that are not finite are told by it from those that take no part.
             mark: true,
-            tile: scratch.tile,
-            stride: STRIDE,
-            packed_columns: BLOCK_KEYS,
-            packed: &mut [],
-            shifts: &mut split.shifts[place.clone()],
-            sums: &mut split.sums[place.clone()],
-            factors: scratch.factors,
+            packed: PackedWeightsMut { data: &mut [], columns: BLOCK_KEYS },
+            states: SoftmaxStates {
+                shifts: &mut split.shifts[place.clone()],
+                sums: &mut split.sums[place.clone()],
+                factors: scratch.factors,
+            },
         });
         let values = &mut split.values[place.start * width..place.end * width];
         let sums = &split.sums[place];
