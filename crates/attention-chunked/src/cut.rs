@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use attention_core::{Problem, Sequences};
 
-use crate::terms::QueryRow;
+use crate::logits::QueryRow;
 
 /// Logits of a head up to which a batch row is small: there calls and conversions cost more than arithmetic,
 /// and the largest of a few dozen rounding errors is a matter of luck, so f32 is computed in f64.

@@ -15,7 +15,6 @@ mod plan;
 mod scratch;
 mod simd;
 mod tensor;
-mod terms;
 mod workers;
 
 pub use backend::ChunkedBackend;

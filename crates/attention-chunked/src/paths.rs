@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use attention_core::{DType, VariantCounter, Variants};
 
 use crate::float::Float;
-use crate::terms::Terms;
+use crate::logits::Terms;
 
 macro_rules! paths {
     ($($(#[$about:meta])* $name:ident: $text:literal,)*) => {

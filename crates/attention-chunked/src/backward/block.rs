@@ -6,7 +6,7 @@ use super::call::Backward;
 use super::gradient::RowState;
 use crate::cut::{self, Rows};
 use crate::engine::{Engine, MAX_BLOCK_ROWS};
-use crate::terms::QueryRow;
+use crate::logits::QueryRow;
 
 /// Some query rows of a key/value head against its keys.
 pub(super) struct Pair<'s, 'a, E: Engine> {

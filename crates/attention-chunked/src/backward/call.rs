@@ -7,9 +7,9 @@ use super::layout::Layout;
 use super::states::State;
 use crate::cut::Rows;
 use crate::engine::Engine;
+use crate::logits::Terms;
 use crate::paths::Taken;
 use crate::tensor::{Floats, SharedOutput};
-use crate::terms::Terms;
 
 /// Everything that the tasks of a call share.
 pub(super) struct Backward<'a, E: Engine> {

@@ -5,9 +5,8 @@ use attention_core::merge::Accumulator;
 
 use crate::engine::{Engine, GradientPacks, STAGE};
 use crate::float::Float;
-use crate::logits::TileShape;
+use crate::logits::{Added, AddedRow, Terms, TileShape, logit, masked};
 use crate::simd::{Base, Kernel, Simd};
-use crate::terms::{Added, AddedRow, Terms, logit, masked};
 
 /// What the gradient of a block is taken of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

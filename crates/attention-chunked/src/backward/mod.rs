@@ -31,10 +31,10 @@ use self::tasks::Task;
 use crate::config::ChunkedConfig;
 use crate::cut;
 use crate::engine::Engine;
+use crate::logits::Terms;
 use crate::paths::{Path, Taken};
 use crate::scratch::Pieces;
 use crate::tensor::{Floats, SharedOutput};
-use crate::terms::Terms;
 use crate::workers;
 
 /// Runs a checked call of a problem that was planned to take this, in checked scratch, and marks the paths that it takes: on the engine, and on the small

@@ -6,9 +6,9 @@ use super::decode::DecodeLayout;
 use super::layout::Layout;
 use crate::cut;
 use crate::engine::Engine;
+use crate::logits::Terms;
 use crate::paths::Taken;
 use crate::tensor::{Floats, SharedOutput};
-use crate::terms::Terms;
 
 /// Everything that the tasks of a call share.
 pub(super) struct Forward<'a, E: Engine> {

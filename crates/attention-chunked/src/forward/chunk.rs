@@ -10,11 +10,10 @@ use super::softmax::{BlockSoftmax, PackedWeightsMut, SoftmaxStates};
 use crate::cut::{self, Rows};
 use crate::engine::{Accumulate, Engine, MAX_BLOCK_ROWS, PackedRows, STAGE, TileMut, Weights, tile_stride};
 use crate::float::Float;
-use crate::logits::TileShape;
+use crate::logits::{QueryRow, TileShape};
 use crate::paths::Path;
 use crate::scratch::Pieces;
 use crate::simd::Simd;
-use crate::terms::QueryRow;
 
 impl<'a, E: Engine> Forward<'a, E> {
     /// Computes the rows of a task.

@@ -13,9 +13,8 @@ use attention_core::merge::Accumulator;
 
 use crate::engine::Engine;
 use crate::float::Float;
-use crate::logits::TileShape;
+use crate::logits::{Added, AddedRow, MAX_COLUMNS, Terms, TileShape, logit, masked};
 use crate::simd::{Base, Kernel, Simd, power};
-use crate::terms::{Added, AddedRow, MAX_COLUMNS, Terms, logit, masked};
 
 /// Vectors in which the first shift is looked for.
 const FIRST_VECTORS: usize = 4;

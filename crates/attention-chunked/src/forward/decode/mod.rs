@@ -22,12 +22,11 @@ use crate::cut::Rows;
 use crate::engine::Engine;
 use crate::engine::vector::Fused;
 use crate::float::Float;
-use crate::logits::TileShape;
+use crate::logits::{QueryRow, TileShape};
 use crate::paths::Path;
 use crate::scratch::Pieces;
 use crate::simd::Simd;
 use crate::tensor::{Floats, Operands};
-use crate::terms::QueryRow;
 
 pub(super) use self::layout::{DecodeLayout, MAX_HEADS, MAX_ROWS, splits};
 
