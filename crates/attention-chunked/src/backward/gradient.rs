@@ -5,7 +5,7 @@ use attention_core::merge::Accumulator;
 
 use crate::engine::{Engine, GradientPacks, STAGE};
 use crate::float::Float;
-use crate::logits::{Added, AddedRow, Terms, TileShape, logit, masked};
+use crate::logits::{AddedRow, RowLogits, Terms, TileShape};
 use crate::simd::{Base, Kernel, Simd};
 
 /// What the gradient of a block is taken of.
@@ -152,7 +152,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     unsafe fn row(&mut self, row: usize, memory: &mut AddedRow<E::F>) {
         let plain = self.engine.plain();
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let TileShape { rows, first_key, columns, stride, apply } = self.shape;
+        let terms = self.terms;
+        let TileShape { rows, first_key, columns, stride, .. } = self.shape;
         let (info, state, start) = (rows[row], self.states[row], row * stride);
         if state.is_empty() {
             // The row attends to nothing, and whatever its gradients hold does not matter.
@@ -162,17 +163,10 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         }
         // SAFETY: the row is in the tile.
         let tile = unsafe { self.tiles.products.as_mut_ptr().add(start) };
-        let mut adding = Adding::NOTHING;
-        if apply {
-            // SAFETY: `columns` elements of the row, to which nothing else refers while they are changed.
-            let tile = unsafe { std::slice::from_raw_parts_mut(tile, columns) };
-            if self.terms.needs_tile() {
-                let slopes = self.terms.has_softcap().then_some(&mut self.tiles.slopes[..columns]);
-                self.terms.capped(plain, tile, slopes);
-            }
-            let added = self.terms.added(plain, &rows[row..], first_key, tile, memory);
-            adding = Adding::of(&added);
-        }
+        // SAFETY: `columns` elements of the row, to which nothing else refers while they are changed.
+        let products = unsafe { std::slice::from_raw_parts_mut(tile, columns) };
+        let slopes = terms.has_softcap().then(|| &mut self.tiles.slopes[..columns]);
+        let logits = self.shape.begin_logits(row, terms, plain, products, slopes, memory);
         if self.terms.has_dropout() {
             let gradients = &mut self.tiles.gradients[start..start + columns];
             self.terms.drop(&info, first_key, gradients);
@@ -181,13 +175,13 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         if <E::S as Simd<E::F>>::SIDE_BY_SIDE == 4 {
             while column + 4 * lanes <= columns {
                 // SAFETY: four vectors inside the row.
-                unsafe { self.vectors::<4>(start + column, column, &state, adding) };
+                unsafe { self.vectors::<4>(start + column, column, &state, &logits) };
                 column += 4 * lanes;
             }
         }
         while column < columns {
             // SAFETY: columns are whole pairs of vectors.
-            unsafe { self.vectors::<2>(start + column, column, &state, adding) };
+            unsafe { self.vectors::<2>(start + column, column, &state, &logits) };
             column += 2 * lanes;
         }
         if self.terms.has_dropout() {
@@ -210,10 +204,11 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     ) {
         let (simd, plain) = (self.engine.simd(), self.engine.plain());
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let TileShape { rows, first_key, columns, stride, apply } = self.shape;
+        let terms = self.terms;
+        let TileShape { rows, columns, stride, .. } = self.shape;
         let zero = simd.splat(E::F::ZERO);
         let real = rows.len().saturating_sub(first).min(2);
-        let mut adding = [Adding::NOTHING; 2];
+        let mut logits = [RowLogits::DONE; 2];
         for (index, memory) in memory.iter_mut().enumerate().take(real) {
             let row = first + index;
             let start = row * stride;
@@ -221,19 +216,14 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
                 // As in `row`: all of it takes no part.
                 self.tiles.products[start..start + columns].fill(E::F::NEG_INFINITY);
                 self.tiles.gradients[start..start + columns].fill(E::F::ZERO);
-            } else if apply {
-                let tile = &mut self.tiles.products[start..start + columns];
-                if self.terms.needs_tile() {
-                    self.terms.capped(plain, tile, None);
-                }
-                let added = self.terms.added(plain, &rows[row..], first_key, tile, memory);
-                adding[index] = Adding::of(&added);
+            } else {
+                let products = &mut self.tiles.products[start..start + columns];
+                logits[index] = self.shape.begin_logits(row, terms, plain, products, None, memory);
             }
         }
-        let adds = adding.iter().any(|adding| adding.is_something());
+        let are_logits = logits.iter().all(RowLogits::is_done);
         let nothing = simd.splat(E::F::NEG_INFINITY);
-        let factor = simd.splat(self.terms.factor());
-        let base = self.terms.base();
+        let base = terms.base();
         let states = [first, first + 1]
             .map(|row| State::of(simd, &self.states[row.min(rows.len() - 1)], self.before()));
         for column in (0..columns).step_by(2 * lanes) {
@@ -249,10 +239,10 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
                     }
                 }
             }
-            if adds {
+            if !are_logits {
                 for (x, (row, vector)) in x.iter_mut().zip(PLACES) {
-                    // SAFETY: what is added has the columns of the row.
-                    *x = unsafe { adding[row].to(simd, *x, factor, column + vector * lanes) };
+                    // SAFETY: the vector is inside the row.
+                    *x = unsafe { logits[row].vector(simd, *x, column + vector * lanes) };
                 }
             }
             let weights = probabilities(simd, base, x, PLACES.map(|(row, _)| states[row]));
@@ -281,23 +271,22 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     /// `COUNT` vectors of a row: 2 or 4.
     ///
     /// # Safety
-    /// The vectors at `at` are inside both tiles, and those at `column` inside the slopes and what is added.
+    /// The vectors at `at` are inside both tiles, and those at `column` inside the slopes and the row.
     #[inline(always)]
     unsafe fn vectors<const COUNT: usize>(
         &mut self,
         at: usize,
         column: usize,
         state: &RowState<E::F>,
-        adding: Adding<E::F>,
+        logits: &RowLogits<'_, E::F>,
     ) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
         let nothing = simd.splat(E::F::NEG_INFINITY);
-        let factor = simd.splat(self.terms.factor());
         let has_slopes = self.terms.has_softcap() && self.of == GradientOf::Products;
         let state = State::of(simd, state, self.before());
         // SAFETY: the caller guarantees that the vectors at `at` are inside both tiles, and those at the
-        // column inside the slopes and what is added.
+        // column inside the slopes and the row.
         unsafe {
             let (tile, gradients) =
                 (self.tiles.products.as_mut_ptr().add(at), self.tiles.gradients.as_mut_ptr().add(at));
@@ -305,9 +294,9 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             for (index, x) in x.iter_mut().enumerate() {
                 *x = simd.load(tile.add(index * lanes));
             }
-            if adding.is_something() {
+            if !logits.is_done() {
                 for (index, x) in x.iter_mut().enumerate() {
-                    *x = adding.to(simd, *x, factor, column + index * lanes);
+                    *x = logits.vector(simd, *x, column + index * lanes);
                 }
             }
             let weights = probabilities(simd, self.terms.base(), x, [state; COUNT]);
@@ -323,47 +312,6 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
                 simd.store(at, simd.select(disallowed, simd.splat(E::F::ZERO), d));
             }
         }
-    }
-}
-
-/// What is added to a row, as pointers that are null where there is nothing.
-#[derive(Clone, Copy)]
-struct Adding<F> {
-    bias: *const F,
-    mask: *const u8,
-}
-
-impl<F: Float> Adding<F> {
-    const NOTHING: Self = Self { bias: std::ptr::null(), mask: std::ptr::null() };
-
-    fn is_something(self) -> bool {
-        !(self.bias.is_null() && self.mask.is_null())
-    }
-
-    fn of(added: &Added<'_, F>) -> Self {
-        Self {
-            bias: added.bias.map_or(std::ptr::null(), <[F]>::as_ptr),
-            mask: added.mask.map_or(std::ptr::null(), <[u8]>::as_ptr),
-        }
-    }
-
-    /// The logits of a vector at `column`.
-    ///
-    /// # Safety
-    /// What is added is still borrowed, and has the vector.
-    #[inline(always)]
-    unsafe fn to<S: Simd<F>>(self, simd: S, product: S::V, factor: S::V, column: usize) -> S::V {
-        let mut x = product;
-        // SAFETY: the caller guarantees that what is added has a vector at `column`.
-        unsafe {
-            if !self.bias.is_null() {
-                x = logit(simd, x, factor, simd.load(self.bias.add(column)));
-            }
-            if !self.mask.is_null() {
-                x = masked(simd, x, simd.load_mask(self.mask.add(column)));
-            }
-        }
-        x
     }
 }
 

@@ -143,7 +143,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         }
         let columns = count.next_multiple_of((2 * lanes).max(E::WEIGHT_STEP));
         let inside = block.all.start <= keys.start && block.all.end >= keys.end;
-        let apply = !inside || columns != count || !terms.is_plain() || terms.has_mask();
+        let apply = !inside || columns != count || terms.change_products();
         taken.mark(Path::gradient(terms, apply));
         taken.mark(match packing {
             Packing::Later => Path::PackedLater,

@@ -122,7 +122,7 @@ impl<'a, E: Engine> Forward<'a, E> {
         let inside = all_begin <= keys.start && all_end >= keys.end;
         let mut room = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; MAX_BLOCK_ROWS];
         let infos = &mut room[..block.len()];
-        let apply = !inside || !self.terms.is_plain() || self.terms.has_mask() || self.terms.has_dropout();
+        let apply = !inside || self.terms.change_products() || self.terms.has_dropout();
         // Only what masks or adds something asks for more than the first row.
         let needed = if apply { infos.len() } else { 1 };
         for (info, row) in infos[..needed].iter_mut().zip(block.clone()) {

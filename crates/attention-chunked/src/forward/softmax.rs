@@ -13,7 +13,7 @@ use attention_core::merge::Accumulator;
 
 use crate::engine::Engine;
 use crate::float::Float;
-use crate::logits::{Added, AddedRow, MAX_COLUMNS, Terms, TileShape, logit, masked};
+use crate::logits::{AddedRow, MAX_COLUMNS, RowLogits, Terms, TileShape};
 use crate::simd::{Base, Kernel, Simd, power};
 
 /// Vectors in which the first shift is looked for.
@@ -54,16 +54,11 @@ pub(crate) struct SoftmaxStates<'t, F> {
 
 /// A row on its way through the softmax.
 #[derive(Clone, Copy)]
-struct Row<F> {
+struct Row<'r, F> {
     index: usize,
-    /// Products where the pass has a bias, logits where it has none.
+    /// Logits, but for what is left to be done by `logits`.
     products: *const F,
-    /// As many elements as the row has columns, where the pass has a bias.
-    bias: *const F,
-    /// The same, where it has a mask.
-    mask: *const u8,
-    /// What products are multiplied by, where the pass has a bias.
-    factor: F,
+    logits: RowLogits<'r, F>,
     /// What weights are powers of.
     base: Base<F>,
     /// How far a logit may be above the shift.
@@ -98,16 +93,17 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
     #[inline(always)]
     fn run(mut self) -> bool {
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let TileShape { rows, first_key, columns, stride, apply } = self.shape;
-        let (count, states) = (rows.len(), &self.states);
+        let (terms, shape, states) = (self.terms, self.shape, &self.states);
+        let (count, columns, stride) = (shape.rows.len(), shape.columns, shape.stride);
+        let (simd, plain) = (self.engine.simd(), self.engine.plain());
         assert!(columns.is_multiple_of(2 * lanes) && columns <= stride && columns <= MAX_COLUMNS);
-        assert!(self.shape.extent() <= self.tile.len());
+        assert!(shape.extent() <= self.tile.len());
         assert!(self.packed.data.len() >= E::weights_len(count, self.packed.columns));
         assert!(columns <= self.packed.columns);
         assert!(count <= states.shifts.len() && count <= states.sums.len() && count <= states.factors.len());
         let mut memory = AddedRow::default();
         let mut kept = [E::F::ZERO; MAX_COLUMNS];
-        let base = self.terms.base();
+        let base = terms.base();
         // Finite, so that an infinite logit is above it.
         let room = E::F::ROOM / base.log2;
         let room = if room > E::F::LARGEST { E::F::LARGEST } else { room };
@@ -115,35 +111,18 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
         for index in 0..count {
             // SAFETY: the row's columns are in the tile, as checked above.
             let products = unsafe { self.tile.as_mut_ptr().add(index * stride) };
-            let mut added = Added::default();
-            let (simd, plain) = (self.engine.simd(), self.engine.plain());
-            if apply {
-                // SAFETY: `columns` elements of the row, to which nothing else refers here.
-                let tile = unsafe { std::slice::from_raw_parts_mut(products, columns) };
-                let needs_tile = self.terms.needs_tile();
-                if needs_tile {
-                    self.terms.capped(plain, tile, None);
-                }
-                added = self.terms.added(plain, &rows[index..], first_key, tile, &mut memory);
-                if self.mark || needs_tile {
-                    // SAFETY: what is added has as many elements as the row has columns, which are whole
-                    // vectors.
-                    unsafe { self.terms.add(simd, std::mem::take(&mut added), products, columns) };
-                }
+            // SAFETY: `columns` elements of the row, to which nothing else refers here.
+            let tile = unsafe { std::slice::from_raw_parts_mut(products, columns) };
+            let mut logits = shape.begin_logits(index, terms, plain, tile, None, &mut memory);
+            if self.mark || terms.needs_tile() {
+                // SAFETY: the columns of the row, which are whole vectors.
+                logits = unsafe { logits.finish(simd, products, columns) };
             }
-            let row = Row {
-                index,
-                products: products.cast_const(),
-                bias: added.bias.map_or(std::ptr::null(), <[_]>::as_ptr),
-                mask: added.mask.map_or(std::ptr::null(), <[_]>::as_ptr),
-                factor: self.terms.factor(),
-                base,
-                room,
-            };
-            // SAFETY: the row's columns are in the tile, as checked above; what is added has as many columns
-            // as the row.
+            let row = Row { index, products: products.cast_const(), logits, base, room };
+            // SAFETY: the row's columns are in the tile, as checked above; the row has bias and mask where it
+            // says so, and nothing is left of it where keys are marked.
             rescaled |= unsafe {
-                match (added.bias.is_some(), added.mask.is_some(), self.mark) {
+                match (logits.has_bias(), logits.has_mask(), self.mark) {
                     (_, _, true) => self.row::<false, false, true>(&row, &mut kept),
                     (false, false, false) => self.row::<false, false, false>(&row, &mut kept),
                     (true, false, false) => self.row::<true, false, false>(&row, &mut kept),
@@ -151,7 +130,7 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
                     (true, true, false) => self.row::<true, true, false>(&row, &mut kept),
                 }
             };
-            if self.terms.has_dropout() {
+            if terms.has_dropout() {
                 // SAFETY: the row's columns are in the tile, as checked above.
                 unsafe { self.drop_weights(index) };
             }
@@ -168,7 +147,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     #[inline(always)]
     unsafe fn row<const BIAS: bool, const MASK: bool, const MARK: bool>(
         &mut self,
-        row: &Row<E::F>,
+        row: &Row<'_, E::F>,
         kept: &mut [E::F; MAX_COLUMNS],
     ) -> bool {
         let simd = self.engine.simd();
@@ -223,7 +202,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     /// # Safety
     /// As for [`row`](Self::row).
     #[inline(always)]
-    unsafe fn first_shift<const BIAS: bool, const MASK: bool>(&self, row: &Row<E::F>) -> E::F {
+    unsafe fn first_shift<const BIAS: bool, const MASK: bool>(&self, row: &Row<'_, E::F>) -> E::F {
         let lanes = <E::S as Simd<E::F>>::LANES;
         let TileShape { rows, first_key, columns: count, .. } = self.shape;
         let begin = rows[row.index].begin;
@@ -250,7 +229,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     #[inline(always)]
     unsafe fn largest<const BIAS: bool, const MASK: bool>(
         &self,
-        row: &Row<E::F>,
+        row: &Row<'_, E::F>,
         columns: Range<usize>,
     ) -> E::F {
         let simd = self.engine.simd();
@@ -270,25 +249,18 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     #[inline(always)]
     unsafe fn logits<const BIAS: bool, const MASK: bool, const COUNT: usize>(
         &self,
-        row: &Row<E::F>,
+        row: &Row<'_, E::F>,
         column: usize,
     ) -> [(Vector<E>, Vector<E>); COUNT] {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
-        let factor = simd.splat(row.factor);
-        let mut all = [(factor, factor); COUNT];
-        // SAFETY: the caller guarantees `COUNT` vectors of the row at `column`.
+        let mut all = [(simd.splat(E::F::ZERO), simd.splat(E::F::ZERO)); COUNT];
+        // SAFETY: the caller guarantees `COUNT` vectors of the row at `column`, with bias and mask.
         unsafe {
             for (index, (product, x)) in all.iter_mut().enumerate() {
                 let column = column + index * lanes;
                 *product = simd.load(row.products.add(column));
-                *x = *product;
-                if BIAS {
-                    *x = logit(simd, *x, factor, simd.load(row.bias.add(column)));
-                }
-                if MASK {
-                    *x = masked(simd, *x, simd.load_mask(row.mask.add(column)));
-                }
+                *x = row.logits.vector_with::<BIAS, MASK, _>(simd, *product, column);
             }
         }
         all
@@ -301,7 +273,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     #[inline(always)]
     unsafe fn pass<const BIAS: bool, const MASK: bool, const MARK: bool>(
         &mut self,
-        row: &Row<E::F>,
+        row: &Row<'_, E::F>,
         shift: E::F,
         keep: Option<*mut E::F>,
     ) -> (E::F, Vector<E>) {
@@ -333,7 +305,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     #[inline(always)]
     unsafe fn weights<const BIAS: bool, const MASK: bool, const MARK: bool, const COUNT: usize>(
         &mut self,
-        row: &Row<E::F>,
+        row: &Row<'_, E::F>,
         column: usize,
         shift: E::F,
         keep: Option<*mut E::F>,

@@ -11,12 +11,12 @@ use crate::tensor::{Floats, Source, typed};
 
 /// What a row's products meet on their way to logits.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Added<'r, F> {
+pub(super) struct Added<'r, F> {
     /// Bias less ALiBi; where it is -inf a key takes no part. Products are multiplied by [`Terms::factor`]
     /// where it is added, and are logits without it.
-    pub(crate) bias: Option<&'r [F]>,
+    pub(super) bias: Option<&'r [F]>,
     /// Makes -inf of where it is zero.
-    pub(crate) mask: Option<&'r [u8]>,
+    pub(super) mask: Option<&'r [u8]>,
 }
 
 /// Memory for what is added to a row, where it does not lie in the caller's as it is used.
@@ -43,7 +43,7 @@ impl<'a, F: Float> Terms<'a, F> {
     /// it: as many elements as the row has columns, at most [`MAX_COLUMNS`], which may lie in `memory`.
     /// Column 0 is key `first`; the columns are a multiple of the vector's lanes.
     #[inline(always)]
-    pub(crate) fn added<'r, S: Simd<F>>(
+    pub(super) fn added<'r, S: Simd<F>>(
         &'r self,
         simd: S,
         rows: &[QueryRow],

@@ -1,18 +1,22 @@
 //! From products of queries and keys to logits: scale, softcap, ALiBi, bias, masks, dropout.
 //!
-//! The semantics of [`Problem`](attention_core::Problem), steps 2 and 3. Logits come in units of the call: products as they are where
-//! nothing but the scale applies, so that no pass and no rounding is spent on it, natural logits otherwise.
-//! [`Terms::unit`] says how large a unit is; weights are powers of [`Terms::base`]. Differences of logits are
-//! taken in these units, where those of equal logits are exactly 0 whatever their size, and only they go to
-//! base two.
+//! The semantics of [`Problem`](attention_core::Problem), steps 2 and 3. Logits come in units of the call:
+//! products as they are where nothing but the scale applies, so that no pass and no rounding is spent on it,
+//! natural logits otherwise. [`Terms::unit`] says how large a unit is; weights are powers of [`Terms::base`].
+//! Differences of logits are taken in these units, where those of equal logits are exactly 0 whatever their
+//! size, and only they go to base two.
 //!
-//! One expression makes a natural logit of a product and of what is added to it, [`logit`], for every path,
-//! pass and column: the bits of a result do not depend on how a bias or a mask lies, or on what is masked.
+//! [`TileShape::begin_logits`] is the only way from products to logits, for every path, pass and column: the
+//! bits of a result do not depend on how a bias or a mask lies, or on what is masked.
 
 mod added;
 mod terms;
 
-pub(crate) use self::added::{Added, AddedRow, MAX_COLUMNS};
+use std::marker::PhantomData;
+use std::ptr::null;
+
+use self::added::Added;
+pub(crate) use self::added::{AddedRow, MAX_COLUMNS};
 pub(crate) use self::terms::{QueryRow, Terms};
 use crate::float::Float;
 use crate::scratch::extent;
@@ -39,41 +43,156 @@ impl TileShape<'_> {
     pub(crate) fn extent(&self) -> usize {
         extent(self.rows.len(), self.stride, self.columns)
     }
+
+    /// Begins to turn the products of row `row` into logits: writes -inf where causal masking, the window or
+    /// the lengths mask, applies scale and softcap where these come before a bias, and finds bias and mask of
+    /// the row, which are copied to `memory` where they cannot be read as they lie. `slopes`, of the size of
+    /// the products, receives the softcap's derivative at each product. Does nothing without
+    /// [`apply`](Self::apply).
+    ///
+    /// # Panics
+    /// Unless `products` are the columns of the tile: whole vectors, at most [`MAX_COLUMNS`].
+    #[inline(always)]
+    pub(crate) fn begin_logits<'r, F: Float, S: Simd<F>>(
+        &self,
+        row: usize,
+        terms: &'r Terms<'_, F>,
+        simd: S,
+        products: &mut [F],
+        slopes: Option<&mut [F]>,
+        memory: &'r mut AddedRow<F>,
+    ) -> RowLogits<'r, F> {
+        if !self.apply {
+            return RowLogits::DONE;
+        }
+        assert_eq!(products.len(), self.columns);
+        if terms.needs_tile() {
+            terms.capped(simd, products, slopes);
+        }
+        let Added { bias, mask } = terms.added(simd, &self.rows[row..], self.first_key, products, memory);
+        RowLogits {
+            bias: bias.map_or(null(), <[F]>::as_ptr),
+            mask: mask.map_or(null(), <[u8]>::as_ptr),
+            factor: terms.factor(),
+            borrowed: PhantomData,
+        }
+    }
+}
+
+/// The rest of the way from the products of a row to its logits, after [`TileShape::begin_logits`]: a bias and
+/// a mask that are still to be applied, or neither.
+///
+/// They are applied to vectors that the caller loads anyway, by [`vector`](Self::vector) or
+/// [`vector_with`](Self::vector_with), or in the tile, by [`finish`](Self::finish).
+#[derive(Clone, Copy)]
+pub(crate) struct RowLogits<'r, F> {
+    /// Bias less ALiBi, an element per column: where it is -inf a key takes no part. Null without.
+    bias: *const F,
+    /// Zero where a key takes no part, an element per column. Null without.
+    mask: *const u8,
+    /// What products are multiplied by where a bias is added; they are logits without.
+    factor: F,
+    borrowed: PhantomData<(&'r [F], &'r [u8])>,
+}
+
+impl<'r, F: Float> RowLogits<'r, F> {
+    /// Of products that are logits.
+    pub(crate) const DONE: Self = Self { bias: null(), mask: null(), factor: F::ONE, borrowed: PhantomData };
+
+    /// Whether a bias or ALiBi is left to be added.
+    #[inline(always)]
+    pub(crate) fn has_bias(&self) -> bool {
+        !self.bias.is_null()
+    }
+
+    /// Whether a mask is left to be applied.
+    #[inline(always)]
+    pub(crate) fn has_mask(&self) -> bool {
+        !self.mask.is_null()
+    }
+
+    /// Whether products are logits.
+    #[inline(always)]
+    pub(crate) fn is_done(&self) -> bool {
+        !self.has_bias() && !self.has_mask()
+    }
+
+    /// The logits of the products at `column`, where it is a constant whether there are bias and mask.
+    ///
+    /// A natural logit is rounded once where the level has fused operations. A bias of -inf masks like a
+    /// boolean mask, whatever the product is.
+    ///
+    /// # Safety
+    /// The row has a vector at `column`; it has what `BIAS` and `MASK` say.
+    #[inline(always)]
+    pub(crate) unsafe fn vector_with<const BIAS: bool, const MASK: bool, S: Simd<F>>(
+        &self,
+        simd: S,
+        product: S::V,
+        column: usize,
+    ) -> S::V {
+        let nothing = simd.splat(F::NEG_INFINITY);
+        let mut x = product;
+        // SAFETY: the caller guarantees bias and mask; they have the columns of the row, one of which begins
+        // the vector.
+        unsafe {
+            if BIAS {
+                let bias = simd.load(self.bias.add(column));
+                let sum = simd.fma(x, simd.splat(self.factor), bias);
+                x = simd.select(simd.equal(bias, nothing), bias, sum);
+            }
+            if MASK {
+                x = simd.select(simd.load_mask(self.mask.add(column)), x, nothing);
+            }
+        }
+        x
+    }
+
+    /// The logits of the products at `column`.
+    ///
+    /// # Safety
+    /// The row has a vector at `column`.
+    #[inline(always)]
+    pub(crate) unsafe fn vector<S: Simd<F>>(&self, simd: S, product: S::V, column: usize) -> S::V {
+        let mut x = product;
+        // SAFETY: the caller guarantees the vector; what it is asked for is there.
+        unsafe {
+            if self.has_bias() {
+                x = self.vector_with::<true, false, S>(simd, x, column);
+            }
+            if self.has_mask() {
+                x = self.vector_with::<false, true, S>(simd, x, column);
+            }
+        }
+        x
+    }
+
+    /// Turns the products in the tile into logits, after which nothing is left.
+    ///
+    /// # Safety
+    /// `row` points to the row's `columns` products, whole vectors.
+    #[inline(always)]
+    #[must_use = "what was left before is done"]
+    pub(crate) unsafe fn finish<S: Simd<F>>(self, simd: S, row: *mut F, columns: usize) -> Self {
+        if !self.is_done() {
+            for column in (0..columns).step_by(S::LANES) {
+                // SAFETY: the caller guarantees a whole vector of the row.
+                unsafe {
+                    let at = row.add(column);
+                    simd.store(at, self.vector(simd, simd.load(at), column));
+                }
+            }
+        }
+        Self::DONE
+    }
 }
 
 impl<F: Float> Terms<'_, F> {
-    /// Turns a row of products into logits by what is to be [`added`](Self::added); -inf wherever a key takes
-    /// no part.
-    ///
-    /// # Safety
-    /// The tile has `columns` elements, whole vectors, and what is added has as many.
-    #[inline(always)]
-    pub(crate) unsafe fn add<S: Simd<F>>(&self, simd: S, added: Added<'_, F>, tile: *mut F, columns: usize) {
-        if added.bias.is_none() && added.mask.is_none() {
-            return;
-        }
-        let factor = simd.splat(self.factor());
-        for column in (0..columns).step_by(S::LANES) {
-            // SAFETY: a whole vector of the tile, and of what is added.
-            unsafe {
-                let at = tile.add(column);
-                let mut x = simd.load(at);
-                if let Some(bias) = added.bias {
-                    x = logit(simd, x, factor, simd.load(bias.as_ptr().add(column)));
-                }
-                if let Some(mask) = added.mask {
-                    x = masked(simd, x, simd.load_mask(mask.as_ptr().add(column)));
-                }
-                simd.store(at, x);
-            }
-        }
-    }
-
     /// Makes natural logits of a row of products by scale and softcap alone, where
     /// [`needs_tile`](Self::needs_tile). `slopes`, of the tile's size, receives the softcap's derivative at
     /// each product.
     #[inline(always)]
-    pub(crate) fn capped<S: Simd<F>>(&self, simd: S, tile: &mut [F], slopes: Option<&mut [F]>) {
+    fn capped<S: Simd<F>>(&self, simd: S, tile: &mut [F], slopes: Option<&mut [F]>) {
         simd.vectorize(Capped { terms: self, simd, tile, slopes });
     }
 }
@@ -112,18 +231,4 @@ impl<F: Float, S: Simd<F>> Kernel for Capped<'_, '_, F, S> {
             }
         }
     }
-}
-
-/// The natural logit of a product and what is added to it: rounded once where the level has fused operations.
-/// What is added as -inf masks like a boolean mask, whatever the product is.
-#[inline(always)]
-pub(crate) fn logit<F: Float, S: Simd<F>>(simd: S, product: S::V, factor: S::V, added: S::V) -> S::V {
-    let disallowed = simd.equal(added, simd.splat(F::NEG_INFINITY));
-    simd.select(disallowed, added, simd.fma(product, factor, added))
-}
-
-/// -inf where the mask is false.
-#[inline(always)]
-pub(crate) fn masked<F: Float, S: Simd<F>>(simd: S, x: S::V, allowed: S::Mask) -> S::V {
-    simd.select(allowed, x, simd.splat(F::NEG_INFINITY))
 }

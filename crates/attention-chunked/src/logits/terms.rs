@@ -89,9 +89,9 @@ impl<'a, F: Float> Terms<'a, F> {
         if self.problem.scale() < 0.0 { -F::ONE } else { F::ONE }
     }
 
-    /// Whether the logits are more than products times the scale, whatever is masked.
-    pub(crate) fn is_plain(&self) -> bool {
-        self.is_plain
+    /// Whether products become logits by more than the scale, even for rows that see every key.
+    pub(crate) fn change_products(&self) -> bool {
+        !self.is_plain || self.has_mask()
     }
 
     /// How much a unit of logits is in natural ones.
@@ -106,7 +106,7 @@ impl<'a, F: Float> Terms<'a, F> {
 
     /// What products are multiplied by where something is added to them, once [`capped`](Self::capped) has
     /// been where that is needed.
-    pub(crate) fn factor(&self) -> F {
+    pub(super) fn factor(&self) -> F {
         if self.needs_tile() { F::ONE } else { self.scale }
     }
 

@@ -153,7 +153,7 @@ impl<'a, E: Engine> Forward<'a, E> {
         <E::F as Operands>::vectorize(&self.key, simd, dots);
         let columns = keys.len().next_multiple_of(2 * <E::Plain as Simd<E::F>>::LANES);
         let inside = infos.iter().all(|row| row.begin <= keys.start && row.end >= keys.end);
-        let apply = !inside || columns != keys.len() || !self.terms.is_plain() || self.terms.has_mask();
+        let apply = !inside || columns != keys.len() || self.terms.change_products();
         self.taken.mark(Path::decode(rows.len()));
         if apply {
             self.taken.mark(Path::DecodeAdded);
