@@ -72,7 +72,7 @@ unsafe fn load_part(row: *const f32, column: usize, width: usize) -> __m512 {
 }
 
 /// Which layout staged rows are packed into.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Form {
     /// Left operand, rows outside: `[row][width]`.
     Rows,
@@ -402,6 +402,89 @@ pub(super) unsafe fn put_pair<const PARTS: usize>(
                 let at = to.add(tile + part * TILE + row / 2 % 16 * 32);
                 _mm512_storeu_si512(at.cast(), interleave(bits));
             });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where an element is in a packed operand, by the definition of the layouts.
+    fn place<const PARTS: usize>(form: Form, row: usize, column: usize, [rows, width]: [usize; 2]) -> usize {
+        let (outer, inner, length) = match form {
+            Form::Rows | Form::Columns => (row, column, width),
+            Form::Pairs | Form::Transposed => (column, row, rows),
+        };
+        let tile = (outer / 16 * length.div_ceil(32) + inner / 32) * PARTS * TILE;
+        match form {
+            Form::Rows | Form::Transposed => tile + outer % 16 * 32 + inner % 32,
+            Form::Columns | Form::Pairs => tile + inner / 2 % 16 * 32 + outer % 16 * 2 + inner % 2,
+        }
+    }
+
+    /// That `pack` puts elements `at(row, column)` of [`STAGE`] rows of `width` where every layout says.
+    fn assert_packed<const PARTS: usize>(
+        [first, rows, width]: [usize; 3],
+        at: impl Fn(usize, usize) -> f32,
+        pack: impl Fn(Form, &mut [u16]),
+    ) {
+        for form in [Form::Rows, Form::Columns, Form::Pairs, Form::Transposed] {
+            let mut to = vec![0xffff; Tiles::<PARTS>::packed_len(rows, width)];
+            pack(form, &mut to);
+            for row in 0..STAGE {
+                for column in 0..width.next_multiple_of(16) {
+                    let mut rest = if column < width { at(row, column) } else { 0.0 };
+                    for part in 0..PARTS {
+                        let want = bf16::from_f32(rest);
+                        let place = place::<PARTS>(form, first + row, column, [rows, width]) + part * TILE;
+                        assert_eq!(to[place], want.to_bits(), "{form:?}, {width}: {row}, {column}, {part}");
+                        rest -= want.to_f32();
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same for floats as `PARTS` parts.
+    fn assert_floats_packed<const PARTS: usize>(
+        simd: Avx512,
+        staged: FloatRows<'_, f32>,
+        [first, rows]: [usize; 2],
+    ) {
+        let at = |row: usize, column: usize| staged.data[row * staged.stride + column];
+        assert_packed::<PARTS>([first, rows, staged.width], at, |form, to| {
+            Simd::<f32>::vectorize(simd, Pack::<PARTS> { simd, form, staged, first, rows, to });
+        });
+    }
+
+    /// Needs the vectors alone, not the matrix unit.
+    #[test]
+    fn packed_rows_are_where_the_layouts_say() {
+        let Some(simd) = Avx512::detect() else {
+            println!("skipped: the processor has no AVX-512 with BF16");
+            return;
+        };
+        for width in [1, 15, 16, 33, 64, 80] {
+            for (first, rows) in [(0, 32), (32, 64), (32, 40)] {
+                let stride = width + 3;
+                let data: Vec<f32> = (0..STAGE * stride).map(|index| 0.01 * index as f32 - 7.3).collect();
+                let floats = FloatRows { data: &data, stride, width };
+                assert_floats_packed::<1>(simd, floats, [first, rows]);
+                assert_floats_packed::<2>(simd, floats, [first, rows]);
+                assert_floats_packed::<3>(simd, floats, [first, rows]);
+                let data: Vec<bf16> = data.iter().map(|&x| bf16::from_f32(x)).collect();
+                // The last row is behind the real ones.
+                let is_real = |row: usize| row + 1 < STAGE;
+                let row = |row: usize| if is_real(row) { &data[row * stride..][..width] } else { &[] };
+                let staged: &[&[bf16]; STAGE] = &std::array::from_fn(row);
+                let at = |row: usize, column: usize| {
+                    if is_real(row) { data[row * stride + column].to_f32() } else { 0.0 }
+                };
+                assert_packed::<1>([first, rows, width], at, |form, to| {
+                    Simd::<f32>::vectorize(simd, PackBf16 { simd, form, staged, first, rows, to });
+                });
+            }
         }
     }
 }
