@@ -107,7 +107,7 @@ __device__ inline void for_each_row(unsigned groups, int first, int end, Again a
 // The rows of a block's head, and where those of a warp begin.
 struct Strip {
     TileIndex place;
-    Batch batch;
+    SequenceRows sequence;
     int first;
 };
 
@@ -120,7 +120,7 @@ __device__ inline unsigned strips_of_head(long long rows) {
 __device__ inline Strip strip_of_warp(const Parameters &p, unsigned block, long long rows, long long heads) {
     Strip strip;
     strip.place = tile_of_block(p, block, strips_of_head(rows), (unsigned)heads);
-    strip.batch = batch_row(p, strip.place.batch);
+    strip.sequence = sequence_of(p, strip.place.batch);
     strip.first = strip.place.tile * ROWS_OF_BLOCK + threadIdx.x / 32 * GROUPS_OF_WARP * GROUP;
     return strip;
 }

@@ -37,7 +37,7 @@ constexpr unsigned ALL_GROUPS = (1u << GROUPS_OF_WARP) - 1;
 __device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned block) {
     const Strip strip = strip_of_warp(p, block, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
-    const int first = strip.first, end = strip.batch.queries;
+    const int first = strip.first, end = strip.sequence.queries;
     if (first >= end) return;
     const bool has_far = p.row_deltas && has_far_rows(p, b, n);
     const unsigned non_finite =
@@ -46,7 +46,7 @@ __device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned
     for_each_row(non_finite, first, end, [&](int t) {
         if (is_finite_row(p.d_query, b, t, n, p.head_dim) && !(has_far && is_far_row(p, b, n, t))) return;
         real sums[HEAD / 32];
-        exact_gradient_of_query(p, row_of(p, strip.batch, b, n, t), b, n, ComputedState(), sums);
+        exact_gradient_of_query(p, row_of(p, strip.sequence, b, n, t), b, n, ComputedState(), sums);
         store_row<HEAD>(at(p.d_query, b, t, n), p.d_query.stride[3], p.head_dim, sums, scale_of_sums(p));
     });
 }
@@ -54,7 +54,7 @@ __device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned
 __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned block) {
     const Strip strip = strip_of_warp(p, block, p.key_length, p.key_heads);
     const long long b = strip.place.batch, head = strip.place.head;
-    const int first = strip.first, end = strip.batch.keys;
+    const int first = strip.first, end = strip.sequence.keys;
     if (first >= end) return;
     bool has_far = false;
     for (long long n = head * p.group; p.row_deltas && n < (head + 1) * p.group; ++n) has_far |= has_far_rows(p, b, n);
@@ -69,7 +69,7 @@ __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned b
                             (!p.d_value.data || is_finite_row(p.d_value, b, key, head, p.value_head_dim));
         if (finite && !has_far) return;
         real keys[HEAD / 32], values[VALUE / 32];
-        exact_gradients_of_key(p, strip.batch, b, head, key, ComputedState(), keys, values);
+        exact_gradients_of_key(p, strip.sequence, b, head, key, ComputedState(), keys, values);
         if (p.d_key.data)
             store_row<HEAD>(at(p.d_key, b, key, head), p.d_key.stride[3], p.head_dim, keys, scale_of_sums(p));
         if (p.d_value.data)

@@ -21,14 +21,14 @@ __device__ inline unsigned large_rows(const Parameters &p, long long b, long lon
 extern "C" __global__ void __launch_bounds__(BLOCK, MANY) attention_contain_outputs(const Parameters p) {
     const Strip strip = strip_of_warp(p, blockIdx.x, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
-    const int first = strip.first, end = strip.batch.queries;
+    const int first = strip.first, end = strip.sequence.queries;
     if (first >= end) return;
     const unsigned non_finite =
         non_finite_groups<VALUE>(p.out, b, n, first, end, p.value_head_dim, p.aligned & ALIGNED_OUT);
     const unsigned large = GROUP == 1 && p.row_offsets ? large_rows(p, b, n, first, end) : 0;
     for_each_row(non_finite | large, first, end, [&](int t) {
         if (!(large >> (t - first) & 1) && is_finite_row(p.out, b, t, n, p.value_head_dim)) return;
-        const Row row = row_of(p, strip.batch, b, n, t);
+        const Row row = row_of(p, strip.sequence, b, n, t);
         real maximum, total;
         exact_softmax(p, row, b, n, row.low, row.high, maximum, total);
         real sums[VALUE / 32];

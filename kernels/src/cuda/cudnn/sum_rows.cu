@@ -14,8 +14,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     const TileIndex place = tile_of_block(p, blockIdx.x, row_tiles, (unsigned)p.query_heads);
     const int first_t = place.tile * ROWS;
     const long long n = place.head, b = place.batch, key_head = (unsigned)place.head / (unsigned)p.group;
-    const Batch batch = batch_row(p, b);
-    const int row_count = min(ROWS, batch.queries - first_t);
+    const SequenceRows sequence = sequence_of(p, b);
+    const int row_count = min(ROWS, sequence.queries - first_t);
     bool any_far = false;
     for (int row = threadIdx.x; row < row_count; row += BLOCK) {
         const real *const lse = reinterpret_cast<const real *>(p.lse.data);
@@ -26,19 +26,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     if (threadIdx.x == 0) far_heads(p)[b * p.query_heads + n] = 1;
 
     const int last_t = first_t + row_count - 1;
-    const int from = first_key(batch, first_t) / KEYS * KEYS, to = end_key(batch, last_t);
-    load_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
+    const int from = first_key(sequence, first_t) / KEYS * KEYS, to = end_key(sequence, last_t);
+    load_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, sequence.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
 
     Row rows[ROW_SLOTS];
     RowSums sums;
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r) {
-        rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
+        rows[r] = row_of(p, sequence, b, n, first_t + row_at<ROWS>(r));
         sums.row_max[r] = -infinity();
         sums.row_sum[r] = 0;
     }
     for (int first = from; first < to; first += KEYS) {
-        load_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, key_head, first, batch.keys, p.head_dim,
+        load_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, key_head, first, sequence.keys, p.head_dim,
                                           p.aligned & ALIGNED_KEY);
         cp_async_commit();
         cp_async_wait<0>();

@@ -8,13 +8,14 @@ struct Tensor {
     long long stride[4];
 };
 
-// The structure of a batch row.
-struct Batch {
+// Where the rows of one sequence are, and which keys a row sees.
+struct SequenceRows {
     // Query row t stands at t + offset.
     long long offset;
     // Row t sees the keys from t + low to before t + high that exist.
     long long low;
     long long high;
+    // The numbers of query rows and of keys that exist.
     int queries;
     int keys;
 };
@@ -22,9 +23,9 @@ struct Batch {
 struct Parameters {
     Tensor query, key, value, mask, bias, slopes, sinks, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias,
         d_sinks;
-    // One for each batch row, or null where `uniform` is that of all.
-    const Batch *batches;
-    Batch uniform;
+    // One for each batch row, or null where `uniform_sequence` is that of all.
+    const SequenceRows *sequences;
+    SequenceRows uniform_sequence;
     // Scratch. Forward with split keys: partial outputs [split, B, N, T, Hv], and row max and row sum [split,
     // B, N, T, 2]. Backward: what gradients.cuh has of each row, offsets in the first and row terms, scores
     // and far heads in the second. Behind cuDNN's forward pass: its logsumexp, as offsets.
@@ -63,7 +64,7 @@ struct Parameters {
     int swizzle, swizzles_batch;
 };
 
-static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) == 864, "the host's layout");
+static_assert(sizeof(Tensor) == 40 && sizeof(SequenceRows) == 32 && sizeof(Parameters) == 864, "the host's layout");
 
 // Bits of `aligned`.
 #define ALIGNED_QUERY (1 << 0)
@@ -91,15 +92,21 @@ static_assert(sizeof(Tensor) == 40 && sizeof(Batch) == 32 && sizeof(Parameters) 
 constexpr bool NEEDS_LOGITS = (FEATURES & FEATURE_LOGITS) != 0;
 constexpr bool HAS_DROPOUT = (FEATURES & FEATURE_DROPOUT) != 0;
 
-__device__ inline Batch batch_row(const Parameters &p, long long b) { return p.batches ? p.batches[b] : p.uniform; }
+__device__ inline SequenceRows sequence_of(const Parameters &p, long long b) {
+    return p.sequences ? p.sequences[b] : p.uniform_sequence;
+}
 
 __device__ inline int between(long long x, long long low, long long high) {
     return (int)(x < low ? low : x > high ? high : x);
 }
 
 // The first key that row t sees, and the end of those that it sees. Neither falls from row to row.
-__device__ inline int first_key(const Batch &batch, long long t) { return between(t + batch.low, 0, batch.keys); }
-__device__ inline int end_key(const Batch &batch, long long t) { return between(t + batch.high, 0, batch.keys); }
+__device__ inline int first_key(const SequenceRows &sequence, long long t) {
+    return between(t + sequence.low, 0, sequence.keys);
+}
+__device__ inline int end_key(const SequenceRows &sequence, long long t) {
+    return between(t + sequence.high, 0, sequence.keys);
+}
 
 __device__ inline element *at(const Tensor &tensor, long long b, long long position, long long head) {
     return reinterpret_cast<element *>(tensor.data) + b * tensor.stride[0] + position * tensor.stride[1] +

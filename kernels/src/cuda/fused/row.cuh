@@ -18,18 +18,18 @@ struct Row {
 
 // Row t of a batch row and head. Rows past the end are treated as padding. `low` and `high` are not read
 // where `checked` is false.
-__device__ inline Row row_of(const Parameters &p, const Batch &batch, long long b, long long n, long long t,
+__device__ inline Row row_of(const Parameters &p, const SequenceRows &sequence, long long b, long long n, long long t,
                              bool checked = true) {
     Row row;
     row.t = (int)t;
     row.batch_head = (unsigned)(b * p.query_heads + n);
-    const bool padded = t >= batch.queries;
+    const bool padded = t >= sequence.queries;
     row.low = row.high = 0;
     if (checked && !padded) {
-        row.low = first_key(batch, t);
-        row.high = end_key(batch, t);
+        row.low = first_key(sequence, t);
+        row.high = end_key(sequence, t);
     }
-    row.position = t + batch.offset;
+    row.position = t + sequence.offset;
     row.place = (real)row.position;
     row.slope = 0;
     if constexpr ((FEATURES & FEATURE_ALIBI) != 0) {

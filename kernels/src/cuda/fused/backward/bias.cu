@@ -58,25 +58,25 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
     const long long row_end = sums_rows ? p.query_length : row_place + 1,
                     key_end = sums_keys ? p.key_length : key_place + 1;
     for (long long b = batch_place; b < batch_end; ++b) {
-        const Batch batch = batch_row(p, b);
+        const SequenceRows sequence = sequence_of(p, b);
         for (long long n = head_place; n < head_end; ++n) {
-            for (long long first_t = row_place; first_t < row_end && first_t < batch.queries; first_t += ROWS) {
-                const long long last_t = min(first_t + ROWS, (long long)batch.queries) - 1;
-                const int from = first_key(batch, first_t), to = end_key(batch, last_t);
+            for (long long first_t = row_place; first_t < row_end && first_t < sequence.queries; first_t += ROWS) {
+                const long long last_t = min(first_t + ROWS, (long long)sequence.queries) - 1;
+                const int from = first_key(sequence, first_t), to = end_key(sequence, last_t);
                 bool staged = false;
                 for (long long first = key_place; first < key_end && first < to; first += KEYS) {
                     if (first + KEYS <= from) continue;
                     __syncthreads();
                     if (!staged) {
-                        load_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, batch.queries, p.head_dim,
+                        load_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, sequence.queries, p.head_dim,
                                               p.aligned & ALIGNED_QUERY);
-                        load_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, batch.queries, p.value_head_dim,
+                        load_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, sequence.queries, p.value_head_dim,
                                                p.aligned & ALIGNED_D_OUT);
                         staged = true;
                     }
-                    load_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, n / p.group, first, batch.keys, p.head_dim,
+                    load_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, n / p.group, first, sequence.keys, p.head_dim,
                                                       p.aligned & ALIGNED_KEY);
-                    load_rows<KEYS, VALUE, KeysAcross>(value_tile, p.value, b, n / p.group, first, batch.keys,
+                    load_rows<KEYS, VALUE, KeysAcross>(value_tile, p.value, b, n / p.group, first, sequence.keys,
                                                        p.value_head_dim, p.aligned & ALIGNED_VALUE);
                     cp_async_commit();
                     cp_async_wait<0>();
@@ -86,14 +86,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
                     gemm_ss<ROWS, KEYS, VALUE>(gradients, d_out_tile, value_tile);
                     Row rows[ROW_SLOTS];
 #pragma unroll
-                    for (int r = 0; r < ROW_SLOTS; ++r) rows[r] = row_of(p, batch, b, n, first_t + row_at<ROWS>(r));
+                    for (int r = 0; r < ROW_SLOTS; ++r) rows[r] = row_of(p, sequence, b, n, first_t + row_at<ROWS>(r));
                     RowMaskBias<ROWS, KEYS> mask_bias;
                     if constexpr (PACKS_MASK || PACKS_BIAS) mask_bias.read(p, rows, (int)first);
                     if (has_far_rows(p, b, n))
-                        add_gradients<true>(p, rows, batch.queries, b, n, (int)first, mask_bias, weights, gradients,
+                        add_gradients<true>(p, rows, sequence.queries, b, n, (int)first, mask_bias, weights, gradients,
                                             sums);
                     else
-                        add_gradients<false>(p, rows, batch.queries, b, n, (int)first, mask_bias, weights, gradients,
+                        add_gradients<false>(p, rows, sequence.queries, b, n, (int)first, mask_bias, weights, gradients,
                                              sums);
                 }
             }

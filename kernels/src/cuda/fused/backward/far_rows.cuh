@@ -37,8 +37,8 @@ struct RowSums {
 __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long b, long long n, int first_t,
                                                   RowSums sums) {
     constexpr int ROW_SLOTS = row_slots<ROWS>();
-    const Batch batch = batch_row(p, b);
-    const int row_count = min(ROWS, batch.queries - first_t);
+    const SequenceRows sequence = sequence_of(p, b);
+    const int row_count = min(ROWS, sequence.queries - first_t);
     const auto logsumexp_of_slot = [&](int r) {
         const int row = row_at<ROWS>(r);
         if (row >= row_count) return -infinity();
@@ -59,7 +59,7 @@ __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long
         for (unsigned lanes = __ballot_sync(~0u, leads_row() && (again >> slot & 1)); lanes != 0; lanes &= lanes - 1) {
             const int row = __shfl_sync(~0u, row_at<ROWS>(slot), __ffs(lanes) - 1);
             real maximum, total;
-            const Row whole = row_of(p, batch, b, n, first_t + row);
+            const Row whole = row_of(p, sequence, b, n, first_t + row);
             exact_softmax(p, whole, b, n, whole.low, whole.high, maximum, total);
             // From the shift of its maximum to the maximum itself.
             const Shift shift = shift_of<HALVES>(maximum, power_factor(p));

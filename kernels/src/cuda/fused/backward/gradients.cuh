@@ -167,18 +167,18 @@ __device__ inline void exact_gradient_of_query(const Parameters &p, const Row &r
 
 // The gradients of a key, but for `scale_of_sums`, and of its value, but for dropout's factor, by a warp.
 template <class StateOf>
-__device__ inline void exact_gradients_of_key(const Parameters &p, const Batch &batch, long long b, long long key_head,
-                                              int key, StateOf state_of_row, real (&keys)[HEAD / 32],
-                                              real (&values)[VALUE / 32]) {
+__device__ inline void exact_gradients_of_key(const Parameters &p, const SequenceRows &sequence, long long b,
+                                              long long key_head, int key, StateOf state_of_row,
+                                              real (&keys)[HEAD / 32], real (&values)[VALUE / 32]) {
 #pragma unroll
     for (int i = 0; i < HEAD / 32; ++i) keys[i] = 0;
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) values[i] = 0;
-    const int from = between(key - batch.high + 1, 0, batch.queries),
-              to = between(key + 1 - batch.low, 0, batch.queries);
+    const int from = between(key - sequence.high + 1, 0, sequence.queries),
+              to = between(key + 1 - sequence.low, 0, sequence.queries);
     for (long long n = key_head * p.group; n < (key_head + 1) * p.group; ++n) {
         for (int t = from; t < to; ++t) {
-            const Row row = row_of(p, batch, b, n, t);
+            const Row row = row_of(p, sequence, b, n, t);
             Weights weights;
             if (!weigh_exactly(p, row, state_of_row(p, b, n, t), b, n, key, weights)) continue;
             add_row<HEAD>(keys, weights.product, at(p.query, b, t, n), p.query.stride[3], p.head_dim);

@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
               width = min(VALUE, p.value_head_dim - first_column);
     const long long t = row % p.query_length, n = row / p.query_length % p.query_heads,
                     b = row / p.query_length / p.query_heads;
-    const Batch batch = batch_row(p, b);
+    const SequenceRows sequence = sequence_of(p, b);
     const real *states = p.partial_state + 2 * row;
     const int lane = threadIdx.x % 32;
     real parts[BATCH][COLUMNS];
@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
         }
     }
     real logsumexp;
-    const bool padded = t >= batch.queries;
+    const bool padded = t >= sequence.queries;
     const real scale = finish(p, n, padded, maximum, total, logsumexp);
     if (slice == 0 && threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
     if (padded || total == 0) {

@@ -14,7 +14,7 @@ __device__ inline void begin_rows(const Parameters &p, const ForwardTile &tile, 
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const int row = tile.first_row + row_at<ROWS>(r);
-        state.rows[r] = row_of(p, tile.batch, tile.b, tile.head_of(p, row), tile.t_of(p, row));
+        state.rows[r] = row_of(p, tile.sequence, tile.b, tile.head_of(p, row), tile.t_of(p, row));
     }
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {

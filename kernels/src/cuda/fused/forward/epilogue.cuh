@@ -56,10 +56,10 @@ __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, 
             continue;
         }
         real logsumexp;
-        const real scale = finish(p, n, t >= tile.batch.queries, state.row_max[r], state.row_sum[r], logsumexp);
+        const real scale = finish(p, n, t >= tile.sequence.queries, state.row_max[r], state.row_sum[r], logsumexp);
         if (tile.slice == 0 && leads_row() && !again) store_logsumexp(p, tile.b, t, n, logsumexp);
         if (again) continue;
-        const bool zero = empty || t >= tile.batch.queries;
+        const bool zero = empty || t >= tile.sequence.queries;
         element *to_row = at(p.out, tile.b, t, n) + tile.first_column * p.out.stride[3];
 #pragma unroll
         for (int c = 0; c < output_slots<VALUE>(); c += NEIGHBOURS) {
@@ -75,13 +75,13 @@ __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, 
 // are summed in another order here, and weights are relative to the row max of the same products.
 __device__ inline void store_exact_row(const Parameters &p, const ForwardTile &tile, int local_row) {
     const long long n = tile.head_of(p, tile.first_row + local_row), t = tile.t_of(p, tile.first_row + local_row);
-    const Row whole = row_of(p, tile.batch, tile.b, n, t);
+    const Row whole = row_of(p, tile.sequence, tile.b, n, t);
     real maximum, total, sums[VALUE / 32];
     exact_softmax(p, whole, tile.b, n, tile.from, tile.to, maximum, total);
     exact_output(p, whole, tile.b, n, tile.from, tile.to, maximum, tile.first_column, tile.width, sums);
     const long long slot = partial_row(p, tile, n, t);
     real logsumexp;
-    const real scale = p.splits > 1 ? real(1) : finish(p, n, t >= tile.batch.queries, maximum, total, logsumexp);
+    const real scale = p.splits > 1 ? real(1) : finish(p, n, t >= tile.sequence.queries, maximum, total, logsumexp);
     if (tile.slice == 0 && threadIdx.x % 32 == 0) {
         if (p.splits > 1) {
             p.partial_state[2 * slot] = maximum;

@@ -23,7 +23,7 @@ __device__ inline SharedTiles shared_tiles(unsigned char *memory) {
 
 __device__ inline void load_queries(const Parameters &p, const ForwardTile &tile, element *to) {
     if (p.pack_gqa == 1) {
-        load_rows<ROWS, HEAD>(to, p.query, tile.b, tile.first_head, tile.first_row, tile.batch.queries, p.head_dim,
+        load_rows<ROWS, HEAD>(to, p.query, tile.b, tile.first_head, tile.first_row, tile.sequence.queries, p.head_dim,
                               p.aligned & ALIGNED_QUERY);
         return;
     }
@@ -31,19 +31,19 @@ __device__ inline void load_queries(const Parameters &p, const ForwardTile &tile
         to,
         [&](int row) {
             const int t = tile.t_of(p, tile.first_row + row);
-            return t < tile.batch.queries ? at(p.query, tile.b, t, tile.head_of(p, tile.first_row + row))
-                                          : (const element *)nullptr;
+            return t < tile.sequence.queries ? at(p.query, tile.b, t, tile.head_of(p, tile.first_row + row))
+                                             : (const element *)nullptr;
         },
         p.head_dim, p.query.stride[3], p.aligned & ALIGNED_QUERY, p.query.data);
 }
 
 __device__ inline void load_keys(const Parameters &p, const ForwardTile &tile, int first, element *to) {
-    load_rows<KEYS, HEAD, KeysAcross>(to, p.key, tile.b, tile.key_head, first, tile.batch.keys, p.head_dim,
+    load_rows<KEYS, HEAD, KeysAcross>(to, p.key, tile.b, tile.key_head, first, tile.sequence.keys, p.head_dim,
                                       p.aligned & ALIGNED_KEY);
 }
 
 __device__ inline void load_values(const Parameters &p, const ForwardTile &tile, int first, element *to) {
-    load_rows<KEYS, VALUE, KeysAcross>(to, p.value, tile.b, tile.key_head, first, tile.batch.keys, tile.width,
+    load_rows<KEYS, VALUE, KeysAcross>(to, p.value, tile.b, tile.key_head, first, tile.sequence.keys, tile.width,
                                        p.aligned & ALIGNED_VALUE, tile.first_column);
 }
 

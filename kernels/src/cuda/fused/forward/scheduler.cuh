@@ -4,7 +4,7 @@
 
 struct ForwardTile {
     long long b, first_head, key_head;
-    Batch batch;
+    SequenceRows sequence;
     // Rows of the tile are counted over the head, or over the query heads that share it with pack GQA: the
     // heads of a position, then those of the next one.
     int first_row, rows_of_head;
@@ -38,16 +38,16 @@ __device__ inline ForwardTile forward_tile(const Parameters &p) {
     tile.first_head = (long long)place.head * p.pack_gqa;
     tile.b = place.batch;
     tile.key_head = (unsigned)tile.first_head / (unsigned)p.group;
-    tile.batch = batch_row(p, tile.b);
+    tile.sequence = sequence_of(p, tile.b);
 
     const int first_t = tile.t_of(p, tile.first_row);
-    const int last_t = min(tile.t_of(p, tile.first_row + ROWS - 1), tile.batch.queries - 1);
+    const int last_t = min(tile.t_of(p, tile.first_row + ROWS - 1), tile.sequence.queries - 1);
     tile.from = tile.to = tile.all_from = tile.all_to = 0;
     if (first_t <= last_t) {
-        tile.from = first_key(tile.batch, first_t) / KEYS * KEYS;
-        tile.to = end_key(tile.batch, last_t);
-        tile.all_from = first_key(tile.batch, last_t);
-        tile.all_to = end_key(tile.batch, first_t);
+        tile.from = first_key(tile.sequence, first_t) / KEYS * KEYS;
+        tile.to = end_key(tile.sequence, last_t);
+        tile.all_from = first_key(tile.sequence, last_t);
+        tile.all_to = end_key(tile.sequence, first_t);
     }
     if (p.splits > 1 && tile.from < tile.to) {
         const int key_tiles = (tile.to - tile.from + KEYS - 1) / KEYS;

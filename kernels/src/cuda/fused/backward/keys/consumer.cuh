@@ -21,9 +21,9 @@ __device__ inline void logit_gradients(const Parameters &p, const KeyTile &tile,
     unsigned kept[row_slots<KEYS>()];
     if (drops(p)) kept_of_keys<KEYS, ROWS>(p, (unsigned)(tile.b * p.query_heads + n), t, tile.first, kept);
     real distances[row_slots<KEYS>()];
-    const Row first_row = row_of(p, tile.batch, tile.b, n, t + column_at(0), false);
+    const Row first_row = row_of(p, tile.sequence, tile.b, n, t + column_at(0), false);
     const real *const scores = MAY_BE_FAR ? scores_of_states(p) + state_of(p, tile.b, n, t + column_at(0)) : nullptr;
-    const int rows_left = MAY_BE_FAR && has_far ? tile.batch.queries - t - column_at(0) : 0;
+    const int rows_left = MAY_BE_FAR && has_far ? tile.sequence.queries - t - column_at(0) : 0;
 #pragma unroll
     for (int r = 0; r < row_slots<KEYS>(); ++r)
         distances[r] = distance_of(p, first_row, tile.first + key_row_at<KEYS>(r));
@@ -31,7 +31,7 @@ __device__ inline void logit_gradients(const Parameters &p, const KeyTile &tile,
     for (int c = 0; c < column_slots<ROWS>(); ++c) {
         const int column = column_at(c);
         Row row = first_row;
-        if (READS_SINGLY || Check::value) row = row_of(p, tile.batch, tile.b, n, t + column, Check::value);
+        if (READS_SINGLY || Check::value) row = row_of(p, tile.sequence, tile.b, n, t + column, Check::value);
         const bool has_score = MAY_BE_FAR && column_offset(c) < rows_left;
         const State own{has_score ? scores[column_offset(c)] : real(0), numbers[column], numbers[ROWS + column]};
         const real largest = MAY_BE_FAR ? computed_here(largest_exponent(own)) : infinity();
@@ -86,7 +86,8 @@ __device__ inline void consume(const Parameters &p, const KeyTile &tile, const S
         const int last_t = min(t + ROWS, tile.to) - 1;
         // Behind the last row a bias may hold anything, and behind the last key there is none.
         const bool whole = t + ROWS <= tile.to && tile.first + KEYS <= tile.end;
-        const bool checked = !whole || first_key(tile.batch, last_t) > tile.first || end_key(tile.batch, t) < tile.end;
+        const bool checked =
+            !whole || first_key(tile.sequence, last_t) > tile.first || end_key(tile.sequence, t) < tile.end;
         const bool has_far = numbers[2 * ROWS] != 0;
 
         real weights[row_slots<KEYS>()][column_slots<ROWS>()], gradients[row_slots<KEYS>()][column_slots<ROWS>()];

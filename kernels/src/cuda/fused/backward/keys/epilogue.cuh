@@ -43,7 +43,7 @@ __device__ inline void store_gradients(const Parameters &p, const KeyTile &tile,
         if (!is_computed_again[local]) continue;
         const int key = tile.first + local;
         real key_sums[HEAD / 32], value_sums[VALUE / 32];
-        exact_gradients_of_key(p, tile.batch, tile.b, tile.key_head, key, PreparedState(), key_sums, value_sums);
+        exact_gradients_of_key(p, tile.sequence, tile.b, tile.key_head, key, PreparedState(), key_sums, value_sums);
         if (WANTS_KEYS && p.d_key.data)
             store_row<HEAD>(at(p.d_key, tile.b, key, tile.key_head), p.d_key.stride[3], p.head_dim, key_sums, scale);
         if (WANTS_VALUES && p.d_value.data)

@@ -4,7 +4,7 @@
 
 struct KeyTile {
     long long b, key_head;
-    Batch batch;
+    SequenceRows sequence;
     // Keys from `first` to before `end`, query rows from `from` to before `to`, in `steps` tiles over all
     // heads.
     int first, end, from, to, steps;
@@ -16,12 +16,12 @@ __device__ inline KeyTile key_tile_of_block(const Parameters &p) {
     KeyTile tile;
     tile.first = place.tile * KEYS;
     tile.key_head = place.head, tile.b = place.batch;
-    tile.batch = batch_row(p, tile.b);
-    tile.end = min(tile.first + KEYS, tile.batch.keys);
+    tile.sequence = sequence_of(p, tile.b);
+    tile.end = min(tile.first + KEYS, tile.sequence.keys);
     tile.from = tile.to = 0;
     if (tile.first < tile.end) {
-        tile.from = between(tile.first - tile.batch.high + 1, 0, tile.batch.queries);
-        tile.to = between(tile.end - tile.batch.low, 0, tile.batch.queries);
+        tile.from = between(tile.first - tile.sequence.high + 1, 0, tile.sequence.queries);
+        tile.to = between(tile.end - tile.sequence.low, 0, tile.sequence.queries);
     }
     const int row_tiles = tile.from < tile.to ? (tile.to - tile.from + ROWS - 1) / ROWS : 0;
     tile.steps = row_tiles * p.group;

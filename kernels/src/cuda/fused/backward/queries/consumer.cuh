@@ -16,15 +16,15 @@ __device__ inline void begin_rows(const Parameters &p, const QueryTile &tile, co
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const long long t = tile.first_t + row_at<ROWS>(r);
-        state.rows[r] = row_of(p, tile.batch, tile.b, tile.n, t);
-        const bool there = KEEPS_ROWS && t < tile.batch.queries;
+        state.rows[r] = row_of(p, tile.sequence, tile.b, tile.n, t);
+        const bool there = KEEPS_ROWS && t < tile.sequence.queries;
         state.offsets[r] = there ? p.row_offsets[state_of(p, tile.b, tile.n, t)] : -infinity();
         state.deltas[r] = there ? p.row_deltas[state_of(p, tile.b, tile.n, t)] : real(0);
     }
 #if ON_WARPGROUPS
     if constexpr (!KEEPS_ROWS) {
         for (int row = threadIdx.x; row < ROWS; row += THREADS) {
-            const Row whole = row_of(p, tile.batch, tile.b, tile.n, tile.first_t + row);
+            const Row whole = row_of(p, tile.sequence, tile.b, tile.n, tile.first_t + row);
             shared.reach[row] = Reach{whole.low, whole.high, PACKS_BIAS ? whole.bias : whole.mask};
         }
         consumer_sync();

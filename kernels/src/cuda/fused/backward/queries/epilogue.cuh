@@ -10,7 +10,7 @@ __device__ inline void store_gradients(const Parameters &p, const QueryTile &til
         bool finite = true;
 #pragma unroll
         for (int c = 0; c < output_slots<HEAD>(); ++c) finite &= is_finite(state.sums[r][c]);
-        if (!finite && tile.first_t + row_at<ROWS>(r) < tile.batch.queries) non_finite |= 1u << r;
+        if (!finite && tile.first_t + row_at<ROWS>(r) < tile.sequence.queries) non_finite |= 1u << r;
     }
     int *const is_computed_again = reinterpret_cast<int *>(memory);
     const bool any_again = mark_rows<ROWS>(p, non_finite, is_computed_again, [](int r) { return row_at<ROWS>(r); });
@@ -19,7 +19,7 @@ __device__ inline void store_gradients(const Parameters &p, const QueryTile &til
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const long long t = tile.first_t + row_at<ROWS>(r);
         if (t >= p.query_length || (any_again && is_computed_again[row_at<ROWS>(r)])) continue;
-        const bool zero = t >= tile.batch.queries;
+        const bool zero = t >= tile.sequence.queries;
         element *to_row = at(p.d_query, tile.b, t, tile.n);
 #pragma unroll
         for (int c = 0; c < output_slots<HEAD>(); c += NEIGHBOURS)
@@ -29,7 +29,7 @@ __device__ inline void store_gradients(const Parameters &p, const QueryTile &til
     if (!any_again) return;
     for (int local = threadIdx.x / 32; local < ROWS; local += WARPS) {
         if (!is_computed_again[local]) continue;
-        const Row row = row_of(p, tile.batch, tile.b, tile.n, tile.first_t + local);
+        const Row row = row_of(p, tile.sequence, tile.b, tile.n, tile.first_t + local);
         real again[HEAD / 32];
         exact_gradient_of_query(p, row, tile.b, tile.n, PreparedState(), again);
         store_row<HEAD>(at(p.d_query, tile.b, row.t, tile.n), p.d_query.stride[3], p.head_dim, again, scale);

@@ -4,7 +4,7 @@
 
 struct QueryTile {
     long long b, n, key_head;
-    Batch batch;
+    SequenceRows sequence;
     int first_t;
     // The keys that any row of the tile sees, and those that all of its rows see.
     int from, to, all_from, all_to;
@@ -17,14 +17,14 @@ __device__ inline QueryTile query_tile_of_block(const Parameters &p) {
     QueryTile tile;
     tile.first_t = (row_tiles - 1 - place.tile) * ROWS;
     tile.n = place.head, tile.b = place.batch, tile.key_head = (unsigned)place.head / (unsigned)p.group;
-    tile.batch = batch_row(p, tile.b);
+    tile.sequence = sequence_of(p, tile.b);
     tile.from = tile.to = tile.all_from = tile.all_to = 0;
-    if (tile.first_t < tile.batch.queries) {
-        const int last_t = min(tile.first_t + ROWS, tile.batch.queries) - 1;
-        tile.from = first_key(tile.batch, tile.first_t) / KEYS * KEYS;
-        tile.to = end_key(tile.batch, last_t);
-        tile.all_from = first_key(tile.batch, last_t);
-        tile.all_to = end_key(tile.batch, tile.first_t);
+    if (tile.first_t < tile.sequence.queries) {
+        const int last_t = min(tile.first_t + ROWS, tile.sequence.queries) - 1;
+        tile.from = first_key(tile.sequence, tile.first_t) / KEYS * KEYS;
+        tile.to = end_key(tile.sequence, last_t);
+        tile.all_from = first_key(tile.sequence, last_t);
+        tile.all_to = end_key(tile.sequence, tile.first_t);
     }
     return tile;
 }
@@ -36,5 +36,5 @@ __device__ inline const real *scores_of_tile(const Parameters &p, const QueryTil
 }
 
 __device__ inline bool is_far_row(const Parameters &p, const QueryTile &tile, int row) {
-    return tile.first_t + row < tile.batch.queries && scores_of_tile(p, tile)[row] != 0;
+    return tile.first_t + row < tile.sequence.queries && scores_of_tile(p, tile)[row] != 0;
 }
