@@ -5,20 +5,20 @@ use std::ops::Range;
 
 use attention_core::{DType, Gradients, Pass, Problem, Role, Unsupported};
 use attention_cuda::cudarc::driver::LaunchConfig;
-use attention_cuda::parameters::dtype_code;
+use attention_cuda::parameters::{ScratchAddresses, dtype_code};
 
 use super::NAME;
 use super::tiles::{FEW_ROWS, MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
 
-/// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are cut into parts where there are
-/// fewer. A constant, since the scratch of a problem must not depend on the device.
+/// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are split where
+/// there are fewer. A constant, since the scratch of a problem must not depend on the device.
 const BUSY_BLOCKS: usize = 264;
 
 /// The same where one warp is a block, which leave no multiprocessor waiting for the last ones.
 const BUSY_WARPS: usize = 2640;
 
-/// Keys that a part has at least: less is not worth the merge.
-const LEAST_KEYS: usize = 256;
+/// Keys of a split, at least: fewer are not worth the merge.
+const MIN_KEYS_OF_SPLIT: usize = 256;
 
 /// Sequences are at most this long: positions are 32 bits wide, and tiles reach beyond the end.
 const MOST_POSITIONS: usize = (1 << 31) - (1 << 16);
@@ -39,7 +39,7 @@ impl Kernel {
     /// Its name among the backend's [`variants`].
     pub(crate) fn variant(&self, launches: &Launches) -> String {
         let more = match self.entry_point {
-            "attention_forward" if launches.parts > 1 => IN_PARTS,
+            "attention_forward" if launches.splits > 1 => SPLIT_KEYS,
             "attention_gradient_of_keys" if self.wanted < 3 => ONE_GRADIENT,
             _ => "",
         };
@@ -61,9 +61,9 @@ impl Kernel {
 /// dimensions and options that share tiles share a variant.
 fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str) -> String {
     let name = entry_point.trim_start_matches("attention_").replace('_', " ");
-    let Tiles { rows, keys, warps, warpgroups, split, .. } = tiles;
+    let Tiles { rows, keys, warps, warpgroups, tf32_split, .. } = tiles;
     let tile = if rows > 0 { format!(" {rows}x{keys}") } else { String::new() };
-    let by = match (warpgroups, split) {
+    let by = match (warpgroups, tf32_split) {
         (true, _) => " on warpgroups",
         (_, true) => " in tf32 parts",
         _ => "",
@@ -71,8 +71,8 @@ fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str) -> String 
     format!("{name} {dtype}{tile}, {warps} warps{by}{more}")
 }
 
-/// Of a forward kernel whose results others merge.
-const IN_PARTS: &str = ", keys in parts";
+/// Of a forward kernel with split keys, whose partial results another kernel merges.
+const SPLIT_KEYS: &str = ", keys in parts";
 
 /// Of a kernel for one of the two gradients that one kernel gives otherwise.
 const ONE_GRADIENT: &str = ", one gradient";
@@ -88,7 +88,7 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
                 if shape.forward_bytes(tiles) <= machine.shared_bytes {
                     let merge = Tiles::of_merge(tiles);
                     names.insert(of("attention_forward", tiles, ""));
-                    names.insert(of("attention_forward", tiles, IN_PARTS));
+                    names.insert(of("attention_forward", tiles, SPLIT_KEYS));
                     names.insert(of("attention_merge", merge, ""));
                 }
             }
@@ -121,10 +121,42 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
 pub(crate) struct Launches {
     pub(crate) shape: Shape,
     pub(crate) kernels: Vec<Kernel>,
-    pub(crate) pack: usize,
-    pub(crate) parts: usize,
-    pub(crate) first: Range<usize>,
-    pub(crate) second: Range<usize>,
+    /// Query heads whose rows share tiles (pack GQA).
+    pub(crate) pack_gqa: usize,
+    /// Splits of the keys (split-KV).
+    pub(crate) splits: usize,
+    pub(crate) scratch: ScratchLayout,
+}
+
+/// Where the arrays of a pass are in its scratch, in bytes: those of [`ScratchAddresses`] of the same name.
+#[derive(Clone, Debug)]
+pub(crate) enum ScratchLayout {
+    None,
+    Partials { out: Range<usize>, state: Range<usize> },
+    Rows { offsets: Range<usize>, deltas: Range<usize> },
+}
+
+impl ScratchLayout {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Partials { state: last, .. } | Self::Rows { deltas: last, .. } => last.end,
+        }
+    }
+
+    /// The addresses in scratch that begins at `base`.
+    pub(crate) fn addresses(&self, base: u64) -> Option<ScratchAddresses> {
+        let at = |range: &Range<usize>| base + range.start as u64;
+        match self {
+            Self::None => None,
+            Self::Partials { out, state } => {
+                Some(ScratchAddresses::Partials { out: at(out), state: at(state) })
+            }
+            Self::Rows { offsets, deltas } => {
+                Some(ScratchAddresses::Rows { offsets: at(offsets), deltas: at(deltas) })
+            }
+        }
+    }
 }
 
 pub(crate) fn limit(what: &str, value: impl ToString, why: impl Into<String>) -> Unsupported {
@@ -153,7 +185,7 @@ impl Launches {
                 return Err(limit(what, size, format!("it takes at most {MOST_POSITIONS}")));
             }
         }
-        let none = Self { shape, kernels: Vec::new(), pack: 1, parts: 1, first: 0..0, second: 0..0 };
+        let none = Self { shape, kernels: Vec::new(), pack_gqa: 1, splits: 1, scratch: ScratchLayout::None };
         match problem.pass() {
             Pass::Forward => none.forward(problem, machine),
             Pass::Backward => none.backward(problem, machine),
@@ -162,21 +194,21 @@ impl Launches {
 
     /// Bytes of scratch.
     pub(crate) fn scratch_bytes(&self) -> usize {
-        self.second.end
+        self.scratch.bytes()
     }
 
-    fn scratch(&mut self, sizes: [&[usize]; 2]) -> Result<(), Unsupported> {
+    /// The ranges of two arrays of accumulators with these axes, one behind the other.
+    fn two_arrays(&self, axes: [&[usize]; 2]) -> Result<[Range<usize>; 2], Unsupported> {
         let size = self.shape.dtype.accumulator().size();
         let bytes = |of: &[usize]| of.iter().try_fold(size, |bytes, &axis| bytes.checked_mul(axis));
         let ranges = || {
-            let first = bytes(sizes[0])?;
+            let first = bytes(axes[0])?;
             let start = first.checked_next_multiple_of(64)?;
-            Some((0..first, start..start.checked_add(bytes(sizes[1])?)?))
+            Some([0..first, start..start.checked_add(bytes(axes[1])?)?])
         };
-        (self.first, self.second) = ranges().ok_or_else(|| {
-            limit("the sizes", format!("{sizes:?}"), "scratch for them does not fit an address space")
-        })?;
-        Ok(())
+        ranges().ok_or_else(|| {
+            limit("the sizes", format!("{axes:?}"), "scratch for them does not fit an address space")
+        })
     }
 
     fn add(&mut self, kernel: Kernel, blocks: &[usize]) -> Result<(), Unsupported> {
@@ -199,22 +231,24 @@ impl Launches {
             && (dims.query_length * group).div_ceil(nominal_rows)
                 < group * dims.query_length.div_ceil(nominal_rows);
         if shares {
-            self.pack = group;
+            self.pack_gqa = group;
         }
-        let rows_of_head = dims.query_length * self.pack;
+        let rows_of_head = dims.query_length * self.pack_gqa;
         let tiles = self.shape.forward(rows_of_head, machine);
-        let heads = dims.query_heads / self.pack.max(1);
+        let heads = dims.query_heads / self.pack_gqa.max(1);
         let nominal_tiles = rows_of_head.div_ceil(self.shape.nominal_rows(rows_of_head));
         let blocks = nominal_tiles.saturating_mul(heads).saturating_mul(dims.batch);
         let few = self.shape.is_half() && self.shape.depth() <= MOST_DEPTH && rows_of_head <= FEW_ROWS;
         let busy = if few { BUSY_WARPS } else { BUSY_BLOCKS };
         if blocks > 0 && blocks < busy {
-            let most = dims.key_length / LEAST_KEYS;
-            self.parts = (busy / blocks).clamp(1, most.max(1));
+            let most = dims.key_length / MIN_KEYS_OF_SPLIT;
+            self.splits = (busy / blocks).clamp(1, most.max(1));
         }
-        if self.parts > 1 {
-            let rows = [self.parts, dims.batch, dims.query_heads, dims.query_length];
-            self.scratch([&[&rows[..], &[dims.value_head_dim]].concat(), &[&rows[..], &[2]].concat()])?;
+        if self.splits > 1 {
+            let rows = [self.splits, dims.batch, dims.query_heads, dims.query_length];
+            let of_row = |numbers: usize| [&rows[..], &[numbers]].concat();
+            let [out, state] = self.two_arrays([&of_row(dims.value_head_dim), &of_row(2)])?;
+            self.scratch = ScratchLayout::Partials { out, state };
         }
         let kernel = Kernel {
             source: "attention_forward.cu",
@@ -227,9 +261,9 @@ impl Launches {
         let slices = self.shape.slices();
         self.add(
             kernel.clone(),
-            &[rows_of_head.div_ceil(tiles.rows), heads, dims.batch, self.parts, slices],
+            &[rows_of_head.div_ceil(tiles.rows), heads, dims.batch, self.splits, slices],
         )?;
-        if self.parts > 1 {
+        if self.splits > 1 {
             let rows = dims.batch.saturating_mul(dims.query_heads).saturating_mul(dims.query_length);
             let tiles = Tiles::of_merge(tiles);
             let merge = Kernel {
@@ -249,7 +283,9 @@ impl Launches {
         let rows = [dims.batch, dims.query_heads, dims.query_length];
         // Offsets; row terms, scores and, per head, whether it has a far row
         // (kernels/src/cuda/fused/backward/gradients.cuh).
-        self.scratch([&rows, &[dims.batch, dims.query_heads, 2 * dims.query_length + 1]])?;
+        let of_deltas = [dims.batch, dims.query_heads, 2 * dims.query_length + 1];
+        let [offsets, deltas] = self.two_arrays([&rows, &of_deltas])?;
+        self.scratch = ScratchLayout::Rows { offsets, deltas };
         let wants = |gradient| problem.gradients().contains(gradient);
         let kernel = Kernel {
             source: "attention_backward_rows.cu",
@@ -316,7 +352,7 @@ impl Launches {
     /// The macros that a kernel is compiled with for this problem.
     pub(crate) fn defines(&self, problem: &Problem, kernel: &Kernel) -> Vec<String> {
         let Shape { dtype, head, features, .. } = self.shape;
-        let Tiles { rows, keys, warps, stages, warpgroups, split } = kernel.tiles;
+        let Tiles { rows, keys, warps, stages, warpgroups, tf32_split } = kernel.tiles;
         let (threads, _, _) = kernel.launch_config().block_dim;
         let (head, value) = (kernel.tiles.columns(head), kernel.tiles.columns(self.shape.columns_of_slice()));
         let mut defines = vec![
@@ -337,7 +373,7 @@ impl Launches {
         if self.shape.slices() > 1 {
             defines.push(format!("SLICES={}", self.shape.slices()));
         }
-        if split {
+        if tf32_split {
             defines.push("SPLIT=1".to_owned());
         }
         defines

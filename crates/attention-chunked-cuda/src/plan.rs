@@ -40,9 +40,10 @@ impl ChunkedCudaPlan {
         let mut parameters = ProblemParameters::new(problem, runtime.device.stream())
             .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
         let of_calls = parameters.of_calls();
-        // Both fit: parts are as many as keep a device busy, and a group has at most as many heads as there are.
-        (of_calls.pack, of_calls.parts) = (launches.pack as i32, launches.parts as i32);
-        if launches.kernels.iter().any(|kernel| kernel.tiles.split) {
+        // Both fit in 32 bits: there are at most `BUSY_WARPS` splits, and a group has at most
+        // `MOST_POSITIONS` heads.
+        (of_calls.pack_gqa, of_calls.splits) = (launches.pack_gqa as i32, launches.splits as i32);
+        if launches.kernels.iter().any(|kernel| kernel.tiles.tf32_split) {
             // Parts of an infinity are NaN.
             of_calls.check_results();
         }
@@ -61,8 +62,9 @@ impl ChunkedCudaPlan {
         let stream = self.runtime.device.stream();
         tensors.check_streams(NAME, stream, base)?;
         let mut parameters = self.parameters.of_call();
-        parameters.first = base + self.launches.first.start as u64;
-        parameters.second = base + self.launches.second.start as u64;
+        if let Some(addresses) = self.launches.scratch.addresses(base) {
+            parameters.set_scratch(addresses);
+        }
         parameters.set_all(tensors);
         for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
             let mut launch = stream.launch_builder(function);

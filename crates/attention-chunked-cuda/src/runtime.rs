@@ -36,7 +36,7 @@ impl Runtime {
             machine: Machine {
                 shared_bytes: usize::try_from(shared_bytes).unwrap_or(0),
                 warpgroups: (major, minor) == (9, 0) && config.warpgroups,
-                splits: config.split_f32,
+                tf32_split: config.split_f32,
             },
             device,
             kernels: KernelCache::new(config.kernel_folder.clone()).wheel_roots(config.wheel_roots.clone()),

@@ -7,16 +7,16 @@ use attention_core::{
     AttentionBackend, DType, Device, Dropout, FeatureSet, Gradients, Pass, Problem, Role, TensorDesc,
     Unsupported,
 };
-use attention_cuda::parameters::{batches, beside};
+use attention_cuda::parameters::{Swizzle, sequences};
 
 use super::launches::{Launches, variants};
 use super::tiles::{Machine, Shape};
 use super::{ChunkedCudaBackend, ChunkedCudaConfig};
 
 /// The smallest device, and those for data centres of compute capability 8.0 and 9.0.
-const SMALL: Machine = Machine { shared_bytes: 99 << 10, warpgroups: false, splits: true };
-const AMPERE: Machine = Machine { shared_bytes: 163 << 10, warpgroups: false, splits: true };
-const HOPPER: Machine = Machine { shared_bytes: 227 << 10, warpgroups: true, splits: true };
+const SMALL: Machine = Machine { shared_bytes: 99 << 10, warpgroups: false, tf32_split: true };
+const AMPERE: Machine = Machine { shared_bytes: 163 << 10, warpgroups: false, tf32_split: true };
+const HOPPER: Machine = Machine { shared_bytes: 227 << 10, warpgroups: true, tf32_split: true };
 
 fn on_device(problem: &Problem) -> Problem {
     problem.to_builder().device(Device::Cuda(0)).build().unwrap()
@@ -35,7 +35,7 @@ fn problems(dtype: DType, pass: Pass) -> impl Iterator<Item = (String, Problem)>
 fn rows_see_the_keys_that_the_problem_says() {
     for (name, problem) in problems(DType::F32, Pass::Forward) {
         let dims = problem.dims();
-        let rows = batches(&problem);
+        let rows = sequences(&problem);
         for batch in 0..dims.batch {
             let row = if rows.len() == 1 { rows[0] } else { rows[batch] };
             for t in 0..dims.query_length {
@@ -126,7 +126,7 @@ fn every_kind_of_problem() -> Vec<Problem> {
 fn every_kernel_is_compiled_for_the_threads_it_is_launched_with() {
     let (mut merges, mut kernels) = (0, 0);
     for problem in every_kind_of_problem() {
-        for machine in [SMALL, AMPERE, HOPPER, Machine { splits: false, warpgroups: false, ..HOPPER }] {
+        for machine in [SMALL, AMPERE, HOPPER, Machine { tf32_split: false, warpgroups: false, ..HOPPER }] {
             let plan = Launches::of(&problem, machine).unwrap();
             for kernel in &plan.kernels {
                 let threads = kernel.launch_config().block_dim.0;
@@ -158,7 +158,7 @@ fn every_kernel_is_compiled_for_the_threads_it_is_launched_with() {
 
 #[test]
 fn every_variant_that_a_plan_chooses_is_listed() {
-    for machine in [SMALL, AMPERE, HOPPER, Machine { splits: false, warpgroups: false, ..HOPPER }] {
+    for machine in [SMALL, AMPERE, HOPPER, Machine { tf32_split: false, warpgroups: false, ..HOPPER }] {
         let listed = variants(machine);
         for problem in every_kind_of_problem() {
             let plan = Launches::of(&problem, machine).unwrap();
@@ -178,7 +178,7 @@ fn every_variant_that_a_plan_chooses_is_listed() {
 /// On Hopper, of the configurations that docs/gpu-runs/run.sh runs.
 #[test]
 fn every_variant_that_is_listed_is_chosen_by_a_case_of_the_suite() {
-    let machines = [HOPPER, Machine { splits: false, ..HOPPER }, Machine { warpgroups: false, ..HOPPER }];
+    let machines = [HOPPER, Machine { tf32_split: false, ..HOPPER }, Machine { warpgroups: false, ..HOPPER }];
     let mut missing: BTreeSet<String> = machines.into_iter().flat_map(variants).collect();
     // The families of magnitudes and bits have much data, and sizes that others have.
     let cases = cases::all()
@@ -268,12 +268,12 @@ fn long_f32_is_split_where_that_is_wanted() {
     let splits_with = |machine: Machine, head: usize| {
         let problem = with_heads(DType::F32, head, 128, Pass::Backward);
         let plan = Launches::of(&problem, machine).unwrap();
-        plan.kernels.iter().filter(|kernel| kernel.tiles.split).count()
+        plan.kernels.iter().filter(|kernel| kernel.tiles.tf32_split).count()
     };
     // The gradients of queries, and of keys and values.
     assert_eq!([SMALL, AMPERE, HOPPER].map(|machine| splits_with(machine, 64)), [2; 3]);
     assert_eq!([48, 192].map(|head| splits_with(HOPPER, head)), [0; 2]);
-    assert_eq!(splits_with(Machine { splits: false, ..HOPPER }, 128), 0);
+    assert_eq!(splits_with(Machine { tf32_split: false, ..HOPPER }, 128), 0);
 }
 
 /// The kernel for the gradient of queries sums the rows whose logsumexp is large, whether or not the gradient is wanted.
@@ -325,7 +325,7 @@ fn few_rows_share_tiles_and_cut_the_keys() {
     let key = TensorDesc::contiguous(DType::Bf16, [2, 8192, 8, 128]);
     let problem = Problem::builder(query, key, key).device(Device::Cuda(0)).build().unwrap();
     let plan = Launches::of(&problem, AMPERE).unwrap();
-    assert_eq!((plan.pack, plan.parts), (4, 32));
+    assert_eq!((plan.pack_gqa, plan.splits), (4, 32));
     // Per part, an output and two numbers for each row, in f32.
     assert_eq!(plan.scratch_bytes(), 32 * 2 * 32 * (128 + 2) * 4);
     assert_eq!(plan.kernels.len(), 2);
@@ -342,7 +342,7 @@ fn options_alone_have_kernels_of_their_own() {
 }
 
 #[test]
-fn blocks_that_read_the_same_mask_or_bias_are_side_by_side() {
+fn blocks_that_read_the_same_mask_or_bias_are_scheduled_round_robin() {
     let of = |role: Role, shape: [usize; 4]| {
         let heads = TensorDesc::contiguous(DType::Bf16, [4, 300, 6, 64]);
         let builder = Problem::builder(heads, heads, heads).device(Device::Cuda(0));
@@ -350,13 +350,13 @@ fn blocks_that_read_the_same_mask_or_bias_are_side_by_side() {
             Role::Mask => builder.mask(TensorDesc::contiguous(DType::Bool, shape)).build(),
             _ => builder.bias(TensorDesc::contiguous(DType::Bf16, shape)).build(),
         };
-        beside(&problem.unwrap())
+        Swizzle::of(&problem.unwrap())
     };
-    assert_eq!(of(Role::Mask, [4, 1, 300, 300]), (3, false));
-    assert_eq!(of(Role::Bias, [1, 6, 300, 300]), (4, true));
+    assert_eq!(of(Role::Mask, [4, 1, 300, 300]), Swizzle { count: 3, batch: false });
+    assert_eq!(of(Role::Bias, [1, 6, 300, 300]), Swizzle { count: 4, batch: true });
     // Nothing is read twice, or what is read is short.
-    assert_eq!(of(Role::Bias, [4, 6, 300, 300]), (1, false));
-    assert_eq!(of(Role::Mask, [4, 1, 1, 300]), (1, false));
+    assert_eq!(of(Role::Bias, [4, 6, 300, 300]), Swizzle { count: 1, batch: false });
+    assert_eq!(of(Role::Mask, [4, 1, 1, 300]), Swizzle { count: 1, batch: false });
 }
 
 #[test]

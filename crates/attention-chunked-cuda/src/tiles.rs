@@ -27,17 +27,17 @@ pub(crate) struct Tiles {
     pub(crate) stages: usize,
     /// Whether products run on warpgroups: four warps for 64 rows, and operands in whole panels.
     pub(crate) warpgroups: bool,
-    /// Whether f32 is multiplied in parts on tensor cores.
-    pub(crate) split: bool,
+    /// Whether f32 operands are split into two tf32 parts and multiplied on tensor cores.
+    pub(crate) tf32_split: bool,
 }
 
 impl Tiles {
     pub(crate) const fn new(rows: usize, keys: usize, warps: usize, stages: usize) -> Self {
-        Self { rows, keys, warps, stages, warpgroups: false, split: false }
+        Self { rows, keys, warps, stages, warpgroups: false, tf32_split: false }
     }
 
-    const fn split(rows: usize, keys: usize, warps: usize, stages: usize) -> Self {
-        Self { split: true, ..Self::new(rows, keys, warps, stages) }
+    const fn tf32_split(rows: usize, keys: usize, warps: usize, stages: usize) -> Self {
+        Self { tf32_split: true, ..Self::new(rows, keys, warps, stages) }
     }
 
     /// Of so many warpgroups beside the loaders.
@@ -74,17 +74,17 @@ pub(crate) struct Machine {
     pub(crate) shared_bytes: usize,
     /// Whether it has the products of warpgroups, as compute capability 9.0 does.
     pub(crate) warpgroups: bool,
-    /// Whether f32 is to be multiplied in parts.
-    pub(crate) splits: bool,
+    /// Whether f32 operands are to be split into tf32 parts.
+    pub(crate) tf32_split: bool,
 }
 
 impl Machine {
     /// One that every block fits.
-    pub(crate) const ANY: Self = Self { shared_bytes: usize::MAX, warpgroups: false, splits: false };
+    pub(crate) const ANY: Self = Self { shared_bytes: usize::MAX, warpgroups: false, tf32_split: false };
 
     /// Without products of another kind than those of every device.
     fn plain(self) -> Self {
-        Self { warpgroups: false, splits: false, ..self }
+        Self { warpgroups: false, tf32_split: false, ..self }
     }
 }
 
@@ -194,8 +194,13 @@ impl Shape {
     }
 
     /// The first of these tiles of split products that the device has room for, if it is to have some.
-    fn splits(self, machine: Machine, bytes: fn(Self, Tiles) -> usize, tiles: &[Tiles]) -> Option<Tiles> {
-        let wanted = machine.splits && self.dtype == DType::F32 && self.large && self.depth() <= 128;
+    fn tf32_split_tiles(
+        self,
+        machine: Machine,
+        bytes: fn(Self, Tiles) -> usize,
+        tiles: &[Tiles],
+    ) -> Option<Tiles> {
+        let wanted = machine.tf32_split && self.dtype == DType::F32 && self.large && self.depth() <= 128;
         tiles.iter().copied().find(|&tiles| wanted && bytes(self, tiles) <= machine.shared_bytes)
     }
 
@@ -214,12 +219,12 @@ impl Shape {
     pub(crate) fn forward(self, rows_of_head: usize, machine: Machine) -> Tiles {
         // Two blocks of 16 rows to a warp, where registers allow it.
         let split = match (self.depth(), self.features.is_all()) {
-            (..=64, false) => Tiles::split(128, 64, 4, 1),
-            (..=64, true) => Tiles::split(64, 64, 4, 1),
-            (_, false) => Tiles::split(128, 32, 4, 1),
-            (_, true) => Tiles::split(64, 32, 4, 1),
+            (..=64, false) => Tiles::tf32_split(128, 64, 4, 1),
+            (..=64, true) => Tiles::tf32_split(64, 64, 4, 1),
+            (_, false) => Tiles::tf32_split(128, 32, 4, 1),
+            (_, true) => Tiles::tf32_split(64, 32, 4, 1),
         };
-        if let Some(split) = self.splits(machine, Self::forward_bytes, &[split]) {
+        if let Some(split) = self.tf32_split_tiles(machine, Self::forward_bytes, &[split]) {
             return split;
         }
         if self.depth() > MOST_DEPTH {
@@ -258,8 +263,12 @@ impl Shape {
     /// For the gradients of keys and values, within the shared memory of a block if there are such.
     pub(crate) fn keys(self, machine: Machine) -> Tiles {
         let rows = if self.depth() <= 64 { 64 } else { 32 };
-        let split = [Tiles::split(rows, 128, 8, 2), Tiles::split(32, 128, 8, 1), Tiles::split(32, 64, 4, 1)];
-        if let Some(split) = self.splits(machine, Self::keys_bytes, &split) {
+        let split = [
+            Tiles::tf32_split(rows, 128, 8, 2),
+            Tiles::tf32_split(32, 128, 8, 1),
+            Tiles::tf32_split(32, 64, 4, 1),
+        ];
+        if let Some(split) = self.tf32_split_tiles(machine, Self::keys_bytes, &split) {
             return split;
         }
         let mut tiles = if machine.warpgroups && self.is_half() {
@@ -301,11 +310,15 @@ impl Shape {
     /// For the gradient of queries, within the shared memory of a block if there are such.
     pub(crate) fn queries(self, machine: Machine) -> Tiles {
         let split = if self.depth() <= 64 {
-            &[Tiles::split(64, 64, 4, 1)][..]
+            &[Tiles::tf32_split(64, 64, 4, 1)][..]
         } else {
-            &[Tiles::split(128, 32, 8, 2), Tiles::split(128, 32, 8, 1), Tiles::split(64, 32, 4, 1)][..]
+            &[
+                Tiles::tf32_split(128, 32, 8, 2),
+                Tiles::tf32_split(128, 32, 8, 1),
+                Tiles::tf32_split(64, 32, 4, 1),
+            ][..]
         };
-        if let Some(split) = self.splits(machine, Self::queries_bytes, split) {
+        if let Some(split) = self.tf32_split_tiles(machine, Self::queries_bytes, split) {
             return split;
         }
         let mut tiles = if machine.warpgroups && self.is_half() {
@@ -343,13 +356,13 @@ impl Shape {
     /// Bytes of rows of operands in shared memory: 16 bytes behind each row, but for whole panels and split products.
     fn tile(self, tiles: Tiles, rows: usize, depth: usize) -> usize {
         rows * (tiles.columns(depth) * self.dtype.size()
-            + if tiles.warpgroups || tiles.split { 0 } else { 16 })
+            + if tiles.warpgroups || tiles.tf32_split { 0 } else { 16 })
     }
 
     /// Bytes behind the tiles: those that weights pass through on their way to a product, which are none where there are
     /// tensor cores; or barriers.
     fn room(self, tiles: Tiles, height: usize, width: usize) -> usize {
-        match (tiles.warpgroups, self.is_half() || tiles.split) {
+        match (tiles.warpgroups, self.is_half() || tiles.tf32_split) {
             (true, _) => GATES,
             (false, true) => 0,
             (false, false) => self.tile(tiles, height, width),

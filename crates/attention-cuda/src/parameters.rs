@@ -1,4 +1,5 @@
-//! What the attention kernels (`attention-kernels`, `attention/parameters.cuh`) are called with: a problem as they know it.
+//! The argument of the fused attention kernels: the problem and the addresses of a call, in the layout and
+//! with the field names of `fused/parameters.cuh` in `attention-kernels`.
 
 use std::sync::Arc;
 
@@ -28,36 +29,62 @@ struct Tensor {
     stride: [i64; 4],
 }
 
-/// The structure of a batch row: lengths, the offset, and which keys a row sees.
+/// Where the rows of one sequence are, and which keys a row sees.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Batch {
+pub struct SequenceRows {
+    /// Query row `t` stands at `t + offset`.
     offset: i64,
+    /// Row `t` sees the keys from `t + low` to before `t + high` that exist.
     low: i64,
     high: i64,
+    /// The numbers of query rows and of keys that exist.
     queries: i32,
     keys: i32,
 }
 
-// SAFETY: plain integers without padding.
-unsafe impl DeviceRepr for Batch {}
+// SAFETY: plain integers without padding, in the layout of the struct of the same name in the kernels; the
+// size is asserted on both sides.
+unsafe impl DeviceRepr for SequenceRows {}
 
-/// How many roles there are.
+const _: () = assert!(size_of::<SequenceRows>() == 32);
+
+/// Number of roles, each of which has a tensor among the parameters.
 const ROLES: usize = Role::ALL.len();
 
-/// The one argument of every attention kernel.
+/// The addresses of a call's scratch. The kernels have one pair of fields for all passes, as a union.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScratchAddresses {
+    /// Of a forward pass with split keys.
+    Partials {
+        /// Partial outputs, `[split, B, N, T, Hv]`.
+        out: u64,
+        /// Row max and row sum, `[split, B, N, T, 2]`.
+        state: u64,
+    },
+    /// Of a backward pass, and of the kernels that recompute rows behind cuDNN.
+    Rows {
+        /// Offset per row, `[B, N, T]`. Behind cuDNN's forward pass: its logsumexp.
+        offsets: u64,
+        /// Row terms and scores, `[B, N, T]` each, then a number per head that says whether it has a far row
+        /// (`fused/backward/gradients.cuh`). 0 behind cuDNN's forward pass.
+        deltas: u64,
+    },
+}
+
+/// The one argument of every fused attention kernel. Fields have the names that the kernels give them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Parameters {
     /// In the order of [`Role::ALL`].
     tensors: [Tensor; ROLES],
-    /// The address of a [`Batch`] for each batch row, or 0 where `uniform` is that of all.
-    batches: u64,
-    uniform: Batch,
-    /// The addresses of the scratch of kernels that have some: `partial_out` or `row_offsets` in the kernels.
-    pub first: u64,
-    /// See [`first`](Self::first): `partial_state` or `row_deltas` in the kernels.
-    pub second: u64,
+    /// The address of a [`SequenceRows`] for each batch row, or 0 where `uniform_sequence` is that of all.
+    sequences: u64,
+    uniform_sequence: SequenceRows,
+    /// A union of two addresses, see [`ScratchAddresses`].
+    partial_out_or_row_offsets: u64,
+    /// As above.
+    partial_state_or_row_deltas: u64,
     batch: i64,
     query_length: i64,
     key_length: i64,
@@ -72,20 +99,20 @@ pub struct Parameters {
     head_dim: i32,
     value_head_dim: i32,
     group: i32,
-    /// Query heads whose rows share tiles (pack GQA), `pack_gqa` in the kernels; 1 unless set.
-    pub pack: i32,
-    /// Splits of the keys (split-KV), `splits` in the kernels; 1 unless set.
-    pub parts: i32,
+    /// Query heads whose rows share tiles (pack GQA); 1 unless set.
+    pub pack_gqa: i32,
+    /// Splits of the keys (split-KV); 1 unless set.
+    pub splits: i32,
     aligned: u32,
     bias_dtype: i32,
     slopes_dtype: i32,
     sinks_dtype: i32,
-    contains: i32,
+    hides_keys: i32,
     drop_threshold: u32,
     drop_key: [u32; 2],
     drop_offset: u32,
-    beside: i32,
-    beside_batch: i32,
+    swizzle: i32,
+    swizzles_batch: i32,
 }
 
 // SAFETY: plain numbers, in the layout of the struct of the same name in the kernels; the size is asserted on both sides.
@@ -93,7 +120,7 @@ unsafe impl DeviceRepr for Parameters {}
 
 const _: () = assert!(size_of::<Parameters>() == 864);
 
-impl Batch {
+impl SequenceRows {
     fn of(problem: &Problem, batch: usize) -> Self {
         let offset = problem.offset(batch);
         let window = problem.window();
@@ -113,9 +140,7 @@ impl Batch {
             keys: problem.key_value_len(batch) as i32,
         }
     }
-}
 
-impl Batch {
     /// The keys that row `t` sees, as kernels compute them.
     pub fn keys_of(&self, t: usize) -> std::ops::Range<usize> {
         if t as i64 >= i64::from(self.queries) {
@@ -126,9 +151,10 @@ impl Batch {
     }
 }
 
-/// The structure of each batch row, or one where that is the structure of all.
-pub fn batches(problem: &Problem) -> Vec<Batch> {
-    let mut rows: Vec<Batch> = (0..problem.dims().batch).map(|batch| Batch::of(problem, batch)).collect();
+/// The rows of each batch row's sequence, or one element where all sequences are alike.
+pub fn sequences(problem: &Problem) -> Vec<SequenceRows> {
+    let mut rows: Vec<SequenceRows> =
+        (0..problem.dims().batch).map(|batch| SequenceRows::of(problem, batch)).collect();
     if rows.windows(2).all(|two| two[0] == two[1]) {
         rows.truncate(1);
     }
@@ -145,18 +171,32 @@ fn has_aligned_rows(desc: &TensorDesc) -> bool {
         && (0..3).all(|axis| shape[axis] <= 1 || strides[axis] % chunk as isize == 0)
 }
 
-/// How many heads, or batch rows if so, blocks take side by side: those that read the same of a mask or a bias, as far as the
-/// keys and values of so many stay in the cache.
-pub fn beside(problem: &Problem) -> (usize, bool) {
-    let dims = problem.dims();
-    let term = [Role::Bias, Role::Mask].into_iter().find_map(|role| problem.tensor(role));
-    let Some(shape) = term.map(TensorDesc::shape).filter(|shape| shape[2] > 1) else { return (1, false) };
-    let most = |count: usize| [4, 3, 2].into_iter().find(|&beside| count.is_multiple_of(beside)).unwrap_or(1);
-    match (shape[0], shape[1]) {
-        // A count of 0 has no blocks.
-        (_, 1) if dims.key_heads > 1 => (most(dims.key_heads), false),
-        (1, _) if dims.batch > 1 => (most(dims.batch), true),
-        _ => (1, false),
+/// Which tiles are scheduled round-robin, so that they share reads of a mask or bias in L2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Swizzle {
+    /// Number of heads, or batch rows, whose tiles take turns. Divides the number of heads (batch rows); 1 for
+    /// no swizzle.
+    pub count: usize,
+    /// Whether batch rows take turns instead of heads.
+    pub batch: bool,
+}
+
+impl Swizzle {
+    /// At most four heads (batch rows) that read the same mask or bias, since L2 has to hold their keys and
+    /// values as well.
+    pub fn of(problem: &Problem) -> Self {
+        let dims = problem.dims();
+        let none = Self { count: 1, batch: false };
+        let term = [Role::Bias, Role::Mask].into_iter().find_map(|role| problem.tensor(role));
+        let Some(shape) = term.map(TensorDesc::shape).filter(|shape| shape[2] > 1) else { return none };
+        let most =
+            |total: usize| [4, 3, 2].into_iter().find(|&count| total.is_multiple_of(count)).unwrap_or(1);
+        match (shape[0], shape[1]) {
+            // A count of 0 has no blocks.
+            (_, 1) if dims.key_heads > 1 => Self { count: most(dims.key_heads), batch: false },
+            (1, _) if dims.batch > 1 => Self { count: most(dims.batch), batch: true },
+            _ => none,
+        }
     }
 }
 
@@ -170,7 +210,7 @@ fn balance(scale: f64) -> f32 {
 
 impl Parameters {
     /// Everything but addresses.
-    fn of(problem: &Problem, uniform: Batch) -> Self {
+    fn of(problem: &Problem, uniform_sequence: SequenceRows) -> Self {
         let dims = problem.dims();
         let mut tensors = [Tensor::default(); ROLES];
         let mut aligned = 0;
@@ -199,11 +239,11 @@ impl Parameters {
         });
         let dropout = problem.dropout_stream();
         let (drop_key, drop_offset) = dropout.map_or(([0; 2], 0), |stream| stream.words());
-        let (beside, beside_batch) = beside(problem);
+        let swizzle = Swizzle::of(problem);
         let structured = problem.causal() || !problem.window().is_unbounded();
         Self {
             tensors,
-            uniform,
+            uniform_sequence,
             batch: dims.batch as i64,
             query_length: dims.query_length as i64,
             key_length: dims.key_length as i64,
@@ -218,25 +258,34 @@ impl Parameters {
             head_dim: dims.head_dim as i32,
             value_head_dim: dims.value_head_dim as i32,
             group: dims.group_size() as i32,
-            pack: 1,
-            parts: 1,
+            pack_gqa: 1,
+            splits: 1,
             aligned,
             bias_dtype: dtype(Role::Bias),
             slopes_dtype: dtype(Role::AlibiSlopes),
             sinks_dtype: dtype(Role::Sinks),
-            contains: i32::from(structured || problem.has(Role::Mask) || problem.has(Role::Bias)),
+            hides_keys: i32::from(structured || problem.has(Role::Mask) || problem.has(Role::Bias)),
             drop_threshold: dropout.map_or(0, |stream| stream.threshold()),
             drop_key,
             drop_offset,
-            beside: beside as i32,
-            beside_batch: i32::from(beside_batch),
+            swizzle: swizzle.count as i32,
+            swizzles_batch: i32::from(swizzle.batch),
             ..Self::default()
         }
     }
 
-    /// Has kernels look at results that are not finite, and compute them once more, whatever the structure is.
+    /// Has kernels recompute rows whose results are not finite, whether or not a mask, a bias or structure
+    /// hides keys.
     pub fn check_results(&mut self) {
-        self.contains = 1;
+        self.hides_keys = 1;
+    }
+
+    /// Sets the addresses of scratch; kernels without scratch need none.
+    pub fn set_scratch(&mut self, scratch: ScratchAddresses) {
+        (self.partial_out_or_row_offsets, self.partial_state_or_row_deltas) = match scratch {
+            ScratchAddresses::Partials { out, state } => (out, state),
+            ScratchAddresses::Rows { offsets, deltas } => (offsets, deltas),
+        };
     }
 
     /// Puts the addresses of a call's tensors in their places.
@@ -255,29 +304,29 @@ impl Parameters {
     }
 }
 
-/// The parameters of a problem's calls, with what they point to on the device.
+/// The parameters of a problem's calls, with the device memory that they point to.
 #[derive(Debug)]
 pub struct ProblemParameters {
     parameters: Parameters,
-    /// Where batch rows differ.
-    _batches: Option<CudaSlice<Batch>>,
+    /// Where the batch rows' sequences differ.
+    _sequences: Option<CudaSlice<SequenceRows>>,
 }
 
 impl ProblemParameters {
     /// For calls on this stream.
     ///
     /// # Errors
-    /// What the driver says where batch rows differ and their structures do not get to the device.
+    /// The driver's, where batch rows differ and the copy of their [`SequenceRows`] to the device fails.
     pub fn new(problem: &Problem, stream: &Arc<CudaStream>) -> Result<Self, DriverError> {
-        let rows = batches(problem);
+        let rows = sequences(problem);
         if let [] | [_] = rows[..] {
             let uniform = rows.first().copied().unwrap_or_default();
-            return Ok(Self { parameters: Parameters::of(problem, uniform), _batches: None });
+            return Ok(Self { parameters: Parameters::of(problem, uniform), _sequences: None });
         }
         let rows = stream.clone_htod(&rows)?;
-        let mut parameters = Parameters::of(problem, Batch::default());
-        parameters.batches = rows.device_ptr(stream).0;
-        Ok(Self { parameters, _batches: Some(rows) })
+        let mut parameters = Parameters::of(problem, SequenceRows::default());
+        parameters.sequences = rows.device_ptr(stream).0;
+        Ok(Self { parameters, _sequences: Some(rows) })
     }
 
     /// Those of a call, but for its addresses. What they point to lives as long as `self`.

@@ -3,7 +3,7 @@
 
 use attention_core::{Error, Gradients, Pass, Problem, Role};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
-use attention_cuda::parameters::{ProblemParameters, dtype_code};
+use attention_cuda::parameters::{ProblemParameters, ScratchAddresses, dtype_code};
 use attention_cuda::{Addresses, failure};
 
 use crate::key::{Drops, Key, seen_rows};
@@ -164,7 +164,9 @@ impl Containment {
         parameters.set_all(memory);
         match large {
             Large::Unknown => {}
-            Large::Stats(stats) => parameters.first = stats,
+            Large::Stats(stats) => {
+                parameters.set_scratch(ScratchAddresses::Rows { offsets: stats, deltas: 0 });
+            }
             Large::States(start) => large::set(&mut parameters, problem, start),
         }
         let config =

@@ -1,7 +1,7 @@
 //! Rows of large logits: which problems may have them, and where their maxima and sums are in scratch.
 
 use attention_core::{Problem, Role};
-use attention_cuda::parameters::Parameters;
+use attention_cuda::parameters::{Parameters, ScratchAddresses};
 
 /// Whether what is added to products may make logits so large that cuDNN's exponents have no digits left, in
 /// forward, or the logsumexp none, in backward: a bias, or slopes where a row's own position has no key.
@@ -35,8 +35,9 @@ pub(crate) fn places(problem: &Problem, start: u64) -> [u64; 3] {
 /// Tells kernels where the numbers are.
 pub(crate) fn set(parameters: &mut Parameters, problem: &Problem, start: u64) {
     let [offsets, scores, _] = places(problem, start);
-    // The kernels have row terms in front of the scores.
-    (parameters.first, parameters.second) = (offsets, offsets + (scores - offsets) / 2);
+    // The kernels expect row terms in front of the scores.
+    let deltas = offsets + (scores - offsets) / 2;
+    parameters.set_scratch(ScratchAddresses::Rows { offsets, deltas });
 }
 
 #[cfg(test)]
