@@ -1,6 +1,13 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod variant;
+
+pub use variant::{DTypeCode, Features, Fused, Helper, KeyGradients, Variant, block_threads};
+
+use DTypeCode::{Bf16, F16, F32, F64};
+use KeyGradients::{Key, KeyAndValue};
+
 /// One CUDA source with what can be launched from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Source {
@@ -10,9 +17,8 @@ pub struct Source {
     pub text: &'static str,
     /// The names of its `extern "C" __global__` functions.
     pub entry_points: &'static [&'static str],
-    /// The sets of macros that it is compiled with, each macro as `NAME` or `NAME=VALUE`. Each set gives every entry point;
-    /// the empty set is the source as it stands.
-    pub variants: &'static [&'static [&'static str]],
+    /// The variants that `cargo xtask kernels` compiles. Each has every entry point.
+    pub variants: &'static [Variant],
 }
 
 /// The text of a fused kernel: what all of them share, then its own files, in an order in which each file follows
@@ -41,59 +47,13 @@ macro_rules! fused {
     };
 }
 
-/// The macro for the threads of a block, of a number of warps, without or with those that load for warpgroups.
-macro_rules! block {
-    (1, 0) => {
-        "BLOCK=32"
-    };
-    (2, 0) => {
-        "BLOCK=64"
-    };
-    (4, 0) => {
-        "BLOCK=128"
-    };
-    (8, 0) => {
-        "BLOCK=256"
-    };
-    (8, 1) => {
-        "BLOCK=384"
-    };
-    (12, 1) => {
-        "BLOCK=512"
-    };
-}
-
-/// Macros of an attention kernel: the operands' dtype (0 for f64, 1 for f32, 2 for f16, 3 for bf16), padded head dimensions,
-/// features, tile of rows and keys, warps, tiles that are streamed ahead, gradients, warpgroups, and whatever else.
-macro_rules! variant {
-    ($dtype:literal, $head:literal, $value:literal, $features:literal, $rows:literal, $keys:literal, $warps:tt,
-     $stages:literal, $wanted:literal, $warpgroups:tt $(, $more:literal)*) => {
-        &[
-            concat!("DTYPE=", $dtype),
-            concat!("HEAD=", $head),
-            concat!("VALUE=", $value),
-            concat!("FEATURES=", $features),
-            "BIAS_DTYPE=4",
-            "TERM_STRIDE=-1",
-            concat!("ROWS=", $rows),
-            concat!("KEYS=", $keys),
-            concat!("WARPS=", $warps),
-            concat!("STAGES=", $stages),
-            concat!("WANTED=", $wanted),
-            concat!("WARPGROUPS=", $warpgroups),
-            block!($warps, $warpgroups),
-            $($more),*
-        ]
-    };
-}
-
 /// Every source of this package, by name.
 pub const SOURCES: &[Source] = &[
     Source {
         name: "attention_rows.cu",
         text: include_str!("cuda/cudnn/rows.cu"),
         entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
-        variants: &[&["BLOCK=128", "SUMMING_BLOCK=256"]],
+        variants: &[Variant::Helper(Helper::LAUNCHED)],
     },
     Source {
         name: "attention_terms.cu",
@@ -108,7 +68,7 @@ pub const SOURCES: &[Source] = &[
             "attention_keep_mask",
             "attention_sink_gradient",
         ],
-        variants: &[&["BLOCK=128", "SUMMING_BLOCK=256"]],
+        variants: &[Variant::Helper(Helper::LAUNCHED)],
     },
     Source {
         name: "attention_forward.cu",
@@ -121,35 +81,35 @@ pub const SOURCES: &[Source] = &[
             "cuda/fused/forward/forward.cu"
         ),
         entry_points: &["attention_forward"],
-        variants: &[
-            variant!(3, 128, 128, 0, 128, 128, 8, 1, 0, 1),
-            variant!(2, 64, 64, 0, 192, 128, 12, 1, 0, 1),
-            variant!(2, 256, 256, 63, 128, 64, 8, 1, 0, 1),
-            variant!(3, 128, 128, 0, 128, 64, 4, 1, 0, 0),
-            variant!(2, 64, 64, 63, 64, 32, 4, 1, 0, 0),
-            variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),
-            variant!(1, 64, 64, 0, 128, 64, 4, 1, 0, 0, "SPLIT=1"),
-            variant!(1, 128, 128, 63, 64, 32, 4, 1, 0, 0, "SPLIT=1"),
-            variant!(3, 576, 256, 0, 64, 32, 4, 1, 0, 0, "SLICES=2"),
-            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
-        ],
+        variants: &Variant::fused([
+            Fused::new(Bf16, 128).tile(128, 128).warps(8).warpgroups(true).stages(1),
+            Fused::new(F16, 64).tile(192, 128).warps(12).warpgroups(true).stages(1),
+            Fused::new(F16, 256).features(Features::ALL).tile(128, 64).warps(8).warpgroups(true).stages(1),
+            Fused::new(Bf16, 128).tile(128, 64).warps(4).stages(1),
+            Fused::new(F16, 64).features(Features::ALL).tile(64, 32).warps(4).stages(1),
+            Fused::new(F32, 64).tile(64, 64).warps(4).stages(1),
+            Fused::new(F32, 64).tile(128, 64).warps(4).stages(1).tf32_split(true),
+            Fused::new(F32, 128).features(Features::ALL).tile(64, 32).warps(4).stages(1).tf32_split(true),
+            Fused::new(Bf16, 576).value(256).slices(2).tile(64, 32).warps(4).stages(1),
+            Fused::new(F64, 64).features(Features::ALL).tile(32, 32).warps(4).stages(1),
+        ]),
     },
     Source {
         name: "attention_merge.cu",
         text: fused!("cuda/fused/forward/combine.cu"),
         entry_points: &["attention_merge"],
-        variants: &[
-            variant!(3, 128, 128, 0, 0, 0, 4, 0, 0, 0),
-            variant!(2, 64, 64, 0, 0, 0, 1, 0, 0, 0),
-            variant!(1, 64, 64, 0, 0, 0, 4, 0, 0, 0),
-            variant!(0, 576, 256, 0, 0, 0, 4, 0, 0, 0, "SLICES=2"),
-        ],
+        variants: &Variant::fused([
+            Fused::new(Bf16, 128).warps(4),
+            Fused::new(F16, 64).warps(1),
+            Fused::new(F32, 64).warps(4),
+            Fused::new(F64, 576).value(256).slices(2).warps(4),
+        ]),
     },
     Source {
         name: "attention_backward_rows.cu",
         text: fused!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/rows.cu"),
         entry_points: &["attention_prepare_gradients", "attention_gradient_of_sinks"],
-        variants: &[variant!(3, 64, 64, 0, 0, 0, 8, 0, 0, 0), variant!(0, 64, 64, 0, 0, 0, 8, 0, 0, 0)],
+        variants: &Variant::fused([Fused::new(Bf16, 64).warps(8), Fused::new(F64, 64).warps(8)]),
     },
     Source {
         name: "attention_backward_sums.cu",
@@ -160,10 +120,14 @@ pub const SOURCES: &[Source] = &[
             "cuda/cudnn/sum_rows.cu"
         ),
         entry_points: &["attention_sum_rows"],
-        variants: &[
-            variant!(3, 128, 128, 63, 32, 32, 2, 1, 0, 0, "GROUP=1"),
-            variant!(2, 256, 256, 34, 32, 32, 2, 1, 0, 0, "GROUP=1"),
-        ],
+        variants: &Variant::fused([
+            Fused::new(Bf16, 128).features(Features::ALL).tile(32, 32).warps(2).stages(1),
+            Fused::new(F16, 256)
+                .features(Features::BIAS.with(Features::LOGITS))
+                .tile(32, 32)
+                .warps(2)
+                .stages(1),
+        ]),
     },
     Source {
         name: "attention_backward_keys.cu",
@@ -176,16 +140,32 @@ pub const SOURCES: &[Source] = &[
             "cuda/fused/backward/keys.cu"
         ),
         entry_points: &["attention_gradient_of_keys"],
-        variants: &[
-            variant!(3, 128, 128, 0, 64, 128, 8, 2, 3, 1),
-            variant!(2, 64, 64, 0, 128, 128, 8, 2, 3, 1),
-            variant!(2, 256, 256, 63, 64, 128, 8, 1, 1, 1),
-            variant!(3, 128, 128, 0, 64, 64, 4, 2, 3, 0),
-            variant!(2, 64, 64, 63, 32, 64, 4, 2, 3, 0),
-            variant!(1, 64, 64, 0, 64, 64, 4, 1, 3, 0),
-            variant!(1, 128, 128, 0, 32, 128, 8, 2, 3, 0, "SPLIT=1"),
-            variant!(0, 64, 64, 63, 32, 32, 4, 1, 3, 0),
-        ],
+        variants: &Variant::fused([
+            Fused::new(Bf16, 128).tile(64, 128).warps(8).warpgroups(true).stages(2).gradients(KeyAndValue),
+            Fused::new(F16, 64).tile(128, 128).warps(8).warpgroups(true).stages(2).gradients(KeyAndValue),
+            Fused::new(F16, 256)
+                .features(Features::ALL)
+                .tile(64, 128)
+                .warps(8)
+                .warpgroups(true)
+                .stages(1)
+                .gradients(Key),
+            Fused::new(Bf16, 128).tile(64, 64).warps(4).stages(2).gradients(KeyAndValue),
+            Fused::new(F16, 64)
+                .features(Features::ALL)
+                .tile(32, 64)
+                .warps(4)
+                .stages(2)
+                .gradients(KeyAndValue),
+            Fused::new(F32, 64).tile(64, 64).warps(4).stages(1).gradients(KeyAndValue),
+            Fused::new(F32, 128).tile(32, 128).warps(8).stages(2).gradients(KeyAndValue).tf32_split(true),
+            Fused::new(F64, 64)
+                .features(Features::ALL)
+                .tile(32, 32)
+                .warps(4)
+                .stages(1)
+                .gradients(KeyAndValue),
+        ]),
     },
     Source {
         name: "attention_backward_queries.cu",
@@ -200,31 +180,38 @@ pub const SOURCES: &[Source] = &[
             "cuda/fused/backward/queries.cu"
         ),
         entry_points: &["attention_gradient_of_queries"],
-        variants: &[
-            variant!(3, 128, 128, 0, 128, 128, 8, 2, 0, 1),
-            variant!(3, 128, 128, 1, 128, 128, 8, 2, 0, 1),
-            variant!(2, 256, 256, 63, 128, 64, 8, 1, 0, 1),
-            variant!(3, 128, 128, 0, 64, 64, 4, 2, 0, 0),
-            variant!(2, 64, 64, 63, 64, 32, 4, 2, 0, 0),
-            variant!(1, 64, 64, 0, 64, 64, 4, 1, 0, 0),
-            variant!(1, 128, 128, 0, 128, 32, 8, 2, 0, 0, "SPLIT=1"),
-            variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0),
-        ],
+        variants: &Variant::fused([
+            Fused::new(Bf16, 128).tile(128, 128).warps(8).warpgroups(true).stages(2),
+            Fused::new(Bf16, 128).features(Features::MASK).tile(128, 128).warps(8).warpgroups(true).stages(2),
+            Fused::new(F16, 256).features(Features::ALL).tile(128, 64).warps(8).warpgroups(true).stages(1),
+            Fused::new(Bf16, 128).tile(64, 64).warps(4).stages(2),
+            Fused::new(F16, 64).features(Features::ALL).tile(64, 32).warps(4).stages(2),
+            Fused::new(F32, 64).tile(64, 64).warps(4).stages(1),
+            Fused::new(F32, 128).tile(128, 32).warps(8).stages(2).tf32_split(true),
+            Fused::new(F64, 64).features(Features::ALL).tile(32, 32).warps(4).stages(1),
+        ]),
     },
     Source {
         name: "attention_backward_bias.cu",
         text: fused!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/bias.cu"),
         entry_points: &["attention_gradient_of_bias"],
-        variants: &[variant!(3, 64, 64, 34, 64, 32, 4, 1, 0, 0), variant!(0, 64, 64, 63, 32, 32, 4, 1, 0, 0)],
+        variants: &Variant::fused([
+            Fused::new(Bf16, 64)
+                .features(Features::BIAS.with(Features::LOGITS))
+                .tile(64, 32)
+                .warps(4)
+                .stages(1),
+            Fused::new(F64, 64).features(Features::ALL).tile(32, 32).warps(4).stages(1),
+        ]),
     },
     Source {
         name: "attention_contain_outputs.cu",
         text: fused!("cuda/cudnn/contain.cuh", "cuda/cudnn/contain_outputs.cu"),
         entry_points: &["attention_contain_outputs"],
-        variants: &[
-            variant!(3, 128, 128, 63, 64, 32, 8, 1, 0, 0, "GROUP=16"),
-            variant!(2, 64, 96, 63, 64, 32, 8, 1, 0, 0),
-        ],
+        variants: &Variant::fused([
+            Fused::new(Bf16, 128).features(Features::ALL).tile(64, 32).warps(8).stages(1).group(16),
+            Fused::new(F16, 64).value(96).features(Features::ALL).tile(64, 32).warps(8).stages(1),
+        ]),
     },
     Source {
         name: "attention_contain_gradients.cu",
@@ -234,10 +221,10 @@ pub const SOURCES: &[Source] = &[
             "cuda/cudnn/contain_gradients.cu"
         ),
         entry_points: &["attention_contain_gradients"],
-        variants: &[
-            variant!(3, 128, 128, 63, 64, 32, 8, 1, 0, 0, "GROUP=16"),
-            variant!(2, 64, 96, 63, 64, 32, 8, 1, 0, 0),
-        ],
+        variants: &Variant::fused([
+            Fused::new(Bf16, 128).features(Features::ALL).tile(64, 32).warps(8).stages(1).group(16),
+            Fused::new(F16, 64).value(96).features(Features::ALL).tile(64, 32).warps(8).stages(1),
+        ]),
     },
 ];
 
@@ -278,9 +265,10 @@ mod tests {
             if source.variants.is_empty() {
                 faults.push(format!("{} has no variant", source.name));
             }
-            for (index, defines) in source.variants.iter().enumerate() {
-                if source.variants[..index].contains(defines) {
-                    faults.push(format!("{} lists the variant {defines:?} twice", source.name));
+            for (index, variant) in source.variants.iter().enumerate() {
+                if source.variants[..index].contains(variant) {
+                    let defines = variant.defines().join(" ");
+                    faults.push(format!("{} lists the variant {defines} twice", source.name));
                 }
             }
             for entry_point in source.entry_points {
@@ -311,8 +299,12 @@ mod tests {
     fn every_kernel_is_bounded_by_the_threads_it_is_launched_with() {
         for source in SOURCES {
             assert_eq!(unbounded(source.text), Vec::<String>::new(), "{}", source.name);
-            for defines in source.variants {
-                assert!(defines.iter().any(|define| define.starts_with("BLOCK=")), "{}", source.name);
+            for variant in source.variants {
+                assert!(
+                    variant.defines().iter().any(|define| define.starts_with("BLOCK=")),
+                    "{}",
+                    source.name
+                );
             }
         }
         let bound = "extern \"C\" __global__ void __launch_bounds__(THREADS, 1)\n    merge(int x) {";
@@ -356,8 +348,9 @@ mod tests {
 
     #[test]
     fn the_check_finds_what_it_looks_for() {
+        const SMALL: Variant = Variant::Helper(Helper { threads: 32, summing_threads: 64 });
         let text = "extern \"C\" __global__ void forward(float *out) {}";
-        let good = Source { name: "a.cu", text, entry_points: &["forward"], variants: &[&[]] };
+        let good = Source { name: "a.cu", text, entry_points: &["forward"], variants: &[SMALL] };
         assert_eq!(faults(&[good]), Vec::<String>::new());
         let bad = [good, Source { entry_points: &["forward", "backward"], ..good }];
         assert_eq!(
@@ -370,10 +363,10 @@ mod tests {
         );
         assert_eq!(faults(&[Source { entry_points: &[], ..good }]), ["a.cu has no entry point"]);
         assert_eq!(faults(&[Source { variants: &[], ..good }]), ["a.cu has no variant"]);
-        let twice: &[&[&str]] = &[&[], &["HEAD_DIM=64"], &["HEAD_DIM=64"]];
+        let twice: &[Variant] = &[Variant::Helper(Helper::LAUNCHED), SMALL, SMALL];
         assert_eq!(
             faults(&[Source { variants: twice, ..good }]),
-            ["a.cu lists the variant [\"HEAD_DIM=64\"] twice"]
+            ["a.cu lists the variant BLOCK=32 SUMMING_BLOCK=64 twice"]
         );
     }
 }

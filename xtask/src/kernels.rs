@@ -22,10 +22,9 @@ pub(crate) struct Arguments {
 }
 
 /// One thing to compile.
-#[derive(Clone, Copy)]
 struct Job<'a> {
     source: &'a Source,
-    defines: &'a [&'a str],
+    defines: Vec<String>,
     arch: &'a str,
 }
 
@@ -71,13 +70,12 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
 
 impl Job<'_> {
     fn label(&self) -> String {
-        let words = [self.source.name].into_iter().chain(self.defines.iter().copied()).chain([self.arch]);
-        words.collect::<Vec<_>>().join(" ")
+        format!("{} {} {}", self.source.name, self.defines.join(" "), self.arch)
     }
 
     /// Compiles it; what is wrong with it otherwise.
     fn compile(&self, nvrtc: &Nvrtc) -> Result<Compiled, String> {
-        let Self { source, defines, arch } = *self;
+        let Self { source, defines, arch } = self;
         let compiled = nvrtc.compile(source, arch, defines).map_err(|error| match error {
             KernelError::Compile { message, .. } => message,
             error => error.to_string(),
@@ -97,8 +95,10 @@ impl Job<'_> {
 /// Every variant of every source, for every architecture.
 fn jobs<'a>(sources: &'a [Source], archs: &'a [String]) -> Vec<Job<'a>> {
     (sources.iter())
-        .flat_map(|source| source.variants.iter().map(move |&defines| (source, defines)))
-        .flat_map(|(source, defines)| archs.iter().map(move |arch| Job { source, defines, arch }))
+        .flat_map(|source| source.variants.iter().map(move |variant| (source, variant)))
+        .flat_map(|(source, variant)| {
+            archs.iter().map(move |arch| Job { source, defines: variant.defines(), arch })
+        })
         .collect()
 }
 
@@ -115,7 +115,7 @@ fn missing(source: &Source, ptx: &str) -> Vec<&'static str> {
 
 /// The entry points whose bound on the threads of a block is not that of a macro `BLOCK=` or `.._BLOCK=`, with which the host
 /// launches them: a kernel with another bound might not start.
-fn unbounded(source: &Source, defines: &[&str], ptx: &str) -> Vec<&'static str> {
+fn unbounded(source: &Source, defines: &[String], ptx: &str) -> Vec<&'static str> {
     let blocks: Vec<&str> = (defines.iter())
         .filter_map(|define| define.split_once('='))
         .filter(|(name, _)| name.ends_with("BLOCK"))
@@ -137,13 +137,18 @@ fn closing(passed: usize, failed: usize, skipped: usize) -> String {
 
 #[cfg(test)]
 mod tests {
+    use attention_kernels::{Helper, Variant};
+
     use super::*;
 
     const SOURCE: Source = Source {
         name: "a.cu",
         text: "",
         entry_points: &["forward", "backward"],
-        variants: &[&["HEAD_DIM=64"], &["HEAD_DIM=128", "CAUSAL"]],
+        variants: &[
+            Variant::Helper(Helper::LAUNCHED),
+            Variant::Helper(Helper { threads: 32, summing_threads: 64 }),
+        ],
     };
 
     #[test]
@@ -153,10 +158,10 @@ mod tests {
         assert_eq!(
             labels,
             [
-                "a.cu HEAD_DIM=64 sm_80",
-                "a.cu HEAD_DIM=64 sm_90a",
-                "a.cu HEAD_DIM=128 CAUSAL sm_80",
-                "a.cu HEAD_DIM=128 CAUSAL sm_90a"
+                "a.cu BLOCK=128 SUMMING_BLOCK=256 sm_80",
+                "a.cu BLOCK=128 SUMMING_BLOCK=256 sm_90a",
+                "a.cu BLOCK=32 SUMMING_BLOCK=64 sm_80",
+                "a.cu BLOCK=32 SUMMING_BLOCK=64 sm_90a"
             ]
         );
     }
@@ -167,14 +172,18 @@ mod tests {
             let entry = |name: &str| {
                 format!(".visible .entry {name}(\n.param .u64 a\n)\n.maxntid {threads}\n{{\n}}\n")
             };
-            unbounded(&SOURCE, &["ROWS=64", "BLOCK=384"], &(entry("forward") + &entry("backward")))
+            unbounded(
+                &SOURCE,
+                &["ROWS=64", "BLOCK=384"].map(str::to_owned),
+                &(entry("forward") + &entry("backward")),
+            )
         };
         assert_eq!(of("384, 1, 1"), Vec::<&str>::new());
         assert_eq!(of("384"), Vec::<&str>::new());
         // As the kernel that merged parts of keys had it.
         assert_eq!(of("256, 1, 1"), ["forward", "backward"]);
         let ptx = ".visible .entry forward(\n)\n{\n}\n.visible .entry backward(\n)\n.maxntid 384\n{\n}";
-        assert_eq!(unbounded(&SOURCE, &["BLOCK=384"], ptx), ["forward"]);
+        assert_eq!(unbounded(&SOURCE, &["BLOCK=384".to_owned()], ptx), ["forward"]);
     }
 
     #[test]

@@ -6,8 +6,10 @@ use std::ops::Range;
 use attention_core::{DType, Gradients, Pass, Problem, Role, Unsupported};
 use attention_cuda::cudarc::driver::LaunchConfig;
 use attention_cuda::parameters::{ScratchAddresses, dtype_code};
+use attention_kernels::{Fused, KeyGradients, Variant};
 
 use super::NAME;
+use super::features::{bias_dtype, term_stride};
 use super::tiles::{FEW_ROWS, MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
 
 /// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are split where
@@ -29,8 +31,7 @@ pub(crate) struct Kernel {
     pub(crate) source: &'static str,
     pub(crate) entry_point: &'static str,
     pub(crate) tiles: Tiles,
-    /// 1 for the gradient of keys, 2 for that of values, 3 for both.
-    pub(crate) wanted: u32,
+    pub(crate) gradients: KeyGradients,
     pub(crate) blocks: u32,
     pub(crate) shared_bytes: usize,
 }
@@ -40,14 +41,14 @@ impl Kernel {
     pub(crate) fn variant(&self, launches: &Launches) -> String {
         let more = match self.entry_point {
             "attention_forward" if launches.splits > 1 => SPLIT_KEYS,
-            "attention_gradient_of_keys" if self.wanted < 3 => ONE_GRADIENT,
+            "attention_gradient_of_keys" if self.gradients != KeyGradients::KeyAndValue => ONE_GRADIENT,
             _ => "",
         };
         variant(self.entry_point, launches.shape.dtype, self.tiles, more)
     }
 
-    /// How it is launched: the only place from which both the launch and the bound that the kernel is compiled with take the
-    /// number of threads.
+    /// How it is launched. Its threads, and the bound that it is compiled with, are both those of
+    /// [`block_threads`](attention_kernels::block_threads).
     pub(crate) fn launch_config(&self) -> LaunchConfig {
         LaunchConfig {
             grid_dim: (self.blocks, 1, 1),
@@ -254,7 +255,7 @@ impl Launches {
             source: "attention_forward.cu",
             entry_point: "attention_forward",
             tiles,
-            wanted: 0,
+            gradients: KeyGradients::None,
             blocks: 0,
             shared_bytes: self.shape.forward_bytes(tiles),
         };
@@ -291,7 +292,7 @@ impl Launches {
             source: "attention_backward_rows.cu",
             entry_point: "attention_prepare_gradients",
             tiles: Tiles::of_rows(),
-            wanted: 0,
+            gradients: KeyGradients::None,
             blocks: 0,
             shared_bytes: 0,
         };
@@ -315,15 +316,20 @@ impl Launches {
             let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
             self.add(sinks, &[dims.query_heads])?;
         }
-        let wanted = u32::from(wants(Gradients::KEY)) + 2 * u32::from(wants(Gradients::VALUE));
-        let passes = if wanted == 3 && self.shape.splits_gradients() { vec![1, 2] } else { vec![wanted] };
-        for wanted in passes.into_iter().filter(|&wanted| wanted > 0) {
+        let passes: &[KeyGradients] = match (wants(Gradients::KEY), wants(Gradients::VALUE)) {
+            (true, true) if self.shape.splits_gradients() => &[KeyGradients::Key, KeyGradients::Value],
+            (true, true) => &[KeyGradients::KeyAndValue],
+            (true, false) => &[KeyGradients::Key],
+            (false, true) => &[KeyGradients::Value],
+            (false, false) => &[],
+        };
+        for &gradients in passes {
             let tiles = self.shape.keys(machine);
             let keys = Kernel {
                 source: "attention_backward_keys.cu",
                 entry_point: "attention_gradient_of_keys",
                 tiles,
-                wanted,
+                gradients,
                 blocks: 0,
                 shared_bytes: self.shape.keys_bytes(tiles),
             };
@@ -335,7 +341,7 @@ impl Launches {
                 source: "attention_backward_bias.cu",
                 entry_point: "attention_gradient_of_bias",
                 tiles,
-                wanted: 0,
+                gradients: KeyGradients::None,
                 blocks: 0,
                 shared_bytes: self.shape.queries_bytes(tiles),
             };
@@ -349,33 +355,22 @@ impl Launches {
         Ok(self)
     }
 
-    /// The macros that a kernel is compiled with for this problem.
-    pub(crate) fn defines(&self, problem: &Problem, kernel: &Kernel) -> Vec<String> {
+    /// What a kernel is compiled with for this problem.
+    pub(crate) fn compiled_as(&self, problem: &Problem, kernel: &Kernel) -> Variant {
         let Shape { dtype, head, features, .. } = self.shape;
         let Tiles { rows, keys, warps, stages, warpgroups, tf32_split } = kernel.tiles;
-        let (threads, _, _) = kernel.launch_config().block_dim;
-        let (head, value) = (kernel.tiles.columns(head), kernel.tiles.columns(self.shape.columns_of_slice()));
-        let mut defines = vec![
-            format!("DTYPE={}", dtype_code(dtype)),
-            format!("HEAD={head}"),
-            format!("VALUE={value}"),
-            format!("FEATURES={}", features.bits()),
-            format!("BIAS_DTYPE={}", features.bias_dtype(problem)),
-            format!("TERM_STRIDE={}", features.term_stride(problem)),
-            format!("ROWS={rows}"),
-            format!("KEYS={keys}"),
-            format!("WARPS={warps}"),
-            format!("STAGES={stages}"),
-            format!("WANTED={}", kernel.wanted),
-            format!("WARPGROUPS={}", u32::from(warpgroups)),
-            format!("BLOCK={threads}"),
-        ];
-        if self.shape.slices() > 1 {
-            defines.push(format!("SLICES={}", self.shape.slices()));
-        }
-        if tf32_split {
-            defines.push("SPLIT=1".to_owned());
-        }
-        defines
+        let fused = Fused::new(dtype_code(dtype), kernel.tiles.columns(head))
+            .value(kernel.tiles.columns(self.shape.columns_of_slice()))
+            .slices(self.shape.slices())
+            .features(features)
+            .bias_dtype(bias_dtype(features, problem))
+            .term_stride(term_stride(features, problem))
+            .tile(rows, keys)
+            .warps(warps)
+            .warpgroups(warpgroups)
+            .stages(stages)
+            .gradients(kernel.gradients)
+            .tf32_split(tf32_split);
+        Variant::Fused(fused)
     }
 }

@@ -93,11 +93,10 @@ fn function(
     }
     let source = attention_kernels::source(kernel.source)
         .unwrap_or_else(|| unreachable!("{} is in the package", kernel.source));
-    let defines = launches.defines(problem, kernel);
-    let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
+    let variant = launches.compiled_as(problem, kernel);
     let function = runtime
         .kernels
-        .function(runtime.device.context(), source, &defines, kernel.entry_point)
+        .function(runtime.device.context(), source, variant, kernel.entry_point)
         .map_err(|error| failure(NAME, "compiling a kernel", error))?;
     let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     // At most what the device says that a block may have, an int.

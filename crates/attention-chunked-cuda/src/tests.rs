@@ -131,7 +131,7 @@ fn every_kernel_is_compiled_for_the_threads_it_is_launched_with() {
             for kernel in &plan.kernels {
                 let threads = kernel.launch_config().block_dim.0;
                 let what = format!("{problem} on {machine:?}: {kernel:?}");
-                let bound = plan.defines(&problem, kernel).iter().find_map(|define| {
+                let bound = plan.compiled_as(&problem, kernel).defines().iter().find_map(|define| {
                     define.strip_prefix("BLOCK=").map(|bound| bound.parse::<u32>().unwrap())
                 });
                 // Both what the source is bounded with, and what any device bears.
@@ -257,7 +257,7 @@ fn large_heads_are_for_the_forward_pass_and_shared_among_blocks() {
                 "{dtype}: {}",
                 kernel.shared_bytes
             );
-            let defines = plan.defines(&problem, kernel);
+            let defines = plan.compiled_as(&problem, kernel).defines();
             assert!(defines.contains(&"VALUE=256".to_owned()) && defines.contains(&"SLICES=2".to_owned()));
         }
     }

@@ -1,8 +1,9 @@
 //! How large the tiles of each kernel are.
 
 use attention_core::{DType, Problem};
+use attention_kernels::{Features, block_threads};
 
-use super::features::Features;
+use super::features::{KINDS, features_of, packs};
 
 /// The head dimensions that kernels are compiled for: a call has the next one, with zeros behind its own. Those above
 /// [`MOST_DEPTH`] are for the forward pass, as latent attention has them (DeepSeek-V2, arXiv 2405.04434).
@@ -58,7 +59,7 @@ impl Tiles {
 
     /// Threads of a block.
     pub(crate) fn threads(self) -> usize {
-        32 * self.warps + if self.warpgroups { LOADERS } else { 0 }
+        block_threads(self.warps, self.warpgroups)
     }
 
     /// The columns of a tile for operands of this many.
@@ -87,9 +88,6 @@ impl Machine {
         Self { warpgroups: false, tf32_split: false, ..self }
     }
 }
-
-/// Threads that load for the warpgroups.
-const LOADERS: usize = 128;
 
 /// Bytes for the barriers between them, which are 8 bytes each.
 const GATES: usize = 128;
@@ -121,7 +119,7 @@ impl Shape {
             dtype: problem.dtype(),
             head: depth(dims.head_dim)?,
             value: depth(dims.value_head_dim)?,
-            features: Features::of(problem),
+            features: features_of(problem),
             large: dims.query_length.min(dims.key_length) > 128
                 && dims.head_dim.min(dims.value_head_dim) >= 64,
         })
@@ -133,7 +131,7 @@ impl Shape {
         pairs.filter(|&(_, value)| value <= MOST_VALUE).flat_map(move |(head, value)| {
             let of = move |features, large| Self { dtype, head, value, features, large };
             let is_wide = head.min(value) >= 64;
-            let kinds = Features::KINDS.into_iter();
+            let kinds = KINDS.into_iter();
             kinds.flat_map(move |features| {
                 [false, true]
                     .into_iter()
@@ -244,7 +242,7 @@ impl Shape {
         if machine.warpgroups && rows_of_head > 64 {
             // Measured on an H100, as the others below. Three warpgroups have room for short sums alone.
             return match self.depth() {
-                ..=64 if self.features.bits() == 0 => Tiles::of_warpgroups(3, 192, 128, 1),
+                ..=64 if self.features.is_none() => Tiles::of_warpgroups(3, 192, 128, 1),
                 ..=128 if !self.features.is_all() => Tiles::of_warpgroups(2, 128, 128, 1),
                 _ => Tiles::of_warpgroups(2, 128, 64, 1),
             };
@@ -254,8 +252,7 @@ impl Shape {
             return Tiles::new(FEW_ROWS, 32, 1, 1);
         }
         // Two blocks of 16 rows to a warp halve what it reads from shared memory, where registers allow it.
-        let rows =
-            if self.features.bits() == 0 && self.depth() <= 128 && rows_of_head > 64 { 128 } else { 64 };
+        let rows = if self.features.is_none() && self.depth() <= 128 && rows_of_head > 64 { 128 } else { 64 };
         let keys = if self.depth() > 192 || self.features.is_all() { 32 } else { 64 };
         Tiles::new(rows, keys, 4, 1)
     }
@@ -274,7 +271,7 @@ impl Shape {
         let mut tiles = if machine.warpgroups && self.is_half() {
             Tiles::of_warpgroups(
                 2,
-                if self.depth() <= 64 && self.features.bits() == 0 { 128 } else { 64 },
+                if self.depth() <= 64 && self.features.is_none() { 128 } else { 64 },
                 128,
                 2,
             )
@@ -395,7 +392,7 @@ impl Shape {
     /// bytes that say what each sees.
     pub(crate) fn queries_bytes(self, tiles: Tiles) -> usize {
         let size = self.dtype.accumulator().size();
-        let others = if self.features.packs() { tiles.rows * (2 * size + 16) } else { 0 };
+        let others = if packs(self.features) { tiles.rows * (2 * size + 16) } else { 0 };
         let numbers = if tiles.warpgroups { (tiles.rows + 4) * size + others } else { 0 };
         self.both(tiles, tiles.rows)
             + numbers

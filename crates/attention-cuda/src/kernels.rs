@@ -7,7 +7,7 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use attention_kernels::Source;
+use attention_kernels::{Source, Variant};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError};
 use cudarc::nvrtc::Ptx;
 
@@ -15,10 +15,10 @@ use crate::disk::{DiskCache, DiskKey, Fnv};
 use crate::error::KernelError;
 use crate::nvrtc::{Nvrtc, options};
 
-/// Functions by source, macros and context.
+/// Functions by source, variant and context.
 ///
-/// Looking one up again costs a read lock and a hash of its name and macros. Of threads that miss the same function at
-/// once, one compiles and the others wait; those that find theirs do not.
+/// Looking one up again costs a read lock and a hash of its name and variant. Of threads that miss the same
+/// function at once, one compiles and the others wait; those that find theirs do not.
 #[derive(Debug, Default)]
 pub struct KernelCache {
     disk: DiskCache,
@@ -41,15 +41,16 @@ struct InMemory {
     context: usize,
     /// Where the source's text lies, and its length. It is never freed, so no other text gets there.
     text: (usize, usize),
-    /// Of the macros, and of a function's name.
-    names: u128,
+    variant: Variant,
+    /// Of a function's name.
+    name: u128,
 }
 
 impl InMemory {
-    fn new(context: &CudaContext, source: &Source, defines: &[&str], entry_point: Option<&str>) -> Self {
+    fn new(context: &CudaContext, source: &Source, variant: Variant, entry_point: Option<&str>) -> Self {
         let text = (source.text.as_ptr() as usize, source.text.len());
-        let names = defines.iter().copied().fold(Fnv::new(), Fnv::field).field(entry_point.unwrap_or(""));
-        Self { context: context.cu_ctx() as usize, text, names: names.finish() }
+        let name = Fnv::new().field(entry_point.unwrap_or(""));
+        Self { context: context.cu_ctx() as usize, text, variant, name: name.finish() }
     }
 }
 
@@ -78,11 +79,10 @@ impl KernelCache {
         Self { wheel_roots: roots, ..self }
     }
 
-    /// The function `entry_point` of a source, compiled with these macros (`NAME` or `NAME=VALUE`) for the device of the
-    /// context.
+    /// The function `entry_point` of a source, compiled as this variant for the device of the context.
     ///
-    /// `cargo xtask kernels` compiles a source's [`variants`](Source::variants); macros that are not among them are
-    /// compiled here for the first time.
+    /// `cargo xtask kernels` compiles a source's [`variants`](Source::variants); others are compiled here for
+    /// the first time.
     ///
     /// # Errors
     /// [`KernelError`].
@@ -90,14 +90,14 @@ impl KernelCache {
         &self,
         context: &Arc<CudaContext>,
         source: &Source,
-        defines: &[&str],
+        variant: Variant,
         entry_point: &str,
     ) -> Result<CudaFunction, KernelError> {
-        let key = InMemory::new(context, source, defines, Some(entry_point));
+        let key = InMemory::new(context, source, variant, Some(entry_point));
         if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(function.clone());
         }
-        let module = self.module(context, source, defines)?;
+        let module = self.module(context, source, variant)?;
         let function = module.load_function(entry_point).map_err(driver(entry_point))?;
         self.functions.write().unwrap_or_else(PoisonError::into_inner).insert(key, function.clone());
         Ok(function)
@@ -108,11 +108,11 @@ impl KernelCache {
         &self,
         context: &Arc<CudaContext>,
         source: &Source,
-        defines: &[&str],
+        variant: Variant,
     ) -> Result<Arc<CudaModule>, KernelError> {
         let mut loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         let Loading { nvrtc, modules } = &mut *loading;
-        let key = InMemory::new(context, source, defines, None);
+        let key = InMemory::new(context, source, variant, None);
         if let Some(module) = modules.get(&key) {
             return Ok(module.clone());
         }
@@ -121,12 +121,13 @@ impl KernelCache {
             Some(nvrtc) => nvrtc,
             None => nvrtc.insert(Nvrtc::open(&self.wheel_roots).map_err(KernelError::NoCompiler)?),
         };
-        let file = on_disk(source, &arch, defines, nvrtc.version());
+        let defines = variant.defines();
+        let file = on_disk(source, &arch, &defines, nvrtc.version());
         let module = kept(
             &self.disk,
             &file,
             |ptx| context.load_module(Ptx::from_src(ptx)).map_err(driver(source.name)),
-            || Ok(nvrtc.compile(source, &arch, defines)?.ptx),
+            || Ok(nvrtc.compile(source, &arch, &defines)?.ptx),
         )?;
         modules.insert(key, module.clone());
         Ok(module)
@@ -134,7 +135,7 @@ impl KernelCache {
 }
 
 /// What a source's PTX is known by on disk: the text that is compiled, the compiler and its options.
-fn on_disk(source: &Source, arch: &str, defines: &[&str], (major, minor): (i32, i32)) -> DiskKey {
+fn on_disk(source: &Source, arch: &str, defines: &[String], (major, minor): (i32, i32)) -> DiskKey {
     let (compiler, options) = (format!("nvrtc {major}.{minor}"), options(arch, defines));
     let fields = [source.text, &compiler].into_iter().chain(options.iter().map(|option| &**option));
     DiskKey::new(&format!("{}-{arch}", source.name), "ptx", fields)
@@ -183,10 +184,11 @@ mod tests {
         );
     }
 
-    const SOURCE: Source = Source { name: "a.cu", text: "text", entry_points: &["a"], variants: &[&[]] };
+    const SOURCE: Source = Source { name: "a.cu", text: "text", entry_points: &["a"], variants: &[] };
 
     fn key(defines: &[&str]) -> DiskKey {
-        on_disk(&SOURCE, "compute_90a", defines, (13, 0))
+        let defines: Vec<String> = defines.iter().copied().map(str::to_owned).collect();
+        on_disk(&SOURCE, "compute_90a", &defines, (13, 0))
     }
 
     #[test]
@@ -218,13 +220,15 @@ mod tests {
             assert!(!others[..index].contains(other), "{other:?}");
         }
         // Neither the entry points nor the list of variants change the text that is compiled.
-        assert_eq!(first, on_disk(&Source { variants: &[], ..SOURCE }, "compute_90a", &[], (13, 0)));
+        let variants = &[Variant::Helper(attention_kernels::Helper::LAUNCHED)];
+        assert_eq!(first, on_disk(&Source { variants, ..SOURCE }, "compute_90a", &[], (13, 0)));
     }
 
     #[test]
     fn names_on_disk_are_stable() {
         // Computed apart from this code. A change makes every user compile anew.
-        let key = on_disk(&Source { text: "text of a", ..SOURCE }, "compute_90a", &["HEAD_DIM=64"], (13, 0));
+        let defines = ["HEAD_DIM=64".to_owned()];
+        let key = on_disk(&Source { text: "text of a", ..SOURCE }, "compute_90a", &defines, (13, 0));
         assert!(
             format!("{key:?}").contains("\"a.cu-compute_90a-1ecbd05ce4033827d728e6a3aaf7c566.ptx\""),
             "{key:?}"

@@ -91,8 +91,8 @@ impl Nvrtc {
     ///
     /// let nvrtc = Nvrtc::open(&[]).map_err(|missing| missing.what)?;
     /// for source in attention_kernels::SOURCES {
-    ///     for defines in source.variants {
-    ///         nvrtc.compile(source, "sm_90a", defines).map_err(|error| error.to_string())?;
+    ///     for variant in source.variants {
+    ///         nvrtc.compile(source, "sm_90a", &variant.defines()).map_err(|error| error.to_string())?;
     ///     }
     /// }
     /// # Ok::<(), String>(())
@@ -100,7 +100,7 @@ impl Nvrtc {
     ///
     /// # Errors
     /// [`KernelError::Compile`] with what the compiler said.
-    pub fn compile(&self, source: &Source, arch: &str, defines: &[&str]) -> Result<Compiled, KernelError> {
+    pub fn compile(&self, source: &Source, arch: &str, defines: &[String]) -> Result<Compiled, KernelError> {
         let started = Instant::now();
         let (ptx, log) = self.run(source, &options(arch, defines)).map_err(|message| {
             KernelError::Compile { name: source.name.to_owned(), arch: arch.to_owned(), message }
@@ -153,7 +153,7 @@ fn open_builtins_beside(nvrtc: &Path) {
 }
 
 /// What NVRTC is told, all of which a cache must know a compiled source by.
-pub(crate) fn options(arch: &str, defines: &[&str]) -> Vec<String> {
+pub(crate) fn options(arch: &str, defines: &[String]) -> Vec<String> {
     let fixed = [format!("--gpu-architecture={arch}"), "--std=c++17".to_owned()];
     fixed.into_iter().chain(defines.iter().map(|define| format!("--define-macro={define}"))).collect()
 }
@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn defines_are_options() {
         assert_eq!(
-            options("compute_90a", &["HEAD_DIM=64", "CAUSAL"]),
+            options("compute_90a", &["HEAD_DIM=64", "CAUSAL"].map(str::to_owned)),
             [
                 "--gpu-architecture=compute_90a",
                 "--std=c++17",

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use attention_core::{DType, Problem, Role, TensorDesc};
+use attention_kernels::DTypeCode;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError};
 
 use crate::Addresses;
@@ -11,13 +12,13 @@ use crate::Addresses;
 /// Positions are this far from anything at most: with the lengths added, no sum overflows.
 const FAR: i128 = 1 << 40;
 
-/// A dtype as the kernels number it; `DTYPE` among their macros.
-pub fn dtype_code(dtype: DType) -> i32 {
+/// A dtype as the kernels number it.
+pub fn dtype_code(dtype: DType) -> DTypeCode {
     match dtype {
-        DType::F64 => 0,
-        DType::F32 => 1,
-        DType::F16 => 2,
-        DType::Bf16 => 3,
+        DType::F64 => DTypeCode::F64,
+        DType::F32 => DTypeCode::F32,
+        DType::F16 => DTypeCode::F16,
+        DType::Bf16 => DTypeCode::Bf16,
         other => unreachable!("no tensor of floats is {other} in a checked problem"),
     }
 }
@@ -232,7 +233,7 @@ impl Parameters {
                 aligned |= 1 << index;
             }
         }
-        let dtype = |role| problem.tensor(role).map_or(0, |desc| dtype_code(desc.dtype()));
+        let dtype = |role| problem.tensor(role).map_or(0, |desc| dtype_code(desc.dtype()).code());
         let bias_size = problem.tensor(Role::Bias).map_or([0; 4], |bias| {
             let shape = bias.shape();
             std::array::from_fn(|axis| shape[axis] as i64)

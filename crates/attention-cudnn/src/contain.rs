@@ -5,6 +5,7 @@ use attention_core::{Error, Gradients, Pass, Problem, Role};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use attention_cuda::parameters::{ProblemParameters, ScratchAddresses, dtype_code};
 use attention_cuda::{Addresses, failure};
+use attention_kernels::{Features, Fused, Variant};
 
 use crate::key::{Drops, Key, seen_rows};
 use crate::large;
@@ -13,10 +14,7 @@ use crate::{CudnnConfig, NAME};
 
 /// Groups of rows of a block, and its warps. So many that each thread has something to read, and all of it is under way at once.
 const GROUPS: usize = 64;
-const WARPS: u32 = 8;
-
-/// Threads of a block: what the kernel is launched with, and the bound that it is compiled with.
-const THREADS: u32 = 32 * WARPS;
+const WARPS: usize = 8;
 
 /// Rows that cuDNN's kernels have in one tile, whatever else those hold: all tiles begin at multiples of it.
 const TILED: usize = 16;
@@ -26,7 +24,7 @@ const TILED: usize = 16;
 pub(crate) struct Containment {
     parameters: ProblemParameters,
     function: CudaFunction,
-    blocks: u32,
+    config: LaunchConfig,
 }
 
 /// Whether a row may see some of the keys that cuDNN computes beside it and not others, so that those which it must not see can
@@ -83,32 +81,15 @@ fn rows_of_group(problem: &Problem) -> usize {
     (TILED / heads).max(1)
 }
 
-/// The macros of a kernel of these tiles, so many warps and rows to a group. The first is what it is launched with, too.
-pub(crate) fn defines(
-    problem: &Problem,
-    [rows, keys]: [usize; 2],
-    warps: u32,
-    rows_of_group: usize,
-) -> [String; 14] {
+/// What a kernel for a problem is compiled with, but for its tile and warps: the generic kernel, which has
+/// all options and tests at run time.
+pub(crate) fn fused(problem: &Problem) -> Fused {
     let dims = problem.dims();
     let padded = |width: usize| width.next_multiple_of(32);
-    [
-        format!("DTYPE={}", dtype_code(problem.dtype())),
-        format!("HEAD={}", padded(dims.head_dim)),
-        format!("VALUE={}", padded(dims.value_head_dim)),
-        // Whatever the call has.
-        "FEATURES=63".to_owned(),
-        "BIAS_DTYPE=4".to_owned(),
-        "TERM_STRIDE=-1".to_owned(),
-        format!("ROWS={rows}"),
-        format!("KEYS={keys}"),
-        format!("WARPS={warps}"),
-        "STAGES=1".to_owned(),
-        "WANTED=0".to_owned(),
-        "WARPGROUPS=0".to_owned(),
-        format!("BLOCK={}", 32 * warps),
-        format!("GROUP={rows_of_group}"),
-    ]
+    Fused::new(dtype_code(problem.dtype()), padded(dims.head_dim))
+        .value(padded(dims.value_head_dim))
+        .features(Features::ALL)
+        .stages(1)
 }
 
 /// What says which rows have large logits.
@@ -134,19 +115,23 @@ impl Containment {
             return Ok(None);
         }
         let group = rows_of_group(problem);
-        let defines = defines(problem, [GROUPS, 32], WARPS, group);
-        let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
+        let variant = fused(problem).tile(GROUPS, 32).warps(WARPS).group(group);
         let blocks = blocks(problem, group);
         if blocks == 0 {
             return Ok(None);
         }
         let (source, entry_point) = kernel(problem.pass());
         let function = runtime
-            .function(source, &defines, entry_point)
+            .function(source, Variant::Fused(variant), entry_point)
             .map_err(|error| failure(NAME, "compiling a kernel", error))?;
         let parameters = ProblemParameters::new(problem, runtime.device.stream())
             .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
-        Ok(Some(Self { parameters, function, blocks }))
+        let config = LaunchConfig {
+            grid_dim: (blocks, 1, 1),
+            block_dim: (variant.threads() as u32, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        Ok(Some(Self { parameters, function, config }))
     }
 
     /// Puts it on the stream, behind what wrote the results.
@@ -169,13 +154,11 @@ impl Containment {
             }
             Large::States(start) => large::set(&mut parameters, problem, start),
         }
-        let config =
-            LaunchConfig { grid_dim: (self.blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
         let mut launch = runtime.device.stream().launch_builder(&self.function);
         launch.arg(&parameters);
         // SAFETY: the kernel takes this one struct, whose tensors are the call's, by the caller's word; it reads operands and
         // writes results inside the shapes that the struct gives.
-        unsafe { launch.launch(config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
+        unsafe { launch.launch(self.config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
         Ok(())
     }
 }

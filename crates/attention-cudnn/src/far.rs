@@ -5,8 +5,9 @@ use attention_core::{Error, Pass, Problem, Role};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use attention_cuda::parameters::ProblemParameters;
 use attention_cuda::{Addresses, failure};
+use attention_kernels::Variant;
 
-use crate::contain::{self, defines};
+use crate::contain;
 use crate::key::Key;
 use crate::large;
 use crate::runtime::Runtime;
@@ -14,7 +15,7 @@ use crate::{CudnnConfig, NAME};
 
 /// Rows of a block, two warps: so few that the tiles of the largest heads fit into the shared memory that every block has.
 const ROWS: usize = 32;
-const WARPS: u32 = 2;
+const WARPS: usize = 2;
 
 /// Keys of a tile: what kernels are compiled for here.
 const KEYS: usize = 32;
@@ -47,16 +48,15 @@ impl FarRows {
         if !is_needed(problem, key, config) || blocks == 0 {
             return Ok(None);
         }
-        let defines = defines(problem, [ROWS, KEYS], WARPS, 1);
-        let defines: Vec<&str> = defines.iter().map(String::as_str).collect();
+        let variant = contain::fused(problem).tile(ROWS, KEYS).warps(WARPS);
         let function = runtime
-            .function("attention_backward_sums.cu", &defines, "attention_sum_rows")
+            .function("attention_backward_sums.cu", Variant::Fused(variant), "attention_sum_rows")
             .map_err(|error| failure(NAME, "compiling a kernel", error))?;
         let parameters = ProblemParameters::new(problem, runtime.device.stream())
             .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
         let config = LaunchConfig {
             grid_dim: (u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1),
-            block_dim: (32 * WARPS, 1, 1),
+            block_dim: (variant.threads() as u32, 1, 1),
             shared_mem_bytes: shared_bytes(dims.head_dim) as u32,
         };
         Ok(Some(Self { parameters, function, config }))

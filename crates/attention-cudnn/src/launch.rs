@@ -4,7 +4,9 @@
 use attention_core::{DType, Error, Problem, Role, TensorDesc};
 use attention_cuda::cudarc::driver::result::memset_d8_async;
 use attention_cuda::cudarc::driver::{CudaFunction, DriverError, LaunchConfig, PushKernelArg};
+use attention_cuda::parameters::dtype_code;
 use attention_cuda::{KernelError, failure};
+use attention_kernels::{DTypeCode, Helper, Variant};
 
 use crate::NAME;
 use crate::graph::Type;
@@ -12,25 +14,10 @@ use crate::key::{Bias, right_bound};
 use crate::large;
 use crate::runtime::Runtime;
 
-/// A number of threads with the macro that gives it to the kernels: what they are launched with is the bound that they are
-/// compiled with.
-macro_rules! threads {
-    ($(#[$about:meta])* $name:ident, $define:ident = $macro:literal, $count:literal) => {
-        $(#[$about])*
-        const $name: u32 = $count;
-        /// The same as a macro of the kernels.
-        const $define: &str = concat!($macro, "=", $count);
-    };
-}
-
-threads! {
-    /// Threads of a block, at most.
-    THREADS, BLOCK = "BLOCK", 128
-}
-threads! {
-    /// Threads of a block that adds up the gradient of a sink.
-    SUMMING_THREADS, SUMMING_BLOCK = "SUMMING_BLOCK", 256
-}
+/// Threads of a block, at most: the bound that the kernels are compiled with.
+const THREADS: u32 = Helper::LAUNCHED.threads;
+/// Threads of a block that adds up the gradient of a sink.
+const SUMMING_THREADS: u32 = Helper::LAUNCHED.summing_threads;
 /// Rows of a block of `attention_make_bias`.
 const STRIP: u64 = 16;
 /// Blocks enough for any device, where each thread goes on until all is done.
@@ -159,16 +146,6 @@ fn strides<const AXES: usize>(desc: Option<&TensorDesc>) -> [i64; AXES] {
     std::array::from_fn(|axis| desc.map_or(0, |desc| desc.strides()[axis] as i64))
 }
 
-/// The number of a dtype in the kernels.
-fn element(dtype: DType) -> i32 {
-    match dtype {
-        DType::F64 => 0,
-        DType::F32 => 1,
-        DType::F16 => 2,
-        _ => 3,
-    }
-}
-
 /// So many blocks of so many threads along the first two axes. More blocks than there can be are an error of the driver's.
 fn blocks(count: [u64; 2], threads: [u32; 2]) -> LaunchConfig {
     let [x, y] = count.map(|count| u32::try_from(count).unwrap_or(u32::MAX));
@@ -200,7 +177,7 @@ pub(crate) struct Kernels<'a> {
 
 impl Kernels<'_> {
     fn function(&self, file: &str, name: &str) -> Result<CudaFunction, LaunchError> {
-        Ok(self.runtime.function(file, &[BLOCK, SUMMING_BLOCK], name)?)
+        Ok(self.runtime.function(file, Variant::Helper(Helper::LAUNCHED), name)?)
     }
 
     /// Batch, rows and heads.
@@ -302,7 +279,7 @@ impl Kernels<'_> {
         let float = made.element == Type::Float;
         let made = MadeBias {
             to,
-            element: element(if float { DType::F32 } else { DType::Bf16 }).into(),
+            element: if float { DTypeCode::F32 } else { DTypeCode::Bf16 }.code().into(),
             shape: [batch, heads, positions, keys],
             row: made.strides[2],
             masked: MASKED,
@@ -312,7 +289,7 @@ impl Kernels<'_> {
             mask: from.mask,
             mask_strides: broadcast_strides(mask),
             bias: from.bias,
-            bias_element: bias.map_or(0, |bias| element(bias.dtype())).into(),
+            bias_element: bias.map_or(0, |bias| dtype_code(bias.dtype()).code()).into(),
             bias_strides: broadcast_strides(bias),
             slopes: from.slopes,
             slopes_batch: if slopes.is_some_and(|slopes| slopes.rank() == 2) {
@@ -359,7 +336,7 @@ impl Kernels<'_> {
         let last = desc.rank() - 1;
         let (columns, column_stride) = (shape[last] as i64, lies[last] as i64);
         let (rows, row_stride) = if last == 1 { (shape[0] as i64, lies[0] as i64) } else { (1, 0) };
-        let from_element = element(desc.dtype());
+        let from_element = dtype_code(desc.dtype()).code();
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&to).arg(&from).arg(&from_element).arg(&rows).arg(&columns);
         launch.arg(&row_stride).arg(&column_stride);
@@ -407,7 +384,7 @@ impl Kernels<'_> {
         let function = self.function("attention_terms.cu", "attention_sink_gradient")?;
         let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
         let [b, t, n] = self.row_axes();
-        let (to_element, [to_stride]) = (element(desc.dtype()), strides(Some(desc)));
+        let (to_element, [to_stride]) = (dtype_code(desc.dtype()).code(), strides(Some(desc)));
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(&to).arg(&to_element).arg(&to_stride).arg(&sinks).arg(&delta);
         launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&self.query_lengths);

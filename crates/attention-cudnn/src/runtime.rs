@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use attention_core::Unavailable;
 use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DriverError};
 use attention_cuda::{CudaDevice, DiskCache, DiskKey, KernelCache, KernelError, Workspaces};
+use attention_kernels::Variant;
 
 use crate::execution_plan::{ExecutionPlan, Handle, Site};
 use crate::key::Key;
@@ -138,16 +139,16 @@ impl Runtime {
         }
     }
 
-    /// A kernel of ours, of a file of `attention-kernels` compiled with these macros.
+    /// A kernel of a source of `attention-kernels`, compiled as this variant.
     pub(crate) fn function(
         &self,
         file: &str,
-        defines: &[&str],
+        variant: Variant,
         name: &str,
     ) -> Result<CudaFunction, KernelError> {
         let source =
             attention_kernels::source(file).unwrap_or_else(|| unreachable!("the source is in the package"));
-        self.kernels.function(self.device.context(), source, defines, name)
+        self.kernels.function(self.device.context(), source, variant, name)
     }
 
     /// An array on the device.
