@@ -51,7 +51,7 @@ macro_rules! fused {
 pub const SOURCES: &[Source] = &[
     Source {
         name: "attention_rows.cu",
-        text: include_str!("cuda/cudnn/rows.cu"),
+        text: concat!(include_str!("cuda/cudnn/strides.cuh"), include_str!("cuda/cudnn/rows.cu")),
         entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
         variants: &[Variant::Helper(Helper::LAUNCHED)],
     },
@@ -60,6 +60,7 @@ pub const SOURCES: &[Source] = &[
         text: concat!(
             include_str!("cuda/common/dtypes.cuh"),
             include_str!("cuda/common/philox.cuh"),
+            include_str!("cuda/cudnn/strides.cuh"),
             include_str!("cuda/cudnn/bias.cu")
         ),
         entry_points: &[

@@ -6,10 +6,11 @@ use attention_core::{Error, Pass, Role, Scratch, Unsupported};
 use attention_cuda::Addresses;
 
 use crate::NAME;
+use crate::arguments::Seen;
 use crate::contain::Large;
 use crate::failure::Failure;
 use crate::large;
-use crate::launch::{Kernels, Seen, Terms};
+use crate::launch::{Kernels, SourceAddresses};
 use crate::planned::Planned;
 use crate::runtime::{Array, Runtime};
 use crate::slot::Slot;
@@ -104,7 +105,8 @@ impl<'a> Run<'a> {
             if let Some(made) = key.bias.filter(|bias| bias.made) {
                 let slopes = if key.slopes { 0 } else { self.at(Slot::Slopes) };
                 let (mask, bias) = (self.memory.at(Role::Mask), self.memory.at(Role::Bias));
-                self.kernels.make_bias(made, Terms { mask, bias, slopes }, self.at(Slot::Bias))?;
+                let from = SourceAddresses { mask, bias, slopes };
+                self.kernels.make_bias(made, from, self.at(Slot::Bias))?;
             }
             if problem.pass() == Pass::Backward {
                 let states = self.scratch_at(Slot::States);

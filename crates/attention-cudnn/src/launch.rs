@@ -1,14 +1,18 @@
 //! Kernels of our own that run before and after cuDNN's, on the same stream: they bring operands to the forms that it takes,
 //! and make good what it does not promise.
 
-use attention_core::{DType, Error, Problem, Role, TensorDesc};
+use attention_core::{DType, Error, Problem, Role};
 use attention_cuda::cudarc::driver::result::memset_d8_async;
-use attention_cuda::cudarc::driver::{CudaFunction, DriverError, LaunchConfig, PushKernelArg};
+use attention_cuda::cudarc::driver::{DriverError, LaunchConfig, PushKernelArg};
 use attention_cuda::parameters::dtype_code;
 use attention_cuda::{KernelError, failure};
 use attention_kernels::{DTypeCode, Helper, Variant};
 
 use crate::NAME;
+use crate::arguments::{
+    Arguments, BiasSources, CleanRows, FinishForward, KeepMask, LogitStrides, MadeBias, MakeBias,
+    PrepareBackward, RowStrides, SeeingRows, Seen, SinkGradient, Structure, ToFloats,
+};
 use crate::graph::Type;
 use crate::key::{Bias, right_bound};
 use crate::large;
@@ -57,94 +61,15 @@ impl From<LaunchError> for Error {
     }
 }
 
-/// Four strides as the kernels take them.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Strides([i64; 4]);
-
-// SAFETY: `repr(C)`, four 64-bit integers, as the kernels declare it.
-unsafe impl attention_cuda::cudarc::driver::DeviceRepr for Strides {}
-
-/// As the kernel `attention_make_bias` declares it; the numbers of elements are 32 bits wide there, with 32 more that
-/// nobody reads.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct MadeBias {
-    to: u64,
-    element: i64,
-    shape: [i64; 4],
-    row: i64,
-    masked: f32,
-    least: f32,
-}
-
-/// As the kernel declares it.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct DeviceTerms {
-    mask: u64,
-    mask_strides: Strides,
-    bias: u64,
-    bias_element: i64,
-    bias_strides: Strides,
-    slopes: u64,
-    slopes_batch: i64,
-}
-
-/// As the kernel declares it.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Structure {
-    rows: u64,
-    keys: u64,
-    positions: u64,
-    left: i64,
-    right: i64,
-}
-
-// SAFETY: `repr(C)` without padding, addresses and numbers as the kernel declares them, on little-endian machines, which
-// are the only ones with this driver.
-unsafe impl attention_cuda::cudarc::driver::DeviceRepr for MadeBias {}
-// SAFETY: as above.
-unsafe impl attention_cuda::cudarc::driver::DeviceRepr for DeviceTerms {}
-// SAFETY: as above.
-unsafe impl attention_cuda::cudarc::driver::DeviceRepr for Structure {}
-
-/// The addresses of what a bias is made of; 0 for what there is not.
-pub(crate) struct Terms {
+/// The addresses of the tensors that a bias is made of; 0 for those that the call lacks.
+pub(crate) struct SourceAddresses {
     pub(crate) mask: u64,
     pub(crate) bias: u64,
     pub(crate) slopes: u64,
 }
 
-/// Which rows and keys a mask or a bias leaves something, as the kernels declare it: addresses of bytes, 0 where neither is
-/// made one tensor.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub(crate) struct Seen {
-    /// `[B, N, T]`.
-    pub(crate) rows: u64,
-    /// `[B, K, S]`, in rows of the bias.
-    pub(crate) keys: u64,
-}
-
-// SAFETY: as above.
-unsafe impl attention_cuda::cudarc::driver::DeviceRepr for Seen {}
-
 /// Further than any two positions are apart.
 const FAR: i64 = 1 << 40;
-
-/// Strides over batch, head, row and key of a tensor that is broadcast to the logits; 0 where it is absent.
-fn broadcast_strides(desc: Option<&TensorDesc>) -> Strides {
-    Strides(std::array::from_fn(|axis| {
-        desc.map_or(0, |desc| if desc.shape()[axis] == 1 { 0 } else { desc.strides()[axis] as i64 })
-    }))
-}
-
-/// Strides of the first axes of a tensor; 0 where it is absent.
-fn strides<const AXES: usize>(desc: Option<&TensorDesc>) -> [i64; AXES] {
-    std::array::from_fn(|axis| desc.map_or(0, |desc| desc.strides()[axis] as i64))
-}
 
 /// So many blocks of so many threads along the first two axes. More blocks than there can be are an error of the driver's.
 fn blocks(count: [u64; 2], threads: [u32; 2]) -> LaunchConfig {
@@ -176,8 +101,24 @@ pub(crate) struct Kernels<'a> {
 }
 
 impl Kernels<'_> {
-    fn function(&self, file: &str, name: &str) -> Result<CudaFunction, LaunchError> {
-        Ok(self.runtime.function(file, Variant::Helper(Helper::LAUNCHED), name)?)
+    /// Launches the kernel that takes these arguments.
+    ///
+    /// # Safety
+    /// The arguments are what the kernel's source asks for: addresses of memory on the stream's device with
+    /// room for the shapes that they give.
+    unsafe fn launch<A: Arguments>(&self, arguments: &A, config: LaunchConfig) -> Result<(), LaunchError> {
+        let (source, entry_point) = A::KERNEL;
+        let function = self.runtime.function(source, Variant::Helper(Helper::LAUNCHED), entry_point)?;
+        let mut launch = self.runtime.device.stream().launch_builder(&function);
+        launch.arg(arguments);
+        // SAFETY: the kernel takes this one struct, whose layout is the kernel's; what it holds, the caller
+        // promised.
+        unsafe { launch.launch(config) }?;
+        Ok(())
+    }
+
+    fn seeing_rows(&self) -> SeeingRows {
+        SeeingRows { intervals: self.rows, flags: self.seen.rows, flag_heads: self.seen_heads }
     }
 
     /// Batch, rows and heads.
@@ -202,18 +143,24 @@ impl Kernels<'_> {
         stats: u64,
         sinks: u64,
     ) -> Result<(), Error> {
-        let function = self.function("attention_rows.cu", "attention_finish_forward")?;
-        let o: [i64; 3] = strides(self.problem.tensor(Role::Out));
-        let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
-        let [b, t, n] = self.row_axes();
-        let width = self.problem.dims().value_head_dim as i64;
-        let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&out).arg(&o[0]).arg(&o[1]).arg(&o[2]).arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]);
-        launch.arg(&stats).arg(&self.rows).arg(&self.seen.rows).arg(&self.seen_heads);
-        launch.arg(&sinks).arg(&self.query_lengths);
-        launch.arg(&b).arg(&t).arg(&n).arg(&width);
-        // SAFETY: the arguments are those of the kernel; it writes the output, the logsumexp and nothing else.
-        Ok(unsafe { launch.launch(self.row_grid()) }.map(|_| ()).map_err(LaunchError::from)?)
+        let [batch, positions, heads] = self.row_axes();
+        let arguments = FinishForward {
+            out,
+            out_strides: RowStrides::of(self.problem.tensor(Role::Out)),
+            lse,
+            lse_strides: RowStrides::of(self.problem.tensor(Role::Lse)),
+            stats,
+            seeing: self.seeing_rows(),
+            sinks,
+            lengths: self.query_lengths,
+            batch,
+            positions,
+            heads,
+            width: self.problem.dims().value_head_dim as i64,
+        };
+        // SAFETY: the caller promised the tensors and scratch; the kernel writes the output, the logsumexp
+        // and `stats`.
+        Ok(unsafe { self.launch(&arguments, self.row_grid()) }?)
     }
 
     /// Before a backward pass: the logsumexp to scratch, +inf where a row sees nothing, so that its probabilities are 0.
@@ -226,16 +173,19 @@ impl Kernels<'_> {
         stats: u64,
         states: Option<u64>,
     ) -> Result<(), Error> {
-        let function = self.function("attention_rows.cu", "attention_prepare_backward")?;
-        let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
-        let [b, t, n] = self.row_axes();
-        let mut launch = self.runtime.device.stream().launch_builder(&function);
-        let far_heads = states.map_or(0, |start| large::places(self.problem, start)[2]);
-        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&stats).arg(&far_heads);
-        launch.arg(&self.rows).arg(&self.seen.rows).arg(&self.seen_heads);
-        launch.arg(&b).arg(&t).arg(&n);
-        // SAFETY: the arguments are those of the kernel; it writes the scratch and nothing else.
-        Ok(unsafe { launch.launch(self.row_grid()) }.map(|_| ()).map_err(LaunchError::from)?)
+        let [batch, positions, heads] = self.row_axes();
+        let arguments = PrepareBackward {
+            lse,
+            lse_strides: RowStrides::of(self.problem.tensor(Role::Lse)),
+            stats,
+            far_heads: states.map_or(0, |start| large::places(self.problem, start)[2]),
+            seeing: self.seeing_rows(),
+            batch,
+            positions,
+            heads,
+        };
+        // SAFETY: the caller promised the tensor and scratch; the kernel writes the scratch.
+        Ok(unsafe { self.launch(&arguments, self.row_grid()) }?)
     }
 
     /// Copies an operand to scratch without gaps, zeros where it is masked for everybody.
@@ -245,23 +195,29 @@ impl Kernels<'_> {
     /// room for its elements. `stats` is by [`prepare_backward`](Self::prepare_backward), or 0.
     pub(crate) unsafe fn clean(&self, role: Role, from: u64, to: u64, stats: u64) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
-        let function = self.function("attention_rows.cu", "attention_clean_rows")?;
         let is_key = matches!(role, Role::Key | Role::Value);
         let (intervals, flags, stats) = if is_key { (self.keys, self.seen.keys, 0) } else { (0, 0, stats) };
-        let flag_heads = if self.seen_heads == 1 { 1 } else { self.problem.dims().key_heads as i64 };
-        let [b, t, n, h] = std::array::from_fn(|axis| desc.shape()[axis] as i64);
-        let [sb, st, sn] = strides(Some(desc));
-        let parts = h / 8;
-        let across = u32::try_from(parts).unwrap_or(THREADS).clamp(1, THREADS);
+        let [batch, positions, heads, width] = std::array::from_fn(|axis| desc.shape()[axis] as i64);
+        let arguments = CleanRows {
+            from,
+            from_strides: RowStrides::of(Some(desc)),
+            to,
+            intervals,
+            flags,
+            flag_heads: if self.seen_heads == 1 { 1 } else { self.problem.dims().key_heads as i64 },
+            flag_row: self.bias_row,
+            stats,
+            batch,
+            positions,
+            heads,
+            parts: width / 8,
+        };
+        let across = u32::try_from(arguments.parts).unwrap_or(THREADS).clamp(1, THREADS);
         let rows = THREADS / across;
-        let deep = (b * t * n).unsigned_abs().div_ceil(u64::from(rows));
+        let deep = (batch * positions * heads).unsigned_abs().div_ceil(u64::from(rows));
         let config = blocks([deep.clamp(1, MOST_BLOCKS), 1], [across, rows]);
-        let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&from).arg(&sb).arg(&st).arg(&sn).arg(&to).arg(&intervals);
-        launch.arg(&flags).arg(&flag_heads).arg(&self.bias_row).arg(&stats);
-        launch.arg(&b).arg(&t).arg(&n).arg(&parts);
-        // SAFETY: the arguments are those of the kernel; it writes the copy and nothing else.
-        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+        // SAFETY: the caller promised the tensor and the copy, and `stats`; the kernel writes the copy.
+        Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
     /// Makes one tensor of mask, bias, and ALiBi where `slopes` are given; and marks the rows and keys that take part.
@@ -269,60 +225,64 @@ impl Kernels<'_> {
     /// # Safety
     /// `mask` and `bias` are the problem's, where it has them; `slopes` holds its slopes without gaps; `to` has room for
     /// what `made` describes, and [`Kernels::seen`] for what is [marked](Bias::seen_rows).
-    pub(crate) unsafe fn make_bias(&self, made: Bias, from: Terms, to: u64) -> Result<(), Error> {
-        let function = self.function("attention_terms.cu", "attention_make_bias")?;
+    pub(crate) unsafe fn make_bias(&self, made: Bias, from: SourceAddresses, to: u64) -> Result<(), Error> {
         let dims = self.problem.dims();
         let (mask, bias) = (self.problem.tensor(Role::Mask), self.problem.tensor(Role::Bias));
         let slopes = self.problem.tensor(Role::AlibiSlopes);
-        let [batch, heads, positions, keys] = made.shape;
-        let (marked_rows, marked_keys) = (made.seen_rows(dims), made.seen_keys(dims));
-        let float = made.element == Type::Float;
-        let made = MadeBias {
-            to,
-            element: if float { DTypeCode::F32 } else { DTypeCode::Bf16 }.code().into(),
-            shape: [batch, heads, positions, keys],
-            row: made.strides[2],
-            masked: MASKED,
-            least: LEAST,
-        };
-        let terms = DeviceTerms {
-            mask: from.mask,
-            mask_strides: broadcast_strides(mask),
-            bias: from.bias,
-            bias_element: bias.map_or(0, |bias| dtype_code(bias.dtype()).code()).into(),
-            bias_strides: broadcast_strides(bias),
-            slopes: from.slopes,
-            slopes_batch: if slopes.is_some_and(|slopes| slopes.rank() == 2) {
-                dims.query_heads as i64
-            } else {
-                0
-            },
-        };
+        let slopes_batch =
+            if slopes.is_some_and(|slopes| slopes.rank() == 2) { dims.query_heads as i64 } else { 0 };
         let far = |bound: Option<usize>| bound.map_or(FAR, |bound| FAR.min(bound as i64));
-        let structure = Structure {
-            rows: self.rows,
-            keys: self.keys,
-            positions: self.positions,
-            left: far(self.problem.window().left),
-            right: far(right_bound(self.problem)),
+        let (batch, positions, heads) =
+            (dims.batch as i64, dims.query_length as i64, dims.query_heads as i64);
+        let made_dtype = if made.element == Type::Float { DTypeCode::F32 } else { DTypeCode::Bf16 };
+        let arguments = MakeBias {
+            made: MadeBias {
+                to,
+                batch: made.shape[0],
+                heads: made.shape[1],
+                positions: made.shape[2],
+                keys: made.shape[3],
+                row: made.strides[2],
+                masked: MASKED,
+                least: LEAST,
+            },
+            sources: BiasSources {
+                mask: from.mask,
+                mask_strides: LogitStrides::of(mask),
+                bias: from.bias,
+                bias_strides: LogitStrides::of(bias),
+                slopes: from.slopes,
+                slopes_batch,
+            },
+            structure: Structure {
+                rows: self.rows,
+                keys: self.keys,
+                positions: self.positions,
+                left: far(self.problem.window().left),
+                right: far(right_bound(self.problem)),
+            },
+            seen: self.seen,
+            made_dtype: made_dtype.code(),
+            bias_dtype: bias.map_or(0, |bias| dtype_code(bias.dtype()).code()),
+            batch,
+            heads,
+            group: dims.group_size() as i64,
+            positions,
         };
-        let [b, n, group, t] =
-            [dims.batch, dims.query_heads, dims.group_size(), dims.query_length].map(|size| size as i64);
         let stream = self.runtime.device.stream();
-        for (at, shape) in [(self.seen.rows, marked_rows), (self.seen.keys, marked_keys)] {
-            // SAFETY: room for so many bytes by the caller's word.
+        for (at, shape) in [(self.seen.rows, made.seen_rows(dims)), (self.seen.keys, made.seen_keys(dims))] {
+            // SAFETY: the caller promised room for this many bytes.
             unsafe { memset_d8_async(at, 0, shape.iter().product(), stream.cu_stream()) }
                 .map_err(LaunchError::from)?;
         }
-        let mut launch = stream.launch_builder(&function);
-        launch.arg(&made).arg(&terms).arg(&structure).arg(&self.seen);
-        launch.arg(&b).arg(&n).arg(&group).arg(&t);
-        let strips = (batch * heads).unsigned_abs() * t.unsigned_abs().div_ceil(STRIP);
-        let vectors = made.row.unsigned_abs() / 8;
+        let strips =
+            (made.shape[0] * made.shape[1]).unsigned_abs() * positions.unsigned_abs().div_ceil(STRIP);
+        let vectors = arguments.made.row.unsigned_abs() / 8;
         let threads = u32::try_from(vectors.next_multiple_of(32)).unwrap_or(THREADS).min(THREADS);
         let config = blocks([strips, vectors.div_ceil(u64::from(threads))], [threads, 1]);
-        // SAFETY: the arguments are those of the kernel; it writes what `made` describes and the flags.
-        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+        // SAFETY: the caller promised the tensors and scratch; the kernel writes the bias that is made and
+        // the flags.
+        Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
     /// Brings slopes or sinks to f32 without gaps.
@@ -331,18 +291,22 @@ impl Kernels<'_> {
     /// `from` is the problem's tensor of this role, and `to` has room for as many floats.
     pub(crate) unsafe fn to_floats(&self, role: Role, from: u64, to: u64) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
-        let function = self.function("attention_terms.cu", "attention_to_floats")?;
-        let (shape, lies) = (desc.shape(), desc.strides());
+        let (shape, strides) = (desc.shape(), desc.strides());
         let last = desc.rank() - 1;
-        let (columns, column_stride) = (shape[last] as i64, lies[last] as i64);
-        let (rows, row_stride) = if last == 1 { (shape[0] as i64, lies[0] as i64) } else { (1, 0) };
-        let from_element = dtype_code(desc.dtype()).code();
-        let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&to).arg(&from).arg(&from_element).arg(&rows).arg(&columns);
-        launch.arg(&row_stride).arg(&column_stride);
-        let config = grid((rows * columns).unsigned_abs());
-        // SAFETY: the arguments are those of the kernel; it writes a float for each element and nothing else.
-        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+        let (rows, row_stride) = if last == 1 { (shape[0] as i64, strides[0] as i64) } else { (1, 0) };
+        let arguments = ToFloats {
+            to,
+            from,
+            rows,
+            columns: shape[last] as i64,
+            row_stride,
+            column_stride: strides[last] as i64,
+            dtype: dtype_code(desc.dtype()).code(),
+            padding: 0,
+        };
+        let config = grid((rows * arguments.columns).unsigned_abs());
+        // SAFETY: the caller promised the tensor and the floats; the kernel writes a float for each element.
+        Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
     /// Writes the keep bits of the problem's dropout as ones and zeros, in rows of whole blocks of eight keys.
@@ -351,21 +315,25 @@ impl Kernels<'_> {
     /// `to` has room for them.
     pub(crate) unsafe fn keep_mask(&self, to: u64) -> Result<(), Error> {
         let Some(stream) = self.problem.dropout_stream() else { return Ok(()) };
-        let function = self.function("attention_terms.cu", "attention_keep_mask")?;
         let dims = self.problem.dims();
-        let one: u32 = if self.problem.dtype() == DType::F16 { 0x3c00 } else { 0x3f80 };
-        let rows = (dims.batch * dims.query_heads) as i64;
-        let (positions, eights) = (dims.query_length as i64, dims.key_length.div_ceil(8) as i64);
-        let threshold = stream.threshold();
-        let ([low, high], offset) = stream.words();
-        let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&to).arg(&one).arg(&rows).arg(&positions).arg(&eights);
-        launch.arg(&threshold).arg(&low).arg(&high).arg(&offset);
-        let across = u32::try_from(eights).unwrap_or(THREADS).next_power_of_two().min(32);
+        let (key, stream_offset) = stream.words();
+        let arguments = KeepMask {
+            to,
+            rows: (dims.batch * dims.query_heads) as i64,
+            positions: dims.query_length as i64,
+            blocks: dims.key_length.div_ceil(8) as i64,
+            one: if self.problem.dtype() == DType::F16 { 0x3c00 } else { 0x3f80 },
+            threshold: stream.threshold(),
+            key,
+            stream_offset,
+            padding: 0,
+        };
+        let across = u32::try_from(arguments.blocks).unwrap_or(THREADS).next_power_of_two().min(32);
         let deep = THREADS / across;
-        let config = blocks([(rows * positions).unsigned_abs().div_ceil(u64::from(deep)), 1], [across, deep]);
-        // SAFETY: the arguments are those of the kernel; it writes the mask and nothing else.
-        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+        let rows = (arguments.rows * arguments.positions).unsigned_abs();
+        let config = blocks([rows.div_ceil(u64::from(deep)), 1], [across, deep]);
+        // SAFETY: the caller promised room for the mask, which the kernel writes.
+        Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
     /// The gradient of the sinks, from the row terms that cuDNN left.
@@ -381,17 +349,26 @@ impl Kernels<'_> {
         states: u64,
     ) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(Role::DSinks) else { return Ok(()) };
-        let function = self.function("attention_terms.cu", "attention_sink_gradient")?;
-        let l: [i64; 3] = strides(self.problem.tensor(Role::Lse));
-        let [b, t, n] = self.row_axes();
-        let (to_element, [to_stride]) = (dtype_code(desc.dtype()).code(), strides(Some(desc)));
-        let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(&to).arg(&to_element).arg(&to_stride).arg(&sinks).arg(&delta);
-        launch.arg(&lse).arg(&l[0]).arg(&l[1]).arg(&l[2]).arg(&self.query_lengths);
-        let ([offsets, scores, _], far_from) = (large::places(self.problem, states), large::FAR);
-        launch.arg(&scores).arg(&offsets).arg(&far_from).arg(&b).arg(&n).arg(&t);
-        let config = blocks([n.unsigned_abs(), 1], [SUMMING_THREADS, 1]);
-        // SAFETY: the arguments are those of the kernel; it writes a number for each head and nothing else.
-        Ok(unsafe { launch.launch(config) }.map(|_| ()).map_err(LaunchError::from)?)
+        let [batch, positions, heads] = self.row_axes();
+        let [offsets, scores, _] = large::places(self.problem, states);
+        let arguments = SinkGradient {
+            to,
+            to_stride: desc.strides()[0] as i64,
+            sinks,
+            delta,
+            lse,
+            lse_strides: RowStrides::of(self.problem.tensor(Role::Lse)),
+            lengths: self.query_lengths,
+            scores,
+            offsets,
+            batch,
+            heads,
+            positions,
+            far: large::FAR,
+            dtype: dtype_code(desc.dtype()).code(),
+        };
+        let config = blocks([heads.unsigned_abs(), 1], [SUMMING_THREADS, 1]);
+        // SAFETY: the caller promised the tensors and scratch; the kernel writes a number for each head.
+        Ok(unsafe { self.launch(&arguments, config) }?)
     }
 }

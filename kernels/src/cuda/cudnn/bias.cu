@@ -1,37 +1,34 @@
 // Masks, biases, ALiBi and dropout in the form that cuDNN's fused attention takes: mask, bias and ALiBi as
 // one bias tensor, small vectors as f32, dropout as a tensor of ones and zeros. And the gradient of the
 // sinks, from what the backward pass has computed.
-// Needs: common/dtypes.cuh, common/philox.cuh.
+// Needs: common/dtypes.cuh, common/philox.cuh, cudnn/strides.cuh.
 //
 // Compute capability 8.0 and later. Tested by the conformance suite of attention-cudnn.
 
-// Four strides, by value: 0 along axes of size 1.
-struct Strides {
+// Four strides, of batch, head, row and key: 0 along axes of size 1.
+struct LogitStrides {
     long long of[4];
 };
 
-__device__ inline long long offset(const Strides &strides, const long long *index) {
+__device__ inline long long offset(const LogitStrides &strides, const long long *index) {
     return index[0] * strides.of[0] + index[1] * strides.of[1] + index[2] * strides.of[2] + index[3] * strides.of[3];
 }
 
-// What `attention_make_bias` writes, and how it lies.
+// The bias that `attention_make_bias` writes.
 struct MadeBias {
     void *to;
-    // DTYPE_F32 or DTYPE_BF16.
-    int element;
     // Full or 1, but for the keys, which are always there; rows of `row` elements.
     long long batch, heads, positions, keys, row;
     // The bias of a masked logit, and the least bias of any other.
     float masked, least;
 };
 
-// What the bias is made of; null where the call has none.
-struct Terms {
+// The tensors that the bias is made of; null where the call has none.
+struct BiasSources {
     const unsigned char *mask;
-    Strides mask_strides;
+    LogitStrides mask_strides;
     const void *bias;
-    int bias_element;
-    Strides bias_strides;
+    LogitStrides bias_strides;
     const float *slopes;
     long long slopes_batch;
 };
@@ -49,6 +46,20 @@ struct Structure {
 struct Seen {
     unsigned char *rows, *keys;
 };
+
+// The argument of `attention_make_bias`. The layout of the structs that kernels take is that of the structs of
+// the same name on the host (attention-cudnn).
+struct MakeBias {
+    MadeBias made;
+    BiasSources sources;
+    Structure structure;
+    Seen seen;
+    // DTYPE_F32 or DTYPE_BF16 of the bias that is made, and the dtype of the call's.
+    int made_dtype, bias_dtype;
+    long long batch, heads, group, positions;
+};
+
+static_assert(sizeof(MakeBias) == 248, "the host's layout");
 
 // Consecutive keys per thread, and rows per block.
 constexpr int OWN = 8, STRIP = 16;
@@ -131,9 +142,13 @@ __device__ inline unsigned int own_between(long long key, long long first, long 
 // It also marks rows that see a key, and keys that are seen. One block per `STRIP` rows of a batch row and
 // head of the bias (blockIdx.x), for every position even where the bias has one row for all of them, and
 // `OWN` keys per thread (blockIdx.y).
-extern "C" __global__ void __launch_bounds__(BLOCK)
-    attention_make_bias(MadeBias made, Terms terms, Structure structure, Seen seen, long long batch, long long heads,
-                        long long group, long long positions) {
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(const MakeBias p) {
+    const MadeBias made = p.made;
+    const BiasSources sources = p.sources;
+    const Structure structure = p.structure;
+    const Seen seen = p.seen;
+    const int made_dtype = p.made_dtype, bias_dtype = p.bias_dtype;
+    const long long batch = p.batch, heads = p.heads, group = p.group, positions = p.positions;
     const long long strips = (positions + STRIP - 1) / STRIP;
     const long long first_row = blockIdx.x % strips * STRIP;
     const long long n = blockIdx.x / strips % made.heads;
@@ -147,18 +162,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         const long long t = first_row + row, own_row = made.positions == 1 ? 0 : t;
         if (t >= positions || key >= made.row) continue;
         unsigned int bits = (1u << count) - 1u;
-        if (terms.mask != nullptr) {
+        if (sources.mask != nullptr) {
             const long long index[4] = {b, n, own_row, key};
-            bits &= load_own_mask(terms.mask + offset(terms.mask_strides, index), terms.mask_strides.of[3], count);
+            bits &=
+                load_own_mask(sources.mask + offset(sources.mask_strides, index), sources.mask_strides.of[3], count);
         }
         float values[OWN] = {};
-        if (terms.bias != nullptr) {
+        if (sources.bias != nullptr) {
             const long long index[4] = {b, n, own_row, key};
-            const long long start = offset(terms.bias_strides, index);
-            load_own(values, terms.bias, terms.bias_element, start, terms.bias_strides.of[3], count);
+            const long long start = offset(sources.bias_strides, index);
+            load_own(values, sources.bias, bias_dtype, start, sources.bias_strides.of[3], count);
         }
-        if (terms.slopes != nullptr) {
-            const float slope = terms.slopes[b * terms.slopes_batch + n];
+        if (sources.slopes != nullptr) {
+            const float slope = sources.slopes[b * sources.slopes_batch + n];
             const long long distance = t + structure.positions[b] - key;
 #pragma unroll
             for (int own = 0; own < OWN; ++own) values[own] -= slope * fabsf((float)(distance - own));
@@ -173,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         alive[row / 4] |= bits << (row % 4 * 8);
         if (made.positions > 1 || t == 0) {
             const long long start = ((b * made.heads + n) * made.positions + own_row) * made.row + key;
-            store_own(made.to, start, made.element, values);
+            store_own(made.to, start, made_dtype, values);
         }
     }
     // The batch rows and heads that these rows stand for.
@@ -208,62 +224,93 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     }
 }
 
+// The argument of `attention_to_floats`.
+struct ToFloats {
+    float *to;
+    const void *from;
+    long long rows, columns, row_stride, column_stride;
+    int dtype;
+};
+
+static_assert(sizeof(ToFloats) == 56, "the host's layout");
+
 // A matrix of at most a few thousand numbers, as f32 without gaps.
-extern "C" __global__ void __launch_bounds__(BLOCK)
-    attention_to_floats(float *to, const void *from, int element, long long rows, long long columns,
-                        long long row_stride, long long column_stride) {
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_to_floats(const ToFloats p) {
     const long long index = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    if (index >= rows * columns) return;
-    const long long at = index / columns * row_stride + index % columns * column_stride;
-    to[index] = load_as<float>(from, element, at);
+    if (index >= p.rows * p.columns) return;
+    const long long at = index / p.columns * p.row_stride + index % p.columns * p.column_stride;
+    p.to[index] = load_as<float>(p.from, p.dtype, at);
 }
 
-// 1 where a probability is kept, else 0, in a dtype of two bytes whose 1 is `one`: `[rows, positions]` rows
-// of `blocks` times eight keys. Eight keys per thread, blockDim.y rows per block.
-extern "C" __global__ void __launch_bounds__(BLOCK)
-    attention_keep_mask(uint4 *to, unsigned int one, long long rows, long long positions, long long blocks,
-                        unsigned int threshold, unsigned int key0, unsigned int key1, unsigned int stream_offset) {
+// The argument of `attention_keep_mask`.
+struct KeepMask {
+    uint4 *to;
+    // [rows, positions] rows of `blocks` times eight keys.
+    long long rows, positions, blocks;
+    // The bits of 1 in a dtype of two bytes.
+    unsigned one;
+    unsigned threshold, key[2], stream_offset;
+};
+
+static_assert(sizeof(KeepMask) == 56, "the host's layout");
+
+// 1 where a probability is kept, else 0. Eight keys per thread, blockDim.y rows per block.
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_keep_mask(const KeepMask p) {
     const long long at = blockIdx.x * (long long)blockDim.y + threadIdx.y;
-    if (at >= rows * positions) return;
-    const unsigned int position = (unsigned int)(at % positions), row = (unsigned int)(at / positions);
-    for (long long block = threadIdx.x; block < blocks; block += blockDim.x) {
-        const uint4 words = philox4x32_10(make_uint4((unsigned int)block, position, row, stream_offset), key0, key1);
+    if (at >= p.rows * p.positions) return;
+    const unsigned int position = (unsigned int)(at % p.positions), row = (unsigned int)(at / p.positions);
+    for (long long block = threadIdx.x; block < p.blocks; block += blockDim.x) {
+        const uint4 counter = make_uint4((unsigned int)block, position, row, p.stream_offset);
+        const uint4 words = philox4x32_10(counter, p.key[0], p.key[1]);
         const auto pair = [&](unsigned int word) {
-            return ((word & 0xFFFFu) >= threshold ? one : 0u) | ((word >> 16) >= threshold ? one << 16 : 0u);
+            return ((word & 0xFFFFu) >= p.threshold ? p.one : 0u) | ((word >> 16) >= p.threshold ? p.one << 16 : 0u);
         };
-        to[at * blocks + block] = make_uint4(pair(words.x), pair(words.y), pair(words.z), pair(words.w));
+        p.to[at * p.blocks + block] = make_uint4(pair(words.x), pair(words.y), pair(words.z), pair(words.w));
     }
 }
 
-// `d_sinks[n] = - sum over b and t of exp(sink[n] - lse) * delta`. One block a head, always the same order.
-//
-// `delta` is [B, N, T] without gaps; `lse` is the caller's. Rows behind a query length take no part;
-// `lengths` is null where there are none. Of rows whose logsumexp is as large as `far`, `scores` and
-// `offsets` have the largest logit and the logarithm of the sum of what is relative to it, in base two and
-// with the sign turned, as attention_sum_rows left them.
-extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK)
-    attention_sink_gradient(void *to, int element, long long to_stride, const float *sinks, const float *delta,
-                            const float *lse, long long lse_batch, long long lse_position, long long lse_head,
-                            const int *lengths, const float *scores, const float *offsets, float far, long long batch,
-                            long long heads, long long positions) {
+// The argument of `attention_sink_gradient`.
+struct SinkGradient {
+    void *to;
+    long long to_stride;
+    // [N], and [B, N, T] without gaps.
+    const float *sinks, *delta;
+    // The caller's.
+    const float *lse;
+    RowStrides lse_strides;
+    // Query lengths, [B]; null where there are none.
+    const int *lengths;
+    // As attention_sum_rows left them, of rows whose logsumexp is as large as `far`: the largest logit, and
+    // the logarithm of the sum relative to it, in base two and with the sign turned.
+    const float *scores, *offsets;
+    long long batch, heads, positions;
+    float far;
+    int dtype;
+};
+
+static_assert(sizeof(SinkGradient) == 120, "the host's layout");
+
+// `d_sinks[n] = - sum over b and t of exp(sink[n] - lse) * delta`. One block per head, always in the same
+// order. Rows behind a query length take no part.
+extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK) attention_sink_gradient(const SinkGradient p) {
     const long long head = blockIdx.x;
-    const double sink = sinks[head];
+    const double sink = p.sinks[head];
     double sum = 0.0;
-    for (long long at = threadIdx.x; at < batch * positions; at += blockDim.x) {
-        const long long b = at / positions, t = at % positions;
-        if (lengths != nullptr && t >= lengths[b]) continue;
-        const float value = lse[b * lse_batch + t * lse_position + head * lse_head];
+    for (long long at = threadIdx.x; at < p.batch * p.positions; at += blockDim.x) {
+        const long long b = at / p.positions, t = at % p.positions;
+        if (p.lengths != nullptr && t >= p.lengths[b]) continue;
+        const float value = p.lse[row_offset(p.lse_strides, b, t, head)];
         // A row without a logsumexp has no sink: its own is -inf.
         if (value == __int_as_float(0xff800000) || sink == -(double)__int_as_float(0x7f800000)) continue;
-        const long long row = (b * heads + head) * positions + t;
+        const long long row = (b * p.heads + head) * p.positions + t;
         double exponent = sink - (double)value;
-        if (fabsf(value) >= far && fabsf(value) < __int_as_float(0x7f800000)) {
-            const double above = sink - (double)scores[row];
+        if (fabsf(value) >= p.far && fabsf(value) < __int_as_float(0x7f800000)) {
+            const double above = sink - (double)p.scores[row];
             // A sink so far above the largest logit has a probability of 1, and the offset has lost the rest
             // of the difference.
-            exponent = above > 2.0 * far ? 0.0 : above + (double)offsets[row] * 0.6931471805599453;
+            exponent = above > 2.0 * p.far ? 0.0 : above + (double)p.offsets[row] * 0.6931471805599453;
         }
-        sum += exp(exponent > 0.0 ? 0.0 : exponent) * (double)delta[row];
+        sum += exp(exponent > 0.0 ? 0.0 : exponent) * (double)p.delta[row];
     }
     __shared__ double sums[SUMMING_BLOCK];
     sums[threadIdx.x] = sum;
@@ -272,5 +319,5 @@ extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK)
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
         __syncthreads();
     }
-    if (threadIdx.x == 0) store(to, element, head * to_stride, -sums[0]);
+    if (threadIdx.x == 0) store(p.to, p.dtype, head * p.to_stride, -sums[0]);
 }

@@ -1,0 +1,391 @@
+//! The arguments of the helper kernels: one struct per kernel, in the layout of the struct of the same name
+//! in `attention_rows.cu` or `attention_terms.cu`, where the fields are explained. Addresses are of memory on
+//! the stream's device; 0 stands for null.
+
+use attention_core::TensorDesc;
+use attention_cuda::cudarc::driver::DeviceRepr;
+
+/// A struct that is the one argument of a kernel.
+pub(crate) trait Arguments: DeviceRepr {
+    /// The source and the entry point of the kernel.
+    const KERNEL: (&str, &str);
+}
+
+/// The strides, in elements, of a tensor whose first axes are batch row, position and head.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct RowStrides {
+    pub(crate) batch: i64,
+    pub(crate) position: i64,
+    pub(crate) head: i64,
+}
+
+impl RowStrides {
+    /// Zeros where the tensor is absent.
+    pub(crate) fn of(desc: Option<&TensorDesc>) -> Self {
+        let [batch, position, head] =
+            std::array::from_fn(|axis| desc.map_or(0, |desc| desc.strides()[axis] as i64));
+        Self { batch, position, head }
+    }
+}
+
+/// Which rows see a key.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct SeeingRows {
+    pub(crate) intervals: u64,
+    pub(crate) flags: u64,
+    pub(crate) flag_heads: i64,
+}
+
+/// The argument of `attention_finish_forward`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct FinishForward {
+    pub(crate) out: u64,
+    pub(crate) out_strides: RowStrides,
+    pub(crate) lse: u64,
+    pub(crate) lse_strides: RowStrides,
+    pub(crate) stats: u64,
+    pub(crate) seeing: SeeingRows,
+    pub(crate) sinks: u64,
+    pub(crate) lengths: u64,
+    pub(crate) batch: i64,
+    pub(crate) positions: i64,
+    pub(crate) heads: i64,
+    pub(crate) width: i64,
+}
+
+/// The argument of `attention_prepare_backward`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct PrepareBackward {
+    pub(crate) lse: u64,
+    pub(crate) lse_strides: RowStrides,
+    pub(crate) stats: u64,
+    pub(crate) far_heads: u64,
+    pub(crate) seeing: SeeingRows,
+    pub(crate) batch: i64,
+    pub(crate) positions: i64,
+    pub(crate) heads: i64,
+}
+
+/// The argument of `attention_clean_rows`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct CleanRows {
+    pub(crate) from: u64,
+    pub(crate) from_strides: RowStrides,
+    pub(crate) to: u64,
+    pub(crate) intervals: u64,
+    pub(crate) flags: u64,
+    pub(crate) flag_heads: i64,
+    pub(crate) flag_row: i64,
+    pub(crate) stats: u64,
+    pub(crate) batch: i64,
+    pub(crate) positions: i64,
+    pub(crate) heads: i64,
+    pub(crate) parts: i64,
+}
+
+/// Four strides, of batch, head, row and key: 0 along axes of size 1.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct LogitStrides {
+    pub(crate) of: [i64; 4],
+}
+
+impl LogitStrides {
+    /// Of a tensor that is broadcast to the logits; zeros where it is absent.
+    pub(crate) fn of(desc: Option<&TensorDesc>) -> Self {
+        let stride =
+            |axis: usize, desc: &TensorDesc| if desc.shape()[axis] == 1 { 0 } else { desc.strides()[axis] };
+        Self { of: std::array::from_fn(|axis| desc.map_or(0, |desc| stride(axis, desc) as i64)) }
+    }
+}
+
+/// The bias that `attention_make_bias` writes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct MadeBias {
+    pub(crate) to: u64,
+    pub(crate) batch: i64,
+    pub(crate) heads: i64,
+    pub(crate) positions: i64,
+    pub(crate) keys: i64,
+    pub(crate) row: i64,
+    pub(crate) masked: f32,
+    pub(crate) least: f32,
+}
+
+/// The tensors that the bias is made of.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct BiasSources {
+    pub(crate) mask: u64,
+    pub(crate) mask_strides: LogitStrides,
+    pub(crate) bias: u64,
+    pub(crate) bias_strides: LogitStrides,
+    pub(crate) slopes: u64,
+    pub(crate) slopes_batch: i64,
+}
+
+/// Which rows see which keys by structure.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Structure {
+    pub(crate) rows: u64,
+    pub(crate) keys: u64,
+    pub(crate) positions: u64,
+    pub(crate) left: i64,
+    pub(crate) right: i64,
+}
+
+/// Which rows see any key, and which keys any row sees: addresses of bytes, 0 where `attention_make_bias`
+/// does not run.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Seen {
+    /// `[B, N, T]`.
+    pub(crate) rows: u64,
+    /// `[B, K, S]`, in rows of the bias.
+    pub(crate) keys: u64,
+}
+
+/// The argument of `attention_make_bias`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct MakeBias {
+    pub(crate) made: MadeBias,
+    pub(crate) sources: BiasSources,
+    pub(crate) structure: Structure,
+    pub(crate) seen: Seen,
+    pub(crate) made_dtype: i32,
+    pub(crate) bias_dtype: i32,
+    pub(crate) batch: i64,
+    pub(crate) heads: i64,
+    pub(crate) group: i64,
+    pub(crate) positions: i64,
+}
+
+/// The argument of `attention_to_floats`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct ToFloats {
+    pub(crate) to: u64,
+    pub(crate) from: u64,
+    pub(crate) rows: i64,
+    pub(crate) columns: i64,
+    pub(crate) row_stride: i64,
+    pub(crate) column_stride: i64,
+    pub(crate) dtype: i32,
+    pub(crate) padding: u32,
+}
+
+/// The argument of `attention_keep_mask`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct KeepMask {
+    pub(crate) to: u64,
+    pub(crate) rows: i64,
+    pub(crate) positions: i64,
+    pub(crate) blocks: i64,
+    pub(crate) one: u32,
+    pub(crate) threshold: u32,
+    pub(crate) key: [u32; 2],
+    pub(crate) stream_offset: u32,
+    pub(crate) padding: u32,
+}
+
+/// The argument of `attention_sink_gradient`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct SinkGradient {
+    pub(crate) to: u64,
+    pub(crate) to_stride: i64,
+    pub(crate) sinks: u64,
+    pub(crate) delta: u64,
+    pub(crate) lse: u64,
+    pub(crate) lse_strides: RowStrides,
+    pub(crate) lengths: u64,
+    pub(crate) scores: u64,
+    pub(crate) offsets: u64,
+    pub(crate) batch: i64,
+    pub(crate) heads: i64,
+    pub(crate) positions: i64,
+    pub(crate) far: f32,
+    pub(crate) dtype: i32,
+}
+
+// SAFETY: addresses and numbers without padding, in the layout of the kernels' struct of the same name: sizes
+// are asserted on both sides, and a test compares the fields.
+unsafe impl DeviceRepr for FinishForward {}
+// SAFETY: as for `FinishForward`.
+unsafe impl DeviceRepr for PrepareBackward {}
+// SAFETY: as for `FinishForward`.
+unsafe impl DeviceRepr for CleanRows {}
+// SAFETY: as for `FinishForward`.
+unsafe impl DeviceRepr for MakeBias {}
+// SAFETY: as for `FinishForward`.
+unsafe impl DeviceRepr for ToFloats {}
+// SAFETY: as for `FinishForward`.
+unsafe impl DeviceRepr for KeepMask {}
+// SAFETY: as for `FinishForward`.
+unsafe impl DeviceRepr for SinkGradient {}
+
+const _: () = assert!(size_of::<FinishForward>() == 144);
+const _: () = assert!(size_of::<PrepareBackward>() == 96);
+const _: () = assert!(size_of::<CleanRows>() == 112);
+const _: () = assert!(size_of::<MakeBias>() == 248);
+const _: () = assert!(size_of::<ToFloats>() == 56);
+const _: () = assert!(size_of::<KeepMask>() == 56);
+const _: () = assert!(size_of::<SinkGradient>() == 120);
+
+impl Arguments for FinishForward {
+    const KERNEL: (&str, &str) = (ROWS, "attention_finish_forward");
+}
+
+impl Arguments for PrepareBackward {
+    const KERNEL: (&str, &str) = (ROWS, "attention_prepare_backward");
+}
+
+impl Arguments for CleanRows {
+    const KERNEL: (&str, &str) = (ROWS, "attention_clean_rows");
+}
+
+impl Arguments for MakeBias {
+    const KERNEL: (&str, &str) = (TERMS, "attention_make_bias");
+}
+
+impl Arguments for ToFloats {
+    const KERNEL: (&str, &str) = (TERMS, "attention_to_floats");
+}
+
+impl Arguments for KeepMask {
+    const KERNEL: (&str, &str) = (TERMS, "attention_keep_mask");
+}
+
+impl Arguments for SinkGradient {
+    const KERNEL: (&str, &str) = (TERMS, "attention_sink_gradient");
+}
+
+/// The sources of the kernels.
+const ROWS: &str = "attention_rows.cu";
+const TERMS: &str = "attention_terms.cu";
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+
+    /// A field with where it begins.
+    type Field = (String, usize);
+
+    /// The fields of a struct of a source with their offsets, and its size, as C++ lays it out.
+    fn laid_out(text: &str, name: &str) -> (Vec<Field>, usize) {
+        let (_, after) =
+            text.split_once(&format!("struct {name} {{\n")).unwrap_or_else(|| panic!("no {name}"));
+        let (body, _) = after.split_once("\n};").unwrap();
+        let code: String = body.lines().map(|line| line.split("//").next().unwrap()).collect();
+        let (mut fields, mut end, mut align) = (Vec::new(), 0_usize, 1);
+        for declaration in code.split(';').map(str::trim).filter(|declaration| !declaration.is_empty()) {
+            let declaration = declaration.strip_prefix("const ").unwrap_or(declaration);
+            let numbers = [
+                ("long long ", 8),
+                ("unsigned char ", 1),
+                ("unsigned short ", 2),
+                ("unsigned ", 4),
+                ("int ", 4),
+            ];
+            let numbers = numbers.iter().chain(&[("float ", 4), ("void ", 0), ("uint4 ", 16)]);
+            let number = numbers.copied().find(|(kind, _)| declaration.starts_with(kind));
+            let (names, (size, alignment)) = match number {
+                Some((kind, size)) => (&declaration[kind.len()..], (size, size)),
+                None => {
+                    let (kind, names) = declaration.split_once(' ').unwrap();
+                    (names, (laid_out(text, kind).1, 8))
+                }
+            };
+            for field in names.split(',').map(str::trim) {
+                let (field, size, alignment) = match field.strip_prefix('*') {
+                    Some(pointer) => (pointer, 8, 8),
+                    None => (field, size, alignment),
+                };
+                let (field, count) = match field.split_once('[') {
+                    Some((field, count)) => (field, count.trim_end_matches(']').parse().unwrap()),
+                    None => (field, 1),
+                };
+                end = end.next_multiple_of(alignment);
+                fields.push((field.to_owned(), end));
+                end += size * count;
+                align = align.max(alignment);
+            }
+        }
+        (fields, end.next_multiple_of(align))
+    }
+
+    /// Compares all fields of a struct with those of the kernels' struct of the same name.
+    macro_rules! check {
+        ($source:ident, $name:ident: $($field:ident),*) => {
+            let text = attention_kernels::source($source).expect("it is in the package").text;
+            let (mut fields, size) = laid_out(text, stringify!($name));
+            assert_eq!(size, size_of::<$name>(), stringify!($name));
+            let expected = [$((stringify!($field).to_owned(), offset_of!($name, $field))),*];
+            // C++ pads the end by itself.
+            fields.extend(expected.last().filter(|(name, _)| name == "padding").cloned());
+            assert_eq!(fields, expected, stringify!($name));
+            // Every field is in the list.
+            let _ = |$name { $($field: _),* }: $name| ();
+        };
+    }
+
+    #[test]
+    fn structs_are_laid_out_as_in_the_kernels() {
+        check!(ROWS, RowStrides: batch, position, head);
+        check!(ROWS, SeeingRows: intervals, flags, flag_heads);
+        check!(
+            ROWS, FinishForward: out, out_strides, lse, lse_strides, stats, seeing, sinks, lengths, batch,
+            positions, heads, width
+        );
+        check!(
+            ROWS, PrepareBackward: lse, lse_strides, stats, far_heads, seeing, batch, positions, heads
+        );
+        check!(
+            ROWS, CleanRows: from, from_strides, to, intervals, flags, flag_heads, flag_row, stats, batch,
+            positions, heads, parts
+        );
+        check!(TERMS, RowStrides: batch, position, head);
+        check!(TERMS, LogitStrides: of);
+        check!(TERMS, MadeBias: to, batch, heads, positions, keys, row, masked, least);
+        check!(
+            TERMS, BiasSources: mask, mask_strides, bias, bias_strides, slopes, slopes_batch
+        );
+        check!(TERMS, Structure: rows, keys, positions, left, right);
+        check!(TERMS, Seen: rows, keys);
+        check!(
+            TERMS, MakeBias: made, sources, structure, seen, made_dtype, bias_dtype, batch, heads, group,
+            positions
+        );
+        check!(
+            TERMS, ToFloats: to, from, rows, columns, row_stride, column_stride, dtype, padding
+        );
+        check!(
+            TERMS, KeepMask: to, rows, positions, blocks, one, threshold, key, stream_offset, padding
+        );
+        check!(
+            TERMS, SinkGradient: to, to_stride, sinks, delta, lse, lse_strides, lengths, scores, offsets,
+            batch, heads, positions, far, dtype
+        );
+    }
+
+    #[test]
+    fn the_check_computes_offsets_as_cpp_does() {
+        let text = "struct Inner {\n    int a;\n    long long b[2];\n};\nstruct Outer {\n    // x; y\n    \
+            const unsigned char *p, *q;\n    unsigned key[3];\n    Inner inner;\n    float last;\n};\n";
+        let fields = [("p", 0), ("q", 8), ("key", 16), ("inner", 32), ("last", 56)];
+        let fields = fields.map(|(name, offset)| (name.to_owned(), offset)).to_vec();
+        assert_eq!(laid_out(text, "Inner"), (vec![("a".to_owned(), 0), ("b".to_owned(), 8)], 24));
+        assert_eq!(laid_out(text, "Outer"), (fields, 64));
+    }
+}
