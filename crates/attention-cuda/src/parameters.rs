@@ -340,3 +340,42 @@ impl ProblemParameters {
         &mut self.parameters
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The text that every fused kernel begins with.
+    fn text() -> &'static str {
+        attention_kernels::source("attention_forward.cu").expect("it is in the package").text
+    }
+
+    /// The field of a role's tensor in the kernels, without underscores.
+    fn field(role: Role) -> String {
+        match role {
+            Role::AlibiSlopes => "slopes".to_owned(),
+            role => format!("{role:?}").to_lowercase(),
+        }
+    }
+
+    #[test]
+    fn tensors_are_in_the_order_of_the_kernels() {
+        let (_, after) = text().split_once("struct Parameters {\n    Tensor ").unwrap();
+        let (names, _) = after.split_once(';').unwrap();
+        let names: Vec<String> = names.split(',').map(|name| name.trim().replace('_', "")).collect();
+        assert_eq!(names, Role::ALL.map(field));
+    }
+
+    #[test]
+    fn the_bits_of_aligned_tensors_are_those_of_the_kernels() {
+        let defines = text().lines().filter_map(|line| line.strip_prefix("#define ALIGNED_"));
+        let mut count = 0;
+        for (name, bit) in defines.map(|define| define.split_once(' ').unwrap()) {
+            let name = name.replace('_', "").to_lowercase();
+            let role = Role::ALL.into_iter().find(|&role| field(role) == name).unwrap();
+            assert_eq!(bit, format!("(1 << {})", role as usize), "{name}");
+            count += 1;
+        }
+        assert_eq!(count, 10);
+    }
+}
