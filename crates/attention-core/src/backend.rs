@@ -13,7 +13,7 @@ use crate::{Capabilities, Error, Plan, Problem, Unavailable, Unsupported, Varian
 ///   zeros of empty and padded rows; what outputs and scratch held before does not matter.
 /// - What lies at masked positions, in padding or between the elements of a strided view never reaches a result.
 /// - No option is ignored, and nothing else is run in the backend's place.
-/// - No panic on any call that a [`ForwardCall`] or [`BackwardCall`] can hold.
+/// - No panic on any call that a [`ForwardCall`](crate::ForwardCall) or [`BackwardCall`](crate::BackwardCall) can hold.
 ///
 /// Backends are values: configuration (threads, chunk sizes, streams) belongs to the value, so the trait has no
 /// room for options that only some backends have. A backend that wraps another one implements
