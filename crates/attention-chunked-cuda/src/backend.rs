@@ -137,6 +137,7 @@ impl AttentionBackend for ChunkedCudaBackend {
         // What is not supported anywhere is refused without a device.
         self.launches(problem, Machine::ANY)?;
         let runtime = self.runtime()?;
+        runtime.device.check_plannable(NAME)?;
         let launches = self.launches(problem, runtime.machine)?;
         Ok(Arc::new(ChunkedCudaPlan::new(problem, runtime, launches, &self.variants)?))
     }

@@ -69,7 +69,8 @@ pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
     /// [plan](Plan)'s.
     ///
     /// Kernels are compiled, work is cut and libraries are asked here, so this may take seconds; whoever calls again keeps
-    /// the plan. A backend keeps no plans of its own. Whoever chooses among backends plans before the call, and may
+    /// the plan. A backend whose plans send something to a device refuses to plan while its stream is captured into a
+    /// graph. A backend keeps no plans of its own. Whoever chooses among backends plans before the call, and may
     /// choose another one after an error; once a call has begun, there is no other.
     ///
     /// # Errors

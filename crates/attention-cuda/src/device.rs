@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use attention_core::{Device, Unavailable};
+use attention_core::{Device, Error, Unavailable, Unsupported};
+use cudarc::driver::sys::CUstreamCaptureStatus;
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 
+use crate::failure;
 use crate::library::Search;
 
 /// A device and a stream. Cheap to clone: both are shared.
@@ -55,6 +57,23 @@ impl CudaDevice {
     /// The device's name for views of its memory.
     pub fn device(&self) -> Device {
         device_of(&self.context)
+    }
+
+    /// Checks that the stream is not being captured: what planning sends to the device would become a part of the graph, which would
+    /// send it again from memory that is gone.
+    ///
+    /// # Errors
+    /// [`Unsupported::Limit`] of `backend` during a capture, [`Error::Backend`] by the driver.
+    pub fn check_plannable(&self, backend: &str) -> Result<(), Error> {
+        let status = self.stream.capture_status();
+        let status = status.map_err(|error| failure(backend, "asking for the state of a stream", error))?;
+        if status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            return Ok(());
+        }
+        let (backend, what) = (backend.to_owned(), "planning on".to_owned());
+        let value = "a stream that is being captured".to_owned();
+        let why = "what it sends to the device would become a part of the graph, so plan before the capture and hold the plan";
+        Err(Unsupported::Limit { backend, what, value, why: why.to_owned() }.into())
     }
 
     /// The compute capability, `(9, 0)` for Hopper.

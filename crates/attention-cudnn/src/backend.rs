@@ -133,7 +133,9 @@ impl AttentionBackend for CudnnBackend {
 
     fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error> {
         let layout = self.layout(problem)?;
-        let planned = Planned::new(problem, layout, self.runtime()?, &self.config, &self.variants)?;
+        let runtime = self.runtime()?;
+        runtime.device.check_plannable(NAME)?;
+        let planned = Planned::new(problem, layout, runtime, &self.config, &self.variants)?;
         Ok(Arc::new(CudnnPlan(planned)))
     }
 }

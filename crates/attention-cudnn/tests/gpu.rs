@@ -6,7 +6,7 @@ use std::sync::Arc;
 use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, Error, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Problem, ProblemBuilder, Scalar, TensorDesc, Unsupported, View,
+    ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, Scalar, TensorDesc, Unsupported, View,
     philox4x32_10,
 };
 use attention_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -92,14 +92,24 @@ impl Step {
         Ok(())
     }
 
-    /// Puts both passes on the backend's stream.
+    /// Both passes, planned.
+    fn plan(&self, backend: &dyn AttentionBackend) -> Result<[Arc<dyn Plan>; 2]> {
+        Ok([backend.plan(&self.forward)?, backend.plan(&self.backward)?])
+    }
+
+    /// Plans both passes and puts them on the backend's stream.
     fn run(&mut self, backend: &dyn AttentionBackend) -> Result {
+        let plans = self.plan(backend)?;
+        self.run_planned(&plans)
+    }
+
+    /// Puts both passes on the stream of their plans.
+    fn run_planned(&mut self, [forward, backward]: &[Arc<dyn Plan>; 2]) -> Result {
         let [query, key, value, d_out] = &self.inputs;
         let inputs = Inputs::new(query.view()?, key.view()?, value.view()?);
         let outputs = ForwardOutputs { out: self.out.view_mut()?, lse: Some(self.lse.view_mut()?) };
-        let plan = backend.plan(&self.forward)?;
-        let call = ForwardCall::new(plan.problem(), inputs, outputs)?;
-        plan.forward(call, plan.lend_scratch()?.scratch())?;
+        let call = ForwardCall::new(forward.problem(), inputs, outputs)?;
+        forward.forward(call, forward.lend_scratch()?.scratch())?;
         let saved = BackwardInputs {
             out: self.out.view()?,
             lse: self.lse.view()?,
@@ -114,9 +124,8 @@ impl Step {
             dbias: None,
             dsinks: None,
         };
-        let plan = backend.plan(&self.backward)?;
-        let call = BackwardCall::new(plan.problem(), inputs, saved, outputs)?;
-        plan.backward(call, plan.lend_scratch()?.scratch())?;
+        let call = BackwardCall::new(backward.problem(), inputs, saved, outputs)?;
+        backward.backward(call, backward.lend_scratch()?.scratch())?;
         Ok(())
     }
 
@@ -155,18 +164,22 @@ fn a_captured_graph_computes_with_the_data_that_is_there_when_it_is_launched() -
     for (backend, causal) in cases {
         let shape = [2, 192, 4, 64];
         let mut step = Step::new(&device, shape, causal, 1)?;
-        // Plans, kernels and workspaces are made before the capture.
-        step.run(&*backend)?;
+        // Plans, kernels and workspaces are made before the capture, and the plans are held while the graph is used.
+        let plans = step.plan(&*backend)?;
+        step.run_planned(&plans)?;
         let before = step.results()?;
         let stream = device.stream();
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-        step.run(&*backend)?;
+        let refused = backend.plan(&step.forward);
+        step.run_planned(&plans)?;
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
+        let refused = refused.err().ok_or("planned while the stream was captured")?;
+        assert!(refused.to_string().contains("a stream that is being captured"), "{refused}");
         step.replace(shape, 100)?;
         graph.launch()?;
         let replayed = step.results()?;
-        step.run(&*backend)?;
+        step.run_planned(&plans)?;
         let called = step.results()?;
         assert_same(&replayed, &called, &format!("{}, replayed", backend.name()));
         assert_ne!(replayed[0], before[0], "the data changed");
