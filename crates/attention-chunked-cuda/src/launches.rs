@@ -58,8 +58,8 @@ impl Kernel {
     }
 }
 
-/// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what multiplies them. Head
-/// dimensions and options that share tiles share a variant.
+/// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what
+/// multiplies them. Head dimensions and options that share tiles share a variant.
 fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str) -> String {
     let name = entry_point.trim_start_matches("attention_").replace('_', " ");
     let Tiles { rows, keys, warps, warpgroups, tf32_split, .. } = tiles;
@@ -301,8 +301,8 @@ impl Launches {
             kernel.clone(),
             &[row_count.div_ceil(kernel.tiles.threads() / self.shape.threads_to_a_row())],
         )?;
-        // First, since it leaves the sums of rows with a large logsumexp for the others: where the gradient is not wanted, that is all that
-        // it does.
+        // First, since it leaves the sums of rows with a large logsumexp for the others: where the gradient
+        // is not wanted, that is all that it does.
         let tiles = self.shape.queries(machine);
         let queries = Kernel {
             source: "attention_backward_queries.cu",

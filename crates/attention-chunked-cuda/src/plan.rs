@@ -69,8 +69,9 @@ impl ChunkedCudaPlan {
         for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
             let mut launch = stream.launch_builder(function);
             launch.arg(&parameters);
-            // SAFETY: every kernel takes this one struct. Its tensors are the problem's (the caller's word), the scratch was
-            // checked to have the plan's size, and kernels stay inside the shapes that the struct gives.
+            // SAFETY: every kernel takes this one struct. Its tensors are the problem's (the caller's word),
+            // the scratch was checked to have the plan's size, and kernels stay inside the shapes that the
+            // struct gives.
             unsafe { launch.launch(kernel.launch_config()) }
                 .map_err(|error| failure(NAME, "running a kernel", error))?;
             runs.count();

@@ -126,8 +126,8 @@ impl ChunkedConfig {
         self.threads.planned()
     }
 
-    /// The threads of a call that was planned to take `needs`, and what it takes on so many: `None` for as planned. `of`
-    /// cuts it for a number of threads; no pool is started where there is work for one.
+    /// The threads of a call that was planned to take `needs`, and what it takes on so many: `None` for as
+    /// planned. `of` cuts it for a number of threads; no pool is started where there is work for one.
     pub(crate) fn team<N: Needs>(
         &self,
         needs: &N,

@@ -18,7 +18,8 @@ pub(crate) enum Needs {
 }
 
 impl Needs {
-    /// Cuts a problem, for as many threads as the configuration plans for; with its bytes of scratch. `None` on overflow.
+    /// Cuts a problem, for as many threads as the configuration plans for; with its bytes of scratch. `None`
+    /// on overflow.
     pub(crate) fn of(problem: &Problem, config: &ChunkedConfig, level: Level) -> Option<(Self, usize)> {
         struct Cut<'p> {
             problem: &'p Problem,

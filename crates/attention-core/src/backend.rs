@@ -44,37 +44,39 @@ pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
     /// [`Unsupported`] names the limit and the value that meets it.
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported>;
 
-    /// The code paths that its plans may choose on this machine, with a count of how often each was run, for suites that
-    /// prove what they reach. A wrapper gives those of the backend that it wraps.
+    /// The code paths that its plans may choose on this machine, with a count of how often each was run, for
+    /// suites that prove what they reach. A wrapper gives those of the backend that it wraps.
     ///
     /// The default says nothing about paths, and is right for a backend that has only one.
     fn variants(&self) -> Option<&Variants> {
         None
     }
 
-    /// Bytes of scratch memory that a call of this problem must be given, exactly: what its [plan](Plan::scratch_bytes)
-    /// says, for whoever judges a problem before it is planned. Pure, as [`supports`](Self::supports).
+    /// Bytes of scratch memory that a call of this problem must be given, exactly: what its
+    /// [plan](Plan::scratch_bytes) says, for whoever judges a problem before it is planned. Pure, as
+    /// [`supports`](Self::supports).
     ///
-    /// The answer depends on the problem and on the backend's configuration alone: not on the thread or the pool that
-    /// asks. A backend that spreads calls over threads answers for a number of them that is part of its configuration; in
-    /// a smaller pool a call runs on fewer threads, in a larger one it uses no more than were asked for. So a caller may
-    /// size scratch once and call from anywhere. It starts no thread, and its cost does not grow with the batch, but for
-    /// reading lengths.
+    /// The answer depends on the problem and on the backend's configuration alone: not on the thread or the
+    /// pool that asks. A backend that spreads calls over threads answers for a number of them that is part of
+    /// its configuration; in a smaller pool a call runs on fewer threads, in a larger one it uses no more
+    /// than were asked for. So a caller may size scratch once and call from anywhere. It starts no thread,
+    /// and its cost does not grow with the batch, but for reading lengths.
     ///
     /// # Errors
     /// As [`supports`](Self::supports).
     fn scratch_bytes(&self, problem: &Problem) -> Result<usize, Unsupported>;
 
-    /// Plans a problem: the step that may fail after [`supports`](Self::supports) has said yes. All calls are the
-    /// [plan](Plan)'s.
+    /// Plans a problem: the step that may fail after [`supports`](Self::supports) has said yes. All calls are
+    /// the [plan](Plan)'s.
     ///
-    /// Kernels are compiled, work is cut and libraries are asked here, so this may take seconds; whoever calls again keeps
-    /// the plan. A backend whose plans send something to a device refuses to plan while its stream is captured into a
-    /// graph. A backend keeps no plans of its own. Whoever chooses among backends plans before the call, and may
-    /// choose another one after an error; once a call has begun, there is no other.
+    /// Kernels are compiled, work is cut and libraries are asked here, so this may take seconds; whoever
+    /// calls again keeps the plan. A backend whose plans send something to a device refuses to plan while its
+    /// stream is captured into a graph. A backend keeps no plans of its own. Whoever chooses among backends
+    /// plans before the call, and may choose another one after an error; once a call has begun, there is no
+    /// other.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for all that [`supports`](Self::supports) refuses, and for limits that only the plan
-    /// shows; [`Error::Unavailable`] and [`Error::Backend`] by the machine.
+    /// [`Error::Unsupported`] for all that [`supports`](Self::supports) refuses, and for limits that only the
+    /// plan shows; [`Error::Unavailable`] and [`Error::Backend`] by the machine.
     fn plan(&self, problem: &Problem) -> Result<Arc<dyn Plan>, Error>;
 }

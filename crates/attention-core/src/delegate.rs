@@ -16,8 +16,9 @@ use crate::{
 /// # Semantics
 /// The contract is that of [`AttentionBackend`], for the wrapper as a whole: methods belong together. A
 /// wrapper that refuses a problem refuses it in [`supports`](Self::supports),
-/// [`scratch_bytes`](Self::scratch_bytes) and [`plan`](Self::plan), and one that does something to calls gives plans
-/// of its own, which implement [`DelegatePlan`]. Errors of the inner backend carry the inner backend's name.
+/// [`scratch_bytes`](Self::scratch_bytes) and [`plan`](Self::plan), and one that does something to calls
+/// gives plans of its own, which implement [`DelegatePlan`]. Errors of the inner backend carry the inner
+/// backend's name.
 ///
 /// Where both traits are imported, their methods are ambiguous on the wrapper's own type: say which one is
 /// meant (`Delegate::name(self)`), or import one of the two. On `dyn AttentionBackend`, which
@@ -164,9 +165,9 @@ impl<D: Delegate> AttentionBackend for D {
 /// A plan that wraps another one, and writes only what differs: as [`Delegate`], for [`Plan`].
 ///
 /// # Semantics
-/// A wrapper that asks for scratch of its own answers for it in [`scratch_bytes`](Self::scratch_bytes) and lends it in
-/// [`lend_scratch`](Self::lend_scratch). One that plans another problem than it is asked for, on a device for example, says
-/// so in [`problem`](Self::problem).
+/// A wrapper that asks for scratch of its own answers for it in [`scratch_bytes`](Self::scratch_bytes) and
+/// lends it in [`lend_scratch`](Self::lend_scratch). One that plans another problem than it is asked for, on
+/// a device for example, says so in [`problem`](Self::problem).
 pub trait DelegatePlan: Send + Sync + std::fmt::Debug {
     /// The plan that is wrapped.
     fn inner(&self) -> &dyn Plan;

@@ -37,8 +37,8 @@ impl CudaDevice {
         Self { context: stream.context().clone(), stream }
     }
 
-    /// The same device with work on another stream of it: of its own ([`CudaContext::new_stream`]) or the caller's
-    /// ([`CudaContext::wrap_borrowed_stream`]).
+    /// The same device with work on another stream of it: of its own ([`CudaContext::new_stream`]) or the
+    /// caller's ([`CudaContext::wrap_borrowed_stream`]).
     #[must_use]
     pub fn with_stream(&self, stream: Arc<CudaStream>) -> Self {
         Self::of_stream(stream)
@@ -59,8 +59,8 @@ impl CudaDevice {
         device_of(&self.context)
     }
 
-    /// Checks that the stream is not being captured: what planning sends to the device would become a part of the graph, which would
-    /// send it again from memory that is gone.
+    /// Checks that the stream is not being captured: what planning sends to the device would become a part of
+    /// the graph, which would send it again from memory that is gone.
     ///
     /// # Errors
     /// [`Unsupported::Limit`] of `backend` during a capture, [`Error::Backend`] by the driver.

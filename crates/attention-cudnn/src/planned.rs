@@ -89,8 +89,8 @@ fn execution_plan(runtime: &Runtime, key: &Key) -> Result<Arc<ExecutionPlan>, Er
     Ok(plan)
 }
 
-/// What a plan is called among the variants: by the pass, what is added to logits and by whom, and how keys are masked, which are what
-/// cuDNN has other kernels for, and this backend other kernels beside them.
+/// What a plan is called among the variants: by the pass, what is added to logits and by whom, and how keys
+/// are masked, which are what cuDNN has other kernels for, and this backend other kernels beside them.
 fn variant(key: &Key, problem: &Problem) -> String {
     let added = match key.bias {
         None if key.slopes => ADDED[3],
@@ -107,7 +107,8 @@ fn variant(key: &Key, problem: &Problem) -> String {
     format!("{} {}, {added}, {seen}", problem.pass(), problem.dtype())
 }
 
-/// What may be added to logits. A bias is used as it lies only where it is promised to be finite, which is off by default.
+/// What may be added to logits. A bias is used as it lies only where it is promised to be finite, which is
+/// off by default.
 const ADDED: [&str; 4] = ["nothing added", "a bias as it lies", "a bias that is made", "ALiBi"];
 
 /// Which keys rows may see.

@@ -74,7 +74,8 @@ impl Runtime {
         result
     }
 
-    /// The execution plan of a problem; `None` where cuDNN has no engine for it. Built for the first problem of its kind.
+    /// The execution plan of a problem; `None` where cuDNN has no engine for it. Built for the first problem
+    /// of its kind.
     pub(crate) fn execution_plan(
         &self,
         key: &Key,

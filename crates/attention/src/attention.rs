@@ -10,8 +10,8 @@ use crate::{
     AttentionPlan, AxisOrder, Error, Explanation, Implementation, IntoView, Options, Registry, Tensor,
 };
 
-/// A call of scaled dot-product attention, apart from its query, key and value: options, mask and bias, and which
-/// implementation shall run it.
+/// A call of scaled dot-product attention, apart from its query, key and value: options, mask and bias, and
+/// which implementation shall run it.
 ///
 /// # Shapes
 /// | tensor | [`Attention::new`], [`btnh`](Attention::btnh) | [`Attention::bnth`] |
@@ -25,8 +25,9 @@ use crate::{
 /// | ALiBi slopes | `[N]` or `[B, N]` | the same |
 /// | sinks | `[N]` | the same |
 ///
-/// All but the last three without `B` where query, key and value are without it; masks, biases and slopes count on `B = 1` then.
-/// Query heads are a multiple of the key/value heads (`N % K == 0`), and each group of `N / K` shares one.
+/// All but the last three without `B` where query, key and value are without it; masks, biases and slopes
+/// count on `B = 1` then. Query heads are a multiple of the key/value heads (`N % K == 0`), and each group of
+/// `N / K` shares one.
 ///
 /// # Semantics
 /// Those of [`Problem`].
@@ -100,13 +101,15 @@ impl<'a> Attention<'a> {
         Self::new()
     }
 
-    /// A call on tensors with heads before the sequence, `[B, N, T, H]`, with every option at its default. Query, key, value,
-    /// output, logsumexp and their gradients all have that order; masks and biases are `[B, N, T, S]` in any.
+    /// A call on tensors with heads before the sequence, `[B, N, T, H]`, with every option at its default.
+    /// Query, key, value, output, logsumexp and their gradients all have that order; masks and biases are
+    /// `[B, N, T, S]` in any.
     pub fn bnth() -> Self {
         Self::new().axis_order(AxisOrder::Bnth)
     }
 
-    /// The order of the axes of query, key, value, output, logsumexp, and their gradients; `[B, T, N, H]` by default.
+    /// The order of the axes of query, key, value, output, logsumexp, and their gradients; `[B, T, N, H]` by
+    /// default.
     pub fn axis_order(mut self, order: AxisOrder) -> Self {
         self.order = order;
         self
@@ -132,21 +135,22 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Where query row `t` stands among the keys, `pos = t + offset`: causal masking, windows and ALiBi count from it.
+    /// Where query row `t` stands among the keys, `pos = t + offset`: causal masking, windows and ALiBi count
+    /// from it.
     pub fn query_offset(mut self, offset: QueryOffset) -> Self {
         self.options.query_offset = offset;
         self
     }
 
-    /// A sliding window: only keys `pos - left ..= pos + right` take part; no bounds by default. `Window::new(127, 0)` is the
-    /// 128 keys up to the row's own. With [`causal`](Self::causal) both hold.
+    /// A sliding window: only keys `pos - left ..= pos + right` take part; no bounds by default.
+    /// `Window::new(127, 0)` is the 128 keys up to the row's own. With [`causal`](Self::causal) both hold.
     pub fn window(mut self, window: Window) -> Self {
         self.options.window = window;
         self
     }
 
-    /// A boolean mask, `true` takes part; 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full. It is combined with
-    /// causal masking, window and lengths: a key takes part where all allow it.
+    /// A boolean mask, `true` takes part; 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full. It is
+    /// combined with causal masking, window and lengths: a key takes part where all allow it.
     ///
     /// # Examples
     /// ```
@@ -168,8 +172,9 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// An additive bias of any float dtype, shapes as for the [mask](Self::mask). It is added to the scaled and
-    /// soft-capped logits; -inf masks. Its gradient has its shape: it is summed over the axes along which it was broadcast.
+    /// An additive bias of any float dtype, shapes as for the [mask](Self::mask). It is added to the scaled
+    /// and soft-capped logits; -inf masks. Its gradient has its shape: it is summed over the axes along which
+    /// it was broadcast.
     pub fn bias(mut self, bias: impl IntoView<'a>) -> Self {
         self.optional.bias = self.tensor(Role::Bias, bias);
         self
@@ -182,36 +187,38 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Attention sinks, `[N]`, of any float dtype: one extra logit a head that joins the softmax's denominator only
-    /// (as in gpt-oss, arXiv 2508.10925). They have a gradient.
+    /// Attention sinks, `[N]`, of any float dtype: one extra logit a head that joins the softmax's
+    /// denominator only (as in gpt-oss, arXiv 2508.10925). They have a gradient.
     pub fn sinks(mut self, sinks: impl IntoView<'a>) -> Self {
         self.optional.sinks = self.tensor(Role::Sinks, sinks);
         self
     }
 
-    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0. One number a
-    /// batch row, each at most `T`.
+    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0.
+    /// One number a batch row, each at most `T`.
     pub fn query_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
         self.options.query_lengths = lengths.into();
         self
     }
 
-    /// How many keys and values of each batch row are real, from the first. One number a batch row, each at most `S`. What the
-    /// others hold, NaN included, reaches nothing.
+    /// How many keys and values of each batch row are real, from the first. One number a batch row, each at
+    /// most `S`. What the others hold, NaN included, reaches nothing.
     pub fn key_value_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
         self.options.key_value_lengths = lengths.into();
         self
     }
 
-    /// Caps logits at `c` by `c * tanh(x / c)` (Gemma 2, arXiv 2408.00118), before the bias; no cap by default or with `None`.
+    /// Caps logits at `c` by `c * tanh(x / c)` (Gemma 2, arXiv 2408.00118), before the bias; no cap by
+    /// default or with `None`.
     pub fn softcap(mut self, softcap: impl Into<Option<f64>>) -> Self {
         self.options.softcap = softcap.into();
         self
     }
 
-    /// Dropout of the probabilities, from the published stream: which ones are kept is a function of seed, offset and position,
-    /// the same on every implementation, and [`dropout_mask`](crate::dropout_mask) shows it. Give each layer and step another
-    /// [offset](Dropout::with_offset) or seed, and backward those of its forward.
+    /// Dropout of the probabilities, from the published stream: which ones are kept is a function of seed,
+    /// offset and position, the same on every implementation, and [`dropout_mask`](crate::dropout_mask) shows
+    /// it. Give each layer and step another [offset](Dropout::with_offset) or seed, and backward those of its
+    /// forward.
     pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
         self.options.dropout = dropout.into();
         self
@@ -223,8 +230,8 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Which gradients backward computes. By default those of query, key and value, and of the bias and the sinks
-    /// where the call has them; leave the bias out where it is a constant, its gradient can be large.
+    /// Which gradients backward computes. By default those of query, key and value, and of the bias and the
+    /// sinks where the call has them; leave the bias out where it is a constant, its gradient can be large.
     pub fn gradients(mut self, gradients: Gradients) -> Self {
         self.gradients = Some(gradients);
         self
@@ -236,9 +243,9 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Which implementation shall run the call; [`Implementation::Auto`] by default. Takes a name, a list of names in
-    /// order of preference, an `Arc` of a backend, a numerics class, or what a stored [`Choice`](crate::Choice) stands
-    /// for, from [`Registry::resolve`].
+    /// Which implementation shall run the call; [`Implementation::Auto`] by default. Takes a name, a list of
+    /// names in order of preference, an `Arc` of a backend, a numerics class, or what a stored
+    /// [`Choice`](crate::Choice) stands for, from [`Registry::resolve`].
     pub fn implementation(mut self, implementation: impl Into<Implementation>) -> Self {
         self.policy.wanted.implementation = implementation.into();
         self
@@ -250,26 +257,28 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Refuses implementations that need more scratch memory than this: an automatic choice goes past them, a named
-    /// one is an error.
+    /// Refuses implementations that need more scratch memory than this: an automatic choice goes past them, a
+    /// named one is an error.
     pub fn scratch_limit(mut self, bytes: impl Into<Option<usize>>) -> Self {
         self.policy.wanted.scratch_limit = bytes.into();
         self
     }
 
-    /// Refuses implementations that compute in another numerics class, whichever way they were asked for. Without
-    /// it, an automatic choice keeps to the standard class of the dtype (F64, F32, HalfF32), and a named one may
-    /// compute in any.
+    /// Refuses implementations that compute in another numerics class, whichever way they were asked for.
+    /// Without it, an automatic choice keeps to the standard class of the dtype (F64, F32, HalfF32), and a
+    /// named one may compute in any.
     pub fn numerics(mut self, class: impl Into<Option<NumericsClass>>) -> Self {
         self.policy.wanted.numerics = class.into();
         self
     }
 
-    /// The forward problem of these inputs, checked, without the logsumexp. Whatever the order
-    /// of axes of the call, the problem's shapes are in that of the core, `[B, T, N, H]`, with the strides of the call's memory.
+    /// The forward problem of these inputs, checked, without the logsumexp. Whatever the order of axes of the
+    /// call, the problem's shapes are in that of the core, `[B, T, N, H]`, with the strides of the call's
+    /// memory.
     ///
     /// # Errors
-    /// [`Error::Core`] with the [`InvalidCall`], [`Error::Input`], [`Error::MixedRanks`], [`Error::OtherOrder`].
+    /// [`Error::Core`] with the [`InvalidCall`], [`Error::Input`], [`Error::MixedRanks`],
+    /// [`Error::OtherOrder`].
     pub fn problem<'b>(
         &self,
         query: impl IntoView<'b>,
@@ -280,7 +289,8 @@ impl<'a> Attention<'a> {
         operands.build(operands.problem(&self.options), &self.options)
     }
 
-    /// As [`problem`](Self::problem), with the logsumexp: the problem of [`forward_with_lse`](Self::forward_with_lse).
+    /// As [`problem`](Self::problem), with the logsumexp: the problem of
+    /// [`forward_with_lse`](Self::forward_with_lse).
     ///
     /// # Errors
     /// As [`problem`](Self::problem).
@@ -330,25 +340,27 @@ impl<'a> Attention<'a> {
         self.policy.explain(problem, false)
     }
 
-    /// As [`explain_problem`](Self::explain_problem), with the problem planned as a call plans it: a candidate that
-    /// would serve it and fails to plan it is refused, with [`Cause::Planning`](crate::Cause::Planning) and the reason.
-    /// Where the implementation works on a device, it needs the device, and may take as long as the first call.
+    /// As [`explain_problem`](Self::explain_problem), with the problem planned as a call plans it: a
+    /// candidate that would serve it and fails to plan it is refused, with
+    /// [`Cause::Planning`](crate::Cause::Planning) and the reason. Where the implementation works on a
+    /// device, it needs the device, and may take as long as the first call.
     pub fn explain_planned(&self, problem: &Problem) -> Explanation {
         self.policy.explain(problem, true)
     }
 
-    /// Plans a problem: chooses the implementation that runs it, and has it do all that calls share. Whoever holds the plan
-    /// runs it without a look-up. Of this call, the order of axes counts, and what counts in
+    /// Plans a problem: chooses the implementation that runs it, and has it do all that calls share. Whoever
+    /// holds the plan runs it without a look-up. Of this call, the order of axes counts, and what counts in
     /// [`explain_problem`](Self::explain_problem).
     ///
-    /// Every call begins with it, and finds the plan of an earlier one among those that the [registry](Registry) keeps. An
-    /// automatic choice goes past an implementation that fails to plan, and a list to the next of the list;
-    /// [`AttentionPlan::passed_over`] and a `tracing` event at warn level say why. What fails once the call runs is the
-    /// call's error: nothing else is tried then.
+    /// Every call begins with it, and finds the plan of an earlier one among those that the
+    /// [registry](Registry) keeps. An automatic choice goes past an implementation that fails to plan, and a
+    /// list to the next of the list; [`AttentionPlan::passed_over`] and a `tracing` event at warn level say
+    /// why. What fails once the call runs is the call's error: nothing else is tried then.
     ///
     /// # Errors
-    /// [`Error::NoImplementation`], [`Error::UnknownImplementation`], [`Error::NotBuilt`], [`Error::EmptyList`], or what the one
-    /// asked for says inside [`Error::Core`]: its refusal, or why it failed to plan.
+    /// [`Error::NoImplementation`], [`Error::UnknownImplementation`], [`Error::NotBuilt`],
+    /// [`Error::EmptyList`], or what the one asked for says inside [`Error::Core`]: its refusal, or why it
+    /// failed to plan.
     pub fn plan(&self, problem: &Problem) -> Result<AttentionPlan, Error> {
         Ok(AttentionPlan { chosen: self.policy.chosen(problem)?, order: self.order })
     }

@@ -16,11 +16,11 @@ use crate::{AxisOrder, Choice, Error, Reason, Refusal};
 
 /// A problem with the implementation that runs it, planned: its calls look nothing up and choose nothing.
 ///
-/// Made by [`Attention::plan`](crate::Attention::plan). Cheap to clone, and good for any number of calls from any thread. A
-/// CUDA graph is captured from a plan that is held for as long as the graph is used.
+/// Made by [`Attention::plan`](crate::Attention::plan). Cheap to clone, and good for any number of calls from
+/// any thread. A CUDA graph is captured from a plan that is held for as long as the graph is used.
 ///
-/// Calls take tensors as the problem describes them, in the order of axes of the [`Attention`](crate::Attention) that made
-/// the plan, with four axes.
+/// Calls take tensors as the problem describes them, in the order of axes of the
+/// [`Attention`](crate::Attention) that made the plan, with four axes.
 ///
 /// # Examples
 /// ```
@@ -90,14 +90,14 @@ impl AttentionPlan {
         Choice::of(&*self.chosen.backend, self.problem().dtype(), self.chosen.numerics)
     }
 
-    /// Computes the output and, where the problem wants it, the logsumexp. Scratch is the facade's on the host, and lent by
-    /// the implementation on a device.
+    /// Computes the output and, where the problem wants it, the logsumexp. Scratch is the facade's on the
+    /// host, and lent by the implementation on a device.
     ///
     /// A refused call writes nothing.
     ///
     /// # Errors
-    /// [`Error::Core`] with the [`InvalidCall`](crate::InvalidCall) where the tensors are not those of the problem, or with
-    /// what the implementation failed in; [`Error::MixedRanks`], [`Error::OutOfMemory`].
+    /// [`Error::Core`] with the [`InvalidCall`](crate::InvalidCall) where the tensors are not those of the
+    /// problem, or with what the implementation failed in; [`Error::MixedRanks`], [`Error::OutOfMemory`].
     pub fn forward_into(&self, inputs: Inputs<'_>, outputs: ForwardOutputs<'_>) -> Result<(), Error> {
         let (operands, outputs) = self.forward_operands(inputs, outputs)?;
         let _span = self.span();
@@ -120,8 +120,8 @@ impl AttentionPlan {
         Ok(self.chosen.plan.forward(self.forward_call(&operands, outputs)?, scratch)?)
     }
 
-    /// Computes the gradients of the problem from what the forward left and the incoming gradients; scratch as for
-    /// [`forward_into`](Self::forward_into).
+    /// Computes the gradients of the problem from what the forward left and the incoming gradients; scratch
+    /// as for [`forward_into`](Self::forward_into).
     ///
     /// A refused call writes nothing.
     ///
@@ -218,8 +218,8 @@ impl AttentionPlan {
         Ok(call.map_err(|error| operands.order.told(error))?)
     }
 
-    /// Checks a call, which is boxed since it is some kilobytes that every move would put on the stack again. Never inlined:
-    /// what the check takes of the stack is not there beside the call.
+    /// Checks a call, which is boxed since it is some kilobytes that every move would put on the stack again.
+    /// Never inlined: what the check takes of the stack is not there beside the call.
     #[inline(never)]
     fn backward_call<'c>(
         &'c self,

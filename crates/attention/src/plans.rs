@@ -11,7 +11,8 @@ use lru::LruCache;
 
 use crate::selection::{Chosen, Wanted};
 
-/// How many plans a registry keeps by default: some layers of some models, forward and backward, for a few dozen shapes.
+/// How many plans a registry keeps by default: some layers of some models, forward and backward, for a few
+/// dozen shapes.
 pub(crate) const PLANS_KEPT: NonZeroUsize = NonZeroUsize::new(512).unwrap();
 
 /// Plans, of which the one that was not used for longest leaves first.
@@ -96,8 +97,8 @@ impl Plans {
         self.most
     }
 
-    /// The plan of a problem for a caller who wants this, made by `plan` where none is kept. Not under the lock: planning
-    /// may take seconds, and two threads that plan the same do no harm.
+    /// The plan of a problem for a caller who wants this, made by `plan` where none is kept. Not under the
+    /// lock: planning may take seconds, and two threads that plan the same do no harm.
     pub(crate) fn find<E>(
         &self,
         problem: &Problem,
@@ -133,7 +134,8 @@ impl Plans {
         drop(plans);
     }
 
-    /// Says that a plan had to leave: the first time louder, since calls that are planned again and again are slow ones.
+    /// Says that a plan had to leave: the first time louder, since calls that are planned again and again are
+    /// slow ones.
     fn tell(&self, left: u64, problem: &Problem) {
         let most = self.most;
         if left == 1 {
@@ -149,8 +151,9 @@ impl Plans {
         }
     }
 
-    /// The plans, or `None` where another thread does not give them free: in a child of a fork, one that the child has not.
-    /// Nobody holds the lock for longer than a look-up takes, so half a second is beyond doubt.
+    /// The plans, or `None` where another thread does not give them free: in a child of a fork, one that the
+    /// child has not. Nobody holds the lock for longer than a look-up takes, so half a second is beyond
+    /// doubt.
     fn lock(&self) -> Option<MutexGuard<'_, Kept>> {
         let mut waited = None;
         loop {

@@ -37,8 +37,8 @@ use crate::scratch::Pieces;
 use crate::tensor::{Floats, SharedOutput};
 use crate::workers;
 
-/// Runs a checked call of a problem that was planned to take this, in checked scratch, and marks the paths that it takes: on the engine, and on the small
-/// one.
+/// Runs a checked call of a problem that was planned to take this, in checked scratch, and marks the paths
+/// that it takes: on the engine, and on the small one.
 pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,

@@ -27,8 +27,8 @@ use crate::engine::Engine;
 use crate::paths::Taken;
 use crate::workers;
 
-/// Runs a checked call of a problem that was planned to take this, in checked scratch, and marks the paths that it takes: on the engine, and on the small
-/// one.
+/// Runs a checked call of a problem that was planned to take this, in checked scratch, and marks the paths
+/// that it takes: on the engine, and on the small one.
 pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,

@@ -1,8 +1,8 @@
 //! Random calls of every kind and size of number, checked in every way that the suite knows.
 //!
-//! A seed is a case: sizes (empty axes, tails of every block, few rows over many keys, many heads), every option and
-//! layout, and numbers of every order of magnitude in queries, keys, scale, softcap, bias, slopes and sinks. Each case
-//! runs forward and backward on each backend, and is compared
+//! A seed is a case: sizes (empty axes, tails of every block, few rows over many keys, many heads), every
+//! option and layout, and numbers of every order of magnitude in queries, keys, scale, softcap, bias, slopes
+//! and sinks. Each case runs forward and backward on each backend, and is compared
 //! - with the f64 oracle, inside the derived bounds, with canaries around every output and behind the scratch memory;
 //! - with what no rounding may move: an output lies between the values that it is a mean of, and the probabilities of
 //!   a row sum to 1;

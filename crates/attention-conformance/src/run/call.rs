@@ -53,8 +53,8 @@ impl Invocation<'_> {
         Ok(plan)
     }
 
-    /// Makes one call of a plan of this problem, with exactly the scratch memory that it asks for, and checks what
-    /// it wrote to: outputs and scratch, and nothing else.
+    /// Makes one call of a plan of this problem, with exactly the scratch memory that it asks for, and checks
+    /// what it wrote to: outputs and scratch, and nothing else.
     pub(crate) fn run_on(&self, plan: &dyn Plan) -> Result<Results, Stop> {
         let bytes = catch(|| plan.scratch_bytes())?;
         let mut results = Results::poisoned(self.problem, self.layouts);
