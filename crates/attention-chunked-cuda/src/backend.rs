@@ -58,16 +58,11 @@ impl ChunkedCudaBackend {
     /// With this configuration. Nothing is loaded before the backend is asked for something.
     pub fn new(config: ChunkedCudaConfig) -> Self {
         let pass = |head, value| PassCapabilities::new(FeatureSet::all()).with_max_head_dims(head, value);
-        let numerics = [
-            (DType::F64, NumericsClass::F64),
-            (DType::F32, NumericsClass::F32),
-            (DType::F16, NumericsClass::HalfF32),
-            (DType::Bf16, NumericsClass::HalfF32),
-        ];
         let forward = pass(MOST_HEAD, MOST_VALUE);
-        let capabilities = Capabilities::new(DeviceKind::Cuda, numerics, forward, ScratchGrowth::Linear)
-            .with_backward(pass(MOST_DEPTH, MOST_DEPTH))
-            .with_long_sums(if config.split_f32 { LONG_SUMS } else { &LONG_SUMS[SUMS_OF_F32..] });
+        let capabilities =
+            Capabilities::new(DeviceKind::Cuda, NumericsClass::STANDARD, forward, ScratchGrowth::Linear)
+                .with_backward(pass(MOST_DEPTH, MOST_DEPTH))
+                .with_long_sums(if config.split_f32 { LONG_SUMS } else { &LONG_SUMS[SUMS_OF_F32..] });
         Self { config, given: None, runtime: OnceLock::new(), capabilities, variants: Variants::default() }
     }
 

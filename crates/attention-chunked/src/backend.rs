@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, Capabilities, DType, DeviceKind, Error, FeatureSet, NumericsClass, PassCapabilities,
-    Plan, Problem, ScratchGrowth, Unavailable, Unsupported, Variants,
+    AttentionBackend, Capabilities, DeviceKind, Error, FeatureSet, NumericsClass, PassCapabilities, Plan,
+    Problem, ScratchGrowth, Unavailable, Unsupported, Variants,
 };
 
 use crate::config::ChunkedConfig;
@@ -70,15 +70,13 @@ impl ChunkedBackend {
     /// With a configuration of its own.
     pub fn with_config(config: ChunkedConfig) -> Self {
         let pass = PassCapabilities::new(FeatureSet::all());
-        let numerics = [
-            (DType::F64, NumericsClass::F64),
-            (DType::F32, NumericsClass::F32),
-            (DType::F16, NumericsClass::HalfF32),
-            (DType::Bf16, NumericsClass::HalfF32),
-        ];
-        let capabilities =
-            Capabilities::new(DeviceKind::Cpu, numerics, pass.clone(), ScratchGrowth::Constant)
-                .with_backward(pass);
+        let capabilities = Capabilities::new(
+            DeviceKind::Cpu,
+            NumericsClass::STANDARD,
+            pass.clone(),
+            ScratchGrowth::Constant,
+        )
+        .with_backward(pass);
         let level = config.chosen_level();
         let of_paths = level.as_ref().map_or(Level::Scalar, |&level| level);
         let paths =
