@@ -285,8 +285,7 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Problem, Error> {
-        let operands = self.operands(query, key, value)?;
-        operands.build(operands.problem(&self.options), &self.options)
+        self.forward_problem(&self.operands(query, key, value)?, false)
     }
 
     /// As [`problem`](Self::problem), with the logsumexp: the problem of
@@ -300,8 +299,7 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Problem, Error> {
-        let operands = self.operands(query, key, value)?;
-        operands.build(operands.problem(&self.options).lse(true), &self.options)
+        self.forward_problem(&self.operands(query, key, value)?, true)
     }
 
     /// The backward problem of these inputs, checked, with the [gradients](Self::gradients) that backward would
@@ -376,6 +374,11 @@ impl<'a> Attention<'a> {
             return Err(Error::Input { role, source });
         }
         Operands::new(self.order, self.optional, query, key, value)
+    }
+
+    /// The forward problem of these inputs, whose outputs are contiguous in the caller's order.
+    pub(crate) fn forward_problem(&self, operands: &Operands<'_>, lse: bool) -> Result<Problem, Error> {
+        operands.build(operands.problem(&self.options).lse(lse), &self.options)
     }
 
     /// The gradients that backward computes where nobody says otherwise.

@@ -47,7 +47,7 @@ impl<'a> Attention<'a> {
     ) -> Result<Tensor, Error> {
         let operands = self.operands(query, key, value)?;
         host_outputs(operands.device(), "forward_into")?;
-        let problem = operands.build(operands.problem(&self.options), &self.options)?;
+        let problem = self.forward_problem(&operands, false)?;
         let mut out = allocate(&operands, &problem, Role::Out)?;
         self.run_forward(&operands, &problem, &mut out, None)?;
         Ok(out)
@@ -119,7 +119,7 @@ impl<'a> Attention<'a> {
         method: &'static str,
     ) -> Result<Forward, Error> {
         host_outputs(operands.device(), method)?;
-        let problem = operands.build(operands.problem(&self.options).lse(true), &self.options)?;
+        let problem = self.forward_problem(operands, true)?;
         let mut out = allocate(operands, &problem, Role::Out)?;
         let mut lse = allocate(operands, &problem, Role::Lse)?;
         self.run_forward(operands, &problem, &mut out, Some(&mut lse))?;

@@ -89,6 +89,7 @@ impl<'a> Borrow<dyn Parts + 'a> for Key {
 
 impl Plans {
     pub(crate) fn new(most: NonZeroUsize) -> Self {
+        // The bound is kept by `find`: a cache that has it would reserve memory for all of it at once.
         let plans = LruCache::unbounded();
         Self { kept: Mutex::new(Kept { plans, left: 0 }), most }
     }
