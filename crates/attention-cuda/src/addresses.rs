@@ -69,8 +69,8 @@ impl Addresses {
         Role::ALL.into_iter().zip(self.0).filter(|&(_, address)| address != 0)
     }
 
-    /// Checks that the tensors, and the scratch at this address, may be used by work on this stream
-    /// ([`check_stream`](crate::check_stream)).
+    /// Checks that the tensors, and the scratch at this address, may be used by work on this stream:
+    /// that those of this crate's types were made on the same. Memory of another owner passes.
     ///
     /// # Errors
     /// [`Unsupported::Limit`], which names the tensor.

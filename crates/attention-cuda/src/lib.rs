@@ -21,7 +21,6 @@ pub use error::KernelError;
 pub use kernels::{KERNEL_FOLDER, KernelCache};
 pub use nvrtc::{Compiled, Nvrtc};
 pub use on_host::OnHost;
-pub use owned::check_stream;
 pub use tensor::{DeviceScratch, DeviceTensor};
 pub use workspace::{Lease, Workspaces};
 

@@ -63,21 +63,11 @@ fn may_use(owned: &BTreeMap<u64, Owned>, address: u64, stream: StreamKey) -> boo
     below.is_none_or(|(_, memory)| address >= memory.end || memory.stream == stream)
 }
 
-/// Checks that a [`DeviceTensor`](crate::DeviceTensor) or its like at this address may be used by work on this stream: that it was made
-/// on the same. Memory of another owner passes.
+/// Checks that each [`DeviceTensor`](crate::DeviceTensor) or its like at these addresses may be used by work on this
+/// stream: that it was made on the same. Memory of another owner passes.
 ///
 /// # Errors
-/// [`Unsupported::Limit`], which names `what`.
-pub fn check_stream(
-    backend: &str,
-    stream: &CudaStream,
-    what: impl Display,
-    address: u64,
-) -> Result<(), Unsupported> {
-    check_streams(backend, stream, std::iter::once((what, address)))
-}
-
-/// As [`check_stream`], for all of these.
+/// [`Unsupported::Limit`], which names what is there.
 pub(crate) fn check_streams<W: Display>(
     backend: &str,
     stream: &CudaStream,

@@ -12,7 +12,7 @@ use crate::owned::Registered;
 /// A strided tensor in memory of a device.
 ///
 /// Its memory is freed and written on the stream of the device that it was made with, so calls take it only on that stream
-/// ([`check_stream`](crate::check_stream)).
+/// ([`Addresses::check_streams`](crate::Addresses::check_streams)).
 #[derive(Debug)]
 pub struct DeviceTensor {
     device: CudaDevice,
