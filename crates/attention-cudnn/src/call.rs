@@ -12,12 +12,11 @@ use crate::failure::Failure;
 use crate::large;
 use crate::launch::{Kernels, SourceAddresses};
 use crate::planned::Planned;
-use crate::runtime::{Array, Runtime};
+use crate::runtime::Array;
 use crate::slot::Slot;
 
 /// A call on its way to the device.
 pub(crate) struct Run<'a> {
-    runtime: &'a Runtime,
     planned: &'a Planned,
     pub(crate) kernels: Kernels<'a>,
     memory: Addresses,
@@ -40,7 +39,6 @@ impl<'a> Run<'a> {
         let marks = |slot: Slot| planned.layout.at(slot).map_or(0, |start| scratch + start);
         let bias = planned.key.bias.filter(|bias| bias.made);
         let run = Self {
-            runtime,
             planned,
             kernels: Kernels {
                 runtime,
@@ -113,7 +111,7 @@ impl<'a> Run<'a> {
                 let lse = self.memory.at(Role::Lse);
                 self.kernels.prepare_backward(lse, self.at(Slot::Stats), states)?;
                 if let (Some(far), Some(states)) = (&self.planned.far, states) {
-                    far.run(self.runtime, problem, &self.memory, states)?;
+                    far.run(&self.planned.runtime, problem, &self.memory, states)?;
                 }
             }
             let stats = if key.clean_rows { self.at(Slot::Stats) } else { 0 };
@@ -133,7 +131,7 @@ impl<'a> Run<'a> {
     /// # Safety
     /// As for [`Run::bring`].
     pub(crate) unsafe fn execute(&self) -> Result<(), Error> {
-        let (runtime, planned) = (self.runtime, self.planned);
+        let (runtime, planned) = (&*self.planned.runtime, self.planned);
         let run = || -> Result<(), Failure> {
             let workspace = runtime.workspaces.lease(runtime.device.stream(), planned.execution.workspace)?;
             let address = |slot: Slot| {
@@ -171,6 +169,6 @@ impl<'a> Run<'a> {
             _ => Large::Unknown,
         };
         // SAFETY: the call's tensors, by the caller's word; what cuDNN or a kernel left in the scratch, by its layout.
-        unsafe { containment.run(self.runtime, problem, &self.memory, large) }
+        unsafe { containment.run(&self.planned.runtime, problem, &self.memory, large) }
     }
 }
