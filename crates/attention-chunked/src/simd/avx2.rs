@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::elementary::power_by_polynomial;
+use super::x86::operations;
 use super::{Base, Kernel, Simd};
 use crate::Level;
 
@@ -23,138 +24,47 @@ fn vectorized<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
-macro_rules! common {
-    ($float:ident, $v:ident, $load:ident, $store:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident, $div:ident,
-     $fma:ident, $fms:ident, $max:ident, $min:ident, $and:ident, $andnot:ident, $or:ident, $compare:ident,
-     $blend:ident, $movemask:ident) => {
-        type V = $v;
-        type Mask = $v;
-
-        const LANES: usize = 32 / size_of::<$float>();
-        // 12 accumulators, 2 vectors of the panel and a broadcast: 15 of 16 registers.
-        const TILE_ROWS: usize = 6;
-        const TILE_VECTORS: usize = 2;
-
-        #[inline(always)]
-        fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
-            // SAFETY: `self` proves that the processor has the features.
-            unsafe { vectorized(kernel) }
-        }
-        #[inline(always)]
-        fn splat(self, x: $float) -> Self::V {
-            // SAFETY: `self` proves that the processor has the instruction. The same holds for every block
-            // below.
-            unsafe { $splat(x) }
-        }
-        #[inline(always)]
-        unsafe fn load(self, from: *const $float) -> Self::V {
-            // SAFETY: the caller vouches for LANES elements.
-            unsafe { $load(from) }
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut $float, x: Self::V) {
-            // SAFETY: the caller vouches for LANES elements.
-            unsafe { $store(to, x) }
-        }
-        #[inline(always)]
-        fn add(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $add(a, b) }
-        }
-        #[inline(always)]
-        fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $sub(a, b) }
-        }
-        #[inline(always)]
-        fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $mul(a, b) }
-        }
-        #[inline(always)]
-        fn div(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $div(a, b) }
-        }
-        #[inline(always)]
-        fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $fma(a, b, c) }
-        }
-        #[inline(always)]
-        fn fms(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $fms(a, b, c) }
-        }
-        #[inline(always)]
-        fn max(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $max(a, b) }
-        }
-        #[inline(always)]
-        fn min(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $min(a, b) }
-        }
-        #[inline(always)]
-        fn abs(self, a: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $andnot($splat(-0.0), a) }
-        }
-        #[inline(always)]
-        fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $or(a, $and(b, $splat(-0.0))) }
-        }
-        #[inline(always)]
-        fn less(self, a: Self::V, b: Self::V) -> Self::Mask {
-            // SAFETY: as in `splat`.
-            unsafe { $compare::<_CMP_LT_OQ>(a, b) }
-        }
-        #[inline(always)]
-        fn equal(self, a: Self::V, b: Self::V) -> Self::Mask {
-            // SAFETY: as in `splat`.
-            unsafe { $compare::<_CMP_EQ_OQ>(a, b) }
-        }
-        #[inline(always)]
-        fn select(self, mask: Self::Mask, yes: Self::V, no: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $blend(no, yes, mask) }
-        }
-        #[inline(always)]
-        fn any(self, mask: Self::Mask) -> bool {
-            // SAFETY: as in `splat`.
-            unsafe { $movemask(mask) != 0 }
-        }
-        #[inline(always)]
-        fn power<const COUNT: usize>(self, base: Base<$float>, x: [$v; COUNT]) -> [$v; COUNT] {
-            power_by_polynomial(self, base, x)
-        }
-    };
-}
-
 impl Simd<f32> for Avx2 {
-    common!(
-        f32,
-        __m256,
-        _mm256_loadu_ps,
-        _mm256_storeu_ps,
-        _mm256_set1_ps,
-        _mm256_add_ps,
-        _mm256_sub_ps,
-        _mm256_mul_ps,
-        _mm256_div_ps,
-        _mm256_fmadd_ps,
-        _mm256_fmsub_ps,
-        _mm256_max_ps,
-        _mm256_min_ps,
-        _mm256_and_ps,
-        _mm256_andnot_ps,
-        _mm256_or_ps,
-        _mm256_cmp_ps,
-        _mm256_blendv_ps,
-        _mm256_movemask_ps
-    );
+    operations! {
+        types: { float: f32, vector: __m256, mask: __m256 },
+        // 12 accumulators, 2 vectors of the panel and a broadcast: 15 of 16 registers.
+        tile: { rows: 6, vectors: 2 },
+        side_by_side: 2,
+        splat: _mm256_set1_ps,
+        loads: { load: _mm256_loadu_ps, load_f32: _mm256_loadu_ps },
+        store: _mm256_storeu_ps,
+        binary: {
+            add: _mm256_add_ps,
+            sub: _mm256_sub_ps,
+            mul: _mm256_mul_ps,
+            div: _mm256_div_ps,
+            max: _mm256_max_ps,
+            min: _mm256_min_ps,
+        },
+        ternary: { fma: _mm256_fmadd_ps, fms: _mm256_fmsub_ps },
+        bits: { and: _mm256_and_ps, andnot: _mm256_andnot_ps, or: _mm256_or_ps },
+        compare: _mm256_cmp_ps,
+    }
+
+    #[inline(always)]
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { vectorized(kernel) }
+    }
+    #[inline(always)]
+    fn select(self, mask: __m256, yes: __m256, no: __m256) -> __m256 {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { _mm256_blendv_ps(no, yes, mask) }
+    }
+    #[inline(always)]
+    fn any(self, mask: __m256) -> bool {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { _mm256_movemask_ps(mask) != 0 }
+    }
+    #[inline(always)]
+    fn power<const COUNT: usize>(self, base: Base<f32>, x: [__m256; COUNT]) -> [__m256; COUNT] {
+        power_by_polynomial(self, base, x)
+    }
 
     #[inline(always)]
     fn times_power_of_two(self, a: __m256, k: __m256) -> __m256 {
@@ -178,11 +88,6 @@ impl Simd<f32> for Avx2 {
             let low = _mm256_cvtpd_ps(_mm256_loadu_pd(from));
             _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(from.add(4))), low)
         }
-    }
-    #[inline(always)]
-    unsafe fn load_f32(self, from: *const f32) -> __m256 {
-        // SAFETY: the caller vouches for 8 elements.
-        unsafe { _mm256_loadu_ps(from) }
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> __m256 {
@@ -253,27 +158,46 @@ impl Simd<f32> for Avx2 {
 }
 
 impl Simd<f64> for Avx2 {
-    common!(
-        f64,
-        __m256d,
-        _mm256_loadu_pd,
-        _mm256_storeu_pd,
-        _mm256_set1_pd,
-        _mm256_add_pd,
-        _mm256_sub_pd,
-        _mm256_mul_pd,
-        _mm256_div_pd,
-        _mm256_fmadd_pd,
-        _mm256_fmsub_pd,
-        _mm256_max_pd,
-        _mm256_min_pd,
-        _mm256_and_pd,
-        _mm256_andnot_pd,
-        _mm256_or_pd,
-        _mm256_cmp_pd,
-        _mm256_blendv_pd,
-        _mm256_movemask_pd
-    );
+    operations! {
+        types: { float: f64, vector: __m256d, mask: __m256d },
+        // As for f32.
+        tile: { rows: 6, vectors: 2 },
+        side_by_side: 2,
+        splat: _mm256_set1_pd,
+        loads: { load: _mm256_loadu_pd, load_f64: _mm256_loadu_pd },
+        store: _mm256_storeu_pd,
+        binary: {
+            add: _mm256_add_pd,
+            sub: _mm256_sub_pd,
+            mul: _mm256_mul_pd,
+            div: _mm256_div_pd,
+            max: _mm256_max_pd,
+            min: _mm256_min_pd,
+        },
+        ternary: { fma: _mm256_fmadd_pd, fms: _mm256_fmsub_pd },
+        bits: { and: _mm256_and_pd, andnot: _mm256_andnot_pd, or: _mm256_or_pd },
+        compare: _mm256_cmp_pd,
+    }
+
+    #[inline(always)]
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { vectorized(kernel) }
+    }
+    #[inline(always)]
+    fn select(self, mask: __m256d, yes: __m256d, no: __m256d) -> __m256d {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { _mm256_blendv_pd(no, yes, mask) }
+    }
+    #[inline(always)]
+    fn any(self, mask: __m256d) -> bool {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { _mm256_movemask_pd(mask) != 0 }
+    }
+    #[inline(always)]
+    fn power<const COUNT: usize>(self, base: Base<f64>, x: [__m256d; COUNT]) -> [__m256d; COUNT] {
+        power_by_polynomial(self, base, x)
+    }
 
     #[inline(always)]
     fn times_power_of_two(self, a: __m256d, k: __m256d) -> __m256d {
@@ -288,11 +212,6 @@ impl Simd<f64> for Avx2 {
             };
             _mm256_mul_pd(_mm256_mul_pd(a, power(half)), power(_mm_sub_epi32(k, half)))
         }
-    }
-    #[inline(always)]
-    unsafe fn load_f64(self, from: *const f64) -> __m256d {
-        // SAFETY: the caller vouches for 4 elements.
-        unsafe { _mm256_loadu_pd(from) }
     }
     #[inline(always)]
     unsafe fn load_f32(self, from: *const f32) -> __m256d {

@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::elementary::power_by_polynomial;
+use super::x86::operations;
 use super::{Base, Kernel, Simd};
 use crate::Level;
 
@@ -71,153 +72,45 @@ fn vectorized<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
-macro_rules! common {
-    ($float:ident, $v:ident, $mask:ident, $load:ident, $store:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident,
-     $div:ident, $fma:ident, $fms:ident, $max:ident, $min:ident, $abs:ident, $and:ident, $or:ident, $scalef:ident,
-     $compare:ident, $blend:ident, $sum:ident, $reduce_max:ident) => {
-        type V = $v;
-        type Mask = $mask;
-
-        const LANES: usize = 64 / size_of::<$float>();
+impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
+    operations! {
+        types: { float: f32, vector: __m512, mask: __mmask16 },
         // 24 accumulators, 4 vectors of the panel and a broadcast: 29 of 32 registers, and 10 loads to 24
         // products.
-        const TILE_ROWS: usize = 6;
-        const TILE_VECTORS: usize = 4;
-        const SIDE_BY_SIDE: usize = 4;
+        tile: { rows: 6, vectors: 4 },
+        side_by_side: 4,
+        splat: _mm512_set1_ps,
+        loads: { load: _mm512_loadu_ps, load_f32: _mm512_loadu_ps },
+        store: _mm512_storeu_ps,
+        binary: {
+            add: _mm512_add_ps,
+            sub: _mm512_sub_ps,
+            mul: _mm512_mul_ps,
+            div: _mm512_div_ps,
+            max: _mm512_max_ps,
+            min: _mm512_min_ps,
+            times_power_of_two: _mm512_scalef_ps,
+        },
+        ternary: { fma: _mm512_fmadd_ps, fms: _mm512_fmsub_ps },
+        bits: { and: _mm512_and_ps, andnot: _mm512_andnot_ps, or: _mm512_or_ps },
+        compare: _mm512_cmp_ps_mask,
+        reductions: { reduce_sum: _mm512_reduce_add_ps, reduce_max: _mm512_reduce_max_ps },
+    }
 
-        #[inline(always)]
-        fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
-            // SAFETY: `self` proves that the processor has the features.
-            unsafe { if BF16 { vectorized_bf16(kernel) } else { vectorized(kernel) } }
-        }
-        #[inline(always)]
-        fn splat(self, x: $float) -> Self::V {
-            // SAFETY: `self` proves that the processor has the instruction. The same holds for every block
-            // below.
-            unsafe { $splat(x) }
-        }
-        #[inline(always)]
-        unsafe fn load(self, from: *const $float) -> Self::V {
-            // SAFETY: the caller vouches for LANES elements.
-            unsafe { $load(from) }
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut $float, x: Self::V) {
-            // SAFETY: the caller vouches for LANES elements.
-            unsafe { $store(to, x) }
-        }
-        #[inline(always)]
-        fn add(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $add(a, b) }
-        }
-        #[inline(always)]
-        fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $sub(a, b) }
-        }
-        #[inline(always)]
-        fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $mul(a, b) }
-        }
-        #[inline(always)]
-        fn div(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $div(a, b) }
-        }
-        #[inline(always)]
-        fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $fma(a, b, c) }
-        }
-        #[inline(always)]
-        fn fms(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $fms(a, b, c) }
-        }
-        #[inline(always)]
-        fn max(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $max(a, b) }
-        }
-        #[inline(always)]
-        fn min(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $min(a, b) }
-        }
-        #[inline(always)]
-        fn abs(self, a: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $abs(a) }
-        }
-        #[inline(always)]
-        fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $or(a, $and(b, $splat(-0.0))) }
-        }
-        #[inline(always)]
-        fn times_power_of_two(self, a: Self::V, k: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $scalef(a, k) }
-        }
-        #[inline(always)]
-        fn less(self, a: Self::V, b: Self::V) -> Self::Mask {
-            // SAFETY: as in `splat`.
-            unsafe { $compare::<_CMP_LT_OQ>(a, b) }
-        }
-        #[inline(always)]
-        fn equal(self, a: Self::V, b: Self::V) -> Self::Mask {
-            // SAFETY: as in `splat`.
-            unsafe { $compare::<_CMP_EQ_OQ>(a, b) }
-        }
-        #[inline(always)]
-        fn select(self, mask: Self::Mask, yes: Self::V, no: Self::V) -> Self::V {
-            // SAFETY: as in `splat`.
-            unsafe { $blend(mask, no, yes) }
-        }
-        #[inline(always)]
-        fn any(self, mask: Self::Mask) -> bool {
-            mask != 0
-        }
-        #[inline(always)]
-        fn reduce_sum(self, a: Self::V) -> $float {
-            // SAFETY: as in `splat`.
-            unsafe { $sum(a) }
-        }
-        #[inline(always)]
-        fn reduce_max(self, a: Self::V) -> $float {
-            // SAFETY: as in `splat`.
-            unsafe { $reduce_max(a) }
-        }
-    };
-}
-
-impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
-    common!(
-        f32,
-        __m512,
-        __mmask16,
-        _mm512_loadu_ps,
-        _mm512_storeu_ps,
-        _mm512_set1_ps,
-        _mm512_add_ps,
-        _mm512_sub_ps,
-        _mm512_mul_ps,
-        _mm512_div_ps,
-        _mm512_fmadd_ps,
-        _mm512_fmsub_ps,
-        _mm512_max_ps,
-        _mm512_min_ps,
-        _mm512_abs_ps,
-        _mm512_and_ps,
-        _mm512_or_ps,
-        _mm512_scalef_ps,
-        _mm512_cmp_ps_mask,
-        _mm512_mask_blend_ps,
-        _mm512_reduce_add_ps,
-        _mm512_reduce_max_ps
-    );
+    #[inline(always)]
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves that the processor has the features, AVX-512 BF16 among them with `BF16`.
+        unsafe { if BF16 { vectorized_bf16(kernel) } else { vectorized(kernel) } }
+    }
+    #[inline(always)]
+    fn select(self, mask: __mmask16, yes: __m512, no: __m512) -> __m512 {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { _mm512_mask_blend_ps(mask, no, yes) }
+    }
+    #[inline(always)]
+    fn any(self, mask: __mmask16) -> bool {
+        mask != 0
+    }
 
     /// `2^y = 2^k 2^(i / 32) 2^r` with `|r| <= 1/64`: the middle factor from a table in two registers, the
     /// last from a polynomial of degree 2 (minimax in the relative error, 5.3e-8), and the first added to the
@@ -279,11 +172,6 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
         }
     }
     #[inline(always)]
-    unsafe fn load_f32(self, from: *const f32) -> __m512 {
-        // SAFETY: the caller vouches for 16 elements.
-        unsafe { _mm512_loadu_ps(from) }
-    }
-    #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> __m512 {
         // SAFETY: the caller vouches for 16 elements.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
@@ -343,41 +231,49 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
 }
 
 impl<const BF16: bool> Simd<f64> for Avx512<BF16> {
-    common!(
-        f64,
-        __m512d,
-        __mmask8,
-        _mm512_loadu_pd,
-        _mm512_storeu_pd,
-        _mm512_set1_pd,
-        _mm512_add_pd,
-        _mm512_sub_pd,
-        _mm512_mul_pd,
-        _mm512_div_pd,
-        _mm512_fmadd_pd,
-        _mm512_fmsub_pd,
-        _mm512_max_pd,
-        _mm512_min_pd,
-        _mm512_abs_pd,
-        _mm512_and_pd,
-        _mm512_or_pd,
-        _mm512_scalef_pd,
-        _mm512_cmp_pd_mask,
-        _mm512_mask_blend_pd,
-        _mm512_reduce_add_pd,
-        _mm512_reduce_max_pd
-    );
+    operations! {
+        types: { float: f64, vector: __m512d, mask: __mmask8 },
+        // As for f32.
+        tile: { rows: 6, vectors: 4 },
+        side_by_side: 4,
+        splat: _mm512_set1_pd,
+        loads: { load: _mm512_loadu_pd, load_f64: _mm512_loadu_pd },
+        store: _mm512_storeu_pd,
+        binary: {
+            add: _mm512_add_pd,
+            sub: _mm512_sub_pd,
+            mul: _mm512_mul_pd,
+            div: _mm512_div_pd,
+            max: _mm512_max_pd,
+            min: _mm512_min_pd,
+            times_power_of_two: _mm512_scalef_pd,
+        },
+        ternary: { fma: _mm512_fmadd_pd, fms: _mm512_fmsub_pd },
+        bits: { and: _mm512_and_pd, andnot: _mm512_andnot_pd, or: _mm512_or_pd },
+        compare: _mm512_cmp_pd_mask,
+        reductions: { reduce_sum: _mm512_reduce_add_pd, reduce_max: _mm512_reduce_max_pd },
+    }
+
+    #[inline(always)]
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves that the processor has the features, AVX-512 BF16 among them with `BF16`.
+        unsafe { if BF16 { vectorized_bf16(kernel) } else { vectorized(kernel) } }
+    }
+    #[inline(always)]
+    fn select(self, mask: __mmask8, yes: __m512d, no: __m512d) -> __m512d {
+        // SAFETY: `self` proves that the processor has the instruction.
+        unsafe { _mm512_mask_blend_pd(mask, no, yes) }
+    }
+    #[inline(always)]
+    fn any(self, mask: __mmask8) -> bool {
+        mask != 0
+    }
 
     #[inline(always)]
     fn power<const COUNT: usize>(self, base: Base<f64>, x: [__m512d; COUNT]) -> [__m512d; COUNT] {
         power_by_polynomial(self, base, x)
     }
 
-    #[inline(always)]
-    unsafe fn load_f64(self, from: *const f64) -> __m512d {
-        // SAFETY: the caller vouches for 8 elements.
-        unsafe { _mm512_loadu_pd(from) }
-    }
     #[inline(always)]
     unsafe fn load_f32(self, from: *const f32) -> __m512d {
         // SAFETY: the caller vouches for 8 elements.

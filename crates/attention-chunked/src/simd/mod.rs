@@ -11,6 +11,8 @@ mod avx2;
 mod avx512;
 mod elementary;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use half::{bf16, f16};
 
