@@ -27,6 +27,7 @@ macro_rules! fused {
     ($($part:literal),*) => {
         concat!(
             include_str!("cuda/common/dtypes.cuh"),
+            include_str!("cuda/common/integers.cuh"),
             include_str!("cuda/common/philox.cuh"),
             include_str!("cuda/fused/numbers.cuh"),
             include_str!("cuda/fused/parameters.cuh"),
@@ -50,17 +51,34 @@ macro_rules! fused {
 /// Every source of this package, by name.
 pub const SOURCES: &[Source] = &[
     Source {
+        name: "attention_numbers.cu",
+        text: concat!(include_str!("cuda/common/store_numbers.cu")),
+        entry_points: &["attention_store_numbers"],
+        variants: &[Variant::Helper(Helper::LAUNCHED)],
+    },
+    Source {
         name: "attention_rows.cu",
-        text: concat!(include_str!("cuda/cudnn/strides.cuh"), include_str!("cuda/cudnn/rows.cu")),
-        entry_points: &["attention_finish_forward", "attention_prepare_backward", "attention_clean_rows"],
+        text: concat!(
+            include_str!("cuda/cudnn/strides.cuh"),
+            include_str!("cuda/cudnn/intervals.cuh"),
+            include_str!("cuda/cudnn/rows.cu")
+        ),
+        entry_points: &[
+            "attention_finish_forward",
+            "attention_prepare_backward",
+            "attention_clean_rows",
+            "attention_clear_gradients",
+        ],
         variants: &[Variant::Helper(Helper::LAUNCHED)],
     },
     Source {
         name: "attention_terms.cu",
         text: concat!(
             include_str!("cuda/common/dtypes.cuh"),
+            include_str!("cuda/common/integers.cuh"),
             include_str!("cuda/common/philox.cuh"),
             include_str!("cuda/cudnn/strides.cuh"),
+            include_str!("cuda/cudnn/intervals.cuh"),
             include_str!("cuda/cudnn/bias.cu")
         ),
         entry_points: &[
@@ -204,6 +222,12 @@ pub const SOURCES: &[Source] = &[
                 .stages(1),
             Fused::new(F64, 64).features(Features::ALL).tile(32, 32).warps(4).stages(1),
         ]),
+    },
+    Source {
+        name: "attention_sequences.cu",
+        text: fused!("cuda/cudnn/sequences.cu"),
+        entry_points: &["attention_sequences"],
+        variants: &Variant::fused([Fused::new(F16, 32).warps(4)]),
     },
     Source {
         name: "attention_contain_outputs.cu",

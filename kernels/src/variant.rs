@@ -14,6 +14,12 @@ pub enum DTypeCode {
     Bf16 = 3,
     /// Decided at run time.
     Any = 4,
+    /// Signed integers of 32 bits, as the two that follow of the numbers of a call alone.
+    I32 = 5,
+    /// Unsigned integers of 32 bits.
+    U32 = 6,
+    /// Signed integers of 64 bits.
+    I64 = 7,
 }
 
 impl DTypeCode {
@@ -254,8 +260,8 @@ impl Fused {
     }
 }
 
-/// What the sources of cuDNN's helper kernels (`attention_rows.cu`, `attention_terms.cu`) are compiled with:
-/// bounds on the threads of a block.
+/// What the sources of cuDNN's helper kernels (`attention_rows.cu`, `attention_terms.cu`) and of
+/// `attention_numbers.cu` are compiled with: bounds on the threads of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Helper {
     /// `BLOCK`.
@@ -278,7 +284,7 @@ impl Helper {
 pub enum Variant {
     /// A fused kernel.
     Fused(Fused),
-    /// The helper kernels of cuDNN.
+    /// The helper kernels of cuDNN, and the one that stores numbers.
     Helper(Helper),
 }
 
@@ -318,8 +324,16 @@ mod tests {
 
     #[test]
     fn dtypes_have_the_numbers_of_the_kernels() {
-        use DTypeCode::{Any, Bf16, F16, F32, F64};
-        let codes = [("F64", F64), ("F32", F32), ("F16", F16), ("BF16", Bf16), ("ANY", Any)];
+        let codes = [
+            ("F64", DTypeCode::F64),
+            ("F32", DTypeCode::F32),
+            ("F16", DTypeCode::F16),
+            ("BF16", DTypeCode::Bf16),
+            ("ANY", DTypeCode::Any),
+            ("I32", DTypeCode::I32),
+            ("U32", DTypeCode::U32),
+            ("I64", DTypeCode::I64),
+        ];
         let codes: BTreeMap<_, _> = codes.map(|(name, dtype)| (name, i64::from(dtype.code()))).into();
         assert_eq!(macros(include_str!("cuda/common/dtypes.cuh"), "DTYPE_"), codes);
     }

@@ -55,7 +55,7 @@ const REFUSED: &[&str] = &[
     "--shape 2,1,256,16,16,64 --dtype bf16 --pass backward",
     "--shape 2,256,256,16,16,64 --dtype bf16 --pass backward --d-lse",
     "--shape 2,256,256,16,16,64 --dtype bf16 --pass backward --bias 1NTS --gradients dbias",
-    "--shape 2,256,256,16,16,64 --dtype bf16 --pass backward --dropout 0.1 --key-lengths 256,0",
+    "--shape 2,256,256,16,16,64 --dtype bf16 --causal --offsets 1,2",
     "--shape 2,256,256,16,16,64 --dtype bf16 --pass backward --deterministic",
 ];
 

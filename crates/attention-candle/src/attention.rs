@@ -1,9 +1,9 @@
 //! The builder.
 
-use attention::{Dropout, Lengths, NumericsClass, QueryOffset, Window};
+use attention::{Dropout, NumericsClass, QueryOffset, Window};
 use candle_core::Tensor;
 
-use crate::{AxisOrder, Implementation, Options, Registry};
+use crate::{AxisOrder, Implementation, Numbers, Options, Registry};
 
 /// A call of scaled dot-product attention on candle's tensors, apart from its query, key and value.
 ///
@@ -21,6 +21,7 @@ use crate::{AxisOrder, Implementation, Options, Registry};
 /// | bias | as the mask | the same | any of the four, independent of the query's |
 /// | ALiBi slopes | `[N]` or `[B, N]` | the same | any of the four |
 /// | sinks | `[N]` | the same | any of the four |
+/// | lengths, offsets by batch row | `[B]` | the same | u32, i32 or i64 |
 ///
 /// All without `B` where query, key and value are. `N` is a multiple of `K`: each group of `N / K` query heads shares a
 /// key/value head, so `repeat_kv` is not needed. Every tensor may have any layout that candle gives it: transposed,
@@ -56,8 +57,19 @@ pub struct Attention {
     pub(crate) bias: Option<Tensor>,
     pub(crate) alibi_slopes: Option<Tensor>,
     pub(crate) sinks: Option<Tensor>,
+    pub(crate) numbers: NumberTensors,
     pub(crate) registry: Option<Registry>,
     pub(crate) recompute: bool,
+}
+
+/// Numbers of a call that were given as tensors; they take the place of those of the options.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct NumberTensors {
+    pub(crate) query_lengths: Option<Tensor>,
+    pub(crate) key_value_lengths: Option<Tensor>,
+    pub(crate) query_offsets: Option<Tensor>,
+    pub(crate) dropout_seed: Option<Tensor>,
+    pub(crate) dropout_offset: Option<Tensor>,
 }
 
 impl Attention {
@@ -79,6 +91,7 @@ impl Attention {
             bias: None,
             alibi_slopes: None,
             sinks: None,
+            numbers: NumberTensors::default(),
             registry: None,
             recompute: false,
         }
@@ -91,7 +104,8 @@ impl Attention {
         Self { call: change(self.call), ..self }
     }
 
-    /// Replaces all options that are no tensors.
+    /// Replaces all options that are no tensors. Lengths, offsets and the like that were given as tensors stay, and go
+    /// before those of the options.
     pub fn options(self, options: Options) -> Self {
         self.with(|call| call.options(options))
     }
@@ -107,10 +121,19 @@ impl Attention {
         self.with(|call| call.causal(causal))
     }
 
-    /// Where query row `t` stands among the keys, `pos = t + offset`: a decoder with `c` cached keys has
-    /// `QueryOffset::Fixed(c)`.
-    pub fn query_offset(self, offset: QueryOffset) -> Self {
+    /// Where query row `t` stands among the keys, `pos = t + offset`: a [`QueryOffset`], or a number, of a decoder
+    /// that of its cached keys.
+    pub fn query_offset(mut self, offset: impl Into<QueryOffset>) -> Self {
+        self.numbers.query_offsets = None;
         self.with(|call| call.query_offset(offset))
+    }
+
+    /// An offset for each batch row, in the place of [`query_offset`](Self::query_offset): a list of integers or a
+    /// tensor.
+    pub fn query_offsets(mut self, offsets: impl Into<Numbers>) -> Self {
+        let (list, tensor) = offsets.into().apart();
+        self.numbers.query_offsets = tensor;
+        self.with(|call| call.query_offsets(list))
     }
 
     /// A sliding window: only keys `pos - left ..= pos + right` take part; no bounds by default. `Window::new(127, 0)` is the
@@ -146,15 +169,35 @@ impl Attention {
         self
     }
 
-    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0.
-    pub fn query_lengths(self, lengths: impl Into<Lengths>) -> Self {
-        self.with(|call| call.query_lengths(lengths))
+    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0. A list of
+    /// integers, or a tensor of u32, i32 or i64 ([`Numbers`]).
+    pub fn query_lengths(mut self, lengths: impl Into<Numbers>) -> Self {
+        let (list, tensor) = lengths.into().apart();
+        self.numbers.query_lengths = tensor;
+        self.with(|call| call.query_lengths(list))
     }
 
-    /// How many keys and values of each batch row are real, from the first. What the others hold, NaN included, reaches
-    /// nothing.
-    pub fn key_value_lengths(self, lengths: impl Into<Lengths>) -> Self {
-        self.with(|call| call.key_value_lengths(lengths))
+    /// How many keys and values of each batch row are real, from the first: given as
+    /// [`query_lengths`](Self::query_lengths) are. What the others hold, NaN included, reaches nothing.
+    ///
+    /// # Examples
+    /// ```
+    /// use attention_candle::Attention;
+    /// use candle_core::{Device, Tensor};
+    ///
+    /// let query = Tensor::zeros((2, 4, 1, 8), candle_core::DType::F32, &Device::Cpu)?;
+    /// let cache = Tensor::randn(0f32, 1f32, (2, 4, 32, 8), &Device::Cpu)?;
+    /// let filled = Tensor::new(&[7u32, 12], &Device::Cpu)?;
+    /// let out = Attention::bnth().key_value_lengths(&filled).forward(&query, &cache, &cache)?;
+    /// // Equal logits: the mean of the keys that are real.
+    /// let mean = cache.narrow(2, 0, 7)?.mean_keepdim(2)?;
+    /// assert!((out - mean)?.get(0)?.abs()?.max_all()?.to_scalar::<f32>()? < 1e-6);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn key_value_lengths(mut self, lengths: impl Into<Numbers>) -> Self {
+        let (list, tensor) = lengths.into().apart();
+        self.numbers.key_value_lengths = tensor;
+        self.with(|call| call.key_value_lengths(list))
     }
 
     /// Caps logits at `c` by `c * tanh(x / c)`, before the bias.
@@ -166,6 +209,20 @@ impl Attention {
     /// another [offset](Dropout::with_offset) or seed.
     pub fn dropout(self, dropout: impl Into<Option<Dropout>>) -> Self {
         self.with(|call| call.dropout(dropout))
+    }
+
+    /// A tensor of one integer (u32, i32 or i64), `[1]` or a scalar, in the place of the seed of the
+    /// [dropout](Self::dropout), which the call must have.
+    pub fn dropout_seed(mut self, seed: &Tensor) -> Self {
+        self.numbers.dropout_seed = Some(seed.clone());
+        self
+    }
+
+    /// A tensor of one integer, as [`dropout_seed`](Self::dropout_seed), in the place of the offset of the
+    /// [dropout](Self::dropout).
+    pub fn dropout_offset(mut self, offset: &Tensor) -> Self {
+        self.numbers.dropout_offset = Some(offset.clone());
+        self
     }
 
     /// Asks for bitwise reproducible results: an implementation that cannot give them refuses.

@@ -1,7 +1,7 @@
 //! One call: candle's tensors in, candle's tensors out, without a graph.
 
 use attention::core::Inputs;
-use attention::{BackwardInputs, BackwardOutputs, DType, Role, View, ViewMut};
+use attention::{BackwardInputs, BackwardOutputs, CallData, DType, Role, View, ViewMut};
 use candle_core::Tensor;
 
 use crate::events::{Reads, Writes};
@@ -55,10 +55,18 @@ impl Attention {
     fn tensors<'t>(&'t self, operands: Operands<'t>) -> Vec<(Role, &'t Tensor)> {
         let mut tensors =
             vec![(Role::Query, operands.query), (Role::Key, operands.key), (Role::Value, operands.value)];
-        let Self { mask, bias, alibi_slopes, sinks, .. } = self;
-        for (role, tensor) in
-            [(Role::Mask, mask), (Role::Bias, bias), (Role::AlibiSlopes, alibi_slopes), (Role::Sinks, sinks)]
-        {
+        let Self { mask, bias, alibi_slopes, sinks, numbers, .. } = self;
+        for (role, tensor) in [
+            (Role::Mask, mask),
+            (Role::Bias, bias),
+            (Role::AlibiSlopes, alibi_slopes),
+            (Role::Sinks, sinks),
+            (Role::QueryLengths, &numbers.query_lengths),
+            (Role::KeyValueLengths, &numbers.key_value_lengths),
+            (Role::QueryOffsets, &numbers.query_offsets),
+            (Role::DropoutSeed, &numbers.dropout_seed),
+            (Role::DropoutOffset, &numbers.dropout_offset),
+        ] {
             tensors.extend(tensor.as_ref().map(|tensor| (role, tensor)));
         }
         tensors
@@ -74,6 +82,15 @@ impl Attention {
             bias: view(Role::Bias)?,
             alibi_slopes: view(Role::AlibiSlopes)?,
             sinks: view(Role::Sinks)?,
+            // Only those that are tensors: the others are the facade's call's.
+            data: CallData {
+                query_lengths: view(Role::QueryLengths)?,
+                key_value_lengths: view(Role::KeyValueLengths)?,
+                query_offsets: view(Role::QueryOffsets)?,
+                dropout_seed: view(Role::DropoutSeed)?,
+                dropout_offset: view(Role::DropoutOffset)?,
+                ..CallData::default()
+            },
             ..inputs
         };
         Ok(Views {
@@ -99,6 +116,21 @@ impl Attention {
         }
         if let Some(sinks) = inputs.sinks {
             facade = facade.sinks(sinks);
+        }
+        if let Some(lengths) = inputs.data.query_lengths {
+            facade = facade.query_lengths(lengths);
+        }
+        if let Some(lengths) = inputs.data.key_value_lengths {
+            facade = facade.key_value_lengths(lengths);
+        }
+        if let Some(offsets) = inputs.data.query_offsets {
+            facade = facade.query_offsets(offsets);
+        }
+        if let Some(seed) = inputs.data.dropout_seed {
+            facade = facade.dropout_seed(seed);
+        }
+        if let Some(offset) = inputs.data.dropout_offset {
+            facade = facade.dropout_offset(offset);
         }
         match (&self.registry, query.device()) {
             (Some(registry), _) => Ok(facade.registry(registry)),
@@ -228,10 +260,14 @@ fn dtype(tensor: &Tensor) -> DType {
     }
 }
 
-/// Checks that every tensor is where the query is, which comes first: one device, and on it one stream.
+/// Checks that every tensor is where the query is, which comes first: one device, and on it one stream. Lengths and the
+/// like may be in host memory.
 fn on_one_device(tensors: &[(Role, &Tensor)]) -> Result<(), Error> {
     let Some((_, query)) = tensors.first() else { return Ok(()) };
-    match tensors.iter().find(|(_, tensor)| !tensor.device().same_device(query.device())) {
+    let is_there = |role: Role, tensor: &Tensor| {
+        tensor.device().same_device(query.device()) || role.is_data() && tensor.device().is_cpu()
+    };
+    match tensors.iter().find(|&&(role, tensor)| !is_there(role, tensor)) {
         None => Ok(()),
         Some(&(role, tensor)) => {
             let (device, query) = (tensor.device().location(), query.device().location());

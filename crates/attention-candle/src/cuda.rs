@@ -17,7 +17,7 @@ use candle_core::{CudaDevice, CudaStorage, Layout};
 
 use crate::Error;
 use crate::events::{Reads, Writes};
-use crate::layout::{axes, expected};
+use crate::layout::{axes, expected, is_float};
 
 /// The device of candle's tensors with the stream that candle puts its work on, for backends with a configuration of your
 /// own: `CudnnBackend::on(device_of(device), config)`, in a [`Registry`].
@@ -69,10 +69,13 @@ pub(crate) fn view<'g>(
     }
     let (dtype, (address, device)) = match &storage.slice {
         CudaStorageSlice::U8(slice) if role == Role::Mask => (DType::Bool, start(slice, reads)),
-        CudaStorageSlice::F64(slice) if role != Role::Mask => (DType::F64, start(slice, reads)),
-        CudaStorageSlice::F32(slice) if role != Role::Mask => (DType::F32, start(slice, reads)),
-        CudaStorageSlice::F16(slice) if role != Role::Mask => (DType::F16, start(slice, reads)),
-        CudaStorageSlice::BF16(slice) if role != Role::Mask => (DType::Bf16, start(slice, reads)),
+        CudaStorageSlice::F64(slice) if is_float(role) => (DType::F64, start(slice, reads)),
+        CudaStorageSlice::F32(slice) if is_float(role) => (DType::F32, start(slice, reads)),
+        CudaStorageSlice::F16(slice) if is_float(role) => (DType::F16, start(slice, reads)),
+        CudaStorageSlice::BF16(slice) if is_float(role) => (DType::Bf16, start(slice, reads)),
+        CudaStorageSlice::U32(slice) if role.is_data() => (DType::U32, start(slice, reads)),
+        CudaStorageSlice::I32(slice) if role.is_data() => (DType::I32, start(slice, reads)),
+        CudaStorageSlice::I64(slice) if role.is_data() => (DType::I64, start(slice, reads)),
         _ => {
             let dtype = candle_core::backend::BackendStorage::dtype(storage);
             return Err(Error::DType { role, dtype, expected: expected(role) });

@@ -9,10 +9,21 @@ const MASK: &str = "u8, 0 for masked: `mask.ne(0.)?` makes it of numbers that sa
                     and floats that are added to the logits are a bias";
 /// What queries, keys, values and biases may be.
 const FLOATS: &str = "f64, f32, f16 or bf16";
+/// What lengths, offsets and seeds may be.
+const INTEGERS: &str = "u32, i32 or i64";
 
 /// The dtypes that a tensor of this role can have, in words.
 pub(crate) fn expected(role: Role) -> &'static str {
-    if role == Role::Mask { MASK } else { FLOATS }
+    match role {
+        Role::Mask => MASK,
+        role if role.is_data() => INTEGERS,
+        _ => FLOATS,
+    }
+}
+
+/// Whether tensors of this role are floats.
+pub(crate) fn is_float(role: Role) -> bool {
+    role != Role::Mask && !role.is_data()
 }
 
 /// Shape and strides of a candle tensor with at most four axes.

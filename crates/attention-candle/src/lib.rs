@@ -11,6 +11,7 @@ mod forward;
 mod graph;
 mod layout;
 mod memory;
+mod numbers;
 
 pub use self::attention::Attention;
 pub use ::attention::{
@@ -20,6 +21,7 @@ pub use ::attention::{
 #[cfg(feature = "cuda")]
 pub use cuda::device_of;
 pub use error::{Error, cause};
+pub use numbers::Numbers;
 
 /// The code of the repository's pages, some of which takes candle as well as the facade.
 #[cfg(doctest)]

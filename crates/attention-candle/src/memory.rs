@@ -8,7 +8,7 @@ use crate::Error;
 #[cfg(feature = "cuda")]
 use crate::cuda::{self, CudaOutput};
 use crate::events::{Reads, Writes};
-use crate::layout::{axes, expected};
+use crate::layout::{axes, expected, is_float};
 
 /// The storages of the tensors of a call, locked against writes for as long as the call runs.
 pub(crate) struct Locked<'t> {
@@ -65,7 +65,7 @@ impl<'t> Locked<'t> {
 }
 
 fn host_view<'a>(role: Role, storage: &'a CpuStorage, layout: &Layout) -> Result<View<'a>, Error> {
-    fn floats<'a, T: Element>(data: &'a [T], layout: &Layout) -> Result<View<'a>, Error> {
+    fn elements<'a, T: Element>(data: &'a [T], layout: &Layout) -> Result<View<'a>, Error> {
         let (shape, strides) = axes(layout);
         Ok(View::strided(data, layout.start_offset(), shape, strides)?)
     }
@@ -74,10 +74,13 @@ fn host_view<'a>(role: Role, storage: &'a CpuStorage, layout: &Layout) -> Result
             let (shape, strides) = axes(layout);
             Ok(View::strided_mask(data, layout.start_offset(), shape, strides)?)
         }
-        CpuStorage::F64(data) if role != Role::Mask => floats(data, layout),
-        CpuStorage::F32(data) if role != Role::Mask => floats(data, layout),
-        CpuStorage::F16(data) if role != Role::Mask => floats(data, layout),
-        CpuStorage::BF16(data) if role != Role::Mask => floats(data, layout),
+        CpuStorage::F64(data) if is_float(role) => elements(data, layout),
+        CpuStorage::F32(data) if is_float(role) => elements(data, layout),
+        CpuStorage::F16(data) if is_float(role) => elements(data, layout),
+        CpuStorage::BF16(data) if is_float(role) => elements(data, layout),
+        CpuStorage::U32(data) if role.is_data() => elements(data, layout),
+        CpuStorage::I32(data) if role.is_data() => elements(data, layout),
+        CpuStorage::I64(data) if role.is_data() => elements(data, layout),
         other => {
             let dtype = candle_core::backend::BackendStorage::dtype(other);
             Err(Error::DType { role, dtype, expected: expected(role) })

@@ -3,7 +3,7 @@
 use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dims, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Role, TensorDesc,
+    ForwardOutputs, Gradients, Inputs, Role, TensorDesc, View,
 };
 use attention_cuda::cudarc::driver::sys::CUevent_flags;
 use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
@@ -23,6 +23,9 @@ enum Extra {
     Alibi,
     Softcap,
     Dropout,
+    /// Full key/value lengths, which cost what reading them does.
+    HostLengths,
+    DeviceLengths,
 }
 
 /// `[batch, queries, keys, heads, key heads, head dim]`.
@@ -88,14 +91,16 @@ fn run(device: &CudaDevice, backend: &ChunkedCudaBackend, case: &Case) -> Result
     inputs.mask = (extra == Extra::Mask).then(|| mask.view()).transpose()?;
     inputs.bias = (extra == Extra::Bias).then(|| bias.view()).transpose()?;
     inputs.alibi_slopes = (extra == Extra::Alibi).then(|| slopes.view()).transpose()?;
-    let mut builder = inputs.problem().causal(extra == Extra::Causal).lse(true);
-    if extra == Extra::Softcap {
-        builder = builder.softcap(30.0);
-    }
-    if extra == Extra::Dropout {
-        builder = builder.dropout(attention_core::Dropout::new(0.125, 1));
-    }
-    let problem = builder.build()?;
+    inputs.data.softcap = (extra == Extra::Softcap).then_some(30.0);
+    inputs.data.dropout = (extra == Extra::Dropout).then(|| attention_core::Dropout::new(0.125, 1));
+    let filled = vec![s as i32; b];
+    let lengths = DeviceTensor::from_host(device, View::from_slice(&filled, [b])?)?;
+    inputs.data.key_value_lengths = match extra {
+        Extra::HostLengths => Some(View::from_slice(&filled, [b])?),
+        Extra::DeviceLengths => Some(lengths.view()?),
+        _ => None,
+    };
+    let problem = inputs.problem().causal(extra == Extra::Causal).lse(true).build()?;
     let backward = problem.to_builder().gradients(Gradients::QKV).build()?;
     let room = |role| -> Result<DeviceTensor> {
         let desc = backward.tensor(role).ok_or("a gradient")?;
@@ -156,6 +161,9 @@ fn main() -> Result {
         Case("h128", DType::Bf16, long, Extra::Softcap),
         Case("h128", DType::Bf16, long, Extra::Dropout),
         Case("decode b32 s8192", DType::Bf16, [32, 1, 8192, 32, 8, 128], Extra::None),
+        Case("decode b32 s8192", DType::Bf16, [32, 1, 8192, 32, 8, 128], Extra::HostLengths),
+        Case("decode b32 s8192", DType::Bf16, [32, 1, 8192, 32, 8, 128], Extra::DeviceLengths),
+        Case("decode b128 s2048", DType::Bf16, [128, 1, 2048, 32, 8, 128], Extra::HostLengths),
         Case("decode b1 s8192", DType::Bf16, [1, 1, 8192, 32, 8, 128], Extra::None),
         Case("h64", DType::F32, [4, 4096, 4096, 16, 16, 64], Extra::None),
         Case("h128", DType::F32, long, Extra::None),

@@ -1,6 +1,6 @@
 //! Which options the kernels of a problem are compiled for.
 
-use attention_core::{DType, Problem, Role};
+use attention_core::{Alignment, OffsetRange, Problem, Role};
 use attention_cuda::parameters::dtype_code;
 use attention_kernels::{DTypeCode, Features};
 
@@ -15,15 +15,16 @@ pub(crate) fn features_of(problem: &Problem) -> Features {
         (Features::MASK, problem.has(Role::Mask)),
         (Features::BIAS, problem.has(Role::Bias)),
         (Features::ALIBI, problem.has(Role::AlibiSlopes)),
-        (Features::SOFTCAP, problem.softcap().is_some()),
-        (Features::DROPOUT, problem.dropout_stream().is_some_and(|stream| stream.threshold() > 0)),
+        (Features::SOFTCAP, problem.has_softcap()),
+        (Features::DROPOUT, problem.drop_threshold().is_some_and(|threshold| threshold > 0)),
     ];
     let present = options.into_iter().filter(|&(_, present)| present);
     let present = present.fold(Features::NONE, |all, (feature, _)| all.with(feature));
     // A mask leaves products as they are. The maximum of products times a scale is the scale times their
-    // maximum only for a scale above 0, which must be a number in base two as well.
+    // maximum only for a scale above 0, which must be a number in base two as well: infinity times no
+    // difference would be NaN, and so would 0 times infinity.
     let has_more = !present.without(Features::MASK.with(Features::DROPOUT)).is_none();
-    let logits = if has_more || !is_factor(problem) { Features::LOGITS } else { Features::NONE };
+    let logits = if has_more || problem.any_scale() { Features::LOGITS } else { Features::NONE };
     match present.bits().count_ones() {
         1 if present == Features::ALIBI && is_far(problem) => Features::ALL,
         0 | 1 => present.with(logits),
@@ -60,20 +61,15 @@ pub(crate) fn term_stride(features: Features, problem: &Problem) -> Option<usize
     }
 }
 
-/// Whether the scale is a normal number above 0 in the precision of logits, and stays one times log2(e).
-/// Infinity times no difference would be NaN, and so would 0 times infinity.
-fn is_factor(problem: &Problem) -> bool {
-    let (least, most) = match problem.dtype() {
-        DType::F64 => (1e-300, 1e308),
-        _ => (1e-37, 2e38),
-    };
-    (least..=most).contains(&problem.scale())
-}
-
-/// Whether distances between rows and keys may not be exact in f32.
+/// Whether distances between rows and keys may not be exact in f32, by the bounds of the problem's calls.
+/// Offsets of [`OffsetRange::Near`] bring the rows of `T` positions to at most 2^23.
 fn is_far(problem: &Problem) -> bool {
-    const FAR: u64 = 1 << 23;
+    const FAR_ROWS: usize = 1 << 22;
+    const FAR_KEYS: usize = 1 << 23;
     let dims = problem.dims();
-    let offset = (0..dims.batch).map(|batch| problem.offset(batch).unsigned_abs()).max().unwrap_or(0);
-    offset.saturating_add(dims.query_length as u64) > FAR || dims.key_length as u64 > FAR
+    let any_offset = matches!(
+        problem.alignment(),
+        Alignment::Offset(OffsetRange::Any) | Alignment::Offsets(OffsetRange::Any)
+    );
+    any_offset || dims.query_length > FAR_ROWS || dims.key_length > FAR_KEYS
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use attention_core::{DType, Gradients, Pass, Problem, Role, Unsupported};
+use attention_cuda::StoredNumbers;
 use attention_cuda::cudarc::driver::LaunchConfig;
 use attention_cuda::parameters::{ScratchAddresses, dtype_code};
 use attention_kernels::{Fused, KeyGradients, Variant};
@@ -24,6 +25,9 @@ const MIN_KEYS_OF_SPLIT: usize = 256;
 
 /// Sequences are at most this long: positions are 32 bits wide, and tiles reach beyond the end.
 const MOST_POSITIONS: usize = (1 << 31) - (1 << 16);
+
+/// Bytes of a number that is stored on the device.
+const NUMBER: usize = size_of::<i64>();
 
 /// A kernel to launch.
 #[derive(Clone, Debug)]
@@ -127,6 +131,9 @@ pub(crate) struct Launches {
     /// Splits of the keys (split-KV).
     pub(crate) splits: usize,
     pub(crate) scratch: ScratchLayout,
+    /// Where the numbers of calls that are stored on the device ([`StoredNumbers`]) are, behind the arrays of
+    /// the pass.
+    pub(crate) numbers: Range<usize>,
 }
 
 /// Where the arrays of a pass are in its scratch, in bytes: those of [`ScratchAddresses`] of the same name.
@@ -186,16 +193,44 @@ impl Launches {
                 return Err(limit(what, size, format!("it takes at most {MOST_POSITIONS}")));
             }
         }
-        let none = Self { shape, kernels: Vec::new(), pack_gqa: 1, splits: 1, scratch: ScratchLayout::None };
+        let none = Self {
+            shape,
+            kernels: Vec::new(),
+            pack_gqa: 1,
+            splits: 1,
+            scratch: ScratchLayout::None,
+            numbers: 0..0,
+        };
         match problem.pass() {
             Pass::Forward => none.forward(problem, machine),
             Pass::Backward => none.backward(problem, machine),
+        }?
+        .with_numbers(problem)
+    }
+
+    /// Adds scratch for the numbers of calls.
+    fn with_numbers(mut self, problem: &Problem) -> Result<Self, Unsupported> {
+        let place = || {
+            let bytes = StoredNumbers::of(problem).bytes()?;
+            let start = self.scratch.bytes().checked_next_multiple_of(NUMBER)?;
+            Some(start..start.checked_add(bytes)?)
+        };
+        let place = place().ok_or_else(|| {
+            limit(
+                "batch rows",
+                problem.dims().batch,
+                "scratch for their numbers does not fit an address space",
+            )
+        })?;
+        if !place.is_empty() {
+            self.numbers = place;
         }
+        Ok(self)
     }
 
     /// Bytes of scratch.
     pub(crate) fn scratch_bytes(&self) -> usize {
-        self.scratch.bytes()
+        self.scratch.bytes().max(self.numbers.end)
     }
 
     /// The ranges of two arrays of accumulators with these axes, one behind the other.

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use attention_core::{
-    BackwardCall, Error, ForwardCall, LentScratch, Plan, Problem, Scratch, VariantCounter, Variants,
+    BackwardCall, CallProblem, Error, ForwardCall, LentScratch, Plan, Problem, Scratch, VariantCounter,
+    Variants,
 };
 use attention_cuda::cudarc::driver::sys::CUfunction_attribute;
 use attention_cuda::cudarc::driver::{CudaFunction, PushKernelArg};
 use attention_cuda::parameters::ProblemParameters;
-use attention_cuda::{Addresses, failure};
+use attention_cuda::{Addresses, NumberStore, failure};
 
 use super::NAME;
 use super::launches::{Kernel, Launches, limit};
@@ -21,6 +22,7 @@ pub(crate) struct ChunkedCudaPlan {
     runtime: Arc<Runtime>,
     launches: Launches,
     parameters: ProblemParameters,
+    store: NumberStore,
     /// Of the kernels, in order.
     functions: Vec<CudaFunction>,
     /// As well.
@@ -37,8 +39,9 @@ impl ChunkedCudaPlan {
     ) -> Result<Self, Error> {
         let function = |kernel| function(problem, runtime, &launches, kernel);
         let functions = launches.kernels.iter().map(function).collect::<Result<Vec<_>, Error>>()?;
-        let mut parameters = ProblemParameters::new(problem, runtime.device.stream())
-            .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
+        let store = NumberStore::new(problem, &runtime.device, &runtime.kernels)
+            .map_err(|error| failure(NAME, "compiling a kernel", error))?;
+        let mut parameters = ProblemParameters::new(problem);
         let of_calls = parameters.of_calls();
         // Both fit in 32 bits: there are at most `BUSY_WARPS` splits, and a group has at most
         // `MOST_POSITIONS` heads.
@@ -50,18 +53,29 @@ impl ChunkedCudaPlan {
         let runs =
             launches.kernels.iter().map(|kernel| variants.counter(&kernel.variant(&launches))).collect();
         let (problem, runtime) = (problem.clone(), runtime.clone());
-        Ok(Self { problem, runtime, launches, parameters, functions, runs })
+        Ok(Self { problem, runtime, launches, parameters, store, functions, runs })
     }
 
     /// Launches the kernels on an admitted call's tensors.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem, and the scratch was admitted.
-    unsafe fn launch(&self, tensors: &Addresses, mut scratch: Scratch<'_>) -> Result<(), Error> {
+    /// The addresses are those of this checked call of the plan's problem, and the scratch was admitted.
+    unsafe fn launch(
+        &self,
+        problem: &CallProblem<'_>,
+        tensors: &Addresses,
+        mut scratch: Scratch<'_>,
+    ) -> Result<(), Error> {
         let base = scratch.as_mut_ptr() as u64;
         let stream = self.runtime.device.stream();
         tensors.check_streams(NAME, stream, base)?;
-        let mut parameters = self.parameters.of_call();
+        let numbers = base + self.launches.numbers.start as u64;
+        // SAFETY: the scratch has the plan's size and alignment, and is the call's (the caller's word); the
+        // range of numbers in it was made for this problem, begins at a multiple of 8, and is used for
+        // nothing else.
+        unsafe { self.store.store(stream, problem, numbers) }
+            .map_err(|error| failure(NAME, "storing lengths on the device", error))?;
+        let mut parameters = self.parameters.of_call(problem, numbers);
         if let Some(addresses) = self.launches.scratch.addresses(base) {
             parameters.set_scratch(addresses);
         }
@@ -71,7 +85,7 @@ impl ChunkedCudaPlan {
             launch.arg(&parameters);
             // SAFETY: every kernel takes this one struct. Its tensors are the problem's (the caller's word),
             // the scratch was checked to have the plan's size, and kernels stay inside the shapes that the
-            // struct gives.
+            // struct gives: lengths and offsets that they read on the device they bring into these.
             unsafe { launch.launch(kernel.launch_config()) }
                 .map_err(|error| failure(NAME, "running a kernel", error))?;
             runs.count();
@@ -127,15 +141,15 @@ impl Plan for ChunkedCudaPlan {
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         self.admit(call.problem(), &scratch)?;
-        let (_, inputs, mut outputs) = call.into_parts();
+        let (problem, inputs, mut outputs) = call.into_parts();
         // SAFETY: an admitted call: it holds the tensors that the problem describes.
-        unsafe { self.launch(&Addresses::of_forward(&inputs, &mut outputs), scratch) }
+        unsafe { self.launch(&problem, &Addresses::of_forward(&inputs, &mut outputs), scratch) }
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         self.admit(call.problem(), &scratch)?;
-        let (_, inputs, saved, mut outputs) = call.into_parts();
+        let (problem, inputs, saved, mut outputs) = call.into_parts();
         // SAFETY: as in `forward`.
-        unsafe { self.launch(&Addresses::of_backward(&inputs, &saved, &mut outputs), scratch) }
+        unsafe { self.launch(&problem, &Addresses::of_backward(&inputs, &saved, &mut outputs), scratch) }
     }
 }

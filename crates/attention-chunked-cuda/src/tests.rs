@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 
 use attention_conformance::cases;
 use attention_core::{
-    AttentionBackend, DType, Device, Dropout, FeatureSet, Gradients, Pass, Problem, Role, TensorDesc,
-    Unsupported,
+    Alignment, AttentionBackend, CallData, CallProblem, DType, Device, Feature, FeatureSet, Gradients,
+    OffsetRange, Pass, Problem, ProblemBuilder, Role, TensorDesc, Unsupported, View,
 };
 use attention_cuda::parameters::{Swizzle, sequences};
+
+use attention_kernels::Features;
 
 use super::launches::{Launches, variants};
 use super::tiles::{Machine, Shape};
@@ -33,7 +35,10 @@ fn problems(dtype: DType, pass: Pass) -> impl Iterator<Item = (String, Problem)>
 
 #[test]
 fn rows_see_the_keys_that_the_problem_says() {
-    for (name, problem) in problems(DType::F32, Pass::Forward) {
+    for case in cases::all() {
+        let (name, data) = (&case.name, case.data(DType::F32));
+        let problem = case.problem(&data, Pass::Forward, FeatureSet::all()).unwrap();
+        let problem = CallProblem::new(&problem, &data.inputs().data).unwrap();
         let dims = problem.dims();
         let rows = sequences(&problem);
         for batch in 0..dims.batch {
@@ -104,9 +109,9 @@ fn every_kind_of_problem() -> Vec<Problem> {
                     builder().causal(true),
                     builder().mask(mask),
                     builder().bias(bias),
-                    builder().softcap(3.0),
-                    builder().dropout(Dropout::new(0.5, 1)),
-                    builder().mask(mask).bias(bias).softcap(3.0),
+                    builder().softcap(true),
+                    builder().dropout_rate(0.5),
+                    builder().mask(mask).bias(bias).softcap(true),
                 ];
                 for builder in options {
                     problems.push(builder.clone().build().unwrap());
@@ -339,6 +344,105 @@ fn options_alone_have_kernels_of_their_own() {
     }
     // 16 is dropout; 32 stands for logits that are made one by one, which a scale below 0 asks for as well.
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), [0, 1, 16, 32, 33, 34, 36, 40, 48, 63]);
+}
+
+/// A problem of two sequences of bf16, with more options.
+fn problem_with(options: impl Fn(ProblemBuilder) -> ProblemBuilder) -> Problem {
+    sized([2, 300, 4, 64], options)
+}
+
+fn sized(shape: [usize; 4], options: impl Fn(ProblemBuilder) -> ProblemBuilder) -> Problem {
+    let desc = TensorDesc::contiguous(DType::Bf16, shape);
+    options(Problem::builder(desc, desc, desc).device(Device::Cuda(0))).build().unwrap()
+}
+
+#[test]
+fn kernels_are_chosen_by_what_a_problem_says_of_its_calls_numbers() {
+    let features = |problem: &Problem| Shape::of(problem).unwrap().features;
+    let slopes = TensorDesc::contiguous(DType::F32, [4]);
+    let (alibi, all) = (Features::ALIBI.with(Features::LOGITS), Features::ALL);
+    assert_eq!(features(&problem_with(|problem| problem)), Features::NONE);
+    assert_eq!(features(&problem_with(|problem| problem.any_scale(true))), Features::LOGITS);
+    assert_eq!(
+        features(&problem_with(|problem| problem.softcap(true))),
+        Features::SOFTCAP.with(Features::LOGITS)
+    );
+    assert_eq!(features(&problem_with(|problem| problem.dropout_rate(0.5))), Features::DROPOUT);
+    // Less than one of 65536 is none.
+    assert_eq!(features(&problem_with(|problem| problem.dropout_rate(1e-6))), Features::NONE);
+    for (alignment, expected) in [
+        (Alignment::TopLeft, alibi),
+        (Alignment::BottomRight, alibi),
+        (Alignment::Offset(OffsetRange::Near), alibi),
+        (Alignment::Offset(OffsetRange::Any), all),
+    ] {
+        let problem = problem_with(|problem| problem.alibi_slopes(slopes).alignment(alignment));
+        assert_eq!(features(&problem), expected, "{alignment}");
+    }
+    for (range, expected) in [(OffsetRange::Near, alibi), (OffsetRange::Any, all)] {
+        let problem = problem_with(|problem| problem.alibi_slopes(slopes).query_offsets(range, DType::I64));
+        assert_eq!(features(&problem), expected, "{range:?}");
+    }
+    // Positions of rows, and distances to keys, are numbers of f32 up to these lengths.
+    for (queries, keys, expected) in
+        [(1 << 22, 1 << 23, alibi), ((1 << 22) + 1, 1, all), (1, (1 << 23) + 1, all)]
+    {
+        let desc = |length| TensorDesc::contiguous(DType::Bf16, [1, length, 4, 64]);
+        let builder = Problem::builder(desc(queries), desc(keys), desc(keys)).device(Device::Cuda(0));
+        let problem = builder.alibi_slopes(slopes).build().unwrap();
+        assert_eq!(features(&problem), expected, "{queries} and {keys}");
+    }
+}
+
+#[test]
+fn scratch_has_room_for_the_numbers_of_many_batch_rows_in_host_memory() {
+    let launches = |problem: &Problem| Launches::of(problem, Machine::ANY).unwrap();
+    let of = |batch: usize, keys: usize, data: CallData<'_>, backward: bool| {
+        let desc = |length| TensorDesc::contiguous(DType::Bf16, [batch, length, 2, 64]);
+        let builder = Problem::builder(desc(1), desc(keys), desc(keys)).device(Device::Cuda(0)).data(&data);
+        if backward { builder.gradients(Gradients::QKV).build() } else { builder.build() }.unwrap()
+    };
+    let lengths = vec![1i32; 100];
+    for (batch, numbers) in [(64, 0), (65, 65 * 8), (100, 100 * 8)] {
+        let data = CallData {
+            key_value_lengths: Some(View::from_slice(&lengths[..batch], [batch]).unwrap()),
+            ..CallData::default()
+        };
+        for (keys, backward) in [(8, false), (8192, false), (8, true)] {
+            let plain = launches(&of(batch, keys, CallData::default(), backward)).scratch_bytes();
+            let problem = of(batch, keys, data, backward);
+            let plan = launches(&problem);
+            assert_eq!(plan.numbers.len(), numbers, "{problem}");
+            assert!(plan.numbers.start.is_multiple_of(8) && (numbers == 0 || plan.numbers.start >= plain));
+            assert_eq!(plan.scratch_bytes(), if numbers == 0 { plain } else { plan.numbers.end });
+            assert_eq!(plan.splits > 1, keys == 8192, "{problem}");
+            // In device memory they need none.
+            let on_device =
+                problem.to_builder().in_host_memory(Role::KeyValueLengths, false).build().unwrap();
+            assert_eq!(launches(&on_device).scratch_bytes(), plain, "{on_device}");
+        }
+    }
+}
+
+#[test]
+fn numbers_in_device_memory_are_served() {
+    let backend = ChunkedCudaBackend::new(ChunkedCudaConfig::default());
+    for dtype in DType::INTEGERS {
+        let one = TensorDesc::contiguous(dtype, [1]);
+        let problem = problem_with(|problem| {
+            problem
+                .query_lengths(dtype)
+                .layout(Role::KeyValueLengths, TensorDesc::strided(dtype, [2], [-3]).unwrap())
+                .query_offsets(OffsetRange::Any, dtype)
+                .dropout_rate(0.1)
+                .layout(Role::DropoutSeed, one)
+                .layout(Role::DropoutOffset, one)
+        });
+        assert!(problem.features().contains(Feature::DeviceData));
+        assert!(problem.features().contains(Feature::QueryOffsets));
+        backend.supports(&problem).unwrap();
+        assert_eq!(backend.scratch_bytes(&problem), backend.scratch_bytes(&problem_with(|problem| problem)));
+    }
 }
 
 #[test]

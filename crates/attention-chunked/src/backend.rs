@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, Capabilities, DeviceKind, Error, FeatureSet, NumericsClass, PassCapabilities, Plan,
-    Problem, ScratchGrowth, Unavailable, Unsupported, Variants,
+    AttentionBackend, Capabilities, DeviceKind, Error, Feature, FeatureSet, NumericsClass, PassCapabilities,
+    Plan, Problem, ScratchGrowth, Unavailable, Unsupported, Variants,
 };
 
 use crate::config::ChunkedConfig;
@@ -36,7 +36,7 @@ use crate::{Level, NAME};
 /// let data = vec![0.5f32; 4 * 2 * 8];
 /// let view = View::from_slice(&data, [1, 4, 2, 8])?;
 /// let inputs = Inputs::new(view, view, view);
-/// // Planned once, and run as often as there are tensors of these shapes.
+/// // Planned once, and run as often as there are tensors of these shapes, with any numbers.
 /// let plan = backend.plan(&inputs.problem().causal(true).build()?)?;
 /// let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
 ///
@@ -69,7 +69,8 @@ impl ChunkedBackend {
 
     /// With a configuration of its own.
     pub fn with_config(config: ChunkedConfig) -> Self {
-        let pass = PassCapabilities::new(FeatureSet::all());
+        // On the host no number is in device memory.
+        let pass = PassCapabilities::new(FeatureSet::all().without(Feature::DeviceData));
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,
             NumericsClass::STANDARD,

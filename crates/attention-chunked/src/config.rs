@@ -126,15 +126,15 @@ impl ChunkedConfig {
         self.threads.planned()
     }
 
-    /// The threads of a call that was planned to take `needs`, and what it takes on so many: `None` for as
-    /// planned. `of` cuts it for a number of threads; no pool is started where there is work for one.
+    /// The threads of a call that has work for `workers` of them, and what it takes on so many: `None` for as
+    /// planned. `of` says it for a number of threads; no pool is started where there is work for one.
     pub(crate) fn team<N: Needs>(
         &self,
-        needs: &N,
+        workers: usize,
         scratch: usize,
         of: impl FnOnce(usize) -> Option<N>,
     ) -> (Option<N>, Team) {
-        if needs.workers() <= 1 {
+        if workers <= 1 {
             return (None, Team::alone());
         }
         let team = self.threads.team();
@@ -147,11 +147,8 @@ impl ChunkedConfig {
     }
 }
 
-/// What a call of either pass takes: its tasks, and the layout of its scratch.
+/// What calls of a pass take.
 pub(crate) trait Needs {
-    /// How many threads have something to do.
-    fn workers(&self) -> usize;
-
     /// Bytes of scratch; `None` on overflow.
     fn scratch(&self) -> Option<usize>;
 }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use attention_core::{Problem, Sequences};
+use attention_core::{CallProblem, Problem, Role, SequenceRows};
 
 use crate::logits::QueryRow;
 
@@ -15,7 +15,7 @@ use crate::logits::QueryRow;
 pub(crate) const SMALL_LOGITS: usize = 1 << 12;
 
 /// Whether a batch row is small.
-pub(crate) fn is_small(problem: &Problem, batch: usize) -> bool {
+pub(crate) fn is_small(problem: &CallProblem<'_>, batch: usize) -> bool {
     problem.query_len(batch).saturating_mul(problem.key_value_len(batch)) <= SMALL_LOGITS
 }
 
@@ -39,10 +39,10 @@ impl Rows {
         (self.heads.start + index / queries, self.queries.start + index % queries)
     }
 
-    /// Row `index`, with the keys that structure lets it see.
-    pub(crate) fn row(&self, problem: &Problem, index: usize) -> QueryRow {
+    /// Row `index`, with the keys that structure lets it see in the sequence of these rows.
+    pub(crate) fn row(&self, sequence: &SequenceRows, index: usize) -> QueryRow {
         let (head, query) = self.at(index);
-        let keys = problem.key_range(self.batch, query);
+        let keys = sequence.key_range(query);
         QueryRow { batch: self.batch, head, query, begin: keys.start, end: keys.end }
     }
 }
@@ -51,68 +51,101 @@ impl Rows {
 /// queries.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cut {
+    all_queries: usize,
+    group: usize,
+    key_heads: usize,
+    /// Queries and heads of a task.
     queries: usize,
     heads: usize,
 }
 
 impl Cut {
-    /// For tasks of at most `limit` rows.
-    pub(crate) fn of(problem: &Problem, batch: usize, limit: usize) -> Self {
-        let queries = problem.query_len(batch).clamp(1, limit.max(1));
-        Self { queries, heads: (limit / queries).clamp(1, problem.dims().group_size().max(1)) }
+    /// Of `all_queries` query rows a head into tasks of at most `limit` rows. More query rows and a lower limit
+    /// never make fewer tasks.
+    pub(crate) fn of(problem: &Problem, all_queries: usize, limit: usize) -> Self {
+        let dims = problem.dims();
+        let (group, queries) = (dims.group_size(), all_queries.clamp(1, limit.max(1)));
+        let heads = (limit / queries).clamp(1, group.max(1));
+        Self { all_queries, group, key_heads: dims.key_heads, queries, heads }
     }
 
-    /// How many tasks there are: of heads of a group, and of queries.
-    fn counts(&self, problem: &Problem, batch: usize) -> [usize; 2] {
-        let group = problem.dims().group_size();
-        [group.div_ceil(self.heads), problem.query_len(batch).div_ceil(self.queries)]
+    /// How many tasks a key/value head has: of heads of its group, and of queries.
+    fn counts(&self) -> [usize; 2] {
+        [self.group.div_ceil(self.heads), self.all_queries.div_ceil(self.queries)]
     }
 
     /// How many tasks a batch row has. No overflow: each has a row of the problem, whose rows can be counted.
-    pub(crate) fn count(&self, problem: &Problem, batch: usize) -> usize {
-        let [heads, queries] = self.counts(problem, batch);
-        problem.dims().key_heads * heads * queries
+    pub(crate) fn count(&self) -> usize {
+        let [heads, queries] = self.counts();
+        self.key_heads * heads * queries
     }
 
-    /// Task `index` of a batch row, if it has so many. The queries of a head ascend.
-    pub(crate) fn rows(&self, problem: &Problem, batch: usize, index: usize) -> Option<Rows> {
-        if index >= self.count(problem, batch) {
+    /// Task `index` of batch row `batch`, if it has so many. The queries of a head ascend.
+    pub(crate) fn rows(&self, batch: usize, index: usize) -> Option<Rows> {
+        if index >= self.count() {
             return None;
         }
-        let group = problem.dims().group_size();
-        let [heads, queries] = self.counts(problem, batch);
+        let group = self.group;
+        let [heads, queries] = self.counts();
         let (head, query) = (index / queries, index % queries * self.queries);
         let (key_head, head) = (head / heads, head % heads * self.heads);
         Some(Rows {
             batch,
             key_head,
             heads: key_head * group + head..key_head * group + group.min(head + self.heads),
-            queries: query..problem.query_len(batch).min(query + self.queries),
+            queries: query..self.all_queries.min(query + self.queries),
         })
     }
 }
 
-/// Batch rows of which every other is like one: a single one where all have the same lengths.
-pub(crate) fn different_rows(problem: &Problem) -> Range<usize> {
-    let batch = problem.dims().batch;
-    match problem.sequences() {
-        Sequences::Dense { query, key_value } if query.is_full() && key_value.is_full() => 0..batch.min(1),
-        _ => 0..batch,
+/// The least and the most query rows and keys that a batch row of a problem's calls may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Bounds {
+    queries: [usize; 2],
+    keys: [usize; 2],
+}
+
+impl Bounds {
+    pub(crate) fn of(problem: &Problem) -> Self {
+        let dims = problem.dims();
+        let bounds = |lengths: Role, full: usize| if problem.has(lengths) { [0, full] } else { [full, full] };
+        Self {
+            queries: bounds(Role::QueryLengths, dims.query_length),
+            keys: bounds(Role::KeyValueLengths, dims.key_length),
+        }
+    }
+
+    /// Those of the batch rows with `least` to `most` query rows, if there may be such.
+    pub(crate) fn with_queries(self, least: usize, most: usize) -> Option<Self> {
+        let queries = [self.queries[0].max(least), self.queries[1].min(most)];
+        (queries[0] <= queries[1]).then_some(Self { queries, ..self })
+    }
+
+    /// The most query rows of a batch row.
+    pub(crate) fn most_queries(&self) -> usize {
+        self.queries[1]
+    }
+
+    /// Whether there may be batch rows that are not small.
+    pub(crate) fn may_be_large(&self) -> bool {
+        self.queries[1].saturating_mul(self.keys[1]) > SMALL_LOGITS
+    }
+
+    /// Whether there may be small batch rows.
+    pub(crate) fn may_be_small(&self) -> bool {
+        self.queries[0].saturating_mul(self.keys[0]) <= SMALL_LOGITS
+    }
+
+    /// The most query rows of a small batch row that has keys.
+    pub(crate) fn most_small_queries(&self) -> usize {
+        self.queries[1].min(SMALL_LOGITS / self.keys[0].max(1))
     }
 }
 
-/// The sum of `count` over all batch rows, or `most` if it is more.
-pub(crate) fn count_up_to(problem: &Problem, most: usize, count: impl Fn(usize) -> usize) -> usize {
-    let different = different_rows(problem);
-    let alike = problem.dims().batch / different.len().max(1);
-    let mut sum = 0usize;
-    for batch in different {
-        sum = sum.saturating_add(count(batch).saturating_mul(alike));
-        if sum >= most {
-            return most;
-        }
-    }
-    sum
+/// Batch rows of which every other is like one: a single one where all have the same lengths.
+pub(crate) fn different_rows(problem: &CallProblem<'_>) -> Range<usize> {
+    let batch = problem.dims().batch;
+    0..if problem.has_lengths() { batch } else { batch.min(1) }
 }
 
 /// Whether there are query rows at all, padded ones included: without, the number of batch rows says nothing
@@ -124,8 +157,7 @@ pub(crate) fn has_rows(problem: &Problem) -> bool {
 
 /// Whether there are query rows that lengths may make padding.
 pub(crate) fn may_have_padding(problem: &Problem) -> bool {
-    let full = matches!(problem.sequences(), Sequences::Dense { query, .. } if query.is_full());
-    has_rows(problem) && !full
+    has_rows(problem) && problem.has(Role::QueryLengths)
 }
 
 /// Whether there are logits.
@@ -141,17 +173,6 @@ pub(crate) fn sizes_fit(problem: &Problem) -> bool {
     let rows = dims.query_length.saturating_mul(dims.group_size()).saturating_add(256).max(1 << 13);
     let width = dims.head_dim.max(dims.value_head_dim).saturating_add(64);
     rows.saturating_mul(width) <= isize::MAX as usize / 32
-}
-
-/// Real query rows of all heads of a problem.
-pub(crate) fn total_rows(problem: &Problem) -> usize {
-    let queries = count_up_to(problem, usize::MAX, |batch| problem.query_len(batch));
-    queries.saturating_mul(problem.dims().query_heads)
-}
-
-/// The most real keys of a batch row.
-pub(crate) fn most_keys(problem: &Problem) -> usize {
-    different_rows(problem).map(|batch| problem.key_value_len(batch)).max().unwrap_or(0)
 }
 
 /// The intersection of two ranges, empty where they do not meet.

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use attention_core::{BackwardCall, Error, ForwardCall, Pass, Plan, Problem, Scratch};
+use attention_core::{
+    BackwardCall, BackwardInputs, BackwardOutputs, CallProblem, Error, ForwardCall, ForwardOutputs, Inputs,
+    Pass, Plan, Problem, Scratch,
+};
 
 use crate::config::{ChunkedConfig, Needs as _};
 use crate::engine::Engine;
@@ -66,18 +69,26 @@ pub(crate) struct ChunkedPlan {
     pub(crate) paths: Arc<Paths>,
 }
 
-/// A call of either pass, and what it takes.
+/// What a call of either pass writes, and what it takes.
 #[allow(clippy::large_enum_variant, reason = "one is made a call, and no box is worth an allocation")]
-enum Call<'c> {
-    Forward(ForwardCall<'c>, &'c forward::Needs),
-    Backward(BackwardCall<'c>, &'c backward::Needs),
+enum Pending<'c> {
+    Forward(ForwardOutputs<'c>, &'c forward::Needs),
+    Backward(&'c BackwardInputs<'c>, BackwardOutputs<'c>, &'c backward::Needs),
 }
 
 impl ChunkedPlan {
     /// Runs an admitted call.
-    fn run(&self, call: Call<'_>, scratch: Scratch<'_>) {
+    fn run<'c>(
+        &'c self,
+        problem: &'c CallProblem<'c>,
+        inputs: &'c Inputs<'c>,
+        pending: Pending<'c>,
+        scratch: Scratch<'c>,
+    ) {
         struct Run<'c, 'd> {
-            call: Call<'c>,
+            problem: &'c CallProblem<'c>,
+            inputs: &'c Inputs<'c>,
+            pending: Pending<'c>,
             config: &'d ChunkedConfig,
             scratch: &'d mut [u8],
             taken: [&'d Taken; 2],
@@ -87,12 +98,14 @@ impl ChunkedPlan {
             type Output = ();
 
             fn run<E: Engine, Small: Engine>(self, engine: E, small: Option<Small>) {
-                let Self { call, config, scratch, taken } = self;
-                match call {
-                    Call::Forward(call, needs) => {
+                let Self { problem, inputs, pending, config, scratch, taken } = self;
+                match pending {
+                    Pending::Forward(outputs, needs) => {
+                        let call = forward::Call { problem, inputs, outputs };
                         forward::run(engine, small, call, needs, config, scratch, taken);
                     }
-                    Call::Backward(call, needs) => {
+                    Pending::Backward(saved, outputs, needs) => {
+                        let call = backward::Call { problem, inputs, saved, outputs };
                         backward::run(engine, small, call, needs, config, scratch, taken);
                     }
                 }
@@ -102,7 +115,7 @@ impl ChunkedPlan {
         // Device and size were checked; a call without scratch may bring one from anywhere.
         let scratch = scratch.into_host().unwrap_or_default();
         let taken = [Taken::default(), Taken::default()];
-        let run = Run { call, config: &self.config, scratch, taken: taken.each_ref() };
+        let run = Run { problem, inputs, pending, config: &self.config, scratch, taken: taken.each_ref() };
         with_engines(self.level, &self.config, self.problem.dtype(), run);
         self.paths.count(self.problem.dtype(), taken);
     }
@@ -126,7 +139,8 @@ impl Plan for ChunkedPlan {
         let Needs::Forward(needs) = &self.needs else {
             unreachable!("a forward call is of a forward problem")
         };
-        self.run(Call::Forward(call, needs), scratch);
+        let (problem, inputs, outputs) = call.into_parts();
+        self.run(&problem, &inputs, Pending::Forward(outputs, needs), scratch);
         Ok(())
     }
 
@@ -135,7 +149,8 @@ impl Plan for ChunkedPlan {
         let Needs::Backward(needs) = &self.needs else {
             unreachable!("a backward call is of a backward problem")
         };
-        self.run(Call::Backward(call, needs), scratch);
+        let (problem, inputs, saved, outputs) = call.into_parts();
+        self.run(&problem, &inputs, Pending::Backward(&saved, outputs, needs), scratch);
         Ok(())
     }
 }

@@ -4,8 +4,8 @@ mod common;
 
 use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, ForwardCall, ForwardOutputs,
-    Gradients, Inputs, Lengths, QueryOffset, ScratchBuffer, TensorDesc, View, ViewMut, Window,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, QueryOffset, ScratchBuffer, TensorDesc, View, ViewMut, Window,
 };
 
 /// Numbers that are reproducible and look random.
@@ -36,15 +36,13 @@ fn run(backend: &ChunkedBackend, causal: bool) -> Results {
     let (q, k, v) = (numbers(count(SHAPE), 1), numbers(count(KEYS), 2), numbers(count(KEYS), 3));
     let d_out = numbers(count(SHAPE), 4);
     let view = |data, shape: [usize; 4]| View::from_slice(data, shape).unwrap();
-    let inputs = Inputs::new(view(&q, SHAPE), view(&k, KEYS), view(&v, KEYS));
-    let problem = || {
-        inputs
-            .problem()
-            .causal(causal)
-            .query_offset(QueryOffset::Fixed(500))
-            .window(Window { left: Some(350), right: Some(90) })
-            .key_value_lengths(Lengths::from([1250]))
+    let data = CallData {
+        query_offset: QueryOffset::Fixed(500),
+        key_value_lengths: Some(View::from_slice(&[1250i32], [1]).unwrap()),
+        ..CallData::default()
     };
+    let inputs = Inputs { data, ..Inputs::new(view(&q, SHAPE), view(&k, KEYS), view(&v, KEYS)) };
+    let problem = || inputs.problem().causal(causal).window(Window { left: Some(350), right: Some(90) });
     let forward = problem().lse(true).build().unwrap();
     let (mut out, mut lse) = (vec![f32::NAN; count(SHAPE)], vec![f32::NAN; 700 * 4]);
     let outputs = ForwardOutputs {

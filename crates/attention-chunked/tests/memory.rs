@@ -54,6 +54,25 @@ fn in_use(queries: usize, keys: usize, window: usize) -> (usize, usize) {
     (scratch.len(), PEAK.load(Ordering::Relaxed) - before)
 }
 
+/// Bytes that a call of one thread allocates itself, of `batch` batch rows of which every second is decoded.
+fn allocated_with_lengths(batch: usize) -> usize {
+    let backend = ChunkedBackend::with_config(ChunkedConfig::default().threads(1));
+    let (q, k) = (vec![0.5f32; batch * 20 * 8], vec![0.25f32; batch * 30 * 8]);
+    let mut out = vec![0f32; batch * 20 * 8];
+    let key = View::from_slice(&k, [batch, 30, 1, 8]).unwrap();
+    let mut inputs = Inputs::new(View::from_slice(&q, [batch, 20, 1, 8]).unwrap(), key, key);
+    let lengths: Vec<i64> = (0..batch).map(|row| if row % 2 == 0 { 1 } else { 20 }).collect();
+    inputs.data.query_lengths = Some(View::from_slice(&lengths, [batch]).unwrap());
+    let plan = backend.plan(&inputs.problem().build().unwrap()).unwrap();
+    let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
+    let out = ViewMut::from_slice(&mut out, [batch, 20, 1, 8]).unwrap();
+    let call = ForwardCall::new(plan.problem(), inputs, ForwardOutputs { out, lse: None }).unwrap();
+    let before = NOW.load(Ordering::Relaxed);
+    PEAK.store(before, Ordering::Relaxed);
+    plan.forward(call, scratch.scratch()).unwrap();
+    PEAK.load(Ordering::Relaxed) - before
+}
+
 /// One test: the counters are the process's.
 #[test]
 fn a_call_uses_constant_memory() {
@@ -65,5 +84,6 @@ fn a_call_uses_constant_memory() {
         // The list of tasks: about a hundred bytes for each chunk of rows.
         let tasks = queries / 192 + 1;
         assert!(allocated <= 1024 + 256 * tasks, "T {queries}, S {keys}: {allocated} bytes allocated");
-    }
+    } // A call cuts its own tasks where it has lengths, and makes no list of them.
+    assert_eq!(allocated_with_lengths(1000), allocated_with_lengths(10));
 }

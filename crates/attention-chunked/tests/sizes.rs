@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use attention_chunked::{ChunkedBackend, ChunkedConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Error, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Plan, Problem, ScratchBuffer, TensorDesc, View, ViewMut,
+    ForwardOutputs, Gradients, Inputs, OffsetRange, Plan, Problem, Role, ScratchBuffer, TensorDesc, View,
+    ViewMut,
 };
 
 /// Runs `work`, which must not take long: the loops it was found in took seconds, or never ended.
@@ -85,8 +86,20 @@ fn large_batches_are_asked_about_and_planned_at_once() {
     {
         let desc = TensorDesc::contiguous(DType::F32, shape);
         let key = TensorDesc::contiguous(DType::F32, [shape[0], 64, shape[2], 1]);
-        for gradients in [Gradients::NONE, Gradients::QKV | Gradients::BIAS] {
+        for (gradients, has_lengths) in [
+            (Gradients::NONE, false),
+            (Gradients::QKV | Gradients::BIAS, false),
+            (Gradients::NONE, true),
+            (Gradients::QKV | Gradients::BIAS, true),
+        ] {
             let mut builder = Problem::builder(desc, key, key).causal(true);
+            if has_lengths {
+                // One length for all batch rows, and one offset.
+                let same = TensorDesc::strided(DType::I32, [shape[0]], [0]).unwrap();
+                builder = builder.layout(Role::QueryLengths, same).layout(Role::KeyValueLengths, same);
+                builder =
+                    builder.query_offsets(OffsetRange::Any, DType::I32).layout(Role::QueryOffsets, same);
+            }
             if !gradients.is_empty() {
                 let bias = TensorDesc::contiguous(DType::F32, [1, 1, 1, 64]);
                 builder = builder.bias(bias).gradients(gradients);

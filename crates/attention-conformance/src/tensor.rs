@@ -16,6 +16,9 @@ enum Storage {
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
     Bool(Vec<bool>),
+    I32(Vec<i32>),
+    U32(Vec<u32>),
+    I64(Vec<i64>),
 }
 
 /// Runs the same expression on the vector of whichever dtype the storage has.
@@ -27,14 +30,18 @@ macro_rules! on_storage {
             Storage::F16($data) => $body,
             Storage::Bf16($data) => $body,
             Storage::Bool($data) => $body,
+            Storage::I32($data) => $body,
+            Storage::U32($data) => $body,
+            Storage::I64($data) => $body,
         }
     };
 }
 
-/// What a float buffer is filled with where the suite has not written.
+/// What a buffer is filled with where the suite has not written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fill {
-    /// NaN: what lies between the elements of an input, and what outputs hold before a call.
+    /// NaN, and numbers that no call takes as a length in integers: what lies between the elements of an input, and
+    /// what outputs hold before a call.
     Nan,
     /// A finite pattern that no computation produces by accident: what lies around the elements of an output.
     Canary,
@@ -48,6 +55,8 @@ impl Fill {
             (Fill::Nan, DType::F32) => 0x7FC0_BEEF,
             (Fill::Nan, DType::F16) => 0x7EEF,
             (Fill::Nan, DType::Bf16) => 0x7FEF,
+            (Fill::Nan, DType::I64) => 0xDEAD_BEEF_7FF8_0001,
+            (Fill::Nan, DType::I32 | DType::U32) => 0xDEAD_BEEF,
             (Fill::Canary, DType::F64) => 0x5A5A_A5A5_5A5A_A5A5,
             (Fill::Canary, DType::F32) => 0x5A5A_A5A5,
             (Fill::Canary, DType::F16 | DType::Bf16) => 0x5AA5,
@@ -81,6 +90,9 @@ impl HostTensor {
             DType::F16 => Storage::F16(vec![f16::from_bits(bits as u16); len]),
             DType::Bf16 => Storage::Bf16(vec![bf16::from_bits(bits as u16); len]),
             DType::Bool => Storage::Bool(vec![false; len]),
+            DType::I32 => Storage::I32(vec![bits as i32; len]),
+            DType::U32 => Storage::U32(vec![bits as u32; len]),
+            DType::I64 => Storage::I64(vec![bits as i64; len]),
             other => panic!("{other} is not a dtype of the suite"),
         };
         let strides = Strides::from_slice(&placement.strides).expect("as many strides as axes");
@@ -111,6 +123,29 @@ impl HostTensor {
         tensor
     }
 
+    /// A tensor of integers in which `value` gives the elements in row-major order; those that the dtype does not have
+    /// lose their upper bits.
+    ///
+    /// # Panics
+    /// For a dtype that is no integer.
+    pub fn from_integers(
+        dtype: DType,
+        shape: impl Into<Dims>,
+        layout: Layout,
+        mut value: impl FnMut(usize) -> i64,
+    ) -> Self {
+        let mut tensor = Self::filled(dtype, shape, layout, Fill::Nan);
+        for (index, position) in tensor.positions().enumerate() {
+            match &mut tensor.storage {
+                Storage::I32(data) => data[position] = value(index) as i32,
+                Storage::U32(data) => data[position] = value(index) as u32,
+                Storage::I64(data) => data[position] = value(index),
+                _ => panic!("{dtype} is no integer"),
+            }
+        }
+        tensor
+    }
+
     /// An output tensor before a call: elements hold NaN, what lies around them a canary.
     pub fn poisoned(desc: &TensorDesc, layout: Layout) -> Self {
         let mut tensor = Self::filled(desc.dtype(), desc.shape(), layout, Fill::Canary);
@@ -121,7 +156,7 @@ impl HostTensor {
                 Storage::F32(data) => data[position] = f32::from_bits(bits as u32),
                 Storage::F16(data) => data[position] = f16::from_bits(bits as u16),
                 Storage::Bf16(data) => data[position] = bf16::from_bits(bits as u16),
-                Storage::Bool(_) => {}
+                Storage::Bool(_) | Storage::I32(_) | Storage::U32(_) | Storage::I64(_) => {}
             }
         }
         tensor
@@ -146,9 +181,36 @@ impl HostTensor {
             .expect("the placement of an output has no overlaps")
     }
 
-    /// The elements in row-major order as f64 (exact; 0 and 1 for booleans).
+    /// The elements in row-major order as f64 (exact but for integers beyond 2^53; 0 and 1 for booleans).
     pub fn values(&self) -> Vec<f64> {
         self.positions().map(|position| self.load(position)).collect()
+    }
+
+    /// The elements of a tensor of integers in row-major order.
+    ///
+    /// # Panics
+    /// For other tensors.
+    pub fn integers(&self) -> Vec<i64> {
+        let at = |position: usize| match &self.storage {
+            Storage::I32(data) => data[position].into(),
+            Storage::U32(data) => data[position].into(),
+            Storage::I64(data) => data[position],
+            _ => panic!("{} is no integer", self.desc.dtype()),
+        };
+        self.positions().map(at).collect()
+    }
+
+    /// Replaces every element of a tensor of integers; `value` is given what is there. Upper bits that the dtype does not
+    /// have are lost.
+    pub(crate) fn map_integers(&mut self, mut value: impl FnMut(i64) -> i64) {
+        for position in self.positions() {
+            match &mut self.storage {
+                Storage::I32(data) => data[position] = value(data[position].into()) as i32,
+                Storage::U32(data) => data[position] = value(data[position].into()) as u32,
+                Storage::I64(data) => data[position] = value(data[position]),
+                _ => panic!("{} is no integer", self.desc.dtype()),
+            }
+        }
     }
 
     /// The bits of the elements in row-major order.
@@ -206,6 +268,9 @@ impl HostTensor {
             Storage::F16(data) => data[position] = <f16 as Scalar>::from_f64(value),
             Storage::Bf16(data) => data[position] = <bf16 as Scalar>::from_f64(value),
             Storage::Bool(data) => data[position] = value != 0.0,
+            Storage::I32(data) => data[position] = value as i32,
+            Storage::U32(data) => data[position] = value as u32,
+            Storage::I64(data) => data[position] = value as i64,
         }
     }
 
@@ -216,6 +281,9 @@ impl HostTensor {
             Storage::F16(data) => Scalar::to_f64(data[position]),
             Storage::Bf16(data) => Scalar::to_f64(data[position]),
             Storage::Bool(data) => f64::from(u8::from(data[position])),
+            Storage::I32(data) => data[position].into(),
+            Storage::U32(data) => data[position].into(),
+            Storage::I64(data) => data[position] as f64,
         }
     }
 
@@ -226,6 +294,9 @@ impl HostTensor {
             Storage::F16(data) => data[position].to_bits().into(),
             Storage::Bf16(data) => data[position].to_bits().into(),
             Storage::Bool(data) => data[position].into(),
+            Storage::I32(data) => data[position].cast_unsigned().into(),
+            Storage::U32(data) => data[position].into(),
+            Storage::I64(data) => data[position].cast_unsigned(),
         }
     }
 }
@@ -280,6 +351,25 @@ mod tests {
                     let view = tensor.view().host::<f32>().unwrap();
                     assert_eq!(view.at(&[1, 2, 3, 4]), 119.0, "{layout:?}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn integers_read_back_and_lie_among_others_that_are_no_length() {
+        for layout in [Layout::Contiguous, Layout::InnerStride, Layout::Reversed { axis: 0 }] {
+            for (dtype, numbers) in [
+                (DType::I32, [0, -1, i32::MAX.into(), i32::MIN.into()]),
+                (DType::U32, [0, 1, u32::MAX.into(), 7]),
+                (DType::I64, [0, -1, i64::MAX, i64::MIN]),
+            ] {
+                let mut tensor = HostTensor::from_integers(dtype, [4], layout, |index| numbers[index]);
+                assert_eq!(tensor.integers(), numbers, "{layout:?} {dtype}");
+                assert_eq!(tensor.values()[1], numbers[1] as f64);
+                let lowest = tensor.bits_at(0) as u32;
+                assert!(lowest as i32 != 0 && (lowest as i32).unsigned_abs() > 1 << 24, "{lowest:x}");
+                tensor.map_integers(|number| number / 2);
+                assert_eq!(tensor.integers()[3], numbers[3] / 2);
             }
         }
     }

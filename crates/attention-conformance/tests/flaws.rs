@@ -25,7 +25,11 @@ fn reasons(report: &Report) -> Vec<&str> {
 
 /// A flaw of the contract fails with a reason that names it.
 fn fails_with(flaw: Flaw, filter: &str, passes: &[Pass], words: &str) {
-    let report = run(flaw, filter, &[DType::F32], passes);
+    fails_in(flaw, filter, &[DType::F32], passes, words);
+}
+
+fn fails_in(flaw: Flaw, filter: &str, dtypes: &[DType], passes: &[Pass], words: &str) {
+    let report = run(flaw, filter, dtypes, passes);
     let reasons = reasons(&report);
     let named = reasons.iter().filter(|reason| reason.contains(words)).count();
     assert!(named > 0, "{flaw:?}: no failure says '{words}': {reasons:?}");
@@ -69,6 +73,22 @@ fn breaches_of_the_contract_are_named() {
     fails_with(Flaw::DependsOnStrides, "bits/bias-small", &[Pass::Forward], "with a stride of 2");
     fails_with(Flaw::DependsOnMaskedMemory, "bits/padding-mask-small", &[Pass::Forward], "does not matter");
     fails_with(Flaw::DependsOnOtherRows, "bits/plain-small", &[Pass::Forward], "that it does not read");
+    for (flaw, filter) in [
+        (Flaw::KeepsLengths, "lengths/keys"),
+        (Flaw::KeepsLengths, "lengths/queries"),
+        (Flaw::KeepsOffsets, "position/3-causal-t9"),
+        (Flaw::KeepsOffsets, "offsets/near-causal"),
+        (Flaw::KeepsScale, "groups/"),
+        (Flaw::KeepsScale, "scale/"),
+        (Flaw::KeepsSoftcap, "softcap/"),
+        (Flaw::KeepsSeed, "dropout/0.5"),
+        (Flaw::KeepsSeed, "dropout/tensors"),
+    ] {
+        for pass in BOTH {
+            // Each case makes these calls in one dtype of each pass.
+            fails_in(flaw, filter, &DType::FLOATS, &[pass], "made after one with other numbers");
+        }
+    }
     fails_with(Flaw::MaskedByMultiplication, "lengths/keys", &[Pass::Forward], "out of bounds");
     fails_with(Flaw::DropoutOtherSeed, "dropout/bits", &[Pass::Forward], "dropout: the stream has key");
 }
@@ -94,6 +114,7 @@ fn wrong_numbers_are_out_of_bounds_forward() {
         (Flaw::GroupsInterleaved, "groups/n6-k2", 0.9),
         (Flaw::Ignores(Feature::Causal), "pair/causal-", 0.9),
         (Flaw::Ignores(Feature::QueryOffset), "position/3-causal", 0.9),
+        (Flaw::Ignores(Feature::QueryOffsets), "offsets/near-causal", 0.9),
         (Flaw::Ignores(Feature::BottomRight), "position/bottom-right-causal", 0.9),
         (Flaw::Ignores(Feature::WindowLeft), "pair/window-left-mask", 0.9),
         (Flaw::Ignores(Feature::WindowRight), "position/top-left-right", 0.5),

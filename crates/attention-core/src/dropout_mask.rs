@@ -1,13 +1,13 @@
 //! The keep bits of a whole call.
 
-use crate::{OutOfMemory, Problem};
+use crate::{CallProblem, OutOfMemory};
 
-/// The keep mask of a problem, `[B, N, T, S]` in row-major order, or `None` without dropout. Positions outside the
+/// The keep mask of a call, `[B, N, T, S]` in row-major order, or `None` without dropout. Positions outside the
 /// lengths have bits too; they are not used.
 ///
 /// # Errors
 /// [`OutOfMemory`] where the mask does not fit in memory: it has a byte for each element of the logits.
-pub fn dropout_mask(problem: &Problem) -> Result<Option<Vec<bool>>, OutOfMemory> {
+pub fn dropout_mask(problem: &CallProblem<'_>) -> Result<Option<Vec<bool>>, OutOfMemory> {
     let Some(stream) = problem.dropout_stream() else { return Ok(None) };
     let dims = problem.dims();
     // The problem checked that the logits can be counted.

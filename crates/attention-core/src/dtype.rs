@@ -22,17 +22,40 @@ pub enum DType {
     F8E5M2,
     /// One byte an element, zero is `false` and everything else is `true`.
     Bool,
+    /// Signed integers of 32 bits: lengths, offsets and seeds, as the other integers.
+    I32,
+    /// Unsigned integers of 32 bits.
+    U32,
+    /// Signed integers of 64 bits.
+    I64,
 }
 
 impl DType {
     /// The float dtypes that queries, keys, values and biases can have.
     pub const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::Bf16];
 
+    /// The dtypes that lengths, offsets and seeds can have as tensors.
+    pub const INTEGERS: [DType; 3] = [DType::I32, DType::U32, DType::I64];
+
+    /// Every dtype that there is a name for.
+    const ALL: [DType; 10] = [
+        DType::F64,
+        DType::F32,
+        DType::F16,
+        DType::Bf16,
+        DType::F8E4M3,
+        DType::F8E5M2,
+        DType::Bool,
+        DType::I32,
+        DType::U32,
+        DType::I64,
+    ];
+
     /// Bytes an element takes.
     pub const fn size(self) -> usize {
         match self {
-            DType::F64 => 8,
-            DType::F32 => 4,
+            DType::F64 | DType::I64 => 8,
+            DType::F32 | DType::I32 | DType::U32 => 4,
             DType::F16 | DType::Bf16 => 2,
             DType::F8E4M3 | DType::F8E5M2 | DType::Bool => 1,
         }
@@ -48,12 +71,20 @@ impl DType {
             DType::F8E4M3 => "f8e4m3",
             DType::F8E5M2 => "f8e5m2",
             DType::Bool => "bool",
+            DType::I32 => "i32",
+            DType::U32 => "u32",
+            DType::I64 => "i64",
         }
     }
 
     /// True for the dtypes of [`DType::FLOATS`].
     pub const fn is_supported_float(self) -> bool {
         matches!(self, DType::F64 | DType::F32 | DType::F16 | DType::Bf16)
+    }
+
+    /// True for the dtypes of [`DType::INTEGERS`].
+    pub const fn is_integer(self) -> bool {
+        matches!(self, DType::I32 | DType::U32 | DType::I64)
     }
 
     /// The dtype of logits, softmax statistics and the logsumexp for operands of this dtype:
@@ -76,10 +107,8 @@ impl std::str::FromStr for DType {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let all =
-            [DType::F64, DType::F32, DType::F16, DType::Bf16, DType::F8E4M3, DType::F8E5M2, DType::Bool];
-        all.into_iter().find(|dtype| dtype.name() == text).ok_or_else(|| {
-            format!("unknown dtype '{text}'; known are f64, f32, f16, bf16, f8e4m3, f8e5m2, bool")
+        Self::ALL.into_iter().find(|dtype| dtype.name() == text).ok_or_else(|| {
+            format!("unknown dtype '{text}'; known are {}", Self::ALL.map(DType::name).join(", "))
         })
     }
 }
@@ -88,7 +117,8 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// A Rust type that a view can be made of. Sealed: f64, f32, f16, bf16 and bool.
+/// A Rust type that a view can be made of. Sealed: f64, f32, f16, bf16, bool,
+/// i32, u32 and i64, and usize, which is one of the latter two by its size.
 pub trait Element: Copy + Send + Sync + 'static + sealed::Sealed {
     /// The dtype of this element.
     const DTYPE: DType;
@@ -110,6 +140,23 @@ impl sealed::Sealed for bool {}
 impl Element for bool {
     const DTYPE: DType = DType::Bool;
 }
+
+macro_rules! integer {
+    ($($type:ty => $dtype:expr),* $(,)?) => {$(
+        impl sealed::Sealed for $type {}
+        impl Element for $type {
+            const DTYPE: DType = $dtype;
+        }
+    )*};
+}
+
+// A usize above i64::MAX reads as a negative number, which no length is.
+integer!(
+    i32 => DType::I32,
+    u32 => DType::U32,
+    i64 => DType::I64,
+    usize => if usize::BITS == 64 { DType::I64 } else { DType::U32 },
+);
 
 macro_rules! scalar {
     ($type:ty, $dtype:expr, $to32:expr, $to64:expr, $from32:expr, $from64:expr) => {
@@ -163,7 +210,7 @@ mod tests {
 
     #[test]
     fn names_parse_back() {
-        for dtype in [DType::F64, DType::F32, DType::F16, DType::Bf16, DType::F8E4M3, DType::Bool] {
+        for dtype in DType::ALL {
             assert_eq!(dtype.name().parse::<DType>(), Ok(dtype));
         }
         assert!("int8".parse::<DType>().unwrap_err().contains("unknown dtype 'int8'"));
@@ -176,6 +223,10 @@ mod tests {
         assert_eq!(f16::DTYPE.size(), size_of::<f16>());
         assert_eq!(bf16::DTYPE.size(), size_of::<bf16>());
         assert_eq!(bool::DTYPE.size(), size_of::<bool>());
+        assert_eq!(i32::DTYPE.size(), size_of::<i32>());
+        assert_eq!(u32::DTYPE.size(), size_of::<u32>());
+        assert_eq!(i64::DTYPE.size(), size_of::<i64>());
+        assert_eq!(usize::DTYPE.size(), size_of::<usize>());
     }
 
     #[test]

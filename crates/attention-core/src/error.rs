@@ -164,25 +164,48 @@ pub enum InvalidCall {
         /// How many there are.
         value: usize,
     },
-    /// There must be one length a batch row.
-    #[error("{} given for a batch of {batch}", were(*.count, &format!("{which} length")))]
-    LengthCount {
-        /// `query` or `key/value`.
-        which: &'static str,
-        /// How many were given.
-        count: usize,
-        /// `B`.
-        batch: usize,
+    /// A scale for which no kernel was planned.
+    #[error(
+        "scale is {}, and the problem was made for scales from {} to {} (`any_scale` takes others)",
+        number(.value),
+        number(.least),
+        number(.most)
+    )]
+    NotOrdinaryScale {
+        /// The value given.
+        value: f64,
+        /// The smallest that the problem takes.
+        least: f64,
+        /// The largest.
+        most: f64,
     },
-    /// A length exceeds the tensor.
-    #[error("{which} length {length} of batch row {batch} exceeds the tensor's length {max}")]
+    /// An offset outside of what was planned for.
+    #[error("query offset is {offset}, and the problem was made for offsets from -{most} to {most}")]
+    OffsetOutOfRange {
+        /// The offset given.
+        offset: i64,
+        /// The largest, either way.
+        most: i64,
+    },
+    /// A number of the call that its problem does not have, or has otherwise.
+    #[error("{what} of the call: {given}; of its problem: {planned}")]
+    OtherData {
+        /// Which number.
+        what: &'static str,
+        /// What the call gave.
+        given: String,
+        /// What the problem announces.
+        planned: String,
+    },
+    /// A length exceeds the tensor, or is negative.
+    #[error("{which} length {length} of batch row {batch} is not between 0 and the tensor's length {max}")]
     LengthOutOfRange {
         /// `query` or `key/value`.
         which: &'static str,
         /// The batch row.
         batch: usize,
         /// The length given.
-        length: usize,
+        length: i64,
         /// The largest legal length.
         max: usize,
     },
@@ -438,10 +461,6 @@ fn are(count: usize, what: &str) -> String {
     format!("{} {}", counted(count, what), if count == 1 { "is" } else { "are" })
 }
 
-fn were(count: usize, what: &str) -> String {
-    format!("{} {}", counted(count, what), if count == 1 { "was" } else { "were" })
-}
-
 /// How a problem gets a tensor that a call may have been given in vain.
 fn asked_for_with(role: Role) -> &'static str {
     match role {
@@ -453,6 +472,7 @@ fn asked_for_with(role: Role) -> &'static str {
         Role::Mask | Role::Bias | Role::AlibiSlopes | Role::Sinks => {
             ": build it from the inputs that have it (`Inputs::problem`)"
         }
+        role if role.is_data() => ": build it from the inputs that have it (`Inputs::problem`)",
         _ => "",
     }
 }

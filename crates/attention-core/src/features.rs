@@ -30,8 +30,10 @@ features! {
     ValueHeadDim => "value head dim != head dim",
     /// Causal masking.
     Causal => "causal",
-    /// A query offset other than top-left, fixed.
+    /// A query offset that each call gives.
     QueryOffset => "query offset",
+    /// Query offsets that each call gives, one for each batch row.
+    QueryOffsets => "query offsets by batch row",
     /// The bottom-right query offset.
     BottomRight => "bottom-right offset",
     /// A window's left bound.
@@ -66,6 +68,8 @@ features! {
     Deterministic => "deterministic",
     /// Tensors whose last axis has a stride other than 1.
     InnerStride => "inner stride != 1",
+    /// Lengths, offsets, or a dropout's seed and offset in device memory.
+    DeviceData => "numbers in device memory",
     /// Negative strides.
     NegativeStrides => "negative strides",
 }

@@ -5,6 +5,7 @@ mod backend;
 mod call;
 mod capabilities;
 pub mod conventions;
+mod data;
 mod delegate;
 mod device;
 mod dropout;
@@ -21,6 +22,7 @@ mod pass;
 mod plan;
 mod problem;
 mod role;
+mod sequence;
 mod shape;
 #[cfg(feature = "serde")]
 mod stored;
@@ -28,8 +30,11 @@ mod variants;
 mod view;
 
 pub use backend::AttentionBackend;
-pub use call::{BackwardCall, BackwardInputs, BackwardOutputs, ForwardCall, ForwardOutputs, Inputs};
+pub use call::{
+    BackwardCall, BackwardInputs, BackwardOutputs, CallProblem, ForwardCall, ForwardOutputs, Inputs,
+};
 pub use capabilities::{Capabilities, LongSums, PassCapabilities, ScratchGrowth};
+pub use data::CallData;
 pub use delegate::{Delegate, DelegatePlan};
 pub use device::{Device, DeviceKind};
 pub use dropout::{Dropout, DropoutStream, philox4x32_10};
@@ -39,11 +44,12 @@ pub use error::{BackendFailure, Error, InvalidCall, OutOfMemory, Unavailable, Un
 pub use features::{Feature, FeatureSet};
 pub use gradients::Gradients;
 pub use numerics::NumericsClass;
-pub use options::{Lengths, QueryOffset, Sequences, Window};
+pub use options::{Alignment, Lengths, OffsetRange, QueryOffset, Window};
 pub use pass::Pass;
 pub use plan::Plan;
 pub use problem::{Dimensions, Problem, ProblemBuilder};
 pub use role::Role;
+pub use sequence::SequenceRows;
 pub use shape::{Axes, Dims, MAX_RANK, Strides, TensorDesc};
 pub use variants::{VariantCounter, VariantRuns, Variants};
 #[doc(hidden)]

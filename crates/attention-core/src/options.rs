@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::View;
+
 /// Where query row `t` stands among the keys: `pos = t + offset`. Causal masking, windows and ALiBi all count from
 /// `pos`, whether or not the call is causal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,6 +26,79 @@ impl QueryOffset {
 impl Default for QueryOffset {
     fn default() -> Self {
         Self::TOP_LEFT
+    }
+}
+
+/// A number is [`QueryOffset::Fixed`].
+macro_rules! fixed {
+    ($($integer:ty),*) => {$(
+        impl From<$integer> for QueryOffset {
+            fn from(offset: $integer) -> Self {
+                // No cache has more keys than an i64 counts.
+                Self::Fixed(i64::try_from(offset).unwrap_or(i64::MAX))
+            }
+        }
+    )*};
+}
+fixed!(i32, i64, usize);
+
+/// How far from key 0 the offsets of a problem's calls may be, either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+pub enum OffsetRange {
+    /// Up to [`OffsetRange::NEAR`]: where distances between rows and keys are exact in f32, which kernels may
+    /// count on.
+    #[default]
+    Near,
+    /// Any number of 64 bits.
+    Any,
+}
+
+impl OffsetRange {
+    /// The largest offset of [`OffsetRange::Near`], either way: 2^22.
+    pub const NEAR: i64 = 1 << 22;
+
+    /// The smaller range that holds an offset.
+    pub const fn of(offset: i64) -> Self {
+        if offset.unsigned_abs() <= Self::NEAR.unsigned_abs() { Self::Near } else { Self::Any }
+    }
+
+    /// The largest offset, either way; `None` for no limit.
+    pub const fn most(self) -> Option<i64> {
+        match self {
+            Self::Near => Some(Self::NEAR),
+            Self::Any => None,
+        }
+    }
+}
+
+/// What a problem says of where query rows stand among the keys; the numbers are the call's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+pub enum Alignment {
+    /// Query row 0 is at key 0: the offset is 0.
+    #[default]
+    TopLeft,
+    /// Each call gives one offset.
+    Offset(OffsetRange),
+    /// Each call gives an offset for every batch row, as a tensor ([`Role::QueryOffsets`](crate::Role)).
+    Offsets(OffsetRange),
+    /// The last query row is at the last key: see [`QueryOffset::BottomRight`].
+    BottomRight,
+}
+
+impl std::fmt::Display for Alignment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::TopLeft => f.pad("top-left"),
+            Self::Offset(OffsetRange::Near) => write!(f, "an offset of at most {}", OffsetRange::NEAR),
+            Self::Offset(OffsetRange::Any) => f.pad("an offset"),
+            Self::Offsets(OffsetRange::Near) => write!(f, "offsets of at most {}", OffsetRange::NEAR),
+            Self::Offsets(OffsetRange::Any) => f.pad("offsets"),
+            Self::BottomRight => f.pad("bottom-right"),
+        }
     }
 }
 
@@ -74,7 +149,8 @@ impl std::fmt::Display for Window {
     }
 }
 
-/// How many of a dense tensor's positions are real in each batch row; the rest is suffix padding.
+/// How many of a dense tensor's positions are real in each batch row, in memory of their own; the rest is suffix
+/// padding. A call is given them as a tensor, see [`view`](Self::view).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -99,6 +175,15 @@ impl Lengths {
         }
     }
 
+    /// The lengths as a tensor of a call, `[B]`; `None` where every row is full.
+    pub fn view(&self) -> Option<View<'_>> {
+        match self {
+            Self::Full => None,
+            // A slice has as many elements as its length says.
+            Self::PerBatch(lengths) => View::from_slice(lengths, [lengths.len()]).ok(),
+        }
+    }
+
     /// Whether every position is real by construction.
     pub const fn is_full(&self) -> bool {
         matches!(self, Self::Full)
@@ -108,26 +193,5 @@ impl Lengths {
 impl<T: AsRef<[usize]>> From<T> for Lengths {
     fn from(lengths: T) -> Self {
         Self::PerBatch(lengths.as_ref().into())
-    }
-}
-
-/// How the tensors of a call hold sequences. Packed sequences and paged keys and values will be further variants.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
-#[non_exhaustive]
-pub enum Sequences {
-    /// One sequence a batch row, padded at its end where lengths are given.
-    Dense {
-        /// Lengths of the queries, each at most `T`.
-        query: Lengths,
-        /// Lengths of the keys and values, each at most `S`.
-        key_value: Lengths,
-    },
-}
-
-impl Default for Sequences {
-    fn default() -> Self {
-        Self::Dense { query: Lengths::Full, key_value: Lengths::Full }
     }
 }

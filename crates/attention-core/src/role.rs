@@ -38,11 +38,22 @@ pub enum Role {
     DBias,
     /// The gradient of the sinks.
     DSinks,
+    /// `[B]`, an integer dtype, as the four that follow: numbers of a call, see
+    /// [`CallData`](crate::CallData). How many query rows are real.
+    QueryLengths,
+    /// `[B]`: how many keys are real.
+    KeyValueLengths,
+    /// `[B]`: what is added to `t` to give a row's position.
+    QueryOffsets,
+    /// `[1]`: the seed of the dropout.
+    DropoutSeed,
+    /// `[1]`: the offset of the dropout.
+    DropoutOffset,
 }
 
 impl Role {
     /// How many roles there are.
-    pub(crate) const COUNT: usize = 16;
+    pub(crate) const COUNT: usize = 21;
 
     /// Every role, in declaration order.
     pub const ALL: [Role; Role::COUNT] = [
@@ -62,7 +73,26 @@ impl Role {
         Role::DValue,
         Role::DBias,
         Role::DSinks,
+        Role::QueryLengths,
+        Role::KeyValueLengths,
+        Role::QueryOffsets,
+        Role::DropoutSeed,
+        Role::DropoutOffset,
     ];
+
+    /// The numbers of a call: the only tensors that may be in host memory where the others are on a device.
+    pub const DATA: [Role; 5] = [
+        Role::QueryLengths,
+        Role::KeyValueLengths,
+        Role::QueryOffsets,
+        Role::DropoutSeed,
+        Role::DropoutOffset,
+    ];
+
+    /// Whether this is one of [`Role::DATA`].
+    pub const fn is_data(self) -> bool {
+        self as usize >= Role::QueryLengths as usize
+    }
 
     /// The name used in messages.
     pub const fn name(self) -> &'static str {
@@ -83,6 +113,11 @@ impl Role {
             Role::DValue => "dv",
             Role::DBias => "dbias",
             Role::DSinks => "dsinks",
+            Role::QueryLengths => "query lengths",
+            Role::KeyValueLengths => "key/value lengths",
+            Role::QueryOffsets => "query offsets",
+            Role::DropoutSeed => "dropout seed",
+            Role::DropoutOffset => "dropout offset",
         }
     }
 }

@@ -113,12 +113,14 @@ pub(crate) fn element_count(shape: &[usize]) -> Option<usize> {
 }
 
 /// A tensor without its memory: dtype, shape and strides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TensorDesc {
     dtype: DType,
-    shape: Dims,
-    strides: Strides,
+    // Shape and strides have one rank, which is kept once: a call holds some twenty of these.
+    rank: u8,
+    // As in `Axes`, entries at and after `rank` hold 0.
+    sizes: [usize; MAX_RANK],
+    steps: [isize; MAX_RANK],
 }
 
 impl TensorDesc {
@@ -139,54 +141,74 @@ impl TensorDesc {
             // Saturates instead of overflowing: `span` refuses such a tensor with the shape in the message.
             step = step.saturating_mul(isize::try_from(shape[axis].max(1)).unwrap_or(isize::MAX));
         }
-        Self { dtype, shape, strides }
+        Self::of(dtype, shape, strides)
+    }
+
+    /// Of equal ranks.
+    #[inline]
+    fn of(dtype: DType, shape: Dims, strides: Strides) -> Self {
+        Self { dtype, rank: shape.rank, sizes: shape.values, steps: strides.values }
+    }
+
+    #[inline]
+    fn sizes(&self) -> &[usize] {
+        &self.sizes[..usize::from(self.rank)]
+    }
+
+    #[inline]
+    fn steps(&self) -> &[isize] {
+        &self.steps[..usize::from(self.rank)]
     }
 
     /// A tensor with strides of its own, counted in elements; `None` if the ranks differ.
     pub fn strided(dtype: DType, shape: impl Into<Dims>, strides: impl Into<Strides>) -> Option<Self> {
         let (shape, strides) = (shape.into(), strides.into());
-        (shape.rank == strides.rank).then_some(Self { dtype, shape, strides })
+        (shape.rank == strides.rank).then(|| Self::of(dtype, shape, strides))
     }
 
     /// The same dtype with other axes; the ranks must be equal.
     pub(crate) fn reshaped(&self, shape: Dims, strides: Strides) -> Self {
         debug_assert_eq!(shape.rank(), strides.rank());
-        Self { dtype: self.dtype, shape, strides }
+        Self::of(self.dtype, shape, strides)
     }
 
     /// The same tensor without `axis`.
     pub(crate) fn without_axis(&self, axis: usize) -> Self {
-        Self { dtype: self.dtype, shape: self.shape.without(axis), strides: self.strides.without(axis) }
+        Self::of(self.dtype, self.shape().without(axis), self.strides().without(axis))
     }
 
     /// The element type.
+    #[inline]
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
     /// The shape.
+    #[inline]
     pub fn shape(&self) -> Dims {
-        self.shape
+        Dims { rank: self.rank, values: self.sizes }
     }
 
     /// The strides, in elements.
+    #[inline]
     pub fn strides(&self) -> Strides {
-        self.strides
+        Strides { rank: self.rank, values: self.steps }
     }
 
     /// The number of axes.
+    #[inline]
     pub fn rank(&self) -> usize {
-        self.shape.rank()
+        usize::from(self.rank)
     }
 
     /// Whether the tensor has no elements.
     pub fn is_empty(&self) -> bool {
-        self.shape.contains(&0)
+        self.sizes().contains(&0)
     }
 
     /// The number of elements, or `None` on overflow.
     pub fn element_count(&self) -> Option<usize> {
-        element_count(&self.shape)
+        element_count(self.sizes())
     }
 
     /// The lowest and highest element offset from the first element, or `None` where the tensor does not fit in
@@ -197,7 +219,7 @@ impl TensorDesc {
         }
         self.element_count()?.checked_mul(self.dtype.size()).filter(|&bytes| bytes <= isize::MAX as usize)?;
         let (mut low, mut high) = (0isize, 0isize);
-        for (&size, &stride) in self.shape.iter().zip(self.strides.iter()) {
+        for (&size, &stride) in self.sizes().iter().zip(self.steps()) {
             let reach = isize::try_from(size - 1).ok()?.checked_mul(stride)?;
             low = low.checked_add(reach.min(0))?;
             high = high.checked_add(reach.max(0))?;
@@ -209,8 +231,8 @@ impl TensorDesc {
     /// Whether the elements lie in row-major order without gaps.
     pub fn is_contiguous(&self) -> bool {
         self.is_empty() || {
-            let dense = Self::contiguous(self.dtype, self.shape);
-            (0..self.rank()).all(|axis| self.shape[axis] == 1 || self.strides[axis] == dense.strides[axis])
+            let dense = Self::contiguous(self.dtype, self.shape());
+            (0..self.rank()).all(|axis| self.sizes[axis] == 1 || self.steps[axis] == dense.steps[axis])
         }
     }
 
@@ -221,13 +243,12 @@ impl TensorDesc {
         if self.is_empty() {
             return false;
         }
-        let mut axes: Vec<(usize, usize)> = (self.shape.iter().zip(self.strides.iter()))
-            .filter(|&(&size, _)| size > 1)
-            .map(|(&size, &stride)| (stride.unsigned_abs(), size))
-            .collect();
+        let mut axes: [(usize, usize); MAX_RANK] =
+            std::array::from_fn(|axis| (self.steps[axis].unsigned_abs(), self.sizes[axis]));
         axes.sort_unstable();
         let mut reach = 0usize;
-        axes.into_iter().any(|(stride, size)| {
+        // An axis with one element is never stepped along, and neither is one that there is not.
+        axes.into_iter().filter(|&(_, size)| size > 1).any(|(stride, size)| {
             let overlaps = stride <= reach;
             reach = reach.saturating_add((size - 1).saturating_mul(stride));
             overlaps
@@ -237,8 +258,18 @@ impl TensorDesc {
 
 impl std::fmt::Display for TensorDesc {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {}", self.dtype, self.shape)?;
-        if self.is_contiguous() { Ok(()) } else { write!(f, " strides {}", self.strides) }
+        write!(f, "{} {}", self.dtype, self.shape())?;
+        if self.is_contiguous() { Ok(()) } else { write!(f, " strides {}", self.strides()) }
+    }
+}
+
+impl std::fmt::Debug for TensorDesc {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TensorDesc")
+            .field("dtype", &self.dtype)
+            .field("shape", &self.shape())
+            .field("strides", &self.strides())
+            .finish()
     }
 }
 

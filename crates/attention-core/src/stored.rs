@@ -45,12 +45,18 @@ macro_rules! fields_by_name {
 }
 
 /// A stored description, whose ranks may differ.
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a tensor's dtype, shape and strides")]
+#[derive(serde::Serialize, serde::Deserialize)]
+#[serde(rename = "TensorDesc", deny_unknown_fields, expecting = "a tensor's dtype, shape and strides")]
 struct StoredDesc {
     dtype: DType,
     shape: Dims,
     strides: Strides,
+}
+
+impl serde::Serialize for TensorDesc {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        StoredDesc { dtype: self.dtype(), shape: self.shape(), strides: self.strides() }.serialize(serializer)
+    }
 }
 
 impl<'de> serde::Deserialize<'de> for TensorDesc {

@@ -7,7 +7,6 @@ use attention_core::{
     ForwardCall, NumericsClass, Pass, PassCapabilities, Plan, Problem, Scratch, ScratchGrowth, Unavailable,
     Unsupported, Variants,
 };
-use attention_threads::Team;
 use half::{bf16, f16};
 
 use crate::config::CpuConfig;
@@ -86,7 +85,7 @@ impl CpuBackend {
         Self { config, capabilities, runs: Arc::new(Runs::new()) }
     }
 
-    /// What a call takes; `None` on overflow.
+    /// What a call takes at most; `None` on overflow.
     fn sizes(&self, problem: &Problem) -> Option<Sizes> {
         fn of<E: Operand>(problem: &Problem, threads: usize) -> Option<Sizes> {
             Some(match problem.pass() {
@@ -103,7 +102,7 @@ impl CpuBackend {
         }
     }
 
-    /// What a call takes, if this backend serves the problem.
+    /// What a call takes at most, if this backend serves the problem.
     fn needs(&self, problem: &Problem) -> Result<(Sizes, usize), Unsupported> {
         self.capabilities.check(NAME, problem)?;
         let sizes = self.sizes(problem);
@@ -120,7 +119,7 @@ impl CpuBackend {
     }
 }
 
-/// What a call of either pass takes.
+/// What a call of either pass takes at most.
 #[derive(Debug)]
 enum Sizes {
     Forward(forward::Sizes),
@@ -188,7 +187,7 @@ impl AttentionBackend for CpuBackend {
     }
 }
 
-/// A problem with what its calls take.
+/// A problem with what its calls take at most.
 #[derive(Debug)]
 struct CpuPlan {
     problem: Problem,
@@ -199,11 +198,11 @@ struct CpuPlan {
 }
 
 impl CpuPlan {
-    /// Checks what is left to check of a call; gives its scratch as bytes, and its threads.
-    fn begin<'a>(&self, problem: &Problem, scratch: Scratch<'a>) -> Result<(&'a mut [u8], Team), Error> {
+    /// Checks what is left to check of a call; gives its scratch as bytes.
+    fn begin<'a>(&self, problem: &Problem, scratch: Scratch<'a>) -> Result<&'a mut [u8], Error> {
         self.admit(problem, &scratch)?;
         // Device and size were checked; a call without scratch may bring one from anywhere.
-        Ok((scratch.into_host().unwrap_or_default(), self.config.team(self.sizes.workers())))
+        Ok(scratch.into_host().unwrap_or_default())
     }
 }
 
@@ -221,16 +220,16 @@ impl Plan for CpuPlan {
     }
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        let (scratch, team) = self.begin(call.problem(), scratch)?;
+        let scratch = self.begin(call.problem(), scratch)?;
         let Sizes::Forward(sizes) = &self.sizes else {
             unreachable!("a forward call is of a forward problem")
         };
-        let runs = &*self.runs;
+        let (config, runs) = (&self.config, &*self.runs);
         where_products_run(|| match self.problem.dtype() {
-            DType::F64 => forward::run::<f64>(call, sizes, &team, scratch, runs),
-            DType::F32 => forward::run::<f32>(call, sizes, &team, scratch, runs),
-            DType::F16 => forward::run::<f16>(call, sizes, &team, scratch, runs),
-            DType::Bf16 => forward::run::<bf16>(call, sizes, &team, scratch, runs),
+            DType::F64 => forward::run::<f64>(call, sizes, config, scratch, runs),
+            DType::F32 => forward::run::<f32>(call, sizes, config, scratch, runs),
+            DType::F16 => forward::run::<f16>(call, sizes, config, scratch, runs),
+            DType::Bf16 => forward::run::<bf16>(call, sizes, config, scratch, runs),
             dtype => unreachable!("{dtype} is not among the capabilities, which were checked"),
         })
         .map_err(|source| failure("forward", source))?;
@@ -238,16 +237,16 @@ impl Plan for CpuPlan {
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
-        let (scratch, team) = self.begin(call.problem(), scratch)?;
+        let scratch = self.begin(call.problem(), scratch)?;
         let Sizes::Backward(sizes) = &self.sizes else {
             unreachable!("a backward call is of a backward problem")
         };
-        let runs = &*self.runs;
+        let (config, runs) = (&self.config, &*self.runs);
         where_products_run(|| match self.problem.dtype() {
-            DType::F64 => backward::run::<f64>(call, sizes, &team, scratch, runs),
-            DType::F32 => backward::run::<f32>(call, sizes, &team, scratch, runs),
-            DType::F16 => backward::run::<f16>(call, sizes, &team, scratch, runs),
-            DType::Bf16 => backward::run::<bf16>(call, sizes, &team, scratch, runs),
+            DType::F64 => backward::run::<f64>(call, sizes, config, scratch, runs),
+            DType::F32 => backward::run::<f32>(call, sizes, config, scratch, runs),
+            DType::F16 => backward::run::<f16>(call, sizes, config, scratch, runs),
+            DType::Bf16 => backward::run::<bf16>(call, sizes, config, scratch, runs),
             dtype => unreachable!("{dtype} is not among the capabilities, which were checked"),
         })
         .map_err(|source| failure("backward", source))?;

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use attention_core::{Problem, Sequences};
+use attention_core::{Alignment, CallProblem, Dimensions, Problem, Role};
 
 use crate::logits::Rows;
 use crate::operand::Operand;
@@ -26,17 +26,22 @@ const BLOCK_ROWS: Range<usize> = 48..128;
 const SMALL_LOGITS: usize = 1 << 12;
 
 /// Whether a batch row is computed the way of [`Operand::Small`].
-pub(crate) fn is_small<E: Operand>(problem: &Problem, batch: usize) -> bool {
-    let logits = problem.query_len(batch).saturating_mul(problem.key_value_len(batch));
-    E::HAS_SMALL && logits <= SMALL_LOGITS
+pub(crate) fn is_small<E: Operand>(problem: &CallProblem<'_>, batch: usize) -> bool {
+    E::HAS_SMALL && are_few_logits(problem.query_len(batch), problem.key_value_len(batch))
+}
+
+fn are_few_logits(queries: usize, keys: usize) -> bool {
+    queries.saturating_mul(keys) <= SMALL_LOGITS
 }
 
 /// Whether so few query rows share a key/value head that reading keys and values as they lie beats packing them:
 /// decoding. Packing reads and writes them once more, and products of few rows are bound by memory.
 pub(crate) fn few_rows(rows: usize) -> bool {
-    const FEW: usize = 8;
-    rows <= FEW
+    rows <= FEW_ROWS
 }
+
+/// The most rows that are few.
+pub(crate) const FEW_ROWS: usize = 8;
 
 /// A task: query rows of some heads that share a key/value head.
 #[derive(Clone, Debug)]
@@ -60,6 +65,10 @@ impl TaskSize {
         let queries = queries.clamp(1, TASK_ROWS);
         Self { heads: (TASK_ROWS / queries).clamp(1, group.max(1)), queries }
     }
+
+    fn rows(self) -> usize {
+        self.heads * self.queries
+    }
 }
 
 /// Whether there are logits at all: sizes of a problem without any say nothing about time.
@@ -67,23 +76,80 @@ pub(crate) fn has_logits(problem: &Problem) -> bool {
     !problem.dims().logits().contains(&0)
 }
 
-/// Batch rows of which every other is like one: a single one where all have the same lengths.
-pub(crate) fn different_rows(problem: &Problem) -> Range<usize> {
-    let batch = problem.dims().batch;
-    match problem.sequences() {
-        Sequences::Dense { query, key_value } if query.is_full() && key_value.is_full() => 0..batch.min(1),
-        _ => 0..batch,
+/// Real queries and keys that scratch is sized by: the most of some batch rows of the calls of a problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SizedRows {
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+    /// Whether they are small batch rows.
+    pub(crate) are_small: bool,
+}
+
+/// What scratch is sized by: each batch row of each call has at most the queries and keys of one of its kind. A
+/// single one where calls give no lengths, as all batch rows have the same.
+pub(crate) fn sized_rows<E: Operand>(problem: &Problem) -> impl Iterator<Item = SizedRows> {
+    let Dimensions { query_length: queries, key_length: keys, .. } = problem.dims();
+    let are_small = E::HAS_SMALL && are_few_logits(queries, keys);
+    let has_others = E::HAS_SMALL && !are_small;
+    // The small batch rows beside large ones: the fewer queries, the more keys.
+    let mut next = if problem.has(Role::QueryLengths) { 1 } else { queries };
+    let least_keys = if problem.has(Role::KeyValueLengths) { 0 } else { keys };
+    let small = std::iter::from_fn(move || {
+        if !has_others || next > queries {
+            return None;
+        }
+        let most_keys = SMALL_LOGITS / next;
+        // All numbers of queries for which it is as many keys.
+        let last = SMALL_LOGITS.checked_div(most_keys).map_or(queries, |last| last.min(queries));
+        next = last + 1;
+        let keys = keys.min(most_keys);
+        (keys >= least_keys).then_some(SizedRows { queries: last, keys, are_small: true })
+    });
+    std::iter::once(SizedRows { queries, keys, are_small }).chain(small)
+}
+
+impl SizedRows {
+    /// The most queries of a head in a task of the forward pass.
+    pub(crate) fn task_queries(&self, problem: &Problem) -> usize {
+        TaskSize::of(self.queries, problem.dims().group_size()).queries
+    }
+
+    /// The most rows of a task of the forward pass.
+    pub(crate) fn task_rows(&self, problem: &Problem) -> usize {
+        let group = problem.dims().group_size();
+        if problem.has(Role::QueryLengths) {
+            // Fewer queries may fill a task better: its heads are a whole number.
+            self.queries.saturating_mul(group).min(TASK_ROWS)
+        } else {
+            TaskSize::of(self.queries, group).rows()
+        }
+    }
+
+    /// The most keys that `queries` neighbouring rows of a head see.
+    pub(crate) fn keys_of(&self, problem: &Problem, queries: usize) -> usize {
+        if queries == 0 {
+            return 0;
+        }
+        let all = match problem.alignment() {
+            // Shorter rows see no more than full ones.
+            Alignment::TopLeft | Alignment::BottomRight => {
+                let rows = 0..problem.dims().query_length;
+                CallProblem::at_bounds(problem).key_range_of_rows(0, rows).len()
+            }
+            // An offset may bring rows anywhere among the keys.
+            Alignment::Offset(_) | Alignment::Offsets(_) => self.keys,
+        };
+        let window = problem.window();
+        let right = if problem.causal() { Some(0) } else { window.right };
+        // A window of both sides moves with the rows. Causal rows alone see more the later they are.
+        let moving = (window.left.zip(right))
+            .map_or(usize::MAX, |(left, right)| left.saturating_add(right).saturating_add(queries));
+        all.min(self.keys).min(moving)
     }
 }
 
-/// Batch rows that scratch is sized by: each whose lengths are not those of the one before.
-pub(crate) fn sized_rows(problem: &Problem) -> impl Iterator<Item = usize> {
-    let lengths = |batch: usize| [problem.query_len(batch), problem.key_value_len(batch)];
-    different_rows(problem).filter(move |&batch| batch == 0 || lengths(batch) != lengths(batch - 1))
-}
-
-/// How many tasks there are, or `most` if there are more.
-pub(crate) fn task_count(problem: &Problem, most: usize) -> usize {
+/// How many tasks a forward call has, or `most` if there are more. None has more than one of full lengths.
+pub(crate) fn task_count(problem: &CallProblem<'_>, most: usize) -> usize {
     let dims = problem.dims();
     if !has_rows(problem) {
         return 0;
@@ -94,11 +160,12 @@ pub(crate) fn task_count(problem: &Problem, most: usize) -> usize {
         let heads = dims.group_size().div_ceil(size.heads).saturating_mul(dims.key_heads);
         heads.saturating_mul(queries.div_ceil(size.queries))
     };
-    let different = different_rows(problem);
-    let alike = dims.batch / different.len().max(1);
+    if !problem.has(Role::QueryLengths) {
+        return of_row(0).saturating_mul(dims.batch).min(most);
+    }
     let mut count = 0usize;
-    for batch in different {
-        count = count.saturating_add(of_row(batch).saturating_mul(alike));
+    for batch in 0..dims.batch {
+        count = count.saturating_add(of_row(batch));
         if count >= most {
             return most;
         }
@@ -112,36 +179,25 @@ pub(crate) fn has_rows(problem: &Problem) -> bool {
     dims.batch > 0 && dims.query_length > 0 && dims.query_heads > 0
 }
 
-/// The most keys that a task of `queries` rows can see in a batch row.
-pub(crate) fn task_keys(problem: &Problem, batch: usize, queries: usize) -> usize {
-    let all = problem.key_range_of_rows(batch, 0..problem.query_len(batch)).len();
-    let window = problem.window();
-    let right = if problem.causal() { Some(0) } else { window.right };
-    // A window of both sides moves with the rows. Causal rows alone see more the later they are.
-    match (window.left, right) {
-        (Some(left), Some(right)) => all.min(left.saturating_add(right).saturating_add(queries)),
-        _ => all,
-    }
-}
-
 /// The blocks of a task, each with the keys it can see. `matrices` of the size of a block's logits are in use at a
 /// time.
 pub(crate) fn blocks(
-    problem: &Problem,
+    problem: &CallProblem<'_>,
     rows: &Rows,
     keys: &Range<usize>,
     matrices: usize,
-) -> impl Iterator<Item = (Rows, Range<usize>)> {
+) -> impl Iterator<Item = (Rows, Range<usize>)> + use<> {
     let limit = block_rows(keys.len(), matrices);
     let queries = rows.queries.len().clamp(1, limit);
     let heads = (limit / queries).clamp(1, rows.heads.len().max(1));
     let Rows { batch, heads: all_heads, queries: all_queries } = rows.clone();
+    let sequence = problem.sequence(batch);
     all_heads.clone().step_by(heads).flat_map(move |head| {
         let heads = head..(head + heads).min(all_heads.end);
         let all_queries = all_queries.clone();
         all_queries.clone().step_by(queries).map(move |query| {
             let queries = query..(query + queries).min(all_queries.end);
-            let keys = problem.key_range_of_rows(batch, queries.clone());
+            let keys = sequence.key_range_of_rows(queries.clone());
             (Rows { batch, heads: heads.clone(), queries }, keys)
         })
     })

@@ -2,12 +2,15 @@
 
 use std::marker::PhantomData;
 
-use attention_core::{ForwardCall, ForwardOutputs, HostView, HostViewMut, Inputs, Problem, Scalar, ViewMut};
-use attention_threads::Team;
+use attention_core::{
+    CallProblem, ForwardCall, ForwardOutputs, HostView, HostViewMut, Inputs, Problem, Scalar, SequenceRows,
+    ViewMut,
+};
 use bytemuck::Pod;
 
 use crate::bias::AnyFloat;
-use crate::cut::{self, Task, TaskSize};
+use crate::config::CpuConfig;
+use crate::cut::{self, SizedRows, Task, TaskSize};
 use crate::elementary::Compute;
 use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, read_row, write_row};
@@ -30,13 +33,11 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// Makes room for the tasks of a batch row; `None` on overflow.
-    fn make_room(&mut self, problem: &Problem, batch: usize) -> Option<()> {
+    /// Makes room for the tasks of some batch rows; `None` on overflow.
+    fn make_room(&mut self, problem: &Problem, sized: SizedRows) -> Option<()> {
         let dims = problem.dims();
-        let queries = problem.query_len(batch);
-        let size = TaskSize::of(queries, dims.group_size());
-        let rows = size.queries * size.heads;
-        let keys = cut::task_keys(problem, batch, size.queries);
+        let rows = sized.task_rows(problem);
+        let keys = sized.keys_of(problem, sized.task_queries(problem));
         // The last task of a head may be the only one of few rows, and the other way round the first is the largest.
         if !cut::few_rows(rows) {
             self.panels = self.panels.max(panel_elements(keys, dims.head_dim)?);
@@ -81,16 +82,16 @@ impl<'a, C: Pod> Scratch<'a, C> {
     }
 }
 
-/// What a problem takes, read off its batch rows once.
+/// What every call of a problem takes.
 #[derive(Debug)]
 pub(crate) struct Sizes {
-    /// Large enough for every task of the batch rows that are not small.
+    /// Large enough for every task of batch rows that are not small.
     pieces: Pieces,
-    /// Large enough for every task of the small batch rows.
+    /// Large enough for every task of small batch rows.
     small_pieces: Pieces,
     /// Bytes of scratch a worker needs.
     pub(crate) bytes_per_worker: usize,
-    /// How many threads have something to do.
+    /// The most threads that have something to do.
     pub(crate) workers: usize,
 }
 
@@ -101,14 +102,14 @@ impl Sizes {
         let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
         let empty = Pieces { row, ..Pieces::default() };
         let (mut pieces, mut small_pieces) = (empty, empty);
-        let rows = cut::has_rows(problem).then(|| cut::sized_rows(problem));
-        for batch in rows.into_iter().flatten() {
-            let small = cut::is_small::<E>(problem, batch);
-            if small { &mut small_pieces } else { &mut pieces }.make_room(problem, batch)?;
+        let rows = cut::has_rows(problem).then(|| cut::sized_rows::<E>(problem));
+        for sized in rows.into_iter().flatten() {
+            let pieces = if sized.are_small { &mut small_pieces } else { &mut pieces };
+            pieces.make_room(problem, sized)?;
         }
         let bytes = pieces.bytes::<E::Compute>()?;
         let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
-        let workers = cut::task_count(problem, threads);
+        let workers = cut::task_count(&CallProblem::at_bounds(problem), threads);
         Some(Self { pieces, small_pieces, bytes_per_worker: bytes.max(small_bytes), workers })
     }
 }
@@ -121,7 +122,7 @@ struct Outputs<'a, T, L> {
 
 /// Everything that the tasks of a call share.
 struct Shared<'a, E: Operand> {
-    problem: &'a Problem,
+    problem: &'a CallProblem<'a>,
     query: HostView<'a, E::Element>,
     key: HostView<'a, E::Element>,
     value: HostView<'a, E::Element>,
@@ -134,20 +135,23 @@ struct Shared<'a, E: Operand> {
 pub(crate) fn run<E: Operand>(
     call: ForwardCall<'_>,
     sizes: &Sizes,
-    team: &Team,
+    config: &CpuConfig,
     scratch: &mut [u8],
     runs: &Runs,
 ) {
     let (problem, inputs, outputs) = call.into_parts();
+    let problem = &problem;
     if !cut::has_rows(problem) {
         return;
     }
+    // Lengths may leave fewer tasks than were planned for.
+    let workers = cut::task_count(problem, sizes.workers);
     let shared = Shared::<E>::new(problem, &inputs, runs);
     let small = Shared::<E::Small>::new(problem, &inputs, runs);
     let tasks = Queue::<E::Element, E::Statistics>::new(problem, outputs);
     workers::run(
-        team,
-        sizes.workers,
+        &config.team(workers),
+        workers,
         tasks,
         scratch,
         sizes.bytes_per_worker,
@@ -166,11 +170,13 @@ type Parts<'a> = Box<dyn Iterator<Item = ViewMut<'a>> + Send + 'a>;
 /// Cuts the outputs into what each task writes, task by task, and fills the padded rows of each batch row on the way:
 /// with 0 an output, with -inf a logsumexp.
 struct Queue<'p, 'a, T, L> {
-    problem: &'p Problem,
+    problem: &'p CallProblem<'p>,
     /// The outputs of the batch rows to come, `[T, N, Hv]` and `[T, N]`.
     out: Parts<'a>,
     lse: Option<Parts<'a>>,
     next_batch: usize,
+    /// The batch row at hand, once there is one.
+    sequence: Option<SequenceRows>,
     /// The query heads to come of the batch row at hand, `[T, Hv]` and `[T]`, real rows only.
     out_heads: Parts<'a>,
     lse_heads: Option<Parts<'a>>,
@@ -183,12 +189,13 @@ struct Queue<'p, 'a, T, L> {
 }
 
 impl<'p, 'a, T: Scalar, L: Scalar> Queue<'p, 'a, T, L> {
-    fn new(problem: &'p Problem, outputs: ForwardOutputs<'a>) -> Self {
+    fn new(problem: &'p CallProblem<'p>, outputs: ForwardOutputs<'a>) -> Self {
         Self {
             problem,
             out: Box::new(outputs.out.into_axis(0)),
             lse: outputs.lse.map(|lse| -> Parts<'a> { Box::new(lse.into_axis(0)) }),
             next_batch: 0,
+            sequence: None,
             out_heads: Box::new(std::iter::empty()),
             lse_heads: None,
             next_head: 0,
@@ -202,7 +209,9 @@ impl<'p, 'a, T: Scalar, L: Scalar> Queue<'p, 'a, T, L> {
     /// Takes the next batch row in hand; `None` behind the last.
     fn begin_batch(&mut self) -> Option<()> {
         let out = self.out.next()?;
-        let queries = self.problem.query_len(self.next_batch);
+        let sequence = self.problem.sequence(self.next_batch);
+        let queries = sequence.queries();
+        self.sequence = Some(sequence);
         self.out_heads = heads::<T>(out, queries, 0.0);
         let lse = self.lse.as_mut().and_then(Iterator::next);
         self.lse_heads = lse.map(|lse| heads::<L>(lse, queries, f32::NEG_INFINITY));
@@ -233,11 +242,14 @@ impl<'a, T: Scalar, L: Scalar> Iterator for Queue<'_, 'a, T, L> {
     fn next(&mut self) -> Option<Self::Item> {
         let group = self.problem.dims().group_size();
         loop {
+            let Some(sequence) = self.sequence else {
+                self.begin_batch()?;
+                continue;
+            };
+            let queries = sequence.queries();
+            let size = TaskSize::of(queries, group);
             if self.queries_left == 0 {
                 // The heads of the tasks to come: some that share a key/value head.
-                let next_batch = self.next_batch;
-                let queries = if next_batch == 0 { 0 } else { self.problem.query_len(next_batch - 1) };
-                let size = TaskSize::of(queries, group);
                 let in_group = group - self.next_head % group;
                 self.out_left.clear();
                 self.out_left.extend(self.out_heads.by_ref().take(size.heads.min(in_group)));
@@ -253,13 +265,12 @@ impl<'a, T: Scalar, L: Scalar> Iterator for Queue<'_, 'a, T, L> {
                 self.queries_left = queries;
             }
             let batch = self.next_batch - 1;
-            let size = TaskSize::of(self.problem.query_len(batch), group);
             // Under causal masking the last rows of a head see the most keys: begin with those.
             let first = (self.queries_left - 1) / size.queries * size.queries;
             let queries = first..self.queries_left;
             self.queries_left = first;
             let heads = self.next_head - self.out_left.len()..self.next_head;
-            let keys = self.problem.key_range_of_rows(batch, queries.clone());
+            let keys = sequence.key_range_of_rows(queries.clone());
             let outputs = Outputs {
                 out: take_rows(&mut self.out_left, first),
                 lse: take_rows(&mut self.lse_left, first),
@@ -295,7 +306,7 @@ fn fill<T: Scalar>(mut view: HostViewMut<'_, T>, value: T) {
 }
 
 impl<'a, E: Operand> Shared<'a, E> {
-    fn new(problem: &'a Problem, inputs: &Inputs<'a>, runs: &'a Runs) -> Self {
+    fn new(problem: &'a CallProblem<'a>, inputs: &Inputs<'a>, runs: &'a Runs) -> Self {
         let host = |view: attention_core::View<'a>| {
             view.host::<E::Element>()
                 .unwrap_or_else(|| unreachable!("a checked call has operands of its dtype in host memory"))

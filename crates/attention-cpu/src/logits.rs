@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use attention_core::{DType, HostView, Inputs, Problem, VariantCounter};
+use attention_core::{CallProblem, DType, HostView, Inputs, SequenceRows, VariantCounter};
 
 use crate::bias::{AnyFloat, broadcast, row_counter};
 use crate::elementary::Compute;
@@ -33,7 +33,7 @@ impl Rows {
 
 /// What turns products into logits, read from the call once.
 pub(crate) struct Terms<'a, C> {
-    pub(crate) problem: &'a Problem,
+    pub(crate) problem: &'a CallProblem<'a>,
     pub(crate) scale: C,
     /// The factors of the scale that gradients of products are multiplied with: before the sums that dq and dk are, a
     /// power of two so that nothing is rounded, and after them. A scale of 1e38 has operands of 1e-19, whose products with
@@ -53,7 +53,7 @@ pub(crate) struct Terms<'a, C> {
 }
 
 impl<'a, C: Compute> Terms<'a, C> {
-    pub(crate) fn new(problem: &'a Problem, inputs: &Inputs<'a>, runs: &'a Runs) -> Self {
+    pub(crate) fn new(problem: &'a CallProblem<'a>, inputs: &Inputs<'a>, runs: &'a Runs) -> Self {
         let mask = inputs.mask.map(|mask| {
             mask.host_mask()
                 .unwrap_or_else(|| unreachable!("a checked call has a boolean mask in host memory"))
@@ -90,19 +90,20 @@ impl<'a, C: Compute> Terms<'a, C> {
         self.reads.into_iter().flatten().for_each(VariantCounter::count);
     }
 
-    /// Turns a row of scaled products into logits: -inf at every column that takes no part.
+    /// Turns a row of scaled products into logits: -inf at every column that takes no part. `sequence` has the rows
+    /// of the batch row.
     ///
     /// With a softcap, `capped` receives the soft-capped products, from which the backward pass takes the slope.
     #[inline(always)]
     pub(crate) fn apply<const FMA: bool>(
         &self,
-        batch: usize,
+        (batch, sequence): (usize, &SequenceRows),
         (head, query): (usize, usize),
         columns: &Columns,
         logits: &mut [C],
         capped: Option<&mut [C]>,
     ) {
-        let keys = self.problem.key_range(batch, query);
+        let keys = sequence.key_range(query);
         // A block may hold a part of the row's keys, and an empty range may lie anywhere.
         let inside = |key: usize| key.clamp(columns.start, columns.start + columns.count);
         let keys = inside(keys.start)..inside(keys.end);
@@ -130,7 +131,7 @@ impl<'a, C: Compute> Terms<'a, C> {
         }
         if let Some(slopes) = &self.slopes {
             let slope: C = if self.slopes_per_batch { slopes.at(&[batch, head]) } else { slopes.at(&[head]) };
-            let (position, is_finite) = (self.problem.position(batch, query), slope.is_finite());
+            let (position, is_finite) = (sequence.position(query), slope.is_finite());
             for (index, logit) in inside.iter_mut().enumerate() {
                 let distance = C::from_distance(position.abs_diff((keys.start + index) as i64));
                 let lowered = *logit - slope * distance;

@@ -1,6 +1,6 @@
 //! The softmax of a row, and its dropout.
 
-use attention_core::{DropoutStream, Problem};
+use attention_core::{CallProblem, DropoutStream};
 
 use crate::bias::AnyFloat;
 use crate::elementary::Compute;
@@ -146,7 +146,7 @@ pub(crate) struct RowDropout<C> {
 
 impl<C: Compute> RowDropout<C> {
     /// The dropout of one row, if the problem has any.
-    pub(crate) fn new(problem: &Problem, batch: usize, head: usize, query: usize) -> Option<Self> {
+    pub(crate) fn new(problem: &CallProblem<'_>, batch: usize, head: usize, query: usize) -> Option<Self> {
         let stream = problem.dropout_stream()?;
         // The problem checked that all counters fit.
         let batch_head = (batch * problem.dims().query_heads + head) as u32;
@@ -189,11 +189,12 @@ impl<C: Compute> Kernel for SoftmaxRows<'_, '_, C> {
     fn run<const FMA: bool>(self) -> Self::Output {
         let Self { terms, sinks, rows, columns, logits, stride, mut capped } = self;
         let mut results = Vec::with_capacity(rows.len());
+        let sequence = terms.problem.sequence(rows.batch);
         for (index, (head, query)) in rows.iter().enumerate() {
             let at = index * stride;
             let row = &mut logits[at..][..columns.count];
             let capped = capped.as_deref_mut().map(|capped| &mut capped[at..][..columns.count]);
-            terms.apply::<FMA>(rows.batch, (head, query), columns, row, capped);
+            terms.apply::<FMA>((rows.batch, &sequence), (head, query), columns, row, capped);
             results.push(softmax::<_, FMA>(row, sinks.map(|sinks| sinks.at(&[head]))));
         }
         results

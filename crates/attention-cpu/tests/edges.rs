@@ -1,8 +1,8 @@
 //! Numbers at the edges of their types: masks of -inf around NaN, biases of any size, logits beyond their own precision.
 
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, ForwardCall, ForwardOutputs, Gradients,
-    Inputs, Scalar, ScratchBuffer, View, ViewMut,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, ForwardCall, ForwardOutputs,
+    Gradients, Inputs, Scalar, ScratchBuffer, View, ViewMut,
 };
 use attention_cpu::CpuBackend;
 use half::f16;
@@ -42,10 +42,11 @@ impl<T: Scalar + attention_core::Element, B: Scalar> Call<'_, T, B> {
         let bias_shape = self.bias.map(|bias| [1, 1, bias.len() / keys, keys]);
         inputs.bias = self.bias.zip(bias_shape).map(|(bias, shape)| View::from_slice(bias, shape).unwrap());
         inputs.sinks = sinks.as_ref().map(|sinks| View::from_slice(sinks, [1]).unwrap());
+        inputs.data = CallData { scale: Some(self.scale), ..CallData::default() };
         let backend = CpuBackend::new();
         let nan = T::from_f64(f64::NAN);
         let (mut out, mut lse) = (vec![nan; rows * width], vec![L::from_f64(f64::NAN); rows]);
-        let problem = inputs.problem().scale(self.scale).lse(true).build().unwrap();
+        let problem = inputs.problem().lse(true).build().unwrap();
         let outputs = ForwardOutputs {
             out: ViewMut::from_slice(&mut out, query).unwrap(),
             lse: Some(ViewMut::from_slice(&mut lse, [1, rows, 1]).unwrap()),
@@ -62,7 +63,7 @@ impl<T: Scalar + attention_core::Element, B: Scalar> Call<'_, T, B> {
         if self.sink.is_some() {
             wanted = wanted | Gradients::SINKS;
         }
-        let problem = inputs.problem().scale(self.scale).gradients(wanted).build().unwrap();
+        let problem = inputs.problem().gradients(wanted).build().unwrap();
         let saved = BackwardInputs {
             out: view(&out, query),
             lse: View::from_slice(&lse, [1, rows, 1]).unwrap(),

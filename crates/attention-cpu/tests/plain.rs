@@ -2,8 +2,8 @@
 
 use attention_conformance::oracle::Oracle;
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, Error, ForwardCall, ForwardOutputs,
-    Gradients, Inputs, InvalidCall, Plan, Problem, ScratchBuffer, View, ViewMut, Window,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, Error, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, InvalidCall, Plan, Problem, ScratchBuffer, View, ViewMut, Window,
 };
 use attention_cpu::{CpuBackend, CpuConfig};
 
@@ -58,6 +58,12 @@ impl Data {
 
     /// Runs both passes of the forward problem `problem`, in scratch and outputs full of NaN.
     fn run(&self, backend: &CpuBackend, problem: &Problem) -> Results {
+        self.run_with(backend, problem, CallData::default())
+    }
+
+    /// As [`run`](Self::run), with the numbers of the calls.
+    fn run_with(&self, backend: &CpuBackend, problem: &Problem, data: CallData<'_>) -> Results {
+        let inputs = Inputs { data, ..self.inputs() };
         let [b, t, s, n, k, h] = self.dims;
         let scratch_for = |plan: &dyn Plan| {
             let mut scratch = ScratchBuffer::new(plan.scratch_bytes());
@@ -69,7 +75,7 @@ impl Data {
             out: ViewMut::from_slice(&mut out, [b, t, n, h]).unwrap(),
             lse: Some(ViewMut::from_slice(&mut lse, [b, t, n]).unwrap()),
         };
-        let call = ForwardCall::new(problem, self.inputs(), outputs).unwrap();
+        let call = ForwardCall::new(problem, inputs, outputs).unwrap();
         let plan = backend.plan(problem).unwrap();
         plan.forward(call, scratch_for(&*plan).scratch()).unwrap();
 
@@ -89,7 +95,7 @@ impl Data {
             dv: Some(ViewMut::from_slice(dv, [b, s, k, h]).unwrap()),
             ..BackwardOutputs::default()
         };
-        let call = BackwardCall::new(&backward, self.inputs(), saved, outputs).unwrap();
+        let call = BackwardCall::new(&backward, inputs, saved, outputs).unwrap();
         let plan = backend.plan(&backward).unwrap();
         plan.backward(call, scratch_for(&*plan).scratch()).unwrap();
         Results { out, lse, gradients }
@@ -136,9 +142,14 @@ fn padding_changes_no_bit() {
         long.fill(f32::NAN);
         long[..short.len()].copy_from_slice(short);
     }
-    let builder = long.inputs().problem().lse(true);
-    let padded = builder.query_lengths([queries]).key_value_lengths([keys]).build().unwrap();
-    let got = long.run(&CpuBackend::new(), &padded);
+    let (queries, keys) = ([queries], [keys]);
+    let data = CallData {
+        query_lengths: Some(View::from_slice(&queries, [1]).unwrap()),
+        key_value_lengths: Some(View::from_slice(&keys, [1]).unwrap()),
+        ..CallData::default()
+    };
+    let padded = Inputs { data, ..long.inputs() }.problem().lse(true).build().unwrap();
+    let got = long.run_with(&CpuBackend::new(), &padded, data);
 
     assert_eq!(got.out[..want.out.len()], want.out);
     assert!(got.out[want.out.len()..].iter().all(|&x| x == 0.0));

@@ -1,13 +1,14 @@
 //! Where the tensors of a call are in device memory.
 
 use attention_core::{
-    BackwardInputs, BackwardOutputs, ForwardOutputs, Inputs, Role, Unsupported, View, ViewMut,
+    BackwardInputs, BackwardOutputs, Device, ForwardOutputs, Inputs, Role, Unsupported, View, ViewMut,
 };
 use cudarc::driver::CudaStream;
 
 use crate::owned::check_streams;
 
-/// An address for each role; 0 for the tensors that a call has not.
+/// An address for each role; 0 for the tensors that a call has not, and for numbers ([`Role::DATA`]) in host
+/// memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Addresses([u64; Role::ALL.len()]);
 
@@ -48,6 +49,16 @@ impl Addresses {
         all.read(Role::Bias, inputs.bias);
         all.read(Role::AlibiSlopes, inputs.alibi_slopes);
         all.read(Role::Sinks, inputs.sinks);
+        let data = &inputs.data;
+        for (role, view) in [
+            (Role::QueryLengths, data.query_lengths),
+            (Role::KeyValueLengths, data.key_value_lengths),
+            (Role::QueryOffsets, data.query_offsets),
+            (Role::DropoutSeed, data.dropout_seed),
+            (Role::DropoutOffset, data.dropout_offset),
+        ] {
+            all.read(role, view.filter(|view| view.device() != Device::Cpu));
+        }
         all
     }
 
@@ -82,7 +93,35 @@ impl Addresses {
 
 #[cfg(test)]
 mod tests {
+    use attention_core::{CallData, DType, TensorDesc};
+
     use super::*;
+
+    #[test]
+    fn numbers_have_addresses_where_they_are_in_device_memory() {
+        let (data, numbers, mut out) = ([0.0f32; 1], [1i64, 2], [0.0f32; 1]);
+        let view = View::from_slice(&data, [1; 4]).unwrap();
+        let on_device = |index: usize| {
+            let desc = TensorDesc::contiguous(DType::I32, [1]);
+            let pointer = std::ptr::without_provenance(4096 * index);
+            // SAFETY: the view is asked for its address alone.
+            unsafe { View::from_raw_parts(pointer, Device::Cuda(0), desc) }.ok()
+        };
+        let data = CallData {
+            query_lengths: on_device(1),
+            key_value_lengths: View::from_slice(&numbers, [2]).ok(),
+            query_offsets: on_device(2),
+            dropout_seed: on_device(3),
+            dropout_offset: on_device(4),
+            ..CallData::default()
+        };
+        let inputs = Inputs { data, ..Inputs::new(view, view, view) };
+        let out = ViewMut::from_slice(&mut out, [1; 4]).unwrap();
+        let all = Addresses::of_forward(&inputs, &mut ForwardOutputs { out, lse: None });
+        assert_eq!(Role::DATA.map(|role| all.at(role)), [4096, 0, 2 * 4096, 3 * 4096, 4 * 4096]);
+        let numbers = [Role::QueryLengths, Role::QueryOffsets, Role::DropoutSeed, Role::DropoutOffset];
+        assert!(all.iter().map(|(role, _)| role).filter(|role| role.is_data()).eq(numbers));
+    }
 
     #[test]
     fn each_tensor_is_found_by_its_role() {

@@ -59,8 +59,8 @@ impl CudaDevice {
         device_of(&self.context)
     }
 
-    /// Checks that the stream is not being captured: what planning sends to the device would become a part of
-    /// the graph, which would send it again from memory that is gone.
+    /// Checks that the stream is not being captured: planning loads kernels and may send to the device, which
+    /// a capture forbids or makes a part of the graph.
     ///
     /// # Errors
     /// [`Unsupported::Limit`] of `backend` during a capture, [`Error::Backend`] by the driver.
@@ -72,7 +72,7 @@ impl CudaDevice {
         }
         let (backend, what) = (backend.to_owned(), "planning on".to_owned());
         let value = "a stream that is being captured".to_owned();
-        let why = "what it sends to the device would become a part of the graph, so plan before the capture and hold the plan";
+        let why = "kernels cannot be loaded during a capture, so plan before it and hold the plan";
         Err(Unsupported::Limit { backend, what, value, why: why.to_owned() }.into())
     }
 

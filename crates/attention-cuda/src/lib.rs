@@ -5,11 +5,15 @@ mod device;
 mod disk;
 mod error;
 mod kernels;
+#[cfg(test)]
+mod layout;
 pub mod library;
+mod numbers;
 mod nvrtc;
 mod on_host;
 mod owned;
 pub mod parameters;
+mod sequences;
 mod tensor;
 mod workspace;
 
@@ -19,6 +23,7 @@ pub use device::{CudaDevice, device_count};
 pub use disk::{DiskCache, DiskKey};
 pub use error::KernelError;
 pub use kernels::{KERNEL_FOLDER, KernelCache};
+pub use numbers::{NumberStore, StoredNumbers};
 pub use nvrtc::{Compiled, Nvrtc};
 pub use on_host::OnHost;
 pub use tensor::{DeviceScratch, DeviceTensor};

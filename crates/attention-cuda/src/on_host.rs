@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, Capabilities, Device, DeviceKind, Error,
-    ForwardCall, ForwardOutputs, Inputs, Plan, Problem, Scratch, Unavailable, Unsupported, Variants, View,
-    ViewMut,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, Capabilities, DType, Device,
+    DeviceKind, Error, ForwardCall, ForwardOutputs, Inputs, Plan, Problem, Role, Scratch, Unavailable,
+    Unsupported, Variants, View, ViewMut,
 };
 use cudarc::driver::DriverError;
 
@@ -21,6 +21,9 @@ const GUARD: usize = 256;
 ///
 /// For tests, and to try a GPU from host data: every call copies all of its tensors both ways. It also watches the
 /// backend: a call that writes behind its scratch or between the elements of an output fails.
+///
+/// Of the numbers of a call ([`Role::DATA`]), those of 32 bits are copied to the device too, and those of 64
+/// bits stay in host memory: a backend has to serve both.
 #[derive(Debug)]
 pub struct OnHost<B> {
     backend: B,
@@ -50,9 +53,18 @@ impl<B: AttentionBackend> OnHost<B> {
                 expected: DeviceKind::Cpu,
             });
         }
-        let moved = problem.to_builder().device(self.device.device()).build();
+        let moved = (Role::DATA.into_iter())
+            .fold(problem.to_builder().device(self.device.device()), |builder, role| {
+                builder.in_host_memory(role, problem.dtype_of(role).is_some_and(stays_on_host))
+            })
+            .build();
         Ok(moved.unwrap_or_else(|error| unreachable!("a valid problem is valid on any device: {error}")))
     }
+}
+
+/// Whether numbers of this dtype are not copied to the device.
+fn stays_on_host(dtype: DType) -> bool {
+    dtype == DType::I64
 }
 
 /// A plan of the backend on the device, for calls on host memory.
@@ -120,12 +132,30 @@ struct Sent {
     bias: Option<DeviceTensor>,
     alibi_slopes: Option<DeviceTensor>,
     sinks: Option<DeviceTensor>,
+    /// In the order of [`Role::DATA`].
+    numbers: [Option<DeviceTensor>; Role::DATA.len()],
+}
+
+/// The tensors among the numbers of a call, in the order of [`Role::DATA`].
+fn numbers<'v, 'a>(data: &'v mut CallData<'a>) -> [&'v mut Option<View<'a>>; Role::DATA.len()] {
+    [
+        &mut data.query_lengths,
+        &mut data.key_value_lengths,
+        &mut data.query_offsets,
+        &mut data.dropout_seed,
+        &mut data.dropout_offset,
+    ]
 }
 
 impl Sent {
     fn of(plan: &OnHostPlan, inputs: &Inputs<'_>) -> Result<Self, Error> {
         let send = |view: Option<View<'_>>| view.map(|view| plan.send(view)).transpose();
+        let (mut data, mut sent) = (inputs.data, <[Option<DeviceTensor>; Role::DATA.len()]>::default());
+        for (view, sent) in numbers(&mut data).into_iter().zip(&mut sent) {
+            *sent = send(view.filter(|view| !stays_on_host(view.desc().dtype())))?;
+        }
         Ok(Self {
+            numbers: sent,
             query: plan.send(inputs.query)?,
             key: plan.send(inputs.key)?,
             value: plan.send(inputs.value)?,
@@ -136,8 +166,15 @@ impl Sent {
         })
     }
 
-    fn inputs(&self) -> Result<Inputs<'_>, Error> {
+    /// The inputs of the call on the device, whose numbers were these on the host.
+    fn inputs<'a>(&'a self, mut data: CallData<'a>) -> Result<Inputs<'a>, Error> {
+        for (view, sent) in numbers(&mut data).into_iter().zip(&self.numbers) {
+            if let Some(sent) = sent {
+                *view = Some(sent.view()?);
+            }
+        }
         let mut inputs = Inputs::new(self.query.view()?, self.key.view()?, self.value.view()?);
+        inputs.data = data;
         inputs.mask = self.mask.as_ref().map(DeviceTensor::view).transpose()?;
         inputs.bias = self.bias.as_ref().map(DeviceTensor::view).transpose()?;
         inputs.alibi_slopes = self.alibi_slopes.as_ref().map(DeviceTensor::view).transpose()?;
@@ -207,7 +244,7 @@ impl Plan for OnHostPlan {
                 out: out.view_mut()?,
                 lse: lse.as_mut().map(DeviceTensor::view_mut).transpose()?,
             };
-            self.plan.forward(ForwardCall::new(problem, sent.inputs()?, outputs)?, scratch)
+            self.plan.forward(ForwardCall::new(problem, sent.inputs(inputs.data)?, outputs)?, scratch)
         })?;
         self.fetch(&out, &mut outputs.out)?;
         if let (Some(from), Some(to)) = (&lse, &mut outputs.lse) {
@@ -246,7 +283,8 @@ impl Plan for OnHostPlan {
                 d_out: d_out.view()?,
                 d_lse: d_lse.as_ref().map(DeviceTensor::view).transpose()?,
             };
-            self.plan.backward(BackwardCall::new(problem, sent.inputs()?, saved, outputs)?, scratch)
+            let inputs = sent.inputs(inputs.data)?;
+            self.plan.backward(BackwardCall::new(problem, inputs, saved, outputs)?, scratch)
         })?;
         let targets =
             [&mut outputs.dq, &mut outputs.dk, &mut outputs.dv, &mut outputs.dbias, &mut outputs.dsinks];

@@ -1,16 +1,14 @@
-//! The argument of the fused attention kernels: the problem and the addresses of a call, in the layout and
+//! The argument of the fused attention kernels: a call's problem, numbers and addresses, in the layout and
 //! with the field names of `fused/parameters.cuh` in `attention-kernels`.
 
-use std::sync::Arc;
-
-use attention_core::{DType, Problem, Role, TensorDesc};
+use attention_core::{Alignment, CallProblem, DType, OffsetRange, Problem, Role, TensorDesc};
 use attention_kernels::DTypeCode;
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError};
+use cudarc::driver::DeviceRepr;
 
 use crate::Addresses;
-
-/// Positions are this far from anything at most: with the lengths added, no sum overflows.
-const FAR: i128 = 1 << 40;
+use crate::numbers::StoredNumbers;
+use crate::sequences::{INLINE_ROWS, is_on_device, uniform_sequence};
+pub use crate::sequences::{SequenceRows, sequences};
 
 /// A dtype as the kernels number it.
 pub fn dtype_code(dtype: DType) -> DTypeCode {
@@ -19,7 +17,10 @@ pub fn dtype_code(dtype: DType) -> DTypeCode {
         DType::F32 => DTypeCode::F32,
         DType::F16 => DTypeCode::F16,
         DType::Bf16 => DTypeCode::Bf16,
-        other => unreachable!("no tensor of floats is {other} in a checked problem"),
+        DType::I32 => DTypeCode::I32,
+        DType::U32 => DTypeCode::U32,
+        DType::I64 => DTypeCode::I64,
+        other => unreachable!("no tensor of floats or integers is {other} in a checked problem"),
     }
 }
 
@@ -30,28 +31,75 @@ struct Tensor {
     stride: [i64; 4],
 }
 
-/// Where the rows of one sequence are, and which keys a row sees.
+/// Integers in device memory, `Integers` of the kernels (`common/integers.cuh`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SequenceRows {
-    /// Query row `t` stands at `t + offset`.
-    offset: i64,
-    /// Row `t` sees the keys from `t + low` to before `t + high` that exist.
-    low: i64,
-    high: i64,
-    /// The numbers of query rows and of keys that exist.
-    queries: i32,
-    keys: i32,
+pub struct Integers {
+    /// The address of the integer at index 0; 0 where the call has none in device memory.
+    data: u64,
+    stride: i64,
+    dtype: i32,
+    padding: i32,
 }
 
 // SAFETY: plain integers without padding, in the layout of the struct of the same name in the kernels; the
 // size is asserted on both sides.
-unsafe impl DeviceRepr for SequenceRows {}
+unsafe impl DeviceRepr for Integers {}
 
-const _: () = assert!(size_of::<SequenceRows>() == 32);
+const _: () = assert!(size_of::<Integers>() == 24);
 
-/// Number of roles, each of which has a tensor among the parameters.
-const ROLES: usize = Role::ALL.len();
+impl Integers {
+    /// Those of a role of [`Role::DATA`] in a problem's calls, without an address. None where the problem has
+    /// none in device memory.
+    pub fn of(problem: &Problem, role: Role) -> Self {
+        match problem.tensor(role).filter(|_| is_on_device(problem, role)) {
+            Some(desc) => Self {
+                stride: desc.strides().first().map_or(0, |&stride| stride as i64),
+                dtype: dtype_code(desc.dtype()).code(),
+                ..Self::default()
+            },
+            None => Self::default(),
+        }
+    }
+
+    /// Of 64 bits without gaps.
+    pub(crate) fn stored_at(address: u64) -> Self {
+        Self { data: address, stride: 1, dtype: DTypeCode::I64.code(), padding: 0 }
+    }
+
+    /// The same at this address.
+    #[must_use]
+    pub fn at(self, address: u64) -> Self {
+        Self { data: address, ..self }
+    }
+}
+
+/// The rows and keys of a sequence that are real.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct RowLengths {
+    queries: i32,
+    keys: i32,
+}
+
+/// Those of each batch row.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug)]
+struct InlineLengths([RowLengths; INLINE_ROWS]);
+
+impl Default for InlineLengths {
+    fn default() -> Self {
+        Self([RowLengths::default(); INLINE_ROWS])
+    }
+}
+
+/// Number of roles whose tensors are among the parameters: all but the numbers, which come last.
+const ROLES: usize = Role::ALL.len() - Role::DATA.len();
+
+/// The roles of tensors, in the order of the parameters.
+fn tensor_roles() -> impl Iterator<Item = Role> {
+    Role::ALL.into_iter().filter(|role| !role.is_data())
+}
 
 /// The addresses of a call's scratch. The kernels have one pair of fields for all passes, as a union.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,9 +127,19 @@ pub enum ScratchAddresses {
 pub struct Parameters {
     /// In the order of [`Role::ALL`].
     tensors: [Tensor; ROLES],
-    /// The address of a [`SequenceRows`] for each batch row, or 0 where `uniform_sequence` is that of all.
-    sequences: u64,
+    query_lengths: Integers,
+    key_value_lengths: Integers,
+    query_offsets: Integers,
+    dropout_seed: Integers,
+    dropout_offset: Integers,
+    /// Of every batch row, unless `rows_vary`.
     uniform_sequence: SequenceRows,
+    query_offset: i64,
+    least_offset: i64,
+    most_offset: i64,
+    /// A row sees the keys from `keys_before` before its position to before `keys_after` behind it.
+    keys_before: u64,
+    keys_after: u64,
     /// A union of two addresses, see [`ScratchAddresses`].
     partial_out_or_row_offsets: u64,
     /// As above.
@@ -114,53 +172,17 @@ pub struct Parameters {
     drop_offset: u32,
     swizzle: i32,
     swizzles_batch: i32,
+    rows_vary: i32,
+    has_lengths: i32,
+    is_bottom_right: i32,
+    padding: i32,
+    lengths: InlineLengths,
 }
 
 // SAFETY: plain numbers, in the layout of the struct of the same name in the kernels; the size is asserted on both sides.
 unsafe impl DeviceRepr for Parameters {}
 
-const _: () = assert!(size_of::<Parameters>() == 864);
-
-impl SequenceRows {
-    fn of(problem: &Problem, batch: usize) -> Self {
-        let offset = problem.offset(batch);
-        let window = problem.window();
-        let far = |position: i128| position.clamp(-FAR, FAR) as i64;
-        let left = window.left.map_or(-FAR, |left| i128::from(offset) - left as i128);
-        let right = window.right.map(|right| i128::from(offset) + right as i128);
-        let last = match (right, problem.causal()) {
-            (Some(right), true) => Some(right.min(i128::from(offset))),
-            (None, true) => Some(i128::from(offset)),
-            (right, false) => right,
-        };
-        Self {
-            offset: offset.clamp(-(1 << 60), 1 << 60),
-            low: far(left),
-            high: last.map_or(FAR as i64, |last| far(last + 1)),
-            queries: problem.query_len(batch) as i32,
-            keys: problem.key_value_len(batch) as i32,
-        }
-    }
-
-    /// The keys that row `t` sees, as kernels compute them.
-    pub fn keys_of(&self, t: usize) -> std::ops::Range<usize> {
-        if t as i64 >= i64::from(self.queries) {
-            return 0..0;
-        }
-        let clamped = |shift: i64| (t as i64 + shift).clamp(0, i64::from(self.keys)) as usize;
-        clamped(self.low)..clamped(self.high)
-    }
-}
-
-/// The rows of each batch row's sequence, or one element where all sequences are alike.
-pub fn sequences(problem: &Problem) -> Vec<SequenceRows> {
-    let mut rows: Vec<SequenceRows> =
-        (0..problem.dims().batch).map(|batch| SequenceRows::of(problem, batch)).collect();
-    if rows.windows(2).all(|two| two[0] == two[1]) {
-        rows.truncate(1);
-    }
-    rows
-}
+const _: () = assert!(size_of::<Parameters>() == 1544);
 
 /// Whether rows of a tensor can be read 16 bytes at a time, as far as its layout says.
 fn has_aligned_rows(desc: &TensorDesc) -> bool {
@@ -210,12 +232,12 @@ fn balance(scale: f64) -> f32 {
 }
 
 impl Parameters {
-    /// Everything but addresses.
-    fn of(problem: &Problem, uniform_sequence: SequenceRows) -> Self {
+    /// Everything but the numbers and the addresses of a call.
+    fn of(problem: &Problem) -> Self {
         let dims = problem.dims();
         let mut tensors = [Tensor::default(); ROLES];
         let mut aligned = 0;
-        for (index, role) in Role::ALL.into_iter().enumerate() {
+        for (index, role) in tensor_roles().enumerate() {
             let Some(desc) = problem.tensor(role) else { continue };
             let strides = desc.strides();
             let stride = |axis: usize| if axis < desc.rank() { strides[axis] as i64 } else { 0 };
@@ -238,24 +260,39 @@ impl Parameters {
             let shape = bias.shape();
             std::array::from_fn(|axis| shape[axis] as i64)
         });
-        let dropout = problem.dropout_stream();
-        let (drop_key, drop_offset) = dropout.map_or(([0; 2], 0), |stream| stream.words());
+        let at_bounds = CallProblem::at_bounds(problem);
+        let dropout = at_bounds.dropout_stream();
         let swizzle = Swizzle::of(problem);
-        let structured = problem.causal() || !problem.window().is_unbounded();
+        let window = problem.window();
+        let structured = problem.causal() || !window.is_unbounded();
+        // The window holds the row's own position, and no offset reaches further than the largest number.
+        let keys_after = match window.right {
+            _ if problem.causal() => 1,
+            Some(right) => (right as u64).saturating_add(1),
+            None => u64::MAX,
+        };
+        let (least_offset, most_offset) = match problem.alignment() {
+            Alignment::Offsets(OffsetRange::Near) => (-OffsetRange::NEAR, OffsetRange::NEAR),
+            _ => (i64::MIN, i64::MAX),
+        };
         Self {
             tensors,
-            uniform_sequence,
+            query_lengths: Integers::of(problem, Role::QueryLengths),
+            key_value_lengths: Integers::of(problem, Role::KeyValueLengths),
+            query_offsets: Integers::of(problem, Role::QueryOffsets),
+            dropout_seed: Integers::of(problem, Role::DropoutSeed),
+            dropout_offset: Integers::of(problem, Role::DropoutOffset),
+            least_offset,
+            most_offset,
+            keys_before: window.left.map_or(u64::MAX, |left| left as u64),
+            keys_after,
             batch: dims.batch as i64,
             query_length: dims.query_length as i64,
             key_length: dims.key_length as i64,
             query_heads: dims.query_heads as i64,
             key_heads: dims.key_heads as i64,
             bias_size,
-            scale: problem.scale(),
-            softcap: problem.softcap().unwrap_or(0.0),
             keep_scale: dropout.map_or(1.0, |stream| stream.keep_scale()),
-            balance: balance(problem.scale()),
-            unbalance: 1.0 / balance(problem.scale()),
             head_dim: dims.head_dim as i32,
             value_head_dim: dims.value_head_dim as i32,
             group: dims.group_size() as i32,
@@ -267,11 +304,55 @@ impl Parameters {
             sinks_dtype: dtype(Role::Sinks),
             hides_keys: i32::from(structured || problem.has(Role::Mask) || problem.has(Role::Bias)),
             drop_threshold: dropout.map_or(0, |stream| stream.threshold()),
-            drop_key,
-            drop_offset,
             swizzle: swizzle.count as i32,
             swizzles_batch: i32::from(swizzle.batch),
+            is_bottom_right: i32::from(problem.alignment() == Alignment::BottomRight),
             ..Self::default()
+        }
+    }
+
+    /// Sets the numbers of a call that the host knows.
+    fn set_numbers(&mut self, problem: &CallProblem<'_>, stored: u64) {
+        self.scale = problem.scale();
+        self.softcap = problem.softcap().unwrap_or(0.0);
+        self.balance = balance(problem.scale());
+        self.unbalance = 1.0 / self.balance;
+        if let Some(stream) = problem.dropout_stream() {
+            (self.drop_key, self.drop_offset) = stream.words();
+        }
+        if let Some(uniform) = uniform_sequence(problem) {
+            self.uniform_sequence = uniform;
+            return;
+        }
+        self.rows_vary = 1;
+        // Where batch rows have offsets of their own, kernels read those.
+        self.query_offset = match problem.alignment() {
+            Alignment::Offset(_) | Alignment::Offsets(_) => problem.offset(0),
+            Alignment::TopLeft | Alignment::BottomRight => 0,
+        };
+        let batch = problem.dims().batch;
+        let on_host = |role: Role| problem.has(role) && !is_on_device(problem, role);
+        if batch <= INLINE_ROWS && (on_host(Role::QueryLengths) || on_host(Role::KeyValueLengths)) {
+            self.has_lengths = 1;
+            for (batch, lengths) in self.lengths.0.iter_mut().enumerate().take(batch) {
+                // Kernels are launched for lengths of 31 bits alone.
+                let (queries, keys) = (problem.query_len(batch), problem.key_value_len(batch));
+                *lengths = RowLengths { queries: queries as i32, keys: keys as i32 };
+            }
+        }
+        for (role, address) in StoredNumbers::of(problem).places(stored) {
+            *self.integers(role) = Integers::stored_at(address);
+        }
+    }
+
+    fn integers(&mut self, role: Role) -> &mut Integers {
+        match role {
+            Role::QueryLengths => &mut self.query_lengths,
+            Role::KeyValueLengths => &mut self.key_value_lengths,
+            Role::QueryOffsets => &mut self.query_offsets,
+            Role::DropoutSeed => &mut self.dropout_seed,
+            Role::DropoutOffset => &mut self.dropout_offset,
+            _ => unreachable!("{role} is a tensor"),
         }
     }
 
@@ -289,7 +370,7 @@ impl Parameters {
         };
     }
 
-    /// Puts the addresses of a call's tensors in their places.
+    /// Puts the addresses of a call's tensors, and of its numbers in device memory, in their places.
     pub fn set_all(&mut self, tensors: &Addresses) {
         for (role, address) in tensors.iter() {
             self.set(role, address);
@@ -298,6 +379,10 @@ impl Parameters {
 
     /// Puts the address of a tensor in its place. Rows count as aligned only where the address is too.
     pub fn set(&mut self, role: Role, address: u64) {
+        if role.is_data() {
+            self.integers(role).data = address;
+            return;
+        }
         self.tensors[role as usize].address = address;
         if !address.is_multiple_of(16) {
             self.aligned &= !(1 << role as usize);
@@ -305,77 +390,32 @@ impl Parameters {
     }
 }
 
-/// The parameters of a problem's calls, with the device memory that they point to.
-#[derive(Debug)]
+/// The parameters of a problem's calls.
+#[derive(Clone, Debug)]
 pub struct ProblemParameters {
     parameters: Parameters,
-    /// Where the batch rows' sequences differ.
-    _sequences: Option<CudaSlice<SequenceRows>>,
 }
 
 impl ProblemParameters {
-    /// For calls on this stream.
-    ///
-    /// # Errors
-    /// The driver's, where batch rows differ and the copy of their [`SequenceRows`] to the device fails.
-    pub fn new(problem: &Problem, stream: &Arc<CudaStream>) -> Result<Self, DriverError> {
-        let rows = sequences(problem);
-        if let [] | [_] = rows[..] {
-            let uniform = rows.first().copied().unwrap_or_default();
-            return Ok(Self { parameters: Parameters::of(problem, uniform), _sequences: None });
-        }
-        let rows = stream.clone_htod(&rows)?;
-        let mut parameters = Parameters::of(problem, SequenceRows::default());
-        parameters.sequences = rows.device_ptr(stream).0;
-        Ok(Self { parameters, _sequences: Some(rows) })
+    /// All that calls of the problem share.
+    pub fn new(problem: &Problem) -> Self {
+        Self { parameters: Parameters::of(problem) }
     }
 
-    /// Those of a call, but for its addresses. What they point to lives as long as `self`.
-    pub fn of_call(&self) -> Parameters {
-        self.parameters
+    /// Those of a call, but for its addresses ([`Parameters::set_all`]). Where the problem has
+    /// [`StoredNumbers`], `stored` is where [`NumberStore::store`](crate::NumberStore::store) puts those of
+    /// the call, in its scratch; elsewhere it is not used.
+    pub fn of_call(&self, problem: &CallProblem<'_>, stored: u64) -> Parameters {
+        let mut parameters = self.parameters;
+        parameters.set_numbers(problem, stored);
+        parameters
     }
 
-    /// The same, to be set for all calls.
+    /// What calls share, to be set for all of them.
     pub fn of_calls(&mut self) -> &mut Parameters {
         &mut self.parameters
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The text that every fused kernel begins with.
-    fn text() -> &'static str {
-        attention_kernels::source("attention_forward.cu").expect("it is in the package").text
-    }
-
-    /// The field of a role's tensor in the kernels, without underscores.
-    fn field(role: Role) -> String {
-        match role {
-            Role::AlibiSlopes => "slopes".to_owned(),
-            role => format!("{role:?}").to_lowercase(),
-        }
-    }
-
-    #[test]
-    fn tensors_are_in_the_order_of_the_kernels() {
-        let (_, after) = text().split_once("struct Parameters {\n    Tensor ").unwrap();
-        let (names, _) = after.split_once(';').unwrap();
-        let names: Vec<String> = names.split(',').map(|name| name.trim().replace('_', "")).collect();
-        assert_eq!(names, Role::ALL.map(field));
-    }
-
-    #[test]
-    fn the_bits_of_aligned_tensors_are_those_of_the_kernels() {
-        let defines = text().lines().filter_map(|line| line.strip_prefix("#define ALIGNED_"));
-        let mut count = 0;
-        for (name, bit) in defines.map(|define| define.split_once(' ').unwrap()) {
-            let name = name.replace('_', "").to_lowercase();
-            let role = Role::ALL.into_iter().find(|&role| field(role) == name).unwrap();
-            assert_eq!(bit, format!("(1 << {})", role as usize), "{name}");
-            count += 1;
-        }
-        assert_eq!(count, 10);
-    }
-}
+mod tests;

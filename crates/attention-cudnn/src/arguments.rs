@@ -1,9 +1,10 @@
 //! The arguments of the helper kernels: one struct per kernel, in the layout of the struct of the same name
-//! in `attention_rows.cu` or `attention_terms.cu`, where the fields are explained. Addresses are of memory on
-//! the stream's device; 0 stands for null.
+//! in `attention_rows.cu`, `attention_terms.cu` or `attention_sequences.cu`, where the fields are explained.
+//! Addresses are of memory on the stream's device; 0 stands for null.
 
 use attention_core::TensorDesc;
 use attention_cuda::cudarc::driver::DeviceRepr;
+use attention_cuda::parameters::Integers;
 
 /// A struct that is the one argument of a kernel.
 pub(crate) trait Arguments: DeviceRepr {
@@ -29,11 +30,31 @@ impl RowStrides {
     }
 }
 
+/// An interval of rows or keys for each batch row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Intervals {
+    pub(crate) of: u64,
+    pub(crate) first: i32,
+    pub(crate) end: i32,
+}
+
+impl Intervals {
+    /// Every row or key.
+    pub(crate) const ALL: Self = Self { of: 0, first: 0, end: i32::MAX };
+
+    /// The intervals at an address, or this one for all batch rows where that is 0.
+    pub(crate) fn new(of: u64, all: std::ops::Range<usize>) -> Self {
+        let place = |place: usize| i32::try_from(place).unwrap_or(i32::MAX);
+        Self { of, first: place(all.start), end: place(all.end) }
+    }
+}
+
 /// Which rows see a key.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct SeeingRows {
-    pub(crate) intervals: u64,
+    pub(crate) intervals: Intervals,
     pub(crate) flags: u64,
     pub(crate) flag_heads: i64,
 }
@@ -77,7 +98,7 @@ pub(crate) struct CleanRows {
     pub(crate) from: u64,
     pub(crate) from_strides: RowStrides,
     pub(crate) to: u64,
-    pub(crate) intervals: u64,
+    pub(crate) intervals: Intervals,
     pub(crate) flags: u64,
     pub(crate) flag_heads: i64,
     pub(crate) flag_row: i64,
@@ -86,6 +107,30 @@ pub(crate) struct CleanRows {
     pub(crate) positions: i64,
     pub(crate) heads: i64,
     pub(crate) parts: i64,
+}
+
+/// The argument of `attention_clear_gradients`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct ClearGradients {
+    pub(crate) to: u64,
+    pub(crate) to_strides: RowStrides,
+    pub(crate) key_lengths: u64,
+    pub(crate) batch: i64,
+    pub(crate) positions: i64,
+    pub(crate) heads: i64,
+    pub(crate) parts: i64,
+}
+
+/// The second argument of `attention_sequences`, behind the parameters of fused kernels.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct SequenceArrays {
+    pub(crate) query_lengths: u64,
+    pub(crate) key_lengths: u64,
+    pub(crate) rows: u64,
+    pub(crate) keys: u64,
+    pub(crate) offsets: u64,
 }
 
 /// Four strides, of batch, head, row and key: 0 along axes of size 1.
@@ -134,9 +179,10 @@ pub(crate) struct BiasSources {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Structure {
-    pub(crate) rows: u64,
-    pub(crate) keys: u64,
-    pub(crate) positions: u64,
+    pub(crate) rows: Intervals,
+    pub(crate) keys: Intervals,
+    pub(crate) offsets: u64,
+    pub(crate) offset: i64,
     pub(crate) left: i64,
     pub(crate) right: i64,
 }
@@ -190,6 +236,8 @@ pub(crate) struct KeepMask {
     pub(crate) rows: i64,
     pub(crate) positions: i64,
     pub(crate) blocks: i64,
+    pub(crate) seed: Integers,
+    pub(crate) offset: Integers,
     pub(crate) one: u32,
     pub(crate) threshold: u32,
     pub(crate) key: [u32; 2],
@@ -207,7 +255,7 @@ pub(crate) struct SinkGradient {
     pub(crate) delta: u64,
     pub(crate) lse: u64,
     pub(crate) lse_strides: RowStrides,
-    pub(crate) lengths: u64,
+    pub(crate) rows: Intervals,
     pub(crate) scores: u64,
     pub(crate) offsets: u64,
     pub(crate) batch: i64,
@@ -225,6 +273,10 @@ unsafe impl DeviceRepr for PrepareBackward {}
 // SAFETY: as for `FinishForward`.
 unsafe impl DeviceRepr for CleanRows {}
 // SAFETY: as for `FinishForward`.
+unsafe impl DeviceRepr for ClearGradients {}
+// SAFETY: as for `FinishForward`.
+unsafe impl DeviceRepr for SequenceArrays {}
+// SAFETY: as for `FinishForward`.
 unsafe impl DeviceRepr for MakeBias {}
 // SAFETY: as for `FinishForward`.
 unsafe impl DeviceRepr for ToFloats {}
@@ -233,13 +285,15 @@ unsafe impl DeviceRepr for KeepMask {}
 // SAFETY: as for `FinishForward`.
 unsafe impl DeviceRepr for SinkGradient {}
 
-const _: () = assert!(size_of::<FinishForward>() == 144);
-const _: () = assert!(size_of::<PrepareBackward>() == 96);
-const _: () = assert!(size_of::<CleanRows>() == 112);
-const _: () = assert!(size_of::<MakeBias>() == 248);
+const _: () = assert!(size_of::<FinishForward>() == 152);
+const _: () = assert!(size_of::<PrepareBackward>() == 104);
+const _: () = assert!(size_of::<CleanRows>() == 120);
+const _: () = assert!(size_of::<ClearGradients>() == 72);
+const _: () = assert!(size_of::<SequenceArrays>() == 40);
+const _: () = assert!(size_of::<MakeBias>() == 272);
 const _: () = assert!(size_of::<ToFloats>() == 56);
-const _: () = assert!(size_of::<KeepMask>() == 56);
-const _: () = assert!(size_of::<SinkGradient>() == 120);
+const _: () = assert!(size_of::<KeepMask>() == 104);
+const _: () = assert!(size_of::<SinkGradient>() == 128);
 
 impl Arguments for FinishForward {
     const KERNEL: (&str, &str) = (ROWS, "attention_finish_forward");
@@ -251,6 +305,10 @@ impl Arguments for PrepareBackward {
 
 impl Arguments for CleanRows {
     const KERNEL: (&str, &str) = (ROWS, "attention_clean_rows");
+}
+
+impl Arguments for ClearGradients {
+    const KERNEL: (&str, &str) = (ROWS, "attention_clear_gradients");
 }
 
 impl Arguments for MakeBias {
@@ -272,6 +330,8 @@ impl Arguments for SinkGradient {
 /// The sources of the kernels.
 const ROWS: &str = "attention_rows.cu";
 const TERMS: &str = "attention_terms.cu";
+/// Of the kernel that takes [`SequenceArrays`].
+pub(crate) const SEQUENCES: &str = "attention_sequences.cu";
 
 #[cfg(test)]
 mod tests {
@@ -343,6 +403,8 @@ mod tests {
     #[test]
     fn structs_are_laid_out_as_in_the_kernels() {
         check!(ROWS, RowStrides: batch, position, head);
+        check!(ROWS, Intervals: of, first, end);
+        check!(TERMS, Intervals: of, first, end);
         check!(ROWS, SeeingRows: intervals, flags, flag_heads);
         check!(
             ROWS, FinishForward: out, out_strides, lse, lse_strides, stats, seeing, sinks, lengths, batch,
@@ -355,13 +417,15 @@ mod tests {
             ROWS, CleanRows: from, from_strides, to, intervals, flags, flag_heads, flag_row, stats, batch,
             positions, heads, parts
         );
+        check!(ROWS, ClearGradients: to, to_strides, key_lengths, batch, positions, heads, parts);
+        check!(SEQUENCES, SequenceArrays: query_lengths, key_lengths, rows, keys, offsets);
         check!(TERMS, RowStrides: batch, position, head);
         check!(TERMS, LogitStrides: of);
         check!(TERMS, MadeBias: to, batch, heads, positions, keys, row, masked, least);
         check!(
             TERMS, BiasSources: mask, mask_strides, bias, bias_strides, slopes, slopes_batch
         );
-        check!(TERMS, Structure: rows, keys, positions, left, right);
+        check!(TERMS, Structure: rows, keys, offsets, offset, left, right);
         check!(TERMS, Seen: rows, keys);
         check!(
             TERMS, MakeBias: made, sources, structure, seen, made_dtype, bias_dtype, batch, heads, group,
@@ -371,10 +435,10 @@ mod tests {
             TERMS, ToFloats: to, from, rows, columns, row_stride, column_stride, dtype, padding
         );
         check!(
-            TERMS, KeepMask: to, rows, positions, blocks, one, threshold, key, stream_offset, padding
+            TERMS, KeepMask: to, rows, positions, blocks, seed, offset, one, threshold, key, stream_offset, padding
         );
         check!(
-            TERMS, SinkGradient: to, to_stride, sinks, delta, lse, lse_strides, lengths, scores, offsets,
+            TERMS, SinkGradient: to, to_stride, sinks, delta, lse, lse_strides, rows, scores, offsets,
             batch, heads, positions, far, dtype
         );
     }

@@ -1,13 +1,13 @@
 //! Rows of results that hold something that is not finite, computed once more from what takes part alone: cuDNN multiplies what a
 //! row must not see with zero, and zero times NaN is NaN.
 
-use attention_core::{Error, Gradients, Pass, Problem, Role};
+use attention_core::{CallProblem, Error, Gradients, Pass, Problem, Role};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use attention_cuda::parameters::{ProblemParameters, ScratchAddresses, dtype_code};
 use attention_cuda::{Addresses, failure};
 use attention_kernels::{Features, Fused, Variant};
 
-use crate::key::{Drops, Key, seen_rows};
+use crate::key::{Drops, Key, sees_all_or_nothing};
 use crate::large;
 use crate::runtime::Runtime;
 use crate::{CudnnConfig, NAME};
@@ -67,14 +67,15 @@ fn blocks(problem: &Problem, rows_of_group: usize) -> u32 {
 }
 
 /// Rows of which the first and the last are looked at: what is not finite reaches all rows of a tile. Each one is looked at where a
-/// mask or a bias may make keys of a row NaN before that, and where a row sees nothing and has been written zeros since. The rows
-/// of a group's heads might share a tile, as far as they fill it evenly.
+/// mask or a bias may make keys of a row NaN before that, and where a row beside others sees nothing and has been written zeros since.
+/// The rows of a group's heads might share a tile, as far as they fill it evenly.
 fn rows_of_group(problem: &Problem) -> usize {
     let dims = problem.dims();
     let heads = dims.group_size();
-    let every_row_sees =
-        (0..dims.batch).all(|batch| seen_rows(problem, batch) == (0..problem.query_len(batch)));
-    if problem.has(Role::Mask) || large::may_be_large(problem) || !heads.is_power_of_two() || !every_row_sees
+    if problem.has(Role::Mask)
+        || large::may_be_large(problem)
+        || !heads.is_power_of_two()
+        || !sees_all_or_nothing(problem)
     {
         return 1;
     }
@@ -124,35 +125,34 @@ impl Containment {
         let function = runtime
             .function(source, Variant::Fused(variant), entry_point)
             .map_err(|error| failure(NAME, "compiling a kernel", error))?;
-        let parameters = ProblemParameters::new(problem, runtime.device.stream())
-            .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
         let config = LaunchConfig {
             grid_dim: (blocks, 1, 1),
             block_dim: (variant.threads() as u32, 1, 1),
             shared_mem_bytes: 0,
         };
-        Ok(Some(Self { parameters, function, config }))
+        Ok(Some(Self { parameters: ProblemParameters::new(problem), function, config }))
     }
 
     /// Puts it on the stream, behind what wrote the results.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem, and `large` is of its scratch.
+    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`; `large` is of its scratch.
     pub(crate) unsafe fn run(
         &self,
         runtime: &Runtime,
-        problem: &Problem,
+        call: &CallProblem<'_>,
         memory: &Addresses,
+        stored: u64,
         large: Large,
     ) -> Result<(), Error> {
-        let mut parameters = self.parameters.of_call();
+        let mut parameters = self.parameters.of_call(call, stored);
         parameters.set_all(memory);
         match large {
             Large::Unknown => {}
             Large::Stats(stats) => {
                 parameters.set_scratch(ScratchAddresses::Rows { offsets: stats, deltas: 0 });
             }
-            Large::States(start) => large::set(&mut parameters, problem, start),
+            Large::States(start) => large::set(&mut parameters, call, start),
         }
         let mut launch = runtime.device.stream().launch_builder(&self.function);
         launch.arg(&parameters);
@@ -165,7 +165,7 @@ impl Containment {
 
 #[cfg(test)]
 mod tests {
-    use attention_core::{DType, Device, Dropout, QueryOffset, TensorDesc};
+    use attention_core::{Alignment, DType, Device, OffsetRange, TensorDesc};
 
     use super::*;
     use crate::Target;
@@ -191,10 +191,19 @@ mod tests {
             rows_of_group(&build(builder).build().expect("valid"))
         };
         let shifted = |problem: attention_core::ProblemBuilder| {
-            problem.causal(true).query_offset(QueryOffset::Fixed(-3))
+            problem.causal(true).alignment(Alignment::Offset(OffsetRange::Near))
         };
-        assert_eq!(group(2, shifted), 1, "the first rows see nothing");
-        assert_eq!(group(2, |problem| problem.causal(true).query_lengths([5, 64])), 16);
+        assert_eq!(group(2, shifted), 1, "the first rows may see nothing");
+        assert_eq!(group(2, |problem| problem.causal(true).query_lengths(DType::I32)), 16);
+        assert_eq!(group(2, |problem| problem.causal(true).key_value_lengths(DType::I32)), 16);
+        let bottom: Build = |problem| problem.causal(true).alignment(Alignment::BottomRight);
+        assert_eq!(group(2, bottom), 16);
+        let bottom_of_queries: Build =
+            |problem| problem.causal(true).alignment(Alignment::BottomRight).query_lengths(DType::I32);
+        assert_eq!(group(2, bottom_of_queries), 16);
+        let bottom_of_keys: Build =
+            |problem| problem.causal(true).alignment(Alignment::BottomRight).key_value_lengths(DType::I32);
+        assert_eq!(group(2, bottom_of_keys), 1);
         assert_eq!([2, 4, 6, 64].map(|heads| group(heads, |problem| problem.causal(true))), [16, 8, 1, 1]);
         assert_eq!(
             group(2, |problem| problem
@@ -224,12 +233,12 @@ mod tests {
     #[test]
     fn only_rows_beside_others_that_see_more_are_looked_at() {
         assert!(!needs(16, |problem| problem));
-        assert!(!needs(16, |problem| problem.key_value_lengths([3, 32])));
-        assert!(!needs(1, |problem| problem.causal(true).query_offset(QueryOffset::BottomRight)));
+        assert!(!needs(16, |problem| problem.key_value_lengths(DType::I32)));
+        assert!(!needs(1, |problem| problem.causal(true).alignment(Alignment::BottomRight)));
         assert!(needs(16, |problem| problem.causal(true)));
         assert!(needs(16, |problem| problem.window(attention_core::Window { left: Some(3), right: None })));
         assert!(needs(1, |problem| problem.mask(TensorDesc::contiguous(DType::Bool, [2, 4, 1, 32]))));
-        assert!(!needs(16, |problem| problem.causal(true).dropout(Dropout::new(0.5, 1))));
+        assert!(!needs(16, |problem| problem.causal(true).dropout_rate(0.5)));
         let finite = || CudnnConfig::default().finite_operands(true);
         assert!(!needs_with(finite(), 16, |problem| problem.causal(true)));
         let of_bias: Build = |problem| problem.bias(TensorDesc::contiguous(DType::F32, [1, 1, 1, 32]));
@@ -240,7 +249,7 @@ mod tests {
         assert!(!needs(16, of_slopes) && !needs(32, of_slopes) && needs_with(finite(), 33, of_slopes));
         let behind: Build = |problem| {
             let slopes = TensorDesc::contiguous(DType::F32, [4]);
-            problem.alibi_slopes(slopes).query_offset(QueryOffset::Fixed(17))
+            problem.alibi_slopes(slopes).alignment(Alignment::Offset(OffsetRange::Near))
         };
         assert!(needs_with(finite(), 16, behind));
     }

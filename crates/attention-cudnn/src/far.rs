@@ -1,7 +1,7 @@
 //! Rows whose logsumexp is so large that its rounding would be seen in their gradients: their own maxima and sums, in scratch, for the
 //! kernels behind cuDNN's, which takes the logsumexp for what it says.
 
-use attention_core::{Error, Pass, Problem, Role};
+use attention_core::{CallProblem, Error, Pass, Problem, Role};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 use attention_cuda::parameters::ProblemParameters;
 use attention_cuda::{Addresses, failure};
@@ -52,31 +52,30 @@ impl FarRows {
         let function = runtime
             .function("attention_backward_sums.cu", Variant::Fused(variant), "attention_sum_rows")
             .map_err(|error| failure(NAME, "compiling a kernel", error))?;
-        let parameters = ProblemParameters::new(problem, runtime.device.stream())
-            .map_err(|error| failure(NAME, "sending lengths to the device", error))?;
         let config = LaunchConfig {
             grid_dim: (u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1),
             block_dim: (variant.threads() as u32, 1, 1),
             shared_mem_bytes: shared_bytes(dims.head_dim) as u32,
         };
-        Ok(Some(Self { parameters, function, config }))
+        Ok(Some(Self { parameters: ProblemParameters::new(problem), function, config }))
     }
 
     /// Puts it on the stream, behind what clears the heads' numbers.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem; `start` has room for its
+    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`; `start` has room for its
     /// [`numbers`](large::numbers).
     pub(crate) unsafe fn run(
         &self,
         runtime: &Runtime,
-        problem: &Problem,
+        call: &CallProblem<'_>,
         memory: &Addresses,
+        stored: u64,
         start: u64,
     ) -> Result<(), Error> {
-        let mut parameters = self.parameters.of_call();
+        let mut parameters = self.parameters.of_call(call, stored);
         parameters.set_all(memory);
-        large::set(&mut parameters, problem, start);
+        large::set(&mut parameters, call, start);
         let mut launch = runtime.device.stream().launch_builder(&self.function);
         launch.arg(&parameters);
         // SAFETY: the kernel takes this one struct, whose tensors are the call's, by the caller's word; it reads operands inside the

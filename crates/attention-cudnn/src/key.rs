@@ -1,8 +1,11 @@
 //! What plans are kept by: a problem without what each call may change.
 
-use attention_core::{DType, Dimensions, Pass, Problem, QueryOffset, Role, TensorDesc};
+use attention_core::{
+    Alignment, CallProblem, DType, Dimensions, Pass, Problem, Role, SequenceRows, TensorDesc,
+};
 
 use crate::graph::{Shape, Type, packed};
+use crate::seen::{has_lengths, seen_keys, seen_rows};
 use crate::{CudnnConfig, Target, large, support};
 
 /// How the rows' positions are moved against the keys'.
@@ -10,7 +13,7 @@ use crate::{CudnnConfig, Target, large, support};
 pub(crate) enum Diagonal {
     /// Row 0 is at key 0.
     TopLeft,
-    /// Row 0 is at some other key.
+    /// Each call says at which key row 0 is.
     Fixed,
     /// The last row is at the last key.
     BottomRight,
@@ -121,10 +124,15 @@ impl Bias {
     }
 }
 
-/// Whether ALiBi's terms are not the same for every batch row.
+/// Whether ALiBi's terms may differ between batch rows.
 fn slopes_differ(problem: &Problem) -> bool {
     let slopes = problem.tensor(Role::AlibiSlopes).is_some_and(|slopes| slopes.rank() == 2);
-    slopes || (1..problem.dims().batch).any(|batch| problem.offset(batch) != problem.offset(0))
+    let offsets = match problem.alignment() {
+        Alignment::TopLeft | Alignment::Offset(_) => false,
+        Alignment::BottomRight => has_lengths(problem),
+        _ => true,
+    };
+    slopes || offsets
 }
 
 /// The strides of a bias that cuDNN reads as it lies: whole rows and columns, in a dtype that it takes.
@@ -159,15 +167,13 @@ pub(crate) fn right_bound(problem: &Problem) -> Option<usize> {
 impl Key {
     pub(crate) fn of(problem: &Problem, target: Target, config: &CudnnConfig) -> Self {
         let dims = problem.dims();
-        let lengths = (0..dims.batch).any(|batch| {
-            problem.query_len(batch) != dims.query_length || problem.key_value_len(batch) != dims.key_length
-        });
+        let lengths = has_lengths(problem);
         let (right, left) = (right_bound(problem), problem.window().left);
-        let diagonal = match problem.query_offset() {
+        let diagonal = match problem.alignment() {
             _ if right.is_none() && left.is_none() => Diagonal::TopLeft,
-            QueryOffset::Fixed(0) => Diagonal::TopLeft,
-            QueryOffset::BottomRight if !lengths && dims.query_length == dims.key_length => Diagonal::TopLeft,
-            QueryOffset::BottomRight => Diagonal::BottomRight,
+            Alignment::TopLeft => Diagonal::TopLeft,
+            Alignment::BottomRight if !lengths && dims.query_length == dims.key_length => Diagonal::TopLeft,
+            Alignment::BottomRight => Diagonal::BottomRight,
             _ => Diagonal::Fixed,
         };
         let has_slopes = problem.has(Role::AlibiSlopes);
@@ -189,8 +195,7 @@ impl Key {
                 Stats::Direct([b, n, t, 1])
             }
         };
-        let clean_keys =
-            made || (0..dims.batch).any(|batch| seen_keys(problem, batch) != (0..dims.key_length));
+        let clean_keys = made || has_unseen_keys(problem);
         let of = |role: Role| problem.tensor(role).map(|desc| desc.strides());
         let clean_rows = problem.pass() == Pass::Backward && (made || has_empty_rows(problem));
         let align_rows = problem.pass() == Pass::Backward && of(Role::Out) != of(Role::DOut);
@@ -219,13 +224,9 @@ impl Key {
             slopes: has_slopes && !made_slopes,
             sinks: problem.has(Role::Sinks) && problem.pass() == Pass::Forward,
             // A rate of 0 drops nothing.
-            dropout: problem
-                .dropout_stream()
-                .map(|stream| stream.threshold())
-                .filter(|&dropped| dropped > 0)
-                .map(
-                    |threshold| if config.own_dropout { Drops::Own { threshold } } else { Drops::Published },
-                ),
+            dropout: problem.drop_threshold().filter(|&dropped| dropped > 0).map(|threshold| {
+                if config.own_dropout { Drops::Own { threshold } } else { Drops::Published }
+            }),
         }
     }
 
@@ -252,6 +253,14 @@ impl Key {
         is_cleaned(role, self.pass, self.clean_keys, self.makes_bias(), self.clean_rows, self.align_rows)
     }
 
+    /// Whether a call whose rows all see a key, and whose keys are all seen, may leave the copy of this operand out: nothing
+    /// but the call's offset makes it one with others, and the operand lies as the copy would.
+    pub(crate) fn may_skip_copy(&self, role: Role, desc: &TensorDesc) -> bool {
+        let decided_by_offset = !self.lengths && !self.makes_bias();
+        let is_aligned = self.align_rows && matches!(role, Role::Out | Role::DOut);
+        decided_by_offset && !is_aligned && self.strides_of(role) == Some(strides(desc))
+    }
+
     pub(crate) fn element_type(&self) -> Type {
         element_type(self.element)
     }
@@ -266,57 +275,53 @@ impl Key {
 /// The operands that may be copied to scratch.
 pub(crate) const CLEANED: [Role; 5] = [Role::Query, Role::Key, Role::Value, Role::Out, Role::DOut];
 
-/// First row and end of the rows that see a key, for each batch row.
-pub(crate) fn row_intervals(problem: &Problem) -> Vec<i32> {
-    (0..problem.dims().batch)
-        .flat_map(|batch| {
-            let rows = seen_rows(problem, batch);
-            [rows.start as i32, rows.end as i32]
-        })
-        .collect()
+/// What structure alone leaves each batch row of every call of a problem; `None` where calls may differ.
+fn sequence_of_calls(problem: &Problem) -> Option<SequenceRows> {
+    let is_structured = right_bound(problem).is_some() || problem.window().left.is_some();
+    let varies = match problem.alignment() {
+        _ if has_lengths(problem) => true,
+        Alignment::TopLeft | Alignment::BottomRight => false,
+        _ => is_structured,
+    };
+    // At the bounds, all batch rows are alike.
+    (!varies).then(|| CallProblem::at_bounds(problem).sequence(0))
 }
 
-/// First key and end of the keys that any row sees, for each batch row.
-pub(crate) fn key_intervals(problem: &Problem) -> Vec<i32> {
-    (0..problem.dims().batch)
-        .flat_map(|batch| {
-            let keys = seen_keys(problem, batch);
-            [keys.start as i32, keys.end as i32]
-        })
-        .collect()
-}
-
-/// Where row 0 of each batch row stands among the keys.
-pub(crate) fn positions(problem: &Problem) -> Vec<i32> {
-    (0..problem.dims().batch).map(|batch| problem.offset(batch) as i32).collect()
-}
-
-/// Query lengths, then key lengths.
-pub(crate) fn lengths(problem: &Problem) -> Vec<i32> {
-    let batch = problem.dims().batch;
-    let query = (0..batch).map(|batch| problem.query_len(batch) as i32);
-    query.chain((0..batch).map(|batch| problem.key_value_len(batch) as i32)).collect()
-}
-
-/// Whether a row sees no key at all: cuDNN does not promise what it writes there.
+/// Whether a row may see no key at all: cuDNN does not promise what it writes there.
 pub(crate) fn has_empty_rows(problem: &Problem) -> bool {
-    let dims = problem.dims();
-    (0..dims.batch).any(|batch| seen_rows(problem, batch) != (0..dims.query_length))
+    sequence_of_calls(problem).is_none_or(|sequence| seen_rows(&sequence) != (0..problem.dims().query_length))
 }
 
-/// The rows of a batch row that see a key: they have no gaps, since both ends of what a row sees move by one a row.
-pub(crate) fn seen_rows(problem: &Problem, batch: usize) -> std::ops::Range<usize> {
-    let rows = 0..problem.query_len(batch);
-    let sees = |&row: &usize| !problem.key_range(batch, row).is_empty();
-    match (rows.clone().find(sees), rows.clone().rev().find(sees)) {
-        (Some(first), Some(last)) => first..last + 1,
-        _ => 0..0,
+/// Whether there may be keys that no row sees.
+fn has_unseen_keys(problem: &Problem) -> bool {
+    sequence_of_calls(problem).is_none_or(|sequence| seen_keys(&sequence) != (0..problem.dims().key_length))
+}
+
+/// Whether in each sequence of every call either all rows see a key or none does.
+pub(crate) fn sees_all_or_nothing(problem: &Problem) -> bool {
+    let window = problem.window();
+    match sequence_of_calls(problem) {
+        Some(sequence) => {
+            matches!(seen_rows(&sequence), rows if rows.is_empty() || rows == (0..sequence.queries()))
+        }
+        None if right_bound(problem).is_none() && window.left.is_none() => true,
+        // A row is at the key of its number, so it sees the first key there is, but for one that is more than the left bound behind.
+        None => {
+            let dims = problem.dims();
+            let reaches = |left: usize| {
+                !problem.has(Role::KeyValueLengths)
+                    && dims.query_length <= dims.key_length.saturating_add(left)
+            };
+            match problem.alignment() {
+                Alignment::TopLeft => window.left.is_none_or(reaches),
+                // Each row's own key is there.
+                Alignment::BottomRight => {
+                    !problem.has(Role::KeyValueLengths) && dims.query_length <= dims.key_length
+                }
+                _ => false,
+            }
+        }
     }
-}
-
-/// The keys that any row of a batch row sees.
-pub(crate) fn seen_keys(problem: &Problem, batch: usize) -> std::ops::Range<usize> {
-    problem.key_range_of_rows(batch, 0..problem.dims().query_length)
 }
 
 /// Whatever a masked operand holds must not reach a result, and zero times NaN is NaN, and so is NaN plus anything: forward,
@@ -348,7 +353,7 @@ fn strides(desc: &TensorDesc) -> Shape {
 
 #[cfg(test)]
 mod tests {
-    use attention_core::{Device, Gradients, TensorDesc};
+    use attention_core::{CallProblem, Device, Gradients, OffsetRange, TensorDesc};
 
     use super::*;
 
@@ -363,15 +368,16 @@ mod tests {
 
     #[test]
     fn what_calls_may_change_makes_no_new_plan() {
-        let lengths = |query: [usize; 2], key: [usize; 2]| {
-            problem().query_lengths(&query[..]).key_value_lengths(&key[..])
-        };
-        assert_eq!(key(lengths([3, 16], [5, 9])), key(lengths([16, 2], [1, 16])));
-        assert_eq!(key(problem().scale(0.3)), key(problem().scale(7.0)));
+        let lengths = || problem().query_lengths(DType::I32).key_value_lengths(DType::I32);
+        let in_host_memory = |role| lengths().in_host_memory(role, true);
+        assert_eq!(key(lengths()), key(in_host_memory(Role::QueryLengths)));
+        assert_eq!(key(lengths()), key(problem().query_lengths(DType::I64).key_value_lengths(DType::U32)));
         let window = |left| attention_core::Window { left: Some(left), right: None };
         assert_eq!(key(problem().window(window(3))), key(problem().window(window(20))));
         assert_ne!(key(problem()), key(problem().causal(true)));
-        assert_ne!(key(problem()), key(lengths([3, 16], [16, 16])));
+        assert_ne!(key(problem()), key(lengths()));
+        let near = Alignment::Offset(OffsetRange::Near);
+        assert_ne!(key(problem().causal(true)), key(problem().causal(true).alignment(near)));
     }
 
     #[test]
@@ -395,13 +401,111 @@ mod tests {
                 .expect("valid")
         };
         // Four queries against nine keys: those behind the fourth are seen by nobody.
-        assert_eq!(seen_keys(&causal(4, 9), 0), 0..4);
+        let sequence = |problem: &Problem| CallProblem::at_bounds(problem).sequence(0);
+        assert_eq!(seen_keys(&sequence(&causal(4, 9))), 0..4);
         assert!(!has_empty_rows(&causal(4, 9)));
         // Bottom-right with more queries than keys: the first five see nothing.
-        let bottom = causal(9, 4).to_builder().query_offset(QueryOffset::BottomRight).build().expect("valid");
-        assert_eq!(seen_rows(&bottom, 0), 5..9);
+        let bottom = causal(9, 4).to_builder().alignment(Alignment::BottomRight).build().expect("valid");
+        assert_eq!(seen_rows(&sequence(&bottom)), 5..9);
         let all = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
         let key = key(bottom.to_builder().gradients(all));
         assert!(key.clean_rows && !key.clean_keys && key.stats == Stats::Packed);
+    }
+
+    /// A plan serves calls with any lengths and, where there is structure, any offset.
+    #[test]
+    fn what_calls_may_leave_a_row_or_a_key_is_assumed() {
+        type Build = fn(attention_core::ProblemBuilder) -> attention_core::ProblemBuilder;
+        let cases: [(Build, bool); 7] = [
+            (|builder| builder, false),
+            (|builder| builder.causal(true), false),
+            (|builder| builder.alignment(Alignment::Offset(OffsetRange::Near)), false),
+            (|builder| builder.causal(true).alignment(Alignment::Offset(OffsetRange::Near)), true),
+            (|builder| builder.query_lengths(DType::I32), true),
+            (|builder| builder.key_value_lengths(DType::I64), true),
+            (|builder| builder.causal(true).alignment(Alignment::BottomRight), false),
+        ];
+        for (build, assumed) in cases {
+            let problem = build(problem()).build().expect("valid");
+            assert_eq!(has_empty_rows(&problem), assumed, "{problem}");
+            assert_eq!(has_unseen_keys(&problem), assumed, "{problem}");
+        }
+    }
+
+    #[test]
+    fn copies_are_left_out_where_an_offset_alone_asks_for_them_and_operands_lie_as_they_would() {
+        let gap = TensorDesc::strided(DType::Bf16, [2, 16, 2, 8], [512, 16, 8, 1]).expect("ranks");
+        let shifted = |value: TensorDesc| {
+            let desc = TensorDesc::contiguous(DType::Bf16, [2, 16, 2, 8]);
+            let problem = Problem::builder(desc, desc, value).device(Device::Cuda(0)).causal(true);
+            problem.alignment(Alignment::Offset(OffsetRange::Near))
+        };
+        let skips = |builder: attention_core::ProblemBuilder, role: Role| {
+            let (key, problem) = (key(builder.clone()), builder.build().expect("valid"));
+            assert!(key.cleans(role), "{role} of {problem}");
+            key.may_skip_copy(role, problem.tensor(role).expect("given"))
+        };
+        let dense = || shifted(TensorDesc::contiguous(DType::Bf16, [2, 16, 2, 8]));
+        assert!(skips(dense(), Role::Value) && !skips(shifted(gap), Role::Value));
+        assert!(!skips(dense().key_value_lengths(DType::I32), Role::Value));
+        let mask = TensorDesc::contiguous(DType::Bool, [1, 1, 16, 16]);
+        assert!(!skips(dense().mask(mask), Role::Value));
+        let backward = || dense().gradients(Gradients::QKV);
+        assert!(
+            [Role::Query, Role::Key, Role::Out, Role::DOut].map(|role| skips(backward(), role)) == [true; 4]
+        );
+        let apart = || backward().layout(Role::DOut, gap);
+        assert!(!skips(apart(), Role::Out) && skips(apart(), Role::Query));
+    }
+
+    /// Against every call of small problems.
+    #[test]
+    fn sequences_that_see_all_or_nothing_are_those_whose_calls_do() {
+        use attention_core::{CallData, QueryOffset, View, Window};
+        const MOST: usize = 4;
+        let desc = TensorDesc::contiguous(DType::Bf16, [1, MOST, 1, 8]);
+        let bounds = [None, Some(0), Some(2), Some(9)];
+        let windows = bounds.iter().flat_map(|&left| bounds.map(|right| Window { left, right }));
+        let offsets: [&[QueryOffset]; 3] = [
+            &[QueryOffset::TOP_LEFT],
+            &[QueryOffset::BottomRight],
+            &[-5, -1, 1, 4, 5].map(QueryOffset::Fixed),
+        ];
+        let mut claimed = 0;
+        for (window, offsets) in windows.flat_map(|window| offsets.map(|offsets| (window, offsets))) {
+            for (has_queries, has_keys) in [(false, false), (true, false), (false, true), (true, true)] {
+                let numbers: Vec<[i32; 1]> = (0..=MOST as i32).map(|length| [length]).collect();
+                let lengths = |given: bool| -> Vec<Option<View<'_>>> {
+                    let views = numbers.iter().map(|length| View::from_slice(length, [1]).ok());
+                    if given { views.collect() } else { vec![None] }
+                };
+                let (mut claim, mut holds) = (None, true);
+                for &query_offset in offsets {
+                    for query_lengths in lengths(has_queries) {
+                        for key_value_lengths in lengths(has_keys) {
+                            let data = CallData {
+                                query_offset,
+                                query_lengths,
+                                key_value_lengths,
+                                ..CallData::default()
+                            };
+                            let builder = Problem::builder(desc, desc, desc).window(window).data(&data);
+                            let problem = builder.build().expect("valid");
+                            let call = CallProblem::new(&problem, &data).expect("valid").sequence(0);
+                            let rows = seen_rows(&call);
+                            holds &= rows.is_empty() || rows == (0..call.queries());
+                            assert_eq!(
+                                *claim.get_or_insert(sees_all_or_nothing(&problem)),
+                                sees_all_or_nothing(&problem)
+                            );
+                        }
+                    }
+                }
+                let claim = claim.expect("a call");
+                assert!(!claim || holds, "{window:?} {offsets:?} {has_queries} {has_keys}");
+                claimed += usize::from(claim);
+            }
+        }
+        assert!(claimed > 30, "{claimed}");
     }
 }

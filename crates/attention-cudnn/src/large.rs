@@ -1,17 +1,20 @@
 //! Rows of large logits: which problems may have them, and where their maxima and sums are in scratch.
 
-use attention_core::{Problem, Role};
+use attention_core::{Alignment, CallProblem, Problem, Role};
 use attention_cuda::parameters::{Parameters, ScratchAddresses};
 
 /// Whether what is added to products may make logits so large that cuDNN's exponents have no digits left, in
-/// forward, or the logsumexp none, in backward: a bias, or slopes where a row's own position has no key.
+/// forward, or the logsumexp none, in backward: a bias, or slopes where a row's own position may have no key.
 pub(crate) fn may_be_large(problem: &Problem) -> bool {
-    let has_own_key = |batch: usize| {
-        let (offset, rows) = (i128::from(problem.offset(batch)), problem.query_len(batch) as i128);
-        offset >= 0 && offset + rows <= problem.key_value_len(batch) as i128
+    let has_own_keys = || {
+        let sequence = CallProblem::at_bounds(problem).sequence(0);
+        let (offset, rows) = (i128::from(sequence.offset()), sequence.queries() as i128);
+        offset >= 0 && offset + rows <= sequence.keys() as i128
     };
-    let far = || !(0..problem.dims().batch).all(has_own_key);
-    problem.has(Role::Bias) || (problem.has(Role::AlibiSlopes) && far())
+    // Fewer rows are at the same keys as the first of all rows, or as the last.
+    let varies = problem.has(Role::KeyValueLengths)
+        || !matches!(problem.alignment(), Alignment::TopLeft | Alignment::BottomRight);
+    problem.has(Role::Bias) || (problem.has(Role::AlibiSlopes) && (varies || !has_own_keys()))
 }
 
 /// `FAR` of the kernels, for halves: the logsumexp from which a row counts as large.

@@ -1,22 +1,23 @@
 //! Kernels of our own that run before and after cuDNN's, on the same stream: they bring operands to the forms that it takes,
 //! and make good what it does not promise.
 
-use attention_core::{DType, Error, Problem, Role};
+use attention_core::{CallProblem, DType, Error, Role};
 use attention_cuda::cudarc::driver::result::memset_d8_async;
 use attention_cuda::cudarc::driver::{DriverError, LaunchConfig, PushKernelArg};
-use attention_cuda::parameters::dtype_code;
-use attention_cuda::{KernelError, failure};
+use attention_cuda::parameters::{Integers, dtype_code};
+use attention_cuda::{Addresses, KernelError, failure};
 use attention_kernels::{DTypeCode, Helper, Variant};
 
 use crate::NAME;
 use crate::arguments::{
-    Arguments, BiasSources, CleanRows, FinishForward, KeepMask, LogitStrides, MadeBias, MakeBias,
-    PrepareBackward, RowStrides, SeeingRows, Seen, SinkGradient, Structure, ToFloats,
+    Arguments, BiasSources, CleanRows, ClearGradients, FinishForward, Intervals, KeepMask, LogitStrides,
+    MadeBias, MakeBias, PrepareBackward, RowStrides, SeeingRows, Seen, SinkGradient, Structure, ToFloats,
 };
 use crate::graph::Type;
 use crate::key::{Bias, right_bound};
 use crate::large;
 use crate::runtime::Runtime;
+use crate::sequences::Sequences;
 
 /// Threads of a block, at most: the bound that the kernels are compiled with.
 const THREADS: u32 = Helper::LAUNCHED.threads;
@@ -85,15 +86,8 @@ fn grid(count: u64) -> LaunchConfig {
 /// What the kernels of a call share. All addresses are of memory on the stream's device; 0 stands for none.
 pub(crate) struct Kernels<'a> {
     pub(crate) runtime: &'a Runtime,
-    pub(crate) problem: &'a Problem,
-    /// First row and end of the rows that see a key, for each batch row.
-    pub(crate) rows: u64,
-    /// First key and end of the keys that any row sees, for each batch row.
-    pub(crate) keys: u64,
-    /// Query lengths, one for each batch row.
-    pub(crate) query_lengths: u64,
-    /// Where row 0 of each batch row stands among the keys.
-    pub(crate) positions: u64,
+    pub(crate) problem: CallProblem<'a>,
+    pub(crate) sequences: Sequences,
     /// Marked by [`make_bias`](Self::make_bias), for one head or for each, in rows of so many keys.
     pub(crate) seen: Seen,
     pub(crate) seen_heads: i64,
@@ -118,7 +112,7 @@ impl Kernels<'_> {
     }
 
     fn seeing_rows(&self) -> SeeingRows {
-        SeeingRows { intervals: self.rows, flags: self.seen.rows, flag_heads: self.seen_heads }
+        SeeingRows { intervals: self.sequences.rows, flags: self.seen.rows, flag_heads: self.seen_heads }
     }
 
     /// Batch, rows and heads.
@@ -152,7 +146,7 @@ impl Kernels<'_> {
             stats,
             seeing: self.seeing_rows(),
             sinks,
-            lengths: self.query_lengths,
+            lengths: self.sequences.query_lengths,
             batch,
             positions,
             heads,
@@ -178,7 +172,7 @@ impl Kernels<'_> {
             lse,
             lse_strides: RowStrides::of(self.problem.tensor(Role::Lse)),
             stats,
-            far_heads: states.map_or(0, |start| large::places(self.problem, start)[2]),
+            far_heads: states.map_or(0, |start| large::places(&self.problem, start)[2]),
             seeing: self.seeing_rows(),
             batch,
             positions,
@@ -196,7 +190,8 @@ impl Kernels<'_> {
     pub(crate) unsafe fn clean(&self, role: Role, from: u64, to: u64, stats: u64) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
         let is_key = matches!(role, Role::Key | Role::Value);
-        let (intervals, flags, stats) = if is_key { (self.keys, self.seen.keys, 0) } else { (0, 0, stats) };
+        let (intervals, flags, stats) =
+            if is_key { (self.sequences.keys, self.seen.keys, 0) } else { (Intervals::ALL, 0, stats) };
         let [batch, positions, heads, width] = std::array::from_fn(|axis| desc.shape()[axis] as i64);
         let arguments = CleanRows {
             from,
@@ -217,6 +212,32 @@ impl Kernels<'_> {
         let deep = (batch * positions * heads).unsigned_abs().div_ceil(u64::from(rows));
         let config = blocks([deep.clamp(1, MOST_BLOCKS), 1], [across, rows]);
         // SAFETY: the caller promised the tensor and the copy, and `stats`; the kernel writes the copy.
+        Ok(unsafe { self.launch(&arguments, config) }?)
+    }
+
+    /// Writes zeros to a gradient in batch rows without keys.
+    ///
+    /// # Safety
+    /// `to` is the problem's tensor of this role, whose rows begin at multiples of 16 bytes and are as long, and the sequences have
+    /// key lengths.
+    pub(crate) unsafe fn clear_gradient(&self, role: Role, to: u64) -> Result<(), Error> {
+        let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
+        let [batch, positions, heads, width] = std::array::from_fn(|axis| desc.shape()[axis] as i64);
+        let arguments = ClearGradients {
+            to,
+            to_strides: RowStrides::of(Some(desc)),
+            key_lengths: self.sequences.key_lengths,
+            batch,
+            positions,
+            heads,
+            parts: width / 8,
+        };
+        let across = u32::try_from(arguments.parts).unwrap_or(THREADS).clamp(1, THREADS);
+        let rows = THREADS / across;
+        let deep = (positions * heads).unsigned_abs().div_ceil(u64::from(rows));
+        // Few blocks for each batch row: mostly they have nothing to do.
+        let config = blocks([deep.clamp(1, 32), batch.unsigned_abs().clamp(1, 65535)], [across, rows]);
+        // SAFETY: the caller promised the tensor and the lengths; the kernel writes rows of the tensor.
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
@@ -255,11 +276,12 @@ impl Kernels<'_> {
                 slopes_batch,
             },
             structure: Structure {
-                rows: self.rows,
-                keys: self.keys,
-                positions: self.positions,
+                rows: self.sequences.rows,
+                keys: self.sequences.keys,
+                offsets: self.sequences.offsets,
+                offset: self.sequences.offset,
                 left: far(self.problem.window().left),
-                right: far(right_bound(self.problem)),
+                right: far(right_bound(&self.problem)),
             },
             seen: self.seen,
             made_dtype: made_dtype.code(),
@@ -309,19 +331,22 @@ impl Kernels<'_> {
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
-    /// Writes the keep bits of the problem's dropout as ones and zeros, in rows of whole blocks of eight keys.
+    /// Writes the keep bits of the call's dropout as ones and zeros, in rows of whole blocks of eight keys.
     ///
     /// # Safety
-    /// `to` has room for them.
-    pub(crate) unsafe fn keep_mask(&self, to: u64) -> Result<(), Error> {
+    /// `memory` is the call's, and `to` has room for the bits.
+    pub(crate) unsafe fn keep_mask(&self, memory: &Addresses, to: u64) -> Result<(), Error> {
         let Some(stream) = self.problem.dropout_stream() else { return Ok(()) };
         let dims = self.problem.dims();
         let (key, stream_offset) = stream.words();
+        let number = |role: Role| Integers::of(&self.problem, role).at(memory.at(role));
         let arguments = KeepMask {
             to,
             rows: (dims.batch * dims.query_heads) as i64,
             positions: dims.query_length as i64,
             blocks: dims.key_length.div_ceil(8) as i64,
+            seed: number(Role::DropoutSeed),
+            offset: number(Role::DropoutOffset),
             one: if self.problem.dtype() == DType::F16 { 0x3c00 } else { 0x3f80 },
             threshold: stream.threshold(),
             key,
@@ -332,7 +357,7 @@ impl Kernels<'_> {
         let deep = THREADS / across;
         let rows = (arguments.rows * arguments.positions).unsigned_abs();
         let config = blocks([rows.div_ceil(u64::from(deep)), 1], [across, deep]);
-        // SAFETY: the caller promised room for the mask, which the kernel writes.
+        // SAFETY: the caller promised the seed and room for the mask, which the kernel writes.
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
@@ -350,7 +375,7 @@ impl Kernels<'_> {
     ) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(Role::DSinks) else { return Ok(()) };
         let [batch, positions, heads] = self.row_axes();
-        let [offsets, scores, _] = large::places(self.problem, states);
+        let [offsets, scores, _] = large::places(&self.problem, states);
         let arguments = SinkGradient {
             to,
             to_stride: desc.strides()[0] as i64,
@@ -358,7 +383,7 @@ impl Kernels<'_> {
             delta,
             lse,
             lse_strides: RowStrides::of(self.problem.tensor(Role::Lse)),
-            lengths: self.query_lengths,
+            rows: self.sequences.rows,
             scores,
             offsets,
             batch,

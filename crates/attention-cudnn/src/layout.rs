@@ -1,6 +1,7 @@
 //! Where things are in the scratch of a call.
 
 use attention_core::{DType, Pass, Problem, Role, TensorDesc};
+use attention_cuda::StoredNumbers;
 
 use crate::CudnnConfig;
 use crate::far;
@@ -69,6 +70,21 @@ impl Layout {
         }
         if far::is_needed(problem, key, config) {
             layout.take(Slot::States, &[large::numbers(problem)?], 4)?;
+        }
+        let stored = StoredNumbers::of(problem).bytes()?;
+        if stored > 0 {
+            layout.take(Slot::StoredNumbers, &[stored], 1)?;
+        }
+        for (slot, numbers, wanted) in [
+            (Slot::QueryLengths, 1, key.lengths),
+            (Slot::KeyLengths, 1, key.lengths),
+            (Slot::RowIntervals, 2, key.lengths && key.stats == Stats::Packed),
+            (Slot::KeyIntervals, 2, key.lengths && key.clean_keys),
+            (Slot::QueryOffsets, 1, key.lengths && key.makes_bias()),
+        ] {
+            if wanted {
+                layout.take(slot, &[dims.batch, numbers], 4)?;
+            }
         }
         if key.writes_kept() {
             layout.take(Slot::Kept, &[row_count, dims.key_length.checked_next_multiple_of(8)?], size)?;

@@ -22,6 +22,8 @@ mod pattern;
 mod plan;
 mod planned;
 mod runtime;
+mod seen;
+mod sequences;
 mod slot;
 mod support;
 

@@ -34,9 +34,9 @@ impl Plan for CudnnPlan {
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         self.admit(call.problem(), &scratch)?;
-        let (_, inputs, mut outputs) = call.into_parts();
+        let (problem, inputs, mut outputs) = call.into_parts();
         let memory = Addresses::of_forward(&inputs, &mut outputs);
-        let run = Run::new(&self.0, memory, scratch)?;
+        let run = Run::new(&self.0, problem, memory, scratch)?;
         // SAFETY: an admitted call: its tensors are what the problem, and so graph and kernels, say.
         unsafe {
             run.bring()?;
@@ -54,13 +54,14 @@ impl Plan for CudnnPlan {
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         self.admit(call.problem(), &scratch)?;
-        let (_, inputs, saved, mut outputs) = call.into_parts();
+        let (problem, inputs, saved, mut outputs) = call.into_parts();
         let memory = Addresses::of_backward(&inputs, &saved, &mut outputs);
-        let run = Run::new(&self.0, memory, scratch)?;
+        let run = Run::new(&self.0, problem, memory, scratch)?;
         // SAFETY: as in `forward`.
         unsafe {
             run.bring()?;
             run.execute()?;
+            run.clear()?;
             if self.0.problem.has(Role::DSinks) {
                 let (sinks, delta, states) = (run.at(Slot::Sinks), run.at(Slot::Delta), run.at(Slot::States));
                 let (dsinks, lse) = (memory.at(Role::DSinks), memory.at(Role::Lse));

@@ -3,20 +3,20 @@
 use std::sync::Arc;
 
 use attention_core::{DType, Error, Pass, Problem, Role, Unsupported, VariantCounter, Variants};
-use attention_cuda::failure;
+use attention_cuda::{NumberStore, failure};
 
 use crate::contain::Containment;
 use crate::execution_plan::ExecutionPlan;
 use crate::failure::Failure;
 use crate::far::FarRows;
-use crate::key::{self, CLEANED, Key, Stats};
+use crate::key::{CLEANED, Key};
 use crate::layout::Layout;
 use crate::lists::Lists;
-use crate::numbers::Numbers;
-use crate::runtime::{Array, Runtime};
+use crate::runtime::Runtime;
+use crate::sequences::SequenceKernel;
 use crate::{CudnnConfig, NAME};
 
-/// A problem with everything that its calls share: a call does no more than fill in addresses.
+/// A problem with everything that its calls share: a call does no more than fill in addresses and numbers.
 #[derive(Debug)]
 pub(crate) struct Planned {
     pub(crate) problem: Problem,
@@ -24,15 +24,14 @@ pub(crate) struct Planned {
     pub(crate) key: Key,
     /// The operands that are copied first.
     pub(crate) cleaned: Vec<Role>,
+    /// Those of them whose copy is left out where a call's structure excludes no row and no key.
+    pub(crate) skippable: Vec<Role>,
     pub(crate) layout: Layout,
     pub(crate) execution: Arc<ExecutionPlan>,
-    pub(crate) numbers: Numbers,
-    pub(crate) lengths: Option<Array>,
-    pub(crate) rows: Option<Array>,
-    pub(crate) keys: Option<Array>,
-    pub(crate) positions: Option<Array>,
-    /// Dropped before the numbers that they point to.
     pub(crate) lists: Lists,
+    pub(crate) numbers: NumberStore,
+    /// Where the plan takes lengths.
+    pub(crate) sequences: Option<SequenceKernel>,
     pub(crate) containment: Option<Containment>,
     pub(crate) far: Option<FarRows>,
     pub(crate) runs: VariantCounter,
@@ -49,23 +48,19 @@ impl Planned {
     ) -> Result<Self, Error> {
         let key = Key::of(problem, runtime.target, config);
         let execution = execution_plan(runtime, &key)?;
-        let array = |values: Vec<i32>| {
-            runtime.array(&values).map_err(|error| failure(NAME, "sending lengths to the device", error))
-        };
-        let some = |wanted: bool, values: fn(&Problem) -> Vec<i32>| {
-            wanted.then(|| array(values(problem))).transpose()
-        };
+        let cleaned: Vec<Role> =
+            CLEANED.into_iter().filter(|&role| key.cleans(role) && problem.has(role)).collect();
+        let may_skip = |role: &Role| problem.tensor(*role).is_some_and(|desc| key.may_skip_copy(*role, desc));
         Ok(Self {
             problem: problem.clone(),
             runtime: runtime.clone(),
-            cleaned: CLEANED.into_iter().filter(|&role| key.cleans(role) && problem.has(role)).collect(),
+            skippable: cleaned.iter().copied().filter(may_skip).collect(),
+            cleaned,
             layout,
             execution,
-            numbers: Numbers::of(problem),
-            lengths: some(key.lengths, key::lengths)?,
-            rows: some(key.stats == Stats::Packed, key::row_intervals)?,
-            keys: some(key.clean_keys, key::key_intervals)?,
-            positions: some(key.makes_bias(), key::positions)?,
+            numbers: NumberStore::new(problem, &runtime.device, &runtime.kernels)
+                .map_err(|error| failure(NAME, "compiling a kernel", error))?,
+            sequences: key.lengths.then(|| SequenceKernel::of(runtime, problem)).transpose()?,
             containment: Containment::of(runtime, problem, &key, config)?,
             far: FarRows::of(runtime, problem, &key, config)?,
             runs: variants.counter(&variant(&key, problem)),

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use attention_core::Unavailable;
-use attention_cuda::cudarc::driver::{CudaFunction, CudaSlice, DevicePtr, DriverError};
+use attention_cuda::cudarc::driver::{CudaFunction, DriverError};
 use attention_cuda::{CudaDevice, DiskCache, DiskKey, KernelCache, KernelError, Workspaces};
 use attention_kernels::Variant;
 
@@ -151,18 +151,4 @@ impl Runtime {
             attention_kernels::source(file).unwrap_or_else(|| unreachable!("the source is in the package"));
         self.kernels.function(self.device.context(), source, variant, name)
     }
-
-    /// An array on the device.
-    pub(crate) fn array(&self, values: &[i32]) -> Result<Array, DriverError> {
-        let memory = self.device.stream().clone_htod(values)?;
-        let address = memory.device_ptr(self.device.stream()).0;
-        Ok(Array { _memory: memory, address })
-    }
-}
-
-/// An array of integers on the device, which is written once and only read by work on the device's stream.
-#[derive(Debug)]
-pub(crate) struct Array {
-    _memory: CudaSlice<i32>,
-    pub(crate) address: u64,
 }

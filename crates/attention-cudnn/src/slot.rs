@@ -19,8 +19,14 @@ pub(crate) enum Slot {
     Delta,
     /// The gradient of the query while it is summed up, in f32.
     DQuerySum,
+    /// The lengths of each batch row, as integers of 32 bits.
     QueryLengths,
     KeyLengths,
+    /// Which rows see a key by structure, and which keys any row sees, of each batch row: the first and the end.
+    RowIntervals,
+    KeyIntervals,
+    /// What is added to a row of each batch row to give its position.
+    QueryOffsets,
     Scale,
     /// What is added to the logits: the caller's bias, or what a kernel made of mask and bias.
     Bias,
@@ -29,6 +35,8 @@ pub(crate) enum Slot {
     SeenKeys,
     /// What [`FarRows`](crate::far::FarRows) leaves.
     States,
+    /// What [`NumberStore`](attention_cuda::NumberStore) puts there.
+    StoredNumbers,
     /// Slopes of ALiBi, in f32.
     Slopes,
     /// Sinks, in f32.

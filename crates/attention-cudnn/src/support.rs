@@ -1,10 +1,11 @@
 //! What cuDNN serves, as data: by version and compute capability, with the reason for each limit.
 
 use attention_core::{
-    Capabilities, DType, DeviceKind, Feature, FeatureSet, LongSums, NumericsClass, Pass, PassCapabilities,
-    Problem, Role, ScratchGrowth, Unsupported,
+    Alignment, Capabilities, DType, Device, DeviceKind, Feature, FeatureSet, LongSums, NumericsClass,
+    OffsetRange, Pass, PassCapabilities, Problem, Role, ScratchGrowth, Unsupported,
 };
 
+use crate::seen::has_lengths;
 use crate::{CudnnConfig, NAME};
 
 /// A cuDNN version and the device that it runs on.
@@ -145,7 +146,8 @@ pub(crate) fn wants_lengths(target: Target, problem: &Problem) -> bool {
 }
 
 /// The features of both passes. Not softcap: the fused engines take an approximate hyperbolic tangent (seen on H100 with
-/// 9.19: a logsumexp of 8.853016 became 8.852971), which is outside the numerics class.
+/// 9.19: a logsumexp of 8.853016 became 8.852971), which is outside the numerics class. And not query offsets by batch row: cuDNN
+/// takes one number for all.
 fn features() -> FeatureSet {
     [
         Feature::GroupedHeads,
@@ -165,6 +167,7 @@ fn features() -> FeatureSet {
         Feature::Dropout,
         Feature::DSinks,
         Feature::Deterministic,
+        Feature::DeviceData,
     ]
     .into_iter()
     .collect()
@@ -202,9 +205,6 @@ fn limit(what: impl Into<String>, value: impl ToString, why: impl Into<String>) 
     let (backend, what, value) = (NAME.to_owned(), what.into(), value.to_string());
     Unsupported::Limit { backend, what, value, why: why.into() }
 }
-
-/// The fused engines multiply the scale with log2(e), which makes NaN of everything where the product is not a number of f32.
-const MOST_SCALE: f64 = 2e38;
 
 /// Whether a problem can be served on a target.
 pub(crate) fn check(
@@ -245,13 +245,12 @@ pub(crate) fn check(
             return Err(limit(what, size, "it takes multiples of 8"));
         }
     }
-    if problem.scale() <= 0.0 {
-        let why = "cuDNN scales after it took the row max, so it takes scales above 0";
-        return Err(limit("scale", problem.scale(), why));
-    }
-    if problem.scale() > MOST_SCALE {
-        let why = "cuDNN multiplies the scale with log2(e) in f32, so it takes at most 2e38";
-        return Err(limit("scale", problem.scale(), why));
+    if problem.any_scale() {
+        // The fused engines make NaN of everything where the product is not a number of f32.
+        let ordinary = Problem::ordinary_scales(problem.dtype().accumulator());
+        let why = "cuDNN scales after it took the row max, and multiplies the scale with log2(e) in f32";
+        let value = format!("{:e} to {:e}", ordinary.start(), ordinary.end());
+        return Err(limit("scales outside of", value, why));
     }
     for role in TENSORS {
         tensor(problem, role)?;
@@ -264,16 +263,8 @@ pub(crate) fn check(
             "cuDNN takes at least 2 of each",
         ));
     }
-    // The graphs compute positions in 32 bits, and where a window begins in f32.
-    const FAR: i64 = 1 << 30;
+    positions(problem)?;
     let window = problem.window();
-    let offsets = (0..dims.batch).map(|batch| problem.offset(batch));
-    let bounds = [window.left, window.right].into_iter().flatten();
-    let bounds = bounds.map(|bound| i64::try_from(bound).unwrap_or(i64::MAX));
-    if let Some(far) = offsets.chain(bounds).find(|far| far.unsigned_abs() > FAR.unsigned_abs()) {
-        let why = "cuDNN computes positions in 32 bits, so it takes up to 2^30 either way";
-        return Err(limit("an offset or a window of", far, why));
-    }
     if window.left.is_some() && dims.query_length.max(dims.key_length) > 1 << 24 {
         let longest = dims.query_length.max(dims.key_length);
         let why = "cuDNN computes where a window begins in f32, so it takes up to 2^24";
@@ -287,17 +278,16 @@ pub(crate) fn check(
         let why = "cuDNN misreads a bias of one row and one key where heads have their own";
         return Err(limit(format!("{role} over query and key lengths"), "1 and 1", why));
     }
-    if problem.pass() == Pass::Backward
-        && problem.dropout().is_some()
-        && let Some(batch) = (0..dims.batch).find(|&batch| problem.key_value_len(batch) == 0)
-    {
-        let what = "backward with dropout and key length";
-        let why = "cuDNN leaves the gradients of a batch row without keys unwritten";
-        return Err(limit(what, format!("0 in batch row {batch}"), why));
-    }
-    if config.own_dropout && problem.dropout().is_some() && problem.has(Role::DSinks) {
+    if config.own_dropout && problem.dropout_rate().is_some() && problem.has(Role::DSinks) {
         let why = "they are computed of row terms that cuDNN leaves with the published stream alone";
         return Err(limit("dsinks with", "cuDNN's own dropout", why));
+    }
+    let on_device = |role: Role| problem.has(role) && problem.device_of(role) != Device::Cpu;
+    if config.own_dropout
+        && let Some(role) = [Role::DropoutSeed, Role::DropoutOffset].into_iter().find(|&role| on_device(role))
+    {
+        let why = "cuDNN's own dropout takes its seed from the host, and the published stream does not";
+        return Err(limit(format!("{role} in"), "device memory", why));
     }
     if problem.has(Role::Sinks) && problem.pass() == Pass::Forward {
         if target.version < [9, 13, 0] {
@@ -317,6 +307,31 @@ pub(crate) fn check(
         }
     }
     Ok(())
+}
+
+/// The graphs compute positions in 32 bits, and where a window begins in f32.
+fn positions(problem: &Problem) -> Result<(), Unsupported> {
+    const FAR: usize = 1 << 30;
+    let dims = problem.dims();
+    if let Alignment::Offset(OffsetRange::Any) | Alignment::Offsets(OffsetRange::Any) = problem.alignment() {
+        let why = "cuDNN computes positions in 32 bits, and calls may give offsets of 64";
+        return Err(limit("query offsets beyond", OffsetRange::NEAR, why));
+    }
+    // The offset is a difference of lengths, and lengths may be anything up to those of the tensors.
+    let apart = match problem.alignment() {
+        Alignment::BottomRight if has_lengths(problem) => dims.query_length.max(dims.key_length),
+        Alignment::BottomRight => dims.query_length.abs_diff(dims.key_length),
+        _ => 0,
+    };
+    let window = problem.window();
+    let reaches = [window.left, window.right].into_iter().flatten().chain([apart]);
+    match reaches.max().filter(|&far| far > FAR) {
+        Some(far) => {
+            let why = "cuDNN computes positions in 32 bits, so it takes up to 2^30 either way";
+            Err(limit("an offset or a window of", far, why))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The tensors that are held to rules for their strides, which are a part of a plan's key.
@@ -409,17 +424,75 @@ mod tests {
         }
     }
 
+    fn answer(builder: attention_core::ProblemBuilder, config: &CudnnConfig) -> Result<(), Unsupported> {
+        let target = Target::default();
+        check(&capabilities(target, config), target, config, &builder.build().expect("valid"))
+    }
+
+    fn builder() -> attention_core::ProblemBuilder {
+        let desc = TensorDesc::contiguous(DType::Bf16, [1, 8, 2, 64]);
+        Problem::builder(desc, desc, desc).device(Device::Cuda(0))
+    }
+
+    /// The largest of them is a number in base two too.
     #[test]
     fn scales_that_are_infinite_in_base_two_are_refused() {
-        let desc = TensorDesc::contiguous(DType::Bf16, [1, 8, 2, 64]);
-        let (target, config) = (Target::default(), CudnnConfig::default());
-        for (scale, is_served) in [(2e38, true), (2.4e38, false), (f64::from(f32::MAX), false)] {
-            let builder = Problem::builder(desc, desc, desc).device(Device::Cuda(0)).scale(scale);
-            let answer =
-                check(&capabilities(target, &config), target, &config, &builder.build().expect("valid"));
+        use attention_core::CallData;
+        for (scale, is_served) in
+            [(2e38, true), (2.4e38, false), (f64::from(f32::MAX), false), (-1.0, false), (0.0, false)]
+        {
+            let data = CallData { scale: Some(scale), ..CallData::default() };
+            let answer = answer(builder().data(&data), &CudnnConfig::default());
             assert_eq!(answer.is_ok(), is_served, "{scale}");
-            assert!(is_served || answer.is_err_and(|refusal| refusal.to_string().contains("at most 2e38")));
+            assert!(is_served || answer.is_err_and(|refusal| refusal.to_string().contains("1e-37 to 2e38")));
         }
+        let most = *Problem::ordinary_scales(DType::F32).end() as f32;
+        assert!((most * std::f32::consts::LOG2_E).is_finite());
+    }
+
+    #[test]
+    fn offsets_and_windows_that_are_far_away_are_refused() {
+        let refusal = |builder| answer(builder, &CudnnConfig::default()).err().map(|error| error.to_string());
+        let offset = |range| builder().causal(true).alignment(Alignment::Offset(range));
+        assert_eq!(refusal(offset(OffsetRange::Near)), None);
+        assert!(
+            refusal(offset(OffsetRange::Any))
+                .is_some_and(|error| error.contains("query offsets beyond 4194304"))
+        );
+        for (right, is_served) in [(1 << 30, true), ((1 << 30) + 1, false), (usize::MAX, false)] {
+            let window = Window { left: None, right: Some(right) };
+            assert_eq!(refusal(builder().window(window)).is_none(), is_served, "{right}");
+        }
+        let desc = |length| TensorDesc::contiguous(DType::Bf16, [1, length, 1, 8]);
+        let bottom = |queries, keys| {
+            let problem = Problem::builder(desc(queries), desc(keys), desc(keys)).device(Device::Cuda(0));
+            problem.causal(true).alignment(Alignment::BottomRight)
+        };
+        const FAR: usize = (1 << 30) + 8;
+        assert_eq!(refusal(bottom(FAR, FAR)), None);
+        assert!(refusal(bottom(8, FAR + 8)).is_some());
+        assert!(refusal(bottom(FAR, FAR).query_lengths(DType::I32)).is_some());
+    }
+
+    #[test]
+    fn numbers_in_device_memory_are_served_where_no_graph_needs_them_on_the_host() {
+        let own = CudnnConfig::default().own_dropout(true);
+        let lengths = || builder().query_lengths(DType::I64).key_value_lengths(DType::U32);
+        for config in [CudnnConfig::default(), own.clone()] {
+            assert_eq!(answer(lengths(), &config), Ok(()));
+            assert_eq!(answer(lengths().dropout_rate(0.5).gradients(Gradients::QKV), &config), Ok(()));
+        }
+        let seed = TensorDesc::contiguous(DType::I64, [1]);
+        for role in [Role::DropoutSeed, Role::DropoutOffset] {
+            let dropped = || builder().dropout_rate(0.5).layout(role, seed);
+            assert_eq!(answer(dropped(), &CudnnConfig::default()), Ok(()));
+            assert_eq!(answer(dropped().in_host_memory(role, true), &own), Ok(()));
+            let refusal = answer(dropped(), &own).expect_err("refused").to_string();
+            assert!(refusal.contains(&format!("{role} in device memory")), "{refusal}");
+        }
+        let refusal = answer(builder().query_offsets(OffsetRange::Near, DType::I32), &own);
+        let refusal = refusal.expect_err("refused").to_string();
+        assert!(refusal.contains("query offsets by batch row"), "{refusal}");
     }
 
     #[test]

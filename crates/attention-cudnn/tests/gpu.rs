@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, Error, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, Scalar, TensorDesc, Unsupported, View,
-    philox4x32_10,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dropout, Error,
+    ForwardCall, ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, Scalar, TensorDesc,
+    Unsupported, View, philox4x32_10,
 };
 use attention_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use attention_cuda::{CudaDevice, DeviceTensor};
@@ -48,23 +48,29 @@ struct Step {
     out: DeviceTensor,
     lse: DeviceTensor,
     gradients: [DeviceTensor; 3],
+    /// Of every call.
+    dropout: Option<Dropout>,
 }
 
 impl Step {
     fn new(device: &CudaDevice, shape: [usize; 4], causal: bool, seed: u64) -> Result<Self> {
-        Self::with(device, shape, |problem| problem.causal(causal), seed)
+        Self::with(device, shape, |problem| problem.causal(causal), None, seed)
     }
 
     fn with(
         device: &CudaDevice,
         shape: [usize; 4],
         options: impl Fn(ProblemBuilder) -> ProblemBuilder,
+        dropout: Option<Dropout>,
         seed: u64,
     ) -> Result<Self> {
         let desc = TensorDesc::contiguous(DType::Bf16, shape);
         let [b, t, n, _] = shape;
         let lse = TensorDesc::contiguous(DType::F32, [b, t, n]);
-        let problem = || options(Problem::builder(desc, desc, desc).device(device.device()));
+        let problem = || {
+            let problem = Problem::builder(desc, desc, desc).device(device.device());
+            options(problem.dropout_rate(dropout.map(|dropout| dropout.rate)))
+        };
         let forward = problem().lse(true).build()?;
         let wanted = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
         let backward = problem().gradients(wanted).build()?;
@@ -80,6 +86,7 @@ impl Step {
             out: room(desc)?,
             lse: room(lse)?,
             gradients: [room(desc)?, room(desc)?, room(desc)?],
+            dropout,
         })
     }
 
@@ -106,7 +113,8 @@ impl Step {
     /// Puts both passes on the stream of their plans.
     fn run_planned(&mut self, [forward, backward]: &[Arc<dyn Plan>; 2]) -> Result {
         let [query, key, value, d_out] = &self.inputs;
-        let inputs = Inputs::new(query.view()?, key.view()?, value.view()?);
+        let data = CallData { dropout: self.dropout, ..CallData::default() };
+        let inputs = Inputs { data, ..Inputs::new(query.view()?, key.view()?, value.view()?) };
         let outputs = ForwardOutputs { out: self.out.view_mut()?, lse: Some(self.lse.view_mut()?) };
         let call = ForwardCall::new(forward.problem(), inputs, outputs)?;
         forward.forward(call, forward.lend_scratch()?.scratch())?;
@@ -387,7 +395,7 @@ fn own_dropout_keeps_the_same_in_both_passes() -> Result {
     let [_, length, heads, width] = shape;
     let step = |seed, offset, data| {
         let dropout = Dropout::new(rate, seed).with_offset(offset);
-        Step::with(&device, shape, |problem| problem.dropout(dropout), data)
+        Step::with(&device, shape, |problem| problem, Some(dropout), data)
     };
     let identity =
         |index: usize| bf16::from_f32(if index / (heads * width) == index % width { 1.0 } else { 0.0 });

@@ -1,7 +1,8 @@
 //! What the backend answers without a device: `supports` is data.
 
 use attention_core::{
-    AttentionBackend, DType, Device, Dropout, Gradients, Problem, TensorDesc, Unsupported, Window,
+    Alignment, AttentionBackend, DType, Device, Gradients, OffsetRange, Problem, Role, TensorDesc,
+    Unsupported, Window,
 };
 use attention_cudnn::{CudnnBackend, CudnnConfig, Target};
 
@@ -14,12 +15,14 @@ fn tokens(dtype: DType, shape: [usize; 4]) -> TensorDesc {
     TensorDesc::contiguous(dtype, shape)
 }
 
-fn problem(dtype: DType, shape: [usize; 4]) -> attention_core::ProblemBuilder {
+type Builder = attention_core::ProblemBuilder;
+
+fn problem(dtype: DType, shape: [usize; 4]) -> Builder {
     let desc = tokens(dtype, shape);
     Problem::builder(desc, desc, desc).device(Device::Cuda(4000))
 }
 
-fn refusal(target: Target, problem: attention_core::ProblemBuilder) -> String {
+fn refusal(target: Target, problem: Builder) -> String {
     let problem = problem.build().expect("a valid problem");
     let backend = backend(target);
     let error = backend.supports(&problem).expect_err("refused");
@@ -73,11 +76,23 @@ fn refusals_name_the_limit_and_the_value() {
             "cudnn does not support head dimension 264: it takes at most 256",
         ),
         (
-            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).scale(-1.0)),
-            "cudnn does not support scale -1: cuDNN scales after it took the row max, so it takes scales above 0",
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).any_scale(true)),
+            "cudnn does not support scales outside of 1e-37 to 2e38: cuDNN scales after it took the row max, and multiplies the scale \
+             with log2(e) in f32",
         ),
         (
-            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).softcap(30.0)),
+            refusal(
+                hopper,
+                problem(DType::F16, [1, 8, 2, 64]).alignment(Alignment::Offset(OffsetRange::Any)),
+            ),
+            "cudnn does not support query offsets beyond 4194304: cuDNN computes positions in 32 bits, and calls may give offsets of 64",
+        ),
+        (
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).query_offsets(OffsetRange::Near, DType::I32)),
+            "cudnn does not support query offsets by batch row in its forward pass",
+        ),
+        (
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).softcap(true)),
             "cudnn does not support softcap in its forward pass",
         ),
         (
@@ -116,12 +131,10 @@ fn refusals_name_the_limit_and_the_value() {
         "cudnn does not support mask over query and key lengths 1 and 1: cuDNN misreads a bias of one row and one key where heads \
          have their own"
     );
-    let without_keys = problem(DType::F16, [2, 8, 2, 64]).key_value_lengths([8, 0]).gradients(all);
-    assert_eq!(
-        refusal(hopper, without_keys.dropout(Dropout::new(0.5, 1))),
-        "cudnn does not support backward with dropout and key length 0 in batch row 1: cuDNN leaves the gradients of a batch row \
-         without keys unwritten"
-    );
+    // A kernel writes the gradients of batch rows without keys, which cuDNN leaves unwritten with dropout.
+    let keys = problem(DType::F16, [2, 8, 2, 64]).key_value_lengths(DType::I32).gradients(all);
+    let keys = keys.dropout_rate(0.5).build().expect("valid");
+    assert_eq!(backend(hopper).supports(&keys), Ok(()));
     assert!(backend(hopper).supports(&grouped().build().expect("valid")).is_ok(), "grouped heads forward");
 }
 
@@ -175,4 +188,41 @@ fn a_bias_is_used_as_it_lies_where_it_is_promised_to_be_finite() {
     // The logsumexp alone, which says whose logits are too large for cuDNN's exponents.
     assert_eq!(scratch(CudnnConfig::default().finite_bias(true)), Ok(2 * 4 * 128 * 4));
     assert!(scratch(CudnnConfig::default()).expect("served") > 4 * 128 * 128 * 2);
+}
+
+/// The lengths in 32 bits and what follows from them are in scratch, wherever a call has them.
+#[test]
+fn scratch_of_lengths_is_the_arrays_that_follow_from_them() {
+    const ALIGNMENT: usize = 256;
+    let of = |batch: usize, in_host_memory: bool, options: fn(Builder) -> Builder| {
+        let builder = options(problem(DType::Bf16, [batch, 128, 4, 64]).key_value_lengths(DType::I64));
+        let builder = builder.in_host_memory(Role::KeyValueLengths, in_host_memory);
+        backend(Target::default()).scratch_bytes(&builder.build().expect("valid")).expect("served")
+    };
+    // The logsumexp, which a kernel reads, and values without those that no row sees.
+    let packed = |batch: usize| 4 * batch * 128 * 4 + 2 * batch * 128 * 4 * 64;
+    // Query lengths and key lengths; the intervals of rows and of keys.
+    let last = 2 * 4 * 2;
+    assert_eq!(of(2, false, |builder| builder), packed(2) + 3 * ALIGNMENT + last);
+    assert_eq!(of(2, true, |builder| builder), packed(2) + 3 * ALIGNMENT + last);
+    // Those on the host are a part of the kernels' arguments up to 64 batch rows, and stored beyond.
+    let stored = (8_usize * 65).next_multiple_of(ALIGNMENT);
+    let arrays = [4, 4, 8].map(|size: usize| (size * 65).next_multiple_of(ALIGNMENT)).iter().sum::<usize>();
+    assert_eq!(of(65, false, |builder| builder), packed(65) + arrays + 8 * 65);
+    assert_eq!(of(65, true, |builder| builder), packed(65) + stored + arrays + 8 * 65);
+    // Query lengths, an offset and a window need no other arrays, and a scale none at all.
+    let more = |builder: Builder| {
+        let window = Window { left: Some(3), right: None };
+        builder.query_lengths(DType::U32).window(window).alignment(Alignment::Offset(OffsetRange::Near))
+    };
+    assert_eq!(of(2, false, more), packed(2) + 3 * ALIGNMENT + last);
+}
+
+/// Offsets that a call gives to all batch rows are numbers, not arrays: but rows may see nothing, and keys be seen by none.
+#[test]
+fn scratch_of_an_offset_is_the_logsumexp_and_values_without_those_that_no_row_sees() {
+    let problem = problem(DType::Bf16, [2, 128, 4, 64]).causal(true);
+    let problem = problem.alignment(Alignment::Offset(OffsetRange::Near)).build().expect("valid");
+    let rows = 2 * 128 * 4;
+    assert_eq!(backend(Target::default()).scratch_bytes(&problem), Ok(4 * rows + 2 * rows * 64));
 }

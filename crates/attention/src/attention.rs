@@ -1,13 +1,16 @@
 //! The builder: what a call is, apart from query, key and value.
 
 use attention_core::{
-    Dropout, Gradients, InvalidCall, Lengths, NumericsClass, Problem, QueryOffset, Role, View, Window,
+    CallData, Dropout, Gradients, Inputs, InvalidCall, NumericsClass, Problem, QueryOffset, Role, View,
+    Window,
 };
 
-use crate::operands::{Operands, OptionalInputs};
+use crate::hidden_keys::hidden_keys;
+use crate::operands::{Operands, OptionalInputs, input};
 use crate::selection::Policy;
 use crate::{
-    AttentionPlan, AxisOrder, Error, Explanation, Implementation, IntoView, Options, Registry, Tensor,
+    AttentionPlan, AxisOrder, Error, Explanation, Implementation, IntoNumbers, IntoView, Options, Registry,
+    Tensor,
 };
 
 /// A call of scaled dot-product attention, apart from its query, key and value: options, mask and bias, and
@@ -24,9 +27,10 @@ use crate::{
 /// | mask, bias | 1 to 4 axes, right-aligned to `[B, N, T, S]`, each 1 or full | the same |
 /// | ALiBi slopes | `[N]` or `[B, N]` | the same |
 /// | sinks | `[N]` | the same |
+/// | lengths, offsets by batch row | `[B]` | the same |
 ///
-/// All but the last three without `B` where query, key and value are without it; masks, biases and slopes
-/// count on `B = 1` then. Query heads are a multiple of the key/value heads (`N % K == 0`), and each group of
+/// All but the last four without `B` where query, key and value are without it; masks, biases, slopes
+/// and lengths count on `B = 1` then. Query heads are a multiple of the key/value heads (`N % K == 0`), and each group of
 /// `N / K` shares one.
 ///
 /// # Semantics
@@ -115,7 +119,8 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Replaces all options that are no tensors.
+    /// Replaces all options that are no tensors. Lengths, offsets and the like that were given as tensors stay, and
+    /// go before those of the options.
     pub fn options(mut self, options: Options) -> Self {
         self.options = options;
         self
@@ -136,9 +141,20 @@ impl<'a> Attention<'a> {
     }
 
     /// Where query row `t` stands among the keys, `pos = t + offset`: causal masking, windows and ALiBi count
-    /// from it.
-    pub fn query_offset(mut self, offset: QueryOffset) -> Self {
-        self.options.query_offset = offset;
+    /// from it. A [`QueryOffset`], or a number: how many keys are cached before the first query row.
+    pub fn query_offset(mut self, offset: impl Into<QueryOffset>) -> Self {
+        self.options.query_offset = offset.into();
+        self.options.query_offsets = None;
+        self.optional.query_offsets = None;
+        self
+    }
+
+    /// An offset for each batch row, in the place of [`query_offset`](Self::query_offset): a list of integers or an
+    /// integer tensor, `[B]` ([`IntoNumbers`]).
+    pub fn query_offsets(mut self, offsets: impl IntoNumbers<'a>) -> Self {
+        if let Some(offsets) = self.unbroken(Role::QueryOffsets, offsets.into_numbers()) {
+            (self.options.query_offsets, self.optional.query_offsets) = offsets.into_offsets();
+        }
         self
     }
 
@@ -195,16 +211,25 @@ impl<'a> Attention<'a> {
     }
 
     /// How many query rows of each batch row are real, from the first; the others are padding, with output 0.
-    /// One number a batch row, each at most `T`.
-    pub fn query_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
-        self.options.query_lengths = lengths.into();
+    /// One number a batch row, each at most `T`: a list of integers, or a tensor of i32, u32 or i64, in host memory
+    /// or on the device of the call ([`IntoNumbers`]).
+    pub fn query_lengths(mut self, lengths: impl IntoNumbers<'a>) -> Self {
+        if let Some(lengths) = self.unbroken(Role::QueryLengths, lengths.into_numbers()) {
+            (self.options.query_lengths, self.optional.query_lengths) = lengths.into_lengths();
+        }
         self
     }
 
     /// How many keys and values of each batch row are real, from the first. One number a batch row, each at
-    /// most `S`. What the others hold, NaN included, reaches nothing.
-    pub fn key_value_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
-        self.options.key_value_lengths = lengths.into();
+    /// most `S`: given as [`query_lengths`](Self::query_lengths) are. What the others hold, NaN included, reaches
+    /// nothing.
+    ///
+    /// Calls whose lengths differ have one [plan](Self::plan): a cache of keys that is filled step by step is planned
+    /// once.
+    pub fn key_value_lengths(mut self, lengths: impl IntoNumbers<'a>) -> Self {
+        if let Some(lengths) = self.unbroken(Role::KeyValueLengths, lengths.into_numbers()) {
+            (self.options.key_value_lengths, self.optional.key_value_lengths) = lengths.into_lengths();
+        }
         self
     }
 
@@ -221,6 +246,20 @@ impl<'a> Attention<'a> {
     /// forward.
     pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
         self.options.dropout = dropout.into();
+        self
+    }
+
+    /// A tensor of one integer, `[1]` or a scalar, in the place of the seed of the [dropout](Self::dropout), which
+    /// the call must have: on a device, a graph that was captured once draws another mask after each change of it.
+    pub fn dropout_seed(mut self, seed: impl IntoView<'a>) -> Self {
+        self.optional.dropout_seed = self.one_number(Role::DropoutSeed, seed);
+        self
+    }
+
+    /// A tensor of one integer, `[1]` or a scalar, in the place of the offset of the [dropout](Self::dropout), which
+    /// the call must have.
+    pub fn dropout_offset(mut self, offset: impl IntoView<'a>) -> Self {
+        self.optional.dropout_offset = self.one_number(Role::DropoutOffset, offset);
         self
     }
 
@@ -272,9 +311,38 @@ impl<'a> Attention<'a> {
         self
     }
 
+    /// The numbers of this call: scale, softcap, lengths, offsets and dropout. A [planned](Self::plan) call takes them
+    /// as [`Inputs::data`](crate::core::Inputs::data), since its plan knows only which there are.
+    pub fn data(&self) -> CallData<'_> {
+        // Taken apart by name, so that a new tensor cannot be forgotten here.
+        let OptionalInputs {
+            mask: _,
+            bias: _,
+            alibi_slopes: _,
+            sinks: _,
+            query_lengths,
+            key_value_lengths,
+            query_offsets,
+            dropout_seed,
+            dropout_offset,
+        } = self.optional;
+        let data = self.options.data();
+        CallData {
+            query_lengths: query_lengths.or(data.query_lengths),
+            key_value_lengths: key_value_lengths.or(data.key_value_lengths),
+            query_offsets: query_offsets.or(data.query_offsets),
+            dropout_seed,
+            dropout_offset,
+            ..data
+        }
+    }
+
     /// The forward problem of these inputs, checked, without the logsumexp. Whatever the order of axes of the
     /// call, the problem's shapes are in that of the core, `[B, T, N, H]`, with the strides of the call's
     /// memory.
+    ///
+    /// It says which [numbers](Self::data) the call has, and not which they are: calls that differ in them alone have
+    /// one problem.
     ///
     /// # Errors
     /// [`Error::Core`] with the [`InvalidCall`], [`Error::Input`], [`Error::MixedRanks`],
@@ -285,7 +353,8 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Problem, Error> {
-        self.forward_problem(&self.operands(query, key, value)?, false)
+        let operands = self.operands(query, key, value)?;
+        operands.with_numbers(self.forward_problem(&operands, false)?)
     }
 
     /// As [`problem`](Self::problem), with the logsumexp: the problem of
@@ -299,7 +368,8 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Problem, Error> {
-        self.forward_problem(&self.operands(query, key, value)?, true)
+        let operands = self.operands(query, key, value)?;
+        operands.with_numbers(self.forward_problem(&operands, true)?)
     }
 
     /// The backward problem of these inputs, checked, with the [gradients](Self::gradients) that backward would
@@ -315,7 +385,7 @@ impl<'a> Attention<'a> {
     ) -> Result<Problem, Error> {
         let operands = self.operands(query, key, value)?;
         let builder = operands.problem(&self.options).gradients(self.wanted());
-        operands.build(builder.d_lse(self.d_lse.is_some()), &self.options)
+        operands.with_numbers(operands.build(builder.d_lse(self.d_lse.is_some()), &self.options)?)
     }
 
     /// What would run forward on these inputs, and why: every implementation with its verdict. Plans nothing
@@ -329,7 +399,10 @@ impl<'a> Attention<'a> {
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
     ) -> Result<Explanation, Error> {
-        Ok(self.explain_problem(&self.problem(query, key, value)?))
+        let operands = self.operands(query, key, value)?;
+        let problem = self.forward_problem(&operands, false)?;
+        let notes = hidden_keys(&operands.call(&problem)?);
+        Ok(Explanation { notes: notes.into_iter().collect(), ..self.explain_problem(&problem) })
     }
 
     /// What would run a problem, and why. Of this call, only what concerns the choice counts: implementation,
@@ -350,6 +423,9 @@ impl<'a> Attention<'a> {
     /// holds the plan runs it without a look-up. Of this call, the order of axes counts, and what counts in
     /// [`explain_problem`](Self::explain_problem).
     ///
+    /// The plan holds no numbers of this call: no scale, softcap, lengths, offsets or seed. Its calls bring theirs as
+    /// [`Inputs::data`](crate::core::Inputs::data), for which there is [`data`](Self::data).
+    ///
     /// Every call begins with it, and finds the plan of an earlier one among those that the
     /// [registry](Registry) keeps. An automatic choice goes past an implementation that fails to plan, and a
     /// list to the next of the list; [`AttentionPlan::passed_over`] and a `tracing` event at warn level say
@@ -360,20 +436,31 @@ impl<'a> Attention<'a> {
     /// [`Error::EmptyList`], or what the one asked for says inside [`Error::Core`]: its refusal, or why it
     /// failed to plan.
     pub fn plan(&self, problem: &Problem) -> Result<AttentionPlan, Error> {
-        Ok(AttentionPlan { chosen: self.policy.chosen(problem)?, order: self.order })
+        Ok(AttentionPlan { chosen: self.policy.chosen(problem, || Ok(()))?, order: self.order })
     }
 
     /// The inputs of a call.
-    pub(crate) fn operands<'b: 'a>(
-        &self,
+    pub(crate) fn operands<'s, 'b: 's>(
+        &'s self,
         query: impl IntoView<'b>,
         key: impl IntoView<'b>,
         value: impl IntoView<'b>,
-    ) -> Result<Operands<'a>, Error> {
+    ) -> Result<Operands<'s>, Error> {
         if let Some((role, source)) = self.broken.clone() {
             return Err(Error::Input { role, source });
         }
-        Operands::new(self.order, self.optional, query, key, value)
+        let OptionalInputs { mask, bias, alibi_slopes, sinks, .. } = self.optional;
+        let inputs = Inputs {
+            query: input(Role::Query, query)?,
+            key: input(Role::Key, key)?,
+            value: input(Role::Value, value)?,
+            mask,
+            bias,
+            alibi_slopes,
+            sinks,
+            data: self.data(),
+        };
+        Operands::new(self.order, inputs)
     }
 
     /// The forward problem of these inputs, whose outputs are contiguous in the caller's order.
@@ -392,8 +479,20 @@ impl<'a> Attention<'a> {
     }
 
     fn tensor(&mut self, role: Role, tensor: impl IntoView<'a>) -> Option<View<'a>> {
-        match tensor.into_view() {
-            Ok(view) => Some(view),
+        self.unbroken(role, tensor.into_view())
+    }
+
+    /// A tensor of one number, of which a scalar is one.
+    fn one_number(&mut self, role: Role, tensor: impl IntoView<'a>) -> Option<View<'a>> {
+        let view = tensor.into_view();
+        let view = view.and_then(|view| if view.shape().rank() == 0 { view.unsqueeze() } else { Ok(view) });
+        self.unbroken(role, view)
+    }
+
+    /// What was given, or `None` with the error kept for the call.
+    fn unbroken<T>(&mut self, role: Role, given: Result<T, InvalidCall>) -> Option<T> {
+        match given {
+            Ok(given) => Some(given),
             Err(error) => {
                 self.broken.get_or_insert((role, error));
                 None

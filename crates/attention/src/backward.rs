@@ -1,13 +1,13 @@
 //! The backward pass: with owned gradients, or into the caller's memory.
 
 use attention_core::{
-    BackwardCall, BackwardInputs, BackwardOutputs, Dropout, Gradients, InvalidCall, Lengths, Problem,
-    ProblemBuilder, Role, Sequences, View,
+    BackwardCall, BackwardInputs, BackwardOutputs, Dropout, Gradients, InvalidCall, Problem, ProblemBuilder,
+    Role, View,
 };
 
 use crate::forward::{allocate, host_outputs};
+use crate::numbers::KeptNumbers;
 use crate::operands::{Operands, input};
-use crate::plan::call_span;
 use crate::{Attention, AxisOrder, Error, Forward, IntoView, Tensor};
 
 /// The gradients of a call: each present where it was wanted, with the shape and dtype of the tensor it belongs to.
@@ -37,8 +37,9 @@ impl<'a> Attention<'a> {
     /// Computes gradients from what the forward returned and the incoming gradient of its output, `d_out`
     /// `[B, T, N, Hv]`, of any strides.
     ///
-    /// The call must have the forward's options, masks and biases: others are refused, but for
-    /// [`deterministic`](Self::deterministic), which changes no meaning. [`gradients`](Self::gradients) says which are computed,
+    /// The call must have the forward's options, numbers, masks and biases: others are refused, but for
+    /// [`deterministic`](Self::deterministic), which changes no meaning. Numbers are compared by value, whether they
+    /// were given as a list or as a tensor; of masks and biases, dtypes and shapes. [`gradients`](Self::gradients) says which are computed,
     /// and [`d_lse`](Self::d_lse) gives the incoming gradient of the logsumexp, if there is one.
     ///
     /// # Errors
@@ -91,7 +92,8 @@ impl<'a> Attention<'a> {
         // Judged first, so that a backward that cannot run does not cost a forward.
         let incoming = Incoming::new(&operands, d_out, self.d_lse)?;
         let problem = incoming.problem(self, &operands, self.wanted());
-        self.plan(&operands.build(problem, &self.options)?)?;
+        let problem = operands.build(problem, &self.options)?;
+        self.plan_call(&operands, &problem)?;
         let forward = self.forward_owned(&operands, "backward_into")?;
         self.backward_owned(&operands, &forward, d_out)
     }
@@ -100,7 +102,8 @@ impl<'a> Attention<'a> {
     /// output and logsumexp and the incoming gradients, and the gradients computed are those that `outputs` has
     /// memory for. A [`d_lse`](Self::d_lse) of the builder counts where `saved` has none.
     ///
-    /// Tensors come without the batch axis where query, key and value do. A refused call writes nothing.
+    /// Tensors come without the batch axis where query, key and value do. A refused call writes nothing. That options
+    /// and numbers are those of the forward is not checked.
     ///
     /// # Errors
     /// As [`forward_into`](Self::forward_into). Where [`gradients`](Self::gradients) was set and says something else
@@ -196,7 +199,8 @@ impl<'a> Attention<'a> {
     ) -> Result<(Box<Problem>, Backward), Error> {
         // What the forward returned is contiguous in the caller's order, as the problem has it by default.
         let problem = operands.build(incoming.problem(self, operands, self.wanted()), &self.options)?;
-        same_call(forward, &problem, operands.order)?;
+        let numbers = KeptNumbers::of(&operands.call(&problem)?);
+        same_call(forward, (&problem, &numbers), operands.order)?;
         let gradients = Backward::allocate(self, operands, &problem)?;
         Ok((Box::new(problem), gradients))
     }
@@ -208,22 +212,22 @@ impl<'a> Attention<'a> {
         saved: BackwardInputs<'_>,
         outputs: BackwardOutputs<'_>,
     ) -> Result<(), Error> {
-        let span = call_span(problem);
-        let plan = match self.plan(problem) {
-            Ok(plan) => plan,
-            Err(nobody) => {
-                // What is wrong with the call comes before who would have run it.
-                let call = BackwardCall::new(problem, operands.inputs, saved, outputs);
-                return Err(call.map_or_else(|wrong| operands.order.told(wrong).into(), |_| nobody));
-            }
-        };
-        plan.tell(&span);
-        plan.run_backward(operands, saved, outputs)
+        let check = |outputs| BackwardCall::new(problem, operands.inputs, saved, outputs).map(drop);
+        self.run(operands, problem, outputs, check, |plan, outputs| {
+            plan.run_backward(operands, saved, outputs)
+        })
     }
 }
 
 /// Refuses a backward of another call than its forward was: its gradients would be those of neither.
-fn same_call(forward: &Forward, backward: &Problem, order: AxisOrder) -> Result<(), Error> {
+///
+/// All of this is in host memory, where outputs that the facade owns are: there are no numbers that the host does not
+/// know.
+fn same_call(
+    forward: &Forward,
+    (problem, numbers): (&Problem, &KeptNumbers),
+    order: AxisOrder,
+) -> Result<(), Error> {
     fn compare<T: PartialEq>(
         what: &'static str,
         [forward, backward]: [T; 2],
@@ -237,11 +241,8 @@ fn same_call(forward: &Forward, backward: &Problem, order: AxisOrder) -> Result<
     fn number(value: &Option<f64>) -> String {
         value.map_or_else(|| "none".to_owned(), |value| value.to_string())
     }
-    fn lengths(lengths: &Lengths) -> String {
-        match lengths {
-            Lengths::PerBatch(lengths) => format!("{lengths:?}"),
-            _ => "full".to_owned(),
-        }
+    fn lengths(lengths: &Option<&[usize]>) -> String {
+        lengths.map_or_else(|| "full".to_owned(), |lengths| format!("{lengths:?}"))
     }
     fn dropout(dropout: &Option<Dropout>) -> String {
         dropout.map_or_else(
@@ -251,26 +252,19 @@ fn same_call(forward: &Forward, backward: &Problem, order: AxisOrder) -> Result<
             },
         )
     }
-    let forward_order = forward.order;
-    let forward = &forward.problem;
-    let both = [forward, backward];
-    compare("order of axes", [forward_order, order], ToString::to_string)?;
+    let both = [&forward.problem, problem];
+    let both_numbers = [&forward.numbers, numbers];
+    compare("order of axes", [forward.order, order], ToString::to_string)?;
     compare("dtype", both.map(Problem::dtype), ToString::to_string)?;
     compare("sizes", both.map(Problem::dims), ToString::to_string)?;
-    compare("scale", both.map(Problem::scale), ToString::to_string)?;
+    compare("scale", both_numbers.map(|numbers| numbers.scale), ToString::to_string)?;
     compare("causal", both.map(Problem::causal), ToString::to_string)?;
-    compare("query offset", both.map(Problem::query_offset), ToString::to_string)?;
+    compare("query offset", both_numbers.map(|numbers| &numbers.query_offset), ToString::to_string)?;
     compare("window", both.map(Problem::window), ToString::to_string)?;
-    compare("softcap", both.map(Problem::softcap), number)?;
-    compare("dropout", both.map(Problem::dropout), dropout)?;
-    let [(forward_queries, forward_keys), (queries, keys)] = both.map(|problem| {
-        let Sequences::Dense { query, key_value } = problem.sequences() else {
-            unreachable!("the facade makes dense problems")
-        };
-        (query.clone(), key_value.clone())
-    });
-    compare("query lengths", [forward_queries, queries], lengths)?;
-    compare("key/value lengths", [forward_keys, keys], lengths)?;
+    compare("softcap", both_numbers.map(|numbers| numbers.softcap), number)?;
+    compare("dropout", both_numbers.map(|numbers| numbers.dropout), dropout)?;
+    compare("query lengths", both_numbers.map(|numbers| numbers.query_lengths.as_deref()), lengths)?;
+    compare("key/value lengths", both_numbers.map(|numbers| numbers.key_value_lengths.as_deref()), lengths)?;
     for role in [Role::Mask, Role::Bias, Role::AlibiSlopes, Role::Sinks] {
         let like = both.map(|problem| problem.tensor(role).map(|desc| (desc.dtype(), desc.shape())));
         compare(role.name(), like, |like| {

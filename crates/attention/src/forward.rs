@@ -2,9 +2,9 @@
 
 use attention_core::{Device, ForwardCall, ForwardOutputs, Problem, Role, ViewMut};
 
+use crate::numbers::KeptNumbers;
 use crate::operands::{Operands, output};
 use crate::order::Kind;
-use crate::plan::call_span;
 use crate::{Attention, AxisOrder, Error, IntoView, IntoViewMut, Tensor};
 
 /// What a forward call with logsumexp returns, and what backward wants back.
@@ -18,11 +18,12 @@ pub struct Forward {
     pub lse: Tensor,
     /// What was called, so that backward can refuse another call.
     pub(crate) problem: Problem,
+    pub(crate) numbers: KeptNumbers,
     pub(crate) order: AxisOrder,
 }
 
 impl Forward {
-    /// The problem that these are the outputs of, with every option of the call.
+    /// The problem that these are the outputs of.
     pub fn problem(&self) -> &Problem {
         &self.problem
     }
@@ -123,7 +124,8 @@ impl<'a> Attention<'a> {
         let mut out = allocate(operands, &problem, Role::Out)?;
         let mut lse = allocate(operands, &problem, Role::Lse)?;
         self.run_forward(operands, &problem, &mut out, Some(&mut lse))?;
-        Ok(Forward { out, lse, problem, order: operands.order })
+        let numbers = KeptNumbers::of(&operands.call(&problem)?);
+        Ok(Forward { out, lse, problem, numbers, order: operands.order })
     }
 
     fn run_forward(
@@ -146,17 +148,8 @@ impl<'a> Attention<'a> {
         problem: &Problem,
         outputs: ForwardOutputs<'_>,
     ) -> Result<(), Error> {
-        let span = call_span(problem);
-        let plan = match self.plan(problem) {
-            Ok(plan) => plan,
-            Err(nobody) => {
-                // What is wrong with the call comes before who would have run it.
-                let call = ForwardCall::new(problem, operands.inputs, outputs);
-                return Err(call.map_or_else(|wrong| operands.order.told(wrong).into(), |_| nobody));
-            }
-        };
-        plan.tell(&span);
-        plan.run_forward(operands, outputs)
+        let check = |outputs| ForwardCall::new(problem, operands.inputs, outputs).map(drop);
+        self.run(operands, problem, outputs, check, |plan, outputs| plan.run_forward(operands, outputs))
     }
 }
 

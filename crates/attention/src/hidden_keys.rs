@@ -2,24 +2,29 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use attention_core::{Problem, QueryOffset, Sequences};
+use attention_core::{Alignment, CallData, CallProblem, Device, Problem, Role};
 
-/// That a causal call at offset 0 has keys which no query row may see, with the two ways out; `None` where it has none.
-pub(crate) fn hidden_keys(problem: &Problem) -> Option<String> {
-    if !problem.causal() || problem.query_offset() != QueryOffset::TOP_LEFT {
+/// Whether calls of a problem may have keys that no query row sees.
+fn may_hide(problem: &Problem) -> bool {
+    problem.causal() && problem.alignment() == Alignment::TopLeft
+}
+
+/// That a causal call at offset 0 has keys which no query row may see, with the two ways out; `None` where it has none,
+/// and where lengths are in device memory: the host does not know them.
+pub(crate) fn hidden_keys(call: &CallProblem<'_>) -> Option<String> {
+    let lengths = [Role::QueryLengths, Role::KeyValueLengths];
+    let unknown = |role| call.has(role) && call.device_of(role) != Device::Cpu;
+    if !may_hide(call) || lengths.into_iter().any(unknown) {
         return None;
     }
-    let (dims, Sequences::Dense { query, key_value }) = (problem.dims(), problem.sequences()) else {
-        return None;
-    };
+    let dims = call.dims();
     let hidden = |batch: usize| {
-        let queries = query.of(batch, dims.query_length);
-        let keys = key_value.of(batch, dims.key_length);
+        let rows = call.sequence(batch);
         // Without query rows, nothing is hidden from them.
-        if queries == 0 { 0 } else { keys.saturating_sub(queries) }
+        if rows.queries() == 0 { 0 } else { rows.keys().saturating_sub(rows.queries()) }
     };
     // Without lengths every batch row is like the first.
-    let rows = if query.is_full() && key_value.is_full() { dims.batch.min(1) } else { dims.batch };
+    let rows = if call.rows_vary() { dims.batch } else { dims.batch.min(1) };
     let hidden = (0..rows).map(hidden).max().filter(|&hidden| hidden > 0)?;
     let (queries, keys) = (dims.query_length, dims.key_length);
     let last = if hidden == 1 { "key".to_owned() } else { format!("{hidden} keys") };
@@ -30,14 +35,35 @@ pub(crate) fn hidden_keys(problem: &Problem) -> Option<String> {
     ))
 }
 
+/// That every call of a problem hides keys; `None` where that is for the lengths of each call to say.
+pub(crate) fn always_hidden_keys(problem: &Problem) -> Option<String> {
+    if problem.rows_vary() { None } else { hidden_keys(&CallProblem::at_bounds(problem)) }
+}
+
+/// Tells of keys that every call of a problem hides. Called where it is planned.
+pub(crate) fn tell_of_problem(problem: &Problem) {
+    if may_hide(problem) && enabled() {
+        tell(always_hidden_keys(problem));
+    }
+}
+
+/// Tells of keys that a call hides by its lengths. Called before each.
+pub(crate) fn tell_of_lengths<'c>(problem: &'c Problem, data: &CallData<'c>) {
+    if may_hide(problem) && problem.rows_vary() && enabled() {
+        // What is wrong with the call is its error.
+        tell(CallProblem::new(problem, data).ok().and_then(|call| hidden_keys(&call)));
+    }
+}
+
+fn enabled() -> bool {
+    tracing::enabled!(target: "attention", tracing::Level::WARN)
+}
+
 /// Tells of hidden keys: at warn level once in a process, since the next thousand layers and steps mean the same, and at debug
 /// level from then on.
-pub(crate) fn tell(problem: &Problem) {
+fn tell(note: Option<String>) {
     static TOLD: AtomicBool = AtomicBool::new(false);
-    if !tracing::enabled!(target: "attention", tracing::Level::WARN) {
-        return;
-    }
-    let Some(note) = hidden_keys(problem) else { return };
+    let Some(note) = note else { return };
     if TOLD.swap(true, Ordering::Relaxed) {
         tracing::debug!(target: "attention", "{note}");
     } else {
@@ -47,7 +73,7 @@ pub(crate) fn tell(problem: &Problem) {
 
 #[cfg(test)]
 mod tests {
-    use attention_core::{DType, Dimensions, ProblemBuilder};
+    use attention_core::{DType, Dimensions, Lengths, OffsetRange, ProblemBuilder, QueryOffset, View};
 
     use super::*;
 
@@ -65,7 +91,14 @@ mod tests {
     }
 
     fn note(builder: ProblemBuilder) -> Option<String> {
-        hidden_keys(&builder.build().unwrap())
+        note_of(builder, CallData::default())
+    }
+
+    fn note_of(builder: ProblemBuilder, data: CallData<'_>) -> Option<String> {
+        let problem = builder.data(&data).build().unwrap();
+        let note = hidden_keys(&CallProblem::new(&problem, &data).unwrap());
+        assert_eq!(always_hidden_keys(&problem), note.clone().filter(|_| !problem.rows_vary()));
+        note
     }
 
     #[test]
@@ -83,20 +116,38 @@ mod tests {
         assert_eq!(note(causal(1, 12, 12)), None);
         assert_eq!(note(causal(1, 13, 12)), None);
         assert_eq!(note(causal(1, 1, 12).causal(false)), None);
-        assert_eq!(note(causal(1, 1, 12).query_offset(QueryOffset::Fixed(3))), None);
-        assert_eq!(note(causal(1, 1, 12).query_offset(QueryOffset::BottomRight)), None);
+        for query_offset in [QueryOffset::Fixed(3), QueryOffset::BottomRight] {
+            assert_eq!(note_of(causal(1, 1, 12), CallData { query_offset, ..CallData::default() }), None);
+        }
+        let query_offsets = View::from_slice(&[0i32], [1]).ok();
+        assert_eq!(note_of(causal(1, 1, 12), CallData { query_offsets, ..CallData::default() }), None);
         assert_eq!(note(causal(0, 1, 12)), None);
         assert_eq!(note(causal(1, 0, 12)), None);
     }
 
     #[test]
     fn lengths_count() {
+        let of = |queries: &Lengths, keys: &Lengths, call: [usize; 3]| {
+            let (query_lengths, key_value_lengths) = (queries.view(), keys.view());
+            let [batch, query_length, key_length] = call;
+            let data = CallData { query_lengths, key_value_lengths, ..CallData::default() };
+            note_of(causal(batch, query_length, key_length), data)
+        };
         // A cache that has space for 12 keys and holds as many as there are queries.
-        assert_eq!(note(causal(2, 4, 12).key_value_lengths([4, 3])), None);
-        let told = note(causal(2, 4, 12).key_value_lengths([4, 9])).unwrap();
+        assert_eq!(of(&Lengths::Full, &Lengths::from([4, 3]), [2, 4, 12]), None);
+        let told = of(&Lengths::Full, &Lengths::from([4, 9]), [2, 4, 12]).unwrap();
         assert!(told.contains("hides the last 5 keys"), "{told}");
-        let told = note(causal(2, 4, 12).key_value_lengths([4, 9]).query_lengths([2, 4])).unwrap();
+        let told = of(&Lengths::from([2, 4]), &Lengths::from([4, 9]), [2, 4, 12]).unwrap();
         assert!(told.contains("hides the last 5 keys"), "{told}");
-        assert_eq!(note(causal(1, 4, 12).query_lengths([0])), None);
+        assert_eq!(of(&Lengths::from([0]), &Lengths::Full, [1, 4, 12]), None);
+    }
+
+    #[test]
+    fn lengths_in_device_memory_say_nothing() {
+        let problem = causal(2, 4, 12).device(Device::Cuda(0)).key_value_lengths(DType::I32).build().unwrap();
+        assert_eq!(hidden_keys(&CallProblem::at_bounds(&problem)), None);
+        assert_eq!(always_hidden_keys(&problem), None);
+        let offset = causal(2, 4, 12).alignment(Alignment::Offset(OffsetRange::Near)).build().unwrap();
+        assert_eq!(hidden_keys(&CallProblem::at_bounds(&offset)), None);
     }
 }

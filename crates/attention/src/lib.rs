@@ -16,12 +16,14 @@ mod error;
 mod forward;
 mod hidden_keys;
 mod into_view;
+mod numbers;
 mod operands;
 mod options;
 mod order;
 mod plan;
 mod plans;
 mod registry;
+mod run;
 mod scratch;
 mod selection;
 mod tensor;
@@ -31,15 +33,16 @@ pub use attention::{Attention, dot_product_attention};
 pub use attention_core as core;
 pub use attention_core::conventions;
 pub use attention_core::{
-    AttentionBackend, BackwardInputs, BackwardOutputs, DType, Device, DeviceKind, Dimensions, Dims, Dropout,
-    Element, Gradients, InvalidCall, Lengths, NumericsClass, OutOfMemory, Pass, Problem, ProblemBuilder,
-    QueryOffset, Role, Scalar, Strides, TensorDesc, Unavailable, Unsupported, View, ViewMut, Window,
-    dropout_mask,
+    AttentionBackend, BackwardInputs, BackwardOutputs, CallData, CallProblem, DType, Device, DeviceKind,
+    Dimensions, Dims, Dropout, Element, Gradients, InvalidCall, Lengths, NumericsClass, OutOfMemory, Pass,
+    Problem, ProblemBuilder, QueryOffset, Role, Scalar, Strides, TensorDesc, Unavailable, Unsupported, View,
+    ViewMut, Window, dropout_mask,
 };
 pub use backward::Backward;
 pub use error::{Error, Refusal};
 pub use forward::Forward;
 pub use into_view::{IntoView, IntoViewMut};
+pub use numbers::{IntoNumbers, Numbers};
 pub use options::Options;
 pub use order::AxisOrder;
 pub use plan::AttentionPlan;

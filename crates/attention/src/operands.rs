@@ -1,19 +1,26 @@
 //! Query, key and value as they were given, brought to four axes in the order of the core.
 
 use attention_core::{
-    BackwardOutputs, Device, Dims, Inputs, InvalidCall, Problem, ProblemBuilder, Role, View, ViewMut,
+    BackwardOutputs, CallProblem, Device, Dims, Inputs, InvalidCall, Problem, ProblemBuilder, Role, View,
+    ViewMut,
 };
 
 use crate::order::Kind;
 use crate::{AxisOrder, Error, IntoView, IntoViewMut, Options};
 
-/// The inputs of a call besides query, key and value, whose axes do not depend on the order of the call's.
+/// The tensors of a call besides query, key and value, whose axes do not depend on the order of the call's.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct OptionalInputs<'a> {
     pub(crate) mask: Option<View<'a>>,
     pub(crate) bias: Option<View<'a>>,
     pub(crate) alibi_slopes: Option<View<'a>>,
     pub(crate) sinks: Option<View<'a>>,
+    /// These five take the place of what the options say.
+    pub(crate) query_lengths: Option<View<'a>>,
+    pub(crate) key_value_lengths: Option<View<'a>>,
+    pub(crate) query_offsets: Option<View<'a>>,
+    pub(crate) dropout_seed: Option<View<'a>>,
+    pub(crate) dropout_offset: Option<View<'a>>,
 }
 
 /// The inputs of a call with four axes in the order of the core, and how they came.
@@ -37,15 +44,9 @@ pub(crate) fn output<'a>(role: Role, tensor: impl IntoViewMut<'a>) -> Result<Vie
 }
 
 impl<'a> Operands<'a> {
-    pub(crate) fn new<'b: 'a>(
-        order: AxisOrder,
-        optional: OptionalInputs<'a>,
-        query: impl IntoView<'b>,
-        key: impl IntoView<'b>,
-        value: impl IntoView<'b>,
-    ) -> Result<Self, Error> {
-        let (query, key, value) =
-            (input(Role::Query, query)?, input(Role::Key, key)?, input(Role::Value, value)?);
+    /// Of inputs whose query, key and value have the order of axes of the call.
+    pub(crate) fn new(order: AxisOrder, inputs: Inputs<'a>) -> Result<Self, Error> {
+        let Inputs { query, key, value, .. } = inputs;
         let views = [(Role::Query, query), (Role::Key, key), (Role::Value, value)];
         let ranks = views.map(|(_, view)| view.shape().rank());
         for ((role, view), rank) in views.into_iter().zip(ranks) {
@@ -62,13 +63,11 @@ impl<'a> Operands<'a> {
             return Err(Error::MixedRanks { query, key, value, order });
         }
         let batched = ranks[0] == 4;
-        let four = |view: View<'b>| {
+        let four = |view: View<'a>| {
             let view = order.read(Kind::Operand, view)?;
             if batched { Ok(view) } else { view.unsqueeze() }
         };
-        let OptionalInputs { mask, bias, alibi_slopes, sinks } = optional;
-        let inputs =
-            Inputs { mask, bias, alibi_slopes, sinks, ..Inputs::new(four(query)?, four(key)?, four(value)?) };
+        let inputs = Inputs { query: four(query)?, key: four(key)?, value: four(value)?, ..inputs };
         let operands = Self { inputs, batched, order };
         operands.one_device()?;
         Ok(operands)
@@ -78,9 +77,10 @@ impl<'a> Operands<'a> {
         self.inputs.query.device()
     }
 
-    /// Checked before an implementation is chosen by the query's device.
+    /// Checked before an implementation is chosen by the query's device. Numbers of the call may be in host memory too;
+    /// the call checks where they are.
     fn one_device(&self) -> Result<(), InvalidCall> {
-        let Inputs { query, key, value, mask, bias, alibi_slopes, sinks } = self.inputs;
+        let Inputs { query, key, value, mask, bias, alibi_slopes, sinks, .. } = self.inputs;
         let others = [
             (Role::Key, Some(key)),
             (Role::Value, Some(value)),
@@ -100,7 +100,7 @@ impl<'a> Operands<'a> {
 
     /// The problem of these inputs and options, with outputs and gradients that are contiguous in the caller's order.
     pub(crate) fn problem(&self, options: &Options) -> ProblemBuilder {
-        let builder = options.apply(self.inputs.problem());
+        let builder = options.apply_flags(self.inputs.problem());
         if self.order == AxisOrder::Btnh {
             return builder;
         }
@@ -150,6 +150,20 @@ impl<'a> Operands<'a> {
             }
             source.into()
         })
+    }
+
+    /// A problem of these inputs with the numbers of the call, checked.
+    pub(crate) fn call<'c>(&self, problem: &'c Problem) -> Result<CallProblem<'c>, InvalidCall>
+    where
+        'a: 'c,
+    {
+        CallProblem::new(problem, &self.inputs.data)
+    }
+
+    /// A problem of these inputs, where the numbers of the call are right.
+    pub(crate) fn with_numbers(&self, problem: Problem) -> Result<Problem, Error> {
+        self.call(&problem)?;
+        Ok(problem)
     }
 
     /// The same memory read in the other order of axes.

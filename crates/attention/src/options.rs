@@ -1,6 +1,8 @@
 //! The options of a call that are no tensors.
 
-use attention_core::{Dropout, Lengths, ProblemBuilder, QueryOffset, Window};
+use std::sync::Arc;
+
+use attention_core::{CallData, Dropout, Lengths, ProblemBuilder, QueryOffset, View, Window};
 
 /// The options of a call that are no tensors, as data: what [`Attention`](crate::Attention)'s methods set.
 ///
@@ -15,6 +17,8 @@ pub struct Options {
     pub causal: bool,
     /// Where query rows stand among the keys.
     pub query_offset: QueryOffset,
+    /// An offset for each batch row, in the place of `query_offset`.
+    pub query_offsets: Option<Arc<[i64]>>,
     /// The sliding window.
     pub window: Window,
     /// Caps logits at `c` by `c * tanh(x / c)`, before the bias.
@@ -34,6 +38,7 @@ attention_core::fields_by_name!(Options {
     scale,
     causal,
     query_offset,
+    query_offsets,
     window,
     softcap,
     query_lengths,
@@ -43,29 +48,47 @@ attention_core::fields_by_name!(Options {
 });
 
 impl Options {
-    /// Gives a problem these options.
+    /// The numbers that a call has by these options: what [`Inputs::data`](crate::core::Inputs::data) of a planned
+    /// call takes.
+    pub fn data(&self) -> CallData<'_> {
+        // A slice has as many elements as its length says.
+        let query_offsets = self.query_offsets.as_deref();
+        let query_offsets = query_offsets.and_then(|offsets| View::from_slice(offsets, [offsets.len()]).ok());
+        CallData {
+            scale: self.scale,
+            softcap: self.softcap,
+            query_offset: self.query_offset,
+            query_offsets,
+            query_lengths: self.query_lengths.view(),
+            key_value_lengths: self.key_value_lengths.view(),
+            dropout: self.dropout,
+            dropout_seed: None,
+            dropout_offset: None,
+        }
+    }
+
+    /// Gives a problem these options: whether its calls are causal and the like, and of their numbers, which
+    /// there are. The numbers themselves are no part of a problem, see [`data`](Self::data).
     pub fn apply(&self, builder: ProblemBuilder) -> ProblemBuilder {
+        self.apply_flags(builder.data(&self.data()))
+    }
+
+    /// As [`apply`](Self::apply), for a builder that was told of the numbers.
+    pub(crate) fn apply_flags(&self, builder: ProblemBuilder) -> ProblemBuilder {
         // Taken apart by name, so that a new option cannot be forgotten here.
         let Self {
-            scale,
             causal,
-            query_offset,
             window,
-            softcap,
-            query_lengths,
-            key_value_lengths,
-            dropout,
             deterministic,
+            // In the data.
+            scale: _,
+            query_offset: _,
+            query_offsets: _,
+            softcap: _,
+            query_lengths: _,
+            key_value_lengths: _,
+            dropout: _,
         } = self;
-        builder
-            .scale(*scale)
-            .causal(*causal)
-            .query_offset(*query_offset)
-            .window(*window)
-            .softcap(*softcap)
-            .query_lengths(query_lengths.clone())
-            .key_value_lengths(key_value_lengths.clone())
-            .dropout(*dropout)
-            .deterministic(*deterministic)
+        builder.causal(*causal).window(*window).deterministic(*deterministic)
     }
 }

@@ -9,7 +9,7 @@ use attention_core::{
 
 use tracing::span::EnteredSpan;
 
-use crate::operands::{Operands, OptionalInputs};
+use crate::operands::Operands;
 use crate::scratch::with_scratch;
 use crate::selection::Chosen;
 use crate::{AxisOrder, Choice, Error, Reason, Refusal};
@@ -20,7 +20,10 @@ use crate::{AxisOrder, Choice, Error, Reason, Refusal};
 /// any thread. A CUDA graph is captured from a plan that is held for as long as the graph is used.
 ///
 /// Calls take tensors as the problem describes them, in the order of axes of the
-/// [`Attention`](crate::Attention) that made the plan, with four axes.
+/// [`Attention`](crate::Attention) that made the plan, with four axes. Their numbers (lengths, offsets, scale, softcap,
+/// seed) are [`Inputs::data`], and each call may have others: of an `Attention`'s own,
+/// `Inputs { data: attention.data(), ..Inputs::new(query, key, value) }`. Without, the call has the defaults, and is
+/// refused where the problem says otherwise.
 ///
 /// # Examples
 /// ```
@@ -38,6 +41,33 @@ use crate::{AxisOrder, Choice, Error, Reason, Refusal};
 ///     let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, shape)?, lse: None };
 ///     step.forward_into(Inputs::new(view, view, view), outputs)?;
 ///     assert_eq!(out, x);
+/// }
+/// # }
+/// # Ok::<(), attention::Error>(())
+/// ```
+///
+/// A decoder over a cache of 16 rows, planned once and called with one more row each time:
+/// ```
+/// # #[cfg(feature = "cpu")] {
+/// use attention::core::{ForwardOutputs, Inputs};
+/// use attention::{Attention, CallData, QueryOffset, View, ViewMut};
+///
+/// let (query, mut cache) = (vec![0.5f32; 2 * 8], vec![0.0f32; 16 * 2 * 8]);
+/// let (query_shape, cache_shape) = ([1, 1, 2, 8], [1, 16, 2, 8]);
+/// let attention = Attention::new().causal(true).query_offset(QueryOffset::BottomRight).key_value_lengths([0]);
+/// let problem = attention.problem((&query, query_shape), (&cache, cache_shape), (&cache, cache_shape))?;
+/// let step = attention.plan(&problem)?;
+/// for filled in 1..=16 {
+///     cache[(filled - 1) * 16..][..16].fill(filled as f32);
+///     let cache = View::from_slice(&cache, cache_shape)?;
+///     // In place of the length that the problem was made with.
+///     let lengths = [filled];
+///     let data =
+///         CallData { key_value_lengths: Some(View::from_slice(&lengths, [1])?), ..attention.data() };
+///     let inputs = Inputs { data, ..Inputs::new(View::from_slice(&query, query_shape)?, cache, cache) };
+///     let mut out = vec![0.0f32; 2 * 8];
+///     step.forward_into(inputs, ForwardOutputs { out: ViewMut::from_slice(&mut out, query_shape)?, lse: None })?;
+///     assert!(out[0] <= filled as f32);
 /// }
 /// # }
 /// # Ok::<(), attention::Error>(())
@@ -205,8 +235,7 @@ impl AttentionPlan {
     }
 
     fn operands<'v>(&self, inputs: Inputs<'v>) -> Result<Operands<'v>, Error> {
-        let Inputs { query, key, value, mask, bias, alibi_slopes, sinks } = inputs;
-        Operands::new(self.order, OptionalInputs { mask, bias, alibi_slopes, sinks }, query, key, value)
+        Operands::new(self.order, inputs)
     }
 
     fn forward_call<'c>(

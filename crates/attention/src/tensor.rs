@@ -1,6 +1,6 @@
 //! An owned tensor in host memory.
 
-use std::any::Any;
+use std::any::{Any, TypeId};
 
 use attention_core::{DType, Dims, Element, InvalidCall, OutOfMemory, View, ViewMut};
 use half::{bf16, f16};
@@ -35,7 +35,7 @@ pub struct Tensor {
 /// # Ok::<(), attention::Error>(())
 /// ```
 #[derive(Clone, PartialEq, thiserror::Error)]
-#[error("the tensor is {} {}, expected {expected}", .tensor.dtype(), .tensor.shape())]
+#[error("the tensor is {} {}, expected {expected}", .tensor.element(), .tensor.shape())]
 pub struct OtherTensor {
     tensor: Tensor,
     expected: String,
@@ -65,6 +65,11 @@ enum Data {
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
     Bool(Vec<bool>),
+    I32(Vec<i32>),
+    U32(Vec<u32>),
+    I64(Vec<i64>),
+    /// Of the dtype that has its size.
+    Usize(Vec<usize>),
 }
 
 /// Runs the same expression on the vector of whichever dtype there is.
@@ -76,6 +81,10 @@ macro_rules! with_data {
             Data::F16($vec) => $expression,
             Data::Bf16($vec) => $expression,
             Data::Bool($vec) => $expression,
+            Data::I32($vec) => $expression,
+            Data::U32($vec) => $expression,
+            Data::I64($vec) => $expression,
+            Data::Usize($vec) => $expression,
         }
     };
 }
@@ -84,6 +93,11 @@ macro_rules! with_data {
 fn same_type<A: 'static, B: 'static>(value: A) -> Option<B> {
     let mut slot = Some(value);
     (&mut slot as &mut dyn Any).downcast_mut::<Option<B>>()?.take()
+}
+
+/// Whether elements are of the type that shares its dtype with another.
+pub(crate) fn is_usize<T: 'static>() -> bool {
+    TypeId::of::<T>() == TypeId::of::<usize>()
 }
 
 impl Tensor {
@@ -96,17 +110,35 @@ impl Tensor {
         // The view's checks are the tensor's.
         View::from_slice(&data, shape)?;
         let data = match T::DTYPE {
+            _ if is_usize::<T>() => same_type(data).map(Data::Usize),
             DType::F64 => same_type(data).map(Data::F64),
             DType::F32 => same_type(data).map(Data::F32),
             DType::F16 => same_type(data).map(Data::F16),
             DType::Bf16 => same_type(data).map(Data::Bf16),
             DType::Bool => same_type(data).map(Data::Bool),
+            DType::I32 => same_type(data).map(Data::I32),
+            DType::U32 => same_type(data).map(Data::U32),
+            DType::I64 => same_type(data).map(Data::I64),
             _ => None,
         };
         let Some(data) = data else {
-            unreachable!("the element types are a closed set, each with its own dtype");
+            unreachable!("the element types are a closed set, each with its own dtype but usize");
         };
         Ok(Self { shape, data })
+    }
+
+    /// The same elements as usize, of those that have its size.
+    pub(crate) fn into_usizes(self) -> Self {
+        let data = match self.data {
+            Data::I64(data) => {
+                bytemuck::try_cast_vec(data).map(Data::Usize).unwrap_or_else(|(_, data)| Data::I64(data))
+            }
+            Data::U32(data) => {
+                bytemuck::try_cast_vec(data).map(Data::Usize).unwrap_or_else(|(_, data)| Data::U32(data))
+            }
+            other => other,
+        };
+        Self { data, ..self }
     }
 
     /// A tensor of zeros with this many elements.
@@ -122,6 +154,18 @@ impl Tensor {
             Data::F16(_) => DType::F16,
             Data::Bf16(_) => DType::Bf16,
             Data::Bool(_) => DType::Bool,
+            Data::I32(_) => DType::I32,
+            Data::U32(_) => DType::U32,
+            Data::I64(_) => DType::I64,
+            Data::Usize(_) => usize::DTYPE,
+        }
+    }
+
+    /// The name of the type of the elements.
+    fn element(&self) -> &'static str {
+        match self.data {
+            Data::Usize(_) => "usize",
+            _ => self.dtype().name(),
         }
     }
 
@@ -156,11 +200,11 @@ impl Tensor {
     /// # Errors
     /// [`OtherTensor`], which has the tensor, where the elements are of another type.
     pub fn into_vec<T: Element>(self) -> Result<Vec<T>, OtherTensor> {
-        if self.dtype() != T::DTYPE {
-            return Err(OtherTensor::new(self, T::DTYPE.name()));
+        if self.as_slice::<T>().is_none() {
+            return Err(OtherTensor::new(self, if is_usize::<T>() { "usize" } else { T::DTYPE.name() }));
         }
         let Some(data) = with_data!(self.data, data => same_type::<_, Vec<T>>(data)) else {
-            unreachable!("one element type has this dtype");
+            unreachable!("the slice is of this type");
         };
         Ok(data)
     }
@@ -186,6 +230,9 @@ impl Data {
             DType::F16 => bytemuck::try_zeroed_vec(count).map(Self::F16),
             DType::Bf16 => bytemuck::try_zeroed_vec(count).map(Self::Bf16),
             DType::Bool => bytemuck::try_zeroed_vec(count).map(Self::Bool),
+            DType::I32 => bytemuck::try_zeroed_vec(count).map(Self::I32),
+            DType::U32 => bytemuck::try_zeroed_vec(count).map(Self::U32),
+            DType::I64 => bytemuck::try_zeroed_vec(count).map(Self::I64),
             _ => unreachable!("no problem and no element type has dtype {dtype}"),
         };
         data.map_err(|()| OutOfMemory { what: "a tensor", bytes: count.saturating_mul(dtype.size()) })
@@ -215,6 +262,10 @@ mod tests {
         round_trip(vec![f16::from_f32(1.0), f16::from_f32(2.0)]);
         round_trip(vec![bf16::from_f32(1.0), bf16::from_f32(2.0)]);
         round_trip(vec![true, false]);
+        round_trip(vec![1i32, -2]);
+        round_trip(vec![1u32, 2]);
+        round_trip(vec![1i64, -2]);
+        round_trip(vec![1usize, 2]);
     }
 
     #[test]
@@ -223,6 +274,13 @@ mod tests {
         assert_eq!((tensor.len(), tensor.is_empty(), tensor.shape()), (6, false, [2, 3].into()));
         assert!(tensor.as_slice::<f64>().is_none());
         assert!(tensor.as_mut_slice::<bool>().is_none());
+        let lengths = Tensor::from_vec(vec![3usize, 2], [2]).unwrap();
+        assert!(lengths.as_slice::<i64>().is_none());
+        let error = lengths.into_vec::<i64>().unwrap_err();
+        assert_eq!(error.to_string(), "the tensor is usize [2], expected i64");
+        let error = Tensor::from_vec(vec![3i64, 2], [2]).unwrap().into_vec::<usize>().unwrap_err();
+        assert_eq!(error.to_string(), "the tensor is i64 [2], expected usize");
+        assert_eq!(Tensor::zeros::<usize>([2]).unwrap().as_slice(), Some(&[0usize; 2][..]));
         let error = tensor.clone().into_vec::<f64>().unwrap_err();
         assert_eq!(error.to_string(), "the tensor is f32 [2, 3], expected f64");
         assert_eq!(format!("{error:?}"), error.to_string());

@@ -2,6 +2,7 @@
 
 use attention_core::{DType, Dims, Element, InvalidCall, TensorDesc};
 
+use crate::tensor::is_usize;
 use crate::{Error, Tensor};
 
 impl Tensor {
@@ -10,7 +11,8 @@ impl Tensor {
     /// # Errors
     /// [`InvalidCall::Overflow`] inside [`Error::Core`]; [`Error::OutOfMemory`].
     pub fn zeros<T: Element>(shape: impl Into<Dims>) -> Result<Self, Error> {
-        Self::zeros_of(T::DTYPE, shape.into())
+        let zeros = Self::zeros_of(T::DTYPE, shape.into())?;
+        Ok(if is_usize::<T>() { zeros.into_usizes() } else { zeros })
     }
 
     /// As [`zeros`](Self::zeros), for a dtype of a checked problem.

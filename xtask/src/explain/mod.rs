@@ -8,8 +8,8 @@ use std::sync::Arc;
 use attention::{Attention, Explanation, Registry};
 use attention_benches::parse_shape;
 use attention_core::{
-    AttentionBackend, DType, Dimensions, Dropout, Gradients, InvalidCall, NumericsClass, Pass, Problem,
-    ProblemBuilder, QueryOffset, Role, TensorDesc, Window,
+    AttentionBackend, CallData, CallProblem, DType, Dimensions, Dropout, Element, Gradients, InvalidCall,
+    NumericsClass, Pass, Problem, ProblemBuilder, QueryOffset, Role, TensorDesc, View, Window,
 };
 use clap::Parser;
 
@@ -41,6 +41,15 @@ pub(crate) struct Arguments {
     /// Where query row 0 stands among the keys: a number, top-left or bottom-right
     #[arg(long, default_value = "top-left", value_parser = parse_offset, allow_hyphen_values = true, value_name = "O")]
     offset: QueryOffset,
+    /// Where query row 0 of each batch row stands, one number a batch row
+    #[arg(
+        long,
+        value_delimiter = ',',
+        allow_hyphen_values = true,
+        conflicts_with = "offset",
+        value_name = "N,.."
+    )]
+    offsets: Vec<i64>,
     /// A window of keys before and after the position, such as 128,0; - for no bound
     #[arg(long, value_parser = parse_window, allow_hyphen_values = true, value_name = "LEFT,RIGHT")]
     window: Option<Window>,
@@ -83,6 +92,9 @@ pub(crate) struct Arguments {
     /// The gradients of a backward call; those of query, key and value by default
     #[arg(long, value_delimiter = ',', value_parser = parse_gradient, value_name = "dq,dk,dv,dbias,dsinks")]
     gradients: Vec<Gradients>,
+    /// Lengths and offsets by batch row are in the memory of the device, which does not tell the host
+    #[arg(long)]
+    numbers_on_device: bool,
     /// Asks for bitwise reproducible results
     #[arg(long)]
     deterministic: bool,
@@ -241,12 +253,8 @@ fn problem(arguments: &Arguments) -> Result<Problem, InvalidCall> {
         operand(dims.key_length, dims.key_heads, dims.value_head_dim),
     )
     .device(arguments.device.device())
-    .scale(arguments.scale)
     .causal(arguments.causal)
-    .query_offset(arguments.offset)
     .window(arguments.window.unwrap_or_default())
-    .softcap(arguments.softcap)
-    .dropout(arguments.dropout.map(|rate| Dropout::new(rate, 0)))
     .deterministic(arguments.deterministic);
     if let Some(axes) = &arguments.mask {
         builder = builder.mask(TensorDesc::contiguous(DType::Bool, axes.shape(&dims)));
@@ -261,12 +269,8 @@ fn problem(arguments: &Arguments) -> Result<Problem, InvalidCall> {
     if arguments.sinks {
         builder = builder.sinks(TensorDesc::contiguous(DType::F32, [dims.query_heads]));
     }
-    if !arguments.query_lengths.is_empty() {
-        builder = builder.query_lengths(&arguments.query_lengths);
-    }
-    if !arguments.key_lengths.is_empty() {
-        builder = builder.key_value_lengths(&arguments.key_lengths);
-    }
+    let data = numbers(arguments)?;
+    builder = builder.data(&data);
     builder = match arguments.pass {
         Pass::Forward => builder.lse(arguments.lse),
         Pass::Backward => {
@@ -274,7 +278,31 @@ fn problem(arguments: &Arguments) -> Result<Problem, InvalidCall> {
             builder.gradients(wanted.unwrap_or(Gradients::QKV)).d_lse(arguments.d_lse)
         }
     };
-    if heads_first { results_bnth(builder) } else { builder.build() }
+    let problem = if heads_first { results_bnth(builder)? } else { builder.build()? };
+    // The numbers themselves are not part of the problem.
+    CallProblem::new(&problem, &data)?;
+    if !arguments.numbers_on_device {
+        return Ok(problem);
+    }
+    let on_device = |builder: ProblemBuilder, role| builder.in_host_memory(role, false);
+    Role::DATA.into_iter().fold(problem.to_builder(), on_device).build()
+}
+
+/// The numbers of the call, in host memory.
+fn numbers(arguments: &Arguments) -> Result<CallData<'_>, InvalidCall> {
+    fn by_row<T: Element>(numbers: &[T]) -> Result<Option<View<'_>>, InvalidCall> {
+        (!numbers.is_empty()).then(|| View::from_slice(numbers, [numbers.len()])).transpose()
+    }
+    Ok(CallData {
+        scale: arguments.scale,
+        softcap: arguments.softcap,
+        query_offset: arguments.offset,
+        query_offsets: by_row(&arguments.offsets)?,
+        query_lengths: by_row(&arguments.query_lengths)?,
+        key_value_lengths: by_row(&arguments.key_lengths)?,
+        dropout: arguments.dropout.map(|rate| Dropout::new(rate, 0)),
+        ..CallData::default()
+    })
 }
 
 /// Outputs and what comes in for them, as the operands lie.
@@ -298,6 +326,7 @@ fn bnth(desc: &TensorDesc) -> TensorDesc {
 #[cfg(test)]
 mod tests {
     use attention::{Cause, Verdict};
+    use attention_core::{Alignment, Device, OffsetRange};
 
     use super::*;
 
@@ -327,12 +356,29 @@ mod tests {
              mask, bias, query lengths, key/value lengths, softcap, ALiBi, sinks, dropout, d_lse, dbias, deterministic"
         );
         assert_eq!(problem.gradients(), Gradients::QUERY | Gradients::BIAS);
-        assert_eq!((problem.scale(), problem.softcap()), (-0.5, Some(30.0)));
+        assert!(problem.any_scale() && problem.has_softcap());
+        assert_eq!(
+            (problem.dropout_rate(), problem.alignment()),
+            (Some(0.25), Alignment::Offset(OffsetRange::Near))
+        );
         assert_eq!(problem.tensor(Role::Query).unwrap().strides(), [96, 8, 24, 1].into());
         assert_eq!(problem.tensor(Role::DQuery).unwrap().strides(), [96, 8, 24, 1].into());
         assert_eq!(problem.tensor(Role::Mask).unwrap().shape(), [2, 1, 1, 5].into());
         assert_eq!(problem.tensor(Role::Bias).unwrap().shape(), [1, 4, 3, 5].into());
         assert_eq!(problem.window(), Window { left: Some(4), right: None });
+    }
+
+    #[test]
+    fn numbers_are_the_hosts_or_the_devices() {
+        let line =
+            "--shape 2,3,5,2,2,64 --dtype bf16 --causal --offsets 2,-1 --key-lengths 5,3 --device h200@9.19";
+        let host = problem(&parsed(line)).unwrap();
+        assert_eq!(host.alignment(), Alignment::Offsets(OffsetRange::Near));
+        assert_eq!(host.device_of(Role::KeyValueLengths), Device::Cpu);
+        assert!(!host.to_string().contains("device memory"), "{host}");
+        let device = problem(&parsed(&format!("{line} --numbers-on-device"))).unwrap();
+        assert_eq!(device.device_of(Role::QueryOffsets), device.device());
+        assert!(device.to_string().contains("numbers in device memory"), "{device}");
     }
 
     #[test]
@@ -359,7 +405,7 @@ mod tests {
             ("--dtype bf16 --softcap 30", "cudnn does not support softcap in its forward pass"),
             (
                 "--dtype bf16 --scale -1",
-                "cudnn does not support scale -1: cuDNN scales after it took the row max, so it takes scales above 0",
+                "cudnn does not support scales outside of 1e-37 to 2e38: cuDNN scales after it took the row max",
             ),
             (
                 "--dtype bf16 --pass backward --bias 1NTS --gradients dbias",

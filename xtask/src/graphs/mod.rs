@@ -124,7 +124,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
                     continue;
                 }
                 let forms = [(&offline, ""), (&own_dropout, " by cuDNN's own dropout")];
-                let count = if problem.dropout().is_some() { 2 } else { 1 };
+                let count = if problem.dropout_rate().is_some() { 2 } else { 1 };
                 let forms = forms.into_iter().take(count);
                 for (asked, how) in forms.filter(|(asked, _)| asked.serves(&problem).is_ok()) {
                     match asked.ask(&problem) {

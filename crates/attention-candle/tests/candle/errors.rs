@@ -102,6 +102,18 @@ fn wrong_options() -> Result<()> {
     let x = zeros(&[2, 4, 3, 8], DType::F32)?;
     let text = refused(&Attention::bnth().key_value_lengths([3, 4]), &x, &x, &x);
     assert!(text.contains('4') && text.contains('3'), "{text}");
+    let lengths = |numbers: &[i64]| Tensor::new(numbers, &Device::Cpu).unwrap();
+    let text = refused(&Attention::bnth().query_lengths(lengths(&[3, -1])), &x, &x, &x);
+    assert_eq!(
+        text,
+        "invalid call: query length -1 of batch row 1 is not between 0 and the tensor's length 3"
+    );
+    let text = refused(&Attention::bnth().query_lengths(lengths(&[3])), &x, &x, &x);
+    assert_eq!(text, "invalid call: query lengths has shape [1], expected [2] ([B])");
+    let text = refused(&Attention::bnth().query_offsets(&zeros(&[2], DType::F32)?), &x, &x, &x);
+    assert_eq!(text, "query offsets has dtype f32, expected u32, i32 or i64");
+    let text = refused(&Attention::bnth().dropout_seed(&lengths(&[3])), &x, &x, &x);
+    assert!(text.starts_with("invalid call: the call was given dropout seed"), "{text}");
     let text = refused(&Attention::bnth().dropout(Dropout::new(1.0, 0)), &x, &x, &x);
     assert!(text.contains("expected 0 <= rate"), "{text}");
     let text = refused(&Attention::bnth().scale(f64::NAN), &x, &x, &x);

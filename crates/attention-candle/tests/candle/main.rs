@@ -7,6 +7,7 @@ mod conformance;
 mod device;
 mod errors;
 mod gradients;
+mod numbers;
 mod placed;
 mod through;
 mod unfused;

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use attention::core::{
-    BackendFailure, BackwardCall, Capabilities, DeviceKind, Error, FeatureSet, ForwardCall, Inputs,
-    PassCapabilities, Plan, Problem, Scratch, ScratchGrowth, Sequences, Unavailable, Unsupported, View,
-    ViewMut,
+    BackendFailure, BackwardCall, CallProblem, Capabilities, DeviceKind, Error, FeatureSet, ForwardCall,
+    Inputs, PassCapabilities, Plan, Problem, Scratch, ScratchGrowth, Unavailable, Unsupported, View, ViewMut,
 };
 use attention::{AttentionBackend, DType, NumericsClass, bf16, f16};
 use attention_candle::{Attention, AxisOrder, Options};
@@ -50,22 +49,39 @@ impl ThroughCandle {
         }
     }
 
-    fn attention(&self, problem: &Problem, inputs: &Inputs<'_>, operands: &Operands) -> Result<Attention> {
-        let Sequences::Dense { query, key_value } = problem.sequences().clone() else {
-            candle_core::bail!("sequences that are not dense")
-        };
+    fn attention(
+        &self,
+        problem: &CallProblem<'_>,
+        inputs: &Inputs<'_>,
+        operands: &Operands,
+    ) -> Result<Attention> {
+        let data = &inputs.data;
         let options = Options {
             scale: Some(problem.scale()),
             causal: problem.causal(),
-            query_offset: problem.query_offset(),
+            query_offset: data.query_offset,
             window: problem.window(),
             softcap: problem.softcap(),
-            query_lengths: query,
-            key_value_lengths: key_value,
-            dropout: problem.dropout(),
+            dropout: data.dropout,
             deterministic: problem.deterministic(),
+            ..Options::default()
         };
         let mut attention = Attention::new(self.order).options(options).recompute(self.recompute);
+        if let Some(lengths) = &data.query_lengths {
+            attention = attention.query_lengths(integers(lengths)?);
+        }
+        if let Some(lengths) = &data.key_value_lengths {
+            attention = attention.key_value_lengths(integers(lengths)?);
+        }
+        if let Some(offsets) = &data.query_offsets {
+            attention = attention.query_offsets(integers(offsets)?);
+        }
+        if let Some(seed) = &data.dropout_seed {
+            attention = attention.dropout_seed(&integers(seed)?);
+        }
+        if let Some(offset) = &data.dropout_offset {
+            attention = attention.dropout_offset(&integers(offset)?);
+        }
         if let Some(mask) = &inputs.mask {
             let host = mask.host_mask().expect("a mask in host memory");
             attention = attention.mask(&Placed::new(mask, |index| host.at(index), 0)?.tensor()?);
@@ -94,7 +110,7 @@ impl ThroughCandle {
         let (problem, inputs, outputs) = call.into_parts();
         let operands = Operands::new(&inputs, [false; 5])?;
         let [query, key, value] = self.qkv(&operands)?;
-        let attention = self.attention(problem, &inputs, &operands)?;
+        let attention = self.attention(&problem, &inputs, &operands)?;
         let out = match outputs.lse {
             None => attention.forward(&query, &key, &value)?,
             Some(to) => {
@@ -111,7 +127,7 @@ impl ThroughCandle {
         let outputs = [outputs.dq, outputs.dk, outputs.dv, outputs.dbias, outputs.dsinks];
         let operands = Operands::new(&inputs, outputs.each_ref().map(Option::is_some))?;
         let [query, key, value] = self.qkv(&operands)?;
-        let attention = self.attention(problem, &inputs, &operands)?;
+        let attention = self.attention(&problem, &inputs, &operands)?;
         let d_out = self.swap(floats(&saved.d_out)?.tensor()?)?;
         let (out, lse) = match saved.d_lse {
             None => (attention.forward(&query, &key, &value)?, None),
@@ -153,6 +169,21 @@ impl Operands {
             operands.placed[index] = Some(placed);
         }
         Ok(operands)
+    }
+}
+
+/// Lengths and the like, with -1 in their gaps.
+fn integers(view: &View<'_>) -> Result<Tensor> {
+    macro_rules! placed {
+        ($type:ty, $gap:expr) => {{
+            let host = view.host::<$type>().expect("host memory of this dtype");
+            Placed::new(view, |index| host.at(index), $gap)?.tensor()
+        }};
+    }
+    match view.desc().dtype() {
+        DType::I32 => placed!(i32, -1),
+        DType::U32 => placed!(u32, u32::MAX),
+        _ => placed!(i64, -1),
     }
 }
 

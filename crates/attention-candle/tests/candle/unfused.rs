@@ -1,6 +1,6 @@
 //! Beside candle's own operations: the graph of products, softmax and sums that attention is without this crate.
 
-use attention::core::{DType as Float, Problem, TensorDesc};
+use attention::core::{CallData, CallProblem, DType as Float, Problem, TensorDesc};
 use attention_candle::{Attention, Dropout, QueryOffset, Window};
 use candle_core::{D, DType, Result, Tensor, Var};
 use candle_nn::ops::softmax;
@@ -118,9 +118,11 @@ fn cases() -> Result<Vec<Case>> {
     // The published bits, as a tensor.
     let dropout = Dropout::new(0.3, 1234).with_offset(7);
     let desc = |heads| TensorDesc::contiguous(Float::F32, [b, t, heads, 16]);
-    let problem = Problem::builder(desc(n), desc(n), desc(n)).dropout(dropout).build().unwrap();
-    let kept = attention::dropout_mask(&problem).unwrap().unwrap();
-    let scale = problem.dropout_stream().unwrap().keep_scale();
+    let data = CallData { dropout: Some(dropout), ..CallData::default() };
+    let problem = Problem::builder(desc(n), desc(n), desc(n)).data(&data).build().unwrap();
+    let call = CallProblem::new(&problem, &data).unwrap();
+    let kept = attention::dropout_mask(&call).unwrap().unwrap();
+    let scale = call.dropout_stream().unwrap().keep_scale();
     let kept: Vec<f64> = kept.into_iter().map(|kept| if kept { scale } else { 0.0 }).collect();
     let kept = Tensor::from_vec(kept, (b, n, t, s), device())?;
     cases.push(plain(

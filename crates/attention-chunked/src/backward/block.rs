@@ -55,8 +55,9 @@ impl<E: Engine> Pair<'_, '_, E> {
             all: 0..usize::MAX,
         };
         let (mut begin, mut end) = (usize::MAX, 0);
+        let sequence = self.backward.problem.sequence(self.rows.batch);
         for (index, row) in rows.enumerate() {
-            let info = self.rows.row(self.backward.problem, chunk + row);
+            let info = self.rows.row(&sequence, chunk + row);
             block.infos[index] = info;
             block.all = block.all.start.max(info.begin)..block.all.end.min(info.end);
             if info.begin < info.end {

@@ -1,6 +1,6 @@
 //! A call of the backward pass: what its tasks share, and what they write.
 
-use attention_core::{BackwardInputs, Inputs, Problem};
+use attention_core::{BackwardInputs, CallProblem, Inputs};
 
 use super::gradient::RowState;
 use super::layout::Layout;
@@ -14,7 +14,7 @@ use crate::tensor::{Floats, SharedOutput};
 /// Everything that the tasks of a call share.
 pub(super) struct Backward<'a, E: Engine> {
     pub(super) engine: E,
-    pub(super) problem: &'a Problem,
+    pub(super) problem: &'a CallProblem<'a>,
     pub(super) query: Floats<'a>,
     pub(super) key: Floats<'a>,
     pub(super) value: Floats<'a>,
@@ -37,7 +37,7 @@ impl<'a, E: Engine> Backward<'a, E> {
     /// With the layout that the tasks of a call are planned for.
     pub(super) fn new(
         engine: E,
-        problem: &'a Problem,
+        problem: &'a CallProblem<'a>,
         inputs: &Inputs<'a>,
         saved: &BackwardInputs<'a>,
         states: &'a [State],

@@ -4,7 +4,6 @@ use attention_core::{Gradients, Problem, Role};
 
 use super::bias_parts;
 use crate::config::Sizes;
-use crate::cut;
 use crate::engine::{Engine, STAGE, tile_stride};
 use crate::scratch::{Pieces, round_up};
 use crate::tensor::Floats;
@@ -67,7 +66,6 @@ impl Layout {
         let (head_dim, value_head_dim) = (dims.head_dim, dims.value_head_dim);
         let wanted = problem.gradients();
         let (dk, dv) = (wanted.contains(Gradients::KEY), wanted.contains(Gradients::VALUE));
-        let most_keys = cut::most_keys(problem);
         let packed = size_of::<E::Packed>();
         let sum = |lengths: &[usize]| lengths.iter().fold(0usize, |sum, &length| sum.saturating_add(length));
         let of_keys = sum(&[
@@ -93,7 +91,7 @@ impl Layout {
         let dq = problem.has(Role::DQuery);
         Self {
             rows,
-            keys: keys.min(most_keys.next_multiple_of(STAGE).max(STAGE)),
+            keys: keys.min(dims.key_length.next_multiple_of(STAGE).max(STAGE)),
             head_dim,
             value_head_dim,
             dq_rows: if !dq {

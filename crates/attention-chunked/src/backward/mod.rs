@@ -21,7 +21,7 @@ mod pair;
 mod states;
 mod tasks;
 
-use attention_core::{BackwardCall, Scalar};
+use attention_core::{BackwardInputs, BackwardOutputs, CallProblem, Inputs, Scalar};
 
 use self::block::Pair;
 use self::call::{Backward, Outputs};
@@ -37,37 +37,44 @@ use crate::scratch::Pieces;
 use crate::tensor::{Floats, SharedOutput};
 use crate::workers;
 
-/// Runs a checked call of a problem that was planned to take this, in checked scratch, and marks the paths
+/// A checked call.
+pub(crate) struct Call<'c> {
+    pub(crate) problem: &'c CallProblem<'c>,
+    pub(crate) inputs: &'c Inputs<'c>,
+    pub(crate) saved: &'c BackwardInputs<'c>,
+    pub(crate) outputs: BackwardOutputs<'c>,
+}
+
+/// Runs a call of a problem that was planned to take this, in checked scratch, and marks the paths
 /// that it takes: on the engine, and on the small one.
 pub(crate) fn run<E: Engine, Small: Engine>(
     engine: E,
     small: Option<Small>,
-    call: BackwardCall<'_>,
+    call: Call<'_>,
     planned: &Needs,
     config: &ChunkedConfig,
     scratch: &mut [u8],
     taken: [&Taken; 2],
 ) {
-    let (problem, inputs, saved, outputs) = call.into_parts();
+    let Call { problem, inputs, saved, outputs } = call;
     let sizes = config.sizes();
-    let (recut, team) = config.team(planned, scratch.len(), |threads| {
+    let (recut, team) = config.team(planned.workers(), scratch.len(), |threads| {
         Needs::of::<E, Small>(problem, small.is_some(), &sizes, threads)
     });
     let needs = recut.as_ref().unwrap_or(planned);
     let (states, scratch) = scratch.split_at_mut(needs.states);
     let has_small = small.is_some();
     let is_small = |batch: usize| has_small && cut::is_small(problem, batch);
-    let units =
-        (Terms::<E::F>::new(problem, &inputs).unit(), Terms::<Small::F>::new(problem, &inputs).unit());
+    let units = (Terms::<E::F>::new(problem, inputs).unit(), Terms::<Small::F>::new(problem, inputs).unit());
     let split = |batch: usize, lse: f64| {
         if is_small(batch) { states::split(units.1, lse) } else { states::split(units.0, lse) }
     };
-    let (states, any_lost) = states::compute(problem, &saved, split, states, &team);
+    let (states, any_lost) = states::compute(problem, saved, split, states, &team);
     if any_lost {
         let (lse, sinks) = (Floats::new(saved.lse), inputs.sinks.map(Floats::new));
         let shared = SharedStates::new(states);
         let bytes = needs.bytes;
-        let of = Backward::new(engine, problem, &inputs, &saved, &[], needs.layout, taken[0]);
+        let of = Backward::new(engine, problem, inputs, saved, &[], needs.layout, taken[0]);
         states::replace(
             &of,
             &lse,
@@ -77,7 +84,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
             Workers { team: &team, scratch: &mut *scratch, bytes },
         );
         if let Some(small) = small {
-            let of = Backward::new(small, problem, &inputs, &saved, &[], needs.small, taken[1]);
+            let of = Backward::new(small, problem, inputs, saved, &[], needs.small, taken[1]);
             states::replace(
                 &of,
                 &lse,
@@ -92,12 +99,12 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     if let Some(dsinks) = outputs.dsinks {
         taken[0].mark(Path::Sinks);
         let unit = |batch: usize| if is_small(batch) { units.1.to_f64() } else { units.0.to_f64() };
-        states::sink_gradient(problem, &inputs, states, unit, dsinks);
+        states::sink_gradient(problem, inputs, states, unit, dsinks);
     }
 
-    let backward = Backward::new(engine, problem, &inputs, &saved, states, needs.layout, taken[0]);
+    let backward = Backward::new(engine, problem, inputs, saved, states, needs.layout, taken[0]);
     let small =
-        small.map(|small| Backward::new(small, problem, &inputs, &saved, states, needs.small, taken[1]));
+        small.map(|small| Backward::new(small, problem, inputs, saved, states, needs.small, taken[1]));
     if let Some(dbias) = outputs.dbias {
         bias::run(&backward, small.as_ref(), dbias, &team, needs.bytes, scratch);
     }
@@ -118,11 +125,10 @@ pub(crate) fn run<E: Engine, Small: Engine>(
             }
         }
     }
-    let keys = |batch: usize| if is_small(batch) { needs.small.keys } else { needs.layout.keys };
-    let rows = |batch: usize| if is_small(batch) { needs.small.rows } else { needs.layout.rows };
+    let layout = |batch: usize| if is_small(batch) { needs.small } else { needs.layout };
     let tasks = needs.tasks;
     workers::run(tasks.count(), &team, scratch, needs.bytes, &|number, memory| {
-        let Some(task) = tasks.at(problem, number, keys, rows) else { return };
+        let Some(task) = tasks.at(problem, number, layout) else { return };
         // SAFETY: the tasks are different, and each is run once.
         unsafe {
             match &small {

@@ -34,7 +34,11 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         let problem = self.backward.problem;
         let range = problem.key_range_of_rows(self.rows.batch, self.rows.queries.clone());
         let stride = E::sum_stride(layout.head_dim);
-        scratch.dq[..self.rows.len() * stride].fill(E::F::ZERO);
+        // Rows that see no key need no sums, and there may be more of them than there is scratch for.
+        let any_seen = !range.is_empty();
+        if any_seen {
+            scratch.dq[..self.rows.len() * stride].fill(E::F::ZERO);
+        }
         let end = if self.dkv { problem.dims().key_length } else { range.end };
         let first = if self.dkv { 0 } else { range.start / layout.keys * layout.keys };
         for first in (first..end).step_by(layout.keys) {
@@ -45,9 +49,15 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             let (_, factor) = self.backward.terms.gradient_scale();
             for row in 0..self.rows.len() {
                 let (head, query) = self.rows.at(row);
-                let sums = &scratch.dq[row * stride..][..layout.head_dim];
+                let index = [self.rows.batch, query, head];
                 // SAFETY: the caller guarantees that no other thread writes the gradients of these rows.
-                unsafe { dq.write_row([self.rows.batch, query, head], sums, factor) };
+                unsafe {
+                    if any_seen {
+                        dq.write_row(index, &scratch.dq[row * stride..][..layout.head_dim], factor);
+                    } else {
+                        dq.zero_row(index);
+                    }
+                }
             }
         }
     }

@@ -9,7 +9,7 @@ mod own;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use attention_core::{BackwardInputs, DType, Inputs, Problem, ViewMut};
+use attention_core::{BackwardInputs, CallProblem, DType, Inputs, Problem, ViewMut};
 use attention_threads::Team;
 
 use crate::float::Float;
@@ -99,7 +99,7 @@ pub(crate) fn split<F: Float>(unit: F, lse: f64) -> [f64; 2] {
 /// `<d_out, out> - d_lse` in f64: the product is subtracted from numbers that it nearly equals. Says whether
 /// there is a logsumexp that has lost digits.
 pub(crate) fn compute<'m>(
-    problem: &Problem,
+    problem: &CallProblem<'_>,
     saved: &BackwardInputs<'_>,
     split: impl Fn(usize, f64) -> [f64; 2] + Sync,
     memory: &'m mut [u8],

@@ -1,11 +1,11 @@
 //! The tasks of a call, and what they need: key/value heads, or chunks of rows and of keys apart.
 
-use attention_core::{Gradients, Problem, Role};
+use attention_core::{CallProblem, Gradients, Problem, Role};
 
 use super::layout::Layout;
 use super::{bias_parts, states};
 use crate::config::{self, Sizes};
-use crate::cut::{self, Rows};
+use crate::cut::{self, Bounds, Cut, Rows};
 use crate::engine::Engine;
 
 /// What a task computes.
@@ -42,7 +42,7 @@ fn together(problem: &Problem, threads: usize) -> bool {
     both && (is_small || heads.div_ceil(threads) * 5 * threads <= 7 * heads)
 }
 
-/// The tasks of a call: found by their number, since a list would grow with the batch.
+/// The tasks of every call: found by their number, since a list would grow with the batch.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Tasks {
     together: bool,
@@ -53,38 +53,36 @@ pub(super) struct Tasks {
     keys_per_row: usize,
     /// The most tasks of a batch row for rows of dq.
     queries_per_row: usize,
-    /// How many threads have something to do.
-    workers: usize,
 }
 
 impl Tasks {
-    /// `keys` gives the keys of a chunk and `rows` the rows of one for a batch row.
+    /// For batch rows of these kinds, each with the layout of its chunks, of at most `queries` query rows.
     fn of(
         problem: &Problem,
         threads: usize,
-        keys: impl Fn(usize) -> usize,
-        rows: impl Fn(usize) -> usize,
+        queries: usize,
+        kinds: impl Iterator<Item = Layout> + Clone,
     ) -> Self {
         let dims = problem.dims();
         // An empty gradient has no tasks, whatever the number of batch rows.
         let writes = |role: Role| problem.tensor(role).is_some_and(|desc| !desc.is_empty());
         let (dq, dkv) = (writes(Role::DQuery), writes(Role::DKey) || writes(Role::DValue));
         let together = together(problem, threads);
-        let for_keys = |batch: usize| match (together, dkv) {
+        let for_keys = |layout: Layout| match (together, dkv) {
             (true, _) if dq || dkv => dims.key_heads,
-            (false, true) => dims.key_length.div_ceil(keys(batch)).saturating_mul(dims.key_heads),
+            (false, true) => dims.key_length.div_ceil(layout.keys).saturating_mul(dims.key_heads),
             _ => 0,
         };
-        let for_queries = |batch: usize| {
-            if together || !dq { 0 } else { cut::Cut::of(problem, batch, rows(batch)).count(problem, batch) }
+        let for_queries = |layout: Layout| {
+            if together || !dq { 0 } else { Cut::of(problem, queries, layout.rows).count() }
         };
-        let most =
-            |count: &dyn Fn(usize) -> usize| cut::different_rows(problem).map(count).max().unwrap_or(0);
-        let (keys_per_row, queries_per_row) = (most(&for_keys), most(&for_queries));
-        let workers =
-            cut::count_up_to(problem, threads, |batch| for_keys(batch).saturating_add(for_queries(batch)));
-        let (batch, key_heads) = (dims.batch, dims.key_heads);
-        Self { together, batch, key_heads, keys_per_row, queries_per_row, workers }
+        Self {
+            together,
+            batch: dims.batch,
+            key_heads: dims.key_heads,
+            keys_per_row: kinds.clone().map(for_keys).max().unwrap_or(0),
+            queries_per_row: kinds.map(for_queries).max().unwrap_or(0),
+        }
     }
 
     /// How many numbers there are.
@@ -92,30 +90,31 @@ impl Tasks {
         self.batch * self.keys_per_row + self.batch * self.queries_per_row
     }
 
-    /// The task of a number, if it has one.
+    /// The task of a number, if it has one. `layout` gives the layout of a batch row's chunks.
     pub(super) fn at(
         &self,
-        problem: &Problem,
+        problem: &CallProblem<'_>,
         number: usize,
-        keys: impl Fn(usize) -> usize,
-        rows: impl Fn(usize) -> usize,
+        layout: impl Fn(usize) -> Layout,
     ) -> Option<Task> {
         let for_keys = self.batch * self.keys_per_row;
         if let Some(number) = number.checked_sub(for_keys) {
             let (batch, index) = (number / self.queries_per_row, number % self.queries_per_row);
-            return cut::Cut::of(problem, batch, rows(batch)).rows(problem, batch, index).map(Task::Queries);
+            let cut = Cut::of(problem, problem.query_len(batch), layout(batch).rows);
+            return cut.rows(batch, index).map(Task::Queries);
         }
         let (batch, index) = (number / self.keys_per_row, number % self.keys_per_row);
         if self.together {
             return Some(Task::Together { batch, key_head: index });
         }
         let chunks = self.keys_per_row / self.key_heads;
-        let (key_head, first) = (index / chunks, index % chunks * keys(batch));
+        let (key_head, first) = (index / chunks, index % chunks * layout(batch).keys);
         (first < problem.dims().key_length).then_some(Task::Keys { batch, key_head, first })
     }
 }
 
-/// The layouts of a problem's tasks, and what they take.
+/// The layouts of a problem's tasks, and what its calls take at most. Nothing of it depends on the numbers of
+/// a call: gradients of padding are written too, and tasks that a call does not have are passed over.
 #[derive(Debug)]
 pub(crate) struct Needs {
     pub(super) layout: Layout,
@@ -125,7 +124,8 @@ pub(crate) struct Needs {
     /// Bytes of the states of all query rows.
     pub(super) states: usize,
     pub(super) tasks: Tasks,
-    pub(super) workers: usize,
+    /// How many workers have scratch.
+    workers: usize,
 }
 
 impl Needs {
@@ -137,42 +137,45 @@ impl Needs {
         threads: usize,
     ) -> Option<Self> {
         let dims = problem.dims();
-        let is_together = together(problem, threads);
-        let is_small = |batch: usize| has_small && cut::is_small(problem, batch);
-        let rows_of = |small: bool| {
-            let queries = cut::different_rows(problem).filter(|&batch| is_small(batch) == small);
-            queries.map(|batch| problem.query_len(batch)).max()
+        let (bounds, is_together) = (Bounds::of(problem), together(problem, threads));
+        let has_batch = dims.batch > 0;
+        let is_large = has_batch && (!has_small || bounds.may_be_large());
+        let is_small = has_batch && has_small && bounds.may_be_small();
+        let rows = |may_be: bool, queries: usize| {
+            if may_be { queries.checked_mul(dims.group_size()) } else { Some(0) }
         };
-        let layout_of = |small: bool| rows_of(small).unwrap_or(0).checked_mul(dims.group_size());
-        let layout = Layout::of::<E>(problem, sizes, layout_of(false)?, is_together);
-        let small = Layout::of::<Small>(problem, sizes, layout_of(true)?, is_together);
+        let large_rows = rows(is_large, bounds.most_queries())?;
+        let small_rows = rows(is_small, bounds.most_small_queries())?;
+        let layout = Layout::of::<E>(problem, sizes, large_rows, is_together);
+        let small = Layout::of::<Small>(problem, sizes, small_rows, is_together);
         // A bias without batch rows has a gradient of zeros all the same.
         let mut bytes = bias_parts::sums_bytes(problem)?;
-        if rows_of(false).is_some() {
+        if is_large {
             bytes = bytes.max(layout.bytes::<E>()?);
         }
-        if rows_of(true).is_some() {
+        if is_small {
             bytes = bytes.max(small.bytes::<Small>()?);
         }
         let states = states::bytes(problem)?;
-        let keys = |batch: usize| if is_small(batch) { small.keys } else { layout.keys };
-        let rows = |batch: usize| if is_small(batch) { small.rows } else { layout.rows };
-        let tasks = Tasks::of(problem, threads, keys, rows);
+        let kinds = is_large.then_some(layout).into_iter().chain(is_small.then_some(small));
+        let tasks = Tasks::of(problem, threads, bounds.most_queries(), kinds);
+        let count = dims.batch.saturating_mul(tasks.keys_per_row.saturating_add(tasks.queries_per_row));
         let bias = bias_parts::Parts::of(problem).map_or(0, |parts| parts.count());
         // Sums of rows take the place of logsumexps that have lost digits, also where sinks alone have a
         // gradient.
         let sums = usize::from(cut::has_rows(problem) && dims.key_heads > 0);
-        let workers = threads.min(tasks.workers.max(bias).max(sums));
+        let workers = threads.min(count.max(bias).max(sums));
         Some(Self { layout, small, bytes, states, tasks, workers })
+    }
+
+    /// How many threads have something to do.
+    pub(super) fn workers(&self) -> usize {
+        // The states of rows are computed without scratch, some hundred rows a task.
+        self.workers.max(self.states >> 13)
     }
 }
 
 impl config::Needs for Needs {
-    fn workers(&self) -> usize {
-        // The states of rows are computed without scratch, some hundred rows a task.
-        self.workers.max(self.states >> 13)
-    }
-
     fn scratch(&self) -> Option<usize> {
         self.bytes.checked_mul(self.workers)?.checked_add(self.states)
     }

@@ -1,6 +1,6 @@
 //! A call of the forward pass: what its tasks share, and what they write.
 
-use attention_core::{ForwardOutputs, Inputs, Problem};
+use attention_core::{CallProblem, ForwardOutputs, Inputs};
 
 use super::decode::DecodeLayout;
 use super::layout::Layout;
@@ -13,7 +13,7 @@ use crate::tensor::{Floats, SharedOutput};
 /// Everything that the tasks of a call share.
 pub(super) struct Forward<'a, E: Engine> {
     pub(super) engine: E,
-    pub(super) problem: &'a Problem,
+    pub(super) problem: &'a CallProblem<'a>,
     pub(super) query: Floats<'a>,
     pub(super) key: Floats<'a>,
     pub(super) value: Floats<'a>,
@@ -32,7 +32,7 @@ pub(super) struct Outputs<'a> {
 
 impl<'a> Outputs<'a> {
     /// Takes the outputs of a call and fills the padded rows: with 0 an output, with -inf a logsumexp.
-    pub(super) fn new(problem: &Problem, outputs: ForwardOutputs<'a>) -> Self {
+    pub(super) fn new(problem: &CallProblem<'_>, outputs: ForwardOutputs<'a>) -> Self {
         let new = Self { out: SharedOutput::new(outputs.out), lse: outputs.lse.map(SharedOutput::new) };
         let dims = problem.dims();
         for batch in 0..if cut::may_have_padding(problem) { dims.batch } else { 0 } {
@@ -63,7 +63,7 @@ impl<'a, E: Engine> Forward<'a, E> {
     /// With the layouts that the tasks of a call are planned for.
     pub(super) fn new(
         engine: E,
-        problem: &'a Problem,
+        problem: &'a CallProblem<'a>,
         inputs: &Inputs<'a>,
         layout: Layout,
         decode: DecodeLayout,

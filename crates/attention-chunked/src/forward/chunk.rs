@@ -59,8 +59,9 @@ impl<'a, E: Engine> Forward<'a, E> {
             let packed = self.layout.rows.next_multiple_of(STAGE);
             self.engine.pack_queries(staged, first, packed, scratch.queries);
         }
+        let sequence = self.problem.sequence(rows.batch);
         for query in rows.queries.clone() {
-            let keys = self.problem.key_range(rows.batch, query);
+            let keys = sequence.key_range(query);
             for head in 0..rows.heads.len() {
                 let row = head * rows.queries.len() + query - rows.queries.start;
                 (scratch.begins[row], scratch.ends[row]) = (keys.start as u64, keys.end as u64);

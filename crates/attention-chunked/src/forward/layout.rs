@@ -3,7 +3,6 @@
 use attention_core::Problem;
 
 use crate::config::Sizes;
-use crate::cut;
 use crate::engine::{Engine, STAGE, tile_stride};
 use crate::scratch::Pieces;
 use crate::tensor::Floats;
@@ -45,14 +44,9 @@ pub(super) struct Layout {
 
 impl Layout {
     /// For problems of these dimensions: chunks as configured, or such that a task stays inside a budget.
-    pub(super) fn of<E: Engine>(problem: &Problem, sizes: &Sizes, threads: usize) -> Self {
+    pub(super) fn of<E: Engine>(problem: &Problem, sizes: &Sizes) -> Self {
         let dims = problem.dims();
         let (head_dim, value_head_dim) = (dims.head_dim, dims.value_head_dim);
-        let most_keys = cut::most_keys(problem);
-        let all_rows = cut::total_rows(problem);
-        let group_rows = dims.query_length.saturating_mul(dims.group_size().max(1));
-        // Enough tasks for every thread to have a few, where rows allow it.
-        let fair = (all_rows / (threads * 3).max(1)).clamp(4 * E::BLOCK_ROWS, usize::MAX);
         let packed = |length: usize| size_of::<E::Packed>().saturating_mul(length) / STAGE;
         let row_bytes = packed(E::queries_len(STAGE, head_dim))
             .saturating_add(size_of::<E::F>().saturating_mul(E::sum_stride(value_head_dim)));
@@ -63,13 +57,36 @@ impl Layout {
         let keys = sizes.keys.map_or(E::BLOCK_KEYS, |keys| keys.get());
         let keys = (keys / E::BLOCK_KEYS * E::BLOCK_KEYS)
             .clamp(E::BLOCK_KEYS, 8 * E::BLOCK_KEYS)
-            .min(most_keys.next_multiple_of(STAGE).max(STAGE));
+            .min(dims.key_length.next_multiple_of(STAGE).max(STAGE));
         let left = sizes.budget.saturating_sub(keys.saturating_mul(key_bytes)).max(sizes.budget / 4);
         // Whole blocks that fit.
-        let within_budget = (left / row_bytes.max(1)).min(1024).min(fair) / E::BLOCK_ROWS * E::BLOCK_ROWS;
+        let within_budget = (left / row_bytes.max(1)).min(1024) / E::BLOCK_ROWS * E::BLOCK_ROWS;
+        let group_rows = dims.query_length.saturating_mul(dims.group_size().max(1));
         let rows = sizes.rows.map_or(within_budget, |rows| rows.get());
         let rows = rows.min(group_rows).max(1).next_multiple_of(E::BLOCK_ROWS);
         Self { rows, keys, head_dim, value_head_dim }
+    }
+
+    /// For a call of `queries` query rows a head over all batch rows, at most `most_queries` of one batch row:
+    /// chunks of no more rows than that, and enough of them for every thread to have a few. Takes no more
+    /// scratch.
+    pub(super) fn for_queries<E: Engine>(
+        self,
+        problem: &Problem,
+        sizes: &Sizes,
+        threads: usize,
+        queries: usize,
+        most_queries: usize,
+    ) -> Self {
+        let dims = problem.dims();
+        let group_rows = most_queries.saturating_mul(dims.group_size().max(1));
+        let mut rows = self.rows;
+        if sizes.rows.is_none() {
+            let all_rows = queries.saturating_mul(dims.query_heads);
+            let fair = (all_rows / threads.saturating_mul(3).max(1)).max(4 * E::BLOCK_ROWS);
+            rows = rows.min(fair / E::BLOCK_ROWS * E::BLOCK_ROWS);
+        }
+        Self { rows: rows.min(group_rows).max(1).next_multiple_of(E::BLOCK_ROWS), ..self }
     }
 
     pub(super) fn scratch<'a, E: Engine>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, E> {
@@ -113,7 +130,7 @@ mod tests {
     fn bytes<E: Engine>(dtype: DType, head_dim: usize) -> usize {
         let desc = TensorDesc::contiguous(dtype, [1, 1 << 18, 1, head_dim]);
         let problem = Problem::builder(desc, desc, desc).build().expect("a valid problem");
-        Layout::of::<E>(&problem, &ChunkedConfig::default().sizes(), 1).bytes::<E>().expect("no overflow")
+        Layout::of::<E>(&problem, &ChunkedConfig::default().sizes()).bytes::<E>().expect("no overflow")
     }
 
     #[test]

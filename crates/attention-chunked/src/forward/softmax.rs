@@ -175,9 +175,9 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
                     break;
                 }
                 // Nothing is above the largest: the second pass is the last. With NaN there may be no
-                // largest.
+                // largest, or another number in its place, which must not be tried for ever.
                 let largest = simd.reduce_max(above);
-                if largest == used || E::F::is_nan(largest) {
+                if largest <= used || E::F::is_nan(largest) {
                     break;
                 }
                 shift = largest;

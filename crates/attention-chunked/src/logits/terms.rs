@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use attention_core::{DType, DropoutStream, HostView, Inputs, Problem};
+use attention_core::{CallProblem, DType, DropoutStream, HostView, Inputs};
 
 use crate::float::Float;
 use crate::simd::Base;
@@ -20,7 +20,7 @@ pub(crate) struct QueryRow {
 
 /// What turns products into logits, read from the call once.
 pub(crate) struct Terms<'a, F> {
-    pub(super) problem: &'a Problem,
+    pub(super) problem: &'a CallProblem<'a>,
     /// Not negative: packed queries have the sign.
     pub(super) scale: F,
     pub(super) unit: F,
@@ -38,7 +38,7 @@ pub(crate) struct Terms<'a, F> {
 }
 
 impl<'a, F: Float> Terms<'a, F> {
-    pub(crate) fn new(problem: &'a Problem, inputs: &Inputs<'a>) -> Self {
+    pub(crate) fn new(problem: &'a CallProblem<'a>, inputs: &Inputs<'a>) -> Self {
         let shape = |view: attention_core::View<'_>| std::array::from_fn(|axis| view.shape()[axis]);
         let mask = inputs.mask.map(|mask| {
             let bytes = mask.host_mask();

@@ -4,8 +4,9 @@
 
 use attention_chunked::ChunkedBackend;
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dims, Element, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Lengths, QueryOffset, ScratchBuffer, Strides, View, ViewMut,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dims, Element,
+    ForwardCall, ForwardOutputs, Gradients, Inputs, Lengths, QueryOffset, ScratchBuffer, Strides, View,
+    ViewMut,
 };
 use half::{bf16, f16};
 
@@ -238,20 +239,15 @@ impl Case {
         let sink_type = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let sinks = self.sinks.as_ref().map(|sinks| Data::new(sink_type, sinks));
         inputs.sinks = sinks.as_ref().map(|sinks| sinks.view(&[heads]));
-        let problem = || {
-            let mut builder =
-                inputs.problem().causal(self.causal).query_offset(QueryOffset::Fixed(self.offset));
-            if let Some(scale) = self.scale {
-                builder = builder.scale(scale);
-            }
-            if let Some(cap) = self.softcap {
-                builder = builder.softcap(cap);
-            }
-            if let Some(length) = self.key_lengths {
-                builder = builder.key_value_lengths(Lengths::from(vec![length; batch]));
-            }
-            builder
+        let lengths = self.key_lengths.map_or(Lengths::Full, |length| Lengths::from(vec![length; batch]));
+        inputs.data = CallData {
+            scale: self.scale,
+            softcap: self.softcap,
+            query_offset: QueryOffset::Fixed(self.offset),
+            key_value_lengths: lengths.view(),
+            ..CallData::default()
         };
+        let problem = || inputs.problem().causal(self.causal);
         let stats = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let nan = f64::NAN;
         let mut out = Data::of(self.dtype, self.query.len(), nan);

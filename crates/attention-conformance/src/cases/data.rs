@@ -3,7 +3,7 @@
 use attention_core::{DType, FeatureSet, Pass, Role};
 
 use super::far::{self, QueryRow};
-use super::{AlibiShape, BiasContent, Case, CaseData, Grid, MaskContent, Sizes, Values};
+use super::{AlibiShape, BiasContent, Case, CaseData, Grid, MaskContent, Numbers, Sizes, Values};
 use crate::oracle::Structure;
 use crate::rng::Rng;
 use crate::tensor::{HostTensor, unravel};
@@ -66,6 +66,7 @@ impl Case {
                 heads(Role::AlibiSlopes, self.content.slopes, shape, 0.25)
             }),
             sinks: (options.sinks).then(|| heads(Role::Sinks, self.content.sinks, &[d.query_heads], 1.0)),
+            numbers: Numbers::of(self),
             d_out: normal(Role::DOut, dtype, &out_shape, 1.0),
             d_lse: options.d_lse.then(|| normal(Role::DLse, dtype.accumulator(), &query_shape[..3], 1.0)),
             garbage: self.content.garbage,

@@ -9,6 +9,7 @@ pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     numbers(&mut cases);
     positions(&mut cases);
+    offsets(&mut cases);
     lengths(&mut cases);
     masks(&mut cases);
     biases(&mut cases);
@@ -92,6 +93,68 @@ fn positions(cases: &mut Vec<Case>) {
     }
 }
 
+/// Offsets that differ from batch row to batch row.
+fn offsets(cases: &mut Vec<Case>) {
+    let offsets = [
+        ("near", [0, 3, -4]),
+        ("alike", [2, 2, 2]),
+        ("cached", [40, 1, 4]),
+        ("far", [i64::MIN, i64::MAX, 5]),
+        ("edge", [1 << 22, -(1 << 22), 1]),
+    ];
+    let edits: [(&str, Edit); 8] = [
+        ("causal", |case| case.options.causal = true),
+        ("left", |case| case.options.window.left = Some(4)),
+        ("both", |case| case.options.window = Window::new(3, 1)),
+        ("causal-left", |case| {
+            case.options.causal = true;
+            case.options.window.left = Some(5);
+        }),
+        ("causal-lengths", |case| {
+            case.options.causal = true;
+            case.options.query_lengths = Some(vec![9, 6, 8]);
+            case.options.key_value_lengths = Some(vec![13, 7, 2]);
+        }),
+        ("decode", |case| {
+            case.dims.query_length = 1;
+            case.options.causal = true;
+            case.options.key_value_lengths = Some(vec![5, 13, 9]);
+        }),
+        ("alibi", |case| case.options.alibi = Some(AlibiShape::Heads)),
+        ("everything", |case| {
+            case.options.causal = true;
+            case.options.window.left = Some(6);
+            case.options.mask = Some(Broadcast { rank: 4, full: [true, false, false, true] });
+            case.options.bias = Some(Broadcast::FULL);
+            case.options.sinks = true;
+            case.options.d_lse = true;
+            case.options.softcap = Some(2.0);
+            case.options.dropout = Some(Dropout::new(0.2, 11));
+            case.options.dropout_tensors = true;
+        }),
+    ];
+    for (name, offsets) in offsets {
+        for (option, edit) in edits {
+            // Distances of far rows leave no digits of a logit.
+            if option == "alibi" && matches!(name, "far" | "edge") {
+                continue;
+            }
+            add(cases, format!("offsets/{name}-{option}"), |case| {
+                case.dims.batch = 3;
+                case.options.query_offsets = Some(offsets.to_vec());
+                edit(case);
+                case.variations = name == "near";
+            });
+        }
+    }
+    // More rows and keys than a tile has.
+    add(cases, "offsets/tiles", |case| {
+        case.dims = dims([2, 150, 170, 2, 2, 64]);
+        case.options.causal = true;
+        case.options.query_offsets = Some(vec![20, -30]);
+    });
+}
+
 fn lengths(cases: &mut Vec<Case>) {
     type Lengths = Option<[usize; 3]>;
     let variants: [(&str, Lengths, Lengths); 7] = [
@@ -127,6 +190,23 @@ fn lengths(cases: &mut Vec<Case>) {
             case.options.bias = Some(Broadcast::FULL);
             case.options.sinks = true;
         });
+    }
+    // Batch rows without keys, or without queries, of one head a group: kernels that walk over tiles of keys may
+    // leave their gradients unwritten.
+    let sizes = [("", [3, 9, 13, 2, 2, 16]), ("-tiles", [3, 150, 170, 2, 2, 64])];
+    for (suffix, size) in sizes {
+        for (name, query, key_value, dropout) in [
+            ("keys", None, [0, size[2], 5], false),
+            ("keys-dropout", None, [0, size[2], 5], true),
+            ("both", Some([0, size[1], 4]), [size[2], 0, 0], false),
+        ] {
+            add(cases, format!("lengths/one-head-zero-{name}{suffix}"), |case| {
+                case.dims = dims(size);
+                case.options.query_lengths = query.map(Vec::from);
+                case.options.key_value_lengths = Some(key_value.to_vec());
+                case.options.dropout = dropout.then(|| Dropout::new(0.3, 11));
+            });
+        }
     }
 }
 
@@ -233,6 +313,22 @@ fn dropout(cases: &mut Vec<Case>) {
             case.options.bias = Some(Broadcast::FULL);
             case.options.sinks = true;
             case.options.d_lse = true;
+        });
+    }
+    // Seeds that every integer has, that only wide ones have, and that are negative.
+    for (name, seed, offset) in [("small", 42, 7), ("wide", 1 << 40, u32::MAX), ("negative", u64::MAX - 5, 3)]
+    {
+        for rate in [0.1, 0.5] {
+            add(cases, format!("dropout/tensors-{name}-{rate}"), |case| {
+                case.options.dropout = Some(Dropout::new(rate, seed).with_offset(offset));
+                case.options.dropout_tensors = true;
+            });
+        }
+        add(cases, format!("dropout/bits-tensors-{name}"), |case| {
+            case.dims.value_head_dim = case.dims.key_length;
+            case.options.dropout = Some(Dropout::new(0.5, seed).with_offset(offset));
+            case.options.dropout_tensors = true;
+            case.content.values = Values::Identity;
         });
     }
     // The output is the row of probabilities, so the bits can be read off it.

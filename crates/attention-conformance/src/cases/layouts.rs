@@ -1,6 +1,6 @@
 //! Cases about memory: every layout, for all tensors together and for single ones.
 
-use attention_core::Role;
+use attention_core::{Dropout, Role};
 
 use super::{AlibiShape, Broadcast, Case, Layout, Layouts, dims};
 
@@ -8,6 +8,7 @@ pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     everywhere(&mut cases);
     single_tensors(&mut cases);
+    numbers(&mut cases);
     fused(&mut cases);
     broadcast(&mut cases);
     cases
@@ -52,12 +53,36 @@ fn everywhere(cases: &mut Vec<Case>) {
 }
 
 fn single_tensors(cases: &mut Vec<Case>) {
-    for role in Role::ALL {
+    for role in Role::ALL.into_iter().filter(|role| !role.is_data()) {
         for (name, layout) in
             [("bnth", Layout::Transposed), ("padded", Layout::Padded), ("inner-stride", Layout::InnerStride)]
         {
             let mut case = with_all_tensors(format!("layout/{}-{name}", role.name().replace(' ', "-")));
             case.layouts = Layouts::default().with(role, layout);
+            cases.push(case);
+        }
+    }
+}
+
+/// Tensors of lengths, offsets, and of a dropout's seed and offset.
+fn numbers(cases: &mut Vec<Case>) {
+    for (name, layout) in [
+        ("inner-stride", Layout::InnerStride),
+        ("reversed", Layout::Reversed { axis: 0 }),
+        ("expanded", Layout::Broadcast { axis: 0 }),
+    ] {
+        let roles = Role::DATA.map(|role| (role.name().replace([' ', '/'], "-"), vec![role]));
+        for (which, roles) in roles.into_iter().chain([("numbers".to_owned(), Role::DATA.to_vec())]) {
+            let mut case = Case::new(format!("layout/{which}-{name}"), dims([3, 9, 11, 4, 2, 8]));
+            let expanded = name == "expanded";
+            case.options.causal = true;
+            case.options.query_lengths = Some(if expanded { vec![7; 3] } else { vec![7, 9, 4] });
+            case.options.key_value_lengths = Some(if expanded { vec![10; 3] } else { vec![11, 5, 8] });
+            case.options.query_offsets = Some(if expanded { vec![2; 3] } else { vec![2, 0, 5] });
+            case.options.dropout = Some(Dropout::new(0.2, 77).with_offset(3));
+            case.options.dropout_tensors = true;
+            case.layouts =
+                roles.into_iter().fold(Layouts::default(), |layouts, role| layouts.with(role, layout));
             cases.push(case);
         }
     }

@@ -87,15 +87,18 @@ impl Wanted {
 /// The options of a case.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Options {
-    /// As in a problem.
+    /// As in a call.
     pub scale: Option<f64>,
     /// As in a problem.
     pub causal: bool,
-    /// As in a problem.
+    /// As in a call.
     pub query_offset: QueryOffset,
+    /// Offsets, one a batch row, in the place of `query_offset`.
+    #[serde(default)]
+    pub query_offsets: Option<Vec<i64>>,
     /// As in a problem.
     pub window: Window,
-    /// As in a problem.
+    /// As in a call.
     pub softcap: Option<f64>,
     /// Query lengths, one a batch row.
     pub query_lengths: Option<Vec<usize>>,
@@ -111,8 +114,11 @@ pub struct Options {
     pub alibi: Option<AlibiShape>,
     /// Attention sinks.
     pub sinks: bool,
-    /// As in a problem.
+    /// As in a call.
     pub dropout: Option<Dropout>,
+    /// Whether seed and offset of the dropout are tensors.
+    #[serde(default)]
+    pub dropout_tensors: bool,
     /// Whether forward writes the logsumexp.
     pub lse: Wanted,
     /// Whether backward has an incoming gradient of the logsumexp.
@@ -133,6 +139,7 @@ impl Default for Options {
             scale: None,
             causal: false,
             query_offset: QueryOffset::TOP_LEFT,
+            query_offsets: None,
             window: Window::UNBOUNDED,
             softcap: None,
             query_lengths: None,
@@ -143,6 +150,7 @@ impl Default for Options {
             alibi: None,
             sinks: false,
             dropout: None,
+            dropout_tensors: false,
             lse: Wanted::default(),
             d_lse: false,
             gradients: Gradients::QKV,

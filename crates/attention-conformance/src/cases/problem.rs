@@ -16,12 +16,6 @@ impl Case {
     pub fn problem(&self, data: &CaseData, pass: Pass, declared: FeatureSet) -> Result<Problem, InvalidCall> {
         let options = &self.options;
         let mut builder = self.with_options(data.inputs().problem());
-        if let Some(lengths) = &options.query_lengths {
-            builder = builder.query_lengths(lengths);
-        }
-        if let Some(lengths) = &options.key_value_lengths {
-            builder = builder.key_value_lengths(lengths);
-        }
         let roles: &[Role] = match pass {
             Pass::Forward => {
                 builder = builder.lse(options.lse.holds(declared, Feature::Lse));
@@ -65,15 +59,9 @@ impl Case {
         inputs: &Inputs<'_>,
         saved: Option<&BackwardInputs<'_>>,
         whole: &Problem,
-        row: usize,
     ) -> Result<Problem, InvalidCall> {
-        let mut builder = self.with_options(inputs.problem());
-        if self.options.query_lengths.is_some() {
-            builder = builder.query_lengths([whole.query_len(row)]);
-        }
-        if self.options.key_value_lengths.is_some() {
-            builder = builder.key_value_lengths([whole.key_value_len(row)]);
-        }
+        // The range of the offsets is that of all rows.
+        let builder = self.with_options(inputs.problem()).alignment(whole.alignment());
         let Some(saved) = saved else {
             return builder.lse(whole.has(Role::Lse)).build();
         };
@@ -86,16 +74,9 @@ impl Case {
         saved.d_lse.iter().fold(builder, |builder, d_lse| builder.layout(Role::DLse, d_lse.desc())).build()
     }
 
-    /// The options that do not depend on the batch.
+    /// The options that are no numbers of the call.
     fn with_options(&self, builder: ProblemBuilder) -> ProblemBuilder {
         let options = &self.options;
-        builder
-            .scale(options.scale)
-            .causal(options.causal)
-            .query_offset(options.query_offset)
-            .window(options.window)
-            .softcap(options.softcap)
-            .dropout(options.dropout)
-            .deterministic(options.deterministic)
+        builder.causal(options.causal).window(options.window).deterministic(options.deterministic)
     }
 }

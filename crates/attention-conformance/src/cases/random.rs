@@ -19,7 +19,46 @@ pub fn case_from_seed(seed: u64) -> Case {
     if rng.chance(0.15) {
         case.saved = Saved::Backend;
     }
+    if seed >= FIRST_WITH_TENSORS {
+        numbers_in_tensors(&mut case, &mut Rng::named(seed, "numbers in tensors"));
+    }
     case
+}
+
+/// The first seed whose case may have offsets, and a dropout's seed and offset, as tensors.
+const FIRST_WITH_TENSORS: u64 = 240;
+
+/// Makes tensors of what a call may give as one.
+pub(crate) fn numbers_in_tensors(case: &mut Case, rng: &mut Rng) {
+    let d = case.dims;
+    if rng.chance(0.7) {
+        let offset = |rng: &mut Rng| match rng.below(8) {
+            0 => rng.pick(&[1 << 22, -(1 << 22), 1 << 40, i64::MAX, i64::MIN]),
+            1..=3 => -(rng.below(d.query_length + 2) as i64),
+            _ => rng.below(d.key_length + 2) as i64,
+        };
+        let mut offsets: Vec<i64> = (0..d.batch).map(|_| offset(rng)).collect();
+        if case.options.alibi.is_some() {
+            // Where a distance is far above the others, logits have no digits left to compare.
+            offsets.iter_mut().for_each(|offset| *offset = (*offset).clamp(-1000, 1000));
+        }
+        case.options.query_offsets = Some(offsets);
+        case.options.causal |= case.options.window.is_unbounded() && rng.chance(0.5);
+    }
+    let dropout = case.options.dropout;
+    if dropout.is_some() || rng.chance(0.4) {
+        // Seeds that narrower integers have too.
+        let seeds = [rng.next(), 7, rng.next() >> 33, (rng.next() >> 33).wrapping_neg()];
+        let drawn = Dropout::new(rng.pick(&[0.1, 0.5]), rng.pick(&seeds)).with_offset(rng.next() as u32);
+        case.options.dropout =
+            Some(Dropout { rate: dropout.map_or(drawn.rate, |given| given.rate), ..drawn });
+        case.options.dropout_tensors = true;
+    }
+    const LAYOUTS: [Layout; 4] =
+        [Layout::Contiguous, Layout::Contiguous, Layout::InnerStride, Layout::Reversed { axis: 0 }];
+    for role in Role::DATA {
+        case.layouts = case.layouts.clone().with(role, rng.pick(&LAYOUTS));
+    }
 }
 
 fn sizes(rng: &mut Rng) -> Dimensions {
@@ -126,7 +165,7 @@ fn layouts(d: &Dimensions, rng: &mut Rng) -> Layouts {
         3 if d.query_length == d.key_length && d.head_dim == d.value_head_dim => {
             Layouts::fused_qkv(d.query_heads, d.key_heads)
         }
-        _ => (Role::ALL.into_iter())
+        _ => (Role::ALL.into_iter().filter(|role| !role.is_data()))
             .fold(Layouts::default(), |layouts, role| layouts.with(role, rng.pick(&PLAIN))),
     }
 }

@@ -2,6 +2,7 @@
 
 use attention_core::{Inputs, Role};
 
+use super::Numbers;
 use crate::tensor::HostTensor;
 
 /// The tensors that a call of a case reads, but for what its forward pass left.
@@ -21,6 +22,8 @@ pub struct CaseData {
     pub alibi_slopes: Option<HostTensor>,
     /// The sinks, if there are any.
     pub sinks: Option<HostTensor>,
+    /// Lengths, offsets, scale, softcap and dropout.
+    pub numbers: Numbers,
     /// The incoming gradient of the output.
     pub d_out: HostTensor,
     /// The incoming gradient of the logsumexp, if there is one.
@@ -37,6 +40,7 @@ impl CaseData {
             bias: self.bias.as_ref().map(HostTensor::view),
             alibi_slopes: self.alibi_slopes.as_ref().map(HostTensor::view),
             sinks: self.sinks.as_ref().map(HostTensor::view),
+            data: self.numbers.data(),
             ..Inputs::new(self.query.view(), self.key.view(), self.value.view())
         }
     }

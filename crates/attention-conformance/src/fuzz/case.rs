@@ -7,6 +7,7 @@ use attention_core::{DType, Dimensions, Dropout, Gradients, QueryOffset, Role, W
 use super::magnitudes::Magnitudes;
 use crate::cases::{
     AlibiShape, BiasContent, Broadcast, Case, CaseData, Layout, Layouts, MaskContent, Saved, Wanted, dims,
+    numbers_in_tensors,
 };
 use crate::rng::Rng;
 
@@ -30,6 +31,7 @@ pub struct FuzzCase {
 pub enum Simplification {
     ContiguousLayouts,
     OrdinaryMagnitudes,
+    NumbersAsValues,
     WithoutDropout,
     WithoutSoftcap,
     WithoutAlibi,
@@ -53,9 +55,10 @@ pub enum Simplification {
 
 impl Simplification {
     /// Every one, in the order in which they are tried.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::ContiguousLayouts,
         Self::OrdinaryMagnitudes,
+        Self::NumbersAsValues,
         Self::WithoutDropout,
         Self::WithoutSoftcap,
         Self::WithoutAlibi,
@@ -94,6 +97,9 @@ impl FuzzCase {
             case.saved = Saved::Backend;
         }
         let magnitudes = Magnitudes::draw(&mut rng, &mut case, dtype);
+        if seed % 4 == 2 {
+            numbers_in_tensors(&mut case, &mut Rng::named(seed, "numbers in tensors"));
+        }
         Self { seed, dtype, case, magnitudes, simplifications: Vec::new() }
     }
 
@@ -136,7 +142,13 @@ impl FuzzCase {
         match simplification {
             S::ContiguousLayouts => self.case.layouts = Layouts::default(),
             S::OrdinaryMagnitudes => self.magnitudes = Magnitudes::ordinary(),
-            S::WithoutDropout => options.dropout = None,
+            S::NumbersAsValues => {
+                options.dropout_tensors = false;
+                if let Some(offsets) = options.query_offsets.take() {
+                    options.query_offset = QueryOffset::Fixed(offsets.first().copied().unwrap_or(0));
+                }
+            }
+            S::WithoutDropout => (options.dropout, options.dropout_tensors) = (None, false),
             S::WithoutSoftcap => options.softcap = None,
             S::WithoutAlibi => options.alibi = None,
             S::WithoutSinks => options.sinks = false,
@@ -145,7 +157,9 @@ impl FuzzCase {
             S::WithoutLengths => (options.query_lengths, options.key_value_lengths) = (None, None),
             S::WithoutWindow => options.window = Window::UNBOUNDED,
             S::WithoutCausal => options.causal = false,
-            S::WithoutOffset => options.query_offset = QueryOffset::TOP_LEFT,
+            S::WithoutOffset => {
+                (options.query_offset, options.query_offsets) = (QueryOffset::TOP_LEFT, None);
+            }
             S::WithoutDLse => options.d_lse = false,
             S::DefaultScale => options.scale = None,
             S::OneBatchRow if d.batch > 1 => d.batch = 1,
@@ -178,7 +192,9 @@ impl fmt::Display for FuzzCase {
         named("scale", o.scale.map(|scale| format!("{scale:e}")))?;
         named("causal", o.causal.then(String::new).map(|_| "true".to_owned()))?;
         let offset = o.query_offset;
-        named("offset", (offset != QueryOffset::TOP_LEFT).then(|| offset.to_string()))?;
+        let by_row = o.query_offsets.as_ref().map(|offsets| format!("{offsets:?}"));
+        let of_all = (offset != QueryOffset::TOP_LEFT).then(|| offset.to_string());
+        named("offset", by_row.or(of_all))?;
         named("window", (!o.window.is_unbounded()).then(|| o.window.to_string()))?;
         named("softcap", o.softcap.map(|softcap| format!("{softcap:e}")))?;
         named("query lengths", o.query_lengths.as_ref().map(|lengths| format!("{lengths:?}")))?;
@@ -188,7 +204,8 @@ impl fmt::Display for FuzzCase {
         named("bias", o.bias.map(|bias| format!("[{}] {extra}", bias.name())))?;
         named("alibi", o.alibi.map(|shape| format!("{shape:?}")))?;
         named("sinks", o.sinks.then(|| extra.to_string()))?;
-        named("dropout", o.dropout.map(|dropout| dropout.rate.to_string()))?;
+        let place = if o.dropout_tensors { " from tensors" } else { "" };
+        named("dropout", o.dropout.map(|dropout| format!("{}{place}", dropout.rate)))?;
         named("d_lse", o.d_lse.then(|| "true".to_owned()))?;
         named("layouts", (self.case.layouts != Layouts::default()).then(|| "strided".to_owned()))?;
         write!(f, "{}", self.magnitudes)
@@ -206,6 +223,9 @@ fn fit(case: &mut Case) {
             lengths.truncate(d.batch);
             lengths.iter_mut().for_each(|length| *length = (*length).min(most));
         }
+    }
+    if let Some(offsets) = &mut case.options.query_offsets {
+        offsets.truncate(d.batch);
     }
     // The slices of a fused buffer are made for other numbers of heads.
     let fused = Role::ALL.iter().any(|&role| matches!(case.layouts.of(role), Layout::FusedSlice { .. }));
@@ -369,7 +389,7 @@ pub(super) fn layouts(d: &Dimensions, rng: &mut Rng) -> Layouts {
         3 if d.query_length == d.key_length && d.head_dim == d.value_head_dim => {
             Layouts::fused_qkv(d.query_heads, d.key_heads)
         }
-        _ => (Role::ALL.into_iter())
+        _ => (Role::ALL.into_iter().filter(|role| !role.is_data()))
             .fold(Layouts::default(), |layouts, role| layouts.with(role, rng.pick(&PLAIN))),
     }
 }

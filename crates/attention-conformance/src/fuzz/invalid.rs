@@ -3,11 +3,13 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use attention_core::{
-    AttentionBackend, DType, Dimensions, Dropout, Error, Gradients, InvalidCall, Problem, ProblemBuilder,
-    Role, TensorDesc,
+    Alignment, AttentionBackend, CallProblem, DType, Dimensions, Dropout, Error, Gradients, InvalidCall,
+    OffsetRange, Problem, ProblemBuilder, QueryOffset, Role, TensorDesc,
 };
 
+use crate::cases::{Layout, Numbers};
 use crate::rng::Rng;
+use crate::tensor::HostTensor;
 
 /// What is wrong with a problem, by how it is made so and by the error that says so.
 type Mistake = (&'static str, fn(ProblemBuilder, &Dimensions) -> ProblemBuilder, fn(&InvalidCall) -> bool);
@@ -16,29 +18,37 @@ fn bias(builder: ProblemBuilder, shape: [usize; 4]) -> ProblemBuilder {
     builder.bias(TensorDesc::contiguous(DType::F32, shape))
 }
 
-const MISTAKES: [Mistake; 20] = [
-    ("a scale of NaN", |b, _| b.scale(f64::NAN), |e| matches!(e, InvalidCall::NotFinite { .. })),
-    ("an infinite scale", |b, _| b.scale(f64::NEG_INFINITY), |e| matches!(e, InvalidCall::NotFinite { .. })),
-    ("a softcap of 0", |b, _| b.softcap(0.0), |e| matches!(e, InvalidCall::SoftcapNotPositive { .. })),
-    ("a negative softcap", |b, _| b.softcap(-1.0), |e| matches!(e, InvalidCall::SoftcapNotPositive { .. })),
-    ("a softcap of NaN", |b, _| b.softcap(f64::NAN), |e| matches!(e, InvalidCall::NotFinite { .. })),
-    ("a dropout rate of 1", |b, _| b.dropout(Dropout::new(1.0, 1)), |_| true),
-    ("a negative dropout rate", |b, _| b.dropout(Dropout::new(-0.1, 1)), |_| true),
-    ("a dropout rate of NaN", |b, _| b.dropout(Dropout::new(f64::NAN, 1)), |_| true),
+const MISTAKES: [Mistake; 16] = [
+    ("a dropout rate of 1", |b, _| b.dropout_rate(1.0), |e| matches!(e, InvalidCall::DropoutRate { .. })),
+    (
+        "a negative dropout rate",
+        |b, _| b.dropout_rate(-0.1),
+        |e| matches!(e, InvalidCall::DropoutRate { .. }),
+    ),
+    (
+        "a dropout rate of NaN",
+        |b, _| b.dropout_rate(f64::NAN),
+        |e| matches!(e, InvalidCall::DropoutRate { .. }),
+    ),
     (
         "too many lengths",
-        |b, d| b.key_value_lengths(vec![0; d.batch + 1]),
-        |e| matches!(e, InvalidCall::LengthCount { .. }),
+        |b, d| b.layout(Role::KeyValueLengths, TensorDesc::contiguous(DType::I64, [d.batch + 1])),
+        |e| matches!(e, InvalidCall::Shape { .. }),
     ),
     (
-        "a length above S",
-        |b, d| b.key_value_lengths(vec![d.key_length + 1; d.batch.max(1)]),
-        |e| matches!(e, InvalidCall::LengthOutOfRange { .. } | InvalidCall::LengthCount { .. }),
+        "lengths of two axes",
+        |b, d| b.layout(Role::QueryLengths, TensorDesc::contiguous(DType::I32, [d.batch, 1])),
+        |e| matches!(e, InvalidCall::Rank { .. }),
     ),
     (
-        "a length above T",
-        |b, d| b.query_lengths(vec![usize::MAX; d.batch.max(1)]),
-        |e| matches!(e, InvalidCall::LengthOutOfRange { .. } | InvalidCall::LengthCount { .. }),
+        "lengths that are floats",
+        |b, _| b.key_value_lengths(DType::F32),
+        |e| matches!(e, InvalidCall::DType { .. }),
+    ),
+    (
+        "a seed without dropout",
+        |b, _| b.layout(Role::DropoutSeed, TensorDesc::contiguous(DType::I64, [1])),
+        |e| matches!(e, InvalidCall::Unexpected { .. }),
     ),
     (
         "a bias that does not broadcast",
@@ -99,6 +109,191 @@ pub(super) fn problems(d: &Dimensions, dtype: DType, rng: &mut Rng) -> Result<us
     Ok(count)
 }
 
+/// What is wrong with the numbers of a call, by the problem that they are wrong for, by how they are made so, and by the
+/// error that says so.
+type WrongNumbers = (
+    &'static str,
+    fn(ProblemBuilder, &Dimensions) -> ProblemBuilder,
+    fn(&mut Numbers, &Dimensions),
+    fn(&InvalidCall) -> bool,
+);
+
+/// A tensor of one number for each of `count` batch rows.
+fn alike(dtype: DType, count: usize, number: i64) -> Option<HostTensor> {
+    Some(HostTensor::from_integers(dtype, [count], Layout::Contiguous, |_| number))
+}
+
+fn is_other_data(error: &InvalidCall) -> bool {
+    matches!(error, InvalidCall::OtherData { .. })
+}
+
+const WRONG_NUMBERS: [WrongNumbers; 27] = [
+    (
+        "a scale of NaN",
+        |b, _| b.any_scale(true),
+        |n, _| n.scale = Some(f64::NAN),
+        |e| matches!(e, InvalidCall::NotFinite { .. }),
+    ),
+    (
+        "an infinite scale",
+        |b, _| b,
+        |n, _| n.scale = Some(f64::NEG_INFINITY),
+        |e| matches!(e, InvalidCall::NotFinite { .. }),
+    ),
+    (
+        "a scale of 0 that was not announced",
+        |b, _| b,
+        |n, _| n.scale = Some(0.0),
+        |e| matches!(e, InvalidCall::NotOrdinaryScale { .. }),
+    ),
+    (
+        "a softcap of 0",
+        |b, _| b.softcap(true),
+        |n, _| n.softcap = Some(0.0),
+        |e| matches!(e, InvalidCall::SoftcapNotPositive { .. }),
+    ),
+    (
+        "a negative softcap",
+        |b, _| b.softcap(true),
+        |n, _| n.softcap = Some(-1.0),
+        |e| matches!(e, InvalidCall::SoftcapNotPositive { .. }),
+    ),
+    (
+        "a softcap of NaN",
+        |b, _| b.softcap(true),
+        |n, _| n.softcap = Some(f64::NAN),
+        |e| matches!(e, InvalidCall::NotFinite { .. }),
+    ),
+    ("a softcap of no problem", |b, _| b, |n, _| n.softcap = Some(1.0), is_other_data),
+    ("no softcap", |b, _| b.softcap(true), |_, _| (), is_other_data),
+    ("an offset of no problem", |b, _| b, |n, _| n.query_offset = QueryOffset::Fixed(1), is_other_data),
+    (
+        "another alignment",
+        |b, _| b.alignment(Alignment::BottomRight),
+        |n, _| n.query_offset = QueryOffset::Fixed(0),
+        is_other_data,
+    ),
+    (
+        "bottom-right of an offset",
+        |b, _| b.alignment(Alignment::Offset(OffsetRange::Any)),
+        |n, _| n.query_offset = QueryOffset::BottomRight,
+        is_other_data,
+    ),
+    (
+        "an offset that is too large",
+        |b, _| b.alignment(Alignment::Offset(OffsetRange::Near)),
+        |n, _| n.query_offset = QueryOffset::Fixed(OffsetRange::NEAR + 1),
+        |e| matches!(e, InvalidCall::OffsetOutOfRange { .. }),
+    ),
+    (
+        "an offset that is too small",
+        |b, _| b.alignment(Alignment::Offset(OffsetRange::Near)),
+        |n, _| n.query_offset = QueryOffset::Fixed(i64::MIN),
+        |e| matches!(e, InvalidCall::OffsetOutOfRange { .. }),
+    ),
+    (
+        "an offset of a batch row that is too small",
+        |b, _| b.query_offsets(OffsetRange::Near, DType::I64),
+        |n, d| n.query_offsets = alike(DType::I64, d.batch, -OffsetRange::NEAR - 1),
+        |e| matches!(e, InvalidCall::OffsetOutOfRange { .. }),
+    ),
+    (
+        "no offsets",
+        |b, _| b.query_offsets(OffsetRange::Near, DType::I32),
+        |_, _| (),
+        |e| matches!(e, InvalidCall::Missing { role: Role::QueryOffsets }),
+    ),
+    (
+        "offsets of no problem",
+        |b, _| b,
+        |n, d| n.query_offsets = alike(DType::I32, d.batch, 0),
+        |e| matches!(e, InvalidCall::Unexpected { role: Role::QueryOffsets }),
+    ),
+    (
+        "a length above S",
+        |b, _| b.key_value_lengths(DType::U32),
+        |n, d| n.key_value_lengths = alike(DType::U32, d.batch, d.key_length as i64 + 1),
+        |e| matches!(e, InvalidCall::LengthOutOfRange { .. }),
+    ),
+    (
+        "a length far above T",
+        |b, _| b.query_lengths(DType::I64),
+        |n, d| n.query_lengths = alike(DType::I64, d.batch, i64::MAX),
+        |e| matches!(e, InvalidCall::LengthOutOfRange { .. }),
+    ),
+    (
+        "a negative length of keys",
+        |b, _| b.key_value_lengths(DType::I32),
+        |n, d| n.key_value_lengths = alike(DType::I32, d.batch, -1),
+        |e| matches!(e, InvalidCall::LengthOutOfRange { length: -1, .. }),
+    ),
+    (
+        "a negative length of queries",
+        |b, _| b.query_lengths(DType::I64),
+        |n, d| n.query_lengths = alike(DType::I64, d.batch, i64::MIN),
+        |e| matches!(e, InvalidCall::LengthOutOfRange { .. }),
+    ),
+    (
+        "lengths of another dtype",
+        |b, _| b.key_value_lengths(DType::I64),
+        |n, d| n.key_value_lengths = alike(DType::I32, d.batch, 0),
+        |e| matches!(e, InvalidCall::NotAsInProblem { .. }),
+    ),
+    (
+        "lengths of more batch rows",
+        |b, _| b.key_value_lengths(DType::I64),
+        |n, d| n.key_value_lengths = alike(DType::I64, d.batch + 1, 0),
+        |e| matches!(e, InvalidCall::NotAsInProblem { .. }),
+    ),
+    (
+        "no lengths",
+        |b, _| b.query_lengths(DType::I32),
+        |_, _| (),
+        |e| matches!(e, InvalidCall::Missing { role: Role::QueryLengths }),
+    ),
+    (
+        "lengths of no problem",
+        |b, _| b,
+        |n, d| n.query_lengths = alike(DType::I64, d.batch, 0),
+        |e| matches!(e, InvalidCall::Unexpected { role: Role::QueryLengths }),
+    ),
+    (
+        "another dropout rate",
+        |b, _| b.dropout_rate(0.5),
+        |n, _| n.dropout = Some(Dropout::new(0.25, 1)),
+        is_other_data,
+    ),
+    ("a dropout of no problem", |b, _| b, |n, _| n.dropout = Some(Dropout::new(0.25, 1)), is_other_data),
+    (
+        "no seed",
+        |b, _| b.dropout_rate(0.5).layout(Role::DropoutSeed, TensorDesc::contiguous(DType::I64, [1])),
+        |n, _| n.dropout = Some(Dropout::new(0.5, 1)),
+        |e| matches!(e, InvalidCall::Missing { role: Role::DropoutSeed }),
+    ),
+];
+
+/// Makes some mistakes in the numbers of calls of these sizes. The number of them, or the one that was not refused
+/// rightly.
+pub(super) fn numbers(d: &Dimensions, dtype: DType, rng: &mut Rng) -> Result<usize, String> {
+    // Without batch rows there is no number that could be wrong.
+    let d = Dimensions { batch: d.batch.max(1), ..*d };
+    let count = 4;
+    for _ in 0..count {
+        let (what, make, spoil, is_right) = WRONG_NUMBERS[rng.below(WRONG_NUMBERS.len())];
+        let problem = make(d.problem(dtype), &d).build();
+        let problem = problem.map_err(|error| format!("the fuzzer drew an invalid problem: {error}"))?;
+        let mut numbers = Numbers::default();
+        spoil(&mut numbers, &d);
+        match catch_unwind(AssertUnwindSafe(|| CallProblem::new(&problem, &numbers.data()).map(|_| ()))) {
+            Ok(Err(error)) if is_right(&error) => {}
+            Ok(Err(error)) => return Err(format!("{what} is refused as something else: {error}")),
+            Ok(Ok(())) => return Err(format!("{what} is accepted: {d} {dtype}")),
+            Err(_) => return Err(format!("{what} panics: {d} {dtype}")),
+        }
+    }
+    Ok(count)
+}
+
 /// Asks a backend about problems that no machine has the memory for, on views of stride 0: whatever it answers, it
 /// must not panic. Sizes that a list could be made for are left small, so that an answer takes no time.
 pub(super) fn huge(backend: &dyn AttentionBackend, dtype: DType, rng: &mut Rng) -> Result<usize, String> {
@@ -129,6 +324,12 @@ fn huge_problem(dtype: DType, rng: &mut Rng) -> Option<(String, Problem)> {
     let builder = Problem::builder(query, key, at_rest([batch, keys, heads, value_dim])?);
     let builder = if rng.chance(0.5) { builder } else { builder.gradients(Gradients::QKV) };
     // Outputs of stride 0 would overlap themselves; those that overflow are refused here.
-    let problem = builder.causal(rng.chance(0.5)).build().ok()?;
+    let builder = builder.causal(rng.chance(0.5));
+    let builder = match rng.below(4) {
+        0 => builder.key_value_lengths(DType::I32),
+        1 => builder.query_offsets(OffsetRange::Any, DType::I64),
+        _ => builder,
+    };
+    let problem = builder.build().ok()?;
     Some((format!("{} {} {}", problem.dims(), dtype, problem.pass()), problem))
 }

@@ -6,7 +6,8 @@
 //! - with the f64 oracle, inside the derived bounds, with canaries around every output and behind the scratch memory;
 //! - with what no rounding may move: an output lies between the values that it is a mean of, and the probabilities of
 //!   a row sum to 1;
-//! - with itself, bit by bit: planned again, on other numbers of threads, a batch row alone, with more padding,
+//! - with itself, bit by bit: planned again, after a call with other lengths, offsets, scale and seed, on other numbers
+//!   of threads, a batch row alone, with more padding,
 //!   with other strides, with NaN in memory that nothing may read, and with NaN in one element, for all that does
 //!   not depend on it.
 //!
@@ -145,6 +146,7 @@ impl<'a> Fuzz<'a> {
             }
         };
         note("core", invalid::problems(&case.case.dims, case.dtype(), &mut rng));
+        note("core", invalid::numbers(&case.case.dims, case.dtype(), &mut rng));
         for subject in &self.subjects {
             let mut rng = rng.clone();
             note(subject.backend.name(), invalid::huge(subject.backend, case.dtype(), &mut rng));

@@ -44,6 +44,20 @@ fn seeds_reach_every_kind_of_case() {
     assert!(seen.iter().all(|&count| count >= 5), "{seen:?} of {seeds}");
 }
 
+/// Offsets by batch row and seeds in tensors come up, and every kind of wrong number is refused.
+#[test]
+fn seeds_reach_numbers_in_tensors() {
+    let (mut offsets, mut seeds) = (0, 0);
+    for seed in 0..200 {
+        let case = FuzzCase::from_seed(seed);
+        offsets += usize::from(case.case.options.query_offsets.is_some());
+        seeds += usize::from(case.case.options.dropout_tensors);
+        let mut rng = Rng::named(seed, "wrong numbers");
+        assert_eq!(invalid::numbers(&case.case.dims, case.dtype(), &mut rng), Ok(4));
+    }
+    assert!(offsets >= 20 && seeds >= 10, "{offsets} and {seeds}");
+}
+
 /// Simplifying ends, and leaves a valid case each time.
 #[test]
 fn every_simplification_leaves_a_valid_case() {

@@ -5,7 +5,7 @@ use attention_core::{Pass, Role};
 use super::case::layouts;
 use crate::cases::{Case, Layouts};
 use crate::rng::Rng;
-use crate::run::{Base, Stop, invariance};
+use crate::run::{Base, Stop, invariance, other_numbers};
 use crate::tensor::unravel;
 
 impl Base<'_> {
@@ -45,6 +45,11 @@ impl Base<'_> {
         if rng.chance(0.5) && !overflows {
             self.poisoned_somewhere(rng)?;
             compared += 1;
+        }
+        if rng.chance(0.3) {
+            let (numbers, call) = (&self.data.numbers, self.invocation());
+            compared +=
+                other_numbers::first(self.subject, numbers, self.plan, &call, self.results, None, rng)?;
         }
         Ok(compared)
     }

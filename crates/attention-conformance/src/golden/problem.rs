@@ -1,10 +1,10 @@
 //! A golden case as a call.
 
-use attention_core::{DType, Dropout, Inputs, InvalidCall, ProblemBuilder, QueryOffset, Window};
+use attention_core::{CallProblem, DType, Dropout, Inputs, InvalidCall, ProblemBuilder, QueryOffset, Window};
 
 use super::file::{Stored, Tensors};
 use super::{Entry, Offset};
-use crate::cases::Layout;
+use crate::cases::{Layout, Numbers};
 use crate::tensor::HostTensor;
 
 /// The inputs of a case in one dtype.
@@ -16,6 +16,7 @@ pub(super) struct GoldenInputs {
     bias: Option<HostTensor>,
     alibi_slopes: Option<HostTensor>,
     sinks: Option<HostTensor>,
+    numbers: Numbers,
     pub(super) d_out: HostTensor,
     pub(super) d_lse: Option<HostTensor>,
 }
@@ -49,6 +50,7 @@ impl GoldenInputs {
             bias: extra("bias", params.bias_shape.is_some()),
             alibi_slopes: extra("alibi_slopes", params.alibi.is_some()),
             sinks: extra("sinks", params.sinks),
+            numbers: numbers(entry),
             d_out: operand("d_out"),
             d_lse: (tensors.get("d_lse").filter(|_| params.d_lse))
                 .map(|stored| tensor(stored, dtype.accumulator(), batch_axis)),
@@ -61,6 +63,7 @@ impl GoldenInputs {
             bias: self.bias.as_ref().map(HostTensor::view),
             alibi_slopes: self.alibi_slopes.as_ref().map(HostTensor::view),
             sinks: self.sinks.as_ref().map(HostTensor::view),
+            data: self.numbers.data(),
             ..Inputs::new(self.query.view(), self.key.view(), self.value.view())
         }
     }
@@ -68,29 +71,37 @@ impl GoldenInputs {
     /// The problem without its pass.
     pub(super) fn problem(&self, entry: &Entry) -> Result<ProblemBuilder, InvalidCall> {
         let params = &entry.params;
-        let offset = match params.query_offset {
+        let [left, right] = params.local_window_size.unwrap_or_default();
+        let builder = self.inputs().problem().causal(params.is_causal).window(Window { left, right });
+        let problem = builder.clone().build()?;
+        CallProblem::new(&problem, &self.numbers.data()).map(|_| builder)
+    }
+}
+
+/// The numbers of the call: lengths in the integers that the file has them in.
+fn numbers(entry: &Entry) -> Numbers {
+    let params = &entry.params;
+    let lengths = |name: &str, lengths: &Option<Vec<usize>>| {
+        let (lengths, stored) = (lengths.as_ref()?, entry.tensors.get(name));
+        let is_int32 = stored.is_some_and(|(dtype, _)| dtype == "int32");
+        let dtype = if is_int32 { DType::I32 } else { DType::I64 };
+        let length = |index: usize| lengths[index] as i64;
+        Some(HostTensor::from_integers(dtype, [lengths.len()], Layout::Contiguous, length))
+    };
+    Numbers {
+        scale: params.scale,
+        softcap: params.softcap,
+        query_offset: match params.query_offset {
             None => QueryOffset::TOP_LEFT,
             Some(Offset::Fixed(offset)) => QueryOffset::Fixed(offset),
             // The manifest was checked for other names.
             Some(Offset::Named(_)) => QueryOffset::BottomRight,
-        };
-        let [left, right] = params.local_window_size.unwrap_or_default();
-        let dropout = params
+        },
+        query_lengths: lengths("q_lens", &params.query_seq_lengths),
+        key_value_lengths: lengths("kv_lens", &params.key_value_seq_lengths),
+        dropout: params
             .dropout
-            .map(|dropout| Dropout::new(dropout.rate, dropout.seed).with_offset(dropout.offset));
-        let mut builder = (self.inputs().problem())
-            .scale(params.scale)
-            .causal(params.is_causal)
-            .query_offset(offset)
-            .window(Window { left, right })
-            .softcap(params.softcap)
-            .dropout(dropout);
-        if let Some(lengths) = &params.query_seq_lengths {
-            builder = builder.query_lengths(lengths);
-        }
-        if let Some(lengths) = &params.key_value_seq_lengths {
-            builder = builder.key_value_lengths(lengths);
-        }
-        builder.clone().build().map(|_| builder)
+            .map(|dropout| Dropout::new(dropout.rate, dropout.seed).with_offset(dropout.offset)),
+        ..Numbers::default()
     }
 }

@@ -1,6 +1,6 @@
 //! Runs a golden case.
 
-use attention_core::{DType, Feature, FeatureSet, Gradients, NumericsClass, Pass, Problem, dropout_mask};
+use attention_core::{CallProblem, DType, Feature, FeatureSet, Gradients, NumericsClass, Pass, dropout_mask};
 
 use super::bounds::Bounds;
 use super::file::Tensors;
@@ -91,7 +91,7 @@ fn run(
     backend.supports(&problem).map_err(|refusal| Stop::Skipped(refusal.to_string()))?;
 
     let oracle = Oracle::new(&problem, &data.inputs());
-    check_case(&tensors, &problem, &oracle)?;
+    check_case(&tensors, &CallProblem::new(&problem, &data.inputs().data).map_err(invalid)?, &oracle)?;
     let invocation = |problem, saved| Invocation { problem, inputs: data.inputs(), saved, layouts: None };
     let class = backend.capabilities().numerics_of(dtype).unwrap_or(NumericsClass::F32);
     let precision = Precision::new(dtype, class);
@@ -127,7 +127,7 @@ fn gradients(tensors: &Tensors) -> Gradients {
 
 /// Whether the file agrees with the semantics where no backend is asked: which rows have keys, and the keep
 /// bits.
-fn check_case(tensors: &Tensors, problem: &Problem, oracle: &Oracle) -> Result<(), Stop> {
+fn check_case(tensors: &Tensors, problem: &CallProblem<'_>, oracle: &Oracle) -> Result<(), Stop> {
     let same =
         |stored: &[f64], ours: &[bool]| stored.iter().map(|&value| value != 0.0).eq(ours.iter().copied());
     let rows_agree =

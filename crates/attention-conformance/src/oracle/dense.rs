@@ -85,6 +85,25 @@ fn floats<T: Scalar>(view: &View<'_>) -> Vec<f64> {
     indices(&view.shape()).map(|index| host.at(&index).to_f64()).collect()
 }
 
+/// The integers of a tensor.
+///
+/// # Panics
+/// Where it has none, or is not in host memory.
+pub(super) fn integers(view: &View<'_>) -> Vec<i64> {
+    macro_rules! of {
+        ($type:ty) => {{
+            let host = view.host::<$type>().expect("the oracle reads host memory");
+            indices(&view.shape()).map(|index| i64::from(host.at(&index))).collect()
+        }};
+    }
+    match view.desc().dtype() {
+        DType::I32 => of!(i32),
+        DType::U32 => of!(u32),
+        DType::I64 => of!(i64),
+        other => panic!("{other} is no integer"),
+    }
+}
+
 /// Every index of a shape, in row-major order.
 fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> + '_ {
     (0..shape.iter().product()).map(move |flat| crate::tensor::unravel(flat, shape))

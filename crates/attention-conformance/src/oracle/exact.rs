@@ -4,7 +4,7 @@
 //! 1e9 has an ulp of 64 in f32. So the largest logits of the suite are made of numbers on a grid, whole multiples of a
 //! power of two with few bits, of which every product and sum is exact in whichever order it is computed.
 
-use attention_core::{DType, Problem};
+use attention_core::{CallProblem, DType};
 
 /// How many bits an element of a query or key may have: as many as bf16, so that it is also its own only part where
 /// operands are split into parts of 8 or 11 bits.
@@ -44,7 +44,7 @@ pub(super) struct Accumulator {
 }
 
 impl Accumulator {
-    pub(super) fn new(problem: &Problem) -> Self {
+    pub(super) fn new(problem: &CallProblem<'_>) -> Self {
         let (bits, least, most) = match problem.dtype().accumulator() {
             DType::F64 => (53, -1022, f64::MAX),
             _ => (24, -126, f64::from(f32::MAX)),

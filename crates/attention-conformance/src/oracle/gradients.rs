@@ -21,7 +21,7 @@ impl Oracle {
     /// The gradients for these incoming ones: `d_out` of `[B, T, N, Hv]`, `d_lse` of `[B, T, N]`.
     pub fn gradients(&self, d_out: &Dense, d_lse: Option<&Dense>) -> OracleGradients {
         let d = self.problem.dims();
-        let scale = self.problem.scale();
+        let scale = self.scale;
         let out = Dense::new(&d_out.shape, self.out());
         let mut gradients = OracleGradients {
             dq: vec![0.0; self.query.data.len()],

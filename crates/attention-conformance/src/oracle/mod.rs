@@ -17,12 +17,15 @@ pub use philox::keep;
 pub use row::{Entry, Row};
 pub use structure::{Dead, Structure};
 
-use attention_core::Problem;
+use attention_core::{Dropout, Problem};
 
 /// The logits, probabilities and results of one call.
 #[derive(Clone, Debug)]
 pub struct Oracle {
     pub(crate) problem: Problem,
+    pub(crate) scale: f64,
+    pub(crate) softcap: Option<f64>,
+    pub(crate) dropout: Option<Dropout>,
     pub(crate) structure: Structure,
     pub(crate) query: Dense,
     pub(crate) key: Dense,
@@ -69,7 +72,7 @@ impl Oracle {
 
     /// The keep bits of every position, `[B, N, T, S]` in row-major order, or `None` without dropout.
     pub fn keep_mask(&self) -> Option<Vec<bool>> {
-        let dropout = self.problem.dropout()?;
+        let dropout = self.dropout?;
         let [batch, heads, queries, keys] = self.problem.dims().logits();
         let mut mask = Vec::with_capacity(batch * heads * queries * keys);
         for batch_head in 0..batch * heads {

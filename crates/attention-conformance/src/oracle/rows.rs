@@ -1,7 +1,8 @@
 //! Logits and probabilities, row by row.
 
-use attention_core::{Inputs, Problem};
+use attention_core::{CallProblem, Dropout, Inputs, Problem};
 
+use super::dense::integers;
 use super::exact::{Accumulator, Grid};
 use super::philox::{keep, keep_factor};
 use super::structure::{Structure, full_rank, in_precision_of_logits};
@@ -13,6 +14,8 @@ impl Oracle {
     /// # Panics
     /// Where the inputs are not those of the problem, or not in host memory.
     pub fn new(problem: &Problem, inputs: &Inputs<'_>) -> Self {
+        let call = CallProblem::new(problem, &inputs.data).expect("the inputs of the problem");
+        let (scale, softcap, dropout) = (call.scale(), call.softcap(), dropout(inputs));
         let d = problem.dims();
         let structure = Structure::read(problem, inputs);
         let (query, key) = (Dense::read(&inputs.query), Dense::read(&inputs.key));
@@ -20,7 +23,7 @@ impl Oracle {
         let bias = inputs.bias.map(|view| full_rank(read(view)));
         let slopes = inputs.alibi_slopes.map(read);
         let sinks = inputs.sinks.map(read);
-        let accumulator = Accumulator::new(problem);
+        let accumulator = Accumulator::new(&call);
         let grids =
             |tensor: &Dense| -> Vec<Grid> { tensor.data.chunks_exact(d.head_dim).map(Grid::of).collect() };
         let (query_grids, key_grids) = (grids(&query), grids(&key));
@@ -39,8 +42,8 @@ impl Oracle {
                         magnitude += (q * k).abs();
                     }
                     let raw_magnitude = magnitude;
-                    product *= problem.scale();
-                    let (capped, cap_slope) = match problem.softcap() {
+                    product *= scale;
+                    let (capped, cap_slope) = match softcap {
                         None => (product, 1.0),
                         Some(cap) => {
                             let tanh = (product / cap).tanh();
@@ -51,7 +54,7 @@ impl Oracle {
                     let distance = (structure.position(b, t) - j as i128).unsigned_abs() as f64;
                     let alibi = slope.map_or(0.0, |slope| slope * distance);
                     let bias = bias.as_ref().map_or(0.0, |bias| bias.data[bias.broadcast_flat([b, n, t, j])]);
-                    let kept = match problem.dropout() {
+                    let kept = match dropout {
                         None => 1.0,
                         Some(dropout) if keep(&dropout, b * d.query_heads + n, t, j) => keep_factor(&dropout),
                         Some(_) => 0.0,
@@ -69,7 +72,7 @@ impl Oracle {
                         exact,
                         key: j,
                         product,
-                        product_magnitude: magnitude * problem.scale().abs(),
+                        product_magnitude: magnitude * scale.abs(),
                         capped,
                         cap_slope,
                         added_magnitude: alibi.abs() + bias.abs(),
@@ -107,6 +110,17 @@ impl Oracle {
             }
         }
         let value = Dense::read(&inputs.value);
-        Self { problem: problem.clone(), structure, query, key, value, bias, sinks, rows }
+        let problem = problem.clone();
+        Self { problem, scale, softcap, dropout, structure, query, key, value, bias, sinks, rows }
     }
+}
+
+/// The dropout of a call, whose seed and offset are in tensors or not.
+fn dropout(inputs: &Inputs<'_>) -> Option<Dropout> {
+    let data = &inputs.data;
+    let Dropout { rate, seed, offset } = data.dropout?;
+    let seed = data.dropout_seed.map_or(seed, |tensor| integers(&tensor)[0].cast_unsigned());
+    // The lower half.
+    let offset = data.dropout_offset.map_or(offset, |tensor| (integers(&tensor)[0] & 0xFFFF_FFFF) as u32);
+    Some(Dropout { rate, seed, offset })
 }

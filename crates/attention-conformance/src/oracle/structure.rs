@@ -1,15 +1,17 @@
 //! Which keys a row may attend to: lengths, mask, causal masking, window, and a bias of -inf.
 
-use attention_core::{DType, Dimensions, Inputs, Lengths, Problem, QueryOffset, Sequences, Window};
+use attention_core::{CallData, DType, Dimensions, Inputs, Problem, QueryOffset, View, Window};
 
 use super::Dense;
+use super::dense::integers;
 
 /// Everything that decides what is allowed, but for products of -inf.
 #[derive(Clone, Debug)]
 pub struct Structure {
     dims: Dimensions,
     causal: bool,
-    offset: QueryOffset,
+    /// What is added to `t`, by batch row.
+    offsets: Vec<i128>,
     window: Window,
     query_lengths: Vec<usize>,
     key_lengths: Vec<usize>,
@@ -26,27 +28,38 @@ pub struct Dead {
 }
 
 impl Structure {
-    /// Reads what a problem and its mask say.
+    /// Reads what a problem and the inputs of a call say.
     ///
     /// # Panics
-    /// For a sequence structure that this version does not know.
+    /// Where the inputs are not those of the problem, or not in host memory.
     pub fn read(problem: &Problem, inputs: &Inputs<'_>) -> Self {
         let dims = problem.dims();
-        let list = |lengths: &Lengths, full: usize| match lengths {
-            Lengths::Full => vec![full; dims.batch],
-            Lengths::PerBatch(lengths) => lengths.to_vec(),
-            _ => panic!("a kind of lengths that the oracle does not know"),
+        let list = |lengths: Option<View<'_>>, full: usize| match lengths {
+            None => vec![full; dims.batch],
+            Some(lengths) => {
+                let lengths = integers(&lengths);
+                lengths.into_iter().map(|length| usize::try_from(length).expect("a length")).collect()
+            }
         };
-        let Sequences::Dense { query, key_value } = problem.sequences() else {
-            panic!("a sequence structure that the oracle does not know");
+        let CallData { query_offset, query_offsets, .. } = inputs.data;
+        let query_lengths = list(inputs.data.query_lengths, dims.query_length);
+        let key_lengths = list(inputs.data.key_value_lengths, dims.key_length);
+        let offsets = match (query_offsets, query_offset) {
+            (Some(offsets), _) => integers(&offsets).into_iter().map(i128::from).collect(),
+            (None, QueryOffset::Fixed(offset)) => vec![offset.into(); dims.batch],
+            (None, QueryOffset::BottomRight) => key_lengths
+                .iter()
+                .zip(&query_lengths)
+                .map(|(&keys, &rows)| keys as i128 - rows as i128)
+                .collect(),
         };
         Self {
             dims,
             causal: problem.causal(),
-            offset: problem.query_offset(),
+            offsets,
             window: problem.window(),
-            query_lengths: list(query, dims.query_length),
-            key_lengths: list(key_value, dims.key_length),
+            query_lengths,
+            key_lengths,
             mask: inputs.mask.map(|mask| full_rank(Dense::read(&mask))),
             bias: inputs.bias.map(|bias| full_rank(in_precision_of_logits(Dense::read(&bias), problem))),
         }
@@ -54,11 +67,7 @@ impl Structure {
 
     /// `pos = t + offset`. In i128, which nothing here can overflow.
     pub fn position(&self, b: usize, t: usize) -> i128 {
-        let offset = match self.offset {
-            QueryOffset::Fixed(offset) => i128::from(offset),
-            QueryOffset::BottomRight => self.key_lengths[b] as i128 - self.query_lengths[b] as i128,
-        };
-        t as i128 + offset
+        t as i128 + self.offsets[b]
     }
 
     /// Whether query row `t` of batch row `b` is padding.

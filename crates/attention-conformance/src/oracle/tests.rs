@@ -30,7 +30,7 @@ fn two_keys_by_hand() {
 /// A row without keys, with and without a sink.
 #[test]
 fn empty_rows_by_hand() {
-    let (query, key, value, sinks, lens) = ([1.0f64; 2], [1.0f64; 1], [3.0f64; 1], [0.7f64], [1usize]);
+    let (query, key, value, sinks, lens) = ([1.0f64; 2], [1.0f64; 1], [3.0f64; 1], [0.7f64], [1i32]);
     let mut inputs = Inputs::new(
         View::from_slice(&query, [1, 2, 1, 1]).unwrap(),
         View::from_slice(&key, [1, 1, 1, 1]).unwrap(),
@@ -44,7 +44,8 @@ fn empty_rows_by_hand() {
     assert_eq!(oracle.lse(), [f64::NEG_INFINITY; 2]);
 
     inputs.sinks = Some(View::from_slice(&sinks, [1]).unwrap());
-    let problem = inputs.problem().query_lengths(lens).build().unwrap();
+    inputs.data.query_lengths = Some(View::from_slice(&lens, [1]).unwrap());
+    let problem = inputs.problem().build().unwrap();
     let oracle = Oracle::new(&problem, &inputs);
     assert_eq!(oracle.out(), [0.0, 0.0]);
     assert_eq!(oracle.lse(), [0.7, f64::NEG_INFINITY], "the padded row stays at -inf");

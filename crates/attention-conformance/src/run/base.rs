@@ -60,6 +60,7 @@ impl Base<'_> {
                 .map(|(bias, shape)| make(Role::Bias, bias, &shape)),
             alibi_slopes: data.alibi_slopes.clone(),
             sinks: data.sinks.clone(),
+            numbers: data.numbers.remade(case),
             d_out: make(Role::DOut, &data.d_out, &results_shape),
             d_lse: data.d_lse.as_ref().map(|d_lse| make(Role::DLse, d_lse, &results_shape[..3])),
             garbage: false,

@@ -1,6 +1,6 @@
 //! What must not change a single bit: repetition, a new plan, the number of threads, the rest of the batch.
 
-use attention_core::{AttentionBackend, BackwardInputs, Inputs, Plan, Role, View};
+use attention_core::{AttentionBackend, BackwardInputs, CallData, Inputs, Plan, Role, View};
 
 use super::call::Invocation;
 use super::{Results, Stop};
@@ -24,7 +24,7 @@ pub(super) fn repeated(
     Ok(())
 }
 
-fn same(results: &Results, again: &Results, how: &str) -> Result<(), Stop> {
+pub(super) fn same(results: &Results, again: &Results, how: &str) -> Result<(), Stop> {
     for ((role, first), (_, second)) in results.iter().zip(again.iter()) {
         if let Some(index) = first_difference(&first.bits(), first, &second.bits(), second) {
             let at = unravel(index, &first.desc().shape());
@@ -65,7 +65,7 @@ pub(crate) fn batch_rows_alone(
             d_out: alone(saved.d_out, row),
             d_lse: saved.d_lse.map(|d_lse| alone(d_lse, row)),
         });
-        let problem = case.problem_of_row(&inputs, saved.as_ref(), invocation.problem, row);
+        let problem = case.problem_of_row(&inputs, saved.as_ref(), invocation.problem);
         let problem = problem.map_err(|error| Stop::failed(format!("batch row {row} alone: {error}")))?;
         let part = Invocation { problem: &problem, inputs, saved, layouts: None }.run(backend)?;
         for (role, tensor) in part.iter() {
@@ -102,6 +102,7 @@ fn row_of_inputs<'a>(inputs: &Inputs<'a>, row: usize) -> Inputs<'a> {
         let has_batch = view.shape().rank() == 4 && view.shape()[0] > 1;
         if has_batch { alone(view, row) } else { view }
     };
+    let data = inputs.data;
     Inputs {
         query: alone(inputs.query, row),
         key: alone(inputs.key, row),
@@ -112,6 +113,12 @@ fn row_of_inputs<'a>(inputs: &Inputs<'a>, row: usize) -> Inputs<'a> {
             .alibi_slopes
             .map(|view| if view.shape().rank() == 2 { alone(view, row) } else { view }),
         sinks: inputs.sinks,
+        data: CallData {
+            query_offsets: data.query_offsets.map(|offsets| alone(offsets, row)),
+            query_lengths: data.query_lengths.map(|lengths| alone(lengths, row)),
+            key_value_lengths: data.key_value_lengths.map(|lengths| alone(lengths, row)),
+            ..data
+        },
     }
 }
 

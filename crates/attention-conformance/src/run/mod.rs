@@ -5,6 +5,7 @@ mod call;
 mod capability;
 mod compare;
 pub(crate) mod invariance;
+pub(crate) mod other_numbers;
 mod refusals;
 mod results;
 mod saved;
@@ -13,12 +14,14 @@ mod timed;
 mod variations;
 
 use attention_core::{
-    AttentionBackend, DType, DeviceKind, FeatureSet, NumericsClass, Pass, Plan, Problem, dropout_mask,
+    AttentionBackend, CallProblem, DType, DeviceKind, FeatureSet, NumericsClass, Pass, Plan, Problem,
+    dropout_mask,
 };
 
 use crate::cases::{Case, CaseData, Saved, Values, Wanted};
 use crate::oracle::Oracle;
-use crate::report::CaseResult;
+use crate::report::{CaseResult, Outcome};
+use crate::rng::Rng;
 use crate::suite::Subject;
 use crate::tolerance::{ForwardBounds, Precision};
 pub(crate) use base::Base;
@@ -100,12 +103,20 @@ fn forward(
     let invocation = Invocation { problem, inputs: data.inputs(), saved: None, layouts: Some(&case.layouts) };
     let plan = &*invocation.plan(subject.backend)?;
     let results = invocation.run_on(plan)?;
+    let bounds = precision.forward(oracle);
     let mut judge = Judge::new(problem.dtype());
-    compare_forward(&mut judge, &results, oracle, &precision.forward(oracle));
+    compare_forward(&mut judge, &results, oracle, &bounds);
     if case.content.values == Values::Identity {
-        dropout_bits(&results, problem)?;
+        let numbers = CallProblem::new(problem, &data.inputs().data);
+        let numbers = numbers.map_err(|error| Stop::failed(format!("the case is no valid call: {error}")))?;
+        dropout_bits(&results, &numbers)?;
     }
-    after_the_first_call(subject, case, plan, &invocation, &results)?;
+    let judged = |results: &Results| {
+        let mut judge = Judge::new(problem.dtype());
+        compare_forward(&mut judge, results, oracle, &bounds);
+        judge
+    };
+    after_the_first_call(subject, case, data, plan, &invocation, &results, &judged)?;
     if case.variations && subject.reproducible {
         Base { subject, case, data, problem, plan, saved: None, oracle, results: &results }.check_all()?;
     }
@@ -165,12 +176,20 @@ fn backward(
     let results = invocation.run_on(plan)?;
     let want = oracle.gradients(&d_out, d_lse.as_ref());
     let bounds = precision.backward(oracle, &d_out, d_lse.as_ref(), &errors);
-    judge.compare(&results, Role::DQuery, &want.dq, &bounds.dq);
-    judge.compare(&results, Role::DKey, &want.dk, &bounds.dk);
-    judge.compare(&results, Role::DValue, &want.dv, &bounds.dv);
-    judge.compare(&results, Role::DBias, &want.dbias, &bounds.dbias);
-    judge.compare(&results, Role::DSinks, &want.dsinks, &bounds.dsinks);
-    after_the_first_call(subject, case, plan, &invocation, &results)?;
+    let compare = |judge: &mut Judge, results: &Results| {
+        judge.compare(results, Role::DQuery, &want.dq, &bounds.dq);
+        judge.compare(results, Role::DKey, &want.dk, &bounds.dk);
+        judge.compare(results, Role::DValue, &want.dv, &bounds.dv);
+        judge.compare(results, Role::DBias, &want.dbias, &bounds.dbias);
+        judge.compare(results, Role::DSinks, &want.dsinks, &bounds.dsinks);
+    };
+    compare(&mut judge, &results);
+    let judged = |results: &Results| {
+        let mut judge = Judge::new(problem.dtype());
+        compare(&mut judge, results);
+        judge
+    };
+    after_the_first_call(subject, case, data, plan, &invocation, &results, &judged)?;
     if case.variations && subject.reproducible {
         let saved = Some(&saved);
         Base { subject, case, data, problem, plan, saved, oracle, results: &results }.check_all()?;
@@ -178,13 +197,15 @@ fn backward(
     Ok(judge)
 }
 
-/// The checks that compare calls with each other rather than with the oracle.
+/// The checks that compare calls with each other rather than with the oracle, which `judged` does.
 fn after_the_first_call(
     subject: &Subject<'_>,
     case: &Case,
+    data: &CaseData,
     plan: &dyn Plan,
     invocation: &Invocation<'_>,
     results: &Results,
+    judged: &dyn Fn(&Results) -> Judge,
 ) -> Result<(), Stop> {
     refusals::wrong_calls(subject.backend, plan, invocation)?;
     // Host backends are always reproducible, others where the problem asks for it.
@@ -195,11 +216,24 @@ fn after_the_first_call(
     if reproducible {
         invariance::batch_rows_alone(subject.backend, case, invocation, results)?;
     }
+    let problem = invocation.problem;
+    if other_numbers::is_chosen(case, problem.dtype(), problem.pass()) {
+        let within_bounds = |results: &Results| match judged(results).outcome() {
+            Outcome::Failed { reason, differences } => {
+                Err(Stop::Failed(format!("called after one with other numbers: {reason}"), differences))
+            }
+            _ => Ok(()),
+        };
+        let judge: Option<other_numbers::Verdict<'_>> =
+            if reproducible || problem.deterministic() { None } else { Some(&within_bounds) };
+        let mut rng = Rng::named(case.content.seed, "other numbers of the case");
+        other_numbers::first(subject, &data.numbers, plan, invocation, results, judge, &mut rng)?;
+    }
     Ok(())
 }
 
 /// Reads the keep bits off the output, where values are rows of the identity, and compares them with the stream.
-fn dropout_bits(results: &Results, problem: &Problem) -> Result<(), Stop> {
+fn dropout_bits(results: &Results, problem: &CallProblem<'_>) -> Result<(), Stop> {
     let Some(out) = results.get(attention_core::Role::Out) else { return Ok(()) };
     let Some(mask) = dropout_mask(problem).map_err(|error| Stop::failed(error.to_string()))? else {
         return Ok(());

@@ -107,7 +107,7 @@ impl Precision {
         let problem = &oracle.problem;
         let d = problem.dims();
         let u = self.accumulator;
-        let scale = problem.scale().abs();
+        let scale = oracle.scale.abs();
         let underflow = self.scaled_underflow(oracle);
         let gradients = oracle.gradients(d_out, d_lse);
         let out = oracle.out();
@@ -185,7 +185,7 @@ impl Precision {
                     dbias.add(bias.broadcast_flat([b, n, t, j]), error, d_logit);
                 }
                 let mut d_product = d_logit;
-                if let Some(cap) = problem.softcap() {
+                if let Some(cap) = oracle.softcap {
                     // The slope is 1 - tanh^2, and the tangent is off by what the capped logit is off by.
                     let slope_error = (2.0 * self.logit_error(oracle, entry) / cap).min(1.0) + 8.0 * u;
                     error = error * (entry.cap_slope + slope_error) + d_logit * slope_error;

@@ -19,7 +19,7 @@ pub struct ForwardBounds {
 impl Precision {
     /// What a product that underflows loses, multiplied by the scale.
     pub(crate) fn scaled_underflow(&self, oracle: &Oracle) -> f64 {
-        self.underflow * oracle.problem.scale().abs()
+        self.underflow * oracle.scale.abs()
     }
 
     /// How far a computed logit may be from the oracle's.
@@ -31,7 +31,7 @@ impl Precision {
         let terms = oracle.problem.dims().head_dim as f64;
         let product = ((terms + PRODUCT) * self.accumulator + 2.0 * self.factor) * entry.product_magnitude
             + terms * self.scaled_underflow(oracle);
-        let capped = match oracle.problem.softcap() {
+        let capped = match oracle.softcap {
             None => product,
             Some(cap) => {
                 // The slope falls away from 0, so between the product and where its error may have put it, it is

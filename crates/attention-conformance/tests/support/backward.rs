@@ -13,10 +13,7 @@ impl NaivePlan {
             saved.d_lse.filter(|_| !self.flaw.ignores(Feature::DLse)).map(|d_lse| Dense::read(&d_lse));
         let d = problem.dims();
         let zero = A::from_f64(0.0);
-        let scale = A::from_f64(match self.flaw {
-            Flaw::ScaleOff(factor) => problem.scale() * factor,
-            _ => problem.scale(),
-        });
+        let scale = A::from_f64(self.scale(&problem));
         let empty =
             |role: Role| vec![zero; problem.tensor(role).map_or(0, |desc| desc.element_count().unwrap())];
         let like = |role: Role, gradient: Role| if problem.has(gradient) { empty(role) } else { Vec::new() };
@@ -29,9 +26,9 @@ impl NaivePlan {
             for t in 0..d.query_length {
                 for n in 0..d.query_heads {
                     let row = [b, t, n];
-                    let kv = self.key_head(problem, n);
-                    let keys = self.keys(problem, &inputs, row);
-                    let sink = self.sink::<A>(problem, &inputs, b, t, n);
+                    let kv = self.key_head(&problem, n);
+                    let keys = self.keys(&problem, &inputs, row);
+                    let sink = self.sink::<A>(&problem, &inputs, b, t, n);
                     if keys.is_empty() && sink.is_none() {
                         continue;
                     }
@@ -41,7 +38,7 @@ impl NaivePlan {
                         delta += read::<A>(&d_out, &[b, t, n, dim]) * read::<A>(&out, &[b, t, n, dim]);
                     }
                     let logits: Vec<_> = (keys.into_iter())
-                        .map(|j| (j, self.logit::<A>(problem, &inputs, row, j)))
+                        .map(|j| (j, self.logit::<A>(&problem, &inputs, row, j)))
                         .filter(|(_, logit)| logit.value.to_f64() != f64::NEG_INFINITY)
                         .collect();
                     let sink = sink.filter(|sink| sink.to_f64() != f64::NEG_INFINITY);
@@ -65,7 +62,7 @@ impl NaivePlan {
                     };
                     for (j, logit) in logits {
                         let p = probability(logit.value);
-                        let kept = self.kept::<A>(problem, row, j);
+                        let kept = self.kept::<A>(&problem, row, j);
                         let mut dp = zero;
                         if kept.to_f64() != 0.0 {
                             let at = ((b * d.key_length + j) * d.key_heads + kv) * d.value_head_dim;

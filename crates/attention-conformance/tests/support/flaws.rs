@@ -27,6 +27,11 @@ pub(crate) enum Flaw {
     DependsOnStrides,
     DependsOnMaskedMemory,
     DependsOnOtherRows,
+    KeepsLengths,
+    KeepsOffsets,
+    KeepsScale,
+    KeepsSoftcap,
+    KeepsSeed,
     // In the numbers.
     ScaleOff(f64),
     OutputOff(f64),

@@ -44,11 +44,11 @@ impl NaivePlan {
             for t in 0..d.query_length {
                 for n in 0..d.query_heads {
                     let row = [b, t, n];
-                    let terms: Vec<(usize, A)> = (self.keys(problem, &inputs, row).into_iter())
-                        .map(|j| (j, self.logit::<A>(problem, &inputs, row, j).value))
+                    let terms: Vec<(usize, A)> = (self.keys(&problem, &inputs, row).into_iter())
+                        .map(|j| (j, self.logit::<A>(&problem, &inputs, row, j).value))
                         .filter(|(_, x)| x.to_f64() != f64::NEG_INFINITY)
                         .collect();
-                    let sink = self.sink::<A>(problem, &inputs, b, t, n);
+                    let sink = self.sink::<A>(&problem, &inputs, b, t, n);
                     let all = || terms.iter().map(|&(_, x)| x).chain(sink);
                     let max =
                         all().fold(A::from_f64(f64::NEG_INFINITY), |max, x| if x > max { x } else { max });
@@ -68,13 +68,13 @@ impl NaivePlan {
                         _ => (max + sum.ln()).to_f64(),
                     };
                     lse.push(if self.flaw == Flaw::LseInBaseTwo { row_lse / 2f64.ln() } else { row_lse });
-                    let kv = self.key_head(problem, n);
+                    let kv = self.key_head(&problem, n);
                     // Probabilities rounded to the operands' dtype, as the class of halves allows.
                     let round = |p: A| {
                         if T::DTYPE.size() >= 4 { p } else { A::from_f64(T::from_f64(p.to_f64()).to_f64()) }
                     };
                     let weights: Vec<(usize, A)> = (terms.iter())
-                        .map(|&(j, x)| (j, round(weight(x) / sum * self.kept::<A>(problem, row, j))))
+                        .map(|&(j, x)| (j, round(weight(x) / sum * self.kept::<A>(&problem, row, j))))
                         .filter(|(_, p)| p.to_f64() != 0.0)
                         .collect();
                     for dim in 0..d.value_head_dim {

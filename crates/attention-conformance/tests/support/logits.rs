@@ -1,9 +1,31 @@
 //! The logits of a row.
 
-use attention_core::{DType, Feature, Problem};
+use attention_core::{CallProblem, DType, DropoutStream, Feature, Problem};
 
 use super::arithmetic::{Loaded, Real, clamp, read};
 use super::{Flaw, NaivePlan};
+
+/// The numbers of the first call of a plan, which a right one forgets.
+#[derive(Debug)]
+pub(crate) struct First {
+    /// By batch row: queries, keys and offset.
+    rows: Vec<(usize, usize, i64)>,
+    scale: f64,
+    softcap: Option<f64>,
+    dropout: Option<DropoutStream>,
+}
+
+impl First {
+    fn of(problem: &CallProblem<'_>) -> Self {
+        let row = |b: usize| (problem.query_len(b), problem.key_value_len(b), problem.offset(b));
+        Self {
+            rows: (0..problem.dims().batch).map(row).collect(),
+            scale: problem.scale(),
+            softcap: problem.softcap(),
+            dropout: problem.dropout_stream(),
+        }
+    }
+}
 
 /// A logit, and what its gradient is multiplied by on its way to the product.
 #[derive(Clone, Copy)]
@@ -13,20 +35,47 @@ pub(crate) struct Logit<A> {
 }
 
 impl NaivePlan {
+    fn first(&self, problem: &CallProblem<'_>) -> &First {
+        self.first.get_or_init(|| First::of(problem))
+    }
+
+    /// Queries, keys and offset of a batch row.
+    fn rows(&self, problem: &CallProblem<'_>, b: usize) -> (usize, usize, i64) {
+        let (first, d) = (self.first(problem), problem.dims());
+        let (queries, keys, offset) = (problem.query_len(b), problem.key_value_len(b), problem.offset(b));
+        match self.flaw {
+            Flaw::KeepsLengths => (first.rows[b].0, first.rows[b].1, offset),
+            Flaw::KeepsOffsets => (queries, keys, first.rows[b].2),
+            Flaw::Ignores(Feature::QueryLengths) => (d.query_length, keys, offset),
+            Flaw::Ignores(Feature::KeyValueLengths) => (queries, d.key_length, offset),
+            Flaw::Ignores(Feature::QueryOffset | Feature::QueryOffsets | Feature::BottomRight) => {
+                (queries, keys, 0)
+            }
+            _ => (queries, keys, offset),
+        }
+    }
+
+    pub(crate) fn scale(&self, problem: &CallProblem<'_>) -> f64 {
+        match self.flaw {
+            Flaw::ScaleOff(factor) => problem.scale() * factor,
+            Flaw::KeepsScale => self.first(problem).scale,
+            _ => problem.scale(),
+        }
+    }
+
     /// Which keys a row attends to, by structure and mask.
-    pub(crate) fn keys(&self, problem: &Problem, inputs: &Loaded, [b, t, n]: [usize; 3]) -> Vec<usize> {
+    pub(crate) fn keys(
+        &self,
+        problem: &CallProblem<'_>,
+        inputs: &Loaded,
+        [b, t, n]: [usize; 3],
+    ) -> Vec<usize> {
         let ignores = |feature| self.flaw.ignores(feature);
-        let query_len =
-            if ignores(Feature::QueryLengths) { problem.dims().query_length } else { problem.query_len(b) };
-        let keys = problem.dims().key_length;
-        let key_len = if ignores(Feature::KeyValueLengths) { keys } else { problem.key_value_len(b) };
+        let (query_len, key_len, offset) = self.rows(problem, b);
         if t >= query_len {
             return Vec::new();
         }
-        let mut position = i128::from(problem.offset(b)) + t as i128;
-        if ignores(Feature::QueryOffset) || ignores(Feature::BottomRight) {
-            position = t as i128;
-        }
+        let mut position = i128::from(offset) + t as i128;
         if self.flaw == Flaw::OffsetOffByOne {
             position += 1;
         }
@@ -65,7 +114,7 @@ impl NaivePlan {
 
     pub(crate) fn logit<A: Real>(
         &self,
-        problem: &Problem,
+        problem: &CallProblem<'_>,
         inputs: &Loaded,
         [b, t, n]: [usize; 3],
         j: usize,
@@ -76,12 +125,10 @@ impl NaivePlan {
         for (&q, &k) in query.iter().zip(key) {
             product += A::from_f64(q) * A::from_f64(k);
         }
-        let scale = match self.flaw {
-            Flaw::ScaleOff(factor) => problem.scale() * factor,
-            _ => problem.scale(),
-        };
-        let product = product * A::from_f64(scale);
-        let cap = problem.softcap().filter(|_| !self.flaw.ignores(Feature::Softcap)).map(A::from_f64);
+        let product = product * A::from_f64(self.scale(problem));
+        let softcap =
+            if self.flaw == Flaw::KeepsSoftcap { self.first(problem).softcap } else { problem.softcap() };
+        let cap = softcap.filter(|_| !self.flaw.ignores(Feature::Softcap)).map(A::from_f64);
         let (one, mut slope) = (A::from_f64(1.0), A::from_f64(1.0));
         let capped = |x: A, slope: &mut A| match cap {
             None => x,
@@ -115,13 +162,14 @@ impl NaivePlan {
     }
 
     /// The factor of a probability under dropout.
-    pub(crate) fn kept<A: Real>(&self, problem: &Problem, [b, t, n]: [usize; 3], j: usize) -> A {
-        let dropout = problem.dropout().filter(|_| !self.flaw.ignores(Feature::Dropout));
-        let Some(mut dropout) = dropout else { return A::from_f64(1.0) };
-        if self.flaw == Flaw::DropoutOtherSeed {
-            dropout.seed ^= 1;
-        }
-        let stream = dropout.stream().unwrap();
+    pub(crate) fn kept<A: Real>(&self, problem: &CallProblem<'_>, [b, t, n]: [usize; 3], j: usize) -> A {
+        let stream = match self.flaw {
+            Flaw::Ignores(Feature::Dropout) => None,
+            Flaw::KeepsSeed => self.first(problem).dropout,
+            Flaw::DropoutOtherSeed => problem.dropout_at(5, 5).map(|dropout| dropout.stream().unwrap()),
+            _ => problem.dropout_stream(),
+        };
+        let Some(stream) = stream else { return A::from_f64(1.0) };
         let kept = stream.keeps((b * problem.dims().query_heads + n) as u32, t as u32, j as u32);
         let scale = if self.flaw == Flaw::DropoutUnscaled { 1.0 } else { stream.keep_scale() };
         A::from_f64(if kept { scale } else { 0.0 })
@@ -129,7 +177,7 @@ impl NaivePlan {
 
     pub(crate) fn sink<A: Real>(
         &self,
-        problem: &Problem,
+        problem: &CallProblem<'_>,
         inputs: &Loaded,
         b: usize,
         t: usize,

@@ -7,9 +7,10 @@ mod forward;
 mod logits;
 
 pub(crate) use flaws::Flaw;
+use logits::First;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use attention_core::{
     AttentionBackend, BackendFailure, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet,
@@ -107,6 +108,7 @@ impl AttentionBackend for Naive {
             wide: self.wide,
             earlier_plans: self.plans.fetch_add(1, Ordering::Relaxed),
             calls: AtomicUsize::new(0),
+            first: OnceLock::new(),
             variants: self.variants.clone(),
         }))
     }
@@ -126,6 +128,8 @@ pub(crate) struct NaivePlan {
     earlier_plans: usize,
     /// Counts calls, for flaws that depend on it.
     calls: AtomicUsize,
+    /// For flaws that do not forget it.
+    first: OnceLock<First>,
     variants: Option<Arc<Variants>>,
 }
 

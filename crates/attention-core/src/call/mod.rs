@@ -1,8 +1,13 @@
 //! A problem together with its data.
 
+mod described;
 mod overlap;
+mod problem;
 
-use crate::{Device, InvalidCall, Pass, Problem, ProblemBuilder, Role, TensorDesc, View, ViewMut};
+pub use problem::CallProblem;
+
+use crate::{CallData, InvalidCall, Pass, Problem, ProblemBuilder, Role, View, ViewMut};
+use described::expect_as_described;
 use overlap::{Extent, elements_meet};
 
 /// The inputs that forward and backward share.
@@ -22,15 +27,18 @@ pub struct Inputs<'a> {
     pub alibi_slopes: Option<View<'a>>,
     /// `[N]`.
     pub sinks: Option<View<'a>>,
+    /// Lengths, offsets, scale, softcap and dropout.
+    pub data: CallData<'a>,
 }
 
 impl<'a> Inputs<'a> {
-    /// Inputs without optional tensors.
+    /// Inputs without optional tensors, and with no numbers but the defaults.
     pub fn new(query: View<'a>, key: View<'a>, value: View<'a>) -> Self {
-        Self { query, key, value, mask: None, bias: None, alibi_slopes: None, sinks: None }
+        let data = CallData::default();
+        Self { query, key, value, mask: None, bias: None, alibi_slopes: None, sinks: None, data }
     }
 
-    /// Starts the problem of these inputs: their layouts, and the query's device.
+    /// Starts the problem of these inputs: their layouts, the query's device, and which numbers there are.
     pub fn problem(&self) -> ProblemBuilder {
         let builder = Problem::builder(self.query.desc(), self.key.desc(), self.value.desc());
         let optional = [
@@ -43,6 +51,7 @@ impl<'a> Inputs<'a> {
             .fold(builder.device(self.query.device()), |builder, (role, view)| {
                 builder.layout(role, view.desc())
             })
+            .data(&self.data)
     }
 
     fn views(&self) -> [(Role, Option<View<'a>>); 7] {
@@ -130,7 +139,7 @@ pub struct BackwardOutputs<'a> {
 /// ```
 #[derive(Debug)]
 pub struct ForwardCall<'a> {
-    problem: &'a Problem,
+    problem: CallProblem<'a>,
     inputs: Inputs<'a>,
     outputs: ForwardOutputs<'a>,
 }
@@ -138,7 +147,7 @@ pub struct ForwardCall<'a> {
 /// A backward problem with its data, checked as in [`ForwardCall`].
 #[derive(Debug)]
 pub struct BackwardCall<'a> {
-    problem: &'a Problem,
+    problem: CallProblem<'a>,
     inputs: Inputs<'a>,
     saved: BackwardInputs<'a>,
     outputs: BackwardOutputs<'a>,
@@ -157,9 +166,7 @@ impl<'a> ForwardCall<'a> {
     ) -> Result<Self, InvalidCall> {
         expect_pass(problem, Pass::Forward)?;
         let mut checker = Checker::new(problem);
-        for (role, view) in inputs.views() {
-            checker.read(role, view)?;
-        }
+        let problem = checker.inputs(&inputs)?;
         checker.written(Role::Out, Some(&outputs.out))?;
         checker.written(Role::Lse, outputs.lse.as_ref())?;
         checker.overlaps()?;
@@ -168,11 +175,11 @@ impl<'a> ForwardCall<'a> {
 
     /// The problem.
     pub fn problem(&self) -> &'a Problem {
-        self.problem
+        self.problem.problem()
     }
 
-    /// The problem, the inputs (mask and bias with four axes) and the outputs.
-    pub fn into_parts(self) -> (&'a Problem, Inputs<'a>, ForwardOutputs<'a>) {
+    /// The problem with the numbers of this call, the inputs (mask and bias with four axes) and the outputs.
+    pub fn into_parts(self) -> (CallProblem<'a>, Inputs<'a>, ForwardOutputs<'a>) {
         (self.problem, self.inputs, self.outputs)
     }
 }
@@ -190,9 +197,7 @@ impl<'a> BackwardCall<'a> {
     ) -> Result<Self, InvalidCall> {
         expect_pass(problem, Pass::Backward)?;
         let mut checker = Checker::new(problem);
-        for (role, view) in inputs.views() {
-            checker.read(role, view)?;
-        }
+        let problem = checker.inputs(&inputs)?;
         checker.read(Role::Out, Some(saved.out))?;
         checker.read(Role::Lse, Some(saved.lse))?;
         checker.read(Role::DOut, Some(saved.d_out))?;
@@ -214,11 +219,12 @@ impl<'a> BackwardCall<'a> {
 
     /// The problem.
     pub fn problem(&self) -> &'a Problem {
-        self.problem
+        self.problem.problem()
     }
 
-    /// The problem, the inputs (mask and bias with four axes), what the forward left, and the outputs.
-    pub fn into_parts(self) -> (&'a Problem, Inputs<'a>, BackwardInputs<'a>, BackwardOutputs<'a>) {
+    /// The problem with the numbers of this call, the inputs (mask and bias with four axes), what the forward left,
+    /// and the outputs.
+    pub fn into_parts(self) -> (CallProblem<'a>, Inputs<'a>, BackwardInputs<'a>, BackwardOutputs<'a>) {
         (self.problem, self.inputs, self.saved, self.outputs)
     }
 }
@@ -234,82 +240,77 @@ fn expect_pass(problem: &Problem, call: Pass) -> Result<(), InvalidCall> {
 /// Compares tensors with the problem and collects where they lie.
 struct Checker<'p> {
     problem: &'p Problem,
-    /// Where tensors lie that are read, by role, and those that are written.
-    inputs: [Extent; Role::COUNT],
-    outputs: [Extent; Role::COUNT],
+    /// Where tensors lie, by role.
+    extents: [Extent; Role::COUNT],
+    /// The roles of tensors with bytes that are read, and of those that are written.
+    read: u32,
+    written: u32,
 }
 
 impl<'p> Checker<'p> {
     fn new(problem: &'p Problem) -> Self {
-        Self { problem, inputs: [Extent::default(); Role::COUNT], outputs: [Extent::default(); Role::COUNT] }
+        Self { problem, extents: [Extent::default(); Role::COUNT], read: 0, written: 0 }
+    }
+
+    /// The inputs, and what they make of the problem.
+    fn inputs<'c>(&mut self, inputs: &Inputs<'c>) -> Result<CallProblem<'c>, InvalidCall>
+    where
+        'p: 'c,
+    {
+        for (role, view) in inputs.views() {
+            self.read(role, view)?;
+        }
+        for (role, view) in inputs.data.views() {
+            self.read |= view.map_or(0, |view| self.lies(role, view.address_range().into()));
+        }
+        CallProblem::new(self.problem, &inputs.data)
     }
 
     fn read(&mut self, role: Role, view: Option<View<'_>>) -> Result<(), InvalidCall> {
-        self.matches(role, view.map(|view| (view.desc(), view.device())))?;
-        self.inputs[role as usize] = view.map_or_else(Extent::default, |view| view.address_range().into());
+        expect_as_described(self.problem, role, view.map(|view| (view.desc(), view.device())))?;
+        self.read |= view.map_or(0, |view| self.lies(role, view.address_range().into()));
         Ok(())
     }
 
     fn written(&mut self, role: Role, view: Option<&ViewMut<'_>>) -> Result<(), InvalidCall> {
-        self.matches(role, view.map(|view| (view.desc(), view.device())))?;
-        self.outputs[role as usize] = view.map_or_else(Extent::default, |view| view.address_range().into());
+        expect_as_described(self.problem, role, view.map(|view| (view.desc(), view.device())))?;
+        self.written |= view.map_or(0, |view| self.lies(role, view.address_range().into()));
         Ok(())
     }
 
-    fn matches(&self, role: Role, given: Option<(TensorDesc, Device)>) -> Result<(), InvalidCall> {
-        let (given, device, expected) = match (given, self.problem.tensor(role)) {
-            (None, None) => return Ok(()),
-            (None, Some(_)) => return Err(InvalidCall::Missing { role }),
-            (Some(_), None) => return Err(InvalidCall::Unexpected { role }),
-            (Some((given, device)), Some(&expected)) => (given, device, expected),
-        };
-        if device != self.problem.device() {
-            return Err(InvalidCall::Device { role, device, expected: self.problem.device() });
-        }
-        // Masks and biases have four axes in the problem, and may come with fewer.
-        let padding = if matches!(role, Role::Mask | Role::Bias | Role::DBias) {
-            expected.rank().saturating_sub(given.rank())
-        } else {
-            0
-        };
-        let shape_fits = given.dtype() == expected.dtype()
-            && given.rank() + padding == expected.rank()
-            && expected.shape()[..padding].iter().all(|&size| size == 1)
-            && expected.shape()[padding..] == given.shape()[..];
-        // The stride of an axis with at most one element says nothing, and no stride of an empty tensor does.
-        let strides_fit = || {
-            given.is_empty()
-                || (0..given.rank()).all(|axis| {
-                    given.shape()[axis] == 1 || given.strides()[axis] == expected.strides()[axis + padding]
-                })
-        };
-        if !(shape_fits && strides_fit()) {
-            return Err(InvalidCall::NotAsInProblem { role, given, expected });
-        }
-        Ok(())
+    /// The bit of the role, where the tensor has bytes.
+    fn lies(&mut self, role: Role, extent: Extent) -> u32 {
+        self.extents[role as usize] = extent;
+        u32::from(extent.has_bytes()) << role as u32
     }
 
     /// Called on tensors that are as the problem describes them.
     fn overlaps(&self) -> Result<(), InvalidCall> {
-        let with_bytes = |extents: [Extent; Role::COUNT]| {
-            Role::ALL.into_iter().zip(extents).filter(|(_, extent)| extent.has_bytes())
-        };
-        let outputs = || with_bytes(self.outputs);
-        for (role, output) in outputs() {
+        let at = |role: Role| self.extents[role as usize];
+        for role in roles(self.written) {
+            let output = at(role);
             // The gaps of an input count as its memory: views promise that nobody writes to them.
-            let input = with_bytes(self.inputs).find(|(_, input)| input.meets(output));
-            let meets = |(other, extent): &(Role, Extent)| {
-                let (one, other) = (self.problem.tensor(role), self.problem.tensor(*other));
-                let descs = one.zip(other);
-                descs.is_some_and(|(one, other)| elements_meet((output, one), (*extent, other)))
+            let input = roles(self.read).find(|&input| at(input).meets(output));
+            let meets = |other: &Role| {
+                let descs = self.problem.tensor(role).zip(self.problem.tensor(*other));
+                descs.is_some_and(|(one, two)| elements_meet((output, one), (at(*other), two)))
             };
-            let mut before = outputs().take_while(|&(other, _)| other != role);
-            if let Some((second, _)) = input.or_else(|| before.find(meets)) {
+            let mut before = roles(self.written).take_while(|&other| other != role);
+            if let Some(second) = input.or_else(|| before.find(meets)) {
                 return Err(InvalidCall::Overlap { first: role, second });
             }
         }
         Ok(())
     }
+}
+
+/// The roles of the bits, in order.
+fn roles(mut bits: u32) -> impl Iterator<Item = Role> {
+    std::iter::from_fn(move || {
+        let role = *Role::ALL.get(bits.trailing_zeros() as usize)?;
+        bits &= bits - 1;
+        Some(role)
+    })
 }
 
 #[cfg(test)]

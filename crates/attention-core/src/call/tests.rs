@@ -1,8 +1,8 @@
 //! Calls: data against the problem, tensor by tensor.
 
 use crate::{
-    BackwardCall, BackwardInputs, BackwardOutputs, DType, Device, ForwardCall, ForwardOutputs, Gradients,
-    Inputs, InvalidCall, Problem, Role, TensorDesc, View, ViewMut,
+    BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Device, Dropout, ForwardCall,
+    ForwardOutputs, Gradients, Inputs, InvalidCall, Problem, Role, TensorDesc, View, ViewMut,
 };
 
 const B: usize = 2;
@@ -17,6 +17,11 @@ const HV: usize = 6;
 struct Memory {
     floats: Vec<(Role, Vec<f32>)>,
     mask: Vec<bool>,
+    query_lengths: [i32; B],
+    key_value_lengths: [u32; B],
+    query_offsets: [i64; B],
+    dropout_seed: [i64; 1],
+    dropout_offset: [i32; 1],
     new_out: Vec<f32>,
     new_lse: Vec<f32>,
 }
@@ -30,15 +35,23 @@ fn shape(role: Role) -> &'static [usize] {
         Role::Lse | Role::DLse => &[B, T, N],
         Role::Mask | Role::Bias | Role::DBias => &[T, S],
         Role::AlibiSlopes | Role::Sinks | Role::DSinks => &[N],
+        Role::QueryLengths | Role::KeyValueLengths | Role::QueryOffsets => &[B],
+        Role::DropoutSeed | Role::DropoutOffset => &[1],
     }
 }
 
 impl Memory {
     fn new() -> Self {
-        let floats = Role::ALL.map(|role| (role, vec![0.0; shape(role).iter().product()])).into();
+        let floats = Role::ALL.into_iter().filter(|role| !role.is_data());
+        let floats = floats.map(|role| (role, vec![0.0; shape(role).iter().product()])).collect();
         Self {
             floats,
             mask: vec![true; T * S],
+            query_lengths: [3, 1],
+            key_value_lengths: [0, 5],
+            query_offsets: [-2, 7],
+            dropout_seed: [-1],
+            dropout_offset: [3],
             new_out: vec![f32::NAN; B * T * N * HV],
             new_lse: vec![f32::NAN; B * T * N],
         }
@@ -62,6 +75,15 @@ impl Memory {
         inputs.bias = Some(of(Role::Bias));
         inputs.alibi_slopes = Some(of(Role::AlibiSlopes));
         inputs.sinks = Some(of(Role::Sinks));
+        inputs.data = CallData {
+            query_offsets: Some(View::from_slice(&self.query_offsets, [B]).unwrap()),
+            query_lengths: Some(View::from_slice(&self.query_lengths, [B]).unwrap()),
+            key_value_lengths: Some(View::from_slice(&self.key_value_lengths, [B]).unwrap()),
+            dropout: Some(Dropout::new(0.5, 0)),
+            dropout_seed: Some(View::from_slice(&self.dropout_seed, [1]).unwrap()),
+            dropout_offset: Some(View::from_slice(&self.dropout_offset, [1]).unwrap()),
+            ..CallData::default()
+        };
         let saved = BackwardInputs {
             out: of(Role::Out),
             lse: of(Role::Lse),
@@ -99,14 +121,22 @@ fn full_calls_are_accepted_and_handed_on() {
     let call = ForwardCall::new(&problem, inputs, outputs).unwrap();
     assert_eq!(call.problem(), &problem);
     let (of, given, outputs) = call.into_parts();
-    assert!(std::ptr::eq(of, &problem));
+    assert!(std::ptr::eq(of.problem(), &problem));
     assert_eq!(given.query.as_ptr(), inputs.query.as_ptr());
     assert_eq!(outputs.lse.unwrap().shape(), [B, T, N].into());
+    let numbers = |call: crate::CallProblem<'_>| {
+        let sequence = call.sequence(1);
+        assert_eq!((sequence.queries(), sequence.keys(), sequence.offset()), (1, 5, 7));
+        let want = Dropout::new(0.5, u64::MAX).with_offset(3);
+        assert_eq!(call.dropout_stream(), Some(want.stream().unwrap()));
+    };
+    numbers(of);
 
     let problem = backward_problem(&inputs);
     let call = BackwardCall::new(&problem, inputs, saved, gradients).unwrap();
     assert_eq!(call.problem(), &problem);
-    let (_, given, saved, gradients) = call.into_parts();
+    let (of, given, saved, gradients) = call.into_parts();
+    numbers(of);
     // Mask, bias and the bias's gradient have the four axes of the problem's description.
     assert_eq!(given.mask.unwrap().shape(), [1, 1, T, S].into());
     assert_eq!(given.bias.unwrap().shape(), [1, 1, T, S].into());
@@ -155,6 +185,10 @@ fn a_mask_may_name_more_axes_of_size_one_than_the_problem_was_told() {
     assert_eq!(parts.mask.unwrap().shape(), [1, 1, T, S].into());
 }
 
+fn with<'a>(inputs: Inputs<'a>, data: CallData<'a>) -> Inputs<'a> {
+    Inputs { data, ..inputs }
+}
+
 /// Takes one input away.
 fn without<'a>(inputs: Inputs<'a>, role: Role) -> Inputs<'a> {
     match role {
@@ -162,13 +196,19 @@ fn without<'a>(inputs: Inputs<'a>, role: Role) -> Inputs<'a> {
         Role::Bias => Inputs { bias: None, ..inputs },
         Role::AlibiSlopes => Inputs { alibi_slopes: None, ..inputs },
         Role::Sinks => Inputs { sinks: None, ..inputs },
+        Role::QueryLengths => with(inputs, CallData { query_lengths: None, ..inputs.data }),
+        Role::KeyValueLengths => with(inputs, CallData { key_value_lengths: None, ..inputs.data }),
+        Role::QueryOffsets => with(inputs, CallData { query_offsets: None, ..inputs.data }),
+        Role::DropoutSeed => with(inputs, CallData { dropout_seed: None, ..inputs.data }),
+        Role::DropoutOffset => with(inputs, CallData { dropout_offset: None, ..inputs.data }),
         other => panic!("{other} is not optional"),
     }
 }
 
 #[test]
 fn optional_inputs_must_be_there_exactly_where_the_problem_has_them() {
-    for role in [Role::Mask, Role::Bias, Role::AlibiSlopes, Role::Sinks] {
+    let optional = [Role::Mask, Role::Bias, Role::AlibiSlopes, Role::Sinks];
+    for role in optional.into_iter().chain(Role::DATA) {
         let mut memory = Memory::new();
         let (inputs, _, outputs, _) = memory.views();
         let problem = forward_problem(&inputs);
@@ -297,8 +337,13 @@ fn every_tensor_must_be_on_the_device_of_the_problem() {
     };
     let moved = Inputs { sinks: inputs.sinks.map(elsewhere), ..inputs };
     let refused = ForwardCall::new(&problem, moved, outputs).unwrap_err();
-    let want = InvalidCall::Device { role: Role::Sinks, device: Device::Cuda(3), expected: Device::Cpu };
-    assert_eq!(refused, want);
+    let elsewhere_is = |role| InvalidCall::Device { role, device: Device::Cuda(3), expected: Device::Cpu };
+    assert_eq!(refused, elsewhere_is(Role::Sinks));
+    let mut spare = Memory::new();
+    let key_value_lengths = inputs.data.key_value_lengths.map(elsewhere);
+    let moved = with(inputs, CallData { key_value_lengths, ..inputs.data });
+    let refused = ForwardCall::new(&problem, moved, spare.views().2).unwrap_err();
+    assert_eq!(refused, elsewhere_is(Role::KeyValueLengths));
     // The problem of inputs is where the query is.
     let moved = Inputs { query: elsewhere(inputs.query), ..inputs };
     assert_eq!(moved.problem().build().unwrap().device(), Device::Cuda(3));
@@ -348,6 +393,41 @@ fn outputs_must_not_share_memory_with_anything() {
     let problem = backward_problem(&inputs);
     let call = BackwardCall::new(&problem, inputs, saved, gradients).map(|_| ());
     assert_eq!(call, overlap(Role::DQuery, Role::DOut));
+}
+
+/// Numbers are read after the first element of an output may have been written.
+#[test]
+fn outputs_must_not_share_memory_with_numbers() {
+    let dense =
+        |role: Role| TensorDesc::contiguous(DType::F32, crate::Dims::from_slice(shape(role)).unwrap());
+    for role in Role::DATA {
+        let mut shared = vec![0i32; 1024];
+        let pointer = shared.as_mut_ptr().cast::<f32>();
+        let mut memory = Memory::new();
+        let (inputs, saved, outputs, mut gradients) = memory.views();
+        // The output ends with the first of the numbers' bytes.
+        let count = |role: Role| dense(role).element_count().unwrap();
+        let at = count(Role::Out) - 1;
+        let numbers = View::from_slice(&shared[at..][..count(role)], dense(role).shape()).unwrap();
+        let mut data = inputs.data;
+        match role {
+            Role::QueryLengths => data.query_lengths = Some(numbers),
+            Role::KeyValueLengths => data.key_value_lengths = Some(numbers),
+            Role::QueryOffsets => data.query_offsets = Some(numbers),
+            Role::DropoutSeed => data.dropout_seed = Some(numbers),
+            _ => data.dropout_offset = Some(numbers),
+        }
+        let inputs = with(inputs, data);
+        let problem = forward_problem(&inputs);
+        let outputs = ForwardOutputs { out: alias(pointer, 0, dense(Role::Out)), ..outputs };
+        let call = ForwardCall::new(&problem, inputs, outputs).map(|_| ());
+        assert_eq!(call, Err(InvalidCall::Overlap { first: Role::Out, second: role }));
+
+        let problem = backward_problem(&inputs);
+        gradients.dk = Some(alias(pointer, at, dense(Role::DKey)));
+        let call = BackwardCall::new(&problem, inputs, saved, gradients).map(|_| ());
+        assert_eq!(call, Err(InvalidCall::Overlap { first: Role::DKey, second: role }));
+    }
 }
 
 #[test]

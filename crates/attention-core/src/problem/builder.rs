@@ -1,10 +1,10 @@
 //! Collects what a problem consists of.
 
-use super::{Dimensions, Problem, Spec, validate};
+use super::{Dimensions, Problem, Roles, Spec, validate};
 use crate::float_bits::FloatBits;
 use crate::{
-    DType, Device, Dropout, Gradients, InvalidCall, Lengths, Pass, QueryOffset, Role, Sequences, TensorDesc,
-    Window,
+    Alignment, CallData, DType, Device, Gradients, InvalidCall, OffsetRange, Pass, QueryOffset, Role,
+    TensorDesc, Window,
 };
 
 /// Collects what a [`Problem`] consists of; [`build`](Self::build) checks it.
@@ -29,13 +29,13 @@ impl ProblemBuilder {
             pass: Pass::Forward,
             device: Device::Cpu,
             tensors,
-            scale: None,
+            in_host_memory: Roles::default(),
+            any_scale: false,
             causal: false,
-            query_offset: QueryOffset::default(),
+            alignment: Alignment::default(),
             window: Window::default(),
-            softcap: None,
-            sequences: Sequences::default(),
-            dropout: None,
+            softcap: false,
+            dropout_rate: None,
             lse: false,
             d_lse: false,
             gradients: Gradients::NONE,
@@ -45,100 +45,159 @@ impl ProblemBuilder {
     }
 
     /// Where every tensor of the call is; host memory by default.
+    #[inline]
     pub fn device(mut self, device: Device) -> Self {
         self.spec.device = device;
         self
     }
 
-    /// What the products of query and key are multiplied by; `None` for `1 / sqrt(H)`.
-    pub fn scale(mut self, scale: impl Into<Option<f64>>) -> Self {
-        self.spec.scale = scale.into().map(FloatBits::new);
+    /// Takes calls with numbers like these: announces which of them there are, their dtypes, places and bounds.
+    /// What was announced before, by this or another method, is forgotten.
+    #[inline]
+    pub fn data(mut self, data: &CallData<'_>) -> Self {
+        let dtype = self.spec.tensors[Role::Query as usize].map_or(DType::F32, |query| query.dtype());
+        let ordinary = Problem::ordinary_scales(dtype.accumulator());
+        self.spec.any_scale = data.scale.is_some_and(|scale| !ordinary.contains(&scale));
+        self.spec.softcap = data.softcap.is_some();
+        self.spec.dropout_rate = data.dropout.map(|dropout| FloatBits::new(dropout.rate));
+        self.spec.alignment = match data.query_offset {
+            QueryOffset::BottomRight => Alignment::BottomRight,
+            QueryOffset::TOP_LEFT => Alignment::TopLeft,
+            QueryOffset::Fixed(offset) => Alignment::Offset(OffsetRange::of(offset)),
+        };
+        for (role, view) in data.views() {
+            self.spec.tensors[role as usize] = view.map(|view| view.desc());
+            self.spec.in_host_memory.set(role, view.is_some_and(|view| view.device() == Device::Cpu));
+        }
+        if let Some(view) = data.query_offsets {
+            let offsets = crate::data::Integers::of(view);
+            let count = view.shape().first().copied().unwrap_or(0);
+            let near = |index: usize| {
+                offsets.is_none_or(|offsets| OffsetRange::of(offsets.at(index)) == OffsetRange::Near)
+            };
+            let range = if (0..count).all(near) { OffsetRange::Near } else { OffsetRange::Any };
+            self.spec.alignment = Alignment::Offsets(range);
+        }
+        self
+    }
+
+    /// Whether calls may have scales outside of [`Problem::ordinary_scales`]; they may not by default.
+    #[inline]
+    pub fn any_scale(mut self, any: bool) -> Self {
+        self.spec.any_scale = any;
         self
     }
 
     /// Masks keys after `pos`.
+    #[inline]
     pub fn causal(mut self, causal: bool) -> Self {
         self.spec.causal = causal;
         self
     }
 
-    /// Where query rows stand among the keys.
-    pub fn query_offset(mut self, offset: QueryOffset) -> Self {
-        self.spec.query_offset = offset;
+    /// What is known of where query rows stand among the keys. Of offsets by batch row, which are a tensor, the
+    /// layout is that of [`query_offsets`](Self::query_offsets).
+    #[inline]
+    pub fn alignment(mut self, alignment: Alignment) -> Self {
+        self.spec.alignment = alignment;
         self
     }
 
     /// The sliding window.
+    #[inline]
     pub fn window(mut self, window: Window) -> Self {
         self.spec.window = window;
         self
     }
 
-    /// Caps logits at `c` by `c * tanh(x / c)`, before the bias.
-    pub fn softcap(mut self, softcap: impl Into<Option<f64>>) -> Self {
-        self.spec.softcap = softcap.into().map(FloatBits::new);
+    /// Whether calls cap logits at `c` by `c * tanh(x / c)`, before the bias.
+    #[inline]
+    pub fn softcap(mut self, softcap: bool) -> Self {
+        self.spec.softcap = softcap;
         self
     }
 
     /// A boolean mask, `true` takes part; rank 1 to 4, right-aligned to `[B, N, T, S]`, each axis 1 or full.
+    #[inline]
     pub fn mask(self, mask: TensorDesc) -> Self {
         self.layout(Role::Mask, mask)
     }
 
     /// An additive bias of any float dtype; shapes as for the mask.
+    #[inline]
     pub fn bias(self, bias: TensorDesc) -> Self {
         self.layout(Role::Bias, bias)
     }
 
     /// ALiBi slopes, `[N]` or `[B, N]`.
+    #[inline]
     pub fn alibi_slopes(self, slopes: TensorDesc) -> Self {
         self.layout(Role::AlibiSlopes, slopes)
     }
 
     /// Attention sinks, `[N]`: one extra logit a head that joins the denominator only.
+    #[inline]
     pub fn sinks(self, sinks: TensorDesc) -> Self {
         self.layout(Role::Sinks, sinks)
     }
 
-    /// How the tensors hold sequences.
-    pub fn sequences(mut self, sequences: Sequences) -> Self {
-        self.spec.sequences = sequences;
+    /// Calls give query lengths, of this dtype and without gaps, on the problem's device.
+    #[inline]
+    pub fn query_lengths(self, dtype: DType) -> Self {
+        self.by_batch_row(Role::QueryLengths, dtype)
+    }
+
+    /// Calls give key/value lengths, of this dtype and without gaps, on the problem's device.
+    #[inline]
+    pub fn key_value_lengths(self, dtype: DType) -> Self {
+        self.by_batch_row(Role::KeyValueLengths, dtype)
+    }
+
+    /// Calls give an offset for each batch row, of this dtype and without gaps, on the problem's device.
+    #[inline]
+    pub fn query_offsets(mut self, range: OffsetRange, dtype: DType) -> Self {
+        self.spec.alignment = Alignment::Offsets(range);
+        self.by_batch_row(Role::QueryOffsets, dtype)
+    }
+
+    #[inline]
+    fn by_batch_row(self, role: Role, dtype: DType) -> Self {
+        let query = self.spec.tensors[Role::Query as usize];
+        let batch = query.and_then(|query| query.shape().first().copied()).unwrap_or(0);
+        self.layout(role, TensorDesc::contiguous(dtype, [batch]))
+    }
+
+    /// Whether [numbers of a call](Role::DATA) are in host memory, of a problem on a device. They are on the device
+    /// by default.
+    #[inline]
+    pub fn in_host_memory(mut self, role: Role, in_host_memory: bool) -> Self {
+        self.spec.in_host_memory.set(role, in_host_memory);
         self
     }
 
-    /// Query lengths of dense sequences.
-    pub fn query_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
-        let Sequences::Dense { query, .. } = &mut self.spec.sequences;
-        *query = lengths.into();
-        self
-    }
-
-    /// Key/value lengths of dense sequences.
-    pub fn key_value_lengths(mut self, lengths: impl Into<Lengths>) -> Self {
-        let Sequences::Dense { key_value, .. } = &mut self.spec.sequences;
-        *key_value = lengths.into();
-        self
-    }
-
-    /// Dropout of the probabilities.
-    pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
-        self.spec.dropout = dropout.into();
+    /// The fraction of probabilities that calls drop.
+    #[inline]
+    pub fn dropout_rate(mut self, rate: impl Into<Option<f64>>) -> Self {
+        self.spec.dropout_rate = rate.into().map(FloatBits::new);
         self
     }
 
     /// Asks for bitwise reproducible results: a backend that cannot give them refuses.
+    #[inline]
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.spec.deterministic = deterministic;
         self
     }
 
     /// Whether a forward problem writes the logsumexp. A backward problem always reads it.
+    #[inline]
     pub fn lse(mut self, wanted: bool) -> Self {
         self.spec.lse = wanted;
         self
     }
 
     /// Makes this a backward problem with these gradients.
+    #[inline]
     pub fn gradients(mut self, gradients: Gradients) -> Self {
         self.spec.pass = Pass::Backward;
         self.spec.gradients = gradients;
@@ -146,13 +205,15 @@ impl ProblemBuilder {
     }
 
     /// Whether a backward problem has an incoming gradient of the logsumexp.
+    #[inline]
     pub fn d_lse(mut self, given: bool) -> Self {
         self.spec.d_lse = given;
         self
     }
 
     /// The layout of one tensor: of outputs and incoming gradients, which are contiguous by default, or any other.
-    /// For an optional input (mask, bias, slopes, sinks) this adds the tensor.
+    /// For an optional input (mask, bias, slopes, sinks, lengths and the like) this adds the tensor.
+    #[inline]
     pub fn layout(mut self, role: Role, desc: TensorDesc) -> Self {
         self.spec.tensors[role as usize] = Some(desc);
         self
@@ -162,8 +223,7 @@ impl ProblemBuilder {
     ///
     /// # Errors
     /// [`InvalidCall`] names what is wrong, with the numbers: a rank, shape or dtype, heads that do not divide,
-    /// a mask or bias that does not broadcast, lengths out of range, a scale that is not finite, a dropout rate
-    /// outside `[0, 1)`, outputs that overlap themselves, sizes that overflow.
+    /// a mask or bias that does not broadcast, lengths that are not `[B]`, a dropout rate outside `[0, 1)`, outputs that overlap themselves, sizes that overflow.
     pub fn build(self) -> Result<Problem, InvalidCall> {
         validate::problem(self.spec)
     }

@@ -3,15 +3,13 @@
 mod builder;
 #[cfg(feature = "serde")]
 mod by_role;
-mod geometry;
 mod validate;
 
 pub use builder::ProblemBuilder;
 
 use crate::float_bits::FloatBits;
 use crate::{
-    DType, Device, Dropout, DropoutStream, Feature, FeatureSet, Gradients, Pass, QueryOffset, Role,
-    Sequences, TensorDesc, Window,
+    Alignment, DType, Device, Dropout, Feature, FeatureSet, Gradients, Pass, Role, TensorDesc, Window,
 };
 
 /// The sizes of a problem.
@@ -58,6 +56,44 @@ impl std::fmt::Display for Dimensions {
     }
 }
 
+/// A set of roles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(from = "Vec<Role>", into = "Vec<Role>"))]
+struct Roles(u32);
+
+impl Roles {
+    fn set(&mut self, role: Role, present: bool) {
+        self.0 = self.0 & !(1 << role as u32) | u32::from(present) << role as u32;
+    }
+
+    fn contains(self, role: Role) -> bool {
+        self.0 & 1 << role as u32 != 0
+    }
+
+    #[cfg(feature = "serde")]
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it by reference")]
+    fn is_empty(&self) -> bool {
+        self.0 == 0
+    }
+}
+
+#[cfg(feature = "serde")]
+impl From<Vec<Role>> for Roles {
+    fn from(roles: Vec<Role>) -> Self {
+        let mut set = Self::default();
+        roles.into_iter().for_each(|role| set.set(role, true));
+        set
+    }
+}
+
+#[cfg(feature = "serde")]
+impl From<Roles> for Vec<Role> {
+    fn from(set: Roles) -> Self {
+        Role::ALL.into_iter().filter(|&role| set.contains(role)).collect()
+    }
+}
+
 /// Everything of a problem that is given rather than derived. `Problem` holds a checked one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -68,21 +104,24 @@ struct Spec {
     device: Device,
     #[cfg_attr(feature = "serde", serde(with = "by_role"))]
     tensors: [Option<TensorDesc>; Role::COUNT],
-    scale: Option<FloatBits>,
+    /// The numbers of the call ([`Role::DATA`]) that are in host memory, of a problem on a device.
+    #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Roles::is_empty"))]
+    in_host_memory: Roles,
+    any_scale: bool,
     causal: bool,
-    query_offset: QueryOffset,
+    alignment: Alignment,
     window: Window,
-    softcap: Option<FloatBits>,
-    sequences: Sequences,
-    dropout: Option<Dropout>,
+    softcap: bool,
+    dropout_rate: Option<FloatBits>,
     lse: bool,
     d_lse: bool,
     gradients: Gradients,
     deterministic: bool,
 }
 
-/// A whole attention call without its data: dimensions, dtype, layouts, device, masks and bias as shapes, options,
-/// wanted outputs and pass. Built and checked by [`ProblemBuilder::build`] only, so holding one means that the call
+/// A whole attention call without its data: dimensions, dtypes, layouts, device, masks and bias as shapes, options,
+/// wanted outputs and pass. Of the numbers of a call (lengths, offsets, scale, softcap, seed) it knows which there
+/// are, their dtype, where they are and their bounds; the call brings them as [`CallData`](crate::CallData). Built and checked by [`ProblemBuilder::build`] only, so holding one means that the call
 /// is valid; `Eq` and `Hash` (floats by bits) make it the key of plan caches; with feature `serde` it can be
 /// stored, and loading one checks it again.
 ///
@@ -99,13 +138,15 @@ struct Spec {
 /// | bias | as the mask | any float |
 /// | ALiBi slopes | `[N]` or `[B, N]` | any float |
 /// | sinks | `[N]` | any float |
+/// | query lengths, key/value lengths, query offsets | `[B]` | i32, u32 or i64 |
+/// | seed and offset of the dropout | `[1]` | i32, u32 or i64 |
 /// | out, d_out | `[B, T, N, Hv]` | the query's |
 /// | lse, d_lse | `[B, T, N]` | f32, f64 for f64 operands |
 /// | dq, dk, dv, dbias, dsinks | that of what they are the gradient of | the same |
 ///
 /// # Semantics
 /// For batch row `b`, query head `n` with key/value head `n / (N / K)`, query row `t`, key `j`:
-/// 1. `pos = t + offset` ([`QueryOffset`]).
+/// 1. `pos = t + offset` ([`QueryOffset`](crate::QueryOffset)).
 /// 2. `x = scale * <q, k>`; softcap `c`: `x = c * tanh(x / c)`; ALiBi: `x -= slope * |pos - j|`; bias: `x += bias`.
 /// 3. `j` is allowed where `t < q_len`, `j < kv_len`, the mask is true, `j <= pos` if causal,
 ///    `pos - left <= j <= pos + right` in a window, and `x != -inf`.
@@ -135,7 +176,6 @@ pub struct Problem {
     spec: Spec,
     dims: Dimensions,
     dtype: DType,
-    scale: FloatBits,
 }
 
 impl Problem {
@@ -154,9 +194,19 @@ impl Problem {
         self.dims
     }
 
-    /// The dtype of query, key, value and output.
+    /// The dtype of the query and the output, and what the numerics class is of.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// The dtype of a tensor, or `None` where the call has none of this role.
+    pub fn dtype_of(&self, role: Role) -> Option<DType> {
+        self.tensor(role).map(TensorDesc::dtype)
+    }
+
+    /// Where a tensor of this role is: on the problem's device, but for [numbers](Role::DATA) that the host keeps.
+    pub fn device_of(&self, role: Role) -> Device {
+        if self.spec.in_host_memory.contains(role) { Device::Cpu } else { self.device() }
     }
 
     /// The description of a tensor, or `None` where the call has none of this role. Mask and bias always have four
@@ -170,9 +220,23 @@ impl Problem {
         self.tensor(role).is_some()
     }
 
-    /// What the products of query and key are multiplied by: as given, or `1 / sqrt(H)`.
-    pub fn scale(&self) -> f64 {
-        self.scale.get()
+    /// What the products of query and key are multiplied by where a call says nothing else: `1 / sqrt(H)`.
+    pub fn default_scale(&self) -> f64 {
+        1.0 / (self.dims.head_dim as f64).sqrt()
+    }
+
+    /// Whether calls may have scales outside of [`ordinary_scales`](Self::ordinary_scales).
+    pub fn any_scale(&self) -> bool {
+        self.spec.any_scale
+    }
+
+    /// The scales that calls of a problem may have unless it says otherwise, in this dtype of accumulators: above 0, and a
+    /// number also times log2(e), so that kernels may scale the largest product of a row instead of each.
+    pub const fn ordinary_scales(accumulator: DType) -> std::ops::RangeInclusive<f64> {
+        match accumulator {
+            DType::F64 => 1e-300..=1e308,
+            _ => 1e-37..=2e38,
+        }
     }
 
     /// Whether keys after `pos` are masked.
@@ -180,9 +244,9 @@ impl Problem {
         self.spec.causal
     }
 
-    /// Where query rows stand among the keys.
-    pub fn query_offset(&self) -> QueryOffset {
-        self.spec.query_offset
+    /// What is known of where query rows stand among the keys.
+    pub fn alignment(&self) -> Alignment {
+        self.spec.alignment
     }
 
     /// The sliding window.
@@ -190,25 +254,33 @@ impl Problem {
         self.spec.window
     }
 
-    /// The softcap `c` of `c * tanh(x / c)`.
-    pub fn softcap(&self) -> Option<f64> {
-        self.spec.softcap.map(FloatBits::get)
+    /// Whether logits are capped; at what, a call says.
+    pub fn has_softcap(&self) -> bool {
+        self.spec.softcap
     }
 
-    /// How the tensors hold sequences.
-    pub fn sequences(&self) -> &Sequences {
-        &self.spec.sequences
+    /// The fraction of probabilities that is dropped.
+    pub fn dropout_rate(&self) -> Option<f64> {
+        self.spec.dropout_rate.map(FloatBits::get)
     }
 
-    /// Dropout as given.
-    pub fn dropout(&self) -> Option<Dropout> {
-        self.spec.dropout
+    /// The dropout of a call with this seed and offset.
+    pub fn dropout_at(&self, seed: u64, offset: u32) -> Option<Dropout> {
+        self.dropout_rate().map(|rate| Dropout { rate, seed, offset })
     }
 
-    /// The keep bits of the dropout.
-    pub fn dropout_stream(&self) -> Option<DropoutStream> {
+    /// Of 65536 probabilities, how many are dropped.
+    pub fn drop_threshold(&self) -> Option<u32> {
         // Checked by the builder, so a refusal cannot happen.
-        self.spec.dropout.and_then(|dropout| dropout.stream().ok())
+        self.dropout_at(0, 0)?.stream().ok().map(|stream| stream.threshold())
+    }
+
+    /// Whether calls have rows and keys that differ from those of [`CallProblem::at_bounds`](crate::CallProblem):
+    /// where they do not, work can be cut before any call.
+    pub fn rows_vary(&self) -> bool {
+        self.has(Role::QueryLengths)
+            || self.has(Role::KeyValueLengths)
+            || matches!(self.alignment(), Alignment::Offset(_) | Alignment::Offsets(_))
     }
 
     /// Whether the result must be bitwise reproducible.
@@ -223,38 +295,40 @@ impl Problem {
 
     /// The features that a backend must have to serve this problem.
     pub fn features(&self) -> FeatureSet {
-        let Sequences::Dense { query, key_value } = &self.spec.sequences;
         // Broadcast axes of a mask or bias have stride 0 by nature, so only the operands count here.
         let inner_stride =
             |desc: &TensorDesc| desc.rank() == 4 && desc.shape()[3] > 1 && desc.strides()[3] != 1;
         let negative = |desc: &TensorDesc| {
             desc.shape().iter().zip(desc.strides().iter()).any(|(&size, &stride)| size > 1 && stride < 0)
         };
-        let operand = |role: Role| !matches!(role, Role::Mask | Role::Bias | Role::DBias);
+        let operand = |role: Role| !matches!(role, Role::Mask | Role::Bias | Role::DBias) && !role.is_data();
+        let on_device = |role: Role| self.has(role) && self.device_of(role) != Device::Cpu;
         let operands =
             || Role::ALL.into_iter().filter(|&role| operand(role)).filter_map(|role| self.tensor(role));
         [
             (Feature::GroupedHeads, self.dims.key_heads != self.dims.query_heads),
             (Feature::ValueHeadDim, self.dims.value_head_dim != self.dims.head_dim),
             (Feature::Causal, self.causal()),
-            (Feature::QueryOffset, matches!(self.query_offset(), QueryOffset::Fixed(offset) if offset != 0)),
-            (Feature::BottomRight, self.query_offset() == QueryOffset::BottomRight),
+            (Feature::QueryOffset, matches!(self.alignment(), Alignment::Offset(_))),
+            (Feature::QueryOffsets, matches!(self.alignment(), Alignment::Offsets(_))),
+            (Feature::BottomRight, self.alignment() == Alignment::BottomRight),
             (Feature::WindowLeft, self.window().left.is_some()),
             (Feature::WindowRight, self.window().right.is_some()),
             (Feature::Mask, self.has(Role::Mask)),
             (Feature::Bias, self.has(Role::Bias)),
-            (Feature::QueryLengths, !query.is_full()),
-            (Feature::KeyValueLengths, !key_value.is_full()),
-            (Feature::Softcap, self.softcap().is_some()),
+            (Feature::QueryLengths, self.has(Role::QueryLengths)),
+            (Feature::KeyValueLengths, self.has(Role::KeyValueLengths)),
+            (Feature::Softcap, self.has_softcap()),
             (Feature::Alibi, self.has(Role::AlibiSlopes)),
             (Feature::Sinks, self.has(Role::Sinks)),
-            (Feature::Dropout, self.dropout().is_some()),
+            (Feature::Dropout, self.dropout_rate().is_some()),
             (Feature::Lse, self.pass() == Pass::Forward && self.has(Role::Lse)),
             (Feature::DLse, self.has(Role::DLse)),
             (Feature::DBias, self.has(Role::DBias)),
             (Feature::DSinks, self.has(Role::DSinks)),
             (Feature::Deterministic, self.deterministic()),
             (Feature::InnerStride, operands().any(inner_stride)),
+            (Feature::DeviceData, Role::DATA.into_iter().any(on_device)),
             (Feature::NegativeStrides, self.spec.tensors.iter().flatten().any(negative)),
         ]
         .into_iter()

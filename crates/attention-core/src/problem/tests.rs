@@ -4,12 +4,11 @@
 mod accepted;
 mod defaults;
 mod features;
-mod geometry;
 mod identity;
 #[cfg(feature = "serde")]
 mod stored;
 
-use crate::{DType, Dimensions, Problem, ProblemBuilder};
+use crate::{CallData, CallProblem, DType, Dimensions, Dropout, Problem, ProblemBuilder};
 
 /// B = 2, T = 3, S = 5, N = 4, K = 4, H = Hv = 8.
 const DIMS: Dimensions = Dimensions {
@@ -28,4 +27,14 @@ fn builder() -> ProblemBuilder {
 
 fn built(builder: ProblemBuilder) -> Problem {
     builder.build().unwrap()
+}
+
+/// A call with these numbers, of a problem that has them.
+fn called<'c>(problem: &'c Problem, data: &CallData<'c>) -> CallProblem<'c> {
+    CallProblem::new(problem, data).unwrap()
+}
+
+/// Numbers of a call with nothing but dropout.
+fn dropping(dropout: Dropout) -> CallData<'static> {
+    CallData { dropout: Some(dropout), ..CallData::default() }
 }

@@ -1,9 +1,8 @@
 //! The checks of a problem: the only place where calls are judged.
 
 use super::{Dimensions, Problem, Spec};
-use crate::float_bits::FloatBits;
 use crate::shape::element_count;
-use crate::{DType, Dims, Gradients, InvalidCall, Lengths, Pass, Role, Sequences, TensorDesc};
+use crate::{Alignment, DType, Device, Dims, Dropout, Gradients, InvalidCall, Pass, Role, TensorDesc};
 
 const ANY_FLOAT: &str = "f64, f32, f16 or bf16";
 
@@ -11,15 +10,14 @@ const ANY_FLOAT: &str = "f64, f32, f16 or bf16";
 pub(super) fn problem(mut spec: Spec) -> Result<Problem, InvalidCall> {
     let (dims, dtype) = operands(&spec)?;
     optional_inputs(&mut spec, dims)?;
-    numbers(&spec, dtype)?;
-    sequences(&spec.sequences, dims)?;
     dropout(&spec, dims)?;
-    for (role, desc) in Role::ALL.into_iter().zip(&spec.tensors).filter(|(role, _)| *role < Role::Out) {
+    numbers(&mut spec, dims)?;
+    let given = |role: &Role| *role < Role::Out || role.is_data();
+    for (role, desc) in Role::ALL.into_iter().zip(&spec.tensors).filter(|(role, _)| given(role)) {
         desc.as_ref().map_or(Ok(()), |desc| fits(role, desc))?;
     }
     results(&mut spec, dims, dtype)?;
-    let scale = spec.scale.unwrap_or_else(|| FloatBits::new(1.0 / (dims.head_dim as f64).sqrt()));
-    Ok(Problem { spec, dims, dtype, scale })
+    Ok(Problem { spec, dims, dtype })
 }
 
 /// Ranks, dtypes and shapes of query, key and value, and what follows from them.
@@ -172,48 +170,44 @@ fn broadcast_to_logits(role: Role, desc: &TensorDesc, dims: Dimensions) -> Resul
     Ok(TensorDesc::strided(desc.dtype(), full_shape, full_strides).expect("both have four axes"))
 }
 
-/// Scale and softcap.
-fn numbers(spec: &Spec, dtype: DType) -> Result<(), InvalidCall> {
-    let accumulator = dtype.accumulator();
-    let finite = |value: f64| match accumulator {
-        DType::F64 => value.is_finite(),
-        _ => (value as f32).is_finite(),
-    };
-    for (what, value) in [("scale", spec.scale), ("softcap", spec.softcap)] {
-        if let Some(value) = value.map(FloatBits::get).filter(|&value| !finite(value)) {
-            return Err(InvalidCall::NotFinite { what, value, dtype: accumulator });
+/// The tensors among the numbers of the calls.
+fn numbers(spec: &mut Spec, dims: Dimensions) -> Result<(), InvalidCall> {
+    // Host memory is the only one that a call on the host has, and other tensors are all on the problem's device: so
+    // problems that do the same are equal.
+    let in_host_memory = std::mem::take(&mut spec.in_host_memory);
+    for role in Role::DATA {
+        let Some(desc) = spec.tensors[role as usize] else { continue };
+        spec.in_host_memory.set(role, spec.device != Device::Cpu && in_host_memory.contains(role));
+        if !desc.dtype().is_integer() {
+            let expected = "i32, u32 or i64".to_owned();
+            return Err(InvalidCall::DType { role, dtype: desc.dtype(), expected });
         }
-    }
-    // A softcap that vanishes in the precision of the logits would divide by zero.
-    let positive = |value: f64| match accumulator {
-        DType::F64 => value > 0.0,
-        _ => value as f32 > 0.0,
-    };
-    match spec.softcap.map(FloatBits::get) {
-        Some(value) if !positive(value) => Err(InvalidCall::SoftcapNotPositive { value }),
-        _ => Ok(()),
-    }
-}
-
-fn sequences(sequences: &Sequences, dims: Dimensions) -> Result<(), InvalidCall> {
-    let Sequences::Dense { query, key_value } = sequences;
-    for (which, lengths, max) in
-        [("query", query, dims.query_length), ("key/value", key_value, dims.key_length)]
-    {
-        let Lengths::PerBatch(lengths) = lengths else { continue };
-        if lengths.len() != dims.batch {
-            return Err(InvalidCall::LengthCount { which, count: lengths.len(), batch: dims.batch });
+        let (size, why) = match role {
+            Role::DropoutSeed | Role::DropoutOffset => (1, "[1]"),
+            _ => (dims.batch, "[B]"),
+        };
+        if desc.rank() != 1 {
+            return Err(InvalidCall::Rank { role, rank: desc.rank(), shape: desc.shape(), expected: "1" });
         }
-        if let Some((batch, &length)) = lengths.iter().enumerate().find(|&(_, &length)| length > max) {
-            return Err(InvalidCall::LengthOutOfRange { which, batch, length, max });
+        expect_shape(role, &desc, [size], why)?;
+    }
+    let has = |role: Role| spec.tensors[role as usize].is_some();
+    let by_row = matches!(spec.alignment, Alignment::Offsets(_));
+    if by_row != has(Role::QueryOffsets) {
+        let role = Role::QueryOffsets;
+        return Err(if by_row { InvalidCall::Missing { role } } else { InvalidCall::Unexpected { role } });
+    }
+    for role in [Role::DropoutSeed, Role::DropoutOffset] {
+        if has(role) && spec.dropout_rate.is_none() {
+            return Err(InvalidCall::Unexpected { role });
         }
     }
     Ok(())
 }
 
 fn dropout(spec: &Spec, dims: Dimensions) -> Result<(), InvalidCall> {
-    let Some(dropout) = spec.dropout else { return Ok(()) };
-    dropout.stream()?;
+    let Some(rate) = spec.dropout_rate else { return Ok(()) };
+    Dropout::new(rate.get(), 0).stream()?;
     for (what, value) in [
         ("query rows T", dims.query_length),
         ("keys S", dims.key_length),

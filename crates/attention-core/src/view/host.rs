@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use super::{View, ViewMut};
-use crate::{DType, Device, Dims, Scalar, Strides};
+use crate::{DType, Device, Dims, Element, Scalar, Strides};
 
 /// A view of host memory with a known element type: indexed, bounds-checked, safe.
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +27,7 @@ pub struct Row<'a, T> {
 
 impl<'a> View<'a> {
     /// The view with elements of type `T`, or `None` where it has another dtype or is not in host memory.
-    pub fn host<T: Scalar>(&self) -> Option<HostView<'a, T>> {
+    pub fn host<T: Element + bytemuck::Pod>(&self) -> Option<HostView<'a, T>> {
         (self.raw.desc.dtype() == T::DTYPE).then(|| self.host_as())?
     }
 

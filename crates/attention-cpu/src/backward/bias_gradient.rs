@@ -107,10 +107,11 @@ fn add_batch<E: Operand>(
     // 0 where there are no query heads, and then no head of a part either.
     let group = problem.dims().group_size().max(1);
     // Blocks and strides are those of the whole batch row, for which the scratch was sized.
-    let all_keys = problem.key_range_of_rows(batch, 0..problem.query_len(batch));
+    let sequence = problem.sequence(batch);
+    let all_keys = sequence.key_range_of_rows(0..sequence.queries());
     let stride = cut::logits_stride(all_keys.len()).unwrap_or_else(|| unreachable!("sized before"));
-    let queries = part.queries.start..part.queries.end.min(problem.query_len(batch));
-    let keys = intersection(&problem.key_range_of_rows(batch, queries.clone()), &part.keys);
+    let queries = part.queries.start..part.queries.end.min(sequence.queries());
+    let keys = intersection(&sequence.key_range_of_rows(queries.clone()), &part.keys);
     if keys.is_empty() {
         return;
     }

@@ -15,11 +15,11 @@ mod sink_gradient;
 use std::ops::Range;
 
 use attention_core::{BackwardCall, HostViewMut, Scalar, ViewMut};
-use attention_threads::Team;
 
 use self::block::GradientOf;
 use self::pieces::{MATRICES, Scratch};
 use self::shared::{Shared, Task};
+use crate::config::CpuConfig;
 use crate::direct::add_weighted;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
@@ -35,11 +35,12 @@ pub(crate) use self::pieces::Sizes;
 pub(crate) fn run<E: Operand>(
     call: BackwardCall<'_>,
     sizes: &Sizes,
-    team: &Team,
+    config: &CpuConfig,
     scratch: &mut [u8],
     runs: &Runs,
 ) {
     let (problem, inputs, saved, outputs) = call.into_parts();
+    let (problem, team) = (&problem, &config.team(sizes.workers));
     let shared = Shared::<E>::new(problem, &inputs, &saved, runs);
     let small = Shared::<E::Small>::new(problem, &inputs, &saved, runs);
     if let Some(dsinks) = outputs.dsinks {
@@ -87,8 +88,9 @@ impl<E: Operand> Shared<'_, E> {
     fn task(&self, mut task: Task<'_, E::Element>, scratch: &mut Scratch<'_, E::Compute>) {
         let (problem, batch) = (self.problem, task.batch);
         let dims = problem.dims();
-        let queries = problem.query_len(batch);
-        let keys = problem.key_range_of_rows(batch, 0..queries);
+        let sequence = problem.sequence(batch);
+        let queries = sequence.queries();
+        let keys = sequence.key_range_of_rows(0..queries);
         let group = task.key_head * dims.group_size()..(task.key_head + 1) * dims.group_size();
         let rows = Rows { batch, heads: group.clone(), queries: 0..queries };
         self.count(&rows);

@@ -4,7 +4,7 @@ use attention_core::{Gradients, Problem, Role};
 use bytemuck::Pod;
 
 use super::bias_parts;
-use crate::cut;
+use crate::cut::{self, SizedRows};
 use crate::direct;
 use crate::operand::Operand;
 use crate::packed::panel_elements;
@@ -36,14 +36,18 @@ pub(crate) struct BlockPieces {
 impl BlockPieces {
     /// For blocks of `rows` rows over `keys` keys; `None` on overflow.
     fn of(problem: &Problem, rows: usize, keys: usize) -> Option<Self> {
+        Self::with_logits(problem, rows, rows.checked_mul(cut::logits_stride(keys)?)?)
+    }
+
+    /// For blocks of up to `rows` rows, whose logits take so many elements.
+    fn with_logits(problem: &Problem, rows: usize, logits: usize) -> Option<Self> {
         let dims = problem.dims();
-        let logits = rows.checked_mul(cut::logits_stride(keys)?)?;
         Some(Self {
             query: rows.checked_mul(dims.head_dim)?,
             d_out: rows.checked_mul(dims.value_head_dim)?,
             probabilities: logits,
             d_logits: logits,
-            capped: if problem.softcap().is_some() { logits } else { 0 },
+            capped: if problem.has_softcap() { logits } else { 0 },
             dq: rows.checked_mul(dims.head_dim)?,
         })
     }
@@ -68,16 +72,19 @@ impl BlockPieces {
 pub(crate) const MATRICES: usize = 2;
 
 impl Pieces {
-    /// Makes room for the tasks of a batch row; `None` on overflow.
-    fn make_room(&mut self, problem: &Problem, batch: usize) -> Option<()> {
+    /// Makes room for the tasks of some batch rows; `None` on overflow.
+    fn make_room(&mut self, problem: &Problem, sized: SizedRows) -> Option<()> {
         let dims = problem.dims();
         let wants = |gradient| problem.gradients().contains(gradient);
-        let queries = problem.query_len(batch);
-        let keys = problem.key_range_of_rows(batch, 0..queries).len();
-        let few = cut::few_rows(dims.group_size().checked_mul(queries)?);
+        let queries = sized.queries;
+        let keys = sized.keys_of(problem, queries);
+        let rows = dims.group_size().checked_mul(queries)?;
+        let few = cut::few_rows(rows);
         if few {
-            let rows = dims.group_size() * queries;
             self.block = self.block.max(BlockPieces::of(problem, rows, keys)?);
+        } else if problem.has(Role::QueryLengths) {
+            // Batch rows of fewer queries are unpacked, all heads of a group at a time.
+            self.block = self.block.max(BlockPieces::of(problem, cut::FEW_ROWS, keys)?);
         }
         // The gradient of the bias is computed from packed keys and values, however few rows there are.
         if few && !problem.has(Role::DBias) {
@@ -94,8 +101,14 @@ impl Pieces {
         if wants(Gradients::VALUE) {
             self.dv = self.dv.max(keys.checked_mul(dims.value_head_dim)?);
         }
-        let rows = queries.min(cut::block_rows(keys, MATRICES));
-        self.block = self.block.max(BlockPieces::of(problem, rows, keys)?);
+        let block = if problem.rows_vary() {
+            // Over fewer keys, blocks have more rows.
+            let logits = cut::block_elements(queries, keys, MATRICES)?;
+            BlockPieces::with_logits(problem, queries.min(cut::block_rows(0, MATRICES)), logits)?
+        } else {
+            BlockPieces::of(problem, queries.min(cut::block_rows(keys, MATRICES)), keys)?
+        };
+        self.block = self.block.max(block);
         Some(())
     }
 
@@ -106,7 +119,7 @@ impl Pieces {
     }
 }
 
-/// What a problem takes, read off its batch rows once.
+/// What every call of a problem takes.
 #[derive(Debug)]
 pub(crate) struct Sizes {
     /// Large enough for every batch row that is not small.
@@ -117,7 +130,7 @@ pub(crate) struct Sizes {
     pub(crate) bytes_per_task: usize,
     /// Bytes of scratch a worker needs: with the sums of a part of the gradient of the bias.
     pub(crate) bytes_per_worker: usize,
-    /// How many threads have something to do.
+    /// The most threads that have something to do.
     pub(crate) workers: usize,
 }
 
@@ -128,9 +141,10 @@ impl Sizes {
         let row = dims.head_dim.max(dims.value_head_dim).checked_mul(direct::KEYS)?;
         let empty = Pieces { row, ..Pieces::default() };
         let (mut pieces, mut small_pieces) = (empty, empty);
-        for batch in cut::sized_rows(problem) {
-            let small = cut::is_small::<E>(problem, batch);
-            if small { &mut small_pieces } else { &mut pieces }.make_room(problem, batch)?;
+        let rows = (dims.batch > 0).then(|| cut::sized_rows::<E>(problem));
+        for sized in rows.into_iter().flatten() {
+            let pieces = if sized.are_small { &mut small_pieces } else { &mut pieces };
+            pieces.make_room(problem, sized)?;
         }
         let bytes = pieces.bytes::<E::Compute>()?;
         let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;

@@ -1,6 +1,6 @@
 //! What the tasks of the backward pass share, and what a task over a key/value head writes.
 
-use attention_core::{BackwardInputs, HostView, HostViewMut, Inputs, Problem, Scalar, View};
+use attention_core::{BackwardInputs, CallProblem, HostView, HostViewMut, Inputs, Scalar, View};
 
 use crate::bias::AnyFloat;
 use crate::logits::Terms;
@@ -9,7 +9,7 @@ use crate::variants::Runs;
 
 /// Everything that the tasks of a call share.
 pub(super) struct Shared<'a, E: Operand> {
-    pub(super) problem: &'a Problem,
+    pub(super) problem: &'a CallProblem<'a>,
     pub(super) query: HostView<'a, E::Element>,
     pub(super) key: HostView<'a, E::Element>,
     pub(super) value: HostView<'a, E::Element>,
@@ -36,7 +36,7 @@ pub(super) struct Task<'a, T> {
 
 impl<'a, E: Operand> Shared<'a, E> {
     pub(super) fn new(
-        problem: &'a Problem,
+        problem: &'a CallProblem<'a>,
         inputs: &Inputs<'a>,
         saved: &BackwardInputs<'a>,
         runs: &'a Runs,

@@ -46,6 +46,9 @@ impl<M> Owner<M> {
             DType::F16 => (2, 16),
             DType::Bf16 => (4, 16),
             DType::Bool => (6, 8),
+            DType::I64 => (0, 64),
+            DType::I32 => (0, 32),
+            DType::U32 => (1, 32),
             other => unreachable!("no tensor has dtype {other}"),
         };
         let owner = Box::into_raw(owner);

@@ -32,7 +32,7 @@ pub struct Device {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DataType {
-    /// 2 IEEE float, 4 bfloat, 6 boolean.
+    /// 0 signed integer, 1 unsigned, 2 IEEE float, 4 bfloat, 6 boolean.
     pub code: u8,
     /// Bits of an element.
     pub bits: u8,

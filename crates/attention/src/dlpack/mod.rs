@@ -53,7 +53,8 @@ pub enum Error {
     },
     /// Elements that no tensor of a call has.
     #[error(
-        "the tensor has {}; expected a float of 64, 32 or 16 bits, a bfloat of 16, or a boolean of 8{}",
+        "the tensor has {}; expected a float of 64, 32 or 16 bits, a bfloat of 16, a boolean of 8, or for lengths, offsets and \
+         seeds a signed integer of 64 or 32 bits or an unsigned one of 32{}",
         elements(.dtype),
         integers_as_masks(.dtype)
     )]
@@ -179,6 +180,9 @@ unsafe fn describe(tensor: &ffi::Tensor) -> Result<(Device, TensorDesc), Error> 
         (2, 16, 1) => DType::F16,
         (4, 16, 1) => DType::Bf16,
         (6, 8, 1) => DType::Bool,
+        (0, 64, 1) => DType::I64,
+        (0, 32, 1) => DType::I32,
+        (1, 32, 1) => DType::U32,
         _ => return Err(Error::DType { dtype: tensor.dtype }),
     };
     let ndim = tensor.ndim;

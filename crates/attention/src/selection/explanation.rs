@@ -7,7 +7,7 @@ use attention_core::{AttentionBackend, DeviceKind, NumericsClass, Problem, Unsup
 use super::select::{Asked, Policy, Served, unknown_name};
 use super::{Choice, Reason, table};
 use crate::Refusal;
-use crate::hidden_keys::hidden_keys;
+use crate::hidden_keys::always_hidden_keys;
 
 /// What would run a problem, and why nothing else would: every implementation with its verdict.
 ///
@@ -24,7 +24,8 @@ pub struct Explanation {
     pub scratch_limit: Option<usize>,
     /// The numerics class asked for.
     pub numerics: Option<NumericsClass>,
-    /// What a caller of this problem may not mean, in words: keys that a causal call hides from every query row.
+    /// What a caller may not mean, in words: keys that a causal call hides from every query row. Where that depends on
+    /// lengths, only the explanation of a call has it, and not that of a problem.
     #[cfg_attr(feature = "serde", serde(default))]
     pub notes: Vec<String>,
     /// What would run, in a form to store; `None` where nothing serves the problem.
@@ -237,7 +238,7 @@ impl Policy {
             asked_for: self.wanted.implementation.to_string(),
             scratch_limit: self.wanted.scratch_limit,
             numerics: self.wanted.numerics,
-            notes: hidden_keys(problem).into_iter().collect(),
+            notes: always_hidden_keys(problem).into_iter().collect(),
             choice: chosen.map(|(_, choice)| choice),
             candidates,
         }

@@ -150,8 +150,7 @@ impl Policy {
     /// Whether a backend serves a problem inside the caller's limits. From the cheapest and most telling reason to
     /// the most particular: device, availability, numerics class, the problem, the scratch limit. Plans nothing.
     ///
-    /// `supports` is not asked apart, here and in [`plan`](Self::plan): `scratch_bytes` refuses what it refuses, and both read
-    /// every length of a batch.
+    /// `supports` is not asked apart, here and in [`plan`](Self::plan): `scratch_bytes` refuses what it refuses.
     pub(crate) fn judge(
         &self,
         backend: &dyn AttentionBackend,
@@ -218,15 +217,23 @@ impl Policy {
         Ok(Served { numerics, scratch_bytes })
     }
 
-    /// The implementation that runs the problem, with a plan: one that is kept, or a new one.
-    pub(crate) fn chosen(&self, problem: &Problem) -> Result<Arc<Chosen>, Error> {
-        self.registry().plans().find(problem, &self.wanted, || self.choose(problem))
+    /// The implementation that runs the problem, with a plan: one that is kept, or a new one, where `check` lets it be
+    /// made.
+    pub(crate) fn chosen(
+        &self,
+        problem: &Problem,
+        check: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<Arc<Chosen>, Error> {
+        self.registry().plans().find(problem, &self.wanted, || {
+            check()?;
+            self.choose(problem)
+        })
     }
 
     /// As [`chosen`](Self::chosen), planned anew. Never inlined: what a choice takes of the stack is not there beside a call.
     #[inline(never)]
     fn choose(&self, problem: &Problem) -> Result<Chosen, Error> {
-        hidden_keys::tell(problem);
+        hidden_keys::tell_of_problem(problem);
         let implementation = &self.wanted.implementation;
         // One was asked for: its reason is the error.
         let alone = matches!(implementation, Implementation::Named(_) | Implementation::Exactly(_));

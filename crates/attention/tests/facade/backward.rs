@@ -222,6 +222,49 @@ fn a_backward_that_cannot_run_costs_no_forward() {
     assert_eq!(toy.runs(), 0);
 }
 
+/// What was given as a list may come back as a tensor of another dtype, and the other way round.
+#[test]
+fn numbers_are_compared_by_value() {
+    let data = data();
+    let (q, k, v, d_out) = data.qkv();
+    let (lengths, offset, seed, stream) = ([2i32], [2u32], [7i64], [3u32]);
+    let lists = data
+        .call()
+        .query_offsets([2])
+        .query_lengths([2])
+        .key_value_lengths([4])
+        .dropout(Dropout::new(0.25, 7).with_offset(3));
+    let tensors = data
+        .call()
+        .query_offsets((&offset, [1]))
+        .query_lengths((&lengths, [1]))
+        .key_value_lengths(vec![4i64])
+        .dropout(Dropout::new(0.25, 1))
+        .dropout_seed((&seed, [1]))
+        .dropout_offset((&stream, [1]));
+    let (forward, same) =
+        (lists.forward_with_lse(q, k, v).unwrap(), tensors.forward_with_lse(q, k, v).unwrap());
+    assert_eq!((&forward.out, &forward.lse), (&same.out, &same.lse));
+    let gradients = lists.backward(q, k, v, &forward, d_out).unwrap();
+    assert_eq!(tensors.backward(q, k, v, &forward, d_out).unwrap(), gradients);
+    assert_eq!(lists.backward(q, k, v, &same, d_out).unwrap(), gradients);
+    // A default by its number.
+    let scale = 1.0 / 8f64.sqrt();
+    assert_eq!(lists.clone().scale(scale).backward(q, k, v, &forward, d_out).unwrap(), gradients);
+    let refused = |call: Attention<'_>| call.backward(q, k, v, &forward, d_out).unwrap_err().to_string();
+    let text = refused(tensors.clone().query_lengths((&[1i32], [1])));
+    assert!(text.contains("backward has query lengths [1], its forward had [2]"), "{text}");
+    let text = refused(tensors.clone().query_offsets((&[1i32], [1])));
+    assert!(text.contains("backward has query offset [1], its forward had [2]"), "{text}");
+    let text = refused(tensors.clone().key_value_lengths([3]));
+    assert!(text.contains("backward has key/value lengths [3], its forward had [4]"), "{text}");
+    let text = refused(tensors.dropout_offset((&[4i64], [1])));
+    assert!(
+        text.contains("seed 7 and offset 4, its forward had of rate 0.25, seed 7 and offset 3"),
+        "{text}"
+    );
+}
+
 /// Gradients of another call than the forward was are those of neither.
 #[test]
 fn backward_refuses_the_forward_of_another_call() {
@@ -249,6 +292,11 @@ fn backward_refuses_the_forward_of_another_call() {
         (call.clone().query_offset(QueryOffset::BottomRight), "query offset bottom-right, its forward had 2"),
         (call.clone().window(Window::new(1, 1)), "window (1, 1), its forward had (unbounded, unbounded)"),
         (call.clone().softcap(None), "softcap none, its forward had 5"),
+        (call.clone().query_offset(3), "query offset 3, its forward had 2"),
+        (call.clone().query_offsets([2]), "query offset [2], its forward had 2"),
+        (call.clone().softcap(6.0), "softcap 6, its forward had 5"),
+        (call.clone().dropout_seed((&[8i32], [1])), "dropout of rate 0.25, seed 8 and offset 0"),
+        (call.clone().dropout(Dropout::new(0.25, 8)), "dropout of rate 0.25, seed 8 and offset 0"),
         (call.clone().query_lengths([2]), "query lengths [2], its forward had full"),
         (call.clone().key_value_lengths([4]), "key/value lengths [4], its forward had full"),
         (call.clone().bias(bias), "bias of f32 [1, 4, 3, 5], its forward had none"),

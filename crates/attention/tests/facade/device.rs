@@ -8,8 +8,8 @@ use attention::core::{
     ForwardCall, ForwardOutputs, Inputs, LentScratch, Plan, Scratch, ScratchBuffer,
 };
 use attention::{
-    Attention, AttentionBackend, Cause, Device, DeviceKind, Error, Gradients, Implementation, Problem,
-    Reason, Refusal, Registry, Tensor, Unsupported, Verdict, View, ViewMut,
+    Attention, AttentionBackend, CallData, Cause, Device, DeviceKind, Dropout, Error, Gradients,
+    Implementation, Problem, Reason, Refusal, Registry, Tensor, Unsupported, Verdict, View, ViewMut,
 };
 
 use crate::support::{Planning, Toy, numbers};
@@ -85,7 +85,20 @@ fn host_inputs<'a>(inputs: &Inputs<'a>) -> Inputs<'a> {
         bias: inputs.bias.map(host),
         alibi_slopes: inputs.alibi_slopes.map(host),
         sinks: inputs.sinks.map(host),
+        data: host_data(&inputs.data),
         ..Inputs::new(host(inputs.query), host(inputs.key), host(inputs.value))
+    }
+}
+
+fn host_data<'a>(data: &CallData<'a>) -> CallData<'a> {
+    let host = |view| moved(view, Device::Cpu);
+    CallData {
+        query_offsets: data.query_offsets.map(host),
+        query_lengths: data.query_lengths.map(host),
+        key_value_lengths: data.key_value_lengths.map(host),
+        dropout_seed: data.dropout_seed.map(host),
+        dropout_offset: data.dropout_offset.map(host),
+        ..*data
     }
 }
 
@@ -244,6 +257,42 @@ fn scratch_is_lent_and_both_passes_run_on_device_memory() {
     assert_eq!(dbias.as_slice::<f32>(), want_gradients.dbias.as_ref().unwrap().as_slice::<f32>());
     assert_eq!((dq, dk, dv), want_gradients.into_qkv().unwrap());
     assert_eq!(device.toy.runs(), 2);
+}
+
+/// Lengths and the like are in the memory of the call or in that of the host, and nowhere else.
+#[test]
+fn numbers_of_a_call_are_there_or_on_the_host() {
+    let device = Arc::new(OnDevice::new(Toy::new("device")));
+    let registry = registry([&device]);
+    let (lengths, offsets, seed) = ([2i32], [1i64], [9u32]);
+    let views =
+        [View::from_slice(&lengths, [1]), View::from_slice(&offsets, [1]), View::from_slice(&seed, [1])];
+    let [lengths, offsets, seed] = views.map(Result::unwrap);
+    let call = || Attention::new().causal(true).dropout(Dropout::new(0.5, 1));
+    let want = {
+        let [q, k, v, _] = data();
+        let call = call().key_value_lengths([2]).query_offset(1).dropout(Dropout::new(0.5, 9));
+        call.implementation(Toy::new("toy").arc()).forward(&q, &k, &v).unwrap()
+    };
+    let with = |place: Device| {
+        let [lengths, offsets, seed] = [lengths, offsets, seed].map(|view| moved(view, place));
+        call().registry(&registry).key_value_lengths(lengths).query_offsets(offsets).dropout_seed(seed)
+    };
+    for place in [DEVICE, Device::Cpu] {
+        assert_eq!(forward(&with(place)).unwrap(), want);
+        assert_eq!(device.toy.plans(), if place == DEVICE { 1 } else { 2 });
+    }
+    // A list is on the host.
+    let list =
+        call().registry(&registry).key_value_lengths([2]).query_offset(1).dropout(Dropout::new(0.5, 9));
+    assert_eq!(forward(&list).unwrap(), want);
+    let (plans, runs) = (device.toy.plans(), device.toy.runs());
+    let error = forward(&with(Device::Cuda(1))).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: key/value lengths is on cuda:1, the call is on cuda:0");
+    assert_eq!((device.toy.plans(), device.toy.runs()), (plans, runs));
+    let [q, k, v, _] = data();
+    let error = with(DEVICE).forward(&q, &k, &v).unwrap_err();
+    assert_eq!(error.to_string(), "invalid call: key/value lengths is on cuda:0, the call is on cpu");
 }
 
 #[test]

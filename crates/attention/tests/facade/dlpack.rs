@@ -88,6 +88,10 @@ fn every_dtype_and_empty_tensors_go_out_and_in() {
         Tensor::from_vec(vec![f16::ONE; 6], [2, 3]).unwrap(),
         Tensor::from_vec(vec![bf16::ONE; 6], [2, 3]).unwrap(),
         Tensor::from_vec(vec![true; 6], [2, 3]).unwrap(),
+        Tensor::from_vec(vec![-1i32; 6], [2, 3]).unwrap(),
+        Tensor::from_vec(vec![1u32; 6], [2, 3]).unwrap(),
+        Tensor::from_vec(vec![-1i64; 6], [2, 3]).unwrap(),
+        Tensor::from_vec(vec![1usize; 6], [2, 3]).unwrap(),
         Tensor::from_vec(vec![0f32; 0], [2, 0]).unwrap(),
         Tensor::from_vec(vec![7f32], []).unwrap(),
     ];
@@ -102,6 +106,29 @@ fn every_dtype_and_empty_tensors_go_out_and_in() {
         for import in imports {
             assert_eq!(import.view().unwrap().desc(), tensor.view().desc());
         }
+    }
+}
+
+/// Lengths as torch and JAX have them: integers of 64 and of 32 bits.
+#[test]
+fn integers_of_other_libraries_are_lengths() {
+    let array = numbers();
+    let x = Tensor::from_vec(array.iter().copied().collect::<Vec<f32>>(), [1, 4, 2, 8]).unwrap();
+    let want = attention().key_value_lengths([3]).forward(&x, &x, &x).unwrap();
+    let lengths = [
+        Tensor::from_vec(vec![3i32], [1]).unwrap(),
+        Tensor::from_vec(vec![3u32], [1]).unwrap(),
+        Tensor::from_vec(vec![3i64], [1]).unwrap(),
+    ];
+    for lengths in lengths {
+        // SAFETY: it was just made and is handed over once.
+        let lengths = unsafe { Import::from_versioned(Export::from(lengths).into_versioned()) }.unwrap();
+        let lengths = lengths.view().unwrap();
+        assert_eq!(attention().key_value_lengths(lengths).forward(&x, &x, &x).unwrap(), want);
+        // What integers mean in a mask is not the same in any two libraries.
+        let text = attention().mask(lengths).forward(&x, &x, &x).unwrap_err().to_string();
+        assert!(text.starts_with("invalid call: mask has dtype") && text.contains("expected bool"), "{text}");
+        assert!(text.contains("numbers that say 1 or 0 are compared with 0 first"), "{text}");
     }
 }
 
@@ -203,13 +230,17 @@ fn what_is_no_tensor_of_a_call_is_an_error() {
     assert!(text(on(10, 0)).starts_with("the tensor is on DLPack device type 10, number 0"));
     assert!(text(on(2, -1)).contains("number -1"));
     let of = |code, bits, lanes| ffi::Tensor { dtype: ffi::DataType { code, bits, lanes }, ..whole };
-    let integers = text(of(0, 32, 1));
+    let integers = text(of(0, 16, 1));
     assert!(
         integers.starts_with(
-            "the tensor has DLPack elements of code 0 (signed integer), 32 bits, 1 lane; expected"
+            "the tensor has DLPack elements of code 0 (signed integer), 16 bits, 1 lane; expected"
         ),
         "{integers}"
     );
+    for (code, bits) in [(0, 8), (0, 16), (0, 128), (1, 8), (1, 16), (1, 64)] {
+        let other = text(of(code, bits, 1));
+        assert!(other.contains("Keras") && other.contains("an unsigned one of 32"), "{other}");
+    }
     // As a mask, they mean something else in every library.
     assert!(
         integers.contains("Keras") && integers.ends_with("`mask != 0`, or floats for a bias)"),

@@ -53,8 +53,16 @@ fn shapes_and_numbers_come_from_the_core() {
         "invalid call: scale is NaN, which is not finite in f32"
     );
     assert_eq!(
+        refused(Attention::new().query_lengths([3, -1]), X, X, X),
+        "invalid call: query length -1 of batch row 1 is not between 0 and the tensor's length 3"
+    );
+    assert_eq!(
+        refused(Attention::new().softcap(0.0), X, X, X),
+        "invalid call: softcap is 0, expected a number above 0 (leave it out for no softcap)"
+    );
+    assert_eq!(
         refused(Attention::new().key_value_lengths([3, 4]), X, X, X),
-        "invalid call: key/value length 4 of batch row 1 exceeds the tensor's length 3"
+        "invalid call: key/value length 4 of batch row 1 is not between 0 and the tensor's length 3"
     );
     let mask = [true; 2];
     assert_eq!(
@@ -64,8 +72,51 @@ fn shapes_and_numbers_come_from_the_core() {
     // Without a batch axis the batch is one row.
     assert_eq!(
         refused(Attention::new().query_lengths([3, 3]), [3, 4, 8], [3, 4, 8], [3, 4, 8]),
-        "invalid call: 2 query lengths were given for a batch of 1"
+        "invalid call: query lengths has shape [2], expected [1] ([B])"
     );
+}
+
+/// A call with wrong numbers is refused before anything is planned or written, whichever way it is made.
+#[test]
+fn wrong_numbers_plan_nothing() {
+    let toy = Toy::new("toy").arc();
+    let registry = registry([toy.clone()]);
+    let data = numbers(192, 1);
+    let x = (&data, X);
+    let (floats, negative, short) = ([1f32, 2.0], [1i64, -1], [1u32]);
+    let call = Attention::new().registry(&registry);
+    for (call, message) in [
+        (call.clone().scale(f64::NAN), "scale is NaN, which is not finite in f32"),
+        (call.clone().scale(1e39), "scale is 1e39, which is not finite in f32"),
+        (call.clone().softcap(f64::INFINITY), "softcap is inf, which is not finite in f32"),
+        (call.clone().key_value_lengths([9, 0]), "key/value length 9 of batch row 0 is not between"),
+        (call.clone().query_lengths((&negative, [2])), "query length -1 of batch row 1 is not between"),
+        (call.clone().query_lengths((&short, [1])), "query lengths has shape [1], expected [2] ([B])"),
+        (call.clone().query_offsets([1]), "query offsets has shape [1], expected [2] ([B])"),
+        (
+            call.clone().key_value_lengths((&floats, [2])),
+            "key/value lengths has dtype f32, expected i32, u32 or i64",
+        ),
+        (call.clone().key_value_lengths((&short, [2])), "key/value lengths: shape [2] has 2 elements"),
+        (call.clone().dropout(attention::Dropout::new(1.0, 1)), "dropout rate is 1, expected 0 <= rate"),
+        (call.clone().dropout_seed((&short, [1])), "the call was given dropout seed, the problem has none"),
+    ] {
+        let begins = |error: Error| {
+            let text = error.to_string();
+            assert!(text.starts_with(&format!("invalid call: {message}")), "{text}");
+            assert!(error.invalid_call().is_some());
+        };
+        let (mut out, shape) = (vec![7.0f32; 192], X);
+        begins(call.forward(x, x, x).unwrap_err());
+        begins(call.forward_with_lse(x, x, x).unwrap_err());
+        begins(call.forward_into(x, x, x, (&mut out, shape), None).unwrap_err());
+        begins(call.backward_recompute(x, x, x, x).unwrap_err());
+        begins(call.problem(x, x, x).unwrap_err());
+        begins(call.backward_problem(x, x, x).unwrap_err());
+        begins(call.explain(x, x, x).unwrap_err());
+        assert!(out.iter().all(|&out| out == 7.0));
+    }
+    assert_eq!((toy.plans(), toy.runs()), (0, 0));
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use attention::core::{ForwardOutputs, Inputs, Scratch, ScratchBuffer};
 use attention::{
-    Attention, BackwardInputs, BackwardOutputs, Device, DeviceKind, Error, Gradients, Implementation,
-    InvalidCall, Reason, Registry, Role, Tensor, View, ViewMut,
+    Attention, BackwardInputs, BackwardOutputs, CallData, Device, DeviceKind, Dropout, Error, Gradients,
+    Implementation, InvalidCall, QueryOffset, Reason, Registry, Role, Tensor, View, ViewMut,
 };
 
 use crate::support::{Planning, Toy, numbers, registry};
@@ -53,6 +53,145 @@ fn calls_of_one_problem_are_planned_once() {
     registry.forget_plans();
     call(&attention, 3);
     assert_eq!(toy.plans(), 9);
+}
+
+/// One plan, whatever the numbers of the call: what they are is not in the problem.
+#[test]
+fn calls_that_differ_in_their_numbers_have_one_plan() {
+    let plans_of = |calls: &mut dyn Iterator<Item = Attention<'_>>| {
+        let toy = Toy::new("toy").arc();
+        let registry = registry([toy.clone()]);
+        let mut outputs: Vec<Tensor> = Vec::new();
+        for attention in calls {
+            let attention = attention.causal(true);
+            let out = call(&attention.clone().registry(&registry), 8);
+            // The same as with a plan of its own.
+            assert_eq!(call(&attention.implementation(Toy::new("other").arc()), 8), out);
+            outputs.push(out);
+        }
+        assert_eq!(toy.runs(), outputs.len());
+        // Numbers that count.
+        assert!(outputs.windows(2).all(|pair| pair[0] != pair[1]));
+        toy.plans()
+    };
+    let new = Attention::new;
+    // A cache that grows, and what says where its last query is.
+    let bottom_right = || new().query_offset(QueryOffset::BottomRight);
+    assert_eq!(plans_of(&mut (1..=8).map(|filled| bottom_right().key_value_lengths([filled]))), 1);
+    let tensors: Vec<[i32; 1]> = (1..=8).map(|filled| [filled]).collect();
+    assert_eq!(
+        plans_of(&mut tensors.iter().map(|filled| bottom_right().key_value_lengths((filled, [1])))),
+        1
+    );
+    assert_eq!(plans_of(&mut (1..=3).map(|real| new().query_lengths([real]))), 1);
+    assert_eq!(plans_of(&mut (1..=5).map(|cached| new().query_offset(QueryOffset::Fixed(cached)))), 1);
+    assert_eq!(plans_of(&mut (0..=5).map(|cached| new().query_offsets([cached]))), 1);
+    // Offset 0 is the top-left alignment, which kernels know before any call.
+    assert_eq!(plans_of(&mut (0..=5).map(|cached| new().query_offset(QueryOffset::Fixed(cached)))), 2);
+    assert_eq!(plans_of(&mut (1..=5).map(|scale| new().scale(f64::from(scale)))), 1);
+    // No scale is a scale; others than ordinary ones are planned apart.
+    assert_eq!(plans_of(&mut [None, Some(2.0)].into_iter().map(|scale| new().scale(scale))), 1);
+    assert_eq!(plans_of(&mut [-1.0, -2.0, 1.0].into_iter().map(|scale| new().scale(scale))), 2);
+    assert_eq!(plans_of(&mut (1..=5).map(|cap| new().softcap(f64::from(cap) / 10.0))), 1);
+    let dropout = |seed| Dropout::new(0.5, seed);
+    assert_eq!(plans_of(&mut (1..=5).map(|seed| new().dropout(dropout(seed)))), 1);
+    assert_eq!(plans_of(&mut (1..=5).map(|step| new().dropout(dropout(1).with_offset(step)))), 1);
+    let seeds: Vec<[i64; 1]> = (1..=5).map(|seed| [seed]).collect();
+    let seeded = |seed| new().dropout(dropout(0)).dropout_seed((seed, [1]));
+    assert_eq!(plans_of(&mut seeds.iter().map(seeded)), 1);
+    // The rate is the problem's.
+    assert_eq!(plans_of(&mut (1..=3).map(|rate| new().dropout(Dropout::new(f64::from(rate) / 10.0, 1)))), 3);
+}
+
+/// The same for implementations of this build: one plan serves other numbers with the bits of a plan of its own.
+#[test]
+fn one_plan_has_the_bits_of_a_plan_for_each_call() {
+    let [q, k, v, d_out] =
+        [1, 2, 3, 4].map(|seed| Tensor::from_vec(numbers(1280, seed), [2, 40, 2, 8]).unwrap());
+    let steps = |step: usize| {
+        Attention::new()
+            .causal(true)
+            .query_lengths([40 - step, 1 + step])
+            .key_value_lengths([1 + step, 40 - step])
+            .query_offset(1 + step)
+            .scale(0.1 * (1 + step) as f64)
+            .softcap(1.0 + step as f64)
+            .dropout(Dropout::new(0.25, step as u64).with_offset(step as u32))
+    };
+    for backend in Registry::shared()
+        .backends()
+        .iter()
+        .filter(|backend| backend.capabilities().device == DeviceKind::Cpu)
+    {
+        let shared = Registry::empty().with(backend.clone());
+        for step in 0..30 {
+            let run = |registry: &Registry| {
+                let call = steps(step).registry(registry);
+                let forward = call.forward_with_lse(&q, &k, &v).unwrap();
+                let gradients = call.backward(&q, &k, &v, &forward, &d_out).unwrap();
+                (forward.out, forward.lse, gradients)
+            };
+            assert_eq!(run(&shared), run(&Registry::empty().with(backend.clone())), "{step}");
+        }
+        // Held, and called with the numbers of each step.
+        let plan = {
+            let call = steps(0).registry(&shared);
+            call.plan(&call.problem_with_lse(&q, &k, &v).unwrap()).unwrap()
+        };
+        for step in 0..30 {
+            let call = steps(step);
+            let want = call.clone().registry(&shared).forward_with_lse(&q, &k, &v).unwrap();
+            let (mut out, mut lse) =
+                (Tensor::zeros::<f32>([2, 40, 2, 8]).unwrap(), Tensor::zeros::<f32>([2, 40, 2]).unwrap());
+            let outputs = ForwardOutputs { out: out.view_mut(), lse: Some(lse.view_mut()) };
+            let inputs = Inputs { data: call.data(), ..Inputs::new(q.view(), k.view(), v.view()) };
+            plan.forward_into(inputs, outputs).unwrap();
+            assert_eq!((out, lse), (want.out, want.lse));
+        }
+    }
+}
+
+/// A plan has no numbers of its own, and refuses calls with others than its problem announces.
+#[test]
+fn a_held_plan_takes_the_numbers_of_its_calls() {
+    let toy = Toy::new("toy").arc();
+    let attention = Attention::new().implementation(toy.clone()).scale(0.5).key_value_lengths([2]);
+    let [q, k, v] = data(8);
+    let step = attention.plan(&attention.problem(&q, &k, &v).unwrap()).unwrap();
+    let run = |data: CallData<'_>| {
+        let mut out = Tensor::zeros::<f32>([1, 3, 2, 4]).unwrap();
+        let inputs = Inputs { data, ..Inputs::new(q.view(), k.view(), v.view()) };
+        step.forward_into(inputs, ForwardOutputs { out: out.view_mut(), lse: None }).map(|()| out)
+    };
+    assert_eq!(run(attention.data()).unwrap(), attention.forward(&q, &k, &v).unwrap());
+    let other = attention.clone().scale(2.0).key_value_lengths([7]);
+    assert_eq!(run(other.data()).unwrap(), other.forward(&q, &k, &v).unwrap());
+    assert_eq!((toy.plans(), toy.runs()), (1, 4));
+    // The scale is the default one, where nothing is said.
+    let lengths = CallData { scale: None, ..attention.data() };
+    assert_eq!(run(lengths).unwrap(), attention.clone().scale(None).forward(&q, &k, &v).unwrap());
+    let runs = toy.runs();
+    let narrow = [2i32];
+    let data = attention.data();
+    for (wrong, message) in [
+        (CallData::default(), "the problem has key/value lengths, the call was given none"),
+        (attention.clone().query_lengths([1]).data(), "the call was given query lengths"),
+        (
+            CallData { key_value_lengths: View::from_slice(&narrow, [1]).ok(), ..data },
+            "key/value lengths is i32 [1]",
+        ),
+        (attention.clone().softcap(3.0).data(), "softcap of the call: given; of its problem: not given"),
+        (attention.clone().query_offset(3).data(), "query offset of the call: 3; of its problem: top-left"),
+        (attention.clone().scale(-1.0).data(), "scale is -1, and the problem was made for scales from"),
+        (
+            attention.clone().dropout(Dropout::new(0.5, 1)).data(),
+            "dropout rate of the call: 0.5; of its problem: none",
+        ),
+    ] {
+        let text = run(wrong).unwrap_err().to_string();
+        assert!(text.starts_with("invalid call: ") && text.contains(message), "{text}");
+    }
+    assert_eq!(toy.runs(), runs);
 }
 
 #[test]

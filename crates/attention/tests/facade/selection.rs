@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use attention::core::Alignment;
 use attention::{
     Attention, AttentionBackend, Cause, Choice, DType, DeviceKind, Dimensions, Error, Implementation,
     NumericsClass, Problem, Reason, Refusal, Registry, Tensor, Unsupported, Verdict,
@@ -441,19 +442,28 @@ fn cuda_takes_device_memory_alone() {
 #[test]
 fn an_explanation_tells_of_keys_that_a_causal_call_hides() {
     let desc = |length| attention::TensorDesc::contiguous(DType::F32, [1, length, 1, 8]);
-    let problem = |offset| {
+    let problem = |alignment| {
         let problem = Problem::builder(desc(1), desc(12), desc(12)).causal(true);
-        problem.query_offset(offset).build().unwrap()
+        problem.alignment(alignment).build().unwrap()
     };
-    let explanation = attention::explain(&problem(attention::QueryOffset::TOP_LEFT));
+    let explanation = attention::explain(&problem(Alignment::TopLeft));
     assert_eq!(explanation.notes.len(), 1);
     assert!(explanation.notes[0].contains("hides the last 11 keys from every query row"), "{explanation}");
     assert!(
         explanation.to_string().contains("\nnote: the call is causal with T = 1, S = 12"),
         "{explanation}"
     );
-    let meant = attention::explain(&problem(attention::QueryOffset::BottomRight));
+    let meant = attention::explain(&problem(Alignment::BottomRight));
     assert!(meant.notes.is_empty() && !meant.to_string().contains("note:"), "{meant}");
+
+    // By lengths, it is for each call to say.
+    let (query, keys) =
+        (Tensor::zeros::<f32>([1, 1, 1, 8]).unwrap(), Tensor::zeros::<f32>([1, 12, 1, 8]).unwrap());
+    let call = |length| Attention::new().causal(true).key_value_lengths([length]);
+    let explanation = call(5).explain(&query, &keys, &keys).unwrap();
+    assert!(explanation.notes[0].contains("hides the last 4 keys from every query row"), "{explanation}");
+    assert!(call(5).explain_problem(&explanation.problem).notes.is_empty());
+    assert!(call(1).explain(&query, &keys, &keys).unwrap().notes.is_empty());
 }
 
 /// Long calls go to the memory-efficient implementation, whatever else there is.

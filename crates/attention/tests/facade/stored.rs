@@ -100,6 +100,7 @@ fn options() {
         scale: Some(-0.1),
         causal: true,
         query_offset: QueryOffset::Fixed(-3),
+        query_offsets: Some([2, -4].into()),
         window: Window { left: None, right: Some(2) },
         softcap: Some(30.0),
         query_lengths: Lengths::from([1, 2]),

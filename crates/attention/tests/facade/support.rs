@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use attention::core::{
-    BackendFailure, BackwardCall, Capabilities, Error, FeatureSet, ForwardCall, PassCapabilities, Plan,
-    Scratch, ScratchGrowth,
+    BackendFailure, BackwardCall, CallProblem, Capabilities, DropoutStream, Error, FeatureSet, ForwardCall,
+    PassCapabilities, Plan, Scratch, ScratchGrowth, SequenceRows,
 };
 use attention::{
     AttentionBackend, DType, DeviceKind, NumericsClass, Problem, Registry, Scalar, Unavailable, Unsupported,
@@ -21,9 +21,19 @@ pub(crate) struct Toy {
     pub(crate) scratch: usize,
     /// What it says when it is to plan.
     pub(crate) planning: Planning,
-    /// Every problem that was run.
-    pub(crate) seen: Arc<Mutex<Vec<Problem>>>,
+    /// Every call that was run.
+    pub(crate) seen: Arc<Mutex<Vec<Seen>>>,
     plans: AtomicUsize,
+}
+
+/// A call that was run: its problem, and its numbers as a backend has them.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Seen {
+    pub(crate) problem: Problem,
+    pub(crate) scale: f64,
+    pub(crate) softcap: Option<f64>,
+    pub(crate) dropout: Option<DropoutStream>,
+    pub(crate) rows: Vec<SequenceRows>,
 }
 
 /// How planning ends.
@@ -84,7 +94,12 @@ impl Toy {
         Arc::new(self)
     }
 
+    /// The problem of the last call.
     pub(crate) fn last(&self) -> Problem {
+        self.last_call().problem
+    }
+
+    pub(crate) fn last_call(&self) -> Seen {
         self.seen.lock().unwrap().last().expect("it ran").clone()
     }
 
@@ -156,13 +171,20 @@ struct ToyPlan {
     problem: Problem,
     name: String,
     scratch: usize,
-    seen: Arc<Mutex<Vec<Problem>>>,
+    seen: Arc<Mutex<Vec<Seen>>>,
 }
 
 impl ToyPlan {
-    fn start(&self, problem: &Problem, scratch: &Scratch<'_>) -> Result<(), Error> {
-        self.admit(problem, scratch)?;
-        self.seen.lock().unwrap().push(problem.clone());
+    fn start(&self, call: &CallProblem<'_>, scratch: &Scratch<'_>) -> Result<(), Error> {
+        self.admit(call.problem(), scratch)?;
+        let seen = Seen {
+            problem: call.problem().clone(),
+            scale: call.scale(),
+            softcap: call.softcap(),
+            dropout: call.dropout_stream(),
+            rows: (0..call.dims().batch).map(|batch| call.sequence(batch)).collect(),
+        };
+        self.seen.lock().unwrap().push(seen);
         Ok(())
     }
 }
@@ -182,10 +204,10 @@ impl Plan for ToyPlan {
 
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         let (problem, inputs, outputs) = call.into_parts();
-        self.start(problem, &scratch)?;
-        let logits = Logits::new(problem, &inputs);
+        self.start(&problem, &scratch)?;
+        let logits = Logits::new(&problem, &inputs);
         let (mut out, mut lse) = (Writer::new(outputs.out), outputs.lse.map(Writer::new));
-        for [b, t, n] in rows(problem) {
+        for [b, t, n] in rows(&problem) {
             let row = logits.row(b, t, n);
             for h in 0..problem.dims().value_head_dim {
                 let sum =
@@ -201,13 +223,13 @@ impl Plan for ToyPlan {
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         let (problem, inputs, saved, outputs) = call.into_parts();
-        self.start(problem, &scratch)?;
-        let logits = Logits::new(problem, &inputs);
+        self.start(&problem, &scratch)?;
+        let logits = Logits::new(&problem, &inputs);
         let dims = problem.dims();
         let [mut dq, mut dk, mut dv, mut dbias, mut dsinks] =
             [outputs.dq, outputs.dk, outputs.dv, outputs.dbias, outputs.dsinks]
                 .map(|view| view.map(Sum::new));
-        for [b, t, n] in rows(problem) {
+        for [b, t, n] in rows(&problem) {
             let row = logits.row(b, t, n);
             let d_out = |h: usize| at(&saved.d_out, &[b, t, n, h]);
             let d_lse = saved.d_lse.map_or(0.0, |d_lse| at(&d_lse, &[b, t, n]));
@@ -312,7 +334,7 @@ impl<'a> Sum<'a> {
 }
 
 struct Logits<'a, 'v> {
-    problem: &'a Problem,
+    problem: &'a CallProblem<'a>,
     inputs: &'a attention::core::Inputs<'v>,
 }
 
@@ -331,7 +353,7 @@ struct Key {
 }
 
 impl<'a, 'v> Logits<'a, 'v> {
-    fn new(problem: &'a Problem, inputs: &'a attention::core::Inputs<'v>) -> Self {
+    fn new(problem: &'a CallProblem<'a>, inputs: &'a attention::core::Inputs<'v>) -> Self {
         Self { problem, inputs }
     }
 

@@ -5,7 +5,7 @@
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use attention::{Attention, Dimensions, Lengths, Problem, Registry};
+use attention::{Attention, CallProblem, Dimensions, Problem, Registry};
 
 /// Set in a child, which does what its parent checks.
 const CHILD: &str = "ATTENTION_TEST_CHILD";
@@ -300,11 +300,11 @@ fn without_memory_a_call_is_an_error() {
             let text = call.forward(query, key, key).unwrap_err().to_string();
             assert!(text.starts_with("no memory for scratch"), "{text}");
         }
-        let dropout = Problem::builder(desc(1 << 15), desc(1 << 15), desc(1 << 15))
-            .dropout(attention::Dropout::new(0.5, 1))
-            .build()
-            .unwrap();
-        assert!(attention::dropout_mask(&dropout).is_err());
+        let problem = Problem::builder(desc(1 << 15), desc(1 << 15), desc(1 << 15)).dropout_rate(0.5);
+        let problem = problem.build().unwrap();
+        let dropout = problem.dropout_at(1, 0);
+        let data = attention::CallData { dropout, ..Default::default() };
+        assert!(attention::dropout_mask(&CallProblem::new(&problem, &data).unwrap()).is_err());
         done();
         return;
     }
@@ -365,11 +365,10 @@ fn nothing_is_computed_at_once() {
     attention::explain(&dims.problem(attention::DType::F32).build().unwrap());
     assert!(begin.elapsed() < Duration::from_millis(500), "explain {:?}", begin.elapsed());
     // Lengths are read, and no more.
-    let dims = Dimensions { batch: 1 << 20, ..dims };
-    let lengths = Lengths::from(vec![1; 1 << 20]);
-    let problem = dims.problem(attention::DType::F32).key_value_lengths(lengths).build().unwrap();
+    let lengths = vec![1; 1 << 20];
+    let x = attention::View::from_slice(&[1f32], [1, 1, 1, 1]).unwrap().expand([1 << 20, 1, 1, 1]).unwrap();
     let begin = Instant::now();
-    attention::explain(&problem);
+    Attention::new().causal(true).key_value_lengths(lengths).explain(x, x, x).unwrap();
     assert!(begin.elapsed() < Duration::from_secs(20), "explain with lengths {:?}", begin.elapsed());
 }
 

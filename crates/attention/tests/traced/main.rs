@@ -103,4 +103,14 @@ fn a_call_is_a_span_and_its_choice_an_event() {
     let (text, said) = (decode(QueryOffset::TOP_LEFT, 13), "hides the last 12 keys from every query row");
     assert!(text.lines().any(|line| line.contains("DEBUG") && line.contains(said)), "{text}");
     assert!(!text.contains("WARN"), "{text}");
+
+    // By its lengths, each call says it of itself, whatever was planned.
+    let keys = Tensor::zeros::<f32>([1, 14, 2, 4]).unwrap();
+    let fill = |filled: usize| {
+        let call = Attention::new().registry(&toy).causal(true).key_value_lengths([filled]);
+        traced_call(|| drop(call.forward(&query, &keys, &keys).unwrap()))
+    };
+    assert!(!fill(1).contains("hides"));
+    assert!(fill(3).contains("hides the last 2 keys from every query row"));
+    assert!(fill(4).contains("hides the last 3 keys from every query row"));
 }

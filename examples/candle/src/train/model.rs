@@ -1,6 +1,6 @@
 //! A small transformer over characters, with attention of this library's or of candle's own operations.
 
-use attention::core::{DType as Float, Problem, TensorDesc};
+use attention::core::{CallData, CallProblem, DType as Float, Problem, TensorDesc};
 use attention_candle::{Attention, Dropout};
 use candle_core::{D, DType, Device, Result, Tensor};
 use candle_nn::{Embedding, Init, Linear, Module, VarBuilder, VarMap, embedding, linear, loss, ops};
@@ -162,10 +162,12 @@ fn by_candle(query: &Tensor, key: &Tensor, value: &Tensor, dropout: Option<Dropo
     let mut probabilities = ops::softmax(&allowed.where_cond(&logits, &masked)?, D::Minus1)?;
     if let Some(dropout) = dropout {
         let desc = TensorDesc::contiguous(Float::F32, [rows, characters, heads, width]);
-        let problem = Problem::builder(desc, desc, desc).dropout(dropout).build();
+        let data = CallData { dropout: Some(dropout), ..CallData::default() };
+        let problem = Problem::builder(desc, desc, desc).data(&data).build();
         let problem = problem.map_err(candle_core::Error::wrap)?;
-        let scale = problem.dropout_stream().map_or(1.0, |stream| stream.keep_scale()) as f32;
-        let keep = attention::dropout_mask(&problem).map_err(candle_core::Error::wrap)?.unwrap_or_default();
+        let call = CallProblem::new(&problem, &data).map_err(candle_core::Error::wrap)?;
+        let scale = call.dropout_stream().map_or(1.0, |stream| stream.keep_scale()) as f32;
+        let keep = attention::dropout_mask(&call).map_err(candle_core::Error::wrap)?.unwrap_or_default();
         let keep: Vec<f32> = keep.into_iter().map(|keep| if keep { scale } else { 0.0 }).collect();
         probabilities = (probabilities * Tensor::from_vec(keep, logits.dims(), device)?)?;
     }

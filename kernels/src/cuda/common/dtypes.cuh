@@ -13,6 +13,10 @@
 #define DTYPE_BF16 3
 // Decided at run time.
 #define DTYPE_ANY 4
+// Of integers alone.
+#define DTYPE_I32 5
+#define DTYPE_U32 6
+#define DTYPE_I64 7
 
 __device__ inline float f16_to_float(unsigned short x) {
     float y;

@@ -1,7 +1,7 @@
 // Masks, biases, ALiBi and dropout in the form that cuDNN's fused attention takes: mask, bias and ALiBi as
 // one bias tensor, small vectors as f32, dropout as a tensor of ones and zeros. And the gradient of the
 // sinks, from what the backward pass has computed.
-// Needs: common/dtypes.cuh, common/philox.cuh, cudnn/strides.cuh.
+// Needs: common/dtypes.cuh, common/integers.cuh, common/philox.cuh, cudnn/strides.cuh, cudnn/intervals.cuh.
 //
 // Compute capability 8.0 and later. Tested by the conformance suite of attention-cudnn.
 
@@ -34,12 +34,17 @@ struct BiasSources {
 };
 
 // Which rows see which keys by structure: row t of batch row b, if it is in its interval of `rows`, sees the
-// keys from `t + positions[b] - left` to `t + positions[b] + right`, both included, that are in its interval
-// of `keys`.
+// keys from `t + offset - left` to `t + offset + right`, both included, that are in its interval of `keys`.
 struct Structure {
-    const int *rows, *keys, *positions;
-    long long left, right;
+    Intervals rows, keys;
+    // The offset of each batch row; null where `offset` is that of all.
+    const int *offsets;
+    long long offset, left, right;
 };
+
+__device__ inline long long offset_of(const Structure &structure, long long b) {
+    return structure.offsets == nullptr ? structure.offset : structure.offsets[b];
+}
 
 // Which rows see any key, and which keys any row sees, bytes that are zero before: `rows` [B, N, T] and
 // `keys` [B, K, row], both with one head where the bias has one.
@@ -59,7 +64,7 @@ struct MakeBias {
     long long batch, heads, group, positions;
 };
 
-static_assert(sizeof(MakeBias) == 248, "the host's layout");
+static_assert(sizeof(MakeBias) == 272, "the host's layout");
 
 // Consecutive keys per thread, and rows per block.
 constexpr int OWN = 8, STRIP = 16;
@@ -175,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(const Ma
         }
         if (sources.slopes != nullptr) {
             const float slope = sources.slopes[b * sources.slopes_batch + n];
-            const long long distance = t + structure.positions[b] - key;
+            const long long distance = t + offset_of(structure, b) - key;
 #pragma unroll
             for (int own = 0; own < OWN; ++own) values[own] -= slope * fabsf((float)(distance - own));
         }
@@ -196,15 +201,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(const Ma
     const long long first_batch = made.batch == 1 ? 0 : b, end_batch = made.batch == 1 ? batch : b + 1;
     const long long key_heads = made.heads == 1 ? 1 : heads / group;
     for (long long at = first_batch; at < end_batch; ++at) {
-        const long long first_key = structure.keys[2 * at], end_key = structure.keys[2 * at + 1];
+        const Interval rows = interval_of(structure.rows, at), keys = interval_of(structure.keys, at);
+        const long long offset = offset_of(structure, at);
         unsigned int any = 0;
 #pragma unroll
         for (int row = 0; row < STRIP; ++row) {
-            const long long t = first_row + row, position = t + structure.positions[at];
-            const long long first = max(first_key, position - structure.left);
-            const long long end = min(end_key, position + structure.right + 1);
+            const long long t = first_row + row, position = t + offset;
+            const long long first = max((long long)keys.first, position - structure.left);
+            const long long end = min((long long)keys.end, position + structure.right + 1);
             unsigned int bits = alive[row / 4] >> (row % 4 * 8) & own_between(key, first, end);
-            if (t < structure.rows[2 * at] || t >= structure.rows[2 * at + 1]) bits = 0;
+            if (!contains(rows, t)) bits = 0;
             any |= bits;
             // Other blocks may write the same value at the same time, here and below.
             if (__any_sync(0xFFFFFFFFu, bits != 0) && threadIdx.x % 32 == 0) {
@@ -247,21 +253,31 @@ struct KeepMask {
     uint4 *to;
     // [rows, positions] rows of `blocks` times eight keys.
     long long rows, positions, blocks;
+    // Where the seed and the offset of the stream are in device memory; else they are the words below.
+    Integers seed, offset;
     // The bits of 1 in a dtype of two bytes.
     unsigned one;
     unsigned threshold, key[2], stream_offset;
 };
 
-static_assert(sizeof(KeepMask) == 56, "the host's layout");
+static_assert(sizeof(KeepMask) == 104, "the host's layout");
 
 // 1 where a probability is kept, else 0. Eight keys per thread, blockDim.y rows per block.
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_keep_mask(const KeepMask p) {
     const long long at = blockIdx.x * (long long)blockDim.y + threadIdx.y;
     if (at >= p.rows * p.positions) return;
     const unsigned int position = (unsigned int)(at % p.positions), row = (unsigned int)(at / p.positions);
+    unsigned int key[2] = {p.key[0], p.key[1]};
+    if (p.seed.data != nullptr) {
+        const unsigned long long seed = (unsigned long long)integer_at(p.seed, 0);
+        key[0] = (unsigned int)seed;
+        key[1] = (unsigned int)(seed >> 32);
+    }
+    const unsigned int stream_offset =
+        p.offset.data != nullptr ? (unsigned int)integer_at(p.offset, 0) : p.stream_offset;
     for (long long block = threadIdx.x; block < p.blocks; block += blockDim.x) {
-        const uint4 counter = make_uint4((unsigned int)block, position, row, p.stream_offset);
-        const uint4 words = philox4x32_10(counter, p.key[0], p.key[1]);
+        const uint4 counter = make_uint4((unsigned int)block, position, row, stream_offset);
+        const uint4 words = philox4x32_10(counter, key[0], key[1]);
         const auto pair = [&](unsigned int word) {
             return ((word & 0xFFFFu) >= p.threshold ? p.one : 0u) | ((word >> 16) >= p.threshold ? p.one << 16 : 0u);
         };
@@ -278,8 +294,8 @@ struct SinkGradient {
     // The caller's.
     const float *lse;
     RowStrides lse_strides;
-    // Query lengths, [B]; null where there are none.
-    const int *lengths;
+    // The rows that see a key by structure: the others have no gradient.
+    Intervals rows;
     // As attention_sum_rows left them, of rows whose logsumexp is as large as `far`: the largest logit, and
     // the logarithm of the sum relative to it, in base two and with the sign turned.
     const float *scores, *offsets;
@@ -288,17 +304,17 @@ struct SinkGradient {
     int dtype;
 };
 
-static_assert(sizeof(SinkGradient) == 120, "the host's layout");
+static_assert(sizeof(SinkGradient) == 128, "the host's layout");
 
 // `d_sinks[n] = - sum over b and t of exp(sink[n] - lse) * delta`. One block per head, always in the same
-// order. Rows behind a query length take no part.
+// order. Rows that see no key take no part.
 extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK) attention_sink_gradient(const SinkGradient p) {
     const long long head = blockIdx.x;
     const double sink = p.sinks[head];
     double sum = 0.0;
     for (long long at = threadIdx.x; at < p.batch * p.positions; at += blockDim.x) {
         const long long b = at / p.positions, t = at % p.positions;
-        if (p.lengths != nullptr && t >= p.lengths[b]) continue;
+        if (!contains(interval_of(p.rows, b), t)) continue;
         const float value = p.lse[row_offset(p.lse_strides, b, t, head)];
         // A row without a logsumexp has no sink: its own is -inf.
         if (value == __int_as_float(0xff800000) || sink == -(double)__int_as_float(0x7f800000)) continue;

@@ -78,7 +78,8 @@ __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned b
 }
 
 // Blocks of query rows, if their gradient is wanted, then blocks of keys.
-extern "C" __global__ void __launch_bounds__(BLOCK, MANY) attention_contain_gradients(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MANY)
+    attention_contain_gradients(const __grid_constant__ Parameters p) {
     const unsigned of_queries =
         p.d_query.data ? strips_of_head(p.query_length) * (unsigned)(p.query_heads * p.batch) : 0;
     if (blockIdx.x < of_queries)

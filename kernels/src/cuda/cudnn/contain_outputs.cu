@@ -18,7 +18,8 @@ __device__ inline unsigned large_rows(const Parameters &p, long long b, long lon
     return __ballot_sync(~0u, fabs(x) >= LARGE && is_finite(x)) & ((1u << GROUPS_OF_WARP) - 1);
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, MANY) attention_contain_outputs(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MANY)
+    attention_contain_outputs(const __grid_constant__ Parameters p) {
     const Strip strip = strip_of_warp(p, blockIdx.x, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
     const int first = strip.first, end = strip.sequence.queries;

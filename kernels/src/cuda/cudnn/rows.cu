@@ -1,7 +1,7 @@
 // Rows that see no key, keys that no row sees, and the logsumexp in cuDNN's layout. cuDNN multiplies values
 // at masked positions by 0, and 0 times NaN is NaN, so rows and keys that take part in nothing are replaced
 // by zeros before.
-// Needs: cudnn/strides.cuh.
+// Needs: cudnn/strides.cuh, cudnn/intervals.cuh.
 //
 // One thread per row and head, or per eight elements in the copy. Any dtype of two bytes (outputs are only
 // ever set to zeros), f32 logsumexp, any compute capability. Tested by the conformance suite of
@@ -26,15 +26,15 @@ __device__ inline RowOf row_of(long long batch, long long positions, long long h
 
 // Which rows see a key.
 struct SeeingRows {
-    // For each batch row, the first row that sees a key by structure and the end of those that do.
-    const int *intervals;
+    // The rows that see a key by structure.
+    Intervals intervals;
     // [B, N or 1, T], zero for rows that a mask or a bias leaves no key; null where there is neither.
     const unsigned char *flags;
     long long flag_heads;
 };
 
 __device__ inline bool sees(const SeeingRows &of, const RowOf &row, long long positions) {
-    const bool inside = row.position >= of.intervals[2 * row.batch] && row.position < of.intervals[2 * row.batch + 1];
+    const bool inside = contains(interval_of(of.intervals, row.batch), row.position);
     const long long head = of.flag_heads == 1 ? 0 : row.head;
     return inside &&
            (of.flags == nullptr || of.flags[(row.batch * of.flag_heads + head) * positions + row.position] != 0);
@@ -60,7 +60,7 @@ struct FinishForward {
     long long batch, positions, heads, width;
 };
 
-static_assert(sizeof(FinishForward) == 144, "the host's layout");
+static_assert(sizeof(FinishForward) == 152, "the host's layout");
 
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_finish_forward(const FinishForward p) {
     const RowOf row = row_of(p.batch, p.positions, p.heads);
@@ -92,7 +92,7 @@ struct PrepareBackward {
     long long batch, positions, heads;
 };
 
-static_assert(sizeof(PrepareBackward) == 96, "the host's layout");
+static_assert(sizeof(PrepareBackward) == 104, "the host's layout");
 
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_prepare_backward(const PrepareBackward p) {
     const RowOf row = row_of(p.batch, p.positions, p.heads);
@@ -109,10 +109,10 @@ struct CleanRows {
     const unsigned short *from;
     RowStrides from_strides;
     uint4 *to;
-    // Each of `intervals`, `flags` and `stats` is null where it excludes no row. For each batch row, the
-    // first row that takes part and the end of those that do.
-    const int *intervals;
-    // [B, N or 1, ...], zero for rows that take no part, `flag_row` for each head.
+    // The rows that take part.
+    Intervals intervals;
+    // `flags` and `stats` are null where they exclude no row. [B, N or 1, ...], zero for rows that take no
+    // part, `flag_row` for each head.
     const unsigned char *flags;
     long long flag_heads, flag_row;
     // [B, N, T], as `attention_prepare_backward` writes it: +inf for a row that sees no key.
@@ -122,7 +122,7 @@ struct CleanRows {
     long long parts;
 };
 
-static_assert(sizeof(CleanRows) == 112, "the host's layout");
+static_assert(sizeof(CleanRows) == 120, "the host's layout");
 
 // Copies rows [B, T, N, H] without gaps; those that take no part become zero.
 //
@@ -134,8 +134,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_clean_rows(const C
         const long long head = index % p.heads;
         const long long position = index / p.heads % p.positions;
         const long long b = index / p.heads / p.positions;
-        const bool inside =
-            p.intervals == nullptr || (position >= p.intervals[2 * b] && position < p.intervals[2 * b + 1]);
+        const bool inside = contains(interval_of(p.intervals, b), position);
         const long long flag_head = p.flag_heads == 1 ? 0 : head;
         const bool seen =
             (p.flags == nullptr || p.flags[(b * p.flag_heads + flag_head) * p.flag_row + position] != 0) &&
@@ -144,6 +143,36 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_clean_rows(const C
         const uint4 *row = reinterpret_cast<const uint4 *>(p.from + row_offset(p.from_strides, b, position, head));
         for (long long part = threadIdx.x; part < p.parts; part += blockDim.x) {
             p.to[index * p.parts + part] = inside && seen ? row[part] : make_uint4(0, 0, 0, 0);
+        }
+    }
+}
+
+// The argument of `attention_clear_gradients`.
+struct ClearGradients {
+    uint4 *to;
+    // Multiples of 16 bytes.
+    RowStrides to_strides;
+    // Key lengths, [B].
+    const int *key_lengths;
+    long long batch, positions, heads;
+    // Parts of 16 bytes in a row.
+    long long parts;
+};
+
+static_assert(sizeof(ClearGradients) == 72, "the host's layout");
+
+// Writes zeros to a gradient [B, T, N, H] in batch rows without keys.
+//
+// Rows begin at multiples of 16 bytes. A thread writes one part; threadIdx.y counts rows, and blockIdx.y batch
+// rows.
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_clear_gradients(const ClearGradients p) {
+    const long long count = p.positions * p.heads, step = gridDim.x * (long long)blockDim.y;
+    for (long long b = blockIdx.y; b < p.batch; b += gridDim.y) {
+        if (p.key_lengths[b] != 0) continue;
+        for (long long index = blockIdx.x * (long long)blockDim.y + threadIdx.y; index < count; index += step) {
+            const long long start = row_offset(p.to_strides, b, index / p.heads, index % p.heads);
+            uint4 *row = reinterpret_cast<uint4 *>(reinterpret_cast<unsigned short *>(p.to) + start);
+            for (long long part = threadIdx.x; part < p.parts; part += blockDim.x) row[part] = make_uint4(0, 0, 0, 0);
         }
     }
 }

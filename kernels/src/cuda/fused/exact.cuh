@@ -92,12 +92,13 @@ __device__ inline void exact_output(const Parameters &p, const Row &row, long lo
                                     real maximum, int first_column, int width, real (&sums)[VALUE / 32]) {
     const real factor = power_factor(p);
     const Shift shift = shift_of<HALVES>(maximum, factor);
+    const DropoutWords dropout = dropout_words(p);
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
     for (int key = max(first, row.low); key < min(end, row.high); ++key) {
         real slope;
         const real score = exact_score(p, row, b, n, key, slope);
-        if (score == -infinity() || (drops(p) && !is_kept(p, row, key))) continue;
+        if (score == -infinity() || (drops(p) && !is_kept(p, dropout, row, key))) continue;
         const element *const value = at(p.value, b, key, n / p.group) + first_column * p.value.stride[3];
         add_row<VALUE>(sums, power(exponent_of<HALVES>(score, shift, factor)), value, p.value.stride[3], width);
     }

@@ -92,25 +92,26 @@ __device__ inline bool leads_column() { return lane() / 4 == 0; }
 
 // Bit c says whether the key in slot c of a tile that begins with key `first` is kept in the row.
 template <int WIDTH>
-__device__ inline unsigned kept_of_row(const Parameters &p, const Row &row, int first) {
+__device__ inline unsigned kept_of_row(const Parameters &p, const DropoutWords &dropout, const Row &row, int first) {
     unsigned kept = 0;
 #pragma unroll
     for (int i = 0; i < WIDTH / 32; ++i)
-        kept |= kept_of_block(p, row.batch_head, (unsigned)row.t, (unsigned)(first + key_at(8 * i)) / 8) << (8 * i);
+        kept |= kept_of_block(p, dropout, row.batch_head, (unsigned)row.t, (unsigned)(first + key_at(8 * i)) / 8)
+                << (8 * i);
     return kept;
 }
 
 // The same where columns are query rows from `first_t` on and the thread's rows are keys. Four threads whose
 // keys are drawn together each draw for one query row.
 template <int HEIGHT, int WIDTH>
-__device__ inline void kept_of_keys(const Parameters &p, unsigned batch_head, int first_t, int first,
-                                    unsigned (&kept)[row_slots<HEIGHT>()]) {
+__device__ inline void kept_of_keys(const Parameters &p, const DropoutWords &dropout, unsigned batch_head, int first_t,
+                                    int first, unsigned (&kept)[row_slots<HEIGHT>()]) {
     const unsigned key = (unsigned)(first + key_row_at<HEIGHT>(0));
     kept[0] = kept[1] = 0;
 #pragma unroll
     for (int i = 0; i < column_slots<WIDTH>(); i += 4) {
         const int own = first_t + column_at(i + lane() / 4 % 4);
-        const unsigned drawn = kept_of_block(p, batch_head, (unsigned)own, key / 8);
+        const unsigned drawn = kept_of_block(p, dropout, batch_head, (unsigned)own, key / 8);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const unsigned both = __shfl_sync(~0u, drawn, lane() / 16 * 16 + j * 4 + lane() % 4) >> key % 8;

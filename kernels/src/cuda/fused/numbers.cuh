@@ -127,6 +127,10 @@ __device__ inline double computed_here(double x) {
     asm volatile("" : "+d"(x));
     return x;
 }
+__device__ inline unsigned computed_here(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 __device__ inline float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 __device__ inline double rounded_product(double x, double y) { return __dmul_rn(x, y); }

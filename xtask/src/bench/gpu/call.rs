@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dropout, ForwardCall,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dropout, ForwardCall,
     ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, Role, TensorDesc, View,
 };
 use attention_cuda::cudarc::driver::sys::CUevent_flags;
@@ -16,9 +16,10 @@ use super::measured::Times;
 /// The tensors of a case, shared by all backends.
 pub(super) struct Data {
     device: CudaDevice,
-    inputs: [DeviceTensor; 3],
+    operands: [DeviceTensor; 3],
     mask: Option<DeviceTensor>,
     bias: Option<DeviceTensor>,
+    dropout: Option<Dropout>,
     out: DeviceTensor,
     lse: DeviceTensor,
     /// The incoming gradient and room for those of query, key and value, in backward.
@@ -57,7 +58,7 @@ impl Data {
         let Case { b, t, s, n, k, h, dtype, causal, backward, terms, .. } = *case;
         let desc = |length, heads| TensorDesc::contiguous(dtype, [b, length, heads, h]);
         let (query, key) = (desc(t, n), desc(s, k));
-        let inputs = [random(device, query, 1)?, random(device, key, 2)?, random(device, key, 3)?];
+        let operands = [random(device, query, 1)?, random(device, key, 2)?, random(device, key, 3)?];
         let zeros = |desc: TensorDesc| DeviceTensor::filled(device, desc, 0);
         let of = |wanted: Terms, dtype, shape: [usize; 4], seed| {
             let desc = TensorDesc::contiguous(dtype, shape);
@@ -73,9 +74,8 @@ impl Data {
         if let Some(bias) = &bias {
             builder = builder.bias(bias.desc());
         }
-        if terms == Terms::Dropout {
-            builder = builder.dropout(Dropout::new(0.125, 7));
-        }
+        let dropout = (terms == Terms::Dropout).then(|| Dropout::new(0.125, 7));
+        builder = builder.dropout_rate(dropout.map(|dropout| dropout.rate));
         let forward = builder.clone().build()?;
         let wanted = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
         let problem = if backward { builder.gradients(wanted).build()? } else { forward.clone() };
@@ -86,9 +86,10 @@ impl Data {
         };
         Ok(Self {
             device: device.clone(),
-            inputs,
+            operands,
             mask,
             bias,
+            dropout,
             out: zeros(query)?,
             lse: zeros(TensorDesc::contiguous(DType::F32, [b, t, n]))?,
             gradients,
@@ -132,7 +133,7 @@ impl<'a> Call<'a> {
         let (data, problem) = (&mut *self.data, plan.problem());
         let lse = problem.has(Role::Lse).then(|| data.lse.view_mut()).transpose()?;
         let outputs = ForwardOutputs { out: data.out.view_mut()?, lse };
-        let inputs = inputs(&data.inputs, &data.mask, &data.bias)?;
+        let inputs = inputs(&data.operands, &data.mask, &data.bias, data.dropout)?;
         let scratch = self.scratch.scratch(self.scratch_bytes);
         Ok(plan.forward(ForwardCall::new(problem, inputs, outputs)?, scratch)?)
     }
@@ -156,7 +157,7 @@ impl<'a> Call<'a> {
             dv: Some(dv.view_mut()?),
             ..BackwardOutputs::default()
         };
-        let inputs = inputs(&data.inputs, &data.mask, &data.bias)?;
+        let inputs = inputs(&data.operands, &data.mask, &data.bias, data.dropout)?;
         let call = BackwardCall::new(self.plan.problem(), inputs, saved, outputs)?;
         let scratch = self.scratch.scratch(self.scratch_bytes);
         Ok(self.plan.backward(call, scratch)?)
@@ -191,10 +192,12 @@ fn inputs<'a>(
     [query, key, value]: &'a [DeviceTensor; 3],
     mask: &'a Option<DeviceTensor>,
     bias: &'a Option<DeviceTensor>,
+    dropout: Option<Dropout>,
 ) -> crate::Result<Inputs<'a>> {
     Ok(Inputs {
         mask: mask.as_ref().map(DeviceTensor::view).transpose()?,
         bias: bias.as_ref().map(DeviceTensor::view).transpose()?,
+        data: CallData { dropout, ..CallData::default() },
         ..Inputs::new(query.view()?, key.view()?, value.view()?)
     })
 }

@@ -41,13 +41,22 @@ pub(in crate::forward) struct DecodeLayout {
 }
 
 impl DecodeLayout {
-    /// For problems whose decoded batch rows have at most `rows` query rows per key/value head; `enough`
-    /// says how many heads at a time leave enough tasks. Bits do not depend on it.
-    pub(in crate::forward) fn of(problem: &Problem, rows: usize, enough: usize) -> Self {
+    /// For at most `queries` query rows a head in each of `decoded` batch rows: as many heads at a time as
+    /// leave every thread some tasks. Fewer query rows and batch rows take no more scratch; bits do not depend
+    /// on it.
+    pub(in crate::forward) fn of(problem: &Problem, queries: usize, decoded: usize, threads: usize) -> Self {
         let dims = problem.dims();
+        let enough = decoded.saturating_mul(tasks(problem)) / threads.saturating_mul(4).max(1);
         let row_bytes = problem.dtype().size() * dims.head_dim.min(dims.value_head_dim).max(1);
         let heads = (PAGE / row_bytes).min(enough).clamp(1, MAX_HEADS);
+        let rows = queries * dims.group_size();
         Self { heads, rows, head_dim: dims.head_dim, value_head_dim: dims.value_head_dim }
+    }
+
+    /// The most batch rows for which there are `heads` heads at a time or fewer, where more are possible.
+    pub(in crate::forward) fn most_decoded(problem: &Problem, heads: usize, threads: usize) -> usize {
+        let more = threads.saturating_mul(4).max(1).saturating_mul(heads + 1);
+        (more - 1) / tasks(problem).max(1)
     }
 
     pub(super) fn scratch<'a, F: Float>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, F> {
@@ -140,6 +149,12 @@ impl<F: Float> Partial<'_, F> {
     }
 }
 
+/// Tasks of a batch row that is decoded a head and a split at a time.
+fn tasks(problem: &Problem) -> usize {
+    let dims = problem.dims();
+    dims.key_heads.saturating_mul(splits(&(0..dims.key_length)).len().max(1))
+}
+
 /// The splits that the keys of some rows are cut into.
 pub(in crate::forward) fn splits(keys: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
     let size = SPLIT_KEYS.max(keys.len().div_ceil(MAX_SPLITS).next_multiple_of(BLOCK_KEYS));
@@ -148,4 +163,25 @@ pub(in crate::forward) fn splits(keys: &Range<usize>) -> impl ExactSizeIterator<
         let start = keys.start + split * size;
         start..keys.end.min(start + size)
     })
+}
+
+/// The most splits that at most `keys` keys are cut into.
+pub(in crate::forward) fn most_splits(keys: usize) -> usize {
+    keys.div_ceil(SPLIT_KEYS).min(MAX_SPLITS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fewer keys may be cut into more splits: 65536 into 64, one more into 52.
+    #[test]
+    fn there_are_no_more_splits_than_the_most() {
+        let mut most = 0;
+        for keys in (0..1 << 18).step_by(61).chain([65536, 65537]) {
+            most = most.max(splits(&(7..7 + keys)).len());
+            assert!(splits(&(7..7 + keys)).len() <= most_splits(keys), "{keys}");
+        }
+        assert_eq!((most, splits(&(0..65537)).len(), most_splits(65537)), (64, 52, 64));
+    }
 }

@@ -28,7 +28,7 @@ use crate::scratch::Pieces;
 use crate::simd::Simd;
 use crate::tensor::{Floats, Operands};
 
-pub(super) use self::layout::{DecodeLayout, MAX_HEADS, MAX_ROWS, splits};
+pub(super) use self::layout::{DecodeLayout, MAX_HEADS, MAX_ROWS, most_splits, splits};
 
 /// The rows of some heads of one batch row: the same queries of each.
 type Heads = [Rows];
@@ -135,8 +135,9 @@ impl<'a, E: Engine> Forward<'a, E> {
         let (batch, key_head) = (rows.batch, rows.key_head);
         let mut infos = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; MAX_ROWS];
         let infos = &mut infos[..rows.len()];
+        let sequence = self.problem.sequence(batch);
         for (row, info) in infos.iter_mut().enumerate() {
-            *info = rows.row(self.problem, row);
+            *info = rows.row(&sequence, row);
         }
         let queries_stride = Floats::stage_stride(self.decode.head_dim);
         let queries = &scratch.stage[index * MAX_ROWS * queries_stride..][..MAX_ROWS * queries_stride];

@@ -6,15 +6,16 @@ use std::collections::HashSet;
 
 use super::{assert_all_seen, variants};
 use crate::{
-    BackwardCall, BackwardInputs, BackwardOutputs, DType, Device, Dims, Dropout, Error, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, InvalidCall, Plan, Problem, ProblemBuilder, Role, Scratch,
-    ScratchBuffer, Strides, TensorDesc, View, ViewMut,
+    Alignment, BackwardCall, BackwardInputs, BackwardOutputs, CallData, CallProblem, DType, Device, Dims,
+    Dropout, Error, ForwardCall, ForwardOutputs, Gradients, Inputs, InvalidCall, OffsetRange, Plan, Problem,
+    ProblemBuilder, QueryOffset, Role, Scratch, ScratchBuffer, Strides, TensorDesc, View, ViewMut,
 };
 
 variants!(
     InvalidCall, NAMES, name_of:
     Rank, RankTooLarge, StridesRank, Shape, NotBroadcastable, DType, HeadsNotDivisible, ZeroHeadDim, NotFinite,
-    SoftcapNotPositive, DropoutRate, DropoutCounter, LengthCount, LengthOutOfRange, Overflow, BufferTooSmall,
+    SoftcapNotPositive, DropoutRate, DropoutCounter, NotOrdinaryScale, OffsetOutOfRange, OtherData, LengthOutOfRange,
+    Overflow, BufferTooSmall,
     BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected, NotAsInProblem, WrongPass,
     OtherProblem, GradientWithoutTensor, NoGradient, ScratchTooSmall, ScratchMisaligned, ScratchDevice,
 );
@@ -168,51 +169,67 @@ fn of_dtypes() -> Vec<Case> {
 }
 
 fn of_options() -> Vec<Case> {
-    let dropout = Dropout::new(0.5, 0);
     let row = |length: usize| desc([1, length, 1, 1]);
     let many = desc([1 << 16, 1, 1, 1]);
     let huge = 1 << 40;
     vec![
-        (refused(problem().scale(f64::NAN)), "scale is NaN, which is not finite in f32"),
-        (refused(problem().scale(f64::NEG_INFINITY)), "scale is -inf, which is not finite in f32"),
-        (refused(problem().softcap(f64::INFINITY)), "softcap is inf, which is not finite in f32"),
         (
-            refused(problem().softcap(0.0)),
-            "softcap is 0, expected a number above 0 (leave it out for no softcap)",
-        ),
-        (
-            refused(problem().softcap(-30.0)),
-            "softcap is -30, expected a number above 0 (leave it out for no softcap)",
-        ),
-        (
-            refused(problem().dropout(Dropout::new(1.0, 0))),
+            refused(problem().dropout_rate(1.0)),
             "dropout rate is 1, expected 0 <= rate < 1 - 2^-17 (it is applied in steps of 1/65536)",
         ),
         (
-            refused(problem().dropout(Dropout::new(f64::NAN, 0))),
+            refused(problem().dropout_rate(f64::NAN)),
             "dropout rate is NaN, expected 0 <= rate < 1 - 2^-17 (it is applied in steps of 1/65536)",
         ),
         (
-            refused(Problem::builder(row(1 << 32), row(1), row(1)).dropout(dropout)),
+            refused(Problem::builder(row(1 << 32), row(1), row(1)).dropout_rate(0.5)),
             "dropout numbers query rows T with 32 bits, 4294967296 does not fit",
         ),
         (
-            refused(Problem::builder(row(1), row(1 << 32), row(1 << 32)).dropout(dropout)),
+            refused(Problem::builder(row(1), row(1 << 32), row(1 << 32)).dropout_rate(0.5)),
             "dropout numbers keys S with 32 bits, 4294967296 does not fit",
         ),
         (
-            refused(Problem::builder(desc([1 << 16, 0, 1 << 16, 1]), many, many).dropout(dropout)),
+            refused(Problem::builder(desc([1 << 16, 0, 1 << 16, 1]), many, many).dropout_rate(0.5)),
             "dropout numbers batch rows times heads B*N with 32 bits, 4294967296 does not fit",
         ),
-        (refused(problem().query_lengths([1])), "1 query length was given for a batch of 2"),
-        (refused(problem().key_value_lengths([1, 2, 3])), "3 key/value lengths were given for a batch of 2"),
         (
-            refused(problem().query_lengths([3, 4])),
-            "query length 4 of batch row 1 exceeds the tensor's length 3",
+            refused(problem().layout(Role::QueryLengths, typed(DType::I32, [1]))),
+            "query lengths has shape [1], expected [2] ([B])",
         ),
         (
-            refused(problem().key_value_lengths([6, 5])),
-            "key/value length 6 of batch row 0 exceeds the tensor's length 5",
+            refused(problem().layout(Role::KeyValueLengths, typed(DType::I64, [3]))),
+            "key/value lengths has shape [3], expected [2] ([B])",
+        ),
+        (
+            refused(problem().dropout_rate(0.5).layout(Role::DropoutSeed, typed(DType::I64, [2]))),
+            "dropout seed has shape [2], expected [1] ([1])",
+        ),
+        (
+            refused(problem().layout(Role::QueryLengths, typed(DType::I32, []))),
+            "query lengths has rank 0 (shape []), expected rank 1",
+        ),
+        (
+            refused(problem().layout(Role::KeyValueLengths, typed(DType::U32, [1, 2]))),
+            "key/value lengths has rank 2 (shape [1, 2]), expected rank 1",
+        ),
+        (
+            refused(problem().query_lengths(DType::F32)),
+            "query lengths has dtype f32, expected i32, u32 or i64",
+        ),
+        (
+            refused(problem().alignment(Alignment::Offsets(OffsetRange::Near))),
+            "the problem has query offsets, the call was given none",
+        ),
+        (
+            refused(problem().layout(Role::QueryOffsets, typed(DType::I32, [2]))),
+            "the call was given query offsets, the problem has none: build it from the inputs that have it \
+             (`Inputs::problem`)",
+        ),
+        (
+            refused(problem().layout(Role::DropoutOffset, typed(DType::I32, [1]))),
+            "the call was given dropout offset, the problem has none: build it from the inputs that have it \
+             (`Inputs::problem`)",
         ),
         (
             of(row(huge), row(huge), row(huge)),
@@ -236,6 +253,97 @@ fn of_options() -> Vec<Case> {
                 ),
             ),
             "output of shape [2, 3, 4, 6] and strides [72, 24, 0, 1] overlaps itself",
+        ),
+    ]
+}
+
+/// What is refused of the numbers of a call, by problems that were built from them or from others.
+fn of_numbers() -> Vec<Case> {
+    let plain = CallData::default();
+    let call = |builder: ProblemBuilder, data: CallData<'_>| {
+        CallProblem::new(&builder.build().unwrap(), &data).unwrap_err()
+    };
+    let own = |data: CallData<'_>| call(problem().data(&data), data);
+    let scaled = |scale: f64| CallData { scale: Some(scale), ..plain };
+    let capped = |softcap: f64| CallData { softcap: Some(softcap), ..plain };
+    let at = |offset: i64| CallData { query_offset: QueryOffset::Fixed(offset), ..plain };
+    let bottom_right = CallData { query_offset: QueryOffset::BottomRight, ..plain };
+    let dropping = |rate: f64| CallData { dropout: Some(Dropout::new(rate, 0)), ..plain };
+    let (queries, keys, negative) = ([3i32, 4], [6usize, 5], [0i64, -1]);
+    let view = |data| View::from_slice(data, [2]).unwrap();
+    let near = || problem().alignment(Alignment::Offset(OffsetRange::Near));
+    let far = [0i64, -(OffsetRange::NEAR + 1)];
+    let offsets = CallData { query_offsets: Some(View::from_slice(&far, [2]).unwrap()), ..plain };
+    vec![
+        (own(scaled(f64::NAN)), "scale is NaN, which is not finite in f32"),
+        (own(scaled(f64::NEG_INFINITY)), "scale is -inf, which is not finite in f32"),
+        (
+            call(problem(), scaled(-0.5)),
+            "scale is -0.5, and the problem was made for scales from 1e-37 to 2e38 (`any_scale` takes others)",
+        ),
+        (own(capped(f64::INFINITY)), "softcap is inf, which is not finite in f32"),
+        (own(capped(0.0)), "softcap is 0, expected a number above 0 (leave it out for no softcap)"),
+        (own(capped(-30.0)), "softcap is -30, expected a number above 0 (leave it out for no softcap)"),
+        (call(problem(), capped(30.0)), "softcap of the call: given; of its problem: not given"),
+        (call(problem().softcap(true), plain), "softcap of the call: not given; of its problem: given"),
+        (
+            own(CallData { query_lengths: Some(View::from_slice(&queries, [2]).unwrap()), ..plain }),
+            "query length 4 of batch row 1 is not between 0 and the tensor's length 3",
+        ),
+        (
+            own(CallData { key_value_lengths: Some(View::from_slice(&keys, [2]).unwrap()), ..plain }),
+            "key/value length 6 of batch row 0 is not between 0 and the tensor's length 5",
+        ),
+        (
+            own(CallData { key_value_lengths: Some(view(&negative)), ..plain }),
+            "key/value length -1 of batch row 1 is not between 0 and the tensor's length 5",
+        ),
+        (
+            call(near(), at(OffsetRange::NEAR + 1)),
+            "query offset is 4194305, and the problem was made for offsets from -4194304 to 4194304",
+        ),
+        (
+            call(problem().query_offsets(OffsetRange::Near, DType::I64), offsets),
+            "query offset is -4194305, and the problem was made for offsets from -4194304 to 4194304",
+        ),
+        (call(problem(), at(7)), "query offset of the call: 7; of its problem: top-left"),
+        (call(problem(), bottom_right), "query offset of the call: bottom-right; of its problem: top-left"),
+        (
+            call(near(), bottom_right),
+            "query offset of the call: bottom-right; of its problem: an offset of at most 4194304",
+        ),
+        (
+            call(problem().alignment(Alignment::Offset(OffsetRange::Any)), bottom_right),
+            "query offset of the call: bottom-right; of its problem: an offset",
+        ),
+        (
+            call(problem().alignment(Alignment::BottomRight), plain),
+            "query offset of the call: top-left; of its problem: bottom-right",
+        ),
+        (call(problem(), dropping(0.5)), "dropout rate of the call: 0.5; of its problem: none"),
+        (call(problem().dropout_rate(0.5), plain), "dropout rate of the call: none; of its problem: 0.5"),
+        (
+            call(problem().dropout_rate(0.5), dropping(0.25)),
+            "dropout rate of the call: 0.25; of its problem: 0.5",
+        ),
+        (
+            call(problem().query_lengths(DType::I32), plain),
+            "the problem has query lengths, the call was given none",
+        ),
+        (
+            call(
+                problem(),
+                CallData { query_lengths: Some(View::from_slice(&queries, [2]).unwrap()), ..plain },
+            ),
+            "the call was given query lengths, the problem has none: build it from the inputs that have it \
+             (`Inputs::problem`)",
+        ),
+        (
+            call(
+                problem().query_lengths(DType::I64),
+                CallData { query_lengths: Some(View::from_slice(&queries, [2]).unwrap()), ..plain },
+            ),
+            "query lengths is i32 [2], the problem says i64 [2]",
         ),
     ]
 }
@@ -402,7 +510,8 @@ fn of_plans() -> Vec<Case> {
 
 #[test]
 fn every_variant_is_provoked_and_says_what_is_wrong() {
-    let cases = [of_ranks_and_shapes(), of_dtypes(), of_options(), of_views(), of_calls(), of_plans()];
+    let cases =
+        [of_ranks_and_shapes(), of_dtypes(), of_options(), of_numbers(), of_views(), of_calls(), of_plans()];
     let mut seen = HashSet::new();
     for (error, message) in cases.into_iter().flatten() {
         assert_eq!(error.to_string(), message);

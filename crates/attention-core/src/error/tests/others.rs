@@ -45,7 +45,7 @@ fn every_unsupported_variant_names_the_limit_and_the_value() {
     let cases = [
         (check(problem().device(Device::Cuda(3))), "toy works on cpu memory, the call is on cuda:3"),
         (check(sized(DType::F64, 8, 8)), "toy does not take f64 operands, only f32, f16"),
-        (check(problem().softcap(20.0)), "toy does not support softcap in its forward pass"),
+        (check(problem().softcap(true)), "toy does not support softcap in its forward pass"),
         (check(problem().gradients(Gradients::QKV)), "toy has no backward pass"),
         (check(sized(DType::F32, 129, 8)), "toy does not support head dimension 129: it takes at most 128"),
         (

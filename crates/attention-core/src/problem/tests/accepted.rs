@@ -2,8 +2,11 @@
 
 use proptest::prelude::*;
 
-use super::{DIMS, builder, built};
-use crate::{DType, Dimensions, Dropout, InvalidCall, Problem, QueryOffset, Role, TensorDesc, dropout_mask};
+use super::{DIMS, builder, built, called, dropping};
+use crate::{
+    Alignment, CallData, CallProblem, DType, Dimensions, Dropout, InvalidCall, Problem, QueryOffset, Role,
+    TensorDesc, View, dropout_mask,
+};
 
 #[test]
 fn zero_sizes_are_empty_problems() {
@@ -15,15 +18,18 @@ fn zero_sizes_are_empty_problems() {
         Dimensions { query_heads: 0, key_heads: 0, ..DIMS },
     ];
     for dims in zero {
-        let problem = built(dims.problem(DType::F16).lse(true).dropout(Dropout::new(0.5, 1)));
+        let data = dropping(Dropout::new(0.5, 1));
+        let problem = built(dims.problem(DType::F16).lse(true).data(&data));
         assert_eq!(problem.dims(), dims);
         assert_eq!(problem.flops(), 0.0);
-        assert_eq!(dropout_mask(&problem), Ok(Some(vec![])));
+        assert_eq!(dropout_mask(&called(&problem, &data)), Ok(Some(vec![])));
         let out = problem.tensor(Role::Out).unwrap();
         assert_eq!(out.is_empty(), dims.key_length != 0);
     }
-    let empty = built(Dimensions { batch: 0, ..DIMS }.problem(DType::F32).query_lengths(vec![]));
-    assert_eq!(empty.dims().batch, 0);
+    let none: [i32; 0] = [];
+    let data = CallData { query_lengths: Some(View::from_slice(&none, [0]).unwrap()), ..CallData::default() };
+    let empty = built(Dimensions { batch: 0, ..DIMS }.problem(DType::F32).data(&data));
+    assert_eq!(called(&empty, &data).dims().batch, 0);
 }
 
 #[test]
@@ -52,7 +58,7 @@ fn sizes_that_overflow_are_refused_beside_a_zero_too() {
         Dimensions { key_length: 0, value_head_dim: usize::MAX, ..DIMS },
     ];
     for dims in overflowing {
-        let error = dims.problem(DType::F32).query_offset(QueryOffset::BottomRight).build().unwrap_err();
+        let error = dims.problem(DType::F32).alignment(Alignment::BottomRight).build().unwrap_err();
         assert!(matches!(error, InvalidCall::Overflow { .. }), "{dims}: {error}");
     }
 }
@@ -61,52 +67,53 @@ fn sizes_that_overflow_are_refused_beside_a_zero_too() {
 fn the_last_numbers_that_dropout_counts_are_accepted() {
     let max = u32::MAX as usize;
     let dims = Dimensions { batch: 1, query_heads: 1, key_heads: 1, head_dim: 1, value_head_dim: 1, ..DIMS };
-    let dropout = Dropout::new(0.1, 0);
+    let data = dropping(Dropout::new(0.1, 0));
     for dims in [
         Dimensions { query_length: max, key_length: 0, ..dims },
         Dimensions { query_length: 1, key_length: max, ..dims },
         Dimensions { batch: max, query_length: 0, ..dims },
     ] {
-        assert!(dims.problem(DType::F32).dropout(dropout).build().is_ok(), "{dims}");
+        assert!(dims.problem(DType::F32).dropout_rate(0.1).build().is_ok(), "{dims}");
     }
     // Any number of rows without keys is a mask of nothing, at once.
     let rows = Dimensions { query_length: max, key_length: 0, batch: 1 << 20, ..dims };
-    assert_eq!(dropout_mask(&built(rows.problem(DType::F32).dropout(dropout))), Ok(Some(vec![])));
+    let problem = built(rows.problem(DType::F32).data(&data));
+    assert_eq!(dropout_mask(&called(&problem, &data)), Ok(Some(vec![])));
 }
 
 #[test]
 fn a_dropout_mask_without_memory_is_an_error() {
     // Operands of one element each, so that such a problem can be called.
     let desc = TensorDesc::strided(DType::F32, [1, 1 << 29, 1, 1], [0; 4]).unwrap();
-    let problem = built(Problem::builder(desc, desc, desc).dropout(Dropout::new(0.5, 1)));
-    let error = dropout_mask(&problem).unwrap_err();
+    let data = dropping(Dropout::new(0.5, 1));
+    let problem = built(Problem::builder(desc, desc, desc).data(&data));
+    let error = dropout_mask(&called(&problem, &data)).unwrap_err();
     assert_eq!(error.to_string(), "no memory for a dropout mask of 288230376151711744 bytes");
 }
 
 #[test]
 fn rates_are_refused_where_they_round_to_dropping_everything() {
     let smallest_refused = 1.0 - 2f64.powi(-17);
-    assert!(builder().dropout(Dropout::new(smallest_refused, 0)).build().is_err());
-    assert!(builder().dropout(Dropout::new(smallest_refused.next_down(), 0)).build().is_ok());
-    assert!(builder().dropout(Dropout::new(-0.0, 0)).build().is_ok());
-    assert!(builder().dropout(Dropout::new(-f64::MIN_POSITIVE, 0)).build().is_err());
+    assert!(builder().dropout_rate(smallest_refused).build().is_err());
+    assert!(builder().dropout_rate(smallest_refused.next_down()).build().is_ok());
+    assert!(builder().dropout_rate(-0.0).build().is_ok());
+    assert!(builder().dropout_rate(-f64::MIN_POSITIVE).build().is_err());
 }
 
 #[test]
 fn the_dropout_mask_is_row_major_over_the_logits() {
-    let problem = built(
-        Dimensions { key_length: 21, ..DIMS }
-            .problem(DType::F32)
-            .dropout(Dropout::new(0.4, 0x1234_5678_9ABC_DEF0).with_offset(3)),
-    );
-    let (mask, stream) = (dropout_mask(&problem).unwrap().unwrap(), problem.dropout_stream().unwrap());
+    let data = dropping(Dropout::new(0.4, 0x1234_5678_9ABC_DEF0).with_offset(3));
+    let problem = built(Dimensions { key_length: 21, ..DIMS }.problem(DType::F32).data(&data));
+    let call = called(&problem, &data);
+    let (mask, stream) = (dropout_mask(&call).unwrap().unwrap(), call.dropout_stream().unwrap());
     let [batch, heads, rows, keys] = problem.dims().logits();
     assert_eq!(mask.len(), batch * heads * rows * keys);
     for (index, keep) in mask.into_iter().enumerate() {
         let (s, t, batch_head) = (index % keys, index / keys % rows, index / keys / rows);
         assert_eq!(keep, stream.keeps(batch_head as u32, t as u32, s as u32), "at {index}");
     }
-    assert_eq!(dropout_mask(&built(builder())), Ok(None));
+    let plain = built(builder());
+    assert_eq!(dropout_mask(&called(&plain, &CallData::default())), Ok(None));
 }
 
 #[test]
@@ -140,6 +147,44 @@ fn desc() -> impl Strategy<Value = TensorDesc> {
     )
 }
 
+/// A tensor of numbers of a call: right or of another rank, count or stride.
+#[derive(Clone, Debug)]
+struct Numbers {
+    values: Vec<i64>,
+    dtype: DType,
+    shape: crate::Dims,
+    step: isize,
+}
+
+impl Numbers {
+    fn view(&self) -> View<'_> {
+        let strides = crate::Strides::try_from(vec![self.step; self.shape.rank()]).unwrap();
+        // The first elements of the values' memory.
+        match self.dtype {
+            DType::I32 => View::strided(bytemuck::cast_slice::<_, i32>(&self.values), 0, self.shape, strides),
+            DType::U32 => View::strided(bytemuck::cast_slice::<_, u32>(&self.values), 0, self.shape, strides),
+            DType::F64 => View::strided(bytemuck::cast_slice::<_, f64>(&self.values), 0, self.shape, strides),
+            _ => View::strided(&self.values, 0, self.shape, strides),
+        }
+        .unwrap()
+    }
+}
+
+fn numbers() -> impl Strategy<Value = Option<Numbers>> {
+    let value = prop_oneof![6 => 0i64..9, 1 => any::<i64>(), 1 => Just(i64::MIN), 1 => Just(i64::MAX)];
+    let dtype = prop_oneof![4 => proptest::sample::select(DType::INTEGERS.to_vec()), 1 => Just(DType::F64)];
+    let shape = prop_oneof![6 => proptest::collection::vec(0usize..9, 1), 1 => proptest::collection::vec(0usize..4, 0..3)];
+    let numbers = (proptest::collection::vec(value, 64), dtype, shape, 0isize..3).prop_map(
+        |(values, dtype, shape, step)| Numbers {
+            values,
+            dtype,
+            shape: crate::Dims::try_from(shape).unwrap(),
+            step,
+        },
+    );
+    proptest::option::of(numbers)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
@@ -165,40 +210,68 @@ proptest! {
         }
     }
 
-    /// Whatever is put together: a problem or an error, never a panic, and problems can be asked anything.
+    /// Whatever is put together: a problem or an error, never a panic, and problems can be asked anything, as can the
+    /// calls that they accept.
     #[test]
     fn nothing_makes_the_builder_panic(
         descs in proptest::collection::vec(desc(), 3),
         more in proptest::collection::vec((0usize..Role::COUNT, desc()), 0..4),
-        (scale, softcap, rate) in (any::<Option<f64>>(), any::<Option<f64>>(), any::<Option<f64>>()),
-        lengths in proptest::option::of(proptest::collection::vec(size(), 0..3)),
+        scalars in (any::<Option<f64>>(), any::<Option<f64>>(), any::<Option<f64>>()),
+        offset in prop_oneof![Just(QueryOffset::BottomRight), any::<i64>().prop_map(QueryOffset::Fixed)],
+        numbers in proptest::array::uniform5(numbers()),
         gradients in proptest::option::of(any::<[bool; 5]>()),
-        bottom_right in any::<bool>(),
+        in_host_memory in proptest::collection::vec((0usize..Role::COUNT, any::<bool>()), 0..3),
+        on_device in any::<bool>(),
     ) {
-        let mut builder = Problem::builder(descs[0], descs[1], descs[2]).scale(scale).softcap(softcap);
+        let (scale, softcap, rate) = scalars;
+        let [query_lengths, key_value_lengths, query_offsets, dropout_seed, dropout_offset] =
+            [0, 1, 2, 3, 4].map(|index| numbers[index].as_ref().map(Numbers::view));
+        let data = CallData {
+            scale,
+            softcap,
+            query_offset: offset,
+            query_offsets,
+            query_lengths,
+            key_value_lengths,
+            dropout: rate.map(|rate| Dropout::new(rate, 1)),
+            dropout_seed,
+            dropout_offset,
+        };
+        let mut builder = Problem::builder(descs[0], descs[1], descs[2]).data(&data);
         for (role, desc) in more {
             builder = builder.layout(Role::ALL[role], desc);
         }
-        builder = builder.dropout(rate.map(|rate| Dropout::new(rate, 1)));
-        if let Some(lengths) = lengths {
-            builder = builder.query_lengths(&lengths).key_value_lengths(lengths);
+        if on_device {
+            builder = builder.device(crate::Device::Cuda(0));
+        }
+        for (role, given) in in_host_memory {
+            builder = builder.in_host_memory(Role::ALL[role], given);
         }
         if let Some(wanted) = gradients {
             let all = crate::Gradients::QKV | crate::Gradients::BIAS | crate::Gradients::SINKS;
             let set = all.iter().zip(wanted).filter(|(_, wanted)| *wanted).fold(crate::Gradients::NONE, |set, ((single, _), _)| set | single);
             builder = builder.gradients(set);
         }
-        if bottom_right {
-            builder = builder.query_offset(QueryOffset::BottomRight);
-        }
         match builder.build() {
             Err(error) => prop_assert!(!error.to_string().is_empty()),
             Ok(problem) => {
                 let again = built(problem.to_builder());
                 prop_assert_eq!(&again, &problem);
-                for batch in 0..problem.dims().batch.min(2) {
-                    let range = problem.key_range_of_rows(batch, 0..problem.dims().query_length);
-                    prop_assert!(range.end <= problem.dims().key_length);
+                for role in Role::ALL {
+                    prop_assert!(role.is_data() || problem.device_of(role) == problem.device(), "{}", role);
+                }
+                let call = CallProblem::new(&problem, &data);
+                if let Err(error) = &call {
+                    prop_assert!(!error.to_string().is_empty());
+                }
+                for call in [CallProblem::at_bounds(&problem)].into_iter().chain(call) {
+                    for batch in 0..problem.dims().batch.min(2) {
+                        let range = call.key_range_of_rows(batch, 0..problem.dims().query_length);
+                        prop_assert!(range.end <= problem.dims().key_length);
+                    }
+                    prop_assert!(call.scale().is_finite());
+                    prop_assert_eq!(call.softcap().is_some(), problem.has_softcap());
+                    prop_assert_eq!(call.dropout_stream().is_some(), problem.dropout_rate().is_some());
                 }
                 prop_assert!(problem.flops() >= 0.0 && !problem.to_string().is_empty());
             }

@@ -1,9 +1,9 @@
 //! What a problem is where nothing was said, and what the builder's methods change.
 
-use super::{DIMS, builder, built};
+use super::{DIMS, builder, built, called};
 use crate::{
-    DType, Device, Dimensions, Dropout, Feature, FeatureSet, Gradients, Lengths, Pass, QueryOffset, Role,
-    Sequences, TensorDesc, Window,
+    Alignment, CallData, CallProblem, DType, Device, Dimensions, Dropout, Feature, FeatureSet, Gradients,
+    InvalidCall, OffsetRange, Pass, QueryOffset, Role, TensorDesc, View, Window,
 };
 
 #[test]
@@ -13,49 +13,70 @@ fn a_plain_problem_is_a_forward_pass_on_the_host() {
     assert_eq!(problem.device(), Device::Cpu);
     assert_eq!(problem.dims(), DIMS);
     assert_eq!(problem.dtype(), DType::F32);
-    assert_eq!(problem.scale(), 1.0 / 8f64.sqrt());
+    assert_eq!(problem.default_scale(), 1.0 / 8f64.sqrt());
+    assert!(!problem.any_scale());
     assert!(!problem.causal());
-    assert_eq!(problem.query_offset(), QueryOffset::TOP_LEFT);
+    assert_eq!(problem.alignment(), Alignment::TopLeft);
     assert_eq!(problem.window(), Window::UNBOUNDED);
     assert!(problem.window().is_unbounded());
-    assert_eq!(problem.softcap(), None);
-    assert_eq!(problem.sequences(), &Sequences::Dense { query: Lengths::Full, key_value: Lengths::Full });
-    assert_eq!(problem.dropout(), None);
-    assert_eq!(problem.dropout_stream(), None);
+    assert!(!problem.has_softcap());
+    assert!(!problem.rows_vary());
+    assert_eq!((problem.dropout_rate(), problem.drop_threshold()), (None, None));
+    assert_eq!(problem.dropout_at(1, 2), None);
     assert!(!problem.deterministic());
     assert_eq!(problem.gradients(), Gradients::NONE);
     assert_eq!(problem.features(), FeatureSet::EMPTY);
     let present: Vec<_> = Role::ALL.into_iter().filter(|&role| problem.has(role)).collect();
     assert_eq!(present, [Role::Query, Role::Key, Role::Value, Role::Out]);
     assert_eq!(problem.to_string(), "forward f32 B2 T3 S5 N4 K4 H8 on cpu");
+
+    // And a plain call of it.
+    let data = CallData::default();
+    let call = called(&problem, &data);
+    assert!(std::ptr::eq(call.problem(), &problem));
+    assert_eq!(call.scale(), 1.0 / 8f64.sqrt());
+    assert_eq!((call.softcap(), call.dropout_stream()), (None, None));
+    assert_eq!((call.query_len(1), call.key_value_len(1), call.offset(1)), (3, 5, 0));
 }
 
 #[test]
 fn every_option_is_reported_as_given() {
+    let (queries, keys) = ([1usize, 2], [5i32, 0]);
+    let data = CallData {
+        scale: Some(-0.5),
+        softcap: Some(30.0),
+        query_offset: QueryOffset::Fixed(-2),
+        query_lengths: Some(View::from_slice(&queries, [2]).unwrap()),
+        key_value_lengths: Some(View::from_slice(&keys, [2]).unwrap()),
+        dropout: Some(Dropout::new(0.25, 9).with_offset(4)),
+        ..CallData::default()
+    };
     let problem = built(
         builder()
             .device(Device::Cuda(1))
-            .scale(-0.5)
             .causal(true)
-            .query_offset(QueryOffset::Fixed(-2))
             .window(Window { left: Some(3), right: None })
-            .softcap(30.0)
-            .query_lengths([1, 2])
-            .key_value_lengths([5, 0])
-            .dropout(Dropout::new(0.25, 9).with_offset(4))
             .deterministic(true)
-            .lse(true),
+            .lse(true)
+            .data(&data),
     );
     assert_eq!(problem.device(), Device::Cuda(1));
-    assert_eq!(problem.scale(), -0.5);
     assert!(problem.causal());
-    assert_eq!(problem.query_offset(), QueryOffset::Fixed(-2));
     assert_eq!(problem.window(), Window { left: Some(3), right: None });
-    assert_eq!(problem.softcap(), Some(30.0));
-    assert_eq!((problem.query_len(1), problem.key_value_len(1)), (2, 0));
-    assert_eq!(problem.dropout().map(|dropout| (dropout.seed, dropout.offset)), Some((9, 4)));
-    assert_eq!(problem.dropout_stream().map(|stream| stream.threshold()), Some(16384));
     assert!(problem.deterministic());
+    // What there is, and of which kind.
+    assert!(problem.any_scale() && problem.has_softcap() && problem.rows_vary());
+    assert_eq!(problem.alignment(), Alignment::Offset(OffsetRange::Near));
+    assert_eq!(problem.dtype_of(Role::QueryLengths), Some(DType::I64));
+    assert_eq!(problem.dtype_of(Role::KeyValueLengths), Some(DType::I32));
+    assert_eq!(problem.device_of(Role::QueryLengths), Device::Cpu);
+    assert_eq!((problem.dropout_rate(), problem.drop_threshold()), (Some(0.25), Some(16384)));
+    assert_eq!(problem.dropout_at(9, 4), data.dropout);
+    // And the numbers.
+    let call = called(&problem, &data);
+    assert_eq!((call.scale(), call.softcap(), call.offset(0)), (-0.5, Some(30.0), -2));
+    assert_eq!((call.query_len(1), call.key_value_len(1)), (2, 0));
+    assert_eq!(call.dropout_stream(), Some(Dropout::new(0.25, 9).with_offset(4).stream().unwrap()));
     assert_eq!(
         problem.to_string(),
         "forward f32 B2 T3 S5 N4 K4 H8 on cuda:1, causal, query offset, window left, query lengths, \
@@ -65,20 +86,32 @@ fn every_option_is_reported_as_given() {
 
 #[test]
 fn scales_of_zero_and_below_are_honoured() {
-    for scale in [0.0, -0.0, -3.0, 1e30] {
-        assert_eq!(built(builder().scale(scale)).scale().to_bits(), scale.to_bits());
+    for scale in [0.0f64, -0.0, -3.0, 1e30] {
+        let data = CallData { scale: Some(scale), ..CallData::default() };
+        let problem = built(builder().data(&data));
+        assert_eq!(called(&problem, &data).scale().to_bits(), scale.to_bits());
     }
-    assert_eq!(built(builder().scale(2.0).scale(None)).scale(), 1.0 / 8f64.sqrt());
+    // What was announced before is forgotten.
+    let data = CallData { scale: Some(-2.0), ..CallData::default() };
+    assert_eq!(built(builder().data(&data).data(&CallData::default())), built(builder()));
+    let plain = built(builder());
+    assert_eq!(called(&plain, &CallData::default()).scale(), 1.0 / 8f64.sqrt());
 }
 
 #[test]
 fn finite_is_judged_in_the_precision_of_the_logits() {
-    assert_eq!(built(DIMS.problem(DType::F64).scale(1e300)).scale(), 1e300);
-    assert_eq!(built(DIMS.problem(DType::F64).softcap(1e-300)).softcap(), Some(1e-300));
+    let scaled = CallData { scale: Some(1e300), ..CallData::default() };
+    let capped = CallData { softcap: Some(1e-300), ..CallData::default() };
+    let problem = built(DIMS.problem(DType::F64).data(&scaled));
+    assert_eq!(called(&problem, &scaled).scale(), 1e300);
+    let problem = built(DIMS.problem(DType::F64).data(&capped));
+    assert_eq!(called(&problem, &capped).softcap(), Some(1e-300));
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
-        let error = DIMS.problem(dtype).scale(1e300).build().unwrap_err().to_string();
-        assert_eq!(error, "scale is 1e300, which is not finite in f32");
-        let error = DIMS.problem(dtype).softcap(1e-300).build().unwrap_err().to_string();
+        let refused = |data: CallData<'_>| -> InvalidCall {
+            CallProblem::new(&built(DIMS.problem(dtype).data(&data)), &data).unwrap_err()
+        };
+        assert_eq!(refused(scaled).to_string(), "scale is 1e300, which is not finite in f32");
+        let error = refused(capped).to_string();
         assert!(error.contains("expected a number above 0"), "{error}");
     }
 }
@@ -126,11 +159,12 @@ fn backward_problems_read_the_forward_and_write_what_was_asked_for() {
 #[test]
 fn a_backward_variant_of_a_forward_problem_keeps_its_options_and_layouts() {
     let stored_bnth = TensorDesc::strided(DType::F32, [2, 3, 4, 8], [96, 8, 24, 1]).unwrap();
-    let forward = built(builder().causal(true).softcap(5.0).lse(true).layout(Role::Out, stored_bnth));
+    let forward = built(builder().causal(true).softcap(true).lse(true).layout(Role::Out, stored_bnth));
     let backward = built(forward.to_builder().gradients(Gradients::QKV));
     assert_eq!(backward.pass(), Pass::Backward);
     assert_eq!(backward.tensor(Role::Out), Some(&stored_bnth));
-    assert!(backward.causal() && backward.softcap() == Some(5.0) && backward.scale() == forward.scale());
+    assert!(backward.causal() && backward.has_softcap());
+    assert_eq!(backward.default_scale(), forward.default_scale());
     assert_eq!(backward.features(), [Feature::Causal, Feature::Softcap].into_iter().collect());
     assert_eq!(built(forward.to_builder()), forward);
     // Whether the forward's problem had an LSE output makes no difference to the backward's.

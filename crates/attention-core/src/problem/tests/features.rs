@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::{DIMS, builder, built};
 use crate::{
-    DType, Dimensions, Dropout, Feature, FeatureSet, Gradients, ProblemBuilder, QueryOffset, Role,
+    Alignment, DType, Device, Dimensions, Feature, FeatureSet, Gradients, OffsetRange, ProblemBuilder, Role,
     TensorDesc, Window,
 };
 
@@ -17,24 +17,28 @@ fn needing(feature: Feature) -> (ProblemBuilder, Vec<Feature>) {
         Feature::GroupedHeads => alone(Dimensions { key_heads: 2, ..DIMS }.problem(DType::F32)),
         Feature::ValueHeadDim => alone(Dimensions { value_head_dim: 4, ..DIMS }.problem(DType::F32)),
         Feature::Causal => alone(builder().causal(true)),
-        Feature::QueryOffset => alone(builder().query_offset(QueryOffset::Fixed(1))),
-        Feature::BottomRight => alone(builder().query_offset(QueryOffset::BottomRight)),
+        Feature::QueryOffset => alone(builder().alignment(Alignment::Offset(OffsetRange::Near))),
+        Feature::QueryOffsets => alone(builder().query_offsets(OffsetRange::Any, DType::I32)),
+        Feature::BottomRight => alone(builder().alignment(Alignment::BottomRight)),
         Feature::WindowLeft => alone(builder().window(Window { left: Some(0), right: None })),
         Feature::WindowRight => alone(builder().window(Window { left: None, right: Some(0) })),
         Feature::Mask => alone(builder().mask(TensorDesc::contiguous(DType::Bool, [5]))),
         Feature::Bias => alone(builder().bias(float(&[4, 1, 1]))),
-        Feature::QueryLengths => alone(builder().query_lengths([3, 3])),
-        Feature::KeyValueLengths => alone(builder().key_value_lengths([5, 1])),
-        Feature::Softcap => alone(builder().softcap(1.0)),
+        Feature::QueryLengths => alone(builder().query_lengths(DType::U32)),
+        Feature::KeyValueLengths => alone(builder().key_value_lengths(DType::I64)),
+        Feature::Softcap => alone(builder().softcap(true)),
         Feature::Alibi => alone(builder().alibi_slopes(float(&[2, 4]))),
         Feature::Sinks => alone(builder().sinks(float(&[4]))),
-        Feature::Dropout => alone(builder().dropout(Dropout::new(0.0, 0))),
+        Feature::Dropout => alone(builder().dropout_rate(0.0)),
         Feature::Lse => alone(builder().lse(true)),
         Feature::DLse => alone(builder().gradients(Gradients::VALUE).d_lse(true)),
         Feature::DBias => (builder().bias(float(&[3, 5])).gradients(Gradients::BIAS), vec![Feature::Bias]),
         Feature::DSinks => (builder().sinks(float(&[4])).gradients(Gradients::SINKS), vec![Feature::Sinks]),
         Feature::Deterministic => alone(builder().deterministic(true)),
         Feature::InnerStride => alone(builder().layout(Role::Query, strided([96, 32, 1, 4]))),
+        Feature::DeviceData => {
+            (builder().device(Device::Cuda(0)).query_lengths(DType::I32), vec![Feature::QueryLengths])
+        }
         Feature::NegativeStrides => alone(builder().layout(Role::Query, strided([96, -32, 8, 1]))),
     }
 }
@@ -95,4 +99,39 @@ fn sets_of_gradients_behave_as_sets() {
     assert_eq!(Gradients::try_from(Vec::from(set)), Ok(set));
     assert_eq!(Gradients::try_from(vec![Role::Out]), Err("out is not a gradient of an input".to_owned()));
     assert!(Gradients::default().is_empty());
+}
+
+/// Whether numbers are in device memory is asked of each.
+#[test]
+fn numbers_in_host_memory_are_no_device_data() {
+    let on_device = || {
+        let seed = TensorDesc::contiguous(DType::I64, [1]);
+        let builder = builder().device(Device::Cuda(0)).dropout_rate(0.5).layout(Role::DropoutSeed, seed);
+        builder.query_lengths(DType::I32).key_value_lengths(DType::I32)
+    };
+    let numbers = [Role::QueryLengths, Role::KeyValueLengths, Role::DropoutSeed];
+    assert!(built(on_device()).features().contains(Feature::DeviceData));
+    for kept in numbers {
+        // All but one on the host.
+        let builder =
+            numbers.into_iter().fold(on_device(), |builder, role| builder.in_host_memory(role, role != kept));
+        let problem = built(builder);
+        assert!(problem.features().contains(Feature::DeviceData), "{kept}");
+        assert_eq!(problem.device_of(kept), Device::Cuda(0));
+    }
+    let host = numbers.into_iter().fold(on_device(), |builder, role| builder.in_host_memory(role, true));
+    assert!(!built(host.clone()).features().contains(Feature::DeviceData));
+    // There is nothing else in a problem on the host.
+    assert!(!built(host.device(Device::Cpu)).features().contains(Feature::DeviceData));
+}
+
+/// Strides of numbers say nothing about the operands.
+#[test]
+fn strides_of_numbers_are_no_inner_strides() {
+    let lengths = TensorDesc::strided(DType::I32, [2], [3]).unwrap();
+    let problem = built(builder().layout(Role::KeyValueLengths, lengths));
+    assert_eq!(problem.features(), FeatureSet::EMPTY.with(Feature::KeyValueLengths));
+    let reversed = TensorDesc::strided(DType::I32, [2], [-1]).unwrap();
+    let features = built(builder().layout(Role::KeyValueLengths, reversed)).features();
+    assert!(features.contains(Feature::NegativeStrides));
 }

@@ -4,24 +4,26 @@ use serde_json::{Value, json};
 
 use super::{builder, built};
 use crate::{
-    DType, Device, Dropout, FeatureSet, Gradients, Lengths, Problem, ProblemBuilder, QueryOffset, Role,
-    TensorDesc, Window,
+    Alignment, DType, Device, Dropout, FeatureSet, Gradients, Lengths, OffsetRange, Problem, ProblemBuilder,
+    Role, TensorDesc, Window,
 };
 
 fn full() -> ProblemBuilder {
     builder()
         .device(Device::Cuda(2))
-        .scale(0.3)
         .causal(true)
-        .query_offset(QueryOffset::BottomRight)
+        .alignment(Alignment::BottomRight)
         .window(Window { left: Some(7), right: None })
-        .softcap(50.0)
+        .softcap(true)
         .mask(TensorDesc::contiguous(DType::Bool, [3, 5]))
         .bias(TensorDesc::contiguous(DType::F64, [2, 1, 1, 5]))
         .alibi_slopes(TensorDesc::contiguous(DType::F32, [2, 4]))
         .sinks(TensorDesc::contiguous(DType::F32, [4]))
-        .query_lengths([1, 3])
-        .dropout(Dropout::new(0.125, u64::MAX).with_offset(7))
+        .query_lengths(DType::I32)
+        .in_host_memory(Role::QueryLengths, true)
+        .key_value_lengths(DType::I64)
+        .dropout_rate(0.125)
+        .layout(Role::DropoutSeed, TensorDesc::contiguous(DType::I64, [1]))
         .deterministic(true)
 }
 
@@ -36,7 +38,11 @@ fn load(value: Value) -> Result<Problem, String> {
 #[test]
 fn problems_come_back_equal() {
     let backward = full().gradients(Gradients::QKV | Gradients::SINKS).d_lse(true);
-    for problem in [builder(), full(), full().lse(true), backward].map(built) {
+    let offsets =
+        [OffsetRange::Near, OffsetRange::Any].map(|range| builder().query_offsets(range, DType::U32));
+    let offset = builder().alignment(Alignment::Offset(OffsetRange::Any)).any_scale(true);
+    let problems = [builder(), full(), full().lse(true), backward, offset].into_iter().chain(offsets);
+    for problem in problems.map(built) {
         let text = serde_json::to_string(&problem).unwrap();
         assert_eq!(serde_json::from_str::<Problem>(&text).unwrap(), problem, "{text}");
         assert_eq!(load(store(&problem)), Ok(problem));
@@ -70,9 +76,9 @@ fn tampered(path: &[&str], value: Value) -> String {
 fn loading_checks_again() {
     for (path, value, message) in [
         (
-            &["sequences", "dense", "query"][..],
-            json!({"per_batch": [1, 4]}),
-            "query length 4 of batch row 1 exceeds the tensor's length 3",
+            &["tensors", "query_lengths", "shape"][..],
+            json!([3]),
+            "query lengths has shape [3], expected [2] ([B])",
         ),
         (
             &["tensors", "key", "shape"],
@@ -86,9 +92,25 @@ fn loading_checks_again() {
         ),
         (&["tensors", "query", "strides"], json!([1]), "shape has 4 axes and strides have 1"),
         (&["tensors", "query", "shape"], json!([1, 2, 3, 4, 5]), "rank 5 is above 4"),
-        (&["softcap"], json!(-1.0), "softcap is -1, expected a number above 0 (leave it out for no softcap)"),
         (
-            &["dropout", "rate"],
+            &["tensors", "query_lengths", "dtype"],
+            json!("f32"),
+            "query lengths has dtype f32, expected i32, u32 or i64",
+        ),
+        (
+            &["alignment"],
+            json!({"offsets": "near"}),
+            "the problem has query offsets, the call was given none",
+        ),
+        (&["softcap"], json!(-1.0), "invalid type: floating point `-1.0`, expected a boolean"),
+        (
+            &["dropout_rate"],
+            Value::Null,
+            "the call was given dropout seed, the problem has none: build it from the inputs that have it \
+             (`Inputs::problem`)",
+        ),
+        (
+            &["dropout_rate"],
             json!(1.0),
             "dropout rate is 1, expected 0 <= rate < 1 - 2^-17 (it is applied in steps of 1/65536)",
         ),
@@ -107,9 +129,11 @@ fn what_this_version_does_not_know_is_refused() {
         (&["tensors", "query", "scale"], json!(1.0)),
         (&["gradients"], json!(["d_alibi"])),
         (&["sequences"], json!({"packed": {}})),
-        (&["sequences", "dense", "blocks"], json!("full")),
+        (&["alignment"], json!({"pages": "near"})),
+        (&["alignment"], json!({"offset": "far"})),
+        (&["in_host_memory"], json!(["block_table"])),
         (&["window", "lfet"], json!(3)),
-        (&["dropout", "keep"], json!(0.9)),
+        (&["dropout"], json!({"rate": 0.1, "keep": 0.9})),
     ] {
         let message = tampered(path, value);
         assert!(message.contains("unknown field") || message.contains("unknown variant"), "{message}");
@@ -122,10 +146,14 @@ fn options_are_loaded_by_name_and_once() {
     for (path, value, message) in [
         (&["window"][..], json!([7, null]), "invalid type: sequence, expected the fields of Window by name"),
         (&["window"], json!([]), "invalid type: sequence, expected the fields of Window by name"),
-        (&["dropout"], json!([0.5, 1, 2]), "invalid type: sequence, expected the fields of Dropout by name"),
     ] {
         assert_eq!(tampered(path, value), message, "{path:?}");
     }
+    let dropout = serde_json::from_value::<Dropout>(json!([0.5, 1, 2])).unwrap_err().to_string();
+    assert_eq!(dropout, "invalid type: sequence, expected the fields of Dropout by name");
+    let unknown = json!({"rate": 0.5, "seed": 1, "offset": 2, "keep": 0.9});
+    let dropout = serde_json::from_value::<Dropout>(unknown).unwrap_err().to_string();
+    assert!(dropout.contains("unknown field `keep`"), "{dropout}");
     let text = serde_json::to_string(&built(builder())).unwrap();
     let query = r#""query":{"dtype":"f32","shape":[2,3,4,8],"strides":[96,32,8,1]}"#;
     let twice = text.replace(query, &format!("{query},{query}"));
@@ -174,9 +202,37 @@ fn a_stored_forward_problem_has_no_gradients() {
 fn options_and_sets_come_back_equal() {
     let lengths: Lengths = [1usize, 2].into();
     assert_eq!(serde_json::from_value::<Lengths>(serde_json::to_value(&lengths).unwrap()).unwrap(), lengths);
+    let dropout = Dropout::new(0.125, u64::MAX).with_offset(7);
+    assert_eq!(serde_json::from_value::<Dropout>(serde_json::to_value(dropout).unwrap()).unwrap(), dropout);
     let set = FeatureSet::all();
     assert_eq!(serde_json::from_value::<FeatureSet>(serde_json::to_value(set).unwrap()).unwrap(), set);
     for role in Role::ALL {
         assert_eq!(serde_json::from_value::<Role>(serde_json::to_value(role).unwrap()).unwrap(), role);
     }
+}
+
+/// Where numbers are is stored for problems on a device, and only where it is not the device.
+#[test]
+fn numbers_in_host_memory_come_back_there() {
+    let lengths =
+        || builder().device(Device::Cuda(1)).query_lengths(DType::I32).key_value_lengths(DType::I32);
+    let on_device = store(&built(lengths()));
+    assert_eq!(on_device.get("in_host_memory"), None);
+    let problem = built(lengths().in_host_memory(Role::KeyValueLengths, true));
+    let stored = store(&problem);
+    assert_eq!(stored["in_host_memory"], json!(["key_value_lengths"]));
+    let loaded = load(stored.clone()).unwrap();
+    assert_eq!(loaded, problem);
+    assert_eq!(loaded.device_of(Role::KeyValueLengths), Device::Cpu);
+    assert_eq!(loaded.device_of(Role::QueryLengths), Device::Cuda(1));
+
+    // A stored problem cannot have other tensors on the host, and one on the host says nothing.
+    let mut query = stored.clone();
+    query["in_host_memory"] = json!(["query", "key_value_lengths"]);
+    assert_eq!(load(query), Ok(problem));
+    let mut host = stored;
+    host["device"] = json!("cpu");
+    let host = load(host).unwrap();
+    assert_eq!(host, built(lengths().device(Device::Cpu)));
+    assert_eq!(store(&host).get("in_host_memory"), None);
 }

@@ -5,14 +5,15 @@
 
 // Adds the gradients of a tile's logits, from products of queries and keys, and of d_out and values.
 template <bool MAY_BE_FAR>
-__device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int queries,
-                                     long long b, long long n, int first, const RowMaskBias<ROWS, KEYS> &mask_bias,
+__device__ inline void add_gradients(const Parameters &p, const DropoutWords &dropout,
+                                     const Row (&rows)[row_slots<ROWS>()], int queries, long long b, long long n,
+                                     int first, const RowMaskBias<ROWS, KEYS> &mask_bias,
                                      const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
                                      const real (&incoming)[row_slots<ROWS>()][column_slots<KEYS>()],
                                      real (&sums)[row_slots<ROWS>()][column_slots<KEYS>()]) {
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
-        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
+        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, dropout, rows[r], first) : ~0u;
         if (rows[r].t >= queries) continue;
         const State state = PreparedState()(p, b, n, rows[r].t);
         const real largest = largest_exponent(state);
@@ -27,7 +28,8 @@ __device__ inline void add_gradients(const Parameters &p, const Row (&rows)[row_
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradient_of_bias(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
+    attention_gradient_of_bias(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     element *const query_tile = reinterpret_cast<element *>(memory);
     element *const d_out_tile = query_tile + tile_size<ROWS, HEAD>();
@@ -47,6 +49,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
     index /= row_tiles;
     const long long head_place = index % p.bias_size[1], batch_place = index / p.bias_size[1];
 
+    const DropoutWords dropout = dropout_words(p);
     real sums[ROW_SLOTS][KEY_SLOTS];
 #pragma unroll
     for (int r = 0; r < ROW_SLOTS; ++r)
@@ -58,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
     const long long row_end = sums_rows ? p.query_length : row_place + 1,
                     key_end = sums_keys ? p.key_length : key_place + 1;
     for (long long b = batch_place; b < batch_end; ++b) {
-        const SequenceRows sequence = sequence_of(p, b);
+        const SequenceRows sequence = sequence_of<true>(p, b);
         for (long long n = head_place; n < head_end; ++n) {
             for (long long first_t = row_place; first_t < row_end && first_t < sequence.queries; first_t += ROWS) {
                 const long long last_t = min(first_t + ROWS, (long long)sequence.queries) - 1;
@@ -90,11 +93,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradie
                     RowMaskBias<ROWS, KEYS> mask_bias;
                     if constexpr (PACKS_MASK || PACKS_BIAS) mask_bias.read(p, rows, (int)first);
                     if (has_far_rows(p, b, n))
-                        add_gradients<true>(p, rows, sequence.queries, b, n, (int)first, mask_bias, weights, gradients,
-                                            sums);
+                        add_gradients<true>(p, dropout, rows, sequence.queries, b, n, (int)first, mask_bias, weights,
+                                            gradients, sums);
                     else
-                        add_gradients<false>(p, rows, sequence.queries, b, n, (int)first, mask_bias, weights, gradients,
-                                             sums);
+                        add_gradients<false>(p, dropout, rows, sequence.queries, b, n, (int)first, mask_bias, weights,
+                                             gradients, sums);
                 }
             }
         }

@@ -37,7 +37,7 @@ struct RowSums {
 __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long b, long long n, int first_t,
                                                   RowSums sums) {
     constexpr int ROW_SLOTS = row_slots<ROWS>();
-    const SequenceRows sequence = sequence_of(p, b);
+    const SequenceRows sequence = sequence_of<true>(p, b);
     const int row_count = min(ROWS, sequence.queries - first_t);
     const auto logsumexp_of_slot = [&](int r) {
         const int row = row_at<ROWS>(r);

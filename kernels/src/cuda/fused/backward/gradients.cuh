@@ -139,14 +139,14 @@ struct PreparedState {
 
 // The same for a single row and key, by a whole warp. Returns false where the key is masked. The product is
 // summed in another order than the logsumexp was, so exponents are capped at 0 in every row.
-__device__ inline bool weigh_exactly(const Parameters &p, const Row &row, const State &state, long long b, long long n,
-                                     int key, Weights &weights) {
+__device__ inline bool weigh_exactly(const Parameters &p, const DropoutWords &dropout, const Row &row,
+                                     const State &state, long long b, long long n, int key, Weights &weights) {
     real slope;
     const real score = exact_score(p, row, b, n, key, slope);
     if (score == -infinity()) return false;
     const real incoming = dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group),
                               p.value.stride[3], p.value_head_dim);
-    const bool kept = !drops(p) || is_kept(p, row, key);
+    const bool kept = !drops(p) || is_kept(p, dropout, row, key);
     weights = weigh(p, false, exponent_in<true>(p, score, state, real(0)), slope, kept, incoming, state.delta);
     return true;
 }
@@ -158,9 +158,10 @@ __device__ inline void exact_gradient_of_query(const Parameters &p, const Row &r
 #pragma unroll
     for (int i = 0; i < HEAD / 32; ++i) sums[i] = 0;
     const State state = state_of_row(p, b, n, row.t);
+    const DropoutWords dropout = dropout_words(p);
     for (int key = row.low; key < row.high; ++key) {
         Weights weights;
-        if (weigh_exactly(p, row, state, b, n, key, weights))
+        if (weigh_exactly(p, dropout, row, state, b, n, key, weights))
             add_row<HEAD>(sums, weights.product, at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
     }
 }
@@ -176,11 +177,12 @@ __device__ inline void exact_gradients_of_key(const Parameters &p, const Sequenc
     for (int i = 0; i < VALUE / 32; ++i) values[i] = 0;
     const int from = between(key - sequence.high + 1, 0, sequence.queries),
               to = between(key + 1 - sequence.low, 0, sequence.queries);
+    const DropoutWords dropout = dropout_words(p);
     for (long long n = key_head * p.group; n < (key_head + 1) * p.group; ++n) {
         for (int t = from; t < to; ++t) {
             const Row row = row_of(p, sequence, b, n, t);
             Weights weights;
-            if (!weigh_exactly(p, row, state_of_row(p, b, n, t), b, n, key, weights)) continue;
+            if (!weigh_exactly(p, dropout, row, state_of_row(p, b, n, t), b, n, key, weights)) continue;
             add_row<HEAD>(keys, weights.product, at(p.query, b, t, n), p.query.stride[3], p.head_dim);
             if (weights.kept != 0)
                 add_row<VALUE>(values, weights.kept, at(p.d_out, b, t, n), p.d_out.stride[3], p.value_head_dim);

@@ -7,7 +7,8 @@
 // operands of the products that follow, without leaving registers. WANTED is 1 for the gradient of keys, 2
 // for that of values, 3 for both; STAGES is the number of tiles of queries, and of d_out, in shared memory.
 
-extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradient_of_keys(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
+    attention_gradient_of_keys(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const SharedKeys shared = shared_keys(memory);
     const KeyTile tile = key_tile_of_block(p);

@@ -10,7 +10,8 @@ constexpr int WIDE = lanes_of_row<VALUE>();
 // blocks were not measured.
 constexpr int PREPARING_BLOCKS = 6;
 
-extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS) attention_prepare_gradients(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS)
+    attention_prepare_gradients(const __grid_constant__ Parameters p) {
     const long long row = (blockIdx.x * (long long)THREADS + threadIdx.x) / WIDE;
     const int within = threadIdx.x % WIDE;
     const bool inside = row < p.batch * p.query_heads * p.query_length;
@@ -55,7 +56,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS) attention_
 }
 
 // One block per head, which adds up its rows in a fixed order.
-extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_gradient_of_sinks(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
+    attention_gradient_of_sinks(const __grid_constant__ Parameters p) {
     __shared__ real sums[WARPS];
     const long long n = blockIdx.x;
     const real sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]);

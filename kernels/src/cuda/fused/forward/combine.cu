@@ -7,7 +7,7 @@ constexpr int COLUMNS = VALUE / 32;
 constexpr int WORDS = COLUMNS * (int)(sizeof(real) / sizeof(float));
 constexpr int BATCH = WORDS <= 2 ? 32 : WORDS <= 16 ? 64 / WORDS : 4;
 
-extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(const __grid_constant__ Parameters p) {
     const long long all_rows = p.batch * p.query_heads * p.query_length;
     const long long index = blockIdx.x * (long long)WARPS + threadIdx.x / 32, row = index / SLICES;
     if (row >= all_rows) return;

@@ -8,9 +8,11 @@
 struct ForwardRows {
     Row rows[row_slots<ROWS>()];
     real row_max[row_slots<ROWS>()], row_sum[row_slots<ROWS>()], outputs[row_slots<ROWS>()][output_slots<VALUE>()];
+    DropoutWords dropout;
 };
 
 __device__ inline void begin_rows(const Parameters &p, const ForwardTile &tile, ForwardRows &state) {
+    state.dropout = dropout_words(p);
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const int row = tile.first_row + row_at<ROWS>(r);
@@ -26,12 +28,12 @@ __device__ inline void begin_rows(const Parameters &p, const ForwardTile &tile, 
 }
 
 // Sets the weights of dropped keys to 0, behind the row sums, which count them.
-__device__ inline void apply_dropout(const Parameters &p, const Row (&rows)[row_slots<ROWS>()], int first,
+__device__ inline void apply_dropout(const Parameters &p, const ForwardRows &state, int first,
                                      real (&weights)[row_slots<ROWS>()][column_slots<KEYS>()]) {
     if (!drops(p)) return;
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
-        const unsigned kept = kept_of_row<KEYS>(p, rows[r], first);
+        const unsigned kept = kept_of_row<KEYS>(p, state.dropout, state.rows[r], first);
 #pragma unroll
         for (int c = 0; c < column_slots<KEYS>(); ++c)
             if (!(kept >> c & 1)) weights[r][c] = 0;
@@ -54,7 +56,7 @@ __device__ inline bool softmax_step(const Parameters &p, const ForwardTile &tile
     else
         finish_scores<Unchecked>(p, state.rows, first, mask_bias, logits);
     const bool rescales = online_softmax<HALVES>(logits, factor, state.row_max, state.row_sum, scores_scale);
-    apply_dropout(p, state.rows, first, logits);
+    apply_dropout(p, state, first, logits);
     return rescales;
 }
 

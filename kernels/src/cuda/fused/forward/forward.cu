@@ -7,7 +7,8 @@
 // heads can share a tile (pack GQA), and keys can be split over blocks whose partial results a second kernel
 // combines (split-KV, combine.cu).
 
-extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_forward(const Parameters p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
+    attention_forward(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const SharedTiles shared = shared_tiles(memory);
     const ForwardTile tile = forward_tile(p);

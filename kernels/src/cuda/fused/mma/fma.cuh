@@ -82,24 +82,26 @@ __device__ inline int column_part() { return threadIdx.x / 32; }
 __device__ inline bool leads_column() { return threadIdx.x % 32 < 16; }
 
 template <int WIDTH>
-__device__ inline unsigned kept_of_row(const Parameters &p, const Row &row, int first) {
+__device__ inline unsigned kept_of_row(const Parameters &p, const DropoutWords &dropout, const Row &row, int first) {
     unsigned kept = 0;
 #pragma unroll
-    for (int c = 0; c < column_slots<WIDTH>(); ++c) kept |= (is_kept(p, row, first + column_at(c)) ? 1u : 0u) << c;
+    for (int c = 0; c < column_slots<WIDTH>(); ++c)
+        kept |= (is_kept(p, dropout, row, first + column_at(c)) ? 1u : 0u) << c;
     return kept;
 }
 
 template <int HEIGHT, int WIDTH>
-__device__ inline void kept_of_keys(const Parameters &p, unsigned batch_head, int first_t, int first,
-                                    unsigned (&kept)[row_slots<HEIGHT>()]) {
+__device__ inline void kept_of_keys(const Parameters &p, const DropoutWords &dropout, unsigned batch_head, int first_t,
+                                    int first, unsigned (&kept)[row_slots<HEIGHT>()]) {
 #pragma unroll
     for (int r = 0; r < row_slots<HEIGHT>(); ++r) {
         const unsigned key = (unsigned)(first + key_row_at<HEIGHT>(r));
         kept[r] = 0;
 #pragma unroll
         for (int c = 0; c < column_slots<WIDTH>(); ++c)
-            kept[r] |= (kept_of_block(p, batch_head, (unsigned)(first_t + column_at(c)), key / 8) >> (key % 8) & 1)
-                       << c;
+            kept[r] |=
+                (kept_of_block(p, dropout, batch_head, (unsigned)(first_t + column_at(c)), key / 8) >> (key % 8) & 1)
+                << c;
     }
 }
 

@@ -14,12 +14,13 @@ struct KeySums {
 // offset and the row term of each query row; scores are read where the head has far rows, by the checked
 // version, as for the gradient of queries.
 template <class Check, bool MAY_BE_FAR>
-__device__ inline void logit_gradients(const Parameters &p, const KeyTile &tile, long long n, int t,
-                                       const real *numbers, bool has_far, const KeyMaskBias<KEYS, ROWS> &mask_bias,
+__device__ inline void logit_gradients(const Parameters &p, const DropoutWords &dropout, const KeyTile &tile,
+                                       long long n, int t, const real *numbers, bool has_far,
+                                       const KeyMaskBias<KEYS, ROWS> &mask_bias,
                                        real (&weights)[row_slots<KEYS>()][column_slots<ROWS>()],
                                        real (&gradients)[row_slots<KEYS>()][column_slots<ROWS>()]) {
     unsigned kept[row_slots<KEYS>()];
-    if (drops(p)) kept_of_keys<KEYS, ROWS>(p, (unsigned)(tile.b * p.query_heads + n), t, tile.first, kept);
+    if (drops(p)) kept_of_keys<KEYS, ROWS>(p, dropout, (unsigned)(tile.b * p.query_heads + n), t, tile.first, kept);
     real distances[row_slots<KEYS>()];
     const Row first_row = row_of(p, tile.sequence, tile.b, n, t + column_at(0), false);
     const real *const scores = MAY_BE_FAR ? scores_of_states(p) + state_of(p, tile.b, n, t + column_at(0)) : nullptr;
@@ -65,6 +66,7 @@ __device__ inline void consume(const Parameters &p, const KeyTile &tile, const S
 #endif
     }
 
+    const DropoutWords dropout = dropout_words(p);
     FragmentA<ROWS> weights_fragment, gradients_fragment;
     long long n = tile.key_head * p.group;
     int t = tile.from;
@@ -99,9 +101,9 @@ __device__ inline void consume(const Parameters &p, const KeyTile &tile, const S
         warpgroup_fence_operand(weights);
         if constexpr (WANTS_KEYS) warpgroup_fence_operand(gradients);
         if (checked || has_far)
-            logit_gradients<Checked, true>(p, tile, n, t, numbers, has_far, mask_bias, weights, gradients);
+            logit_gradients<Checked, true>(p, dropout, tile, n, t, numbers, has_far, mask_bias, weights, gradients);
         else
-            logit_gradients<Unchecked, false>(p, tile, n, t, numbers, has_far, mask_bias, weights, gradients);
+            logit_gradients<Unchecked, false>(p, dropout, tile, n, t, numbers, has_far, mask_bias, weights, gradients);
         if constexpr (WANTS_VALUES)
             gemm_rs_async<KEYS, ROWS, VALUE>(sums.values, weights, weights_fragment, d_out_tile, shared.workspace);
         if constexpr (WANTS_KEYS)

@@ -7,12 +7,14 @@ struct QueryRows {
     Row rows[row_slots<ROWS>()];
     real offsets[row_slots<ROWS>()], deltas[row_slots<ROWS>()];
     real sums[row_slots<ROWS>()][output_slots<HEAD>()];
+    DropoutWords dropout;
     // Tiles of keys so far; on warpgroups over both rounds.
     int step;
 };
 
 __device__ inline void begin_rows(const Parameters &p, const QueryTile &tile, const SharedQueries &shared,
                                   QueryRows &state) {
+    state.dropout = dropout_words(p);
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const long long t = tile.first_t + row_at<ROWS>(r);
@@ -74,7 +76,7 @@ __device__ inline void logit_gradients(const Parameters &p, const QueryTile &til
                                        real (&gradients)[row_slots<ROWS>()][column_slots<KEYS>()]) {
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
-        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, rows[r], first) : ~0u;
+        const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, state.dropout, rows[r], first) : ~0u;
         const real distance = distance_of(p, rows[r], first + key_at(0));
         const State of_row = state_of_slot(p, tile, shared, state, r, MAY_BE_FAR && is_far_tile);
         const real largest = MAY_BE_FAR ? computed_here(largest_exponent(of_row)) : infinity();

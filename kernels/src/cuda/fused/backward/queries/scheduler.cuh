@@ -17,7 +17,7 @@ __device__ inline QueryTile query_tile_of_block(const Parameters &p) {
     QueryTile tile;
     tile.first_t = (row_tiles - 1 - place.tile) * ROWS;
     tile.n = place.head, tile.b = place.batch, tile.key_head = (unsigned)place.head / (unsigned)p.group;
-    tile.sequence = sequence_of(p, tile.b);
+    tile.sequence = sequence_of<true>(p, tile.b);
     tile.from = tile.to = tile.all_from = tile.all_to = 0;
     if (tile.first_t < tile.sequence.queries) {
         const int last_t = min(tile.first_t + ROWS, tile.sequence.queries) - 1;

@@ -1,0 +1,41 @@
+//! Whether a tensor of a call is as its problem says.
+
+use crate::{Device, InvalidCall, Problem, Role, TensorDesc};
+
+/// Compares a tensor of a call with the problem.
+pub(super) fn expect_as_described(
+    problem: &Problem,
+    role: Role,
+    given: Option<(TensorDesc, Device)>,
+) -> Result<(), InvalidCall> {
+    let (given, device, expected) = match (given, problem.tensor(role)) {
+        (None, None) => return Ok(()),
+        (None, Some(_)) => return Err(InvalidCall::Missing { role }),
+        (Some(_), None) => return Err(InvalidCall::Unexpected { role }),
+        (Some((given, device)), Some(&expected)) => (given, device, expected),
+    };
+    if device != problem.device_of(role) {
+        return Err(InvalidCall::Device { role, device, expected: problem.device_of(role) });
+    }
+    // Masks and biases have four axes in the problem, and may come with fewer.
+    let padding = if matches!(role, Role::Mask | Role::Bias | Role::DBias) {
+        expected.rank().saturating_sub(given.rank())
+    } else {
+        0
+    };
+    let shape_fits = given.dtype() == expected.dtype()
+        && given.rank() + padding == expected.rank()
+        && expected.shape()[..padding].iter().all(|&size| size == 1)
+        && expected.shape()[padding..] == given.shape()[..];
+    // The stride of an axis with at most one element says nothing, and no stride of an empty tensor does.
+    let strides_fit = || {
+        given.is_empty()
+            || (0..given.rank()).all(|axis| {
+                given.shape()[axis] == 1 || given.strides()[axis] == expected.strides()[axis + padding]
+            })
+    };
+    if !(shape_fits && strides_fit()) {
+        return Err(InvalidCall::NotAsInProblem { role, given, expected });
+    }
+    Ok(())
+}

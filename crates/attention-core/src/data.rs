@@ -1,0 +1,97 @@
+//! The numbers of a call: what may differ from call to call of one problem.
+
+use crate::{Dropout, QueryOffset, Role, Row, View};
+
+/// The numbers of a call that its [`Problem`](crate::Problem) only announces: a decoder whose cache grows, or a
+/// trainer that draws a seed for each step, plans once.
+///
+/// The default is a call without any: scale `1 / sqrt(H)`, no softcap, top-left, full lengths, no dropout.
+///
+/// # Tensors
+/// Lengths, offsets, and the seed and offset of a dropout may be tensors of i32, u32 or i64, of any strides: `[B]`,
+/// or `[1]` for the dropout's. They are in host memory or, in a call on a device, in that device's memory.
+///
+/// Numbers in host memory are checked when the call is made, and a wrong one is an error. Numbers in device memory
+/// are read by the kernels, which bring them into their bounds: a length into `0..=T` (or `S`), an offset into its
+/// [`OffsetRange`](crate::OffsetRange). So a wrong one gives other rows, and never touches memory that is not
+/// the call's.
+///
+/// # Examples
+/// ```
+/// use attention_core::{CallData, Inputs, View};
+///
+/// let (tokens, filled) = (vec![0.5f32; 2 * 4 * 8], [3i32, 1]);
+/// let x = View::from_slice(&tokens, [2, 4, 1, 8])?;
+/// let data = CallData { key_value_lengths: Some(View::from_slice(&filled, [2])?), ..CallData::default() };
+/// // The problem says that there are lengths of 32 bits, and not which.
+/// let problem = Inputs { data, ..Inputs::new(x, x, x) }.problem().build()?;
+/// # assert!(problem.has(attention_core::Role::KeyValueLengths));
+/// # Ok::<(), attention_core::InvalidCall>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CallData<'a> {
+    /// What the products of query and key are multiplied by; `None` for `1 / sqrt(H)`.
+    pub scale: Option<f64>,
+    /// Caps logits at `c` by `c * tanh(x / c)`, before the bias.
+    pub softcap: Option<f64>,
+    /// Where query rows stand among the keys.
+    pub query_offset: QueryOffset,
+    /// An offset for each batch row, `[B]`, in the place of `query_offset`.
+    pub query_offsets: Option<View<'a>>,
+    /// How many query rows of each batch row are real, `[B]`, each at most `T`; the rest is suffix padding.
+    pub query_lengths: Option<View<'a>>,
+    /// How many keys of each batch row are real, `[B]`, each at most `S`.
+    pub key_value_lengths: Option<View<'a>>,
+    /// Dropout of the probabilities. The rate is the problem's too, and must be the same.
+    pub dropout: Option<Dropout>,
+    /// `[1]`, in the place of the dropout's seed: 64 bits, of which narrower integers give the lower ones
+    /// (a negative i32 is extended by its sign).
+    pub dropout_seed: Option<View<'a>>,
+    /// `[1]`, in the place of the dropout's offset, whose 32 bits are the lower ones of what is given.
+    pub dropout_offset: Option<View<'a>>,
+}
+
+impl<'a> CallData<'a> {
+    /// The tensors among the numbers, by role.
+    pub(crate) fn views(&self) -> [(Role, Option<&View<'a>>); Role::DATA.len()] {
+        [
+            (Role::QueryLengths, self.query_lengths.as_ref()),
+            (Role::KeyValueLengths, self.key_value_lengths.as_ref()),
+            (Role::QueryOffsets, self.query_offsets.as_ref()),
+            (Role::DropoutSeed, self.dropout_seed.as_ref()),
+            (Role::DropoutOffset, self.dropout_offset.as_ref()),
+        ]
+    }
+}
+
+/// Integers in host memory, of any of the dtypes that a call may have them in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Integers<'a> {
+    I32(Row<'a, i32>),
+    U32(Row<'a, u32>),
+    I64(Row<'a, i64>),
+}
+
+impl<'a> Integers<'a> {
+    /// Those of a tensor of one axis; `None` where it has others or is not in host memory.
+    pub(crate) fn of(view: View<'a>) -> Option<Self> {
+        if view.shape().rank() != 1 {
+            return None;
+        }
+        let i32s = view.host::<i32>().map(|host| Self::I32(host.row(&[])));
+        let u32s = || view.host::<u32>().map(|host| Self::U32(host.row(&[])));
+        let i64s = || view.host::<i64>().map(|host| Self::I64(host.row(&[])));
+        i32s.or_else(u32s).or_else(i64s)
+    }
+
+    /// # Panics
+    /// Where there is no number at `index`.
+    #[inline]
+    pub(crate) fn at(&self, index: usize) -> i64 {
+        match self {
+            Self::I32(row) => row.at(index).into(),
+            Self::U32(row) => row.at(index).into(),
+            Self::I64(row) => row.at(index),
+        }
+    }
+}

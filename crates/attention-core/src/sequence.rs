@@ -1,0 +1,85 @@
+//! Where the rows of a sequence are, and which keys a row can see by structure alone: lengths, causal masking and
+//! windows.
+
+use std::ops::Range;
+
+use crate::Window;
+
+/// The rows of one sequence, and which keys each of them sees. Kernels have a struct of the same name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SequenceRows {
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+    pub(crate) offset: i64,
+    pub(crate) window: Window,
+    pub(crate) causal: bool,
+}
+
+impl SequenceRows {
+    /// How many query rows are real.
+    pub fn queries(&self) -> usize {
+        self.queries
+    }
+
+    /// How many keys are real.
+    pub fn keys(&self) -> usize {
+        self.keys
+    }
+
+    /// What is added to `t` to give the position of a query row.
+    pub fn offset(&self) -> i64 {
+        self.offset
+    }
+
+    /// `pos = t + offset`: where query row `t` stands among the keys. Saturates.
+    pub fn position(&self, t: usize) -> i64 {
+        self.offset.saturating_add(i64::try_from(t).unwrap_or(i64::MAX))
+    }
+
+    /// What row `t` sees of keys without end and beginning: the keys from `t + low` to before `t + high`, where
+    /// `None` is no bound.
+    pub fn reach(&self) -> (Option<i128>, Option<i128>) {
+        // In 128 bits no offset, row or window overflows.
+        let offset = i128::from(self.offset);
+        let low = self.window.left.map(|left| offset - left as i128);
+        let right = self.window.right.map(|right| offset + right as i128 + 1);
+        let high = match right {
+            Some(right) if self.causal => Some(right.min(offset + 1)),
+            None if self.causal => Some(offset + 1),
+            right => right,
+        };
+        (low, high)
+    }
+
+    /// The keys that query row `t` may attend to by lengths, causal masking and window; masks and -inf biases may
+    /// take more away. Empty for a padded query row.
+    #[inline]
+    pub fn key_range(&self, t: usize) -> Range<usize> {
+        if t >= self.queries { 0..0 } else { self.window_around(t) }
+    }
+
+    /// The smallest range that holds [`key_range`](Self::key_range) of every row of `rows`: what a backend has to
+    /// look at for a block of rows. Empty if every row's range is.
+    pub fn key_range_of_rows(&self, rows: Range<usize>) -> Range<usize> {
+        // Padded rows come last and see nothing.
+        let rows = rows.start..rows.end.min(self.queries);
+        if rows.is_empty() {
+            return 0..0;
+        }
+        // Both ends grow by at most one from row to row, so the union has no gaps.
+        self.window_around(rows.start).start..self.window_around(rows.end - 1).end
+    }
+
+    /// The keys in reach of row `t`. The start is never behind the end: a window holds at least `pos` itself, and
+    /// both ends are brought into the range of the keys.
+    fn window_around(&self, t: usize) -> Range<usize> {
+        let (low, high) = self.reach();
+        let keys = self.keys as i128;
+        let start = low.map_or(0, |low| (t as i128 + low).clamp(0, keys));
+        let end = high.map_or(keys, |high| (t as i128 + high).clamp(0, keys));
+        start as usize..end as usize
+    }
+}
+
+#[cfg(test)]
+mod tests;

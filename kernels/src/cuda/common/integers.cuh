@@ -1,0 +1,22 @@
+// Integers that a call has in device memory: lengths, offsets, and the seed and offset of a dropout.
+// Needs: common/dtypes.cuh.
+
+// The address of the integer at index 0, or null where the call has none in device memory; the stride in
+// elements; and DTYPE_I32, DTYPE_U32 or DTYPE_I64.
+struct Integers {
+    const void *data;
+    long long stride;
+    int dtype;
+};
+
+static_assert(sizeof(Integers) == 24, "the host's layout");
+
+// Sign-extended. Nobody writes to the integers while the kernel runs.
+__device__ inline long long integer_at(const Integers &from, long long index) {
+    const long long place = index * from.stride;
+    switch (from.dtype) {
+        case DTYPE_I32: return __ldg(static_cast<const int *>(from.data) + place);
+        case DTYPE_U32: return __ldg(static_cast<const unsigned *>(from.data) + place);
+        default: return __ldg(static_cast<const long long *>(from.data) + place);
+    }
+}
