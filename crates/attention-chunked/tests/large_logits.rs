@@ -359,15 +359,16 @@ fn a_sink_of_minus_infinity_has_no_gradient() {
     });
 }
 
-/// A large logit and a NaN alone among masked keys: which of them is the largest depends on where they are, and
-/// a row whose largest logit cannot be told was once computed for ever.
+/// A large logit and a NaN alone among masked keys: which of them a vector's maximum keeps depends on where they
+/// are. The row is NaN, and the call ends.
 #[test]
 fn a_large_logit_beside_nan_ends() {
-    let [queries, keys] = [9, 33];
-    for level in Level::available() {
-        let backend = ChunkedBackend::with_config(ChunkedConfig::default().level(level).threads(1));
-        for dtype in [DType::Bf16, DType::F64] {
-            for (large, nan) in (0..keys).flat_map(|large| (0..keys).map(move |nan| (large, nan))) {
+    // Decoded, packed as a small batch row, and packed as a large one.
+    for [queries, keys] in [[9, 33], [40, 33], [160, 33]] {
+        let pairs = || (0..keys).flat_map(|large| (0..keys).map(move |nan| (large, nan)));
+        for (level, dtype) in Level::available().flat_map(|level| DType::FLOATS.map(|dtype| (level, dtype))) {
+            let backend = ChunkedBackend::with_config(ChunkedConfig::default().level(level).threads(1));
+            for (large, nan) in pairs() {
                 let mut case = common::Case::new(dtype, [1, queries, keys, 1, 1, 1]);
                 case.query.fill(100.0);
                 case.key[large] = 100.0;
@@ -375,7 +376,8 @@ fn a_large_logit_beside_nan_ends() {
                 let mask: Vec<bool> = (0..keys).map(|key| key == large || key == nan).collect();
                 case.mask = Some((mask, vec![keys]));
                 let out = case.run(&backend).out.numbers();
-                assert!(out.iter().all(|x| x.is_nan()), "{level}, {dtype}: {large} and {nan}: {out:?}");
+                let at = format!("{level}, {dtype}, {queries} rows: {large} and {nan}");
+                assert!(out.iter().all(|x| x.is_nan()), "{at}: {out:?}");
             }
         }
     }
