@@ -5,11 +5,12 @@ use std::sync::Arc;
 use attention::Registry;
 use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
 use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_conformance::OnHost;
 use attention_core::{
     AttentionBackend, BackwardCall, DType, Delegate, DelegatePlan, Error, ForwardCall, Pass, Plan, Problem,
     Scratch, Unavailable, Unsupported,
 };
-use attention_cuda::{CudaDevice, KERNEL_FOLDER, OnHost};
+use attention_cuda::{CudaDevice, KERNEL_FOLDER};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 

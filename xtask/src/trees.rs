@@ -38,7 +38,7 @@ const SIBLINGS: &[(&str, &[&str])] = &[
     ("attention-conformance", &["attention-core"]),
     ("attention-core", &[]),
     ("attention-cpu", &["attention-core", "attention-threads"]),
-    ("attention-cuda", &["attention-core", "attention-kernels"]),
+    ("attention-cuda", &["attention-conformance", "attention-core", "attention-kernels"]),
     ("attention-cudnn", &["attention-core", "attention-cuda", "attention-kernels"]),
     ("attention-kernels", &[]),
     ("attention-threads", &[]),

@@ -5,6 +5,7 @@ mod assert;
 pub mod cases;
 pub mod fuzz;
 pub mod golden;
+mod on_host;
 pub mod oracle;
 pub mod report;
 mod rng;
@@ -17,5 +18,6 @@ pub mod tolerance;
 mod trials;
 
 pub use assert::assert_conforms;
+pub use on_host::{DeviceMemory, OnHost, TensorOnDevice};
 #[cfg(feature = "libtest")]
 pub use trials::{trial_where, trials};

@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 mod addresses;
+#[cfg(feature = "conformance")]
+mod conformance;
 mod device;
 mod disk;
 mod error;
@@ -10,7 +12,6 @@ mod layout;
 pub mod library;
 mod numbers;
 mod nvrtc;
-mod on_host;
 mod owned;
 pub mod parameters;
 mod sequences;
@@ -25,7 +26,6 @@ pub use error::KernelError;
 pub use kernels::{KERNEL_FOLDER, KernelCache};
 pub use numbers::{NumberStore, StoredNumbers};
 pub use nvrtc::{Compiled, Nvrtc};
-pub use on_host::OnHost;
 pub use tensor::{DeviceScratch, DeviceTensor};
 pub use workspace::{Lease, Workspaces};
 

@@ -54,19 +54,6 @@ impl DeviceScratch {
     }
 }
 
-/// The first `bytes` bytes of an allocation as scratch for a call on this device.
-///
-/// # Panics
-/// If the allocation is smaller.
-pub(crate) fn scratch_of<'a>(
-    device: &CudaDevice,
-    memory: &'a mut CudaSlice<u8>,
-    bytes: usize,
-) -> Scratch<'a> {
-    assert!(bytes <= memory.len(), "{bytes} bytes of an allocation of {}", memory.len());
-    scratch_on(device.stream(), memory, bytes)
-}
-
 /// The first `bytes` bytes of an allocation, or all of a smaller one, as scratch for work on this stream.
 pub(crate) fn scratch_on<'a>(
     stream: &Arc<CudaStream>,
@@ -172,6 +159,16 @@ impl DeviceTensor {
         self.device.stream().clone().memcpy_htod(bytes_of(view), &mut self.memory)
     }
 
+    /// The first `bytes` bytes as scratch, in the place of the elements.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[cfg(feature = "conformance")]
+    pub(crate) fn scratch(&mut self, bytes: usize) -> Scratch<'_> {
+        assert!(bytes <= self.memory.len(), "{bytes} bytes of an allocation of {}", self.memory.len());
+        scratch_on(self.device.stream(), &mut self.memory, bytes)
+    }
+
     /// Every byte from the lowest to the highest element, after the work on the device's stream is done.
     ///
     /// # Errors
@@ -204,14 +201,9 @@ impl DeviceTensor {
     /// # Panics
     /// If the view is not in host memory or differs in shape or dtype.
     pub fn copy_to_host(&self, to: &mut ViewMut<'_>) -> Result<(), DriverError> {
-        self.put_elements(&self.bytes()?, to);
-        Ok(())
-    }
-
-    /// Puts the elements among this tensor's bytes in their places in a view of the same shape and dtype on the host.
-    pub(crate) fn put_elements(&self, bytes: &[u8], to: &mut ViewMut<'_>) {
         assert_eq!(to.device(), attention_core::Device::Cpu, "a copy to host memory");
         assert!(to.shape() == self.desc.shape() && to.desc().dtype() == self.desc.dtype(), "the same tensor");
+        let bytes = self.bytes()?;
         let size = self.desc.dtype().size();
         let strides = to.desc().strides();
         let first = to.as_mut_ptr();
@@ -223,16 +215,7 @@ impl DeviceTensor {
                 std::ptr::copy_nonoverlapping(bytes[from..from + size].as_ptr(), to, size);
             }
         });
-    }
-
-    /// Whether every one of this tensor's bytes that belongs to no element is `byte`.
-    pub(crate) fn gaps_are(&self, byte: u8, mut bytes: Vec<u8>) -> bool {
-        let size = self.desc.dtype().size();
-        for_each_index(&self.desc, |index| {
-            let at = place(&self.desc, self.origin, index);
-            bytes[at..at + size].fill(byte);
-        });
-        bytes.iter().all(|&other| other == byte)
+        Ok(())
     }
 }
 

@@ -11,8 +11,9 @@ mod steps;
 use std::sync::Arc;
 
 use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
+use attention_conformance::OnHost;
 use attention_core::{AttentionBackend, DType, View, ViewMut};
-use attention_cuda::{CudaDevice, DeviceTensor, OnHost};
+use attention_cuda::{CudaDevice, DeviceTensor};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
 use half::bf16;
 
@@ -24,7 +25,7 @@ use crate::steps::{back, lse_of, step};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-fn chunked(device: &CudaDevice, config: ChunkedCudaConfig) -> OnHost<ChunkedCudaBackend> {
+fn chunked(device: &CudaDevice, config: ChunkedCudaConfig) -> OnHost<ChunkedCudaBackend, CudaDevice> {
     OnHost::new(ChunkedCudaBackend::on(device.clone(), config), device.clone())
 }
 
