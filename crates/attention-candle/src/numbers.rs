@@ -44,7 +44,7 @@ impl Numbers {
 /// Lists of integers, by value and by reference.
 macro_rules! lists {
     ($(($list:ty, $($const_name:ident)?),)*) => {$(
-        impl<I: Copy + TryInto<i64>, $(const $const_name: usize)?> From<$list> for Numbers {
+        impl<I: Copy + Default + PartialOrd + TryInto<i64>, $(const $const_name: usize)?> From<$list> for Numbers {
             fn from(list: $list) -> Self {
                 owned(list)
             }

@@ -9,7 +9,7 @@ use crate::{Dropout, QueryOffset, Role, Row, View};
 ///
 /// # Tensors
 /// Lengths, offsets, and the seed and offset of a dropout may be tensors of i32, u32 or i64, of any strides: `[B]`,
-/// or `[1]` for the dropout's. They are in host memory or, in a call on a device, in that device's memory.
+/// or `[1]` for the dropout's. A usize is read as the signed integer of its size. They are in host memory or, in a call on a device, in that device's memory.
 ///
 /// Numbers in host memory are checked when the call is made, and a wrong one is an error. Numbers in device memory
 /// are read by the kernels, which bring them into their bounds: a length into `0..=T` (or `S`), an offset into its
@@ -61,6 +61,15 @@ impl<'a> CallData<'a> {
             (Role::DropoutSeed, self.dropout_seed.as_ref()),
             (Role::DropoutOffset, self.dropout_offset.as_ref()),
         ]
+    }
+}
+
+/// How many numbers of a tensor there are to look at: a broadcast tensor holds one, whatever its shape is.
+pub(crate) fn distinct(view: View<'_>) -> usize {
+    match (view.shape().first(), view.desc().strides().first()) {
+        (Some(&count), Some(0)) => count.min(1),
+        (Some(&count), _) => count,
+        (None, _) => 0,
     }
 }
 

@@ -160,7 +160,7 @@ pub(crate) fn task_count(problem: &CallProblem<'_>, most: usize) -> usize {
         let heads = dims.group_size().div_ceil(size.heads).saturating_mul(dims.key_heads);
         heads.saturating_mul(queries.div_ceil(size.queries))
     };
-    if !problem.has(Role::QueryLengths) {
+    if !problem.has_query_lengths() {
         return of_row(0).saturating_mul(dims.batch).min(most);
     }
     let mut count = 0usize;

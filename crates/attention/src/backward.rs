@@ -6,7 +6,7 @@ use attention_core::{
 };
 
 use crate::forward::{allocate, host_outputs};
-use crate::numbers::KeptNumbers;
+use crate::numbers::{KeptNumbers, KeptOffset};
 use crate::operands::{Operands, input};
 use crate::{Attention, AxisOrder, Error, Forward, IntoView, Tensor};
 
@@ -241,8 +241,20 @@ fn same_call(
     fn number(value: &Option<f64>) -> String {
         value.map_or_else(|| "none".to_owned(), |value| value.to_string())
     }
-    fn lengths(lengths: &Option<&[usize]>) -> String {
-        lengths.map_or_else(|| "full".to_owned(), |lengths| format!("{lengths:?}"))
+    /// Short lists as they are, of long ones the first number that differs.
+    fn lists<T: PartialEq + std::fmt::Debug>(
+        what: &'static str,
+        [forward, backward]: [Option<&[T]>; 2],
+    ) -> Result<(), Error> {
+        const SHORT: usize = 16;
+        let pairs = forward.zip(backward);
+        let at = pairs.and_then(|(one, other)| one.iter().zip(other).position(|(one, other)| one != other));
+        compare(what, [forward, backward], |list| match (list, at) {
+            (None, _) => "full".to_owned(),
+            (Some(list), Some(at)) if list.len() > SHORT => format!("{:?} in batch row {at}", list[at]),
+            (Some(list), None) if list.len() > SHORT => format!("{} numbers", list.len()),
+            (Some(list), _) => format!("{list:?}"),
+        })
     }
     fn dropout(dropout: &Option<Dropout>) -> String {
         dropout.map_or_else(
@@ -259,12 +271,17 @@ fn same_call(
     compare("sizes", both.map(Problem::dims), ToString::to_string)?;
     compare("scale", both_numbers.map(|numbers| numbers.scale), ToString::to_string)?;
     compare("causal", both.map(Problem::causal), ToString::to_string)?;
-    compare("query offset", both_numbers.map(|numbers| &numbers.query_offset), ToString::to_string)?;
+    match both_numbers.map(|numbers| &numbers.query_offset) {
+        [KeptOffset::PerBatchRow(one), KeptOffset::PerBatchRow(other)] => {
+            lists("query offset", [Some(&one[..]), Some(&other[..])])?;
+        }
+        different => compare("query offset", different, ToString::to_string)?,
+    }
     compare("window", both.map(Problem::window), ToString::to_string)?;
     compare("softcap", both_numbers.map(|numbers| numbers.softcap), number)?;
     compare("dropout", both_numbers.map(|numbers| numbers.dropout), dropout)?;
-    compare("query lengths", both_numbers.map(|numbers| numbers.query_lengths.as_deref()), lengths)?;
-    compare("key/value lengths", both_numbers.map(|numbers| numbers.key_value_lengths.as_deref()), lengths)?;
+    lists("query lengths", both_numbers.map(|numbers| numbers.query_lengths.as_deref()))?;
+    lists("key/value lengths", both_numbers.map(|numbers| numbers.key_value_lengths.as_deref()))?;
     for role in [Role::Mask, Role::Bias, Role::AlibiSlopes, Role::Sinks] {
         let like = both.map(|problem| problem.tensor(role).map(|desc| (desc.dtype(), desc.shape())));
         compare(role.name(), like, |like| {

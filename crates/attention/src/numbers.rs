@@ -73,10 +73,11 @@ impl<'a> IntoNumbers<'a> for &Lengths {
 /// Lists of integers, by value and by reference.
 macro_rules! lists {
     ($(($list:ty, $($const_name:ident)?),)*) => {$(
-        impl<'a, I: Copy + TryInto<i64>, $(const $const_name: usize)?> IntoNumbers<'a> for $list {
+        impl<'a, I: Copy + Default + PartialOrd + TryInto<i64>, $(const $const_name: usize)?> IntoNumbers<'a> for $list {
             fn into_numbers(self) -> Result<Numbers<'a>, InvalidCall> {
-                // What is above an i64 is above every bound, and refused as such.
-                let number = |&number: &I| number.try_into().unwrap_or(i64::MAX);
+                // What is no i64 is out of every bound as the nearest one is.
+                let nearest = |number: I| if number < I::default() { i64::MIN } else { i64::MAX };
+                let number = |&number: &I| number.try_into().unwrap_or_else(|_| nearest(number));
                 Ok(Numbers::List(self.iter().map(number).collect()))
             }
         }
@@ -145,6 +146,7 @@ impl std::fmt::Display for KeptOffset {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::One(offset) => offset.fmt(f),
+            Self::PerBatchRow(offsets) if offsets.len() > 16 => write!(f, "{} numbers", offsets.len()),
             Self::PerBatchRow(offsets) => write!(f, "{offsets:?}"),
         }
     }
@@ -152,7 +154,10 @@ impl std::fmt::Display for KeptOffset {
 
 impl KeptNumbers {
     pub(crate) fn of(call: &CallProblem<'_>) -> Self {
-        let batch = 0..call.dims().batch;
+        // A call without rows may have any number of batch rows, of which nothing depends on a number.
+        let dims = call.dims();
+        let has_rows = dims.query_length > 0 && dims.query_heads > 0;
+        let batch = 0..if has_rows { dims.batch } else { 0 };
         Self {
             scale: call.scale(),
             softcap: call.softcap(),

@@ -3,7 +3,7 @@
 use std::ops::{Deref, Range};
 
 use super::described::expect_as_described;
-use crate::data::Integers;
+use crate::data::{Integers, distinct};
 use crate::{
     Alignment, CallData, DType, DropoutStream, InvalidCall, OffsetRange, Problem, QueryOffset, SequenceRows,
     View,
@@ -49,8 +49,8 @@ impl<'c> CallProblem<'c> {
         let dims = problem.dims();
         let query_lengths = data.query_lengths.and_then(Integers::of);
         let key_value_lengths = data.key_value_lengths.and_then(Integers::of);
-        lengths(dims.batch, "query", query_lengths, dims.query_length)?;
-        lengths(dims.batch, "key/value", key_value_lengths, dims.key_length)?;
+        lengths(data.query_lengths, "query", query_lengths, dims.query_length)?;
+        lengths(data.key_value_lengths, "key/value", key_value_lengths, dims.key_length)?;
         let query_offsets = data.query_offsets.and_then(Integers::of);
         offsets(problem, data, query_offsets)?;
         let dropout = dropout(problem, data)?;
@@ -89,7 +89,12 @@ impl<'c> CallProblem<'c> {
         self.problem
     }
 
-    /// Whether the host knows lengths of this call, which may differ from batch row to batch row.
+    /// Whether the host knows query lengths of this call, which may differ from batch row to batch row.
+    pub fn has_query_lengths(&self) -> bool {
+        self.query_lengths.is_some()
+    }
+
+    /// Whether the host knows lengths of this call, of queries or of keys.
     pub fn has_lengths(&self) -> bool {
         self.query_lengths.is_some() || self.key_value_lengths.is_some()
     }
@@ -234,13 +239,13 @@ fn softcap(problem: &Problem, given: Option<f64>) -> Result<(), InvalidCall> {
 }
 
 fn lengths(
-    batch: usize,
+    view: Option<View<'_>>,
     which: &'static str,
     lengths: Option<Integers<'_>>,
     max: usize,
 ) -> Result<(), InvalidCall> {
-    let Some(lengths) = lengths else { return Ok(()) };
-    for batch in 0..batch {
+    let (Some(view), Some(lengths)) = (view, lengths) else { return Ok(()) };
+    for batch in 0..distinct(view) {
         let length = lengths.at(batch);
         if usize::try_from(length).is_ok_and(|length| length <= max) {
             continue;
@@ -259,8 +264,8 @@ fn offsets(problem: &Problem, data: &CallData<'_>, offsets: Option<Integers<'_>>
     };
     match (problem.alignment(), data.query_offset) {
         (Alignment::Offsets(range), _) => {
-            let Some(offsets) = offsets else { return Ok(()) };
-            (0..problem.dims().batch).try_for_each(|batch| in_range(range, offsets.at(batch)))
+            let (Some(view), Some(offsets)) = (data.query_offsets, offsets) else { return Ok(()) };
+            (0..distinct(view)).try_for_each(|batch| in_range(range, offsets.at(batch)))
         }
         (Alignment::Offset(range), QueryOffset::Fixed(offset)) => in_range(range, offset),
         (Alignment::TopLeft, QueryOffset::TOP_LEFT) | (Alignment::BottomRight, QueryOffset::BottomRight) => {

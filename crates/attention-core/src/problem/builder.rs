@@ -71,11 +71,11 @@ impl ProblemBuilder {
         }
         if let Some(view) = data.query_offsets {
             let offsets = crate::data::Integers::of(view);
-            let count = view.shape().first().copied().unwrap_or(0);
             let near = |index: usize| {
                 offsets.is_none_or(|offsets| OffsetRange::of(offsets.at(index)) == OffsetRange::Near)
             };
-            let range = if (0..count).all(near) { OffsetRange::Near } else { OffsetRange::Any };
+            let range =
+                if (0..crate::data::distinct(view)).all(near) { OffsetRange::Near } else { OffsetRange::Any };
             self.spec.alignment = Alignment::Offsets(range);
         }
         self

@@ -329,7 +329,10 @@ impl Problem {
             (Feature::Deterministic, self.deterministic()),
             (Feature::InnerStride, operands().any(inner_stride)),
             (Feature::DeviceData, Role::DATA.into_iter().any(on_device)),
-            (Feature::NegativeStrides, self.spec.tensors.iter().flatten().any(negative)),
+            (
+                Feature::NegativeStrides,
+                self.spec.tensors[..Role::QueryLengths as usize].iter().flatten().any(negative),
+            ),
         ]
         .into_iter()
         .filter_map(|(feature, present)| present.then_some(feature))

@@ -319,3 +319,46 @@ fn a_build_without_implementations_says_so() {
     let error = call.implementation("abacus").forward(&x, &x, &x).unwrap_err();
     assert_eq!(error.to_string(), "no implementation is named 'abacus'; none is registered");
 }
+
+/// Lists as long as a batch may be: what differs is named, and not all of both.
+#[test]
+fn a_backward_with_other_lengths_is_told_of_the_first_that_differs() {
+    let (batch, shape) = (100, [100, 2, 1, 4]);
+    let x = vec![0.5f32; batch * 2 * 4];
+    let x = (&x, shape);
+    let lengths = |at_70: usize| (0..batch).map(move |row| if row == 70 { at_70 } else { 2 });
+    let with = |at_70: usize| Attention::new().key_value_lengths(lengths(at_70).collect::<Vec<_>>());
+    let forward = with(1).forward_with_lse(x, x, x).unwrap();
+    let refused = with(2).backward(x, x, x, &forward, x).unwrap_err().to_string();
+    assert!(refused.contains("1 in batch row 70") && refused.contains("2 in batch row 70"), "{refused}");
+    assert!(refused.len() < 200, "{refused}");
+}
+
+/// An offset that is no i64 is one far away, on the side where it was.
+#[test]
+fn offsets_beyond_an_i64_keep_their_sign() {
+    let (query, keys): (Vec<f32>, Vec<f32>) = (vec![0.0; 4], (0..8).map(|i| i as f32).collect());
+    let run = |offset: i128| {
+        let attention = Attention::new().causal(true).query_offsets([offset]);
+        let keys = (&keys, [1, 8, 1, 1]);
+        attention.forward((&query[..1], [1, 1, 1, 1]), keys, keys).unwrap().as_slice::<f32>().unwrap()[0]
+    };
+    // A row before all keys, and one behind them.
+    assert_eq!((run(-(1 << 64)), run(1 << 64)), (0.0, 3.5));
+}
+
+/// The number of batch rows says nothing about time where there are no query rows.
+#[test]
+fn an_empty_call_does_not_walk_over_its_batch_rows() {
+    let (batch, none, length) = (1usize << 40, [0.0f32; 4], [0i64]);
+    let view = |rows| View::strided(&none, 0, [batch, rows, 1, 4], [0, 0, 0, 1]).unwrap();
+    let lengths = View::strided(&length, 0, [batch], [0]).unwrap();
+    for attention in [
+        Attention::new().key_value_lengths(lengths),
+        Attention::new().query_lengths(lengths),
+        Attention::new().query_offsets(lengths),
+    ] {
+        let forward = attention.forward_with_lse(view(0), view(4), view(4)).unwrap();
+        assert_eq!(forward.out.shape(), [batch, 0, 1, 4].into());
+    }
+}
