@@ -37,7 +37,8 @@ pub(crate) struct Terms<'a, C> {
     pub(crate) scale: C,
     /// The factors of the scale that gradients of products are multiplied with: before the sums that dq and dk are, a
     /// power of two so that nothing is rounded, and after them. A scale of 1e38 has operands of 1e-19, whose products with
-    /// small gradients would underflow; 1 and the scale otherwise.
+    /// small gradients would underflow; one of 1e-37 has operands of up to 1e37, whose products with gradients would
+    /// overflow. 1 and the scale otherwise.
     pub(crate) gradient_scale: (C, C),
     pub(crate) softcap: Option<C>,
     /// The lowest finite logit: that of f32 for f32 operands, whatever is computed in.
@@ -73,7 +74,8 @@ impl<'a, C: Compute> Terms<'a, C> {
             scale: C::from_f64(problem.scale()),
             gradient_scale: {
                 let exponent = problem.scale().abs().log2();
-                let before = if exponent > 24.0 { (exponent / 2.0).floor().exp2() } else { 1.0 };
+                let is_far = !(-8.0..=24.0).contains(&exponent) && exponent.is_finite();
+                let before = if is_far { (exponent / 2.0).floor().exp2() } else { 1.0 };
                 (C::from_f64(before), C::from_f64(problem.scale() / before))
             },
             softcap: problem.softcap().map(C::from_f64),

@@ -68,8 +68,9 @@ impl<'a, F: Float> Terms<'a, F> {
             dropout: problem.dropout_stream(),
             gradient_scale: {
                 let exponent = problem.scale().abs().log2();
-                let is_large = exponent > 24.0 && problem.dtype() != DType::F16;
-                let before = if is_large { (exponent / 2.0).floor().exp2() } else { 1.0 };
+                let is_far = !(-8.0..=24.0).contains(&exponent) && exponent.is_finite();
+                let is_far = is_far && problem.dtype() != DType::F16;
+                let before = if is_far { (exponent / 2.0).floor().exp2() } else { 1.0 };
                 (F::from_f64(before), F::from_f64(problem.scale() / before))
             },
         }
@@ -77,8 +78,9 @@ impl<'a, F: Float> Terms<'a, F> {
 
     /// The factors of the scale that gradients of products are multiplied with: before the sums that dq and
     /// dk are, a power of two, so that nothing is rounded, and after them. A scale of 1e38 has operands of
-    /// 1e-19, whose products with small gradients would underflow. 1 and the scale otherwise, and for f16,
-    /// whose range the gradients of products would leave.
+    /// 1e-19, whose products with small gradients would underflow; one of 1e-37 has operands of up to 1e37,
+    /// whose products with gradients would overflow. 1 and the scale otherwise, and for f16, whose range the
+    /// gradients of products would leave.
     pub(crate) fn gradient_scale(&self) -> (F, F) {
         self.gradient_scale
     }

@@ -17,7 +17,7 @@ use super::shared::Shared;
 use crate::cut;
 use crate::logits::Rows;
 use crate::operand::{Head, Operand};
-use crate::packed::Panels;
+use crate::packed::{PANEL, Panels};
 use crate::scratch::Carver;
 use crate::workers;
 
@@ -111,18 +111,27 @@ fn add_batch<E: Operand>(
     let all_keys = sequence.key_range_of_rows(0..sequence.queries());
     let stride = cut::logits_stride(all_keys.len()).unwrap_or_else(|| unreachable!("sized before"));
     let queries = part.queries.start..part.queries.end.min(sequence.queries());
-    let keys = intersection(&sequence.key_range_of_rows(queries.clone()), &part.keys);
+    let seen = sequence.key_range_of_rows(queries.clone());
+    let keys = intersection(&seen, &part.keys);
     if keys.is_empty() {
         return;
     }
+    // The last panel's columns behind the part stand for keys too, which count among those at hand where a row sees
+    // them.
+    let packed = keys.start..seen.end.min(keys.start + keys.len().next_multiple_of(PANEL));
     E::runs(shared.runs).dbias.of(shape[2] != 1, shape[3] != 1).count();
     shared.terms.count();
     for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {
         let head = |view| Head::<E>::new(view, batch, key_head);
         let key_panels =
-            Panels::pack(&head(&shared.key), keys.clone(), scratch.key_panels, scratch.row, shared.runs);
-        let value_panels =
-            Panels::pack(&head(&shared.value), keys.clone(), scratch.value_panels, scratch.row, shared.runs);
+            Panels::pack(&head(&shared.key), packed.clone(), scratch.key_panels, scratch.row, shared.runs);
+        let value_panels = Panels::pack(
+            &head(&shared.value),
+            packed.clone(),
+            scratch.value_panels,
+            scratch.row,
+            shared.runs,
+        );
         for head in intersection(&(key_head * group..(key_head + 1) * group), &part.heads) {
             let rows = Rows { batch, heads: head..head + 1, queries: queries.clone() };
             for (rows, block_keys) in cut::blocks(problem, &rows, &all_keys, MATRICES) {
