@@ -10,7 +10,8 @@
 #
 # In the environment, each of which may be left out: DEVICE_TESTS, the executable of `cargo test --release -p attention-cudnn --test device
 # --no-run`, whose tests run before anything else, alone, since one of them wants 48 GB; OLD_XTASK, that of an older commit, beside which
-# the speed of chunked-cuda is measured at the end, in TURNS turns (2); ONLY=tests, ONLY=suite or ONLY=speed for that part alone. The
+# the speed of chunked-cuda is measured at the end, in TURNS turns (2); MORE_TESTS, further executables of tests on a device, as those of
+# attention-cudnn's tests/numbers.rs and attention-chunked-cuda's tests/gpu.rs; ONLY=tests, ONLY=suite or ONLY=speed for that part alone. The
 # whole suite also fails where a variant that a backend lists for this device was run by no job.
 set -euo pipefail
 
@@ -37,9 +38,10 @@ golden() { logged "golden.$1.$2" "$xtask" golden --dir "$root/crates/attention-c
 sanitized() { logged "$1.$2.$3.$4.$5" compute-sanitizer --tool "$1" --error-exitcode 9 "$xtask" conformance --threads 1 --backend "$2" --dtype "$3" --pass "$4" --filter "$5"; }
 device_test() { logged "tests.device.$1" "$DEVICE_TESTS" --ignored --test-threads 1 --nocapture --exact "$1"; }
 gpu() { logged "tests.gpu" "$gpu_tests" --ignored --test-threads 1; }
+more() { logged "tests.$(basename "$1")" "$1" --ignored --test-threads 1; }
 candle() { ATTENTION_CANDLE_CUDA=1 ATTENTION_CANDLE_CASES=$2 logged "candle.$1.$2" "$candle_tests" "conformance::$1" --nocapture; }
 candle_others() { ATTENTION_CANDLE_CUDA=1 logged "tests.candle" "$candle_tests" --skip conformance --test-threads 2; }
-export -f logged suite hidden golden sanitized gpu candle candle_others
+export -f logged suite hidden golden sanitized gpu more candle candle_others
 
 only=${ONLY:-all}
 if [[ -n ${DEVICE_TESTS:-} && $only != suite && $only != speed ]]; then
@@ -60,6 +62,7 @@ families="layout values random position pair tile large bias mask groups small l
         done
     done
     if [[ -n $gpu_tests ]]; then echo gpu; fi
+    for tests in ${MORE_TESTS:-}; do echo "more $tests"; done
     if command -v compute-sanitizer >/dev/null; then
         for pass in forward backward; do
             echo "sanitized memcheck cudnn bf16 $pass values/nan"
@@ -90,7 +93,7 @@ families="layout values random position pair tile large bias mask groups small l
     fi
 } >"$out/jobs"
 case $only in
-    tests) grep -x 'gpu' "$out/jobs" >"$out/jobs.tests" || true; mv "$out/jobs.tests" "$out/jobs" ;;
+    tests) grep -E '^(gpu|more .*)$' "$out/jobs" >"$out/jobs.tests" || true; mv "$out/jobs.tests" "$out/jobs" ;;
     speed) : >"$out/jobs" ;;
 esac
 xargs -a "$out/jobs" -P "${JOBS:-$(nproc)}" -I{} bash -c '{}'
