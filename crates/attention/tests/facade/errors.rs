@@ -321,6 +321,7 @@ fn a_build_without_implementations_says_so() {
 }
 
 /// Lists as long as a batch may be: what differs is named, and not all of both.
+#[cfg(any(feature = "cpu", feature = "chunked"))]
 #[test]
 fn a_backward_with_other_lengths_is_told_of_the_first_that_differs() {
     let (batch, shape) = (100, [100, 2, 1, 4]);
@@ -335,6 +336,7 @@ fn a_backward_with_other_lengths_is_told_of_the_first_that_differs() {
 }
 
 /// An offset that is no i64 is one far away, on the side where it was.
+#[cfg(any(feature = "cpu", feature = "chunked"))]
 #[test]
 fn offsets_beyond_an_i64_keep_their_sign() {
     let (query, keys): (Vec<f32>, Vec<f32>) = (vec![0.0; 4], (0..8).map(|i| i as f32).collect());
@@ -348,6 +350,7 @@ fn offsets_beyond_an_i64_keep_their_sign() {
 }
 
 /// The number of batch rows says nothing about time where there are no query rows.
+#[cfg(any(feature = "cpu", feature = "chunked"))]
 #[test]
 fn an_empty_call_does_not_walk_over_its_batch_rows() {
     let (batch, none, length) = (1usize << 40, [0.0f32; 4], [0i64]);
