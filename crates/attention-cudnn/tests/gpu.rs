@@ -1,44 +1,20 @@
 //! What needs a GPU with cuDNN: calls in captured graphs, and calls from several threads on several streams, of the other backend
 //! for device memory too; and cuDNN's plans, faults and dropout. Run with `--ignored`.
 
+mod common;
+
 use std::sync::Arc;
 
-use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dropout, Error,
-    ForwardCall, ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, Scalar, TensorDesc,
-    Unsupported, View, philox4x32_10,
+    ForwardCall, ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, TensorDesc, Unsupported,
+    View,
 };
 use attention_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use attention_cuda::{CudaDevice, DeviceTensor};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
+use common::{Result, backends, device, numbers};
 use half::bf16;
-
-type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
-
-/// The device on a stream of its own, without cudarc's events: everything here is ordered by streams.
-fn device() -> Result<CudaDevice> {
-    let device = CudaDevice::new("test", 0)?;
-    // SAFETY: no memory is used on two streams.
-    unsafe { device.context().disable_event_tracking() };
-    let stream = device.context().new_stream()?;
-    Ok(device.with_stream(stream))
-}
-
-/// The backends for device memory, on the stream of this device.
-fn backends(device: &CudaDevice) -> [Arc<dyn AttentionBackend>; 2] {
-    [
-        Arc::new(CudnnBackend::on(device.clone(), CudnnConfig::default())),
-        Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())),
-    ]
-}
-
-fn numbers(seed: u64, count: usize) -> Vec<bf16> {
-    let word = |index: usize| philox4x32_10([index as u32, 0, 0, 0], [seed as u32, 0])[0];
-    (0..count)
-        .map(|index| <bf16 as Scalar>::from_f64(f64::from(word(index)) / f64::from(1u32 << 30) - 2.0))
-        .collect()
-}
 
 /// The tensors of a training step.
 struct Step {

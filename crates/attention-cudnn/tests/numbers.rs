@@ -1,46 +1,22 @@
-//! What needs a GPU with cuDNN, of both backends for device memory: one plan over calls with other lengths, offsets, scales and seeds, in
-//! host and in device memory, called and in captured graphs. Run with `--ignored`.
+//! What needs a GPU with cuDNN, of both backends for device memory: one plan over calls with other lengths,
+//! offsets, scales and seeds, in host and in device memory, called and in captured graphs. Run with
+//! `--ignored`.
+
+mod common;
 
 use std::sync::Arc;
 
-use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dropout, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, QueryOffset, Role, Scalar, Scratch,
-    TensorDesc, View, philox4x32_10,
+    ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, QueryOffset, Role, Scratch, TensorDesc,
+    View,
 };
 use attention_cuda::cudarc::driver::CudaGraph;
 use attention_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use attention_cuda::{CudaDevice, DeviceTensor};
 use attention_cudnn::{CudnnBackend, CudnnConfig};
+use common::{Result, backends, device, numbers};
 use half::bf16;
-
-type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
-
-/// The device on a stream of its own, without cudarc's events: everything here is ordered by streams.
-fn device() -> Result<CudaDevice> {
-    let device = CudaDevice::new("test", 0)?;
-    // SAFETY: no memory is used on two streams.
-    unsafe { device.context().disable_event_tracking() };
-    let stream = device.context().new_stream()?;
-    Ok(device.with_stream(stream))
-}
-
-/// The backends for device memory, on the stream of this device.
-fn backends(device: &CudaDevice) -> [Arc<dyn AttentionBackend>; 2] {
-    [
-        Arc::new(CudnnBackend::on(device.clone(), CudnnConfig::default())),
-        Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())),
-    ]
-}
-
-/// Uniform in [-2, 2).
-fn numbers(seed: u32, count: usize) -> Vec<bf16> {
-    let word = |index: usize| philox4x32_10([index as u32, 0, 0, 0], [seed, 0])[0];
-    (0..count)
-        .map(|index| <bf16 as Scalar>::from_f64(f64::from(word(index)) / f64::from(1u32 << 30) - 2.0))
-        .collect()
-}
 
 /// What an output holds before a call, gaps included: NaN in every dtype.
 const CANARY: u8 = 0xff;
@@ -94,7 +70,7 @@ impl Step {
     fn new(device: &CudaDevice, sizes: Sizes, causal: bool) -> Result<Self> {
         let [b, t, s, n, h] = sizes;
         let (rows, keys) = ([b, t, n, h], [b, s, n, h]);
-        let send = |seed: u32, shape: [usize; 4]| -> Result<DeviceTensor> {
+        let send = |seed: u64, shape: [usize; 4]| -> Result<DeviceTensor> {
             let data = numbers(seed, shape.iter().product());
             Ok(DeviceTensor::from_host(device, View::from_slice(&data, shape)?)?)
         };
@@ -274,7 +250,8 @@ fn bottom_right(lengths: View<'_>) -> CallData<'_> {
     }
 }
 
-/// A decoder's cache: the same plan with lengths in host memory, one with lengths on the device, and a plan for each call.
+/// A decoder's cache: the same plan with lengths in host memory, one with lengths on the device, and a plan
+/// for each call.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn one_plan_serves_a_growing_cache() -> Result {
@@ -316,7 +293,8 @@ fn one_plan_serves_a_growing_cache() -> Result {
     Ok(())
 }
 
-/// A graph that was captured once has the results of a call with the lengths that are there when it is launched.
+/// A graph that was captured once has the results of a call with the lengths that are there when it is
+/// launched.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn a_captured_graph_reads_lengths_in_device_memory_when_it_is_launched() -> Result {
@@ -354,8 +332,8 @@ fn a_captured_graph_reads_lengths_in_device_memory_when_it_is_launched() -> Resu
     Ok(())
 }
 
-/// Lengths in device memory that are out of bounds are those at the bounds, and nothing outside of the call's tensors and scratch is
-/// written.
+/// Lengths in device memory that are out of bounds are those at the bounds, and nothing outside of the call's
+/// tensors and scratch is written.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn lengths_out_of_bounds_are_brought_into_them() -> Result {
@@ -426,8 +404,8 @@ fn lengths_out_of_bounds_are_brought_into_them() -> Result {
     Ok(())
 }
 
-/// The seed and the offset of a dropout in device memory draw the bits of those in host memory, also those that are there when a graph is
-/// launched.
+/// The seed and the offset of a dropout in device memory draw the bits of those in host memory, also those
+/// that are there when a graph is launched.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn a_captured_graph_reads_the_seed_in_device_memory_when_it_is_launched() -> Result {
