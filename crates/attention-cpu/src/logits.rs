@@ -35,10 +35,7 @@ impl Rows {
 pub(crate) struct Terms<'a, C> {
     pub(crate) problem: &'a CallProblem<'a>,
     pub(crate) scale: C,
-    /// The factors of the scale that gradients of products are multiplied with: before the sums that dq and dk are, a
-    /// power of two so that nothing is rounded, and after them. A scale of 1e38 has operands of 1e-19, whose products with
-    /// small gradients would underflow; one of 1e-37 has operands of up to 1e37, whose products with gradients would
-    /// overflow. 1 and the scale otherwise.
+    /// [`CallProblem::scale_of_gradients`].
     pub(crate) gradient_scale: (C, C),
     pub(crate) softcap: Option<C>,
     /// The lowest finite logit: that of f32 for f32 operands, whatever is computed in.
@@ -67,17 +64,13 @@ impl<'a, C: Compute> Terms<'a, C> {
             mask.as_ref().and_then(|mask| row_counter(mask, &runs.mask)),
         ];
         let lowest = C::from_f64(if logits == DType::F64 { f64::MIN } else { f32::MIN.into() });
+        let (before, after) = problem.scale_of_gradients();
         Self {
             problem,
             lowest,
             is_wider: logits != C::DTYPE,
             scale: C::from_f64(problem.scale()),
-            gradient_scale: {
-                let exponent = problem.scale().abs().log2();
-                let is_far = !(-8.0..=24.0).contains(&exponent) && exponent.is_finite();
-                let before = if is_far { (exponent / 2.0).floor().exp2() } else { 1.0 };
-                (C::from_f64(before), C::from_f64(problem.scale() / before))
-            },
+            gradient_scale: (C::from_f64(before), C::from_f64(after)),
             softcap: problem.softcap().map(C::from_f64),
             slopes: inputs.alibi_slopes.map(|slopes| AnyFloat::new(slopes, logits)),
             slopes_per_batch: inputs.alibi_slopes.is_some_and(|slopes| slopes.shape().rank() == 2),
@@ -92,8 +85,8 @@ impl<'a, C: Compute> Terms<'a, C> {
         self.reads.into_iter().flatten().for_each(VariantCounter::count);
     }
 
-    /// Turns a row of scaled products into logits: -inf at every column that takes no part. `sequence` has the rows
-    /// of the batch row.
+    /// Turns a row of scaled products into logits: -inf at every column that takes no part. `sequence` has
+    /// the rows of the batch row.
     ///
     /// With a softcap, `capped` receives the soft-capped products, from which the backward pass takes the slope.
     #[inline(always)]

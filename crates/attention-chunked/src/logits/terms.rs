@@ -52,6 +52,10 @@ impl<'a, F: Float> Terms<'a, F> {
         // is applied first.
         let plain = nothing_added && (scale * F::LOG2_E).is_normal();
         let unit = if plain { scale } else { F::ONE };
+        let (before, after) = match problem.dtype() {
+            DType::F16 => (1.0, problem.scale()),
+            _ => problem.scale_of_gradients(),
+        };
         Self {
             problem,
             scale,
@@ -66,21 +70,12 @@ impl<'a, F: Float> Terms<'a, F> {
                 && inputs.bias.is_some_and(|bias| bias.desc().dtype() == DType::F64),
             mask,
             dropout: problem.dropout_stream(),
-            gradient_scale: {
-                let exponent = problem.scale().abs().log2();
-                let is_far = !(-8.0..=24.0).contains(&exponent) && exponent.is_finite();
-                let is_far = is_far && problem.dtype() != DType::F16;
-                let before = if is_far { (exponent / 2.0).floor().exp2() } else { 1.0 };
-                (F::from_f64(before), F::from_f64(problem.scale() / before))
-            },
+            gradient_scale: (F::from_f64(before), F::from_f64(after)),
         }
     }
 
-    /// The factors of the scale that gradients of products are multiplied with: before the sums that dq and
-    /// dk are, a power of two, so that nothing is rounded, and after them. A scale of 1e38 has operands of
-    /// 1e-19, whose products with small gradients would underflow; one of 1e-37 has operands of up to 1e37,
-    /// whose products with gradients would overflow. 1 and the scale otherwise, and for f16, whose range the
-    /// gradients of products would leave.
+    /// [`CallProblem::scale_of_gradients`]; 1 and the scale for f16, whose range the gradients of products
+    /// would leave.
     pub(crate) fn gradient_scale(&self) -> (F, F) {
         self.gradient_scale
     }

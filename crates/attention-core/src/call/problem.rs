@@ -11,8 +11,8 @@ use crate::{
 
 /// A problem with the numbers of one call: lengths, offsets, scale, softcap and dropout, checked against it.
 ///
-/// What is in device memory is not known here: where lengths are, the host has their bounds (`T` and `S`), and
-/// whoever launches kernels gives them the tensors of [`CallData`].
+/// What is in device memory is not known here: where lengths are, the host has their bounds (`T` and `S`),
+/// and whoever launches kernels gives them the tensors of [`CallData`].
 #[derive(Clone, Copy, Debug)]
 pub struct CallProblem<'c> {
     problem: &'c Problem,
@@ -37,9 +37,10 @@ impl<'c> CallProblem<'c> {
     /// Checks the numbers of a call against its problem.
     ///
     /// # Errors
-    /// [`InvalidCall`]: a tensor of numbers that is missing, unexpected, elsewhere or of another layout; a number
-    /// that the problem does not announce, or announces and the call has not; lengths above the tensor's; a scale
-    /// or a softcap that is not finite; an offset out of the range that was planned for; another rate of dropout.
+    /// [`InvalidCall`]: a tensor of numbers that is missing, unexpected, elsewhere or of another layout; a
+    /// number that the problem does not announce, or announces and the call has not; lengths above the
+    /// tensor's; a scale or a softcap that is not finite; an offset out of the range that was planned for;
+    /// another rate of dropout.
     pub fn new(problem: &'c Problem, data: &CallData<'c>) -> Result<Self, InvalidCall> {
         for (role, view) in data.views() {
             expect_as_described(problem, role, view.map(|view| (view.desc(), view.device())))?;
@@ -67,8 +68,8 @@ impl<'c> CallProblem<'c> {
         })
     }
 
-    /// A call of this problem with full lengths, no offset where one is announced, and the default scale: what
-    /// no call has more rows and keys than.
+    /// A call of this problem with full lengths, no offset where one is announced, and the default scale:
+    /// what no call has more rows and keys than.
     pub fn at_bounds(problem: &'c Problem) -> Self {
         let bottom_right = problem.alignment() == Alignment::BottomRight;
         let query_offset = if bottom_right { QueryOffset::BottomRight } else { QueryOffset::TOP_LEFT };
@@ -102,6 +103,19 @@ impl<'c> CallProblem<'c> {
     /// What the products of query and key are multiplied by: as given, or `1 / sqrt(H)`.
     pub fn scale(&self) -> f64 {
         self.scale
+    }
+
+    /// The scale as two factors, for gradients of queries and keys: the first, a power of two so that nothing
+    /// is rounded, for the gradients of products before they are summed, and the second for the sums. The
+    /// first is 1 for a scale from 2^-8 to 2^24.
+    ///
+    /// A scale of 1e38 has operands of 1e-19, whose products with small gradients would underflow; one of
+    /// 1e-37 has operands of up to 1e37, whose products with gradients would overflow.
+    pub fn scale_of_gradients(&self) -> (f64, f64) {
+        let exponent = self.scale.abs().log2();
+        let is_far = !(-8.0..=24.0).contains(&exponent) && exponent.is_finite();
+        let before = if is_far { (exponent / 2.0).floor().exp2() } else { 1.0 };
+        (before, self.scale / before)
     }
 
     /// The softcap `c` of `c * tanh(x / c)`.
