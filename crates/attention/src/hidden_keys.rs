@@ -9,8 +9,8 @@ fn may_hide(problem: &Problem) -> bool {
     problem.causal() && problem.alignment() == Alignment::TopLeft
 }
 
-/// That a causal call at offset 0 has keys which no query row may see, with the two ways out; `None` where it has none,
-/// and where lengths are in device memory: the host does not know them.
+/// That a causal call at offset 0 has keys which no query row may see, with the two ways out; `None` where it
+/// has none, and where lengths are in device memory: the host does not know them.
 pub(crate) fn hidden_keys(call: &CallProblem<'_>) -> Option<String> {
     let lengths = [Role::QueryLengths, Role::KeyValueLengths];
     let unknown = |role| call.has(role) && call.device_of(role) != Device::Cpu;
@@ -55,14 +55,21 @@ pub(crate) fn tell_of_lengths<'c>(problem: &'c Problem, data: &CallData<'c>) {
     }
 }
 
+/// Whether a process has been told at warn level.
+static TOLD: AtomicBool = AtomicBool::new(false);
+
+/// Whether anybody listens at the level of the next event.
 fn enabled() -> bool {
-    tracing::enabled!(target: "attention", tracing::Level::WARN)
+    if TOLD.load(Ordering::Relaxed) {
+        tracing::enabled!(target: "attention", tracing::Level::DEBUG)
+    } else {
+        tracing::enabled!(target: "attention", tracing::Level::WARN)
+    }
 }
 
 /// Tells of hidden keys: at warn level once in a process, since the next thousand layers and steps mean the same, and at debug
 /// level from then on.
 fn tell(note: Option<String>) {
-    static TOLD: AtomicBool = AtomicBool::new(false);
     let Some(note) = note else { return };
     if TOLD.swap(true, Ordering::Relaxed) {
         tracing::debug!(target: "attention", "{note}");
