@@ -104,8 +104,8 @@ impl Attention {
         Self { call: change(self.call), ..self }
     }
 
-    /// Replaces all options that are no tensors. Lengths, offsets and the like that were given as tensors stay, and go
-    /// before those of the options.
+    /// Replaces all options that are no tensors. Lengths, offsets and the like that were given as tensors
+    /// stay, and go before those of the options.
     pub fn options(self, options: Options) -> Self {
         self.with(|call| call.options(options))
     }
@@ -121,15 +121,15 @@ impl Attention {
         self.with(|call| call.causal(causal))
     }
 
-    /// Where query row `t` stands among the keys, `pos = t + offset`: a [`QueryOffset`], or a number, of a decoder
-    /// that of its cached keys.
+    /// Where query row `t` stands among the keys, `pos = t + offset`: a [`QueryOffset`], or a number, of a
+    /// decoder that of its cached keys.
     pub fn query_offset(mut self, offset: impl Into<QueryOffset>) -> Self {
         self.numbers.query_offsets = None;
         self.with(|call| call.query_offset(offset))
     }
 
-    /// An offset for each batch row, in the place of [`query_offset`](Self::query_offset): a list of integers or a
-    /// tensor.
+    /// An offset for each batch row, in the place of [`query_offset`](Self::query_offset): a list of integers
+    /// or a tensor.
     pub fn query_offsets(mut self, offsets: impl Into<Numbers>) -> Self {
         let (list, tensor) = offsets.into().apart();
         self.numbers.query_offsets = tensor;
@@ -169,8 +169,8 @@ impl Attention {
         self
     }
 
-    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0. A list of
-    /// integers, or a tensor of u32, i32 or i64 ([`Numbers`]).
+    /// How many query rows of each batch row are real, from the first; the others are padding, with output 0.
+    /// A list of integers, or a tensor of u32, i32 or i64 ([`Numbers`]).
     pub fn query_lengths(mut self, lengths: impl Into<Numbers>) -> Self {
         let (list, tensor) = lengths.into().apart();
         self.numbers.query_lengths = tensor;

@@ -260,8 +260,8 @@ fn dtype(tensor: &Tensor) -> DType {
     }
 }
 
-/// Checks that every tensor is where the query is, which comes first: one device, and on it one stream. Lengths and the
-/// like may be in host memory.
+/// Checks that every tensor is where the query is, which comes first: one device, and on it one stream.
+/// Lengths and the like may be in host memory.
 fn on_one_device(tensors: &[(Role, &Tensor)]) -> Result<(), Error> {
     let Some((_, query)) = tensors.first() else { return Ok(()) };
     let is_there = |role: Role, tensor: &Tensor| {

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use attention::{IntoNumbers, Lengths};
 use candle_core::Tensor;
 
-/// One number for each batch row, lengths or offsets: a list of integers (an array, a slice, a `Vec`), or a tensor of
-/// u32, i32 or i64, `[B]`.
+/// One number for each batch row, lengths or offsets: a list of integers (an array, a slice, a `Vec`), or a
+/// tensor of u32, i32 or i64, `[B]`.
 ///
-/// A tensor is in host memory or on the device of the call, where kernels read it: no number goes to the host. What it
-/// holds there is not checked: a length above the tensor's counts as that.
+/// A tensor is in host memory or on the device of the call, where kernels read it: no number goes to the
+/// host. What it holds there is not checked: a length above the tensor's counts as that.
 #[derive(Clone, Debug)]
 pub struct Numbers(Kind);
 
@@ -44,7 +44,9 @@ impl Numbers {
 /// Lists of integers, by value and by reference.
 macro_rules! lists {
     ($(($list:ty, $($const_name:ident)?),)*) => {$(
-        impl<I: Copy + Default + PartialOrd + TryInto<i64>, $(const $const_name: usize)?> From<$list> for Numbers {
+        impl<I: Copy + Default + PartialOrd + TryInto<i64>, $(const $const_name: usize)?> From<$list>
+            for Numbers
+        {
             fn from(list: $list) -> Self {
                 owned(list)
             }

@@ -100,7 +100,8 @@ fn batch_rows_have_the_bits_of_calls_of_their_own() -> Result {
                             let bytes = want.len();
                             assert!(
                                 got[batch * bytes..][..bytes] == want[..],
-                                "{dtype}, causal {causal}, {window}, {what} at {place:?}: result {index} of row {batch}"
+                                "{dtype}, causal {causal}, {window}, {what} at {place:?}: result {index} of row \
+                                 {batch}"
                             );
                         }
                     }

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The queries are taken in pieces, each a call of its own with the offset of its first row, so that there is
-//! progress to show; a row's result does not depend on the piece it is in. The offset is the call's, so one plan
-//! serves all pieces of the same length. The scores alone would take 2 TB.
+//! progress to show; a row's result does not depend on the piece it is in. The offset is the call's, so one
+//! plan serves all pieces of the same length. The scores alone would take 2 TB.
 
 use std::error::Error;
 use std::time::Instant;

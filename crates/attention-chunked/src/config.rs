@@ -126,8 +126,9 @@ impl ChunkedConfig {
         self.threads.planned()
     }
 
-    /// The threads of a call that has work for `workers` of them, and what it takes on so many: `None` for as
-    /// planned. `of` says it for a number of threads; no pool is started where there is work for one.
+    /// The threads of a call that has work for `workers` of them, and its needs on fewer threads than were
+    /// planned, which `of` computes for a number of threads; `None` where there are as many as planned. No
+    /// pool is started where there is work for one thread.
     pub(crate) fn team<N: Needs>(
         &self,
         workers: usize,

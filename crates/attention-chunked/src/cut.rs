@@ -60,8 +60,8 @@ pub(crate) struct Cut {
 }
 
 impl Cut {
-    /// Of `all_queries` query rows a head into tasks of at most `limit` rows. More query rows and a lower limit
-    /// never make fewer tasks.
+    /// Of `all_queries` query rows a head into tasks of at most `limit` rows. More query rows and a lower
+    /// limit never make fewer tasks.
     pub(crate) fn of(problem: &Problem, all_queries: usize, limit: usize) -> Self {
         let dims = problem.dims();
         let (group, queries) = (dims.group_size(), all_queries.clamp(1, limit.max(1)));
@@ -80,7 +80,7 @@ impl Cut {
         self.key_heads * heads * queries
     }
 
-    /// Task `index` of batch row `batch`, if it has so many. The queries of a head ascend.
+    /// Task `index` of batch row `batch`, or `None` where it has fewer tasks. The queries of a head ascend.
     pub(crate) fn rows(&self, batch: usize, index: usize) -> Option<Rows> {
         if index >= self.count() {
             return None;

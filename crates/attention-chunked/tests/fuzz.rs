@@ -35,7 +35,8 @@ fn random_calls_are_right_at_every_level() {
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(101_171));
         // A gradient of a bias in f64 below all numbers of the f32 that it is computed in.
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(2_010_317));
-        // A scale of 3e-37 and queries of 3e35: gradients of products times queries are beyond f32, dk is not.
+        // A scale of 3e-37 and queries of 3e35: gradients of products times queries are beyond f32, dk is
+        // not.
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(730_022_008));
         // Dropout of 0.999 in f16: outputs beyond its largest number, of which the infinities that were
         // stored leave no gradients.

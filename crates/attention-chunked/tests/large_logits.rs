@@ -359,8 +359,8 @@ fn a_sink_of_minus_infinity_has_no_gradient() {
     });
 }
 
-/// A large logit and a NaN alone among masked keys: which of them a vector's maximum keeps depends on where they
-/// are. The row is NaN, and the call ends.
+/// A large logit and a NaN alone among masked keys: which of them a vector's maximum keeps depends on where
+/// they are. The row is NaN, and the call ends.
 #[test]
 fn a_large_logit_beside_nan_ends() {
     // Decoded, packed as a small batch row, and packed as a large one.

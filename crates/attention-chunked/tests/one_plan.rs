@@ -1,5 +1,5 @@
-//! One plan, many calls: lengths, offsets, scales, softcaps and seeds are the call's, and the bits are those of
-//! a plan of its own, in exactly the scratch that was planned.
+//! One plan, many calls: lengths, offsets, scales, softcaps and seeds are the call's, and the bits are those
+//! of a plan of its own, in exactly the scratch that was planned.
 
 mod common;
 
@@ -114,7 +114,7 @@ fn in_pool(level: Level, threads: usize) -> ChunkedBackend {
     ChunkedBackend::with_config(ChunkedConfig::default().level(level).pool(Arc::new(pool)))
 }
 
-/// A decoder's call with so many keys in its cache.
+/// A decoder's call whose caches are filled with these numbers of keys.
 fn filled(keys: &[i32]) -> CallData<'_> {
     CallData {
         query_offset: QueryOffset::BottomRight,
@@ -176,8 +176,8 @@ impl Choices {
     }
 }
 
-/// Batch rows of very different lengths and offsets in calls of one plan, which run in exactly the scratch that
-/// was planned: each batch row gives what it gives alone, by a plan of its own.
+/// Batch rows of very different lengths and offsets in calls of one plan, which run in exactly the scratch
+/// that was planned: each batch row gives what it gives alone, by a plan of its own.
 #[test]
 fn any_lengths_and_offsets_fit_the_plan_and_change_no_bit() {
     let mut choices = Choices(7);
@@ -265,7 +265,8 @@ fn any_lengths_and_offsets_fit_the_plan_and_change_no_bit() {
                         let width = if index == 1 { shape[2] } else { shape[2] * shape[3] };
                         let got = &got[row * shape[1] * width..][..shape[1] * width];
                         let what = format!(
-                            "{level}, round {round}, {dtype}, {:?}, row {row} of {query_lengths:?} and {key_lengths:?}: {}",
+                            "{level}, round {round}, {dtype}, {:?}, row {row} of {query_lengths:?} and \
+                             {key_lengths:?}: {}",
                             tensors.sizes, names[index]
                         );
                         assert!(got[..want.len()] == want[..], "{what}");
@@ -351,8 +352,8 @@ fn scales_softcaps_and_seeds_are_the_calls() {
     }
 }
 
-/// A problem with lengths and offsets asks for little more scratch than its full calls, and full calls of fewer
-/// batch rows, take: small batch rows are computed in f64, in a scratch of twice the size at most.
+/// A problem with lengths and offsets asks for little more scratch than its full calls, and full calls of
+/// fewer batch rows, take: small batch rows are computed in f64, in a scratch of twice the size at most.
 #[test]
 fn numbers_of_a_call_cost_little_scratch() {
     for level in Level::available() {

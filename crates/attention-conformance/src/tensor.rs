@@ -40,8 +40,8 @@ macro_rules! on_storage {
 /// What a buffer is filled with where the suite has not written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fill {
-    /// NaN, and numbers that no call takes as a length in integers: what lies between the elements of an input, and
-    /// what outputs hold before a call.
+    /// NaN, and numbers that no call takes as a length in integers: what lies between the elements of an
+    /// input, and what outputs hold before a call.
     Nan,
     /// A finite pattern that no computation produces by accident: what lies around the elements of an output.
     Canary,
@@ -123,8 +123,8 @@ impl HostTensor {
         tensor
     }
 
-    /// A tensor of integers in which `value` gives the elements in row-major order; those that the dtype does not have
-    /// lose their upper bits.
+    /// A tensor of integers in which `value` gives the elements in row-major order; those that the dtype does
+    /// not have lose their upper bits.
     ///
     /// # Panics
     /// For a dtype that is no integer.
@@ -200,8 +200,8 @@ impl HostTensor {
         self.positions().map(at).collect()
     }
 
-    /// Replaces every element of a tensor of integers; `value` is given what is there. Upper bits that the dtype does not
-    /// have are lost.
+    /// Replaces every element of a tensor of integers; `value` is given what is there. Upper bits that the
+    /// dtype does not have are lost.
     pub(crate) fn map_integers(&mut self, mut value: impl FnMut(i64) -> i64) {
         for position in self.positions() {
             match &mut self.storage {

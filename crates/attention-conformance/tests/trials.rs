@@ -11,7 +11,8 @@ use attention_conformance::suite::Suite;
 use attention_conformance::{trial_where, trials};
 use attention_core::AttentionBackend;
 
-/// Runs trials without a word, since a summary of theirs among this program's output would be read as its own.
+/// Runs trials without a word, since a summary of theirs among this program's output would be read as its
+/// own.
 fn run(
     name: &str,
     arguments: libtest_mimic::Arguments,

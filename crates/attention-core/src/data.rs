@@ -2,19 +2,20 @@
 
 use crate::{Dropout, QueryOffset, Role, Row, View};
 
-/// The numbers of a call that its [`Problem`](crate::Problem) only announces: a decoder whose cache grows, or a
-/// trainer that draws a seed for each step, plans once.
+/// The numbers of a call that its [`Problem`](crate::Problem) only announces: a decoder whose cache grows, or
+/// a trainer that draws a seed for each step, plans once.
 ///
 /// The default is a call without any: scale `1 / sqrt(H)`, no softcap, top-left, full lengths, no dropout.
 ///
 /// # Tensors
-/// Lengths, offsets, and the seed and offset of a dropout may be tensors of i32, u32 or i64, of any strides: `[B]`,
-/// or `[1]` for the dropout's. A usize is read as the signed integer of its size. They are in host memory or, in a call on a device, in that device's memory.
+/// Lengths, offsets, and the seed and offset of a dropout may be tensors of i32, u32 or i64, of any strides:
+/// `[B]`, or `[1]` for the dropout's. A usize is read as the signed integer of its size. They are in host
+/// memory or, in a call on a device, in that device's memory.
 ///
-/// Numbers in host memory are checked when the call is made, and a wrong one is an error. Numbers in device memory
-/// are read by the kernels, which bring them into their bounds: a length into `0..=T` (or `S`), an offset into its
-/// [`OffsetRange`](crate::OffsetRange). So a wrong one gives other rows, and never touches memory that is not
-/// the call's.
+/// Numbers in host memory are checked when the call is made, and a wrong one is an error. Numbers in device
+/// memory are read by the kernels, which bring them into their bounds: a length into `0..=T` (or `S`), an
+/// offset into its [`OffsetRange`](crate::OffsetRange). So a wrong one gives other rows, and never touches
+/// memory that is not the call's.
 ///
 /// # Examples
 /// ```

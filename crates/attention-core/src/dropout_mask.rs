@@ -2,8 +2,8 @@
 
 use crate::{CallProblem, OutOfMemory};
 
-/// The keep mask of a call, `[B, N, T, S]` in row-major order, or `None` without dropout. Positions outside the
-/// lengths have bits too; they are not used.
+/// The keep mask of a call, `[B, N, T, S]` in row-major order, or `None` without dropout. Positions outside
+/// the lengths have bits too; they are not used.
 ///
 /// # Errors
 /// [`OutOfMemory`] where the mask does not fit in memory: it has a byte for each element of the logits.

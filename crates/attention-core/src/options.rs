@@ -149,8 +149,8 @@ impl std::fmt::Display for Window {
     }
 }
 
-/// How many of a dense tensor's positions are real in each batch row, in memory of their own; the rest is suffix
-/// padding. A call is given them as a tensor, see [`view`](Self::view).
+/// How many of a dense tensor's positions are real in each batch row, in memory of their own; the rest is
+/// suffix padding. A call is given them as a tensor, see [`view`](Self::view).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]

@@ -1,5 +1,5 @@
-//! Where the rows of a sequence are, and which keys a row can see by structure alone: lengths, causal masking and
-//! windows.
+//! Where the rows of a sequence are, and which keys a row can see by structure alone: lengths, causal masking
+//! and windows.
 
 use std::ops::Range;
 
@@ -36,8 +36,8 @@ impl SequenceRows {
         self.offset.saturating_add(i64::try_from(t).unwrap_or(i64::MAX))
     }
 
-    /// What row `t` sees of keys without end and beginning: the keys from `t + low` to before `t + high`, where
-    /// `None` is no bound.
+    /// What row `t` sees of keys without end and beginning: the keys from `t + low` to before `t + high`,
+    /// where `None` is no bound.
     pub fn reach(&self) -> (Option<i128>, Option<i128>) {
         // In 128 bits no offset, row or window overflows.
         let offset = i128::from(self.offset);
@@ -51,15 +51,15 @@ impl SequenceRows {
         (low, high)
     }
 
-    /// The keys that query row `t` may attend to by lengths, causal masking and window; masks and -inf biases may
-    /// take more away. Empty for a padded query row.
+    /// The keys that query row `t` may attend to by lengths, causal masking and window; masks and -inf biases
+    /// may take more away. Empty for a padded query row.
     #[inline]
     pub fn key_range(&self, t: usize) -> Range<usize> {
         if t >= self.queries { 0..0 } else { self.window_around(t) }
     }
 
-    /// The smallest range that holds [`key_range`](Self::key_range) of every row of `rows`: what a backend has to
-    /// look at for a block of rows. Empty if every row's range is.
+    /// The smallest range that holds [`key_range`](Self::key_range) of every row of `rows`: what a backend
+    /// has to look at for a block of rows. Empty if every row's range is.
     pub fn key_range_of_rows(&self, rows: Range<usize>) -> Range<usize> {
         // Padded rows come last and see nothing.
         let rows = rows.start..rows.end.min(self.queries);
@@ -70,8 +70,8 @@ impl SequenceRows {
         self.window_around(rows.start).start..self.window_around(rows.end - 1).end
     }
 
-    /// The keys in reach of row `t`. The start is never behind the end: a window holds at least `pos` itself, and
-    /// both ends are brought into the range of the keys.
+    /// The keys in reach of row `t`. The start is never behind the end: a window holds at least `pos` itself,
+    /// and both ends are brought into the range of the keys.
     fn window_around(&self, t: usize) -> Range<usize> {
         let (low, high) = self.reach();
         let keys = self.keys as i128;

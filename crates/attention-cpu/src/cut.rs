@@ -85,8 +85,8 @@ pub(crate) struct SizedRows {
     pub(crate) are_small: bool,
 }
 
-/// What scratch is sized by: each batch row of each call has at most the queries and keys of one of its kind. A
-/// single one where calls give no lengths, as all batch rows have the same.
+/// What scratch is sized by: each batch row of each call has at most the queries and keys of one of its kind.
+/// A single one where calls give no lengths, as all batch rows have the same.
 pub(crate) fn sized_rows<E: Operand>(problem: &Problem) -> impl Iterator<Item = SizedRows> {
     let Dimensions { query_length: queries, key_length: keys, .. } = problem.dims();
     let are_small = E::HAS_SMALL && are_few_logits(queries, keys);

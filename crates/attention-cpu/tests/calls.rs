@@ -1,5 +1,5 @@
-//! One plan for calls with other numbers: lengths, offsets, scales, softcaps and seeds. Each has the bits of a plan of its
-//! own, in exactly the scratch that was planned.
+//! One plan for calls with other numbers: lengths, offsets, scales, softcaps and seeds. Each has the bits of
+//! a plan of its own, in exactly the scratch that was planned.
 
 use std::sync::Arc;
 
@@ -172,8 +172,8 @@ struct Results {
 }
 
 impl Results {
-    /// What is of the first `queries` rows and `keys` keys of a batch row, of calls of these sizes; what lies behind them
-    /// must be as padding is.
+    /// What is of the first `queries` rows and `keys` keys of a batch row, of calls of these sizes; what lies
+    /// behind them must be as padding is.
     fn of(&self, [batch, t, s, ..]: Sizes, at: usize, queries: usize, keys: usize) -> [Vec<u64>; 5] {
         let cut = |all: &Vec<u64>, length: usize, real: usize, padding: f64| {
             let row = all.len() / batch / length.max(1);
@@ -316,7 +316,8 @@ fn numbers_of_any_size_are_the_calls_alone() {
         assert_eq!(got, own.run::<f32, f32>(with(data), tensors.d_out()), "{data:?}");
         seen.push(got);
     }
-    // Rows before all keys and behind the window see nothing: two of the calls are empty, and no others are alike.
+    // Rows before all keys and behind the window see nothing: two of the calls are empty, and no others are
+    // alike.
     for (index, one) in seen.iter().enumerate() {
         for (other_index, other) in seen.iter().enumerate().skip(index + 1) {
             let empty = |index: usize| seen[index].rows[0].iter().all(|&bits| bits == 0);
@@ -442,8 +443,8 @@ fn the_planned_scratch_is_enough_for_every_call() {
     }
 }
 
-/// Scratch is sized by bounds, which are those of the tensors: lengths take no more than a call without them does, but for
-/// what smaller batch rows take in other ways.
+/// Scratch is sized by bounds, which are those of the tensors: lengths take no more than a call without them
+/// does, but for what smaller batch rows take in other ways.
 #[test]
 fn lengths_do_not_change_what_full_rows_take() {
     let sizes = [2, 300, 700, 4, 2, 32];

@@ -19,8 +19,8 @@ use crate::{CudnnConfig, NAME, Target, support};
 /// Work is put on the stream of the backend's device ([`CudnnBackend::on`]), and calls return before it is done. Tensors
 /// and scratch must be ready on that stream, and stay until the work is done.
 ///
-/// The first [plan](AttentionBackend::plan) of a kind has cuDNN build one, which takes up to a second; later ones, also with other
-/// windows or lengths elsewhere, reuse it.
+/// The first [plan](AttentionBackend::plan) of a kind has cuDNN build one, which takes up to a second; later
+/// ones, also with other windows or lengths elsewhere, reuse it.
 #[derive(Debug)]
 pub struct CudnnBackend {
     config: CudnnConfig,

@@ -25,7 +25,8 @@ pub(crate) struct Run<'a> {
     memory: Addresses,
     /// The address of the scratch.
     scratch: u64,
-    /// Whether structure leaves each row a key and each key a row, as numbers say that are the same for every batch row.
+    /// Whether structure leaves each row a key and each key a row, as numbers say that are the same for every
+    /// batch row.
     excludes_nothing: bool,
 }
 
@@ -175,7 +176,8 @@ impl<'a> Run<'a> {
         run().map_err(|error| error.during("running a plan"))
     }
 
-    /// A list of this memory, by slot: where a slot is a number, it points to that in the place of the address.
+    /// A list of this memory, by slot: where a slot is a number, it points to that in the place of the
+    /// address.
     fn list(&self, addresses: Vec<u64>, workspace: u64) -> Result<List, Failure> {
         let (planned, numbers) = (self.planned, Arc::new(Numbers::default()));
         let pointer = |(slot, &address): (Slot, &u64)| {
@@ -184,14 +186,14 @@ impl<'a> Run<'a> {
         };
         let pointers: Vec<*mut c_void> = planned.execution.slots().zip(&addresses).map(pointer).collect();
         // SAFETY: numbers are as the graph describes them and outlive the list; the workspace is as large as the plan asks for
-        // and goes back to calls on the same stream alone; the rest is in the scratch, by its layout, or was promised by the
-        // caller of `execute`.
+        // and goes back to calls on the same stream alone; the rest is in the scratch, by its layout, or was
+        // promised by the caller of `execute`.
         let list = unsafe { planned.execution.memory(&planned.runtime.cudnn, &pointers, workspace) }?;
         Ok(List { addresses, workspace, list, numbers })
     }
 
-    /// Writes zeros to gradients that cuDNN may leave unwritten: those of batch rows without keys. Seen with 9.19 on an
-    /// H200, with dropout and without.
+    /// Writes zeros to gradients that cuDNN may leave unwritten: those of batch rows without keys. Seen with
+    /// 9.19 on an H200, with dropout and without.
     ///
     /// # Safety
     /// As for [`Run::bring`].

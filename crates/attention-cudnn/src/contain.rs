@@ -66,9 +66,10 @@ fn blocks(problem: &Problem, rows_of_group: usize) -> u32 {
     u32::try_from(of_rows.saturating_add(of_keys)).unwrap_or(u32::MAX)
 }
 
-/// Rows of which the first and the last are looked at: what is not finite reaches all rows of a tile. Each one is looked at where a
-/// mask or a bias may make keys of a row NaN before that, and where a row beside others sees nothing and has been written zeros since.
-/// The rows of a group's heads might share a tile, as far as they fill it evenly.
+/// Rows of which the first and the last are looked at: what is not finite reaches all rows of a tile. Each
+/// one is looked at where a mask or a bias may make keys of a row NaN before that, and where a row beside
+/// others sees nothing and has been written zeros since. The rows of a group's heads might share a tile, as
+/// far as they fill it evenly.
 fn rows_of_group(problem: &Problem) -> usize {
     let dims = problem.dims();
     let heads = dims.group_size();
@@ -136,7 +137,8 @@ impl Containment {
     /// Puts it on the stream, behind what wrote the results.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`; `large` is of its scratch.
+    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`;
+    /// `large` is of its scratch.
     pub(crate) unsafe fn run(
         &self,
         runtime: &Runtime,

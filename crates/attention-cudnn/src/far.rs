@@ -63,8 +63,8 @@ impl FarRows {
     /// Puts it on the stream, behind what clears the heads' numbers.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`; `start` has room for its
-    /// [`numbers`](large::numbers).
+    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`;
+    /// `start` has room for its [`numbers`](large::numbers).
     pub(crate) unsafe fn run(
         &self,
         runtime: &Runtime,

@@ -253,8 +253,9 @@ impl Key {
         is_cleaned(role, self.pass, self.clean_keys, self.makes_bias(), self.clean_rows, self.align_rows)
     }
 
-    /// Whether a call whose rows all see a key, and whose keys are all seen, may leave the copy of this operand out: nothing
-    /// but the call's offset makes it one with others, and the operand lies as the copy would.
+    /// Whether a call whose rows all see a key, and whose keys are all seen, may leave the copy of this
+    /// operand out: nothing but the call's offset makes it one with others, and the operand lies as the copy
+    /// would.
     pub(crate) fn may_skip_copy(&self, role: Role, desc: &TensorDesc) -> bool {
         let decided_by_offset = !self.lengths && !self.makes_bias();
         let is_aligned = self.align_rows && matches!(role, Role::Out | Role::DOut);
@@ -305,7 +306,8 @@ pub(crate) fn sees_all_or_nothing(problem: &Problem) -> bool {
             matches!(seen_rows(&sequence), rows if rows.is_empty() || rows == (0..sequence.queries()))
         }
         None if right_bound(problem).is_none() && window.left.is_none() => true,
-        // A row is at the key of its number, so it sees the first key there is, but for one that is more than the left bound behind.
+        // A row is at the key of its number, so it sees the first key there is, but for one that is more than
+        // the left bound behind.
         None => {
             let dims = problem.dims();
             let reaches = |left: usize| {

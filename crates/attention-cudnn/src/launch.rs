@@ -218,8 +218,8 @@ impl Kernels<'_> {
     /// Writes zeros to a gradient in batch rows without keys.
     ///
     /// # Safety
-    /// `to` is the problem's tensor of this role, whose rows begin at multiples of 16 bytes and are as long, and the sequences have
-    /// key lengths.
+    /// `to` is the problem's tensor of this role, whose rows begin at multiples of 16 bytes and are as long,
+    /// and the sequences have key lengths.
     pub(crate) unsafe fn clear_gradient(&self, role: Role, to: u64) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
         let [batch, positions, heads, width] = std::array::from_fn(|axis| desc.shape()[axis] as i64);

@@ -26,8 +26,9 @@ impl Float {
     }
 }
 
-/// Room for the numbers of a call, where cuDNN reads them while the call is made. Lists of memory point here, and each call that
-/// uses a list sets the numbers first; atomic, so that they change behind what points to them.
+/// Room for the numbers of a call, where cuDNN reads them while the call is made. Lists of memory point here,
+/// and each call that uses a list sets the numbers first; atomic, so that they change behind what points to
+/// them.
 #[derive(Debug, Default)]
 pub(crate) struct Numbers {
     scale: Float,

@@ -9,8 +9,8 @@ pub(crate) fn has_lengths(problem: &Problem) -> bool {
     problem.has(Role::QueryLengths) || problem.has(Role::KeyValueLengths)
 }
 
-/// The rows of a sequence that see a key: they have no gaps, since both ends of what a row sees move by one a row.
-/// `attention_sequences` computes the same.
+/// The rows of a sequence that see a key: they have no gaps, since both ends of what a row sees move by one a
+/// row. `attention_sequences` computes the same.
 pub(crate) fn seen_rows(sequence: &SequenceRows) -> Range<usize> {
     let (low, high) = sequence.reach();
     let (queries, keys) = (sequence.queries() as i128, sequence.keys() as i128);

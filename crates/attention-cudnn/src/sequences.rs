@@ -1,5 +1,5 @@
-//! Which rows see which keys by structure. Where all batch rows are alike, kernels are given it as numbers; where a
-//! call has lengths, a kernel writes it to the call's scratch first, wherever the lengths are.
+//! Which rows see which keys by structure. Where all batch rows are alike, kernels are given it as numbers;
+//! where a call has lengths, a kernel writes it to the call's scratch first, wherever the lengths are.
 
 use attention_core::{CallProblem, Error, Problem};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
@@ -20,7 +20,8 @@ pub(crate) struct Sequences {
     pub(crate) rows: Intervals,
     /// The keys that any row sees.
     pub(crate) keys: Intervals,
-    /// The address of what is added to a row to give its position, for each batch row; 0 where `offset` is that of all.
+    /// The address of what is added to a row to give its position, for each batch row; 0 where `offset` is
+    /// that of all.
     pub(crate) offsets: u64,
     pub(crate) offset: i64,
     /// The addresses of the lengths, for each batch row; 0 where the plan takes none.
@@ -71,8 +72,8 @@ impl SequenceKernel {
     /// Puts it on the stream, before what reads the arrays.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`; `arrays` are where the scratch has
-    /// room for them.
+    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`;
+    /// `arrays` are where the scratch has room for them.
     pub(crate) unsafe fn run(
         &self,
         runtime: &Runtime,

@@ -22,7 +22,8 @@ pub(crate) enum Slot {
     /// The lengths of each batch row, as integers of 32 bits.
     QueryLengths,
     KeyLengths,
-    /// Which rows see a key by structure, and which keys any row sees, of each batch row: the first and the end.
+    /// Which rows see a key by structure, and which keys any row sees, of each batch row: the first and the
+    /// end.
     RowIntervals,
     KeyIntervals,
     /// What is added to a row of each batch row to give its position.

@@ -145,9 +145,9 @@ pub(crate) fn wants_lengths(target: Target, problem: &Problem) -> bool {
     KNOWN.iter().any(|known| known.remedy == Remedy::Lengths && known.is_met(target, problem))
 }
 
-/// The features of both passes. Not softcap: the fused engines take an approximate hyperbolic tangent (seen on H100 with
-/// 9.19: a logsumexp of 8.853016 became 8.852971), which is outside the numerics class. And not query offsets by batch row: cuDNN
-/// takes one number for all.
+/// The features of both passes. Not softcap: the fused engines take an approximate hyperbolic tangent (seen
+/// on H100 with 9.19: a logsumexp of 8.853016 became 8.852971), which is outside the numerics class. And not
+/// query offsets by batch row: cuDNN takes one number for all.
 fn features() -> FeatureSet {
     [
         Feature::GroupedHeads,

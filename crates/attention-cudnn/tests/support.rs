@@ -218,7 +218,8 @@ fn scratch_of_lengths_is_the_arrays_that_follow_from_them() {
     assert_eq!(of(2, false, more), packed(2) + 3 * ALIGNMENT + last);
 }
 
-/// Offsets that a call gives to all batch rows are numbers, not arrays: but rows may see nothing, and keys be seen by none.
+/// Offsets that a call gives to all batch rows are numbers, not arrays: but rows may see nothing, and keys be
+/// seen by none.
 #[test]
 fn scratch_of_an_offset_is_the_logsumexp_and_values_without_those_that_no_row_sees() {
     let problem = problem(DType::Bf16, [2, 128, 4, 64]).causal(true);

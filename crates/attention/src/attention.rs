@@ -29,9 +29,9 @@ use crate::{
 /// | sinks | `[N]` | the same |
 /// | lengths, offsets by batch row | `[B]` | the same |
 ///
-/// All but the last four without `B` where query, key and value are without it; masks, biases, slopes
-/// and lengths count on `B = 1` then. Query heads are a multiple of the key/value heads (`N % K == 0`), and each group of
-/// `N / K` shares one.
+/// All but the last four without `B` where query, key and value are without it; masks, biases, slopes and
+/// lengths count on `B = 1` then. Query heads are a multiple of the key/value heads (`N % K == 0`), and each
+/// group of `N / K` shares one.
 ///
 /// # Semantics
 /// Those of [`Problem`].
@@ -119,8 +119,8 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Replaces all options that are no tensors. Lengths, offsets and the like that were given as tensors stay, and
-    /// go before those of the options.
+    /// Replaces all options that are no tensors. Lengths, offsets and the like that were given as tensors
+    /// stay, and go before those of the options.
     pub fn options(mut self, options: Options) -> Self {
         self.options = options;
         self
@@ -149,8 +149,8 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// An offset for each batch row, in the place of [`query_offset`](Self::query_offset): a list of integers or an
-    /// integer tensor, `[B]` ([`IntoNumbers`]).
+    /// An offset for each batch row, in the place of [`query_offset`](Self::query_offset): a list of integers
+    /// or an integer tensor, `[B]` ([`IntoNumbers`]).
     pub fn query_offsets(mut self, offsets: impl IntoNumbers<'a>) -> Self {
         if let Some(offsets) = self.unbroken(Role::QueryOffsets, offsets.into_numbers()) {
             (self.options.query_offsets, self.optional.query_offsets) = offsets.into_offsets();
@@ -211,8 +211,8 @@ impl<'a> Attention<'a> {
     }
 
     /// How many query rows of each batch row are real, from the first; the others are padding, with output 0.
-    /// One number a batch row, each at most `T`: a list of integers, or a tensor of i32, u32 or i64, in host memory
-    /// or on the device of the call ([`IntoNumbers`]).
+    /// One number a batch row, each at most `T`: a list of integers, or a tensor of i32, u32 or i64, in host
+    /// memory or on the device of the call ([`IntoNumbers`]).
     pub fn query_lengths(mut self, lengths: impl IntoNumbers<'a>) -> Self {
         if let Some(lengths) = self.unbroken(Role::QueryLengths, lengths.into_numbers()) {
             (self.options.query_lengths, self.optional.query_lengths) = lengths.into_lengths();
@@ -221,11 +221,11 @@ impl<'a> Attention<'a> {
     }
 
     /// How many keys and values of each batch row are real, from the first. One number a batch row, each at
-    /// most `S`: given as [`query_lengths`](Self::query_lengths) are. What the others hold, NaN included, reaches
-    /// nothing.
+    /// most `S`: given as [`query_lengths`](Self::query_lengths) are. What the others hold, NaN included,
+    /// reaches nothing.
     ///
-    /// Calls whose lengths differ have one [plan](Self::plan): a cache of keys that is filled step by step is planned
-    /// once.
+    /// Calls whose lengths differ have one [plan](Self::plan): a cache of keys that is filled step by step is
+    /// planned once.
     pub fn key_value_lengths(mut self, lengths: impl IntoNumbers<'a>) -> Self {
         if let Some(lengths) = self.unbroken(Role::KeyValueLengths, lengths.into_numbers()) {
             (self.options.key_value_lengths, self.optional.key_value_lengths) = lengths.into_lengths();
@@ -249,15 +249,16 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// A tensor of one integer, `[1]` or a scalar, in the place of the seed of the [dropout](Self::dropout), which
-    /// the call must have: on a device, a graph that was captured once draws another mask after each change of it.
+    /// A tensor of one integer, `[1]` or a scalar, in the place of the seed of the [dropout](Self::dropout),
+    /// which the call must have: on a device, a graph that was captured once draws another mask after each
+    /// change of it.
     pub fn dropout_seed(mut self, seed: impl IntoView<'a>) -> Self {
         self.optional.dropout_seed = self.one_number(Role::DropoutSeed, seed);
         self
     }
 
-    /// A tensor of one integer, `[1]` or a scalar, in the place of the offset of the [dropout](Self::dropout), which
-    /// the call must have.
+    /// A tensor of one integer, `[1]` or a scalar, in the place of the offset of the
+    /// [dropout](Self::dropout), which the call must have.
     pub fn dropout_offset(mut self, offset: impl IntoView<'a>) -> Self {
         self.optional.dropout_offset = self.one_number(Role::DropoutOffset, offset);
         self
@@ -311,8 +312,8 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// The numbers of this call: scale, softcap, lengths, offsets and dropout. A [planned](Self::plan) call takes them
-    /// as [`Inputs::data`](crate::core::Inputs::data), since its plan knows only which there are.
+    /// The numbers of this call: scale, softcap, lengths, offsets and dropout. A [planned](Self::plan) call
+    /// takes them as [`Inputs::data`](crate::core::Inputs::data), since its plan knows only which there are.
     pub fn data(&self) -> CallData<'_> {
         // Taken apart by name, so that a new tensor cannot be forgotten here.
         let OptionalInputs {
@@ -341,8 +342,8 @@ impl<'a> Attention<'a> {
     /// call, the problem's shapes are in that of the core, `[B, T, N, H]`, with the strides of the call's
     /// memory.
     ///
-    /// It says which [numbers](Self::data) the call has, and not which they are: calls that differ in them alone have
-    /// one problem.
+    /// It says which [numbers](Self::data) the call has, and not which they are: calls that differ in them
+    /// alone have one problem.
     ///
     /// # Errors
     /// [`Error::Core`] with the [`InvalidCall`], [`Error::Input`], [`Error::MixedRanks`],
@@ -423,8 +424,8 @@ impl<'a> Attention<'a> {
     /// holds the plan runs it without a look-up. Of this call, the order of axes counts, and what counts in
     /// [`explain_problem`](Self::explain_problem).
     ///
-    /// The plan holds no numbers of this call: no scale, softcap, lengths, offsets or seed. Its calls bring theirs as
-    /// [`Inputs::data`](crate::core::Inputs::data), for which there is [`data`](Self::data).
+    /// The plan holds no numbers of this call: no scale, softcap, lengths, offsets or seed. Its calls bring
+    /// theirs as [`Inputs::data`](crate::core::Inputs::data), for which there is [`data`](Self::data).
     ///
     /// Every call begins with it, and finds the plan of an earlier one among those that the
     /// [registry](Registry) keeps. An automatic choice goes past an implementation that fails to plan, and a

@@ -38,9 +38,10 @@ impl<'a> Attention<'a> {
     /// `[B, T, N, Hv]`, of any strides.
     ///
     /// The call must have the forward's options, numbers, masks and biases: others are refused, but for
-    /// [`deterministic`](Self::deterministic), which changes no meaning. Numbers are compared by value, whether they
-    /// were given as a list or as a tensor; of masks and biases, dtypes and shapes. [`gradients`](Self::gradients) says which are computed,
-    /// and [`d_lse`](Self::d_lse) gives the incoming gradient of the logsumexp, if there is one.
+    /// [`deterministic`](Self::deterministic), which changes no meaning. Numbers are compared by value,
+    /// whether they were given as a list or as a tensor; of masks and biases, dtypes and shapes.
+    /// [`gradients`](Self::gradients) says which are computed, and [`d_lse`](Self::d_lse) gives the incoming
+    /// gradient of the logsumexp, if there is one.
     ///
     /// # Errors
     /// As [`forward`](Self::forward); [`Error::OtherForward`] where the forward was another call.
@@ -102,8 +103,8 @@ impl<'a> Attention<'a> {
     /// output and logsumexp and the incoming gradients, and the gradients computed are those that `outputs` has
     /// memory for. A [`d_lse`](Self::d_lse) of the builder counts where `saved` has none.
     ///
-    /// Tensors come without the batch axis where query, key and value do. A refused call writes nothing. That options
-    /// and numbers are those of the forward is not checked.
+    /// Tensors come without the batch axis where query, key and value do. A refused call writes nothing. That
+    /// options and numbers are those of the forward is not checked.
     ///
     /// # Errors
     /// As [`forward_into`](Self::forward_into). Where [`gradients`](Self::gradients) was set and says something else
@@ -221,8 +222,8 @@ impl<'a> Attention<'a> {
 
 /// Refuses a backward of another call than its forward was: its gradients would be those of neither.
 ///
-/// All of this is in host memory, where outputs that the facade owns are: there are no numbers that the host does not
-/// know.
+/// All of this is in host memory, where outputs that the facade owns are: there are no numbers that the host
+/// does not know.
 fn same_call(
     forward: &Forward,
     (problem, numbers): (&Problem, &KeptNumbers),

@@ -18,9 +18,9 @@ pub enum Numbers<'a> {
     Lengths(Lengths),
 }
 
-/// Anything that the facade takes as one number for each batch row, lengths or offsets: a list of integers (an array,
-/// a slice, a `Vec`), which is copied, or a tensor of i32, u32 or i64, which is borrowed: anything that is
-/// [`IntoView`].
+/// Anything that the facade takes as one number for each batch row, lengths or offsets: a list of integers
+/// (an array, a slice, a `Vec`), which is copied, or a tensor of i32, u32 or i64, which is borrowed: anything
+/// that is [`IntoView`].
 ///
 /// A tensor may be in the memory of the call's device, where kernels read it: no number goes to the host.
 ///
@@ -73,7 +73,9 @@ impl<'a> IntoNumbers<'a> for &Lengths {
 /// Lists of integers, by value and by reference.
 macro_rules! lists {
     ($(($list:ty, $($const_name:ident)?),)*) => {$(
-        impl<'a, I: Copy + Default + PartialOrd + TryInto<i64>, $(const $const_name: usize)?> IntoNumbers<'a> for $list {
+        impl<'a, I: Copy + Default + PartialOrd + TryInto<i64>, $(const $const_name: usize)?> IntoNumbers<'a>
+            for $list
+        {
             fn into_numbers(self) -> Result<Numbers<'a>, InvalidCall> {
                 // What is no i64 is out of every bound as the nearest one is.
                 let nearest = |number: I| if number < I::default() { i64::MIN } else { i64::MAX };
@@ -99,7 +101,8 @@ lists! {
 impl<'a> Numbers<'a> {
     /// As the lengths of options, or as a tensor.
     pub(crate) fn into_lengths(self) -> (Lengths, Option<View<'a>>) {
-        // A negative number stays one where a usize has 64 bits, and is above every length where it has fewer.
+        // A negative number stays one where a usize has 64 bits, and is above every length where it has
+        // fewer.
         let length = |&length: &i64| match usize::BITS {
             64 => length as usize,
             _ => usize::try_from(length).unwrap_or(usize::MAX),
@@ -123,8 +126,8 @@ impl<'a> Numbers<'a> {
     }
 }
 
-/// The numbers of a call in memory of their own, for a comparison with those of another call: of a call in host
-/// memory, whose tensors are known.
+/// The numbers of a call in memory of their own, for a comparison with those of another call: of a call in
+/// host memory, whose tensors are known.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct KeptNumbers {
     pub(crate) scale: f64,

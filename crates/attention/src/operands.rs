@@ -77,8 +77,8 @@ impl<'a> Operands<'a> {
         self.inputs.query.device()
     }
 
-    /// Checked before an implementation is chosen by the query's device. Numbers of the call may be in host memory too;
-    /// the call checks where they are.
+    /// Checked before an implementation is chosen by the query's device. Numbers of the call may be in host
+    /// memory too; the call checks where they are.
     fn one_device(&self) -> Result<(), InvalidCall> {
         let Inputs { query, key, value, mask, bias, alibi_slopes, sinks, .. } = self.inputs;
         let others = [

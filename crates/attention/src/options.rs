@@ -48,8 +48,8 @@ attention_core::fields_by_name!(Options {
 });
 
 impl Options {
-    /// The numbers that a call has by these options: what [`Inputs::data`](crate::core::Inputs::data) of a planned
-    /// call takes.
+    /// The numbers that a call has by these options: what [`Inputs::data`](crate::core::Inputs::data) of a
+    /// planned call takes.
     pub fn data(&self) -> CallData<'_> {
         // A slice has as many elements as its length says.
         let query_offsets = self.query_offsets.as_deref();

@@ -17,7 +17,8 @@ impl Attention<'_> {
         Ok(AttentionPlan { chosen: self.policy.chosen(problem, check)?, order: self.order })
     }
 
-    /// Plans a call and runs it. `check` makes the call of a pass, for what is wrong with it where nobody runs it.
+    /// Plans a call and runs it. `check` makes the call of a pass, for what is wrong with it where nobody
+    /// runs it.
     pub(crate) fn run<O>(
         &self,
         operands: &Operands<'_>,

@@ -92,7 +92,7 @@ impl Guarded {
         Ok(unsafe { Scratch::from_raw_parts(pointer, self.bytes, self.device.device()) })
     }
 
-    /// What it holds, when the work on the stream is done; the guards are checked.
+    /// Copies the tensor's bytes to the host once the work on the stream is done, and checks the guards.
     fn contents(&self) -> Result<Vec<u8>> {
         let all = self.memory.bytes()?;
         let inside = GUARD..GUARD + self.bytes;

@@ -67,9 +67,9 @@ impl Layout {
         Self { rows, keys, head_dim, value_head_dim }
     }
 
-    /// For a call of `queries` query rows a head over all batch rows, at most `most_queries` of one batch row:
-    /// chunks of no more rows than that, and enough of them for every thread to have a few. Takes no more
-    /// scratch.
+    /// For a call of `queries` query rows a head over all batch rows, at most `most_queries` of one batch
+    /// row: chunks of no more rows than that, and enough of them for every thread to have a few. Takes no
+    /// more scratch.
     pub(super) fn for_queries<E: Engine>(
         self,
         problem: &Problem,

@@ -174,8 +174,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
                 if !simd.any(simd.less(room, simd.sub(above, simd.splat(used)))) {
                     break;
                 }
-                // Nothing is above the largest: the second pass is the last. With NaN there may be no largest, or
-                // a smaller number in its place. The shift only rises, so the passes end.
+                // Nothing is above the largest: the second pass is the last. With NaN there may be no
+                // largest, or a smaller number in its place. The shift only rises, so the passes end.
                 let largest = simd.reduce_max(above);
                 if largest <= used || E::F::is_nan(largest) {
                     break;

@@ -92,8 +92,8 @@ fn most_splits(problem: &Problem, queries: usize, keys: usize) -> usize {
     decode::most_splits(reach.map_or(keys, |reach| reach.clamp(0, keys as i128) as usize))
 }
 
-/// Whether `decoded` batch rows, `heads` key/value heads at a time, are too few tasks for the threads. The bits
-/// are the same.
+/// Whether `decoded` batch rows, `heads` key/value heads at a time, are too few tasks for the threads. The
+/// bits are the same.
 fn is_split(problem: &Problem, decoded: usize, heads: usize, threads: usize) -> bool {
     threads > 1
         && decoded.saturating_mul(problem.dims().key_heads).div_ceil(heads) < threads.saturating_mul(4)
@@ -360,8 +360,8 @@ impl Needs {
         }
     }
 
-    /// Bytes of the most partial results that a call leaves, whose batch rows have at most `queries` query rows
-    /// where they are decoded; `None` on overflow.
+    /// Bytes of the most partial results that a call leaves, whose batch rows have at most `queries` query
+    /// rows where they are decoded; `None` on overflow.
     fn most_slots<E: Engine, Small: Engine>(&self, problem: &Problem, queries: usize) -> Option<usize> {
         let (dims, threads) = (problem.dims(), self.threads);
         let splits = most_splits(problem, queries, dims.key_length);

@@ -191,8 +191,8 @@ fn lengths(cases: &mut Vec<Case>) {
             case.options.sinks = true;
         });
     }
-    // Batch rows without keys, or without queries, of one head a group: kernels that walk over tiles of keys may
-    // leave their gradients unwritten.
+    // Batch rows without keys, or without queries, of one head a group: kernels that walk over tiles of keys
+    // may leave their gradients unwritten.
     let sizes = [("", [3, 9, 13, 2, 2, 16]), ("-tiles", [3, 150, 170, 2, 2, 64])];
     for (suffix, size) in sizes {
         for (name, query, key_value, dropout) in [

@@ -21,7 +21,8 @@ pub struct Numbers {
     pub query_lengths: Option<HostTensor>,
     /// `[B]`.
     pub key_value_lengths: Option<HostTensor>,
-    /// As in [`CallData`]: where there are tensors of them, with another seed and offset, which must not matter.
+    /// As in [`CallData`]: where there are tensors of them, with another seed and offset, which must not
+    /// matter.
     pub dropout: Option<Dropout>,
     /// `[1]`.
     pub dropout_seed: Option<HostTensor>,
@@ -30,7 +31,8 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// Those of a case. The dtype of each tensor is drawn by the case's seed, among those that can hold its numbers.
+    /// Those of a case. The dtype of each tensor is drawn by the case's seed, among those that can hold its
+    /// numbers.
     pub fn of(case: &Case) -> Self {
         let options = &case.options;
         let tensor = |role: Role, numbers: &[i64]| {
@@ -64,7 +66,8 @@ impl Numbers {
         }
     }
 
-    /// The same for a case that differs in its lengths or layouts: tensors keep their dtypes, where they are not new.
+    /// The same for a case that differs in its lengths or layouts: tensors keep their dtypes, where they are
+    /// not new.
     pub(crate) fn remade(&self, case: &Case) -> Self {
         let mut numbers = Self::of(case);
         for ((role, own), (_, new)) in self.tensors().into_iter().zip(numbers.tensors_mut()) {

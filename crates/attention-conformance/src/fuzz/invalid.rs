@@ -109,8 +109,8 @@ pub(super) fn problems(d: &Dimensions, dtype: DType, rng: &mut Rng) -> Result<us
     Ok(count)
 }
 
-/// What is wrong with the numbers of a call, by the problem that they are wrong for, by how they are made so, and by the
-/// error that says so.
+/// What is wrong with the numbers of a call, by the problem that they are wrong for, by how they are made so,
+/// and by the error that says so.
 type WrongNumbers = (
     &'static str,
     fn(ProblemBuilder, &Dimensions) -> ProblemBuilder,
@@ -272,8 +272,8 @@ const WRONG_NUMBERS: [WrongNumbers; 27] = [
     ),
 ];
 
-/// Makes some mistakes in the numbers of calls of these sizes. The number of them, or the one that was not refused
-/// rightly.
+/// Makes some mistakes in the numbers of calls of these sizes. The number of them, or the one that was not
+/// refused rightly.
 pub(super) fn numbers(d: &Dimensions, dtype: DType, rng: &mut Rng) -> Result<usize, String> {
     // Without batch rows there is no number that could be wrong.
     let d = Dimensions { batch: d.batch.max(1), ..*d };

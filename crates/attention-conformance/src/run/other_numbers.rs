@@ -12,17 +12,17 @@ use crate::suite::Subject;
 /// Says what is wrong with results.
 pub(crate) type Verdict<'a> = &'a dyn Fn(&Results) -> Result<(), Stop>;
 
-/// Whether a run of the suite makes these calls: a quarter does, by the case's seed, so that every case is among
-/// them in one dtype of each pass. More would make a run longer by more than a tenth.
+/// Whether a run of the suite makes these calls: a quarter does, by the case's seed, so that every case is
+/// among them in one dtype of each pass. More would make a run longer by more than a tenth.
 pub(super) fn is_chosen(case: &Case, dtype: DType, pass: Pass) -> bool {
     let of_case = Rng::named(case.content.seed, "other numbers").below(4);
     let of_dtype = DType::FLOATS.iter().position(|&float| float == dtype).unwrap_or(0);
     (of_case + of_dtype + usize::from(pass == Pass::Backward)).is_multiple_of(4)
 }
 
-/// Makes the call on a plan that was first called with other numbers, and the other on the plan that gave `results`.
-/// Where `judge` is given, it says what is wrong with the results of the former; elsewhere both must have the bits of a
-/// plan whose first call they are. Returns how many calls were compared.
+/// Makes the call on a plan that was first called with other numbers, and the other on the plan that gave
+/// `results`. Where `judge` is given, it says what is wrong with the results of the former; elsewhere both
+/// must have the bits of a plan whose first call they are. Returns how many calls were compared.
 pub(crate) fn first(
     subject: &Subject<'_>,
     numbers: &Numbers,
@@ -48,7 +48,8 @@ pub(crate) fn first(
 }
 
 impl Numbers {
-    /// Other numbers of calls of the same problem: other lengths, mostly shorter, offsets, scale, softcap and seed.
+    /// Other numbers of calls of the same problem: other lengths, mostly shorter, offsets, scale, softcap and
+    /// seed.
     fn others(&self, problem: &Problem, rng: &mut Rng) -> Self {
         let mut others = self.clone();
         let accumulator = problem.dtype().accumulator();

@@ -222,8 +222,8 @@ impl<'a> BackwardCall<'a> {
         self.problem.problem()
     }
 
-    /// The problem with the numbers of this call, the inputs (mask and bias with four axes), what the forward left,
-    /// and the outputs.
+    /// The problem with the numbers of this call, the inputs (mask and bias with four axes), what the forward
+    /// left, and the outputs.
     pub fn into_parts(self) -> (CallProblem<'a>, Inputs<'a>, BackwardInputs<'a>, BackwardOutputs<'a>) {
         (self.problem, self.inputs, self.saved, self.outputs)
     }

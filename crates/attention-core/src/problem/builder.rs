@@ -51,8 +51,8 @@ impl ProblemBuilder {
         self
     }
 
-    /// Takes calls with numbers like these: announces which of them there are, their dtypes, places and bounds.
-    /// What was announced before, by this or another method, is forgotten.
+    /// Takes calls with numbers like these: announces which of them there are, their dtypes, places and
+    /// bounds. What was announced before, by this or another method, is forgotten.
     #[inline]
     pub fn data(mut self, data: &CallData<'_>) -> Self {
         let dtype = self.spec.tensors[Role::Query as usize].map_or(DType::F32, |query| query.dtype());
@@ -95,8 +95,8 @@ impl ProblemBuilder {
         self
     }
 
-    /// What is known of where query rows stand among the keys. Of offsets by batch row, which are a tensor, the
-    /// layout is that of [`query_offsets`](Self::query_offsets).
+    /// What is known of where query rows stand among the keys. Of offsets by batch row, which are a tensor,
+    /// the layout is that of [`query_offsets`](Self::query_offsets).
     #[inline]
     pub fn alignment(mut self, alignment: Alignment) -> Self {
         self.spec.alignment = alignment;
@@ -167,8 +167,8 @@ impl ProblemBuilder {
         self.layout(role, TensorDesc::contiguous(dtype, [batch]))
     }
 
-    /// Whether [numbers of a call](Role::DATA) are in host memory, of a problem on a device. They are on the device
-    /// by default.
+    /// Whether [numbers of a call](Role::DATA) are in host memory, of a problem on a device. They are on the
+    /// device by default.
     #[inline]
     pub fn in_host_memory(mut self, role: Role, in_host_memory: bool) -> Self {
         self.spec.in_host_memory.set(role, in_host_memory);
@@ -222,8 +222,9 @@ impl ProblemBuilder {
     /// Checks everything and makes the problem.
     ///
     /// # Errors
-    /// [`InvalidCall`] names what is wrong, with the numbers: a rank, shape or dtype, heads that do not divide,
-    /// a mask or bias that does not broadcast, lengths that are not `[B]`, a dropout rate outside `[0, 1)`, outputs that overlap themselves, sizes that overflow.
+    /// [`InvalidCall`] names what is wrong, with the numbers: a rank, shape or dtype, heads that do not
+    /// divide, a mask or bias that does not broadcast, lengths that are not `[B]`, a dropout rate outside
+    /// `[0, 1)`, outputs that overlap themselves, sizes that overflow.
     pub fn build(self) -> Result<Problem, InvalidCall> {
         validate::problem(self.spec)
     }

@@ -119,11 +119,12 @@ struct Spec {
     deterministic: bool,
 }
 
-/// A whole attention call without its data: dimensions, dtypes, layouts, device, masks and bias as shapes, options,
-/// wanted outputs and pass. Of the numbers of a call (lengths, offsets, scale, softcap, seed) it knows which there
-/// are, their dtype, where they are and their bounds; the call brings them as [`CallData`](crate::CallData). Built and checked by [`ProblemBuilder::build`] only, so holding one means that the call
-/// is valid; `Eq` and `Hash` (floats by bits) make it the key of plan caches; with feature `serde` it can be
-/// stored, and loading one checks it again.
+/// A whole attention call without its data: dimensions, dtypes, layouts, device, masks and bias as shapes,
+/// options, wanted outputs and pass. Of the numbers of a call (lengths, offsets, scale, softcap, seed) it
+/// knows which there are, their dtype, where they are and their bounds; the call brings them as
+/// [`CallData`](crate::CallData). Built and checked by [`ProblemBuilder::build`] only, so holding one means
+/// that the call is valid; `Eq` and `Hash` (floats by bits) make it the key of plan caches; with feature
+/// `serde` it can be stored, and loading one checks it again.
 ///
 /// # Shapes
 /// `B` batch, `T` query length, `S` key/value length, `N` query heads, `K` key/value heads (`N` is a multiple of
@@ -204,7 +205,8 @@ impl Problem {
         self.tensor(role).map(TensorDesc::dtype)
     }
 
-    /// Where a tensor of this role is: on the problem's device, but for [numbers](Role::DATA) that the host keeps.
+    /// Where a tensor of this role is: on the problem's device, but for [numbers](Role::DATA) that the host
+    /// keeps.
     pub fn device_of(&self, role: Role) -> Device {
         if self.spec.in_host_memory.contains(role) { Device::Cpu } else { self.device() }
     }
@@ -230,8 +232,9 @@ impl Problem {
         self.spec.any_scale
     }
 
-    /// The scales that calls of a problem may have unless it says otherwise, in this dtype of accumulators: above 0, and a
-    /// number also times log2(e), so that kernels may scale the largest product of a row instead of each.
+    /// The scales that calls of a problem may have unless it says otherwise, in this dtype of accumulators:
+    /// above 0, and a number also times log2(e), so that kernels may scale the largest product of a row
+    /// instead of each.
     pub const fn ordinary_scales(accumulator: DType) -> std::ops::RangeInclusive<f64> {
         match accumulator {
             DType::F64 => 1e-300..=1e308,
@@ -275,8 +278,8 @@ impl Problem {
         self.dropout_at(0, 0)?.stream().ok().map(|stream| stream.threshold())
     }
 
-    /// Whether calls have rows and keys that differ from those of [`CallProblem::at_bounds`](crate::CallProblem):
-    /// where they do not, work can be cut before any call.
+    /// Whether calls have rows and keys that differ from those of
+    /// [`CallProblem::at_bounds`](crate::CallProblem): where they do not, work can be cut before any call.
     pub fn rows_vary(&self) -> bool {
         self.has(Role::QueryLengths)
             || self.has(Role::KeyValueLengths)

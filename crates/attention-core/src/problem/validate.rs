@@ -172,8 +172,8 @@ fn broadcast_to_logits(role: Role, desc: &TensorDesc, dims: Dimensions) -> Resul
 
 /// The tensors among the numbers of the calls.
 fn numbers(spec: &mut Spec, dims: Dimensions) -> Result<(), InvalidCall> {
-    // Host memory is the only one that a call on the host has, and other tensors are all on the problem's device: so
-    // problems that do the same are equal.
+    // Host memory is the only one that a call on the host has, and other tensors are all on the problem's
+    // device: so problems that do the same are equal.
     let in_host_memory = std::mem::take(&mut spec.in_host_memory);
     for role in Role::DATA {
         let Some(desc) = spec.tensors[role as usize] else { continue };

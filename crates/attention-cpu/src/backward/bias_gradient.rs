@@ -116,8 +116,8 @@ fn add_batch<E: Operand>(
     if keys.is_empty() {
         return;
     }
-    // The last panel's columns behind the part stand for keys too, which count among those at hand where a row sees
-    // them.
+    // The last panel's columns behind the part stand for keys too, which count among those at hand where a
+    // row sees them.
     let packed = keys.start..seen.end.min(keys.start + keys.len().next_multiple_of(PANEL));
     E::runs(shared.runs).dbias.of(shape[2] != 1, shape[3] != 1).count();
     shared.terms.count();

@@ -12,7 +12,8 @@ pub(crate) fn numbers(seed: u32, count: usize) -> Vec<f64> {
     (0..count.min(PERIOD)).map(|index| f64::from(word(index)) / f64::from(1u32 << 30) - 2.0).collect()
 }
 
-/// The first `count` of these numbers, over and over again: copied, since tests may be built without optimisation.
+/// The first `count` of these numbers, over and over again: copied, since tests may be built without
+/// optimisation.
 pub(crate) fn repeated<T: Copy>(numbers: &[T], count: usize) -> Vec<T> {
     let mut all = Vec::with_capacity(count + numbers.len());
     while all.len() < count {

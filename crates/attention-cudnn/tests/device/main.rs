@@ -1,6 +1,7 @@
-//! What needs a GPU, of both backends for device memory, on problems that are too many, too large or too far out for the suite: prompts
-//! whose keys are split, logits of every magnitude, offsets beyond 2^31 elements, and tensors of another stream. Run with `--ignored`;
-//! what cuDNN is needed for says so and is left out where it is not found.
+//! What needs a GPU, of both backends for device memory, on problems that are too many, too large or too far
+//! out for the suite: prompts whose keys are split, logits of every magnitude, offsets beyond 2^31 elements,
+//! and tensors of another stream. Run with `--ignored`; what cuDNN is needed for says so and is left out
+//! where it is not found.
 
 mod call;
 mod data;
@@ -29,7 +30,8 @@ fn chunked(device: &CudaDevice, config: ChunkedCudaConfig) -> OnHost<ChunkedCuda
     OnHost::new(ChunkedCudaBackend::on(device.clone(), config), device.clone())
 }
 
-/// The backends for this device: ours as it comes and without the products that not every device has, and cuDNN's where it is.
+/// The backends for this device: ours as it comes and without the products that not every device has, and
+/// cuDNN's where it is.
 fn backends(device: &CudaDevice) -> Vec<(&'static str, Arc<dyn AttentionBackend>)> {
     let plain = ChunkedCudaConfig::default().warpgroups(false).split_f32(false);
     let mut backends: Vec<(&'static str, Arc<dyn AttentionBackend>)> = vec![
@@ -44,7 +46,8 @@ fn backends(device: &CudaDevice) -> Vec<(&'static str, Arc<dyn AttentionBackend>
     backends
 }
 
-/// Runs each job on a thread of its own, which makes its own backends: most of the time is the compiler's. Their failures together.
+/// Runs each job on a thread of its own, which makes its own backends: most of the time is the compiler's.
+/// Their failures together.
 fn side_by_side<J: Copy + Send>(
     jobs: impl IntoIterator<Item = J>,
     run: impl Fn(&CudaDevice, J) -> Result<(usize, Vec<String>)> + Sync,
@@ -71,8 +74,8 @@ fn is_refusal(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
     matches!(error.downcast_ref(), Some(attention_core::Error::Unsupported(_)))
 }
 
-/// 108 causal prompts, 65 to 4096 queries over 511 to 5000 keys: those with few blocks have their keys split, and every combination of
-/// forward kernel and merge must start and be right.
+/// 108 causal prompts, 65 to 4096 queries over 511 to 5000 keys: those with few blocks have their keys split,
+/// and every combination of forward kernel and merge must start and be right.
 #[test]
 #[ignore = "needs a GPU"]
 fn causal_prompts_whose_keys_are_split() -> Result {
@@ -111,8 +114,8 @@ fn causal_prompts_whose_keys_are_split() -> Result {
     })
 }
 
-/// A bias of each magnitude: on all keys, on one far above, on all but the last far below, on blocks far below. Probabilities sum to 1
-/// in both passes whatever it is.
+/// A bias of each magnitude: on all keys, on one far above, on all but the last far below, on blocks far
+/// below. Probabilities sum to 1 in both passes whatever it is.
 #[test]
 #[ignore = "needs a GPU"]
 fn logits_of_every_magnitude() -> Result {
@@ -163,8 +166,8 @@ fn logits_of_every_magnitude() -> Result {
     })
 }
 
-/// As many batch rows, and as many heads, as no grid has blocks along its second axis: those beside the last block of such a grid, and the
-/// first and the last.
+/// As many batch rows, and as many heads, as no grid has blocks along its second axis: those beside the last
+/// block of such a grid, and the first and the last.
 #[test]
 #[ignore = "needs a GPU"]
 fn more_batch_rows_or_heads_than_65535() -> Result {
@@ -185,7 +188,8 @@ fn more_batch_rows_or_heads_than_65535() -> Result {
             };
             let [dq, dk, dv] = gradients.ok_or("gradients")?;
             let (unit, logit_unit) = units(dtype);
-            // What is rounded to the dtype, and the sums of a logit of at most 2 * 2 * sqrt(32), which are of tf32 parts at worst.
+            // What is rounded to the dtype, and the sums of a logit of at most 2 * 2 * sqrt(32), which are of
+            // tf32 parts at worst.
             let most = 16.0 * (unit + 32.0 * logit_unit);
             for place in [0, 65_534, 65_535, 65_536, MANY - 1] {
                 let [row, head] = if n == 1 { [place, 0] } else { [0, place] };
@@ -212,11 +216,12 @@ fn more_batch_rows_or_heads_than_65535() -> Result {
     })
 }
 
-/// Bytes that [`offsets_beyond_2_to_the_31_elements`] has on the device: ten tensors of halves and a mask, and what calls take.
+/// Bytes that [`offsets_beyond_2_to_the_31_elements`] has on the device: ten tensors of halves and a mask,
+/// and what calls take.
 const OFFSETS_NEED: usize = 10 * 2 * FAR + FAR + (2 << 30);
 
-/// The same call with tensors whose elements are more than 2^31 apart has the same bits: operands, results and gradients, then a
-/// mask, a bias and its gradient too. `cudnn` refuses the gradients of such tensors.
+/// The same call with tensors whose elements are more than 2^31 apart has the same bits: operands, results
+/// and gradients, then a mask, a bias and its gradient too. `cudnn` refuses the gradients of such tensors.
 #[test]
 #[ignore = "needs a GPU with 48 GB of free memory"]
 fn offsets_beyond_2_to_the_31_elements() -> Result {

@@ -3,8 +3,9 @@
 use crate::call::{Call, Results};
 use crate::data::{Data, units};
 
-/// What is wrong with the results of a call whose d_out is 1 everywhere: rows against a softmax in f64 of logits that are rounded as the
-/// backend rounds them, as far as one rounding of a logit leaves its weight, and the sum of dv over the keys, which is the number of rows.
+/// What is wrong with the results of a call whose d_out is 1 everywhere: rows against a softmax in f64 of
+/// logits that are rounded as the backend rounds them, as far as one rounding of a logit leaves its weight,
+/// and the sum of dv over the keys, which is the number of rows.
 pub(crate) fn fault(call: &Call, results: &Results) -> Option<String> {
     let [_, t, s, _, _, width] = call.sizes;
     let (unit, logit_unit) = units(call.dtype);
@@ -41,8 +42,9 @@ pub(crate) fn fault(call: &Call, results: &Results) -> Option<String> {
     (!finite || most > 8.0 * (width * t) as f64).then(|| format!("a gradient of {most}, finite: {finite}"))
 }
 
-/// The results of a batch row and head of a causal call as f64 has them, one behind the other, each with what an error of one unit of the
-/// numbers that it is made of is worth: the outputs of every query, then the gradients of queries, keys and values.
+/// The results of a batch row and head of a causal call as f64 has them, one behind the other, each with what
+/// an error of one unit of the numbers that it is made of is worth: the outputs of every query, then the
+/// gradients of queries, keys and values.
 pub(crate) fn results_of(call: &Call, [b, n]: [usize; 2]) -> [Vec<(f64, f64)>; 4] {
     let [_, t, s, heads, key_heads, width] = call.sizes;
     assert!(call.causal && call.bias.is_none() && heads == key_heads, "what is computed here");

@@ -24,8 +24,8 @@ pub struct Explanation {
     pub scratch_limit: Option<usize>,
     /// The numerics class asked for.
     pub numerics: Option<NumericsClass>,
-    /// What a caller may not mean, in words: keys that a causal call hides from every query row. Where that depends on
-    /// lengths, only the explanation of a call has it, and not that of a problem.
+    /// What a caller may not mean, in words: keys that a causal call hides from every query row. Where that
+    /// depends on lengths, only the explanation of a call has it, and not that of a problem.
     #[cfg_attr(feature = "serde", serde(default))]
     pub notes: Vec<String>,
     /// What would run, in a form to store; `None` where nothing serves the problem.

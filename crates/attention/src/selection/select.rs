@@ -150,7 +150,8 @@ impl Policy {
     /// Whether a backend serves a problem inside the caller's limits. From the cheapest and most telling reason to
     /// the most particular: device, availability, numerics class, the problem, the scratch limit. Plans nothing.
     ///
-    /// `supports` is not asked apart, here and in [`plan`](Self::plan): `scratch_bytes` refuses what it refuses.
+    /// `supports` is not asked apart, here and in [`plan`](Self::plan): `scratch_bytes` refuses what it
+    /// refuses.
     pub(crate) fn judge(
         &self,
         backend: &dyn AttentionBackend,
@@ -217,8 +218,8 @@ impl Policy {
         Ok(Served { numerics, scratch_bytes })
     }
 
-    /// The implementation that runs the problem, with a plan: one that is kept, or a new one, where `check` lets it be
-    /// made.
+    /// The implementation that runs the problem, with a plan: one that is kept, or a new one, where `check`
+    /// lets it be made.
     pub(crate) fn chosen(
         &self,
         problem: &Problem,

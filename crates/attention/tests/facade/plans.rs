@@ -103,7 +103,8 @@ fn calls_that_differ_in_their_numbers_have_one_plan() {
     assert_eq!(plans_of(&mut (1..=3).map(|rate| new().dropout(Dropout::new(f64::from(rate) / 10.0, 1)))), 3);
 }
 
-/// The same for implementations of this build: one plan serves other numbers with the bits of a plan of its own.
+/// The same for implementations of this build: one plan serves other numbers with the bits of a plan of its
+/// own.
 #[test]
 fn one_plan_has_the_bits_of_a_plan_for_each_call() {
     let [q, k, v, d_out] =

@@ -42,8 +42,8 @@ pub(in crate::forward) struct DecodeLayout {
 
 impl DecodeLayout {
     /// For at most `queries` query rows a head in each of `decoded` batch rows: as many heads at a time as
-    /// leave every thread some tasks. Fewer query rows and batch rows take no more scratch; bits do not depend
-    /// on it.
+    /// leave every thread some tasks. Fewer query rows and batch rows take no more scratch; bits do not
+    /// depend on it.
     pub(in crate::forward) fn of(problem: &Problem, queries: usize, decoded: usize, threads: usize) -> Self {
         let dims = problem.dims();
         let enough = decoded.saturating_mul(tasks(problem)) / threads.saturating_mul(4).max(1);

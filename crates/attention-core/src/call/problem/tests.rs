@@ -441,8 +441,8 @@ fn dropout_has_the_rate_that_was_planned() {
     }
 }
 
-/// A seed as a tensor drops what the same 64 bits drop; narrower integers are extended, by their sign where they
-/// have one.
+/// A seed as a tensor drops what the same 64 bits drop; narrower integers are extended, by their sign where
+/// they have one.
 #[test]
 fn seeds_may_be_tensors() {
     fn stream<S: crate::Element, O: crate::Element>(seed: S, offset: O) -> crate::DropoutStream {

@@ -210,8 +210,8 @@ proptest! {
         }
     }
 
-    /// Whatever is put together: a problem or an error, never a panic, and problems can be asked anything, as can the
-    /// calls that they accept.
+    /// Whatever is put together: a problem or an error, never a panic, and problems can be asked anything, as
+    /// can the calls that they accept.
     #[test]
     fn nothing_makes_the_builder_panic(
         descs in proptest::collection::vec(desc(), 3),
