@@ -59,8 +59,6 @@ pub(crate) trait Float:
     fn is_finite(self) -> bool;
     /// Whether it is NaN.
     fn is_nan(self) -> bool;
-    /// Whether it is a normal number: not zero, subnormal, infinite or NaN.
-    fn is_normal(self) -> bool;
     /// `self * b + c`, rounded once.
     fn fused(self, b: Self, c: Self) -> Self;
     /// A difference of positions.
@@ -110,10 +108,6 @@ macro_rules! float {
             #[inline(always)]
             fn is_nan(self) -> bool {
                 $float::is_nan(self)
-            }
-            #[inline(always)]
-            fn is_normal(self) -> bool {
-                $float::is_normal(self)
             }
             #[inline(always)]
             fn fused(self, b: Self, c: Self) -> Self {

@@ -223,12 +223,14 @@ impl Swizzle {
     }
 }
 
-/// The power of two that gradients of logits are multiplied by before their products with queries and keys are summed: about the
-/// square root of the scale, so that neither they nor the products leave the range of f32 on the way.
-fn balance(scale: f64) -> f32 {
-    // At most 127, and 511 for f64, whose range takes any half of that.
-    let exponent = scale.abs().log2().floor() as i32;
-    2f32.powi((exponent / 2).clamp(0, 126))
+/// The first factor of [`CallProblem::scale_of_gradients`], which gradients of logits are multiplied by before
+/// their products with queries and keys are summed, and its inverse. Both are normal numbers of f32: at most
+/// 2^126, and in f64, whose range is wide enough with any part of a scale, no more than that.
+fn balance(problem: &CallProblem<'_>) -> (f32, f32) {
+    let end = 126f64.exp2();
+    let (before, _) = problem.scale_of_gradients();
+    let balance = before.clamp(end.recip(), end) as f32;
+    (balance, balance.recip())
 }
 
 impl Parameters {
@@ -315,8 +317,7 @@ impl Parameters {
     fn set_numbers(&mut self, problem: &CallProblem<'_>, stored: u64) {
         self.scale = problem.scale();
         self.softcap = problem.softcap().unwrap_or(0.0);
-        self.balance = balance(problem.scale());
-        self.unbalance = 1.0 / self.balance;
+        (self.balance, self.unbalance) = balance(problem);
         if let Some(stream) = problem.dropout_stream() {
             (self.drop_key, self.drop_offset) = stream.words();
         }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use attention_core::{CallProblem, DType, DropoutStream, HostView, Inputs};
+use attention_core::{CallProblem, DType, DropoutStream, HostView, Inputs, Problem};
 
 use crate::float::Float;
 use crate::simd::Base;
@@ -48,9 +48,10 @@ impl<'a, F: Float> Terms<'a, F> {
         let scale = F::from_f64(problem.scale().abs());
         let nothing_added =
             problem.softcap().is_none() && inputs.alibi_slopes.is_none() && inputs.bias.is_none();
-        // A scale of zero would make NaN of the -inf of a masked product, and one that cannot go to base two
-        // is applied first.
-        let plain = nothing_added && (scale * F::LOG2_E).is_normal();
+        // A scale of zero would make NaN of the -inf of a masked product, and one above the ordinary ones cannot go
+        // to base two. Below them, a difference of two products may overflow whose weight is not negligible.
+        let ordinary = Problem::ordinary_scales(problem.dtype().accumulator());
+        let plain = nothing_added && ordinary.contains(&problem.scale().abs());
         let unit = if plain { scale } else { F::ONE };
         let (before, after) = match problem.dtype() {
             DType::F16 => (1.0, problem.scale()),

@@ -188,7 +188,8 @@ fn scales(cases: &mut Vec<Case>) {
     ];
     for (size, sizes) in sizes {
         // Where the scale is large, queries and keys are both far from 1: neither gradient leaves the range before or after
-        // it is multiplied with the scale.
+        // it is multiplied with the scale. Where one of them alone is as large as it can be, sums of its products with
+        // gradients leave the range unless a part of the scale is multiplied in before.
         for (scale, query, key) in [
             (2.4e38, -63, -63),
             (f64::from(f32::MAX), -63, -63),
@@ -196,6 +197,9 @@ fn scales(cases: &mut Vec<Case>) {
             (1e30, -50, -50),
             (1e-30, 50, 50),
             (3e-37, 60, 60),
+            (5e-38, 122, 0),
+            (-5e-38, 0, 122),
+            (1e-307, 1018, 0),
         ] {
             let mut case = Case::new(format!("magnitude/scale-{scale:e}-{size}"), dims(sizes));
             case.options.scale = Some(scale);

@@ -252,10 +252,25 @@ fn numbers_of_a_call_are_set_for_each_call() {
         let p = planned.of_call(&call, 0);
         assert_eq!((p.scale, p.softcap, p.drop_threshold, p.drop_offset), (scale, 2.0 * scale, 16384, 7));
         assert_eq!(p.drop_key, [seed as u32, (seed >> 32) as u32]);
-        assert_eq!((p.balance, p.unbalance), (balance(scale), 1.0 / balance(scale)));
+        assert_eq!((p.balance, p.unbalance), (1.0, 1.0));
         assert_eq!(p.keep_scale, 4.0 / 3.0);
         assert_eq!(p.lengths.0.map(|lengths| lengths.keys)[..BATCH], lengths);
         assert_eq!(p.lengths.0.map(|lengths| lengths.queries)[..BATCH], [7; BATCH]);
+    }
+}
+
+#[test]
+fn the_balance_of_gradients_is_a_normal_number_of_f32() {
+    let tokens = TensorDesc::contiguous(DType::F64, [1, 1, 1, 8]);
+    let problem = Problem::builder(tokens, tokens, tokens).any_scale(true).build().unwrap();
+    let planned = ProblemParameters::new(&problem);
+    for (scale, exponent) in
+        [(0.0, 0), (0.125, 0), (-3e7, 0), (2e38, 63), (-1e-37, -62), (1e-300, -126), (1e300, 126)]
+    {
+        let data = CallData { scale: Some(scale), ..CallData::default() };
+        let p = planned.of_call(&CallProblem::new(&problem, &data).unwrap(), 0);
+        let powers = (2f32.powi(exponent), 2f32.powi(-exponent));
+        assert_eq!((p.balance, p.unbalance), powers, "{scale:e}");
     }
 }
 

@@ -371,6 +371,30 @@ fn calls_are_aligned_as_planned() {
 }
 
 #[test]
+fn the_scale_of_gradients_is_two_factors_and_the_first_is_a_power_of_two() {
+    let problem = built(DIMS.problem(DType::F64).any_scale(true));
+    let factors = |scale: f64| {
+        CallProblem::new(&problem, &CallData { scale: Some(scale), ..PLAIN }).unwrap().scale_of_gradients()
+    };
+    for exponent in -1022..=1023 {
+        for scale in [f64::from(exponent), f64::from(exponent) + 0.375]
+            .map(f64::exp2)
+            .into_iter()
+            .flat_map(|s: f64| [s, -s])
+        {
+            let (before, after) = factors(scale);
+            assert_eq!(before * after, scale, "{scale:e}");
+            assert_eq!(before.to_bits() << 12, 0, "{before:e} of {scale:e} is no power of two");
+            let want = if (-8.0..=24.0).contains(&scale.abs().log2()) { 0 } else { exponent.div_euclid(2) };
+            assert_eq!(before.log2(), f64::from(want), "{scale:e}");
+        }
+    }
+    for scale in [0.0, -0.0] {
+        assert_eq!(factors(scale), (1.0, 0.0));
+    }
+}
+
+#[test]
 fn scales_are_ordinary_or_the_problem_says_otherwise() {
     for dtype in DType::FLOATS {
         let problem = DIMS.problem(dtype);

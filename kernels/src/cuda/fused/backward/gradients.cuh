@@ -14,14 +14,15 @@ struct State {
     real score, offset, delta;
 };
 
-// A large scale is applied in two steps, to the gradients of logits and to their sums of products with
-// queries or keys: the product of a gradient of 1e-30 and a key of 1e-19 would underflow before the scale
-// brings it back. 1 where the scale is below 2, and in f16, where gradients of logits have no such range.
+// A very large or very small scale is applied in two steps, to the gradients of logits and to their sums of
+// products with queries or keys: the product of a gradient of 1e-30 and a key of 1e-19 would underflow before a
+// scale of 1e38 brings it back, and that of a gradient and a query of 1e37 would overflow before one of 1e-37
+// does. 1 for other scales, and in f16, where gradients of logits have no such range.
 __device__ inline real balance_of(const Parameters &p) { return DTYPE == DTYPE_F16 ? real(1) : (real)p.balance; }
 __device__ inline real unbalance_of(const Parameters &p) { return DTYPE == DTYPE_F16 ? real(1) : (real)p.unbalance; }
 
 // The rest of the scale, for the sums.
-__device__ inline real scale_of_sums(const Parameters &p) { return (real)p.scale * unbalance_of(p); }
+__device__ inline real scale_of_sums(const Parameters &p) { return (real)(p.scale * (double)unbalance_of(p)); }
 
 // The logsumexp above which a row is far. Below it, rounding the logsumexp changes a probability by at most
 // 2^-17 in f32, the size of the error of its logits, and by 2^-14 in half precision, which rounds
