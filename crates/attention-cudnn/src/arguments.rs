@@ -1,12 +1,12 @@
 //! The arguments of the helper kernels: one struct per kernel, in the layout of the struct of the same name
 //! in `attention_rows.cu`, `attention_terms.cu` or `attention_sequences.cu`, where the fields are explained.
-//! Addresses are of memory on the stream's device; 0 stands for null.
+//! Fields of type `u64` are addresses in the memory of the stream's device; 0 stands for null.
 
 use attention_core::TensorDesc;
 use attention_cuda::cudarc::driver::DeviceRepr;
 use attention_cuda::parameters::Integers;
 
-/// A struct that is the one argument of a kernel.
+/// A struct that is the only argument of a kernel.
 pub(crate) trait Arguments: DeviceRepr {
     /// The source and the entry point of the kernel.
     const KERNEL: (&str, &str);
@@ -22,7 +22,7 @@ pub(crate) struct RowStrides {
 }
 
 impl RowStrides {
-    /// Zeros where the tensor is absent.
+    /// The strides of this tensor, or zeros if the call has none.
     pub(crate) fn of(desc: Option<&TensorDesc>) -> Self {
         let [batch, position, head] =
             std::array::from_fn(|axis| desc.map_or(0, |desc| desc.strides()[axis] as i64));
@@ -30,7 +30,8 @@ impl RowStrides {
     }
 }
 
-/// An interval of rows or keys for each batch row.
+/// An interval of rows or keys for each batch row: an array of them at address `of`, or, if `of` is 0, the
+/// same `first..end` for all batch rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct Intervals {
@@ -40,17 +41,18 @@ pub(crate) struct Intervals {
 }
 
 impl Intervals {
-    /// Every row or key.
+    /// Every row or key: `i32::MAX` is at least any length that the backend takes.
     pub(crate) const ALL: Self = Self { of: 0, first: 0, end: i32::MAX };
 
-    /// The intervals at an address, or this one for all batch rows where that is 0.
+    /// The array of intervals at address `of`, or `all` for every batch row if the address is 0.
     pub(crate) fn new(of: u64, all: std::ops::Range<usize>) -> Self {
         let place = |place: usize| i32::try_from(place).unwrap_or(i32::MAX);
         Self { of, first: place(all.start), end: place(all.end) }
     }
 }
 
-/// Which rows see a key.
+/// Which rows see at least one key: by structure (`intervals`) and, where there is a mask or a bias, by the
+/// bytes at `flags`.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct SeeingRows {
@@ -106,7 +108,7 @@ pub(crate) struct CleanRows {
     pub(crate) batch: i64,
     pub(crate) positions: i64,
     pub(crate) heads: i64,
-    pub(crate) parts: i64,
+    pub(crate) vectors: i64,
 }
 
 /// The argument of `attention_clear_gradients`.
@@ -119,10 +121,10 @@ pub(crate) struct ClearGradients {
     pub(crate) batch: i64,
     pub(crate) positions: i64,
     pub(crate) heads: i64,
-    pub(crate) parts: i64,
+    pub(crate) vectors: i64,
 }
 
-/// The second argument of `attention_sequences`, behind the parameters of fused kernels.
+/// The second argument of `attention_sequences`; the first one is the `Parameters` of the fused kernels.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct SequenceArrays {
@@ -141,7 +143,7 @@ pub(crate) struct LogitStrides {
 }
 
 impl LogitStrides {
-    /// Of a tensor that is broadcast to the logits; zeros where it is absent.
+    /// The strides of a tensor that is broadcast to the logits, or zeros if the call has none.
     pub(crate) fn of(desc: Option<&TensorDesc>) -> Self {
         let stride =
             |axis: usize, desc: &TensorDesc| if desc.shape()[axis] == 1 { 0 } else { desc.strides()[axis] };
@@ -163,7 +165,7 @@ pub(crate) struct MadeBias {
     pub(crate) least: f32,
 }
 
-/// The tensors that the bias is made of.
+/// The tensors that `attention_make_bias` computes its bias from.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct BiasSources {
@@ -175,7 +177,7 @@ pub(crate) struct BiasSources {
     pub(crate) slopes_batch: i64,
 }
 
-/// Which rows see which keys by structure.
+/// Which rows see which keys by structure: lengths, causal masking and windows.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Structure {
@@ -187,14 +189,14 @@ pub(crate) struct Structure {
     pub(crate) right: i64,
 }
 
-/// Which rows see any key, and which keys any row sees: addresses of bytes, 0 where `attention_make_bias`
-/// does not run.
+/// Which rows see any key, and which keys any row sees: addresses of arrays of bytes, or 0 if
+/// `attention_make_bias` does not run.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(crate) struct Seen {
     /// `[B, N, T]`.
     pub(crate) rows: u64,
-    /// `[B, K, S]`, in rows of the bias.
+    /// `[B, K, S]`, in rows that are as long as those of the bias.
     pub(crate) keys: u64,
 }
 
@@ -265,26 +267,29 @@ pub(crate) struct SinkGradient {
     pub(crate) dtype: i32,
 }
 
-// SAFETY: addresses and numbers without padding, in the layout of the kernels' struct of the same name: sizes
-// are asserted on both sides, and a test compares the fields.
+// Each struct has the layout of the kernels' struct of the same name: the size is asserted below and in the
+// kernel's source, and the test `structs_are_laid_out_as_in_the_kernels` compares the offset of every field.
+
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for FinishForward {}
-// SAFETY: as for `FinishForward`.
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for PrepareBackward {}
-// SAFETY: as for `FinishForward`.
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for CleanRows {}
-// SAFETY: as for `FinishForward`.
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for ClearGradients {}
-// SAFETY: as for `FinishForward`.
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for SequenceArrays {}
-// SAFETY: as for `FinishForward`.
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for MakeBias {}
-// SAFETY: as for `FinishForward`.
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for ToFloats {}
-// SAFETY: as for `FinishForward`.
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for KeepMask {}
-// SAFETY: as for `FinishForward`.
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for SinkGradient {}
 
+// The sizes that C++ gives the structs; each source of a kernel asserts the same number.
 const _: () = assert!(size_of::<FinishForward>() == 152);
 const _: () = assert!(size_of::<PrepareBackward>() == 104);
 const _: () = assert!(size_of::<CleanRows>() == 120);
@@ -312,25 +317,26 @@ impl Arguments for ClearGradients {
 }
 
 impl Arguments for MakeBias {
-    const KERNEL: (&str, &str) = (TERMS, "attention_make_bias");
+    const KERNEL: (&str, &str) = (BIAS, "attention_make_bias");
 }
 
 impl Arguments for ToFloats {
-    const KERNEL: (&str, &str) = (TERMS, "attention_to_floats");
+    const KERNEL: (&str, &str) = (BIAS, "attention_to_floats");
 }
 
 impl Arguments for KeepMask {
-    const KERNEL: (&str, &str) = (TERMS, "attention_keep_mask");
+    const KERNEL: (&str, &str) = (BIAS, "attention_keep_mask");
 }
 
 impl Arguments for SinkGradient {
-    const KERNEL: (&str, &str) = (TERMS, "attention_sink_gradient");
+    const KERNEL: (&str, &str) = (BIAS, "attention_sink_gradient");
 }
 
-/// The sources of the kernels.
+/// The source of the kernels on rows of tensors.
 const ROWS: &str = "attention_rows.cu";
-const TERMS: &str = "attention_terms.cu";
-/// Of the kernel that takes [`SequenceArrays`].
+/// The source of the kernels for bias, dropout and sinks.
+const BIAS: &str = "attention_terms.cu";
+/// The source of the kernel that takes [`SequenceArrays`].
 pub(crate) const SEQUENCES: &str = "attention_sequences.cu";
 
 #[cfg(test)]
@@ -339,7 +345,7 @@ mod tests {
 
     use super::*;
 
-    /// A field with where it begins.
+    /// The name of a field and its offset in bytes.
     type Field = (String, usize);
 
     /// The fields of a struct of a source with their offsets, and its size, as C++ lays it out.
@@ -392,10 +398,10 @@ mod tests {
             let (mut fields, size) = laid_out(text, stringify!($name));
             assert_eq!(size, size_of::<$name>(), stringify!($name));
             let expected = [$((stringify!($field).to_owned(), offset_of!($name, $field))),*];
-            // C++ pads the end by itself.
+            // C++ pads the end of a struct by itself; the Rust struct names that padding.
             fields.extend(expected.last().filter(|(name, _)| name == "padding").cloned());
             assert_eq!(fields, expected, stringify!($name));
-            // Every field is in the list.
+            // Does not compile unless every field is in the list.
             let _ = |$name { $($field: _),* }: $name| ();
         };
     }
@@ -404,7 +410,7 @@ mod tests {
     fn structs_are_laid_out_as_in_the_kernels() {
         check!(ROWS, RowStrides: batch, position, head);
         check!(ROWS, Intervals: of, first, end);
-        check!(TERMS, Intervals: of, first, end);
+        check!(BIAS, Intervals: of, first, end);
         check!(ROWS, SeeingRows: intervals, flags, flag_heads);
         check!(
             ROWS, FinishForward: out, out_strides, lse, lse_strides, stats, seeing, sinks, lengths, batch,
@@ -415,30 +421,30 @@ mod tests {
         );
         check!(
             ROWS, CleanRows: from, from_strides, to, intervals, flags, flag_heads, flag_row, stats, batch,
-            positions, heads, parts
+            positions, heads, vectors
         );
-        check!(ROWS, ClearGradients: to, to_strides, key_lengths, batch, positions, heads, parts);
+        check!(ROWS, ClearGradients: to, to_strides, key_lengths, batch, positions, heads, vectors);
         check!(SEQUENCES, SequenceArrays: query_lengths, key_lengths, rows, keys, offsets);
-        check!(TERMS, RowStrides: batch, position, head);
-        check!(TERMS, LogitStrides: of);
-        check!(TERMS, MadeBias: to, batch, heads, positions, keys, row, masked, least);
+        check!(BIAS, RowStrides: batch, position, head);
+        check!(BIAS, LogitStrides: of);
+        check!(BIAS, MadeBias: to, batch, heads, positions, keys, row, masked, least);
         check!(
-            TERMS, BiasSources: mask, mask_strides, bias, bias_strides, slopes, slopes_batch
+            BIAS, BiasSources: mask, mask_strides, bias, bias_strides, slopes, slopes_batch
         );
-        check!(TERMS, Structure: rows, keys, offsets, offset, left, right);
-        check!(TERMS, Seen: rows, keys);
+        check!(BIAS, Structure: rows, keys, offsets, offset, left, right);
+        check!(BIAS, Seen: rows, keys);
         check!(
-            TERMS, MakeBias: made, sources, structure, seen, made_dtype, bias_dtype, batch, heads, group,
+            BIAS, MakeBias: made, sources, structure, seen, made_dtype, bias_dtype, batch, heads, group,
             positions
         );
         check!(
-            TERMS, ToFloats: to, from, rows, columns, row_stride, column_stride, dtype, padding
+            BIAS, ToFloats: to, from, rows, columns, row_stride, column_stride, dtype, padding
         );
         check!(
-            TERMS, KeepMask: to, rows, positions, blocks, seed, offset, one, threshold, key, stream_offset, padding
+            BIAS, KeepMask: to, rows, positions, blocks, seed, offset, one, threshold, key, stream_offset, padding
         );
         check!(
-            TERMS, SinkGradient: to, to_stride, sinks, delta, lse, lse_strides, rows, scores, offsets,
+            BIAS, SinkGradient: to, to_stride, sinks, delta, lse, lse_strides, rows, scores, offsets,
             batch, heads, positions, far, dtype
         );
     }

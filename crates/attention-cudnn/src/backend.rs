@@ -1,4 +1,4 @@
-//! The backend: what it serves, and where.
+//! The backend: which problems it serves and on which device, and the plans that it makes.
 
 use std::sync::{Arc, OnceLock};
 
@@ -14,33 +14,34 @@ use crate::planned::{Planned, variants};
 use crate::runtime::Runtime;
 use crate::{CudnnConfig, NAME, Target, support};
 
-/// Fused attention on NVIDIA GPUs by cuDNN, which is found at run time.
+/// Fused attention on NVIDIA GPUs by cuDNN, which is loaded at run time.
 ///
-/// Work is put on the stream of the backend's device ([`CudnnBackend::on`]), and calls return before it is done. Tensors
-/// and scratch must be ready on that stream, and stay until the work is done.
+/// A call enqueues its work on the stream of the backend's device ([`CudnnBackend::on`]) and returns before
+/// the work is done. Tensors and scratch must be ready on that stream, and must live until the work is done.
 ///
-/// The first [plan](AttentionBackend::plan) of a kind has cuDNN build one, which takes up to a second; later
-/// ones, also with other windows or lengths elsewhere, reuse it.
+/// For the first [plan](AttentionBackend::plan) of a kind, cuDNN builds an execution plan, which takes up to
+/// a second. Later plans reuse it, also if they differ in the bounds of their windows or in where their
+/// lengths are stored.
 #[derive(Debug)]
 pub struct CudnnBackend {
     config: CudnnConfig,
     given: Option<CudaDevice>,
     runtime: OnceLock<Result<Arc<Runtime>, Unavailable>>,
-    /// What is assumed where there is no device.
+    /// The target that answers are for if there is no device.
     target: Target,
     capabilities: OnceLock<Capabilities>,
     variants: Variants,
 }
 
 impl Default for CudnnBackend {
-    /// On the first device, with what the loader finds.
+    /// A backend on the first device, with the libraries that the loader finds.
     fn default() -> Self {
         Self::new(CudnnConfig::default())
     }
 }
 
 impl CudnnBackend {
-    /// With this configuration. Nothing is loaded before the backend is asked for something.
+    /// A backend with this configuration. Libraries are loaded when the backend is first asked something.
     pub fn new(config: CudnnConfig) -> Self {
         Self {
             config,
@@ -52,19 +53,19 @@ impl CudnnBackend {
         }
     }
 
-    /// On this device and its stream.
+    /// A backend on this device and its stream.
     pub fn on(device: CudaDevice, config: CudnnConfig) -> Self {
         Self { given: Some(device), ..Self::new(config) }
     }
 
-    /// Answers [`supports`](AttentionBackend::supports) as for this target where there is no device. On a machine with
-    /// one, what is there counts.
+    /// Answers [`supports`](AttentionBackend::supports) for this target if there is no device. On a machine
+    /// that has cuDNN and a device, the answers are for those.
     #[must_use]
     pub fn assuming(self, target: Target) -> Self {
         Self { target, ..self }
     }
 
-    /// What the answers are for: the machine's cuDNN and device, or what is assumed.
+    /// The target that answers are for: the machine's cuDNN and device or, without them, the assumed target.
     pub fn target(&self) -> Target {
         self.runtime().map_or(self.target, |runtime| runtime.target)
     }
@@ -80,7 +81,7 @@ impl CudnnBackend {
         self.given.as_ref().map_or(Device::Cuda(ordinal), CudaDevice::device)
     }
 
-    /// The scratch of a problem that is served; the refusal of one that is not.
+    /// The layout of a problem's scratch, or why the backend refuses the problem.
     fn layout(&self, problem: &Problem) -> Result<Layout, Unsupported> {
         support::check(self.capabilities(), self.target(), &self.config, problem)?;
         if problem.device() != self.device() {

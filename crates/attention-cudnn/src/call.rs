@@ -1,4 +1,4 @@
-//! One call: from its tensors to work on the stream.
+//! One call: the steps that turn its tensors into work on the stream.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use attention_cuda::{Addresses, failure};
 
 use crate::NAME;
 use crate::arguments::{Intervals, Seen};
-use crate::contain::Large;
+use crate::contain::LargeRows;
 use crate::failure::Failure;
 use crate::large;
 use crate::launch::{Kernels, SourceAddresses};
@@ -18,20 +18,21 @@ use crate::planned::Planned;
 use crate::sequences::Sequences;
 use crate::slot::Slot;
 
-/// A call on its way to the device.
+/// A call with its addresses, whose steps are enqueued one after the other.
 pub(crate) struct Run<'a> {
     planned: &'a Planned,
     pub(crate) kernels: Kernels<'a>,
     memory: Addresses,
     /// The address of the scratch.
     scratch: u64,
-    /// Whether structure leaves each row a key and each key a row, as numbers say that are the same for every
+    /// Whether by structure each row sees a key and each key is seen by a row, and this is the same for every
     /// batch row.
     excludes_nothing: bool,
 }
 
 impl<'a> Run<'a> {
-    /// Checks the addresses that cuDNN is given, of a call whose scratch was admitted.
+    /// The run of a call whose scratch the plan has admitted; checks the streams and the alignment of the
+    /// addresses that cuDNN gets.
     pub(crate) fn new(
         planned: &'a Planned,
         problem: CallProblem<'a>,
@@ -41,7 +42,7 @@ impl<'a> Run<'a> {
         let runtime = &*planned.runtime;
         let scratch = scratch.as_mut_ptr().addr() as u64;
         let at = |slot: Slot| planned.layout.at(slot).map(|start| scratch + start);
-        let marks = |slot: Slot| at(slot).unwrap_or(0);
+        let flags = |slot: Slot| at(slot).unwrap_or(0);
         let bias = planned.key.bias.filter(|bias| bias.made);
         let sequences = Sequences::of(&problem, at);
         let dims = problem.dims();
@@ -53,7 +54,7 @@ impl<'a> Run<'a> {
                 runtime,
                 problem,
                 sequences,
-                seen: Seen { rows: marks(Slot::SeenRows), keys: marks(Slot::SeenKeys) },
+                seen: Seen { rows: flags(Slot::SeenRows), keys: flags(Slot::SeenKeys) },
                 seen_heads: bias.map_or(1, |bias| bias.shape[1]),
                 bias_row: bias.map_or(0, |bias| bias.strides[2]),
             },
@@ -62,7 +63,8 @@ impl<'a> Run<'a> {
             excludes_nothing,
         };
         memory.check_streams(NAME, runtime.device.stream(), run.scratch)?;
-        // cuDNN, and the kernel that copies operands, read 16 bytes at a time; cuDNN does not say so where it may not.
+        // cuDNN and the kernel that copies operands read 16 bytes at a time. cuDNN does not report an address
+        // that is not aligned to that.
         let direct = planned.execution.slots().filter(|&slot| run.scratch_at(slot).is_none());
         for role in direct.filter_map(Slot::role).chain(planned.cleaned.iter().copied()) {
             let address = memory.at(role);
@@ -79,7 +81,7 @@ impl<'a> Run<'a> {
         Ok(run)
     }
 
-    /// Whether the graph reads an operand where it is, and not a copy without what takes no part.
+    /// Whether the graph reads the caller's operand instead of a copy whose masked rows are zeros.
     fn skips_copy(&self, role: Role) -> bool {
         self.excludes_nothing && self.planned.skippable.contains(&role)
     }
@@ -91,25 +93,32 @@ impl<'a> Run<'a> {
         self.planned.layout.at(slot).map(|start| self.scratch + start)
     }
 
-    /// Where the numbers are that are stored in the scratch; 0 where none are.
+    /// The address of the numbers that are stored in the scratch, or 0 if none are.
     fn stored(&self) -> u64 {
         self.scratch_at(Slot::StoredNumbers).unwrap_or(0)
     }
 
-    /// The device memory behind a slot: in the scratch, or the caller's.
+    /// The address of the device memory of a slot: in the scratch if the layout has the slot, else the
+    /// caller's tensor.
     pub(crate) fn at(&self, slot: Slot) -> u64 {
         let elsewhere = || slot.role().map_or(0, |role| self.memory.at(role));
         self.scratch_at(slot).unwrap_or_else(elsewhere)
     }
 
-    /// Brings what the plan reads to the scratch.
+    /// Enqueues the kernels that write the plan's inputs to the scratch: lengths, bias, row sums, copies of
+    /// operands and the keep mask of dropout.
     ///
     /// # Safety
-    /// The memory is that of a checked call of the planned problem.
-    pub(crate) unsafe fn bring(&self) -> Result<(), Error> {
+    /// The addresses that this run was made of are those of a call of the planned problem: each tensor is
+    /// device memory of the description that the problem has for its role, and the scratch has the bytes of
+    /// the plan's layout. Both are valid on the device's stream until the work is done.
+    pub(crate) unsafe fn prepare(&self) -> Result<(), Error> {
         let (key, problem) = (&self.planned.key, &self.kernels.problem);
         let runtime = &self.planned.runtime;
-        // SAFETY: the call's tensors by the caller's word; room in the scratch by its layout, which was checked.
+        // SAFETY: the caller promised that `memory` has the tensors that the problem describes, and that the
+        // scratch has the bytes of the layout. The kernels write to slots of the scratch only, for each of
+        // which `Layout::of` reserved the bytes. `support::check` took only operands whose strides are
+        // multiples of 16 bytes, and `Run::new` checked that their addresses are.
         unsafe {
             if let Some(sequences) = &self.planned.sequences {
                 self.planned
@@ -149,10 +158,10 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Puts the plan on the stream.
+    /// Enqueues the execution plan.
     ///
     /// # Safety
-    /// As for [`Run::bring`].
+    /// The caller promises the same as for [`Run::prepare`], which must have been enqueued before.
     pub(crate) unsafe fn execute(&self) -> Result<(), Error> {
         let (runtime, planned) = (&*self.planned.runtime, self.planned);
         let run = || -> Result<(), Failure> {
@@ -166,7 +175,9 @@ impl<'a> Run<'a> {
             };
             list.numbers.set(&self.kernels.problem);
             runtime.with_handle(|handle| {
-                // SAFETY: a list of this plan.
+                // SAFETY: `Run::list` made this list of this plan. It was kept for the same addresses and
+                // workspace, or made for them just now. The tensors and the scratch are valid until the work
+                // is done, as the caller promised; the workspace is leased to this stream.
                 unsafe { planned.execution.execute(&runtime.cudnn, handle, &list.list) }
                     .map_err(Failure::from)
             })?;
@@ -176,8 +187,8 @@ impl<'a> Run<'a> {
         run().map_err(|error| error.during("running a plan"))
     }
 
-    /// A list of this memory, by slot: where a slot is a number, it points to that in the place of the
-    /// address.
+    /// A list of the plan's memory, in the order of its slots. A slot of a number points to that number in
+    /// host memory.
     fn list(&self, addresses: Vec<u64>, workspace: u64) -> Result<List, Failure> {
         let (planned, numbers) = (self.planned, Arc::new(Numbers::default()));
         let pointer = |(slot, &address): (Slot, &u64)| {
@@ -185,42 +196,50 @@ impl<'a> Run<'a> {
             numbers.address(slot).unwrap_or(memory)
         };
         let pointers: Vec<*mut c_void> = planned.execution.slots().zip(&addresses).map(pointer).collect();
-        // SAFETY: numbers are as the graph describes them and outlive the list; the workspace is as large as the plan asks for
-        // and goes back to calls on the same stream alone; the rest is in the scratch, by its layout, or was
-        // promised by the caller of `execute`.
+        // SAFETY: there is one pointer per slot of the plan. A number has the type that the graph gives it,
+        // and `List` drops the numbers after the list. The workspace was leased with the bytes that the plan
+        // asks for, and its lease goes back to calls on the same stream only. Every other address is in the
+        // scratch, where the layout reserves the tensor's bytes, or is a tensor of the call; the caller of
+        // `execute`, the only one to use the list, promised that both are valid until the work is done.
         let list = unsafe { planned.execution.memory(&planned.runtime.cudnn, &pointers, workspace) }?;
         Ok(List { addresses, workspace, list, numbers })
     }
 
-    /// Writes zeros to gradients that cuDNN may leave unwritten: those of batch rows without keys. Seen with
+    /// Writes zeros to the gradients of batch rows without keys, which cuDNN may leave unwritten. Seen with
     /// 9.19 on an H200, with dropout and without.
     ///
     /// # Safety
-    /// As for [`Run::bring`].
+    /// The caller promises the same as for [`Run::prepare`], which must have been enqueued before.
     pub(crate) unsafe fn clear(&self) -> Result<(), Error> {
         if !self.kernels.problem.has(Role::KeyValueLengths) {
             return Ok(());
         }
         for role in [Role::DQuery, Role::DKey, Role::DValue] {
-            // SAFETY: the call's gradients, which cuDNN writes in the same form, by the caller's word.
+            // SAFETY: the caller promised that the address is that of the problem's gradient of this role.
+            // `support::check` took only strides that are multiples of 16 bytes and widths that are multiples
+            // of 8 elements, and `Run::new` checked that the address is a multiple of 16. `prepare` wrote the
+            // key lengths, since the problem has them.
             unsafe { self.kernels.clear_gradient(role, self.memory.at(role)) }?;
         }
         Ok(())
     }
 
-    /// Computes rows of the results again that what they must not see may have reached.
+    /// Recomputes the rows of the results that NaN or infinity from masked positions may have reached, and
+    /// those whose logits are too large for cuDNN.
     ///
     /// # Safety
-    /// As for [`Run::bring`].
-    pub(crate) unsafe fn contain(&self) -> Result<(), Error> {
-        let Some(containment) = &self.planned.containment else { return Ok(()) };
+    /// The caller promises the same as for [`Run::prepare`], which must have been enqueued before, as must
+    /// [`Run::execute`].
+    pub(crate) unsafe fn isolate_nan(&self) -> Result<(), Error> {
+        let Some(isolation) = &self.planned.isolation else { return Ok(()) };
         let problem = &self.kernels.problem;
         let large = match (problem.pass(), self.scratch_at(Slot::States)) {
-            (Pass::Backward, Some(states)) => Large::States(states),
-            (Pass::Forward, _) if large::may_be_large(problem) => Large::Stats(self.at(Slot::Stats)),
-            _ => Large::Unknown,
+            (Pass::Backward, Some(states)) => LargeRows::States(states),
+            (Pass::Forward, _) if large::may_be_large(problem) => LargeRows::Stats(self.at(Slot::Stats)),
+            _ => LargeRows::Unknown,
         };
-        // SAFETY: the call's tensors, by the caller's word; what cuDNN or a kernel left in the scratch, by its layout.
-        unsafe { containment.run(&self.planned.runtime, problem, &self.memory, self.stored(), large) }
+        // SAFETY: the caller promised that `memory` has the tensors that the problem describes. `stored` and
+        // `large` are addresses of slots of the layout, which work that was enqueued before writes.
+        unsafe { isolation.run(&self.planned.runtime, problem, &self.memory, self.stored(), large) }
     }
 }

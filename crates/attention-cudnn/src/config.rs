@@ -1,4 +1,4 @@
-//! What belongs to this backend alone.
+//! The configuration of the backend.
 
 use std::path::PathBuf;
 
@@ -23,6 +23,7 @@ impl Default for CudnnConfig {
             device: 0,
             library: None,
             wheel_roots: Vec::new(),
+            // A bound that is small against a device's memory.
             workspace_limit: 1 << 30,
             kernel_folder: None,
             plan_folder: None,
@@ -41,70 +42,77 @@ impl CudnnConfig {
         Self { device: ordinal, ..self }
     }
 
-    /// The cuDNN library: its file, or a folder that it is in. Binding: nothing else is tried. By default what
-    /// `ATTENTION_CUDNN` names, else what the loader finds as `libcudnn.so.9` or `libcudnn.so`, in this order, else what
-    /// lies in [`wheel_roots`](Self::wheel_roots).
+    /// The cuDNN library: its file, or the folder that it is in. By default it is the file or folder that the
+    /// environment variable `ATTENTION_CUDNN` names. If one of the two is set, no other place is tried.
+    /// Otherwise the backend tries what the loader finds as `libcudnn.so.9`, then `libcudnn.so`, then the
+    /// folders of [`wheel_roots`](Self::wheel_roots).
     #[must_use]
     pub fn library(self, path: impl Into<PathBuf>) -> Self {
         Self { library: Some(path.into()), ..self }
     }
 
-    /// `site-packages` folders whose `nvidia/*/lib` are searched at last, for cuDNN and the libraries that it needs.
+    /// `site-packages` folders whose `nvidia/*/lib` are searched last, for cuDNN and the libraries that it
+    /// needs.
     #[must_use]
     pub fn wheel_roots(self, roots: impl IntoIterator<Item = PathBuf>) -> Self {
         Self { wheel_roots: roots.into_iter().collect(), ..self }
     }
 
-    /// The most bytes that cuDNN may use for itself in a call, beside the caller's scratch, and the most scratch that the
-    /// backend lends a call whose caller has none; 1 GiB by default. A call that needs more fails.
+    /// The maximum size in bytes of cuDNN's own workspace in a call, in addition to the caller's scratch, and
+    /// the maximum size of the scratch that the backend lends to a call whose caller has none; 1 GiB by
+    /// default. A call that needs more fails.
     #[must_use]
     pub fn workspace_limit(self, bytes: usize) -> Self {
         Self { workspace_limit: bytes, ..self }
     }
 
-    /// Serves backward calls whose query heads share keys and values. cuDNN rounds the gradient of keys and values to the
-    /// operands' dtype for each query head and only then adds them up, which is up to a tenth more error than the
-    /// numerics class of this library allows; so such calls are refused unless this is set.
+    /// Serves backward calls whose query heads share keys and values. cuDNN rounds the gradient of keys and
+    /// values to the operands' dtype for each query head before it adds them up. The error is then up to a
+    /// tenth larger than the numerics class of this library allows, so such calls are refused unless this is
+    /// set.
     #[must_use]
     pub fn rounds_group_gradients(self, accepted: bool) -> Self {
         Self { rounds_group_gradients: accepted, ..self }
     }
 
-    /// The caller's word that no bias holds an infinity, for which cuDNN would compute NaN. A bias of whole rows and keys, in
-    /// f32 or the operands' dtype, is then used as it lies; otherwise every bias is copied to scratch first, with finite
-    /// numbers in the place of infinities.
+    /// The caller promises that no bias has an infinite element, from which cuDNN would compute NaN. A bias
+    /// that is not broadcast over rows or keys, in f32 or the operands' dtype, is then read without a copy.
+    /// Without the promise every bias is copied to scratch first, with finite numbers in place of infinities.
     #[must_use]
     pub fn finite_bias(self, promised: bool) -> Self {
         Self { finite_bias: promised, ..self }
     }
 
-    /// The caller's word that queries, keys, values and their gradients are finite wherever a row may see them. Otherwise, where
-    /// rows see different keys, results are looked at once more, since cuDNN lets NaN and infinities of what a row must not see into
-    /// it: 2 to 7 % of a causal call of 512 to 1024 positions on an H200, nothing to be seen of one of 4096.
+    /// The caller promises that queries, keys, values and their gradients are finite at every position that a
+    /// row may see. Without the promise, calls whose rows see different keys check the results once more,
+    /// because cuDNN lets NaN and infinities from masked positions into rows that must not see them. On an
+    /// H200 the check takes 2 to 7 % of a causal call of 512 to 1024 positions, and no measurable time of one
+    /// of 4096.
     #[must_use]
     pub fn finite_operands(self, promised: bool) -> Self {
         Self { finite_operands: promised, ..self }
     }
 
-    /// Drops by cuDNN's own generator instead of the published stream, which other backends compute as well: faster, and
-    /// without a tensor of `B * N * T * S` elements in scratch. Which probabilities are dropped is then a secret of cuDNN:
-    /// the same in forward and backward of one shape, seed and offset on one device with one version of it, and not to be
-    /// had elsewhere.
+    /// Drops probabilities by cuDNN's own generator instead of the published stream, which the other backends
+    /// compute too. This is faster and needs no tensor of `B * N * T * S` elements in scratch. cuDNN does not
+    /// say which probabilities it drops: they are the same in forward and backward for one shape, seed and
+    /// offset on one device with one version of cuDNN, and nothing else can reproduce them.
     #[must_use]
     pub fn own_dropout(self, accepted: bool) -> Self {
         Self { own_dropout: accepted, ..self }
     }
 
-    /// Where compiled kernels of our own are kept for the next process; by default in the folder that the
-    /// environment variable `ATTENTION_KERNEL_FOLDER` names, and nowhere without it.
+    /// The folder where this library's compiled kernels are kept for the next process. By default it is the
+    /// folder that the environment variable `ATTENTION_KERNEL_FOLDER` names; without it no kernel is kept.
     #[must_use]
     pub fn kernel_folder(self, folder: impl Into<PathBuf>) -> Self {
         Self { kernel_folder: Some(folder.into()), ..self }
     }
 
-    /// Where plans are kept for the next process, about 100 kB each; nowhere by default. One that is there is loaded in 2 ms
-    /// where building it takes 60 ms. A file belongs to one plan of one version of cuDNN and of this crate on one kind of
-    /// device. cuDNN trusts what it loads, and so must you: use a folder that only you can write to.
+    /// The folder where execution plans are kept for the next process, about 100 kB each; by default no plan
+    /// is kept. Loading a plan takes 2 ms, building it 60 ms. A file belongs to one plan of one version of
+    /// cuDNN and of this crate on one kind of device. cuDNN does not verify what it loads, so use a folder
+    /// that only you can write to.
     #[must_use]
     pub fn plan_folder(self, folder: impl Into<PathBuf>) -> Self {
         Self { plan_folder: Some(folder.into()), ..self }

@@ -1,5 +1,5 @@
-//! Rows of results that hold something that is not finite, computed once more from what takes part alone: cuDNN multiplies what a
-//! row must not see with zero, and zero times NaN is NaN.
+//! Isolation of NaN: rows of results that are not finite are recomputed from visible keys alone. cuDNN
+//! multiplies values at masked positions by zero, and zero times NaN is NaN.
 
 use attention_core::{CallProblem, Error, Gradients, Pass, Problem, Role};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
@@ -12,32 +12,37 @@ use crate::large;
 use crate::runtime::Runtime;
 use crate::{CudnnConfig, NAME};
 
-/// Groups of rows of a block, and its warps. So many that each thread has something to read, and all of it is under way at once.
+/// Groups of rows per block, and warps per block: 8 groups per warp, so that every thread has something to
+/// read and the loads of all groups are in flight at once.
 const GROUPS: usize = 64;
 const WARPS: usize = 8;
 
-/// Rows that cuDNN's kernels have in one tile, whatever else those hold: all tiles begin at multiples of it.
-const TILED: usize = 16;
+/// Rows that share a tile in every kernel of cuDNN, since all tiles begin at multiples of it: 16, the rows of
+/// a tensor core's matrix instruction (m16n8k16).
+const TILE_ROWS: usize = 16;
 
-/// What is launched after the plan of a problem.
+/// The kernel that is launched after the execution plan of a problem.
 #[derive(Debug)]
-pub(crate) struct Containment {
+pub(crate) struct NanIsolation {
     parameters: ProblemParameters,
     function: CudaFunction,
     config: LaunchConfig,
 }
 
-/// Whether a row may see some of the keys that cuDNN computes beside it and not others, so that those which it must not see can
-/// reach it. What all rows of a batch row must not see is zero before ([`Key::cleans`]). What cuDNN's own dropout kept is
-/// not known outside of it, so rows of such a call cannot be computed again.
+/// Whether NaN or infinities from masked positions may reach a result, so that its rows must be checked.
 ///
-/// Finite operands leave it to [large logits](large::may_be_large), and in forward to sinks: one above 2.3e38
-/// is infinite in base two, which makes NaN of its head.
+/// This needs rows of one tile that see different keys: keys that no row of a batch row sees are replaced by
+/// zeros before ([`Key::cleans`]). Two more causes remain if all operands are finite:
+/// [large logits](large::may_be_large) and, in forward, sinks. A sink above 2.3e38 is infinite in base two,
+/// so cuDNN computes NaN for its head.
+///
+/// Rows of a call with cuDNN's own dropout cannot be recomputed, because cuDNN does not tell which
+/// probabilities it kept.
 pub(crate) fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
     let structured = problem.causal() || !problem.window().is_unbounded();
-    let parts_rows = structured && problem.dims().query_length > 1;
+    let rows_differ = structured && problem.dims().query_length > 1;
     let own = matches!(key.dropout, Some(Drops::Own { .. }));
-    let of_operands = (parts_rows || problem.has(Role::Mask)) && !config.finite_operands;
+    let of_operands = (rows_differ || problem.has(Role::Mask)) && !config.finite_operands;
     let of_sinks = problem.has(Role::Sinks) && problem.pass() == Pass::Forward;
     (of_operands || large::may_be_large(problem) || of_sinks) && !own
 }
@@ -50,7 +55,8 @@ fn kernel(pass: Pass) -> (&'static str, &'static str) {
     }
 }
 
-/// Its blocks. More than there can be are an error of the driver's.
+/// The number of blocks of a problem's kernel. If it exceeds the limit of a grid, the driver reports an
+/// error.
 fn blocks(problem: &Problem, rows_of_group: usize) -> u32 {
     let dims = problem.dims();
     let of = |rows: usize, heads: usize| {
@@ -66,10 +72,13 @@ fn blocks(problem: &Problem, rows_of_group: usize) -> u32 {
     u32::try_from(of_rows.saturating_add(of_keys)).unwrap_or(u32::MAX)
 }
 
-/// Rows of which the first and the last are looked at: what is not finite reaches all rows of a tile. Each
-/// one is looked at where a mask or a bias may make keys of a row NaN before that, and where a row beside
-/// others sees nothing and has been written zeros since. The rows of a group's heads might share a tile, as
-/// far as they fill it evenly.
+/// The number of rows in a group, of which the kernel checks the first and the last: NaN and infinities reach
+/// all rows of a tile, so it is enough to check two of them.
+///
+/// The kernel checks every row (a group is one row) if a mask or a bias may make single rows NaN, or if a row
+/// that sees no key may share a tile with rows that see some, since zeros were written over its result.
+/// cuDNN may pack the query heads that share a key/value head into one tile, as far as they fill it evenly; a
+/// tile then has fewer positions.
 fn rows_of_group(problem: &Problem) -> usize {
     let dims = problem.dims();
     let heads = dims.group_size();
@@ -80,11 +89,11 @@ fn rows_of_group(problem: &Problem) -> usize {
     {
         return 1;
     }
-    (TILED / heads).max(1)
+    (TILE_ROWS / heads).max(1)
 }
 
-/// What a kernel for a problem is compiled with, but for its tile and warps: the generic kernel, which has
-/// all options and tests at run time.
+/// The variant of a fused kernel for a problem, without its tile and warps: the generic variant, which
+/// supports all options and tests for them at run time.
 pub(crate) fn fused(problem: &Problem) -> Fused {
     let dims = problem.dims();
     let padded = |width: usize| width.next_multiple_of(32);
@@ -94,19 +103,19 @@ pub(crate) fn fused(problem: &Problem) -> Fused {
         .stages(1)
 }
 
-/// What says which rows have large logits.
+/// Where the kernel reads which rows have large logits.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Large {
-    /// Nothing does: there is [nothing](large::may_be_large) that makes them so.
+pub(crate) enum LargeRows {
+    /// Nowhere: no logit [can be large](large::may_be_large).
     Unknown,
-    /// The address of cuDNN's own logsumexp, `[B, N, T]`, of a forward pass.
+    /// At this address: cuDNN's own logsumexp of a forward pass, `[B, N, T]`.
     Stats(u64),
-    /// The address of what [`FarRows`](crate::far::FarRows) left.
+    /// At this address: the row maxima and sums that [`FarRows`](crate::far::FarRows) wrote.
     States(u64),
 }
 
-impl Containment {
-    /// For a problem, where it needs that.
+impl NanIsolation {
+    /// The kernel for a problem, or `None` if the problem does not need it.
     pub(crate) fn of(
         runtime: &Runtime,
         problem: &Problem,
@@ -134,32 +143,35 @@ impl Containment {
         Ok(Some(Self { parameters: ProblemParameters::new(problem), function, config }))
     }
 
-    /// Puts it on the stream, behind what wrote the results.
+    /// Enqueues the kernel; the work that writes the results must have been enqueued before.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`;
-    /// `large` is of its scratch.
+    /// `call` is a call of the problem that this kernel was made for, and `memory` has a tensor of the
+    /// problem's description for each of its roles. `stored` is 0 or the address of the call's stored
+    /// numbers, and `large` is in the call's scratch, with the shape that [`LargeRows`] gives. All of it is
+    /// valid on the device's stream until the work is done.
     pub(crate) unsafe fn run(
         &self,
         runtime: &Runtime,
         call: &CallProblem<'_>,
         memory: &Addresses,
         stored: u64,
-        large: Large,
+        large: LargeRows,
     ) -> Result<(), Error> {
         let mut parameters = self.parameters.of_call(call, stored);
         parameters.set_all(memory);
         match large {
-            Large::Unknown => {}
-            Large::Stats(stats) => {
+            LargeRows::Unknown => {}
+            LargeRows::Stats(stats) => {
                 parameters.set_scratch(ScratchAddresses::Rows { offsets: stats, deltas: 0 });
             }
-            Large::States(start) => large::set(&mut parameters, call, start),
+            LargeRows::States(start) => large::set(&mut parameters, call, start),
         }
         let mut launch = runtime.device.stream().launch_builder(&self.function);
         launch.arg(&parameters);
-        // SAFETY: the kernel takes this one struct, whose tensors are the call's, by the caller's word; it reads operands and
-        // writes results inside the shapes that the struct gives.
+        // SAFETY: the kernel takes this one struct. The caller promised that `memory` has the tensors that
+        // the problem describes and that `stored` and `large` are valid; the kernel reads operands and writes
+        // results inside the shapes that the struct gives.
         unsafe { launch.launch(self.config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
         Ok(())
     }
@@ -233,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn only_rows_beside_others_that_see_more_are_looked_at() {
+    fn only_rows_that_share_a_tile_with_rows_that_see_more_are_checked() {
         assert!(!needs(16, |problem| problem));
         assert!(!needs(16, |problem| problem.key_value_lengths(DType::I32)));
         assert!(!needs(1, |problem| problem.causal(true).alignment(Alignment::BottomRight)));

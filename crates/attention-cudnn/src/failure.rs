@@ -1,4 +1,4 @@
-//! What goes wrong on the machine.
+//! Errors of cuDNN and the driver, and their conversion to the library's error.
 
 use attention_core::Error;
 use attention_cuda::cudarc::driver::DriverError;
@@ -7,7 +7,7 @@ use attention_cuda::failure;
 use crate::NAME;
 use crate::library::CudnnError;
 
-/// What cuDNN or the driver said.
+/// An error that cuDNN or the driver has reported.
 pub(crate) enum Failure {
     Cudnn(CudnnError),
     Driver(DriverError),
@@ -26,6 +26,7 @@ impl From<DriverError> for Failure {
 }
 
 impl Failure {
+    /// The library's error, with the operation that failed.
     pub(crate) fn during(self, operation: &str) -> Error {
         match self {
             Self::Cudnn(error) => failure(NAME, operation, error),

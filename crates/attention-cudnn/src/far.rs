@@ -1,5 +1,6 @@
-//! Rows whose logsumexp is so large that its rounding would be seen in their gradients: their own maxima and sums, in scratch, for the
-//! kernels behind cuDNN's, which takes the logsumexp for what it says.
+//! Far rows: rows whose logsumexp is so large that its rounding error would show in their gradients. A kernel
+//! computes their row maxima and row sums into scratch, for the kernels that run after cuDNN's plan; cuDNN
+//! takes the rounded logsumexp as exact.
 
 use attention_core::{CallProblem, Error, Pass, Problem, Role};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
@@ -13,14 +14,15 @@ use crate::large;
 use crate::runtime::Runtime;
 use crate::{CudnnConfig, NAME};
 
-/// Rows of a block, two warps: so few that the tiles of the largest heads fit into the shared memory that every block has.
+/// Rows per block, for two warps: the tiles of the largest heads then fit into the 48 KiB of shared memory
+/// that every block may use (a test checks this).
 const ROWS: usize = 32;
 const WARPS: usize = 2;
 
-/// Keys of a tile: what kernels are compiled for here.
+/// Keys per tile: as small as the rows, for the same limit of shared memory.
 const KEYS: usize = 32;
 
-/// `attention_sum_rows` for a problem.
+/// The kernel `attention_sum_rows` for a problem.
 #[derive(Debug)]
 pub(crate) struct FarRows {
     parameters: ProblemParameters,
@@ -28,14 +30,15 @@ pub(crate) struct FarRows {
     config: LaunchConfig,
 }
 
-/// Whether a problem needs it: in backward, where the logsumexp [may be large](large::may_be_large) and
-/// results can be computed again, and for the gradient of sinks.
+/// Whether a problem needs the kernel: in backward, if the logsumexp [may be large](large::may_be_large) and
+/// results can be recomputed, or for the gradient of sinks.
 pub(crate) fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
     let of_large = large::may_be_large(problem) && contain::is_needed(problem, key, config);
     problem.pass() == Pass::Backward && (of_large || problem.has(Role::DSinks))
 }
 
 impl FarRows {
+    /// The kernel for a problem, or `None` if the problem does not need it.
     pub(crate) fn of(
         runtime: &Runtime,
         problem: &Problem,
@@ -60,11 +63,14 @@ impl FarRows {
         Ok(Some(Self { parameters: ProblemParameters::new(problem), function, config }))
     }
 
-    /// Puts it on the stream, behind what clears the heads' numbers.
+    /// Enqueues the kernel; `prepare_backward`, which sets the numbers of the heads to 0, must have been
+    /// enqueued before.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`;
-    /// `start` has room for its [`numbers`](large::numbers).
+    /// `call` is a call of the problem that this kernel was made for, and `memory` has a tensor of the
+    /// problem's description for each of its roles. `stored` is 0 or the address of the call's stored
+    /// numbers, and `start` is that of as many floats of scratch as [`numbers`](large::numbers) says. All of
+    /// it is valid on the device's stream until the work is done.
     pub(crate) unsafe fn run(
         &self,
         runtime: &Runtime,
@@ -78,14 +84,17 @@ impl FarRows {
         large::set(&mut parameters, call, start);
         let mut launch = runtime.device.stream().launch_builder(&self.function);
         launch.arg(&parameters);
-        // SAFETY: the kernel takes this one struct, whose tensors are the call's, by the caller's word; it reads operands inside the
-        // shapes that the struct gives, and writes the numbers of rows and heads.
+        // SAFETY: the kernel takes this one struct. The caller promised that `memory` has the tensors that
+        // the problem describes and that the numbers at `stored` and `start` are valid; the kernel reads
+        // operands inside the shapes that the struct gives, and writes the numbers of rows and heads at
+        // `start`.
         unsafe { launch.launch(self.config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
         Ok(())
     }
 }
 
-/// Shared memory of a block: a tile of queries and one of keys, with 16 bytes behind each row.
+/// The shared memory of a block in bytes: a tile of queries and one of keys, whose rows are padded by 16
+/// bytes.
 fn shared_bytes(head_dim: usize) -> usize {
     (ROWS + KEYS) * (head_dim.next_multiple_of(32) * 2 + 16)
 }
@@ -95,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_tiles_of_every_head_fit_into_what_every_block_has() {
+    fn the_tiles_of_every_head_dimension_fit_into_48_kib() {
         assert!((1..=256).all(|head| shared_bytes(head) <= 48 << 10));
     }
 }

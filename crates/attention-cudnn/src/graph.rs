@@ -1,10 +1,13 @@
-//! Operation graphs: tensors, and the operations between them.
+//! Operation graphs of cuDNN: tensors, and the operations between them.
+//!
+//! The numbers of descriptor types, attributes and enumerations are those of cuDNN's header
+//! (`cudnnBackendDescriptorType_t`, `cudnnBackendAttributeName_t`, `cudnnDataType_t` and so on).
 
 use crate::descriptor::{Descriptor, kind};
 use crate::library::{Cudnn, CudnnError};
 use crate::slot::Slot;
 
-/// Element types.
+/// Element types (`cudnnDataType_t`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
 pub(crate) enum Type {
@@ -16,7 +19,7 @@ pub(crate) enum Type {
     Boolean = 11,
 }
 
-/// Pointwise operations.
+/// Pointwise operations (`cudnnPointwiseMode_t`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub(crate) enum Op {
@@ -36,7 +39,7 @@ pub(crate) enum Op {
     Select = 601,
 }
 
-/// Reductions.
+/// Reductions (`cudnnReduceTensorOp_t`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub(crate) enum Reduction {
@@ -44,12 +47,14 @@ pub(crate) enum Reduction {
     Max = 3,
 }
 
-/// Attributes of a pointwise operation: second operand, result, mask.
+/// The attribute of a pointwise operation for its second operand.
 const B: i32 = 752;
+/// The attribute of a pointwise operation for its result.
 const Y: i32 = 753;
+/// The attribute of a pointwise operation for its mask.
 const MASK: i32 = 758;
 
-/// Always four axes: `[B, N, T, H]` and the like.
+/// The sizes or the strides of four axes: batch, head, row and column.
 pub(crate) type Shape = [i64; 4];
 
 /// Strides of a tensor without gaps.
@@ -70,13 +75,13 @@ pub(crate) struct Graph {
     cudnn: Cudnn,
     tensors: Vec<Descriptor>,
     operations: Vec<Descriptor>,
-    /// Descriptors that operations refer to.
-    parts: Vec<Descriptor>,
-    /// What stands behind each tensor that is not virtual.
+    /// The descriptors that operations refer to, kept alive for as long as the graph.
+    referenced: Vec<Descriptor>,
+    /// The unique identifier and the meaning of each tensor that is not virtual.
     slots: Vec<(i64, Slot)>,
 }
 
-/// The lengths that a matrix product stops at, by axis.
+/// The tensors of lengths, per axis, beyond which a matrix product does not compute.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Overrides {
     pub(crate) m: Option<Tensor>,
@@ -90,11 +95,12 @@ impl Graph {
             cudnn: *cudnn,
             tensors: Vec::new(),
             operations: Vec::new(),
-            parts: Vec::new(),
+            referenced: Vec::new(),
             slots: Vec::new(),
         }
     }
 
+    /// Adds a tensor, after `set` has set further attributes, and returns it with its unique identifier.
     fn add(
         &mut self,
         element: Type,
@@ -109,6 +115,7 @@ impl Graph {
         tensor.integers(902, &shape)?;
         tensor.integers(903, &strides)?;
         tensor.integers(906, &[uid])?;
+        // The alignment in bytes: `Run::new` checks the callers' addresses for it.
         tensor.integers(900, &[16])?;
         set(&mut tensor)?;
         tensor.finalize("describing a tensor")?;
@@ -116,7 +123,7 @@ impl Graph {
         Ok((Tensor { index, shape }, uid))
     }
 
-    /// A tensor in memory.
+    /// Adds a tensor in memory.
     pub(crate) fn real(
         &mut self,
         slot: Slot,
@@ -129,18 +136,19 @@ impl Graph {
         Ok(tensor)
     }
 
-    /// A number that is read from host memory when the plan runs.
+    /// Adds a number that cuDNN reads from host memory when the plan is executed.
     pub(crate) fn number(&mut self, slot: Slot, element: Type) -> Result<Tensor, CudnnError> {
         let (tensor, uid) = self.add(element, [1; 4], [1; 4], |tensor| tensor.boolean(908, true))?;
         self.slots.push((uid, slot));
         Ok(tensor)
     }
 
-    /// A tensor that is never in memory.
+    /// Adds a virtual tensor, one that is never in memory, without gaps.
     pub(crate) fn virtual_(&mut self, element: Type, shape: Shape) -> Result<Tensor, CudnnError> {
         self.virtual_strided(element, shape, packed(shape))
     }
 
+    /// Adds a virtual tensor with these strides.
     pub(crate) fn virtual_strided(
         &mut self,
         element: Type,
@@ -150,6 +158,7 @@ impl Graph {
         self.add(element, shape, strides, |tensor| tensor.boolean(907, true)).map(|(tensor, _)| tensor)
     }
 
+    /// Adds an operation of this descriptor type, whose attributes `set` sets.
     fn operation(
         &mut self,
         kind: i32,
@@ -185,11 +194,12 @@ impl Graph {
             }
             Ok(())
         })?;
-        self.parts.push(how);
+        self.referenced.push(how);
         Ok(())
     }
 
-    /// A pointwise operation on `x`, computed in `compute`; further tensors, the result among them, by attribute.
+    /// A pointwise operation on `x`, computed in `compute`. `others` gives the other tensors by attribute,
+    /// the result included.
     fn pointwise(
         &mut self,
         op: Op,
@@ -214,11 +224,11 @@ impl Graph {
             operation.float(754, 1.0)?;
             operation.float(755, 1.0)
         })?;
-        self.parts.push(how);
+        self.referenced.push(how);
         Ok(())
     }
 
-    /// `y = op(x)` in f32, into a tensor that is there.
+    /// `y = op(x)` in f32, into an existing tensor.
     pub(crate) fn unary_into(&mut self, op: Op, x: Tensor, y: Tensor) -> Result<(), CudnnError> {
         self.pointwise(op, Type::Float, x, &[(Y, y)], None)
     }
@@ -230,7 +240,7 @@ impl Graph {
         Ok(y)
     }
 
-    /// `op(a, b)` in f32, into a tensor that is there.
+    /// `y = op(a, b)` in f32, into an existing tensor.
     pub(crate) fn binary_into(&mut self, op: Op, a: Tensor, b: Tensor, y: Tensor) -> Result<(), CudnnError> {
         self.pointwise(op, Type::Float, a, &[(B, b), (Y, y)], None)
     }
@@ -270,7 +280,7 @@ impl Graph {
         Ok(y)
     }
 
-    /// A reduction into a tensor that is there, over the axes along which it has size 1.
+    /// A reduction into an existing tensor `y`, over the axes along which `y` has size 1.
     pub(crate) fn reduce_into(&mut self, of: Reduction, x: Tensor, y: Tensor) -> Result<(), CudnnError> {
         let mut how = Descriptor::new(&self.cudnn, 21)?;
         how.enumeration(1600, kind::REDUCTION_OPERATOR, of as i32)?;
@@ -281,7 +291,7 @@ impl Graph {
             operation.descriptors(1611, [&tensors[y.index]])?;
             operation.descriptors(1612, [&how])
         })?;
-        self.parts.push(how);
+        self.referenced.push(how);
         Ok(())
     }
 
@@ -293,7 +303,7 @@ impl Graph {
         Ok(y)
     }
 
-    /// Ones with this probability, else zeros, by cuDNN's generator from two integers.
+    /// A tensor of ones with this probability, else zeros, by cuDNN's generator from a seed and an offset.
     pub(crate) fn bernoulli(
         &mut self,
         probability: f64,
@@ -312,11 +322,11 @@ impl Graph {
             operation.descriptors(2313, [&tensors[offset.index]])?;
             operation.descriptors(2312, [&how])
         })?;
-        self.parts.push(how);
+        self.referenced.push(how);
         Ok(y)
     }
 
-    /// The same elements in another arrangement.
+    /// `y` is `x` with other strides or another shape.
     pub(crate) fn reshape(&mut self, x: Tensor, y: Tensor) -> Result<(), CudnnError> {
         self.operation(31, |operation, tensors| {
             operation.descriptors(2200, [&tensors[x.index]])?;
@@ -324,13 +334,13 @@ impl Graph {
         })
     }
 
-    /// The finished graph's operations, with everything that they refer to.
-    pub(crate) fn into_parts(self) -> Finished {
-        Finished { operations: self.operations, slots: self.slots, _kept: (self.tensors, self.parts) }
+    /// The finished graph: its operations, with everything that they refer to.
+    pub(crate) fn finish(self) -> Finished {
+        Finished { operations: self.operations, slots: self.slots, _kept: (self.tensors, self.referenced) }
     }
 }
 
-/// A graph to make a plan of.
+/// A finished graph, from which a plan can be built.
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub(crate) operations: Vec<Descriptor>,

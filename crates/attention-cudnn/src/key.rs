@@ -1,4 +1,5 @@
-//! What plans are kept by: a problem without what each call may change.
+//! The key of cached execution plans: what is fixed of a problem when a plan is built, without what each call
+//! may change.
 
 use attention_core::{
     Alignment, CallProblem, DType, Dimensions, Pass, Problem, Role, SequenceRows, TensorDesc,
@@ -8,12 +9,12 @@ use crate::graph::{Shape, Type, packed};
 use crate::seen::{has_lengths, seen_keys, seen_rows};
 use crate::{CudnnConfig, Target, large, support};
 
-/// How the rows' positions are moved against the keys'.
+/// How the diagonal of causal masking and windows is aligned: at which key the first row is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Diagonal {
     /// Row 0 is at key 0.
     TopLeft,
-    /// Each call says at which key row 0 is.
+    /// Row 0 is at the key that each call gives as its offset.
     Fixed,
     /// The last row is at the last key.
     BottomRight,
@@ -22,48 +23,54 @@ pub(crate) enum Diagonal {
 /// Where the logsumexp of a forward pass goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Stats {
-    /// Nowhere.
+    /// Nowhere: nothing reads it.
     Unwanted,
-    /// To the caller's tensor, with these strides.
+    /// To the caller's tensor, which has these strides.
     Direct(Shape),
-    /// To scratch without gaps: from there a kernel of ours takes it, or brings it there.
+    /// To scratch, without gaps. Forward, a kernel of this library reads it there; backward, one writes it
+    /// there.
     Packed,
 }
 
-/// Where the keep bits of dropout come from.
+/// Where the keep mask of dropout comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Drops {
-    /// The published stream: a kernel of ours writes them as a tensor.
+    /// From the library's published stream: a kernel of this library writes the mask as a tensor.
     Published,
-    /// cuDNN's generator, which drops `threshold` of 65536.
+    /// From cuDNN's generator, which drops `threshold` of 65536 probabilities.
     Own { threshold: u32 },
 }
 
-/// A plan's key.
+/// The key of an execution plan in the cache.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     pub(crate) pass: Pass,
     pub(crate) element: DType,
     pub(crate) dims: Dimensions,
-    /// Strides over batch, head, position and width: query, key, value, output; in backward also the gradients'.
+    /// The strides of [`support::TENSORS`], in their order, each over batch, head, position and width; `None`
+    /// for tensors that the pass does not have.
     pub(crate) strides: Vec<Option<Shape>>,
-    /// Whether lengths come with each call.
+    /// Whether the graph takes lengths.
     pub(crate) lengths: bool,
     pub(crate) diagonal: Diagonal,
-    /// Whether rows do not see every key behind their position, and whether 0 of them.
+    /// Whether there is a right bound: `Some(true)` if rows see no key beyond their position (causal), and
+    /// `Some(false)` if each call gives the number of such keys.
     pub(crate) right: Option<bool>,
+    /// Whether there is a left bound.
     pub(crate) left: bool,
     pub(crate) stats: Stats,
-    /// Whether keys that no row sees, and rows that see nothing, are replaced by zeros first.
+    /// Whether the plan reads copies in which keys that no row sees are zeros.
     pub(crate) clean_keys: bool,
+    /// Whether the plan reads copies in which rows that see no key are zeros.
     pub(crate) clean_rows: bool,
-    /// Whether output and its gradient are copied because their strides differ, which cuDNN does not take.
+    /// Whether the output and its gradient are copied because their strides differ, which cuDNN does not
+    /// take.
     pub(crate) align_rows: bool,
-    /// What is added to the logits.
+    /// The tensor that is added to the logits.
     pub(crate) bias: Option<Bias>,
-    /// Whether ALiBi is in the graph; else it goes into the bias.
+    /// Whether the graph computes ALiBi; if not, ALiBi is a part of the bias.
     pub(crate) slopes: bool,
-    /// Whether sinks join the sums: in backward the logsumexp has them already.
+    /// Whether the graph adds sinks to the row sums. In backward the logsumexp already has them.
     pub(crate) sinks: bool,
     pub(crate) dropout: Option<Drops>,
 }
@@ -71,16 +78,18 @@ pub(crate) struct Key {
 /// A tensor that is added to the logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Bias {
-    /// Whether it is made of mask and bias first, instead of being the caller's.
+    /// Whether a kernel makes it of the call's mask, bias and slopes, instead of the caller's bias being read
+    /// without a copy.
     pub(crate) made: bool,
     pub(crate) element: Type,
-    /// Each axis full or 1.
+    /// Each axis has the size of the logits' axis, or 1.
     pub(crate) shape: Shape,
     pub(crate) strides: Shape,
 }
 
 impl Bias {
-    /// Of a problem with a mask, a bias, or slopes of ALiBi that go into it.
+    /// The bias of a problem's graph; `slopes` says whether ALiBi is a part of it, `finite` whether the
+    /// caller promised that the problem's bias is finite.
     fn of(problem: &Problem, slopes: bool, finite: bool) -> Option<Self> {
         let dims = problem.dims();
         let (mask, bias) = (problem.tensor(Role::Mask), problem.tensor(Role::Bias));
@@ -96,35 +105,38 @@ impl Bias {
         {
             return Some(Self { made: false, element: element_type(bias.dtype()), shape, strides });
         }
-        // cuDNN 9.19 misreads what is broadcast over the keys, and in backward what is broadcast over the rows.
+        // cuDNN 9.19 misreads a bias that is broadcast over the keys and, in backward, one that is broadcast
+        // over the rows.
         shape[3] = dims.key_length as i64;
         if problem.pass() == Pass::Backward {
             shape[2] = dims.query_length as i64;
         }
-        // What stands for -inf is too large for f16.
+        // The number that stands for -inf (`MASKED` of launch.rs) is too large for f16.
         let narrow =
             problem.dtype() == DType::Bf16 && !slopes && bias.is_none_or(|bias| bias.dtype() == DType::Bf16);
         let element = if narrow { Type::Bf16 } else { Type::Float };
-        // Rows begin at multiples of 16 bytes.
+        // Rows begin at multiples of 16 bytes, which cuDNN requires.
         let row = dims.key_length.next_multiple_of(8) as i64;
         let strides = [shape[1] * shape[2] * row, shape[2] * row, row, 1];
         Some(Self { made: true, element, shape, strides })
     }
 
-    /// Which rows it leaves a key: a byte for each batch row, head and row, or for one head where all have the same bias.
+    /// The shape of the flags of rows that see a key: one byte per batch row, head and row, with one head if
+    /// all heads have the same bias.
     pub(crate) fn seen_rows(&self, dims: Dimensions) -> [usize; 3] {
         let heads = if self.shape[1] == 1 { 1 } else { dims.query_heads };
         [dims.batch, heads, dims.query_length]
     }
 
-    /// Which keys it leaves to any row: likewise, by key/value head, in rows as long as the bias's.
+    /// The shape of the flags of keys that any row sees: one byte per batch row, key/value head and key, with
+    /// one head if all heads have the same bias, in rows as long as those of the bias.
     pub(crate) fn seen_keys(&self, dims: Dimensions) -> [usize; 3] {
         let heads = if self.shape[1] == 1 { 1 } else { dims.key_heads };
         [dims.batch, heads, self.strides[2] as usize]
     }
 }
 
-/// Whether ALiBi's terms may differ between batch rows.
+/// Whether the biases of ALiBi may differ between batch rows.
 fn slopes_differ(problem: &Problem) -> bool {
     let slopes = problem.tensor(Role::AlibiSlopes).is_some_and(|slopes| slopes.rank() == 2);
     let offsets = match problem.alignment() {
@@ -135,7 +147,8 @@ fn slopes_differ(problem: &Problem) -> bool {
     slopes || offsets
 }
 
-/// The strides of a bias that cuDNN reads as it lies: whole rows and columns, in a dtype that it takes.
+/// The strides of a bias that cuDNN can read without a copy: one that is not broadcast over rows or keys, in
+/// a dtype and with strides that cuDNN takes. `None` if it cannot.
 fn direct_strides(problem: &Problem, bias: &TensorDesc) -> Option<Shape> {
     let dims = problem.dims();
     let whole = bias.shape()[2] == dims.query_length && bias.shape()[3] == dims.key_length;
@@ -158,13 +171,14 @@ fn element_type(dtype: DType) -> Type {
     }
 }
 
-/// The keys that rows see beyond their position: none, where causal.
+/// How many keys rows see beyond their position: 0 with causal masking, `None` without a bound.
 pub(crate) fn right_bound(problem: &Problem) -> Option<usize> {
     let window = problem.window().right;
     if problem.causal() { Some(0) } else { window }
 }
 
 impl Key {
+    /// The key of a problem's plan on this target.
     pub(crate) fn of(problem: &Problem, target: Target, config: &CudnnConfig) -> Self {
         let dims = problem.dims();
         let lengths = has_lengths(problem);
@@ -177,17 +191,17 @@ impl Key {
             _ => Diagonal::Fixed,
         };
         let has_slopes = problem.has(Role::AlibiSlopes);
-        // cuDNN 9.19 is right about ALiBi where every key is behind its row, for slopes that are the same for every batch
-        // row; about others it is silently wrong.
+        // cuDNN 9.19 computes ALiBi correctly if every key is at or before its row and the slopes are the
+        // same for every batch row. Otherwise its results are wrong, without an error.
         let plain = right == Some(0) && left.is_none() && diagonal == Diagonal::TopLeft;
         let made_slopes = has_slopes && (!plain || slopes_differ(problem));
         let bias = Bias::of(problem, made_slopes, config.finite_bias);
         let made = bias.is_some_and(|bias| bias.made);
         let stats = match problem.tensor(Role::Lse) {
             _ if problem.pass() == Pass::Backward || has_empty_rows(problem) => Stats::Packed,
-            // A mask or a bias may leave a row nothing.
+            // A mask or a bias may leave a row without a key.
             _ if made => Stats::Packed,
-            // It says which rows are computed once more.
+            // The logsumexp says which rows are recomputed.
             _ if large::may_be_large(problem) => Stats::Packed,
             None => Stats::Unwanted,
             Some(desc) => {
@@ -230,12 +244,12 @@ impl Key {
         }
     }
 
-    /// Whether a kernel of ours writes the keep bits.
+    /// Whether a kernel of this library writes the keep mask of dropout.
     pub(crate) fn writes_kept(&self) -> bool {
         self.dropout == Some(Drops::Published)
     }
 
-    /// Strides of the mask of dropout, whose rows begin at multiples of 16 bytes.
+    /// The strides of the keep mask of dropout, whose rows begin at multiples of 16 bytes.
     pub(crate) fn kept_strides(&self) -> Shape {
         let dims = self.dims;
         let row = dims.key_length.next_multiple_of(8) as i64;
@@ -243,19 +257,18 @@ impl Key {
         [n * t * row, t * row, row, 1]
     }
 
-    /// Whether mask, bias and slopes are made one tensor first.
+    /// Whether a kernel makes one bias tensor of mask, bias and slopes.
     pub(crate) fn makes_bias(&self) -> bool {
         self.bias.is_some_and(|bias| bias.made)
     }
 
-    /// Whether the plan works on a copy of this operand.
+    /// Whether the plan reads a copy of this operand.
     pub(crate) fn cleans(&self, role: Role) -> bool {
         is_cleaned(role, self.pass, self.clean_keys, self.makes_bias(), self.clean_rows, self.align_rows)
     }
 
-    /// Whether a call whose rows all see a key, and whose keys are all seen, may leave the copy of this
-    /// operand out: nothing but the call's offset makes it one with others, and the operand lies as the copy
-    /// would.
+    /// Whether a call needs no copy of this operand if all its rows see a key and all its keys are seen. This
+    /// is so if that depends on the call's offset only, and if the operand has the strides of the copy.
     pub(crate) fn may_skip_copy(&self, role: Role, desc: &TensorDesc) -> bool {
         let decided_by_offset = !self.lengths && !self.makes_bias();
         let is_aligned = self.align_rows && matches!(role, Role::Out | Role::DOut);
@@ -266,7 +279,7 @@ impl Key {
         element_type(self.element)
     }
 
-    /// The strides of a tensor, in the order batch, head, position, width.
+    /// The strides of the tensor of this role, in the order batch, head, position, width.
     pub(crate) fn strides_of(&self, role: Role) -> Option<Shape> {
         let index = support::TENSORS.iter().position(|&tensor| tensor == role)?;
         self.strides[index]
@@ -276,7 +289,7 @@ impl Key {
 /// The operands that may be copied to scratch.
 pub(crate) const CLEANED: [Role; 5] = [Role::Query, Role::Key, Role::Value, Role::Out, Role::DOut];
 
-/// What structure alone leaves each batch row of every call of a problem; `None` where calls may differ.
+/// The sequence that each batch row of every call of a problem has by structure; `None` if calls may differ.
 fn sequence_of_calls(problem: &Problem) -> Option<SequenceRows> {
     let is_structured = right_bound(problem).is_some() || problem.window().left.is_some();
     let varies = match problem.alignment() {
@@ -284,11 +297,11 @@ fn sequence_of_calls(problem: &Problem) -> Option<SequenceRows> {
         Alignment::TopLeft | Alignment::BottomRight => false,
         _ => is_structured,
     };
-    // At the bounds, all batch rows are alike.
+    // All batch rows are alike here, so the first one stands for them.
     (!varies).then(|| CallProblem::at_bounds(problem).sequence(0))
 }
 
-/// Whether a row may see no key at all: cuDNN does not promise what it writes there.
+/// Whether a row may see no key at all, for which cuDNN does not say what it writes.
 pub(crate) fn has_empty_rows(problem: &Problem) -> bool {
     sequence_of_calls(problem).is_none_or(|sequence| seen_rows(&sequence) != (0..problem.dims().query_length))
 }
@@ -306,8 +319,8 @@ pub(crate) fn sees_all_or_nothing(problem: &Problem) -> bool {
             matches!(seen_rows(&sequence), rows if rows.is_empty() || rows == (0..sequence.queries()))
         }
         None if right_bound(problem).is_none() && window.left.is_none() => true,
-        // A row is at the key of its number, so it sees the first key there is, but for one that is more than
-        // the left bound behind.
+        // Row t is at key t. It sees the first key at least, unless that is more than the left bound behind
+        // it.
         None => {
             let dims = problem.dims();
             let reaches = |left: usize| {
@@ -316,7 +329,7 @@ pub(crate) fn sees_all_or_nothing(problem: &Problem) -> bool {
             };
             match problem.alignment() {
                 Alignment::TopLeft => window.left.is_none_or(reaches),
-                // Each row's own key is there.
+                // The key at each row's position exists.
                 Alignment::BottomRight => {
                     !problem.has(Role::KeyValueLengths) && dims.query_length <= dims.key_length
                 }
@@ -326,8 +339,10 @@ pub(crate) fn sees_all_or_nothing(problem: &Problem) -> bool {
     }
 }
 
-/// Whatever a masked operand holds must not reach a result, and zero times NaN is NaN, and so is NaN plus anything: forward,
-/// weights of zero meet values, and a bias meets products with keys; backward, they meet everything.
+/// Whether the plan reads a copy of an operand in which masked rows are zeros. NaN at masked positions must
+/// not reach a result, but zero times NaN is NaN, and so is NaN plus anything. Forward, cuDNN multiplies
+/// values by weights of zero and adds the bias to products with keys; backward, it does so with every
+/// operand.
 fn is_cleaned(role: Role, pass: Pass, keys: bool, made: bool, rows: bool, align: bool) -> bool {
     match role {
         Role::Value => keys,
@@ -344,8 +359,8 @@ fn dense(shape: &attention_core::Dims) -> Shape {
     [t * n * h, h, n * h, 1]
 }
 
-/// A tensor's strides in cuDNN's order of axes: batch, head, position, width. Those of axes of size 1 do not matter and
-/// become those of a tensor without gaps, so that they make no new key.
+/// A tensor's strides in cuDNN's order of axes: batch, head, position, width. The strides of axes of size 1
+/// do not matter; they are replaced by those of a tensor without gaps, so that they do not make a new key.
 fn strides(desc: &TensorDesc) -> Shape {
     let (shape, strides) = (desc.shape(), desc.strides());
     let dense = dense(&shape);
@@ -393,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_nobody_sees_and_rows_that_see_nothing_are_known() {
+    fn keys_that_no_row_sees_and_rows_that_see_no_key_are_known() {
         let desc = |positions| TensorDesc::contiguous(DType::Bf16, [1, positions, 2, 8]);
         let causal = |t, s| {
             Problem::builder(desc(t), desc(s), desc(s))
@@ -402,11 +417,11 @@ mod tests {
                 .build()
                 .expect("valid")
         };
-        // Four queries against nine keys: those behind the fourth are seen by nobody.
+        // Four queries and nine keys: no row sees the keys after the fourth.
         let sequence = |problem: &Problem| CallProblem::at_bounds(problem).sequence(0);
         assert_eq!(seen_keys(&sequence(&causal(4, 9))), 0..4);
         assert!(!has_empty_rows(&causal(4, 9)));
-        // Bottom-right with more queries than keys: the first five see nothing.
+        // Bottom-right with more queries than keys: the first five rows see no key.
         let bottom = causal(9, 4).to_builder().alignment(Alignment::BottomRight).build().expect("valid");
         assert_eq!(seen_rows(&sequence(&bottom)), 5..9);
         let all = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
@@ -414,7 +429,7 @@ mod tests {
         assert!(key.clean_rows && !key.clean_keys && key.stats == Stats::Packed);
     }
 
-    /// A plan serves calls with any lengths and, where there is structure, any offset.
+    /// A plan serves calls with any lengths and, under causal masking or a window, with any offset.
     #[test]
     fn what_calls_may_leave_a_row_or_a_key_is_assumed() {
         type Build = fn(attention_core::ProblemBuilder) -> attention_core::ProblemBuilder;
@@ -460,7 +475,7 @@ mod tests {
         assert!(!skips(apart(), Role::Out) && skips(apart(), Role::Query));
     }
 
-    /// Against every call of small problems.
+    /// Compares the answer with every call of small problems.
     #[test]
     fn sequences_that_see_all_or_nothing_are_those_whose_calls_do() {
         use attention_core::{CallData, QueryOffset, View, Window};

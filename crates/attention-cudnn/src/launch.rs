@@ -1,5 +1,5 @@
-//! Kernels of our own that run before and after cuDNN's, on the same stream: they bring operands to the forms that it takes,
-//! and make good what it does not promise.
+//! The launches of this library's helper kernels, which run before and after cuDNN's plan on the same stream:
+//! they convert inputs to the forms that cuDNN takes, and write the results that cuDNN does not promise.
 
 use attention_core::{CallProblem, DType, Error, Role};
 use attention_cuda::cudarc::driver::result::memset_d8_async;
@@ -19,19 +19,22 @@ use crate::large;
 use crate::runtime::Runtime;
 use crate::sequences::Sequences;
 
-/// Threads of a block, at most: the bound that the kernels are compiled with.
+/// The maximum number of threads per block: the launch bound that the kernels are compiled with.
 const THREADS: u32 = Helper::LAUNCHED.threads;
-/// Threads of a block that adds up the gradient of a sink.
+/// The number of threads per block that add up the gradient of a sink: what its kernel is compiled with.
 const SUMMING_THREADS: u32 = Helper::LAUNCHED.summing_threads;
-/// Rows of a block of `attention_make_bias`.
+/// Rows per block of `attention_make_bias`: the `STRIP` of its source.
 const STRIP: u64 = 16;
-/// Blocks enough for any device, where each thread goes on until all is done.
+/// The maximum number of blocks of kernels whose threads loop over the work: far more than run at once on any
+/// device.
 const MOST_BLOCKS: u64 = 1 << 14;
 
-/// What stands for negative infinity in a bias: less than any other value, and finite, since cuDNN makes NaN of
-/// infinities. Sums with logits, and those in units of ln 2, stay finite as well.
+/// The number that stands for negative infinity in a bias. It is finite, since cuDNN computes NaN from
+/// infinities, and less than any other element of the bias. Its sums with logits stay finite, also after
+/// cuDNN multiplies them with log2(e).
 const MASKED: f32 = -1e30;
-/// The least that other values of a bias count as.
+/// The value that smaller elements of a bias are raised to: far enough above `MASKED` that a masked key has
+/// weight 0 in every row that sees another key.
 const LEAST: f32 = -1e29;
 
 /// Why a kernel did not run.
@@ -62,35 +65,40 @@ impl From<LaunchError> for Error {
     }
 }
 
-/// The addresses of the tensors that a bias is made of; 0 for those that the call lacks.
+/// The addresses of the tensors that a bias is computed from; 0 for those that the call lacks.
 pub(crate) struct SourceAddresses {
     pub(crate) mask: u64,
     pub(crate) bias: u64,
     pub(crate) slopes: u64,
 }
 
-/// Further than any two positions are apart.
+/// The bound that stands for "no bound" of a window: larger than any distance of two positions, whose lengths
+/// and offsets are below 2^31.
 const FAR: i64 = 1 << 40;
 
-/// So many blocks of so many threads along the first two axes. More blocks than there can be are an error of the driver's.
+/// A launch of `count` blocks of `threads` threads along the first two axes. If a count exceeds the limit of
+/// a grid, the driver reports an error.
 fn blocks(count: [u64; 2], threads: [u32; 2]) -> LaunchConfig {
     let [x, y] = count.map(|count| u32::try_from(count).unwrap_or(u32::MAX));
     LaunchConfig { grid_dim: (x, y, 1), block_dim: (threads[0], threads[1], 1), shared_mem_bytes: 0 }
 }
 
-/// Blocks enough for `count` threads.
+/// A launch of enough blocks for `count` threads.
 fn grid(count: u64) -> LaunchConfig {
     blocks([count.div_ceil(u64::from(THREADS)).max(1), 1], [THREADS, 1])
 }
 
-/// What the kernels of a call share. All addresses are of memory on the stream's device; 0 stands for none.
+/// What the helper kernels of a call share. All addresses are of memory on the stream's device; 0 stands for
+/// none.
 pub(crate) struct Kernels<'a> {
     pub(crate) runtime: &'a Runtime,
     pub(crate) problem: CallProblem<'a>,
     pub(crate) sequences: Sequences,
-    /// Marked by [`make_bias`](Self::make_bias), for one head or for each, in rows of so many keys.
+    /// The flags that [`make_bias`](Self::make_bias) writes: which rows and keys are visible.
     pub(crate) seen: Seen,
+    /// The number of heads that the flags have: 1, or that of the query heads.
     pub(crate) seen_heads: i64,
+    /// The row stride of the bias, and of the flags of keys, in elements.
     pub(crate) bias_row: i64,
 }
 
@@ -98,15 +106,16 @@ impl Kernels<'_> {
     /// Launches the kernel that takes these arguments.
     ///
     /// # Safety
-    /// The arguments are what the kernel's source asks for: addresses of memory on the stream's device with
-    /// room for the shapes that they give.
+    /// Each address in the arguments is 0, where the kernel's source allows null, or that of memory on the
+    /// stream's device with the shape and strides that the arguments give. It is valid until the work is
+    /// done, and nothing else uses what the kernel writes, but for work on the same stream.
     unsafe fn launch<A: Arguments>(&self, arguments: &A, config: LaunchConfig) -> Result<(), LaunchError> {
         let (source, entry_point) = A::KERNEL;
         let function = self.runtime.function(source, Variant::Helper(Helper::LAUNCHED), entry_point)?;
         let mut launch = self.runtime.device.stream().launch_builder(&function);
         launch.arg(arguments);
-        // SAFETY: the kernel takes this one struct, whose layout is the kernel's; what it holds, the caller
-        // promised.
+        // SAFETY: the kernel takes this one struct, whose layout is that of the kernel's struct
+        // (`Arguments`). The caller promised that its addresses are of memory with the shapes that it gives.
         unsafe { launch.launch(config) }?;
         Ok(())
     }
@@ -115,7 +124,7 @@ impl Kernels<'_> {
         SeeingRows { intervals: self.sequences.rows, flags: self.seen.rows, flag_heads: self.seen_heads }
     }
 
-    /// Batch, rows and heads.
+    /// The batch size, the query length and the number of query heads.
     fn row_axes(&self) -> [i64; 3] {
         let dims = self.problem.dims();
         [dims.batch, dims.query_length, dims.query_heads].map(|axis| axis as i64)
@@ -125,11 +134,14 @@ impl Kernels<'_> {
         grid(self.row_axes().iter().product::<i64>().unsigned_abs())
     }
 
-    /// After a forward pass: zeros and -inf (or the sink) for rows that see nothing, and the logsumexp from `stats` to
-    /// the caller's tensor, where there is one.
+    /// After a forward pass: writes zeros to output rows that see no key, and copies the logsumexp from
+    /// `stats` to the caller's tensor, if there is one. A row that sees no key gets -inf there, or its head's
+    /// sink.
     ///
     /// # Safety
-    /// `out` is the problem's output and `lse` its logsumexp; `stats` holds `[B, N, T]` and `sinks` `[N]` numbers.
+    /// `out` and `lse` are the addresses of the problem's output and logsumexp (0 if the call has none).
+    /// `stats` has `[B, N, T]` floats, and `sinks` is 0 or has `[N]`. The addresses of `sequences` and `seen`
+    /// are 0 or of arrays that work on the stream has written. All of it is valid until the work is done.
     pub(crate) unsafe fn finish_forward(
         &self,
         out: u64,
@@ -152,15 +164,20 @@ impl Kernels<'_> {
             heads,
             width: self.problem.dims().value_head_dim as i64,
         };
-        // SAFETY: the caller promised the tensors and scratch; the kernel writes the output, the logsumexp
-        // and `stats`.
+        // SAFETY: the caller promised `out`, `lse`, `stats`, `sinks` and the arrays, with the shapes of the
+        // problem, which the arguments give; the kernel writes the output, the logsumexp and `stats` inside
+        // them.
         Ok(unsafe { self.launch(&arguments, self.row_grid()) }?)
     }
 
-    /// Before a backward pass: the logsumexp to scratch, +inf where a row sees nothing, so that its probabilities are 0.
+    /// Before a backward pass: copies the logsumexp to scratch, with +inf for rows that see no key, so that
+    /// their probabilities are 0. If there are `states`, it sets their number of each head to 0.
     ///
     /// # Safety
-    /// `lse` is the problem's; `stats` has room for `[B, N, T]` numbers, and `states`, if they are there, for those of far rows.
+    /// `lse` is the address of the problem's logsumexp, `stats` that of `[B, N, T]` floats, and `states`, if
+    /// there are any, that of as many floats as [`large::numbers`] says. The addresses of `sequences` and
+    /// `seen` are 0 or of arrays that work on the stream has written. All of it is valid until the work is
+    /// done.
     pub(crate) unsafe fn prepare_backward(
         &self,
         lse: u64,
@@ -178,15 +195,20 @@ impl Kernels<'_> {
             positions,
             heads,
         };
-        // SAFETY: the caller promised the tensor and scratch; the kernel writes the scratch.
+        // SAFETY: the caller promised `lse`, `stats`, `states` and the arrays, with the shapes of the
+        // problem, which the arguments give; the kernel writes `stats` and one float per head of `states`
+        // inside them.
         Ok(unsafe { self.launch(&arguments, self.row_grid()) }?)
     }
 
-    /// Copies an operand to scratch without gaps, zeros where it is masked for everybody.
+    /// Copies an operand to scratch without gaps, with zeros in rows that are masked for every query or key.
     ///
     /// # Safety
-    /// `from` is the problem's tensor of this role, whose rows begin at multiples of 16 bytes and are as long, and `to` has
-    /// room for its elements. `stats` is by [`prepare_backward`](Self::prepare_backward), or 0.
+    /// `from` is the address of the problem's tensor of this role, whose rows begin at multiples of 16 bytes
+    /// and are whole multiples of 16 bytes, and `to` that of memory for its elements. `stats` is 0 or the
+    /// address that [`prepare_backward`](Self::prepare_backward) wrote to. The addresses of `sequences` and
+    /// `seen` are 0 or of arrays that work on the stream has written. All of it is valid until the work is
+    /// done.
     pub(crate) unsafe fn clean(&self, role: Role, from: u64, to: u64, stats: u64) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
         let is_key = matches!(role, Role::Key | Role::Value);
@@ -205,21 +227,23 @@ impl Kernels<'_> {
             batch,
             positions,
             heads,
-            parts: width / 8,
+            vectors: width / 8,
         };
-        let across = u32::try_from(arguments.parts).unwrap_or(THREADS).clamp(1, THREADS);
+        let across = u32::try_from(arguments.vectors).unwrap_or(THREADS).clamp(1, THREADS);
         let rows = THREADS / across;
         let deep = (batch * positions * heads).unsigned_abs().div_ceil(u64::from(rows));
         let config = blocks([deep.clamp(1, MOST_BLOCKS), 1], [across, rows]);
-        // SAFETY: the caller promised the tensor and the copy, and `stats`; the kernel writes the copy.
+        // SAFETY: the caller promised the tensor, memory for its copy, `stats` and the arrays, and that rows
+        // are whole vectors of 16 bytes; the kernel writes the copy, as many vectors as the tensor has.
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
     /// Writes zeros to a gradient in batch rows without keys.
     ///
     /// # Safety
-    /// `to` is the problem's tensor of this role, whose rows begin at multiples of 16 bytes and are as long,
-    /// and the sequences have key lengths.
+    /// `to` is the address of the problem's tensor of this role, whose rows begin at multiples of 16 bytes
+    /// and are whole multiples of 16 bytes. The key lengths of `sequences` are an array that work on the
+    /// stream has written. All of it is valid until the work is done.
     pub(crate) unsafe fn clear_gradient(&self, role: Role, to: u64) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
         let [batch, positions, heads, width] = std::array::from_fn(|axis| desc.shape()[axis] as i64);
@@ -230,22 +254,28 @@ impl Kernels<'_> {
             batch,
             positions,
             heads,
-            parts: width / 8,
+            vectors: width / 8,
         };
-        let across = u32::try_from(arguments.parts).unwrap_or(THREADS).clamp(1, THREADS);
+        let across = u32::try_from(arguments.vectors).unwrap_or(THREADS).clamp(1, THREADS);
         let rows = THREADS / across;
         let deep = (positions * heads).unsigned_abs().div_ceil(u64::from(rows));
-        // Few blocks for each batch row: mostly they have nothing to do.
+        // At most 32 blocks per batch row, since most batch rows have keys and need no zeros; along its
+        // second axis a grid has at most 65535 blocks.
         let config = blocks([deep.clamp(1, 32), batch.unsigned_abs().clamp(1, 65535)], [across, rows]);
-        // SAFETY: the caller promised the tensor and the lengths; the kernel writes rows of the tensor.
+        // SAFETY: the caller promised the tensor and the lengths, and that rows are whole vectors of 16
+        // bytes; the kernel writes rows of the tensor, with the shape and strides of its description.
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
-    /// Makes one tensor of mask, bias, and ALiBi where `slopes` are given; and marks the rows and keys that take part.
+    /// Writes one bias tensor computed from mask, bias and, if `slopes` are given, ALiBi. It also sets the
+    /// flags of rows that see a key and of keys that a row sees.
     ///
     /// # Safety
-    /// `mask` and `bias` are the problem's, where it has them; `slopes` holds its slopes without gaps; `to` has room for
-    /// what `made` describes, and [`Kernels::seen`] for what is [marked](Bias::seen_rows).
+    /// `mask` and `bias` in `from` are the addresses of the problem's tensors, or 0 if it has none; `slopes`
+    /// is 0 or the address of the problem's slopes in f32 without gaps. `to` is that of memory for what
+    /// `made` describes, and those of [`Kernels::seen`] are of memory for the flags ([`Bias::seen_rows`],
+    /// [`Bias::seen_keys`]). The addresses of `sequences` are 0 or of arrays that work on the stream has
+    /// written. All of it is valid until the work is done.
     pub(crate) unsafe fn make_bias(&self, made: Bias, from: SourceAddresses, to: u64) -> Result<(), Error> {
         let dims = self.problem.dims();
         let (mask, bias) = (self.problem.tensor(Role::Mask), self.problem.tensor(Role::Bias));
@@ -293,7 +323,8 @@ impl Kernels<'_> {
         };
         let stream = self.runtime.device.stream();
         for (at, shape) in [(self.seen.rows, made.seen_rows(dims)), (self.seen.keys, made.seen_keys(dims))] {
-            // SAFETY: the caller promised room for this many bytes.
+            // SAFETY: the caller promised that the flags have the bytes of this shape, until the work on this
+            // stream is done.
             unsafe { memset_d8_async(at, 0, shape.iter().product(), stream.cu_stream()) }
                 .map_err(LaunchError::from)?;
         }
@@ -302,15 +333,16 @@ impl Kernels<'_> {
         let vectors = arguments.made.row.unsigned_abs() / 8;
         let threads = u32::try_from(vectors.next_multiple_of(32)).unwrap_or(THREADS).min(THREADS);
         let config = blocks([strips, vectors.div_ceil(u64::from(threads))], [threads, 1]);
-        // SAFETY: the caller promised the tensors and scratch; the kernel writes the bias that is made and
-        // the flags.
+        // SAFETY: the caller promised the sources, the arrays, and memory for the bias and the flags, with
+        // the shapes that the arguments give; the kernel writes the bias and the flags inside them.
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
-    /// Brings slopes or sinks to f32 without gaps.
+    /// Converts slopes or sinks to f32 without gaps.
     ///
     /// # Safety
-    /// `from` is the problem's tensor of this role, and `to` has room for as many floats.
+    /// `from` is the address of the problem's tensor of this role, and `to` that of memory for as many floats
+    /// as the tensor has elements. Both are valid until the work is done.
     pub(crate) unsafe fn to_floats(&self, role: Role, from: u64, to: u64) -> Result<(), Error> {
         let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
         let (shape, strides) = (desc.shape(), desc.strides());
@@ -327,14 +359,17 @@ impl Kernels<'_> {
             padding: 0,
         };
         let config = grid((rows * arguments.columns).unsigned_abs());
-        // SAFETY: the caller promised the tensor and the floats; the kernel writes a float for each element.
+        // SAFETY: the caller promised the tensor and memory for one float per element, which the kernel
+        // writes.
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
-    /// Writes the keep bits of the call's dropout as ones and zeros, in rows of whole blocks of eight keys.
+    /// Writes the keep mask of the call's dropout as ones and zeros, in rows of whole blocks of eight keys.
     ///
     /// # Safety
-    /// `memory` is the call's, and `to` has room for the bits.
+    /// The seed and the offset of dropout in `memory` are 0 or the addresses of the problem's tensors. `to`
+    /// is that of memory for `[B, N, T]` rows of the keys, rounded up to a multiple of eight, in the
+    /// operands' dtype. All of it is valid until the work is done.
     pub(crate) unsafe fn keep_mask(&self, memory: &Addresses, to: u64) -> Result<(), Error> {
         let Some(stream) = self.problem.dropout_stream() else { return Ok(()) };
         let dims = self.problem.dims();
@@ -347,6 +382,7 @@ impl Kernels<'_> {
             blocks: dims.key_length.div_ceil(8) as i64,
             seed: number(Role::DropoutSeed),
             offset: number(Role::DropoutOffset),
+            // The bits of 1 in f16 and in bf16.
             one: if self.problem.dtype() == DType::F16 { 0x3c00 } else { 0x3f80 },
             threshold: stream.threshold(),
             key,
@@ -357,14 +393,18 @@ impl Kernels<'_> {
         let deep = THREADS / across;
         let rows = (arguments.rows * arguments.positions).unsigned_abs();
         let config = blocks([rows.div_ceil(u64::from(deep)), 1], [across, deep]);
-        // SAFETY: the caller promised the seed and room for the mask, which the kernel writes.
+        // SAFETY: the caller promised the seed and the offset, where they are in device memory, and memory
+        // for the mask, of which the kernel writes whole blocks of eight keys.
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
-    /// The gradient of the sinks, from the row terms that cuDNN left.
+    /// Computes the gradient of the sinks from the row sums `<d_out, out>` that cuDNN has written to `delta`.
     ///
     /// # Safety
-    /// `to` and `lse` are the problem's, `sinks` holds `[N]` and `delta` `[B, N, T]` numbers, and `states` those of far rows.
+    /// `to` and `lse` are the addresses of the problem's `dsinks` and logsumexp. `sinks` has `[N]` and
+    /// `delta` `[B, N, T]` floats, and `states` as many as [`large::numbers`] says, which work on the stream
+    /// has written. The addresses of `sequences` are 0 or of arrays that it has written. All of it is valid
+    /// until the work is done.
     pub(crate) unsafe fn sink_gradient(
         &self,
         to: u64,
@@ -393,7 +433,8 @@ impl Kernels<'_> {
             dtype: dtype_code(desc.dtype()).code(),
         };
         let config = blocks([heads.unsigned_abs(), 1], [SUMMING_THREADS, 1]);
-        // SAFETY: the caller promised the tensors and scratch; the kernel writes a number for each head.
+        // SAFETY: the caller promised the tensors, the floats and the arrays, with the shapes of the problem,
+        // which the arguments give; the kernel writes one element of `dsinks` per head.
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 }

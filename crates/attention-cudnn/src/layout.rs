@@ -1,4 +1,4 @@
-//! Where things are in the scratch of a call.
+//! The layout of a call's scratch: where each slot begins, and how many bytes all of them take.
 
 use attention_core::{DType, Pass, Problem, Role, TensorDesc};
 use attention_cuda::StoredNumbers;
@@ -10,20 +10,20 @@ use crate::key::{CLEANED, Key, Stats};
 use crate::large;
 use crate::slot::Slot;
 
-/// What lies in the scratch: each at a multiple of 256 bytes.
+/// The slots in the scratch. Each begins at a multiple of 256 bytes, as allocations of the driver do.
 #[derive(Debug, Default)]
 pub(crate) struct Layout {
     places: Vec<(Slot, usize)>,
     pub(crate) bytes: usize,
 }
 
-/// A vector of numbers that cuDNN and the kernels read as it lies: f32 without gaps.
+/// Whether cuDNN and the kernels can read a vector of numbers without a copy: f32 without gaps.
 pub(crate) fn is_plain(desc: &TensorDesc) -> bool {
     desc.dtype() == DType::F32 && desc.is_contiguous()
 }
 
 impl Layout {
-    /// `None` on overflow.
+    /// The layout of a problem's scratch; `None` if its size overflows.
     pub(crate) fn of(problem: &Problem, key: &Key, config: &CudnnConfig) -> Option<Self> {
         let dims = problem.dims();
         let mut layout = Self::default();
@@ -36,7 +36,7 @@ impl Layout {
         if key.pass == Pass::Backward {
             layout.take(Slot::Delta, &rows, 4)?;
             layout.take(Slot::DQuerySum, &[row_count, dims.head_dim], 4)?;
-            // Gradients that nobody wants: the graph writes all three.
+            // The graph writes all three gradients, so those that the call does not ask for go to scratch.
             let keys = dims.batch.checked_mul(dims.key_heads)?.checked_mul(dims.key_length)?;
             for (slot, role, shape) in [
                 (Slot::DQuery, Role::DQuery, [row_count, dims.head_dim]),
@@ -92,6 +92,7 @@ impl Layout {
         Some(layout)
     }
 
+    /// Appends a slot of this shape whose elements have `size` bytes.
     fn take(&mut self, slot: Slot, shape: &[usize], size: usize) -> Option<()> {
         let bytes = shape.iter().try_fold(size, |bytes, &axis| bytes.checked_mul(axis))?;
         let start = self.bytes.checked_next_multiple_of(256)?;
@@ -100,7 +101,7 @@ impl Layout {
         Some(())
     }
 
-    /// Where a slot begins, if it is in the scratch.
+    /// The offset of a slot in bytes, if it is in the scratch.
     pub(crate) fn at(&self, slot: Slot) -> Option<u64> {
         self.places.iter().find(|(place, _)| *place == slot).map(|&(_, start)| start as u64)
     }

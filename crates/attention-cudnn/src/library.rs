@@ -1,5 +1,5 @@
-//! cuDNN's functions, loaded at run time. All enumerations are plain integers: a newer library may return values that no
-//! closed Rust enum has.
+//! cuDNN's functions, loaded at run time. All enumerations are plain integers, since a newer library may
+//! return values that a closed Rust enum does not have.
 
 use std::ffi::{c_char, c_void};
 
@@ -12,12 +12,12 @@ use crate::{CudnnConfig, NAME};
 /// A descriptor or handle of cuDNN.
 pub(crate) type Opaque = *mut c_void;
 
-/// The oldest version whose graphs were tried.
+/// The oldest version that the backend accepts, 9.12.0: the oldest that the graphs were tried with.
 pub(crate) const OLDEST: usize = 91200;
 
 macro_rules! functions {
     ($($field:ident = $symbol:literal: fn($($arg:ty),*) -> $result:ty;)*) => {
-        /// The functions that we use.
+        /// The functions of cuDNN that this crate calls.
         #[derive(Clone, Copy, Debug)]
         pub(crate) struct Functions {
             $(pub(crate) $field: unsafe extern "C" fn($($arg),*) -> $result,)*
@@ -25,7 +25,10 @@ macro_rules! functions {
 
         impl Functions {
             fn load(library: &'static libloading::Library) -> Result<Self, String> {
-                // SAFETY: the symbols are cuDNN's, whose types these are (version 9; checked by the caller).
+                // SAFETY: `Cudnn::open` found this library under cuDNN's names or at the path that the
+                // configuration gives. The types are those of cuDNN 9's header, and `Cudnn::open` refuses a
+                // library that is older than 9.12.0 before it calls any function but `cudnnGetVersion`, whose
+                // type has not changed. The library is never unloaded (`'static`).
                 unsafe {
                     Ok(Self {
                         $($field: *library
@@ -51,7 +54,7 @@ functions! {
     last_error = "cudnnGetLastErrorString": fn(*mut c_char, usize) -> ();
 }
 
-/// cuDNN, opened.
+/// The loaded library.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cudnn {
     pub(crate) functions: Functions,
@@ -60,7 +63,8 @@ pub(crate) struct Cudnn {
 }
 
 impl Cudnn {
-    /// Opens cuDNN and the libraries without which it would end the process.
+    /// Loads cuDNN, after cuBLASLt and NVRTC: cuDNN ends the process if it needs one of them and cannot find
+    /// it.
     pub(crate) fn open(config: &CudnnConfig) -> Result<Self, Unavailable> {
         let roots = || config.wheel_roots.clone();
         let missing = |what: &str| {
@@ -88,7 +92,7 @@ impl Cudnn {
             looked_for: vec![found.place.clone()],
         };
         let functions = Functions::load(found.library).map_err(unfit)?;
-        // SAFETY: takes nothing and returns a number.
+        // SAFETY: `cudnnGetVersion` takes no arguments and returns a `size_t`, in every version.
         let version = unsafe { (functions.version)() };
         if version < OLDEST {
             return Err(unfit(format!("cuDNN {} is older than 9.12.0", name_of(version))));
@@ -97,13 +101,13 @@ impl Cudnn {
         Ok(Self { functions, version })
     }
 
-    /// A status as a result.
+    /// Converts a status to a result, with cuDNN's message about its last error.
     pub(crate) fn check(&self, what: &'static str, status: i32) -> Result<(), CudnnError> {
         if status == 0 {
             return Ok(());
         }
         let mut text = [0u8; 512];
-        // SAFETY: writes at most so many bytes, the last of them zero.
+        // SAFETY: cuDNN writes at most `text.len()` bytes to `text`, a terminating zero included.
         unsafe { (self.functions.last_error)(text.as_mut_ptr().cast(), text.len()) };
         let end = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
         Err(CudnnError { what, status, message: String::from_utf8_lossy(&text[..end]).trim().to_owned() })
@@ -115,7 +119,7 @@ pub(crate) fn name_of(version: usize) -> String {
     format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100)
 }
 
-/// What cuDNN refused or failed at.
+/// An error of cuDNN, with the operation that failed.
 #[derive(Clone, Debug)]
 pub(crate) struct CudnnError {
     what: &'static str,

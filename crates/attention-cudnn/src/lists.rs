@@ -1,31 +1,32 @@
-//! Lists of a call's memory, kept: calls in a loop mostly come with the memory of earlier ones, and making a list is a good
-//! part of what a call costs on the host.
+//! A cache of memory lists (cuDNN's variant packs). Calls in a loop mostly use the memory of earlier calls,
+//! and making a list takes a good part of a call's time on the host.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::descriptor::Descriptor;
 use crate::numbers::Numbers;
 
-/// How many lists a problem keeps.
+/// How many lists a plan keeps: enough for a loop that alternates between several sets of tensors.
 const KEPT: usize = 8;
 
 /// The lists of one plan that no call is using.
 #[derive(Debug, Default)]
 pub(crate) struct Lists(Mutex<Vec<List>>);
 
-/// A list with what it points to in host memory.
+/// A list, with the numbers in host memory that it points to.
 #[derive(Debug)]
 pub(crate) struct List {
-    /// Of device memory, by slot, and the workspace's: nothing is read through them here.
+    /// The addresses of device memory, by slot, that the list was made of. They are compared only.
     pub(crate) addresses: Vec<u64>,
+    /// The address of the workspace, likewise.
     pub(crate) workspace: u64,
-    /// Dropped before the numbers that it points to.
+    /// The list itself. Fields drop in this order, so it is gone before the numbers that it points to.
     pub(crate) list: Descriptor,
     pub(crate) numbers: Arc<Numbers>,
 }
 
 impl Lists {
-    /// The list of this memory, if it is kept.
+    /// Takes the list of this memory out of the cache, if it is there.
     pub(crate) fn take(&self, addresses: &[u64], workspace: u64) -> Option<List> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let index =
@@ -33,7 +34,7 @@ impl Lists {
         Some(kept.remove(index))
     }
 
-    /// Keeps a list, and drops the one that was used longest ago where there are too many.
+    /// Puts a list into the cache. If the cache is full, the least recently used list is dropped.
     pub(crate) fn put(&self, list: List) {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() == KEPT {

@@ -8,15 +8,15 @@ use attention_core::{CallProblem, DropoutStream, philox4x32_10};
 use crate::key::right_bound;
 use crate::slot::Slot;
 
-/// The seed of cuDNN's own generator for a place in a stream. What cuDNN makes of an offset is not documented, so streams of
-/// neighbouring offsets might overlap; a seed of their own keeps them apart.
+/// The seed of cuDNN's own generator for a seed and an offset of the library's. cuDNN does not document what
+/// its own offset does, so streams of neighbouring offsets might overlap; here each offset has its own seed.
 fn own_seed(stream: &DropoutStream) -> i64 {
     let (key, offset) = stream.words();
     let [low, high, ..] = philox4x32_10([offset, 0, 0, 0], key);
     (u64::from(high) << 32 | u64::from(low)).cast_signed()
 }
 
-/// The bits of a number of 32 bits.
+/// An atomic f32, stored as its bits.
 #[derive(Debug, Default)]
 struct Float(AtomicU32);
 
@@ -26,13 +26,13 @@ impl Float {
     }
 }
 
-/// Room for the numbers of a call, where cuDNN reads them while the call is made. Lists of memory point here,
-/// and each call that uses a list sets the numbers first; atomic, so that they change behind what points to
-/// them.
+/// The numbers of a call, which cuDNN reads while the call is enqueued. Memory lists point here, and each
+/// call that uses a list sets the numbers first. They are atomic because they are written through a shared
+/// reference while the list points to them.
 #[derive(Debug, Default)]
 pub(crate) struct Numbers {
     scale: Float,
-    nothing: Float,
+    minus_infinity: Float,
     one: Float,
     keep_scale: Float,
     keep_share: Float,
@@ -47,22 +47,24 @@ pub(crate) struct Numbers {
 }
 
 impl Numbers {
-    /// Sets those of a call.
+    /// Sets the numbers of a call.
     pub(crate) fn set(&self, call: &CallProblem<'_>) {
         let dims = call.dims();
-        // The same for every batch row, where there are no lengths or the offset is fixed; nobody reads it elsewhere.
+        // The shift of the diagonal: the graph reads it only if there are no lengths or the offset is fixed,
+        // and then it is the same for every batch row.
         let shift = if dims.batch > 0 { call.offset(0) } else { 0 };
         let left = call.window().left.map_or(0, |left| left as i64 + 1);
         let keep_scale = call.dropout_stream().map_or(1.0, |stream| stream.keep_scale());
         let integer = |to: &AtomicI32, value: i32| to.store(value, Ordering::Relaxed);
         self.scale.set(call.scale() as f32);
-        self.nothing.set(f32::NEG_INFINITY);
+        self.minus_infinity.set(f32::NEG_INFINITY);
         self.one.set(1.0);
         self.keep_scale.set(keep_scale as f32);
         self.keep_share.set((1.0 / keep_scale) as f32);
         self.seed.store(call.dropout_stream().map_or(0, |stream| own_seed(&stream)), Ordering::Relaxed);
         self.offset.store(0, Ordering::Relaxed);
-        // A key that is `left` behind is still seen, and cuDNN asks for more.
+        // A row sees the key that is `left` positions before it. The graph compares with "greater", so `left`
+        // here is one more than the window's bound.
         self.left.set((left - shift) as f32);
         integer(&self.left_integer, left as i32);
         integer(&self.right, right_bound(call).map_or(0, |right| right as i32));
@@ -71,12 +73,12 @@ impl Numbers {
         integer(&self.key_length, dims.key_length as i32);
     }
 
-    /// Where the number of a slot is; `None` for slots of device memory.
+    /// The address of a slot's number; `None` for slots of device memory.
     pub(crate) fn address(&self, slot: Slot) -> Option<*mut c_void> {
         let float = |number: &Float| number.0.as_ptr().cast();
         Some(match slot {
             Slot::Scale => float(&self.scale),
-            Slot::Nothing => float(&self.nothing),
+            Slot::MinusInfinity => float(&self.minus_infinity),
             Slot::One => float(&self.one),
             Slot::KeepScale => float(&self.keep_scale),
             Slot::KeepShare => float(&self.keep_share),
@@ -101,11 +103,12 @@ mod tests {
 
     fn float(numbers: &Numbers, slot: Slot) -> f32 {
         let address = numbers.address(slot).expect("a number").cast::<f32>();
-        // SAFETY: a number of 32 bits of `numbers`, which nobody writes meanwhile.
+        // SAFETY: the address is that of a 32-bit number of `numbers`, which is borrowed here; this thread
+        // alone writes it, and not during the read.
         unsafe { address.read() }
     }
 
-    /// Two calls of one problem, by the same addresses.
+    /// Two calls of one problem, whose numbers are at the same addresses.
     #[test]
     fn the_numbers_are_those_of_the_last_call_that_set_them() {
         let desc = TensorDesc::contiguous(DType::Bf16, [2, 16, 2, 8]);

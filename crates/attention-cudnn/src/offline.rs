@@ -1,4 +1,4 @@
-//! cuDNN asked about problems on a machine that has no GPU.
+//! Questions to cuDNN on a machine without a GPU: whether it supports the graphs of problems.
 
 use attention_core::{Device, Error, Problem, Unavailable, Unsupported};
 use attention_cuda::failure;
@@ -9,11 +9,11 @@ use crate::key::Key;
 use crate::library::{Cudnn, name_of};
 use crate::{CudnnConfig, NAME, Target, pattern, support};
 
-/// cuDNN, for a device that is described and need not be there: whether it takes the graphs of problems, and how much
-/// memory it asks for.
+/// cuDNN for a device that is described by its properties and that the machine need not have. It says whether
+/// cuDNN supports the graph of a problem there, and how large a workspace the plan needs.
 ///
-/// Needs the library (9.8 or later of it can do this; this crate takes 9.12), cuBLASLt, NVRTC, and anything that the
-/// loader takes for a CUDA driver: a library called `libcuda.so.1` without a function in it is enough.
+/// It needs cuDNN (9.8 or later can do this; this crate requires 9.12), cuBLASLt, NVRTC, and a library that
+/// the loader accepts as the CUDA driver: an empty library called `libcuda.so.1` is enough.
 #[derive(Debug)]
 pub struct Offline {
     cudnn: Cudnn,
@@ -22,24 +22,25 @@ pub struct Offline {
     target: Target,
 }
 
-/// What cuDNN says to a problem.
+/// The answer of cuDNN to a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Answer {
-    /// It has an engine, and compiled it.
+    /// cuDNN has an engine for the graph, and compiled it.
     Accepted {
-        /// Bytes that it asks for beside the caller's scratch.
+        /// The bytes of workspace that the plan needs in addition to the caller's scratch.
         workspace: usize,
     },
-    /// It has none.
+    /// cuDNN has no engine for the graph.
     Refused,
 }
 
 impl Offline {
-    /// Opens cuDNN for a device with these properties, which are JSON as cuDNN writes it, and this compute capability.
+    /// Loads cuDNN for a device of this compute capability with these properties, which are JSON in the form
+    /// that cuDNN writes.
     ///
     /// # Errors
-    /// [`Unavailable`] where a library is missing or too old, or does not take the properties.
+    /// [`Unavailable`] if a library is missing or too old, or if cuDNN does not accept the properties.
     pub fn new(config: CudnnConfig, properties: &str, capability: (u32, u32)) -> Result<Self, Unavailable> {
         let cudnn = Cudnn::open(&config)?;
         let describe = || {
@@ -56,16 +57,16 @@ impl Offline {
         Ok(Self { target: Target::of(cudnn.version, capability), cudnn, config, device })
     }
 
-    /// The version of the library, and the device.
+    /// The version of the library and the compute capability of the device.
     pub fn target(&self) -> Target {
         self.target
     }
 
-    /// Whether the backend would give cuDNN this problem at all: as [`supports`](attention_core::AttentionBackend::supports)
-    /// of a backend on this target, for a problem on any device.
+    /// Whether the backend serves this problem on this target, as
+    /// [`supports`](attention_core::AttentionBackend::supports) answers, whatever device the problem is on.
     ///
     /// # Errors
-    /// [`Unsupported`].
+    /// [`Unsupported`] with the reason if it does not.
     pub fn serves(&self, problem: &Problem) -> Result<(), Unsupported> {
         let capabilities = support::capabilities(self.target, &self.config);
         support::check(&capabilities, self.target, &self.config, &on_device(problem))
@@ -74,7 +75,7 @@ impl Offline {
     /// Asks cuDNN about a problem that the backend serves on this target.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] where the backend refuses the problem itself, [`Error::Backend`] where cuDNN fails.
+    /// [`Error::Unsupported`] if the backend itself refuses the problem, [`Error::Backend`] if cuDNN fails.
     pub fn ask(&self, problem: &Problem) -> Result<Answer, Error> {
         self.serves(problem)?;
         let key = Key::of(&on_device(problem), self.target, &self.config);
@@ -85,7 +86,7 @@ impl Offline {
     }
 }
 
-/// A problem as if it were on a device.
+/// The same problem on a CUDA device.
 fn on_device(problem: &Problem) -> Problem {
     let moved = problem.to_builder().device(Device::Cuda(0)).build();
     moved.unwrap_or_else(|error| unreachable!("a valid problem is valid on any device: {error}"))

@@ -1,4 +1,5 @@
-//! The graphs of attention, forward and backward, as cuDNN's fused engines know them.
+//! The operation graphs of attention, forward and backward, in the patterns that cuDNN's fused engines
+//! recognise.
 
 use attention_core::{Pass, Role};
 
@@ -7,7 +8,8 @@ use crate::key::{Diagonal, Drops, Key, Stats};
 use crate::library::{Cudnn, CudnnError};
 use crate::slot::Slot;
 
-/// What graphs are made by, so that plans of others are known as such.
+/// The source text of the graph builder. It is a part of the key of plans on disk, so that plans which
+/// another version of it made are not loaded.
 pub(crate) const SOURCE: &str = concat!(include_str!("pattern.rs"), include_str!("graph.rs"));
 
 /// The graph of a problem.
@@ -17,31 +19,39 @@ pub(crate) fn of(cudnn: &Cudnn, key: &Key) -> Result<Finished, CudnnError> {
         Pass::Forward => builder.forward()?,
         Pass::Backward => builder.backward()?,
     }
-    Ok(builder.graph.into_parts())
+    Ok(builder.graph.finish())
 }
 
 /// Dropout in a graph.
 #[derive(Clone, Copy)]
 struct Kept {
+    /// The keep mask: 1 for probabilities that are kept, else 0.
     bits: Tensor,
+    /// The number that kept probabilities are multiplied by.
     scale: Tensor,
 }
 
-/// A graph with what both passes share.
+/// The builder of a graph, with the tensors that both passes use.
 struct Builder<'k> {
     key: &'k Key,
     graph: Graph,
-    /// Batch, query heads, query length, key length; and the logits' and rows' shapes.
+    /// The batch size.
     b: i64,
+    /// The number of query heads.
     h: i64,
+    /// The query length.
     s: i64,
+    /// The key length.
     t: i64,
+    /// The shape of a tensor with one number per row.
     rows: Shape,
     query: Tensor,
-    /// Keys with the last two axes exchanged.
+    /// The keys with the last two axes exchanged.
     key_transposed: Tensor,
+    /// The query lengths and the key lengths, if the graph takes them.
     lengths: Option<[Tensor; 2]>,
-    nothing: Option<Tensor>,
+    /// The number -inf, once it is needed.
+    minus_infinity: Option<Tensor>,
 }
 
 impl<'k> Builder<'k> {
@@ -64,33 +74,46 @@ impl<'k> Builder<'k> {
         } else {
             None
         };
-        Ok(Self { key, graph, b, h, s, t, rows: [b, h, s, 1], query, key_transposed, lengths, nothing: None })
+        Ok(Self {
+            key,
+            graph,
+            b,
+            h,
+            s,
+            t,
+            rows: [b, h, s, 1],
+            query,
+            key_transposed,
+            lengths,
+            minus_infinity: None,
+        })
     }
 
-    /// Strides of a tensor that the call has.
+    /// The strides of a tensor that every call of the pass has.
     fn strides(&self, role: Role) -> Shape {
         self.key.strides_of(role).unwrap_or_else(|| unreachable!("a call has its {role}"))
     }
 
-    /// Strides of a gradient: one that nobody wants is written to scratch.
+    /// The strides of a gradient. One that the call does not ask for is written to scratch, without gaps.
     fn gradient_strides(&self, role: Role, shape: Shape) -> Shape {
         self.key.strides_of(role).unwrap_or_else(|| packed(shape))
     }
 
+    /// The lengths of a matrix product's axes: 0 stands for the query lengths, 1 for the key lengths.
     fn overrides(&self, m: Option<usize>, n: Option<usize>, k: Option<usize>) -> Overrides {
         let length =
             |which: Option<usize>| which.and_then(|which| self.lengths.map(|lengths| lengths[which]));
         Overrides { m: length(m), n: length(n), k: length(k) }
     }
 
-    fn nothing(&mut self) -> Result<Tensor, CudnnError> {
-        if self.nothing.is_none() {
-            self.nothing = Some(self.graph.number(Slot::Nothing, Type::Float)?);
+    fn minus_infinity(&mut self) -> Result<Tensor, CudnnError> {
+        if self.minus_infinity.is_none() {
+            self.minus_infinity = Some(self.graph.number(Slot::MinusInfinity, Type::Float)?);
         }
-        self.nothing.map_or_else(|| unreachable!("just made"), Ok)
+        self.minus_infinity.map_or_else(|| unreachable!("just made"), Ok)
     }
 
-    /// Scaled products, with what is added to them.
+    /// The scaled products of queries and keys, plus bias and ALiBi.
     fn logits(&mut self) -> Result<Tensor, CudnnError> {
         let products = self.graph.virtual_(Type::Float, [self.b, self.h, self.s, self.t])?;
         let overrides = self.overrides(Some(0), Some(1), None);
@@ -107,7 +130,7 @@ impl<'k> Builder<'k> {
         self.graph.binary(Op::Add, logits, added)
     }
 
-    /// Subtracts the slope of a head times the distance between row and key, where that is behind the row.
+    /// Subtracts the slope of a head times the distance between row and key, for keys at or before the row.
     fn add_alibi(&mut self, logits: Tensor) -> Result<Tensor, CudnnError> {
         if !self.key.slopes {
             return Ok(logits);
@@ -121,15 +144,15 @@ impl<'k> Builder<'k> {
         self.graph.binary(Op::Add, logits, added)
     }
 
-    /// Negative infinity beyond the lengths.
+    /// Sets the logits beyond the lengths to negative infinity.
     fn mask_lengths(&mut self, logits: Tensor) -> Result<Tensor, CudnnError> {
         let Some([query, key]) = self.lengths else { return Ok(logits) };
         let (row, column) = (self.graph.index(logits, 2)?, self.graph.index(logits, 3)?);
         let rows = self.graph.truth(Op::Less, row, query)?;
         let columns = self.graph.truth(Op::Less, column, key)?;
         let inside = self.graph.truth(Op::And, rows, columns)?;
-        let nothing = self.nothing()?;
-        self.graph.select(inside, logits, nothing)
+        let minus_infinity = self.minus_infinity()?;
+        self.graph.select(inside, logits, minus_infinity)
     }
 
     /// The position of each row among the keys.
@@ -155,7 +178,7 @@ impl<'k> Builder<'k> {
         }
     }
 
-    /// Negative infinity outside the window.
+    /// Sets the logits outside the window to negative infinity.
     fn mask_window(&mut self, mut logits: Tensor) -> Result<Tensor, CudnnError> {
         if let Some(causal) = self.key.right {
             let mut row = self.position(logits)?;
@@ -165,8 +188,8 @@ impl<'k> Builder<'k> {
                 row = self.graph.integers(Op::Add, row, right)?;
             }
             let inside = self.graph.truth(Op::GreaterEqual, row, column)?;
-            let nothing = self.nothing()?;
-            logits = self.graph.select(inside, logits, nothing)?;
+            let minus_infinity = self.minus_infinity()?;
+            logits = self.graph.select(inside, logits, minus_infinity)?;
         }
         if self.key.left {
             let (row, column) = (self.graph.index(logits, 2)?, self.graph.index(logits, 3)?);
@@ -177,20 +200,20 @@ impl<'k> Builder<'k> {
                     let reach = self.graph.integers(Op::Sub, reach, key)?;
                     self.graph.integers(Op::Add, reach, query)?
                 }
-                // The diagonal's shift is a part of the number.
+                // The number includes the shift of the diagonal (`Slot::Left`).
                 _ => {
                     let left = self.graph.number(Slot::Left, Type::Float)?;
                     self.graph.binary(Op::Add, column, left)?
                 }
             };
             let inside = self.graph.truth(Op::Greater, reach, row)?;
-            let nothing = self.nothing()?;
-            logits = self.graph.select(inside, logits, nothing)?;
+            let minus_infinity = self.minus_infinity()?;
+            logits = self.graph.select(inside, logits, minus_infinity)?;
         }
         Ok(logits)
     }
 
-    /// Ones for probabilities that are kept and zeros for others, and what the former are multiplied by.
+    /// The keep mask of dropout and the scale of kept probabilities.
     fn kept(&mut self) -> Result<Option<Kept>, CudnnError> {
         let Some(drops) = self.key.dropout else { return Ok(None) };
         let shape = [self.b, self.h, self.s, self.t];
@@ -234,7 +257,7 @@ impl<'k> Builder<'k> {
             sums = graph.binary(Op::Add, sums, power)?;
         }
         let logarithm = graph.unary(Op::Log, sums)?;
-        // The logsumexp: the nodes must be there even where nobody wants it.
+        // The logsumexp: the engines recognise the graph only with these nodes, also if nothing reads it.
         let stats = match self.key.stats {
             Stats::Unwanted => graph.virtual_(Type::Float, self.rows)?,
             Stats::Packed => graph.real(Slot::Stats, Type::Float, self.rows, packed(self.rows))?,
@@ -244,7 +267,7 @@ impl<'k> Builder<'k> {
         let probabilities = graph.virtual_(element, logits.shape)?;
         if let Some(Kept { bits, scale }) = kept {
             let all = graph.binary(Op::Div, powers, sums)?;
-            // The order that engines know.
+            // The orders that the engines recognise for a mask in memory and for cuDNN's own generator.
             if self.key.writes_kept() {
                 let scaled = graph.binary(Op::Mul, all, scale)?;
                 graph.binary_into(Op::Mul, scaled, bits, probabilities)?;
@@ -271,12 +294,13 @@ impl<'k> Builder<'k> {
         let dims = self.key.dims;
         let (b, h, s, t) = (self.b, self.h, self.s, self.t);
         let [hk, d, e] = [dims.key_heads, dims.head_dim, dims.value_head_dim].map(|size| size as i64);
-        // The row term: <d_out, out>.
+        // The row sums `<d_out, out>` (delta).
         let out = self.graph.real(Slot::Out, element, [b, h, s, e], self.strides(Role::Out))?;
         let d_out = self.graph.real(Slot::DOut, element, [b, h, s, e], self.strides(Role::DOut))?;
         let both = self.graph.binary(Op::Mul, d_out, out)?;
         let row_sums = self.graph.reduce_rows(Reduction::Add, both)?;
-        // Beside its own generator cuDNN scales by what is kept after the row term, which is made smaller for that.
+        // With its own generator, cuDNN multiplies by the keep scale after it has subtracted delta. So delta
+        // is multiplied with the inverse of the keep scale here.
         let scales_late = kept.is_some() && !self.key.writes_kept();
         let one = self.graph.number(if scales_late { Slot::KeepShare } else { Slot::One }, Type::Float)?;
         let delta = self.graph.real(Slot::Delta, Type::Float, self.rows, packed(self.rows))?;
@@ -356,7 +380,8 @@ impl<'k> Builder<'k> {
         if heads == self.h {
             return self.graph.matmul(left, right, to, overrides);
         }
-        // In the operands' dtype: whatever is said here, cuDNN 9.19 computes and stores this in it.
+        // In the operands' dtype: cuDNN 9.19 stores the gradient of each head in it, whatever type is set
+        // here.
         let all = self.graph.virtual_(element, [b, self.h, t, width])?;
         self.graph.matmul(left, right, all, overrides)?;
         self.graph.reduce_into(Reduction::Add, all, to)

@@ -1,4 +1,4 @@
-//! A plan: the calls of a planned problem.
+//! The plan of a problem: its forward and backward calls.
 
 use attention_core::{BackwardCall, Error, ForwardCall, LentScratch, Plan, Problem, Role, Scratch};
 use attention_cuda::Addresses;
@@ -10,7 +10,7 @@ use crate::planned::Planned;
 use crate::runtime::Runtime;
 use crate::slot::Slot;
 
-/// A planned problem, to be called.
+/// The plan of a problem.
 #[derive(Debug)]
 pub(crate) struct CudnnPlan(pub(crate) Planned);
 
@@ -37,16 +37,22 @@ impl Plan for CudnnPlan {
         let (problem, inputs, mut outputs) = call.into_parts();
         let memory = Addresses::of_forward(&inputs, &mut outputs);
         let run = Run::new(&self.0, problem, memory, scratch)?;
-        // SAFETY: an admitted call: its tensors are what the problem, and so graph and kernels, say.
+        // SAFETY: `admit` checked that the call is of this plan's problem and that the scratch has the size,
+        // the alignment and the device that the plan needs, so every tensor in `memory` has the description
+        // that the graph and the kernels were made for. It stays valid until the work is done: tensors of
+        // attention-cuda are freed and written on the device's stream only, which `Run::new` checked, and who
+        // makes views of other memory promises it, as the documentation of `CudnnBackend` asks. The arrays,
+        // row sums and flags that a step reads are written by the steps before it. `Stats`, `Sinks` and `out`
+        // have the shapes that `finish_forward` asks for by the layout and the problem.
         unsafe {
-            run.bring()?;
+            run.prepare()?;
             run.execute()?;
             if self.0.key.stats == Stats::Packed {
                 let sinks = if self.0.problem.has(Role::Sinks) { run.at(Slot::Sinks) } else { 0 };
                 let (out, lse) = (memory.at(Role::Out), memory.at(Role::Lse));
                 run.kernels.finish_forward(out, lse, run.at(Slot::Stats), sinks)?;
             }
-            run.contain()?;
+            run.isolate_nan()?;
         }
         self.0.runs.count();
         Ok(())
@@ -57,9 +63,15 @@ impl Plan for CudnnPlan {
         let (problem, inputs, saved, mut outputs) = call.into_parts();
         let memory = Addresses::of_backward(&inputs, &saved, &mut outputs);
         let run = Run::new(&self.0, problem, memory, scratch)?;
-        // SAFETY: as in `forward`.
+        // SAFETY: `admit` checked that the call is of this plan's problem and that the scratch has the size,
+        // the alignment and the device that the plan needs, so every tensor in `memory` has the description
+        // that the graph and the kernels were made for. It stays valid until the work is done: tensors of
+        // attention-cuda are freed and written on the device's stream only, which `Run::new` checked, and who
+        // makes views of other memory promises it, as the documentation of `CudnnBackend` asks. The arrays,
+        // row sums and flags that a step reads are written by the steps before it. The layout has `Delta`
+        // and, for sinks, `States`, with the floats that `sink_gradient` asks for.
         unsafe {
-            run.bring()?;
+            run.prepare()?;
             run.execute()?;
             run.clear()?;
             if self.0.problem.has(Role::DSinks) {
@@ -67,7 +79,7 @@ impl Plan for CudnnPlan {
                 let (dsinks, lse) = (memory.at(Role::DSinks), memory.at(Role::Lse));
                 run.kernels.sink_gradient(dsinks, sinks, delta, lse, states)?;
             }
-            run.contain()?;
+            run.isolate_nan()?;
         }
         self.0.runs.count();
         Ok(())

@@ -1,11 +1,11 @@
-//! What the calls of a planned problem share.
+//! A planned problem: everything that its calls share.
 
 use std::sync::Arc;
 
 use attention_core::{DType, Error, Pass, Problem, Role, Unsupported, VariantCounter, Variants};
 use attention_cuda::{NumberStore, failure};
 
-use crate::contain::Containment;
+use crate::contain::NanIsolation;
 use crate::execution_plan::ExecutionPlan;
 use crate::failure::Failure;
 use crate::far::FarRows;
@@ -16,29 +16,29 @@ use crate::runtime::Runtime;
 use crate::sequences::SequenceKernel;
 use crate::{CudnnConfig, NAME};
 
-/// A problem with everything that its calls share: a call does no more than fill in addresses and numbers.
+/// A problem with everything that its calls share. A call only fills in addresses and numbers.
 #[derive(Debug)]
 pub(crate) struct Planned {
     pub(crate) problem: Problem,
     pub(crate) runtime: Arc<Runtime>,
     pub(crate) key: Key,
-    /// The operands that are copied first.
+    /// The operands that are copied, with zeros in masked rows, before the plan runs.
     pub(crate) cleaned: Vec<Role>,
-    /// Those of them whose copy is left out where a call's structure excludes no row and no key.
+    /// Those of them that a call does not copy if its structure excludes no row and no key.
     pub(crate) skippable: Vec<Role>,
     pub(crate) layout: Layout,
     pub(crate) execution: Arc<ExecutionPlan>,
     pub(crate) lists: Lists,
     pub(crate) numbers: NumberStore,
-    /// Where the plan takes lengths.
+    /// The kernel that writes lengths, if the plan takes them.
     pub(crate) sequences: Option<SequenceKernel>,
-    pub(crate) containment: Option<Containment>,
+    pub(crate) isolation: Option<NanIsolation>,
     pub(crate) far: Option<FarRows>,
     pub(crate) runs: VariantCounter,
 }
 
 impl Planned {
-    /// Of a problem with this layout of its scratch.
+    /// Plans a problem whose scratch has this layout.
     pub(crate) fn new(
         problem: &Problem,
         layout: Layout,
@@ -61,7 +61,7 @@ impl Planned {
             numbers: NumberStore::new(problem, &runtime.device, &runtime.kernels)
                 .map_err(|error| failure(NAME, "compiling a kernel", error))?,
             sequences: key.lengths.then(|| SequenceKernel::of(runtime, problem)).transpose()?,
-            containment: Containment::of(runtime, problem, &key, config)?,
+            isolation: NanIsolation::of(runtime, problem, &key, config)?,
             far: FarRows::of(runtime, problem, &key, config)?,
             runs: variants.counter(&variant(&key, problem)),
             key,
@@ -70,6 +70,7 @@ impl Planned {
     }
 }
 
+/// The execution plan of a problem; an error if cuDNN has none, or if its workspace is above the limit.
 fn execution_plan(runtime: &Runtime, key: &Key) -> Result<Arc<ExecutionPlan>, Error> {
     let plan = runtime.with_handle(|handle| runtime.execution_plan(key, handle).map_err(Failure::from));
     let plan = plan.map_err(|error| error.during("building a plan"))?;
@@ -84,8 +85,8 @@ fn execution_plan(runtime: &Runtime, key: &Key) -> Result<Arc<ExecutionPlan>, Er
     Ok(plan)
 }
 
-/// What a plan is called among the variants: by the pass, what is added to logits and by whom, and how keys
-/// are masked, which are what cuDNN has other kernels for, and this backend other kernels beside them.
+/// The name of a plan's variant: the pass, the dtype, what is added to the logits, and how keys are masked.
+/// cuDNN has different kernels for these, and this backend runs different helper kernels with them.
 fn variant(key: &Key, problem: &Problem) -> String {
     let added = match key.bias {
         None if key.slopes => ADDED[3],
@@ -102,21 +103,21 @@ fn variant(key: &Key, problem: &Problem) -> String {
     format!("{} {}, {added}, {seen}", problem.pass(), problem.dtype())
 }
 
-/// What may be added to logits. A bias is used as it lies only where it is promised to be finite, which is
-/// off by default.
+/// What may be added to logits. A bias is read without a copy ("as it lies") only if the caller promises that
+/// it is finite, which is off by default.
 const ADDED: [&str; 4] = ["nothing added", "a bias as it lies", "a bias that is made", "ALiBi"];
 
 /// Which keys rows may see.
 const SEEN: [&str; 4] = ["all keys", "lengths", "a diagonal", "lengths and a diagonal"];
 
-/// Every variant but those of a bias as it lies.
+/// Every variant, without those of a bias that is read without a copy.
 pub(crate) fn variants() -> impl Iterator<Item = String> {
     let passes = [Pass::Forward, Pass::Backward].into_iter();
     passes.flat_map(|pass| {
         [DType::F16, DType::Bf16].into_iter().flat_map(move |dtype| {
             [ADDED[0], ADDED[2], ADDED[3]].into_iter().flat_map(move |added| {
                 let seen = SEEN.into_iter();
-                // ALiBi is in the graph only where every key is behind its row.
+                // The graph computes ALiBi only if every key is at or before its row.
                 let served =
                     seen.filter(move |&seen| added != ADDED[3] || seen == SEEN[2] || seen == SEEN[3]);
                 served.map(move |seen| format!("{pass} {dtype}, {added}, {seen}"))

@@ -1,4 +1,4 @@
-//! A device with cuDNN on it: handles, plans, and what calls share.
+//! A device with cuDNN on it: the handles, execution plans, kernels and workspaces that all problems share.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,9 +13,11 @@ use crate::key::Key;
 use crate::library::{Cudnn, CudnnError};
 use crate::{CudnnConfig, NAME, Target, pattern};
 
-/// From how many execution plans on those that no planned problem uses are given back.
+/// The number of cached execution plans from which on the cache drops those that no planned problem uses. Far
+/// more than the kinds of problems of most processes.
 const KEPT_PLANS: usize = 1024;
 
+/// What all problems of a backend on a device share.
 #[derive(Debug)]
 pub(crate) struct Runtime {
     pub(crate) device: CudaDevice,
@@ -23,21 +25,23 @@ pub(crate) struct Runtime {
     pub(crate) target: Target,
     pub(crate) kernels: KernelCache,
     pub(crate) workspaces: Workspaces,
-    /// What plans on disk belong to: the device, as its name and capability say.
+    /// The version of cuDNN and the capability and name of the device, which plans on disk belong to.
     device_kind: String,
     saved_plans: DiskCache,
-    /// Handles that nobody is using.
+    /// The handles that no thread is using.
     handles: Mutex<Vec<Handle>>,
-    /// Compiled by cuDNN, for problems that differ in what each call may change; `None` where it has no engine.
+    /// The execution plans that cuDNN has built, by key; `None` if it has no engine.
     plans: Mutex<HashMap<Key, Option<Arc<ExecutionPlan>>>>,
 }
 
-/// Locks, also after another thread has panicked: what is kept is whole at any time.
+/// Locks a mutex, also after another thread has panicked: the values behind these locks are valid at any
+/// time.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Runtime {
+    /// Loads cuDNN, for this device or else for the one that the configuration names.
     pub(crate) fn new(config: &CudnnConfig, device: Option<CudaDevice>) -> Result<Self, Unavailable> {
         let device = device.map_or_else(|| CudaDevice::new(NAME, config.device), Ok)?;
         let cudnn = Cudnn::open(config)?;
@@ -60,7 +64,7 @@ impl Runtime {
         })
     }
 
-    /// Runs `work` with a handle that nobody else uses, on the device's stream.
+    /// Runs `work` with a handle that no other thread uses, whose stream is the device's.
     pub(crate) fn with_handle<R, E: From<CudnnError> + From<DriverError>>(
         &self,
         work: impl FnOnce(&Handle) -> Result<R, E>,
@@ -74,8 +78,8 @@ impl Runtime {
         result
     }
 
-    /// The execution plan of a problem; `None` where cuDNN has no engine for it. Built for the first problem
-    /// of its kind.
+    /// The execution plan of this key; `None` if cuDNN has no engine for it. It is loaded or built the first
+    /// time that it is asked for.
     pub(crate) fn execution_plan(
         &self,
         key: &Key,
@@ -84,7 +88,8 @@ impl Runtime {
         if let Some(plan) = lock(&self.plans).get(key) {
             return Ok(plan.clone());
         }
-        // Not under the lock: building takes up to a second, and two threads that build the same do no harm.
+        // The lock is free meanwhile: building takes up to a second, and if two threads build the same plan,
+        // one of the two is dropped.
         let started = std::time::Instant::now();
         let file = self.saved_plans.is_kept().then(|| self.file(key));
         let (plan, how) = match file.as_ref().and_then(|file| self.load(key, handle, file)) {
@@ -114,14 +119,14 @@ impl Runtime {
         Ok(plans.entry(key.clone()).or_insert(plan).clone())
     }
 
-    /// What a plan is known by on disk.
+    /// The key of a plan on disk.
     fn file(&self, key: &Key) -> DiskKey {
-        // A plan is of a graph, whose operations and numbers are what this source makes of a key.
+        // A plan belongs to a graph, which is what the source of the builder makes of a key.
         let fields = [&*self.device_kind, env!("CARGO_PKG_VERSION"), pattern::SOURCE, &format!("{key:?}")];
         DiskKey::new(&format!("cudnn-{}", key.pass), "json", fields)
     }
 
-    /// A plan that was kept, if cuDNN still takes it.
+    /// Loads a plan from disk, if it is there and cuDNN accepts it.
     fn load(&self, key: &Key, handle: &Handle, file: &DiskKey) -> Option<ExecutionPlan> {
         let saved = self.saved_plans.read(file)?;
         let plan = pattern::of(&self.cudnn, key)
@@ -130,6 +135,7 @@ impl Runtime {
             .ok()
     }
 
+    /// Writes a plan to disk. A failure is logged only, since the plan can be built again.
     fn save(&self, plan: &ExecutionPlan, file: &DiskKey) {
         match plan.saved() {
             Ok(bytes) => match String::from_utf8(bytes) {
@@ -140,7 +146,7 @@ impl Runtime {
         }
     }
 
-    /// A kernel of a source of `attention-kernels`, compiled as this variant.
+    /// The kernel `name` of a source file of `attention-kernels`, compiled as this variant.
     pub(crate) fn function(
         &self,
         file: &str,

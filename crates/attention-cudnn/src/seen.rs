@@ -1,4 +1,4 @@
-//! Which rows see a key, and which keys are seen, by structure.
+//! Which rows see a key, and which keys a row sees, by structure: lengths, causal masking and windows.
 
 use std::ops::Range;
 
@@ -9,8 +9,8 @@ pub(crate) fn has_lengths(problem: &Problem) -> bool {
     problem.has(Role::QueryLengths) || problem.has(Role::KeyValueLengths)
 }
 
-/// The rows of a sequence that see a key: they have no gaps, since both ends of what a row sees move by one a
-/// row. `attention_sequences` computes the same.
+/// The rows of a sequence that see a key. They are consecutive, since both ends of the keys that a row sees
+/// move by one per row. The kernel `attention_sequences` computes the same.
 pub(crate) fn seen_rows(sequence: &SequenceRows) -> Range<usize> {
     let (low, high) = sequence.reach();
     let (queries, keys) = (sequence.queries() as i128, sequence.keys() as i128);
@@ -31,7 +31,7 @@ mod tests {
 
     use super::*;
 
-    /// As the definition has them: row by row.
+    /// The rows that see a key, by the definition: each row is asked.
     fn rows_one_by_one(sequence: &SequenceRows) -> Range<usize> {
         let sees = |&row: &usize| !sequence.key_range(row).is_empty();
         let rows = 0..sequence.queries();
@@ -41,7 +41,8 @@ mod tests {
         }
     }
 
-    /// As the kernel has them: `low` and `high` are far away where there is no bound.
+    /// The rows and keys as the kernel computes them, where `low` and `high` are far away if there is no
+    /// bound.
     fn as_in_the_kernel(sequence: &SequenceRows) -> (Range<i64>, Range<i64>) {
         const FAR: i64 = 1 << 40;
         let (low, high) = sequence.reach();
@@ -86,7 +87,8 @@ mod tests {
                         assert_eq!(kernel_rows, rows.start as i64..rows.end as i64, "{what}");
                         let seen = seen_keys(&sequence);
                         assert_eq!(kernel_keys, seen.start as i64..seen.end as i64, "{what}");
-                        // What a row sees is in it, and its ends are seen by a row.
+                        // It includes the keys of every row, and its ends are the first and the last of
+                        // those.
                         let all: Vec<_> = rows.map(|row| sequence.key_range(row)).collect();
                         let first = all.iter().map(|keys| keys.start).min();
                         let end = all.iter().map(|keys| keys.end).max();

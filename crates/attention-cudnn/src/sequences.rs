@@ -1,5 +1,6 @@
-//! Which rows see which keys by structure. Where all batch rows are alike, kernels are given it as numbers;
-//! where a call has lengths, a kernel writes it to the call's scratch first, wherever the lengths are.
+//! Which rows see which keys by structure, in the form that the helper kernels take. If all batch rows are
+//! alike, the kernels get it as numbers. If a call has lengths, in host or device memory, the kernel
+//! `attention_sequences` writes it to the call's scratch first.
 
 use attention_core::{CallProblem, Error, Problem};
 use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
@@ -13,27 +14,28 @@ use crate::runtime::Runtime;
 use crate::seen::{seen_keys, seen_rows};
 use crate::slot::Slot;
 
-/// The sequences of a call, as kernels are given them.
+/// The sequences of a call, as arguments of kernels.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sequences {
     /// The rows that see a key.
     pub(crate) rows: Intervals,
     /// The keys that any row sees.
     pub(crate) keys: Intervals,
-    /// The address of what is added to a row to give its position, for each batch row; 0 where `offset` is
-    /// that of all.
+    /// The address of the offset of each batch row, which is added to a row to give its position; 0 if
+    /// `offset` is that of all batch rows.
     pub(crate) offsets: u64,
     pub(crate) offset: i64,
-    /// The addresses of the lengths, for each batch row; 0 where the plan takes none.
+    /// The address of the query length of each batch row; 0 if the plan takes no lengths.
     pub(crate) query_lengths: u64,
+    /// The address of the key length of each batch row; 0 if the plan takes no lengths.
     pub(crate) key_lengths: u64,
 }
 
 impl Sequences {
-    /// Of a call, with the addresses of the arrays that its scratch has.
+    /// The sequences of a call; `at` gives the addresses of the arrays that its scratch has.
     pub(crate) fn of(call: &CallProblem<'_>, at: impl Fn(Slot) -> Option<u64>) -> Self {
         let at = |slot: Slot| at(slot).unwrap_or(0);
-        // Not read where there are arrays.
+        // The kernels read these numbers only if there are no arrays.
         let first = call.sequence(0);
         Self {
             rows: Intervals::new(at(Slot::RowIntervals), seen_rows(&first)),
@@ -46,7 +48,7 @@ impl Sequences {
     }
 }
 
-/// `attention_sequences` for a problem.
+/// The kernel `attention_sequences` for a problem.
 #[derive(Debug)]
 pub(crate) struct SequenceKernel {
     parameters: ProblemParameters,
@@ -54,7 +56,8 @@ pub(crate) struct SequenceKernel {
     config: LaunchConfig,
 }
 
-/// What it is compiled with, whatever the problem: it reads no operands.
+/// The variant of the kernel, the same for every problem, since it reads no operands: any dtype and head
+/// dimension will do. 4 warps are enough threads for the batch rows of most calls.
 const VARIANT: Fused = Fused::new(DTypeCode::F16, 32).warps(4);
 
 impl SequenceKernel {
@@ -69,11 +72,13 @@ impl SequenceKernel {
         Ok(Self { parameters: ProblemParameters::new(problem), function, config })
     }
 
-    /// Puts it on the stream, before what reads the arrays.
+    /// Enqueues the kernel, before the work that reads the arrays.
     ///
     /// # Safety
-    /// The addresses are those of a checked call of the problem, whose stored numbers are at `stored`;
-    /// `arrays` are where the scratch has room for them.
+    /// `call` is a call of the problem that this kernel was made for, and `memory` has a tensor of the
+    /// problem's description for each of its roles. `stored` is 0 or the address of the call's stored
+    /// numbers. The arrays of lengths have one `i32` per batch row; those of offsets and intervals are 0, or
+    /// have one and two. All of it is valid on the device's stream until the work is done.
     pub(crate) unsafe fn run(
         &self,
         runtime: &Runtime,
@@ -93,8 +98,9 @@ impl SequenceKernel {
         };
         let mut launch = runtime.device.stream().launch_builder(&self.function);
         launch.arg(&parameters).arg(&arrays);
-        // SAFETY: the kernel takes these two structs; it reads the call's lengths, by the caller's word, and writes a number or two
-        // for each batch row to each array, which have room for them by the caller's word too.
+        // SAFETY: the kernel takes these two structs. It reads the call's lengths, which the caller promised,
+        // and writes one or two numbers per batch row to each array that is not 0, for which the caller
+        // promised memory.
         unsafe { launch.launch(self.config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
         Ok(())
     }

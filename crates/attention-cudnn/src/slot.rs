@@ -1,74 +1,81 @@
-//! The tensors and numbers of a graph, by what they mean.
+//! Slots: the tensors and numbers of a graph and of the scratch, named by what they mean.
 
 use attention_core::Role;
 
-/// What a tensor of a graph stands for: memory or a number that each call gives.
+/// The meaning of a tensor of a graph or of an array in the scratch: memory, or a number that each call
+/// gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Slot {
     Query,
     Key,
     Value,
     Out,
+    /// The logsumexp of each row, in f32.
     Stats,
     DOut,
     DQuery,
     DKey,
     DValue,
-    /// `<d_out, out>` of each row, in f32; times [`KeepShare`](Self::KeepShare) where cuDNN's own generator
-    /// drops.
+    /// The row sums `<d_out, out>`, in f32; multiplied with [`KeepShare`](Self::KeepShare) if cuDNN's own
+    /// generator drops.
     Delta,
-    /// The gradient of the query while it is summed up, in f32.
+    /// The sum of the gradient of the query, in f32.
     DQuerySum,
-    /// The lengths of each batch row, as integers of 32 bits.
+    /// The query length of each batch row, as an integer of 32 bits.
     QueryLengths,
+    /// The key length of each batch row, as an integer of 32 bits.
     KeyLengths,
-    /// Which rows see a key by structure, and which keys any row sees, of each batch row: the first and the
-    /// end.
+    /// The interval of rows that see a key by structure, of each batch row: the first and the end.
     RowIntervals,
+    /// The interval of keys that any row sees by structure, of each batch row: the first and the end.
     KeyIntervals,
-    /// What is added to a row of each batch row to give its position.
+    /// The offset of each batch row, which is added to a row to give its position.
     QueryOffsets,
     Scale,
-    /// What is added to the logits: the caller's bias, or what a kernel made of mask and bias.
+    /// The bias: the caller's, or the one that a kernel has made of mask, bias and slopes.
     Bias,
-    /// Which rows see a key and which keys are seen, where a mask or a bias decides.
+    /// The flags of rows that see a key by mask and bias.
     SeenRows,
+    /// The flags of keys that any row sees by mask and bias.
     SeenKeys,
-    /// What [`FarRows`](crate::far::FarRows) leaves.
+    /// The row maxima and sums that [`FarRows`](crate::far::FarRows) writes.
     States,
-    /// What [`NumberStore`](attention_cuda::NumberStore) puts there.
+    /// The numbers of the call that [`NumberStore`](attention_cuda::NumberStore) writes.
     StoredNumbers,
-    /// Slopes of ALiBi, in f32.
+    /// The slopes of ALiBi, in f32.
     Slopes,
-    /// Sinks, in f32.
+    /// The sinks, in f32.
     Sinks,
-    /// 1 where a probability is kept and 0 where it is dropped, in the operands' dtype.
+    /// The keep mask of dropout: 1 for probabilities that are kept, else 0, in the operands' dtype.
     Kept,
-    /// What kept probabilities are multiplied by.
+    /// The number that kept probabilities are multiplied by.
     KeepScale,
-    /// One over that.
+    /// The inverse of that.
     KeepShare,
-    /// Seed and offset of cuDNN's own generator.
+    /// The seed of cuDNN's own generator.
     Seed,
+    /// The offset of cuDNN's own generator.
     Offset,
     /// Negative infinity.
-    Nothing,
+    MinusInfinity,
     One,
-    /// How far the diagonal is moved: added to the index of a row.
+    /// The shift of the diagonal, which is added to the index of a row.
     RowShift,
-    /// Key and query lengths of a call without lengths.
+    /// The key length of a call without lengths.
     KeyLength,
+    /// The query length of a call without lengths.
     QueryLength,
-    /// How far beyond its position a row sees.
+    /// The number of keys beyond its position that a row sees.
     Right,
-    /// How far behind its position a row sees, and one, less the shift of the diagonal: a float.
+    /// The number of keys before its position that a row sees, plus one, minus the shift of the diagonal; a
+    /// float.
     Left,
-    /// The same without the shift: an integer.
+    /// The same without the shift, as an integer.
     LeftInteger,
 }
 
 impl Slot {
-    /// The slot of an operand that may be copied.
+    /// The slot of an operand that may be copied to scratch; `None` for other roles.
     pub(crate) fn of(role: Role) -> Option<Self> {
         Some(match role {
             Role::Query => Self::Query,
@@ -80,7 +87,7 @@ impl Slot {
         })
     }
 
-    /// The tensor of the call that is behind it, where it is not in the scratch.
+    /// The role of the call's tensor that the slot stands for if it is not in the scratch.
     pub(crate) fn role(self) -> Option<Role> {
         Some(match self {
             Self::Query => Role::Query,

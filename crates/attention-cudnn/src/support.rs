@@ -1,4 +1,5 @@
-//! What cuDNN serves, as data: by version and compute capability, with the reason for each limit.
+//! What the backend serves, as data: by version of cuDNN and compute capability, with the reason for each
+//! limit.
 
 use attention_core::{
     Alignment, Capabilities, DType, Device, DeviceKind, Feature, FeatureSet, LongSums, NumericsClass,
@@ -18,15 +19,16 @@ pub struct Target {
 }
 
 impl Target {
-    /// Of cuDNN's own number for its version, `91900` for 9.19.0.
+    /// The target of a version in cuDNN's own numbering, `91900` for 9.19.0.
     pub(crate) fn of(version: usize, capability: (u32, u32)) -> Self {
-        let part = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-        Self { version: [part(version / 10000), part(version / 100 % 100), part(version % 100)], capability }
+        let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let version = [number(version / 10000), number(version / 100 % 100), number(version % 100)];
+        Self { version, capability }
     }
 }
 
 impl Default for Target {
-    /// cuDNN 9.19.0 on Hopper: what this backend was tried on.
+    /// cuDNN 9.19.0 on Hopper, on which this backend was tested.
     fn default() -> Self {
         Self { version: [9, 19, 0], capability: (9, 0) }
     }
@@ -39,37 +41,41 @@ impl std::fmt::Display for Target {
     }
 }
 
-/// Versions in which something is wrong, with who found it.
+/// A defect of some versions of cuDNN, with the report of it.
 #[derive(Debug)]
 pub(crate) struct Known {
-    /// From this version on, and before the other.
+    /// The first version that has it, and the first later one that does not.
     pub(crate) versions: ([u32; 3], [u32; 3]),
-    /// The major compute capability that it is of; any where there is none.
+    /// The major compute capability that has it; `None` if all have.
     capability: Option<u32>,
+    /// Whether it concerns a problem.
     applies: fn(&Problem) -> bool,
+    /// The problems that it concerns, in words.
     what: &'static str,
-    /// What that version does, or what a plan without lengths does: a clause.
+    /// What those versions do, or what a plan without lengths does: a clause.
     why: &'static str,
-    /// Where it is reported.
+    /// The address of the report.
     pub(crate) source: &'static str,
     remedy: Remedy,
 }
 
-/// What is done about it.
+/// What the backend does about a defect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Remedy {
-    /// The problem is refused.
+    /// It refuses the problem.
     Refusal,
-    /// The plan is given lengths, though they say nothing: that takes another path in cuDNN.
+    /// It gives the plan lengths that are those of the tensors, so that cuDNN takes another path.
     Lengths,
 }
 
-/// Every version that there is.
+/// Every version.
 const ANY: ([u32; 3], [u32; 3]) = ([0, 0, 0], [u32::MAX, 0, 0]);
 
-/// What is known to be wrong in some versions and is not met by the rules for all of them below. Of what else is reported, packed
-/// sequences, fp8 and cuDNN's deterministic mode are not used here; one query row in backward is refused in every version
-/// (github.com/NVIDIA/cudnn-frontend/issues/1072); and rows without a key are written by kernels of this library
+/// The known defects that the rules for all versions ([`check`]) do not cover.
+///
+/// Other reports do not concern this backend: it does not use packed sequences, fp8 or cuDNN's deterministic
+/// mode. It refuses one query row in backward in every version
+/// (github.com/NVIDIA/cudnn-frontend/issues/1072), and its own kernels write the rows without a key
 /// (github.com/NVIDIA/cudnn-frontend/issues/943).
 pub(crate) const KNOWN: &[Known] = &[
     Known {
@@ -107,7 +113,8 @@ pub(crate) const KNOWN: &[Known] = &[
         source: "https://github.com/jax-ml/jax/issues/32242",
         remedy: Remedy::Refusal,
     },
-    // Wrong only up to 9.15.0: elsewhere lengths that say nothing cost up to 8 %.
+    // Limited to versions up to 9.15.0, since lengths that are those of the tensors cost up to 8 % of the
+    // time.
     Known {
         versions: ([0, 0, 0], [9, 15, 1]),
         capability: None,
@@ -117,7 +124,8 @@ pub(crate) const KNOWN: &[Known] = &[
         source: "https://github.com/NVIDIA/cudnn-frontend/issues/160",
         remedy: Remedy::Lengths,
     },
-    // The gradient of queries is NaN where a row's logsumexp is below -88.7. Fixed on a branch after 9.26, and still seen since.
+    // The gradient of queries is NaN if a row's logsumexp is below -88.7. The report says that a branch after
+    // 9.26 fixes it; it was still seen since.
     Known {
         versions: ANY,
         capability: Some(9),
@@ -133,6 +141,7 @@ pub(crate) const KNOWN: &[Known] = &[
 ];
 
 impl Known {
+    /// Whether the defect concerns this problem on this target.
     fn is_met(&self, target: Target, problem: &Problem) -> bool {
         let (from, until) = self.versions;
         let here = self.capability.is_none_or(|capability| capability == target.capability.0);
@@ -140,14 +149,15 @@ impl Known {
     }
 }
 
-/// Whether a plan is given lengths that say nothing, against what is known to be wrong without.
+/// Whether a plan gets lengths that are those of the tensors, because of a known defect of plans without
+/// lengths.
 pub(crate) fn wants_lengths(target: Target, problem: &Problem) -> bool {
     KNOWN.iter().any(|known| known.remedy == Remedy::Lengths && known.is_met(target, problem))
 }
 
-/// The features of both passes. Not softcap: the fused engines take an approximate hyperbolic tangent (seen
-/// on H100 with 9.19: a logsumexp of 8.853016 became 8.852971), which is outside the numerics class. And not
-/// query offsets by batch row: cuDNN takes one number for all.
+/// The features of both passes. Softcap is not one: the fused engines compute an approximate hyperbolic
+/// tangent, whose error is outside the numerics class (seen on an H100 with 9.19: a logsumexp of 8.853016
+/// became 8.852971). Nor are query offsets per batch row: cuDNN takes one number for all of them.
 fn features() -> FeatureSet {
     [
         Feature::GroupedHeads,
@@ -173,7 +183,8 @@ fn features() -> FeatureSet {
     .collect()
 }
 
-/// Measured with cuDNN 9.19 on an H200, with values of one sign, 256 rows.
+/// The relative errors of long sums, measured with cuDNN 9.19 on an H200, for values of one sign and 256
+/// rows.
 const LONG_SUMS: &[LongSums] = &[
     LongSums::new(DType::F16, 4096, -2e-5),
     LongSums::new(DType::F16, 65_536, -4e-4),
@@ -184,6 +195,7 @@ const LONG_SUMS: &[LongSums] = &[
 
 /// What the backend can do on a target.
 pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities {
+    // The largest head dimensions that cuDNN's engines take, forward and backward.
     let (forward, backward) = match target.capability.0 {
         8 | 12 => (256, 128),
         9 => (256, 256),
@@ -201,6 +213,7 @@ pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities
         .with_long_sums(LONG_SUMS)
 }
 
+/// The refusal of a value of something.
 fn limit(what: impl Into<String>, value: impl ToString, why: impl Into<String>) -> Unsupported {
     let (backend, what, value) = (NAME.to_owned(), what.into(), value.to_string());
     Unsupported::Limit { backend, what, value, why: why.into() }
@@ -246,7 +259,8 @@ pub(crate) fn check(
         }
     }
     if problem.any_scale() {
-        // The fused engines make NaN of everything where the product is not a number of f32.
+        // If the product of the scale and log2(e) is not finite in f32, the fused engines compute NaN
+        // everywhere.
         let ordinary = Problem::ordinary_scales(problem.dtype().accumulator());
         let why = "cuDNN scales after it took the row max, and multiplies the scale with log2(e) in f32";
         let value = format!("{:e} to {:e}", ordinary.start(), ordinary.end());
@@ -256,7 +270,7 @@ pub(crate) fn check(
         tensor(problem, role)?;
     }
     if problem.pass() == Pass::Backward && (dims.query_length == 1 || dims.key_length == 1) {
-        // Release notes: one key is not supported in backward.
+        // cuDNN's release notes: one key is not supported in backward.
         return Err(limit(
             "backward over query and key lengths",
             format!("{} and {}", dims.query_length, dims.key_length),
@@ -309,15 +323,17 @@ pub(crate) fn check(
     Ok(())
 }
 
-/// The graphs compute positions in 32 bits, and where a window begins in f32.
+/// Refuses offsets and windows that the graphs cannot compute: they compute positions in 32 bits, and the
+/// first key of a window in f32.
 fn positions(problem: &Problem) -> Result<(), Unsupported> {
+    // A position is the sum of an index and an offset: two numbers up to 2^30 do not overflow 32 bits.
     const FAR: usize = 1 << 30;
     let dims = problem.dims();
     if let Alignment::Offset(OffsetRange::Any) | Alignment::Offsets(OffsetRange::Any) = problem.alignment() {
         let why = "cuDNN computes positions in 32 bits, and calls may give offsets of 64";
         return Err(limit("query offsets beyond", OffsetRange::NEAR, why));
     }
-    // The offset is a difference of lengths, and lengths may be anything up to those of the tensors.
+    // The offset is a difference of lengths, which may be any numbers up to the lengths of the tensors.
     let apart = match problem.alignment() {
         Alignment::BottomRight if has_lengths(problem) => dims.query_length.max(dims.key_length),
         Alignment::BottomRight => dims.query_length.abs_diff(dims.key_length),
@@ -334,12 +350,12 @@ fn positions(problem: &Problem) -> Result<(), Unsupported> {
     }
 }
 
-/// The tensors that are held to rules for their strides, which are a part of a plan's key.
+/// The tensors whose strides must follow the rules of [`tensor`] and are a part of a plan's key.
 pub(crate) const TENSORS: [Role; 8] =
     [Role::Query, Role::Key, Role::Value, Role::Out, Role::DOut, Role::DQuery, Role::DKey, Role::DValue];
 
-/// The rules for the strides of operands, outputs and gradients: those that break them give wrong numbers or end the
-/// process, without a word from cuDNN.
+/// Refuses operands, outputs and gradients whose strides cuDNN does not take. It does not report such
+/// strides: results are wrong, or the process ends.
 fn tensor(problem: &Problem, role: Role) -> Result<(), Unsupported> {
     let Some(desc) = problem.tensor(role) else { return Ok(()) };
     let (shape, strides) = (desc.shape(), desc.strides());
@@ -360,8 +376,8 @@ fn tensor(problem: &Problem, role: Role) -> Result<(), Unsupported> {
             ));
         }
     }
-    // Seen with 9.19 on an H200: gradients of tensors whose elements lie farther apart were more than twice the bound of their
-    // class from those of near ones; outputs had the same bits.
+    // Seen with 9.19 on an H200: if elements of a tensor are farther apart than this, the errors of gradients
+    // were more than twice the bound of their class. Outputs had the same bits as without the distance.
     if problem.pass() == Pass::Backward {
         let reach = |axis: usize| (shape[axis] as i128 - 1).max(0) * strides[axis] as i128;
         let last: i128 = (0..desc.rank()).map(reach).sum();
@@ -382,7 +398,7 @@ mod tests {
 
     use super::*;
 
-    /// A problem of each row of the table, for the first version of its range, and the version behind it.
+    /// A problem for each row of the table, which its defect concerns.
     fn instances() -> [Problem; KNOWN.len()] {
         let desc = |length, heads| TensorDesc::contiguous(DType::Bf16, [1, length, heads, 64]);
         let of = |queries, keys, heads| {
@@ -401,7 +417,7 @@ mod tests {
         .map(|builder| builder.build().expect("valid"))
     }
 
-    /// In elements, from the first to the last of a tensor with a batch stride of its own.
+    /// The distance is counted in elements, from the first to the last one of the tensor.
     #[test]
     fn gradients_of_tensors_that_are_far_apart_are_refused() {
         let near = TensorDesc::contiguous(DType::Bf16, [2, 8, 2, 64]);
@@ -434,7 +450,7 @@ mod tests {
         Problem::builder(desc, desc, desc).device(Device::Cuda(0))
     }
 
-    /// The largest of them is a number in base two too.
+    /// The largest scale that is served is finite in base two as well.
     #[test]
     fn scales_that_are_infinite_in_base_two_are_refused() {
         use attention_core::CallData;

@@ -1,5 +1,6 @@
-//! What of the conformance suite is served, and why the rest is not, for each target that the backend was tried on. A case
-//! that begins or ceases to be refused changes a file here; on a GPU of that kind, the suite runs exactly what is served.
+//! The number of cases of the conformance suite that the backend refuses, by reason, for each target that it
+//! was tested on. If a change of the backend refuses other cases than before, a file here changes. On a GPU
+//! of such a kind, the suite runs exactly the cases that are served.
 //!
 //! `UPDATE_EXPECTED=1 cargo test -p attention-cudnn --test expected` writes the files anew.
 
@@ -10,7 +11,7 @@ use attention_conformance::cases;
 use attention_core::{AttentionBackend, DType, Device, FeatureSet, Pass};
 use attention_cudnn::{CudnnBackend, CudnnConfig, Target};
 
-/// A device that no machine has, so that the answers are those for the target alone.
+/// The ordinal of a device that no machine has, so that the answers are those for the assumed target.
 const NOWHERE: u32 = 4000;
 
 fn answers(target: Target) -> String {

@@ -1,5 +1,5 @@
-//! What needs a GPU with cuDNN: calls in captured graphs, and calls from several threads on several streams, of the other backend
-//! for device memory too; and cuDNN's plans, faults and dropout. Run with `--ignored`.
+//! Tests that need a GPU with cuDNN: calls in captured graphs and calls from several threads on several
+//! streams, of both backends for device memory; and cuDNN's plans, faults and dropout. Run with `--ignored`.
 
 mod common;
 
@@ -24,7 +24,7 @@ struct Step {
     out: DeviceTensor,
     lse: DeviceTensor,
     gradients: [DeviceTensor; 3],
-    /// Of every call.
+    /// The data of every call.
     dropout: Option<Dropout>,
 }
 
@@ -54,19 +54,19 @@ impl Step {
             let data = numbers(seed + index, shape.iter().product());
             Ok(DeviceTensor::from_host(device, View::from_slice(&data, shape)?)?)
         };
-        let room = |desc| DeviceTensor::filled(device, desc, 0xff);
+        let filled = |desc| DeviceTensor::filled(device, desc, 0xff);
         Ok(Self {
             forward,
             backward,
             inputs: [send(0)?, send(1)?, send(2)?, send(3)?],
-            out: room(desc)?,
-            lse: room(lse)?,
-            gradients: [room(desc)?, room(desc)?, room(desc)?],
+            out: filled(desc)?,
+            lse: filled(lse)?,
+            gradients: [filled(desc)?, filled(desc)?, filled(desc)?],
             dropout,
         })
     }
 
-    /// Other numbers in the same memory.
+    /// Writes other numbers to the same memory.
     fn replace(&mut self, shape: [usize; 4], seed: u64) -> Result {
         for (index, input) in self.inputs.iter_mut().enumerate() {
             let data = numbers(seed + index as u64, shape.iter().product());
@@ -80,13 +80,13 @@ impl Step {
         Ok([backend.plan(&self.forward)?, backend.plan(&self.backward)?])
     }
 
-    /// Plans both passes and puts them on the backend's stream.
+    /// Plans both passes and enqueues them on the backend's stream.
     fn run(&mut self, backend: &dyn AttentionBackend) -> Result {
         let plans = self.plan(backend)?;
         self.run_planned(&plans)
     }
 
-    /// Puts both passes on the stream of their plans.
+    /// Enqueues both passes on the stream of their plans.
     fn run_planned(&mut self, [forward, backward]: &[Arc<dyn Plan>; 2]) -> Result {
         let [query, key, value, d_out] = &self.inputs;
         let data = CallData { dropout: self.dropout, ..CallData::default() };
@@ -122,7 +122,8 @@ impl Step {
     }
 }
 
-/// The largest difference, as a fraction of the largest number: gradients of queries are summed in any order.
+/// The largest difference, as a fraction of the largest number: the order in which gradients of queries are
+/// summed varies.
 fn distance(one: &[bf16], other: &[bf16]) -> f32 {
     let largest = one.iter().map(|x| x.to_f32().abs()).fold(f32::MIN_POSITIVE, f32::max);
     let apart = one.iter().zip(other).map(|(a, b)| (a.to_f32() - b.to_f32()).abs());
@@ -148,7 +149,8 @@ fn a_captured_graph_computes_with_the_data_that_is_there_when_it_is_launched() -
     for (backend, causal) in cases {
         let shape = [2, 192, 4, 64];
         let mut step = Step::new(&device, shape, causal, 1)?;
-        // Plans, kernels and workspaces are made before the capture, and the plans are held while the graph is used.
+        // Plans, kernels and workspaces are made before the capture, and the plans live for as long as the
+        // graph.
         let plans = step.plan(&*backend)?;
         step.run_planned(&plans)?;
         let before = step.results()?;
@@ -266,13 +268,15 @@ fn faults_are_errors_and_later_calls_work() -> Result {
     let error = greedy.lend("greedy", &device, 1 << 46).err().ok_or("64 TB were lent")?;
     assert!(matches!(error, Error::Backend(_)), "{error}");
 
-    // Eight bytes further than the tensor begins, so a row less fits.
+    // The query begins eight bytes after the tensor's first one, so it has one row less.
     let desc = TensorDesc::contiguous(DType::Bf16, [1, 63, 2, 64]);
     let problem = Problem::builder(desc, desc, desc).device(device.device()).build()?;
     let [query, key, value] = [0, 1, 2].map(|index| {
         let pointer = step.inputs[index].view().map(|view| view.as_ptr())?;
         let pointer = if index == 0 { pointer.wrapping_add(8) } else { pointer };
-        // SAFETY: inside the tensor, which outlives the call.
+        // SAFETY: the description has a row less than the tensor, and the pointer is at most 8 bytes after
+        // its first element, so the view is inside the tensor's memory. That outlives the call and is only
+        // read.
         unsafe { View::from_raw_parts(pointer, device.device(), desc) }
     });
     let mut out = DeviceTensor::filled(&device, desc, 0xff)?;
@@ -292,7 +296,8 @@ fn faults_are_errors_and_later_calls_work() -> Result {
     Ok(())
 }
 
-/// A kernel that reads what it may not ends the context for the whole process, so it happens in another one.
+/// A kernel that reads an address without memory ends the context for the whole process, so this test runs
+/// the call in a child process.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn a_lost_context_is_an_error() -> Result {
@@ -311,7 +316,9 @@ fn a_lost_context_is_an_error() -> Result {
     step.run(&backend)?;
     let desc = step.inputs[0].desc();
     let nowhere = std::ptr::with_exposed_provenance(1 << 20);
-    // SAFETY: none: nothing is there, which is what is tried, in a process of its own.
+    // SAFETY: the contract is broken on purpose: there is no memory at this address, since the test needs a
+    // device fault. The host does not follow a pointer to device memory, and the fault ends the context of
+    // this child process only.
     let query = unsafe { View::from_raw_parts(nowhere, device.device(), desc) }?;
     let problem = step.forward.to_builder().lse(false).build()?;
     let outputs = ForwardOutputs { out: step.out.view_mut()?, lse: None };
@@ -359,8 +366,9 @@ fn probabilities(query: &[Vec<f64>], key: &[Vec<f64>]) -> Vec<Vec<f64>> {
     query.iter().map(row).collect()
 }
 
-/// cuDNN does not say which probabilities its own generator keeps. With the identity in the place of the values the output
-/// is the probabilities, so that it shows; the gradients are then what they must be with just those.
+/// cuDNN does not say which probabilities its own generator keeps. With the identity matrix as values, the
+/// output is the probabilities, so it shows which are kept. The gradients must then be those of just these
+/// probabilities.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn own_dropout_keeps_the_same_in_both_passes() -> Result {
@@ -387,7 +395,7 @@ fn own_dropout_keeps_the_same_in_both_passes() -> Result {
     let mask = dropped(&seen);
     let share =
         |bits: &mut dyn Iterator<Item = bool>| bits.filter(|&bit| bit).count() as f64 / mask.len() as f64;
-    // Within five deviations of 8192 draws.
+    // Within five standard deviations of 8192 draws.
     let lost = share(&mut mask.iter().copied());
     assert!((lost - rate).abs() < 0.024, "{lost} are dropped");
     assert_eq!(weights(5, 0)?, seen, "the same call");

@@ -1,6 +1,6 @@
-//! What needs a GPU with cuDNN, of both backends for device memory: one plan over calls with other lengths,
-//! offsets, scales and seeds, in host and in device memory, called and in captured graphs. Run with
-//! `--ignored`.
+//! Tests of both backends for device memory that need a GPU with cuDNN: one plan serves calls with different
+//! lengths, offsets, scales and seeds, in host and in device memory, directly and in captured graphs. Run
+//! with `--ignored`.
 
 mod common;
 
@@ -18,7 +18,7 @@ use attention_cudnn::{CudnnBackend, CudnnConfig};
 use common::{Result, backends, device, numbers};
 use half::bf16;
 
-/// What an output holds before a call, gaps included: NaN in every dtype.
+/// The byte that outputs are filled with before a call, gaps included: NaN in every dtype.
 const CANARY: u8 = 0xff;
 
 /// A tensor without gaps but for those between batch rows, as large as one of them.
@@ -74,7 +74,7 @@ impl Step {
             let data = numbers(seed, shape.iter().product());
             Ok(DeviceTensor::from_host(device, View::from_slice(&data, shape)?)?)
         };
-        let room = |desc| DeviceTensor::filled(device, desc, CANARY);
+        let canaries = |desc| DeviceTensor::filled(device, desc, CANARY);
         Ok(Self {
             device: device.clone(),
             sizes,
@@ -83,17 +83,18 @@ impl Step {
             key: send(2, keys)?,
             value: send(3, keys)?,
             d_out: send(4, rows)?,
-            out: room(spread(DType::Bf16, rows)?)?,
-            lse: room(spread(DType::F32, [b, t, n])?)?,
+            out: canaries(spread(DType::Bf16, rows)?)?,
+            lse: canaries(spread(DType::F32, [b, t, n])?)?,
             gradients: [
-                room(spread(DType::Bf16, rows)?)?,
-                room(spread(DType::Bf16, keys)?)?,
-                room(spread(DType::Bf16, keys)?)?,
+                canaries(spread(DType::Bf16, rows)?)?,
+                canaries(spread(DType::Bf16, keys)?)?,
+                canaries(spread(DType::Bf16, keys)?)?,
             ],
         })
     }
 
-    /// Keys and values of which the first so many of each batch row are numbers, and the others NaN.
+    /// Keys and values of which the first ones of each batch row, as many as its length says, are numbers and
+    /// the others NaN.
     fn fill_cache(&mut self, lengths: &[usize]) -> Result {
         let [b, _, s, n, h] = self.sizes;
         for (seed, tensor) in [(2, &mut self.key), (3, &mut self.value)] {
@@ -129,7 +130,7 @@ impl Step {
         Ok(Plans { forward: backend.plan(&forward)?, backward: backend.plan(&backward)? })
     }
 
-    /// Puts both passes on the stream of their plans.
+    /// Enqueues both passes on the stream of their plans.
     fn enqueue(&mut self, plans: &Plans, data: CallData<'_>) -> Result {
         let (forward, backward) = (&plans.forward, &plans.backward);
         let (forward_scratch, backward_scratch) = (forward.lend_scratch(), backward.lend_scratch());
@@ -156,14 +157,15 @@ impl Step {
         Ok(())
     }
 
-    /// This byte to every place of every output, which stay where they are.
+    /// Writes this byte to all bytes of every output, gaps included; the outputs keep their addresses.
     fn fill(&mut self, byte: u8) -> Result {
         let Self { out, lse, gradients, .. } = self;
         for tensor in [out, lse].into_iter().chain(gradients) {
             let desc = tensor.desc();
             let (_, last) = desc.span().ok_or("elements")?;
             let bytes = vec![byte; (last + 1).unsigned_abs() * desc.dtype().size()];
-            // SAFETY: as many bytes as from the first element of the tensor to its last, all initialised.
+            // SAFETY: `bytes` has all bytes from the first element of the description to its last,
+            // initialised, and outlives the view; nothing writes them.
             let view = unsafe { View::from_raw_parts(bytes.as_ptr(), attention_core::Device::Cpu, desc) }?;
             tensor.replace(view)?;
             self.device.stream().synchronize()?;
@@ -171,7 +173,7 @@ impl Step {
         Ok(())
     }
 
-    /// Both passes, and what they wrote.
+    /// Runs both passes and returns what they have written.
     fn run(&mut self, plans: &Plans, data: CallData<'_>) -> Result<Results> {
         self.enqueue(plans, data)?;
         self.results()
@@ -189,7 +191,7 @@ impl Step {
         })
     }
 
-    /// Whether what is between batch rows of the outputs is as before.
+    /// Whether the gaps between batch rows of the outputs are as before.
     fn gaps_are_untouched(&self) -> Result<bool> {
         for tensor in [&self.out, &self.lse].into_iter().chain(&self.gradients) {
             let (desc, bytes) = (tensor.desc(), tensor.bytes()?);
@@ -202,7 +204,8 @@ impl Step {
     }
 }
 
-/// Outputs have the same bits. Gradients of queries are summed in any order, so gradients are near.
+/// Asserts that outputs have the same bits, and that gradients are near: the order in which gradients of
+/// queries are summed varies.
 fn assert_same(got: &Results, want: &Results, what: &str) {
     let as_bits = |halves: &[bf16]| halves.iter().map(|x| x.to_bits()).collect::<Vec<u16>>();
     assert_eq!(as_bits(&got.out), as_bits(&want.out), "{what}: output");
@@ -221,7 +224,7 @@ fn assert_other(got: &Results, other: &Results, what: &str) {
     assert!(got.out != other.out && got.lse != other.lse, "{what}: the same results");
 }
 
-/// The backend of this name, which has planned nothing yet.
+/// A new backend of this name, without plans.
 fn again(device: &CudaDevice, name: &str) -> Arc<dyn AttentionBackend> {
     let [one, other] = backends(device);
     if one.name() == name { one } else { other }
@@ -231,7 +234,7 @@ fn on(device: &CudaDevice, data: &[i32]) -> Result<DeviceTensor> {
     Ok(DeviceTensor::from_host(device, View::from_slice(data, [data.len()])?)?)
 }
 
-/// A graph of both passes, which are not run. Plans, kernels and workspaces are made before.
+/// Captures a graph of both passes without running them. Plans, kernels and workspaces are made before.
 fn captured(step: &mut Step, plans: &Plans, data: CallData<'_>) -> Result<CudaGraph> {
     let stream = step.device.stream().clone();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
@@ -250,8 +253,8 @@ fn bottom_right(lengths: View<'_>) -> CallData<'_> {
     }
 }
 
-/// A decoder's cache: the same plan with lengths in host memory, one with lengths on the device, and a plan
-/// for each call.
+/// A decoder's cache, by one plan with lengths in host memory, one with lengths on the device, and a new plan
+/// per call.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn one_plan_serves_a_growing_cache() -> Result {
@@ -293,8 +296,7 @@ fn one_plan_serves_a_growing_cache() -> Result {
     Ok(())
 }
 
-/// A graph that was captured once has the results of a call with the lengths that are there when it is
-/// launched.
+/// A captured graph computes the results for the lengths that are in device memory when it is launched.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn a_captured_graph_reads_lengths_in_device_memory_when_it_is_launched() -> Result {
@@ -332,8 +334,8 @@ fn a_captured_graph_reads_lengths_in_device_memory_when_it_is_launched() -> Resu
     Ok(())
 }
 
-/// Lengths in device memory that are out of bounds are those at the bounds, and nothing outside of the call's
-/// tensors and scratch is written.
+/// Lengths in device memory that are out of bounds are clamped, and nothing outside of the call's tensors and
+/// scratch is written.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn lengths_out_of_bounds_are_brought_into_them() -> Result {
@@ -374,18 +376,20 @@ fn lengths_out_of_bounds_are_brought_into_them() -> Result {
                 step.fill(CANARY)?;
                 let want = step.run(&plans, bounded)?;
                 let plans = step.plan(&*backend, out_of_bounds)?;
-                // Scratch with canaries around it.
+                // Scratch between two areas of canary bytes, a page each.
                 const AROUND: usize = 4096;
-                let room = |plan: &Arc<dyn Plan>| {
+                let with_canaries = |plan: &Arc<dyn Plan>| {
                     let bytes = plan.scratch_bytes().next_multiple_of(256) + 2 * AROUND;
                     DeviceTensor::filled(&device, TensorDesc::contiguous(DType::Bool, [bytes]), CANARY)
                 };
-                let mut memory = [room(&plans.forward)?, room(&plans.backward)?];
+                let mut memory = [with_canaries(&plans.forward)?, with_canaries(&plans.backward)?];
                 let bytes = [plans.forward.scratch_bytes(), plans.backward.scratch_bytes()];
                 let mut scratch = Vec::new();
                 for (memory, bytes) in memory.iter_mut().zip(bytes) {
                     let start = memory.view_mut()?.as_mut_ptr().wrapping_add(AROUND);
-                    // SAFETY: inside the tensor, which is not used otherwise before the work on the stream is done.
+                    // SAFETY: `with_canaries` allocated at least `AROUND` bytes before and after these
+                    // `bytes`. The tensor is read next by `bytes()` below, on the same stream, after the work
+                    // on it.
                     scratch.push(unsafe { Scratch::from_raw_parts(start, bytes, device.device()) });
                 }
                 let [forward, backward] = [scratch.remove(0), scratch.remove(0)];
@@ -404,8 +408,8 @@ fn lengths_out_of_bounds_are_brought_into_them() -> Result {
     Ok(())
 }
 
-/// The seed and the offset of a dropout in device memory draw the bits of those in host memory, also those
-/// that are there when a graph is launched.
+/// The seed and the offset of dropout give the same bits in device memory as in host memory. A graph uses
+/// those that are in device memory when it is launched.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn a_captured_graph_reads_the_seed_in_device_memory_when_it_is_launched() -> Result {
@@ -450,7 +454,7 @@ fn a_captured_graph_reads_the_seed_in_device_memory_when_it_is_launched() -> Res
     Ok(())
 }
 
-/// Calls in turn, with the same memory: each has its own numbers.
+/// Calls one after the other with the same memory: each uses its own numbers.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn one_plan_serves_other_scales_and_offsets() -> Result {

@@ -1,4 +1,4 @@
-//! What the backend answers without a device: `supports` is data.
+//! The answers of `supports` and of the scratch's size without a device.
 
 use attention_core::{
     Alignment, AttentionBackend, DType, Device, Gradients, OffsetRange, Problem, Role, TensorDesc,
@@ -6,7 +6,7 @@ use attention_core::{
 };
 use attention_cudnn::{CudnnBackend, CudnnConfig, Target};
 
-/// A device that no machine has, so that the answers are those for the target alone.
+/// The ordinal of a device that no machine has, so that the answers are those for the assumed target.
 fn backend(target: Target) -> CudnnBackend {
     CudnnBackend::new(CudnnConfig::default().device(4000)).assuming(target)
 }
@@ -172,7 +172,8 @@ fn scratch_of_a_mask_is_one_tensor_and_what_it_marks() {
         backend.scratch_bytes(&problem.build().expect("valid")).expect("served")
     };
     let rows = 2 * 4 * 128;
-    // The logsumexp, copies of keys and values, bf16 in rows of 104 keys, a byte a row and a byte a key for all heads.
+    // The logsumexp, copies of keys and values, a bias of bf16 in rows of 104 keys, and one byte per row and
+    // per key for all heads.
     let operands = 2 * (2 * 100 * 4 * 64 * 2);
     let (made, seen) = (2 * 128 * 104 * 2, 2 * 128 + 2 * 104);
     assert_eq!(of(CudnnConfig::default()), 4 * rows + operands + made + seen);
@@ -185,12 +186,13 @@ fn a_bias_is_used_as_it_lies_where_it_is_promised_to_be_finite() {
     let problem = Problem::builder(desc, desc, desc).device(Device::Cuda(4000)).bias(bias);
     let problem = problem.build().expect("valid");
     let scratch = |config: CudnnConfig| CudnnBackend::new(config.device(4000)).scratch_bytes(&problem);
-    // The logsumexp alone, which says whose logits are too large for cuDNN's exponents.
+    // The logsumexp alone, which says which rows have logits too large for cuDNN's exponents.
     assert_eq!(scratch(CudnnConfig::default().finite_bias(true)), Ok(2 * 4 * 128 * 4));
     assert!(scratch(CudnnConfig::default()).expect("served") > 4 * 128 * 128 * 2);
 }
 
-/// The lengths in 32 bits and what follows from them are in scratch, wherever a call has them.
+/// Scratch has the lengths in 32 bits and the intervals that follow from them, whether a call has its lengths
+/// in host or in device memory.
 #[test]
 fn scratch_of_lengths_is_the_arrays_that_follow_from_them() {
     const ALIGNMENT: usize = 256;
@@ -199,13 +201,14 @@ fn scratch_of_lengths_is_the_arrays_that_follow_from_them() {
         let builder = builder.in_host_memory(Role::KeyValueLengths, in_host_memory);
         backend(Target::default()).scratch_bytes(&builder.build().expect("valid")).expect("served")
     };
-    // The logsumexp, which a kernel reads, and values without those that no row sees.
+    // The logsumexp, which a kernel reads, and a copy of the values, with zeros for keys that no row sees.
     let packed = |batch: usize| 4 * batch * 128 * 4 + 2 * batch * 128 * 4 * 64;
     // Query lengths and key lengths; the intervals of rows and of keys.
     let last = 2 * 4 * 2;
     assert_eq!(of(2, false, |builder| builder), packed(2) + 3 * ALIGNMENT + last);
     assert_eq!(of(2, true, |builder| builder), packed(2) + 3 * ALIGNMENT + last);
-    // Those on the host are a part of the kernels' arguments up to 64 batch rows, and stored beyond.
+    // Lengths in host memory are a part of the kernels' arguments for up to 64 batch rows; for more, they are
+    // stored.
     let stored = (8_usize * 65).next_multiple_of(ALIGNMENT);
     let arrays = [4, 4, 8].map(|size: usize| (size * 65).next_multiple_of(ALIGNMENT)).iter().sum::<usize>();
     assert_eq!(of(65, false, |builder| builder), packed(65) + arrays + 8 * 65);
@@ -218,8 +221,8 @@ fn scratch_of_lengths_is_the_arrays_that_follow_from_them() {
     assert_eq!(of(2, false, more), packed(2) + 3 * ALIGNMENT + last);
 }
 
-/// Offsets that a call gives to all batch rows are numbers, not arrays: but rows may see nothing, and keys be
-/// seen by none.
+/// An offset for all batch rows is a number, not an array. But with it, rows may see no key, and keys may be
+/// seen by no row.
 #[test]
 fn scratch_of_an_offset_is_the_logsumexp_and_values_without_those_that_no_row_sees() {
     let problem = problem(DType::Bf16, [2, 128, 4, 64]).causal(true);

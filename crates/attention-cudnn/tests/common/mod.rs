@@ -1,4 +1,4 @@
-//! The device and the backends of the tests of calls.
+//! The device and the backends that the tests of calls share.
 
 use std::sync::Arc;
 
@@ -10,10 +10,11 @@ use half::bf16;
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// The device on a stream of its own, without cudarc's events: everything here is ordered by streams.
+/// The device on a stream of its own, without cudarc's events: every test orders its work by one stream.
 pub(crate) fn device() -> Result<CudaDevice> {
     let device = CudaDevice::new("test", 0)?;
-    // SAFETY: no memory is used on two streams.
+    // SAFETY: without events, cudarc does not order work of several streams on the same memory. These tests
+    // use all memory of this device on one stream, the new one below, so there is nothing to order.
     unsafe { device.context().disable_event_tracking() };
     let stream = device.context().new_stream()?;
     Ok(device.with_stream(stream))

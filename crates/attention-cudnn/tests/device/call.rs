@@ -1,4 +1,4 @@
-//! Calls on host memory.
+//! Calls of attention whose tensors are in host memory, and their reference results.
 
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Device, ForwardCall,
@@ -72,7 +72,7 @@ impl Call {
         Ok(Results { out, lse, gradients: Some([dq, dk, dv]) })
     }
 
-    /// The logits of a row, rounded as a backend has them, of the keys that it may see.
+    /// The logits of a row for the keys that it may see, rounded as the backend rounds them.
     pub(crate) fn logits(&self, [b, t, n]: [usize; 3]) -> Vec<f64> {
         let [_, queries, keys, heads, key_heads, width] = self.sizes;
         let at = ((b * queries + t) * heads + n) * width;
@@ -91,7 +91,7 @@ impl Call {
         (0..visible).map(logit).collect()
     }
 
-    /// A row of the keys, which are operand 1, or of the values.
+    /// A row of the keys (operand 1) or of the values.
     pub(crate) fn key_row(&self, operand: usize, [b, j, head]: [usize; 3]) -> Vec<f64> {
         let [_, _, keys, _, key_heads, width] = self.sizes;
         let at = ((b * keys + j) * key_heads + head) * width;

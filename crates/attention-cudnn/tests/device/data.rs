@@ -5,15 +5,15 @@ use half::{bf16, f16};
 
 use crate::Result;
 
-/// Uniform in [-2, 2). After a prime number of them they come again, which no row or head is a multiple of.
+/// Numbers that are uniform in [-2, 2) and repeat after a prime count, of which no row or head is a multiple.
 pub(crate) fn numbers(seed: u32, count: usize) -> Vec<f64> {
     const PERIOD: usize = 65_537;
     let word = |index: usize| philox4x32_10([index as u32, 0, 0, 0], [seed, 0])[0];
     (0..count.min(PERIOD)).map(|index| f64::from(word(index)) / f64::from(1u32 << 30) - 2.0).collect()
 }
 
-/// The first `count` of these numbers, over and over again: copied, since tests may be built without
-/// optimisation.
+/// The first `count` numbers of that sequence. They are copied instead of generated again, since tests may be
+/// built without optimisation.
 pub(crate) fn repeated<T: Copy>(numbers: &[T], count: usize) -> Vec<T> {
     let mut all = Vec::with_capacity(count + numbers.len());
     while all.len() < count {
@@ -34,7 +34,7 @@ pub(crate) enum Data {
 
 impl Data {
     pub(crate) fn of(dtype: DType, numbers: &[f64]) -> Self {
-        // By way of f32, which halves are rounded from correctly.
+        // Through f32, from which f16 and bf16 are rounded correctly.
         let narrow = || numbers.iter().map(|&x| x as f32);
         match dtype {
             DType::F64 => Self::F64(numbers.to_vec()),
@@ -44,7 +44,7 @@ impl Data {
         }
     }
 
-    /// So many, which repeat these.
+    /// This many elements, which repeat those of the tensor.
     pub(crate) fn repeating(dtype: DType, numbers: &[f64], count: usize) -> Self {
         match Self::of(dtype, numbers) {
             Self::F64(data) => Self::F64(repeated(&data, count)),

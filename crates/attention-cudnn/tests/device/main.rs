@@ -1,7 +1,7 @@
-//! What needs a GPU, of both backends for device memory, on problems that are too many, too large or too far
-//! out for the suite: prompts whose keys are split, logits of every magnitude, offsets beyond 2^31 elements,
-//! and tensors of another stream. Run with `--ignored`; what cuDNN is needed for says so and is left out
-//! where it is not found.
+//! Tests of both backends for device memory that need a GPU, on problems that are too many, too large or too
+//! unusual for the suite: prompts whose keys are split, logits of every magnitude, offsets beyond 2^31
+//! elements, and tensors of another stream. Run with `--ignored`. Tests of the cuDNN backend are skipped,
+//! with a message, if cuDNN is not found.
 
 mod call;
 mod data;
@@ -30,8 +30,8 @@ fn chunked(device: &CudaDevice, config: ChunkedCudaConfig) -> OnHost<ChunkedCuda
     OnHost::new(ChunkedCudaBackend::on(device.clone(), config), device.clone())
 }
 
-/// The backends for this device: ours as it comes and without the products that not every device has, and
-/// cuDNN's where it is.
+/// The backends for this device: `chunked-cuda` with its defaults, `chunked-cuda` without the matrix
+/// instructions that not every device has, and `cudnn` if cuDNN is found.
 fn backends(device: &CudaDevice) -> Vec<(&'static str, Arc<dyn AttentionBackend>)> {
     let plain = ChunkedCudaConfig::default().warpgroups(false).split_f32(false);
     let mut backends: Vec<(&'static str, Arc<dyn AttentionBackend>)> = vec![
@@ -46,8 +46,8 @@ fn backends(device: &CudaDevice) -> Vec<(&'static str, Arc<dyn AttentionBackend>
     backends
 }
 
-/// Runs each job on a thread of its own, which makes its own backends: most of the time is the compiler's.
-/// Their failures together.
+/// Runs each job on a thread of its own with its own backends, since the kernel compiler takes most of the
+/// time. Returns the failures of all jobs together.
 fn side_by_side<J: Copy + Send>(
     jobs: impl IntoIterator<Item = J>,
     run: impl Fn(&CudaDevice, J) -> Result<(usize, Vec<String>)> + Sync,
@@ -74,8 +74,8 @@ fn is_refusal(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
     matches!(error.downcast_ref(), Some(attention_core::Error::Unsupported(_)))
 }
 
-/// 108 causal prompts, 65 to 4096 queries over 511 to 5000 keys: those with few blocks have their keys split,
-/// and every combination of forward kernel and merge must start and be right.
+/// 108 causal prompts, 65 to 4096 queries over 511 to 5000 keys. Those with a small number of blocks split
+/// their keys, and every combination of forward and combine kernel must start and compute the right results.
 #[test]
 #[ignore = "needs a GPU"]
 fn causal_prompts_whose_keys_are_split() -> Result {
@@ -114,23 +114,23 @@ fn causal_prompts_whose_keys_are_split() -> Result {
     })
 }
 
-/// A bias of each magnitude: on all keys, on one far above, on all but the last far below, on blocks far
-/// below. Probabilities sum to 1 in both passes whatever it is.
+/// A bias of each magnitude: on all keys, on one key far above the others, on all keys but the last far below
+/// it, and on blocks of keys far below. Probabilities must sum to 1 in both passes.
 #[test]
 #[ignore = "needs a GPU"]
 fn logits_of_every_magnitude() -> Result {
     let dtypes = DType::FLOATS.into_iter();
-    // The second number of keys has them split.
+    // With the second number of keys, the keys are split.
     let jobs = dtypes
         .flat_map(|dtype| [152, 600].into_iter().flat_map(move |s| [0, 1, 2].map(|index| (dtype, s, index))));
     side_by_side(jobs, |device, (dtype, s, index)| {
         let (mut calls, mut failures) = (0, Vec::new());
         let Some((name, backend)) = backends(device).into_iter().nth(index) else { return Ok((0, failures)) };
-        // Without the products that not every device has, f64 is what it is with them.
+        // f64 does not use the matrix instructions that not every device has, so one backend is enough.
         if dtype == DType::F64 && index == 1 {
             return Ok((0, failures));
         }
-        // f32 is multiplied in parts from 129 rows and keys on.
+        // From 129 rows and keys on, f32 is multiplied as sums of tf32 numbers.
         let t = if dtype == DType::F32 && index == 0 { 130 } else { 40 };
         let mut call = Call::new(dtype, [1, t, s, 1, 1, 64], false, 11);
         call.operands[3] = Data::repeating(dtype, &[1.0], t * 64);
@@ -166,13 +166,13 @@ fn logits_of_every_magnitude() -> Result {
     })
 }
 
-/// As many batch rows, and as many heads, as no grid has blocks along its second axis: those beside the last
-/// block of such a grid, and the first and the last.
+/// More batch rows, and more heads, than a grid has blocks along its second axis. The test checks those
+/// around the last block of such a grid, the first ones and the last ones.
 #[test]
 #[ignore = "needs a GPU"]
 fn more_batch_rows_or_heads_than_65535() -> Result {
     const MANY: usize = 70_000;
-    // Most of the time is the compiler's.
+    // The kernel compiler takes most of the time.
     let jobs = (0..3).flat_map(|backend| [DType::F32, DType::Bf16].map(|dtype| (backend, dtype)));
     side_by_side(jobs, |device, (backend, dtype)| {
         let (mut calls, mut wrong) = (0, Vec::new());
@@ -188,8 +188,8 @@ fn more_batch_rows_or_heads_than_65535() -> Result {
             };
             let [dq, dk, dv] = gradients.ok_or("gradients")?;
             let (unit, logit_unit) = units(dtype);
-            // What is rounded to the dtype, and the sums of a logit of at most 2 * 2 * sqrt(32), which are of
-            // tf32 parts at worst.
+            // The error of rounding to the dtype, and that of a logit of at most 2 * 2 * sqrt(32), whose
+            // products are of tf32 numbers at worst.
             let most = 16.0 * (unit + 32.0 * logit_unit);
             for place in [0, 65_534, 65_535, 65_536, MANY - 1] {
                 let [row, head] = if n == 1 { [place, 0] } else { [0, place] };
@@ -216,8 +216,8 @@ fn more_batch_rows_or_heads_than_65535() -> Result {
     })
 }
 
-/// Bytes that [`offsets_beyond_2_to_the_31_elements`] has on the device: ten tensors of halves and a mask,
-/// and what calls take.
+/// The device memory in bytes that [`offsets_beyond_2_to_the_31_elements`] needs: ten tensors of 2-byte
+/// elements and a mask, plus the scratch of calls.
 const OFFSETS_NEED: usize = 10 * 2 * FAR + FAR + (2 << 30);
 
 /// The same call with tensors whose elements are more than 2^31 apart has the same bits: operands, results
@@ -300,7 +300,8 @@ fn offsets_beyond_2_to_the_31_elements() -> Result {
     Ok(())
 }
 
-/// Safe code could drop a tensor of another stream while its kernel runs, so such a tensor is refused.
+/// Safe code could drop a tensor of another stream while a kernel reads it, so the backends refuse such a
+/// tensor.
 #[test]
 #[ignore = "needs a GPU"]
 fn tensors_of_another_stream_are_refused() -> Result {

@@ -1,11 +1,11 @@
-//! What calls on host memory must give, in f64.
+//! The results that calls on host memory must have, computed in f64, and their error bounds.
 
 use crate::call::{Call, Results};
 use crate::data::{Data, units};
 
-/// What is wrong with the results of a call whose d_out is 1 everywhere: rows against a softmax in f64 of
-/// logits that are rounded as the backend rounds them, as far as one rounding of a logit leaves its weight,
-/// and the sum of dv over the keys, which is the number of rows.
+/// The errors in the results of a call whose d_out is 1 everywhere. Rows are compared with a softmax in f64
+/// of logits that are rounded as the backend rounds them, with a tolerance for one more rounding of each
+/// logit. The sum of dv over the keys must be the number of rows.
 pub(crate) fn fault(call: &Call, results: &Results) -> Option<String> {
     let [_, t, s, _, _, width] = call.sizes;
     let (unit, logit_unit) = units(call.dtype);
@@ -13,7 +13,7 @@ pub(crate) fn fault(call: &Call, results: &Results) -> Option<String> {
         let (out, lse) = call.row([0, row, 0]);
         let logits = call.logits([0, row, 0]);
         let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        // Logits that have weight, and what one more rounding of them is worth.
+        // Logits whose weight is not 0, and the change of the weight by one more rounding.
         let slack = (4.0 * logit_unit * largest.abs()).exp_m1().min(1.0);
         let got = results.out.part(row * width..(row + 1) * width);
         let most = out.iter().zip(&got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
@@ -42,9 +42,9 @@ pub(crate) fn fault(call: &Call, results: &Results) -> Option<String> {
     (!finite || most > 8.0 * (width * t) as f64).then(|| format!("a gradient of {most}, finite: {finite}"))
 }
 
-/// The results of a batch row and head of a causal call as f64 has them, one behind the other, each with what
-/// an error of one unit of the numbers that it is made of is worth: the outputs of every query, then the
-/// gradients of queries, keys and values.
+/// The results in f64 of a batch row and head of a causal call, in one list: the outputs of every query, then
+/// the gradients of queries, keys and values. Each comes with its change by an error of one unit in the
+/// numbers that it is computed from.
 pub(crate) fn results_of(call: &Call, [b, n]: [usize; 2]) -> [Vec<(f64, f64)>; 4] {
     let [_, t, s, heads, key_heads, width] = call.sizes;
     assert!(call.causal && call.bias.is_none() && heads == key_heads, "what is computed here");

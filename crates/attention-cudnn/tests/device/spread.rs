@@ -8,13 +8,13 @@ use half::bf16;
 use crate::Result;
 use crate::data::{Data, numbers};
 
-/// Device memory of a tensor whose second batch row begins 2^31 and some elements behind the first.
+/// Device memory of a tensor whose second batch row begins somewhat more than 2^31 elements after the first.
 pub(crate) struct Spread {
     memory: CudaSlice<u8>,
     desc: TensorDesc,
 }
 
-/// The distance of batch rows: beyond 2^31, and a multiple of 8.
+/// The distance of batch rows in elements: more than 2^31, and a multiple of 8.
 pub(crate) const FAR: usize = (1 << 31) + (1 << 10);
 
 /// A tensor's elements without gaps, as bytes. The first axis has two places.
@@ -47,7 +47,7 @@ impl Compact {
         self.bytes.iter().map(|&byte| byte != 0).collect()
     }
 
-    /// The same on a device.
+    /// The same elements on a device.
     pub(crate) fn on(&self, device: &CudaDevice) -> Result<DeviceTensor> {
         if self.dtype == DType::Bool {
             return Ok(DeviceTensor::from_host(device, View::from_slice(&self.bools(), self.shape)?)?);
@@ -55,7 +55,7 @@ impl Compact {
         Ok(DeviceTensor::from_host(device, View::from_slice(&self.halves(), self.shape)?)?)
     }
 
-    /// A mask that leaves every row its first key.
+    /// A mask that lets every row see its first key.
     pub(crate) fn mask(shape: [usize; 4]) -> Self {
         let keys = shape[3];
         let bytes = (0..shape.iter().product())
@@ -70,7 +70,8 @@ impl Spread {
         let [_, t, n, h] = of.shape;
         let (size, row) = (of.dtype.size(), of.bytes.len() / 2);
         let stream = device.stream();
-        // SAFETY: only what is written below is read.
+        // SAFETY: the memory is not initialised. The copies below write all elements, and nothing reads the
+        // gap between the two batch rows.
         let mut memory = unsafe { stream.alloc::<u8>(size * FAR + row) }?;
         for batch in 0..2 {
             let mut part = memory.slice_mut(size * batch * FAR..size * batch * FAR + row);
@@ -87,13 +88,16 @@ impl Spread {
 
     pub(crate) fn view(&self, device: &CudaDevice) -> Result<View<'_>> {
         let pointer = std::ptr::with_exposed_provenance(self.pointer(device));
-        // SAFETY: the memory is the tensor's own, on the stream of every call here; elements are written, and gaps not read.
+        // SAFETY: `new` allocated the memory from the first element to the last and wrote the elements;
+        // kernels do not read the gap. The memory is borrowed, and freed on the stream that all calls here
+        // use.
         Ok(unsafe { View::from_raw_parts(pointer, device.device(), self.desc) }?)
     }
 
     pub(crate) fn view_mut(&mut self, device: &CudaDevice) -> Result<ViewMut<'_>> {
         let pointer = std::ptr::with_exposed_provenance_mut(self.pointer(device));
-        // SAFETY: as in `view`, borrowed exclusively.
+        // SAFETY: `new` allocated the memory from the first element to the last and wrote the elements. It is
+        // borrowed exclusively, and freed on the stream that all calls here use.
         Ok(unsafe { ViewMut::from_raw_parts(pointer, device.device(), self.desc) }?)
     }
 

@@ -8,7 +8,7 @@ use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
 
 use crate::Result;
 
-/// Query, key and value, and mask and bias where the views have them, behind d_out.
+/// Query, key and value, then d_out, then mask and bias if the views have them.
 pub(crate) fn inputs_of<'a>(views: &[View<'a>]) -> Inputs<'a> {
     let mut inputs = Inputs::new(views[0], views[1], views[2]);
     (inputs.mask, inputs.bias) = (views.get(4).copied(), views.get(5).copied());

@@ -1,11 +1,11 @@
-// Masks, biases, ALiBi and dropout in the form that cuDNN's fused attention takes: mask, bias and ALiBi as
-// one bias tensor, small vectors as f32, dropout as a tensor of ones and zeros. And the gradient of the
-// sinks, from what the backward pass has computed.
+// Inputs of cuDNN's fused attention in the form that it takes: mask, bias and ALiBi as one bias tensor, small
+// vectors as f32, dropout as a keep mask of ones and zeros. And the gradient of the sinks, from the results
+// of the backward pass.
 // Needs: common/dtypes.cuh, common/integers.cuh, common/philox.cuh, cudnn/strides.cuh, cudnn/intervals.cuh.
 //
 // Compute capability 8.0 and later. Tested by the conformance suite of attention-cudnn.
 
-// Four strides, of batch, head, row and key: 0 along axes of size 1.
+// The strides of the axes batch, head, row and key, in elements: 0 along axes of size 1.
 struct LogitStrides {
     long long of[4];
 };
@@ -17,13 +17,13 @@ __device__ inline long long offset(const LogitStrides &strides, const long long 
 // The bias that `attention_make_bias` writes.
 struct MadeBias {
     void *to;
-    // Full or 1, but for the keys, which are always there; rows of `row` elements.
+    // The shape. Each of the first three is the size of the logits' axis or 1; `row` is the row stride.
     long long batch, heads, positions, keys, row;
-    // The bias of a masked logit, and the least bias of any other.
+    // The bias of masked logits, and the minimum that the bias of all others is raised to.
     float masked, least;
 };
 
-// The tensors that the bias is made of; null where the call has none.
+// The tensors that the bias is computed from; null if the call has none.
 struct BiasSources {
     const unsigned char *mask;
     LogitStrides mask_strides;
@@ -37,7 +37,7 @@ struct BiasSources {
 // keys from `t + offset - left` to `t + offset + right`, both included, that are in its interval of `keys`.
 struct Structure {
     Intervals rows, keys;
-    // The offset of each batch row; null where `offset` is that of all.
+    // The offset of each batch row; null if `offset` is that of all of them.
     const int *offsets;
     long long offset, left, right;
 };
@@ -46,30 +46,32 @@ __device__ inline long long offset_of(const Structure &structure, long long b) {
     return structure.offsets == nullptr ? structure.offset : structure.offsets[b];
 }
 
-// Which rows see any key, and which keys any row sees, bytes that are zero before: `rows` [B, N, T] and
-// `keys` [B, K, row], both with one head where the bias has one.
+// Flags of rows that see any key and of keys that any row sees: bytes that the host sets to zero before.
+// `rows` is [B, N, T] and `keys` is [B, K, row], both with one head if the bias has one.
 struct Seen {
     unsigned char *rows, *keys;
 };
 
-// The argument of `attention_make_bias`. The layout of the structs that kernels take is that of the structs of
-// the same name on the host (attention-cudnn).
+// The argument of `attention_make_bias`. The structs that kernels take have the layout of the structs of the
+// same name on the host (arguments.rs of attention-cudnn).
 struct MakeBias {
     MadeBias made;
     BiasSources sources;
     Structure structure;
     Seen seen;
-    // DTYPE_F32 or DTYPE_BF16 of the bias that is made, and the dtype of the call's.
+    // The dtype of the bias that is written, DTYPE_F32 or DTYPE_BF16, and that of the call's bias.
     int made_dtype, bias_dtype;
     long long batch, heads, group, positions;
 };
 
 static_assert(sizeof(MakeBias) == 272, "the host's layout");
 
-// Consecutive keys per thread, and rows per block.
+// Consecutive keys per thread: 16 bytes of halves, the width of one load. And rows per block (`STRIP` of
+// launch.rs): their flags for those keys, a byte per row, fit into four registers.
 constexpr int OWN = 8, STRIP = 16;
 
-// The `OWN` elements from `from` on, `stride` apart; 0 for those past `count`.
+// Loads `OWN` elements that are `stride` apart, the first of which is `from[start]`; 0 for those past
+// `count`.
 __device__ inline void load_own(float *to, const void *from, int element, long long start, long long stride,
                                 int count) {
     const char *at = static_cast<const char *>(from) + start * (element == DTYPE_F64   ? 8
@@ -97,7 +99,7 @@ __device__ inline void load_own(float *to, const void *from, int element, long l
         to[own] = own < count ? load_as<float>(from, element, start + own * stride) : 0.0f;
 }
 
-// A bit for each of the `OWN` bytes of a mask from `from` on that is not zero; 0 for those past `count`.
+// One bit for each of `OWN` bytes of a mask, which is 1 if the byte is not zero; 0 for bytes past `count`.
 __device__ inline unsigned int load_own_mask(const unsigned char *from, long long stride, int count) {
     unsigned int bits = 0;
     if (stride == 1 && count == OWN && (reinterpret_cast<unsigned long long>(from) & 7) == 0) {
@@ -132,21 +134,22 @@ __device__ inline void store_own(void *to, long long start, int element, const f
         make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
-// The bits of the keys from `first` to `end` among the `OWN` keys from `key` on.
+// The bits of those of the `OWN` keys from `key` on that are in [first, end).
 __device__ inline unsigned int own_between(long long key, long long first, long long end) {
     const int low = (int)min(max(first - key, 0ll), (long long)OWN);
     const int high = (int)min(max(end - key, 0ll), (long long)OWN);
     return (1u << high) - 1u & ~((1u << low) - 1u);
 }
 
-// `to[b, n, t, j] = mask ? bias - slope * |t + position - j| : masked`; what is behind a row's keys is zero.
+// Writes the bias `to[b, n, t, j] = mask ? bias - slope * |t + offset - j| : masked`, with zeros between the
+// keys and the end of a row.
 //
-// cuDNN computes NaN from infinities, so a masked logit has the finite bias `masked`, and others at least
-// `least`, which is far above it.
+// cuDNN computes NaN from infinities, so masked logits get the finite bias `masked`, and all others a bias of
+// at least `least`, which is far above it.
 //
-// It also marks rows that see a key, and keys that are seen. One block per `STRIP` rows of a batch row and
-// head of the bias (blockIdx.x), for every position even where the bias has one row for all of them, and
-// `OWN` keys per thread (blockIdx.y).
+// The kernel also sets the flags of rows that see a key and of keys that a row sees. One block per `STRIP`
+// rows of a batch row and head of the bias (blockIdx.x), for every position even if the bias has one row for
+// all of them. `OWN` keys per thread (blockIdx.y).
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(const MakeBias p) {
     const MadeBias made = p.made;
     const BiasSources sources = p.sources;
@@ -160,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(const Ma
     const long long b = blockIdx.x / strips / made.heads;
     const long long key = (blockIdx.y * (long long)blockDim.x + threadIdx.x) * OWN;
     const int count = (int)min(max(made.keys - key, 0ll), (long long)OWN);
-    // Which keys the mask and the bias leave a row, a byte per row.
+    // The keys that mask and bias leave visible: a byte per row, with a bit per key.
     unsigned int alive[STRIP / 4] = {};
 #pragma unroll
     for (int row = 0; row < STRIP; ++row) {
@@ -197,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(const Ma
             store_own(made.to, start, made_dtype, values);
         }
     }
-    // The batch rows and heads that these rows stand for.
+    // The batch rows and key/value heads that read these rows of the bias.
     const long long first_batch = made.batch == 1 ? 0 : b, end_batch = made.batch == 1 ? batch : b + 1;
     const long long key_heads = made.heads == 1 ? 1 : heads / group;
     for (long long at = first_batch; at < end_batch; ++at) {
@@ -212,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(const Ma
             unsigned int bits = alive[row / 4] >> (row % 4 * 8) & own_between(key, first, end);
             if (!contains(rows, t)) bits = 0;
             any |= bits;
-            // Other blocks may write the same value at the same time, here and below.
+            // Other blocks may write the same value at the same time.
             if (__any_sync(0xFFFFFFFFu, bits != 0) && threadIdx.x % 32 == 0) {
                 seen.rows[(at * made.heads + n) * positions + t] = 1;
             }
@@ -224,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_make_bias(const Ma
         for (int half = 0; half < 2; ++half) {
             const unsigned int four = any >> (half * 4) & 0xFu;
             const unsigned int bytes = four & 1u | (four & 2u) << 7 | (four & 4u) << 14 | (four & 8u) << 21;
-            // Most blocks find the bits set by earlier ones.
+            // Earlier blocks have mostly set the bits already, so most blocks need no atomic operation.
             if ((flags[half] & bytes) != bytes) atomicOr(flags + half, bytes);
         }
     }
@@ -240,7 +243,7 @@ struct ToFloats {
 
 static_assert(sizeof(ToFloats) == 56, "the host's layout");
 
-// A matrix of at most a few thousand numbers, as f32 without gaps.
+// Converts a matrix to f32 without gaps: slopes or sinks, at most some thousand numbers.
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_to_floats(const ToFloats p) {
     const long long index = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (index >= p.rows * p.columns) return;
@@ -251,18 +254,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_to_floats(const To
 // The argument of `attention_keep_mask`.
 struct KeepMask {
     uint4 *to;
-    // [rows, positions] rows of `blocks` times eight keys.
+    // The mask has [rows, positions] rows of `blocks` times eight keys, with one of `rows` per batch row and
+    // head.
     long long rows, positions, blocks;
-    // Where the seed and the offset of the stream are in device memory; else they are the words below.
+    // The seed and the offset of the stream, if they are in device memory; else `key` and `stream_offset`
+    // have them.
     Integers seed, offset;
-    // The bits of 1 in a dtype of two bytes.
+    // The bits of 1 in the dtype of the mask, f16 or bf16.
     unsigned one;
+    // A probability is dropped if its 16 random bits are below `threshold`.
     unsigned threshold, key[2], stream_offset;
 };
 
 static_assert(sizeof(KeepMask) == 104, "the host's layout");
 
-// 1 where a probability is kept, else 0. Eight keys per thread, blockDim.y rows per block.
+// Writes the keep mask: 1 if a probability is kept, else 0. Eight keys per thread, blockDim.y rows per block.
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_keep_mask(const KeepMask p) {
     const long long at = blockIdx.x * (long long)blockDim.y + threadIdx.y;
     if (at >= p.rows * p.positions) return;
@@ -289,15 +295,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_keep_mask(const Ke
 struct SinkGradient {
     void *to;
     long long to_stride;
-    // [N], and [B, N, T] without gaps.
+    // The sinks, [N], and the row sums `<d_out, out>`, [B, N, T], without gaps.
     const float *sinks, *delta;
-    // The caller's.
+    // The logsumexp that the caller gives.
     const float *lse;
     RowStrides lse_strides;
     // The rows that see a key by structure: the others have no gradient.
     Intervals rows;
-    // As attention_sum_rows left them, of rows whose logsumexp is as large as `far`: the largest logit, and
-    // the logarithm of the sum relative to it, in base two and with the sign turned.
+    // Written by attention_sum_rows for far rows, those whose logsumexp is `far` or more: the largest logit,
+    // and minus the binary logarithm of the row sum relative to it.
     const float *scores, *offsets;
     long long batch, heads, positions;
     float far;
@@ -306,8 +312,8 @@ struct SinkGradient {
 
 static_assert(sizeof(SinkGradient) == 128, "the host's layout");
 
-// `d_sinks[n] = - sum over b and t of exp(sink[n] - lse) * delta`. One block per head, always in the same
-// order. Rows that see no key take no part.
+// Computes `d_sinks[n] = - sum over b and t of exp(sink[n] - lse) * delta`, without the rows that see no key.
+// One block per head, which always adds in the same order.
 extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK) attention_sink_gradient(const SinkGradient p) {
     const long long head = blockIdx.x;
     const double sink = p.sinks[head];
@@ -316,14 +322,14 @@ extern "C" __global__ void __launch_bounds__(SUMMING_BLOCK) attention_sink_gradi
         const long long b = at / p.positions, t = at % p.positions;
         if (!contains(interval_of(p.rows, b), t)) continue;
         const float value = p.lse[row_offset(p.lse_strides, b, t, head)];
-        // A row without a logsumexp has no sink: its own is -inf.
+        // A row whose logsumexp is -inf has a sink of -inf.
         if (value == __int_as_float(0xff800000) || sink == -(double)__int_as_float(0x7f800000)) continue;
         const long long row = (b * p.heads + head) * p.positions + t;
         double exponent = sink - (double)value;
         if (fabsf(value) >= p.far && fabsf(value) < __int_as_float(0x7f800000)) {
             const double above = sink - (double)p.scores[row];
-            // A sink so far above the largest logit has a probability of 1, and the offset has lost the rest
-            // of the difference.
+            // A sink so far above the largest logit has a probability of 1. The difference cannot be computed
+            // here, because the offset has too few significant digits left.
             exponent = above > 2.0 * p.far ? 0.0 : above + (double)p.offsets[row] * 0.6931471805599453;
         }
         sum += exp(exponent > 0.0 ? 0.0 : exponent) * (double)p.delta[row];

@@ -1,22 +1,26 @@
-// Isolation of NaN behind cuDNN, which multiplies masked values by 0, and 0 times NaN is NaN: a row of a
-// result that is not finite is computed again, from allowed keys alone.
+// Isolation of NaN after cuDNN's plan: rows of a result that are not finite are recomputed from visible keys
+// alone. cuDNN multiplies values at masked positions by 0, and 0 times NaN is NaN.
 // Needs: fused/exact.cuh.
 //
-// NaN or infinities reach all rows of one of cuDNN's tiles: those that see the key, and through products with
-// 0 those that do not. So of GROUP rows of one tile only the first and the last are looked at. The same holds
-// for keys and the rows that see them.
+// NaN or infinities reach all rows of one of cuDNN's tiles: those that see the key and, through products with
+// 0, those that do not. So of GROUP rows of one tile, only the first and the last are checked. The same is
+// true of keys and the rows that see them.
 //
 // f16 and bf16, every option, compute capability 8.0 and later. ROWS groups per block, one warp per row that
-// is computed again. Tested by the conformance suite of attention-cudnn.
+// is recomputed. Tested by the conformance suite of attention-cudnn.
 
+// The host sets the number of rows in a group (`rows_of_group` in contain.rs of attention-cudnn); with 1,
+// every row is checked.
 #ifndef GROUP
 #define GROUP 1
 #endif
 
 static_assert(HALVES, "results are told apart by their bits");
 
+// Whether eight numbers are finite.
 __device__ inline bool is_finite(const uint4 &of) {
-    // The largest exponent, and what carries from it into the place of the sign.
+    // The bits of the exponent, all ones in NaN and infinities, and the lowest of them: adding it to a
+    // largest exponent carries into the sign bit.
     constexpr unsigned HIGHEST = DTYPE == DTYPE_F16 ? 0x7c007c00u : 0x7f807f80u,
                        ONE = DTYPE == DTYPE_F16 ? 0x04000400u : 0x00800080u;
     const unsigned any =
@@ -24,18 +28,19 @@ __device__ inline bool is_finite(const uint4 &of) {
     return (any & 0x80008000u) == 0;
 }
 
+// The groups that a warp checks.
 constexpr int GROUPS_OF_WARP = ROWS / WARPS;
 
-// Which of a warp's groups, the first of which begins with row `first`, hold something that is not finite in
-// the rows of a result's head that are looked at. `first` is before `end`; groups from there on read the last
-// row, and may be among them.
+// Checks a warp's groups of rows of a result's head, the first of which begins with row `first`: bit i is 1
+// if a checked row of group i is not finite. Requires first < end. Groups at `end` or beyond read row `end` -
+// 1 instead, so their bits may be 1 as well.
 template <int DEPTH>
 __device__ inline unsigned non_finite_groups(const Tensor &tensor, long long b, long long head, int first, int end,
                                              int width, bool aligned) {
     constexpr int LANES = lanes_of_row<DEPTH>(), AT_ONCE = 32 / LANES, DEEP = GROUPS_OF_WARP / AT_ONCE;
-    constexpr int PARTS = (DEPTH + LANES * CHUNK - 1) / (LANES * CHUNK), LOOKS = GROUP > 1 ? 2 : 1;
-    // As many chunks are in flight at once as registers allow.
-    constexpr int LOOKS_AT_ONCE = LOOKS * DEEP * PARTS <= 8 ? LOOKS : 1;
+    constexpr int STEPS = (DEPTH + LANES * CHUNK - 1) / (LANES * CHUNK), LOOKS = GROUP > 1 ? 2 : 1;
+    // Up to 8 chunks, 32 registers, are in flight at once; both rows of a group are, if they fit into that.
+    constexpr int LOOKS_AT_ONCE = LOOKS * DEEP * STEPS <= 8 ? LOOKS : 1;
     const int lane = threadIdx.x % 32;
     const element *const rows = at(tensor, b, 0, head);
     const auto row_of_look = [&](int i, int look) {
@@ -48,19 +53,19 @@ __device__ inline unsigned non_finite_groups(const Tensor &tensor, long long b, 
     if (aligned) {
 #pragma unroll LOOKS_AT_ONCE
         for (int look = 0; look < LOOKS; ++look) {
-            uint4 chunks[DEEP][PARTS];
-            // No load waits for another: past the end, the last chunk is read again.
+            uint4 chunks[DEEP][STEPS];
+            // Past the end of a row, its last chunk is read again, so that no load depends on a branch.
 #pragma unroll
             for (int i = 0; i < DEEP; ++i)
 #pragma unroll
-                for (int part = 0; part < PARTS; ++part) {
-                    const int column = min((part * LANES + lane % LANES) * CHUNK, width - CHUNK);
-                    chunks[i][part] = *reinterpret_cast<const uint4 *>(row_of_look(i, look) + column);
+                for (int step = 0; step < STEPS; ++step) {
+                    const int column = min((step * LANES + lane % LANES) * CHUNK, width - CHUNK);
+                    chunks[i][step] = *reinterpret_cast<const uint4 *>(row_of_look(i, look) + column);
                 }
 #pragma unroll
             for (int i = 0; i < DEEP; ++i)
 #pragma unroll
-                for (int part = 0; part < PARTS; ++part) finite[i] &= is_finite(chunks[i][part]);
+                for (int step = 0; step < STEPS; ++step) finite[i] &= is_finite(chunks[i][step]);
         }
     } else {
 #pragma unroll 1
@@ -85,7 +90,7 @@ __device__ inline unsigned non_finite_groups(const Tensor &tensor, long long b, 
     return non_finite;
 }
 
-// Whether a row of a result's head is finite, for the whole warp.
+// Whether a row of a result's head is finite; called by a whole warp, which gets the same answer.
 __device__ inline bool is_finite_row(const Tensor &tensor, long long b, long long position, long long head, int width) {
     const element *const from = at(tensor, b, position, head);
     bool finite = true;
@@ -94,7 +99,7 @@ __device__ inline bool is_finite_row(const Tensor &tensor, long long b, long lon
     return __all_sync(~0u, finite);
 }
 
-// Calls `again` with the rows of these groups, those before `end`.
+// Calls `again` with each row before `end` of the groups whose bits are 1.
 template <class Again>
 __device__ inline void for_each_row(unsigned groups, int first, int end, Again again) {
     while (groups != 0) {
@@ -104,10 +109,12 @@ __device__ inline void for_each_row(unsigned groups, int first, int end, Again a
     }
 }
 
-// The rows of a block's head, and where those of a warp begin.
+// The rows that a warp checks.
 struct Strip {
+    // The strip of the block, with its batch row and head.
     TileIndex place;
     SequenceRows sequence;
+    // The warp's first row.
     int first;
 };
 
@@ -125,5 +132,6 @@ __device__ inline Strip strip_of_warp(const Parameters &p, unsigned block, long 
     return strip;
 }
 
-// Blocks per multiprocessor, at least: few registers, since code that needs more is rarely run.
+// The minimum number of blocks per multiprocessor. It limits the registers per thread to those of the checks,
+// which every call runs; recomputing rows would be faster with more, but is rare.
 constexpr int MANY = 4;

@@ -1,12 +1,12 @@
-// Isolation of NaN behind the backward pass: gradients of queries, keys and values, each null where it is not
-// wanted.
+// Isolation of NaN after the backward pass: gradients of queries, keys and values, each null if the call does
+// not ask for it.
 // Needs: cudnn/contain.cuh, fused/backward/gradients.cuh.
+//
+// The kernel also recomputes far rows (gradients.cuh) and the keys that they may see, because cuDNN takes the
+// given logsumexp as exact. attention_sum_rows has then written the states of those rows; if it does not run,
+// `row_deltas` is null.
 
-// Far rows (gradients.cuh) are computed again too, and the keys that they may see: cuDNN takes the given
-// logsumexp as exact. attention_sum_rows ran before then, and left its states; elsewhere `row_deltas` is
-// null.
-
-// From the results of the forward pass, by a warp.
+// The state of a row, computed by a warp from the results of the forward pass.
 struct ComputedState {
     __device__ inline State operator()(const Parameters &p, long long b, long long n, int t) const {
         const auto of_row = [&](const Tensor &tensor) {
@@ -27,14 +27,16 @@ struct ComputedState {
     }
 };
 
+// Whether the row's logsumexp makes it a far row.
 __device__ inline bool is_far_row(const Parameters &p, long long b, long long n, int t) {
     return is_far(
         reinterpret_cast<const real *>(p.lse.data)[b * p.lse.stride[0] + t * p.lse.stride[1] + n * p.lse.stride[2]]);
 }
 
+// The bits of all groups of a warp.
 constexpr unsigned ALL_GROUPS = (1u << GROUPS_OF_WARP) - 1;
 
-__device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned block) {
+__device__ inline void isolate_gradient_of_queries(const Parameters &p, unsigned block) {
     const Strip strip = strip_of_warp(p, block, p.query_length, p.query_heads);
     const long long b = strip.place.batch, n = strip.place.head;
     const int first = strip.first, end = strip.sequence.queries;
@@ -51,7 +53,7 @@ __device__ inline void contain_gradient_of_queries(const Parameters &p, unsigned
     });
 }
 
-__device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned block) {
+__device__ inline void isolate_gradients_of_keys(const Parameters &p, unsigned block) {
     const Strip strip = strip_of_warp(p, block, p.key_length, p.key_heads);
     const long long b = strip.place.batch, head = strip.place.head;
     const int first = strip.first, end = strip.sequence.keys;
@@ -77,13 +79,14 @@ __device__ inline void contain_gradients_of_keys(const Parameters &p, unsigned b
     });
 }
 
-// Blocks of query rows, if their gradient is wanted, then blocks of keys.
+// The first blocks check the gradient of queries, if the call asks for it, and the others those of keys and
+// values.
 extern "C" __global__ void __launch_bounds__(BLOCK, MANY)
     attention_contain_gradients(const __grid_constant__ Parameters p) {
     const unsigned of_queries =
         p.d_query.data ? strips_of_head(p.query_length) * (unsigned)(p.query_heads * p.batch) : 0;
     if (blockIdx.x < of_queries)
-        contain_gradient_of_queries(p, blockIdx.x);
+        isolate_gradient_of_queries(p, blockIdx.x);
     else
-        contain_gradients_of_keys(p, blockIdx.x - of_queries);
+        isolate_gradients_of_keys(p, blockIdx.x - of_queries);
 }

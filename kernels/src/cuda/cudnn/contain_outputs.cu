@@ -1,16 +1,17 @@
-// Isolation of NaN behind the forward pass: outputs and their logsumexp.
+// Isolation of NaN after the forward pass: outputs and their logsumexp.
 // Needs: cudnn/contain.cuh.
 //
-// Rows with a large logsumexp are computed again too: their logits are so large that cuDNN's exponents have
-// no digits left, and it was given no bias below -1e29. `row_offsets` has cuDNN's own logsumexp, [B, N, T],
-// -inf for a row that sees nothing; null where nothing makes it large.
+// The kernel also recomputes rows with a large logsumexp: their logits are so large that cuDNN's exponents
+// have no significant digits left, and cuDNN got -1e29 instead of any smaller bias. `row_offsets` has cuDNN's
+// own logsumexp, [B, N, T], which is -inf for a row that sees no key; it is null if no logsumexp can be
+// large.
 
-// cuDNN rounds logits in base two before it subtracts the row max, to half a unit in the last place of the
-// larger of the two, which differs from key to key. Below this, a weight is off by 2^-14 at most, less than
-// by its own rounding.
+// The logsumexp from which a row counts as large. cuDNN rounds logits in base two before it subtracts the row
+// max, to half a unit in the last place of the larger of the two, which differs from key to key. Below 1024,
+// the error of a weight is at most 2^-14, less than that of rounding the weight.
 constexpr real LARGE = 1024;
 
-// Which of a warp's rows, one to a group, have a large logsumexp.
+// The bits of a warp's rows that have a large logsumexp; every group is one row (GROUP == 1).
 __device__ inline unsigned large_rows(const Parameters &p, long long b, long long n, int first, int end) {
     static_assert(GROUPS_OF_WARP <= 32, "a lane to a row");
     const int t = first + threadIdx.x % 32;

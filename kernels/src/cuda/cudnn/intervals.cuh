@@ -1,13 +1,14 @@
 // Intervals of rows or keys for cuDNN's helper kernels.
 // Needs: nothing.
 
+// The rows or keys from `first` to before `end`.
 struct Interval {
     int first, end;
 };
 
 // An interval for each batch row.
 struct Intervals {
-    // The first and the end of each, [B, 2]; null where `first` and `end` are those of all.
+    // The first and the end of each, [B, 2]; null if `first` and `end` are those of all batch rows.
     const int *of;
     int first, end;
 };

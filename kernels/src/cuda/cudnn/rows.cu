@@ -1,11 +1,11 @@
-// Rows that see no key, keys that no row sees, and the logsumexp in cuDNN's layout. cuDNN multiplies values
-// at masked positions by 0, and 0 times NaN is NaN, so rows and keys that take part in nothing are replaced
-// by zeros before.
+// Kernels for rows that see no key, keys that no row sees, and the logsumexp in cuDNN's layout. cuDNN
+// multiplies values at masked positions by 0, and 0 times NaN is NaN, so a kernel here copies the operands
+// with zeros in such rows and keys before cuDNN's plan runs.
 // Needs: cudnn/strides.cuh, cudnn/intervals.cuh.
 //
-// One thread per row and head, or per eight elements in the copy. Any dtype of two bytes (outputs are only
-// ever set to zeros), f32 logsumexp, any compute capability. Tested by the conformance suite of
-// attention-cudnn.
+// One thread per row and head or, in the copy, per eight elements. Any dtype of two bytes (the only number
+// that the kernels write to outputs is zero), f32 logsumexp, any compute capability. Tested by the
+// conformance suite of attention-cudnn.
 
 // The row of a thread: batch row, head, position; `inside` is false past the last one.
 struct RowOf {
@@ -24,11 +24,11 @@ __device__ inline RowOf row_of(long long batch, long long positions, long long h
     return row;
 }
 
-// Which rows see a key.
+// The rows that see at least one key.
 struct SeeingRows {
     // The rows that see a key by structure.
     Intervals intervals;
-    // [B, N or 1, T], zero for rows that a mask or a bias leaves no key; null where there is neither.
+    // [B, N or 1, T], zero for rows that see no key because of mask or bias; null if there is neither.
     const unsigned char *flags;
     long long flag_heads;
 };
@@ -40,21 +40,21 @@ __device__ inline bool sees(const SeeingRows &of, const RowOf &row, long long po
            (of.flags == nullptr || of.flags[(row.batch * of.flag_heads + head) * positions + row.position] != 0);
 }
 
-// The value of a row that sees nothing.
+// The logsumexp of a row that sees no key.
 __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 
-// The argument of `attention_finish_forward`. The layout of the structs that kernels take is that of the structs of
-// the same name on the host (attention-cudnn).
+// The argument of `attention_finish_forward`. The structs that kernels take have the layout of the structs of
+// the same name on the host (arguments.rs of attention-cudnn).
 struct FinishForward {
     unsigned short *out;
     RowStrides out_strides;
-    // Null where the call has none.
+    // The caller's logsumexp; null if the call does not ask for it.
     float *lse;
     RowStrides lse_strides;
     // cuDNN's logsumexp, [B, N, T].
     float *stats;
     SeeingRows seeing;
-    // [N], and query lengths [B]; null where there are none.
+    // The sinks, [N], and the query lengths, [B]; null if there are none.
     const float *sinks;
     const int *lengths;
     long long batch, positions, heads, width;
@@ -62,6 +62,8 @@ struct FinishForward {
 
 static_assert(sizeof(FinishForward) == 152, "the host's layout");
 
+// Copies the logsumexp to the caller's tensor, and writes the results of rows that see no key: an output of
+// zeros, and the sink or -inf as logsumexp.
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_finish_forward(const FinishForward p) {
     const RowOf row = row_of(p.batch, p.positions, p.heads);
     if (!row.inside) return;
@@ -73,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_finish_forward(con
         p.lse[row_offset(p.lse_strides, row.batch, row.position, row.head)] = seen ? p.stats[place] : nothing;
     }
     if (!seen) {
-        // attention_contain_outputs reads it later.
+        // attention_contain_outputs reads it.
         p.stats[place] = minus_infinity();
         unsigned short *to = p.out + row_offset(p.out_strides, row.batch, row.position, row.head);
         for (long long column = 0; column < p.width; ++column) to[column] = 0;
@@ -84,9 +86,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_finish_forward(con
 struct PrepareBackward {
     const float *lse;
     RowStrides lse_strides;
-    // Written, [B, N, T].
+    // The logsumexp that cuDNN reads, [B, N, T].
     float *stats;
-    // A number for each batch row and head that attention_sum_rows sets; null where that does not run.
+    // One number per batch row and head, which attention_sum_rows sets; null if that does not run.
     float *far_heads;
     SeeingRows seeing;
     long long batch, positions, heads;
@@ -94,12 +96,13 @@ struct PrepareBackward {
 
 static_assert(sizeof(PrepareBackward) == 104, "the host's layout");
 
+// Copies the logsumexp from the caller's tensor to cuDNN's layout, with +inf for rows that see no key.
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_prepare_backward(const PrepareBackward p) {
     const RowOf row = row_of(p.batch, p.positions, p.heads);
     if (!row.inside) return;
     if (p.far_heads != nullptr && row.position == 0) p.far_heads[row.batch * p.heads + row.head] = 0.0f;
     const float value = p.lse[row_offset(p.lse_strides, row.batch, row.position, row.head)];
-    // Less infinity, every logit has probability 0.
+    // With a logsumexp of +inf, every logit has probability exp(x - inf) = 0.
     const bool seen = sees(p.seeing, row, p.positions) && value != minus_infinity();
     p.stats[(row.batch * p.heads + row.head) * p.positions + row.position] = seen ? value : __int_as_float(0x7f800000);
 }
@@ -109,24 +112,24 @@ struct CleanRows {
     const unsigned short *from;
     RowStrides from_strides;
     uint4 *to;
-    // The rows that take part.
+    // The rows that are copied are those in `intervals` that neither `flags` nor `stats` exclude.
     Intervals intervals;
-    // `flags` and `stats` are null where they exclude no row. [B, N or 1, ...], zero for rows that take no
-    // part, `flag_row` for each head.
+    // [B, `flag_heads`, `flag_row`], zero for rows that are not copied; null if there are none.
     const unsigned char *flags;
     long long flag_heads, flag_row;
-    // [B, N, T], as `attention_prepare_backward` writes it: +inf for a row that sees no key.
+    // [B, N, T], as `attention_prepare_backward` writes it: +inf for a row that sees no key; null if it
+    // excludes no row.
     const float *stats;
     long long batch, positions, heads;
-    // Parts of 16 bytes in a row.
-    long long parts;
+    // Vectors of 16 bytes per row.
+    long long vectors;
 };
 
 static_assert(sizeof(CleanRows) == 120, "the host's layout");
 
-// Copies rows [B, T, N, H] without gaps; those that take no part become zero.
+// Copies the rows of a tensor [B, T, N, H] without gaps, with zeros in place of the rows that are excluded.
 //
-// Rows begin at multiples of 16 bytes. A thread moves one part; threadIdx.y counts rows.
+// Rows begin at multiples of 16 bytes. A thread copies one vector of a row; threadIdx.y counts rows.
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_clean_rows(const CleanRows p) {
     const long long count = p.batch * p.positions * p.heads;
     const long long step = gridDim.x * (long long)blockDim.y;
@@ -141,8 +144,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_clean_rows(const C
             (p.stats == nullptr ||
              p.stats[(b * p.heads + head) * p.positions + position] != __int_as_float(0x7f800000));
         const uint4 *row = reinterpret_cast<const uint4 *>(p.from + row_offset(p.from_strides, b, position, head));
-        for (long long part = threadIdx.x; part < p.parts; part += blockDim.x) {
-            p.to[index * p.parts + part] = inside && seen ? row[part] : make_uint4(0, 0, 0, 0);
+        for (long long at = threadIdx.x; at < p.vectors; at += blockDim.x) {
+            p.to[index * p.vectors + at] = inside && seen ? row[at] : make_uint4(0, 0, 0, 0);
         }
     }
 }
@@ -150,21 +153,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_clean_rows(const C
 // The argument of `attention_clear_gradients`.
 struct ClearGradients {
     uint4 *to;
-    // Multiples of 16 bytes.
+    // In elements of two bytes; multiples of 8.
     RowStrides to_strides;
-    // Key lengths, [B].
+    // The key lengths, [B].
     const int *key_lengths;
     long long batch, positions, heads;
-    // Parts of 16 bytes in a row.
-    long long parts;
+    // Vectors of 16 bytes per row.
+    long long vectors;
 };
 
 static_assert(sizeof(ClearGradients) == 72, "the host's layout");
 
 // Writes zeros to a gradient [B, T, N, H] in batch rows without keys.
 //
-// Rows begin at multiples of 16 bytes. A thread writes one part; threadIdx.y counts rows, and blockIdx.y batch
-// rows.
+// Rows begin at multiples of 16 bytes. A thread writes one vector of a row; threadIdx.y counts rows, and
+// blockIdx.y batch rows.
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_clear_gradients(const ClearGradients p) {
     const long long count = p.positions * p.heads, step = gridDim.x * (long long)blockDim.y;
     for (long long b = blockIdx.y; b < p.batch; b += gridDim.y) {
@@ -172,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_clear_gradients(co
         for (long long index = blockIdx.x * (long long)blockDim.y + threadIdx.y; index < count; index += step) {
             const long long start = row_offset(p.to_strides, b, index / p.heads, index % p.heads);
             uint4 *row = reinterpret_cast<uint4 *>(reinterpret_cast<unsigned short *>(p.to) + start);
-            for (long long part = threadIdx.x; part < p.parts; part += blockDim.x) row[part] = make_uint4(0, 0, 0, 0);
+            for (long long at = threadIdx.x; at < p.vectors; at += blockDim.x) row[at] = make_uint4(0, 0, 0, 0);
         }
     }
 }

@@ -1,18 +1,19 @@
-// The lengths of a call and what follows from them, as arrays of integers, for cuDNN's graphs and the helper
-// kernels: lengths may be of other dtypes and strides, and are brought into their bounds.
+// The lengths of a call, and the intervals and offsets that follow from them, as arrays of 32-bit integers
+// for cuDNN's graphs and the helper kernels. The call's lengths may have other dtypes and strides; the kernel
+// converts them and clamps them to the lengths of the tensors.
 // Needs: fused/parameters.cuh.
 //
-// One thread per batch row. Compiled once, whatever the operands are. Tested by the conformance suite of
+// One thread per batch row. One compiled variant serves all operands. Tested by the conformance suite of
 // attention-cudnn.
 
-// The second argument of `attention_sequences`: arrays that are written. The layout is that of the struct of
-// the same name on the host (attention-cudnn).
+// The second argument of `attention_sequences`: the arrays that it writes. The layout is that of the struct
+// of the same name on the host (arguments.rs of attention-cudnn).
 struct SequenceArrays {
     // [B].
     int *query_lengths, *key_lengths;
-    // The first row that sees a key by structure and the end of those that do, and the first key that any row
-    // sees and the end of those, [B, 2]; and what is added to a row to give its position, [B]. Null where not
-    // wanted.
+    // The interval of rows that see a key by structure, and that of keys that any row sees, both [B, 2]
+    // (first and end); and the offset that is added to a row to give its position, [B]. Null if nothing reads
+    // them.
     int *rows, *keys, *offsets;
 };
 
@@ -35,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         to.rows[2 * b + 1] = any ? (int)end : 0;
     }
     if (to.keys != nullptr) {
-        // From the first key of the first row to the last of the last.
+        // From the first key of the first row to the last key of the last row.
         to.keys[2 * b] = queries > 0 ? first_key(sequence, 0) : 0;
         to.keys[2 * b + 1] = queries > 0 ? end_key(sequence, queries - 1) : 0;
     }

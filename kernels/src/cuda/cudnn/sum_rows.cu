@@ -1,5 +1,6 @@
-// The sums of far rows (far_rows.cuh) by themselves, for cuDNN's gradients. One block per tile of query rows
-// of a head; blocks without a far row return at once. The numbers of the heads are 0 before.
+// The row maxima and row sums of far rows (far_rows.cuh), for the kernels that recompute cuDNN's gradients.
+// One block per tile of query rows of a head; blocks without a far row return at once.
+// attention_prepare_backward has set the numbers of the heads to 0.
 // Needs: fused/backward/far_rows.cuh.
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
