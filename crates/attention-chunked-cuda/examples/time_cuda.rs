@@ -54,7 +54,8 @@ fn noise(device: &CudaDevice, dtype: DType, shape: &[usize]) -> Result<DeviceTen
     let bytes: Vec<u8> = drawn.into_iter().cycle().take(count * dtype.size()).collect();
     let shape = Dims::from_slice(shape).ok_or("at most four axes")?;
     let desc = TensorDesc::contiguous(dtype, shape);
-    // SAFETY: the bytes are the elements of the description, and are read while they live.
+    // SAFETY: `bytes` has the bytes of all elements of the description, which has no gaps. It outlives the
+    // view, and nothing writes it.
     let view =
         unsafe { attention_core::View::from_raw_parts(bytes.as_ptr(), attention_core::Device::Cpu, desc)? };
     Ok(DeviceTensor::from_host(device, view)?)

@@ -59,7 +59,9 @@ impl ChunkedCudaPlan {
     /// Launches the kernels on an admitted call's tensors.
     ///
     /// # Safety
-    /// The addresses are those of this checked call of the plan's problem, and the scratch was admitted.
+    /// `problem` is a call of the plan's problem, `tensors` has the addresses of its tensors, and
+    /// [`Plan::admit`] has accepted the scratch for it. All of it is valid until the work on the device's
+    /// stream is done.
     unsafe fn launch(
         &self,
         problem: &CallProblem<'_>,
@@ -70,8 +72,8 @@ impl ChunkedCudaPlan {
         let stream = self.runtime.device.stream();
         tensors.check_streams(NAME, stream, base)?;
         let numbers = base + self.launches.numbers.start as u64;
-        // SAFETY: the scratch has the plan's size and alignment, and is the call's (the caller's word); the
-        // range of numbers in it was made for this problem, begins at a multiple of 8, and is used for
+        // SAFETY: the caller promised that the scratch was admitted, so it has the plan's size and alignment.
+        // The range of numbers in it was made for this problem, begins at a multiple of 8, and is used for
         // nothing else.
         unsafe { self.store.store(stream, problem, numbers) }
             .map_err(|error| failure(NAME, "storing lengths on the device", error))?;
@@ -83,9 +85,10 @@ impl ChunkedCudaPlan {
         for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
             let mut launch = stream.launch_builder(function);
             launch.arg(&parameters);
-            // SAFETY: every kernel takes this one struct. Its tensors are the problem's (the caller's word),
-            // the scratch was checked to have the plan's size, and kernels stay inside the shapes that the
-            // struct gives: lengths and offsets that they read on the device they bring into these.
+            // SAFETY: every kernel takes this one struct. The caller promised that its tensors are those of
+            // the problem, and that the scratch was admitted, so it has the plan's size. Kernels stay inside
+            // the shapes that the struct gives: they clamp the lengths and offsets that they read on the
+            // device.
             unsafe { launch.launch(kernel.launch_config()) }
                 .map_err(|error| failure(NAME, "running a kernel", error))?;
             runs.count();
@@ -142,14 +145,20 @@ impl Plan for ChunkedCudaPlan {
     fn forward(&self, call: ForwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         self.admit(call.problem(), &scratch)?;
         let (problem, inputs, mut outputs) = call.into_parts();
-        // SAFETY: an admitted call: it holds the tensors that the problem describes.
+        // SAFETY: `admit` checked that the call is of this plan's problem, so its tensors are those that the
+        // problem describes, and it checked the scratch. Both stay valid until the work is done: tensors of
+        // attention-cuda are freed and written on the device's stream only, which `launch` checks, and who
+        // makes views of other memory promises it, as the documentation of `ChunkedCudaBackend` asks.
         unsafe { self.launch(&problem, &Addresses::of_forward(&inputs, &mut outputs), scratch) }
     }
 
     fn backward(&self, call: BackwardCall<'_>, scratch: Scratch<'_>) -> Result<(), Error> {
         self.admit(call.problem(), &scratch)?;
         let (problem, inputs, saved, mut outputs) = call.into_parts();
-        // SAFETY: as in `forward`.
+        // SAFETY: `admit` checked that the call is of this plan's problem, so its tensors are those that the
+        // problem describes, and it checked the scratch. Both stay valid until the work is done: tensors of
+        // attention-cuda are freed and written on the device's stream only, which `launch` checks, and who
+        // makes views of other memory promises it, as the documentation of `ChunkedCudaBackend` asks.
         unsafe { self.launch(&problem, &Addresses::of_backward(&inputs, &saved, &mut outputs), scratch) }
     }
 }

@@ -60,7 +60,9 @@ impl DeviceMemory for FakeMemory {
         let mut tensor = self.filled(view.desc(), 0)?;
         let (bytes, origin) = placement(&view.desc());
         if bytes > 0 {
-            // SAFETY: a view's memory is initialised from its lowest to its highest element: these bytes.
+            // SAFETY: the bytes from `origin` before the pointer on are those from the view's lowest to its
+            // highest element, which the invariant of `View` says are initialised; the view is in host
+            // memory, as asserted.
             let from = unsafe { slice::from_raw_parts(view.as_ptr().sub(origin), bytes) };
             tensor.bytes_mut().copy_from_slice(from);
         }
@@ -91,13 +93,14 @@ impl TensorOnDevice for FakeTensor {
     fn view_mut(&mut self) -> Result<ViewMut<'_>, InvalidCall> {
         let (_, origin) = placement(&self.desc);
         let first = self.bytes_mut().as_mut_ptr().wrapping_add(origin);
-        // SAFETY: as in `view`, borrowed exclusively.
+        // SAFETY: the tensor owns the bytes from its lowest to its highest element, and the view borrows it
+        // exclusively.
         unsafe { ViewMut::from_raw_parts(first, DEVICE, self.desc) }
     }
 
     fn scratch(&mut self, bytes: usize) -> Scratch<'_> {
         assert!(bytes <= self.bytes_mut().len());
-        // SAFETY: so many bytes are the tensor's, which is borrowed exclusively.
+        // SAFETY: the tensor has at least `bytes` bytes, as asserted, and the scratch borrows it exclusively.
         unsafe { Scratch::from_raw_parts(self.bytes_mut().as_mut_ptr(), bytes, DEVICE) }
     }
 
@@ -196,13 +199,16 @@ struct FakePlan {
 /// A tensor of [`FakeMemory`] as one of host memory.
 fn on_host(view: View<'_>) -> View<'_> {
     assert_eq!(view.device(), DEVICE);
-    // SAFETY: the memory is the host's, and the view says the rest.
+    // SAFETY: a `FakeTensor` made the view, so its memory is host memory; the pointer, the description and
+    // the lifetime are those of the view.
     unsafe { View::from_raw_parts(view.as_ptr(), Device::Cpu, view.desc()) }.unwrap()
 }
 
 fn on_host_mut(mut view: ViewMut<'_>) -> ViewMut<'_> {
     assert_eq!(view.device(), DEVICE);
-    // SAFETY: as above; `FakeMemory` is initialised.
+    // SAFETY: a `FakeTensor` made the view, so its memory is host memory, which `FakeMemory` initialised; the
+    // pointer and the description are those of the view, which is taken by value, so the new view is the only
+    // one.
     unsafe { ViewMut::from_raw_parts(view.as_mut_ptr(), Device::Cpu, view.desc()) }.unwrap()
 }
 
@@ -221,7 +227,9 @@ impl FakePlan {
         }
         let one = self.fault == Fault::ReadsOneLength;
         let desc = if one { first_for_all(view.desc()) } else { view.desc() };
-        // SAFETY: as in `on_host`; a stride of 0 only reaches the element at index 0.
+        // SAFETY: a `FakeTensor` made the view, so its memory is host memory; the pointer and the lifetime
+        // are those of the view, and `desc` is its description or one whose stride of 0 reaches the element
+        // at index 0 only.
         Some(unsafe { View::from_raw_parts(view.as_ptr(), Device::Cpu, desc) }.unwrap())
     }
 
@@ -245,10 +253,12 @@ impl FakePlan {
     fn scratch<'a>(&self, mut scratch: Scratch<'a>) -> Scratch<'a> {
         let (first, bytes) = (scratch.as_mut_ptr(), scratch.len());
         if self.fault == Fault::WritesBehindScratch {
-            // SAFETY: `OnHost` has some more bytes of the same allocation there.
+            // SAFETY: `OnHost` allocates guard bytes after the scratch, in the same allocation, which it
+            // checks; this fault writes one of them on purpose.
             unsafe { first.add(bytes + 3).write(0) };
         }
-        // SAFETY: the memory is the host's, initialised, and lent exclusively.
+        // SAFETY: a `FakeTensor` made the scratch of host memory, which `FakeMemory` initialised; it is taken
+        // by value, so the new scratch is the only one.
         unsafe { Scratch::from_raw_parts(first, bytes, Device::Cpu) }
     }
 }
@@ -271,7 +281,8 @@ impl Plan for FakePlan {
         let (_, inputs, mut outputs) = call.into_parts();
         let desc = outputs.out.desc();
         if self.fault == Fault::WritesBetweenElements && desc.strides()[3] > 1 && desc.shape()[3] > 1 {
-            // SAFETY: between the first two elements of `out`, whose memory a `FakeTensor` has to itself.
+            // SAFETY: the byte is between the first two elements of `out`, so inside the memory that a
+            // `FakeTensor` owns and that the view borrows exclusively.
             unsafe { outputs.out.as_mut_ptr().add(desc.dtype().size()).write(0) };
         }
         let outputs = ForwardOutputs { out: on_host_mut(outputs.out), lse: outputs.lse.map(on_host_mut) };

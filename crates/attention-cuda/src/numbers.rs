@@ -139,8 +139,9 @@ impl NumberStore {
     /// Puts the launches that store a call's numbers on the stream, in front of the kernels that read them.
     ///
     /// # Safety
-    /// From `start` on, a multiple of 8, [`StoredNumbers::bytes`] bytes are scratch of the call, which has
-    /// the problem that this was made for.
+    /// `problem` is a call of the problem that this was made for. `start` is a multiple of 8 and the address
+    /// of [`StoredNumbers::bytes`] bytes on the stream's device, which are valid until the work is done and
+    /// which nothing else uses, but for work on the same stream.
     ///
     /// # Errors
     /// The driver's.
@@ -159,9 +160,9 @@ impl NumberStore {
             };
             let mut launch = stream.launch_builder(function);
             launch.arg(&numbers);
-            // SAFETY: the kernel takes this one struct, and writes `count` numbers from `to` on. The launches
-            // of a call write one number after the other, so many as the call's scratch has room for, by the
-            // caller's word.
+            // SAFETY: the kernel takes this one struct, and writes `count` numbers from `to` on. All launches
+            // of a call together write the numbers that `StoredNumbers::bytes` counts, from `start` on, where
+            // the caller guarantees as many bytes.
             unsafe { launch.launch(config) }?;
         }
         Ok(())

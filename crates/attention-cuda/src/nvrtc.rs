@@ -1,7 +1,8 @@
 //! NVRTC, which compiles CUDA sources at run time, without a device if need be.
 //!
-//! Its functions are loaded here and not through cudarc, which panics where the library or a symbol is missing, looks for
-//! names of its own choice, and takes statuses for a closed enumeration that a newer library may leave.
+//! Its functions are loaded here and not through cudarc, which panics where the library or a symbol is
+//! missing, looks for names of its own choice, and takes statuses for a closed enumeration that a newer
+//! library may leave.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
@@ -51,8 +52,8 @@ pub struct Compiled {
 }
 
 impl Nvrtc {
-    /// Opens NVRTC: what the loader finds under its versioned names, newest first, else under the plain one, else what
-    /// lies in `nvidia/*/lib` under these roots, each a `site-packages` folder.
+    /// Opens NVRTC: what the loader finds under its versioned names, newest first, else under the plain one,
+    /// else what lies in `nvidia/*/lib` under these roots, each a `site-packages` folder.
     ///
     /// # Errors
     /// [`NotFound`] with everything that was tried; also where a library is there and lacks what is called.
@@ -83,8 +84,8 @@ impl Nvrtc {
 
     /// Compiles a source for an architecture.
     ///
-    /// `arch` is as NVRTC takes it: `compute_90a` stops at PTX, `sm_90a` also assembles that, which finds mistakes in inline
-    /// assembly. `defines` are macros, `NAME` or `NAME=VALUE`.
+    /// `arch` is as NVRTC takes it: `compute_90a` stops at PTX, `sm_90a` also assembles that, which finds
+    /// mistakes in inline assembly. `defines` are macros, `NAME` or `NAME=VALUE`.
     ///
     /// ```no_run
     /// use attention_cuda::Nvrtc;
@@ -127,7 +128,8 @@ impl Nvrtc {
         let count = c_int::try_from(pointers.len()).map_err(|_| "too many options".to_owned())?;
 
         let program = Program::new(&self.functions, &text, &name)?;
-        // SAFETY: the program is alive, and `pointers` holds `count` strings that end in zero and outlive the call.
+        // SAFETY: `program` is alive, and `pointers` has `count` pointers to strings of `options` that end in
+        // zero and outlive the call.
         let status = unsafe { (self.functions.compile)(program.handle, count, pointers.as_ptr()) };
         let log = program.text(self.functions.log_size, self.functions.log).unwrap_or_default();
         if status != 0 {
@@ -137,8 +139,8 @@ impl Nvrtc {
     }
 }
 
-/// Opens the library that NVRTC asks the loader for when it compiles, where both lie in a folder that the loader does not
-/// search: it then finds the one that is open.
+/// Opens the library that NVRTC asks the loader for when it compiles, where both lie in a folder that the
+/// loader does not search: it then finds the one that is open.
 fn open_builtins_beside(nvrtc: &Path) {
     let folder = nvrtc.parent().filter(|folder| !folder.as_os_str().is_empty());
     let Some(files) = folder.and_then(|folder| std::fs::read_dir(folder).ok()) else { return };
@@ -174,7 +176,8 @@ struct Functions {
 
 impl Functions {
     fn load(library: &'static Library) -> Result<Self, String> {
-        // SAFETY: the symbols are NVRTC's, whose declarations these types are since CUDA 7.0.
+        // SAFETY: the symbols are NVRTC's, and the types of the fields are those of its declarations, which
+        // have been the same since CUDA 7.0.
         unsafe {
             Ok(Self {
                 version: symbol(library, "nvrtcVersion")?,
@@ -192,12 +195,13 @@ impl Functions {
 
     /// A status in NVRTC's words.
     fn describe(&self, status: Status) -> String {
-        // SAFETY: takes any number and returns a constant string.
+        // SAFETY: the function takes any number and returns null or a constant string.
         let text = unsafe { (self.error_string)(status) };
         if text.is_null() {
             return format!("status {status}");
         }
-        // SAFETY: not null, and NVRTC's strings end in zero and are never freed.
+        // SAFETY: the pointer is not null, as checked above; NVRTC's constant strings end in zero and are
+        // never freed.
         unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     }
 }
@@ -207,7 +211,7 @@ impl Functions {
 /// # Safety
 /// `F` is the type of the function with this name.
 unsafe fn symbol<F: Copy>(library: &'static Library, name: &str) -> Result<F, String> {
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees that `F` is the type of the function with this name.
     let symbol = unsafe { library.get::<F>(name.as_bytes()) };
     symbol.map(|symbol| *symbol).map_err(|error| format!("no symbol {name}: {error}"))
 }
@@ -222,7 +226,8 @@ impl<'a> Program<'a> {
     /// NVRTC may refer to the text and the name for as long as the program lives.
     fn new(functions: &'a Functions, text: &'a CStr, name: &'a CStr) -> Result<Self, String> {
         let mut handle = std::ptr::null_mut();
-        // SAFETY: both strings end in zero, and there are no headers to read from the two last arguments.
+        // SAFETY: both strings end in zero and live as long as the program; with 0 headers, NVRTC reads
+        // nothing from the two last arguments. It writes one handle, to `handle`, which lives here.
         let status = unsafe {
             (functions.create)(
                 &mut handle,
@@ -239,7 +244,7 @@ impl<'a> Program<'a> {
     /// A text of the program: the log or the PTX.
     fn text(&self, size_of: SizeOf, text_of: TextOf) -> Result<String, String> {
         let mut size = 0;
-        // SAFETY: the program is alive, and the size is written to where it lives.
+        // SAFETY: `self` is a live program, and NVRTC writes one size, to `size`, which lives here.
         let status = unsafe { size_of(self.handle, &mut size) };
         if status != 0 {
             return Err(self.functions.describe(status));
@@ -248,7 +253,7 @@ impl<'a> Program<'a> {
         if size == 0 {
             return Ok(String::new());
         }
-        // SAFETY: there is room for the size that NVRTC gave.
+        // SAFETY: `self` is a live program, and `bytes` has the size that NVRTC gave for this text.
         let status = unsafe { text_of(self.handle, bytes.as_mut_ptr().cast()) };
         if status != 0 {
             return Err(self.functions.describe(status));
@@ -261,7 +266,8 @@ impl<'a> Program<'a> {
 
 impl Drop for Program<'_> {
     fn drop(&mut self) {
-        // SAFETY: the program was made by this library and is destroyed once. There is nothing to do if that fails.
+        // SAFETY: the program was made by this library and is destroyed once. There is nothing to do if that
+        // fails.
         let _ = unsafe { (self.functions.destroy)(&mut self.handle) };
     }
 }

@@ -11,8 +11,8 @@ use crate::owned::Registered;
 
 /// A strided tensor in memory of a device.
 ///
-/// Its memory is freed and written on the stream of the device that it was made with, so calls take it only on that stream
-/// ([`Addresses::check_streams`](crate::Addresses::check_streams)).
+/// Its memory is freed and written on the stream of the device that it was made with, so calls take it only
+/// on that stream ([`Addresses::check_streams`](crate::Addresses::check_streams)).
 #[derive(Debug)]
 pub struct DeviceTensor {
     device: CudaDevice,
@@ -38,7 +38,8 @@ impl DeviceScratch {
     /// # Errors
     /// By the driver.
     pub fn new(device: &CudaDevice, bytes: usize) -> Result<Self, DriverError> {
-        // SAFETY: scratch holds nothing that is read before it is written: the backends' contract.
+        // SAFETY: the memory is not initialised. It is given out as scratch only, which backends must write
+        // before they read it, by the contract of `Plan`.
         let memory = unsafe { device.stream().alloc::<u8>(bytes.max(1)) }?;
         Ok(Self { _registered: Registered::new(&memory), memory })
     }
@@ -63,12 +64,13 @@ pub(crate) fn scratch_on<'a>(
     let bytes = bytes.min(memory.len());
     let (pointer, _guard) = memory.device_ptr_mut(stream);
     let pointer = std::ptr::with_exposed_provenance_mut(pointer as usize);
-    // SAFETY: so many bytes of an allocation of the stream's device, borrowed exclusively for as long as the scratch
-    // lives.
+    // SAFETY: `bytes` is at most the length of the allocation, which is on the stream's device and is
+    // borrowed exclusively for as long as the scratch lives.
     unsafe { Scratch::from_raw_parts(pointer, bytes, device_of(stream.context())) }
 }
 
-/// Bytes of a tensor from its lowest to its highest element, and how many of them are before the element at index 0.
+/// Bytes of a tensor from its lowest to its highest element, and how many of them are before the element at
+/// index 0.
 fn placement(desc: &TensorDesc) -> (usize, usize) {
     let (low, high) = desc.span().unwrap_or((0, -1));
     let size = desc.dtype().size();
@@ -86,8 +88,9 @@ fn bytes_of<'a>(view: View<'a>) -> &'a [u8] {
     if bytes == 0 {
         return &[];
     }
-    // SAFETY: a view's memory is initialised from its lowest to its highest element, which these bytes are, for as long as
-    // what it borrows.
+    // SAFETY: the bytes from `origin` before the pointer on are those from the view's lowest to its highest
+    // element, which the invariant of `View` says are initialised for as long as the view's lifetime; it is
+    // in host memory, as asserted.
     unsafe { std::slice::from_raw_parts(view.as_ptr().sub(origin), bytes) }
 }
 
@@ -131,7 +134,8 @@ impl DeviceTensor {
     pub fn view(&self) -> Result<View<'_>, InvalidCall> {
         let (pointer, _guard) = self.memory.device_ptr(self.device.stream());
         let pointer = std::ptr::with_exposed_provenance(pointer as usize + self.origin);
-        // SAFETY: the tensor owns the memory, which was written when it was made.
+        // SAFETY: the tensor owns the memory from its lowest to its highest element, which was written when
+        // it was made, and the view borrows the tensor.
         unsafe { View::from_raw_parts(pointer, self.device.device(), self.desc) }
     }
 
@@ -142,12 +146,13 @@ impl DeviceTensor {
     pub fn view_mut(&mut self) -> Result<ViewMut<'_>, InvalidCall> {
         let (pointer, _guard) = self.memory.device_ptr_mut(self.device.stream());
         let pointer = std::ptr::with_exposed_provenance_mut(pointer as usize + self.origin);
-        // SAFETY: as in `view`, borrowed exclusively.
+        // SAFETY: the tensor owns the memory from its lowest to its highest element, which was written when
+        // it was made, and the view borrows the tensor exclusively.
         unsafe { ViewMut::from_raw_parts(pointer, self.device.device(), self.desc) }
     }
 
-    /// Puts the elements of a tensor in host memory with the same description in the place of this one's, in the order of the
-    /// device's stream. The memory stays where it is.
+    /// Puts the elements of a tensor in host memory with the same description in the place of this one's, in
+    /// the order of the device's stream. The memory stays where it is.
     ///
     /// # Errors
     /// By the driver.
@@ -179,8 +184,8 @@ impl DeviceTensor {
         Ok(bytes)
     }
 
-    /// The elements in the order of their indices, the last axis fastest, after the work on the device's stream is done;
-    /// `None` where they are of another type.
+    /// The elements in the order of their indices, the last axis fastest, after the work on the device's
+    /// stream is done; `None` where they are of another type.
     ///
     /// # Errors
     /// As [`bytes`](Self::bytes).
@@ -192,8 +197,8 @@ impl DeviceTensor {
         Ok(Some(elements(&self.desc, self.origin, &bytes)))
     }
 
-    /// Copies the elements to a tensor in host memory with the same shape, dtype and strides, and leaves what lies
-    /// between them alone.
+    /// Copies the elements to a tensor in host memory with the same shape, dtype and strides, and leaves what
+    /// lies between them alone.
     ///
     /// # Errors
     /// As [`bytes`](Self::bytes).
@@ -209,7 +214,9 @@ impl DeviceTensor {
         let first = to.as_mut_ptr();
         for_each_index(&self.desc, |index| {
             let from = place(&self.desc, self.origin, index);
-            // SAFETY: an element of the view, whose bytes this thread has to itself.
+            // SAFETY: the index is inside the shape of `to`, which is the same, so the element is inside a
+            // view in host memory, as asserted, which is borrowed exclusively; `bytes` is memory of its own,
+            // so the two do not overlap.
             unsafe {
                 let to = first.offset(offset(index, &strides) * size as isize);
                 std::ptr::copy_nonoverlapping(bytes[from..from + size].as_ptr(), to, size);

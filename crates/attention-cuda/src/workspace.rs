@@ -28,12 +28,13 @@ struct Workspace {
 
 /// Workspaces of a device, reused by calls on the same stream.
 ///
-/// A call leases one, puts its work on the stream, and gives it back: the next call on the stream runs after it, so the
-/// memory is its own by then. Calls on another stream get another workspace.
+/// A call leases one, puts its work on the stream, and gives it back: the next call on the stream runs after
+/// it, so the memory is its own by then. Calls on another stream get another workspace.
 ///
-/// A graph that a call was captured into uses the call's workspace whenever it is launched. That stays allocated until
-/// [`clear`](Self::clear), and is used by later calls on the stream as well: launch such a graph on the stream that it was
-/// captured on. Make one call before the capture, since memory cannot be allocated during it.
+/// A graph that a call was captured into uses the call's workspace whenever it is launched. That stays
+/// allocated until [`clear`](Self::clear), and is used by later calls on the stream as well: launch such a
+/// graph on the stream that it was captured on. Make one call before the capture, since memory cannot be
+/// allocated during it.
 #[derive(Clone, Debug)]
 pub struct Workspaces {
     limit: usize,
@@ -79,7 +80,8 @@ impl Workspaces {
             None => {
                 // One that is too small is not worth keeping beside a larger one.
                 free.retain(|free| free.captured || !Arc::ptr_eq(&free.stream, stream));
-                // SAFETY: workspaces hold nothing that is read before it is written: the libraries' contract.
+                // SAFETY: the memory is not initialised. It is given out as a library's workspace or as
+                // scratch only, which libraries and backends write before they read it.
                 let memory = unsafe { stream.alloc::<u8>(bytes) }?;
                 Workspace { stream: stream.clone(), _registered: Registered::new(&memory), memory, captured }
             }

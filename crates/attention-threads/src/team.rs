@@ -1,5 +1,5 @@
-//! The threads of one call. The crate's only `unsafe`: jobs of a pool live as long as they please, and the work that
-//! they are for is borrowed from a call.
+//! The threads of one call. The crate's only `unsafe`: jobs of a pool live as long as they please, and the
+//! work that they are for is borrowed from a call.
 
 #![allow(unsafe_code)]
 
@@ -11,8 +11,8 @@ use std::thread::Thread;
 
 use rayon::ThreadPool;
 
-/// Jobs that were handed to pools and have not begun. A pool whose threads are busy for long, or not there, would
-/// collect jobs of calls that are long over.
+/// Jobs that were handed to pools and have not begun. A pool whose threads are busy for long, or not there,
+/// would collect jobs of calls that are long over.
 static WAITING: AtomicUsize = AtomicUsize::new(0);
 
 /// The most jobs that wait; calls do without further threads above it. Some hundred bytes each.
@@ -59,12 +59,12 @@ impl Team {
         self.size
     }
 
-    /// Calls `work` on this thread and on up to `workers - 1` others, at most [`size`](Self::size) together, each
-    /// with `bytes` bytes of the scratch to itself, and returns when all of these calls have returned.
+    /// Calls `work` on this thread and on up to `workers - 1` others, at most [`size`](Self::size) together,
+    /// each with `bytes` bytes of the scratch to itself, and returns when all of these calls have returned.
     ///
-    /// `work` is meant to take tasks from a common source until there is none left: a thread that has not begun by the
-    /// time that this one is done is not waited for, and does not call `work`. So a pool that is busy, blocked or
-    /// dead delays nothing.
+    /// `work` is meant to take tasks from a common source until there is none left: a thread that has not
+    /// begun by the time that this one is done is not waited for, and does not call `work`. So a pool that is
+    /// busy, blocked or dead delays nothing.
     ///
     /// # Panics
     /// Where `work` does, on any thread; and where the scratch is shorter than a piece for each worker.
@@ -77,8 +77,9 @@ impl Team {
             return;
         }
         let pieces = Pieces { first: scratch.as_mut_ptr(), bytes };
-        // SAFETY: every index below `workers` is used once: 0 by this thread, the others by the job of that number. The
-        // scratch is borrowed until this function returns, and no job is at work then (`Gate::open`).
+        // SAFETY: every index below `workers` is used once: 0 by this thread, the others by the job of that
+        // number. The scratch is borrowed until this function returns, and no job is at work then
+        // (`Gate::open`).
         let work = |index: usize| work(unsafe { pieces.piece(index) });
         Gate::open(&work, |gate| {
             for index in 1..workers {
@@ -107,15 +108,18 @@ struct Pieces {
     bytes: usize,
 }
 
-// SAFETY: a pointer into an exclusive slice, whose pieces are handed out once each by an unsafe method.
+// SAFETY: the pointer is that of an exclusive slice, whose bytes are reached through `piece` only; its caller
+// guarantees that nothing else uses the piece.
 unsafe impl Sync for Pieces {}
 
 impl Pieces {
     /// # Safety
-    /// The slice has more than `index` pieces, is still borrowed, and this piece is used by nobody else.
+    /// The slice has more than `index` pieces and is still borrowed, and nothing else uses this piece while
+    /// the result lives.
     #[allow(clippy::mut_from_ref, reason = "the caller vouches for an exclusive piece")]
     unsafe fn piece(&self, index: usize) -> &mut [u8] {
-        // SAFETY: inside the slice, whose length was checked, and exclusive by the caller's word.
+        // SAFETY: the caller guarantees that the slice has this piece, that it is still borrowed, and that
+        // nothing else uses the piece.
         unsafe { std::slice::from_raw_parts_mut(self.first.add(index * self.bytes), self.bytes) }
     }
 }
@@ -134,24 +138,28 @@ struct Gate {
 /// Set in the state of a gate once no further job may go in.
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
-/// How often the owner of a gate looks whether the jobs inside have left before it sleeps, at first at once, then after giving
-/// its processor to another thread. The last tasks of a call end within some ten microseconds of each other, and being woken
-/// takes as long again: calls of less than 3 ms took 1 to 3 % longer with 256 looks and none after a yield (two threads of an
-/// EPYC).
+/// How often the owner of a gate looks whether the jobs inside have left before it sleeps, at first at once,
+/// then after giving its processor to another thread. The last tasks of a call end within some ten
+/// microseconds of each other, and being woken takes as long again: calls of less than 3 ms took 1 to 3 %
+/// longer with 256 looks and none after a yield (two threads of an EPYC).
 const LOOKS: usize = 256;
 const LOOKS_AFTER_A_YIELD: usize = 128;
 
-// SAFETY: the work may be called from any thread (`Sync`), and its pointer is used under the conditions of `enter` alone.
+// SAFETY: the work may be called from any thread (`Sync`), and its pointer is used under the conditions of
+// `enter` alone.
 unsafe impl Send for Gate {}
-// SAFETY: as above; all else is atomic, behind a lock or immutable.
+// SAFETY: the work may be called from any thread (`Sync`), and its pointer is used under the conditions of
+// `enter` alone. The other fields are atomic, behind a lock or immutable.
 unsafe impl Sync for Gate {}
 
 impl Gate {
-    /// Hands out a gate to `work`, does the part of number 0 on this thread, closes the gate, and waits for those inside.
+    /// Hands out a gate to `work`, does the part of number 0 on this thread, closes the gate, and waits for
+    /// those inside.
     fn open(work: &(dyn Fn(usize) + Sync), hand_out: impl FnOnce(&Arc<Self>)) {
         let borrowed: *const (dyn Fn(usize) + Sync + '_) = work;
-        // SAFETY: the lifetime alone changes. The pointer is used by `enter` between its two changes of the state, which
-        // `Shut` waits for before this function returns or unwinds, and `work` is borrowed for that long.
+        // SAFETY: the lifetime alone changes. The pointer is used by `enter` between its two changes of the
+        // state, which `Shut` waits for before this function returns or unwinds, and `work` is borrowed for
+        // that long.
         let erased = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(
                 borrowed,
@@ -180,8 +188,8 @@ impl Gate {
         if self.state.fetch_update(Ordering::Acquire, Ordering::Relaxed, inside).is_err() {
             return;
         }
-        // SAFETY: the gate was open when this thread went in, so its owner has not returned, and does not before the
-        // state says that this thread has left.
+        // SAFETY: the gate was open when this thread went in, so its owner has not returned, and does not
+        // before the state says that this thread has left.
         let done = catch_unwind(AssertUnwindSafe(|| unsafe { (*self.work)(index) }));
         if let (Err(reason), Ok(mut panic)) = (done, self.panic.lock()) {
             panic.get_or_insert(reason);

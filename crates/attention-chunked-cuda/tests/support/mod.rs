@@ -15,10 +15,11 @@ use half::{bf16, f16};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// The device on a stream of its own, without cudarc's events: everything here is ordered by the stream.
+/// The device on a stream of its own, without cudarc's events: every test orders its work by that stream.
 pub(crate) fn device() -> Result<CudaDevice> {
     let device = CudaDevice::new("test", 0)?;
-    // SAFETY: no memory is used on two streams.
+    // SAFETY: without events, cudarc does not order work of several streams on the same memory. These tests
+    // use all memory of this device on one stream, the new one below, so there is nothing to order.
     unsafe { device.context().disable_event_tracking() };
     let stream = device.context().new_stream()?;
     Ok(device.with_stream(stream))
@@ -76,19 +77,22 @@ impl Guarded {
 
     fn view(&self) -> Result<View<'_>> {
         let pointer = self.memory.view()?.as_ptr().wrapping_add(GUARD + self.origin);
-        // SAFETY: the tensor lies inside the memory, which it owns and which was written when it was made.
+        // SAFETY: the elements are inside the memory, between its guards. This value owns the memory, which
+        // was written when it was made, and the view borrows it.
         Ok(unsafe { View::from_raw_parts(pointer, self.device.device(), self.desc) }?)
     }
 
     fn view_mut(&mut self) -> Result<ViewMut<'_>> {
         let pointer = self.memory.view_mut()?.as_mut_ptr().wrapping_add(GUARD + self.origin);
-        // SAFETY: as in `view`, borrowed exclusively.
+        // SAFETY: the elements are inside the memory, between its guards. This value owns the memory, which
+        // was written when it was made, and the view borrows it exclusively.
         Ok(unsafe { ViewMut::from_raw_parts(pointer, self.device.device(), self.desc) }?)
     }
 
     fn scratch(&mut self) -> Result<Scratch<'_>> {
         let pointer = self.memory.view_mut()?.as_mut_ptr().wrapping_add(GUARD);
-        // SAFETY: as in `view_mut`.
+        // SAFETY: the memory has `bytes` bytes between its guards. This value owns it, and the scratch
+        // borrows it exclusively.
         Ok(unsafe { Scratch::from_raw_parts(pointer, self.bytes, self.device.device()) })
     }
 

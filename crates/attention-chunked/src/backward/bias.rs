@@ -57,7 +57,8 @@ pub(super) fn run<E: Engine, Small: Engine>(
         for row in 0..rows {
             for column in 0..columns {
                 let index = [batch, head, query + row, key + column];
-                // SAFETY: parts are different elements, and each is written by its task.
+                // SAFETY: the tasks have disjoint parts of the gradient, each task runs once, and this
+                // element is in the part of this task, so no other thread writes it.
                 unsafe { dbias.write(index, totals[row * columns + column]) };
             }
         }

@@ -123,14 +123,15 @@ impl<E: Engine> Kernel for BlockGradient<'_, '_, E> {
             assert!(columns <= E::BLOCK_KEYS && rows <= E::BLOCK_ROWS);
             // Packed rows come in pairs of whole groups.
             for row in (0..rows.next_multiple_of(STAGE)).step_by(2) {
-                // SAFETY: the packs were checked by the caller of `run`; both rows and all columns are inside
-                // the block, by the asserts above.
+                // SAFETY: `Pair::packs`, which makes all packs, checked that each buffer is null or has the
+                // length of a whole block; `Pair::gradients`, which runs this, borrows the buffers meanwhile.
+                // Both rows and all columns are inside the block, by the asserts above.
                 unsafe { self.pair(row, &packs, keeps_tiles, &mut memory) };
             }
             return;
         }
         for row in 0..rows {
-            // SAFETY: the row's columns are in both tiles, as checked above.
+            // SAFETY: the row is below `rows`, so its columns are in both tiles by the asserts above.
             unsafe { self.row(row, &mut memory[0]) };
         }
     }
@@ -147,7 +148,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     }
 
     /// # Safety
-    /// As checked in `run`, for a row of the block.
+    /// `row` is below the number of rows, and both tiles, the slopes and the states have the sizes that `run`
+    /// asserts.
     #[inline(always)]
     unsafe fn row(&mut self, row: usize, memory: &mut AddedRow<E::F>) {
         let plain = self.engine.plain();
@@ -161,9 +163,10 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             self.tiles.gradients[start..start + columns].fill(E::F::ZERO);
             return;
         }
-        // SAFETY: the row is in the tile.
+        // SAFETY: the caller guarantees a row of the tile, so its first element is inside `products`.
         let tile = unsafe { self.tiles.products.as_mut_ptr().add(start) };
-        // SAFETY: `columns` elements of the row, to which nothing else refers while they are changed.
+        // SAFETY: the caller guarantees that the tile has the row's `columns` elements. They are changed
+        // through this slice in `begin_logits` only, and nothing else refers to them until then.
         let products = unsafe { std::slice::from_raw_parts_mut(tile, columns) };
         let slopes = terms.has_softcap().then(|| &mut self.tiles.slopes[..columns]);
         let logits = self.shape.begin_logits(row, terms, plain, products, slopes, memory);
@@ -174,13 +177,16 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         let mut column = 0;
         if <E::S as Simd<E::F>>::SIDE_BY_SIDE == 4 {
             while column + 4 * lanes <= columns {
-                // SAFETY: four vectors inside the row.
+                // SAFETY: four vectors from `column` on are inside the row, by the condition of the loop, and
+                // the caller guarantees that the row is inside both tiles.
                 unsafe { self.vectors::<4>(start + column, column, &state, &logits) };
                 column += 4 * lanes;
             }
         }
         while column < columns {
-            // SAFETY: columns are whole pairs of vectors.
+            // SAFETY: `columns` is a multiple of two vectors, as `run` asserts, and so is `column`: two
+            // vectors from there on are inside the row, and the caller guarantees that the row is inside both
+            // tiles.
             unsafe { self.vectors::<2>(start + column, column, &state, &logits) };
             column += 2 * lanes;
         }
@@ -193,7 +199,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
     /// Two rows, packed; those behind the last real row are zero.
     ///
     /// # Safety
-    /// As checked in `run`, for rows of the block, and the packs are those of a block.
+    /// `first` is even, both rows are below the rows of a block of the engine, and both tiles and the states
+    /// have the sizes that `run` asserts. Each pack is null or has the length of a block.
     #[inline(always)]
     unsafe fn pair(
         &mut self,
@@ -229,7 +236,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
         for column in (0..columns).step_by(2 * lanes) {
             let mut x = [nothing; 4];
             let mut incoming = [zero; 4];
-            // SAFETY: two vectors of real rows.
+            // SAFETY: rows below `real` are rows of the tiles, which have the sizes that `run` asserts, as
+            // the caller guarantees; `columns` is a multiple of two vectors, so both are inside the row.
             unsafe {
                 for (index, (row, vector)) in PLACES.into_iter().enumerate() {
                     if row < real {
@@ -241,7 +249,8 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
             }
             if !are_logits {
                 for (x, (row, vector)) in x.iter_mut().zip(PLACES) {
-                    // SAFETY: the vector is inside the row.
+                    // SAFETY: `columns` is a multiple of two vectors, so both are inside the row; rows that
+                    // are not real have logits that are done, which read nothing.
                     *x = unsafe { logits[row].vector(simd, *x, column + vector * lanes) };
                 }
             }
@@ -253,8 +262,9 @@ impl<E: Engine> BlockGradient<'_, '_, E> {
                 p[row][vector] = simd.select(disallowed, simd.splat(E::F::DISALLOWED), weights[index]);
                 d[row][vector] = simd.select(disallowed, zero, gradient);
             }
-            // SAFETY: the caller guarantees that both rows and the columns are inside the block; rows that
-            // are kept are real.
+            // SAFETY: the caller guarantees packs of a block, and that both rows and the columns are inside
+            // it; `column` is a multiple of two vectors. Only rows below `real` are stored, which are in the
+            // tiles.
             unsafe {
                 E::put_gradients(simd, packs, first, column, p, d);
                 if keeps_tiles {

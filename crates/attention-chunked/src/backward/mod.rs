@@ -119,7 +119,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
         for batch in 0..if cut::may_have_padding(problem) { dims.batch } else { 0 } {
             for query in problem.query_len(batch)..dims.query_length {
                 for head in 0..dims.query_heads {
-                    // SAFETY: no task has begun.
+                    // SAFETY: this thread alone has `outputs`, since the tasks begin below.
                     unsafe { dq.zero_row([batch, query, head]) };
                 }
             }
@@ -129,7 +129,8 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     let tasks = needs.tasks;
     workers::run(tasks.count(), &team, scratch, needs.bytes, &|number, memory| {
         let Some(task) = tasks.at(problem, number, layout) else { return };
-        // SAFETY: the tasks are different, and each is run once.
+        // SAFETY: `workers::run` calls this once per number, and `tasks.at` gives a different task for each
+        // number, so no other thread runs this task.
         unsafe {
             match &small {
                 Some(small) if is_small(task.batch()) => small.task(&task, &outputs, memory),
@@ -141,7 +142,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
 
 impl<'a, E: Engine> Backward<'a, E> {
     /// # Safety
-    /// No other thread runs this task.
+    /// No other thread runs this task, and all tasks of the call are of one `Tasks`.
     unsafe fn task(&self, task: &Task, outputs: &Outputs<'a>, memory: &mut [u8]) {
         self.taken.mark(match task {
             Task::Together { .. } => Path::Together,
@@ -150,7 +151,9 @@ impl<'a, E: Engine> Backward<'a, E> {
         });
         let mut scratch = self.layout.scratch::<E>(&mut Pieces::of(memory));
         self.engine.with_state(|| {
-            // SAFETY: a task writes the rows that its own description names.
+            // SAFETY: a task writes gradients of the rows and keys that its description names: all of a
+            // key/value head, some rows, or a chunk of keys. Different tasks name different ones, and the
+            // caller guarantees that no other thread runs this task.
             unsafe {
                 match task {
                     Task::Together { batch, key_head } => {

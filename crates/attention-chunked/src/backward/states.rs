@@ -43,8 +43,8 @@ pub(crate) struct SharedStates<'m> {
     memory: std::marker::PhantomData<&'m mut [State]>,
 }
 
-// SAFETY: an exclusive piece of plain data, whose elements are written through an unsafe method that asks its
-// callers for different elements on different threads.
+// SAFETY: the pointer is that of an exclusive slice of plain data. Elements are reached through `update`
+// only, whose caller guarantees that no other thread uses the element.
 unsafe impl Sync for SharedStates<'_> {}
 
 impl<'m> SharedStates<'m> {
@@ -58,7 +58,8 @@ impl<'m> SharedStates<'m> {
     /// No other thread uses this state.
     unsafe fn update(&self, index: usize, change: impl FnOnce(&mut State)) {
         assert!(index < self.count);
-        // SAFETY: inside the memory; exclusive by the caller's word.
+        // SAFETY: the index is below `count`, so the element is in the slice that `new` borrowed exclusively;
+        // the caller guarantees that no other thread uses it.
         change(unsafe { &mut *self.first.add(index) });
     }
 }
@@ -130,7 +131,7 @@ pub(crate) fn compute<'m>(
             if has_lost_digits(problem.dtype(), natural) {
                 any_lost.store(true, Ordering::Relaxed);
             }
-            // SAFETY: tasks have different indices.
+            // SAFETY: each index belongs to one task, which runs once, so no other thread uses this state.
             unsafe { shared.update(index, |state| *state = new) };
         }
     });
@@ -166,7 +167,7 @@ pub(crate) fn sink_gradient(
                 }
             }
         }
-        // SAFETY: no other thread writes.
+        // SAFETY: this function owns the output and runs on one thread, so no other thread writes it.
         unsafe { dsinks.write([head, 0, 0, 0], sum) };
     }
 }

@@ -87,13 +87,15 @@ impl<F: Float, S: Simd<F>> Kernel for Product<'_, F, S> {
         while column < end {
             let width = S::TILE_COLUMNS.min(self.right.columns - column);
             let vectors = (end - column).min(width) / S::LANES;
-            // SAFETY: a panel begins at `column * depth`, and the first row that takes part is inside it.
+            // SAFETY: a panel begins at `column * depth`, and the first row that takes part is inside it; the
+            // asserts above checked that the panels of all columns are in `right.data`.
             let panel =
                 unsafe { self.right.data.as_ptr().add(column * self.right.depth + self.depth.0 * width) };
-            // SAFETY: the column is inside the rows of `out`.
+            // SAFETY: `column` is below `end`, and `out` has `end - begin` columns, as asserted above.
             let out = unsafe { self.out.as_mut_ptr().add(column - begin) };
-            // SAFETY: `vectors` vectors of `self.depth.1` rows of the panel and of `rows` rows of `out` were
-            // checked above, and so was the left operand.
+            // SAFETY: the asserts above checked that the panel has `vectors` vectors in each of
+            // `self.depth.1` rows, that `out` has them in each of `rows` rows, and that the left operand has
+            // all its elements.
             unsafe {
                 match vectors {
                     1 => self.panel::<1>(panel, width, out),
@@ -111,10 +113,13 @@ impl<F: Float, S: Simd<F>> Product<'_, F, S> {
     /// All rows against `VECTORS` vectors of a panel whose rows are `width` apart.
     ///
     /// # Safety
-    /// As checked in `run`.
+    /// `panel` has `self.depth.1` rows, `width` apart, of `VECTORS` vectors, and `out` has `rows` rows,
+    /// `stride` apart, of as many. The left operand, and the scales if there are any, have the sizes that
+    /// `run` asserts.
     #[inline(always)]
     unsafe fn panel<const VECTORS: usize>(&self, panel: *const F, width: usize, out: *mut F) {
-        // SAFETY: `row + ROWS <= rows` in each call; the rest is the caller's.
+        // SAFETY: `row + ROWS <= rows` in each call; the caller guarantees the sizes of `panel`, `out` and
+        // the left operand.
         unsafe {
             let mut row = 0;
             if S::TILE_ROWS == 6 {
@@ -137,7 +142,7 @@ impl<F: Float, S: Simd<F>> Product<'_, F, S> {
     /// `ROWS` rows from `row` on: the register tile.
     ///
     /// # Safety
-    /// As checked in `run`, with `row + ROWS <= rows`.
+    /// The caller guarantees what [`panel`](Self::panel) asks for, and `row + ROWS <= rows`.
     #[inline(always)]
     unsafe fn tile<const ROWS: usize, const VECTORS: usize>(
         &self,
@@ -148,7 +153,8 @@ impl<F: Float, S: Simd<F>> Product<'_, F, S> {
     ) {
         let simd = self.simd;
         let (left_row, left_depth) = (self.left_row, self.left_depth);
-        // SAFETY: rows below `row + ROWS`, depths below `self.depth.1`, `VECTORS` vectors.
+        // SAFETY: the pointers reach rows below `row + ROWS`, depths below `self.depth.1` and `VECTORS`
+        // vectors, which the caller guarantees for the panel, `out`, the left operand and the scales.
         unsafe {
             let mut left = self.left.as_ptr().add(row * left_row);
             let mut panel = panel;
@@ -214,8 +220,9 @@ impl<F: Float, S: Simd<F>> Kernel for PackColumns<'_, F, S> {
             let offset = column - start;
             let mut d = 0;
             while d + S::LANES <= depth {
-                // SAFETY: rows `group..group + LANES` of the stage and columns `d..d + LANES` of them; rows
-                // `d..d + LANES` of the panel and the vector at `offset` in them.
+                // SAFETY: the asserts above checked that the stage has columns `d..d + LANES` of the rows
+                // `group..group + LANES`; the slice `panel` has the rows `d..d + LANES`, and the vector at
+                // `offset` in each of them.
                 unsafe {
                     simd.transpose(
                         staged.data.as_ptr().add(group * staged.stride + d),
@@ -359,7 +366,7 @@ impl<F: Operands, S: Simd<F>> Engine for Fused<F, S> {
         tile: *mut F,
         weights: [S::V; 2],
     ) {
-        // SAFETY: the caller vouches for two vectors at `tile`.
+        // SAFETY: the caller guarantees that `tile` points to two vectors of columns.
         unsafe {
             simd.store(tile, weights[0]);
             simd.store(tile.add(S::LANES), weights[1]);

@@ -38,7 +38,8 @@ impl<'a> Outputs<'a> {
         for batch in 0..if cut::may_have_padding(problem) { dims.batch } else { 0 } {
             for query in problem.query_len(batch)..dims.query_length {
                 for head in 0..dims.query_heads {
-                    // SAFETY: no task has begun.
+                    // SAFETY: this thread alone has the outputs, which tasks get only from the value
+                    // returned.
                     unsafe { new.empty_row(batch, query, head) };
                 }
             }

@@ -13,7 +13,7 @@ impl<'a, E: Engine> Forward<'a, E> {
     /// Normalises the rows and writes them.
     ///
     /// # Safety
-    /// As for [`task`](Self::task).
+    /// No other thread writes these rows of the outputs.
     pub(super) unsafe fn finish(&self, rows: &Rows, outputs: &Outputs<'a>, scratch: &mut Scratch<'_, E>) {
         self.engine.simd().vectorize(Finish { forward: self, rows, outputs, scratch });
     }
@@ -39,7 +39,8 @@ impl<E: Engine> Kernel for Finish<'_, '_, '_, '_, E> {
             let sink = forward.sinks.as_ref().map(|sinks| sinks.at(&[head]));
             let values = &mut scratch.out[row * stride..][..width];
             let lse = normalise(scratch.shifts[row], scratch.sums[row], forward.terms.unit(), sink, values);
-            // SAFETY: the caller of `finish` vouches for the rows of the task.
+            // SAFETY: `Forward::finish` alone makes this kernel, and its caller guarantees that no other
+            // thread writes these rows of the outputs.
             unsafe {
                 outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
                 if let Some(to) = &outputs.lse {

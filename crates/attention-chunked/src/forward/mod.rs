@@ -70,7 +70,9 @@ pub(crate) fn run<E: Engine, Small: Engine>(
 
     workers::run(tasks.count(problem), &team, scratch, bytes, &|number, memory| {
         let Some(task) = tasks.at(problem, is_small, number) else { return };
-        // SAFETY: the tasks are different rows or different slots, and each is run once.
+        // SAFETY: `workers::run` calls this once per number, and different numbers are tasks of different
+        // rows or different slots, so no other thread writes these rows or uses these bytes. `slots` borrows
+        // the scratch, which lives until this function returns.
         unsafe {
             match task {
                 Task::Chunk(rows) => match small_of(rows.batch) {
@@ -93,7 +95,9 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     });
     workers::run(tasks.split.len(), &team, scratch, bytes, &|index, memory| {
         let split @ SplitHeads { heads, slot, .. } = &tasks.split[index];
-        // SAFETY: the combinations are of different rows and different slots, whose splits are done.
+        // SAFETY: `workers::run` calls this once per index, and different indices are combinations of
+        // different rows and different slots. The tasks that wrote the slots have returned, since the first
+        // `workers::run` has.
         unsafe {
             let splits = slots.range(split.slots());
             heads.with_rows(problem, |rows| match small_of(heads.batch) {
@@ -110,16 +114,19 @@ struct Slots {
     bytes: usize,
 }
 
-// SAFETY: an exclusive piece of memory, whose parts are handed out by an unsafe method.
+// SAFETY: the pointer is that of an exclusive slice of bytes, which are reached through `range` only; its
+// caller guarantees that nothing else uses the bytes.
 unsafe impl Sync for Slots {}
 
 impl Slots {
     /// # Safety
-    /// Nobody else uses these bytes, and the memory is still borrowed.
+    /// Nothing else uses these bytes while the result lives, and the slice that the slots were made of is
+    /// still borrowed.
     #[allow(clippy::mut_from_ref, reason = "the caller vouches for exclusive bytes")]
     unsafe fn range(&self, bytes: Range<usize>) -> &mut [u8] {
         assert!(bytes.start <= bytes.end && bytes.end <= self.bytes);
-        // SAFETY: inside the memory that the slots were made of; exclusive by the caller's word.
+        // SAFETY: the assert checked that the bytes are in the slice that the slots were made of; the caller
+        // guarantees that it is still borrowed and that nothing else uses these bytes.
         unsafe { std::slice::from_raw_parts_mut(self.first.add(bytes.start), bytes.len()) }
     }
 }

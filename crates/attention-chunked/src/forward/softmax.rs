@@ -80,7 +80,7 @@ impl<F: Float, S: Simd<F>> Kernel for PowerOfOne<F, S> {
     fn run(self) -> F {
         let mut lanes = [F::ZERO; 64];
         let [power] = power(self.simd, self.base, [self.simd.splat(self.x)]);
-        // SAFETY: 64 elements are as many as any vector has.
+        // SAFETY: `lanes` has 64 elements, and no vector has more.
         unsafe { self.simd.store(lanes.as_mut_ptr(), power) };
         lanes[0]
     }
@@ -109,18 +109,21 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
         let room = if room > E::F::LARGEST { E::F::LARGEST } else { room };
         let mut rescaled = false;
         for index in 0..count {
-            // SAFETY: the row's columns are in the tile, as checked above.
+            // SAFETY: `index` is below the number of rows, all of which are in the tile, as asserted above.
             let products = unsafe { self.tile.as_mut_ptr().add(index * stride) };
-            // SAFETY: `columns` elements of the row, to which nothing else refers here.
+            // SAFETY: the tile has `columns` elements of the row, as asserted above. They are changed through
+            // this slice in `begin_logits` only, and nothing else refers to them until then.
             let tile = unsafe { std::slice::from_raw_parts_mut(products, columns) };
             let mut logits = shape.begin_logits(index, terms, plain, tile, None, &mut memory);
             if self.mark || terms.needs_tile() {
-                // SAFETY: the columns of the row, which are whole vectors.
+                // SAFETY: `products` points to the row's `columns` elements in the tile; the assert above
+                // checked that they are whole vectors.
                 logits = unsafe { logits.finish(simd, products, columns) };
             }
             let row = Row { index, products: products.cast_const(), logits, base, room };
-            // SAFETY: the row's columns are in the tile, as checked above; the row has bias and mask where it
-            // says so, and nothing is left of it where keys are marked.
+            // SAFETY: the asserts above checked that the row is in the tile and that the states and the
+            // packed weights have it. The row has the bias and the mask that the arm names; where keys are
+            // marked, `finish` has applied both.
             rescaled |= unsafe {
                 match (logits.has_bias(), logits.has_mask(), self.mark) {
                     (_, _, true) => self.row::<false, false, true>(&row, &mut kept),
@@ -131,7 +134,8 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
                 }
             };
             if terms.has_dropout() {
-                // SAFETY: the row's columns are in the tile, as checked above.
+                // SAFETY: the asserts above checked that the row is in the tile and that the packed weights
+                // have it.
                 unsafe { self.drop_weights(index) };
             }
         }
@@ -143,7 +147,9 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     /// A row of the block; whether its factor is not 1.
     ///
     /// # Safety
-    /// As checked in `run`: the row is in the tile, and what is added has its columns.
+    /// `row.index` is below the number of rows, and the tile, the states and the packed weights have the
+    /// sizes that `run` asserts. `row.products` points to the row's columns, and its logits have a bias and a
+    /// mask, of as many columns, if `BIAS` and `MASK` say so.
     #[inline(always)]
     unsafe fn row<const BIAS: bool, const MASK: bool, const MARK: bool>(
         &mut self,
@@ -155,8 +161,9 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let index = row.index;
         let before = self.states.shifts[index];
         let mut shift = before;
-        // SAFETY: the caller guarantees that the row is in the tile, with what is added to it, here and
-        // below.
+        // SAFETY: the caller guarantees that the row is in the tile, the states and the packed weights, and
+        // that it has the bias and the mask; `kept` has `MAX_COLUMNS` elements, and `run` asserts that a row
+        // has no more columns.
         unsafe {
             if shift == nothing {
                 shift = self.first_shift::<BIAS, MASK>(row);
@@ -200,7 +207,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     /// masked. Which keys are looked at depends on the row alone, not on where its tile begins.
     ///
     /// # Safety
-    /// As for [`row`](Self::row).
+    /// The caller guarantees what [`row`](Self::row) asks for.
     #[inline(always)]
     unsafe fn first_shift<const BIAS: bool, const MASK: bool>(&self, row: &Row<'_, E::F>) -> E::F {
         let lanes = <E::S as Simd<E::F>>::LANES;
@@ -208,7 +215,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let begin = rows[row.index].begin;
         let begin = begin.saturating_sub(first_key).min(count) / lanes * lanes;
         let end = count.min(begin + FIRST_VECTORS * lanes);
-        // SAFETY: the caller guarantees the row, whose columns the range is inside of.
+        // SAFETY: the caller guarantees the row with its bias and mask; both ranges are whole vectors inside
+        // its columns.
         unsafe {
             let mut columns = begin..end;
             loop {
@@ -225,7 +233,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     /// The largest logit in some columns of a row: whole vectors.
     ///
     /// # Safety
-    /// As for [`row`](Self::row); the columns are inside the row.
+    /// The caller guarantees what [`row`](Self::row) asks for, and that the columns are inside the row.
     #[inline(always)]
     unsafe fn largest<const BIAS: bool, const MASK: bool>(
         &self,
@@ -235,7 +243,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let simd = self.engine.simd();
         let mut largest = simd.splat(E::F::NEG_INFINITY);
         for column in columns.step_by(<E::S as Simd<E::F>>::LANES) {
-            // SAFETY: the caller guarantees the row; every vector from a column of the range on is inside it.
+            // SAFETY: the caller guarantees the row with its bias and mask, and that the columns, whole
+            // vectors, are inside it.
             let [(_, x)] = unsafe { self.logits::<BIAS, MASK, 1>(row, column) };
             largest = simd.max(largest, x);
         }
@@ -245,7 +254,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     /// What the row holds at `COUNT` vectors, and the logits that it makes.
     ///
     /// # Safety
-    /// As for [`row`](Self::row); the columns are inside the row.
+    /// The caller guarantees what [`row`](Self::row) asks for, and that `COUNT` vectors from `column` on are
+    /// inside the row.
     #[inline(always)]
     unsafe fn logits<const BIAS: bool, const MASK: bool, const COUNT: usize>(
         &self,
@@ -269,7 +279,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     /// The weights of a row relative to a shift, their sum, and the largest logits.
     ///
     /// # Safety
-    /// As for [`row`](Self::row); `keep` has room for the products of the row.
+    /// The caller guarantees what [`row`](Self::row) asks for, and that `keep`, if there is one, points to as
+    /// many elements as the row has columns.
     #[inline(always)]
     unsafe fn pass<const BIAS: bool, const MASK: bool, const MARK: bool>(
         &mut self,
@@ -282,7 +293,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let mut sums = [simd.splat(E::F::ZERO); 2];
         let mut above = [simd.splat(E::F::NEG_INFINITY); 2];
         let mut column = 0;
-        // SAFETY: columns are whole pairs of vectors; the rest is the caller's.
+        // SAFETY: `run` asserts that columns are whole pairs of vectors, so 2 or 4 vectors from `column` on
+        // are inside the row; the caller guarantees the row, its packed weights and `keep`.
         unsafe {
             if <E::S as Simd<E::F>>::SIDE_BY_SIDE == 4 {
                 while column + 4 * lanes <= self.shape.columns {
@@ -301,7 +313,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     /// Weights of `COUNT` vectors of a row: 2 or 4.
     ///
     /// # Safety
-    /// As for [`pass`](Self::pass); the vectors at `column` are inside the row and the packed weights.
+    /// The caller guarantees what [`pass`](Self::pass) asks for, and that `COUNT` vectors from `column` on
+    /// are inside the row and the packed weights.
     #[inline(always)]
     unsafe fn weights<const BIAS: bool, const MASK: bool, const MARK: bool, const COUNT: usize>(
         &mut self,
@@ -314,8 +327,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     ) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
-        // SAFETY: the caller guarantees that every vector at `at` is inside the row, and inside the packed
-        // weights.
+        // SAFETY: the caller guarantees that `COUNT` vectors from `column` on are inside the row, so inside
+        // the tile at `at`, inside `keep` and inside the packed weights.
         unsafe {
             let at = self.tile.as_mut_ptr().add(row.index * self.shape.stride + column);
             let logits = self.logits::<BIAS, MASK, COUNT>(row, column);
@@ -361,19 +374,22 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     /// Applies dropout to the weights of a row, which are in the tile.
     ///
     /// # Safety
-    /// As for [`row`](Self::row).
+    /// `row` is below the number of rows, and the tile and the packed weights have the sizes that `run`
+    /// asserts.
     #[inline(always)]
     unsafe fn drop_weights(&mut self, row: usize) {
         let simd = self.engine.simd();
         let lanes = <E::S as Simd<E::F>>::LANES;
         let TileShape { rows, first_key, columns, stride, .. } = self.shape;
-        // SAFETY: `columns` elements of the row, which nothing else refers to here.
+        // SAFETY: the caller guarantees that the tile has the row's `columns` elements; nothing else refers
+        // to them while this slice lives.
         let weights =
             unsafe { std::slice::from_raw_parts_mut(self.tile.as_mut_ptr().add(row * stride), columns) };
         self.terms.drop(&rows[row], first_key, weights);
         let (tile, packed) = (weights.as_mut_ptr(), self.packed.data.as_mut_ptr());
         for column in (0..columns).step_by(2 * lanes) {
-            // SAFETY: two vectors inside the row, and inside the packed weights.
+            // SAFETY: `run` asserts that columns are whole pairs of vectors, so two vectors from `column` on
+            // are inside the row, and inside the packed weights, as the caller guarantees.
             unsafe {
                 let at = tile.add(column);
                 let weights = [simd.load(at), simd.load(at.add(lanes))];

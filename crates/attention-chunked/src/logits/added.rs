@@ -164,7 +164,7 @@ fn add_alibi<F: Float, S: Simd<F>>(
     for (lane, value) in lanes.iter_mut().enumerate() {
         *value = F::from_difference(lane as i64);
     }
-    // SAFETY: 64 elements are as many as any vector has.
+    // SAFETY: `lanes` has 64 elements, and no vector has more.
     let offsets = unsafe { simd.load(lanes.as_ptr()) };
     let (slope, nothing) = (simd.splat(-slope), simd.splat(F::NEG_INFINITY));
     for column in (range.start / S::LANES * S::LANES..range.end).step_by(S::LANES) {
@@ -175,10 +175,11 @@ fn add_alibi<F: Float, S: Simd<F>>(
             for (lane, value) in lanes[..S::LANES].iter_mut().enumerate() {
                 *value = F::from_difference(ahead.saturating_sub((column + lane) as i64));
             }
-            // SAFETY: 64 elements are as many as any vector has.
+            // SAFETY: `lanes` has 64 elements, and no vector has more.
             unsafe { simd.load(lanes.as_ptr()) }
         };
-        // SAFETY: a row has whole vectors.
+        // SAFETY: `column` is a multiple of `LANES` below `range.end`, which the only caller keeps within the
+        // row's columns: whole vectors, at most `MAX_COLUMNS`, as it asserts. So the vector is inside `to`.
         unsafe {
             let at = to.as_mut_ptr().add(column);
             let bias = if has_bias { simd.load(at) } else { simd.splat(F::ZERO) };
@@ -222,7 +223,7 @@ fn stage_bias<F: Float, S: Simd<F>, T: Source>(
     if let Some(bias) = bias.contiguous() {
         let bias = &bias[start..start + to.len()];
         while done + S::LANES <= to.len() {
-            // SAFETY: `done + LANES` elements are in both.
+            // SAFETY: `done + LANES` is at most `to.len()`, which is the length of both slices.
             unsafe { simd.store(to.as_mut_ptr().add(done), T::load(simd, bias.as_ptr().add(done))) };
             done += S::LANES;
         }

@@ -79,8 +79,8 @@ impl TileShape<'_> {
     }
 }
 
-/// The rest of the way from the products of a row to its logits, after [`TileShape::begin_logits`]: a bias and
-/// a mask that are still to be applied, or neither.
+/// The rest of the way from the products of a row to its logits, after [`TileShape::begin_logits`]: a bias
+/// and a mask that are still to be applied, or neither.
 ///
 /// They are applied to vectors that the caller loads anyway, by [`vector`](Self::vector) or
 /// [`vector_with`](Self::vector_with), or in the tile, by [`finish`](Self::finish).
@@ -133,8 +133,8 @@ impl<'r, F: Float> RowLogits<'r, F> {
     ) -> S::V {
         let nothing = simd.splat(F::NEG_INFINITY);
         let mut x = product;
-        // SAFETY: the caller guarantees bias and mask; they have the columns of the row, one of which begins
-        // the vector.
+        // SAFETY: the caller guarantees that the row has a vector at `column` and the bias and the mask that
+        // `BIAS` and `MASK` name; `begin_logits` takes both with as many elements as the row has columns.
         unsafe {
             if BIAS {
                 let bias = simd.load(self.bias.add(column));
@@ -155,7 +155,8 @@ impl<'r, F: Float> RowLogits<'r, F> {
     #[inline(always)]
     pub(crate) unsafe fn vector<S: Simd<F>>(&self, simd: S, product: S::V, column: usize) -> S::V {
         let mut x = product;
-        // SAFETY: the caller guarantees the vector; what it is asked for is there.
+        // SAFETY: the caller guarantees that the row has a vector at `column`; each call names a bias or a
+        // mask that the row has, by the condition in front of it.
         unsafe {
             if self.has_bias() {
                 x = self.vector_with::<true, false, S>(simd, x, column);
@@ -176,7 +177,8 @@ impl<'r, F: Float> RowLogits<'r, F> {
     pub(crate) unsafe fn finish<S: Simd<F>>(self, simd: S, row: *mut F, columns: usize) -> Self {
         if !self.is_done() {
             for column in (0..columns).step_by(S::LANES) {
-                // SAFETY: the caller guarantees a whole vector of the row.
+                // SAFETY: the caller guarantees that `row` points to `columns` elements, whole vectors, one
+                // of which begins at `column`.
                 unsafe {
                     let at = row.add(column);
                     simd.store(at, self.vector(simd, simd.load(at), column));

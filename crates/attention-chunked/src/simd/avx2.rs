@@ -83,7 +83,8 @@ impl Simd<f32> for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_f64(self, from: *const f64) -> __m256 {
-        // SAFETY: the caller vouches for 8 elements.
+        // SAFETY: the caller guarantees that 8 elements can be read; `self` proves that the processor has the
+        // instructions.
         unsafe {
             let low = _mm256_cvtpd_ps(_mm256_loadu_pd(from));
             _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(from.add(4))), low)
@@ -91,12 +92,14 @@ impl Simd<f32> for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> __m256 {
-        // SAFETY: the caller vouches for 8 elements.
+        // SAFETY: the caller guarantees that 8 elements can be read; `self` proves that the processor has the
+        // instructions.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> __m256 {
-        // SAFETY: the caller vouches for 8 elements.
+        // SAFETY: the caller guarantees that 8 elements can be read; `self` proves that the processor has the
+        // instructions.
         unsafe {
             let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
@@ -104,7 +107,8 @@ impl Simd<f32> for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_mask(self, from: *const u8) -> __m256 {
-        // SAFETY: the caller vouches for 8 bytes.
+        // SAFETY: the caller guarantees that 8 bytes can be read; `self` proves that the processor has the
+        // instructions.
         unsafe {
             let wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
             _mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))
@@ -131,7 +135,8 @@ impl Simd<f32> for Avx2 {
 
     #[inline(always)]
     unsafe fn transpose(self, from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
-        // SAFETY: the caller vouches for 8 rows of 8 elements on both sides; every index is below 8.
+        // SAFETY: the caller guarantees that 8 rows of 8 elements can be read and written; every index is
+        // below 8. `self` proves that the processor has the instructions.
         unsafe {
             // Halves of rows 4 apart side by side, then a transpose of 4 by 4 in each half.
             let half = |row: usize, column: usize| {
@@ -215,17 +220,20 @@ impl Simd<f64> for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_f32(self, from: *const f32) -> __m256d {
-        // SAFETY: the caller vouches for 4 elements.
+        // SAFETY: the caller guarantees that 4 elements can be read; `self` proves that the processor has the
+        // instructions.
         unsafe { _mm256_cvtps_pd(_mm_loadu_ps(from)) }
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> __m256d {
-        // SAFETY: the caller vouches for 4 elements, 8 bytes.
+        // SAFETY: the caller guarantees that 4 elements, 8 bytes, can be read; `self` proves that the
+        // processor has the instructions.
         unsafe { _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(from.cast()))) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> __m256d {
-        // SAFETY: the caller vouches for 4 elements, 8 bytes.
+        // SAFETY: the caller guarantees that 4 elements, 8 bytes, can be read; `self` proves that the
+        // processor has the instructions.
         unsafe {
             let bits = _mm_cvtepu16_epi32(_mm_loadl_epi64(from.cast()));
             _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32::<16>(bits)))
@@ -233,7 +241,8 @@ impl Simd<f64> for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_mask(self, from: *const u8) -> __m256d {
-        // SAFETY: the caller vouches for 4 bytes; an unaligned word reads them.
+        // SAFETY: the caller guarantees that 4 bytes can be read, which is done as an unaligned word; `self`
+        // proves that the processor has the instructions.
         unsafe {
             let bytes = _mm_cvtsi32_si128(from.cast::<i32>().read_unaligned());
             let wide = _mm256_cvtepu8_epi64(bytes);

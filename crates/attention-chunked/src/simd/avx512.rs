@@ -164,7 +164,8 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
 
     #[inline(always)]
     unsafe fn load_f64(self, from: *const f64) -> __m512 {
-        // SAFETY: the caller vouches for 16 elements.
+        // SAFETY: the caller guarantees that 16 elements can be read; `self` proves that the processor has
+        // the instructions.
         unsafe {
             let low = _mm512_cvtpd_ps(_mm512_loadu_pd(from));
             let high = _mm512_cvtpd_ps(_mm512_loadu_pd(from.add(8)));
@@ -173,12 +174,14 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> __m512 {
-        // SAFETY: the caller vouches for 16 elements.
+        // SAFETY: the caller guarantees that 16 elements can be read; `self` proves that the processor has
+        // the instructions.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> __m512 {
-        // SAFETY: the caller vouches for 16 elements.
+        // SAFETY: the caller guarantees that 16 elements can be read; `self` proves that the processor has
+        // the instructions.
         unsafe {
             let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
@@ -186,7 +189,8 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
     }
     #[inline(always)]
     unsafe fn load_mask(self, from: *const u8) -> __mmask16 {
-        // SAFETY: the caller vouches for 16 bytes.
+        // SAFETY: the caller guarantees that 16 bytes can be read; `self` proves that the processor has the
+        // instructions.
         unsafe {
             let bytes = _mm_loadu_si128(from.cast());
             _mm_test_epi8_mask(bytes, bytes)
@@ -195,7 +199,8 @@ impl<const BF16: bool> Simd<f32> for Avx512<BF16> {
 
     #[inline(always)]
     unsafe fn transpose(self, from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
-        // SAFETY: the caller vouches for 16 rows of 16 elements on both sides; every index is below 16.
+        // SAFETY: the caller guarantees that 16 rows of 16 elements can be read and written; every index is
+        // below 16. `self` proves that the processor has the instructions.
         unsafe {
             // In three steps: pairs of rows, groups of four, and then the quarters of the registers.
             let mut a = [_mm512_setzero_ps(); 16];
@@ -276,17 +281,20 @@ impl<const BF16: bool> Simd<f64> for Avx512<BF16> {
 
     #[inline(always)]
     unsafe fn load_f32(self, from: *const f32) -> __m512d {
-        // SAFETY: the caller vouches for 8 elements.
+        // SAFETY: the caller guarantees that 8 elements can be read; `self` proves that the processor has the
+        // instructions.
         unsafe { _mm512_cvtps_pd(_mm256_loadu_ps(from)) }
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> __m512d {
-        // SAFETY: the caller vouches for 8 elements.
+        // SAFETY: the caller guarantees that 8 elements can be read; `self` proves that the processor has the
+        // instructions.
         unsafe { _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> __m512d {
-        // SAFETY: the caller vouches for 8 elements.
+        // SAFETY: the caller guarantees that 8 elements can be read; `self` proves that the processor has the
+        // instructions.
         unsafe {
             let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)))
@@ -294,7 +302,8 @@ impl<const BF16: bool> Simd<f64> for Avx512<BF16> {
     }
     #[inline(always)]
     unsafe fn load_mask(self, from: *const u8) -> __mmask8 {
-        // SAFETY: the caller vouches for 8 bytes.
+        // SAFETY: the caller guarantees that 8 bytes can be read; `self` proves that the processor has the
+        // instructions.
         unsafe {
             let bytes = _mm_loadl_epi64(from.cast());
             _mm_test_epi8_mask(bytes, bytes) as __mmask8

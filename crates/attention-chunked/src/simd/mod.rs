@@ -82,37 +82,37 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     /// `LANES` elements at `from`.
     ///
     /// # Safety
-    /// They can be read.
+    /// The elements can be read.
     unsafe fn load(self, from: *const F) -> Self::V;
     /// Writes `LANES` elements at `to`.
     ///
     /// # Safety
-    /// They can be written.
+    /// The elements can be written.
     unsafe fn store(self, to: *mut F, x: Self::V);
     /// `LANES` elements of another type, converted.
     ///
     /// # Safety
-    /// They can be read.
+    /// `LANES` elements at `from` can be read.
     unsafe fn load_f64(self, from: *const f64) -> Self::V;
-    /// As [`load_f64`](Self::load_f64).
+    /// `LANES` elements of another type, converted.
     ///
     /// # Safety
-    /// They can be read.
+    /// `LANES` elements at `from` can be read.
     unsafe fn load_f32(self, from: *const f32) -> Self::V;
-    /// As [`load_f64`](Self::load_f64).
+    /// `LANES` elements of another type, converted.
     ///
     /// # Safety
-    /// They can be read.
+    /// `LANES` elements at `from` can be read.
     unsafe fn load_f16(self, from: *const f16) -> Self::V;
-    /// As [`load_f64`](Self::load_f64).
+    /// `LANES` elements of another type, converted.
     ///
     /// # Safety
-    /// They can be read.
+    /// `LANES` elements at `from` can be read.
     unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
     /// Which of `LANES` bytes are not zero.
     ///
     /// # Safety
-    /// They can be read.
+    /// `LANES` bytes at `from` can be read.
     unsafe fn load_mask(self, from: *const u8) -> Self::Mask;
 
     /// `a + b`.
@@ -177,7 +177,8 @@ pub(crate) trait Simd<F: Float>: Copy + Send + Sync + std::fmt::Debug + 'static 
     unsafe fn transpose(self, from: *const F, from_row: usize, to: *mut F, to_row: usize) {
         for i in 0..Self::LANES {
             for j in 0..Self::LANES {
-                // SAFETY: both indices are below LANES, which the caller vouches for.
+                // SAFETY: both indices are below `LANES`, and the caller guarantees that `LANES` rows of
+                // `LANES` elements can be read and written.
                 unsafe { *to.add(j * to_row + i) = *from.add(i * from_row + j) };
             }
         }

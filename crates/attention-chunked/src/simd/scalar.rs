@@ -41,7 +41,8 @@ fn zip<A: Copy, B>(a: [A; LANES], b: [A; LANES], f: impl Fn(A, A) -> B) -> [B; L
 /// `LANES` elements at `from` can be read.
 #[inline(always)]
 unsafe fn read<T: Copy>(from: *const T) -> [T; LANES] {
-    // SAFETY: the caller guarantees `LANES` elements; an array lies as its elements side by side.
+    // SAFETY: the caller guarantees that `LANES` elements can be read; an array has the layout of its
+    // elements side by side.
     unsafe { from.cast::<[T; LANES]>().read() }
 }
 
@@ -64,37 +65,38 @@ impl<F: Float> Simd<F> for Scalar {
     }
     #[inline(always)]
     unsafe fn load(self, from: *const F) -> Self::V {
-        // SAFETY: the caller guarantees `LANES` elements.
+        // SAFETY: the caller guarantees that `LANES` elements can be read.
         unsafe { read(from) }
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut F, x: Self::V) {
-        // SAFETY: the caller guarantees `LANES` elements; an array lies as its elements side by side.
+        // SAFETY: the caller guarantees that `LANES` elements can be written; an array has the layout of its
+        // elements side by side.
         unsafe { to.cast::<Self::V>().write(x) }
     }
     #[inline(always)]
     unsafe fn load_f64(self, from: *const f64) -> Self::V {
-        // SAFETY: the caller guarantees `LANES` elements.
+        // SAFETY: the caller guarantees that `LANES` elements can be read.
         map(unsafe { read(from) }, F::from_f64)
     }
     #[inline(always)]
     unsafe fn load_f32(self, from: *const f32) -> Self::V {
-        // SAFETY: the caller guarantees `LANES` elements.
+        // SAFETY: the caller guarantees that `LANES` elements can be read.
         map(unsafe { read(from) }, F::from_f32)
     }
     #[inline(always)]
     unsafe fn load_f16(self, from: *const f16) -> Self::V {
-        // SAFETY: the caller guarantees `LANES` elements.
+        // SAFETY: the caller guarantees that `LANES` elements can be read.
         map(unsafe { read(from) }, |x: f16| F::from_f32(x.to_f32()))
     }
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const bf16) -> Self::V {
-        // SAFETY: the caller guarantees `LANES` elements.
+        // SAFETY: the caller guarantees that `LANES` elements can be read.
         map(unsafe { read(from) }, |x: bf16| F::from_f32(x.to_f32()))
     }
     #[inline(always)]
     unsafe fn load_mask(self, from: *const u8) -> Self::Mask {
-        // SAFETY: the caller guarantees `LANES` bytes.
+        // SAFETY: the caller guarantees that `LANES` bytes can be read.
         map(unsafe { read(from) }, |x| x != 0)
     }
 

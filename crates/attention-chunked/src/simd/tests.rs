@@ -17,7 +17,7 @@ impl<F: Float, S: Simd<F>> Kernel for Map<'_, F, S> {
     #[inline(always)]
     fn run(self) {
         for chunk in self.values.chunks_exact_mut(S::LANES) {
-            // SAFETY: a chunk is one vector.
+            // SAFETY: a chunk has `LANES` elements, one vector, to be read and written.
             unsafe {
                 let x = self.simd.load(chunk.as_ptr());
                 let y = if self.tanh { tanh(self.simd, x) } else { power(self.simd, self.base, [x])[0] };

@@ -100,7 +100,7 @@ macro_rules! source {
         impl Source for $type {
             #[inline(always)]
             unsafe fn load<F: Float, S: Simd<F>>(simd: S, from: *const Self) -> S::V {
-                // SAFETY: the caller guarantees `LANES` elements.
+                // SAFETY: the caller guarantees that `LANES` elements at `from` can be read.
                 unsafe { simd.$load(from) }
             }
             #[inline(always)]

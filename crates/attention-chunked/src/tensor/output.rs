@@ -17,10 +17,10 @@ pub(crate) struct SharedOutput<'a> {
     memory: PhantomData<&'a mut [u8]>,
 }
 
-// SAFETY: an exclusive reference to plain data, whose rows are written through unsafe methods that ask their
-// callers for different rows on different threads.
+// SAFETY: the pointer is that of an exclusive view of plain data. Rows are written through unsafe methods
+// only, whose callers guarantee that no other thread writes the same row at the same time.
 unsafe impl Sync for SharedOutput<'_> {}
-// SAFETY: the same holds for a reference that another thread takes over.
+// SAFETY: an exclusive view of plain data may be used by another thread than the one that made it.
 unsafe impl Send for SharedOutput<'_> {}
 
 impl<'a> SharedOutput<'a> {
@@ -67,7 +67,7 @@ impl<'a> SharedOutput<'a> {
         let first = self.element([a, b, c, 0]);
         let from = &from[..width];
         // SAFETY: the element is inside a ViewMut in host memory of this dtype, and so are the `width`
-        // elements at the last axis's stride; the caller vouches that this thread has the row to itself.
+        // elements at the last axis's stride; the caller guarantees that no other thread writes the row.
         unsafe {
             match self.dtype {
                 DType::F64 => put(first.cast::<f64>(), self.strides[3], from, factor, |x| x.to_f64()),
@@ -95,14 +95,16 @@ impl<'a> SharedOutput<'a> {
     /// Fills the row at `index` with zeros.
     ///
     /// # Safety
-    /// As [`write_row`](Self::write_row).
+    /// No other thread writes this row at the same time.
     pub(crate) unsafe fn zero_row(&self, index: [usize; 3]) {
         if self.shape[3] == 0 {
             return;
         }
         let first = self.element([index[0], index[1], index[2], 0]);
         let size = self.dtype.size();
-        // SAFETY: as in `write_row`; zero is all bits zero in every dtype.
+        // SAFETY: the element is inside a ViewMut in host memory of this dtype, and so are all elements of
+        // the row at the last axis's stride; the caller guarantees that no other thread writes the row. Zero
+        // is all bits zero in every dtype.
         unsafe {
             if self.strides[3] == 1 {
                 first.write_bytes(0, self.shape[3] * size);
@@ -120,7 +122,8 @@ impl<'a> SharedOutput<'a> {
     /// No other thread writes this element at the same time.
     pub(crate) unsafe fn write<F: Float>(&self, index: [usize; 4], x: F) {
         let to = self.element(index);
-        // SAFETY: as in `write_row`.
+        // SAFETY: `element` checked that the index is inside a ViewMut in host memory of this dtype; the
+        // caller guarantees that no other thread writes the element.
         unsafe {
             match self.dtype {
                 DType::F64 => to.cast::<f64>().write(x.to_f64()),
@@ -143,7 +146,8 @@ unsafe fn put<F: Float, T: Copy>(
     convert: impl Fn(F) -> T,
 ) {
     if stride == 1 {
-        // SAFETY: with stride 1 the elements are neighbours.
+        // SAFETY: the caller guarantees that `from.len()` elements from `first` on can be written; with
+        // stride 1 they are neighbours. Nothing else refers to them here.
         let to = unsafe { std::slice::from_raw_parts_mut(first, from.len()) };
         for (to, &from) in to.iter_mut().zip(from) {
             *to = convert(from * factor + F::ZERO);

@@ -142,7 +142,7 @@ impl<F: Float, S: Simd<F>> ViewKernel for StageRows<'_, F, S> {
             if let Some(from) = from.contiguous() {
                 prefetch(from.as_ptr().wrapping_offset(ahead).cast(), size_of_val(from));
                 while done + S::LANES <= width {
-                    // SAFETY: `done + LANES` elements are in both rows, which have `width`.
+                    // SAFETY: `done + LANES` is at most `width`, the length of both rows.
                     unsafe {
                         let x = T::load(simd, from.as_ptr().add(done));
                         nothing = simd.fma(x, simd.splat(F::ZERO), nothing);

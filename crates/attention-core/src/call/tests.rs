@@ -331,7 +331,7 @@ fn every_tensor_must_be_on_the_device_of_the_problem() {
     let (inputs, _, outputs, _) = memory.views();
     let problem = forward_problem(&inputs);
     let elsewhere = |view: View<'_>| {
-        // SAFETY: nothing reads it: the call is refused.
+        // SAFETY: a call with it is refused for the device before anything is read.
         #[allow(unsafe_code)]
         unsafe { View::from_raw_parts(view.as_ptr(), Device::Cuda(3), view.desc()) }.unwrap()
     };

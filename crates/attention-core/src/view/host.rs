@@ -210,7 +210,8 @@ pub struct HostViewMut<'a, T> {
     memory: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: as for ViewMut: an exclusive reference to plain data.
+// SAFETY: the elements are exclusive during 'a (the invariant of the ViewMut it was made of), and moving an
+// exclusive reference to another thread moves the right to write them.
 unsafe impl<T: Send> Send for HostViewMut<'_, T> {}
 
 /// The elements along the last axis of a [`HostViewMut`].

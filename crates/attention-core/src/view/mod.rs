@@ -46,7 +46,8 @@ pub struct View<'a> {
 
 // SAFETY: a View is a shared reference to plain data: every byte of its span is readable by any thread during 'a.
 unsafe impl Send for View<'_> {}
-// SAFETY: as above; a View has no interior mutability.
+// SAFETY: a View is Copy and has no interior mutability, so two threads with one can only read what a Send of
+// a copy would let them read.
 unsafe impl Sync for View<'_> {}
 
 /// A tensor that is written.
@@ -145,7 +146,9 @@ impl<'a> View<'a> {
     ///
     /// # Safety
     /// `pointer` is the element at index 0. During `'a` the memory from the lowest to the highest element is
-    /// allocated on `device`, initialised, and not written by anybody.
+    /// allocated on `device`, initialised if on the host, and not written by anybody. In device memory all of
+    /// this holds until the work of every call that was given the view has ended on its stream, which may be
+    /// after `'a`: a call returns when its kernels are launched.
     pub unsafe fn from_raw_parts(
         pointer: *const u8,
         device: Device,
@@ -273,8 +276,9 @@ impl<'a> ViewMut<'a> {
     ///
     /// # Safety
     /// `pointer` is the element at index 0. During `'a` every element is allocated on `device`, initialised if on the
-    /// host, and neither read nor written through anything but this view. The gaps between elements may belong to
-    /// others.
+    /// host, and neither read nor written through anything but this view; in device memory until the work of
+    /// every call that was given the view has ended on its stream, as for [`View::from_raw_parts`]. The gaps
+    /// between elements may belong to others.
     pub unsafe fn from_raw_parts(
         pointer: *mut u8,
         device: Device,

@@ -39,7 +39,8 @@ impl<'a> Scratch<'a> {
     ///
     /// # Safety
     /// `len` bytes at `pointer` are allocated on `device`, initialised if on the host, and reached through nothing
-    /// else during `'a`.
+    /// else during `'a`; in device memory until the work of the call that was given the scratch has ended on its
+    /// stream.
     pub const unsafe fn from_raw_parts(pointer: *mut u8, len: usize, device: Device) -> Self {
         Self { device, pointer, len, memory: PhantomData }
     }
@@ -94,7 +95,9 @@ impl<'a> Scratch<'a> {
         if self.len == 0 {
             return Some(&mut []);
         }
-        // SAFETY: made from an exclusive slice of host bytes, or from a pointer whose caller vouched for the same.
+        // SAFETY: the two constructors take an exclusive slice of bytes, or a pointer whose caller promised that
+        // `len` initialised bytes there are reached through nothing else during 'a; `self` is consumed, and the
+        // memory is the host's (checked above).
         Some(unsafe { std::slice::from_raw_parts_mut(self.pointer, self.len) })
     }
 }

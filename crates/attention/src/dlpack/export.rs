@@ -9,8 +9,8 @@ use crate::Tensor;
 
 /// A [`Tensor`] on its way to another library, which gets its memory without a copy.
 ///
-/// Made of a tensor; [`into_unversioned`](Self::into_unversioned) and [`into_versioned`](Self::into_versioned) give what a
-/// capsule holds. Its deleter frees the tensor.
+/// Made of a tensor; [`into_unversioned`](Self::into_unversioned) and
+/// [`into_versioned`](Self::into_versioned) give what a capsule holds. Its deleter frees the tensor.
 #[derive(Debug)]
 pub struct Export(Tensor);
 
@@ -52,7 +52,8 @@ impl<M> Owner<M> {
             other => unreachable!("no tensor has dtype {other}"),
         };
         let owner = Box::into_raw(owner);
-        // SAFETY: the pointer was just made of a box, so its fields have addresses; nothing is read.
+        // SAFETY: the pointer was just made of a box, so it points to a live owner; the addresses of its
+        // fields are taken, and nothing is read.
         let (shape, strides) = unsafe { (&raw mut (*owner).shape, &raw mut (*owner).strides) };
         let description = ffi::Tensor {
             data: if desc.is_empty() { std::ptr::null_mut() } else { data.cast::<c_void>() },
@@ -78,7 +79,8 @@ impl Export {
             if managed.is_null() {
                 return;
             }
-            // SAFETY: `into_unversioned` put the owner there, and the caller calls once with it.
+            // SAFETY: the caller guarantees that `into_unversioned` gave the pointer, which put the box of
+            // the owner into `manager_ctx`, and that this is the only call with it.
             let owner = unsafe { Box::from_raw((*managed).manager_ctx.cast::<Owner<ffi::ManagedTensor>>()) };
             drop(owner);
         }
@@ -96,7 +98,8 @@ impl Export {
         }
     }
 
-    /// What a capsule with a version holds, `dltensor_versioned` in Python. Whoever gets it calls its deleter, once.
+    /// What a capsule with a version holds, `dltensor_versioned` in Python. Whoever gets it calls its
+    /// deleter, once.
     pub fn into_versioned(self) -> *mut ffi::ManagedTensorVersioned {
         /// Frees an owner.
         ///
@@ -106,7 +109,8 @@ impl Export {
             if managed.is_null() {
                 return;
             }
-            // SAFETY: `into_versioned` put the owner there, and the caller calls once with it.
+            // SAFETY: the caller guarantees that `into_versioned` gave the pointer, which put the box of the
+            // owner into `manager_ctx`, and that this is the only call with it.
             let owner =
                 unsafe { Box::from_raw((*managed).manager_ctx.cast::<Owner<ffi::ManagedTensorVersioned>>()) };
             drop(owner);

@@ -1,8 +1,9 @@
 //! Feature `dlpack`: tensors of other libraries as views, and tensors of this one for them, through
 //! [DLPack](https://dmlc.github.io/dlpack/latest/).
 //!
-//! [`view`] and [`view_mut`] borrow a `DLTensor`, in host or CUDA memory. [`Import`] owns what a capsule holds, of either kind,
-//! and gives it back when it is dropped. [`Export`] is a [`Tensor`](crate::Tensor) of this library on its way out.
+//! [`view`] and [`view_mut`] borrow a `DLTensor`, in host or CUDA memory. [`Import`] owns what a capsule
+//! holds, of either kind, and gives it back when it is dropped. [`Export`] is a [`Tensor`](crate::Tensor) of
+//! this library on its way out.
 //!
 //! # Examples
 //! ```
@@ -132,14 +133,16 @@ fn integers_as_masks(dtype: &ffi::DataType) -> &'static str {
 /// [`Error`] where its device, dtype or axes are none of a call's, or its pointer is null or misaligned.
 ///
 /// # Safety
-/// `shape` points to as many sizes as there are axes, `strides` is null or points to as many strides. During `'a` the memory
-/// from the tensor's lowest to its highest element is allocated where it says, initialised, and not written by anybody; in
-/// CUDA memory, in the order of the stream that the call's implementation is on.
+/// `shape` points to as many sizes as there are axes, `strides` is null or points to as many strides. During
+/// `'a` the memory from the tensor's lowest to its highest element is allocated where it says, initialised,
+/// and not written by anybody; in CUDA memory, in the order of the stream that the call's implementation is
+/// on.
 pub unsafe fn view<'a>(tensor: &ffi::Tensor) -> Result<View<'a>, Error> {
-    // SAFETY: the caller's promise about shape and strides.
+    // SAFETY: the caller promised that shape and strides point to as many numbers as there are axes.
     let (device, desc) = unsafe { describe(tensor) }?;
     let pointer = tensor.data.cast::<u8>().wrapping_add(offset(tensor)?);
-    // SAFETY: the caller's promise about the memory.
+    // SAFETY: the caller promised that the memory of all elements is allocated on this device, initialised,
+    // and not written during `'a`.
     Ok(unsafe { View::from_raw_parts(pointer, device, desc) }?)
 }
 
@@ -149,12 +152,15 @@ pub unsafe fn view<'a>(tensor: &ffi::Tensor) -> Result<View<'a>, Error> {
 /// As [`view`], and where two indices reach the same element.
 ///
 /// # Safety
-/// As [`view`], but that the elements are neither read nor written by anybody else during `'a`; what lies between them may be.
+/// `shape` and `strides` are as [`view`] asks. During `'a` the elements are allocated where the tensor says,
+/// initialised, and neither read nor written through anything but the view; the memory between them may be.
+/// In CUDA memory, this is in the order of the stream that the call's implementation is on.
 pub unsafe fn view_mut<'a>(tensor: &ffi::Tensor) -> Result<ViewMut<'a>, Error> {
-    // SAFETY: the caller's promise about shape and strides.
+    // SAFETY: the caller promised that shape and strides point to as many numbers as there are axes.
     let (device, desc) = unsafe { describe(tensor) }?;
     let pointer = tensor.data.cast::<u8>().wrapping_add(offset(tensor)?);
-    // SAFETY: the caller's promise about the memory.
+    // SAFETY: the caller promised that all elements are allocated on this device, initialised, and neither
+    // read nor written through anything else during `'a`.
     Ok(unsafe { ViewMut::from_raw_parts(pointer, device, desc) }?)
 }
 
@@ -166,7 +172,7 @@ fn offset(tensor: &ffi::Tensor) -> Result<usize, Error> {
 /// Where a tensor is, and its dtype, shape and strides.
 ///
 /// # Safety
-/// As [`view`] says of shape and strides.
+/// `shape` points to as many sizes as there are axes, and `strides` is null or points to as many strides.
 unsafe fn describe(tensor: &ffi::Tensor) -> Result<(Device, TensorDesc), Error> {
     let ffi::Device { device_type, device_id } = tensor.device;
     let device = match (device_type, u32::try_from(device_id)) {
@@ -192,11 +198,13 @@ unsafe fn describe(tensor: &ffi::Tensor) -> Result<(Device, TensorDesc), Error> 
     }
     let (mut shape, mut strides) = ([0usize; MAX_RANK], [0isize; MAX_RANK]);
     for axis in 0..rank {
-        // SAFETY: as many sizes as axes, by the caller's promise.
+        // SAFETY: the caller promised as many sizes as axes; the axis is one of them, and the pointer is not
+        // null.
         let size = unsafe { tensor.shape.add(axis).read() };
         let stride = match tensor.strides.is_null() {
             true => 0,
-            // SAFETY: as many strides as axes, by the caller's promise.
+            // SAFETY: the caller promised as many strides as axes; the axis is one of them, and the pointer
+            // is not null.
             false => unsafe { tensor.strides.add(axis).read() },
         };
         let wrong = Error::Axis { axis, size, stride };
@@ -223,7 +231,8 @@ enum Managed {
     Versioned(NonNull<ffi::ManagedTensorVersioned>),
 }
 
-// SAFETY: DLPack has capsules move between threads: the deleter may be called from any of them.
+// SAFETY: the caller of the constructor promised that the deleter may be called from any thread; all else in
+// the structs is plain data that stays as it is until then.
 unsafe impl Send for Import {}
 
 impl Import {
@@ -233,8 +242,9 @@ impl Import {
     /// [`Error::Null`].
     ///
     /// # Safety
-    /// The pointer is null or to a managed tensor that the caller owns and hands over: nobody else calls its deleter, which
-    /// may be called from any thread. Until then its structs stay as they are, and its memory is as [`view`] asks.
+    /// The pointer is null or to a managed tensor that the caller owns and hands over: nobody else calls its
+    /// deleter, which may be called from any thread. Until then its structs stay as they are, and its memory
+    /// is as [`view`] asks.
     pub unsafe fn from_unversioned(managed: *mut ffi::ManagedTensor) -> Result<Self, Error> {
         Ok(Self(Managed::Unversioned(NonNull::new(managed).ok_or(Error::Null)?)))
     }
@@ -245,12 +255,14 @@ impl Import {
     /// [`Error::Null`]; [`Error::Version`], with the tensor given back.
     ///
     /// # Safety
-    /// As [`from_unversioned`](Self::from_unversioned).
+    /// The pointer is null or to a managed tensor that the caller owns and hands over: nobody else calls its
+    /// deleter, which may be called from any thread. Until then its structs stay as they are, and its memory
+    /// is as [`view`] asks.
     pub unsafe fn from_versioned(managed: *mut ffi::ManagedTensorVersioned) -> Result<Self, Error> {
         let managed = NonNull::new(managed).ok_or(Error::Null)?;
         // Dropped where the version is another one: the deleter is where it always is.
         let import = Self(Managed::Versioned(managed));
-        // SAFETY: the caller's promise; the version comes first in every version.
+        // SAFETY: the caller promised a managed tensor; the version is its first field in every version.
         let version = unsafe { (*managed.as_ptr()).version };
         if version.major != ffi::VERSION.major {
             return Err(Error::Version { version });
@@ -260,9 +272,11 @@ impl Import {
 
     fn tensor(&self) -> &ffi::Tensor {
         match &self.0 {
-            // SAFETY: by the promise of the constructor, the structs are there until the deleter is called.
+            // SAFETY: the caller of the constructor promised that the structs stay as they are until the
+            // deleter is called, which takes this value.
             Managed::Unversioned(managed) => unsafe { &(*managed.as_ptr()).dl_tensor },
-            // SAFETY: as above.
+            // SAFETY: the caller of the constructor promised that the structs stay as they are until the
+            // deleter is called, which takes this value.
             Managed::Versioned(managed) => unsafe { &(*managed.as_ptr()).dl_tensor },
         }
     }
@@ -271,7 +285,8 @@ impl Import {
     pub fn is_read_only(&self) -> bool {
         match &self.0 {
             Managed::Unversioned(_) => false,
-            // SAFETY: as in `tensor`.
+            // SAFETY: the caller of the constructor promised that the structs stay as they are until the
+            // deleter is called, which takes this value.
             Managed::Versioned(managed) => unsafe { (*managed.as_ptr()).flags & ffi::READ_ONLY != 0 },
         }
     }
@@ -281,7 +296,8 @@ impl Import {
     /// # Errors
     /// As [`view`].
     pub fn view(&self) -> Result<View<'_>, Error> {
-        // SAFETY: by the promise of the constructor, until the deleter is called, which takes this value.
+        // SAFETY: the caller of the constructor promised that shape, strides and memory are as `view` asks
+        // until the deleter is called, which takes this value, so for as long as the borrow of it.
         unsafe { view(self.tensor()) }
     }
 
@@ -296,7 +312,9 @@ impl Import {
         if self.is_read_only() {
             return Err(Error::ReadOnly);
         }
-        // SAFETY: by the promise of the constructor and the caller's.
+        // SAFETY: the caller of the constructor promised that shape, strides and memory are as `view` asks
+        // until the deleter is called; the caller of this method promised that nothing else reads or writes
+        // the elements while the view lives.
         unsafe { view_mut(self.tensor()) }
     }
 }
@@ -305,7 +323,8 @@ impl Drop for Import {
     fn drop(&mut self) {
         match &self.0 {
             Managed::Unversioned(managed) => {
-                // SAFETY: by the promise of the constructor the structs are there, and the deleter is for this value to call.
+                // SAFETY: the caller of the constructor promised that the structs are there until the deleter
+                // is called, and that only this value calls it, which it does here, once.
                 unsafe {
                     if let Some(deleter) = (*managed.as_ptr()).deleter {
                         deleter(managed.as_ptr());
@@ -313,7 +332,9 @@ impl Drop for Import {
                 }
             }
             Managed::Versioned(managed) => {
-                // SAFETY: as above; the deleter is in the same place in every version.
+                // SAFETY: the caller of the constructor promised that the structs are there until the deleter
+                // is called, and that only this value calls it, which it does here, once. The deleter is in
+                // the same place in every version.
                 unsafe {
                     if let Some(deleter) = (*managed.as_ptr()).deleter {
                         deleter(managed.as_ptr());

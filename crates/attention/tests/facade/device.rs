@@ -48,8 +48,8 @@ struct Lent {
 impl LentScratch for Lent {
     fn scratch(&mut self) -> Scratch<'_> {
         let bytes = self.memory.bytes_mut();
-        // SAFETY: the bytes of a slice that is borrowed exclusively for as long as the scratch lives. Nobody but
-        // `OnDevice` takes them, which knows where they are.
+        // SAFETY: the bytes of a slice that is borrowed exclusively for as long as the scratch lives. Nobody
+        // but `OnDevice` takes them, which knows where they are.
         unsafe { Scratch::from_raw_parts(bytes.as_mut_ptr(), bytes.len(), DEVICE) }
     }
 }
@@ -62,15 +62,17 @@ impl Drop for Lent {
 
 /// The same memory under another device.
 fn moved(view: View<'_>, device: Device) -> View<'_> {
-    // SAFETY: pointer, lifetime and description are those of a live view of host memory. As memory of the device it
-    // reaches `OnDevice` alone, which calls it host memory again before it looks.
+    // SAFETY: pointer, lifetime and description are those of a live view of host memory. As memory of the
+    // device it reaches `OnDevice` alone, which calls it host memory again before it looks.
     unsafe { View::from_raw_parts(view.as_ptr(), device, view.desc()) }.unwrap()
 }
 
 /// As `moved`, for memory that is written.
 fn moved_mut(mut view: ViewMut<'_>, device: Device) -> ViewMut<'_> {
     let (pointer, desc) = (view.as_mut_ptr(), view.desc());
-    // SAFETY: as in `moved`; the view is taken by value, so the new one is the only one for its lifetime.
+    // SAFETY: pointer and description are those of a live view of host memory, which is taken by value, so
+    // the new one is the only one for its lifetime. As memory of the device it reaches `OnDevice` alone,
+    // which makes it host memory again before it uses it.
     unsafe { ViewMut::from_raw_parts(pointer, device, desc) }.unwrap()
 }
 
@@ -103,7 +105,8 @@ fn host_data<'a>(data: &CallData<'a>) -> CallData<'a> {
 }
 
 fn host_scratch(mut scratch: Scratch<'_>) -> Scratch<'_> {
-    // SAFETY: `Lent` made it of host memory, and it is taken by value.
+    // SAFETY: `Lent` made the scratch of host memory that it borrows exclusively; it is taken by value, so
+    // the new one is the only one.
     unsafe { Scratch::from_raw_parts(scratch.as_mut_ptr(), scratch.len(), Device::Cpu) }
 }
 

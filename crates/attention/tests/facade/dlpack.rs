@@ -33,7 +33,8 @@ fn tensors_of_dlpark_are_borrowed_as_they_lie() {
     let stored = || Box::new(stored.clone().permuted_axes([0, 2, 1, 3]));
     let versioned: Initialized<DLManagedTensorVersioned> = stored().try_into().unwrap();
     let unversioned: Initialized<DLManagedTensor> = stored().try_into().unwrap();
-    // SAFETY: both are whole, and each is handed over once. The structs of both crates are those of DLPack.
+    // SAFETY: dlpark made both tensors, which own their memory, and each is handed over once. The structs of
+    // both crates have DLPack's layout.
     let (versioned, unversioned) = unsafe {
         (
             Import::from_versioned(versioned.finish().into_raw().cast()).unwrap(),
@@ -50,7 +51,7 @@ fn tensors_of_dlpark_are_borrowed_as_they_lie() {
 #[test]
 fn tensors_of_ours_are_read_by_dlpark_and_come_back() {
     let out = want(&numbers());
-    // SAFETY: each was just made and is handed over once.
+    // SAFETY: each pointer is that of a managed tensor that was just made, and is handed over once.
     let (versioned, unversioned) = unsafe {
         (
             Managed::<DLManagedTensorVersioned>::from_raw(Export::from(out.clone()).into_versioned().cast())
@@ -59,7 +60,7 @@ fn tensors_of_ours_are_read_by_dlpark_and_come_back() {
                 .unwrap(),
         )
     };
-    // SAFETY: nobody writes the elements.
+    // SAFETY: the managed tensors live longer than the arrays, and nothing writes their elements meanwhile.
     let (a, b) = unsafe {
         (
             ArrayViewD::<f32>::try_from_dlpack(&versioned, ()).unwrap(),
@@ -71,7 +72,7 @@ fn tensors_of_ours_are_read_by_dlpark_and_come_back() {
         assert!(array.iter().eq(out.as_slice::<f32>().unwrap()));
     }
     let data = versioned.validate_export().unwrap().data_ptr();
-    // SAFETY: handed back, once.
+    // SAFETY: `Export` made the managed tensor, which dlpark gives up here, so it is handed over once.
     let back = unsafe { Import::from_versioned(versioned.into_raw().cast()) }.unwrap();
     assert_eq!(back.view().unwrap().as_ptr().cast(), data);
     assert_eq!(
@@ -96,7 +97,7 @@ fn every_dtype_and_empty_tensors_go_out_and_in() {
         Tensor::from_vec(vec![7f32], []).unwrap(),
     ];
     for tensor in tensors {
-        // SAFETY: each was just made and is handed over once.
+        // SAFETY: each pointer is that of a managed tensor that was just made, and is handed over once.
         let imports = unsafe {
             [
                 Import::from_versioned(Export::from(tensor.clone()).into_versioned()).unwrap(),
@@ -121,7 +122,7 @@ fn integers_of_other_libraries_are_lengths() {
         Tensor::from_vec(vec![3i64], [1]).unwrap(),
     ];
     for lengths in lengths {
-        // SAFETY: it was just made and is handed over once.
+        // SAFETY: the pointer is that of a managed tensor that was just made, and is handed over once.
         let lengths = unsafe { Import::from_versioned(Export::from(lengths).into_versioned()) }.unwrap();
         let lengths = lengths.view().unwrap();
         assert_eq!(attention().key_value_lengths(lengths).forward(&x, &x, &x).unwrap(), want);
@@ -136,10 +137,11 @@ fn integers_of_other_libraries_are_lengths() {
 fn outputs_are_written_where_others_have_them() {
     let out: Initialized<DLManagedTensorVersioned> =
         Box::new(Array4::<f32>::zeros((1, 4, 2, 8))).try_into().unwrap();
-    // SAFETY: whole, and handed over once.
+    // SAFETY: dlpark made the tensor, which owns its memory, and it is handed over once.
     let mut out = unsafe { Import::from_versioned(out.finish().into_raw().cast()) }.unwrap();
     let x = Tensor::from_vec(numbers().into_raw_vec_and_offset().0, [1, 4, 2, 8]).unwrap();
-    // SAFETY: nobody else has the tensor.
+    // SAFETY: `out` owns the tensor, and nothing else has its address, so nothing else reads or writes its
+    // elements.
     let view = unsafe { out.view_mut() }.unwrap();
     attention().causal(true).forward_into(&x, &x, &x, view, None).unwrap();
     let written = out.view().unwrap().host::<f32>().unwrap();
@@ -149,10 +151,11 @@ fn outputs_are_written_where_others_have_them() {
     let mut fixed: Initialized<DLManagedTensorVersioned> =
         Box::new(Array4::<f32>::zeros((1, 4, 2, 8))).try_into().unwrap();
     fixed.set_flags(DlpackFlags::READ_ONLY).unwrap();
-    // SAFETY: as above.
+    // SAFETY: dlpark made the tensor, which owns its memory, and it is handed over once.
     let mut fixed = unsafe { Import::from_versioned(fixed.finish().into_raw().cast()) }.unwrap();
     assert!(fixed.is_read_only() && fixed.view().is_ok());
-    // SAFETY: nobody else has the tensor.
+    // SAFETY: `fixed` owns the tensor, and nothing else has its address, so nothing else reads or writes its
+    // elements.
     assert_eq!(unsafe { fixed.view_mut() }.unwrap_err(), Error::ReadOnly);
 }
 
@@ -174,20 +177,23 @@ fn offsets_missing_strides_and_devices_are_understood() {
     let (mut data, mut shape) = ([0f32, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2i64, 3]);
     let mut whole = tensor(&mut data, &mut shape, None);
     whole.byte_offset = 4;
-    // SAFETY: six elements from the second on are in the array.
+    // SAFETY: shape and data are arrays that outlive the view; the six elements from the second on are in
+    // `data`.
     let view = unsafe { dlpack::view(&whole) }.unwrap();
     assert_eq!(view.host::<f32>().unwrap().at(&[1, 2]), 6.0);
     let mut strides = [-3i64, 1];
     let mut reversed = tensor(&mut data, &mut shape, Some(&mut strides));
     reversed.byte_offset = 12;
-    // SAFETY: elements 0 to 5 are in the array.
+    // SAFETY: shape, strides and data are arrays that outlive the view; elements 0 to 5, which it reaches,
+    // are in `data`.
     let view = unsafe { dlpack::view(&reversed) }.unwrap();
     assert_eq!(view.host::<f32>().unwrap().at(&[1, 2]), 2.0);
     for (device_type, device_id, device) in
         [(3, 5, Device::Cpu), (2, 1, Device::Cuda(1)), (13, 0, Device::Cuda(0))]
     {
         let there = ffi::Tensor { device: ffi::Device { device_type, device_id }, ..whole };
-        // SAFETY: nothing is read through the view.
+        // SAFETY: shape and data are arrays that outlive the view, and nothing is read through it, whatever
+        // device it names.
         assert_eq!(unsafe { dlpack::view(&there) }.unwrap().device(), device);
     }
 }
@@ -201,12 +207,14 @@ fn strides_of_axes_of_size_one_say_nothing() {
     let run = |data: &mut [f32], mut strides: [i64; 4]| {
         let mut shape = shape;
         let x = tensor(data, &mut shape, Some(&mut strides));
-        // SAFETY: the 32 elements are in the vector, whatever the strides of the axes of size 1.
+        // SAFETY: shape and strides are arrays that outlive the view; its 32 elements are in `data`, whatever
+        // the strides of the axes of size 1.
         let x = unsafe { dlpack::view(&x) }.unwrap();
         let mut out = vec![f32::NAN; 32];
         let (mut shape, mut strides) = (shape, strides);
         let written = tensor(&mut out, &mut shape, Some(&mut strides));
-        // SAFETY: as above, and nobody else has the memory.
+        // SAFETY: shape and strides are arrays that outlive the view; its 32 elements are in `out`, which
+        // nothing else uses while the view lives.
         let written = unsafe { dlpack::view_mut(&written) }.unwrap();
         attention().causal(true).forward_into(x, x, x, written, None).unwrap();
         let gradients = attention().causal(true).backward_recompute(x, x, x, x).unwrap();
@@ -224,7 +232,8 @@ fn strides_of_axes_of_size_one_say_nothing() {
 fn what_is_no_tensor_of_a_call_is_an_error() {
     let (mut data, mut shape) = ([0f32; 6], [2i64, 3]);
     let whole = tensor(&mut data, &mut shape, None);
-    // SAFETY: what is refused is not read.
+    // SAFETY: shape and strides have as many numbers as there are axes, or the tensor is refused before they
+    // are read; every tensor here is refused, so no element is read.
     let text = |tensor: ffi::Tensor| unsafe { dlpack::view(&tensor) }.unwrap_err().to_string();
     let on = |device_type, device_id| ffi::Tensor { device: ffi::Device { device_type, device_id }, ..whole };
     assert!(text(on(10, 0)).starts_with("the tensor is on DLPack device type 10, number 0"));
@@ -257,7 +266,7 @@ fn what_is_no_tensor_of_a_call_is_an_error() {
     let mut large = [i64::MAX, 3];
     assert!(text(tensor(&mut data, &mut large, None)).contains("overflows the address space"));
     let null = ffi::Tensor { data: std::ptr::null_mut(), ..whole };
-    // SAFETY: as above.
+    // SAFETY: the shape has two sizes; a null pointer is refused, so no element is read.
     let error = unsafe { dlpack::view(&null) }.unwrap_err();
     assert!(
         matches!(error, Error::View(InvalidCall::Pointer { address: 0, dtype: DType::F32, .. })),
@@ -266,18 +275,19 @@ fn what_is_no_tensor_of_a_call_is_an_error() {
     let misaligned = ffi::Tensor { byte_offset: 2, ..whole };
     let said = format!("pointer {:#x} is null or not aligned", whole.data as usize + 2);
     assert!(text(misaligned).starts_with(&said), "{}", text(misaligned));
-    // SAFETY: as above.
+    // SAFETY: the shape has two sizes; a misaligned pointer is refused, so no element is read.
     let error = unsafe { dlpack::view(&misaligned) }.unwrap_err();
     // What `unwrap` and a `main` print: in hexadecimal too.
     assert!(format!("{error:?}").starts_with(&said), "{error:?}");
     let mut broadcast = [0i64, 1];
     let broadcast = tensor(&mut data, &mut shape, Some(&mut broadcast));
-    // SAFETY: three elements are in the array, and nothing is written.
+    // SAFETY: shape and strides have two numbers each, and the three elements are in `data`. The view is
+    // refused, so nothing is written.
     let error = unsafe { dlpack::view_mut(&broadcast) }.unwrap_err();
     assert!(matches!(error, Error::View(InvalidCall::SelfOverlap { .. })), "{error}");
-    // SAFETY: null is refused.
+    // SAFETY: the contract allows null, which is refused.
     assert_eq!(unsafe { Import::from_versioned(std::ptr::null_mut()) }.unwrap_err(), Error::Null);
-    // SAFETY: null is refused.
+    // SAFETY: the contract allows null, which is refused.
     assert_eq!(unsafe { Import::from_unversioned(std::ptr::null_mut()) }.unwrap_err(), Error::Null);
 }
 
@@ -301,10 +311,10 @@ fn another_major_version_is_given_back_unread() {
     assert_eq!(error.to_string(), "the capsule has DLPack 2.0, expected 1.x");
     assert_eq!(GIVEN_BACK.load(Ordering::SeqCst), 1);
     managed.version = ffi::Version { major: 1, minor: 9 };
-    // SAFETY: as above.
+    // SAFETY: the structs outlive the import, and the deleter only counts.
     drop(unsafe { Import::from_versioned(&mut managed) }.unwrap());
     assert_eq!(GIVEN_BACK.load(Ordering::SeqCst), 2);
     managed.deleter = None;
-    // SAFETY: as above; there is nobody to give it back to.
+    // SAFETY: the structs outlive the import, which has no deleter to call.
     drop(unsafe { Import::from_versioned(&mut managed) }.unwrap());
 }

@@ -1,5 +1,6 @@
-//! Calls where the process is the matter: without threads, without memory, after a fork, on a small stack, and while a
-//! thread ends. Each runs in a process of its own: this test binary once more, asked for one test by name.
+//! Calls where the process is the matter: without threads, without memory, after a fork, on a small stack,
+//! and while a thread ends. Each runs in a process of its own: this test binary once more, asked for one test
+//! by name.
 #![cfg(all(unix, any(feature = "cpu", feature = "chunked")))]
 
 use std::process::{Command, Output};
@@ -14,7 +15,8 @@ fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }
 
-/// Runs the test `name` of this binary in a child with these variables, after a line of shell that sets limits.
+/// Runs the test `name` of this binary in a child with these variables, after a line of shell that sets
+/// limits.
 fn child(name: &str, limits: &str, variables: &[(&str, &str)]) -> Output {
     let this = std::env::current_exe().unwrap();
     let line = format!("{limits} exec \"$0\" \"$@\"");
@@ -97,7 +99,8 @@ fn lines_of_bits() -> Vec<String> {
 /// counted; whether it could become that user.
 fn limit_threads(count: libc::rlim_t) -> bool {
     let user = 50_000 + std::process::id() % 10_000;
-    // SAFETY: changes this process's own limits and user, in a test of its own.
+    // SAFETY: these calls take numbers and a pointer to `limit`, which lives here; they change the user and a
+    // limit of this process, which runs this one test.
     let is_limited = unsafe {
         let limit = libc::rlimit { rlim_cur: count, rlim_max: count };
         // A user without other processes; without the right to become one, the limit may count this user's.
@@ -106,7 +109,7 @@ fn limit_threads(count: libc::rlim_t) -> bool {
         libc::setrlimit(libc::RLIMIT_NPROC, &limit) == 0
     };
     assert!(is_limited);
-    // SAFETY: asks for this process's user.
+    // SAFETY: `getuid` takes nothing and returns a number.
     unsafe { libc::getuid() == user }
 }
 
@@ -205,18 +208,20 @@ fn what_needs_no_pool_starts_none() {
 
 /// Runs `work` in a child of a fork, which must end well within the time.
 fn forked(what: &str, work: impl FnOnce() -> bool) {
-    // SAFETY: the child runs `work` and exits at once without returning; glibc keeps the allocator usable after a fork.
+    // SAFETY: the child runs `work` and exits at once without returning; glibc keeps the allocator usable
+    // after a fork.
     match unsafe { libc::fork() } {
         0 => {
             let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(false);
-            // SAFETY: ends the child.
+            // SAFETY: `_exit` takes a number and ends the child without running anything else in it.
             unsafe { libc::_exit(if good { 0 } else { 1 }) }
         }
         child => {
             assert!(child > 0, "{what}: no fork");
             let begin = Instant::now();
             let mut status = 0;
-            // SAFETY: waits for, or ends, the child made above.
+            // SAFETY: `child` is the process made above, which has not been waited for, and `status` lives
+            // here.
             unsafe {
                 while libc::waitpid(child, &mut status, libc::WNOHANG) == 0 {
                     if begin.elapsed() > Duration::from_secs(60) {
@@ -316,7 +321,8 @@ fn without_memory_a_call_is_an_error() {
 fn leave_memory(bytes: libc::rlim_t) {
     let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages: libc::rlim_t = pages.split(' ').next().unwrap().parse().unwrap();
-    // SAFETY: asks for the size of a page, and changes this process's own limit, in a test of its own.
+    // SAFETY: `sysconf` takes a number; `setrlimit` takes a pointer to a limit that lives until it returns,
+    // and changes a limit of this process, which runs this one test.
     let is_set = unsafe {
         let most = pages * libc::sysconf(libc::_SC_PAGESIZE) as libc::rlim_t + bytes;
         libc::setrlimit(libc::RLIMIT_AS, &libc::rlimit { rlim_cur: most, rlim_max: most }) == 0
@@ -324,7 +330,8 @@ fn leave_memory(bytes: libc::rlim_t) {
     assert!(is_set);
 }
 
-/// A large batch takes no memory of its own: lists of tasks, of some 70 bytes a batch row, ran out at this limit.
+/// A large batch takes no memory of its own: lists of tasks, of some 70 bytes a batch row, ran out at this
+/// limit.
 #[test]
 #[cfg(target_os = "linux")]
 fn a_large_batch_takes_no_memory_beside_tensors_and_scratch() {
@@ -372,7 +379,8 @@ fn nothing_is_computed_at_once() {
     assert!(begin.elapsed() < Duration::from_secs(20), "explain with lengths {:?}", begin.elapsed());
 }
 
-/// A value whose destructor makes a call, made before the thread's first call: the facade's own thread-local is gone then.
+/// A value whose destructor makes a call, made before the thread's first call: the facade's own thread-local
+/// is gone then.
 #[test]
 fn a_call_in_the_destructor_of_a_thread_local_runs() {
     use std::sync::mpsc::{Sender, channel};
@@ -403,8 +411,8 @@ fn a_call_in_the_destructor_of_a_thread_local_runs() {
     assert!(receiver.recv().expect("the destructor made its calls") == want);
 }
 
-/// The stack that a call must do with: 64 KiB, of which 54 are used at AVX2 with debug assertions. Frames at AVX-512 and AMX
-/// have not been measured, so there it is twice as much.
+/// The stack that a call must do with: 64 KiB, of which 54 are used at AVX2 with debug assertions. Frames at
+/// AVX-512 and AMX have not been measured, so there it is twice as much.
 fn small_stack() -> usize {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
@@ -413,7 +421,8 @@ fn small_stack() -> usize {
     64 << 10
 }
 
-/// Kernels keep what they work on in scratch, not on the stack. With debug assertions, too, whose frames are larger.
+/// Kernels keep what they work on in scratch, not on the stack. With debug assertions, too, whose frames are
+/// larger.
 #[test]
 fn calls_run_on_a_small_stack() {
     if is_child() {

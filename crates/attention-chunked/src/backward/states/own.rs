@@ -76,7 +76,7 @@ pub(crate) fn replace<E: Engine>(
             }
             let index = (batch * dims.query_heads + head) * dims.query_length + query;
             backward.taken.mark(Path::OwnSums);
-            // SAFETY: a row is in one block, whose task runs once.
+            // SAFETY: each row is in one block, whose task runs once, so no other thread uses its state.
             unsafe { states.update(index, |state| (state[0], state[1]) = (own.shift, own.log_gain)) };
         }
     });

@@ -59,7 +59,9 @@ impl Kernel for TransposeSums<'_> {
         assert!(extent(padded, stride, first.saturating_add(STAGE)) <= sums.len());
         for key in (0..STAGE).step_by(16) {
             for column in (0..padded).step_by(16) {
-                // SAFETY: 16 rows of 16 elements from column `column` on are in both, as checked above.
+                // SAFETY: the asserts above checked that `sums` has 16 elements of each of the rows `column`
+                // to `column + 16` from `first + key` on, and `room` 16 elements of each of the rows `key` to
+                // `key + 16` from `column` on.
                 unsafe {
                     let from = sums.as_ptr().add(column * stride + first + key);
                     simd.transpose(
@@ -168,8 +170,9 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         _: *mut f32,
         weights: [__m512; 2],
     ) {
-        // SAFETY: the caller guarantees a block at `packed` that has the row and the columns; a column is a
-        // multiple of two vectors, 32.
+        // SAFETY: the caller guarantees a block at `packed` that has the row and the columns, and a column
+        // that is a multiple of two vectors, 32. The argument of type `Avx512` proves that the processor has
+        // AVX-512 BF16, which is enabled where this is inlined, inside `vectorize`.
         unsafe { put::<PARTS>(packed, keys, row, column, weights) };
     }
 
@@ -241,7 +244,8 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         gradients: [[__m512; 2]; 2],
     ) {
         // SAFETY: the caller guarantees that each buffer is null or of a block, which has both rows and the
-        // columns.
+        // columns. The argument of type `Avx512` proves that the processor has AVX-512 BF16, which is enabled
+        // where this is inlined, inside `vectorize`.
         unsafe {
             if !packs.for_values.is_null() {
                 put_pair::<PARTS>(packs.for_values, Self::BLOCK_ROWS, row, column, probabilities);
@@ -252,7 +256,8 @@ impl<const PARTS: usize> Engine for Tiles<PARTS> {
         }
         if !packs.as_weights.is_null() {
             for (offset, values) in gradients.into_iter().enumerate() {
-                // SAFETY: as above, for each of the two rows.
+                // SAFETY: the buffer is not null, so the caller guarantees that it is of a block, which has
+                // both rows and the columns; the argument of type `Avx512` proves the instructions.
                 unsafe { put::<PARTS>(packs.as_weights, Self::BLOCK_KEYS, row + offset, column, values) };
             }
         }

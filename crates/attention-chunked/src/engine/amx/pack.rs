@@ -12,10 +12,10 @@ use crate::simd::{Kernel, Simd};
 /// The bf16 parts of two neighbouring vectors, 32 numbers in order: calls `put(part, bits)` for each.
 ///
 /// # Safety
-/// As for [`nearest_bf16`].
+/// The processor has AVX-512 with BF16, and this is inlined where it is enabled.
 #[inline(always)]
 unsafe fn parts<const PARTS: usize>(mut low: __m512, mut high: __m512, mut put: impl FnMut(usize, __m512i)) {
-    // SAFETY: the caller vouches for the instructions.
+    // SAFETY: the caller guarantees that the processor has AVX-512 with BF16.
     unsafe {
         for part in 0..PARTS {
             let bits = nearest_bf16(low, high);
@@ -35,14 +35,14 @@ unsafe fn parts<const PARTS: usize>(mut low: __m512, mut high: __m512, mut put: 
 /// The processor has AVX-512 BF16, and this is inlined where it is enabled.
 #[inline(always)]
 unsafe fn nearest_bf16(low: __m512, high: __m512) -> __m512i {
-    // SAFETY: the caller vouches for the instruction; the two types are the same 64 bytes.
+    // SAFETY: the caller guarantees that the processor has AVX-512 BF16; the two types are the same 64 bytes.
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
 }
 
 /// Interleaves the halves of 32 words: `[a0 b0 a1 b1 ..]` of `[a.. b..]`.
 ///
 /// # Safety
-/// AVX-512 BW.
+/// The processor has AVX-512 BW, and this is inlined where it is enabled.
 #[inline(always)]
 unsafe fn interleave(halves: __m512i) -> __m512i {
     const ORDER: [u16; 32] = {
@@ -55,19 +55,22 @@ unsafe fn interleave(halves: __m512i) -> __m512i {
         }
         order
     };
-    // SAFETY: 64 bytes of a constant; the caller vouches for the instructions.
+    // SAFETY: the load reads the 64 bytes of the constant; the caller guarantees that the processor has
+    // AVX-512 BW.
     unsafe { _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER.as_ptr().cast()), halves) }
 }
 
 /// Columns `column..column + 16` of a row of `width` elements, zeros behind it.
 ///
 /// # Safety
-/// AVX-512 F; `row` points to `width` elements.
+/// The processor has AVX-512 F, and this is inlined where it is enabled. `row` points to `width` elements
+/// that can be read.
 #[inline(always)]
 unsafe fn load_part(row: *const f32, column: usize, width: usize) -> __m512 {
     let count = width.saturating_sub(column).min(16);
     let mask = ((1u32 << count) - 1) as __mmask16;
-    // SAFETY: lanes outside the mask are not read.
+    // SAFETY: the caller guarantees AVX-512 F and `width` elements; the mask has the lanes that are below
+    // `width`, and no other lane is read.
     unsafe { _mm512_maskz_loadu_ps(mask, row.wrapping_add(column)) }
 }
 
@@ -127,8 +130,8 @@ impl<const PARTS: usize> Kernel for Pack<'_, PARTS> {
         let to = to.as_mut_ptr();
         // SAFETY: every tile is that of a row below `rows` and a column below the padded width, so inside the
         // packed length that was checked; a tile has 16 rows of 32 words. Rows of the stage are below STAGE
-        // and have `width` elements. AVX-512 is enabled where this is inlined, and AVX-512 BF16 is a part of
-        // the level.
+        // and have `width` elements, as checked. `simd` proves that the processor has AVX-512 with BF16,
+        // which is enabled where this is inlined, inside `vectorize`.
         unsafe {
             match form {
                 Form::Rows => {
@@ -225,8 +228,10 @@ impl Kernel for PackBf16<'_> {
         let inner_width = width.next_multiple_of(32);
         let to = to.as_mut_ptr();
         let mut room = [0f32; 256];
-        // SAFETY: as in `Pack`: every tile is that of a row below `rows` and a column below the padded width.
-        // AVX-512 is enabled where this is inlined; the room has 16 vectors.
+        // SAFETY: every tile is that of a row below `rows` and a column below the padded width, so inside the
+        // packed length that was checked; a tile has 16 rows of 32 words. `room` has 16 vectors. `simd`
+        // proves that the processor has AVX-512 with BF16, which is enabled where this is inlined, inside
+        // `vectorize`.
         unsafe {
             match form {
                 Form::Rows => {
@@ -279,22 +284,23 @@ impl Kernel for PackBf16<'_> {
 /// Elements `column..column + count` of a row, at most 32, zeros behind its end.
 ///
 /// # Safety
-/// AVX-512 BW.
+/// The processor has AVX-512 BW, and this is inlined where it is enabled.
 #[inline(always)]
 unsafe fn load_words(row: &[bf16], column: usize, count: usize) -> __m512i {
     let count = row.len().saturating_sub(column).min(count);
     let mask = ((1u64 << count) - 1) as __mmask32;
-    // SAFETY: lanes outside the mask are not read.
+    // SAFETY: the mask has the lanes that are inside the row, and no other lane is read; the caller
+    // guarantees that the processor has AVX-512 BW.
     unsafe { _mm512_maskz_loadu_epi16(mask, row.as_ptr().wrapping_add(column).cast()) }
 }
 
 /// Elements `column..column + 16` of the rows of a pair, interleaved: a vector of 16 pairs.
 ///
 /// # Safety
-/// AVX-512 BW.
+/// The processor has AVX-512 BW, and this is inlined where it is enabled.
 #[inline(always)]
 unsafe fn load_pair(rows: &[&[bf16]; STAGE], pair: usize, column: usize) -> __m512i {
-    // SAFETY: the caller vouches for the instructions.
+    // SAFETY: the caller guarantees that the processor has AVX-512 BW.
     unsafe {
         let even = load_words(rows[2 * pair], column, 16);
         let odd = _mm512_castsi512_si256(load_words(rows[2 * pair + 1], column, 16));
@@ -328,8 +334,9 @@ impl<const PARTS: usize> Kernel for PackBlock<'_, PARTS> {
             if row < rows { tile[row * stride + column..].as_ptr() } else { zero.as_ptr() }
         };
         // SAFETY: rows below `rows` have `columns` elements in the tile, the others are 16 zeros; packed
-        // tiles are those of a block, whose length is checked. AVX-512 is enabled where this is inlined, and
-        // AVX-512 BF16 is a part of the level.
+        // tiles are those of a block, whose length is checked. `Tiles::pack_gradients`, which makes this
+        // kernel, runs it in `vectorize` of a level that has AVX-512 with BF16, so both are there and
+        // enabled.
         unsafe {
             if let Some(to) = as_weights {
                 assert!(to.len() >= Tiles::<PARTS>::packed_len(all, Tiles::<PARTS>::BLOCK_KEYS));
@@ -362,7 +369,8 @@ impl<const PARTS: usize> Kernel for PackBlock<'_, PARTS> {
 /// Puts 32 weights of a row in their place in a left operand with `keys` columns.
 ///
 /// # Safety
-/// AVX-512 with BF16; row and columns are inside the block at `to`.
+/// The processor has AVX-512 with BF16, and this is inlined where it is enabled. The row and the columns are
+/// inside the block at `to`.
 #[inline(always)]
 pub(super) unsafe fn put<const PARTS: usize>(
     to: *mut u16,
@@ -372,7 +380,7 @@ pub(super) unsafe fn put<const PARTS: usize>(
     values: [__m512; 2],
 ) {
     let tile = Tiles::<PARTS>::tile_at(row, column, keys);
-    // SAFETY: the caller guarantees the instructions, and that the row and the columns are inside the block.
+    // SAFETY: the caller guarantees AVX-512 with BF16, and that the row and the columns are inside the block.
     unsafe {
         parts::<PARTS>(values[0], values[1], |part, bits| {
             _mm512_storeu_si512(to.add(tile + part * TILE + row % 16 * 32).cast(), bits);
@@ -384,7 +392,8 @@ pub(super) unsafe fn put<const PARTS: usize>(
 /// `rows` rows: `[row][vector]`.
 ///
 /// # Safety
-/// AVX-512 with BF16; rows and columns are inside the block at `to`.
+/// The processor has AVX-512 with BF16, and this is inlined where it is enabled. Both rows and the columns
+/// are inside the block at `to`.
 #[inline(always)]
 pub(super) unsafe fn put_pair<const PARTS: usize>(
     to: *mut u16,
@@ -395,7 +404,7 @@ pub(super) unsafe fn put_pair<const PARTS: usize>(
 ) {
     for vector in 0..2 {
         let tile = Tiles::<PARTS>::tile_at(column + 16 * vector, row, rows);
-        // SAFETY: the caller guarantees the instructions, and that both rows and the columns are inside the
+        // SAFETY: the caller guarantees AVX-512 with BF16, and that both rows and the columns are inside the
         // block.
         unsafe {
             parts::<PARTS>(even[vector], odd[vector], |part, bits| {

@@ -68,8 +68,10 @@ macro_rules! tile_product {
         // Four tiles of sums: zero or as they are in memory, then all steps, then back to memory.
         let (c0, c1) = ($c, $c.wrapping_add(16));
         let (c2, c3) = ($c.wrapping_byte_add(16 * $c_stride), $c.wrapping_byte_add(16 * $c_stride).wrapping_add(16));
-        // SAFETY: the caller of `product` vouches for the tiles that the loop reads and for the 32 rows of 32
-        // sums; the configuration is that of `with_tiles`; all tile registers are named as clobbered.
+        // SAFETY: `product` asserted that both operands have the `steps` tiles that the loop reads and that
+        // `out` has 32 rows of 32 sums; `self` proves that the processor has AMX. Tiles have the only
+        // configuration there is, that of `with_tiles`; without one, the instructions raise an exception. All
+        // tile registers are named as clobbered.
         unsafe {
             asm!(
                 "test {load}, {load}",
@@ -187,15 +189,16 @@ impl<const PARTS: usize> Tiles<PARTS> {
         struct Release;
         impl Drop for Release {
             fn drop(&mut self) {
-                // SAFETY: the level has AMX; no code after this uses tiles before they are configured again.
+                // SAFETY: `with_tiles` has just used AMX on this thread, so it is there; no code after this
+                // uses tiles before they are configured again.
                 unsafe {
                     asm!("tilerelease", out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _,
                          out("tmm5") _, out("tmm6") _, out("tmm7") _, options(nostack));
                 }
             }
         }
-        // SAFETY: `self` proves that the processor has AMX and the process may use it; 64 bytes of a valid
-        // configuration.
+        // SAFETY: `self` proves that the processor has AMX and that the process may use it. The instruction
+        // reads the 64 bytes of `ALL_FULL`, a valid configuration.
         unsafe {
             asm!("ldtilecfg [{config}]", config = in(reg) &raw const ALL_FULL, out("tmm0") _,
                  out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,

@@ -95,7 +95,7 @@ impl<'a, E: Engine> Forward<'a, E> {
     }
 
     /// # Safety
-    /// As for [`decode`](Self::decode).
+    /// No other thread writes these rows of the outputs.
     unsafe fn finish_decode(&self, heads: &Heads, result: &mut Partial<'_, E::F>, outputs: &Outputs<'a>) {
         let width = result.width;
         for (index, rows) in heads.iter().enumerate() {

@@ -50,8 +50,8 @@ impl<'v, const STRIDED: bool, T: Source> KeyRow<'v, STRIDED, T> {
     /// The row has `at + LANES` elements.
     #[inline(always)]
     pub(super) unsafe fn load<F: Float, S: Simd<F>>(&self, simd: S, at: usize) -> S::V {
-        // SAFETY: the caller guarantees `at + LANES` elements; without STRIDED, the neighbours are the whole
-        // row.
+        // SAFETY: the caller guarantees that the row has `at + LANES` elements; without STRIDED, `new`
+        // checked that the neighbours are the whole row.
         unsafe {
             if STRIDED {
                 load_row(simd, &self.row, at)
@@ -69,12 +69,12 @@ impl<'v, const STRIDED: bool, T: Source> KeyRow<'v, STRIDED, T> {
 #[inline(always)]
 pub(super) unsafe fn load_row<F: Float, S: Simd<F>, T: Source>(simd: S, row: &Row<'_, T>, at: usize) -> S::V {
     match row.contiguous() {
-        // SAFETY: the caller guarantees `at + LANES` elements.
+        // SAFETY: the caller guarantees that the row has `at + LANES` elements.
         Some(row) => unsafe { T::load(simd, row.as_ptr().add(at)) },
         None => {
             let mut lanes = [F::ZERO; 64];
             gather(row, at, &mut lanes[..S::LANES]);
-            // SAFETY: 64 elements are as many as any vector has.
+            // SAFETY: `lanes` has 64 elements, and no vector has more.
             unsafe { simd.load(lanes.as_ptr()) }
         }
     }

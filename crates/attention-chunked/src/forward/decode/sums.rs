@@ -117,7 +117,8 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
             row.prefetch(ahead, column, VECTORS * S::LANES * size_of::<T>());
             let mut values = [simd.splat(F::ZERO); VECTORS];
             for (vector, value) in values.iter_mut().enumerate() {
-                // SAFETY: the columns are inside the row.
+                // SAFETY: `group`, the only caller, keeps `column + VECTORS * LANES` within the width of a
+                // value, and this is one of those vectors.
                 *value = unsafe { row.load(simd, column + vector * S::LANES) };
             }
             for (row, sums) in sums.iter_mut().enumerate() {
@@ -197,7 +198,7 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, F, S, T> {
 fn scale_and_add<F: Float, S: Simd<F>>(simd: S, to: &mut [F], factor: F, sum: S::V) {
     assert_eq!(to.len(), S::LANES);
     let at = to.as_mut_ptr();
-    // SAFETY: a whole vector, as checked above.
+    // SAFETY: `to` has `LANES` elements, as asserted above.
     unsafe { simd.store(at, simd.fma(simd.load(at), simd.splat(factor), sum)) };
 }
 
@@ -227,7 +228,8 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for CarefulSums<'_, '_, F, S, T> {
         for (vector, to) in to.chunks_exact_mut(S::LANES).enumerate() {
             let (mut sum, mut apart) = (zero, zero);
             for (key, &weight) in keys.clone().zip(weights) {
-                // SAFETY: the columns are inside the row, as checked above.
+                // SAFETY: the assert above checked that all columns of `to` from `column` on are inside a row
+                // of the values, and this vector is one of them.
                 let value = unsafe { load_row(simd, &head.matrix_row(key), column + vector * S::LANES) };
                 let finite = simd.equal(simd.sub(value, value), zero);
                 sum = simd.fma(simd.splat(weight), simd.select(finite, value, zero), sum);

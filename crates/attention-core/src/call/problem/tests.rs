@@ -376,7 +376,7 @@ fn the_scale_of_gradients_is_two_factors_and_the_first_is_a_power_of_two() {
     let factors = |scale: f64| {
         CallProblem::new(&problem, &CallData { scale: Some(scale), ..PLAIN }).unwrap().scale_of_gradients()
     };
-    for exponent in -1022..=1023 {
+    for exponent in -1022_i32..=1023 {
         for scale in [f64::from(exponent), f64::from(exponent) + 0.375]
             .map(f64::exp2)
             .into_iter()

@@ -353,10 +353,10 @@ fn of_views() -> Vec<Case> {
     let mut data = [0f32; 12];
     let mut bytes = [0u8; 256];
     let raw = |address: usize, device: Device| {
-        // SAFETY: the views are not made.
+        // SAFETY: each address is refused, so there is no view through which anything is read.
         unsafe { View::from_raw_parts(std::ptr::without_provenance(address), device, desc([2])).unwrap_err() }
     };
-    // SAFETY: nothing is reached through it.
+    // SAFETY: nothing reads or writes the memory: the scratch is given to a check of its address alone.
     let misaligned =
         unsafe { Scratch::from_raw_parts(std::ptr::without_provenance_mut(0x1020), 128, Device::Cpu) };
     let split = ViewMut::from_slice(&mut data, [3, 4]).unwrap().split(0, [1, 1]).unwrap_err();

@@ -155,7 +155,7 @@ fn device_memory_is_refused() {
     );
     assert_eq!(message, "out is on cuda:1, the call is on cpu");
     let desc = TensorDesc::contiguous(DType::F32, LSE);
-    // SAFETY: as above.
+    // SAFETY: the call is refused for the device before anything is read.
     #[allow(unsafe_code)]
     let elsewhere =
         unsafe { ViewMut::from_raw_parts(lse.as_mut_ptr().cast(), Device::Cuda(0), desc) }.unwrap();

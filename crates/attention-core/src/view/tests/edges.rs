@@ -90,11 +90,11 @@ fn device_memory_is_never_read_on_the_host() {
     let view = unsafe { View::from_raw_parts(ptr::without_provenance(4096), Device::Cuda(0), desc) }.unwrap();
     assert!(view.host::<f32>().is_none());
     assert_eq!((view.device(), view.narrow(0, 1..2).unwrap().as_ptr().addr()), (Device::Cuda(0), 4100));
-    // SAFETY: as above.
+    // SAFETY: nothing reads or writes the memory.
     let view = unsafe { ViewMut::from_raw_parts(ptr::without_provenance_mut(4096), Device::Cuda(0), desc) };
     assert!(view.unwrap().host_mut::<f32>().is_none());
     let flags = TensorDesc::contiguous(DType::Bool, [2]);
-    // SAFETY: as above.
+    // SAFETY: nothing reads the memory.
     let view =
         unsafe { View::from_raw_parts(ptr::without_provenance(4096), Device::Cuda(0), flags) }.unwrap();
     assert!(view.host_mask().is_none());
