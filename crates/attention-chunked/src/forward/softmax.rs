@@ -7,6 +7,7 @@
 //! logit of a row's first keys. A shift is always a logit of the row, with the bits that it has as one: so
 //! its own weight is exactly 1, and no logit is so large that the rounding of the shift could matter.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use attention_core::merge::Accumulator;
@@ -102,7 +103,8 @@ impl<E: Engine> Kernel for BlockSoftmax<'_, '_, E> {
         assert!(columns <= self.packed.columns);
         assert!(count <= states.shifts.len() && count <= states.sums.len() && count <= states.factors.len());
         let mut memory = AddedRow::default();
-        let mut kept = [E::F::ZERO; MAX_COLUMNS];
+        // Not cleared: that takes longer than all else of a block of few keys.
+        let mut kept = [const { MaybeUninit::uninit() }; MAX_COLUMNS];
         let base = terms.base();
         // Finite, so that an infinite logit is above it.
         let room = E::F::ROOM / base.log2;
@@ -154,16 +156,18 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
     unsafe fn row<const BIAS: bool, const MASK: bool, const MARK: bool>(
         &mut self,
         row: &Row<'_, E::F>,
-        kept: &mut [E::F; MAX_COLUMNS],
+        kept: &mut [MaybeUninit<E::F>; MAX_COLUMNS],
     ) -> bool {
         let simd = self.engine.simd();
         let nothing = E::F::NEG_INFINITY;
         let index = row.index;
         let before = self.states.shifts[index];
         let mut shift = before;
+        let kept = kept.as_mut_ptr().cast::<E::F>();
         // SAFETY: the caller guarantees that the row is in the tile, the states and the packed weights, and
         // that it has the bias and the mask; `kept` has `MAX_COLUMNS` elements, and `run` asserts that a row
-        // has no more columns.
+        // has no more columns. The products that were kept are read where a pass over the row has written each
+        // of them.
         unsafe {
             if shift == nothing {
                 shift = self.first_shift::<BIAS, MASK>(row);
@@ -174,7 +178,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
             let mut sum;
             loop {
                 let used = if shift == nothing { E::F::ZERO } else { shift };
-                let keep = overwrites.then_some(kept.as_mut_ptr());
+                let keep = overwrites.then_some(kept);
                 let above;
                 (sum, above) = self.pass::<BIAS, MASK, MARK>(&from, used, keep);
                 let room = simd.splat(row.room);
@@ -189,7 +193,7 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
                 }
                 shift = largest;
                 if overwrites {
-                    from.products = kept.as_ptr();
+                    from.products = kept.cast_const();
                 }
             }
             let mut factor = E::F::ONE;

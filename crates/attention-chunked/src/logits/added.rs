@@ -19,16 +19,12 @@ pub(super) struct Added<'r, F> {
     pub(super) mask: Option<&'r [u8]>,
 }
 
-/// Memory for what is added to a row, where it does not lie in the caller's as it is used.
+/// Memory for what is added to a row, where it does not lie in the caller's as it is used. Cleared where it is
+/// first used: that takes longer than all else of a block of few keys.
+#[derive(Default)]
 pub(crate) struct AddedRow<F> {
-    bias: [F; MAX_COLUMNS],
-    mask: [u8; MAX_COLUMNS],
-}
-
-impl<F: Float> Default for AddedRow<F> {
-    fn default() -> Self {
-        Self { bias: [F::ZERO; MAX_COLUMNS], mask: [0; MAX_COLUMNS] }
-    }
+    bias: Option<[F; MAX_COLUMNS]>,
+    mask: Option<[u8; MAX_COLUMNS]>,
 }
 
 /// Columns of the longest row of a tile.
@@ -81,7 +77,7 @@ impl<'r, F: Float, S: Simd<F>> Kernel for AddedOf<'_, '_, '_, 'r, F, S> {
         let row = &rows[0];
         let columns = tile.len();
         assert!(columns <= MAX_COLUMNS && columns.is_multiple_of(S::LANES));
-        let AddedRow { bias: bias_room, mask: mask_room } = memory;
+        let AddedRow { bias: bias_memory, mask: mask_memory } = memory;
         let (begin, end) = seen(row, first, columns);
         tile[..begin].fill(F::NEG_INFINITY);
         tile[end..].fill(F::NEG_INFINITY);
@@ -99,6 +95,7 @@ impl<'r, F: Float, S: Simd<F>> Kernel for AddedOf<'_, '_, '_, 'r, F, S> {
             } else {
                 let direct = bytes.contiguous().and_then(|bytes| bytes.get(first..first + columns));
                 added.mask = Some(direct.unwrap_or_else(|| {
+                    let mask_room = mask_memory.get_or_insert([0; MAX_COLUMNS]);
                     for (column, to) in mask_room[begin..end].iter_mut().enumerate() {
                         *to = bytes.at(first + begin + column);
                     }
@@ -123,9 +120,11 @@ impl<'r, F: Float, S: Simd<F>> Kernel for AddedOf<'_, '_, '_, 'r, F, S> {
                     added.bias = direct;
                     return added;
                 }
+                let bias_room = bias_memory.get_or_insert([F::ZERO; MAX_COLUMNS]);
                 stage_bias(simd, bias_row, first, begin..end, bias_room);
             });
             if terms.narrows_bias {
+                let bias_room = bias_memory.get_or_insert([F::ZERO; MAX_COLUMNS]);
                 for x in &mut bias_room[begin..end] {
                     *x = F::from_f32(x.to_f32());
                 }
@@ -133,6 +132,7 @@ impl<'r, F: Float, S: Simd<F>> Kernel for AddedOf<'_, '_, '_, 'r, F, S> {
         } else if slope.is_none() {
             return added;
         }
+        let bias_room = bias_memory.get_or_insert([F::ZERO; MAX_COLUMNS]);
         if let Some(slope) = slope {
             let position = terms.problem.position(row.batch, row.query);
             let ahead = position.saturating_sub(first as i64);
