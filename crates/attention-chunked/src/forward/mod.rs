@@ -56,9 +56,11 @@ pub(crate) fn run<E: Engine, Small: Engine>(
     if fewer.is_some() {
         tasks = needs.tasks::<E, Small>(problem);
     }
-    let Tasks { layout, small: small_layout, decode, has_small_rows, workers, .. } = *tasks;
-    let large = Forward::new(engine, problem, inputs, layout, decode, taken[0]);
+    let Tasks { layout, small: small_layout, decode, has_small_rows, has_large_rows, workers, .. } = *tasks;
     // Making one takes a tenth of the time of the smallest calls.
+    let large = has_large_rows.then(|| Forward::new(engine, problem, inputs, layout, decode, taken[0]));
+    let large =
+        || large.as_ref().unwrap_or_else(|| unreachable!("a task is of a row that is small or large"));
     let small = small
         .filter(|_| has_small_rows)
         .map(|small| Forward::new(small, problem, inputs, small_layout, decode, taken[1]));
@@ -77,17 +79,17 @@ pub(crate) fn run<E: Engine, Small: Engine>(
             match task {
                 Task::Chunk(rows) => match small_of(rows.batch) {
                     Some(small) => small.task(&rows, &outputs, memory),
-                    None => large.task(&rows, &outputs, memory),
+                    None => large().task(&rows, &outputs, memory),
                 },
                 Task::Decode(heads) => heads.with_rows(problem, |rows| match small_of(heads.batch) {
                     Some(small) => small.decode(rows, &outputs, memory),
-                    None => large.decode(rows, &outputs, memory),
+                    None => large().decode(rows, &outputs, memory),
                 }),
                 Task::DecodeSplit { heads, keys, to } => heads.with_rows(problem, |rows| {
                     let to = slots.range(to);
                     match small_of(heads.batch) {
                         Some(small) => small.decode_split(rows, keys, to, memory),
-                        None => large.decode_split(rows, keys, to, memory),
+                        None => large().decode_split(rows, keys, to, memory),
                     }
                 }),
             }
@@ -102,7 +104,7 @@ pub(crate) fn run<E: Engine, Small: Engine>(
             let splits = slots.range(split.slots());
             heads.with_rows(problem, |rows| match small_of(heads.batch) {
                 Some(small) => small.combine_splits(rows, splits, *slot, &outputs, memory),
-                None => large.combine_splits(rows, splits, *slot, &outputs, memory),
+                None => large().combine_splits(rows, splits, *slot, &outputs, memory),
             });
         }
     });

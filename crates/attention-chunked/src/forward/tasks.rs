@@ -74,6 +74,8 @@ pub(super) struct Tasks {
     pub(super) split: Vec<SplitHeads>,
     /// Whether batch rows with tasks are small.
     pub(super) has_small_rows: bool,
+    /// Whether others are not.
+    pub(super) has_large_rows: bool,
     /// How many threads have something to do.
     pub(super) workers: usize,
 }
@@ -138,7 +140,16 @@ impl Totals {
 impl Tasks {
     fn none(needs: &Needs) -> Self {
         let Needs { layout, small, decode, .. } = *needs;
-        Self { layout, small, decode, per_row: 0, split: Vec::new(), has_small_rows: false, workers: 0 }
+        Self {
+            layout,
+            small,
+            decode,
+            per_row: 0,
+            split: Vec::new(),
+            has_small_rows: false,
+            has_large_rows: false,
+            workers: 0,
+        }
     }
 
     /// Inside of what is needed at most.
@@ -188,7 +199,9 @@ impl Tasks {
             let count = tasks.count_of_row(problem, batch, is_small);
             tasks.per_row = tasks.per_row.max(count);
             all = all.saturating_add(count.saturating_mul(alike));
-            tasks.has_small_rows |= is_small && problem.query_len(batch) > 0;
+            let has_rows = problem.query_len(batch) > 0;
+            tasks.has_small_rows |= is_small && has_rows;
+            tasks.has_large_rows |= !is_small && has_rows;
         }
         tasks.workers = threads.min(all.saturating_add(tasks.splits().max(tasks.split.len())));
         tasks
