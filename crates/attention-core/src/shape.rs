@@ -202,6 +202,7 @@ impl TensorDesc {
     }
 
     /// Whether the tensor has no elements.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.sizes().contains(&0)
     }
@@ -214,18 +215,39 @@ impl TensorDesc {
     /// The lowest and highest element offset from the first element, or `None` where the tensor does not fit in
     /// an address space. An empty tensor spans `(0, -1)`.
     pub fn span(&self) -> Option<(isize, isize)> {
-        if self.is_empty() {
+        // In one pass, whose overflows are looked at in the end: every call asks for some ten spans.
+        let (mut count, mut low, mut high) = (1usize, 0isize, 0isize);
+        let (mut empty, mut overflows) = (false, false);
+        for (&size, &stride) in self.sizes().iter().zip(self.steps()) {
+            empty |= size == 0;
+            let (product, too_many) = count.overflowing_mul(size);
+            // A size above `isize::MAX` is refused for its count.
+            let (reach, too_far) = (size.wrapping_sub(1) as isize).overflowing_mul(stride);
+            let (lower, too_low) = low.overflowing_add(reach.min(0));
+            let (higher, too_high) = high.overflowing_add(reach.max(0));
+            (count, low, high) = (product, lower, higher);
+            overflows |= too_many | too_far | too_low | too_high;
+        }
+        if empty {
             return Some((0, -1));
         }
-        self.element_count()?.checked_mul(self.dtype.size()).filter(|&bytes| bytes <= isize::MAX as usize)?;
-        let (mut low, mut high) = (0isize, 0isize);
-        for (&size, &stride) in self.sizes().iter().zip(self.steps()) {
-            let reach = isize::try_from(size - 1).ok()?.checked_mul(stride)?;
-            low = low.checked_add(reach.min(0))?;
-            high = high.checked_add(reach.max(0))?;
+        let size = self.dtype.size();
+        let (bytes, too_many) = count.overflowing_mul(size);
+        let reach = high.checked_sub(low)?.checked_add(1)?.checked_mul(size as isize)?;
+        let fits = !(overflows || too_many) && isize::try_from(bytes).is_ok() && reach > 0;
+        fits.then_some((low, high))
+    }
+
+    /// [`span`](Self::span) of a tensor that was found to have one.
+    #[inline]
+    pub(crate) fn known_span(&self) -> (isize, isize) {
+        if self.is_empty() {
+            return (0, -1);
         }
-        let bytes = high.checked_sub(low)?.checked_add(1)?.checked_mul(self.dtype.size() as isize)?;
-        (bytes > 0).then_some((low, high))
+        self.sizes().iter().zip(self.steps()).fold((0, 0), |(low, high), (&size, &stride)| {
+            let reach = (size as isize - 1) * stride;
+            (low + reach.min(0), high + reach.max(0))
+        })
     }
 
     /// Whether the elements lie in row-major order without gaps.

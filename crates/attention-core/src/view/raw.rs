@@ -26,7 +26,7 @@ impl RawView {
     /// The lowest address of the view's memory and the one behind its highest, for overlap checks.
     pub(super) fn address_range(&self) -> Range<usize> {
         // The span was checked when the view was made.
-        let (low, high) = self.desc.span().unwrap_or((0, -1));
+        let (low, high) = self.desc.known_span();
         self.at(low).address()..self.at(high.wrapping_add(1)).address()
     }
 
