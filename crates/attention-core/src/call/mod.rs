@@ -40,38 +40,36 @@ impl<'a> Inputs<'a> {
 
     /// Starts the problem of these inputs: their layouts, the query's device, and which numbers there are.
     pub fn problem(&self) -> ProblemBuilder {
-        let builder = Problem::builder(self.query.desc(), self.key.desc(), self.value.desc());
-        let optional = [
-            (Role::Mask, self.mask),
-            (Role::Bias, self.bias),
-            (Role::AlibiSlopes, self.alibi_slopes),
-            (Role::Sinks, self.sinks),
-        ];
-        (optional.into_iter().filter_map(|(role, view)| Some((role, view?))))
-            .fold(builder.device(self.query.device()), |builder, (role, view)| {
-                builder.layout(role, view.desc())
-            })
-            .data(&self.data)
+        let mut builder = Problem::builder(self.query.desc(), self.key.desc(), self.value.desc());
+        builder.set_device(self.query.device());
+        for (role, view) in self.views() {
+            if let Some(view) = view {
+                builder.set_layout(role, view.desc());
+            }
+        }
+        builder.set_data(&self.data);
+        builder
     }
 
-    fn views(&self) -> [(Role, Option<View<'a>>); 7] {
+    #[inline]
+    fn views(&self) -> [(Role, Option<&View<'a>>); 7] {
         [
-            (Role::Query, Some(self.query)),
-            (Role::Key, Some(self.key)),
-            (Role::Value, Some(self.value)),
-            (Role::Mask, self.mask),
-            (Role::Bias, self.bias),
-            (Role::AlibiSlopes, self.alibi_slopes),
-            (Role::Sinks, self.sinks),
+            (Role::Query, Some(&self.query)),
+            (Role::Key, Some(&self.key)),
+            (Role::Value, Some(&self.value)),
+            (Role::Mask, self.mask.as_ref()),
+            (Role::Bias, self.bias.as_ref()),
+            (Role::AlibiSlopes, self.alibi_slopes.as_ref()),
+            (Role::Sinks, self.sinks.as_ref()),
         ]
     }
 
     /// Brings mask and bias to the four axes that the problem describes them with. Called on checked inputs.
-    fn with_full_rank(mut self) -> Self {
+    #[inline]
+    fn fill_ranks(&mut self) {
         for view in [&mut self.mask, &mut self.bias].into_iter().flatten() {
             *view = full_rank(*view, |view| view.unsqueeze().ok(), |view| view.shape().rank());
         }
-        self
     }
 }
 
@@ -161,7 +159,7 @@ impl<'a> ForwardCall<'a> {
     /// another device, an output that overlaps another tensor, a problem of the other pass.
     pub fn new(
         problem: &'a Problem,
-        inputs: Inputs<'a>,
+        mut inputs: Inputs<'a>,
         outputs: ForwardOutputs<'a>,
     ) -> Result<Self, InvalidCall> {
         expect_pass(problem, Pass::Forward)?;
@@ -170,7 +168,8 @@ impl<'a> ForwardCall<'a> {
         checker.written(Role::Out, Some(&outputs.out))?;
         checker.written(Role::Lse, outputs.lse.as_ref())?;
         checker.overlaps()?;
-        Ok(Self { problem, inputs: inputs.with_full_rank(), outputs })
+        inputs.fill_ranks();
+        Ok(Self { problem, inputs, outputs })
     }
 
     /// The problem.
@@ -179,6 +178,7 @@ impl<'a> ForwardCall<'a> {
     }
 
     /// The problem with the numbers of this call, the inputs (mask and bias with four axes) and the outputs.
+    #[inline]
     pub fn into_parts(self) -> (CallProblem<'a>, Inputs<'a>, ForwardOutputs<'a>) {
         (self.problem, self.inputs, self.outputs)
     }
@@ -191,17 +191,17 @@ impl<'a> BackwardCall<'a> {
     /// As [`ForwardCall::new`].
     pub fn new(
         problem: &'a Problem,
-        inputs: Inputs<'a>,
+        mut inputs: Inputs<'a>,
         saved: BackwardInputs<'a>,
         outputs: BackwardOutputs<'a>,
     ) -> Result<Self, InvalidCall> {
         expect_pass(problem, Pass::Backward)?;
         let mut checker = Checker::new(problem);
         let problem = checker.inputs(&inputs)?;
-        checker.read(Role::Out, Some(saved.out))?;
-        checker.read(Role::Lse, Some(saved.lse))?;
-        checker.read(Role::DOut, Some(saved.d_out))?;
-        checker.read(Role::DLse, saved.d_lse)?;
+        checker.read(Role::Out, Some(&saved.out))?;
+        checker.read(Role::Lse, Some(&saved.lse))?;
+        checker.read(Role::DOut, Some(&saved.d_out))?;
+        checker.read(Role::DLse, saved.d_lse.as_ref())?;
         checker.written(Role::DQuery, outputs.dq.as_ref())?;
         checker.written(Role::DKey, outputs.dk.as_ref())?;
         checker.written(Role::DValue, outputs.dv.as_ref())?;
@@ -214,7 +214,8 @@ impl<'a> BackwardCall<'a> {
                 .map(|view| full_rank(view, |view| view.unsqueeze().ok(), |view| view.shape().rank())),
             ..outputs
         };
-        Ok(Self { problem, inputs: inputs.with_full_rank(), saved, outputs })
+        inputs.fill_ranks();
+        Ok(Self { problem, inputs, saved, outputs })
     }
 
     /// The problem.
@@ -224,6 +225,7 @@ impl<'a> BackwardCall<'a> {
 
     /// The problem with the numbers of this call, the inputs (mask and bias with four axes), what the forward
     /// left, and the outputs.
+    #[inline]
     pub fn into_parts(self) -> (CallProblem<'a>, Inputs<'a>, BackwardInputs<'a>, BackwardOutputs<'a>) {
         (self.problem, self.inputs, self.saved, self.outputs)
     }
@@ -266,14 +268,16 @@ impl<'p> Checker<'p> {
         CallProblem::new(self.problem, &inputs.data)
     }
 
-    fn read(&mut self, role: Role, view: Option<View<'_>>) -> Result<(), InvalidCall> {
-        expect_as_described(self.problem, role, view.map(|view| (view.desc(), view.device())))?;
+    #[inline]
+    fn read(&mut self, role: Role, view: Option<&View<'_>>) -> Result<(), InvalidCall> {
+        expect_as_described(self.problem, role, view.map(|view| (view.desc_ref(), view.device())))?;
         self.read |= view.map_or(0, |view| self.lies(role, view.address_range().into()));
         Ok(())
     }
 
+    #[inline]
     fn written(&mut self, role: Role, view: Option<&ViewMut<'_>>) -> Result<(), InvalidCall> {
-        expect_as_described(self.problem, role, view.map(|view| (view.desc(), view.device())))?;
+        expect_as_described(self.problem, role, view.map(|view| (view.desc_ref(), view.device())))?;
         self.written |= view.map_or(0, |view| self.lies(role, view.address_range().into()));
         Ok(())
     }

@@ -43,7 +43,7 @@ impl<'c> CallProblem<'c> {
     /// another rate of dropout.
     pub fn new(problem: &'c Problem, data: &CallData<'c>) -> Result<Self, InvalidCall> {
         for (role, view) in data.views() {
-            expect_as_described(problem, role, view.map(|view| (view.desc(), view.device())))?;
+            expect_as_described(problem, role, view.map(|view| (view.desc_ref(), view.device())))?;
         }
         let scale = scale(problem, data.scale)?;
         softcap(problem, data.softcap)?;

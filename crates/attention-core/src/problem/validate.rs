@@ -1,23 +1,23 @@
 //! The checks of a problem: the only place where calls are judged.
 
-use super::{Dimensions, Problem, Spec};
+use super::{Dimensions, Spec};
 use crate::shape::element_count;
 use crate::{Alignment, DType, Device, Dims, Dropout, Gradients, InvalidCall, Pass, Role, TensorDesc};
 
 const ANY_FLOAT: &str = "f64, f32, f16 or bf16";
 
-/// Checks a spec, fills in its defaults, and makes the problem.
-pub(super) fn problem(mut spec: Spec) -> Result<Problem, InvalidCall> {
-    let (dims, dtype) = operands(&spec)?;
-    optional_inputs(&mut spec, dims)?;
-    dropout(&spec, dims)?;
-    numbers(&mut spec, dims)?;
+/// Checks a spec and fills in its defaults: then it is that of a problem, with what this gives.
+pub(super) fn check(spec: &mut Spec) -> Result<(Dimensions, DType), InvalidCall> {
+    let (dims, dtype) = operands(spec)?;
+    optional_inputs(spec, dims)?;
+    dropout(spec, dims)?;
+    numbers(spec, dims)?;
     let given = |role: &Role| *role < Role::Out || role.is_data();
     for (role, desc) in Role::ALL.into_iter().zip(&spec.tensors).filter(|(role, _)| given(role)) {
         desc.as_ref().map_or(Ok(()), |desc| fits(role, desc))?;
     }
-    results(&mut spec, dims, dtype)?;
-    Ok(Problem { spec, dims, dtype })
+    results(spec, dims, dtype)?;
+    Ok((dims, dtype))
 }
 
 /// Ranks, dtypes and shapes of query, key and value, and what follows from them.
@@ -84,7 +84,8 @@ fn countable(shape: &[usize]) -> bool {
 }
 
 fn fits(role: Role, desc: &TensorDesc) -> Result<(), InvalidCall> {
-    let fits = desc.span().is_some() && countable(&desc.shape());
+    // A span says that the elements can be counted, where there are any.
+    let fits = desc.span().is_some() && (!desc.is_empty() || countable(&desc.shape()));
     fits.then_some(()).ok_or(InvalidCall::Overflow { what: role.name(), shape: desc.shape() })
 }
 

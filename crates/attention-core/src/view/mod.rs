@@ -69,18 +69,27 @@ unsafe impl Sync for ViewMut<'_> {}
 
 impl<'a> View<'a> {
     /// Dtype, shape and strides.
+    #[inline]
     pub fn desc(&self) -> TensorDesc {
         self.raw.desc
     }
 
     /// The shape.
+    #[inline]
     pub fn shape(&self) -> Dims {
         self.raw.desc.shape()
     }
 
     /// Where the memory is.
+    #[inline]
     pub fn device(&self) -> Device {
         self.raw.device
+    }
+
+    /// [`desc`](Self::desc) where it lies.
+    #[inline]
+    pub(crate) fn desc_ref(&self) -> &TensorDesc {
+        &self.raw.desc
     }
 
     /// The lowest address of the view's memory and the one behind its highest, for overlap checks.
@@ -225,18 +234,27 @@ impl<'a> View<'a> {
 
 impl<'a> ViewMut<'a> {
     /// Dtype, shape and strides.
+    #[inline]
     pub fn desc(&self) -> TensorDesc {
         self.raw.desc
     }
 
     /// The shape.
+    #[inline]
     pub fn shape(&self) -> Dims {
         self.raw.desc.shape()
     }
 
     /// Where the memory is.
+    #[inline]
     pub fn device(&self) -> Device {
         self.raw.device
+    }
+
+    /// [`desc`](Self::desc) where it lies.
+    #[inline]
+    pub(crate) fn desc_ref(&self) -> &TensorDesc {
+        &self.raw.desc
     }
 
     /// The lowest address of the view's memory and the one behind its highest, for overlap checks.
