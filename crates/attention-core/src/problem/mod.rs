@@ -7,6 +7,8 @@ mod validate;
 
 pub use builder::ProblemBuilder;
 
+use std::hash::{Hash, Hasher};
+
 use crate::float_bits::FloatBits;
 use crate::{
     Alignment, DType, Device, Dropout, Feature, FeatureSet, Gradients, Pass, Role, TensorDesc, Window,
@@ -95,7 +97,7 @@ impl From<Roles> for Vec<Role> {
 }
 
 /// Everything of a problem that is given rather than derived. `Problem` holds a checked one.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 // An option that this version does not know is an error, not ignored.
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
@@ -117,6 +119,37 @@ struct Spec {
     d_lse: bool,
     gradients: Gradients,
     deterministic: bool,
+}
+
+/// Of the tensors that there are: a call of the facade looks for its plan by this hash, and has four or five of
+/// the tensors.
+impl Hash for Spec {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // Taken apart by name, so that a new field cannot be forgotten here.
+        let Self {
+            pass,
+            device,
+            tensors,
+            in_host_memory,
+            any_scale,
+            causal,
+            alignment,
+            window,
+            softcap,
+            dropout_rate,
+            lse,
+            d_lse,
+            gradients,
+            deterministic,
+        } = self;
+        for (role, desc) in Role::ALL.into_iter().zip(tensors) {
+            if let Some(desc) = desc {
+                (role, desc).hash(state);
+            }
+        }
+        (pass, device, in_host_memory, alignment, window, dropout_rate, gradients).hash(state);
+        (any_scale, causal, softcap, lse, d_lse, deterministic).hash(state);
+    }
 }
 
 /// A whole attention call without its data: dimensions, dtypes, layouts, device, masks and bias as shapes,
@@ -172,30 +205,41 @@ struct Spec {
 /// assert_eq!(problem.dims().group_size(), 4);
 /// # Ok::<(), attention_core::InvalidCall>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     spec: Spec,
+    // These two follow from it.
     dims: Dimensions,
     dtype: DType,
 }
 
+impl Hash for Problem {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.spec.hash(state);
+    }
+}
+
 impl Problem {
     /// Forward or backward.
+    #[inline]
     pub fn pass(&self) -> Pass {
         self.spec.pass
     }
 
     /// Where every tensor of the call is.
+    #[inline]
     pub fn device(&self) -> Device {
         self.spec.device
     }
 
     /// The sizes.
+    #[inline]
     pub fn dims(&self) -> Dimensions {
         self.dims
     }
 
     /// The dtype of the query and the output, and what the numerics class is of.
+    #[inline]
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -207,27 +251,32 @@ impl Problem {
 
     /// Where a tensor of this role is: on the problem's device, but for [numbers](Role::DATA) that the host
     /// keeps.
+    #[inline]
     pub fn device_of(&self, role: Role) -> Device {
         if self.spec.in_host_memory.contains(role) { Device::Cpu } else { self.device() }
     }
 
     /// The description of a tensor, or `None` where the call has none of this role. Mask and bias always have four
     /// axes here, with size 1 along broadcast axes that the caller left out.
+    #[inline]
     pub fn tensor(&self, role: Role) -> Option<&TensorDesc> {
         self.spec.tensors[role as usize].as_ref()
     }
 
     /// Whether the call has a tensor of this role.
+    #[inline]
     pub fn has(&self, role: Role) -> bool {
         self.tensor(role).is_some()
     }
 
     /// What the products of query and key are multiplied by where a call says nothing else: `1 / sqrt(H)`.
+    #[inline]
     pub fn default_scale(&self) -> f64 {
         1.0 / (self.dims.head_dim as f64).sqrt()
     }
 
     /// Whether calls may have scales outside of [`ordinary_scales`](Self::ordinary_scales).
+    #[inline]
     pub fn any_scale(&self) -> bool {
         self.spec.any_scale
     }
@@ -243,26 +292,31 @@ impl Problem {
     }
 
     /// Whether keys after `pos` are masked.
+    #[inline]
     pub fn causal(&self) -> bool {
         self.spec.causal
     }
 
     /// What is known of where query rows stand among the keys.
+    #[inline]
     pub fn alignment(&self) -> Alignment {
         self.spec.alignment
     }
 
     /// The sliding window.
+    #[inline]
     pub fn window(&self) -> Window {
         self.spec.window
     }
 
     /// Whether logits are capped; at what, a call says.
+    #[inline]
     pub fn has_softcap(&self) -> bool {
         self.spec.softcap
     }
 
     /// The fraction of probabilities that is dropped.
+    #[inline]
     pub fn dropout_rate(&self) -> Option<f64> {
         self.spec.dropout_rate.map(FloatBits::get)
     }
