@@ -46,7 +46,7 @@ pub(crate) fn output<'a>(role: Role, tensor: impl IntoViewMut<'a>) -> Result<Vie
 impl<'a> Operands<'a> {
     /// Of inputs whose query, key and value have the order of axes of the call.
     pub(crate) fn new(order: AxisOrder, inputs: Inputs<'a>) -> Result<Self, Error> {
-        let Inputs { query, key, value, .. } = inputs;
+        let Inputs { query, key, value, .. } = &inputs;
         let views = [(Role::Query, query), (Role::Key, key), (Role::Value, value)];
         let ranks = views.map(|(_, view)| view.shape().rank());
         for ((role, view), rank) in views.into_iter().zip(ranks) {
@@ -63,12 +63,17 @@ impl<'a> Operands<'a> {
             return Err(Error::MixedRanks { query, key, value, order });
         }
         let batched = ranks[0] == 4;
-        let four = |view: View<'a>| {
-            let view = order.read(Kind::Operand, view)?;
-            if batched { Ok(view) } else { view.unsqueeze() }
-        };
-        let inputs = Inputs { query: four(query)?, key: four(key)?, value: four(value)?, ..inputs };
-        let operands = Self { inputs, batched, order };
+        let mut operands = Self { inputs, batched, order };
+        // Mostly they are in the order of the core, and inputs are large.
+        if !(batched && order == AxisOrder::Btnh) {
+            let Inputs { query, key, value, .. } = &mut operands.inputs;
+            for view in [query, key, value] {
+                *view = order.read(Kind::Operand, *view)?;
+                if !batched {
+                    *view = view.unsqueeze()?;
+                }
+            }
+        }
         operands.one_device()?;
         Ok(operands)
     }
@@ -80,14 +85,14 @@ impl<'a> Operands<'a> {
     /// Checked before an implementation is chosen by the query's device. Numbers of the call may be in host
     /// memory too; the call checks where they are.
     fn one_device(&self) -> Result<(), InvalidCall> {
-        let Inputs { query, key, value, mask, bias, alibi_slopes, sinks, .. } = self.inputs;
+        let Inputs { query, key, value, mask, bias, alibi_slopes, sinks, .. } = &self.inputs;
         let others = [
             (Role::Key, Some(key)),
             (Role::Value, Some(value)),
-            (Role::Mask, mask),
-            (Role::Bias, bias),
-            (Role::AlibiSlopes, alibi_slopes),
-            (Role::Sinks, sinks),
+            (Role::Mask, mask.as_ref()),
+            (Role::Bias, bias.as_ref()),
+            (Role::AlibiSlopes, alibi_slopes.as_ref()),
+            (Role::Sinks, sinks.as_ref()),
         ];
         let expected = query.device();
         for (role, device) in others.into_iter().filter_map(|(role, view)| Some((role, view?.device()))) {
@@ -127,29 +132,34 @@ impl<'a> Operands<'a> {
 
     /// The checked problem, or an error with shapes as the caller has them, which says so where the inputs would fit in the
     /// other order of axes.
+    #[inline]
     pub(crate) fn build(&self, builder: ProblemBuilder, options: &Options) -> Result<Problem, Error> {
-        builder.build().map_err(|error| {
-            let misfit = matches!(
-                error,
-                InvalidCall::HeadsNotDivisible { .. }
-                    | InvalidCall::NotBroadcastable { role: Role::Mask | Role::Bias, .. }
-                    | InvalidCall::Shape {
-                        role: Role::Key | Role::Value | Role::AlibiSlopes | Role::Sinks,
-                        ..
-                    }
-            );
-            let source = self.order.told(error);
-            if misfit && self.in_other_order().is_ok_and(|other| other.problem(options).build().is_ok()) {
-                let Inputs { query, key, value, .. } = self.inputs;
-                let shapes = [query, key, value].map(|view| self.returned(&view.shape(), Kind::Operand));
-                return Error::OtherOrder {
-                    source: Box::new(source),
-                    shapes: Box::new(shapes),
-                    order: self.order,
-                };
-            }
-            source.into()
-        })
+        match builder.build() {
+            Ok(problem) => Ok(problem),
+            Err(error) => Err(self.not_built(error, options)),
+        }
+    }
+
+    /// Why there is no problem, as the caller is told of it.
+    #[cold]
+    fn not_built(&self, error: InvalidCall, options: &Options) -> Error {
+        let misfit = matches!(
+            error,
+            InvalidCall::HeadsNotDivisible { .. }
+                | InvalidCall::NotBroadcastable { role: Role::Mask | Role::Bias, .. }
+                | InvalidCall::Shape { role: Role::Key | Role::Value | Role::AlibiSlopes | Role::Sinks, .. }
+        );
+        let source = self.order.told(error);
+        if misfit && self.in_other_order().is_ok_and(|other| other.problem(options).build().is_ok()) {
+            let Inputs { query, key, value, .. } = self.inputs;
+            let shapes = [query, key, value].map(|view| self.returned(&view.shape(), Kind::Operand));
+            return Error::OtherOrder {
+                source: Box::new(source),
+                shapes: Box::new(shapes),
+                order: self.order,
+            };
+        }
+        source.into()
     }
 
     /// A problem of these inputs with the numbers of the call, checked.
@@ -183,6 +193,9 @@ impl<'a> Operands<'a> {
 
     /// As [`read`](Self::read), for a tensor that is written.
     pub(crate) fn written<'o>(&self, role: Role, view: ViewMut<'o>) -> Result<ViewMut<'o>, InvalidCall> {
+        if self.batched && self.order == AxisOrder::Btnh {
+            return Ok(view);
+        }
         self.expect_rank(role, view.shape())?;
         let view = match Kind::of(role) {
             Some(kind) => self.order.written(kind, view)?,

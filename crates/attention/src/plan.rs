@@ -191,7 +191,8 @@ impl AttentionPlan {
         operands: &Operands<'_>,
         outputs: ForwardOutputs<'_>,
     ) -> Result<(), Error> {
-        let (plan, call) = (&*self.chosen.plan, self.forward_call(operands, outputs)?);
+        let plan = &*self.chosen.plan;
+        let call = self.forward_call(operands, outputs)?;
         with_scratch(plan, |scratch| Ok(plan.forward(call, scratch)?))
     }
 
@@ -238,13 +239,17 @@ impl AttentionPlan {
         Operands::new(self.order, inputs)
     }
 
+    #[inline]
     fn forward_call<'c>(
         &'c self,
         operands: &Operands<'c>,
         outputs: ForwardOutputs<'c>,
     ) -> Result<ForwardCall<'c>, Error> {
-        let call = ForwardCall::new(self.problem(), operands.inputs, outputs);
-        Ok(call.map_err(|error| operands.order.told(error))?)
+        // By hand: a call is large, and `map_err` would copy it.
+        match ForwardCall::new(self.problem(), operands.inputs, outputs) {
+            Ok(call) => Ok(call),
+            Err(error) => Err(operands.order.told(error).into()),
+        }
     }
 
     /// Checks a call, which is boxed since it is some kilobytes that every move would put on the stack again.

@@ -16,6 +16,7 @@ thread_local! {
 
 /// Runs `call` with the scratch memory of a plan's call, where its problem is: the facade's own in host memory, the
 /// backend's on a device.
+#[inline]
 pub(crate) fn with_scratch<R>(
     plan: &dyn Plan,
     call: impl FnOnce(Scratch<'_>) -> Result<R, Error>,
@@ -31,6 +32,7 @@ pub(crate) fn with_scratch<R>(
 ///
 /// The buffer is taken out of its place for the call, so a call made inside another one on the same thread (a
 /// thread pool that steals work) gets a buffer of its own.
+#[inline]
 fn with_host_scratch<R>(
     bytes: usize,
     call: impl FnOnce(Scratch<'_>) -> Result<R, Error>,
