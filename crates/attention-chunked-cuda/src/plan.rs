@@ -6,10 +6,10 @@ use attention_core::{
     BackwardCall, CallProblem, Error, ForwardCall, LentScratch, Plan, Problem, Scratch, VariantCounter,
     Variants,
 };
+use attention_cuda::cudarc::driver::CudaFunction;
 use attention_cuda::cudarc::driver::sys::CUfunction_attribute;
-use attention_cuda::cudarc::driver::{CudaFunction, PushKernelArg};
 use attention_cuda::parameters::ProblemParameters;
-use attention_cuda::{Addresses, NumberStore, failure};
+use attention_cuda::{Addresses, NumberStore, failure, launch};
 
 use super::NAME;
 use super::launches::{Kernel, Launches, limit};
@@ -83,13 +83,11 @@ impl ChunkedCudaPlan {
         }
         parameters.set_all(tensors);
         for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
-            let mut launch = stream.launch_builder(function);
-            launch.arg(&parameters);
             // SAFETY: every kernel takes this one struct. The caller promised that its tensors are those of
             // the problem, and that the scratch was admitted, so it has the plan's size. Kernels stay inside
             // the shapes that the struct gives: they clamp the lengths and offsets that they read on the
             // device.
-            unsafe { launch.launch(kernel.launch_config()) }
+            unsafe { launch(stream, function, &parameters, kernel.launch_config()) }
                 .map_err(|error| failure(NAME, "running a kernel", error))?;
             runs.count();
         }

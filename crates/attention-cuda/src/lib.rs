@@ -7,6 +7,7 @@ mod device;
 mod disk;
 mod error;
 mod kernels;
+mod launch;
 #[cfg(test)]
 mod layout;
 pub mod library;
@@ -24,6 +25,7 @@ pub use device::{CudaDevice, device_count};
 pub use disk::{DiskCache, DiskKey};
 pub use error::KernelError;
 pub use kernels::{KERNEL_FOLDER, KernelCache};
+pub use launch::launch;
 pub use numbers::{NumberStore, StoredNumbers};
 pub use nvrtc::{Compiled, Nvrtc};
 pub use tensor::{DeviceScratch, DeviceTensor};

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use attention_core::{CallProblem, Problem, Role};
 use attention_kernels::{Helper, Variant};
-use cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig};
 
 use crate::error::KernelError;
+use crate::launch::launch;
 use crate::sequences::{INLINE_ROWS, is_on_device, uniform_sequence};
 use crate::{CudaDevice, KernelCache};
 
@@ -158,12 +159,10 @@ impl NumberStore {
                 block_dim: (Helper::LAUNCHED.threads, 1, 1),
                 shared_mem_bytes: 0,
             };
-            let mut launch = stream.launch_builder(function);
-            launch.arg(&numbers);
             // SAFETY: the kernel takes this one struct, and writes `count` numbers from `to` on. All launches
             // of a call together write the numbers that `StoredNumbers::bytes` counts, from `start` on, where
             // the caller guarantees as many bytes.
-            unsafe { launch.launch(config) }?;
+            unsafe { launch(stream, function, &numbers, config) }?;
         }
         Ok(())
     }
