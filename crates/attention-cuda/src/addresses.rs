@@ -28,10 +28,10 @@ impl Addresses {
         outputs: &mut BackwardOutputs<'_>,
     ) -> Self {
         let mut all = Self::of_inputs(inputs);
-        all.read(Role::Out, Some(saved.out));
-        all.read(Role::Lse, Some(saved.lse));
-        all.read(Role::DOut, Some(saved.d_out));
-        all.read(Role::DLse, saved.d_lse);
+        all.read(Role::Out, Some(&saved.out));
+        all.read(Role::Lse, Some(&saved.lse));
+        all.read(Role::DOut, Some(&saved.d_out));
+        all.read(Role::DLse, saved.d_lse.as_ref());
         all.write(Role::DQuery, &mut outputs.dq);
         all.write(Role::DKey, &mut outputs.dk);
         all.write(Role::DValue, &mut outputs.dv);
@@ -42,27 +42,27 @@ impl Addresses {
 
     fn of_inputs(inputs: &Inputs<'_>) -> Self {
         let mut all = Self::default();
-        all.read(Role::Query, Some(inputs.query));
-        all.read(Role::Key, Some(inputs.key));
-        all.read(Role::Value, Some(inputs.value));
-        all.read(Role::Mask, inputs.mask);
-        all.read(Role::Bias, inputs.bias);
-        all.read(Role::AlibiSlopes, inputs.alibi_slopes);
-        all.read(Role::Sinks, inputs.sinks);
+        all.read(Role::Query, Some(&inputs.query));
+        all.read(Role::Key, Some(&inputs.key));
+        all.read(Role::Value, Some(&inputs.value));
+        all.read(Role::Mask, inputs.mask.as_ref());
+        all.read(Role::Bias, inputs.bias.as_ref());
+        all.read(Role::AlibiSlopes, inputs.alibi_slopes.as_ref());
+        all.read(Role::Sinks, inputs.sinks.as_ref());
         let data = &inputs.data;
         for (role, view) in [
-            (Role::QueryLengths, data.query_lengths),
-            (Role::KeyValueLengths, data.key_value_lengths),
-            (Role::QueryOffsets, data.query_offsets),
-            (Role::DropoutSeed, data.dropout_seed),
-            (Role::DropoutOffset, data.dropout_offset),
+            (Role::QueryLengths, &data.query_lengths),
+            (Role::KeyValueLengths, &data.key_value_lengths),
+            (Role::QueryOffsets, &data.query_offsets),
+            (Role::DropoutSeed, &data.dropout_seed),
+            (Role::DropoutOffset, &data.dropout_offset),
         ] {
-            all.read(role, view.filter(|view| view.device() != Device::Cpu));
+            all.read(role, view.as_ref().filter(|view| view.device() != Device::Cpu));
         }
         all
     }
 
-    fn read(&mut self, role: Role, view: Option<View<'_>>) {
+    fn read(&mut self, role: Role, view: Option<&View<'_>>) {
         self.0[role as usize] = view.map_or(0, |view| view.as_ptr() as u64);
     }
 
@@ -86,8 +86,7 @@ impl Addresses {
     /// # Errors
     /// [`Unsupported::Limit`], which names the tensor.
     pub fn check_streams(&self, backend: &str, stream: &CudaStream, scratch: u64) -> Result<(), Unsupported> {
-        check_streams(backend, stream, std::iter::once(("the scratch", scratch)))?;
-        check_streams(backend, stream, self.iter())
+        check_streams(backend, stream, scratch, self.iter())
     }
 }
 

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::{PoisonError, RwLock};
 
-use attention_core::Unsupported;
+use attention_core::{Role, Unsupported};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 /// A stream, by its context's address and its own.
@@ -63,30 +63,40 @@ fn may_use(owned: &BTreeMap<u64, Owned>, address: u64, stream: StreamKey) -> boo
     below.is_none_or(|(_, memory)| address >= memory.end || memory.stream == stream)
 }
 
-/// Checks that each [`DeviceTensor`](crate::DeviceTensor) or its like at these addresses may be used by work on this
-/// stream: that it was made on the same. Memory of another owner passes.
+/// Checks that scratch at this address, and each [`DeviceTensor`](crate::DeviceTensor) or its like at these
+/// addresses, may be used by work on this stream: that it was made on the same. Memory of another owner
+/// passes.
 ///
 /// # Errors
 /// [`Unsupported::Limit`], which names what is there.
-pub(crate) fn check_streams<W: Display>(
+pub(crate) fn check_streams(
     backend: &str,
     stream: &CudaStream,
-    memory: impl Iterator<Item = (W, u64)>,
+    scratch: u64,
+    tensors: impl Iterator<Item = (Role, u64)>,
 ) -> Result<(), Unsupported> {
     let (owned, stream) = (OWNED.read().unwrap_or_else(PoisonError::into_inner), key_of(stream));
-    for (what, address) in memory {
+    if !may_use(&owned, scratch, stream) {
+        return Err(on_another_stream(backend, &"the scratch"));
+    }
+    for (role, address) in tensors {
         if !may_use(&owned, address, stream) {
-            return Err(Unsupported::Limit {
-                backend: backend.to_owned(),
-                what: format!("{what} on"),
-                value: "another stream".to_owned(),
-                why: "its work is on the stream of its own device: make the tensor with the same CudaDevice, or the backend on the \
-                      tensor's"
-                    .to_owned(),
-            });
+            return Err(on_another_stream(backend, &role));
         }
     }
     Ok(())
+}
+
+#[cold]
+fn on_another_stream(backend: &str, what: &dyn Display) -> Unsupported {
+    Unsupported::Limit {
+        backend: backend.to_owned(),
+        what: format!("{what} on"),
+        value: "another stream".to_owned(),
+        why: "its work is on the stream of its own device: make the tensor with the same CudaDevice, or the backend on the \
+              tensor's"
+            .to_owned(),
+    }
 }
 
 #[cfg(test)]
