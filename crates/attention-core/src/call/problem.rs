@@ -112,9 +112,12 @@ impl<'c> CallProblem<'c> {
     /// A scale of 1e38 has operands of 1e-19, whose products with small gradients would underflow; one of
     /// 1e-37 has operands of up to 1e37, whose products with gradients would overflow.
     pub fn scale_of_gradients(&self) -> (f64, f64) {
-        let exponent = self.scale.abs().log2();
-        let is_far = !(-8.0..=24.0).contains(&exponent) && exponent.is_finite();
-        let before = if is_far { (exponent / 2.0).floor().exp2() } else { 1.0 };
+        let magnitude = self.scale.abs();
+        // Asked of every call, so without a logarithm for the scales of most.
+        if magnitude == 0.0 || (256f64.recip()..=16_777_216.0).contains(&magnitude) {
+            return (1.0, self.scale);
+        }
+        let before = (magnitude.log2() / 2.0).floor().exp2();
         (before, self.scale / before)
     }
 
