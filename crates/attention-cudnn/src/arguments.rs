@@ -8,8 +8,40 @@ use attention_cuda::parameters::Integers;
 
 /// A struct that is the only argument of a kernel.
 pub(crate) trait Arguments: DeviceRepr {
-    /// The source and the entry point of the kernel.
-    const KERNEL: (&str, &str);
+    /// The kernel.
+    const KERNEL: HelperKernel;
+}
+
+/// The helper kernels, each by the name of its arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HelperKernel {
+    FinishForward,
+    PrepareBackward,
+    CleanRows,
+    ClearGradients,
+    MakeBias,
+    ToFloats,
+    KeepMask,
+    SinkGradient,
+}
+
+impl HelperKernel {
+    /// How many there are.
+    pub(crate) const COUNT: usize = HelperKernel::SinkGradient as usize + 1;
+
+    /// The source and the entry point.
+    pub(crate) fn place(self) -> (&'static str, &'static str) {
+        match self {
+            Self::FinishForward => (ROWS, "attention_finish_forward"),
+            Self::PrepareBackward => (ROWS, "attention_prepare_backward"),
+            Self::CleanRows => (ROWS, "attention_clean_rows"),
+            Self::ClearGradients => (ROWS, "attention_clear_gradients"),
+            Self::MakeBias => (BIAS, "attention_make_bias"),
+            Self::ToFloats => (BIAS, "attention_to_floats"),
+            Self::KeepMask => (BIAS, "attention_keep_mask"),
+            Self::SinkGradient => (BIAS, "attention_sink_gradient"),
+        }
+    }
 }
 
 /// The strides, in elements, of a tensor whose first axes are batch row, position and head.
@@ -301,35 +333,35 @@ const _: () = assert!(size_of::<KeepMask>() == 104);
 const _: () = assert!(size_of::<SinkGradient>() == 128);
 
 impl Arguments for FinishForward {
-    const KERNEL: (&str, &str) = (ROWS, "attention_finish_forward");
+    const KERNEL: HelperKernel = HelperKernel::FinishForward;
 }
 
 impl Arguments for PrepareBackward {
-    const KERNEL: (&str, &str) = (ROWS, "attention_prepare_backward");
+    const KERNEL: HelperKernel = HelperKernel::PrepareBackward;
 }
 
 impl Arguments for CleanRows {
-    const KERNEL: (&str, &str) = (ROWS, "attention_clean_rows");
+    const KERNEL: HelperKernel = HelperKernel::CleanRows;
 }
 
 impl Arguments for ClearGradients {
-    const KERNEL: (&str, &str) = (ROWS, "attention_clear_gradients");
+    const KERNEL: HelperKernel = HelperKernel::ClearGradients;
 }
 
 impl Arguments for MakeBias {
-    const KERNEL: (&str, &str) = (BIAS, "attention_make_bias");
+    const KERNEL: HelperKernel = HelperKernel::MakeBias;
 }
 
 impl Arguments for ToFloats {
-    const KERNEL: (&str, &str) = (BIAS, "attention_to_floats");
+    const KERNEL: HelperKernel = HelperKernel::ToFloats;
 }
 
 impl Arguments for KeepMask {
-    const KERNEL: (&str, &str) = (BIAS, "attention_keep_mask");
+    const KERNEL: HelperKernel = HelperKernel::KeepMask;
 }
 
 impl Arguments for SinkGradient {
-    const KERNEL: (&str, &str) = (BIAS, "attention_sink_gradient");
+    const KERNEL: HelperKernel = HelperKernel::SinkGradient;
 }
 
 /// The source of the kernels on rows of tensors.

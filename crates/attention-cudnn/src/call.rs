@@ -166,12 +166,12 @@ impl<'a> Run<'a> {
         let (runtime, planned) = (&*self.planned.runtime, self.planned);
         let run = || -> Result<(), Failure> {
             let workspace = runtime.workspaces.lease(runtime.device.stream(), planned.execution.workspace)?;
-            let addresses: Vec<u64> = planned.execution.slots().map(|slot| self.at(slot)).collect();
+            let addresses = planned.execution.slots().map(|slot| self.at(slot));
             let workspace_address = workspace.pointer();
-            let kept = planned.lists.take(&addresses, workspace_address);
+            let kept = planned.lists.take(addresses.clone(), workspace_address);
             let list = match kept {
                 Some(list) => list,
-                None => self.list(addresses, workspace_address)?,
+                None => self.list(addresses.collect(), workspace_address)?,
             };
             list.numbers.set(&self.kernels.problem);
             runtime.with_handle(|handle| {

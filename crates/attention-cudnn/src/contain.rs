@@ -2,9 +2,9 @@
 //! multiplies values at masked positions by zero, and zero times NaN is NaN.
 
 use attention_core::{CallProblem, Error, Gradients, Pass, Problem, Role};
-use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
+use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig};
 use attention_cuda::parameters::{ProblemParameters, ScratchAddresses, dtype_code};
-use attention_cuda::{Addresses, failure};
+use attention_cuda::{Addresses, failure, launch};
 use attention_kernels::{Features, Fused, Variant};
 
 use crate::key::{Drops, Key, sees_all_or_nothing};
@@ -167,13 +167,12 @@ impl NanIsolation {
             }
             LargeRows::States(start) => large::set(&mut parameters, call, start),
         }
-        let mut launch = runtime.device.stream().launch_builder(&self.function);
-        launch.arg(&parameters);
         // SAFETY: the kernel takes this one struct. The caller promised that `memory` has the tensors that
         // the problem describes and that `stored` and `large` are valid; the kernel reads operands and writes
         // results inside the shapes that the struct gives.
-        unsafe { launch.launch(self.config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
-        Ok(())
+        let stream = runtime.device.stream();
+        unsafe { launch(stream, &self.function, &parameters, self.config) }
+            .map_err(|error| failure(NAME, "running a kernel", error))
     }
 }
 

@@ -125,7 +125,7 @@ impl ExecutionPlan {
     }
 
     /// The meaning of each tensor that the plan takes.
-    pub(crate) fn slots(&self) -> impl Iterator<Item = Slot> {
+    pub(crate) fn slots(&self) -> impl Iterator<Item = Slot> + Clone {
         self.slots.iter().map(|&(_, slot)| slot)
     }
 

@@ -3,9 +3,9 @@
 //! takes the rounded logsumexp as exact.
 
 use attention_core::{CallProblem, Error, Pass, Problem, Role};
-use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
+use attention_cuda::cudarc::driver::{CudaFunction, LaunchConfig};
 use attention_cuda::parameters::ProblemParameters;
-use attention_cuda::{Addresses, failure};
+use attention_cuda::{Addresses, failure, launch};
 use attention_kernels::Variant;
 
 use crate::contain;
@@ -82,14 +82,13 @@ impl FarRows {
         let mut parameters = self.parameters.of_call(call, stored);
         parameters.set_all(memory);
         large::set(&mut parameters, call, start);
-        let mut launch = runtime.device.stream().launch_builder(&self.function);
-        launch.arg(&parameters);
         // SAFETY: the kernel takes this one struct. The caller promised that `memory` has the tensors that
         // the problem describes and that the numbers at `stored` and `start` are valid; the kernel reads
         // operands inside the shapes that the struct gives, and writes the numbers of rows and heads at
         // `start`.
-        unsafe { launch.launch(self.config) }.map_err(|error| failure(NAME, "running a kernel", error))?;
-        Ok(())
+        let stream = runtime.device.stream();
+        unsafe { launch(stream, &self.function, &parameters, self.config) }
+            .map_err(|error| failure(NAME, "running a kernel", error))
     }
 }
 

@@ -3,10 +3,10 @@
 
 use attention_core::{CallProblem, DType, Error, Role};
 use attention_cuda::cudarc::driver::result::memset_d8_async;
-use attention_cuda::cudarc::driver::{DriverError, LaunchConfig, PushKernelArg};
+use attention_cuda::cudarc::driver::{DriverError, LaunchConfig};
 use attention_cuda::parameters::{Integers, dtype_code};
-use attention_cuda::{Addresses, KernelError, failure};
-use attention_kernels::{DTypeCode, Helper, Variant};
+use attention_cuda::{Addresses, KernelError, failure, launch};
+use attention_kernels::{DTypeCode, Helper};
 
 use crate::NAME;
 use crate::arguments::{
@@ -110,14 +110,11 @@ impl Kernels<'_> {
     /// stream's device with the shape and strides that the arguments give. It is valid until the work is
     /// done, and nothing else uses what the kernel writes, but for work on the same stream.
     unsafe fn launch<A: Arguments>(&self, arguments: &A, config: LaunchConfig) -> Result<(), LaunchError> {
-        let (source, entry_point) = A::KERNEL;
-        let function = self.runtime.function(source, Variant::Helper(Helper::LAUNCHED), entry_point)?;
-        let mut launch = self.runtime.device.stream().launch_builder(&function);
-        launch.arg(arguments);
         // SAFETY: the kernel takes this one struct, whose layout is that of the kernel's struct
         // (`Arguments`). The caller promised that its addresses are of memory with the shapes that it gives.
-        unsafe { launch.launch(config) }?;
-        Ok(())
+        let function = self.runtime.helper(A::KERNEL)?;
+        let stream = self.runtime.device.stream();
+        Ok(unsafe { launch(stream, function, arguments, config) }?)
     }
 
     fn seeing_rows(&self) -> SeeingRows {

@@ -27,10 +27,12 @@ pub(crate) struct List {
 
 impl Lists {
     /// Takes the list of this memory out of the cache, if it is there.
-    pub(crate) fn take(&self, addresses: &[u64], workspace: u64) -> Option<List> {
+    pub(crate) fn take(&self, addresses: impl Iterator<Item = u64> + Clone, workspace: u64) -> Option<List> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let index =
-            kept.iter().position(|entry| entry.workspace == workspace && entry.addresses == addresses)?;
+        let is_this = |entry: &List| {
+            entry.workspace == workspace && entry.addresses.iter().copied().eq(addresses.clone())
+        };
+        let index = kept.iter().position(is_this)?;
         Some(kept.remove(index))
     }
 

@@ -1,13 +1,14 @@
 //! A device with cuDNN on it: the handles, execution plans, kernels and workspaces that all problems share.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use attention_core::Unavailable;
 use attention_cuda::cudarc::driver::{CudaFunction, DriverError};
 use attention_cuda::{CudaDevice, DiskCache, DiskKey, KernelCache, KernelError, Workspaces};
-use attention_kernels::Variant;
+use attention_kernels::{Helper, Variant};
 
+use crate::arguments::HelperKernel;
 use crate::execution_plan::{ExecutionPlan, Handle, Site};
 use crate::key::Key;
 use crate::library::{Cudnn, CudnnError};
@@ -28,6 +29,8 @@ pub(crate) struct Runtime {
     /// The version of cuDNN and the capability and name of the device, which plans on disk belong to.
     device_kind: String,
     saved_plans: DiskCache,
+    /// The helper kernels that calls have asked for.
+    helpers: [OnceLock<CudaFunction>; HelperKernel::COUNT],
     /// The handles that no thread is using.
     handles: Mutex<Vec<Handle>>,
     /// The execution plans that cuDNN has built, by key; `None` if it has no engine.
@@ -59,6 +62,7 @@ impl Runtime {
             cudnn,
             kernels: KernelCache::new(config.kernel_folder.clone()).wheel_roots(config.wheel_roots.clone()),
             workspaces: Workspaces::new(config.workspace_limit),
+            helpers: Default::default(),
             handles: Mutex::default(),
             plans: Mutex::default(),
         })
@@ -144,6 +148,17 @@ impl Runtime {
             },
             Err(error) => tracing::debug!(%error, "a plan was not kept"),
         }
+    }
+
+    /// A helper kernel, compiled for the first call that asks for it.
+    pub(crate) fn helper(&self, kernel: HelperKernel) -> Result<&CudaFunction, KernelError> {
+        let kept = &self.helpers[kernel as usize];
+        if let Some(function) = kept.get() {
+            return Ok(function);
+        }
+        let (source, entry_point) = kernel.place();
+        let function = self.function(source, Variant::Helper(Helper::LAUNCHED), entry_point)?;
+        Ok(kept.get_or_init(|| function))
     }
 
     /// The kernel `name` of a source file of `attention-kernels`, compiled as this variant.
