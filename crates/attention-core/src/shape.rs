@@ -324,7 +324,42 @@ mod tests {
         assert!(!TensorDesc::contiguous(DType::F32, [2, 3, 4, 5]).may_overlap_itself());
     }
 
+    /// The span as its definition says it, in integers that nothing of it overflows.
+    fn wide_span(desc: &TensorDesc) -> Option<(isize, isize)> {
+        if desc.is_empty() {
+            return Some((0, -1));
+        }
+        let most = isize::MAX as i128;
+        let bytes = desc.dtype().size() as i128;
+        let mut count = 1i128;
+        let (mut low, mut high) = (0i128, 0i128);
+        for (&size, &stride) in desc.shape().iter().zip(desc.strides().iter()) {
+            let reach = (size as i128 - 1) * stride as i128;
+            count *= size as i128;
+            (low, high) = (low + reach.min(0), high + reach.max(0));
+            if size as i128 > most || count > most || reach.abs() > most || low < -most - 1 || high > most {
+                return None;
+            }
+        }
+        ((count * bytes).max((high - low + 1) * bytes) <= most).then_some((low as isize, high as isize))
+    }
+
     proptest! {
+        /// Sizes and strides about the bounds of integers included.
+        #[test]
+        fn spans_are_those_of_wide_integers(
+            axes in proptest::array::uniform4((
+                proptest::sample::select(vec![0, 1, 1, 2, 3, 1 << 20, 1 << 32, isize::MAX as usize, usize::MAX]),
+                proptest::sample::select(vec![0, 1, -1, 7, 1 << 31, -(1 << 31), isize::MAX, isize::MIN]),
+            )),
+        ) {
+            let desc = TensorDesc::strided(DType::F32, axes.map(|axis| axis.0), axes.map(|axis| axis.1)).unwrap();
+            prop_assert_eq!(desc.span(), wide_span(&desc));
+            if let Some(span) = desc.span() {
+                prop_assert_eq!(desc.known_span(), span);
+            }
+        }
+
         /// Whatever the rule calls free of overlap has as many distinct offsets as elements.
         #[test]
         fn no_overlap_means_distinct_offsets(
