@@ -57,7 +57,8 @@ impl Default for ChunkedCudaBackend {
 impl ChunkedCudaBackend {
     /// With this configuration. Nothing is loaded before the backend is asked for something.
     pub fn new(config: ChunkedCudaConfig) -> Self {
-        let pass = |head, value| PassCapabilities::new(FeatureSet::all()).with_max_head_dims(head, value);
+        let features = FeatureSet::all().difference(FeatureSet::SEQUENCES);
+        let pass = |head, value| PassCapabilities::new(features).with_max_head_dims(head, value);
         let forward = pass(MOST_HEAD, MOST_VALUE);
         let capabilities =
             Capabilities::new(DeviceKind::Cuda, NumericsClass::STANDARD, forward, ScratchGrowth::Linear)

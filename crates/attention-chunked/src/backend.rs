@@ -70,7 +70,8 @@ impl ChunkedBackend {
     /// With a configuration of its own.
     pub fn with_config(config: ChunkedConfig) -> Self {
         // On the host no number is in device memory.
-        let pass = PassCapabilities::new(FeatureSet::all().without(Feature::DeviceData));
+        let features = FeatureSet::all().without(Feature::DeviceData).difference(FeatureSet::SEQUENCES);
+        let pass = PassCapabilities::new(features);
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,
             NumericsClass::STANDARD,

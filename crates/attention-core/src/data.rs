@@ -8,13 +8,14 @@ use crate::{Dropout, QueryOffset, Role, Row, View};
 /// The default is a call without any: scale `1 / sqrt(H)`, no softcap, top-left, full lengths, no dropout.
 ///
 /// # Tensors
-/// Lengths, offsets, and the seed and offset of a dropout may be tensors of i32, u32 or i64, of any strides:
-/// `[B]`, or `[1]` for the dropout's. A usize is read as the signed integer of its size. They are in host
+/// Lengths, offsets, starts, tables of pages, and the seed and offset of a dropout may be tensors of i32, u32
+/// or i64, of any strides: `[B]`, or as their fields say. A usize is read as the signed integer of its size. They are in host
 /// memory or, in a call on a device, in that device's memory.
 ///
 /// Numbers in host memory are checked when the call is made, and a wrong one is an error. Numbers in device
-/// memory are read by the kernels, which bring them into their bounds: a length into `0..=T` (or `S`), an
-/// offset into its [`OffsetRange`](crate::OffsetRange). So a wrong one gives other rows, and never touches
+/// memory are read by the kernels, which bring them into their bounds: a length into `0..=T` (or `S`), a start
+/// into the rows of its tensor, an entry of a table into the pages, an offset into its
+/// [`OffsetRange`](crate::OffsetRange). So a wrong one gives other rows, and never touches
 /// memory that is not the call's.
 ///
 /// # Examples
@@ -50,17 +51,31 @@ pub struct CallData<'a> {
     pub dropout_seed: Option<View<'a>>,
     /// `[1]`, in the place of the dropout's offset, whose 32 bits are the lower ones of what is given.
     pub dropout_offset: Option<View<'a>>,
+    /// Of packed queries `[total, N, H]`, the row at which each sequence starts and the one behind the last
+    /// sequence, `[B + 1]`, rising from 0. Sequences may be empty. Rows behind the last sequence belong to none:
+    /// their output is 0 and their LSE -inf.
+    pub query_starts: Option<View<'a>>,
+    /// The same of packed keys `[total, K, H]` and values `[total, K, Hv]`. `key_value_lengths` may leave out the
+    /// last keys of a sequence.
+    pub key_value_starts: Option<View<'a>>,
+    /// Of keys and values in pages, `[pages, page size, K, H or Hv]`, which pages a sequence has: key `j` of
+    /// sequence `b` is slot `j % page size` of page `block_table[b, j / page size]`. `[B, most]`; entries behind
+    /// the sequence's `key_value_lengths` are not read, and pages may be shared.
+    pub block_table: Option<View<'a>>,
 }
 
 impl<'a> CallData<'a> {
     /// The tensors among the numbers, by role.
-    pub(crate) fn views(&self) -> [(Role, Option<&View<'a>>); Role::DATA.len()] {
+    pub(crate) fn views(&self) -> [(Role, Option<&View<'a>>); Role::DATA.len() + Role::SEQUENCES.len()] {
         [
             (Role::QueryLengths, self.query_lengths.as_ref()),
             (Role::KeyValueLengths, self.key_value_lengths.as_ref()),
             (Role::QueryOffsets, self.query_offsets.as_ref()),
             (Role::DropoutSeed, self.dropout_seed.as_ref()),
             (Role::DropoutOffset, self.dropout_offset.as_ref()),
+            (Role::QueryStarts, self.query_starts.as_ref()),
+            (Role::KeyValueStarts, self.key_value_starts.as_ref()),
+            (Role::BlockTable, self.block_table.as_ref()),
         ]
     }
 }
@@ -85,12 +100,18 @@ pub(crate) enum Integers<'a> {
 impl<'a> Integers<'a> {
     /// Those of a tensor of one axis; `None` where it has others or is not in host memory.
     pub(crate) fn of(view: View<'a>) -> Option<Self> {
-        if view.shape().rank() != 1 {
-            return None;
-        }
-        let i32s = view.host::<i32>().map(|host| Self::I32(host.row(&[])));
-        let u32s = || view.host::<u32>().map(|host| Self::U32(host.row(&[])));
-        let i64s = || view.host::<i64>().map(|host| Self::I64(host.row(&[])));
+        if view.shape().rank() == 1 { Self::row(view, &[]) } else { None }
+    }
+
+    /// Those along the last axis; `None` where the tensor is not in host memory.
+    ///
+    /// # Panics
+    /// Where `leading` has another length than the other axes, or is outside of them.
+    #[inline]
+    fn row(view: View<'a>, leading: &[usize]) -> Option<Self> {
+        let i32s = view.host::<i32>().map(|host| Self::I32(host.row(leading)));
+        let u32s = || view.host::<u32>().map(|host| Self::U32(host.row(leading)));
+        let i64s = || view.host::<i64>().map(|host| Self::I64(host.row(leading)));
         i32s.or_else(u32s).or_else(i64s)
     }
 
@@ -103,5 +124,27 @@ impl<'a> Integers<'a> {
             Self::U32(row) => row.at(index).into(),
             Self::I64(row) => row.at(index),
         }
+    }
+}
+
+/// A block table in host memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BlockTable<'a>(View<'a>);
+
+impl<'a> BlockTable<'a> {
+    /// `None` where the tensor has other axes than `[B, most]` or is not in host memory.
+    pub(crate) fn of(view: View<'a>) -> Option<Self> {
+        (view.shape().rank() == 2 && view.device() == crate::Device::Cpu && view.desc().dtype().is_integer())
+            .then_some(Self(view))
+    }
+
+    /// The pages of a sequence, in order.
+    ///
+    /// # Panics
+    /// Where there is no such sequence.
+    #[inline]
+    pub(crate) fn sequence(&self, batch: usize) -> Integers<'a> {
+        Integers::row(self.0, &[batch])
+            .unwrap_or_else(|| unreachable!("a block table holds integers in host memory"))
     }
 }

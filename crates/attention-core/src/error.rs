@@ -209,6 +209,54 @@ pub enum InvalidCall {
         /// The largest legal length.
         max: usize,
     },
+    /// Packed or paged sequences in a combination that there is not.
+    #[error("{what}")]
+    Sequences {
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// The start of a packed sequence does not rise, or is not a row of its tensor.
+    #[error(
+        "{which} start {index} is {start}, expected {least} to {most}: starts rise from 0 to at most the rows of the tensor"
+    )]
+    StartOutOfRange {
+        /// `query` or `key/value`.
+        which: &'static str,
+        /// Which start, of `B + 1`.
+        index: usize,
+        /// The row given.
+        start: i64,
+        /// The start before it, or 0.
+        least: i64,
+        /// The rows of the tensor; 0 for the first start.
+        most: i64,
+    },
+    /// A sequence is longer than the longest that the problem was made for.
+    #[error(
+        "sequence {batch} has {length} {which}, and the problem was made for at most {longest} (`longest`)"
+    )]
+    SequenceTooLong {
+        /// `query rows` or `keys`.
+        which: &'static str,
+        /// The sequence.
+        batch: usize,
+        /// How many it has.
+        length: i64,
+        /// The most.
+        longest: usize,
+    },
+    /// An entry of a block table that a sequence needs is no page.
+    #[error("block table entry {index} of sequence {batch} is {page}, which is none of {pages} pages")]
+    NoSuchPage {
+        /// The sequence.
+        batch: usize,
+        /// Which of its pages.
+        index: usize,
+        /// The entry.
+        page: i64,
+        /// How many pages there are.
+        pages: usize,
+    },
     /// Element counts or offsets overflow the address space.
     #[error("{what} of shape {shape} overflows the address space")]
     Overflow {

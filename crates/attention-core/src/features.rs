@@ -72,6 +72,12 @@ features! {
     DeviceData => "numbers in device memory",
     /// Negative strides.
     NegativeStrides => "negative strides",
+    /// Packed queries: sequences one behind the other, without padding.
+    PackedQueries => "packed queries",
+    /// Packed keys and values.
+    PackedKeys => "packed keys and values",
+    /// Keys and values in pages.
+    PagedKeys => "paged keys and values",
 }
 
 impl std::fmt::Display for Feature {
@@ -89,6 +95,10 @@ pub struct FeatureSet(u32);
 impl FeatureSet {
     /// No feature.
     pub const EMPTY: Self = Self(0);
+
+    /// Packed and paged sequences.
+    pub const SEQUENCES: Self =
+        Self::EMPTY.with(Feature::PackedQueries).with(Feature::PackedKeys).with(Feature::PagedKeys);
 
     /// Every feature of this version.
     pub fn all() -> Self {

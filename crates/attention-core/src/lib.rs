@@ -47,9 +47,9 @@ pub use numerics::NumericsClass;
 pub use options::{Alignment, Lengths, OffsetRange, QueryOffset, Window};
 pub use pass::Pass;
 pub use plan::Plan;
-pub use problem::{Dimensions, Problem, ProblemBuilder};
+pub use problem::{Dimensions, Problem, ProblemBuilder, RowLayout};
 pub use role::Role;
-pub use sequence::SequenceRows;
+pub use sequence::{RowPlaces, SequenceRows, Stretch};
 pub use shape::{Axes, Dims, MAX_RANK, Strides, TensorDesc};
 pub use variants::{VariantCounter, VariantRuns, Variants};
 #[doc(hidden)]

@@ -49,11 +49,18 @@ pub enum Role {
     DropoutSeed,
     /// `[1]`: the offset of the dropout.
     DropoutOffset,
+    /// `[B + 1]`, rising from 0: the row of a packed query `[total, N, H]` at which each sequence starts, and
+    /// the one behind the last sequence (`cu_seqlens_q` of other libraries).
+    QueryStarts,
+    /// `[B + 1]`: the same for packed keys and values (`cu_seqlens_k`).
+    KeyValueStarts,
+    /// `[B, most pages of a sequence]`: where the keys and values of each sequence are among the pages.
+    BlockTable,
 }
 
 impl Role {
     /// How many roles there are.
-    pub(crate) const COUNT: usize = 21;
+    pub(crate) const COUNT: usize = 24;
 
     /// Every role, in declaration order.
     pub const ALL: [Role; Role::COUNT] = [
@@ -78,9 +85,13 @@ impl Role {
         Role::QueryOffsets,
         Role::DropoutSeed,
         Role::DropoutOffset,
+        Role::QueryStarts,
+        Role::KeyValueStarts,
+        Role::BlockTable,
     ];
 
-    /// The numbers of a call: the only tensors that may be in host memory where the others are on a device.
+    /// The numbers of a call. They and [`Role::SEQUENCES`] are the only tensors that may be in host memory where
+    /// the others are on a device.
     pub const DATA: [Role; 5] = [
         Role::QueryLengths,
         Role::KeyValueLengths,
@@ -89,7 +100,10 @@ impl Role {
         Role::DropoutOffset,
     ];
 
-    /// Whether this is one of [`Role::DATA`].
+    /// Where the rows of packed and paged sequences are: integers as well.
+    pub const SEQUENCES: [Role; 3] = [Role::QueryStarts, Role::KeyValueStarts, Role::BlockTable];
+
+    /// Whether this is one of [`Role::DATA`] or of [`Role::SEQUENCES`].
     pub const fn is_data(self) -> bool {
         self as usize >= Role::QueryLengths as usize
     }
@@ -118,6 +132,9 @@ impl Role {
             Role::QueryOffsets => "query offsets",
             Role::DropoutSeed => "dropout seed",
             Role::DropoutOffset => "dropout offset",
+            Role::QueryStarts => "query starts",
+            Role::KeyValueStarts => "key/value starts",
+            Role::BlockTable => "block table",
         }
     }
 }

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use crate::Window;
+use crate::data::Integers;
 
 /// The rows of one sequence, and which keys each of them sees. Kernels have a struct of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +79,84 @@ impl SequenceRows {
         let start = low.map_or(0, |low| (t as i128 + low).clamp(0, keys));
         let end = high.map_or(keys, |high| (t as i128 + high).clamp(0, keys));
         start as usize..end as usize
+    }
+}
+
+/// Where the rows of one sequence are in a tensor of tokens, whose first two axes are `[B, length]`,
+/// `[1, total]` or `[pages, page size]`: algorithms count rows inside the sequence, and ask here for the two
+/// indices, whatever the layout is.
+#[derive(Clone, Copy, Debug)]
+pub struct RowPlaces<'c>(Places<'c>);
+
+#[derive(Clone, Copy, Debug)]
+enum Places<'c> {
+    /// Row `r` is at `[outer, first + r]`.
+    Contiguous { outer: usize, first: usize, rows: usize },
+    /// Row `r` is at `[pages[r / page_size], r % page_size]`.
+    Paged { pages: Integers<'c>, page_size: usize, rows: usize },
+}
+
+/// Rows of a sequence that are neighbours in the second axis of their tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stretch {
+    /// Which rows, counted inside the sequence.
+    pub rows: Range<usize>,
+    /// The first two indices of the first of them; the others follow along the second axis.
+    pub first: [usize; 2],
+}
+
+impl<'c> RowPlaces<'c> {
+    pub(crate) fn contiguous(outer: usize, rows: Range<usize>) -> Self {
+        Self(Places::Contiguous { outer, first: rows.start, rows: rows.len() })
+    }
+
+    /// Of entries that are pages, as far as `rows` needs them.
+    pub(crate) fn paged(pages: Integers<'c>, page_size: usize, rows: usize) -> Self {
+        Self(Places::Paged { pages, page_size, rows })
+    }
+
+    /// How many rows the tensor has for this sequence, padding included.
+    #[inline]
+    pub fn rows(&self) -> usize {
+        match self.0 {
+            Places::Contiguous { rows, .. } | Places::Paged { rows, .. } => rows,
+        }
+    }
+
+    /// The first two indices of row `row`.
+    ///
+    /// # Panics
+    /// Where the sequence has no such row and it lies in a page.
+    #[inline]
+    pub fn of(&self, row: usize) -> [usize; 2] {
+        match self.0 {
+            Places::Contiguous { outer, first, .. } => [outer, first + row],
+            Places::Paged { pages, page_size, rows } => {
+                assert!(row < rows, "row {row} of a sequence of {rows}");
+                [pages.at(row / page_size) as usize, row % page_size]
+            }
+        }
+    }
+
+    /// `rows` cut where neighbours are not neighbours in the tensor: in one piece, or in a piece for each page.
+    ///
+    /// # Panics
+    /// As [`of`](Self::of), for rows that are pages'.
+    pub fn stretches(&self, rows: Range<usize>) -> impl Iterator<Item = Stretch> + use<'c> {
+        let places = *self;
+        let mut start = rows.start;
+        std::iter::from_fn(move || {
+            if start >= rows.end {
+                return None;
+            }
+            let end = match places.0 {
+                Places::Contiguous { .. } => rows.end,
+                Places::Paged { page_size, .. } => (start - start % page_size + page_size).min(rows.end),
+            };
+            let stretch = Stretch { rows: start..end, first: places.of(start) };
+            start = end;
+            Some(stretch)
+        })
     }
 }
 

@@ -62,8 +62,7 @@ impl Options {
             query_lengths: self.query_lengths.view(),
             key_value_lengths: self.key_value_lengths.view(),
             dropout: self.dropout,
-            dropout_seed: None,
-            dropout_offset: None,
+            ..CallData::default()
         }
     }
 

@@ -99,6 +99,7 @@ impl Numbers {
             dropout: self.dropout,
             dropout_seed: view(&self.dropout_seed),
             dropout_offset: view(&self.dropout_offset),
+            ..CallData::default()
         }
     }
 

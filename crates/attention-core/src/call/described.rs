@@ -36,12 +36,13 @@ fn expect_alike(
     if device != problem.device_of(role) {
         return Err(InvalidCall::Device { role, device, expected: problem.device_of(role) });
     }
-    // Masks and biases have four axes in the problem, and may come with fewer.
-    let padding = if matches!(role, Role::Mask | Role::Bias | Role::DBias) {
-        expected.rank().saturating_sub(given.rank())
-    } else {
-        0
+    // Masks and biases have four axes in the problem, and may come with fewer, and packed tensors an axis in
+    // front, and may come without it.
+    let most = match role {
+        Role::Mask | Role::Bias | Role::DBias => 4,
+        _ => usize::from(problem.packs(role)),
     };
+    let padding = expected.rank().saturating_sub(given.rank()).min(most);
     let shape_fits = given.dtype() == expected.dtype()
         && given.rank() + padding == expected.rank()
         && expected.shape()[..padding].iter().all(|&size| size == 1)

@@ -64,19 +64,30 @@ impl<'a> Inputs<'a> {
         ]
     }
 
-    /// Brings mask and bias to the four axes that the problem describes them with. Called on checked inputs.
+    /// Brings masks, biases and packed tensors to the axes that the problem describes them with. Called on
+    /// checked inputs.
     #[inline]
     fn fill_ranks(&mut self) {
-        for view in [&mut self.mask, &mut self.bias].into_iter().flatten() {
-            *view = full_rank(*view, |view| view.unsqueeze().ok(), |view| view.shape().rank());
+        let operands = [&mut self.query, &mut self.key, &mut self.value].into_iter();
+        for view in operands.chain([&mut self.mask, &mut self.bias].into_iter().flatten()) {
+            read_with_axes(view, 4);
         }
     }
 }
 
-/// Adds leading axes of size 1 until there are four.
-fn full_rank<V>(mut view: V, unsqueeze: impl Fn(V) -> Option<V>, rank: impl Fn(&V) -> usize) -> V {
-    while rank(&view) < 4 {
-        view = unsqueeze(view).expect("a rank below four leaves room for another axis");
+/// Adds leading axes of size 1 until there are this many, at most four.
+#[inline]
+fn read_with_axes(view: &mut View<'_>, axes: usize) {
+    while view.desc().rank() < axes {
+        *view = view.unsqueeze().expect("a rank below four leaves room for another axis");
+    }
+}
+
+/// As [`read_with_axes`].
+#[inline]
+fn written_with_axes(mut view: ViewMut<'_>, axes: usize) -> ViewMut<'_> {
+    while view.desc().rank() < axes {
+        view = view.unsqueeze().expect("a rank below four leaves room for another axis");
     }
     view
 }
@@ -160,7 +171,7 @@ impl<'a> ForwardCall<'a> {
     pub fn new(
         problem: &'a Problem,
         mut inputs: Inputs<'a>,
-        outputs: ForwardOutputs<'a>,
+        mut outputs: ForwardOutputs<'a>,
     ) -> Result<Self, InvalidCall> {
         expect_pass(problem, Pass::Forward)?;
         let mut checker = Checker::new(problem);
@@ -169,6 +180,9 @@ impl<'a> ForwardCall<'a> {
         checker.written(Role::Lse, outputs.lse.as_ref())?;
         checker.overlaps()?;
         inputs.fill_ranks();
+        // Packed outputs may come without the axis in front.
+        outputs.out = written_with_axes(outputs.out, 4);
+        outputs.lse = outputs.lse.map(|lse| written_with_axes(lse, 3));
         Ok(Self { problem, inputs, outputs })
     }
 
@@ -177,7 +191,8 @@ impl<'a> ForwardCall<'a> {
         self.problem.problem()
     }
 
-    /// The problem with the numbers of this call, the inputs (mask and bias with four axes) and the outputs.
+    /// The problem with the numbers of this call, the inputs and the outputs: masks, biases and packed
+    /// tensors with the axes that the problem has.
     #[inline]
     pub fn into_parts(self) -> (CallProblem<'a>, Inputs<'a>, ForwardOutputs<'a>) {
         (self.problem, self.inputs, self.outputs)
@@ -192,8 +207,8 @@ impl<'a> BackwardCall<'a> {
     pub fn new(
         problem: &'a Problem,
         mut inputs: Inputs<'a>,
-        saved: BackwardInputs<'a>,
-        outputs: BackwardOutputs<'a>,
+        mut saved: BackwardInputs<'a>,
+        mut outputs: BackwardOutputs<'a>,
     ) -> Result<Self, InvalidCall> {
         expect_pass(problem, Pass::Backward)?;
         let mut checker = Checker::new(problem);
@@ -208,12 +223,13 @@ impl<'a> BackwardCall<'a> {
         checker.written(Role::DBias, outputs.dbias.as_ref())?;
         checker.written(Role::DSinks, outputs.dsinks.as_ref())?;
         checker.overlaps()?;
-        let outputs = BackwardOutputs {
-            dbias: outputs
-                .dbias
-                .map(|view| full_rank(view, |view| view.unsqueeze().ok(), |view| view.shape().rank())),
-            ..outputs
-        };
+        read_with_axes(&mut saved.out, 4);
+        read_with_axes(&mut saved.lse, 3);
+        read_with_axes(&mut saved.d_out, 4);
+        saved.d_lse.iter_mut().for_each(|d_lse| read_with_axes(d_lse, 3));
+        for gradient in [&mut outputs.dq, &mut outputs.dk, &mut outputs.dv, &mut outputs.dbias] {
+            *gradient = gradient.take().map(|view| written_with_axes(view, 4));
+        }
         inputs.fill_ranks();
         Ok(Self { problem, inputs, saved, outputs })
     }
@@ -223,8 +239,8 @@ impl<'a> BackwardCall<'a> {
         self.problem.problem()
     }
 
-    /// The problem with the numbers of this call, the inputs (mask and bias with four axes), what the forward
-    /// left, and the outputs.
+    /// The problem with the numbers of this call, the inputs, what the forward left, and the outputs, all
+    /// with the axes that the problem has.
     #[inline]
     pub fn into_parts(self) -> (CallProblem<'a>, Inputs<'a>, BackwardInputs<'a>, BackwardOutputs<'a>) {
         (self.problem, self.inputs, self.saved, self.outputs)

@@ -3,10 +3,10 @@
 use std::ops::{Deref, Range};
 
 use super::described::expect_as_described;
-use crate::data::{Integers, distinct};
+use crate::data::{BlockTable, Integers, distinct};
 use crate::{
-    Alignment, CallData, DType, DropoutStream, InvalidCall, OffsetRange, Problem, QueryOffset, SequenceRows,
-    View,
+    Alignment, CallData, DType, DropoutStream, InvalidCall, OffsetRange, Problem, QueryOffset, Role,
+    RowLayout, RowPlaces, SequenceRows, View,
 };
 
 /// A problem with the numbers of one call: lengths, offsets, scale, softcap and dropout, checked against it.
@@ -22,6 +22,9 @@ pub struct CallProblem<'c> {
     query_lengths: Option<Integers<'c>>,
     key_value_lengths: Option<Integers<'c>>,
     query_offsets: Option<Integers<'c>>,
+    query_starts: Option<Integers<'c>>,
+    key_value_starts: Option<Integers<'c>>,
+    block_table: Option<BlockTable<'c>>,
     dropout: Option<DropoutStream>,
 }
 
@@ -48,10 +51,16 @@ impl<'c> CallProblem<'c> {
         let scale = scale(problem, data.scale)?;
         softcap(problem, data.softcap)?;
         let dims = problem.dims();
+        let query_starts = starts(problem, Role::Query, data.query_starts)?;
+        let key_value_starts = starts(problem, Role::Key, data.key_value_starts)?;
         let query_lengths = data.query_lengths.and_then(Integers::of);
         let key_value_lengths = data.key_value_lengths.and_then(Integers::of);
-        lengths(data.query_lengths, "query", query_lengths, dims.query_length)?;
-        lengths(data.key_value_lengths, "key/value", key_value_lengths, dims.key_length)?;
+        lengths(data.query_lengths, "query", query_lengths, |_| dims.query_length)?;
+        let keys_of =
+            |batch: usize| key_value_starts.map_or(dims.key_length, |starts| between(starts, batch));
+        lengths(data.key_value_lengths, "key/value", key_value_lengths, keys_of)?;
+        let block_table = data.block_table.and_then(BlockTable::of);
+        pages(problem, data, block_table, key_value_lengths)?;
         let query_offsets = data.query_offsets.and_then(Integers::of);
         offsets(problem, data, query_offsets)?;
         let dropout = dropout(problem, data)?;
@@ -64,12 +73,16 @@ impl<'c> CallProblem<'c> {
             query_lengths,
             key_value_lengths,
             query_offsets,
+            query_starts,
+            key_value_starts,
+            block_table,
             dropout,
         })
     }
 
     /// A call of this problem with full lengths, no offset where one is announced, and the default scale:
-    /// what no call has more rows and keys than.
+    /// what no call has more rows and keys than. Where rows are packed or in pages, it has no
+    /// [places](Self::query_places) for them.
     pub fn at_bounds(problem: &'c Problem) -> Self {
         let bottom_right = problem.alignment() == Alignment::BottomRight;
         let query_offset = if bottom_right { QueryOffset::BottomRight } else { QueryOffset::TOP_LEFT };
@@ -81,6 +94,9 @@ impl<'c> CallProblem<'c> {
             query_lengths: None,
             key_value_lengths: None,
             query_offsets: None,
+            query_starts: None,
+            key_value_starts: None,
+            block_table: None,
             dropout: problem.dropout_at(0, 0).and_then(|dropout| dropout.stream().ok()),
         }
     }
@@ -153,6 +169,9 @@ impl<'c> CallProblem<'c> {
     /// As [`sequence`](Self::sequence).
     #[inline]
     pub fn query_len(&self, batch: usize) -> usize {
+        if let Some(starts) = self.query_starts {
+            return between(starts, batch);
+        }
         length(self.query_lengths, batch, self.problem.dims().query_length)
     }
 
@@ -162,7 +181,70 @@ impl<'c> CallProblem<'c> {
     /// As [`sequence`](Self::sequence).
     #[inline]
     pub fn key_value_len(&self, batch: usize) -> usize {
-        length(self.key_value_lengths, batch, self.problem.dims().key_length)
+        match (self.key_value_lengths, self.key_value_starts) {
+            (None, Some(starts)) => between(starts, batch),
+            (lengths, _) => length(lengths, batch, self.problem.dims().key_length),
+        }
+    }
+
+    /// Where the query rows of sequence `batch` are in the tensors of queries and outputs.
+    ///
+    /// # Panics
+    /// As [`sequence`](Self::sequence), and where queries are packed and this call does not say how
+    /// ([`at_bounds`](Self::at_bounds), starts in device memory).
+    #[inline]
+    pub fn query_places(&self, batch: usize) -> RowPlaces<'c> {
+        match self.problem.query_layout() {
+            RowLayout::Packed => packed(self.query_starts, batch),
+            _ => RowPlaces::contiguous(batch, 0..self.problem.dims().query_length),
+        }
+    }
+
+    /// Where the keys of sequence `batch` are in the tensors of keys and values.
+    ///
+    /// # Panics
+    /// As [`query_places`](Self::query_places).
+    #[inline]
+    pub fn key_places(&self, batch: usize) -> RowPlaces<'c> {
+        match self.problem.key_layout() {
+            RowLayout::Packed => packed(self.key_value_starts, batch),
+            RowLayout::Paged { page_size } => {
+                let table = self.block_table.unwrap_or_else(|| panic!("{}", NOT_KNOWN));
+                RowPlaces::paged(table.sequence(batch), page_size, self.key_value_len(batch))
+            }
+            RowLayout::Dense => RowPlaces::contiguous(batch, 0..self.problem.dims().key_length),
+        }
+    }
+
+    /// The rows of packed queries that belong to no sequence: those behind the last. Their outputs and gradients
+    /// are 0 and their LSE is -inf. Empty for dense queries.
+    ///
+    /// # Panics
+    /// Where queries are packed and this call does not say how.
+    pub fn query_rows_of_no_sequence(&self) -> Range<usize> {
+        self.rows_of_no_sequence(self.problem.query_layout(), Role::Query, self.query_starts)
+    }
+
+    /// The same of packed keys and values.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn keys_of_no_sequence(&self) -> Range<usize> {
+        self.rows_of_no_sequence(self.problem.key_layout(), Role::Key, self.key_value_starts)
+    }
+
+    fn rows_of_no_sequence(
+        &self,
+        layout: RowLayout,
+        role: Role,
+        starts: Option<Integers<'_>>,
+    ) -> Range<usize> {
+        if layout != RowLayout::Packed {
+            return 0..0;
+        }
+        let rows = self.problem.tensor(role).map_or(0, |desc| desc.shape()[1]);
+        let starts = starts.unwrap_or_else(|| panic!("{}", NOT_KNOWN));
+        starts.at(self.problem.dims().batch) as usize..rows
     }
 
     /// What is added to `t` to give the position of a query row of batch row `batch`.
@@ -205,6 +287,21 @@ impl<'c> CallProblem<'c> {
     pub fn key_range_of_rows(&self, batch: usize, rows: Range<usize>) -> Range<usize> {
         self.sequence(batch).key_range_of_rows(rows)
     }
+}
+
+const NOT_KNOWN: &str = "where rows are is a number of the call that the host does not have";
+
+/// How many rows sequence `batch` has; checked to be a number of rows.
+#[inline]
+fn between(starts: Integers<'_>, batch: usize) -> usize {
+    (starts.at(batch + 1) - starts.at(batch)) as usize
+}
+
+/// Checked to be rows of the tensor.
+#[inline]
+fn packed<'c>(starts: Option<Integers<'c>>, batch: usize) -> RowPlaces<'c> {
+    let starts = starts.unwrap_or_else(|| panic!("{}", NOT_KNOWN));
+    RowPlaces::contiguous(0, starts.at(batch) as usize..starts.at(batch + 1) as usize)
 }
 
 /// Checked to be between 0 and `full`, or all of `full` where no lengths are known.
@@ -259,15 +356,74 @@ fn lengths(
     view: Option<View<'_>>,
     which: &'static str,
     lengths: Option<Integers<'_>>,
-    max: usize,
+    max: impl Fn(usize) -> usize,
 ) -> Result<(), InvalidCall> {
     let (Some(view), Some(lengths)) = (view, lengths) else { return Ok(()) };
     for batch in 0..distinct(view) {
-        let length = lengths.at(batch);
+        let (length, max) = (lengths.at(batch), max(batch));
         if usize::try_from(length).is_ok_and(|length| length <= max) {
             continue;
         }
         return Err(InvalidCall::LengthOutOfRange { which, batch, length, max });
+    }
+    Ok(())
+}
+
+/// The starts of packed sequences, checked where the host knows them.
+fn starts<'c>(
+    problem: &Problem,
+    role: Role,
+    view: Option<View<'c>>,
+) -> Result<Option<Integers<'c>>, InvalidCall> {
+    let Some((view, starts)) = view.and_then(|view| Some((view, Integers::of(view)?))) else {
+        return Ok(None);
+    };
+    let dims = problem.dims();
+    let (which, rows_are, longest) = match role {
+        Role::Query => ("query", "query rows", dims.query_length),
+        _ => ("key/value", "keys", dims.key_length),
+    };
+    let rows = problem.tensor(role).map_or(0, |desc| desc.shape()[1]) as i64;
+    let (mut least, mut most) = (0, 0);
+    for index in 0..distinct(view) {
+        let start = starts.at(index);
+        if !(least..=most).contains(&start) {
+            return Err(InvalidCall::StartOutOfRange { which, index, start, least, most });
+        }
+        if usize::try_from(start - least).is_ok_and(|length| length > longest) {
+            let (batch, length) = (index - 1, start - least);
+            return Err(InvalidCall::SequenceTooLong { which: rows_are, batch, length, longest });
+        }
+        (least, most) = (start, rows);
+    }
+    Ok(Some(starts))
+}
+
+/// The entries of a block table that sequences need, checked where the host knows them and how many are needed.
+fn pages(
+    problem: &Problem,
+    data: &CallData<'_>,
+    table: Option<BlockTable<'_>>,
+    lengths: Option<Integers<'_>>,
+) -> Result<(), InvalidCall> {
+    let RowLayout::Paged { page_size } = problem.key_layout() else { return Ok(()) };
+    let (Some(view), Some(table)) = (data.block_table, table) else { return Ok(()) };
+    let pages = problem.tensor(Role::Key).map_or(0, |key| key.shape()[0]);
+    let [rows, columns] = [0, 1].map(|axis| view.desc().strides()[axis] != 0);
+    // Of tables that repeat one row, and of lengths that repeat one number, as many as there are of the other.
+    let sequences = if rows { problem.dims().batch } else { data.key_value_lengths.map_or(0, distinct) };
+    for batch in 0..sequences {
+        let keys = lengths.map(|lengths| lengths.at(batch) as usize);
+        // Where only the device knows the lengths, it clamps the entries too.
+        let Some(keys) = keys else { return Ok(()) };
+        let needed = keys.div_ceil(page_size);
+        let entries = table.sequence(batch);
+        for index in 0..if columns { needed } else { needed.min(1) } {
+            let page = entries.at(index);
+            if !usize::try_from(page).is_ok_and(|page| page < pages) {
+                return Err(InvalidCall::NoSuchPage { batch, index, page, pages });
+            }
+        }
     }
     Ok(())
 }

@@ -36,6 +36,8 @@ impl ProblemBuilder {
             window: Window::default(),
             softcap: false,
             dropout_rate: None,
+            longest_query: None,
+            longest_key: None,
             lse: false,
             d_lse: false,
             gradients: Gradients::NONE,
@@ -152,6 +154,15 @@ impl ProblemBuilder {
         self.layout(Role::Sinks, sinks)
     }
 
+    /// How many rows the longest packed sequence of any call may have, and how many keys the longest packed or
+    /// paged one: the `T` and `S` of masks and biases, and what work and scratch memory are planned for. `None`,
+    /// the default, is the axis of a mask or bias if there is one, and what the tensors have room for if not.
+    #[inline]
+    pub fn longest(mut self, queries: impl Into<Option<usize>>, keys: impl Into<Option<usize>>) -> Self {
+        (self.spec.longest_query, self.spec.longest_key) = (queries.into(), keys.into());
+        self
+    }
+
     /// Calls give query lengths, of this dtype and without gaps, on the problem's device.
     #[inline]
     pub fn query_lengths(self, dtype: DType) -> Self {
@@ -173,12 +184,33 @@ impl ProblemBuilder {
 
     #[inline]
     fn by_batch_row(self, role: Role, dtype: DType) -> Self {
-        let query = self.spec.tensors[Role::Query as usize];
-        let batch = query.and_then(|query| query.shape().first().copied()).unwrap_or(0);
+        let batch = self.spec.batch();
         self.layout(role, TensorDesc::contiguous(dtype, [batch]))
     }
 
-    /// Whether [numbers of a call](Role::DATA) are in host memory, of a problem on a device. They are on the
+    /// Queries are packed: calls give the starts of this many sequences, of this dtype and without gaps, on the
+    /// problem's device. To be called before [`key_value_lengths`](Self::key_value_lengths) and the like, which
+    /// count sequences.
+    #[inline]
+    pub fn packed_queries(self, sequences: usize, dtype: DType) -> Self {
+        self.layout(Role::QueryStarts, TensorDesc::contiguous(dtype, [sequences.saturating_add(1)]))
+    }
+
+    /// Keys and values are packed; as [`packed_queries`](Self::packed_queries).
+    #[inline]
+    pub fn packed_keys(self, sequences: usize, dtype: DType) -> Self {
+        self.layout(Role::KeyValueStarts, TensorDesc::contiguous(dtype, [sequences.saturating_add(1)]))
+    }
+
+    /// Keys and values are in pages: calls give a block table of this many sequences with up to `most` pages
+    /// each, and key/value lengths, of this dtype and without gaps, on the problem's device.
+    #[inline]
+    pub fn paged(self, sequences: usize, most: usize, dtype: DType) -> Self {
+        self.layout(Role::BlockTable, TensorDesc::contiguous(dtype, [sequences, most]))
+            .layout(Role::KeyValueLengths, TensorDesc::contiguous(dtype, [sequences]))
+    }
+
+    /// Whether [numbers of a call](Role::is_data) are in host memory, of a problem on a device. They are on the
     /// device by default.
     #[inline]
     pub fn in_host_memory(mut self, role: Role, in_host_memory: bool) -> Self {
@@ -250,7 +282,8 @@ impl ProblemBuilder {
 }
 
 impl Problem {
-    /// Starts a problem from the descriptions of query `[B, T, N, H]`, key `[B, S, K, H]` and value `[B, S, K, Hv]`.
+    /// Starts a problem from the descriptions of query `[B, T, N, H]`, key `[B, S, K, H]` and value
+    /// `[B, S, K, Hv]`, or of packed or paged ones.
     pub fn builder(query: TensorDesc, key: TensorDesc, value: TensorDesc) -> ProblemBuilder {
         ProblemBuilder::new(query, key, value)
     }

@@ -3,9 +3,11 @@
 mod builder;
 #[cfg(feature = "serde")]
 mod by_role;
+mod sequences;
 mod validate;
 
 pub use builder::ProblemBuilder;
+pub use sequences::RowLayout;
 
 use std::hash::{Hash, Hasher};
 
@@ -106,7 +108,7 @@ struct Spec {
     device: Device,
     #[cfg_attr(feature = "serde", serde(with = "by_role"))]
     tensors: [Option<TensorDesc>; Role::COUNT],
-    /// The numbers of the call ([`Role::DATA`]) that are in host memory, of a problem on a device.
+    /// The numbers of the call ([`Role::is_data`]) that are in host memory, of a problem on a device.
     #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Roles::is_empty"))]
     in_host_memory: Roles,
     any_scale: bool,
@@ -115,6 +117,11 @@ struct Spec {
     window: Window,
     softcap: bool,
     dropout_rate: Option<FloatBits>,
+    /// How many rows and keys a packed or paged sequence may have, at most.
+    #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Option::is_none"))]
+    longest_query: Option<usize>,
+    #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Option::is_none"))]
+    longest_key: Option<usize>,
     lse: bool,
     d_lse: bool,
     gradients: Gradients,
@@ -137,6 +144,8 @@ impl Hash for Spec {
             window,
             softcap,
             dropout_rate,
+            longest_query,
+            longest_key,
             lse,
             d_lse,
             gradients,
@@ -148,6 +157,7 @@ impl Hash for Spec {
             }
         }
         (pass, device, in_host_memory, alignment, window, dropout_rate, gradients).hash(state);
+        (longest_query, longest_key).hash(state);
         (any_scale, causal, softcap, lse, d_lse, deterministic).hash(state);
     }
 }
@@ -173,10 +183,18 @@ impl Hash for Spec {
 /// | ALiBi slopes | `[N]` or `[B, N]` | any float |
 /// | sinks | `[N]` | any float |
 /// | query lengths, key/value lengths, query offsets | `[B]` | i32, u32 or i64 |
+/// | query starts, key/value starts | `[B + 1]` | i32, u32 or i64 |
+/// | block table | `[B, most pages]` | i32, u32 or i64 |
 /// | seed and offset of the dropout | `[1]` | i32, u32 or i64 |
 /// | out, d_out | `[B, T, N, Hv]` | the query's |
 /// | lse, d_lse | `[B, T, N]` | f32, f64 for f64 operands |
 /// | dq, dk, dv, dbias, dsinks | that of what they are the gradient of | the same |
+///
+/// With query starts, queries are packed: `[total, N, H]`, out and d_out `[total, N, Hv]`, lse and d_lse
+/// `[total, N]`. With key/value starts, keys are `[total, K, H]` and values `[total, K, Hv]`. With a block table
+/// they are in pages, `[pages, page size, K, H]` and `[pages, page size, K, Hv]`. `B` is the number of sequences
+/// then, `T` and `S` are the lengths that the longest may have ([`ProblemBuilder::longest`]), and everything
+/// means what it means for each sequence alone. [`RowLayout`] has the combinations.
 ///
 /// # Semantics
 /// For batch row `b`, query head `n` with key/value head `n / (N / K)`, query row `t`, key `j`:
@@ -335,7 +353,9 @@ impl Problem {
     /// Whether calls have rows and keys that differ from those of
     /// [`CallProblem::at_bounds`](crate::CallProblem): where they do not, work can be cut before any call.
     pub fn rows_vary(&self) -> bool {
-        self.has(Role::QueryLengths)
+        self.query_layout() != RowLayout::Dense
+            || self.key_layout() != RowLayout::Dense
+            || self.has(Role::QueryLengths)
             || self.has(Role::KeyValueLengths)
             || matches!(self.alignment(), Alignment::Offset(_) | Alignment::Offsets(_))
     }
@@ -385,7 +405,10 @@ impl Problem {
             (Feature::DSinks, self.has(Role::DSinks)),
             (Feature::Deterministic, self.deterministic()),
             (Feature::InnerStride, operands().any(inner_stride)),
-            (Feature::DeviceData, Role::DATA.into_iter().any(on_device)),
+            (Feature::PackedQueries, self.query_layout() == RowLayout::Packed),
+            (Feature::PackedKeys, self.key_layout() == RowLayout::Packed),
+            (Feature::PagedKeys, matches!(self.key_layout(), RowLayout::Paged { .. })),
+            (Feature::DeviceData, Role::DATA.into_iter().chain(Role::SEQUENCES).any(on_device)),
             (
                 Feature::NegativeStrides,
                 self.spec.tensors[..Role::QueryLengths as usize].iter().flatten().any(negative),
@@ -397,7 +420,8 @@ impl Problem {
     }
 
     /// Useful floating-point operations of the call without masking: `2 B N T S (H + Hv)` forward, 2.5 times that
-    /// backward. Benchmarks count this way.
+    /// backward. Benchmarks count this way. Of packed and paged sequences, those of a call in which each is as
+    /// long as the longest may be.
     pub fn flops(&self) -> f64 {
         let d = self.dims;
         let [b, n, t, s] = d.logits().map(|size| size as f64);

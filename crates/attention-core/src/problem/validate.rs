@@ -8,6 +8,7 @@ const ANY_FLOAT: &str = "f64, f32, f16 or bf16";
 
 /// Checks a spec and fills in its defaults: then it is that of a problem, with what this gives.
 pub(super) fn check(spec: &mut Spec) -> Result<(Dimensions, DType), InvalidCall> {
+    spec.check_layouts()?;
     let (dims, dtype) = operands(spec)?;
     optional_inputs(spec, dims)?;
     dropout(spec, dims)?;
@@ -21,12 +22,16 @@ pub(super) fn check(spec: &mut Spec) -> Result<(Dimensions, DType), InvalidCall>
 }
 
 /// Ranks, dtypes and shapes of query, key and value, and what follows from them.
-fn operands(spec: &Spec) -> Result<(Dimensions, DType), InvalidCall> {
-    let operand = |role: Role| {
-        let desc = spec.tensors[role as usize].ok_or(InvalidCall::Missing { role })?;
-        if desc.rank() != 4 {
-            return Err(InvalidCall::Rank { role, rank: desc.rank(), shape: desc.shape(), expected: "4" });
+fn operands(spec: &mut Spec) -> Result<(Dimensions, DType), InvalidCall> {
+    let mut operand = |role: Role| {
+        let given = spec.tensors[role as usize].ok_or(InvalidCall::Missing { role })?;
+        let desc = spec.with_batch_axis(role, given);
+        let packs = spec.packs(role);
+        if desc.rank() != 4 || packs && desc.shape()[0] != 1 {
+            let expected = if packs { "3" } else { "4" };
+            return Err(InvalidCall::Rank { role, rank: given.rank(), shape: given.shape(), expected });
         }
+        spec.tensors[role as usize] = Some(desc);
         Ok(desc)
     };
     let (query, key, value) = (operand(Role::Query)?, operand(Role::Key)?, operand(Role::Value)?);
@@ -42,9 +47,12 @@ fn operands(spec: &Spec) -> Result<(Dimensions, DType), InvalidCall> {
         }
     }
 
-    let [batch, query_length, query_heads, head_dim] = axes(&query);
-    let [_, key_length, key_heads, _] = axes(&key);
+    let [_, query_rows, query_heads, head_dim] = axes(&query);
+    let [key_rows, keys_of_row, key_heads, _] = axes(&key);
     let value_head_dim = value.shape()[3];
+    let batch = spec.batch();
+    let (query_length, key_length) =
+        (spec.bound_of_queries(query_rows), spec.bound_of_keys([key_rows, keys_of_row])?);
     let dims =
         Dimensions { batch, query_length, key_length, query_heads, key_heads, head_dim, value_head_dim };
     for (role, desc) in [(Role::Query, query), (Role::Value, value)] {
@@ -52,18 +60,22 @@ fn operands(spec: &Spec) -> Result<(Dimensions, DType), InvalidCall> {
             return Err(InvalidCall::ZeroHeadDim { role, shape: desc.shape() });
         }
     }
-    expect_shape(
-        Role::Key,
-        &key,
-        [batch, key_length, key_heads, head_dim],
-        "[B, S, K, H]; B and H of the query",
-    )?;
-    expect_shape(
-        Role::Value,
-        &value,
-        [batch, key_length, key_heads, value_head_dim],
-        "[B, S, K, Hv]; B, S and K of the key",
-    )?;
+    if !spec.packs(Role::Query) {
+        // Not the batch of the query itself where a block table counts the sequences.
+        let why = "[B, T, N, H]; B of the block table";
+        expect_shape(Role::Query, &query, [batch, query_rows, query_heads, head_dim], why)?;
+    }
+    let is_dense = !spec.packs(Role::Key) && spec.tensors[Role::BlockTable as usize].is_none();
+    let (rows, why) = if is_dense {
+        (batch, ["[B, S, K, H]; B and H of the query", "[B, S, K, Hv]; B, S and K of the key"])
+    } else if spec.packs(Role::Key) {
+        (1, ["[1, total, K, H]; H of the query", "[1, total, K, Hv]; total and K of the key"])
+    } else {
+        let why = "[pages, page size, K, Hv]; pages, page size and K of the key";
+        (key_rows, ["[pages, page size, K, H]; H of the query", why])
+    };
+    expect_shape(Role::Key, &key, [rows, keys_of_row, key_heads, head_dim], why[0])?;
+    expect_shape(Role::Value, &value, [rows, keys_of_row, key_heads, value_head_dim], why[1])?;
     if query_heads.checked_rem(key_heads).unwrap_or(query_heads) != 0 {
         return Err(InvalidCall::HeadsNotDivisible { query_heads, key_heads });
     }
@@ -176,21 +188,28 @@ fn numbers(spec: &mut Spec, dims: Dimensions) -> Result<(), InvalidCall> {
     // Host memory is the only one that a call on the host has, and other tensors are all on the problem's
     // device: so problems that do the same are equal.
     let in_host_memory = std::mem::take(&mut spec.in_host_memory);
-    for role in Role::DATA {
+    for role in Role::DATA.into_iter().chain(Role::SEQUENCES) {
         let Some(desc) = spec.tensors[role as usize] else { continue };
         spec.in_host_memory.set(role, spec.device != Device::Cpu && in_host_memory.contains(role));
         if !desc.dtype().is_integer() {
             let expected = "i32, u32 or i64".to_owned();
             return Err(InvalidCall::DType { role, dtype: desc.dtype(), expected });
         }
-        let (size, why) = match role {
-            Role::DropoutSeed | Role::DropoutOffset => (1, "[1]"),
-            _ => (dims.batch, "[B]"),
-        };
-        if desc.rank() != 1 {
-            return Err(InvalidCall::Rank { role, rank: desc.rank(), shape: desc.shape(), expected: "1" });
+        let rank = if role == Role::BlockTable { 2 } else { 1 };
+        if desc.rank() != rank {
+            let expected = if rank == 1 { "1" } else { "2" };
+            return Err(InvalidCall::Rank { role, rank: desc.rank(), shape: desc.shape(), expected });
         }
-        expect_shape(role, &desc, [size], why)?;
+        let batch = dims.batch;
+        match role {
+            Role::DropoutSeed | Role::DropoutOffset => expect_shape(role, &desc, [1], "[1]")?,
+            Role::BlockTable => expect_shape(role, &desc, [batch, desc.shape()[1]], "[B, most pages]")?,
+            // One start at least: no sequences have one too.
+            Role::QueryStarts | Role::KeyValueStarts => {
+                expect_shape(role, &desc, [batch.saturating_add(1)], "[B + 1]")?;
+            }
+            _ => expect_shape(role, &desc, [batch], "[B]")?,
+        }
     }
     let has = |role: Role| spec.tensors[role as usize].is_some();
     let by_row = matches!(spec.alignment, Alignment::Offsets(_));
@@ -221,10 +240,22 @@ fn dropout(spec: &Spec, dims: Dimensions) -> Result<(), InvalidCall> {
     Ok(())
 }
 
+/// What a packed tensor looks like.
+fn packed_shape(role: Role) -> &'static str {
+    match role {
+        Role::Out | Role::DOut => "[1, total, N, Hv]",
+        Role::Lse | Role::DLse => "[1, total, N]",
+        Role::DQuery => "that of the query",
+        Role::DKey => "that of the key",
+        _ => "that of the value",
+    }
+}
+
 /// Outputs of the pass, and what backward reads of the forward.
 fn results(spec: &mut Spec, dims: Dimensions, dtype: DType) -> Result<(), InvalidCall> {
-    let out = Dims::from([dims.batch, dims.query_length, dims.query_heads, dims.value_head_dim]);
-    let lse = Dims::from([dims.batch, dims.query_length, dims.query_heads]);
+    let query = spec.tensors[Role::Query as usize].map_or([0; 4], |query| axes(&query));
+    let out = Dims::from([query[0], query[1], dims.query_heads, dims.value_head_dim]);
+    let lse = Dims::from([query[0], query[1], dims.query_heads]);
     let accumulator = dtype.accumulator();
 
     let backward = spec.pass == Pass::Backward;
@@ -263,13 +294,15 @@ fn results(spec: &mut Spec, dims: Dimensions, dtype: DType) -> Result<(), Invali
         _ => true,
     };
     for (role, present, shape, why) in expected {
-        let slot = &mut spec.tensors[role as usize];
+        let why = if spec.packs(role) { packed_shape(role) } else { why };
         let Some((dtype, shape)) = shape.filter(|_| present) else {
             // The backward variant of a forward problem (`to_builder`) arrives here with layouts it has no use for.
-            *slot = None;
+            spec.tensors[role as usize] = None;
             continue;
         };
-        let desc = slot.get_or_insert_with(|| TensorDesc::contiguous(dtype, shape));
+        let given = spec.tensors[role as usize].unwrap_or_else(|| TensorDesc::contiguous(dtype, shape));
+        let with_axes = spec.with_batch_axis(role, given);
+        let desc = spec.tensors[role as usize].insert(with_axes);
         if role == Role::DBias && desc.rank() < 4 {
             *desc = broadcast_to_logits(role, desc, dims)?;
         }

@@ -17,6 +17,8 @@ const DIMS: Dimensions = Dimensions {
     value_head_dim: 8,
 };
 
+mod sequences;
+
 const PLAIN: CallData<'static> = CallData {
     scale: None,
     softcap: None,
@@ -27,6 +29,9 @@ const PLAIN: CallData<'static> = CallData {
     dropout: None,
     dropout_seed: None,
     dropout_offset: None,
+    query_starts: None,
+    key_value_starts: None,
+    block_table: None,
 };
 
 fn builder() -> ProblemBuilder {
@@ -77,10 +82,11 @@ fn all<T: crate::Element>(memory: &[T]) -> CallData<'_> {
 
 #[test]
 fn the_roles_of_numbers_are_the_last() {
+    let numbers: Vec<_> = Role::DATA.into_iter().chain(Role::SEQUENCES).collect();
     let data: Vec<_> = Role::ALL.into_iter().filter(|role| role.is_data()).collect();
-    assert_eq!(data, Role::DATA);
-    assert_eq!(Role::ALL[Role::COUNT - Role::DATA.len()..], Role::DATA);
-    assert_eq!(PLAIN.views().map(|(role, _)| role), Role::DATA);
+    assert_eq!(data, numbers);
+    assert_eq!(Role::ALL[Role::COUNT - numbers.len()..], numbers);
+    assert_eq!(PLAIN.views().map(|(role, _)| role).to_vec(), numbers);
 }
 
 #[test]

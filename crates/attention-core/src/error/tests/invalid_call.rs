@@ -15,8 +15,7 @@ variants!(
     InvalidCall, NAMES, name_of:
     Rank, RankTooLarge, StridesRank, Shape, NotBroadcastable, DType, HeadsNotDivisible, ZeroHeadDim, NotFinite,
     SoftcapNotPositive, DropoutRate, DropoutCounter, NotOrdinaryScale, OffsetOutOfRange, OtherData, LengthOutOfRange,
-    Overflow, BufferTooSmall,
-    BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected, NotAsInProblem, WrongPass,
+    Sequences, StartOutOfRange, SequenceTooLong, NoSuchPage, Overflow, BufferTooSmall, BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected, NotAsInProblem, WrongPass,
     OtherProblem, GradientWithoutTensor, NoGradient, ScratchTooSmall, ScratchMisaligned, ScratchDevice,
 );
 
@@ -253,6 +252,125 @@ fn of_options() -> Vec<Case> {
                 ),
             ),
             "output of shape [2, 3, 4, 6] and strides [72, 24, 0, 1] overlaps itself",
+        ),
+    ]
+}
+
+/// What is refused of packed and paged sequences.
+fn of_sequences() -> Vec<Case> {
+    let tokens = |shape: &[usize]| desc(Dims::from_slice(shape).unwrap());
+    let dense = || Problem::builder(tokens(&[2, 3, 4, 8]), tokens(&[2, 5, 2, 8]), tokens(&[2, 5, 2, 8]));
+    let packed = || {
+        let builder = Problem::builder(tokens(&[6, 4, 8]), tokens(&[9, 2, 8]), tokens(&[9, 2, 8]));
+        builder.packed_queries(2, DType::I32).packed_keys(2, DType::I32)
+    };
+    let pages = |size: usize| {
+        let pages = tokens(&[7, size, 2, 8]);
+        Problem::builder(tokens(&[2, 3, 4, 8]), pages, pages)
+    };
+    let refused = |builder: ProblemBuilder| builder.build().unwrap_err();
+    let call = |builder: ProblemBuilder, queries: [i32; 3], keys: [i32; 3]| {
+        let data = CallData {
+            query_starts: Some(View::from_slice(&queries, [3]).unwrap()),
+            key_value_starts: Some(View::from_slice(&keys, [3]).unwrap()),
+            ..CallData::default()
+        };
+        CallProblem::new(&builder.build().unwrap(), &data).unwrap_err()
+    };
+    let paged = |table: [i32; 6], lengths: [i32; 2]| {
+        let data = CallData {
+            block_table: Some(View::from_slice(&table, [2, 3]).unwrap()),
+            key_value_lengths: Some(View::from_slice(&lengths, [2]).unwrap()),
+            ..CallData::default()
+        };
+        CallProblem::new(&pages(4).paged(2, 3, DType::I32).build().unwrap(), &data).unwrap_err()
+    };
+    vec![
+        (refused(dense().packed_keys(2, DType::I32)), "packed keys need packed queries"),
+        (
+            refused(packed().paged(2, 3, DType::I32)),
+            "keys are packed (key/value starts) or in pages (block table), not both",
+        ),
+        (
+            refused(packed().query_lengths(DType::I32)),
+            "packed queries have no query lengths, their starts say how long a sequence is",
+        ),
+        (
+            refused(pages(4).layout(Role::BlockTable, TensorDesc::contiguous(DType::I32, [2, 3]))),
+            "keys in pages need key/value lengths",
+        ),
+        (
+            refused(pages(4).paged(2, 3, DType::I32).gradients(Gradients::QKV)),
+            "keys in pages have no backward pass: sequences may share a page",
+        ),
+        (refused(pages(0).paged(2, 3, DType::I32)), "a page has at least one row"),
+        (
+            refused(dense().longest(3, None)),
+            "only packed queries have a longest sequence, others have their tensor's length",
+        ),
+        (
+            refused(dense().longest(None, 5)),
+            "only packed or paged keys have a longest sequence, others have their tensor's length",
+        ),
+        (
+            refused(pages(4).paged(2, usize::MAX / 2, DType::I32)),
+            "keys of a sequence of shape [9223372036854775807, 4] overflows the address space",
+        ),
+        (
+            refused(packed().layout(Role::Key, tokens(&[2, 9, 2, 8]))),
+            "key has rank 4 (shape [2, 9, 2, 8]), expected rank 3",
+        ),
+        (
+            refused(packed().layout(Role::Value, tokens(&[8, 2, 8]))),
+            "value has shape [1, 8, 2, 8], expected [1, 9, 2, 8] ([1, total, K, Hv]; total and K of the key)",
+        ),
+        (
+            refused(pages(4).paged(3, 3, DType::I32)),
+            "query has shape [2, 3, 4, 8], expected [3, 3, 4, 8] ([B, T, N, H]; B of the block table)",
+        ),
+        (
+            refused(packed().layout(Role::KeyValueStarts, TensorDesc::contiguous(DType::I32, [4]))),
+            "key/value starts has shape [4], expected [3] ([B + 1])",
+        ),
+        (
+            refused(packed().layout(Role::QueryStarts, TensorDesc::contiguous(DType::I32, [0]))),
+            "query starts has shape [0], expected [1] ([B + 1])",
+        ),
+        (
+            refused(packed().layout(Role::Out, tokens(&[7, 4, 8]))),
+            "out has shape [1, 7, 4, 8], expected [1, 6, 4, 8] ([1, total, N, Hv])",
+        ),
+        (
+            call(packed(), [1, 3, 6], [0, 4, 9]),
+            "query start 0 is 1, expected 0 to 0: starts rise from 0 to at most the rows of the tensor",
+        ),
+        (
+            call(packed(), [0, 3, 6], [0, 4, 3]),
+            "key/value start 2 is 3, expected 4 to 9: starts rise from 0 to at most the rows of the tensor",
+        ),
+        (
+            call(packed(), [0, 3, 7], [0, 4, 9]),
+            "query start 2 is 7, expected 3 to 6: starts rise from 0 to at most the rows of the tensor",
+        ),
+        (
+            call(packed().longest(3, 5), [0, 3, 6], [0, 3, 9]),
+            "sequence 1 has 6 keys, and the problem was made for at most 5 (`longest`)",
+        ),
+        (
+            call(packed().longest(2, 5), [0, 3, 6], [0, 3, 9]),
+            "sequence 0 has 3 query rows, and the problem was made for at most 2 (`longest`)",
+        ),
+        (
+            paged([0, 6, 1, 2, 7, 3], [9, 5]),
+            "block table entry 1 of sequence 1 is 7, which is none of 7 pages",
+        ),
+        (
+            paged([0, 6, -1, 2, 2, 3], [9, 5]),
+            "block table entry 2 of sequence 0 is -1, which is none of 7 pages",
+        ),
+        (
+            paged([0; 6], [12, 13]),
+            "key/value length 13 of batch row 1 is not between 0 and the tensor's length 12",
         ),
     ]
 }
@@ -510,8 +628,16 @@ fn of_plans() -> Vec<Case> {
 
 #[test]
 fn every_variant_is_provoked_and_says_what_is_wrong() {
-    let cases =
-        [of_ranks_and_shapes(), of_dtypes(), of_options(), of_numbers(), of_views(), of_calls(), of_plans()];
+    let cases = [
+        of_ranks_and_shapes(),
+        of_dtypes(),
+        of_options(),
+        of_numbers(),
+        of_sequences(),
+        of_views(),
+        of_calls(),
+        of_plans(),
+    ];
     let mut seen = HashSet::new();
     for (error, message) in cases.into_iter().flatten() {
         assert_eq!(error.to_string(), message);

@@ -218,14 +218,16 @@ proptest! {
         more in proptest::collection::vec((0usize..Role::COUNT, desc()), 0..4),
         scalars in (any::<Option<f64>>(), any::<Option<f64>>(), any::<Option<f64>>()),
         offset in prop_oneof![Just(QueryOffset::BottomRight), any::<i64>().prop_map(QueryOffset::Fixed)],
-        numbers in proptest::array::uniform5(numbers()),
+        numbers in proptest::array::uniform8(numbers()),
+        longest in any::<[Option<u16>; 2]>(),
         gradients in proptest::option::of(any::<[bool; 5]>()),
         in_host_memory in proptest::collection::vec((0usize..Role::COUNT, any::<bool>()), 0..3),
         on_device in any::<bool>(),
     ) {
         let (scale, softcap, rate) = scalars;
-        let [query_lengths, key_value_lengths, query_offsets, dropout_seed, dropout_offset] =
-            [0, 1, 2, 3, 4].map(|index| numbers[index].as_ref().map(Numbers::view));
+        let views: [_; 8] = std::array::from_fn(|index| numbers[index].as_ref().map(Numbers::view));
+        let [query_lengths, key_value_lengths, query_offsets, dropout_seed, dropout_offset, ..] = views;
+        let [.., query_starts, key_value_starts, block_table] = views;
         let data = CallData {
             scale,
             softcap,
@@ -236,8 +238,13 @@ proptest! {
             dropout: rate.map(|rate| Dropout::new(rate, 1)),
             dropout_seed,
             dropout_offset,
+            query_starts,
+            key_value_starts,
+            block_table,
         };
         let mut builder = Problem::builder(descs[0], descs[1], descs[2]).data(&data);
+        let [queries, keys] = longest.map(|longest| longest.map(usize::from));
+        builder = builder.longest(queries, keys);
         for (role, desc) in more {
             builder = builder.layout(Role::ALL[role], desc);
         }

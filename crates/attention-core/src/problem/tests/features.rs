@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use super::{DIMS, builder, built};
 use crate::{
-    Alignment, DType, Device, Dimensions, Feature, FeatureSet, Gradients, OffsetRange, ProblemBuilder, Role,
-    TensorDesc, Window,
+    Alignment, DType, Device, Dimensions, Feature, FeatureSet, Gradients, OffsetRange, Problem,
+    ProblemBuilder, Role, TensorDesc, Window,
 };
 
 /// The builder that needs exactly the feature, beside those in the list. No wildcard: a new feature needs a case.
@@ -40,6 +40,19 @@ fn needing(feature: Feature) -> (ProblemBuilder, Vec<Feature>) {
             (builder().device(Device::Cuda(0)).query_lengths(DType::I32), vec![Feature::QueryLengths])
         }
         Feature::NegativeStrides => alone(builder().layout(Role::Query, strided([96, -32, 8, 1]))),
+        Feature::PackedQueries => alone(
+            Problem::builder(float(&[6, 4, 8]), float(&[2, 5, 4, 8]), float(&[2, 5, 4, 8]))
+                .packed_queries(2, DType::I32),
+        ),
+        Feature::PackedKeys => {
+            let packed = Problem::builder(float(&[6, 4, 8]), float(&[9, 4, 8]), float(&[9, 4, 8]));
+            let packed = packed.packed_queries(2, DType::U32).packed_keys(2, DType::I64);
+            (packed, vec![Feature::PackedQueries])
+        }
+        Feature::PagedKeys => {
+            let paged = Problem::builder(float(&[2, 3, 4, 8]), float(&[9, 5, 4, 8]), float(&[9, 5, 4, 8]));
+            (paged.paged(2, 3, DType::U32), vec![Feature::KeyValueLengths])
+        }
     }
 }
 
