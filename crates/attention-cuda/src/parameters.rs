@@ -93,8 +93,9 @@ impl Default for InlineLengths {
     }
 }
 
-/// Number of roles whose tensors are among the parameters: all but the numbers, which come last.
-const ROLES: usize = Role::ALL.len() - Role::DATA.len();
+/// Number of roles whose tensors are among the parameters: all but the numbers and the places of sequences, which
+/// come last.
+const ROLES: usize = Role::ALL.len() - Role::DATA.len() - Role::SEQUENCES.len();
 
 /// The roles of tensors, in the order of the parameters.
 fn tensor_roles() -> impl Iterator<Item = Role> {
