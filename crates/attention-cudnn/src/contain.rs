@@ -167,10 +167,10 @@ impl NanIsolation {
             }
             LargeRows::States(start) => large::set(&mut parameters, call, start),
         }
+        let stream = runtime.device.stream();
         // SAFETY: the kernel takes this one struct. The caller promised that `memory` has the tensors that
         // the problem describes and that `stored` and `large` are valid; the kernel reads operands and writes
         // results inside the shapes that the struct gives.
-        let stream = runtime.device.stream();
         unsafe { launch(stream, &self.function, &parameters, self.config) }
             .map_err(|error| failure(NAME, "running a kernel", error))
     }

@@ -82,11 +82,11 @@ impl FarRows {
         let mut parameters = self.parameters.of_call(call, stored);
         parameters.set_all(memory);
         large::set(&mut parameters, call, start);
+        let stream = runtime.device.stream();
         // SAFETY: the kernel takes this one struct. The caller promised that `memory` has the tensors that
         // the problem describes and that the numbers at `stored` and `start` are valid; the kernel reads
         // operands inside the shapes that the struct gives, and writes the numbers of rows and heads at
         // `start`.
-        let stream = runtime.device.stream();
         unsafe { launch(stream, &self.function, &parameters, self.config) }
             .map_err(|error| failure(NAME, "running a kernel", error))
     }

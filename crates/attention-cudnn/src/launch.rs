@@ -110,10 +110,10 @@ impl Kernels<'_> {
     /// stream's device with the shape and strides that the arguments give. It is valid until the work is
     /// done, and nothing else uses what the kernel writes, but for work on the same stream.
     unsafe fn launch<A: Arguments>(&self, arguments: &A, config: LaunchConfig) -> Result<(), LaunchError> {
-        // SAFETY: the kernel takes this one struct, whose layout is that of the kernel's struct
-        // (`Arguments`). The caller promised that its addresses are of memory with the shapes that it gives.
         let function = self.runtime.helper(A::KERNEL)?;
         let stream = self.runtime.device.stream();
+        // SAFETY: the kernel takes this one struct, whose layout is that of the kernel's struct
+        // (`Arguments`). The caller promised that its addresses are of memory with the shapes that it gives.
         Ok(unsafe { launch(stream, function, arguments, config) }?)
     }
 
