@@ -22,6 +22,7 @@ mod pass;
 mod plan;
 mod problem;
 mod role;
+mod row_layout;
 mod sequence;
 mod shape;
 #[cfg(feature = "serde")]
@@ -47,8 +48,9 @@ pub use numerics::NumericsClass;
 pub use options::{Alignment, Lengths, OffsetRange, QueryOffset, Window};
 pub use pass::Pass;
 pub use plan::Plan;
-pub use problem::{Dimensions, Problem, ProblemBuilder, RowLayout};
+pub use problem::{Dimensions, Problem, ProblemBuilder};
 pub use role::Role;
+pub use row_layout::RowLayout;
 pub use sequence::{RowPlaces, SequenceRows, Stretch};
 pub use shape::{Axes, Dims, MAX_RANK, Strides, TensorDesc};
 pub use variants::{VariantCounter, VariantRuns, Variants};

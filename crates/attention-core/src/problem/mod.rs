@@ -7,13 +7,13 @@ mod sequences;
 mod validate;
 
 pub use builder::ProblemBuilder;
-pub use sequences::RowLayout;
 
 use std::hash::{Hash, Hasher};
 
 use crate::float_bits::FloatBits;
 use crate::{
-    Alignment, DType, Device, Dropout, Feature, FeatureSet, Gradients, Pass, Role, TensorDesc, Window,
+    Alignment, DType, Device, Dropout, Feature, FeatureSet, Gradients, Pass, Role, RowLayout, TensorDesc,
+    Window,
 };
 
 /// The sizes of a problem.
