@@ -245,6 +245,16 @@ pub enum InvalidCall {
         /// The most.
         longest: usize,
     },
+    /// A key/value length is more than a packed or paged sequence has keys, or negative.
+    #[error("sequence {batch} has room for {room} keys, and its key/value length is {length}")]
+    UsedKeysOutOfRange {
+        /// The sequence.
+        batch: usize,
+        /// The length given.
+        length: i64,
+        /// How many keys it has, or its row of the block table has room for.
+        room: usize,
+    },
     /// An entry of a block table that a sequence needs is no page.
     #[error("block table entry {index} of sequence {batch} is {page}, which is none of {pages} pages")]
     NoSuchPage {

@@ -5,7 +5,7 @@
 /// | queries | keys and values | |
 /// |---|---|---|
 /// | dense | dense, paged | served |
-/// | packed | packed, paged, dense | served |
+/// | packed | packed, paged, dense with lengths | served |
 /// | dense | packed | refused |
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RowLayout {

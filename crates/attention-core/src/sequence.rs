@@ -126,23 +126,22 @@ impl<'c> RowPlaces<'c> {
     /// The first two indices of row `row`.
     ///
     /// # Panics
-    /// Where the sequence has no such row and it lies in a page.
+    /// Where the tensor has no such row for this sequence.
     #[inline]
     pub fn of(&self, row: usize) -> [usize; 2] {
+        assert!(row < self.rows(), "row {row} of a sequence of {}", self.rows());
         match self.0 {
             Places::Contiguous { outer, first, .. } => [outer, first + row],
-            Places::Paged { pages, page_size, rows } => {
-                assert!(row < rows, "row {row} of a sequence of {rows}");
-                [pages.at(row / page_size) as usize, row % page_size]
-            }
+            Places::Paged { pages, page_size, .. } => [pages.at(row / page_size) as usize, row % page_size],
         }
     }
 
     /// `rows` cut where neighbours are not neighbours in the tensor: in one piece, or in a piece for each page.
     ///
     /// # Panics
-    /// As [`of`](Self::of), for rows that are pages'.
+    /// As [`of`](Self::of).
     pub fn stretches(&self, rows: Range<usize>) -> impl Iterator<Item = Stretch> + use<'c> {
+        assert!(rows.end <= self.rows(), "rows {rows:?} of a sequence of {}", self.rows());
         let places = *self;
         let mut start = rows.start;
         std::iter::from_fn(move || {

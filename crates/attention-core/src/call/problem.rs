@@ -25,6 +25,9 @@ pub struct CallProblem<'c> {
     query_starts: Option<Integers<'c>>,
     key_value_starts: Option<Integers<'c>>,
     block_table: Option<BlockTable<'c>>,
+    /// What a sequence has where no number of the call says less.
+    most_queries: usize,
+    most_keys: usize,
     dropout: Option<DropoutStream>,
 }
 
@@ -53,12 +56,19 @@ impl<'c> CallProblem<'c> {
         let dims = problem.dims();
         let query_starts = starts(problem, Role::Query, data.query_starts)?;
         let key_value_starts = starts(problem, Role::Key, data.key_value_starts)?;
+        let [most_queries, most_keys] = most_rows(problem);
         let query_lengths = data.query_lengths.and_then(Integers::of);
         let key_value_lengths = data.key_value_lengths.and_then(Integers::of);
-        lengths(data.query_lengths, "query", query_lengths, |_| dims.query_length)?;
-        let keys_of =
-            |batch: usize| key_value_starts.map_or(dims.key_length, |starts| between(starts, batch));
-        lengths(data.key_value_lengths, "key/value", key_value_lengths, keys_of)?;
+        lengths(data.query_lengths, "query", query_lengths, dims.query_length)?;
+        match (problem.key_layout(), data.key_value_lengths.zip(key_value_lengths)) {
+            (RowLayout::Dense, _) => {
+                lengths(data.key_value_lengths, "key/value", key_value_lengths, dims.key_length)?;
+            }
+            (_, Some(given)) => {
+                used_keys(given, data.key_value_starts.zip(key_value_starts), most_keys)?;
+            }
+            (_, None) => {}
+        }
         let block_table = data.block_table.and_then(BlockTable::of);
         pages(problem, data, block_table, key_value_lengths)?;
         let query_offsets = data.query_offsets.and_then(Integers::of);
@@ -76,6 +86,8 @@ impl<'c> CallProblem<'c> {
             query_starts,
             key_value_starts,
             block_table,
+            most_queries,
+            most_keys,
             dropout,
         })
     }
@@ -86,6 +98,7 @@ impl<'c> CallProblem<'c> {
     pub fn at_bounds(problem: &'c Problem) -> Self {
         let bottom_right = problem.alignment() == Alignment::BottomRight;
         let query_offset = if bottom_right { QueryOffset::BottomRight } else { QueryOffset::TOP_LEFT };
+        let [most_queries, most_keys] = most_rows(problem);
         Self {
             problem,
             scale: problem.default_scale(),
@@ -97,6 +110,8 @@ impl<'c> CallProblem<'c> {
             query_starts: None,
             key_value_starts: None,
             block_table: None,
+            most_queries,
+            most_keys,
             dropout: problem.dropout_at(0, 0).and_then(|dropout| dropout.stream().ok()),
         }
     }
@@ -128,7 +143,11 @@ impl<'c> CallProblem<'c> {
     /// A scale of 1e38 has operands of 1e-19, whose products with small gradients would underflow; one of
     /// 1e-37 has operands of up to 1e37, whose products with gradients would overflow.
     pub fn scale_of_gradients(&self) -> (f64, f64) {
-        let magnitude = self.scale.abs();
+        let magnitude = match self.problem.dtype().accumulator() {
+            DType::F64 => self.scale.abs(),
+            // What is 0 in f32 leaves logits and their gradients alone.
+            _ => f64::from(self.scale.abs() as f32),
+        };
         // Asked of every call, so without a logarithm for the scales of most.
         if magnitude == 0.0 || (256f64.recip()..=16_777_216.0).contains(&magnitude) {
             return (1.0, self.scale);
@@ -172,7 +191,7 @@ impl<'c> CallProblem<'c> {
         if let Some(starts) = self.query_starts {
             return between(starts, batch);
         }
-        length(self.query_lengths, batch, self.problem.dims().query_length)
+        length(self.query_lengths, batch, self.most_queries)
     }
 
     /// How many keys of batch row `batch` are real.
@@ -183,7 +202,7 @@ impl<'c> CallProblem<'c> {
     pub fn key_value_len(&self, batch: usize) -> usize {
         match (self.key_value_lengths, self.key_value_starts) {
             (None, Some(starts)) => between(starts, batch),
-            (lengths, _) => length(lengths, batch, self.problem.dims().key_length),
+            (lengths, _) => length(lengths, batch, self.most_keys),
         }
     }
 
@@ -289,6 +308,24 @@ impl<'c> CallProblem<'c> {
     }
 }
 
+/// How many query rows and keys a sequence has at most: a longest one that masks have room for may be more than
+/// the tensors hold.
+fn most_rows(problem: &Problem) -> [usize; 2] {
+    let dims = problem.dims();
+    let rows = |role: Role, axis: usize| problem.tensor(role).map_or(0, |desc| desc.shape()[axis]);
+    let queries = match problem.query_layout() {
+        RowLayout::Dense => dims.query_length,
+        _ => dims.query_length.min(rows(Role::Query, 1)),
+    };
+    let keys = match problem.key_layout() {
+        RowLayout::Dense => dims.key_length,
+        RowLayout::Packed => dims.key_length.min(rows(Role::Key, 1)),
+        // The problem checked that the product does not overflow.
+        RowLayout::Paged { page_size } => dims.key_length.min(rows(Role::BlockTable, 1) * page_size),
+    };
+    [queries, keys]
+}
+
 const NOT_KNOWN: &str = "where rows are is a number of the call that the host does not have";
 
 /// How many rows sequence `batch` has; checked to be a number of rows.
@@ -356,11 +393,11 @@ fn lengths(
     view: Option<View<'_>>,
     which: &'static str,
     lengths: Option<Integers<'_>>,
-    max: impl Fn(usize) -> usize,
+    max: usize,
 ) -> Result<(), InvalidCall> {
     let (Some(view), Some(lengths)) = (view, lengths) else { return Ok(()) };
     for batch in 0..distinct(view) {
-        let (length, max) = (lengths.at(batch), max(batch));
+        let length = lengths.at(batch);
         if usize::try_from(length).is_ok_and(|length| length <= max) {
             continue;
         }
@@ -399,6 +436,24 @@ fn starts<'c>(
     Ok(Some(starts))
 }
 
+/// The lengths of packed or paged keys: each sequence has its own room.
+fn used_keys(
+    (view, lengths): (View<'_>, Integers<'_>),
+    starts: Option<(View<'_>, Integers<'_>)>,
+    most: usize,
+) -> Result<(), InvalidCall> {
+    // Where starts repeat one number, all sequences are empty.
+    let sequences = starts.map_or(0, |(view, _)| distinct(view).saturating_sub(1)).max(distinct(view));
+    for batch in 0..sequences {
+        let length = lengths.at(batch);
+        let room = starts.map_or(most, |(_, starts)| between(starts, batch));
+        if !usize::try_from(length).is_ok_and(|length| length <= room) {
+            return Err(InvalidCall::UsedKeysOutOfRange { batch, length, room });
+        }
+    }
+    Ok(())
+}
+
 /// The entries of a block table that sequences need, checked where the host knows them and how many are needed.
 fn pages(
     problem: &Problem,
@@ -409,23 +464,23 @@ fn pages(
     let RowLayout::Paged { page_size } = problem.key_layout() else { return Ok(()) };
     let (Some(view), Some(table)) = (data.block_table, table) else { return Ok(()) };
     let pages = problem.tensor(Role::Key).map_or(0, |key| key.shape()[0]);
+    // Where only the device knows the lengths, it clamps the entries too.
+    let Some((given, lengths)) = data.key_value_lengths.zip(lengths) else { return Ok(()) };
     let [rows, columns] = [0, 1].map(|axis| view.desc().strides()[axis] != 0);
-    // Of tables that repeat one row, and of lengths that repeat one number, as many as there are of the other.
-    let sequences = if rows { problem.dims().batch } else { data.key_value_lengths.map_or(0, distinct) };
-    for batch in 0..sequences {
-        let keys = lengths.map(|lengths| lengths.at(batch) as usize);
-        // Where only the device knows the lengths, it clamps the entries too.
-        let Some(keys) = keys else { return Ok(()) };
-        let needed = keys.div_ceil(page_size);
+    // Numbers that are repeated are looked at once, so that the cost does not exceed the memory they are in.
+    let check = |batch: usize| {
+        let needed = (lengths.at(batch) as usize).div_ceil(page_size);
         let entries = table.sequence(batch);
-        for index in 0..if columns { needed } else { needed.min(1) } {
+        (0..if columns { needed } else { needed.min(1) }).try_for_each(|index| {
             let page = entries.at(index);
-            if !usize::try_from(page).is_ok_and(|page| page < pages) {
-                return Err(InvalidCall::NoSuchPage { batch, index, page, pages });
-            }
-        }
+            let is_page = usize::try_from(page).is_ok_and(|page| page < pages);
+            is_page.then_some(()).ok_or(InvalidCall::NoSuchPage { batch, index, page, pages })
+        })
+    };
+    if rows {
+        return (0..problem.dims().batch).try_for_each(check);
     }
-    Ok(())
+    (0..distinct(given)).max_by_key(|&batch| lengths.at(batch)).map_or(Ok(()), check)
 }
 
 fn offsets(problem: &Problem, data: &CallData<'_>, offsets: Option<Integers<'_>>) -> Result<(), InvalidCall> {

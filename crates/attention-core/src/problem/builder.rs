@@ -79,6 +79,10 @@ impl ProblemBuilder {
             QueryOffset::TOP_LEFT => Alignment::TopLeft,
             QueryOffset::Fixed(offset) => Alignment::Offset(OffsetRange::of(offset)),
         };
+        // A longest sequence is one of packed or paged ones.
+        self.spec.longest_query = self.spec.longest_query.filter(|_| data.query_starts.is_some());
+        let has_keys = data.key_value_starts.is_some() || data.block_table.is_some();
+        self.spec.longest_key = self.spec.longest_key.filter(|_| has_keys);
         for (role, view) in data.views() {
             self.spec.tensors[role as usize] = view.map(|view| view.desc());
             self.spec.in_host_memory.set(role, view.is_some_and(|view| view.device() == Device::Cpu));

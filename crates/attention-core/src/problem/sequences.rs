@@ -9,6 +9,8 @@ const TWO_LAYOUTS: &str = "keys are packed (key/value starts) or in pages (block
 const NO_QUERY_LENGTHS: &str =
     "packed queries have no query lengths, their starts say how long a sequence is";
 const NO_LENGTHS: &str = "keys in pages need key/value lengths";
+const NO_LENGTHS_OF_DENSE: &str = "packed queries with dense keys need key/value lengths";
+const OVERLAPS: &str = "rows of a block table may be one, with stride 0, and may not overlap otherwise";
 const NO_GRADIENTS: &str = "keys in pages have no backward pass: sequences may share a page";
 const NO_ROWS: &str = "a page has at least one row";
 const NO_LONGEST_QUERY: &str =
@@ -77,6 +79,15 @@ impl Spec {
         if paged && !self.has(Role::KeyValueLengths) {
             return refused(NO_LENGTHS);
         }
+        if queries && !packed && !paged && !self.has(Role::KeyValueLengths) {
+            return refused(NO_LENGTHS_OF_DENSE);
+        }
+        // So that a table has no more entries than its memory.
+        let table =
+            self.desc(Role::BlockTable).filter(|table| table.strides().iter().all(|&stride| stride != 0));
+        if table.is_some_and(|table| table.may_overlap_itself()) {
+            return refused(OVERLAPS);
+        }
         if paged && self.pass == Pass::Backward {
             return refused(NO_GRADIENTS);
         }
@@ -94,8 +105,11 @@ impl Spec {
         if !self.has(Role::QueryStarts) {
             return rows;
         }
-        let longest = self.longest_query.or_else(|| self.axis_of_logits(2)).unwrap_or(rows);
-        *self.longest_query.insert(longest)
+        let found = self.axis_of_logits(2).unwrap_or(rows);
+        let longest = self.longest_query.unwrap_or(found);
+        // What would be found again is not kept, so that problems that do the same are equal.
+        self.longest_query = Some(longest).filter(|&longest| longest != found);
+        longest
     }
 
     /// The `S` of a call whose key tensor has these two first axes.
@@ -112,8 +126,10 @@ impl Spec {
         } else {
             return Ok(axes[1]);
         };
-        let longest = self.longest_key.or_else(|| self.axis_of_logits(3)).unwrap_or(room);
-        Ok(*self.longest_key.insert(longest))
+        let found = self.axis_of_logits(3).unwrap_or(room);
+        let longest = self.longest_key.unwrap_or(found);
+        self.longest_key = Some(longest).filter(|&longest| longest != found);
+        Ok(longest)
     }
 
     /// The size of this axis of `[B, N, T, S]` where a mask or bias has all of it.

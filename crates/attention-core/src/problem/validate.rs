@@ -67,7 +67,12 @@ fn operands(spec: &mut Spec) -> Result<(Dimensions, DType), InvalidCall> {
     }
     let is_dense = !spec.packs(Role::Key) && spec.tensors[Role::BlockTable as usize].is_none();
     let (rows, why) = if is_dense {
-        (batch, ["[B, S, K, H]; B and H of the query", "[B, S, K, Hv]; B, S and K of the key"])
+        let key = if spec.packs(Role::Query) {
+            "[B, S, K, H]; B of the starts, H of the query"
+        } else {
+            "[B, S, K, H]; B and H of the query"
+        };
+        (batch, [key, "[B, S, K, Hv]; B, S and K of the key"])
     } else if spec.packs(Role::Key) {
         (1, ["[1, total, K, H]; H of the query", "[1, total, K, Hv]; total and K of the key"])
     } else {

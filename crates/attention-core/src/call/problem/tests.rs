@@ -398,6 +398,10 @@ fn the_scale_of_gradients_is_two_factors_and_the_first_is_a_power_of_two() {
     for scale in [0.0, -0.0] {
         assert_eq!(factors(scale), (1.0, 0.0));
     }
+    // What is 0 in f32 needs no factor there.
+    let problem = built(builder().any_scale(true));
+    let data = CallData { scale: Some(1e-300), ..PLAIN };
+    assert_eq!(CallProblem::new(&problem, &data).unwrap().scale_of_gradients(), (1.0, 1e-300));
 }
 
 #[test]

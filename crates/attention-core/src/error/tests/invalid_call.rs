@@ -15,7 +15,7 @@ variants!(
     InvalidCall, NAMES, name_of:
     Rank, RankTooLarge, StridesRank, Shape, NotBroadcastable, DType, HeadsNotDivisible, ZeroHeadDim, NotFinite,
     SoftcapNotPositive, DropoutRate, DropoutCounter, NotOrdinaryScale, OffsetOutOfRange, OtherData, LengthOutOfRange,
-    Sequences, StartOutOfRange, SequenceTooLong, NoSuchPage, Overflow, BufferTooSmall, BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected, NotAsInProblem, WrongPass,
+    Sequences, StartOutOfRange, SequenceTooLong, UsedKeysOutOfRange, NoSuchPage, Overflow, BufferTooSmall, BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected, NotAsInProblem, WrongPass,
     OtherProblem, GradientWithoutTensor, NoGradient, ScratchTooSmall, ScratchMisaligned, ScratchDevice,
 );
 
@@ -368,9 +368,29 @@ fn of_sequences() -> Vec<Case> {
             paged([0, 6, -1, 2, 2, 3], [9, 5]),
             "block table entry 2 of sequence 0 is -1, which is none of 7 pages",
         ),
+        (paged([0; 6], [12, 13]), "sequence 1 has room for 12 keys, and its key/value length is 13"),
         (
-            paged([0; 6], [12, 13]),
-            "key/value length 13 of batch row 1 is not between 0 and the tensor's length 12",
+            refused(
+                Problem::builder(tokens(&[6, 4, 8]), tokens(&[2, 5, 2, 8]), tokens(&[2, 5, 2, 8]))
+                    .packed_queries(2, DType::I32),
+            ),
+            "packed queries with dense keys need key/value lengths",
+        ),
+        (
+            refused(
+                Problem::builder(tokens(&[6, 4, 8]), tokens(&[3, 5, 2, 8]), tokens(&[3, 5, 2, 8]))
+                    .packed_queries(2, DType::I32)
+                    .key_value_lengths(DType::I32),
+            ),
+            "key has shape [3, 5, 2, 8], expected [2, 5, 2, 8] ([B, S, K, H]; B of the starts, H of the query)",
+        ),
+        (
+            refused(
+                pages(4)
+                    .paged(2, 3, DType::I32)
+                    .layout(Role::BlockTable, TensorDesc::strided(DType::I32, [2, 3], [1, 1]).unwrap()),
+            ),
+            "rows of a block table may be one, with stride 0, and may not overlap otherwise",
         ),
     ]
 }

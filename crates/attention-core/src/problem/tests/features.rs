@@ -40,10 +40,11 @@ fn needing(feature: Feature) -> (ProblemBuilder, Vec<Feature>) {
             (builder().device(Device::Cuda(0)).query_lengths(DType::I32), vec![Feature::QueryLengths])
         }
         Feature::NegativeStrides => alone(builder().layout(Role::Query, strided([96, -32, 8, 1]))),
-        Feature::PackedQueries => alone(
-            Problem::builder(float(&[6, 4, 8]), float(&[2, 5, 4, 8]), float(&[2, 5, 4, 8]))
-                .packed_queries(2, DType::I32),
-        ),
+        Feature::PackedQueries => {
+            let packed = Problem::builder(float(&[6, 4, 8]), float(&[2, 5, 4, 8]), float(&[2, 5, 4, 8]));
+            let packed = packed.packed_queries(2, DType::I32).key_value_lengths(DType::I32);
+            (packed, vec![Feature::KeyValueLengths])
+        }
         Feature::PackedKeys => {
             let packed = Problem::builder(float(&[6, 4, 8]), float(&[9, 4, 8]), float(&[9, 4, 8]));
             let packed = packed.packed_queries(2, DType::U32).packed_keys(2, DType::I64);

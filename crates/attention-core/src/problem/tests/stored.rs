@@ -41,7 +41,15 @@ fn problems_come_back_equal() {
     let offsets =
         [OffsetRange::Near, OffsetRange::Any].map(|range| builder().query_offsets(range, DType::U32));
     let offset = builder().alignment(Alignment::Offset(OffsetRange::Any)).any_scale(true);
+    let tokens =
+        |shape: &[usize]| TensorDesc::contiguous(DType::F32, crate::Dims::from_slice(shape).unwrap());
+    let packed = Problem::builder(tokens(&[6, 4, 8]), tokens(&[9, 2, 8]), tokens(&[9, 2, 8]));
+    let packed = packed.packed_queries(2, DType::I32).packed_keys(2, DType::I64);
+    let paged = Problem::builder(tokens(&[2, 3, 4, 8]), tokens(&[7, 5, 2, 8]), tokens(&[7, 5, 2, 8]));
+    let paged = paged.paged(2, 3, DType::U32).longest(None, 12);
+    let packed_backward = packed.clone().longest(4, None).gradients(Gradients::QKV).d_lse(true);
     let problems = [builder(), full(), full().lse(true), backward, offset].into_iter().chain(offsets);
+    let problems = problems.chain([packed, packed_backward, paged]);
     for problem in problems.map(built) {
         let text = serde_json::to_string(&problem).unwrap();
         assert_eq!(serde_json::from_str::<Problem>(&text).unwrap(), problem, "{text}");
@@ -131,7 +139,8 @@ fn what_this_version_does_not_know_is_refused() {
         (&["sequences"], json!({"packed": {}})),
         (&["alignment"], json!({"pages": "near"})),
         (&["alignment"], json!({"offset": "far"})),
-        (&["in_host_memory"], json!(["block_table"])),
+        (&["in_host_memory"], json!(["page_table"])),
+        (&["longest_keys"], json!(9)),
         (&["window", "lfet"], json!(3)),
         (&["dropout"], json!({"rate": 0.1, "keep": 0.9})),
     ] {

@@ -2,8 +2,8 @@
 
 use super::PLAIN;
 use crate::{
-    CallData, CallProblem, DType, Device, Dims, ForwardCall, ForwardOutputs, Inputs, Problem, ProblemBuilder,
-    QueryOffset, Role, RowLayout, RowPlaces, Stretch, TensorDesc, View, ViewMut,
+    CallData, CallProblem, DType, Device, Dims, ForwardCall, ForwardOutputs, Inputs, InvalidCall, Problem,
+    ProblemBuilder, QueryOffset, Role, RowLayout, RowPlaces, Stretch, TensorDesc, View, ViewMut,
 };
 
 fn tokens(shape: &[usize]) -> TensorDesc {
@@ -48,6 +48,10 @@ fn packed_sequences_have_their_rows_between_their_starts() {
     let stretches: Vec<_> = call.key_places(1).stretches(1..3).collect();
     assert_eq!(stretches, [Stretch { rows: 1..3, first: [0, 6] }]);
     assert_eq!(call.key_places(1).stretches(2..2).count(), 0);
+    for rows in [0..4, 3..4] {
+        assert!(std::panic::catch_unwind(|| call.key_places(1).stretches(rows).count()).is_err());
+    }
+    assert!(std::panic::catch_unwind(|| call.query_places(1).of(0)).is_err());
 }
 
 #[test]
@@ -67,8 +71,66 @@ fn lengths_leave_out_the_last_keys_of_a_packed_sequence() {
     assert_eq!([0, 1, 2].map(|batch| call.key_places(batch).rows()), [5, 3, 1]);
     let data = CallData { key_value_lengths: Some(View::from_slice(&more, [3]).unwrap()), ..data };
     let error = CallProblem::new(&problem, &data).unwrap_err();
-    let text = "key/value length 4 of batch row 1 is not between 0 and the tensor's length 3";
-    assert_eq!(error.to_string(), text);
+    assert_eq!(error.to_string(), "sequence 1 has room for 3 keys, and its key/value length is 4");
+    // One number for all sequences is compared with each of them.
+    for (one, refused) in [(1u32, None), (2, Some(2)), (4, Some(1))] {
+        let one = [one];
+        let data = CallData { key_value_lengths: View::strided(&one, 0, [3], [0]).ok(), ..data };
+        let problem = packed().data(&data).build().unwrap();
+        let found = match CallProblem::new(&problem, &data) {
+            Ok(_) => None,
+            Err(InvalidCall::UsedKeysOutOfRange { batch, .. }) => Some(batch),
+            Err(error) => panic!("{error}"),
+        };
+        assert_eq!(found, refused);
+    }
+}
+
+#[test]
+fn a_sequence_has_no_more_keys_than_its_row_of_the_table() {
+    let pages = tokens(&[5, 4, 2, 8]);
+    for (columns, stride) in [(2, 1), (2, 0), (0, 1)] {
+        let table = [0i32, 1];
+        let room = 4 * columns;
+        let call = |length: usize, longest: Option<usize>| {
+            let length = [length];
+            let data = CallData {
+                block_table: View::strided(&table, 0, [1, columns], [2, stride]).ok(),
+                key_value_lengths: View::from_slice(&length, [1]).ok(),
+                ..PLAIN
+            };
+            let problem = Problem::builder(tokens(&[1, 3, 4, 8]), pages, pages).data(&data);
+            let problem = problem.longest(None, longest).build().unwrap();
+            assert_eq!(CallProblem::at_bounds(&problem).key_value_len(0), room);
+            CallProblem::new(&problem, &data).map(|call| call.key_places(0).rows())
+        };
+        for longest in [None, Some(100)] {
+            assert_eq!(call(room, longest), Ok(room));
+            let refused = InvalidCall::UsedKeysOutOfRange { batch: 0, length: room as i64 + 1, room };
+            assert_eq!(call(room + 1, longest), Err(refused));
+        }
+    }
+}
+
+#[test]
+fn one_row_of_a_table_for_all_sequences_is_looked_at_once() {
+    // As many sequences as entries: each entry for each sequence would be 2^40 looks.
+    let many = 1usize << 20;
+    let mut table = vec![0i32; many];
+    let lengths = vec![many as i32; many];
+    let page = tokens(&[1, 1, 1, 8]);
+    let refused = |table: &[i32]| {
+        let data = CallData {
+            block_table: View::strided(table, 0, [many, many], [0, 1]).ok(),
+            key_value_lengths: View::from_slice(&lengths, [many]).ok(),
+            ..PLAIN
+        };
+        let problem = Problem::builder(tokens(&[many, 0, 1, 8]), page, page).data(&data).build().unwrap();
+        CallProblem::new(&problem, &data).err()
+    };
+    assert_eq!(refused(&table), None);
+    table[many - 1] = 1;
+    assert!(matches!(refused(&table), Some(InvalidCall::NoSuchPage { page: 1, .. })));
 }
 
 #[test]
@@ -117,9 +179,14 @@ fn the_longest_sequence_is_given_or_that_of_a_mask_or_what_the_tensors_hold() {
     assert_eq!(lengths(packed().mask(mask(&[6]))), [7, 6]);
     assert_eq!(lengths(packed().bias(tokens(&[5, 1])).mask(mask(&[6]))), [5, 6]);
     assert!(packed().longest(4, None).mask(mask(&[5, 1])).build().is_err());
-    // What was found is kept.
+    // What was found is found again, and the same where it was given.
     let problem = packed().mask(mask(&[3, 1, 5, 6])).build().unwrap();
     assert_eq!(problem.to_builder().build().unwrap(), problem);
+    assert_eq!(packed().mask(mask(&[3, 1, 5, 6])).longest(5, 6).build().unwrap(), problem);
+    // Dense sequences have no longest: one that was given for packed ones is forgotten with their starts.
+    let dense = packed().longest(3, 4).data(&PLAIN).layout(Role::Query, tokens(&[3, 5, 4, 8]));
+    let dense = dense.layout(Role::Key, tokens(&[3, 7, 2, 8])).layout(Role::Value, tokens(&[3, 7, 2, 6]));
+    assert_eq!(lengths(dense), [5, 7]);
 }
 
 #[test]
