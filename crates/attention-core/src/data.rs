@@ -9,8 +9,8 @@ use crate::{Dropout, QueryOffset, Role, Row, View};
 ///
 /// # Tensors
 /// Lengths, offsets, starts, tables of pages, and the seed and offset of a dropout may be tensors of i32, u32
-/// or i64, of any strides: `[B]`, or as their fields say. A usize is read as the signed integer of its size. They are in host
-/// memory or, in a call on a device, in that device's memory.
+/// or i64, of any strides: `[B]`, or as their fields say. A usize is read as the signed integer of its size.
+/// They are in host memory or, in a call on a device, in that device's memory.
 ///
 /// Numbers in host memory are checked when the call is made, and a wrong one is an error. Numbers in device
 /// memory are read by the kernels, which bring them into their bounds: a length into `0..=T` (or `S`), a start
@@ -52,15 +52,15 @@ pub struct CallData<'a> {
     /// `[1]`, in the place of the dropout's offset, whose 32 bits are the lower ones of what is given.
     pub dropout_offset: Option<View<'a>>,
     /// Of packed queries `[total, N, H]`, the row at which each sequence starts and the one behind the last
-    /// sequence, `[B + 1]`, rising from 0. Sequences may be empty. Rows behind the last sequence belong to none:
-    /// their output is 0 and their LSE -inf.
+    /// sequence, `[B + 1]`, rising from 0. Sequences may be empty. Rows behind the last sequence belong to
+    /// none: their output is 0 and their LSE -inf.
     pub query_starts: Option<View<'a>>,
-    /// The same of packed keys `[total, K, H]` and values `[total, K, Hv]`. `key_value_lengths` may leave out the
-    /// last keys of a sequence.
+    /// The same of packed keys `[total, K, H]` and values `[total, K, Hv]`. `key_value_lengths` may leave out
+    /// the last keys of a sequence.
     pub key_value_starts: Option<View<'a>>,
     /// Of keys and values in pages, `[pages, page size, K, H or Hv]`, which pages a sequence has: key `j` of
-    /// sequence `b` is slot `j % page size` of page `block_table[b, j / page size]`. `[B, most]`; entries behind
-    /// the sequence's `key_value_lengths` are not read, and pages may be shared.
+    /// sequence `b` is slot `j % page size` of page `block_table[b, j / page size]`. `[B, most]`; entries
+    /// behind the sequence's `key_value_lengths` are not read, and pages may be shared.
     pub block_table: Option<View<'a>>,
 }
 

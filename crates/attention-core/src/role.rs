@@ -90,8 +90,8 @@ impl Role {
         Role::BlockTable,
     ];
 
-    /// The numbers of a call. They and [`Role::SEQUENCES`] are the only tensors that may be in host memory where
-    /// the others are on a device.
+    /// The numbers of a call. They and [`Role::SEQUENCES`] are the only tensors that may be in host memory
+    /// where the others are on a device.
     pub const DATA: [Role; 5] = [
         Role::QueryLengths,
         Role::KeyValueLengths,

@@ -11,7 +11,8 @@
 pub enum RowLayout {
     /// `[B, length, heads, dim]`: as many rows for each sequence; the last ones may be padding.
     Dense,
-    /// `[total, heads, dim]`: one sequence behind the other. [`Problem::tensor`](crate::Problem::tensor) has `[1, total, heads, dim]`.
+    /// `[total, heads, dim]`: one sequence behind the other. [`Problem::tensor`](crate::Problem::tensor) has
+    /// `[1, total, heads, dim]`.
     Packed,
     /// `[pages, page size, heads, dim]`, in the order of a block table.
     Paged {

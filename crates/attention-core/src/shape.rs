@@ -172,6 +172,13 @@ impl TensorDesc {
         Self::of(self.dtype, shape, strides)
     }
 
+    /// The same tensor with an axis of size 1 and stride 0 in front; `None` where it has all axes already.
+    pub(crate) fn with_leading_axis(&self) -> Option<Self> {
+        let shape = Dims::from_slice(&[&[1], self.sizes()].concat())?;
+        let strides = Strides::from_slice(&[&[0], self.steps()].concat())?;
+        Some(self.reshaped(shape, strides))
+    }
+
     /// The same tensor without `axis`.
     pub(crate) fn without_axis(&self, axis: usize) -> Self {
         Self::of(self.dtype, self.shape().without(axis), self.strides().without(axis))

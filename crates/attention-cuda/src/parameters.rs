@@ -93,8 +93,8 @@ impl Default for InlineLengths {
     }
 }
 
-/// Number of roles whose tensors are among the parameters: all but the numbers and the places of sequences, which
-/// come last.
+/// Number of roles whose tensors are among the parameters: all but the numbers and the places of sequences,
+/// which come last.
 const ROLES: usize = Role::ALL.len() - Role::DATA.len() - Role::SEQUENCES.len();
 
 /// The roles of tensors, in the order of the parameters.

@@ -48,8 +48,9 @@ impl<'a, F: Float> Terms<'a, F> {
         let scale = F::from_f64(problem.scale().abs());
         let nothing_added =
             problem.softcap().is_none() && inputs.alibi_slopes.is_none() && inputs.bias.is_none();
-        // A scale of zero would make NaN of the -inf of a masked product, and one above the ordinary ones cannot go
-        // to base two. Below them, a difference of two products may overflow whose weight is not negligible.
+        // A scale of zero would make NaN of the -inf of a masked product, and one above the ordinary ones
+        // cannot go to base two. Below them, a difference of two products may overflow whose weight is not
+        // negligible.
         let ordinary = Problem::ordinary_scales(problem.dtype().accumulator());
         let plain = nothing_added && ordinary.contains(&problem.scale().abs());
         let unit = if plain { scale } else { F::ONE };

@@ -188,8 +188,8 @@ fn scales(cases: &mut Vec<Case>) {
     ];
     for (size, sizes) in sizes {
         // Where the scale is large, queries and keys are both far from 1: neither gradient leaves the range before or after
-        // it is multiplied with the scale. Where one of them alone is as large as it can be, sums of its products with
-        // gradients leave the range unless a part of the scale is multiplied in before.
+        // it is multiplied with the scale. Where one of them alone is as large as it can be, sums of its
+        // products with gradients leave the range unless a part of the scale is multiplied in before.
         for (scale, query, key) in [
             (2.4e38, -63, -63),
             (f64::from(f32::MAX), -63, -63),

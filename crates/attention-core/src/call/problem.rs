@@ -235,8 +235,8 @@ impl<'c> CallProblem<'c> {
         }
     }
 
-    /// The rows of packed queries that belong to no sequence: those behind the last. Their outputs and gradients
-    /// are 0 and their LSE is -inf. Empty for dense queries.
+    /// The rows of packed queries that belong to no sequence: those behind the last. Their outputs and
+    /// gradients are 0 and their LSE is -inf. Empty for dense queries.
     ///
     /// # Panics
     /// Where queries are packed and this call does not say how.
@@ -261,7 +261,7 @@ impl<'c> CallProblem<'c> {
         if layout != RowLayout::Packed {
             return 0..0;
         }
-        let rows = self.problem.tensor(role).map_or(0, |desc| desc.shape()[1]);
+        let rows = size(self.problem, role, 1);
         let starts = starts.unwrap_or_else(|| panic!("{}", NOT_KNOWN));
         starts.at(self.problem.dims().batch) as usize..rows
     }
@@ -312,18 +312,22 @@ impl<'c> CallProblem<'c> {
 /// the tensors hold.
 fn most_rows(problem: &Problem) -> [usize; 2] {
     let dims = problem.dims();
-    let rows = |role: Role, axis: usize| problem.tensor(role).map_or(0, |desc| desc.shape()[axis]);
     let queries = match problem.query_layout() {
         RowLayout::Dense => dims.query_length,
-        _ => dims.query_length.min(rows(Role::Query, 1)),
+        _ => dims.query_length.min(size(problem, Role::Query, 1)),
     };
     let keys = match problem.key_layout() {
         RowLayout::Dense => dims.key_length,
-        RowLayout::Packed => dims.key_length.min(rows(Role::Key, 1)),
+        RowLayout::Packed => dims.key_length.min(size(problem, Role::Key, 1)),
         // The problem checked that the product does not overflow.
-        RowLayout::Paged { page_size } => dims.key_length.min(rows(Role::BlockTable, 1) * page_size),
+        RowLayout::Paged { page_size } => dims.key_length.min(size(problem, Role::BlockTable, 1) * page_size),
     };
     [queries, keys]
+}
+
+/// The size of an axis of a tensor, 0 where the problem has no such tensor.
+fn size(problem: &Problem, role: Role, axis: usize) -> usize {
+    problem.tensor(role).map_or(0, |desc| desc.shape()[axis])
 }
 
 const NOT_KNOWN: &str = "where rows are is a number of the call that the host does not have";
@@ -420,7 +424,7 @@ fn starts<'c>(
         Role::Query => ("query", "query rows", dims.query_length),
         _ => ("key/value", "keys", dims.key_length),
     };
-    let rows = problem.tensor(role).map_or(0, |desc| desc.shape()[1]) as i64;
+    let rows = size(problem, role, 1) as i64;
     let (mut least, mut most) = (0, 0);
     for index in 0..distinct(view) {
         let start = starts.at(index);
@@ -463,7 +467,7 @@ fn pages(
 ) -> Result<(), InvalidCall> {
     let RowLayout::Paged { page_size } = problem.key_layout() else { return Ok(()) };
     let (Some(view), Some(table)) = (data.block_table, table) else { return Ok(()) };
-    let pages = problem.tensor(Role::Key).map_or(0, |key| key.shape()[0]);
+    let pages = size(problem, Role::Key, 0);
     // Where only the device knows the lengths, it clamps the entries too.
     let Some((given, lengths)) = data.key_value_lengths.zip(lengths) else { return Ok(()) };
     let [rows, columns] = [0, 1].map(|axis| view.desc().strides()[axis] != 0);

@@ -128,8 +128,8 @@ struct Spec {
     deterministic: bool,
 }
 
-/// Of the tensors that there are: a call of the facade looks for its plan by this hash, and has four or five of
-/// the tensors.
+/// Hashes the tensors that a problem has and skips the other roles: a call of the facade looks up its plan by
+/// this hash, and has four or five tensors as a rule.
 impl Hash for Spec {
     fn hash<H: Hasher>(&self, state: &mut H) {
         // Taken apart by name, so that a new field cannot be forgotten here.
@@ -191,10 +191,10 @@ impl Hash for Spec {
 /// | dq, dk, dv, dbias, dsinks | that of what they are the gradient of | the same |
 ///
 /// With query starts, queries are packed: `[total, N, H]`, out and d_out `[total, N, Hv]`, lse and d_lse
-/// `[total, N]`. With key/value starts, keys are `[total, K, H]` and values `[total, K, Hv]`. With a block table
-/// they are in pages, `[pages, page size, K, H]` and `[pages, page size, K, Hv]`. `B` is the number of sequences
-/// then, `T` and `S` are the lengths that the longest may have ([`ProblemBuilder::longest`]), and everything
-/// means what it means for each sequence alone. [`RowLayout`] has the combinations.
+/// `[total, N]`. With key/value starts, keys are `[total, K, H]` and values `[total, K, Hv]`. With a block
+/// table they are in pages, `[pages, page size, K, H]` and `[pages, page size, K, Hv]`. `B` is the number of
+/// sequences then, `T` and `S` are the lengths that the longest may have ([`ProblemBuilder::longest`]), and
+/// everything means what it means for each sequence alone. [`RowLayout`] has the combinations.
 ///
 /// # Semantics
 /// For batch row `b`, query head `n` with key/value head `n / (N / K)`, query row `t`, key `j`:

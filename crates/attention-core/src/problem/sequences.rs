@@ -1,7 +1,7 @@
 //! Sequences that are packed or in pages: how their rows lie, and what a problem says of it.
 
 use super::{Problem, Spec};
-use crate::{Axes, InvalidCall, Pass, Role, RowLayout, TensorDesc};
+use crate::{InvalidCall, Pass, Role, RowLayout, TensorDesc};
 
 /// What is wrong with a combination.
 const NO_PACKED_KEYS: &str = "packed keys need packed queries";
@@ -51,16 +51,12 @@ impl Spec {
     /// whoever gave it, so that problems that do the same are equal.
     pub(super) fn with_batch_axis(&self, role: Role, desc: TensorDesc) -> TensorDesc {
         let rank = if matches!(role, Role::Lse | Role::DLse) { 3 } else { 4 };
-        let has_it = desc.rank() == rank && desc.shape()[0] == 1;
-        if !self.packs(role) || !has_it && desc.rank() + 1 != rank {
+        if !self.packs(role) {
             return desc;
         }
-        let (mut shape, mut strides) = (vec![1], vec![0]);
-        shape.extend_from_slice(&desc.shape()[usize::from(has_it)..]);
-        strides.extend_from_slice(&desc.strides()[usize::from(has_it)..]);
-        let axes = Axes::from_slice(&shape).zip(Axes::from_slice(&strides));
-        let (shape, strides) = axes.unwrap_or_else(|| unreachable!("at most four axes"));
-        desc.reshaped(shape, strides)
+        let has_it = desc.rank() == rank && desc.shape()[0] == 1;
+        let without = if has_it { desc.without_axis(0) } else { desc };
+        if without.rank() + 1 == rank { without.with_leading_axis().unwrap_or(desc) } else { desc }
     }
 
     /// Which layouts there may be at once.

@@ -245,17 +245,6 @@ fn dropout(spec: &Spec, dims: Dimensions) -> Result<(), InvalidCall> {
     Ok(())
 }
 
-/// What a packed tensor looks like.
-fn packed_shape(role: Role) -> &'static str {
-    match role {
-        Role::Out | Role::DOut => "[1, total, N, Hv]",
-        Role::Lse | Role::DLse => "[1, total, N]",
-        Role::DQuery => "that of the query",
-        Role::DKey => "that of the key",
-        _ => "that of the value",
-    }
-}
-
 /// Outputs of the pass, and what backward reads of the forward.
 fn results(spec: &mut Spec, dims: Dimensions, dtype: DType) -> Result<(), InvalidCall> {
     let query = spec.tensors[Role::Query as usize].map_or([0; 4], |query| axes(&query));
@@ -299,7 +288,11 @@ fn results(spec: &mut Spec, dims: Dimensions, dtype: DType) -> Result<(), Invali
         _ => true,
     };
     for (role, present, shape, why) in expected {
-        let why = if spec.packs(role) { packed_shape(role) } else { why };
+        let why = match role {
+            Role::Out | Role::DOut if spec.packs(role) => "[1, total, N, Hv]",
+            Role::Lse | Role::DLse if spec.packs(role) => "[1, total, N]",
+            _ => why,
+        };
         let Some((dtype, shape)) = shape.filter(|_| present) else {
             // The backward variant of a forward problem (`to_builder`) arrives here with layouts it has no use for.
             spec.tensors[role as usize] = None;

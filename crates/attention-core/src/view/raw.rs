@@ -87,12 +87,8 @@ impl RawView {
 
     /// The description with an axis of size 1 in front.
     pub(super) fn with_leading_axis(&self) -> Result<TensorDesc, InvalidCall> {
-        let (shape, strides) = (self.desc.shape(), self.desc.strides());
-        let (rank, max) = (shape.rank() + 1, crate::MAX_RANK);
-        let too_large = InvalidCall::RankTooLarge { rank, max };
-        let shape = Dims::from_slice(&[&[1], &shape[..]].concat()).ok_or_else(|| too_large.clone())?;
-        let strides = Strides::from_slice(&[&[0], &strides[..]].concat()).ok_or(too_large)?;
-        Ok(self.desc.reshaped(shape, strides))
+        let (rank, max) = (self.desc.rank() + 1, crate::MAX_RANK);
+        self.desc.with_leading_axis().ok_or(InvalidCall::RankTooLarge { rank, max })
     }
 }
 
