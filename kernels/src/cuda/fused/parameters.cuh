@@ -141,13 +141,20 @@ __device__ inline long long offset_minus(long long offset, unsigned long long ke
     return -reach_of(sum < keys ? ~0ull : sum);
 }
 
+// The numbers of query rows and of keys of batch row b, from the lengths of a call whose rows vary.
+__device__ inline int query_rows_of_numbers(const Parameters &p, long long b) {
+    if (p.query_lengths.data) return between(integer_at(p.query_lengths, b), 0, p.query_length);
+    return p.has_lengths ? p.lengths[b].queries : (int)p.query_length;
+}
+__device__ inline int keys_of_numbers(const Parameters &p, long long b) {
+    if (p.key_value_lengths.data) return between(integer_at(p.key_value_lengths, b), 0, p.key_length);
+    return p.has_lengths ? p.lengths[b].keys : (int)p.key_length;
+}
+
 // The rows of batch row b, from the numbers of a call whose rows vary. Those in device memory are brought into
 // their bounds, so whatever they are, no memory is touched that is not the call's.
 __device__ inline void sequence_of_numbers(const Parameters &p, long long b, SequenceRows &sequence) {
-    RowLengths lengths{(int)p.query_length, (int)p.key_length};
-    if (p.has_lengths) lengths = p.lengths[b];
-    if (p.query_lengths.data) lengths.queries = between(integer_at(p.query_lengths, b), 0, p.query_length);
-    if (p.key_value_lengths.data) lengths.keys = between(integer_at(p.key_value_lengths, b), 0, p.key_length);
+    const RowLengths lengths{query_rows_of_numbers(p, b), keys_of_numbers(p, b)};
     long long offset = p.query_offset;
     if (p.query_offsets.data) offset = max(min(integer_at(p.query_offsets, b), p.most_offset), p.least_offset);
     if (p.is_bottom_right) offset = (long long)lengths.keys - lengths.queries;
@@ -179,6 +186,11 @@ __device__ inline SequenceRows sequence_of(const Parameters &p, long long b) {
         return sequence;
     }
     return p.uniform_sequence;
+}
+
+// The number of query rows of batch row b alone, in less code.
+__device__ inline int query_rows_of(const Parameters &p, long long b) {
+    return __builtin_expect(p.rows_vary, 0) ? query_rows_of_numbers(p, b) : p.uniform_sequence.queries;
 }
 
 // The first key that row t sees, and the end of those that it sees. Neither falls from row to row.

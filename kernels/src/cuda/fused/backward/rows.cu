@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS)
     const unsigned head = inside ? (unsigned)(row / p.query_length) : 0;
     const long long t = inside ? row - head * p.query_length : 0, n = head % (unsigned)p.query_heads,
                     b = head / (unsigned)p.query_heads;
-    const bool padded = !inside || t >= sequence_of(p, b).queries;
+    const bool padded = !inside || t >= query_rows_of(p, b);
     real delta = 0;
     if (!padded) {
         const element *const d_out = at(p.d_out, b, t, n), *const out = at(p.out, b, t, n);
