@@ -14,8 +14,13 @@ use support::{Flaw, Naive};
 fn passes_everything(dtype: DType) {
     let (naive, other) = (Naive::new(Flaw::None), Naive::new(Flaw::None));
     let suite = Suite::new().dtypes([dtype]);
+    let mut subject = Subject::new(&naive);
+    if dtype == DType::F32 {
+        // In one dtype: comparing with a second value knows no dtypes, and runs every case once more.
+        subject = subject.same_as("another value", &other);
+    }
     let mut seen = 0;
-    let report = suite.run(Subject::new(&naive).same_as("another value", &other), |progress| {
+    let report = suite.run(subject, |progress| {
         seen += 1;
         assert_eq!((progress.done, progress.total), (seen, suite.list().len()));
     });
