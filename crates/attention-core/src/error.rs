@@ -2,9 +2,11 @@
 //!
 //! `Debug` of each is its text: it is what a program prints whose `main` returns the error.
 
-use crate::{
-    DType, Device, DeviceKind, Dims, Feature, Gradients, NumericsClass, Pass, Role, Strides, TensorDesc,
-};
+mod unsupported;
+
+pub use unsupported::Unsupported;
+
+use crate::{DType, Device, Dims, Gradients, Pass, Role, Strides, TensorDesc};
 
 /// Prints errors with `{:?}` as with `{}`, so that a `main` that returns one ends with a sentence.
 macro_rules! debug_is_the_text {
@@ -209,7 +211,7 @@ pub enum InvalidCall {
         /// The largest legal length.
         max: usize,
     },
-    /// Packed or paged sequences in a combination that there is not.
+    /// Dense, packed or paged queries and keys in a combination that no call has.
     #[error("{what}")]
     Sequences {
         /// What is wrong.
@@ -422,94 +424,6 @@ pub enum InvalidCall {
     },
 }
 
-/// What a backend cannot do: which limit, and which value of the problem meets it.
-#[derive(Clone, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Unsupported {
-    /// The memory is where this backend cannot reach it.
-    #[error("{backend} works on {expected} memory, the call is on {device}")]
-    Device {
-        /// The backend.
-        backend: String,
-        /// Where the call is.
-        device: Device,
-        /// What the backend works on.
-        expected: DeviceKind,
-    },
-    /// The operand dtype.
-    #[error("{backend} does not take {dtype} operands, only {}", names(.supported))]
-    DType {
-        /// The backend.
-        backend: String,
-        /// The problem's dtype.
-        dtype: DType,
-        /// What the backend takes.
-        supported: Vec<DType>,
-    },
-    /// An option, for this pass.
-    #[error("{backend} does not support {feature} in its {pass} pass")]
-    Feature {
-        /// The backend.
-        backend: String,
-        /// The option.
-        feature: Feature,
-        /// The pass.
-        pass: Pass,
-    },
-    /// A pass that the backend does not have.
-    #[error("{backend} has no {pass} pass")]
-    Pass {
-        /// The backend.
-        backend: String,
-        /// The pass.
-        pass: Pass,
-    },
-    /// A limit of this backend's own.
-    #[error("{backend} does not support {what} {value}: {why}")]
-    Limit {
-        /// The backend.
-        backend: String,
-        /// What is limited, worded to be followed by the value: "head dimension".
-        what: String,
-        /// The value of the call.
-        value: String,
-        /// What is supported and, where it is not plain, for what reason: a whole clause.
-        why: String,
-    },
-    /// The scratch memory would exceed the limit that the caller set.
-    #[error("{backend} needs {needed} bytes of scratch, the limit is {limit}")]
-    ScratchLimit {
-        /// The backend.
-        backend: String,
-        /// Bytes needed.
-        needed: usize,
-        /// Bytes allowed.
-        limit: usize,
-    },
-    /// The backend has no scratch memory to lend, so the caller must bring it.
-    #[error("{backend} lends no scratch, and a call of it needs {needed} bytes on {device}")]
-    LentScratch {
-        /// The backend.
-        backend: String,
-        /// Where the call is.
-        device: Device,
-        /// Bytes needed.
-        needed: usize,
-    },
-    /// The numerics class differs from the one asked for.
-    #[error("{backend} computes {dtype} in class {class}, class {wanted} was asked for")]
-    Numerics {
-        /// The backend.
-        backend: String,
-        /// The problem's dtype.
-        dtype: DType,
-        /// The backend's class for it.
-        class: NumericsClass,
-        /// The class asked for.
-        wanted: NumericsClass,
-    },
-}
-
 /// A number of things: "1 query head", "2 query heads".
 fn counted(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
@@ -535,18 +449,6 @@ fn asked_for_with(role: Role) -> &'static str {
     }
 }
 
-impl Unsupported {
-    /// The refusal in words, without the value of the call that meets it: what calls of different sizes have in common.
-    pub fn rule(&self) -> String {
-        match self {
-            Self::Limit { backend, what, why, .. } => {
-                format!("{backend}, {what}: {why}")
-            }
-            other => other.to_string(),
-        }
-    }
-}
-
 fn one_or(size: usize) -> String {
     if size == 1 { "1".to_owned() } else { format!("1 or {size}") }
 }
@@ -561,10 +463,6 @@ fn other_than(planned: &str, call: &str) -> String {
 fn number(value: &f64) -> String {
     let readable = *value == 0.0 || (1e-6..1e16).contains(&value.abs());
     if readable { value.to_string() } else { format!("{value:e}") }
-}
-
-fn names(dtypes: &[DType]) -> String {
-    dtypes.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ")
 }
 
 /// A library or device that is not there.
