@@ -1,5 +1,5 @@
-//! What the facade chooses by itself on a device, as a backend: so that the suite can be run on the choice, with and without
-//! the libraries that it chooses among.
+//! What the facade chooses by itself on a device, as a backend: so that the suite can be run on the choice,
+//! with and without the libraries that it chooses among.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -23,7 +23,8 @@ const SPLIT: &str = "chunked-split-f32";
 const CUDNN: &str = "cudnn";
 const CHUNKED_CUDA: &str = "chunked-cuda";
 
-/// The same with gradients of grouped heads, which cuDNN rounds once more than the numerics class allows: off by default.
+/// The same with gradients of grouped heads, which cuDNN rounds once more than the numerics class allows: off
+/// by default.
 const ROUNDING: &str = "cudnn-rounded-groups";
 
 /// Our own kernels as they are for devices other than Hopper: off by default there.
@@ -98,8 +99,8 @@ fn on_a_device(name: &str) -> crate::Result<Arc<dyn AttentionBackend>> {
     })
 }
 
-/// The backend of our own kernels by one of its names. Kernels are kept for other processes of this machine, where the environment says
-/// or with temporary files: the suite needs some hundred.
+/// The backend of our own kernels by one of its names. Kernels are kept for other processes of this machine,
+/// where the environment says or with temporary files: the suite needs some hundred.
 fn chunked_cuda(device: &CudaDevice, name: &str) -> ChunkedCudaBackend {
     let mut config =
         ChunkedCudaConfig::default().warpgroups(name != WITHOUT_WARPGROUPS).split_f32(name != WITHOUT_SPLIT);
@@ -119,8 +120,9 @@ fn is_set(variable: &str) -> bool {
     std::env::var_os(variable).is_some_and(|value| !value.is_empty())
 }
 
-/// The same backends, with one for each instruction set of this machine in the place of one that chooses among them.
-/// Prints the sets that the machine lacks. Where the environment names one, there is no choice, and nothing changes.
+/// The same backends, with one for each instruction set of this machine in the place of one that chooses
+/// among them. Prints the sets that the machine lacks. Where the environment names one, there is no choice,
+/// and nothing changes.
 pub(crate) fn at_every_level(backends: Vec<Arc<dyn AttentionBackend>>) -> Vec<Arc<dyn AttentionBackend>> {
     if is_set(Level::VARIABLE) {
         return backends;
@@ -145,8 +147,8 @@ pub(crate) fn at_every_level(backends: Vec<Arc<dyn AttentionBackend>>) -> Vec<Ar
     expanded
 }
 
-/// The levels that [`at_every_level`] leaves out because the processor lacks them: what they are called, the version, and
-/// what is missing.
+/// The levels that [`at_every_level`] leaves out because the processor lacks them: what they are called, the
+/// version, and what is missing.
 pub(crate) fn missing_levels(backends: &[Arc<dyn AttentionBackend>]) -> Vec<(String, String, String)> {
     let chunked = backends.iter().find(|backend| backend.name() == "chunked");
     let Some(chunked) = chunked.filter(|_| std::env::var_os(Level::VARIABLE).is_none()) else {
@@ -177,7 +179,8 @@ impl Delegate for Labelled {
     }
 }
 
-/// A backend for a device that need not be there: asked about problems, it answers as if its library and device were.
+/// A backend for a device that need not be there: asked about problems, it answers as if its library and
+/// device were.
 #[derive(Debug)]
 pub(crate) struct Assumed {
     pub(crate) backend: Arc<dyn AttentionBackend>,
@@ -198,8 +201,8 @@ pub(crate) fn pool(threads: usize) -> crate::Result<Arc<ThreadPool>> {
     Ok(Arc::new(ThreadPoolBuilder::new().num_threads(threads).build()?))
 }
 
-/// A backend whose every call is made from inside a pool, so that it has that pool's threads. Results must not
-/// depend on how many those are.
+/// A backend whose every call is made from inside a pool, so that it has that pool's threads. Results must
+/// not depend on how many those are.
 #[derive(Debug)]
 pub(crate) struct InPool {
     backend: Arc<dyn AttentionBackend>,

@@ -23,7 +23,8 @@ const DEVICE: &str = "h200@9.19";
 const DEVICES: &[(&str, &str)] =
     &[("8.0, 8.6, 8.9", "sm_80"), ("9.0", "sm_90"), ("10.0, 10.3", "sm_100"), ("12.0", "sm_120")];
 
-/// Calls of which an automatic choice takes different backends, in words and as options of `cargo xtask explain`.
+/// Calls of which an automatic choice takes different backends, in words and as options of
+/// `cargo xtask explain`.
 const CHOSEN: &[(&str, &str)] = &[
     ("plain, bf16", "--shape 4,4096,4096,16,16,128 --dtype bf16"),
     ("the same, causal", "--shape 4,4096,4096,16,16,128 --dtype bf16 --causal"),

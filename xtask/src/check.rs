@@ -13,8 +13,8 @@ pub(crate) struct Arguments {
     allow_dirty: bool,
 }
 
-/// Runs cargo on the workspace with all features, and after it on each package that has a feature which needs CUDA's
-/// compiler, without that.
+/// Runs cargo on the workspace with all features, and after it on each package that has a feature which needs
+/// CUDA's compiler, without that.
 fn with_all_features(
     words: [&str; 3],
     last: &[&str],

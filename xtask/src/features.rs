@@ -1,5 +1,5 @@
-//! `cargo xtask features`: every crate with none of its features, with each alone, and with all; and the tests of the
-//! facade in the builds that its users have.
+//! `cargo xtask features`: every crate with none of its features, with each alone, and with all; and the
+//! tests of the facade in the builds that its users have.
 
 use std::time::Instant;
 

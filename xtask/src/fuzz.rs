@@ -1,4 +1,5 @@
-//! `cargo xtask fuzz`: random calls of every kind on the CPU backends, checked in every way that the suite knows.
+//! `cargo xtask fuzz`: random calls of every kind on the CPU backends, checked in every way that the suite
+//! knows.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

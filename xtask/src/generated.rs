@@ -24,7 +24,8 @@ pub(crate) fn read(file: &str) -> crate::Result<String> {
     std::fs::read_to_string(&path).map_err(|error| format!("{file} cannot be read: {error}").into())
 }
 
-/// Writes files of the repository that differ from this, or with `check` says so; whether all are as they should be.
+/// Writes files of the repository that differ from this, or with `check` says so; whether all are as they
+/// should be.
 pub(crate) fn settle(files: &[(String, String)], command: &str, check: bool) -> crate::Result {
     let mut same = true;
     for (file, wanted) in files {

@@ -113,8 +113,8 @@ fn missing(source: &Source, ptx: &str) -> Vec<&'static str> {
     source.entry_points.iter().copied().filter(|name| after_entry(ptx, name).is_none()).collect()
 }
 
-/// The entry points whose bound on the threads of a block is not that of a macro `BLOCK=` or `.._BLOCK=`, with which the host
-/// launches them: a kernel with another bound might not start.
+/// The entry points whose bound on the threads of a block is not that of a macro `BLOCK=` or `.._BLOCK=`,
+/// with which the host launches them: a kernel with another bound might not start.
 fn unbounded(source: &Source, defines: &[String], ptx: &str) -> Vec<&'static str> {
     let blocks: Vec<&str> = (defines.iter())
         .filter_map(|define| define.split_once('='))

@@ -61,8 +61,8 @@ pub(crate) fn today() -> String {
     date(seconds / 86_400)
 }
 
-/// The date that lies this many days after 1970-01-01 (Hinnant, "chrono-compatible low-level date algorithms",
-/// `civil_from_days`).
+/// The date that lies this many days after 1970-01-01 (Hinnant, "chrono-compatible low-level date
+/// algorithms", `civil_from_days`).
 fn date(days: u64) -> String {
     let shifted = days + 719_468;
     let (era, of_era) = (shifted / 146_097, shifted % 146_097);

@@ -1,7 +1,7 @@
 //! What is done with this repository, one file a command: `cargo xtask --help`.
 
-/// Prints a line, as that of the standard library does, which panics where the reader has gone away (`| head`) or the disk is
-/// full; this ends the command.
+/// Prints a line, as that of the standard library does, which panics where the reader has gone away
+/// (`| head`) or the disk is full; this ends the command.
 macro_rules! println {
     () => { $crate::reporting::print_line(format_args!("")) };
     ($($arguments:tt)*) => { $crate::reporting::print_line(format_args!($($arguments)*)) };

@@ -9,8 +9,8 @@ use crate::cargo::{self, Workspace};
 
 /// Packages the crates and checks that they build from each other's packages.
 ///
-/// `cargo package` can verify as well, but it unpacks the siblings of a crate into Cargo's home once for a version
-/// and a target folder, and from then on builds against those, whatever has been packaged since.
+/// `cargo package` can verify as well, but it unpacks the siblings of a crate into Cargo's home once for a
+/// version and a target folder, and from then on builds against those, whatever has been packaged since.
 pub(crate) fn check(allow_dirty: bool) -> crate::Result {
     let workspace = Workspace::read()?;
     let mut command = cargo::command(["package", "--quiet", "--no-verify"]);
@@ -33,7 +33,8 @@ pub(crate) fn check(allow_dirty: bool) -> crate::Result {
     for package in workspace.published() {
         let file = packages.join(format!("{}-{}.crate", package.name, package.version));
         let mut untar = Command::new("tar");
-        // As of now: packages hold one date for all files, by which cargo would take those of an earlier build for these.
+        // As of now: packages hold one date for all files, by which cargo would take those of an earlier
+        // build for these.
         if !cargo::run(untar.arg("-xmzf").arg(&file).arg("-C").arg(&unpacked))? {
             return Ok(false);
         }

@@ -81,7 +81,8 @@ pub(crate) fn print_line(line: Arguments<'_>) {
     }
 }
 
-/// Prints a line to standard error; what `eprintln!` is in this crate. Where even that fails, there is no one to tell.
+/// Prints a line to standard error; what `eprintln!` is in this crate. Where even that fails, there is no one
+/// to tell.
 pub(crate) fn print_error_line(line: Arguments<'_>) {
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
@@ -106,8 +107,8 @@ pub(crate) fn print_table(reports: &[Report]) {
     print_cells(&table.header, &table.rows);
 }
 
-/// Prints how often each variant was run; whether the whole suite, where it was run, has run all that is listed and nothing
-/// else. A filtered run says that it is one.
+/// Prints how often each variant was run; whether the whole suite, where it was run, has run all that is
+/// listed and nothing else. A filtered run says that it is one.
 pub(crate) fn print_variants(reports: &[Report]) -> bool {
     let table = coverage(reports);
     if !table.rows.is_empty() {
@@ -166,7 +167,8 @@ pub(crate) fn close(reports: &[Report]) -> bool {
     totals.failed == 0
 }
 
-/// Makes the folders of files that are to be written, before the work whose results go there, and says which it made.
+/// Makes the folders of files that are to be written, before the work whose results go there, and says which
+/// it made.
 ///
 /// # Errors
 /// Where a folder cannot be made, or a file would take the place of a folder.

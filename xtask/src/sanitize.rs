@@ -5,15 +5,16 @@ use std::process::Command;
 
 use crate::cargo;
 
-/// The one target that this is set up for; named, so that build scripts and macros are built without the sanitizer.
+/// The one target that this is set up for; named, so that build scripts and macros are built without the
+/// sanitizer.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Sanitizer flags are unstable: with this variable a stable compiler takes them, too.
 const UNSTABLE: &str = "RUSTC_BOOTSTRAP";
 /// How many seeds each fuzz test runs.
 const SEEDS: &str = "ATTENTION_FUZZ_SEEDS";
 
-/// Runs the CPU backends' tests and a short fuzz under the address sanitizer, with poisoned red zones between the
-/// pieces of their scratch memory
+/// Runs the CPU backends' tests and a short fuzz under the address sanitizer, with poisoned red zones between
+/// the pieces of their scratch memory
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Seeds that the fuzzer runs on each backend and level

@@ -1,5 +1,5 @@
-//! The CUDA crates beside candle's CUDA features, and the crate for candle with its own: Cargo unites the features that all
-//! crates of a program ask of `cudarc`, and some of them exclude each other.
+//! The CUDA crates beside candle's CUDA features, and the crate for candle with its own: Cargo unites the
+//! features that all crates of a program ask of `cudarc`, and some of them exclude each other.
 
 use std::fmt::Write;
 use std::fs;
@@ -11,8 +11,8 @@ use crate::trees;
 /// The version of `cudarc` that candle-core 0.11.1 asks for.
 const VERSION: &str = "0.19.10";
 
-/// The features of `cudarc` that candle-core 0.11.1 asks for: its feature `cuda` all but the last two, which its features
-/// `cudnn` and `nccl` add (its Cargo.toml, `dependencies.cudarc` and `features`).
+/// The features of `cudarc` that candle-core 0.11.1 asks for: its feature `cuda` all but the last two, which
+/// its features `cudnn` and `nccl` add (its Cargo.toml, `dependencies.cudarc` and `features`).
 const FEATURES: &[&str] = &[
     "std",
     "cublas",
@@ -28,8 +28,8 @@ const FEATURES: &[&str] = &[
     "nccl",
 ];
 
-/// What stands for CUDA's compiler in the build of candle's kernels, which asks it for files: their contents matter to
-/// programs that run, and none is linked here.
+/// What stands for CUDA's compiler in the build of candle's kernels, which asks it for files: their contents
+/// matter to programs that run, and none is linked here.
 const NVCC: &str = r#"#!/bin/sh
 # nvcc [options] (--ptx --output-directory FOLDER | -o FILE) SOURCE
 while [ $# -gt 0 ]; do
@@ -57,7 +57,8 @@ pub(crate) fn check() -> crate::Result {
     fs::copy(cargo::root().join("Cargo.lock"), folder.join("Cargo.lock"))?;
     let mut command = cargo::command(["check", "--quiet", "--target-dir"]);
     command.arg(folder.with_file_name("united-target")).current_dir(&folder);
-    // Lints are for the packages of a workspace, and this one's are none of ours; the compiler's warnings are for all.
+    // Lints are for the packages of a workspace, and this one's are none of ours; the compiler's warnings are
+    // for all.
     command.env("RUSTFLAGS", "-D warnings");
     if let Some(nvcc) = stand_in(&folder)? {
         // The compute capability would be asked of a device.

@@ -23,13 +23,13 @@ use crate::{AxisOrder, Implementation, Numbers, Options, Registry};
 /// | sinks | `[N]` | the same | any of the four |
 /// | lengths, offsets by batch row | `[B]` | the same | u32, i32 or i64 |
 ///
-/// All without `B` where query, key and value are. `N` is a multiple of `K`: each group of `N / K` query heads shares a
-/// key/value head, so `repeat_kv` is not needed. Every tensor may have any layout that candle gives it: transposed,
-/// narrowed, broadcast; nothing is made contiguous. Results are contiguous.
+/// All without `B` where query, key and value are. `N` is a multiple of `K`: each group of `N / K` query
+/// heads shares a key/value head, so `repeat_kv` is not needed. Every tensor may have any layout that candle
+/// gives it: transposed, narrowed, broadcast; nothing is made contiguous. Results are contiguous.
 ///
 /// # Semantics
-/// Those of [`attention::Problem`]; `docs/semantics.md` has them beside those of other libraries. A mask's 1 takes part,
-/// and a row with nothing to attend to has output 0.
+/// Those of [`attention::Problem`]; `docs/semantics.md` has them beside those of other libraries. A mask's 1
+/// takes part, and a row with nothing to attend to has output 0.
 ///
 /// # Examples
 /// ```
@@ -83,7 +83,8 @@ impl Attention {
         Self::new(AxisOrder::Btnh)
     }
 
-    /// A call on tensors with this order of axes, with every option at its default: scale `1 / sqrt(H)`, nothing masked.
+    /// A call on tensors with this order of axes, with every option at its default: scale `1 / sqrt(H)`,
+    /// nothing masked.
     pub fn new(order: AxisOrder) -> Self {
         Self {
             call: attention::Attention::new().axis_order(order),
@@ -136,21 +137,21 @@ impl Attention {
         self.with(|call| call.query_offsets(list))
     }
 
-    /// A sliding window: only keys `pos - left ..= pos + right` take part; no bounds by default. `Window::new(127, 0)` is the
-    /// 128 keys up to the row's own.
+    /// A sliding window: only keys `pos - left ..= pos + right` take part; no bounds by default.
+    /// `Window::new(127, 0)` is the 128 keys up to the row's own.
     pub fn window(self, window: Window) -> Self {
         self.with(|call| call.window(window))
     }
 
-    /// A mask of u8, as candle's comparisons give it: 0 is masked, anything else takes part. 1 to 4 axes, right-aligned
-    /// to `[B, N, T, S]`, each 1 or full.
+    /// A mask of u8, as candle's comparisons give it: 0 is masked, anything else takes part. 1 to 4 axes,
+    /// right-aligned to `[B, N, T, S]`, each 1 or full.
     pub fn mask(mut self, mask: &Tensor) -> Self {
         self.mask = Some(mask.clone());
         self
     }
 
-    /// An additive bias, shapes as for the [mask](Self::mask), added to the scaled and capped logits; -inf masks. It gets
-    /// a gradient where it is a variable or comes from one.
+    /// An additive bias, shapes as for the [mask](Self::mask), added to the scaled and capped logits; -inf
+    /// masks. It gets a gradient where it is a variable or comes from one.
     pub fn bias(mut self, bias: &Tensor) -> Self {
         self.bias = Some(bias.clone());
         self
@@ -162,8 +163,8 @@ impl Attention {
         self
     }
 
-    /// Attention sinks, `[N]`: one extra logit a head that joins the softmax's denominator only. They get a gradient as the
-    /// [bias](Self::bias) does.
+    /// Attention sinks, `[N]`: one extra logit a head that joins the softmax's denominator only. They get a
+    /// gradient as the [bias](Self::bias) does.
     pub fn sinks(mut self, sinks: &Tensor) -> Self {
         self.sinks = Some(sinks.clone());
         self
@@ -205,8 +206,8 @@ impl Attention {
         self.with(|call| call.softcap(softcap))
     }
 
-    /// Dropout of the probabilities, from the published stream: the same bits on every device. Give each layer and step
-    /// another [offset](Dropout::with_offset) or seed.
+    /// Dropout of the probabilities, from the published stream: the same bits on every device. Give each
+    /// layer and step another [offset](Dropout::with_offset) or seed.
     pub fn dropout(self, dropout: impl Into<Option<Dropout>>) -> Self {
         self.with(|call| call.dropout(dropout))
     }
@@ -230,20 +231,21 @@ impl Attention {
         self.with(|call| call.deterministic(deterministic))
     }
 
-    /// Keeps no logsumexp for backward, which then runs forward again: `B T N` numbers less memory for the time of one
-    /// more forward call.
+    /// Keeps no logsumexp for backward, which then runs forward again: `B T N` numbers less memory for the
+    /// time of one more forward call.
     pub fn recompute(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
         self
     }
 
-    /// Which implementation shall run the call; the first that can by default. Takes a name, a list of names in order of
-    /// preference, an `Arc` of a backend, or a numerics class.
+    /// Which implementation shall run the call; the first that can by default. Takes a name, a list of names
+    /// in order of preference, an `Arc` of a backend, or a numerics class.
     pub fn implementation(self, implementation: impl Into<Implementation>) -> Self {
         self.with(|call| call.implementation(implementation))
     }
 
-    /// The implementations to choose from. By default those of this build; on CUDA, on the stream of the tensors' device.
+    /// The implementations to choose from. By default those of this build; on CUDA, on the stream of the
+    /// tensors' device.
     pub fn registry(mut self, registry: &Registry) -> Self {
         self.registry = Some(registry.clone());
         self

@@ -19,8 +19,8 @@ use crate::Error;
 use crate::events::{Reads, Writes};
 use crate::layout::{axes, expected, is_float};
 
-/// The device of candle's tensors with the stream that candle puts its work on, for backends with a configuration of your
-/// own: `CudnnBackend::on(device_of(device), config)`, in a [`Registry`].
+/// The device of candle's tensors with the stream that candle puts its work on, for backends with a
+/// configuration of your own: `CudnnBackend::on(device_of(device), config)`, in a [`Registry`].
 ///
 /// Candle's stream is by default the one of the calling thread, so a backend on it is for one thread.
 pub fn device_of(device: &CudaDevice) -> attention::cuda::CudaDevice {
@@ -29,8 +29,8 @@ pub fn device_of(device: &CudaDevice) -> attention::cuda::CudaDevice {
 
 /// The implementations of this build, on the stream of a device.
 ///
-/// Each thread has its own: they keep memory that the calls on a stream use one after the other, and the stream that candle
-/// uses by default is another one in each thread.
+/// Each thread has its own: they keep memory that the calls on a stream use one after the other, and the
+/// stream that candle uses by default is another one in each thread.
 pub(crate) fn registry(device: &CudaDevice) -> Registry {
     thread_local! {
         static KEPT: RefCell<Vec<(Arc<CudaStream>, Registry)>> = const { RefCell::new(Vec::new()) };
@@ -86,9 +86,9 @@ pub(crate) fn view<'g>(
         .unwrap_or_else(|| unreachable!("candle has a stride for every axis"));
     // Both are below the size of an allocation.
     let first = address as usize + layout.start_offset() * dtype.size();
-    // SAFETY: candle's layout keeps every element inside the storage, which the device has allocated and candle has written
-    // in the order of its stream, on which the call runs; the storage is borrowed, locked against writes, for 'g, and freed in
-    // the order of the stream.
+    // SAFETY: candle's layout keeps every element inside the storage, which the device has allocated and
+    // candle has written in the order of its stream, on which the call runs; the storage is borrowed, locked
+    // against writes, for 'g, and freed in the order of the stream.
     Ok(unsafe { View::from_raw_parts(std::ptr::with_exposed_provenance(first), device, desc) }?)
 }
 
@@ -101,7 +101,8 @@ pub(crate) struct CudaOutput {
 /// Memory for a row-major tensor of so many elements.
 pub(crate) fn output(device: &CudaDevice, dtype: DType, count: usize) -> Result<CudaOutput, Error> {
     fn memory<T: CudaDType + DeviceRepr>(device: &CudaDevice, count: usize) -> Result<CudaStorage, Error> {
-        // SAFETY: a call writes every element of its outputs before anything reads them, and a call that fails drops them.
+        // SAFETY: a call writes every element of its outputs before anything reads them, and a call that
+        // fails drops them.
         let slice = unsafe { device.alloc::<T>(count) }.map_err(|error| {
             attention::Error::from(BackendFailure {
                 backend: "candle".to_owned(),
@@ -145,7 +146,7 @@ pub(crate) fn view_mut<'a>(
         .unwrap_or_else(|| unreachable!("a tensor of a call has at most four axes"));
     let desc = TensorDesc::contiguous(dtype, shape);
     let first = std::ptr::with_exposed_provenance_mut(address as usize);
-    // SAFETY: an allocation of the stream's device with as many elements as the shape has (`output` was asked for them),
-    // borrowed exclusively for 'a.
+    // SAFETY: an allocation of the stream's device with as many elements as the shape has (`output` was asked
+    // for them), borrowed exclusively for 'a.
     Ok(unsafe { ViewMut::from_raw_parts(first, name(&output.stream), desc) }?)
 }

@@ -5,13 +5,13 @@ use candle_core::{DType, DeviceLocation};
 
 /// Why a call did not run.
 ///
-/// Calls return it inside [`candle_core::Error::WrappedContext`], with its text; [`cause`] takes it out again. Its
-/// `Debug` is its text, as that of candle's errors.
+/// Calls return it inside [`candle_core::Error::WrappedContext`], with its text; [`cause`] takes it out
+/// again. Its `Debug` is its text, as that of candle's errors.
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// What the library says: an invalid call, an implementation's refusal, or its failure. Shapes in it are in the order
-    /// of the call's axes.
+    /// What the library says: an invalid call, an implementation's refusal, or its failure. Shapes in it are
+    /// in the order of the call's axes.
     #[error(transparent)]
     Call(#[from] attention::Error),
     /// A tensor has a dtype that it cannot have.

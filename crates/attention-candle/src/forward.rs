@@ -9,8 +9,8 @@ impl Attention {
     /// Computes the output, a contiguous tensor in the order of axes of the call.
     ///
     /// # Errors
-    /// [`candle_core::Error::WrappedContext`] with an [`Error`](crate::Error), which [`cause`](crate::cause) takes out:
-    /// where the call is wrong, no implementation serves it, or one fails.
+    /// [`candle_core::Error::WrappedContext`] with an [`Error`](crate::Error), which [`cause`](crate::cause)
+    /// takes out: where the call is wrong, no implementation serves it, or one fails.
     pub fn forward(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
         let operands = Operands { query, key, value };
         let tracked = self.tracked(operands);

@@ -1,14 +1,15 @@
 //! Calls as nodes of candle's graph.
 //!
-//! A node of candle has at most three arguments that get gradients, and one result; a call has five (query, key, value,
-//! bias, sinks) and two (output, logsumexp). So:
+//! A node of candle has at most three arguments that get gradients, and one result; a call has five (query,
+//! key, value, bias, sinks) and two (output, logsumexp). So:
 //!
 //! - Without bias and sinks that need gradients, a call is one node over query, key and value ([`Direct`]).
-//! - With them, it is two: [`Token`] over query, key and value, whose result is one number that means nothing, and
-//!   [`Joined`] over it, the bias and the sinks, whose result is the call's. Going backward, candle comes to `Joined` first,
-//!   which computes all gradients in one call, returns its arguments' and leaves the others for `Token`, which returns them.
-//! - The logsumexp is a result of nodes of its own, whose gradients are another backward call's; gradients are linear in
-//!   what comes in, so the sums are exact.
+//! - With them, it is two: [`Token`] over query, key and value, whose result is one number that means
+//!   nothing, and [`Joined`] over it, the bias and the sinks, whose result is the call's. Going backward,
+//!   candle comes to `Joined` first, which computes all gradients in one call, returns its arguments' and
+//!   leaves the others for `Token`, which returns them.
+//! - The logsumexp is a result of nodes of its own, whose gradients are another backward call's; gradients
+//!   are linear in what comes in, so the sums are exact.
 //!
 //! The results are computed before the nodes are made, and nodes only hand them out.
 
@@ -32,7 +33,8 @@ struct Saved {
 /// Which result of the call a node has.
 #[derive(Debug)]
 enum Kind {
-    /// The output. The logsumexp that belongs to it is set once it is there, and never where the call recomputes it.
+    /// The output. The logsumexp that belongs to it is set once it is there, and never where the call
+    /// recomputes it.
     Out { lse: Arc<OnceLock<Tensor>> },
     /// The logsumexp, with the output that belongs to it.
     Lse { out: Tensor },
@@ -70,7 +72,8 @@ fn in_backward(error: Error) -> candle_core::Error {
     error.in_call("backward")
 }
 
-/// The output of a call as a tensor that knows where it comes from, and what remembers its logsumexp for backward.
+/// The output of a call as a tensor that knows where it comes from, and what remembers its logsumexp for
+/// backward.
 pub(crate) fn out_node(
     call: &Attention,
     operands: Operands<'_>,
@@ -202,8 +205,8 @@ impl CustomOp3 for Direct {
 /// The gradients of query, key and value.
 type Three = [Option<Tensor>; 3];
 
-/// The gradients that a [`Joined`] leaves for its [`Token`], for the thread that goes backward: candle comes to one
-/// after the other, and several threads may go backward through one graph.
+/// The gradients that a [`Joined`] leaves for its [`Token`], for the thread that goes backward: candle comes
+/// to one after the other, and several threads may go backward through one graph.
 #[derive(Clone, Default)]
 struct Left(Arc<Mutex<HashMap<ThreadId, Three>>>);
 

@@ -18,8 +18,8 @@ pub(crate) struct Locked<'t> {
 }
 
 impl<'t> Locked<'t> {
-    /// Locks every storage once, however many tensors share it, in the order of their addresses, as candle's own
-    /// operations in place do: a thread that takes a lock twice waits for ever on a writer in between.
+    /// Locks every storage once, however many tensors share it, in the order of their addresses, as candle's
+    /// own operations in place do: a thread that takes a lock twice waits for ever on a writer in between.
     pub(crate) fn new(tensors: impl IntoIterator<Item = (Role, &'t Tensor)>) -> Self {
         let mut placed: Vec<(usize, Role, &Tensor)> = tensors
             .into_iter()

@@ -20,7 +20,8 @@ macro_rules! debug_is_the_text {
 }
 debug_is_the_text!(Error, InvalidCall, Unsupported, Unavailable, BackendFailure, OutOfMemory);
 
-/// Why a call did not run. Each variant names a culprit; nothing was written to any output for the first three.
+/// Why a call did not run. Each variant names a culprit; nothing was written to any output for the first
+/// three.
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

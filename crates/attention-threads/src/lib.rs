@@ -38,9 +38,9 @@ impl Threads {
         Self { pool: Some(Given { pool, process: std::process::id() }), ..self }
     }
 
-    /// How many threads calls are planned and their scratch is sized for: the limit, at most the threads of the
-    /// configured pool; without either, the threads that rayon's global pool has by default (`RAYON_NUM_THREADS`, else
-    /// what the machine can run side by side).
+    /// How many threads calls are planned and their scratch is sized for: the limit, at most the threads of
+    /// the configured pool; without either, the threads that rayon's global pool has by default
+    /// (`RAYON_NUM_THREADS`, else what the machine can run side by side).
     ///
     /// Depends on nothing else, the pool of the asking thread included, and starts no pool.
     pub fn planned(&self) -> usize {
@@ -55,8 +55,8 @@ impl Threads {
 
     /// The threads for a call that begins now on this thread, at most [`planned`](Self::planned).
     ///
-    /// Starts rayon's global pool where that is the one to use and nothing has started it, unless the plan is for one
-    /// thread.
+    /// Starts rayon's global pool where that is the one to use and nothing has started it, unless the plan is
+    /// for one thread.
     pub fn team(&self) -> Team {
         let planned = self.planned();
         if planned == 1 {

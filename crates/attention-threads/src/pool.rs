@@ -51,7 +51,8 @@ pub(crate) fn global(process: u32, planned: usize) -> Team {
 
 /// Starts the global pool; whether there is one now.
 fn start(process: u32) -> bool {
-    // Where the platform has no threads, rayon's own start falls back to the calling thread; there is nothing to gain.
+    // Where the platform has no threads, rayon's own start falls back to the calling thread; there is nothing
+    // to gain.
     let failure = if cfg!(target_family = "wasm") {
         Some("no threads on this platform".to_owned())
     } else {
@@ -78,7 +79,8 @@ fn start(process: u32) -> bool {
 
 /// Threads of a pool that is made in this process, a child of the one whose pool was to be used.
 pub(crate) fn of_child(process: u32, planned: usize) -> Team {
-    // A child of the child finds the lock as it was at the fork, maybe taken for ever: it does not wait for long.
+    // A child of the child finds the lock as it was at the fork, maybe taken for ever: it does not wait for
+    // long.
     let mut guard = None;
     for _ in 0..1000 {
         match OF_CHILD.try_lock() {
@@ -95,7 +97,8 @@ pub(crate) fn of_child(process: u32, planned: usize) -> Team {
         if let Err(reason) = &pool {
             tracing::warn!(target: "attention", %reason, "no thread pool after a fork: calls run on the calling thread");
         }
-        // The pool of a parent of this process is left as it is: dropping it would talk to threads that are not here.
+        // The pool of a parent of this process is left as it is: dropping it would talk to threads that are
+        // not here.
         std::mem::forget(made.replace((process, pool.ok().map(Arc::new))));
         crate::team::forget_waiting();
     }

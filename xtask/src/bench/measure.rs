@@ -13,7 +13,8 @@ const SHORT_MS: f64 = 20.0;
 /// How long a turn of short calls takes, and how many calls it has at most.
 const TURN_MS: f64 = 40.0;
 const TURN_CALLS: f64 = 100.0;
-/// Between turns of short calls: the threads of the other side may still spin (OpenMP's do for some milliseconds).
+/// Between turns of short calls: the threads of the other side may still spin (OpenMP's do for some
+/// milliseconds).
 const PAUSE: Duration = Duration::from_millis(20);
 /// How many turns there are unless a number is asked for: as many as fit into the time, inside these bounds.
 const TURNS: std::ops::RangeInclusive<usize> = 3..=15;
@@ -30,8 +31,8 @@ pub(crate) struct Times {
     pub(crate) peak_bytes: Option<u64>,
 }
 
-/// Runs a workload, and what the peer has prepared, in turn. A peer that fails is left out from there on, with a
-/// sentence about it.
+/// Runs a workload, and what the peer has prepared, in turn. A peer that fails is left out from there on,
+/// with a sentence about it.
 pub(crate) fn measure(
     workload: &mut Workload,
     plans: &Plans,

@@ -9,7 +9,8 @@ use attention_core::{AttentionBackend, DType, Dimensions, Gradients, ScratchBuff
 use crate::{machine, reporting};
 
 /// Memory beyond inputs and outputs that the paper prints for a length: of standard attention, and of its own
-/// algorithm, forward (Table 2) and with gradients (Table 3). `OOM` where standard attention ran out of 16 GB.
+/// algorithm, forward (Table 2) and with gradients (Table 3). `OOM` where standard attention ran out of 16
+/// GB.
 struct Printed {
     log_length: u32,
     forward: [&'static str; 2],
@@ -30,8 +31,8 @@ const PAPER: [Printed; 7] = [
     printed(20, ["OOM", "256 MB"], ["OOM", "4.0 GB"]),
 ];
 
-/// Prints both tables. Backends are run up to this many tokens, and asked for their scratch, which is exact, at every
-/// length.
+/// Prints both tables. Backends are run up to this many tokens, and asked for their scratch, which is exact,
+/// at every length.
 pub(super) fn run(
     backends: &[std::sync::Arc<dyn AttentionBackend>],
     run_up_to: usize,

@@ -57,13 +57,15 @@ pub(crate) struct Arguments {
     /// The Python that has torch or jax
     #[arg(long, env = "ATTENTION_PYTHON", default_value = "python3", value_name = "PATH")]
     peer_python: PathBuf,
-    /// Print memory beyond inputs and outputs for one head of 2^8 to 2^20 tokens instead, beside the paper's tables
+    /// Print memory beyond inputs and outputs for one head of 2^8 to 2^20 tokens instead, beside the paper's
+    /// tables
     #[arg(long)]
     memory: bool,
     /// With --memory: run calls of up to this many tokens; longer ones are asked for their scratch alone
     #[arg(long, default_value_t = 1 << 14, value_name = "N")]
     run_up_to: usize,
-    /// Another list of cases: gpu measures the backends for NVIDIA GPUs and, with --peer torch, PyTorch's paths
+    /// Another list of cases: gpu measures the backends for NVIDIA GPUs and, with --peer torch, PyTorch's
+    /// paths
     #[arg(
         long,
         value_parser = ["gpu"],

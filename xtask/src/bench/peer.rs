@@ -66,8 +66,8 @@ impl Peer {
         Ok(peer)
     }
 
-    /// Makes the data of a call, and calls once, on the implementation that `path` names; the name of the one that
-    /// runs.
+    /// Makes the data of a call, and calls once, on the implementation that `path` names; the name of the one
+    /// that runs.
     ///
     /// # Errors
     /// Why the peer does not serve the call.

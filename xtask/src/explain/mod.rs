@@ -1,5 +1,5 @@
-//! `cargo xtask explain`: what a call would run on, and why nothing else would; without data, and for devices that need not
-//! be there.
+//! `cargo xtask explain`: what a call would run on, and why nothing else would; without data, and for devices
+//! that need not be there.
 
 mod target;
 
@@ -16,7 +16,8 @@ use clap::Parser;
 use crate::backends::{parse_bytes, parse_dtype, parse_pass};
 use target::Where;
 
-/// Prints what a call would run on and why: every backend, chosen or refused; for devices that need not be there
+/// Prints what a call would run on and why: every backend, chosen or refused; for devices that need not be
+/// there
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// The sizes of the call
@@ -25,8 +26,8 @@ pub(crate) struct Arguments {
     /// The dtype of query, key and value: f64, f32, f16 or bf16
     #[arg(long, value_parser = parse_dtype, default_value = "f32", value_name = "D")]
     dtype: DType,
-    /// Where the tensors are: cpu, cuda:0 of this machine, or a GPU that is assumed, with a version of cuDNN: h200@9.19,
-    /// sm_90@9.19.0
+    /// Where the tensors are: cpu, cuda:0 of this machine, or a GPU that is assumed, with a version of cuDNN:
+    /// h200@9.19, sm_90@9.19.0
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: Where,
     /// forward or backward
@@ -233,7 +234,8 @@ pub(crate) fn explained(options: &str) -> crate::Result<Explanation> {
     explanation(&parsed(options)?)
 }
 
-/// The problem of options as they are typed, and every backend that is asked about it, in order of preference.
+/// The problem of options as they are typed, and every backend that is asked about it, in order of
+/// preference.
 pub(crate) fn asked(options: &str) -> crate::Result<(Problem, Vec<Arc<dyn AttentionBackend>>)> {
     let arguments = parsed(options)?;
     let registry = arguments.device.registry(Registry::default());

@@ -1,5 +1,5 @@
-//! `cargo xtask graphs`: whether cuDNN takes the graphs of all problems of the suite that its backend serves, asked on a
-//! machine that need not have a GPU.
+//! `cargo xtask graphs`: whether cuDNN takes the graphs of all problems of the suite that its backend serves,
+//! asked on a machine that need not have a GPU.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -18,8 +18,8 @@ pub(crate) struct Arguments {
     /// The device's properties, as cuDNN writes them in JSON; those of an H200 by default
     #[arg(long, value_name = "FILE")]
     device: Option<PathBuf>,
-    /// A `site-packages` folder with the wheels of cuDNN, cuBLAS and NVRTC: the command runs again with their libraries, and
-    /// with a stand-in for the CUDA driver that it compiles with `cc`
+    /// A `site-packages` folder with the wheels of cuDNN, cuBLAS and NVRTC: the command runs again with their
+    /// libraries, and with a stand-in for the CUDA driver that it compiles with `cc`
     #[arg(long, value_name = "DIR")]
     wheels: Option<PathBuf>,
     /// The device's compute capability
@@ -31,7 +31,8 @@ pub(crate) struct Arguments {
     /// A dtype to ask about: f16 or bf16; both by default
     #[arg(long, value_parser = parse_dtype, value_delimiter = ',', value_name = "D")]
     dtype: Vec<DType>,
-    /// Ask about every problem, not only about the first of each set of features: every answer is a compilation
+    /// Ask about every problem, not only about the first of each set of features: every answer is a
+    /// compilation
     #[arg(long)]
     all: bool,
 }
@@ -44,8 +45,8 @@ fn parse_capability(text: &str) -> Result<(u32, u32), String> {
 /// The properties of an H200.
 const H200: &str = include_str!("../../../crates/attention-cudnn/tests/devices/h200.json");
 
-/// Runs this command again, with the libraries of these wheels and a stand-in for the driver in the loader's path: it is read
-/// when a process starts.
+/// Runs this command again, with the libraries of these wheels and a stand-in for the driver in the loader's
+/// path: it is read when a process starts.
 fn again_with(wheels: &Path) -> crate::Result {
     let scratch = cargo::root().join("target/graphs");
     std::fs::create_dir_all(&scratch)?;

@@ -74,8 +74,8 @@ fn table(rows: &[(String, Vec<Site>)]) -> String {
     text + &format!("| {} files | {all} | |\n", rows.len())
 }
 
-/// The functions of a file with how many `unsafe` each has, if more than one, in the order of the first. An unsafe function
-/// counts as one, and so does each block in it.
+/// The functions of a file with how many `unsafe` each has, if more than one, in the order of the first. An
+/// unsafe function counts as one, and so does each block in it.
 fn places(sites: &[Site]) -> String {
     let mut places: Vec<(String, usize)> = Vec::new();
     for site in sites {

@@ -1,4 +1,5 @@
-//! Where `unsafe` stands in a source file, found by its words: a parser would not look into macros, where kernels are.
+//! Where `unsafe` stands in a source file, found by its words: a parser would not look into macros, where
+//! kernels are.
 
 /// What an `unsafe` is in front of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,7 +22,8 @@ pub(crate) struct Site {
     pub(crate) place: String,
 }
 
-/// Every `unsafe` of a source text, in order. Those of types (`unsafe fn()` as the type of a pointer) are none.
+/// Every `unsafe` of a source text, in order. Those of types (`unsafe fn()` as the type of a pointer) are
+/// none.
 pub(crate) fn sites(source: &str) -> Vec<Site> {
     let words = words(source);
     let mut sites = Vec::new();
@@ -44,7 +46,8 @@ pub(crate) fn sites(source: &str) -> Vec<Site> {
             }
             "(" | "[" => brackets += 1,
             ")" | "]" => brackets = brackets.saturating_sub(1),
-            // A function without a body: of a trait, or of an extern block. A semicolon in `[T; N]` ends nothing.
+            // A function without a body: of a trait, or of an extern block. A semicolon in `[T; N]` ends
+            // nothing.
             ";" if brackets == 0 => named = None,
             "fn" if is_name(next(1)) => named = Some(function(&words[at + 1..])),
             "unsafe" => {

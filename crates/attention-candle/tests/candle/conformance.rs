@@ -9,8 +9,9 @@ use attention_conformance::suite::{Subject, Suite};
 use crate::device::device;
 use crate::through::ThroughCandle;
 
-/// Runs the cases in every dtype, or those whose names contain `ATTENTION_CANDLE_CASES` where that is set. A logsumexp with a gradient has backward calls of its own, whose results are rounded and
-/// then added by candle: once more than the bounds have room for in a half, so those cases are f64 and f32 there.
+/// Runs the cases in every dtype, or those whose names contain `ATTENTION_CANDLE_CASES` where that is set. A
+/// logsumexp with a gradient has backward calls of its own, whose results are rounded and then added by
+/// candle: once more than the bounds have room for in a half, so those cases are f64 and f32 there.
 fn run(cases: Vec<Case>, backend: &ThroughCandle) {
     // What candle goes backward from is what it computed.
     let part = std::env::var("ATTENTION_CANDLE_CASES").unwrap_or_default();

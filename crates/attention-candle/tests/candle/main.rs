@@ -1,5 +1,5 @@
-//! Attention on candle's tensors: every option through candle's graph against the f64 oracle, and beside candle's own
-//! operations.
+//! Attention on candle's tensors: every option through candle's graph against the f64 oracle, and beside
+//! candle's own operations.
 
 #![allow(missing_docs)]
 

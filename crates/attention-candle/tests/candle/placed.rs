@@ -7,8 +7,8 @@ use crate::device::device;
 
 /// A view's elements in memory of candle's, as a contiguous buffer and the way from it to the tensor.
 pub(crate) struct Placed {
-    /// The buffer, with axes in the order of their strides, the gaps that the view has, and an inner axis for a stride
-    /// of the last one.
+    /// The buffer, with axes in the order of their strides, the gaps that the view has, and an inner axis for
+    /// a stride of the last one.
     pub(crate) buffer: Tensor,
     /// The size of each axis of the buffer that belongs to the tensor.
     sizes: Vec<usize>,
@@ -17,8 +17,8 @@ pub(crate) struct Placed {
 }
 
 impl Placed {
-    /// With the view's strides where candle can have them: none is negative, each is a multiple of the one below. Other
-    /// tensors are contiguous.
+    /// With the view's strides where candle can have them: none is negative, each is a multiple of the one
+    /// below. Other tensors are contiguous.
     pub(crate) fn new<T: WithDType + Copy>(
         view: &View<'_>,
         at: impl Fn(&[usize]) -> T,

@@ -1,4 +1,5 @@
-//! Beside candle's own operations: the graph of products, softmax and sums that attention is without this crate.
+//! Beside candle's own operations: the graph of products, softmax and sums that attention is without this
+//! crate.
 
 use attention::core::{CallData, CallProblem, DType as Float, Problem, TensorDesc};
 use attention_candle::{Attention, Dropout, QueryOffset, Window};
@@ -170,7 +171,8 @@ fn outputs_and_gradients_agree_with_candles_own() -> Result<()> {
     Ok(())
 }
 
-/// What comes out of a projection: one buffer of queries, keys and values, and views of it with offsets and strides.
+/// What comes out of a projection: one buffer of queries, keys and values, and views of it with offsets and
+/// strides.
 #[test]
 fn slices_of_a_fused_projection_are_used_as_they_lie() -> Result<()> {
     let (b, t, n, h) = (2, 7, 3, 8);

@@ -1,10 +1,11 @@
-//! Every variant of every error: provoked through the public API where this crate makes it, and its whole message.
+//! Every variant of every error: provoked through the public API where this crate makes it, and its whole
+//! message.
 
 mod invalid_call;
 mod others;
 
-/// The names of an error's variants, and which one a value is. The match has no wildcard: a new variant does not
-/// compile until it is listed, and once listed the tests fail until its message is tested.
+/// The names of an error's variants, and which one a value is. The match has no wildcard: a new variant does
+/// not compile until it is listed, and once listed the tests fail until its message is tested.
 macro_rules! variants {
     ($error:ident, $names:ident, $name_of:ident: $($variant:ident),* $(,)?) => {
         const $names: &[&str] = &[$(stringify!($variant)),*];

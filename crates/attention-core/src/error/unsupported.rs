@@ -91,8 +91,8 @@ pub enum Unsupported {
 }
 
 impl Unsupported {
-    /// The refusal in words, without the value of the call that meets it: what calls of different sizes have in
-    /// common.
+    /// The refusal in words, without the value of the call that meets it: what calls of different sizes have
+    /// in common.
     pub fn rule(&self) -> String {
         match self {
             Self::Limit { backend, what, why, .. } => {

@@ -1,4 +1,5 @@
-//! Charts: bars in groups, ratios by row, and lines. White below everything, so that dark pages do not show through.
+//! Charts: bars in groups, ratios by row, and lines. White below everything, so that dark pages do not show
+//! through.
 
 use std::error::Error;
 
@@ -31,7 +32,8 @@ fn text(size: i32, horizontal: HPos, vertical: VPos) -> TextStyle<'static> {
     ("sans-serif", size).into_font().color(&INK).pos(Pos::new(horizontal, vertical))
 }
 
-/// A figure: title, legend, what `charts` draws, and below it what must be known and where the numbers are from.
+/// A figure: title, legend, what `charts` draws, and below it what must be known and where the numbers are
+/// from.
 pub(super) fn figure(
     (width, height): (u32, u32),
     title: &str,

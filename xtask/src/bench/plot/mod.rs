@@ -1,5 +1,5 @@
-//! `cargo xtask bench --plot`: the figures of docs/performance/results.md, from the records in benches/record.
-//! Nothing is measured.
+//! `cargo xtask bench --plot`: the figures of docs/performance/results.md, from the records in
+//! benches/record. Nothing is measured.
 
 mod cpu;
 mod draw;
@@ -19,7 +19,8 @@ const FOLDER: &str = "docs/plots";
 /// What draws a figure from its records.
 type Draw = fn(&[Record]) -> Result<String, Box<dyn Error + Send + Sync>>;
 
-/// Each figure, by its file, with the records that it is drawn from. A new record of the same cases takes the place of the old one.
+/// Each figure, by its file, with the records that it is drawn from. A new record of the same cases takes the
+/// place of the old one.
 const FIGURES: &[(&str, &[&str], Draw)] = &[
     ("gpu-h200.svg", &["2026-11-28-gpu-h200-2.csv"], gpu::shapes),
     ("gpu-h200-options.svg", &["2026-11-28-gpu-h200-2.csv"], gpu::options),

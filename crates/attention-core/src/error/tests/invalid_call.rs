@@ -13,10 +13,12 @@ use crate::{
 
 variants!(
     InvalidCall, NAMES, name_of:
-    Rank, RankTooLarge, StridesRank, Shape, NotBroadcastable, DType, HeadsNotDivisible, ZeroHeadDim, NotFinite,
-    SoftcapNotPositive, DropoutRate, DropoutCounter, NotOrdinaryScale, OffsetOutOfRange, OtherData, LengthOutOfRange,
-    Sequences, StartOutOfRange, SequenceTooLong, UsedKeysOutOfRange, NoSuchPage, Overflow, BufferTooSmall, BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected, NotAsInProblem, WrongPass,
-    OtherProblem, GradientWithoutTensor, NoGradient, ScratchTooSmall, ScratchMisaligned, ScratchDevice,
+    Rank, RankTooLarge, StridesRank, Shape, NotBroadcastable, DType, HeadsNotDivisible, ZeroHeadDim,
+    NotFinite, SoftcapNotPositive, DropoutRate, DropoutCounter, NotOrdinaryScale, OffsetOutOfRange, OtherData,
+    LengthOutOfRange, Sequences, StartOutOfRange, SequenceTooLong, UsedKeysOutOfRange, NoSuchPage, Overflow,
+    BufferTooSmall, BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected,
+    NotAsInProblem, WrongPass, OtherProblem, GradientWithoutTensor, NoGradient, ScratchTooSmall,
+    ScratchMisaligned, ScratchDevice,
 );
 
 type Case = (InvalidCall, &'static str);
