@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use crate::{bench, capabilities, cargo, circles, features, members, packages, trees, united, unsafe_sites};
 
-/// Checks formatting, lints, docs, features, dependencies, circles of files, packages, and the build beside
-/// candle
+/// Checks formatting, lints, docs, features, dependencies, circles of files, packages, and the build with
+/// candle's features
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Package crates whose files are not committed

@@ -280,7 +280,7 @@ fn from_root(segments: &[String], module: &[String]) -> Option<Vec<String>> {
 }
 
 /// The names that a `use` tree brings into a module, with what they stand for. A first segment that is no
-/// keyword may be a module beside.
+/// keyword may be a sibling module.
 fn leaves(tree: &UseTree, module: &[String]) -> Vec<(String, Vec<String>)> {
     fn walk(tree: &UseTree, before: &[String], found: &mut Vec<(String, Vec<String>)>) {
         match tree {

@@ -1,5 +1,5 @@
-//! The CUDA crates beside candle's CUDA features, and the crate for candle with its own: Cargo unites the
-//! features that all crates of a program ask of `cudarc`, and some of them exclude each other.
+//! Builds the CUDA crates with candle's CUDA features, and the crate for candle with its own: Cargo unites
+//! the features that all crates of a program ask of `cudarc`, and some of them exclude each other.
 
 use std::fmt::Write;
 use std::fs;
@@ -57,8 +57,7 @@ pub(crate) fn check() -> crate::Result {
     fs::copy(cargo::root().join("Cargo.lock"), folder.join("Cargo.lock"))?;
     let mut command = cargo::command(["check", "--quiet", "--target-dir"]);
     command.arg(folder.with_file_name("united-target")).current_dir(&folder);
-    // Lints are for the packages of a workspace, and this one's are none of ours; the compiler's warnings are
-    // for all.
+    // The lints of this workspace do not apply to the generated package; the compiler's warnings do.
     command.env("RUSTFLAGS", "-D warnings");
     if let Some(nvcc) = stand_in(&folder)? {
         // The compute capability would be asked of a device.

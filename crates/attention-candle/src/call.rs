@@ -22,7 +22,7 @@ pub(crate) struct Operands<'t> {
     pub(crate) value: &'t Tensor,
 }
 
-/// What a backward call starts from, beside the operands.
+/// What a backward call starts from, in addition to the operands.
 #[derive(Clone, Copy)]
 pub(crate) struct Incoming<'t> {
     pub(crate) out: &'t Tensor,

@@ -98,7 +98,7 @@ pub(crate) struct CudaOutput {
     stream: Arc<CudaStream>,
 }
 
-/// Memory for a row-major tensor of so many elements.
+/// Memory for a row-major tensor of `count` elements.
 pub(crate) fn output(device: &CudaDevice, dtype: DType, count: usize) -> Result<CudaOutput, Error> {
     fn memory<T: CudaDType + DeviceRepr>(device: &CudaDevice, count: usize) -> Result<CudaStorage, Error> {
         // SAFETY: a call writes every element of its outputs before anything reads them, and a call that

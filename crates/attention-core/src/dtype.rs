@@ -37,7 +37,7 @@ impl DType {
     /// The dtypes that lengths, offsets and seeds can have as tensors.
     pub const INTEGERS: [DType; 3] = [DType::I32, DType::U32, DType::I64];
 
-    /// Every dtype that there is a name for.
+    /// Every dtype.
     const ALL: [DType; 10] = [
         DType::F64,
         DType::F32,

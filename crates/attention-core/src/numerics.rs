@@ -16,7 +16,7 @@ pub enum NumericsClass {
     /// operand dtype before the second product.
     HalfF32,
     /// As [`HalfF32`](Self::HalfF32), with logits rounded to the operand dtype before the softmax. No backend
-    /// of ours computes this way; it has a name so that it can be refused.
+    /// of this workspace computes this way; it has a name so that it can be refused.
     HalfRounded,
     /// f32 operands with products in tf32 precision. Never chosen automatically.
     Tf32,

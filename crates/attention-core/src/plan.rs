@@ -9,7 +9,7 @@ use crate::{BackwardCall, Error, ForwardCall, InvalidCall, LentScratch, Problem,
 /// thread, and alive without the backend. What a plan holds of a device is given back when the last of its
 /// `Arc`s goes.
 ///
-/// The contract, beside that of [`AttentionBackend`](crate::AttentionBackend):
+/// The contract, in addition to that of [`AttentionBackend`](crate::AttentionBackend):
 /// - A call of another problem, or with scratch that is too small, misaligned or elsewhere, is refused by
 ///   [`admit`](Self::admit), which every implementation asks first.
 /// - Calls of one plan do not wait for each other, but where a stream puts them in order.

@@ -277,7 +277,7 @@ impl TensorDesc {
             std::array::from_fn(|axis| (self.steps[axis].unsigned_abs(), self.sizes[axis]));
         axes.sort_unstable();
         let mut reach = 0usize;
-        // An axis with one element is never stepped along, and neither is one that there is not.
+        // An axis with one element is never stepped along, nor is an unused one.
         axes.into_iter().filter(|&(_, size)| size > 1).any(|(stride, size)| {
             let overlaps = stride <= reach;
             reach = reach.saturating_add((size - 1).saturating_mul(stride));

@@ -17,7 +17,7 @@ static FAILED_IN: AtomicU32 = AtomicU32::new(0);
 /// The pool of a child of a fork, with the process it was made in; no pool where none could be made.
 static OF_CHILD: Mutex<Option<(u32, Option<Arc<ThreadPool>>)>> = Mutex::new(None);
 
-/// The threads that rayon's global pool has where nobody sets another number.
+/// The threads that rayon's global pool has unless the program sets another number.
 pub(crate) fn default_threads() -> usize {
     // Looking takes microseconds. Not a OnceLock: a child of a fork would wait for a thread that was at it.
     static KNOWN: AtomicUsize = AtomicUsize::new(0);

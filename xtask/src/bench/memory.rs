@@ -1,4 +1,4 @@
-//! `cargo xtask bench --memory`: memory beyond inputs and outputs, beside Tables 2 and 3 of Rabe and Staats
+//! `cargo xtask bench --memory`: memory beyond inputs and outputs, next to Tables 2 and 3 of Rabe and Staats
 //! (arXiv 2112.05682): one head of dimension 64, one batch row, self-attention of `n` tokens.
 
 use std::time::Instant;

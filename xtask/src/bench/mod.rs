@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: backends on the shared shapes, beside other libraries.
+//! `cargo xtask bench`: backends on the shared shapes, against other libraries.
 
 mod case;
 mod gpu;
@@ -47,18 +47,18 @@ pub(crate) struct Arguments {
     /// How many threads both sides have; all cores by default
     #[arg(long, value_name = "N", value_parser = positive)]
     threads: Option<usize>,
-    /// Another library to measure in turn with ours: torch or jax
+    /// Another library to measure in turn with the backend: torch or jax
     #[arg(long, value_name = "torch|jax", value_parser = ["torch", "jax"])]
     peer: Vec<String>,
     /// The peer's implementation: math materialises the logits, default is what its users get. Without this,
-    /// backends of ours that materialise logits are measured beside math, others beside default
+    /// backends that materialise logits are measured against math, others against default
     #[arg(long, value_parser = ["math", "default", "fused"])]
     peer_path: Option<String>,
     /// The Python that has torch or jax
     #[arg(long, env = "ATTENTION_PYTHON", default_value = "python3", value_name = "PATH")]
     peer_python: PathBuf,
-    /// Print memory beyond inputs and outputs for one head of 2^8 to 2^20 tokens instead, beside the paper's
-    /// tables
+    /// Print memory beyond inputs and outputs for one head of 2^8 to 2^20 tokens instead, next to the
+    /// paper's tables
     #[arg(long)]
     memory: bool,
     /// With --memory: run calls of up to this many tokens; longer ones are asked for their scratch alone

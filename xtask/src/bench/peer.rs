@@ -26,7 +26,7 @@ pub(crate) struct Peer {
     last_words: Option<JoinHandle<String>>,
 }
 
-/// Every answer that there is, with the fields of each.
+/// Every answer of the peer, with the fields of each.
 #[derive(Debug, Deserialize)]
 struct Answer {
     #[serde(default)]

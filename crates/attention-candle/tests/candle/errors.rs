@@ -7,7 +7,7 @@ fn zeros(shape: &[usize], dtype: DType) -> Result<Tensor> {
     Tensor::zeros(shape, dtype, &Device::Cpu)
 }
 
-/// The text of the error, which is one of ours inside candle's.
+/// The text of the error: candle's, with one of this crate inside.
 fn refused(call: &Attention, query: &Tensor, key: &Tensor, value: &Tensor) -> String {
     let error = call.forward(query, key, value).unwrap_err();
     let ours = cause(&error).unwrap_or_else(|| panic!("not an error of this crate: {error}"));

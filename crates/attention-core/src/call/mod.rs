@@ -309,7 +309,7 @@ impl<'p> Checker<'p> {
         let at = |role: Role| self.extents[role as usize];
         for role in roles(self.written) {
             let output = at(role);
-            // The gaps of an input count as its memory: views promise that nobody writes to them.
+            // The gaps of an input count as its memory: views promise that no one else writes to them.
             let input = roles(self.read).find(|&input| at(input).meets(output));
             let meets = |other: &Role| {
                 let descs = self.problem.tensor(role).zip(self.problem.tensor(*other));

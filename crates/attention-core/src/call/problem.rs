@@ -308,8 +308,8 @@ impl<'c> CallProblem<'c> {
     }
 }
 
-/// How many query rows and keys a sequence has at most: a longest one that masks have room for may be more
-/// than the tensors hold.
+/// How many query rows and keys a sequence has at most. The longest sequence of a problem may be longer than
+/// this, if the axis of a mask or bias says so.
 fn most_rows(problem: &Problem) -> [usize; 2] {
     let dims = problem.dims();
     let queries = match problem.query_layout() {
@@ -440,7 +440,8 @@ fn starts<'c>(
     Ok(Some(starts))
 }
 
-/// The lengths of packed or paged keys: each sequence has its own room.
+/// The lengths of packed or paged keys, each at most what its sequence can hold: its packed rows, or the rows
+/// of its pages.
 fn used_keys(
     (view, lengths): (View<'_>, Integers<'_>),
     starts: Option<(View<'_>, Integers<'_>)>,

@@ -7,8 +7,8 @@ use crate::{DType, Scalar};
 /// -inf: `true`, which takes part, where an entry is 0, and `false` where it is at most half of that number.
 ///
 /// transformers, among others, masks with the smallest finite number. As a bias such a number masks nothing:
-/// it leaves the key in with a weight that is 0 beside any ordinary logit, and a row of nothing else is the
-/// mean of its values. As a boolean mask, such a row has output 0 and logsumexp -inf.
+/// it leaves the key in with a weight that is 0 if the row has any ordinary logit, and a row of masked keys
+/// alone becomes the mean of its values. As a boolean mask, such a row has output 0 and logsumexp -inf.
 ///
 /// The dtype is the one that the mask was made in: an f16 mask that was widened to f32 holds -65504, and
 /// wants [`bool_where_above`].

@@ -160,8 +160,8 @@ impl ProblemBuilder {
 
     /// How many rows the longest packed sequence of any call may have, and how many keys the longest packed
     /// or paged one: the `T` and `S` of masks and biases, and what work and scratch memory are planned for.
-    /// `None`, the default, is the axis of a mask or bias if there is one, and what the tensors have room for
-    /// if not.
+    /// `None`, the default, is the axis of a mask or bias if there is one, and if not, the rows of a packed
+    /// tensor, or those of as many pages as a row of the block table has.
     #[inline]
     pub fn longest(mut self, queries: impl Into<Option<usize>>, keys: impl Into<Option<usize>>) -> Self {
         (self.spec.longest_query, self.spec.longest_key) = (queries.into(), keys.into());

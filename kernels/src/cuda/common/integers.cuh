@@ -11,7 +11,7 @@ struct Integers {
 
 static_assert(sizeof(Integers) == 24, "the host's layout");
 
-// Sign-extended. Nobody writes to the integers while the kernel runs.
+// Sign-extended. Nothing writes to the integers while the kernel runs.
 __device__ inline long long integer_at(const Integers &from, long long index) {
     const long long place = index * from.stride;
     switch (from.dtype) {

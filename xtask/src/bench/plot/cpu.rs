@@ -3,13 +3,13 @@
 use super::draw::{self, Drawn, Ratios, Series, THEIRS};
 use super::record::{CpuRow, Record};
 
-/// `chunked` beside torch's fused kernel.
+/// `chunked` against torch's fused kernel.
 pub(super) fn chunked(records: &[Record]) -> Drawn<String> {
     let title = "chunked, f32, f16 and bf16: torch's time over ours, on a logarithmic axis; right of the line, ours is faster";
     by_case(records, title, &[("torch, fused kernel", THEIRS[1])], &["torch"], (0.75, 4.0), 640)
 }
 
-/// `cpu` beside what materialises the logits in torch and JAX.
+/// `cpu` against the implementations of torch and JAX that materialise the logits.
 pub(super) fn plain(records: &[Record]) -> Drawn<String> {
     let title = "cpu, f32 and bf16: another library's time over ours, on a logarithmic axis; right of the line, ours is faster";
     let series = [("torch, math", THEIRS[1]), ("JAX, xla", THEIRS[0])];
@@ -30,7 +30,7 @@ fn by_case(
         let rows: Vec<&CpuRow> = rows.iter().filter(|row| row.pass == pass).collect();
         let mut cases: Vec<&CpuRow> = Vec::new();
         for &row in &rows {
-            // A case may have been measured twice beside the same peer: plain, and again beside its options.
+            // A case may have been measured twice against the same peer: alone, and again with the options.
             if cases.iter().all(|other| case(other) != case(row)) {
                 cases.push(row);
             }

@@ -117,7 +117,8 @@ pub(super) fn options(records: &[Record]) -> Drawn<String> {
         let plain = |dtype, h| values(of(pass, dtype, Terms::Plain, h), |row| row.tflops);
         let with = |terms| values(of(pass, "bf16", terms, 128), |row| row.tflops);
         let mut published = with(Terms::Dropout);
-        // The kept probabilities of ours are those of the published stream, but for cuDNN's own.
+        // Every backend keeps the probabilities that the published stream selects, except cuDNN with its own
+        // dropout.
         let own: Vec<Option<f64>> = (SERIES.iter().zip(&mut published))
             .map(|(&(name, _), value)| match name {
                 "cudnn" => of(pass, "bf16", Terms::Dropout, 128)

@@ -12,7 +12,7 @@ const DTYPE: &str = "f32";
 const LENGTHS: (f64, f64) = (512.0, 8192.0);
 const MEBIBYTES: (f64, f64) = (0.5, 4096.0);
 
-/// Scratch of the backends for host memory, beside the logits that they do without.
+/// Scratch of the backends for host memory, next to the size of the logits, which they do not materialise.
 pub(super) fn scratch(records: &[Record]) -> Drawn<String> {
     let mut rows = Vec::new();
     for record in records {
