@@ -3,11 +3,11 @@
 //! A node of candle has at most three arguments that get gradients, and one result; a call has five (query,
 //! key, value, bias, sinks) and two (output, logsumexp). So:
 //!
-//! - Without bias and sinks that need gradients, a call is one node over query, key and value ([`Direct`]).
-//! - With them, it is two: [`Token`] over query, key and value, whose result is one number that means
-//!   nothing, and [`Joined`] over it, the bias and the sinks, whose result is the call's. Going backward,
-//!   candle comes to `Joined` first, which computes all gradients in one call, returns its arguments' and
-//!   leaves the others for `Token`, which returns them.
+//! - Without bias and sinks that need gradients, a call is one node over query, key and value ([`CallNode`]).
+//! - With them, it is two: [`OperandsNode`] over query, key and value, whose result is one number that means
+//!   nothing, and [`BiasAndSinksNode`] over it, the bias and the sinks, whose result is the call's. Going
+//!   backward, candle comes to `BiasAndSinksNode` first, which computes all gradients in one call, returns
+//!   its arguments' and leaves the others for `OperandsNode`, which returns them.
 //! - The logsumexp is a result of nodes of its own, whose gradients are another backward call's; gradients
 //!   are linear in what comes in, so the sums are exact.
 //!
@@ -105,12 +105,12 @@ fn node(
     let saved = Saved { call: call.clone(), kind };
     let Operands { query, key, value } = operands;
     if bias.is_none() && sinks.is_none() {
-        return query.apply_op3(key, value, Direct { saved, result });
+        return query.apply_op3(key, value, CallNode { saved, result });
     }
-    let left = Left::default();
-    let token = query.apply_op3(key, value, Token { left: left.clone() })?;
+    let pending = PendingGradients::default();
+    let token = query.apply_op3(key, value, OperandsNode { pending: pending.clone() })?;
     let operands = [query, key, value].map(Tensor::clone);
-    let joined = |bias_at, sinks_at| Joined { saved, operands, left, bias_at, sinks_at, result };
+    let joined = |bias_at, sinks_at| BiasAndSinksNode { saved, operands, pending, bias_at, sinks_at, result };
     match (bias, sinks) {
         (Some(bias), Some(sinks)) => token.apply_op3(&bias, &sinks, joined(Some(0), Some(1))),
         (Some(bias), None) => token.apply_op2(&bias, joined(Some(0), None)),
@@ -154,12 +154,12 @@ fn tracked(operands: [&Tensor; 3]) -> PerInput<bool> {
 }
 
 /// A call whose gradients are those of query, key and value.
-struct Direct {
+struct CallNode {
     saved: Saved,
     result: Computed,
 }
 
-impl CustomOp3 for Direct {
+impl CustomOp3 for CallNode {
     fn name(&self) -> &'static str {
         "attention"
     }
@@ -203,29 +203,29 @@ impl CustomOp3 for Direct {
 }
 
 /// The gradients of query, key and value.
-type Three = [Option<Tensor>; 3];
+type OperandGradients = [Option<Tensor>; 3];
 
-/// The gradients that a [`Joined`] leaves for its [`Token`], for the thread that goes backward: candle comes
-/// to one after the other, and several threads may go backward through one graph.
+/// The gradients that a [`BiasAndSinksNode`] stores for its [`OperandsNode`], for the thread that goes
+/// backward: candle comes to one after the other, and several threads may go backward through one graph.
 #[derive(Clone, Default)]
-struct Left(Arc<Mutex<HashMap<ThreadId, Three>>>);
+struct PendingGradients(Arc<Mutex<HashMap<ThreadId, OperandGradients>>>);
 
-impl Left {
-    fn leave(&self, gradients: Three) {
+impl PendingGradients {
+    fn put(&self, gradients: OperandGradients) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(std::thread::current().id(), gradients);
     }
 
-    fn take(&self) -> Option<Three> {
+    fn take(&self) -> Option<OperandGradients> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&std::thread::current().id())
     }
 }
 
-/// Query, key and value of a call whose gradients come from a [`Joined`].
-struct Token {
-    left: Left,
+/// Query, key and value of a call whose gradients come from a [`BiasAndSinksNode`].
+struct OperandsNode {
+    pending: PendingGradients,
 }
 
-impl CustomOp3 for Token {
+impl CustomOp3 for OperandsNode {
     fn name(&self) -> &'static str {
         "attention operands"
     }
@@ -265,24 +265,24 @@ impl CustomOp3 for Token {
         _: &Tensor,
         _: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [query, key, value] = (self.left.take())
+        let [query, key, value] = (self.pending.take())
             .ok_or_else(|| candle_core::Error::msg("attention: backward reached the operands alone"))?;
         Ok((query, key, value))
     }
 }
 
 /// A call with gradients of bias or sinks.
-struct Joined {
+struct BiasAndSinksNode {
     saved: Saved,
     operands: [Tensor; 3],
-    left: Left,
+    pending: PendingGradients,
     /// Which argument after the token they are.
     bias_at: Option<usize>,
     sinks_at: Option<usize>,
     result: Computed,
 }
 
-impl Joined {
+impl BiasAndSinksNode {
     /// The gradient of the token, which means nothing, and those of the other arguments.
     fn backward(
         &self,
@@ -300,9 +300,10 @@ impl Joined {
                 arguments[at] = gradient;
             }
         }
-        // Without a history the token is not among candle's nodes, and nobody would take what is left for it.
+        // Without a history the token is not among candle's nodes, and nothing would take the gradients out
+        // again.
         let token = if token.track_op() {
-            self.left.leave([gradients.query, gradients.key, gradients.value]);
+            self.pending.put([gradients.query, gradients.key, gradients.value]);
             Some(token.zeros_like()?)
         } else {
             None
@@ -311,7 +312,7 @@ impl Joined {
     }
 }
 
-impl CustomOp2 for Joined {
+impl CustomOp2 for BiasAndSinksNode {
     fn name(&self) -> &'static str {
         "attention"
     }
@@ -348,7 +349,7 @@ impl CustomOp2 for Joined {
     }
 }
 
-impl CustomOp3 for Joined {
+impl CustomOp3 for BiasAndSinksNode {
     fn name(&self) -> &'static str {
         "attention"
     }
