@@ -10,7 +10,7 @@ use attention_core::{
 use attention_cuda::cudarc::driver::sys::CUevent_flags;
 use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
 
-use super::case::{Case, Terms};
+use super::case::{CallOption, Case};
 use super::measured::Times;
 
 /// The tensors of a case, shared by all backends.
@@ -60,12 +60,12 @@ impl Data {
         let (query, key) = (desc(t, n), desc(s, k));
         let operands = [random(device, query, 1)?, random(device, key, 2)?, random(device, key, 3)?];
         let zeros = |desc: TensorDesc| DeviceTensor::filled(device, desc, 0);
-        let of = |wanted: Terms, dtype, shape: [usize; 4], seed| {
+        let of = |wanted: CallOption, dtype, shape: [usize; 4], seed| {
             let desc = TensorDesc::contiguous(dtype, shape);
             (terms == wanted).then(|| random(device, desc, seed)).transpose()
         };
-        let bias = of(Terms::Bias, dtype, [1, n, t, s], 5)?;
-        let mask = of(Terms::Mask, DType::Bool, [b, 1, t, s], 6)?;
+        let bias = of(CallOption::Bias, dtype, [1, n, t, s], 5)?;
+        let mask = of(CallOption::Mask, DType::Bool, [b, 1, t, s], 6)?;
         let mut builder: ProblemBuilder =
             Problem::builder(query, key, key).device(device.device()).causal(causal);
         if let Some(mask) = &mask {
@@ -74,7 +74,7 @@ impl Data {
         if let Some(bias) = &bias {
             builder = builder.bias(bias.desc());
         }
-        let dropout = (terms == Terms::Dropout).then(|| Dropout::new(0.125, 7));
+        let dropout = (terms == CallOption::Dropout).then(|| Dropout::new(0.125, 7));
         builder = builder.dropout_rate(dropout.map(|dropout| dropout.rate));
         let forward = builder.clone().build()?;
         let wanted = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;

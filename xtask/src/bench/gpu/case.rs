@@ -3,10 +3,10 @@
 use attention_core::{DType, Dimensions};
 use serde::{Deserialize, Serialize};
 
-/// What is added to the logits or multiplies the probabilities.
+/// What is added to the logits or multiplies the probabilities. The column `terms` of records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(in crate::bench) enum Terms {
+pub(in crate::bench) enum CallOption {
     Plain,
     /// `[1, N, T, S]`, of the operands' dtype.
     Bias,
@@ -28,14 +28,14 @@ pub(super) struct Case {
     pub(super) dtype: DType,
     pub(super) causal: bool,
     pub(super) backward: bool,
-    pub(super) terms: Terms,
+    pub(super) terms: CallOption,
     /// Calls that are timed together.
     pub(super) calls: usize,
 }
 
 impl Case {
     pub(super) fn plain([b, t, s, n, k, h]: [usize; 6], dtype: DType, calls: usize) -> Self {
-        let (causal, backward, terms) = (false, false, Terms::Plain);
+        let (causal, backward, terms) = (false, false, CallOption::Plain);
         Self { b, t, s, n, k, h, dtype, causal, backward, terms, calls }
     }
 
@@ -72,7 +72,7 @@ pub(super) fn cases() -> Vec<Case> {
             all.extend(both(Case { causal, ..case }));
         }
     }
-    for terms in [Terms::Bias, Terms::Mask, Terms::Dropout] {
+    for terms in [CallOption::Bias, CallOption::Mask, CallOption::Dropout] {
         let case = Case::plain([4, 4096, 4096, 16, 16, 128], DType::Bf16, 5);
         all.extend(both(Case { terms, ..case }));
     }

@@ -17,7 +17,7 @@ use attention_cudnn::{CudnnBackend, CudnnConfig};
 use super::row;
 use crate::{machine, reporting};
 use call::{Call, Data};
-use case::{Case, Terms, cases};
+use case::{CallOption, Case, cases};
 use measured::{Row, Times};
 use peer::Peer;
 
@@ -96,7 +96,7 @@ pub(super) fn run(
         for _ in 0..repeats {
             for (name, backend) in &backends {
                 let differs = match *name {
-                    OWN_DROPOUT => case.terms == Terms::Dropout,
+                    OWN_DROPOUT => case.terms == CallOption::Dropout,
                     FINITE => case.causal,
                     _ => true,
                 };
@@ -160,7 +160,7 @@ fn line(row: &Row) -> String {
     if causal {
         what += " causal";
     }
-    if terms != Terms::Plain {
+    if terms != CallOption::Plain {
         what += &format!(" {terms:?}").to_lowercase();
     }
     let mut line = format!("{shape:18} {what:17}");

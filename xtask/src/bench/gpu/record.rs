@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::case::Terms;
+use super::case::CallOption;
 use super::measured::Row;
 
 /// One implementation on one case. The names are those of the columns.
@@ -17,7 +17,7 @@ pub(in crate::bench) struct GpuRow {
     pub(in crate::bench) dtype: String,
     pub(in crate::bench) pass: String,
     pub(in crate::bench) causal: bool,
-    pub(in crate::bench) terms: Terms,
+    pub(in crate::bench) terms: CallOption,
     pub(in crate::bench) implementation: String,
     pub(in crate::bench) device_us: f64,
     pub(in crate::bench) tflops: f64,
@@ -102,7 +102,7 @@ mod tests {
                 vec![("cudnn".to_owned(), times(10.04, 3.26)), ("torch-cudnn".to_owned(), times(20.0, 4.0))],
             ),
             row(
-                Case { backward: true, terms: Terms::Mask, ..case },
+                Case { backward: true, terms: CallOption::Mask, ..case },
                 vec![("cudnn".to_owned(), times(30.0, 5.0))],
             ),
         ];
@@ -117,7 +117,10 @@ mod tests {
         assert_eq!(read, rows.iter().flat_map(lines).collect::<Vec<_>>());
         assert!(text.contains(",backward,true,mask,cudnn,"), "{text}");
         assert_eq!((read[0].device_us, read[0].tflops, read[0].host_us), (10.0, 199.2, 3.3));
-        assert_eq!((read[2].pass.as_str(), read[2].terms, read[2].causal), ("backward", Terms::Mask, true));
+        assert_eq!(
+            (read[2].pass.as_str(), read[2].terms, read[2].causal),
+            ("backward", CallOption::Mask, true)
+        );
     }
 
     #[test]

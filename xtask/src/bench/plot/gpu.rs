@@ -2,7 +2,7 @@
 
 use super::draw::{self, Bars, Drawn, OURS, Series, THEIRS};
 use super::record::Record;
-use crate::bench::gpu::case::Terms;
+use crate::bench::gpu::case::CallOption;
 use crate::bench::gpu::record::GpuRow;
 use crate::bench::measure::median;
 
@@ -45,7 +45,7 @@ pub(super) fn shapes(records: &[Record]) -> Drawn<String> {
     let [record] = records else { return Err("drawn from one record".into()) };
     let rows: Vec<GpuRow> = record.rows()?;
     let plain: Vec<&GpuRow> = (rows.iter())
-        .filter(|row| row.terms == Terms::Plain && row.dtype == "bf16" && row.t >= SHORTEST)
+        .filter(|row| row.terms == CallOption::Plain && row.dtype == "bf16" && row.t >= SHORTEST)
         .collect();
     let shape = |row: &GpuRow| [row.b, row.t, row.n, row.k, row.h];
     let mut shapes: Vec<&GpuRow> = Vec::new();
@@ -85,7 +85,7 @@ fn on_the_host(rows: &[GpuRow], pass: &str) -> Vec<Option<f64>> {
     let of = |name: &str| {
         let mut times: Vec<f64> = (rows.iter())
             .filter(|row| row.implementation == name && row.pass == pass)
-            .filter(|row| row.terms == Terms::Plain && row.dtype == "bf16" && row.t > 1)
+            .filter(|row| row.terms == CallOption::Plain && row.dtype == "bf16" && row.t > 1)
             .map(|row| row.host_us)
             .collect();
         (!times.is_empty()).then(|| median(&mut times))
@@ -97,7 +97,7 @@ fn on_the_host(rows: &[GpuRow], pass: &str) -> Vec<Option<f64>> {
 pub(super) fn options(records: &[Record]) -> Drawn<String> {
     let [record] = records else { return Err("drawn from one record".into()) };
     let rows: Vec<GpuRow> = record.rows()?;
-    let of = |pass: &'static str, dtype: &'static str, terms: Terms, h: usize| {
+    let of = |pass: &'static str, dtype: &'static str, terms: CallOption, h: usize| {
         rows.iter().filter(move |row| {
             let shape = (row.b, row.t, row.n, row.k, row.h) == (4, 4096, 16, 16, h);
             shape && !row.causal && row.pass == pass && row.dtype == dtype && row.terms == terms
@@ -114,14 +114,14 @@ pub(super) fn options(records: &[Record]) -> Drawn<String> {
         label("f32", "H = 128"),
     ];
     let panel = |pass: &'static str| {
-        let plain = |dtype, h| values(of(pass, dtype, Terms::Plain, h), |row| row.tflops);
+        let plain = |dtype, h| values(of(pass, dtype, CallOption::Plain, h), |row| row.tflops);
         let with = |terms| values(of(pass, "bf16", terms, 128), |row| row.tflops);
-        let mut published = with(Terms::Dropout);
+        let mut published = with(CallOption::Dropout);
         // Every backend keeps the probabilities that the published stream selects, except cuDNN with its own
         // dropout.
         let own: Vec<Option<f64>> = (SERIES.iter().zip(&mut published))
             .map(|(&(name, _), value)| match name {
-                "cudnn" => of(pass, "bf16", Terms::Dropout, 128)
+                "cudnn" => of(pass, "bf16", CallOption::Dropout, 128)
                     .find(|row| row.implementation == "cudnn-own-dropout")
                     .map(|row| row.tflops),
                 "chunked-cuda" => None,
@@ -130,8 +130,8 @@ pub(super) fn options(records: &[Record]) -> Drawn<String> {
             .collect();
         vec![
             plain("bf16", 128),
-            with(Terms::Bias),
-            with(Terms::Mask),
+            with(CallOption::Bias),
+            with(CallOption::Mask),
             published,
             own,
             plain("f32", 64),
