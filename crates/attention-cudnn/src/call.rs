@@ -8,15 +8,15 @@ use attention_cuda::{Addresses, failure};
 
 use crate::NAME;
 use crate::arguments::{Intervals, Seen};
-use crate::contain::LargeRows;
 use crate::failure::Failure;
 use crate::large;
 use crate::launch::{Kernels, SourceAddresses};
-use crate::lists::List;
+use crate::nan_isolation::LargeRows;
 use crate::numbers::Numbers;
 use crate::planned::Planned;
 use crate::sequences::Sequences;
 use crate::slot::Slot;
+use crate::variant_packs::VariantPack;
 
 /// A call with its addresses, whose steps are enqueued one after the other.
 pub(crate) struct Run<'a> {
@@ -168,28 +168,28 @@ impl<'a> Run<'a> {
             let workspace = runtime.workspaces.lease(runtime.device.stream(), planned.execution.workspace)?;
             let addresses = planned.execution.slots().map(|slot| self.at(slot));
             let workspace_address = workspace.pointer();
-            let kept = planned.lists.take(addresses.clone(), workspace_address);
-            let list = match kept {
-                Some(list) => list,
-                None => self.list(addresses.collect(), workspace_address)?,
+            let kept = planned.variant_packs.take(addresses.clone(), workspace_address);
+            let pack = match kept {
+                Some(pack) => pack,
+                None => self.variant_pack(addresses.collect(), workspace_address)?,
             };
-            list.numbers.set(&self.kernels.problem);
+            pack.numbers.set(&self.kernels.problem);
             runtime.with_handle(|handle| {
-                // SAFETY: `Run::list` made this list of this plan. It was kept for the same addresses and
-                // workspace, or made for them just now. The tensors and the scratch are valid until the work
-                // is done, as the caller promised; the workspace is leased to this stream.
-                unsafe { planned.execution.execute(&runtime.cudnn, handle, &list.list) }
+                // SAFETY: `Run::variant_pack` made this pack of this plan. It was kept for the same addresses
+                // and workspace, or made for them just now. The tensors and the scratch are valid until the
+                // work is done, as the caller promised; the workspace is leased to this stream.
+                unsafe { planned.execution.execute(&runtime.cudnn, handle, &pack.descriptor) }
                     .map_err(Failure::from)
             })?;
-            planned.lists.put(list);
+            planned.variant_packs.put(pack);
             Ok(())
         };
         run().map_err(|error| error.during("running a plan"))
     }
 
-    /// A list of the plan's memory, in the order of its slots. A slot of a number points to that number in
-    /// host memory.
-    fn list(&self, addresses: Vec<u64>, workspace: u64) -> Result<List, Failure> {
+    /// The variant pack of the call: its memory, in the order of the plan's slots. A slot of a number points
+    /// to that number in host memory.
+    fn variant_pack(&self, addresses: Vec<u64>, workspace: u64) -> Result<VariantPack, Failure> {
         let (planned, numbers) = (self.planned, Arc::new(Numbers::default()));
         let pointer = |(slot, &address): (Slot, &u64)| {
             let memory: *mut c_void = std::ptr::with_exposed_provenance_mut(address as usize);
@@ -197,12 +197,14 @@ impl<'a> Run<'a> {
         };
         let pointers: Vec<*mut c_void> = planned.execution.slots().zip(&addresses).map(pointer).collect();
         // SAFETY: there is one pointer per slot of the plan. A number has the type that the graph gives it,
-        // and `List` drops the numbers after the list. The workspace was leased with the bytes that the plan
-        // asks for, and its lease goes back to calls on the same stream only. Every other address is in the
-        // scratch, where the layout reserves the tensor's bytes, or is a tensor of the call; the caller of
-        // `execute`, the only one to use the list, promised that both are valid until the work is done.
-        let list = unsafe { planned.execution.memory(&planned.runtime.cudnn, &pointers, workspace) }?;
-        Ok(List { addresses, workspace, list, numbers })
+        // and `VariantPack` drops the numbers after the pack. The workspace was leased with the bytes that
+        // the plan asks for, and its lease goes back to calls on the same stream only. Every other address is
+        // in the scratch, where the layout reserves the tensor's bytes, or is a tensor of the call; the
+        // caller of `execute`, the only one to use the pack, promised that both are valid until the work is
+        // done.
+        let descriptor =
+            unsafe { planned.execution.variant_pack(&planned.runtime.cudnn, &pointers, workspace) }?;
+        Ok(VariantPack { addresses, workspace, descriptor, numbers })
     }
 
     /// Writes zeros to the gradients of batch rows without keys, which cuDNN may leave unwritten. Seen with

@@ -129,14 +129,14 @@ impl ExecutionPlan {
         self.slots.iter().map(|&(_, slot)| slot)
     }
 
-    /// The list of a call's memory (cuDNN's variant pack): an address for each of [`slots`](Self::slots), in
+    /// The list of a call's memory, cuDNN's variant pack: an address for each of [`slots`](Self::slots), in
     /// their order, and the workspace.
     ///
     /// # Safety
     /// Each address is device memory of the tensor that the graph describes for its slot or, for a slot of a
     /// number, host memory of that number. `workspace` has the bytes that the plan asks for. All of it is
-    /// valid whenever the list is used, until the work that uses it is done.
-    pub(crate) unsafe fn memory(
+    /// valid whenever the pack is used, until the work that uses it is done.
+    pub(crate) unsafe fn variant_pack(
         &self,
         cudnn: &Cudnn,
         addresses: &[*mut c_void],
@@ -145,7 +145,7 @@ impl ExecutionPlan {
         let uids: Vec<i64> = self.slots.iter().map(|&(uid, _)| uid).collect();
         let mut pack = Descriptor::new(cudnn, 16)?;
         pack.integers(1000, &uids)?;
-        // SAFETY: the caller promised that the addresses and the workspace are valid whenever the list is
+        // SAFETY: the caller promised that the addresses and the workspace are valid whenever the pack is
         // used.
         unsafe {
             pack.pointers(1001, kind::VOID_PTR, addresses)?;
@@ -159,17 +159,17 @@ impl ExecutionPlan {
     /// Enqueues the plan's work on the handle's stream.
     ///
     /// # Safety
-    /// [`memory`](Self::memory) of this plan made the list, and the memory in it is valid until the work is
-    /// done.
+    /// [`variant_pack`](Self::variant_pack) of this plan made the pack, and the memory in it is valid until
+    /// the work is done.
     pub(crate) unsafe fn execute(
         &self,
         cudnn: &Cudnn,
         handle: &Handle,
-        memory: &Descriptor,
+        pack: &Descriptor,
     ) -> Result<(), CudnnError> {
-        // SAFETY: this library created the handle, and the plan and the list, which are finalised. The caller
-        // promised that the list is of this plan and that its memory is valid until the work is done.
-        let status = unsafe { (cudnn.functions.execute)(handle.0, self.plan.raw(), memory.raw()) };
+        // SAFETY: this library created the handle, and the plan and the pack, which are finalised. The caller
+        // promised that the pack is of this plan and that its memory is valid until the work is done.
+        let status = unsafe { (cudnn.functions.execute)(handle.0, self.plan.raw(), pack.raw()) };
         cudnn.check("running a plan", status)
     }
 }

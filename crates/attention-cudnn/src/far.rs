@@ -8,9 +8,9 @@ use attention_cuda::parameters::ProblemParameters;
 use attention_cuda::{Addresses, failure, launch};
 use attention_kernels::Variant;
 
-use crate::contain;
 use crate::key::Key;
 use crate::large;
+use crate::nan_isolation;
 use crate::runtime::Runtime;
 use crate::{CudnnConfig, NAME};
 
@@ -33,7 +33,7 @@ pub(crate) struct FarRows {
 /// Whether a problem needs the kernel: in backward, if the logsumexp [may be large](large::may_be_large) and
 /// results can be recomputed, or for the gradient of sinks.
 pub(crate) fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> bool {
-    let of_large = large::may_be_large(problem) && contain::is_needed(problem, key, config);
+    let of_large = large::may_be_large(problem) && nan_isolation::is_needed(problem, key, config);
     problem.pass() == Pass::Backward && (of_large || problem.has(Role::DSinks))
 }
 
@@ -51,7 +51,7 @@ impl FarRows {
         if !is_needed(problem, key, config) || blocks == 0 {
             return Ok(None);
         }
-        let variant = contain::fused(problem).tile(ROWS, KEYS).warps(WARPS);
+        let variant = nan_isolation::fused(problem).tile(ROWS, KEYS).warps(WARPS);
         let function = runtime
             .function("attention_backward_sums.cu", Variant::Fused(variant), "attention_sum_rows")
             .map_err(|error| failure(NAME, "compiling a kernel", error))?;

@@ -26,9 +26,9 @@ impl Float {
     }
 }
 
-/// The numbers of a call, which cuDNN reads while the call is enqueued. Memory lists point here, and each
-/// call that uses a list sets the numbers first. They are atomic because they are written through a shared
-/// reference while the list points to them.
+/// The numbers of a call, which cuDNN reads while the call is enqueued. Variant packs point here, and each
+/// call that uses one sets the numbers first. They are atomic because they are written through a shared
+/// reference while the pack points to them.
 #[derive(Debug, Default)]
 pub(crate) struct Numbers {
     scale: Float,

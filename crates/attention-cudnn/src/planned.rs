@@ -5,15 +5,15 @@ use std::sync::Arc;
 use attention_core::{DType, Error, Pass, Problem, Role, Unsupported, VariantCounter, Variants};
 use attention_cuda::{NumberStore, failure};
 
-use crate::contain::NanIsolation;
 use crate::execution_plan::ExecutionPlan;
 use crate::failure::Failure;
 use crate::far::FarRows;
 use crate::key::{CLEANED, Key};
 use crate::layout::Layout;
-use crate::lists::Lists;
+use crate::nan_isolation::NanIsolation;
 use crate::runtime::Runtime;
 use crate::sequences::SequenceKernel;
+use crate::variant_packs::VariantPacks;
 use crate::{CudnnConfig, NAME};
 
 /// A problem with everything that its calls share. A call only fills in addresses and numbers.
@@ -28,7 +28,7 @@ pub(crate) struct Planned {
     pub(crate) skippable: Vec<Role>,
     pub(crate) layout: Layout,
     pub(crate) execution: Arc<ExecutionPlan>,
-    pub(crate) lists: Lists,
+    pub(crate) variant_packs: VariantPacks,
     pub(crate) numbers: NumberStore,
     /// The kernel that writes lengths, if the plan takes them.
     pub(crate) sequences: Option<SequenceKernel>,
@@ -65,7 +65,7 @@ impl Planned {
             far: FarRows::of(runtime, problem, &key, config)?,
             runs: variants.counter(&variant(&key, problem)),
             key,
-            lists: Lists::default(),
+            variant_packs: VariantPacks::default(),
         })
     }
 }

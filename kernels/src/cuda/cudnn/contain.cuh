@@ -9,8 +9,8 @@
 // f16 and bf16, every option, compute capability 8.0 and later. ROWS groups per block, one warp per row that
 // is recomputed. Tested by the conformance suite of attention-cudnn.
 
-// The host sets the number of rows in a group (`rows_of_group` in contain.rs of attention-cudnn); with 1,
-// every row is checked.
+// The host sets the number of rows in a group (`rows_of_group` in nan_isolation.rs of attention-cudnn); with
+// 1, every row is checked.
 #ifndef GROUP
 #define GROUP 1
 #endif
