@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{bench, capabilities, cargo, circles, features, members, packages, trees, united, unsafe_sites};
+use crate::{
+    bench, candle_features, capabilities, cargo, circles, dependencies, features, members, packages,
+    unsafe_sites,
+};
 
 /// Checks formatting, lints, docs, features, dependencies, circles of files, packages, and the build with
 /// candle's features
@@ -60,10 +63,10 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
             & bench::plot::run(true)?)
     })?;
     step("features", &mut || features::run(&features::Arguments { test: false }))?;
-    step("dependencies", &mut trees::check)?;
+    step("dependencies", &mut dependencies::check)?;
     step("circles", &mut circles::check)?;
     step("packages", &mut || packages::check(arguments.allow_dirty))?;
-    step("united", &mut united::check)?;
+    step("candle", &mut candle_features::check)?;
 
     println!();
     for (name, time, passed) in &steps {

@@ -32,7 +32,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     Ok(passed)
 }
 
-/// Features that build with CUDA's compiler only; `united` checks them with a stand-in for it.
+/// Features that build with CUDA's compiler only; `candle_features` checks them with a stand-in for it.
 pub(crate) const NEED_NVCC: &[(&str, &str)] =
     &[("attention-candle", "cuda"), ("attention-candle-examples", "cuda")];
 

@@ -15,11 +15,13 @@ macro_rules! eprintln {
 mod auto;
 mod backends;
 mod bench;
+mod candle_features;
 mod capabilities;
 mod cargo;
 mod check;
 mod circles;
 mod conformance;
+mod dependencies;
 mod exchange;
 mod explain;
 mod features;
@@ -35,8 +37,6 @@ mod packages;
 mod reporting;
 mod sanitize;
 mod test;
-mod trees;
-mod united;
 mod unsafe_sites;
 
 use std::process::ExitCode;

@@ -79,7 +79,7 @@ fn tree(package: &Package, options: &[&str]) -> crate::Result<BTreeSet<String>> 
 
 fn unexpected_siblings(package: &Package, workspace: &Workspace, tree: &BTreeSet<String>) -> Vec<String> {
     let Some((name, allowed)) = SIBLINGS.iter().find(|(name, _)| *name == package.name) else {
-        return vec![format!("{} has no row in the table of xtask/src/trees.rs", package.name)];
+        return vec![format!("{} has no row in the table of xtask/src/dependencies.rs", package.name)];
     };
     (tree.iter().filter(|dependency| workspace.has(dependency) && !allowed.contains(&dependency.as_str())))
         .map(|dependency| format!("{name} must not depend on {dependency}"))

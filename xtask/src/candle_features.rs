@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::cargo::{self, Workspace};
-use crate::trees;
+use crate::dependencies;
 
 /// The version of `cudarc` that candle-core 0.11.1 asks for.
 const VERSION: &str = "0.19.10";
@@ -107,7 +107,8 @@ fn manifest(workspace: &Workspace) -> String {
             folder.display()
         );
     }
-    for package in workspace.published().filter(|package| trees::CUDA.contains(&package.name.as_str())) {
+    for package in workspace.published().filter(|package| dependencies::CUDA.contains(&package.name.as_str()))
+    {
         let folder = package.manifest_path.with_file_name("");
         // Writing to a string cannot fail. A literal string of TOML takes backslashes as they are.
         let _ = writeln!(text, "{} = {{ path = '{}' }}", package.name, folder.display());
