@@ -19,7 +19,7 @@ use crate::{Capabilities, Error, Plan, Problem, Unavailable, Unsupported, Varian
 ///   can hold.
 ///
 /// Backends are values: configuration (threads, chunk sizes, streams) belongs to the value, so the trait has
-/// no room for options that only some backends have. A backend that wraps another one implements
+/// no options that only some backends have. A backend that wraps another one implements
 /// [`Delegate`](crate::Delegate) instead, and writes only what differs.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a backend",

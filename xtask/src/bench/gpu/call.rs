@@ -22,7 +22,7 @@ pub(super) struct Data {
     dropout: Option<Dropout>,
     out: DeviceTensor,
     lse: DeviceTensor,
-    /// The incoming gradient and room for those of query, key and value, in backward.
+    /// The incoming gradient and the memory for those of query, key and value, in backward.
     gradients: Option<[DeviceTensor; 4]>,
     forward: Problem,
     problem: Problem,
