@@ -9,7 +9,7 @@ use crate::{BackwardCall, Error, ForwardCall, InvalidCall, LentScratch, Problem,
 /// thread, and alive without the backend. What a plan holds of a device is given back when the last of its
 /// `Arc`s goes.
 ///
-/// The contract, in addition to that of [`AttentionBackend`](crate::AttentionBackend):
+/// The contract, beside that of [`AttentionBackend`](crate::AttentionBackend):
 /// - A call of another problem, or with scratch that is too small, misaligned or elsewhere, is refused by
 ///   [`admit`](Self::admit), which every implementation asks first.
 /// - Calls of one plan do not wait for each other, but where a stream puts them in order.
@@ -37,8 +37,7 @@ pub trait Plan: Send + Sync + std::fmt::Debug {
     /// returned the memory may go back, and to the next call on the stream, although the work is still to be
     /// done. Nothing else may read or write it.
     ///
-    /// The default lends none, and is right for a plan on host memory, where callers have scratch of their
-    /// own.
+    /// The default lends none, and is right for a plan on host memory, where callers have scratch of their own.
     ///
     /// # Errors
     /// [`Unsupported::LentScratch`] by a backend that lends none, [`Unsupported::ScratchLimit`] above what it

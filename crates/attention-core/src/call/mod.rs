@@ -129,8 +129,8 @@ pub struct BackwardOutputs<'a> {
     pub dsinks: Option<ViewMut<'a>>,
 }
 
-/// A forward problem with its data, checked: every tensor is there, is as the problem says, lies on its
-/// device, and no output overlaps anything.
+/// A forward problem with its data, checked: every tensor is there, is as the problem says, lies on its device, and
+/// no output overlaps anything.
 ///
 /// # Examples
 /// ```
@@ -166,8 +166,8 @@ impl<'a> ForwardCall<'a> {
     /// Checks the data against the problem.
     ///
     /// # Errors
-    /// [`InvalidCall`]: a missing or unexpected tensor, one that differs from the problem's description, one
-    /// on another device, an output that overlaps another tensor, a problem of the other pass.
+    /// [`InvalidCall`]: a missing or unexpected tensor, one that differs from the problem's description, one on
+    /// another device, an output that overlaps another tensor, a problem of the other pass.
     pub fn new(
         problem: &'a Problem,
         mut inputs: Inputs<'a>,
@@ -309,7 +309,7 @@ impl<'p> Checker<'p> {
         let at = |role: Role| self.extents[role as usize];
         for role in roles(self.written) {
             let output = at(role);
-            // The gaps of an input count as its memory: views promise that no one else writes to them.
+            // The gaps of an input count as its memory: views promise that nobody writes to them.
             let input = roles(self.read).find(|&input| at(input).meets(output));
             let meets = |other: &Role| {
                 let descs = self.problem.tensor(role).zip(self.problem.tensor(*other));

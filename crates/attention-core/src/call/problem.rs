@@ -308,8 +308,8 @@ impl<'c> CallProblem<'c> {
     }
 }
 
-/// How many query rows and keys a sequence has at most. The longest sequence of a problem may be longer than
-/// this, if the axis of a mask or bias says so.
+/// How many query rows and keys a sequence has at most: a longest one that masks have room for may be more than
+/// the tensors hold.
 fn most_rows(problem: &Problem) -> [usize; 2] {
     let dims = problem.dims();
     let queries = match problem.query_layout() {
@@ -440,8 +440,7 @@ fn starts<'c>(
     Ok(Some(starts))
 }
 
-/// The lengths of packed or paged keys, each at most what its sequence can hold: its packed rows, or the rows
-/// of its pages.
+/// The lengths of packed or paged keys: each sequence has its own room.
 fn used_keys(
     (view, lengths): (View<'_>, Integers<'_>),
     starts: Option<(View<'_>, Integers<'_>)>,
@@ -459,8 +458,7 @@ fn used_keys(
     Ok(())
 }
 
-/// The entries of a block table that sequences need, checked where the host knows them and how many are
-/// needed.
+/// The entries of a block table that sequences need, checked where the host knows them and how many are needed.
 fn pages(
     problem: &Problem,
     data: &CallData<'_>,

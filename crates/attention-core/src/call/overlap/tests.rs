@@ -51,7 +51,7 @@ fn disjoint(a: (usize, TensorDesc), b: (usize, TensorDesc)) -> bool {
 
 fn tensor() -> impl Strategy<Value = (usize, TensorDesc)> {
     let dtype = prop_oneof![Just(DType::F64), Just(DType::F32), Just(DType::F16), Just(DType::Bool)];
-    // Strides that make rows and blocks turn up often, and any other now and then.
+    // Strides that make rows and blocks turn up often, beside any other.
     let stride = prop_oneof![3 => -13isize..14, 1 => Just(4), 1 => Just(12), 1 => Just(24), 1 => Just(-4)];
     (dtype, proptest::collection::vec((0usize..4, stride), 0..=4), 0usize..64).prop_map(
         |(dtype, axes, place)| {
@@ -107,8 +107,7 @@ proptest! {
         prop_assert_eq!(placed(a.0, a.1).meets(&placed(b.0, b.1)), !disjoint(a, b));
     }
 
-    /// The parts of a fused buffer along any axis, in any order of axes, never meet: heads of QKV, batch
-    /// rows.
+    /// The parts of a fused buffer along any axis, in any order of axes, never meet: heads of QKV, batch rows.
     #[test]
     fn parts_of_a_split_view_are_told_apart(
         shape in proptest::array::uniform4(1usize..5),

@@ -64,7 +64,7 @@ fn every_option_is_reported_as_given() {
     assert!(problem.causal());
     assert_eq!(problem.window(), Window { left: Some(3), right: None });
     assert!(problem.deterministic());
-    // Which numbers calls have, and of which kind.
+    // What there is, and of which kind.
     assert!(problem.any_scale() && problem.has_softcap() && problem.rows_vary());
     assert_eq!(problem.alignment(), Alignment::Offset(OffsetRange::Near));
     assert_eq!(problem.dtype_of(Role::QueryLengths), Some(DType::I64));
