@@ -136,6 +136,18 @@ impl<'c> RowPlaces<'c> {
         }
     }
 
+    /// All rows as one stretch, which may be empty; `None` where they are in several pages, or in none.
+    pub fn neighbours(&self) -> Option<Stretch> {
+        match self.0 {
+            Places::Contiguous { outer, first, rows } => {
+                Some(Stretch { rows: 0..rows, first: [outer, first] })
+            }
+            Places::Paged { page_size, rows, .. } => {
+                (1..=page_size).contains(&rows).then(|| Stretch { rows: 0..rows, first: self.of(0) })
+            }
+        }
+    }
+
     /// `rows` cut where neighbours are not neighbours in the tensor: in one piece, or in a piece for each page.
     ///
     /// # Panics

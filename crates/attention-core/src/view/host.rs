@@ -1,6 +1,7 @@
 //! Typed access to views of host memory.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::{View, ViewMut};
 use crate::{DType, Device, Dims, Element, Scalar, Strides};
@@ -125,6 +126,27 @@ impl<'a, T: Copy> HostView<'a, T> {
         Self { span: self.span, origin, shape, strides }
     }
 
+    /// The part `range` of `axis`.
+    ///
+    /// # Panics
+    /// Where the view has no such axis or the axis no such range.
+    pub fn narrow(&self, axis: usize, range: Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && self.shape.get(axis).is_some_and(|&size| range.end <= size),
+            "range {range:?} of axis {axis} outside shape {}",
+            self.shape
+        );
+        let mut shape = self.shape;
+        shape[axis] = range.len();
+        // An empty part has no element to point at.
+        let origin = if shape.contains(&0) {
+            self.origin
+        } else {
+            self.origin.wrapping_add_signed((range.start as isize).wrapping_mul(self.strides[axis]))
+        };
+        Self { span: self.span, origin, shape, strides: self.strides }
+    }
+
     /// Row `index` of a view of two axes: [`row`](Self::row) without the loop over axes, for inner loops.
     ///
     /// # Panics
@@ -138,6 +160,23 @@ impl<'a, T: Copy> HostView<'a, T> {
         let offset = (index as isize).wrapping_mul(self.strides[0]);
         let origin = if len == 0 { 0 } else { self.origin.wrapping_add_signed(offset) };
         Row { span: self.span, origin, stride: self.strides[1], len }
+    }
+
+    /// Row `row` of matrix `matrix` of a view of three axes, a stack of matrices: [`row`](Self::row) without the
+    /// loop over axes, for inner loops.
+    ///
+    /// # Panics
+    /// Where the view has another rank, fewer matrices or fewer rows.
+    #[inline(always)]
+    pub fn stack_row(&self, [matrix, row]: [usize; 2]) -> Row<'a, T> {
+        let &[matrices, rows, len] = &self.shape[..] else {
+            panic!("row {row} of matrix {matrix} of a view of shape {}, which is no stack", self.shape)
+        };
+        assert!(matrix < matrices && row < rows, "row {row} of matrix {matrix} outside shape {}", self.shape);
+        let outer = (matrix as isize).wrapping_mul(self.strides[0]);
+        let offset = outer.wrapping_add((row as isize).wrapping_mul(self.strides[1]));
+        let origin = if len == 0 { 0 } else { self.origin.wrapping_add_signed(offset) };
+        Row { span: self.span, origin, stride: self.strides[2], len }
     }
 
     /// The elements over two axes of a view, as a slice that starts at the first of them with the row and column

@@ -80,6 +80,11 @@ fn agrees(view: &View<'_>, want: impl Fn(&[usize]) -> f32) -> Result<(), TestCas
             if let Some(elements) = row.contiguous() {
                 prop_assert_eq!(elements[last], want(&index));
             }
+            match leading {
+                &[row] => prop_assert_eq!(host.matrix_row(row).at(last), want(&index)),
+                &[matrix, row] => prop_assert_eq!(host.stack_row([matrix, row]).at(last), want(&index)),
+                _ => {}
+            }
         }
     }
     Ok(())

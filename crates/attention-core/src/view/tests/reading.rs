@@ -37,6 +37,13 @@ proptest! {
                     whole[axis] += range.start;
                     layout.at(&whole)
                 })?;
+                let typed = layout.view(&data).host::<f32>().unwrap().narrow(axis, range.clone());
+                prop_assert_eq!((typed.shape(), typed.strides()), (shape, layout.strides));
+                for mut index in indices(shape) {
+                    let found = typed.at(&index);
+                    index[axis] += range.start;
+                    prop_assert_eq!(found, layout.at(&index));
+                }
             }
         }
     }
@@ -148,6 +155,21 @@ proptest! {
                 prop_assert_eq!(host.at(&index), position as f32);
             }
         }
+    }
+}
+
+#[test]
+fn rows_and_parts_that_are_not_there_panic() {
+    let data = [0.0f32; 24];
+    let host = View::from_slice(&data, [2, 3, 4]).unwrap().host::<f32>().unwrap();
+    let panics = |work: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err();
+    for at in [[2, 0], [0, 3], [usize::MAX, 0], [0, usize::MAX]] {
+        assert!(panics(&|| drop(host.stack_row(at))), "{at:?}");
+    }
+    assert!(panics(&|| drop(host.index_axis(0, 0).stack_row([0, 0]))));
+    assert!(panics(&|| drop(host.matrix_row(0))));
+    for (axis, range) in [(3, 0..0), (1, 0..4), (1, 4..4), (1, std::ops::Range { start: 2, end: 1 })] {
+        assert!(panics(&|| drop(host.narrow(axis, range.clone()))), "{axis} {range:?}");
     }
 }
 

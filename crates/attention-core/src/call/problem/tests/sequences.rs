@@ -47,6 +47,8 @@ fn packed_sequences_have_their_rows_between_their_starts() {
     assert_eq!((call.query_rows_of_no_sequence(), call.keys_of_no_sequence()), (6..7, 9..11));
     let stretches: Vec<_> = call.key_places(1).stretches(1..3).collect();
     assert_eq!(stretches, [Stretch { rows: 1..3, first: [0, 6] }]);
+    assert_eq!(call.key_places(1).neighbours(), Some(Stretch { rows: 0..3, first: [0, 5] }));
+    assert_eq!(call.query_places(1).neighbours(), Some(Stretch { rows: 0..0, first: [0, 2] }));
     assert_eq!(call.key_places(1).stretches(2..2).count(), 0);
     for rows in [0..4, 3..4] {
         assert!(std::panic::catch_unwind(|| call.key_places(1).stretches(rows).count()).is_err());
@@ -162,6 +164,25 @@ fn keys_in_pages_are_where_the_table_says() {
             ]
         );
         assert!(call.keys_of_no_sequence().is_empty());
+        assert_eq!([0, 1].map(|batch| call.key_places(batch).neighbours()), [None, None]);
+    }
+    // Of one page the rows are neighbours; without rows there is no page.
+    for (lengths, expected) in
+        [([4, 3], [4, 1].map(|page| Some([page, 0]))), ([1, 0], [Some([4, 0]), None]), ([5, 12], [None; 2])]
+    {
+        let table = [4i64, 1, 0, 1, 3, 0];
+        let data = CallData {
+            block_table: Some(View::from_slice(&table, [2, 3]).unwrap()),
+            key_value_lengths: Some(View::from_slice(&lengths, [2]).unwrap()),
+            ..PLAIN
+        };
+        let problem = Problem::builder(tokens(&[2, 3, 4, 8]), pages, pages).data(&data).build().unwrap();
+        let call = CallProblem::new(&problem, &data).unwrap();
+        for batch in [0, 1] {
+            let rows = 0..lengths[batch] as usize;
+            let expected = expected[batch].map(|first| Stretch { rows, first });
+            assert_eq!(call.key_places(batch).neighbours(), expected);
+        }
     }
 }
 
