@@ -74,7 +74,7 @@ impl CpuBackend {
 
     /// With a configuration of its own.
     pub fn with_config(config: CpuConfig) -> Self {
-        let pass = PassCapabilities::new(FeatureSet::all().difference(FeatureSet::SEQUENCES));
+        let pass = PassCapabilities::new(FeatureSet::all());
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,
             NumericsClass::STANDARD,

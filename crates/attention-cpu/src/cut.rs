@@ -1,15 +1,16 @@
 //! How a problem is cut into tasks and blocks, and what memory that takes.
 //!
-//! Cuts depend on the lengths of the batch row at hand and on nothing else: not on threads, not on other batch
-//! rows, not on padding. So neither do the results, to the bit.
+//! Cuts depend on the lengths of the batch row or sequence at hand and on nothing else: not on threads, not on other
+//! sequences, not on padding, not on where rows lie. So neither do the results, to the bit.
 
 use std::ops::Range;
 
-use attention_core::{Alignment, CallProblem, Dimensions, Problem, Role};
+use attention_core::{Alignment, CallProblem, Problem, Role, RowLayout};
 
 use crate::logits::Rows;
 use crate::operand::Operand;
 use crate::packed::PANEL;
+use crate::sequences::{keys_vary, queries_vary, with_queries};
 
 /// Query rows that share one packing of keys and values. Packing costs about as much as 30 rows of products, and
 /// fewer, larger tasks leave threads idle.
@@ -88,12 +89,13 @@ pub(crate) struct SizedRows {
 /// What scratch is sized by: each batch row of each call has at most the queries and keys of one of its kind.
 /// A single one where calls give no lengths, as all batch rows have the same.
 pub(crate) fn sized_rows<E: Operand>(problem: &Problem) -> impl Iterator<Item = SizedRows> {
-    let Dimensions { query_length: queries, key_length: keys, .. } = problem.dims();
+    let bounds = CallProblem::at_bounds(problem);
+    let (queries, keys) = (bounds.query_len(0), bounds.key_value_len(0));
     let are_small = E::HAS_SMALL && are_few_logits(queries, keys);
     let has_others = E::HAS_SMALL && !are_small;
     // The small batch rows beside large ones: the fewer queries, the more keys.
-    let mut next = if problem.has(Role::QueryLengths) { 1 } else { queries };
-    let least_keys = if problem.has(Role::KeyValueLengths) { 0 } else { keys };
+    let mut next = if queries_vary(problem) { 1 } else { queries };
+    let least_keys = if keys_vary(problem) { 0 } else { keys };
     let small = std::iter::from_fn(move || {
         if !has_others || next > queries {
             return None;
@@ -117,7 +119,7 @@ impl SizedRows {
     /// The most rows of a task of the forward pass.
     pub(crate) fn task_rows(&self, problem: &Problem) -> usize {
         let group = problem.dims().group_size();
-        if problem.has(Role::QueryLengths) {
+        if queries_vary(problem) {
             // Fewer queries may fill a task better: its heads are a whole number.
             self.queries.saturating_mul(group).min(TASK_ROWS)
         } else {
@@ -148,29 +150,48 @@ impl SizedRows {
     }
 }
 
-/// How many tasks a forward call has, or `most` if there are more. None has more than one of full lengths.
-pub(crate) fn task_count(problem: &CallProblem<'_>, most: usize) -> usize {
-    let dims = problem.dims();
+/// How many tasks the forward calls of a problem have at most, or `most` if there are more.
+pub(crate) fn most_tasks(problem: &Problem, most: usize) -> usize {
     if !has_rows(problem) {
         return 0;
     }
-    let of_row = |batch: usize| {
-        let queries = problem.query_len(batch);
-        let size = TaskSize::of(queries, dims.group_size());
-        let heads = dims.group_size().div_ceil(size.heads).saturating_mul(dims.key_heads);
-        heads.saturating_mul(queries.div_ceil(size.queries))
-    };
-    if !problem.has_query_lengths() {
-        return of_row(0).saturating_mul(dims.batch).min(most);
+    let bounds = CallProblem::at_bounds(problem);
+    let tasks = tasks_of(problem, bounds.query_len(0)).saturating_mul(problem.dims().batch).min(most);
+    match problem.query_layout() {
+        // Every task has a row of its own.
+        RowLayout::Packed => problem.tensor(Role::Query).map_or(0, |query| {
+            let shape = query.shape();
+            tasks.min(shape[1].saturating_mul(shape[2]))
+        }),
+        _ => tasks,
+    }
+}
+
+/// How many tasks a forward call has, or `most` if there are more.
+pub(crate) fn task_count(problem: &CallProblem<'_>, most: usize) -> usize {
+    if !has_rows(problem) {
+        return 0;
+    }
+    let batch = problem.dims().batch;
+    if !queries_vary(problem) {
+        return tasks_of(problem, problem.query_len(0)).saturating_mul(batch).min(most);
     }
     let mut count = 0usize;
-    for batch in 0..dims.batch {
-        count = count.saturating_add(of_row(batch));
+    for batch in with_queries(problem, 0..batch) {
+        count = count.saturating_add(tasks_of(problem, problem.query_len(batch)));
         if count >= most {
             return most;
         }
     }
     count
+}
+
+/// The tasks of a sequence of so many queries.
+fn tasks_of(problem: &Problem, queries: usize) -> usize {
+    let dims = problem.dims();
+    let size = TaskSize::of(queries, dims.group_size());
+    let heads = dims.group_size().div_ceil(size.heads).saturating_mul(dims.key_heads);
+    heads.saturating_mul(queries.div_ceil(size.queries))
 }
 
 /// Whether there are query rows at all.

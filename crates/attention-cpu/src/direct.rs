@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::elementary::Compute;
-use crate::operand::{Head, Operand};
+use crate::operand::{Head, Operand, Reader, Rows, borrow_row};
 use crate::simd::{Kernel, dispatch};
 
 /// Keys that are worked on side by side: enough to hide the latency of sums, few enough for registers.
@@ -41,11 +41,20 @@ impl<E: Operand> Kernel for Products<'_, '_, E> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Self { keys, range, queries, scale, room, products, stride } = self;
-        let width = keys.width();
+        self.keys.read(self.range.start, ProductsOf::<_, FMA>(self));
+    }
+}
+
+struct ProductsOf<K, const FMA: bool>(K);
+
+impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for ProductsOf<Products<'_, 'a, E>, FMA> {
+    #[inline(always)]
+    fn read(self, mut keys: impl Rows<'a, E::Element>) {
+        let Products { keys: head, range, queries, scale, room, products, stride } = self.0;
+        let width = head.width();
         let blocks = range.len() / KEYS;
         for block in 0..blocks {
-            let keys = borrow_block(keys, range.start + block * KEYS, room);
+            let keys = borrow_block::<E>(&mut keys, width, room);
             for (row, query) in queries.chunks_exact(width).enumerate() {
                 let products = &mut products[row * stride + block * KEYS..][..KEYS];
                 for (product, dot) in products.iter_mut().zip(dots::<_, FMA>(query, &keys)) {
@@ -54,7 +63,7 @@ impl<E: Operand> Kernel for Products<'_, '_, E> {
             }
         }
         for column in blocks * KEYS..range.len() {
-            let key = keys.borrow(range.start + column, &mut room[..width]);
+            let key = borrow_row::<E>(keys.next(), &mut room[..width]);
             for (row, query) in queries.chunks_exact(width).enumerate() {
                 products[row * stride + column] = scale * dot::<_, FMA>(query, key);
             }
@@ -90,17 +99,26 @@ impl<E: Operand> Kernel for WeightedSums<'_, '_, E> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Self { values, range, weights, stride, room, sums } = self;
-        let width = values.width();
+        self.values.read(self.range.start, SumsOf::<_, FMA>(self));
+    }
+}
+
+struct SumsOf<K, const FMA: bool>(K);
+
+impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for SumsOf<WeightedSums<'_, 'a, E>, FMA> {
+    #[inline(always)]
+    fn read(self, mut values: impl Rows<'a, E::Element>) {
+        let WeightedSums { values: head, range, weights, stride, room, sums } = self.0;
+        let width = head.width();
         let blocks = range.len() / KEYS;
         for block in 0..blocks {
-            let values = borrow_block(values, range.start + block * KEYS, room);
+            let values = borrow_block::<E>(&mut values, width, room);
             for (row, sums) in sums.chunks_exact_mut(width).enumerate() {
                 add_block::<_, FMA>(sums, &weights[row * stride + block * KEYS..], &values);
             }
         }
         for column in blocks * KEYS..range.len() {
-            let value = values.borrow(range.start + column, &mut room[..width]);
+            let value = borrow_row::<E>(values.next(), &mut room[..width]);
             for (row, sums) in sums.chunks_exact_mut(width).enumerate() {
                 add_allowed::<_, FMA>(sums, weights[row * stride + column], value);
             }
@@ -108,22 +126,21 @@ impl<E: Operand> Kernel for WeightedSums<'_, '_, E> {
     }
 }
 
-/// [`KEYS`] neighbouring rows from `position` on.
+/// The next [`KEYS`] rows, of `width` elements each.
 #[inline(always)]
 fn borrow_block<'s, 'a: 's, E: Operand>(
-    head: &Head<'a, E>,
-    position: usize,
+    rows: &mut impl Rows<'a, E::Element>,
+    width: usize,
     room: &'s mut [E::Compute],
 ) -> [&'s [E::Compute]; KEYS] {
-    let width = head.width();
     let (a, room) = room.split_at_mut(width);
     let (b, room) = room.split_at_mut(width);
     let (c, d) = room.split_at_mut(width);
     [
-        head.borrow(position, a),
-        head.borrow(position + 1, b),
-        head.borrow(position + 2, c),
-        head.borrow(position + 3, &mut d[..width]),
+        borrow_row::<E>(rows.next(), a),
+        borrow_row::<E>(rows.next(), b),
+        borrow_row::<E>(rows.next(), c),
+        borrow_row::<E>(rows.next(), &mut d[..width]),
     ]
 }
 

@@ -3,8 +3,7 @@
 use std::marker::PhantomData;
 
 use attention_core::{
-    CallProblem, ForwardCall, ForwardOutputs, HostView, HostViewMut, Inputs, Problem, Scalar, SequenceRows,
-    ViewMut,
+    CallProblem, ForwardCall, HostView, HostViewMut, Inputs, Problem, Scalar, SequenceRows, ViewMut,
 };
 use bytemuck::Pod;
 
@@ -16,6 +15,7 @@ use crate::logits::{Rows, Terms};
 use crate::operand::{Head, Operand, read_row, write_row};
 use crate::packed::{Columns, Dense, Panels, panel_elements};
 use crate::scratch::{Carver, piece_bytes};
+use crate::sequences::{BySequence, Sequences, Side};
 use crate::simd::dispatch;
 use crate::softmax::{RowDropout, RowSoftmax, SoftmaxRows};
 use crate::variants::Runs;
@@ -109,7 +109,7 @@ impl Sizes {
         }
         let bytes = pieces.bytes::<E::Compute>()?;
         let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
-        let workers = cut::task_count(&CallProblem::at_bounds(problem), threads);
+        let workers = cut::most_tasks(problem, threads);
         Some(Self { pieces, small_pieces, bytes_per_worker: bytes.max(small_bytes), workers })
     }
 }
@@ -141,14 +141,21 @@ pub(crate) fn run<E: Operand>(
 ) {
     let (problem, inputs, outputs) = call.into_parts();
     let problem = &problem;
+    // Lengths and starts may leave fewer tasks than were planned for.
+    let workers = cut::task_count(problem, sizes.workers);
+    let outputs = [
+        Some(BySequence::new(problem, Side::Queries, outputs.out, fill_with::<E::Element>(0.0))),
+        outputs.lse.map(|lse| {
+            let fill = fill_with::<E::Statistics>(f32::NEG_INFINITY);
+            BySequence::new(problem, Side::Queries, lse, fill)
+        }),
+    ];
     if !cut::has_rows(problem) {
         return;
     }
-    // Lengths may leave fewer tasks than were planned for.
-    let workers = cut::task_count(problem, sizes.workers);
     let shared = Shared::<E>::new(problem, &inputs, runs);
     let small = Shared::<E::Small>::new(problem, &inputs, runs);
-    let tasks = Queue::<E::Element, E::Statistics>::new(problem, outputs);
+    let tasks = Queue::<E::Element, E::Statistics>::new(problem, Sequences::new(problem, workers, outputs));
     workers::run(
         &config.team(workers),
         workers,
@@ -167,17 +174,16 @@ pub(crate) fn run<E: Operand>(
 
 type Parts<'a> = Box<dyn Iterator<Item = ViewMut<'a>> + Send + 'a>;
 
-/// Cuts the outputs into what each task writes, task by task, and fills the padded rows of each batch row on the way:
+/// Cuts the outputs into what each task writes, task by task, and fills the padded rows of each sequence on the way:
 /// with 0 an output, with -inf a logsumexp.
 struct Queue<'p, 'a, T, L> {
     problem: &'p CallProblem<'p>,
-    /// The outputs of the batch rows to come, `[T, N, Hv]` and `[T, N]`.
-    out: Parts<'a>,
-    lse: Option<Parts<'a>>,
-    next_batch: usize,
-    /// The batch row at hand, once there is one.
+    /// The sequences to come, with their rows of the output, `[T, N, Hv]`, and of the logsumexp, `[T, N]`.
+    sequences: Sequences<'p, 'a, 2>,
+    /// The sequence at hand, once there is one.
+    batch: usize,
     sequence: Option<SequenceRows>,
-    /// The query heads to come of the batch row at hand, `[T, Hv]` and `[T]`, real rows only.
+    /// The query heads to come of the sequence at hand, `[T, Hv]` and `[T]`, real rows only.
     out_heads: Parts<'a>,
     lse_heads: Option<Parts<'a>>,
     next_head: usize,
@@ -189,12 +195,11 @@ struct Queue<'p, 'a, T, L> {
 }
 
 impl<'p, 'a, T: Scalar, L: Scalar> Queue<'p, 'a, T, L> {
-    fn new(problem: &'p CallProblem<'p>, outputs: ForwardOutputs<'a>) -> Self {
+    fn new(problem: &'p CallProblem<'p>, sequences: Sequences<'p, 'a, 2>) -> Self {
         Self {
             problem,
-            out: Box::new(outputs.out.into_axis(0)),
-            lse: outputs.lse.map(|lse| -> Parts<'a> { Box::new(lse.into_axis(0)) }),
-            next_batch: 0,
+            sequences,
+            batch: 0,
             sequence: None,
             out_heads: Box::new(std::iter::empty()),
             lse_heads: None,
@@ -206,16 +211,15 @@ impl<'p, 'a, T: Scalar, L: Scalar> Queue<'p, 'a, T, L> {
         }
     }
 
-    /// Takes the next batch row in hand; `None` behind the last.
-    fn begin_batch(&mut self) -> Option<()> {
-        let out = self.out.next()?;
-        let sequence = self.problem.sequence(self.next_batch);
+    /// Takes the next sequence in hand; `None` behind the last.
+    fn begin_sequence(&mut self) -> Option<()> {
+        let (batch, [out, lse]) = self.sequences.next()?;
+        let sequence = self.problem.sequence(batch);
         let queries = sequence.queries();
-        self.sequence = Some(sequence);
+        (self.batch, self.sequence, self.next_head) = (batch, Some(sequence), 0);
+        let out = out.unwrap_or_else(|| unreachable!("a sequence with rows has rows of the output"));
         self.out_heads = heads::<T>(out, queries, 0.0);
-        let lse = self.lse.as_mut().and_then(Iterator::next);
         self.lse_heads = lse.map(|lse| heads::<L>(lse, queries, f32::NEG_INFINITY));
-        (self.next_batch, self.next_head) = (self.next_batch + 1, 0);
         Some(())
     }
 }
@@ -226,10 +230,13 @@ fn heads<'a, T: Scalar>(view: ViewMut<'a>, queries: usize, padding: f32) -> Part
     let [live, padded] = view
         .split(0, [queries, length - queries])
         .unwrap_or_else(|_| unreachable!("a query length is at most T"));
-    for row in padded.into_axis(0) {
-        fill(host::<T>(row), T::from_f32(padding));
-    }
+    fill_with::<T>(padding)(padded);
     Box::new(live.into_axis(1))
+}
+
+/// Writes one number to all of `[rows, N]` or `[rows, N, Hv]`.
+fn fill_with<T: Scalar>(number: f32) -> impl Fn(ViewMut<'_>) {
+    move |rows| rows.into_axis(0).for_each(|row| fill(host::<T>(row), T::from_f32(number)))
 }
 
 fn host<'a, T: Scalar>(view: ViewMut<'a>) -> HostViewMut<'a, T> {
@@ -243,7 +250,7 @@ impl<'a, T: Scalar, L: Scalar> Iterator for Queue<'_, 'a, T, L> {
         let group = self.problem.dims().group_size();
         loop {
             let Some(sequence) = self.sequence else {
-                self.begin_batch()?;
+                self.begin_sequence()?;
                 continue;
             };
             let queries = sequence.queries();
@@ -254,7 +261,7 @@ impl<'a, T: Scalar, L: Scalar> Iterator for Queue<'_, 'a, T, L> {
                 self.out_left.clear();
                 self.out_left.extend(self.out_heads.by_ref().take(size.heads.min(in_group)));
                 if self.out_left.is_empty() || queries == 0 {
-                    self.begin_batch()?;
+                    self.begin_sequence()?;
                     continue;
                 }
                 self.lse_left.clear();
@@ -264,7 +271,7 @@ impl<'a, T: Scalar, L: Scalar> Iterator for Queue<'_, 'a, T, L> {
                 self.next_head += self.out_left.len();
                 self.queries_left = queries;
             }
-            let batch = self.next_batch - 1;
+            let batch = self.batch;
             // Under causal masking the last rows of a head see the most keys: begin with those.
             let first = (self.queries_left - 1) / size.queries * size.queries;
             let queries = first..self.queries_left;
@@ -329,9 +336,11 @@ impl<'a, E: Operand> Shared<'a, E> {
         scratch: &mut Scratch<'_, E::Compute>,
     ) {
         let batch = task.rows.batch;
-        let keys = Head::<E>::new(&self.key, batch, task.key_head);
-        let values = Head::<E>::new(&self.value, batch, task.key_head);
+        let places = self.problem.key_places(batch);
+        let keys = Head::<E>::new(&self.key, places, task.key_head);
+        let values = Head::<E>::new(&self.value, places, task.key_head);
         self.count(task);
+        keys.count(E::runs(self.runs));
         if cut::few_rows(task.rows.len()) {
             self.direct(task, &keys, &values, outputs, scratch);
             return;
@@ -381,8 +390,10 @@ impl<'a, E: Operand> Shared<'a, E> {
 
     fn read_queries(&self, rows: &Rows, to: &mut [E::Compute]) {
         let width = self.query.shape()[3];
+        let places = self.problem.query_places(rows.batch);
         for ((head, query), to) in rows.iter().zip(to.chunks_exact_mut(width)) {
-            read_row::<E>(self.query.row(&[rows.batch, query, head]), to);
+            let [outer, row] = places.of(query);
+            read_row::<E>(self.query.row(&[outer, row, head]), to);
         }
     }
 

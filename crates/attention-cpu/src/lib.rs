@@ -14,6 +14,7 @@ mod logits;
 mod operand;
 mod packed;
 mod scratch;
+mod sequences;
 mod simd;
 mod softmax;
 mod variants;

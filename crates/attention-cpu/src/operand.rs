@@ -1,6 +1,6 @@
 //! Operand dtypes: how rows of them become the floats that are computed in, and back.
 
-use attention_core::{HostView, Row, RowMut, Scalar};
+use attention_core::{HostView, Row, RowMut, RowPlaces, Scalar, Stretch};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -185,47 +185,133 @@ pub(crate) fn write_row<E: Operand>(mut row: RowMut<'_, E::Element>, from: &[E::
     }
 }
 
-/// The rows of one head of a tensor `[B, length, heads, D]`: a matrix `[length, D]`.
-pub(crate) struct Head<'a, E: Operand> {
-    rows: HostView<'a, E::Element>,
+/// The rows of one head of one sequence: a matrix `[rows, D]`, wherever its rows are.
+pub(crate) enum Head<'a, E: Operand> {
+    /// `[rows, D]`: dense or packed rows, or those of a single page.
+    Neighbours(HostView<'a, E::Element>),
+    /// `[pages, page size, D]`, and which of these rows are the sequence's.
+    Pages(HostView<'a, E::Element>, RowPlaces<'a>),
 }
 
 impl<'a, E: Operand> Head<'a, E> {
-    pub(crate) fn new(view: &HostView<'a, E::Element>, batch: usize, head: usize) -> Self {
-        Self { rows: view.index_axis(2, head).index_axis(0, batch) }
+    /// Of a tensor of tokens, whose rows of the sequence are at `places`.
+    pub(crate) fn new(view: &HostView<'a, E::Element>, places: RowPlaces<'a>, head: usize) -> Self {
+        let rows = view.index_axis(2, head);
+        let Some(Stretch { rows: all, first: [outer, first] }) = places.neighbours() else {
+            return Self::Pages(rows, places);
+        };
+        Self::Neighbours(rows.index_axis(0, outer).narrow(0, first..first + all.len()))
     }
 
     /// The length of a row.
     pub(crate) fn width(&self) -> usize {
-        self.rows.shape()[1]
+        let (Self::Neighbours(rows) | Self::Pages(rows, _)) = self;
+        rows.shape()[rows.shape().rank() - 1]
     }
 
-    /// Counts a task that [borrows](Self::borrow) these rows.
+    /// Counts a task that reads these rows.
+    pub(crate) fn count(&self, runs: &OperandRuns) {
+        if let Self::Pages(_, places) = self
+            && places.rows() > 0
+        {
+            runs.pages.count();
+        }
+    }
+
+    /// Counts a task that [borrows](borrow_row) these rows.
     pub(crate) fn count_borrowed(&self, runs: &OperandRuns) {
-        if self.rows.shape()[0] == 0 {
+        let (Self::Neighbours(rows) | Self::Pages(rows, _)) = self;
+        if rows.shape().contains(&0) {
             return;
         }
-        let in_place = self.rows.matrix_row(0).contiguous().and_then(E::as_compute).is_some();
+        let row = match self {
+            Self::Neighbours(rows) => rows.matrix_row(0),
+            Self::Pages(rows, _) => rows.stack_row([0, 0]),
+        };
+        let in_place = row.contiguous().and_then(E::as_compute).is_some();
         if in_place { &runs.read_in_place } else { &runs.read_copied }.count();
     }
 
-    /// One row as it is computed in: itself where it lies side by side in that type, else a copy in `room`.
+    /// Calls `reader` with the rows from `first` on, in order.
     #[inline(always)]
-    pub(crate) fn borrow<'s>(&self, position: usize, room: &'s mut [E::Compute]) -> &'s [E::Compute]
-    where
-        'a: 's,
-    {
-        let row = self.rows.matrix_row(position);
-        if let Some(same) = row.contiguous().and_then(E::as_compute) {
-            return same;
+    pub(crate) fn read<R: Reader<'a, E::Element>>(&self, first: usize, reader: R) {
+        // Twice the code, so that rows that are neighbours are read without a branch for pages.
+        match self {
+            Self::Neighbours(rows) => reader.read(Neighbours { rows, next: first }),
+            Self::Pages(rows, places) => reader.read(Pages::new(rows, places, first)),
         }
-        read_row::<E>(row, room);
-        room
     }
+}
 
-    /// Copies one row.
+/// Rows one after the other.
+pub(crate) trait Rows<'a, T> {
+    /// The next row.
+    ///
+    /// # Panics
+    /// Behind the last.
+    fn next(&mut self) -> Row<'a, T>;
+}
+
+/// A loop over the rows of a [`Head`].
+pub(crate) trait Reader<'a, T> {
+    /// `#[inline(always)]` inside of a [`Kernel`](crate::simd::Kernel).
+    fn read(self, rows: impl Rows<'a, T>);
+}
+
+struct Neighbours<'b, 'a, T> {
+    rows: &'b HostView<'a, T>,
+    next: usize,
+}
+
+impl<'a, T: Copy> Rows<'a, T> for Neighbours<'_, 'a, T> {
     #[inline(always)]
-    pub(crate) fn read(&self, position: usize, to: &mut [E::Compute]) {
-        read_row::<E>(self.rows.matrix_row(position), to);
+    fn next(&mut self) -> Row<'a, T> {
+        let row = self.rows.matrix_row(self.next);
+        self.next += 1;
+        row
     }
+}
+
+struct Pages<'b, 'a, T> {
+    rows: &'b HostView<'a, T>,
+    places: &'b RowPlaces<'a>,
+    page_size: usize,
+    /// The next row, counted inside the sequence.
+    next: usize,
+    /// Its page and slot; the slot behind a page's last one before its page is looked up.
+    at: [usize; 2],
+}
+
+impl<'b, 'a, T: Copy> Pages<'b, 'a, T> {
+    #[inline(always)]
+    fn new(rows: &'b HostView<'a, T>, places: &'b RowPlaces<'a>, first: usize) -> Self {
+        let page_size = rows.shape()[1];
+        Self { rows, places, page_size, next: first, at: [0, page_size] }
+    }
+}
+
+impl<'a, T: Copy> Rows<'a, T> for Pages<'_, 'a, T> {
+    #[inline(always)]
+    fn next(&mut self) -> Row<'a, T> {
+        if self.at[1] == self.page_size {
+            self.at = self.places.of(self.next);
+        }
+        let row = self.rows.stack_row(self.at);
+        self.next += 1;
+        self.at[1] += 1;
+        row
+    }
+}
+
+/// One row as it is computed in: itself where it lies side by side in that type, else a copy in `room`.
+#[inline(always)]
+pub(crate) fn borrow_row<'s, 'a: 's, E: Operand>(
+    row: Row<'a, E::Element>,
+    room: &'s mut [E::Compute],
+) -> &'s [E::Compute] {
+    if let Some(same) = row.contiguous().and_then(E::as_compute) {
+        return same;
+    }
+    read_row::<E>(row, room);
+    room
 }

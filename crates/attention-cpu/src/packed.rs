@@ -11,7 +11,7 @@ use attention_core::DType;
 use crate::direct::add_weighted;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
-use crate::operand::{Head, Operand};
+use crate::operand::{Head, Operand, Reader, Rows, read_row};
 use crate::simd::{Kernel, dispatch};
 use crate::variants::{ComputeRuns, Runs};
 
@@ -41,6 +41,29 @@ pub(crate) struct Panels<'a, C> {
     runs: &'a ComputeRuns,
 }
 
+/// Reads `count` rows into panels.
+struct Transposed<'b, E: Operand> {
+    count: usize,
+    /// Room for one.
+    row: &'b mut [E::Compute],
+    panels: &'b mut [E::Compute],
+}
+
+impl<'a, E: Operand> Reader<'a, E::Element> for Transposed<'_, E> {
+    #[inline(always)]
+    fn read(self, mut rows: impl Rows<'a, E::Element>) {
+        let Self { count, row, panels } = self;
+        let size = PANEL * row.len();
+        for index in 0..count {
+            read_row::<E>(rows.next(), row);
+            let panel = &mut panels[index / PANEL * size..][..size];
+            for (column, &value) in panel.chunks_exact_mut(PANEL).zip(&*row) {
+                column[index % PANEL] = value;
+            }
+        }
+    }
+}
+
 /// Which keys the columns of a block of logits stand for: from `start` on, in whole panels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Columns {
@@ -65,13 +88,7 @@ impl<'a, C: Compute> Panels<'a, C> {
             // The columns behind the last key are computed and ignored.
             last.fill(C::ZERO);
         }
-        for (index, position) in keys.clone().enumerate() {
-            head.read(position, &mut row[..width]);
-            let panel = &mut data[index / PANEL * (PANEL * width)..][..PANEL * width];
-            for (column, &value) in panel.chunks_exact_mut(PANEL).zip(&row[..width]) {
-                column[index % PANEL] = value;
-            }
-        }
+        head.read(keys.start, Transposed::<E> { count: keys.len(), row: &mut row[..width], panels: data });
         Self { data, width, keys, runs: C::runs(runs) }
     }
 
@@ -172,6 +189,21 @@ pub(crate) struct Dense<'a, C> {
     not_finite: Vec<(usize, Vec<C>)>,
 }
 
+/// Reads rows of `width` one behind the other.
+struct Copied<'b, E: Operand> {
+    to: &'b mut [E::Compute],
+    width: usize,
+}
+
+impl<'a, E: Operand> Reader<'a, E::Element> for Copied<'_, E> {
+    #[inline(always)]
+    fn read(self, mut rows: impl Rows<'a, E::Element>) {
+        for to in self.to.chunks_exact_mut(self.width) {
+            read_row::<E>(rows.next(), to);
+        }
+    }
+}
+
 impl<'a, C: Compute> Dense<'a, C> {
     /// Packs the rows `keys`.
     pub(crate) fn pack<E: Operand<Compute = C>>(
@@ -182,9 +214,7 @@ impl<'a, C: Compute> Dense<'a, C> {
     ) -> Self {
         let width = head.width();
         let data = &mut data[..keys.len() * width];
-        for (row, position) in data.chunks_exact_mut(width).zip(keys.clone()) {
-            head.read(position, row);
-        }
+        head.read(keys.start, Copied::<E> { to: data, width });
         let not_finite = set_apart(data, width);
         if !not_finite.is_empty() {
             C::runs(runs).not_finite_keys.count();

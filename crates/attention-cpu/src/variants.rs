@@ -33,6 +33,8 @@ pub(crate) struct OperandRuns {
     pub(crate) read_in_place: VariantCounter,
     /// They are copied first: converted, or collected with a stride.
     pub(crate) read_copied: VariantCounter,
+    /// The keys and values of a task are in several pages.
+    pub(crate) pages: VariantCounter,
     /// A block of the backward pass has rows whose probabilities are made of their own sum.
     pub(crate) own_sum: VariantCounter,
     /// It has rows whose keys at hand are a part of the row, by the given logsumexp.
@@ -168,6 +170,7 @@ impl Runs {
                     false => VariantCounter::default(),
                 },
                 read_copied: listed(format!("unpacked rows {operand}, copied")),
+                pages: listed(format!("keys {operand}, in several pages")),
                 own_sum: listed(format!("backward {operand}, rows by their own sum")),
                 given_lse: listed(format!("backward {operand}, rows by the given logsumexp")),
                 dbias: DBiasRuns {

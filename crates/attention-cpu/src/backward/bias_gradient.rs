@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use attention_core::{DType, Scalar, ViewMut};
+use attention_core::{DType, RowLayout, Scalar, ViewMut};
 use attention_threads::Team;
 use half::{bf16, f16};
 
@@ -19,6 +19,7 @@ use crate::logits::Rows;
 use crate::operand::{Head, Operand};
 use crate::packed::{PANEL, Panels};
 use crate::scratch::Carver;
+use crate::sequences::with_queries;
 use crate::workers;
 
 /// Computes `dbias`, `[Bb, Nb, Tb, Sb]`, each axis 1 or that of the logits.
@@ -46,6 +47,12 @@ pub(super) fn run<E: Operand>(
         .flat_map(move |view| view.into_chunks(1, size(3, PART_KEYS)));
     let tasks = parts(problem, shape).zip(views);
     let cut = &shared.runs.dbias_task;
+    // Of many short sequences, most have no rows in most parts: parts behind the first rows look at the others alone.
+    let is_packed = problem.query_layout() == RowLayout::Packed;
+    let long: Option<Vec<usize>> = (is_packed && shape[0] == 1 && shape[2] > PART_QUERIES).then(|| {
+        let all = with_queries(problem, 0..problem.dims().batch);
+        all.filter(|&batch| problem.query_len(batch) > PART_QUERIES).collect()
+    });
 
     let sums_bytes = sums_bytes(problem).unwrap_or_else(|| unreachable!("sized before"));
     workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_worker, |(part, view), scratch| {
@@ -59,8 +66,7 @@ pub(super) fn run<E: Operand>(
         let (sums, rest) = scratch.split_at_mut(sums_bytes);
         let sums = Carver::new(sums).take::<f64>(rows * columns);
         sums.fill(0.0);
-        let batches = if cut::has_logits(problem) { part.batches.clone() } else { 0..0 };
-        for batch in batches {
+        let add = |batch| {
             if cut::is_small::<E>(problem, batch) {
                 let mut scratch = Scratch::carve(&sizes.small_pieces, rest);
                 add_batch(small, batch, &part, shape, sums, columns, &mut scratch);
@@ -68,6 +74,11 @@ pub(super) fn run<E: Operand>(
                 let mut scratch = Scratch::carve(&sizes.pieces, rest);
                 add_batch(shared, batch, &part, shape, sums, columns, &mut scratch);
             }
+        };
+        match &long {
+            Some(long) if part.queries.start > 0 => long.iter().copied().for_each(add),
+            _ if cut::has_logits(problem) => with_queries(problem, part.batches.clone()).for_each(add),
+            _ => {}
         }
         write_rows(view, sums);
     });
@@ -122,7 +133,7 @@ fn add_batch<E: Operand>(
     E::runs(shared.runs).dbias.of(shape[2] != 1, shape[3] != 1).count();
     shared.terms.count();
     for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {
-        let head = |view| Head::<E>::new(view, batch, key_head);
+        let head = |view| Head::<E>::new(view, problem.key_places(batch), key_head);
         let key_panels =
             Panels::pack(&head(&shared.key), packed.clone(), scratch.key_panels, scratch.row, shared.runs);
         let value_panels = Panels::pack(

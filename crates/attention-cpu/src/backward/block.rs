@@ -1,6 +1,6 @@
 //! The gradients of a block of logits.
 
-use attention_core::Scalar;
+use attention_core::{RowPlaces, Scalar};
 
 use super::pieces::{BlockScratch, Scratch};
 use super::shared::Shared;
@@ -60,20 +60,26 @@ impl<C: Compute> RowState<C> {
 impl<E: Operand> Shared<'_, E> {
     /// What the forward pass left of a row. The product of output and its gradient is summed in f64: it is
     /// subtracted from products that it nearly equals.
-    pub(crate) fn row_state(&self, batch: usize, head: usize, query: usize) -> RowState<E::Compute> {
+    pub(crate) fn row_state(
+        &self,
+        places: &RowPlaces<'_>,
+        head: usize,
+        query: usize,
+    ) -> RowState<E::Compute> {
+        let [outer, row] = places.of(query);
+        let at = [outer, row, head];
         let statistic = |value: E::Statistics| E::Compute::from_f64(value.to_f64());
-        let lse = statistic(self.lse.at(&[batch, query, head]));
+        let lse = statistic(self.lse.at(&at));
         if lse == E::Compute::NEG_INFINITY {
             // The row attends to nothing, and whatever its gradients hold does not matter.
             return RowState { lse, product: E::Compute::ZERO, d_lse: E::Compute::ZERO };
         }
-        let (out, d_out) = (self.out.row(&[batch, query, head]), self.d_out.row(&[batch, query, head]));
+        let (out, d_out) = (self.out.row(&at), self.d_out.row(&at));
         let product: f64 = match (out.contiguous(), d_out.contiguous()) {
             (Some(out), Some(d_out)) => out.iter().zip(d_out).map(|(o, d)| o.to_f64() * d.to_f64()).sum(),
             _ => out.iter().zip(d_out.iter()).map(|(o, d)| o.to_f64() * d.to_f64()).sum(),
         };
-        let d_lse =
-            self.d_lse.as_ref().map_or(E::Compute::ZERO, |d_lse| statistic(d_lse.at(&[batch, query, head])));
+        let d_lse = self.d_lse.as_ref().map_or(E::Compute::ZERO, |d_lse| statistic(d_lse.at(&at)));
         RowState { lse, product: E::Compute::from_f64(product), d_lse }
     }
 
@@ -108,14 +114,15 @@ impl<E: Operand> Shared<'_, E> {
         rows: &Rows,
         block: &mut BlockScratch<'_, E::Compute>,
     ) -> Vec<RowState<E::Compute>> {
-        let (batch, dims) = (rows.batch, self.problem.dims());
+        let (places, dims) = (self.problem.query_places(rows.batch), self.problem.dims());
         let mut states = Vec::with_capacity(rows.len());
         let rows_of_block = (block.query.chunks_exact_mut(dims.head_dim))
             .zip(block.d_out.chunks_exact_mut(dims.value_head_dim));
         for ((head, query), (to_query, to_d_out)) in rows.iter().zip(rows_of_block) {
-            read_row::<E>(self.query.row(&[batch, query, head]), to_query);
-            read_row::<E>(self.d_out.row(&[batch, query, head]), to_d_out);
-            states.push(self.row_state(batch, head, query));
+            let [outer, row] = places.of(query);
+            read_row::<E>(self.query.row(&[outer, row, head]), to_query);
+            read_row::<E>(self.d_out.row(&[outer, row, head]), to_d_out);
+            states.push(self.row_state(&places, head, query));
         }
         states
     }
@@ -174,9 +181,11 @@ impl<E: Operand> Shared<'_, E> {
         scratch: &mut Scratch<'_, E::Compute>,
     ) -> Option<f64> {
         let keys = self.problem.key_range(batch, query);
-        let head_of_keys = Head::<E>::new(&self.key, batch, head / self.problem.dims().group_size());
+        let key_head = head / self.problem.dims().group_size();
+        let head_of_keys = Head::<E>::new(&self.key, self.problem.key_places(batch), key_head);
         let row = &mut scratch.block.query[..head_of_keys.width()];
-        read_row::<E>(self.query.row(&[batch, query, head]), row);
+        let [outer, at] = self.problem.query_places(batch).of(query);
+        read_row::<E>(self.query.row(&[outer, at, head]), row);
         let logits = &mut scratch.block.probabilities[..keys.len()];
         direct::products(&head_of_keys, keys.clone(), row, self.terms.scale, scratch.row, logits, keys.len());
         let columns = Columns { start: keys.start, count: keys.len() };

@@ -24,8 +24,9 @@ impl<E: Operand> Shared<'_, E> {
         scratch: &mut Scratch<'_, E::Compute>,
     ) {
         let dims = self.problem.dims();
-        let key_head = Head::<E>::new(&self.key, task.batch, task.key_head);
-        let value_head = Head::<E>::new(&self.value, task.batch, task.key_head);
+        let places = self.problem.key_places(task.batch);
+        let key_head = Head::<E>::new(&self.key, places, task.key_head);
+        let value_head = Head::<E>::new(&self.value, places, task.key_head);
         [&key_head, &value_head].into_iter().for_each(|rows| rows.count_borrowed(E::runs(self.runs)));
         let columns = Columns { start: keys.start, count: keys.len() };
         let stride = cut::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));

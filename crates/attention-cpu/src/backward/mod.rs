@@ -14,7 +14,7 @@ mod sink_gradient;
 
 use std::ops::Range;
 
-use attention_core::{BackwardCall, HostViewMut, Scalar, ViewMut};
+use attention_core::{BackwardCall, HostViewMut, Problem, Scalar, ViewMut};
 
 use self::block::GradientOf;
 use self::pieces::{MATRICES, Scratch};
@@ -26,8 +26,9 @@ use crate::gemm::{Destination, Mat, MatMut, gemm};
 use crate::logits::Rows;
 use crate::operand::{Head, Operand, write_row};
 use crate::packed::{Dense, Panels, set_apart};
+use crate::sequences::{BySequence, Sequence, Sequences, Side};
 use crate::variants::Runs;
-use crate::{cut, workers};
+use crate::{cut, sequences, workers};
 
 pub(crate) use self::pieces::Sizes;
 
@@ -55,20 +56,21 @@ pub(crate) fn run<E: Operand>(
         return;
     }
 
-    let dims = problem.dims();
-    let mut dq = outputs.dq.map(|view| heads::<E::Element>(view));
-    let mut dk = outputs.dk.map(|view| heads::<E::Element>(view));
-    let mut dv = outputs.dv.map(|view| heads::<E::Element>(view));
-    let tasks = (0..dims.batch)
-        .flat_map(|batch| (0..dims.key_heads).map(move |key_head| (batch, key_head)))
-        .map(|(batch, key_head)| Task {
-            batch,
-            key_head,
-            dq: dq.as_mut().map_or_else(Vec::new, |dq| dq.take(dims.group_size()).collect()),
-            dk: dk.as_mut().and_then(Iterator::next),
-            dv: dv.as_mut().and_then(Iterator::next),
-        });
-    workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_task, |task, scratch| {
+    let by_sequence = |side, view| {
+        BySequence::new(problem, side, view, |rows| {
+            rows.into_axis(1).for_each(|head| zero(&mut host::<E::Element>(head), |rows| 0..rows));
+        })
+    };
+    let outputs = [
+        outputs.dq.map(|dq| by_sequence(Side::Queries, dq)),
+        outputs.dk.map(|dk| by_sequence(Side::Keys, dk)),
+        outputs.dv.map(|dv| by_sequence(Side::Keys, dv)),
+    ];
+    let key_heads = problem.dims().key_heads;
+    let sequences = sequences::with_rows(problem, sizes.workers);
+    let workers = sequences.saturating_mul(key_heads).min(sizes.workers);
+    let tasks = Sequences::new(problem, workers, outputs).flat_map(move |sequence| tasks(problem, sequence));
+    workers::run(team, workers, tasks, scratch, sizes.bytes_per_task, |task, scratch| {
         if cut::is_small::<E>(problem, task.batch) {
             small.task(task, &mut Scratch::carve(&sizes.small_pieces, scratch));
         } else {
@@ -77,11 +79,28 @@ pub(crate) fn run<E: Operand>(
     });
 }
 
-/// Cuts a gradient `[B, length, heads, D]` into `[length, D]` of each head, batch row by batch row.
-fn heads<'a, T: Scalar>(view: ViewMut<'a>) -> impl Iterator<Item = HostViewMut<'a, T>> + Send {
-    (view.into_axis(0).flat_map(|batch| batch.into_axis(1))).map(|head| {
-        head.host_mut().unwrap_or_else(|| unreachable!("a checked call has gradients of its dtype"))
+/// Cuts the gradients of a sequence, `[rows, heads, D]`, into those of each key/value head.
+fn tasks<'a, T: Scalar>(
+    problem: &Problem,
+    (batch, [dq, dk, dv]): Sequence<'a, 3>,
+) -> impl Iterator<Item = Task<'a, T>> + Send + use<'a, T> {
+    let dims = problem.dims();
+    let mut groups = dq.map(|dq| dq.into_chunks(1, dims.group_size()));
+    let [mut dk, mut dv] = [dk, dv].map(|gradient| gradient.map(|gradient| gradient.into_axis(1)));
+    (0..dims.key_heads).map(move |key_head| Task {
+        batch,
+        key_head,
+        dq: groups
+            .as_mut()
+            .and_then(Iterator::next)
+            .map_or_else(Vec::new, |group| group.into_axis(1).map(host).collect()),
+        dk: dk.as_mut().and_then(Iterator::next).map(host),
+        dv: dv.as_mut().and_then(Iterator::next).map(host),
     })
+}
+
+fn host<'a, T: Scalar>(view: ViewMut<'a>) -> HostViewMut<'a, T> {
+    view.host_mut().unwrap_or_else(|| unreachable!("a checked call has gradients of its dtype"))
 }
 
 impl<E: Operand> Shared<'_, E> {
@@ -99,8 +118,9 @@ impl<E: Operand> Shared<'_, E> {
             fill_padding(task, queries, &keys);
             return;
         }
-        let key_head = Head::<E>::new(&self.key, batch, task.key_head);
-        let value_head = Head::<E>::new(&self.value, batch, task.key_head);
+        let places = problem.key_places(batch);
+        let key_head = Head::<E>::new(&self.key, places, task.key_head);
+        let value_head = Head::<E>::new(&self.value, places, task.key_head);
         let key_panels = Panels::pack(&key_head, keys.clone(), scratch.key_panels, scratch.row, self.runs);
         let value_panels =
             Panels::pack(&value_head, keys.clone(), scratch.value_panels, scratch.row, self.runs);
@@ -194,18 +214,21 @@ impl<E: Operand> Shared<'_, E> {
 
 /// Writes zeros to the gradients of padded queries and of keys that no query can see.
 fn fill_padding<T: Scalar>(task: Task<'_, T>, queries: usize, keys: &Range<usize>) {
-    let zero = |rows: &mut dyn Iterator<Item = usize>, gradient: &mut HostViewMut<'_, T>| {
-        for row in rows {
-            gradient.row_mut(&[row]).fill_with(|_| T::from_f32(0.0));
-        }
-    };
     for mut dq in task.dq {
-        let length = dq.shape()[0];
-        zero(&mut (queries..length), &mut dq);
+        zero(&mut dq, |length| queries..length);
     }
     for mut gradient in [task.dk, task.dv].into_iter().flatten() {
-        let length = gradient.shape()[0];
-        zero(&mut (0..keys.start).chain(keys.end..length), &mut gradient);
+        zero(&mut gradient, |length| (0..keys.start).chain(keys.end..length));
+    }
+}
+
+/// Writes zeros to the rows of a gradient `[length, D]` that `rows` names.
+fn zero<T: Scalar, R: Iterator<Item = usize>>(
+    gradient: &mut HostViewMut<'_, T>,
+    rows: impl FnOnce(usize) -> R,
+) {
+    for row in rows(gradient.shape()[0]) {
+        gradient.row_mut(&[row]).fill_with(|_| T::from_f32(0.0));
     }
 }
 

@@ -9,6 +9,7 @@ use crate::direct;
 use crate::operand::Operand;
 use crate::packed::panel_elements;
 use crate::scratch::{Carver, piece_bytes};
+use crate::sequences::{most_with_rows, queries_vary};
 
 /// Elements of each piece of a worker's scratch.
 #[derive(Clone, Copy, Debug, Default)]
@@ -82,7 +83,7 @@ impl Pieces {
         let few = cut::few_rows(rows);
         if few {
             self.block = self.block.max(BlockPieces::of(problem, rows, keys)?);
-        } else if problem.has(Role::QueryLengths) {
+        } else if queries_vary(problem) {
             // Batch rows of fewer queries are unpacked, all heads of a group at a time.
             self.block = self.block.max(BlockPieces::of(problem, cut::FEW_ROWS, keys)?);
         }
@@ -150,7 +151,8 @@ impl Sizes {
         let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
         let bytes_per_task = bytes.max(small_bytes);
         let bytes_per_worker = bytes_per_task.checked_add(bias_parts::sums_bytes(problem)?)?;
-        let tasks = dims.batch.saturating_mul(dims.key_heads).max(bias_parts::task_count(problem));
+        let of_heads = most_with_rows(problem).saturating_mul(dims.key_heads);
+        let tasks = of_heads.max(bias_parts::task_count(problem));
         Some(Self { pieces, small_pieces, bytes_per_task, bytes_per_worker, workers: tasks.min(threads) })
     }
 }

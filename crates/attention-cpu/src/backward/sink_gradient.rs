@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use super::pieces::{Scratch, Sizes};
 use super::shared::Shared;
 use crate::operand::Operand;
+use crate::sequences::with_queries;
 use crate::{cut, workers};
 
 /// The size of a logsumexp up to which its rounding does no harm: relative to the probability of a sink, it is half a unit in
@@ -24,12 +25,11 @@ pub(super) fn run<E: Operand>(
     scratch: &mut [u8],
 ) {
     shared.runs.dsinks_as.count(dsinks.desc().dtype());
-    let dims = shared.problem.dims();
+    let batch = shared.problem.dims().batch;
     let tasks = dsinks.into_chunks(0, 1).enumerate();
     workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_worker, |(head, view), scratch| {
         let mut sum = 0.0;
-        // Without query rows, of any number of batch rows.
-        for batch in 0..if dims.query_length > 0 { dims.batch } else { 0 } {
+        for batch in with_queries(shared.problem, 0..batch) {
             sum += if cut::is_small::<E>(shared.problem, batch) {
                 small.sink_gradient(batch, head, || Scratch::carve(&sizes.small_pieces, scratch))
             } else {
@@ -72,11 +72,12 @@ impl<E: Operand> Shared<'_, E> {
             // No sink: no row has a gradient through it, whatever its own are.
             return 0.0;
         }
+        let places = self.problem.query_places(batch);
         let mut sum = 0.0;
         let (mut by_sum, mut by_lse) = (false, false);
         let (mut carve, mut carved) = (Some(scratch), None);
         for query in 0..self.problem.query_len(batch) {
-            let state = self.row_state(batch, head, query);
+            let state = self.row_state(&places, head, query);
             let lse = state.lse.to_f64();
             if lse == f64::NEG_INFINITY {
                 continue;

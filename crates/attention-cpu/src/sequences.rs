@@ -1,0 +1,296 @@
+//! The sequences of a call: which of them have rows, and how the tensors that are written are cut among them.
+//!
+//! Only this file and [`Head`](crate::operand::Head) know that rows may be packed. Everything else counts rows inside
+//! a sequence.
+
+use std::ops::Range;
+
+use attention_core::{CallProblem, Problem, Role, RowLayout, ViewMut};
+
+/// Which rows a tensor has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// Those of queries: also outputs, and what is of their shape.
+    Queries,
+    /// Those of keys: also values, and the gradients of both.
+    Keys,
+}
+
+impl Side {
+    fn is_packed(self, problem: &Problem) -> bool {
+        let layout = match self {
+            Self::Queries => problem.query_layout(),
+            Self::Keys => problem.key_layout(),
+        };
+        layout == RowLayout::Packed
+    }
+
+    /// The rows of a sequence in the tensors of this side, padding included.
+    #[inline]
+    fn rows(self, problem: &CallProblem<'_>, batch: usize) -> usize {
+        match self {
+            Self::Queries => problem.query_places(batch).rows(),
+            Self::Keys => problem.key_places(batch).rows(),
+        }
+    }
+
+    /// The first row of a sequence that has rows, among all rows of packed tensors.
+    fn first_row(self, problem: &CallProblem<'_>, batch: usize) -> usize {
+        let [_, row] = match self {
+            Self::Queries => problem.query_places(batch).of(0),
+            Self::Keys => problem.key_places(batch).of(0),
+        };
+        row
+    }
+
+    /// How many rows of packed tensors belong to sequences: all but the last ones.
+    fn packed_rows(self, problem: &CallProblem<'_>) -> usize {
+        match self {
+            Self::Queries => problem.query_rows_of_no_sequence().start,
+            Self::Keys => problem.keys_of_no_sequence().start,
+        }
+    }
+}
+
+/// Whether a call of a problem may have sequences with fewer queries than its longest.
+pub(crate) fn queries_vary(problem: &Problem) -> bool {
+    problem.has(Role::QueryLengths) || problem.query_layout() != RowLayout::Dense
+}
+
+/// The same of keys.
+pub(crate) fn keys_vary(problem: &Problem) -> bool {
+    problem.has(Role::KeyValueLengths) || problem.key_layout() != RowLayout::Dense
+}
+
+/// The sequences among `batches` that have query rows which are no padding, in order.
+///
+/// Of packed queries, nothing is looked at behind the last sequence that has some: starts may name any number of empty
+/// sequences.
+pub(crate) fn with_queries<'p>(
+    problem: &'p CallProblem<'_>,
+    batches: Range<usize>,
+) -> impl Iterator<Item = usize> + use<'p> {
+    let is_packed = Side::Queries.is_packed(problem);
+    let mut left = match (batches.is_empty(), is_packed) {
+        (true, _) => 0,
+        // Rows of sequences before `batches` count among those left, which costs time and no more.
+        (false, true) => Side::Queries.packed_rows(problem),
+        (false, false) => problem.dims().query_length,
+    };
+    let mut batches = batches;
+    std::iter::from_fn(move || {
+        while left > 0 {
+            let batch = batches.next()?;
+            let queries = problem.query_len(batch);
+            if is_packed {
+                left -= queries;
+            }
+            if queries > 0 {
+                return Some(batch);
+            }
+        }
+        None
+    })
+}
+
+/// How many sequences have rows in calls of a problem, queries or keys, at most.
+pub(crate) fn most_with_rows(problem: &Problem) -> usize {
+    let batch = problem.dims().batch;
+    if !Side::Queries.is_packed(problem) || !Side::Keys.is_packed(problem) {
+        return batch;
+    }
+    let rows = |role: Role| problem.tensor(role).map_or(0, |desc| desc.shape()[1]);
+    batch.min(rows(Role::Query).saturating_add(rows(Role::Key)))
+}
+
+/// How many sequences of a call have rows, queries or keys, or `most` if there are more.
+pub(crate) fn with_rows(problem: &CallProblem<'_>, most: usize) -> usize {
+    let (batch, sides) = (problem.dims().batch, [Side::Queries, Side::Keys]);
+    if !sides.iter().all(|side| side.is_packed(problem)) {
+        return batch.min(most);
+    }
+    let mut left = sides.map(|side| side.packed_rows(problem)).iter().sum::<usize>();
+    let mut count = 0;
+    for batch in 0..batch {
+        if left == 0 || count == most {
+            break;
+        }
+        let rows = sides.map(|side| side.rows(problem, batch)).iter().sum::<usize>();
+        count += usize::from(rows > 0);
+        left -= rows;
+    }
+    count
+}
+
+/// A tensor that is written, cut into the rows of each sequence: `[rows, ..]`.
+#[derive(Debug)]
+pub(crate) struct BySequence<'a> {
+    /// The sequences that are left: `[sequences, length, ..]`, or packed, `[rows, ..]`. `None` while it is cut.
+    left: Option<ViewMut<'a>>,
+    side: Side,
+    is_packed: bool,
+    /// How many packed rows were cut off.
+    done: usize,
+}
+
+impl<'a> BySequence<'a> {
+    /// Of a tensor `[B, length, ..]` or `[1, total, ..]`. Gives `fill` the rows of packed tensors that belong to no
+    /// sequence.
+    pub(crate) fn new(
+        problem: &CallProblem<'_>,
+        side: Side,
+        view: ViewMut<'a>,
+        fill: impl FnOnce(ViewMut<'a>),
+    ) -> Self {
+        let is_packed = side.is_packed(problem);
+        let left = if is_packed {
+            let all = view
+                .into_axis(0)
+                .next()
+                .unwrap_or_else(|| unreachable!("packed tensors have an axis in front"));
+            let [rows, rest] = split(all, side.packed_rows(problem));
+            fill(rest);
+            rows
+        } else {
+            view
+        };
+        Self { left: Some(left), side, is_packed, done: 0 }
+    }
+
+    /// Whether nothing is left to write.
+    fn is_empty(&self) -> bool {
+        self.left.as_ref().is_none_or(|left| left.desc().is_empty())
+    }
+
+    /// Cuts off the next `count` sequences, which have `rows` rows together where they are packed.
+    fn cut(&mut self, count: usize, rows: usize) -> Self {
+        let size = if self.is_packed { rows } else { count };
+        let [first, left] = match self.left.take().map(|left| split(left, size)) {
+            Some(parts) => parts.map(Some),
+            None => [None, None],
+        };
+        self.left = left;
+        self.done += rows;
+        Self { left: first, ..*self }
+    }
+
+    /// Cuts off the next sequence, of `rows` rows.
+    fn next(&mut self, rows: usize) -> Option<ViewMut<'a>> {
+        let next = self.cut(1, rows).left?;
+        if self.is_packed { Some(next) } else { next.into_axis(0).next() }
+    }
+
+    /// Cuts off the sequences `from..batch`; `batch` has rows.
+    fn before(&mut self, problem: &CallProblem<'_>, from: usize, batch: usize) -> Self {
+        let rows = if self.is_packed { self.side.first_row(problem, batch) - self.done } else { 0 };
+        self.cut(batch - from, rows)
+    }
+}
+
+/// Cuts a view behind the first `size` of its first axis.
+fn split(view: ViewMut<'_>, size: usize) -> [ViewMut<'_>; 2] {
+    let length = view.shape()[0];
+    view.split(0, [size, length - size])
+        .unwrap_or_else(|_| unreachable!("the starts and lengths of a checked call are inside its tensors"))
+}
+
+/// The sequences of a call with their parts of `N` tensors, in the order in which they are worked on.
+#[derive(Debug)]
+pub(crate) struct Sequences<'p, 'a, const N: usize> {
+    problem: &'p CallProblem<'p>,
+    runs: std::vec::IntoIter<Run<'a, N>>,
+    run: Option<Run<'a, N>>,
+}
+
+/// Neighbouring sequences.
+#[derive(Debug)]
+struct Run<'a, const N: usize> {
+    batches: Range<usize>,
+    tensors: [Option<BySequence<'a>>; N],
+    /// 0 for sequences that are not known to be long.
+    work: usize,
+}
+
+/// A sequence with its part of each tensor.
+pub(crate) type Sequence<'a, const N: usize> = (usize, [Option<ViewMut<'a>>; N]);
+
+impl<'p, 'a, const N: usize> Sequences<'p, 'a, N> {
+    /// For this many workers.
+    pub(crate) fn new(
+        problem: &'p CallProblem<'p>,
+        workers: usize,
+        mut tensors: [Option<BySequence<'a>>; N],
+    ) -> Self {
+        let (mut runs, mut next) = (Vec::new(), 0);
+        for (batch, work) in long_sequences(problem, workers) {
+            let mut push = |batches, work, cut: &dyn Fn(&mut BySequence<'a>) -> BySequence<'a>| {
+                let tensors = tensors.each_mut().map(|tensor| tensor.as_mut().map(cut));
+                runs.push(Run { batches, tensors, work });
+            };
+            if next < batch {
+                push(next..batch, 0, &|tensor| tensor.before(problem, next, batch));
+            }
+            push(batch..batch + 1, work, &|tensor| tensor.cut(1, tensor.side.rows(problem, batch)));
+            next = batch + 1;
+        }
+        runs.push(Run { batches: next..problem.dims().batch, tensors, work: 0 });
+        // Stable, so that sequences of the same length stay in order.
+        runs.sort_by_key(|run| std::cmp::Reverse(run.work));
+        Self { problem, runs: runs.into_iter(), run: None }
+    }
+}
+
+impl<'a, const N: usize> Iterator for Sequences<'_, 'a, N> {
+    type Item = Sequence<'a, N>;
+
+    fn next(&mut self) -> Option<Sequence<'a, N>> {
+        loop {
+            let Some(run) = &mut self.run else {
+                self.run = Some(self.runs.next()?);
+                continue;
+            };
+            // The sequences that are left may be any number of empty ones.
+            let is_done = run.tensors.iter().flatten().all(BySequence::is_empty);
+            let Some(batch) = (if is_done { None } else { run.batches.next() }) else {
+                self.run = None;
+                continue;
+            };
+            let mut has_rows = false;
+            let parts = std::array::from_fn(|index| {
+                let tensor = run.tensors[index].as_mut()?;
+                let rows = tensor.side.rows(self.problem, batch);
+                if rows == 0 && tensor.is_packed {
+                    // Nothing to cut off. A million empty sequences cost no more than a look at their starts.
+                    return None;
+                }
+                has_rows |= rows > 0;
+                tensor.next(rows)
+            });
+            if has_rows {
+                return Some((batch, parts));
+            }
+        }
+    }
+}
+
+/// Sequences that are worked on before the others, with their work, in order.
+///
+/// Where one sequence is far longer than the others and comes last, one thread would work on it while the others have
+/// nothing left to do. Begun first, it runs beside them. Every other sequence has at most a fourth of a worker's share
+/// of the work. So there are at most four of these a worker, however many sequences there are.
+fn long_sequences(problem: &CallProblem<'_>, workers: usize) -> Vec<(usize, usize)> {
+    let batch = problem.dims().batch;
+    let vary = problem.has_lengths() || Side::Queries.is_packed(problem) || Side::Keys.is_packed(problem);
+    if workers < 2 || batch < 2 || !vary {
+        return Vec::new();
+    }
+    let work = |batch: usize| {
+        let sequence = problem.sequence(batch);
+        let queries = sequence.queries();
+        (batch, queries.saturating_mul(sequence.key_range_of_rows(0..queries).len()))
+    };
+    let works = || with_queries(problem, 0..batch).map(work);
+    let total = works().fold(0usize, |total, (_, work)| total.saturating_add(work));
+    let share = total / workers.saturating_mul(4);
+    works().filter(|&(_, work)| work > share).collect()
+}
