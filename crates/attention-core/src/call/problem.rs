@@ -235,6 +235,46 @@ impl<'c> CallProblem<'c> {
         }
     }
 
+    /// Which sequence and which of its rows is at these two first indices of the tensors of queries and
+    /// outputs: the inverse of [`query_places`](Self::query_places), `None` for padding and for rows that
+    /// belong to no sequence. Takes as many steps as the logarithm of the number of sequences.
+    ///
+    /// # Panics
+    /// As [`query_places`](Self::query_places).
+    ///
+    /// # Examples
+    /// ```
+    /// use attention_core::{CallData, CallProblem, Inputs, View};
+    ///
+    /// let (tokens, starts, keys) = ([0.5f32; 5 * 8], [0i32, 2, 2, 4], [0i32, 1, 2, 3]);
+    /// let x = View::from_slice(&tokens, [5, 1, 8])?;
+    /// let data = CallData {
+    ///     query_starts: Some(View::from_slice(&starts, [4])?),
+    ///     key_value_starts: Some(View::from_slice(&keys, [4])?),
+    ///     ..CallData::default()
+    /// };
+    /// let problem = Inputs { data, ..Inputs::new(x, x, x) }.problem().build()?;
+    /// let call = CallProblem::new(&problem, &data)?;
+    /// // Sequence 1 is empty, and row 4 is behind the last.
+    /// assert_eq!([1, 2, 4].map(|row| call.query_at([0, row])), [Some((0, 1)), Some((2, 0)), None]);
+    /// # Ok::<(), attention_core::InvalidCall>(())
+    /// ```
+    pub fn query_at(&self, [outer, inner]: [usize; 2]) -> Option<(usize, usize)> {
+        if self.problem.query_layout() != RowLayout::Packed {
+            return (inner < self.query_len(outer)).then_some((outer, inner));
+        }
+        let starts = self.query_starts.unwrap_or_else(|| panic!("{}", NOT_KNOWN));
+        // The first start behind the row is that of the sequence after the row's: starts never fall, so it
+        // is none of an empty sequence before.
+        let (mut low, mut high) = (1, self.problem.dims().batch + 1);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if starts.at(middle) as usize <= inner { low = middle + 1 } else { high = middle }
+        }
+        let batch = low - 1;
+        (batch < self.problem.dims().batch).then(|| (batch, inner - starts.at(batch) as usize))
+    }
+
     /// The rows of packed queries that belong to no sequence: those behind the last. Their outputs and
     /// gradients are 0 and their LSE is -inf. Empty for dense queries.
     ///

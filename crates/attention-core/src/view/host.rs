@@ -26,6 +26,19 @@ pub struct Row<'a, T> {
     len: usize,
 }
 
+/// Some rows of a [`HostView`] of tokens at equal distances: of one head, neighbours along the second of four
+/// axes.
+#[derive(Clone, Copy, Debug)]
+pub struct RowStretch<'a, T> {
+    span: &'a [T],
+    origin: usize,
+    /// The distance between rows.
+    row_stride: isize,
+    rows: usize,
+    stride: isize,
+    len: usize,
+}
+
 impl<'a> View<'a> {
     /// The view with elements of type `T`, or `None` where it has another dtype or is not in host memory.
     pub fn host<T: Element + bytemuck::Pod>(&self) -> Option<HostView<'a, T>> {
@@ -177,6 +190,28 @@ impl<'a, T: Copy> HostView<'a, T> {
         let offset = outer.wrapping_add((row as isize).wrapping_mul(self.strides[1]));
         let origin = if len == 0 { 0 } else { self.origin.wrapping_add_signed(offset) };
         Row { span: self.span, origin, stride: self.strides[2], len }
+    /// The rows of head `head` at `[outer, inner]`, `[outer, inner + 1]` and so on, of a view of four axes whose
+    /// third is that of heads. Cheap enough for single rows.
+    ///
+    /// # Panics
+    /// Where the view has another rank, or lacks one of the rows.
+    #[inline(always)]
+    pub fn stretch(&self, [outer, inner]: [usize; 2], rows: usize, head: usize) -> RowStretch<'a, T> {
+        let (&[outers, inners, heads, len], &[outer_stride, row_stride, head_stride, stride]) =
+            (&self.shape[..], &self.strides[..])
+        else {
+            panic!("rows of a view of shape {}, which has no four axes", self.shape)
+        };
+        assert!(
+            outer < outers && head < heads && inner <= inners && rows <= inners - inner,
+            "{rows} rows from [{outer}, {inner}, {head}] on outside shape {}",
+            self.shape
+        );
+        let offset = [(outer, outer_stride), (inner, row_stride), (head, head_stride)]
+            .into_iter()
+            .fold(0isize, |sum, (index, stride)| sum.wrapping_add((index as isize).wrapping_mul(stride)));
+        let origin = if len == 0 { 0 } else { self.origin.wrapping_add_signed(offset) };
+        RowStretch { span: self.span, origin, row_stride, rows, stride, len }
     }
 
     /// The elements over two axes of a view, as a slice that starts at the first of them with the row and column
@@ -203,6 +238,26 @@ impl<'a, T: Copy> HostView<'a, T> {
         let row_stride = usize::try_from(self.strides[row_axis]).ok()?;
         let column_stride = usize::try_from(self.strides[column_axis]).ok()?;
         Some((self.span.get(self.position(fixed)..)?, row_stride, column_stride))
+    }
+}
+
+impl<'a, T: Copy> RowStretch<'a, T> {
+    /// How many rows there are.
+    #[inline]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Row `index`.
+    ///
+    /// # Panics
+    /// Where `index` is not below [`rows`](Self::rows).
+    #[inline(always)]
+    pub fn row(&self, index: usize) -> Row<'a, T> {
+        assert!(index < self.rows, "row {index} of {}", self.rows);
+        let offset = (index as isize).wrapping_mul(self.row_stride);
+        let origin = if self.len == 0 { 0 } else { self.origin.wrapping_add_signed(offset) };
+        Row { span: self.span, origin, stride: self.stride, len: self.len }
     }
 }
 

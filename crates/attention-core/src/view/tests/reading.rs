@@ -235,3 +235,26 @@ fn masks_are_made_of_bytes_with_any_strides_inside_them() {
     assert_eq!(error, InvalidCall::StridesRank { shape: 2, strides: 1 });
     assert!(View::strided_mask(&[], 5, [0, 3], [1, 1]).unwrap().host_mask().unwrap().shape().contains(&0));
 }
+
+#[test]
+fn a_stretch_has_the_rows_of_a_head_one_behind_the_other() {
+    let data: Vec<f32> = (0..2 * 5 * 3 * 4).map(|x| x as f32).collect();
+    let dense = View::from_slice(&data, [2, 5, 3, 4]).unwrap();
+    // Heads before rows, rows in reverse, and elements apart.
+    let other = View::strided(&data, 16, [2, 5, 3, 2], [60, -4, 20, 2]).unwrap();
+    for view in [dense.host::<f32>().unwrap(), other.host::<f32>().unwrap()] {
+        for head in 0..3 {
+            let stretch = view.stretch([1, 2], 3, head);
+            assert_eq!(stretch.rows(), 3);
+            for row in 0..3 {
+                let (got, want) = (stretch.row(row), view.row(&[1, 2 + row, head]));
+                assert_eq!(got.iter().collect::<Vec<_>>(), want.iter().collect::<Vec<_>>());
+            }
+        }
+        assert_eq!(view.stretch([0, 5], 0, 0).rows(), 0);
+        for (first, rows, head) in [([2, 0], 1, 0), ([0, 3], 3, 0), ([0, 6], 0, 0), ([0, 0], 1, 3)] {
+            assert!(std::panic::catch_unwind(|| view.stretch(first, rows, head)).is_err());
+        }
+        assert!(std::panic::catch_unwind(|| view.stretch([0, 0], 2, 0).row(2)).is_err());
+    }
+}

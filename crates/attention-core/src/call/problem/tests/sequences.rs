@@ -57,6 +57,37 @@ fn packed_sequences_have_their_rows_between_their_starts() {
 }
 
 #[test]
+fn a_query_row_is_found_where_its_place_is() {
+    let problem = packed().build().unwrap();
+    let keys = [0, 5, 8, 9];
+    for queries in [[0, 2, 2, 6], [0, 0, 0, 7], [0, 3, 3, 3], [0, 0, 0, 0], [0, 1, 4, 7]] {
+        let call = CallProblem::new(&problem, &starts(&queries, &keys)).unwrap();
+        let mut found = [None; 7];
+        for batch in 0..3 {
+            for (row, [_, inner]) in all_of(call.query_places(batch)).into_iter().enumerate() {
+                found[inner] = Some((batch, row));
+            }
+        }
+        assert_eq!(std::array::from_fn(|row| call.query_at([0, row])), found, "{queries:?}");
+    }
+    let dense = Problem::builder(tokens(&[2, 3, 4, 8]), tokens(&[2, 5, 2, 8]), tokens(&[2, 5, 2, 8]));
+    let lengths = [1i32, 3];
+    let data = CallData { query_lengths: Some(View::from_slice(&lengths, [2]).unwrap()), ..PLAIN };
+    let problem = dense.data(&data).build().unwrap();
+    let call = CallProblem::new(&problem, &data).unwrap();
+    let at = |outer: usize| [0, 1, 2].map(|inner| call.query_at([outer, inner]));
+    assert_eq!(at(0), [Some((0, 0)), None, None]);
+    assert_eq!(at(1), [Some((1, 0)), Some((1, 1)), Some((1, 2))]);
+    // Without sequences there may be rows all the same.
+    let none = Problem::builder(tokens(&[7, 4, 8]), tokens(&[11, 2, 8]), tokens(&[11, 2, 6]));
+    let none = none.packed_queries(0, DType::I32).packed_keys(0, DType::I32).build().unwrap();
+    let only = [0i32];
+    let view = Some(View::from_slice(&only, [1]).unwrap());
+    let data = CallData { query_starts: view, key_value_starts: view, ..PLAIN };
+    assert_eq!(CallProblem::new(&none, &data).unwrap().query_at([0, 3]), None);
+}
+
+#[test]
 fn lengths_leave_out_the_last_keys_of_a_packed_sequence() {
     let (queries, keys) = ([0, 3, 5, 7], [0, 5, 8, 9]);
     let (used, more) = ([2u32, 3, 0], [2u32, 4, 0]);
