@@ -70,15 +70,14 @@ impl ChunkedBackend {
     /// With a configuration of its own.
     pub fn with_config(config: ChunkedConfig) -> Self {
         // On the host no number is in device memory.
-        let features = FeatureSet::all().without(Feature::DeviceData).difference(FeatureSet::SEQUENCES);
-        let pass = PassCapabilities::new(features);
+        let features = FeatureSet::all().without(Feature::DeviceData);
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,
             NumericsClass::STANDARD,
-            pass.clone(),
+            PassCapabilities::new(features),
             ScratchGrowth::Constant,
         )
-        .with_backward(pass);
+        .with_backward(PassCapabilities::new(features.without(Feature::PagedKeys)));
         let level = config.chosen_level();
         let of_paths = level.as_ref().map_or(Level::Scalar, |&level| level);
         let paths =

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use attention_core::{CallProblem, Problem, Role, SequenceRows};
+use attention_core::{CallProblem, Problem, Role, RowLayout, SequenceRows};
 
 use crate::logits::QueryRow;
 
@@ -37,6 +37,35 @@ impl Rows {
     pub(crate) fn at(&self, index: usize) -> (usize, usize) {
         let queries = self.queries.len();
         (self.heads.start + index / queries, self.queries.start + index % queries)
+    }
+
+    /// Where row `index` is in tensors of queries and outputs: all indices but that of the last axis. Whether
+    /// rows are dense, packed or in pages, only this and the function for keys ask.
+    #[inline]
+    pub(crate) fn query_index<'c>(
+        &self,
+        problem: &CallProblem<'c>,
+    ) -> impl Fn(usize) -> [usize; 3] + use<'c, '_> {
+        let places = problem.query_places(self.batch);
+        move |index| {
+            let (head, query) = self.at(index);
+            let [outer, inner] = places.of(query);
+            [outer, inner, head]
+        }
+    }
+
+    /// Where key `first + index` of the head of these rows is in tensors of keys and values.
+    #[inline]
+    pub(crate) fn key_index<'c>(
+        &self,
+        problem: &CallProblem<'c>,
+        first: usize,
+    ) -> impl Fn(usize) -> [usize; 3] + use<'c> {
+        let (places, head) = (problem.key_places(self.batch), self.key_head);
+        move |index| {
+            let [outer, inner] = places.of(first + index);
+            [outer, inner, head]
+        }
     }
 
     /// Row `index`, with the keys that structure lets it see in the sequence of these rows.
@@ -108,10 +137,11 @@ pub(crate) struct Bounds {
 impl Bounds {
     pub(crate) fn of(problem: &Problem) -> Self {
         let dims = problem.dims();
-        let bounds = |lengths: Role, full: usize| if problem.has(lengths) { [0, full] } else { [full, full] };
+        let bounds = |vary: bool, full: usize| if vary { [0, full] } else { [full, full] };
+        let keys_vary = problem.has(Role::KeyValueLengths) || problem.key_layout() != RowLayout::Dense;
         Self {
-            queries: bounds(Role::QueryLengths, dims.query_length),
-            keys: bounds(Role::KeyValueLengths, dims.key_length),
+            queries: bounds(query_rows_vary(problem), dims.query_length),
+            keys: bounds(keys_vary, dims.key_length),
         }
     }
 
@@ -142,10 +172,48 @@ impl Bounds {
     }
 }
 
-/// Batch rows of which every other is like one: a single one where all have the same lengths.
-pub(crate) fn different_rows(problem: &CallProblem<'_>) -> Range<usize> {
+/// Whether queries are packed: sequences have as many rows as they say, and work is counted over those that
+/// have any.
+#[inline]
+pub(crate) fn is_packed(problem: &Problem) -> bool {
+    problem.query_layout() == RowLayout::Packed
+}
+
+/// Whether batch rows may have fewer query rows than the most.
+pub(crate) fn query_rows_vary(problem: &Problem) -> bool {
+    problem.has(Role::QueryLengths) || is_packed(problem)
+}
+
+/// The most query rows of a head that all batch rows of a call have together.
+pub(crate) fn most_query_rows(problem: &Problem) -> usize {
+    let dims = problem.dims();
+    let all = dims.batch.saturating_mul(dims.query_length);
+    if is_packed(problem) { all.min(tensor_rows(problem)) } else { all }
+}
+
+/// The rows of the tensors of queries and outputs, those of no sequence and padding included.
+fn tensor_rows(problem: &Problem) -> usize {
+    let [outer, inner] = query_axes(problem);
+    outer.saturating_mul(inner)
+}
+
+/// The first two axes of the tensors of queries and outputs.
+#[inline]
+pub(crate) fn query_axes(problem: &Problem) -> [usize; 2] {
+    let Some(query) = problem.tensor(Role::Query) else { unreachable!("every problem has a query") };
+    let shape = query.shape();
+    [shape[0], shape[1]]
+}
+
+/// Batch rows with query rows of which every other is like one, and how many are like each: a single one where
+/// all have the same lengths.
+pub(crate) fn different_rows<'p, 'c>(
+    problem: &'p CallProblem<'c>,
+) -> (impl Iterator<Item = usize> + Clone + use<'p, 'c>, usize) {
     let batch = problem.dims().batch;
-    0..if problem.has_lengths() { batch } else { batch.min(1) }
+    let vary = problem.has_lengths() || is_packed(problem);
+    let (rows, alike) = if vary { (batch, 1) } else { (batch.min(1), batch) };
+    (problem.sequences_with_queries(0..rows), alike)
 }
 
 /// Whether there are query rows at all, padded ones included: without, the number of batch rows says nothing
@@ -155,9 +223,20 @@ pub(crate) fn has_rows(problem: &Problem) -> bool {
     dims.batch > 0 && dims.query_length > 0 && dims.query_heads > 0
 }
 
-/// Whether there are query rows that lengths may make padding.
-pub(crate) fn may_have_padding(problem: &Problem) -> bool {
-    has_rows(problem) && problem.has(Role::QueryLengths)
+/// Calls `empty` with the first indices of every query row that is padding or belongs to no sequence.
+pub(crate) fn for_each_padded_row(problem: &CallProblem<'_>, mut empty: impl FnMut([usize; 3])) {
+    let dims = problem.dims();
+    for row in problem.query_rows_of_no_sequence() {
+        (0..dims.query_heads).for_each(|head| empty([0, row, head]));
+    }
+    if !has_rows(problem) || !problem.has(Role::QueryLengths) {
+        return;
+    }
+    for batch in 0..dims.batch {
+        for query in problem.query_len(batch)..dims.query_length {
+            (0..dims.query_heads).for_each(|head| empty([batch, query, head]));
+        }
+    }
 }
 
 /// Whether there are logits.

@@ -9,6 +9,7 @@ mod engines;
 mod float;
 mod forward;
 mod level;
+mod listed;
 mod logits;
 mod paths;
 mod plan;

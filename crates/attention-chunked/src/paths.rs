@@ -51,6 +51,7 @@ paths! {
     MaskedBlock: "forward, block masked whole",
     DecodeWhole: "few rows, all keys",
     DecodeSplit: "few rows, parts and merge",
+    DecodePages: "few rows, keys in pages",
     DecodeStrided: "few rows, strided keys or values",
     DecodeValuesApart: "few rows, values that are not finite",
     DecodeAdded: "few rows, logits changed",

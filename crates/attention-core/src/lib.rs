@@ -57,5 +57,6 @@ pub use variants::{VariantCounter, VariantRuns, Variants};
 #[doc(hidden)]
 pub use view::red_zones;
 pub use view::{
-    HostView, HostViewMut, LentScratch, Row, RowMut, RowStretch, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer, View, ViewMut,
+    HostView, HostViewMut, LentScratch, Row, RowMut, RowStretch, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer,
+    View, ViewMut,
 };

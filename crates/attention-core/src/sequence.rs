@@ -148,24 +148,40 @@ impl<'c> RowPlaces<'c> {
         }
     }
 
+    /// How many rows are neighbours at most: those of a page, or `None` where all are.
+    #[inline]
+    pub fn page_size(&self) -> Option<usize> {
+        match self.0 {
+            Places::Contiguous { .. } => None,
+            Places::Paged { page_size, .. } => Some(page_size),
+        }
+    }
+
     /// `rows` cut where neighbours are not neighbours in the tensor: in one piece, or in a piece for each page.
     ///
     /// # Panics
     /// As [`of`](Self::of).
     pub fn stretches(&self, rows: Range<usize>) -> impl Iterator<Item = Stretch> + use<'c> {
         assert!(rows.end <= self.rows(), "rows {rows:?} of a sequence of {}", self.rows());
-        let places = *self;
+        let places = self.0;
         let mut start = rows.start;
+        // Counted on from stretch to stretch, since pages may have a single row, and a division takes longer
+        // than all the rest.
+        let (mut page, mut slot) = match places {
+            Places::Contiguous { first, .. } => (0, first + start),
+            Places::Paged { page_size, .. } => (start / page_size, start % page_size),
+        };
         std::iter::from_fn(move || {
             if start >= rows.end {
                 return None;
             }
-            let end = match places.0 {
-                Places::Contiguous { .. } => rows.end,
-                Places::Paged { page_size, .. } => (start - start % page_size + page_size).min(rows.end),
+            let (outer, left) = match places {
+                Places::Contiguous { outer, .. } => (outer, rows.end - start),
+                Places::Paged { pages, page_size, .. } => (pages.at(page) as usize, page_size - slot),
             };
-            let stretch = Stretch { rows: start..end, first: places.of(start) };
-            start = end;
+            let stretch = Stretch { rows: start..rows.end.min(start + left), first: [outer, slot] };
+            start = stretch.rows.end;
+            (page, slot) = (page + 1, 0);
             Some(stretch)
         })
     }

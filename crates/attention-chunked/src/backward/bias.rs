@@ -44,7 +44,8 @@ pub(super) fn run<E: Engine, Small: Engine>(
         // The sums come first in the scratch of every engine.
         Pieces::of(memory).take::<f64>(rows * columns).fill(0.0);
         // Without logits, of any number of batch rows.
-        for batch in if cut::has_logits(problem) { part.batches.clone() } else { 0..0 } {
+        let batches = if cut::has_logits(problem) { part.batches.clone() } else { 0..0 };
+        for batch in problem.sequences_with_queries(batches) {
             match small {
                 Some(small) if cut::is_small(problem, batch) => sums.add_batch(small, batch, memory),
                 _ => sums.add_batch(backward, batch, memory),
@@ -74,7 +75,6 @@ struct Sums<'p> {
 impl Sums<'_> {
     /// Adds the gradients of all logits of the part that are in one batch row.
     fn add_batch<E: Engine>(&self, backward: &Backward<'_, E>, batch: usize, memory: &mut [u8]) {
-        let mut scratch = backward.layout.scratch::<E>(&mut Pieces::of(memory));
         let problem = backward.problem;
         // 0 where there are no query heads, and then no head of a part either.
         let group = problem.dims().group_size().max(1);
@@ -84,6 +84,7 @@ impl Sums<'_> {
         if range.is_empty() {
             return;
         }
+        let mut scratch = backward.layout.scratch::<E>(&mut Pieces::of(memory));
         backward.taken.mark(Path::bias_gradient(self.shape));
         backward.engine.with_state(|| {
             for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {

@@ -37,9 +37,10 @@ impl<E: Engine> Pair<'_, '_, E> {
     /// The rows `rows` of the chunk that begins at `chunk`.
     pub(super) fn block(&self, chunk: usize, rows: Range<usize>) -> Block<E::F> {
         let mut block = self.block_without_states(chunk, rows);
-        let count = block.rows.len();
-        for (info, state) in block.infos[..count].iter().zip(&mut block.states) {
-            *state = self.backward.state(info.batch, info.head, info.query);
+        let (first, count) = (chunk + block.rows.start, block.rows.len());
+        let index = self.rows.query_index(self.backward.problem);
+        for (row, state) in block.states[..count].iter_mut().enumerate() {
+            *state = self.backward.state(index(first + row));
         }
         block
     }

@@ -4,7 +4,7 @@ use attention_core::{BackwardInputs, CallProblem, Inputs};
 
 use super::gradient::RowState;
 use super::layout::Layout;
-use super::states::State;
+use super::states::{State, state_index};
 use crate::cut::Rows;
 use crate::engine::Engine;
 use crate::logits::Terms;
@@ -20,7 +20,7 @@ pub(super) struct Backward<'a, E: Engine> {
     pub(super) value: Floats<'a>,
     pub(super) d_out: Floats<'a>,
     pub(super) terms: Terms<'a, E::F>,
-    /// Of every query row, `[B, N, T]`.
+    /// Of every query row, [by its place](super::states::state_index).
     pub(super) states: &'a [State],
     pub(super) layout: Layout,
     pub(super) taken: &'a Taken,
@@ -58,11 +58,9 @@ impl<'a, E: Engine> Backward<'a, E> {
         }
     }
 
-    /// The state of a query row.
-    pub(super) fn state(&self, batch: usize, head: usize, query: usize) -> RowState<E::F> {
-        let dims = self.problem.dims();
-        let state = self.states[(batch * dims.query_heads + head) * dims.query_length + query];
-        RowState::of(state, self.terms.unit())
+    /// The state of the query row at an index of the tensor of queries.
+    pub(super) fn state(&self, index: [usize; 3]) -> RowState<E::F> {
+        RowState::of(self.states[state_index(self.problem, index)], self.terms.unit())
     }
 
     /// Every query row of a key/value head.

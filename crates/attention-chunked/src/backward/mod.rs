@@ -17,6 +17,7 @@ mod call;
 mod gradient;
 mod layout;
 mod pack;
+mod packed;
 mod pair;
 mod states;
 mod tasks;
@@ -25,6 +26,7 @@ use attention_core::{BackwardInputs, BackwardOutputs, CallProblem, Inputs, Scala
 
 use self::block::Pair;
 use self::call::{Backward, Outputs};
+use self::packed::PackedTasks;
 use self::states::{SharedStates, State, Workers};
 pub(crate) use self::tasks::Needs;
 use self::tasks::Task;
@@ -109,28 +111,35 @@ pub(crate) fn run<E: Engine, Small: Engine>(
         bias::run(&backward, small.as_ref(), dbias, &team, needs.bytes, scratch);
     }
 
-    let dims = problem.dims();
     let outputs = Outputs {
         dq: outputs.dq.map(SharedOutput::new),
         dk: outputs.dk.map(SharedOutput::new),
         dv: outputs.dv.map(SharedOutput::new),
     };
     if let Some(dq) = &outputs.dq {
-        for batch in 0..if cut::may_have_padding(problem) { dims.batch } else { 0 } {
-            for query in problem.query_len(batch)..dims.query_length {
-                for head in 0..dims.query_heads {
-                    // SAFETY: this thread alone has `outputs`, since the tasks begin below.
-                    unsafe { dq.zero_row([batch, query, head]) };
-                }
+        // SAFETY: this thread alone has `outputs`, since the tasks begin below.
+        cut::for_each_padded_row(problem, |index| unsafe { dq.zero_row(index) });
+    }
+    for key in problem.keys_of_no_sequence() {
+        for head in 0..problem.dims().key_heads {
+            for output in [&outputs.dk, &outputs.dv].into_iter().flatten() {
+                // SAFETY: this thread alone has `outputs`, since the tasks begin below.
+                unsafe { output.zero_row([0, key, head]) };
             }
         }
     }
     let layout = |batch: usize| if is_small(batch) { needs.small } else { needs.layout };
     let tasks = needs.tasks;
-    workers::run(tasks.count(), &team, scratch, needs.bytes, &|number, memory| {
-        let Some(task) = tasks.at(problem, number, layout) else { return };
-        // SAFETY: `workers::run` calls this once per number, and `tasks.at` gives a different task for each
-        // number, so no other thread runs this task.
+    let packed = cut::is_packed(problem).then(|| PackedTasks::of(&tasks, problem, team.size(), layout));
+    let count = packed.as_ref().map_or_else(|| tasks.count(), PackedTasks::count);
+    workers::run(count, &team, scratch, needs.bytes, &|number, memory| {
+        let task = match &packed {
+            Some(packed) => packed.at(problem, number, layout),
+            None => tasks.at(problem, number, layout),
+        };
+        let Some(task) = task else { return };
+        // SAFETY: `workers::run` calls this once per number, and `at` gives a different task for each number,
+        // so no other thread runs this task.
         unsafe {
             match &small {
                 Some(small) if is_small(task.batch()) => small.task(&task, &outputs, memory),

@@ -24,9 +24,10 @@ impl<E: Engine> Pair<'_, '_, E> {
     pub(super) fn pack_keys(&self, keys: &Range<usize>, scratch: &mut Scratch<'_, E>) {
         let Backward { engine, key, value, .. } = self.backward;
         let packed = keys.len().next_multiple_of(STAGE);
+        let index = self.rows.key_index(self.backward.problem, keys.start);
         for first in (0..keys.len()).step_by(STAGE) {
             let staged = STAGE.min(keys.len() - first);
-            let index = |row: usize| [self.rows.batch, keys.start + first + row, self.rows.key_head];
+            let index = |row: usize| index(first + row);
             let (rows, _) = value.stage(*engine, staged, &index, E::F::ONE, false, scratch.stage);
             engine.pack_keys(rows, first, packed, scratch.values);
             let (mut rows, bad) = key.stage(*engine, staged, &index, E::F::ONE, false, scratch.stage);
@@ -45,12 +46,10 @@ impl<E: Engine> Pair<'_, '_, E> {
     pub(super) fn pack_rows(&self, chunk: &Range<usize>, scratch: &mut Scratch<'_, E>) {
         let Backward { engine, layout, query, d_out, terms, .. } = self.backward;
         let packed = layout.packed_rows();
+        let index = self.rows.query_index(self.backward.problem);
         for first in (0..chunk.len()).step_by(STAGE) {
             let staged = STAGE.min(chunk.len() - first);
-            let index = |row: usize| {
-                let (head, query) = self.rows.at(chunk.start + first + row);
-                [self.rows.batch, query, head]
-            };
+            let index = |row: usize| index(chunk.start + first + row);
             let sign = terms.query_sign();
             let (mut rows, bad) = query.stage(*engine, staged, &index, sign, false, scratch.stage);
             scratch.bad_queries[first / STAGE] = bad;

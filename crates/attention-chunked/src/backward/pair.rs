@@ -39,7 +39,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         if any_seen {
             scratch.dq[..self.rows.len() * stride].fill(E::F::ZERO);
         }
-        let end = if self.dkv { problem.dims().key_length } else { range.end };
+        let end = if self.dkv { problem.key_places(self.rows.batch).rows() } else { range.end };
         let first = if self.dkv { 0 } else { range.start / layout.keys * layout.keys };
         for first in (first..end).step_by(layout.keys) {
             // SAFETY: the caller guarantees that no other thread writes the gradients of these keys.
@@ -47,9 +47,9 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         }
         if let Some(dq) = &outputs.dq {
             let (_, factor) = self.backward.terms.gradient_scale();
+            let index = self.rows.query_index(problem);
             for row in 0..self.rows.len() {
-                let (head, query) = self.rows.at(row);
-                let index = [self.rows.batch, query, head];
+                let index = index(row);
                 // SAFETY: the caller guarantees that no other thread writes the gradients of these rows.
                 unsafe {
                     if any_seen {
@@ -69,9 +69,8 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
     pub(super) unsafe fn keys(&self, first: usize, outputs: &Outputs<'a>, scratch: &mut Scratch<'_, E>) {
         let layout = self.backward.layout;
         let problem = self.backward.problem;
-        let (batch, key_head) = (self.rows.batch, self.rows.key_head);
-        let range = problem.key_range_of_rows(batch, self.rows.queries.clone());
-        let all = first..problem.dims().key_length.min(first + layout.keys);
+        let range = problem.key_range_of_rows(self.rows.batch, self.rows.queries.clone());
+        let all = first..problem.key_places(self.rows.batch).rows().min(first + layout.keys);
         let keys = first..range.end.min(all.end).max(first);
         let is_seen = !cut::intersection(&keys, &range).is_empty();
         if is_seen {
@@ -87,6 +86,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             return;
         }
         let (_, scale) = self.backward.terms.gradient_scale();
+        let index = self.rows.key_index(problem, first);
         let capacity = keys.len().next_multiple_of(STAGE);
         let gradients = [
             (&outputs.dk, &*scratch.dk, layout.head_dim, scale),
@@ -102,7 +102,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                     (sums, 0)
                 };
                 for key in group..all.len().min(group + STAGE) {
-                    let index = [batch, first + key, key_head];
+                    let index = index(key);
                     // SAFETY: the caller guarantees that no other thread writes the gradients of these keys.
                     unsafe {
                         if is_seen && key < keys.len() {
@@ -201,11 +201,9 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         let stride = tile_stride::<E>();
         let lanes = <E::S as Simd<E::F>>::LANES;
         let (rows, packed_rows) = (block.rows.len(), layout.packed_rows());
+        let index = self.rows.query_index(self.backward.problem);
         for first in (0..rows).step_by(STAGE) {
-            let index = |row: usize| {
-                let info = &block.infos[first + row];
-                [info.batch, info.query, info.head]
-            };
+            let index = |row: usize| index(block.rows.start + first + row);
             let (count, sign) = (STAGE.min(rows - first), terms.query_sign());
             let (staged, _) = query.stage(*engine, count, &index, sign, false, scratch.stage);
             engine.pack_queries(staged, first, packed_rows, scratch.queries);
@@ -215,8 +213,9 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         for chunk in (begin..block.any.end).step_by(layout.keys) {
             let chunk = chunk..block.any.end.min(chunk + layout.keys);
             let packed = chunk.len().next_multiple_of(STAGE);
+            let index = self.rows.key_index(self.backward.problem, chunk.start);
             for first in (0..chunk.len()).step_by(STAGE) {
-                let index = |row: usize| [self.rows.batch, chunk.start + first + row, self.rows.key_head];
+                let index = |row: usize| index(first + row);
                 let count = STAGE.min(chunk.len() - first);
                 let (staged, _) = key.stage(*engine, count, &index, E::F::ONE, false, scratch.stage);
                 engine.pack_keys(staged, first, packed, scratch.keys);
@@ -333,13 +332,13 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         keys: &Range<usize>,
         scratch: &mut Scratch<'_, E>,
     ) {
-        let Backward { layout, query, d_out, key, taken, .. } = self.backward;
+        let Backward { layout, problem, query, d_out, key, taken, .. } = self.backward;
         let stride = tile_stride::<E>();
         let packed = keys.len().next_multiple_of(STAGE);
         let begin = block_keys.start - keys.start;
-        for (index, info) in block.infos().iter().enumerate() {
+        let query_index = self.rows.query_index(problem);
+        for index in 0..block.rows.len() {
             let row = block.rows.start + index;
-            let at = [info.batch, info.query, info.head];
             let sides = [
                 (
                     self.dkv && layout.dk,
@@ -363,7 +362,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
                     continue;
                 }
                 taken.mark(Path::RowsApart);
-                source.read_row(at, &mut scratch.row[..width]);
+                source.read_row(query_index(chunk + row), &mut scratch.row[..width]);
                 for column in 0..block_keys.len() {
                     let tile = index * stride + column;
                     if scratch.products[tile].is_disallowed() {
@@ -379,10 +378,10 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
             return;
         }
         let out_stride = E::sum_stride(layout.head_dim);
+        let key_index = self.rows.key_index(problem, block_keys.start);
         for column in (0..block_keys.len()).filter(|column| is_bad(scratch.bad_keys, begin + column)) {
             taken.mark(Path::KeysApart);
-            let at = [self.rows.batch, block_keys.start + column, self.rows.key_head];
-            key.read_row(at, &mut scratch.row[..layout.head_dim]);
+            key.read_row(key_index(column), &mut scratch.row[..layout.head_dim]);
             for index in 0..block.rows.len() {
                 let tile = index * stride + column;
                 if scratch.products[tile].is_disallowed() {

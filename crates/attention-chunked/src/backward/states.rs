@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use attention_core::{BackwardInputs, CallProblem, DType, Inputs, Problem, ViewMut};
 use attention_threads::Team;
 
+use crate::cut;
 use crate::float::Float;
 use crate::scratch::Pieces;
 use crate::tensor::{Floats, SharedOutput};
@@ -26,10 +27,17 @@ const TASK_ROWS: usize = 256;
 /// [`RowState`](super::gradient::RowState) has them.
 pub(crate) type State = [f64; 3];
 
-/// Bytes of the states of all query rows, `[B, N, T]`; `None` on overflow.
+/// Which of the states is that of the query row at an index of the tensor of queries: `[B, N, T]`, or
+/// `[1, N, total]` where queries are packed.
+#[inline]
+pub(crate) fn state_index(problem: &Problem, [outer, inner, head]: [usize; 3]) -> usize {
+    (outer * problem.dims().query_heads + head) * cut::query_axes(problem)[1] + inner
+}
+
+/// Bytes of the states of all query rows; `None` on overflow.
 pub(crate) fn bytes(problem: &Problem) -> Option<usize> {
-    let dims = problem.dims();
-    let rows = dims.batch.checked_mul(dims.query_heads)?.checked_mul(dims.query_length)?;
+    let [outer, inner] = cut::query_axes(problem);
+    let rows = outer.checked_mul(problem.dims().query_heads)?.checked_mul(inner)?;
     let mut pieces = Pieces::counting();
     let _ = pieces.take::<State>(rows);
     pieces.bytes()
@@ -96,7 +104,7 @@ pub(crate) fn split<F: Float>(unit: F, lse: f64) -> [f64; 2] {
     [shift, shift.mul_add(unit.to_f64(), -lse)]
 }
 
-/// Computes the state of every query row, `[B, N, T]`, with `split(batch, lse)` for shift and gain, and
+/// Computes the [state](state_index) of every query row, with `split(batch, lse)` for shift and gain, and
 /// `<d_out, out> - d_lse` in f64: the product is subtracted from numbers that it nearly equals. Says whether
 /// there is a logsumexp that has lost digits.
 pub(crate) fn compute<'m>(
@@ -106,33 +114,42 @@ pub(crate) fn compute<'m>(
     memory: &'m mut [u8],
     team: &Team,
 ) -> (&'m mut [State], bool) {
-    let dims = problem.dims();
-    let total = dims.batch * dims.query_heads * dims.query_length;
+    let heads = problem.dims().query_heads;
+    let [outer, length] = cut::query_axes(problem);
+    let total = outer * heads * length;
     let states: &mut [State] = Pieces::of(memory).take(total);
     let (out, d_out, lse) = (Floats::new(saved.out), Floats::new(saved.d_out), Floats::new(saved.lse));
     let d_lse = saved.d_lse.map(Floats::new);
     let any_lost = AtomicBool::new(false);
     let shared = SharedStates::new(states);
     workers::run(total.div_ceil(TASK_ROWS), team, &mut [], 0, &|task, _| {
-        for index in task * TASK_ROWS..total.min((task + 1) * TASK_ROWS) {
-            let (row, query) = (index / dims.query_length, index % dims.query_length);
-            let (batch, head) = (row / dims.query_heads, row % dims.query_heads);
-            let at = [batch, query, head];
-            let is_real = query < problem.query_len(batch);
-            let natural: f64 = if is_real { lse.at(&at) } else { f64::NEG_INFINITY };
-            let new = if natural == f64::NEG_INFINITY {
-                // Nothing is attended to, and whatever the gradients hold does not matter.
-                [natural, 0.0, 0.0]
-            } else {
-                let d_lse = d_lse.as_ref().map_or(0.0, |d_lse| d_lse.at(&at));
-                let [shift, log_gain] = split(batch, natural);
-                [shift, log_gain, out.dot(&d_out, at) - d_lse]
-            };
-            if has_lost_digits(problem.dtype(), natural) {
-                any_lost.store(true, Ordering::Relaxed);
+        let mut rows = task * TASK_ROWS..total.min((task + 1) * TASK_ROWS);
+        while !rows.is_empty() {
+            // Some rows of a sequence and head, or padding.
+            let (row, inner) = (rows.start / length, rows.start % length);
+            let (outer, head) = (row / heads, row % heads);
+            let found = problem.query_at([outer, inner]);
+            let left = found.map_or(length - inner, |(batch, query)| problem.query_len(batch) - query);
+            let end = rows.end.min(rows.start + left);
+            for (index, inner) in (rows.start..end).zip(inner..) {
+                let at = [outer, inner, head];
+                let mut new = [f64::NEG_INFINITY, 0.0, 0.0];
+                if let Some((batch, _)) = found {
+                    let natural: f64 = lse.at(&at);
+                    // Else nothing is attended to, and whatever the gradients hold does not matter.
+                    if natural != f64::NEG_INFINITY {
+                        let d_lse = d_lse.as_ref().map_or(0.0, |d_lse| d_lse.at(&at));
+                        let [shift, log_gain] = split(batch, natural);
+                        new = [shift, log_gain, out.dot(&d_out, at) - d_lse];
+                    }
+                    if has_lost_digits(problem.dtype(), natural) {
+                        any_lost.store(true, Ordering::Relaxed);
+                    }
+                }
+                // SAFETY: each index belongs to one task, which runs once, so no other thread uses this state.
+                unsafe { shared.update(index, |state| *state = new) };
             }
-            // SAFETY: each index belongs to one task, which runs once, so no other thread uses this state.
-            unsafe { shared.update(index, |state| *state = new) };
+            rows.start = end;
         }
     });
     (states, any_lost.into_inner())
@@ -141,7 +158,7 @@ pub(crate) fn compute<'m>(
 /// `dsink[n] = -sum over rows of exp(sink - lse) (<d_out, out> - d_lse)`: the sink has no value, so the
 /// derivative of the softmax leaves only the row term. `unit(batch)` is the size of the unit of the shifts.
 pub(crate) fn sink_gradient(
-    problem: &Problem,
+    problem: &CallProblem<'_>,
     inputs: &Inputs<'_>,
     states: &[State],
     unit: impl Fn(usize) -> f64,
@@ -158,10 +175,11 @@ pub(crate) fn sink_gradient(
         // A sink of -inf is no sink: no row has a gradient through it, whatever its own are. Without query
         // rows there may be any number of batch rows.
         let batches = if sink == f64::NEG_INFINITY || dims.query_length == 0 { 0 } else { dims.batch };
-        for batch in 0..batches {
-            let first = (batch * dims.query_heads + head) * dims.query_length;
+        for batch in problem.sequences_with_queries(0..batches) {
+            let [outer, inner] = problem.query_places(batch).of(0);
+            let first = state_index(problem, [outer, inner, head]);
             let unit = unit(batch);
-            for [shift, log_gain, delta] in &states[first..first + dims.query_length] {
+            for [shift, log_gain, delta] in &states[first..first + problem.query_len(batch)] {
                 if *shift != f64::NEG_INFINITY {
                     sum -= sink_probability(sink, [*shift, *log_gain], unit) * delta;
                 }

@@ -42,10 +42,10 @@ fn together(problem: &Problem, threads: usize) -> bool {
     both && (is_small || heads.div_ceil(threads) * 5 * threads <= 7 * heads)
 }
 
-/// The tasks of every call: found by their number, since a list would grow with the batch.
+/// The tasks of every call with dense queries: found by their number, since a list would grow with the batch.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Tasks {
-    together: bool,
+    pub(super) together: bool,
     batch: usize,
     key_heads: usize,
     /// The most tasks of a batch row: for a key/value head if together, else for a chunk of its keys. Numbers
@@ -53,6 +53,9 @@ pub(super) struct Tasks {
     keys_per_row: usize,
     /// The most tasks of a batch row for rows of dq.
     queries_per_row: usize,
+    /// Whether there are gradients of queries to write, and of keys or values.
+    pub(super) writes_queries: bool,
+    pub(super) writes_keys: bool,
 }
 
 impl Tasks {
@@ -82,6 +85,8 @@ impl Tasks {
             key_heads: dims.key_heads,
             keys_per_row: kinds.clone().map(for_keys).max().unwrap_or(0),
             queries_per_row: kinds.map(for_queries).max().unwrap_or(0),
+            writes_queries: dq,
+            writes_keys: dkv,
         }
     }
 

@@ -31,30 +31,23 @@ pub(super) struct Outputs<'a> {
 }
 
 impl<'a> Outputs<'a> {
-    /// Takes the outputs of a call and fills the padded rows: with 0 an output, with -inf a logsumexp.
+    /// Takes the outputs of a call and fills the rows that are padding or belong to no
+    /// sequence: with 0 an output, with -inf a logsumexp.
     pub(super) fn new(problem: &CallProblem<'_>, outputs: ForwardOutputs<'a>) -> Self {
         let new = Self { out: SharedOutput::new(outputs.out), lse: outputs.lse.map(SharedOutput::new) };
-        let dims = problem.dims();
-        for batch in 0..if cut::may_have_padding(problem) { dims.batch } else { 0 } {
-            for query in problem.query_len(batch)..dims.query_length {
-                for head in 0..dims.query_heads {
-                    // SAFETY: this thread alone has the outputs, which tasks get only from the value
-                    // returned.
-                    unsafe { new.empty_row(batch, query, head) };
-                }
-            }
-        }
+        // SAFETY: this thread alone has the outputs, which tasks get only from the value returned.
+        cut::for_each_padded_row(problem, |index| unsafe { new.empty_row(index) });
         new
     }
 
     /// # Safety
     /// No other thread writes this row.
-    unsafe fn empty_row(&self, batch: usize, query: usize, head: usize) {
+    unsafe fn empty_row(&self, [outer, inner, head]: [usize; 3]) {
         // SAFETY: the caller guarantees that no other thread writes this row.
         unsafe {
-            self.out.zero_row([batch, query, head]);
+            self.out.zero_row([outer, inner, head]);
             if let Some(lse) = &self.lse {
-                lse.write([batch, query, head, 0], f64::NEG_INFINITY);
+                lse.write([outer, inner, head, 0], f64::NEG_INFINITY);
             }
         }
     }
@@ -82,10 +75,5 @@ impl<'a, E: Engine> Forward<'a, E> {
             decode,
             taken,
         }
-    }
-
-    /// Query heads per key/value head; 1 where there are none.
-    pub(super) fn group(&self) -> usize {
-        self.problem.dims().group_size().max(1)
     }
 }

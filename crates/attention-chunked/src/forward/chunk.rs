@@ -48,11 +48,9 @@ impl<'a, E: Engine> Forward<'a, E> {
     /// Packs the queries and sets every row to the value of no keys.
     fn begin(&self, rows: &Rows, scratch: &mut Scratch<'_, E>) {
         let count = rows.len();
+        let index = rows.query_index(self.problem);
         for first in (0..count).step_by(STAGE) {
-            let index = |row: usize| {
-                let (head, query) = rows.at(first + row);
-                [rows.batch, query, head]
-            };
+            let index = |row: usize| index(first + row);
             let sign = self.terms.query_sign();
             let staged = STAGE.min(count - first);
             let (staged, _) = self.query.stage(self.engine, staged, &index, sign, false, scratch.stage);
@@ -88,10 +86,11 @@ impl<'a, E: Engine> Forward<'a, E> {
     fn pack(&self, rows: &Rows, keys: &Range<usize>, needed: usize, scratch: &mut Scratch<'_, E>) -> bool {
         let packed = keys.len().next_multiple_of(STAGE);
         let skipped = needed.saturating_sub(keys.start) / E::BLOCK_KEYS * E::BLOCK_KEYS;
+        let index = rows.key_index(self.problem, keys.start);
         let mut all = 0;
         for first in (skipped..keys.len()).step_by(STAGE) {
             let staged = STAGE.min(keys.len() - first);
-            let index = |row: usize| [rows.batch, keys.start + first + row, rows.key_head];
+            let index = |row: usize| index(first + row);
             let (rows, _) = self.key.stage(self.engine, staged, &index, E::F::ONE, false, scratch.stage);
             self.engine.pack_keys(rows, first, packed, scratch.keys);
             let (rows, not_finite) =
@@ -135,13 +134,14 @@ impl<'a, E: Engine> Forward<'a, E> {
             self.taken.mark(Path::MaskedBlock);
             return;
         }
-        self.block(&block, infos, chunk, keys, apply, all_finite, scratch);
+        self.block(rows, &block, infos, chunk, keys, apply, all_finite, scratch);
     }
 
     /// A block of rows against a block of keys.
     #[allow(clippy::too_many_arguments, reason = "what the loops around it know")]
     fn block(
         &self,
+        rows: &Rows,
         block: &Range<usize>,
         infos: &[QueryRow],
         chunk: &Range<usize>,
@@ -204,6 +204,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             TileMut { data: &mut *out, stride: out_stride },
         );
         if !all_finite {
+            let index = rows.key_index(self.problem, chunk.start);
             let groups = begin / STAGE..(begin + count).div_ceil(STAGE);
             for group in groups {
                 let bits = scratch.not_finite[group];
@@ -212,8 +213,7 @@ impl<'a, E: Engine> Forward<'a, E> {
                         continue;
                     }
                     self.taken.mark(Path::ValuesApart);
-                    let index = [infos[0].batch, chunk.start + key, infos[0].head / self.group()];
-                    self.value.read_row(index, scratch.row);
+                    self.value.read_row(index(key), scratch.row);
                     add_apart(scratch.row, scratch.tile, stride, key - begin, infos.len(), out, out_stride);
                 }
             }

@@ -34,17 +34,18 @@ impl<E: Engine> Kernel for Finish<'_, '_, '_, '_, E> {
         let Self { forward, rows, outputs, scratch } = self;
         let width = forward.layout.value_head_dim;
         let stride = E::sum_stride(width);
+        let index = rows.query_index(forward.problem);
         for row in 0..rows.len() {
-            let (head, query) = rows.at(row);
+            let [outer, inner, head] = index(row);
             let sink = forward.sinks.as_ref().map(|sinks| sinks.at(&[head]));
             let values = &mut scratch.out[row * stride..][..width];
             let lse = normalise(scratch.shifts[row], scratch.sums[row], forward.terms.unit(), sink, values);
             // SAFETY: `Forward::finish` alone makes this kernel, and its caller guarantees that no other
             // thread writes these rows of the outputs.
             unsafe {
-                outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
+                outputs.out.write_row([outer, inner, head], values, E::F::ONE);
                 if let Some(to) = &outputs.lse {
-                    to.write([rows.batch, query, head, 0], lse);
+                    to.write([outer, inner, head, 0], lse);
                 }
             }
         }

@@ -4,13 +4,14 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use attention_core::{CallProblem, Problem, Role};
+use attention_core::{CallProblem, Problem};
 
 use super::decode::{self, DecodeLayout};
 use super::layout::Layout;
 use crate::config::{self, Sizes};
 use crate::cut::{self, Bounds, Cut, Rows};
 use crate::engine::Engine;
+use crate::listed::Listed;
 
 /// What a task computes.
 pub(super) enum Task {
@@ -67,9 +68,11 @@ pub(super) struct Tasks {
     pub(super) layout: Layout,
     pub(super) small: Layout,
     pub(super) decode: DecodeLayout,
-    /// The most tasks of a batch row, splits left out. Numbers go over the batch rows in steps of this; a
+    /// The most tasks of a dense batch row, splits left out. Numbers go over the batch rows in steps of this; a
     /// batch row with fewer tasks leaves numbers without one.
     per_row: usize,
+    /// The same tasks of packed sequences, which may differ by far.
+    listed: Listed,
     /// Where the heads that are decoded are too few for the threads, all of them: some for each thread.
     pub(super) split: Vec<SplitHeads>,
     /// Whether batch rows with tasks are small.
@@ -121,13 +124,12 @@ struct Totals {
 impl Totals {
     fn of(problem: &CallProblem<'_>) -> Self {
         let mut totals = Self::default();
-        let different = cut::different_rows(problem);
-        let alike = problem.dims().batch / different.len().max(1);
+        let (different, alike) = cut::different_rows(problem);
         for batch in different {
             let queries = problem.query_len(batch);
             totals.queries = totals.queries.saturating_add(queries.saturating_mul(alike));
             totals.most_queries = totals.most_queries.max(queries);
-            if queries > 0 && decodes(problem, queries) {
+            if decodes(problem, queries) {
                 totals.decoded += alike;
                 totals.most_decoded_queries = totals.most_decoded_queries.max(queries);
                 totals.most_decoded_keys = totals.most_decoded_keys.max(problem.key_value_len(batch));
@@ -145,6 +147,7 @@ impl Tasks {
             small,
             decode,
             per_row: 0,
+            listed: Listed::default(),
             split: Vec::new(),
             has_small_rows: false,
             has_large_rows: false,
@@ -174,9 +177,9 @@ impl Tasks {
         if is_split {
             tasks.split.reserve_exact(decoded * key_heads.div_ceil(heads));
             let (mut splits, mut bytes) = (0, 0);
-            for batch in 0..problem.dims().batch {
+            for batch in problem.sequences_with_queries(0..problem.dims().batch) {
                 let queries = problem.query_len(batch);
-                if queries == 0 || !decodes(problem, queries) {
+                if !decodes(problem, queries) {
                     continue;
                 }
                 let keys = problem.key_range_of_rows(batch, 0..queries);
@@ -192,17 +195,21 @@ impl Tasks {
                 }
             }
         }
-        let (mut all, different) = (0usize, cut::different_rows(problem));
-        let alike = problem.dims().batch / different.len().max(1);
+        let mut all = 0usize;
+        let (different, alike) = cut::different_rows(problem);
         for batch in different {
             let is_small = is_small(batch);
             let count = tasks.count_of_row(problem, batch, is_small);
-            tasks.per_row = tasks.per_row.max(count);
             all = all.saturating_add(count.saturating_mul(alike));
-            let has_rows = problem.query_len(batch) > 0;
-            tasks.has_small_rows |= is_small && has_rows;
-            tasks.has_large_rows |= !is_small && has_rows;
+            if cut::is_packed(problem) {
+                tasks.listed.push(problem, batch, count, problem.query_len(batch));
+            } else {
+                tasks.per_row = tasks.per_row.max(count);
+            }
+            tasks.has_small_rows |= is_small;
+            tasks.has_large_rows |= !is_small;
         }
+        tasks.listed.sort();
         tasks.workers = threads.min(all.saturating_add(tasks.splits().max(tasks.split.len())));
         tasks
     }
@@ -232,9 +239,14 @@ impl Tasks {
         self.split.last().map_or(0, |last| last.slots().end)
     }
 
+    /// How many numbers there are for tasks that are no splits.
+    fn whole(&self, problem: &Problem) -> usize {
+        self.listed.count() + self.per_row * problem.dims().batch
+    }
+
     /// How many numbers there are.
     pub(super) fn count(&self, problem: &Problem) -> usize {
-        self.splits() + self.per_row * problem.dims().batch
+        self.splits() + self.whole(problem)
     }
 
     /// The task of a number, if it has one.
@@ -245,15 +257,18 @@ impl Tasks {
         number: usize,
     ) -> Option<Task> {
         // Under causal masking the last rows of a head see the most keys: begin with those.
-        let Some(number) = (self.per_row * problem.dims().batch).checked_sub(number + 1) else {
-            let number = number - self.per_row * problem.dims().batch;
+        let Some(from_last) = self.whole(problem).checked_sub(number + 1) else {
+            let number = number - self.whole(problem);
             let split = &self.split[self.split.partition_point(|split| split.numbers.end <= number)];
             let index = number - split.numbers.start;
             let first = split.first + index * split.slot;
             let (heads, to) = (split.heads.clone(), first..first + split.slot);
             return decode::splits(&split.keys).nth(index).map(|keys| Task::DecodeSplit { heads, keys, to });
         };
-        let (batch, index) = (number / self.per_row, number % self.per_row);
+        let (batch, index) = match self.listed.at(number) {
+            Some((batch, index, count)) => (batch, count - 1 - index),
+            None => (from_last / self.per_row, from_last % self.per_row),
+        };
         let queries = problem.query_len(batch);
         if !decodes(problem, queries) {
             return self.cut(problem, queries, is_small(batch)).rows(batch, index).map(Task::Chunk);
@@ -314,7 +329,7 @@ impl Needs {
         let most_decoded = decode::MAX_ROWS / group;
         let (decoded, chunked) =
             (bounds.with_queries(0, most_decoded), bounds.with_queries(most_decoded + 1, usize::MAX));
-        let all_queries = dims.batch.saturating_mul(dims.query_length);
+        let all_queries = cut::most_query_rows(problem);
         let most = dims.query_length;
         let layout = Layout::of::<E>(problem, sizes);
         let layout = layout.for_queries::<E>(problem, sizes, threads, all_queries, most);
@@ -381,7 +396,7 @@ impl Needs {
         if threads <= 1 || splits <= 1 || queries == 0 || !cut::has_rows(problem) {
             return Some(0);
         }
-        let fewest = if problem.has(Role::QueryLengths) { 1 } else { dims.batch };
+        let fewest = if cut::query_rows_vary(problem) { 1 } else { dims.batch };
         let mut most = 0usize;
         for heads in 1..=self.decode.heads {
             // More batch rows are enough for the threads without splits, or have more heads at a time.
@@ -416,8 +431,7 @@ impl Needs {
             return 0;
         }
         // A call with fewer rows than all has smaller chunks.
-        let queries =
-            if problem.has(Role::QueryLengths) { 0 } else { dims.batch.saturating_mul(dims.query_length) };
+        let queries = if cut::query_rows_vary(problem) { 0 } else { cut::most_query_rows(problem) };
         let most = dims.query_length;
         let count = |rows: usize| Cut::of(problem, most, rows).count();
         let mut per_row = 0;

@@ -275,6 +275,29 @@ impl<'c> CallProblem<'c> {
         (batch < self.problem.dims().batch).then(|| (batch, inner - starts.at(batch) as usize))
     }
 
+    /// The sequences of `batches` that have query rows, in order. Passes over any number of empty packed
+    /// sequences in as many steps as the logarithm of their number.
+    ///
+    /// # Panics
+    /// As [`sequence`](Self::sequence).
+    pub fn sequences_with_queries(
+        &self,
+        batches: Range<usize>,
+    ) -> impl Iterator<Item = usize> + Clone + use<'_, 'c> {
+        let (call, mut next) = (self, batches.start);
+        std::iter::from_fn(move || {
+            while next < batches.end && call.query_len(next) == 0 {
+                next = match call.query_starts {
+                    // The row behind an empty sequence is the first of the next one that has any.
+                    Some(starts) => call.query_at([0, starts.at(next) as usize])?.0,
+                    None => next + 1,
+                };
+            }
+            next += 1;
+            (next <= batches.end).then(|| next - 1)
+        })
+    }
+
     /// The rows of packed queries that belong to no sequence: those behind the last. Their outputs and
     /// gradients are 0 and their LSE is -inf. Empty for dense queries.
     ///

@@ -4,11 +4,13 @@ use attention_core::DType;
 use attention_core::merge::Accumulator;
 use attention_threads::Team;
 
-use super::{SharedStates, has_lost_digits, round_shift};
+use super::{SharedStates, has_lost_digits, round_shift, state_index};
 use crate::backward::block::Pair;
 use crate::backward::call::Backward;
+use crate::cut;
 use crate::engine::{Engine, MAX_BLOCK_ROWS};
 use crate::float::Float;
+use crate::listed::Listed;
 use crate::paths::Path;
 use crate::scratch::Pieces;
 use crate::tensor::Floats;
@@ -38,22 +40,36 @@ pub(crate) fn replace<E: Engine>(
 ) {
     let problem = backward.problem;
     let (dims, dtype, unit) = (problem.dims(), problem.dtype(), backward.terms.unit());
-    let blocks = dims.query_length.saturating_mul(dims.group_size()).div_ceil(E::BLOCK_ROWS);
-    let tasks = dims.batch * dims.key_heads * blocks;
+    let blocks_of = |queries: usize| queries.saturating_mul(dims.group_size()).div_ceil(E::BLOCK_ROWS);
+    let blocks = blocks_of(dims.query_length);
+    let is_packed = cut::is_packed(problem);
+    let mut listed = Listed::default();
+    for batch in problem.sequences_with_queries(0..if is_packed { dims.batch } else { 0 }) {
+        let queries = problem.query_len(batch);
+        listed.push(problem, batch, dims.key_heads * blocks_of(queries), queries);
+    }
+    listed.sort();
+    let tasks = if is_packed { listed.count() } else { dims.batch * dims.key_heads * blocks };
     let Workers { team, scratch, bytes } = workers;
     workers::run(tasks, team, scratch, bytes, &|task, memory| {
-        let (head, block) = (task / blocks, task % blocks);
-        let (batch, key_head) = (head / dims.key_heads, head % dims.key_heads);
+        let (batch, key_head, block) = match listed.at(task) {
+            Some((batch, index, count)) => {
+                let blocks = count / dims.key_heads;
+                (batch, index / blocks, index % blocks)
+            }
+            None => {
+                let head = task / blocks;
+                (head / dims.key_heads, head % dims.key_heads, task % blocks)
+            }
+        };
         if !is_of_engine(batch) {
             return;
         }
         let rows = backward.all_rows(batch, key_head);
         let first = block * E::BLOCK_ROWS;
         let range = first..rows.len().min(first + E::BLOCK_ROWS);
-        let given = |row: usize| -> f64 {
-            let (head, query) = rows.at(row);
-            lse.at(&[batch, query, head])
-        };
+        let index = rows.query_index(problem);
+        let given = |row: usize| -> f64 { lse.at(&index(row)) };
         if !range.clone().any(|row| has_lost_digits(dtype, given(row))) {
             return;
         }
@@ -63,18 +79,18 @@ pub(crate) fn replace<E: Engine>(
         let mut shifts = [E::F::NEG_INFINITY; MAX_BLOCK_ROWS];
         let mut sums = [E::F::ZERO; MAX_BLOCK_ROWS];
         backward.engine.with_state(|| pair.sums(&block, &mut shifts, &mut sums, &mut scratch));
-        for (index, row) in range.enumerate() {
+        for (in_block, row) in range.enumerate() {
             let given = given(row);
             if !has_lost_digits(dtype, given) {
                 continue;
             }
-            let (head, query) = rows.at(row);
-            let sink = sinks.map(|sinks| sinks.at(&[head]));
-            let own = Own::of(shifts[index], sums[index], unit, sink);
+            let at = index(row);
+            let sink = sinks.map(|sinks| sinks.at(&[at[2]]));
+            let own = Own::of(shifts[in_block], sums[in_block], unit, sink);
             if !own.is_of(given, dtype) {
                 continue;
             }
-            let index = (batch * dims.query_heads + head) * dims.query_length + query;
+            let index = state_index(problem, at);
             backward.taken.mark(Path::OwnSums);
             // SAFETY: each row is in one block, whose task runs once, so no other thread uses its state.
             unsafe { states.update(index, |state| (state[0], state[1]) = (own.shift, own.log_gain)) };

@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
-use attention_core::Problem;
+use attention_core::{Problem, RowLayout};
 
+use super::row::AHEAD;
+use super::runs::Run;
 use crate::cut::Rows;
 use crate::float::Float;
 use crate::scratch::Pieces;
@@ -38,6 +40,8 @@ pub(in crate::forward) struct DecodeLayout {
     rows: usize,
     pub(super) head_dim: usize,
     value_head_dim: usize,
+    /// Runs that the keys of a block may have; 0 where they are always one.
+    runs: usize,
 }
 
 impl DecodeLayout {
@@ -50,7 +54,9 @@ impl DecodeLayout {
         let row_bytes = problem.dtype().size() * dims.head_dim.min(dims.value_head_dim).max(1);
         let heads = (PAGE / row_bytes).min(enough).clamp(1, MAX_HEADS);
         let rows = queries * dims.group_size();
-        Self { heads, rows, head_dim: dims.head_dim, value_head_dim: dims.value_head_dim }
+        let runs =
+            if matches!(problem.key_layout(), RowLayout::Paged { .. }) { BLOCK_KEYS + AHEAD } else { 0 };
+        Self { heads, rows, head_dim: dims.head_dim, value_head_dim: dims.value_head_dim, runs }
     }
 
     /// The most batch rows for which there are `heads` heads at a time or fewer, where more are possible.
@@ -64,6 +70,7 @@ impl DecodeLayout {
             stage: pieces.take((self.heads * MAX_ROWS).saturating_mul(Floats::stage_stride(self.head_dim))),
             tile: pieces.take(MAX_ROWS * STRIDE),
             factors: pieces.take(MAX_ROWS),
+            runs: pieces.take(self.runs),
             split: self.partial(pieces),
             running: self.partial(pieces),
         }
@@ -104,6 +111,7 @@ pub(super) struct Scratch<'a, F> {
     pub(super) stage: &'a mut [F],
     pub(super) tile: &'a mut [F],
     pub(super) factors: &'a mut [F],
+    pub(super) runs: &'a mut [Run],
     pub(super) split: Partial<'a, F>,
     /// The splits so far.
     pub(super) running: Partial<'a, F>,

@@ -8,12 +8,14 @@
 mod layout;
 mod products;
 mod row;
+mod runs;
 mod sums;
 
 use std::ops::Range;
 
 use self::layout::{BLOCK_KEYS, Partial, STRIDE, Scratch};
 use self::products::Dots;
+use self::runs::{KeyRuns, Run};
 use self::sums::WeightedSums;
 use super::call::{Forward, Outputs};
 use super::finish::normalise;
@@ -86,10 +88,7 @@ impl<'a, E: Engine> Forward<'a, E> {
         let sign = self.terms.query_sign();
         let room = MAX_ROWS * Floats::stage_stride(self.decode.head_dim);
         for (rows, stage) in heads.iter().zip(stage.chunks_exact_mut(room)) {
-            let index = |row: usize| {
-                let (head, query) = rows.at(row);
-                [rows.batch, query, head]
-            };
+            let index = rows.query_index(self.problem);
             self.query.stage_floats(self.engine.plain(), rows.len(), &index, sign, false, stage);
         }
     }
@@ -99,17 +98,18 @@ impl<'a, E: Engine> Forward<'a, E> {
     unsafe fn finish_decode(&self, heads: &Heads, result: &mut Partial<'_, E::F>, outputs: &Outputs<'a>) {
         let width = result.width;
         for (index, rows) in heads.iter().enumerate() {
+            let at = rows.query_index(self.problem);
             for (row, place) in self.decode.rows_of(index, rows).enumerate() {
-                let (head, query) = rows.at(row);
+                let [outer, inner, head] = at(row);
                 let sink = self.sinks.as_ref().map(|sinks| sinks.at(&[head]));
                 let values = &mut result.values[place * width..][..width];
                 let (shift, sum) = (result.shifts[place], result.sums[place]);
                 let lse = normalise(shift, sum, self.terms.unit(), sink, values);
                 // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
                 unsafe {
-                    outputs.out.write_row([rows.batch, query, head], values, E::F::ONE);
+                    outputs.out.write_row([outer, inner, head], values, E::F::ONE);
                     if let Some(to) = &outputs.lse {
-                        to.write([rows.batch, query, head, 0], lse);
+                        to.write([outer, inner, head, 0], lse);
                     }
                 }
             }
@@ -122,15 +122,38 @@ impl<'a, E: Engine> Forward<'a, E> {
             self.taken.mark(Path::DecodeStrided);
         }
         scratch.split.clear();
+        let places = self.problem.key_places(heads[0].batch);
+        let page_size = places.page_size();
+        if page_size.is_some() {
+            self.taken.mark(Path::DecodePages);
+        }
+        let room = std::mem::take(&mut scratch.runs);
         for first in keys.clone().step_by(BLOCK_KEYS) {
             let block = first..keys.end.min(first + BLOCK_KEYS);
+            // Found once for all heads.
+            let run;
+            let runs = match page_size {
+                Some(page_size) => KeyRuns::paged(&places, page_size, &block, room),
+                None => {
+                    run = Run::contiguous(&places, &block);
+                    KeyRuns::one(&run)
+                }
+            };
             for (index, rows) in heads.iter().enumerate() {
-                self.decode_block(index, rows, block.clone(), scratch);
+                self.decode_block(index, rows, block.clone(), runs, scratch);
             }
         }
+        scratch.runs = room;
     }
 
-    fn decode_block(&self, index: usize, rows: &Rows, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
+    fn decode_block(
+        &self,
+        index: usize,
+        rows: &Rows,
+        keys: Range<usize>,
+        runs: KeyRuns<'_>,
+        scratch: &mut Scratch<'_, E::F>,
+    ) {
         let simd = self.engine.plain();
         let (batch, key_head) = (rows.batch, rows.key_head);
         let mut infos = [QueryRow { batch: 0, head: 0, query: 0, begin: 0, end: 0 }; MAX_ROWS];
@@ -143,9 +166,8 @@ impl<'a, E: Engine> Forward<'a, E> {
         let queries = &scratch.stage[index * MAX_ROWS * queries_stride..][..MAX_ROWS * queries_stride];
         let dots = Dots {
             simd,
-            batch,
             key_head,
-            keys: keys.clone(),
+            keys: runs,
             rows: rows.len(),
             queries,
             queries_stride,
@@ -180,9 +202,8 @@ impl<'a, E: Engine> Forward<'a, E> {
         let sums = &split.sums[place];
         let weighted_sums = WeightedSums {
             simd,
-            batch,
             key_head,
-            keys,
+            keys: runs,
             rows: rows.len(),
             weights: scratch.tile,
             factors: scratch.factors,

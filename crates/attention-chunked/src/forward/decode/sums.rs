@@ -1,11 +1,10 @@
 //! Weighted sums of values as they lie, with those that are not finite apart.
 
-use std::ops::Range;
-
 use attention_core::HostView;
 
 use super::layout::STRIDE;
-use super::row::{AHEAD, KeyRow, load_row};
+use super::row::{KeyRow, load_row};
+use super::runs::KeyRuns;
 use crate::float::Float;
 use crate::paths::{Path, Taken};
 use crate::simd::{Kernel, Simd};
@@ -20,9 +19,8 @@ const ROW_GROUP: usize = 4;
 /// other rows keep their bits.
 pub(super) struct WeightedSums<'r, F, S> {
     pub(super) simd: S,
-    pub(super) batch: usize,
     pub(super) key_head: usize,
-    pub(super) keys: Range<usize>,
+    pub(super) keys: KeyRuns<'r>,
     pub(super) rows: usize,
     pub(super) weights: &'r [F],
     pub(super) factors: &'r [F],
@@ -41,49 +39,48 @@ impl<F: Float, S: Simd<F>> ViewKernel for WeightedSums<'_, F, S> {
         assert!(self.rows * STRIDE <= self.weights.len() && self.keys.len() <= STRIDE);
         assert!(self.rows.saturating_mul(width) <= self.values.len());
         assert!(self.rows <= self.factors.len() && self.rows <= self.totals.len());
-        let head = view.index_axis(2, self.key_head).index_axis(0, self.batch);
-        if is_strided(&head) {
-            (0..self.rows).for_each(|row| self.group::<1, true, T>(&head, row));
+        if is_strided(view) {
+            (0..self.rows).for_each(|row| self.group::<1, true, T>(view, row));
             return;
         }
         for row in (0..self.rows).step_by(ROW_GROUP) {
             match (self.rows - row).min(ROW_GROUP) {
-                1 => self.group::<1, false, T>(&head, row),
-                2 => self.group::<2, false, T>(&head, row),
-                3 => self.group::<3, false, T>(&head, row),
-                _ => self.group::<ROW_GROUP, false, T>(&head, row),
+                1 => self.group::<1, false, T>(view, row),
+                2 => self.group::<2, false, T>(view, row),
+                3 => self.group::<3, false, T>(view, row),
+                _ => self.group::<ROW_GROUP, false, T>(view, row),
             }
         }
     }
 }
 
 impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
-    /// `ROWS` rows; `head` has the values of a key in each row.
+    /// `ROWS` rows from `first` on.
     #[inline(always)]
     fn group<const ROWS: usize, const STRIDED: bool, T: Source>(
         &mut self,
-        head: &HostView<'_, T>,
+        view: &HostView<'_, T>,
         first: usize,
     ) {
-        let width = head.shape()[1];
+        let width = view.shape()[3];
         let mut done = 0;
         while !STRIDED && ROWS <= 2 && done + 8 * S::LANES <= width {
-            self.columns::<ROWS, 8, STRIDED, T>(head, first, done);
+            self.columns::<ROWS, 8, STRIDED, T>(view, first, done);
             done += 8 * S::LANES;
         }
         while !STRIDED && done + 4 * S::LANES <= width {
-            self.columns::<ROWS, 4, STRIDED, T>(head, first, done);
+            self.columns::<ROWS, 4, STRIDED, T>(view, first, done);
             done += 4 * S::LANES;
         }
         while done + S::LANES <= width {
-            self.columns::<ROWS, 1, STRIDED, T>(head, first, done);
+            self.columns::<ROWS, 1, STRIDED, T>(view, first, done);
             done += S::LANES;
         }
-        let (keys, weights, taken) = (self.keys.clone(), self.weights, self.taken);
+        let (keys, key_head, weights, taken) = (self.keys, self.key_head, self.weights, self.taken);
         for column in done..width {
             let mut sums = [F::ZERO; ROWS];
-            for (index, key) in keys.clone().enumerate() {
-                let value: F = head.matrix_row(key).at(column).widen();
+            for (index, row) in keys.rows(view, key_head).enumerate() {
+                let value: F = row.at(column).widen();
                 for (row, sum) in sums.iter_mut().enumerate() {
                     *sum += weights[(first + row) * STRIDE + index] * value;
                 }
@@ -92,7 +89,7 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
                 let row = first + row;
                 if !sum.is_finite() && !self.totals[row].is_nan() {
                     taken.mark(Path::DecodeValuesApart);
-                    sum = careful_sum(head, keys.clone(), column, &weights[row * STRIDE..]);
+                    sum = careful_sum(view, key_head, keys, column, &weights[row * STRIDE..]);
                 }
                 let to = &mut self.values[row * width + column];
                 *to = *to * self.factors[row] + sum;
@@ -104,28 +101,33 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
     #[inline(always)]
     fn columns<const ROWS: usize, const VECTORS: usize, const STRIDED: bool, T: Source>(
         &mut self,
-        head: &HostView<'_, T>,
+        view: &HostView<'_, T>,
         first: usize,
         column: usize,
     ) {
         let simd = self.simd;
-        let width = head.shape()[1];
+        let width = view.shape()[3];
         let mut sums = [[simd.splat(F::ZERO); VECTORS]; ROWS];
-        let ahead = head.strides()[0].wrapping_mul(AHEAD as isize);
-        for (index, key) in self.keys.clone().enumerate() {
-            let row = KeyRow::<STRIDED, T>::new(head.matrix_row(key), width);
-            row.prefetch(ahead, column, VECTORS * S::LANES * size_of::<T>());
-            let mut values = [simd.splat(F::ZERO); VECTORS];
-            for (vector, value) in values.iter_mut().enumerate() {
-                // SAFETY: `group`, the only caller, keeps `column + VECTORS * LANES` within the width of a
-                // value, and this is one of those vectors.
-                *value = unsafe { row.load(simd, column + vector * S::LANES) };
-            }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let weight = simd.splat(self.weights[(first + row) * STRIDE + index]);
-                for (sum, &value) in sums.iter_mut().zip(&values) {
-                    *sum = simd.fma(weight, value, *sum);
+        let mut index = 0;
+        for run in self.keys.runs() {
+            let rows = run.rows(view, self.key_head);
+            let ahead = run.ahead(view);
+            for key in 0..run.len() {
+                let row = KeyRow::<STRIDED, T>::new(rows.row(key), width);
+                row.prefetch(ahead, column, VECTORS * S::LANES * size_of::<T>());
+                let mut values = [simd.splat(F::ZERO); VECTORS];
+                for (vector, value) in values.iter_mut().enumerate() {
+                    // SAFETY: `group`, the only caller, keeps `column + VECTORS * LANES` within the width of a
+                    // value, and this is one of those vectors.
+                    *value = unsafe { row.load(simd, column + vector * S::LANES) };
                 }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let weight = simd.splat(self.weights[(first + row) * STRIDE + index]);
+                    for (sum, &value) in sums.iter_mut().zip(&values) {
+                        *sum = simd.fma(weight, value, *sum);
+                    }
+                }
+                index += 1;
             }
         }
         // A copy, so that the sums of the loop stay in registers.
@@ -134,8 +136,9 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
         let rows = first..first + ROWS;
         simd.vectorize(AddSums {
             simd,
-            head,
-            keys: self.keys.clone(),
+            view,
+            key_head: self.key_head,
+            keys: self.keys,
             weights: &self.weights[first * STRIDE..],
             factors: &self.factors[rows.clone()],
             totals: &self.totals[rows],
@@ -151,8 +154,9 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
 /// Adds the sums of some rows to their values. Compiled once for all numbers of rows and columns.
 struct AddSums<'k, 'v, F: Float, S: Simd<F>, T> {
     simd: S,
-    head: &'k HostView<'v, T>,
-    keys: Range<usize>,
+    view: &'k HostView<'v, T>,
+    key_head: usize,
+    keys: KeyRuns<'k>,
     weights: &'k [F],
     /// One for each row, as `totals` has.
     factors: &'k [F],
@@ -171,8 +175,21 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, F, S, T> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { simd, head, keys, weights, factors, totals, taken, sums, vectors, column, values } = self;
-        let width = head.shape()[1];
+        let Self {
+            simd,
+            view,
+            key_head,
+            keys,
+            weights,
+            factors,
+            totals,
+            taken,
+            sums,
+            vectors,
+            column,
+            values,
+        } = self;
+        let width = view.shape()[3];
         let zero = simd.splat(F::ZERO);
         for (row, (sums, (&factor, total))) in
             sums.chunks_exact(vectors).zip(factors.iter().zip(totals)).enumerate()
@@ -182,8 +199,8 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, F, S, T> {
             let to = &mut values[row * width + column..][..vectors * S::LANES];
             if simd.reduce_sum(nothing) != F::ZERO && !total.is_nan() {
                 taken.mark(Path::DecodeValuesApart);
-                let (keys, weights) = (keys.clone(), &weights[row * STRIDE..]);
-                simd.vectorize(CarefulSums { simd, head, keys, column, weights, factor, to });
+                let weights = &weights[row * STRIDE..];
+                simd.vectorize(CarefulSums { simd, view, key_head, keys, column, weights, factor, to });
                 continue;
             }
             for (to, &sum) in to.chunks_exact_mut(S::LANES).zip(sums) {
@@ -206,8 +223,9 @@ fn scale_and_add<F: Float, S: Simd<F>>(simd: S, to: &mut [F], factor: F, sum: S:
 /// is summed as it always is. Rare, so compiled once for all numbers of rows and columns.
 struct CarefulSums<'v, 'r, F, S, T> {
     simd: S,
-    head: &'r HostView<'v, T>,
-    keys: Range<usize>,
+    view: &'r HostView<'v, T>,
+    key_head: usize,
+    keys: KeyRuns<'r>,
     /// The first column, which the values have, as they have those behind it.
     column: usize,
     /// Of the row.
@@ -222,15 +240,15 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for CarefulSums<'_, '_, F, S, T> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { simd, head, keys, column, weights, factor, to } = self;
+        let Self { simd, view, key_head, keys, column, weights, factor, to } = self;
         let zero = simd.splat(F::ZERO);
-        assert!(column + to.len() <= head.shape()[1]);
+        assert!(column + to.len() <= view.shape()[3]);
         for (vector, to) in to.chunks_exact_mut(S::LANES).enumerate() {
             let (mut sum, mut apart) = (zero, zero);
-            for (key, &weight) in keys.clone().zip(weights) {
+            for (row, &weight) in keys.rows(view, key_head).zip(weights) {
                 // SAFETY: the assert above checked that all columns of `to` from `column` on are inside a row
                 // of the values, and this vector is one of them.
-                let value = unsafe { load_row(simd, &head.matrix_row(key), column + vector * S::LANES) };
+                let value = unsafe { load_row(simd, &row, column + vector * S::LANES) };
                 let finite = simd.equal(simd.sub(value, value), zero);
                 sum = simd.fma(simd.splat(weight), simd.select(finite, value, zero), sum);
                 if !weight.is_disallowed() {
@@ -245,14 +263,15 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for CarefulSums<'_, '_, F, S, T> {
 /// The same for one column behind the last whole vector.
 #[inline(never)]
 fn careful_sum<F: Float, T: Source>(
-    head: &HostView<'_, T>,
-    keys: Range<usize>,
+    view: &HostView<'_, T>,
+    key_head: usize,
+    keys: KeyRuns<'_>,
     column: usize,
     weights: &[F],
 ) -> F {
     let (mut sum, mut apart) = (F::ZERO, F::ZERO);
-    for (key, &weight) in keys.zip(weights) {
-        let value: F = head.matrix_row(key).at(column).widen();
+    for (row, &weight) in keys.rows(view, key_head).zip(weights) {
+        let value: F = row.at(column).widen();
         if value.is_finite() {
             sum += weight * value;
         } else {

@@ -69,6 +69,10 @@ fn a_query_row_is_found_where_its_place_is() {
             }
         }
         assert_eq!(std::array::from_fn(|row| call.query_at([0, row])), found, "{queries:?}");
+        for batches in [0..3, 1..3, 0..2, 1..2, 2..2, 3..3] {
+            let with: Vec<_> = batches.clone().filter(|&batch| call.query_len(batch) > 0).collect();
+            assert_eq!(call.sequences_with_queries(batches).collect::<Vec<_>>(), with, "{queries:?}");
+        }
     }
     let dense = Problem::builder(tokens(&[2, 3, 4, 8]), tokens(&[2, 5, 2, 8]), tokens(&[2, 5, 2, 8]));
     let lengths = [1i32, 3];
@@ -76,6 +80,7 @@ fn a_query_row_is_found_where_its_place_is() {
     let problem = dense.data(&data).build().unwrap();
     let call = CallProblem::new(&problem, &data).unwrap();
     let at = |outer: usize| [0, 1, 2].map(|inner| call.query_at([outer, inner]));
+    assert_eq!(call.sequences_with_queries(0..2).collect::<Vec<_>>(), [0, 1]);
     assert_eq!(at(0), [Some((0, 0)), None, None]);
     assert_eq!(at(1), [Some((1, 0)), Some((1, 1)), Some((1, 2))]);
     // Without sequences there may be rows all the same.

@@ -1,0 +1,122 @@
+//! Where the keys of a block are: runs of keys at equal distances, so that kernels read keys and values as they
+//! lie, whatever the layout is.
+
+use std::ops::Range;
+
+use attention_core::{HostView, Row, RowPlaces, RowStretch};
+use bytemuck::{Pod, Zeroable};
+
+use super::row::AHEAD;
+
+/// Keys that are neighbours along the second axis of their tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Run {
+    /// The first two indices of the first key.
+    first: [usize; 2],
+    /// Those of the key that is prefetched while the first is read. The keys behind both are as far apart.
+    ahead: [usize; 2],
+    keys: usize,
+}
+
+/// The keys of a block: one run, or some for each page.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeyRuns<'r> {
+    runs: &'r [Run],
+    keys: usize,
+}
+
+impl Run {
+    /// Of keys of a contiguous sequence.
+    pub(super) fn contiguous(places: &RowPlaces<'_>, keys: &Range<usize>) -> Self {
+        let [outer, inner] = places.of(keys.start);
+        Self { first: [outer, inner], ahead: [outer, inner + AHEAD], keys: keys.len() }
+    }
+
+    /// How many keys there are.
+    #[inline(always)]
+    pub(super) fn len(&self) -> usize {
+        self.keys
+    }
+
+    /// The keys of a head, or their values.
+    #[inline(always)]
+    pub(super) fn rows<'v, T: Copy>(&self, view: &HostView<'v, T>, key_head: usize) -> RowStretch<'v, T> {
+        view.stretch(self.first, self.keys, key_head)
+    }
+
+    /// How many elements behind a row the one is that is prefetched with it.
+    #[inline(always)]
+    pub(super) fn ahead<T: Copy>(&self, view: &HostView<'_, T>) -> isize {
+        let strides = view.strides();
+        let along = |axis: usize| {
+            (self.ahead[axis] as isize).wrapping_sub(self.first[axis] as isize).wrapping_mul(strides[axis])
+        };
+        along(0).wrapping_add(along(1))
+    }
+}
+
+impl<'r> KeyRuns<'r> {
+    /// Of keys that are one run.
+    pub(super) fn one(run: &'r Run) -> Self {
+        Self { runs: std::slice::from_ref(run), keys: run.keys }
+    }
+
+    /// Of keys in pages. `room` has a place for each key and for [`AHEAD`] more, which are prefetched.
+    pub(super) fn paged(
+        places: &RowPlaces<'_>,
+        page_size: usize,
+        keys: &Range<usize>,
+        room: &'r mut [Run],
+    ) -> Self {
+        // Runs of at most AHEAD keys, so that each prefetches the keys of another one: pages are cut into pieces
+        // of one size, and small ones look as many pages ahead.
+        let piece = page_size.div_ceil(page_size.div_ceil(AHEAD));
+        let (mut count, mut inside) = (0, 0);
+        for stretch in places.stretches(keys.start..places.rows().min(keys.end + AHEAD)) {
+            let [outer, mut inner] = stretch.first;
+            let mut rows = stretch.rows;
+            while !rows.is_empty() && rows.start < keys.end + AHEAD {
+                let mut end = rows.end.min(rows.start + piece - inner % piece);
+                if rows.start < keys.end {
+                    end = end.min(keys.end);
+                    inside = count + 1;
+                }
+                let first = [outer, inner];
+                room[count] = Run { first, ahead: first, keys: end - rows.start };
+                count += 1;
+                inner += end - rows.start;
+                rows.start = end;
+            }
+        }
+        let pieces_ahead = AHEAD / piece;
+        for run in 0..inside {
+            room[run].ahead = room[(run + pieces_ahead).min(count - 1)].first;
+        }
+        Self { runs: &room[..inside], keys: keys.len() }
+    }
+
+    /// How many keys there are.
+    pub(super) fn len(&self) -> usize {
+        self.keys
+    }
+
+    /// The runs, in the order of the keys.
+    #[inline(always)]
+    pub(super) fn runs(&self) -> &'r [Run] {
+        self.runs
+    }
+
+    /// The rows of all keys of a head, or of their values. For where time does not matter.
+    pub(super) fn rows<'v, T: Copy>(
+        &self,
+        view: &HostView<'v, T>,
+        key_head: usize,
+    ) -> impl Iterator<Item = Row<'v, T>> + use<'r, 'v, T> {
+        let (view, runs) = (*view, self.runs);
+        runs.iter().flat_map(move |run| {
+            let rows = run.rows(&view, key_head);
+            (0..run.keys).map(move |index| rows.row(index))
+        })
+    }
+}
