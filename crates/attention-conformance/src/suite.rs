@@ -123,9 +123,11 @@ impl Default for Suite {
 }
 
 impl Suite {
-    /// Every case, in every dtype and pass.
+    /// Every case, in every dtype and pass that it has.
     pub fn new() -> Self {
-        Self { filters: Vec::new(), ..Self::with_cases(cases::all()) }
+        let mut cases = cases::all();
+        cases.extend(cases::of_sequences());
+        Self { filters: Vec::new(), ..Self::with_cases(cases) }
     }
 
     /// These cases, in every dtype and pass.
@@ -171,7 +173,7 @@ impl Suite {
     /// Runs everything on a backend, and tells `progress` after each case.
     pub fn run<'a>(&self, subject: impl Into<Subject<'a>>, mut progress: impl FnMut(Progress<'_>)) -> Report {
         let subject = subject.into();
-        let total = self.cases.len() * self.dtypes.len() * self.passes.len();
+        let total = self.runs().count();
         let mut results = Vec::with_capacity(total);
         let about = About::here(subject.device.as_deref(), self.left_out());
         let counting = Counting::start(subject.backends());
@@ -217,9 +219,12 @@ impl Suite {
         filters
     }
 
-    fn runs(&self) -> impl Iterator<Item = (&Case, DType, Pass)> {
+    pub(crate) fn runs(&self) -> impl Iterator<Item = (&Case, DType, Pass)> {
         self.dtypes.iter().flat_map(move |&dtype| {
-            self.passes.iter().flat_map(move |&pass| self.cases.iter().map(move |case| (case, dtype, pass)))
+            self.passes.iter().flat_map(move |&pass| {
+                let cases = self.cases.iter().filter(move |case| case.passes().contains(&pass));
+                cases.map(move |case| (case, dtype, pass))
+            })
         })
     }
 }

@@ -151,12 +151,24 @@ impl HostTensor {
         let mut tensor = Self::filled(desc.dtype(), desc.shape(), layout, Fill::Canary);
         let bits = Fill::Nan.bits(desc.dtype());
         for position in tensor.positions() {
-            match &mut tensor.storage {
-                Storage::F64(data) => data[position] = f64::from_bits(bits),
-                Storage::F32(data) => data[position] = f32::from_bits(bits as u32),
-                Storage::F16(data) => data[position] = f16::from_bits(bits as u16),
-                Storage::Bf16(data) => data[position] = bf16::from_bits(bits as u16),
-                Storage::Bool(_) | Storage::I32(_) | Storage::U32(_) | Storage::I64(_) => {}
+            tensor.store_bits(position, bits);
+        }
+        tensor
+    }
+
+    /// A tensor of another shape: `from` says by row-major indices which element of this one each element has,
+    /// bit for bit, or which number where it has none.
+    pub(crate) fn rearranged(
+        &self,
+        shape: impl Into<Dims>,
+        layout: Layout,
+        mut from: impl FnMut(usize) -> Result<usize, f64>,
+    ) -> Self {
+        let mut tensor = Self::filled(self.desc.dtype(), shape, layout, Fill::Nan);
+        for (index, position) in tensor.positions().enumerate() {
+            match from(index) {
+                Ok(source) => tensor.store_bits(position, self.bits_at(self.position(source))),
+                Err(value) => tensor.store(position, value),
             }
         }
         tensor
@@ -271,6 +283,19 @@ impl HostTensor {
             Storage::I32(data) => data[position] = value as i32,
             Storage::U32(data) => data[position] = value as u32,
             Storage::I64(data) => data[position] = value as i64,
+        }
+    }
+
+    fn store_bits(&mut self, position: usize, bits: u64) {
+        match &mut self.storage {
+            Storage::F64(data) => data[position] = f64::from_bits(bits),
+            Storage::F32(data) => data[position] = f32::from_bits(bits as u32),
+            Storage::F16(data) => data[position] = f16::from_bits(bits as u16),
+            Storage::Bf16(data) => data[position] = bf16::from_bits(bits as u16),
+            Storage::Bool(data) => data[position] = bits != 0,
+            Storage::I32(data) => data[position] = (bits as u32).cast_signed(),
+            Storage::U32(data) => data[position] = bits as u32,
+            Storage::I64(data) => data[position] = bits.cast_signed(),
         }
     }
 

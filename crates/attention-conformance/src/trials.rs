@@ -54,10 +54,9 @@ pub fn trial_where(
 /// listing needs no run.
 pub fn trials(backend: &Arc<dyn AttentionBackend>) -> Vec<Trial> {
     let suite = Suite::new();
-    let cases: Vec<Arc<crate::cases::Case>> = suite.cases().iter().cloned().map(Arc::new).collect();
     let mut trials = Vec::new();
-    for (index, run) in suite.list().into_iter().enumerate() {
-        let case = Arc::clone(&cases[index % cases.len()]);
+    for (run, (case, ..)) in suite.list().into_iter().zip(suite.runs()) {
+        let case = case.clone();
         let name = format!("{}/{run}", backend.name());
         let ignored = crate::run::is_refused(backend.as_ref(), &case, run.dtype, run.pass);
         let backend = Arc::clone(backend);

@@ -112,7 +112,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         }
         for case in suite.cases() {
             let data = case.data(dtype);
-            for pass in [Pass::Forward, Pass::Backward] {
+            for &pass in case.passes() {
                 let problem = case.problem(&data, pass, FeatureSet::all())?;
                 if let Err(refusal) = offline.serves(&problem) {
                     skipped += 1;

@@ -1,9 +1,9 @@
 //! What a case is.
 
-use attention_core::Dimensions;
+use attention_core::{Dimensions, Pass};
 use serde::{Deserialize, Serialize};
 
-use super::{Content, Layouts, Options};
+use super::{Content, Layouts, Options, Sequences};
 
 /// Where a backward call takes the forward's output and logsumexp from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +33,10 @@ pub struct Case {
     pub layouts: Layouts,
     /// What the tensors hold.
     pub content: Content,
+    /// How sequences are packed or lie in pages; `None` where they are batch rows. Sizes and lengths are those of the
+    /// padded call that means the same.
+    #[serde(default)]
+    pub sequences: Option<Sequences>,
     /// What a backward call starts from.
     pub saved: Saved,
     /// Whether the results are also compared, bit by bit, with those of calls that must give the same ones:
@@ -52,9 +56,18 @@ impl Case {
             options: Options::default(),
             layouts: Layouts::default(),
             content: Content::new(seed),
+            sequences: None,
             saved: Saved::Oracle,
             variations: false,
         }
+    }
+}
+
+impl Case {
+    /// The passes that calls of this case have: keys in pages have no gradients.
+    pub fn passes(&self) -> &'static [Pass] {
+        let both = self.sequences.as_ref().is_none_or(Sequences::have_gradients);
+        if both { &[Pass::Forward, Pass::Backward] } else { &[Pass::Forward] }
     }
 }
 

@@ -14,6 +14,11 @@ impl Case {
     /// # Panics
     /// For a dtype that operands cannot have, and for a case that is no valid call; generated ones are.
     pub fn data(&self, dtype: DType) -> CaseData {
+        self.laid_out(&self.padded_data(dtype)).into_owned()
+    }
+
+    /// As [`data`](Self::data), of the padded call where sequences are packed or in pages.
+    pub(crate) fn padded_data(&self, dtype: DType) -> CaseData {
         let (d, options, seed) = (&self.dims, &self.options, self.content.seed);
         let normal = |role: Role, dtype: DType, shape: &[usize], factor: f64| {
             let mut rng = Rng::named(seed, role.name());
@@ -114,6 +119,7 @@ impl Case {
         if self.content.garbage {
             self.add_garbage(&mut data, &[f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 6e4]);
         }
+        self.share(&mut data);
         data
     }
 
@@ -177,7 +183,7 @@ impl Case {
     pub(crate) fn add_garbage(&self, data: &mut CaseData, garbage: &[f64]) {
         let problem = self.problem(data, Pass::Forward, FeatureSet::EMPTY).expect("cases are valid");
         let structure = Structure::read(&problem, &data.inputs());
-        let dead = structure.dead();
+        let dead = self.dead(&structure, data);
         let d = &self.dims;
         let mut rng = Rng::named(self.content.seed, "garbage");
         let mut spoil = |role: Role, tensor: &mut HostTensor, is_dead: &dyn Fn(&[usize]) -> bool| {

@@ -28,22 +28,20 @@ pub struct Numbers {
     pub dropout_seed: Option<HostTensor>,
     /// `[1]`.
     pub dropout_offset: Option<HostTensor>,
+    /// `[B + 1]`, of packed queries.
+    pub query_starts: Option<HostTensor>,
+    /// `[B + 1]`, of packed keys.
+    pub key_value_starts: Option<HostTensor>,
+    /// `[B, most]`, of keys in pages.
+    pub block_table: Option<HostTensor>,
 }
 
 impl Numbers {
-    /// Those of a case. The dtype of each tensor is drawn by the case's seed, among those that can hold its
-    /// numbers.
+    /// Those of a case, of the padded call where its sequences are packed or in pages. The dtype of each tensor is
+    /// drawn by the case's seed, among those that can hold its numbers.
     pub fn of(case: &Case) -> Self {
         let options = &case.options;
-        let tensor = |role: Role, numbers: &[i64]| {
-            let mut rng = Rng::named(case.content.seed, role.name());
-            let dtypes: Vec<DType> = DType::INTEGERS
-                .into_iter()
-                .filter(|&dtype| numbers.iter().all(|&x| holds(dtype, x)))
-                .collect();
-            let (dtype, layout) = (rng.pick(&dtypes), case.layouts.of(role));
-            HostTensor::from_integers(dtype, [numbers.len()], layout, |index| numbers[index])
-        };
+        let tensor = |role: Role, numbers: &[i64]| tensor(case, role, numbers);
         let lengths = |role: Role, lengths: &Option<Vec<usize>>| {
             let lengths = lengths.as_ref()?;
             let lengths: Vec<i64> = lengths.iter().map(|&length| length as i64).collect();
@@ -63,7 +61,15 @@ impl Numbers {
             }),
             dropout_seed: in_tensors.map(|dropout| tensor(Role::DropoutSeed, &[dropout.seed.cast_signed()])),
             dropout_offset: in_tensors.map(|dropout| tensor(Role::DropoutOffset, &[dropout.offset.into()])),
+            query_starts: None,
+            key_value_starts: None,
+            block_table: None,
         }
+    }
+
+    /// Whether keys are packed or in pages.
+    pub(crate) fn places_keys(&self) -> bool {
+        self.key_value_starts.is_some() || self.block_table.is_some()
     }
 
     /// The same for a case that differs in its lengths or layouts: tensors keep their dtypes, where they are
@@ -99,29 +105,50 @@ impl Numbers {
             dropout: self.dropout,
             dropout_seed: view(&self.dropout_seed),
             dropout_offset: view(&self.dropout_offset),
-            ..CallData::default()
+            query_starts: view(&self.query_starts),
+            key_value_starts: view(&self.key_value_starts),
+            block_table: view(&self.block_table),
         }
     }
 
-    pub(crate) fn tensors(&self) -> [(Role, Option<&HostTensor>); 5] {
+    pub(crate) fn tensors(&self) -> [(Role, Option<&HostTensor>); 8] {
         [
             (Role::QueryLengths, self.query_lengths.as_ref()),
             (Role::KeyValueLengths, self.key_value_lengths.as_ref()),
             (Role::QueryOffsets, self.query_offsets.as_ref()),
             (Role::DropoutSeed, self.dropout_seed.as_ref()),
             (Role::DropoutOffset, self.dropout_offset.as_ref()),
+            (Role::QueryStarts, self.query_starts.as_ref()),
+            (Role::KeyValueStarts, self.key_value_starts.as_ref()),
+            (Role::BlockTable, self.block_table.as_ref()),
         ]
     }
 
-    fn tensors_mut(&mut self) -> [(Role, Option<&mut HostTensor>); 5] {
+    fn tensors_mut(&mut self) -> [(Role, Option<&mut HostTensor>); 8] {
         [
             (Role::QueryLengths, self.query_lengths.as_mut()),
             (Role::KeyValueLengths, self.key_value_lengths.as_mut()),
             (Role::QueryOffsets, self.query_offsets.as_mut()),
             (Role::DropoutSeed, self.dropout_seed.as_mut()),
             (Role::DropoutOffset, self.dropout_offset.as_mut()),
+            (Role::QueryStarts, self.query_starts.as_mut()),
+            (Role::KeyValueStarts, self.key_value_starts.as_mut()),
+            (Role::BlockTable, self.block_table.as_mut()),
         ]
     }
+}
+
+/// A list of integers of a case, in a dtype that has them all.
+pub(super) fn tensor(case: &Case, role: Role, numbers: &[i64]) -> HostTensor {
+    let (dtype, layout) = (dtype_for(case, role, numbers), case.layouts.of(role));
+    HostTensor::from_integers(dtype, [numbers.len()], layout, |index| numbers[index])
+}
+
+/// A dtype that has all of these numbers.
+pub(super) fn dtype_for(case: &Case, role: Role, numbers: &[i64]) -> DType {
+    let dtypes: Vec<DType> =
+        DType::INTEGERS.into_iter().filter(|&dtype| numbers.iter().all(|&x| holds(dtype, x))).collect();
+    Rng::named(case.content.seed, role.name()).pick(&dtypes)
 }
 
 /// Whether an integer dtype has this number.

@@ -15,7 +15,10 @@ impl Case {
     /// Where the case is no valid call. Generated cases always are.
     pub fn problem(&self, data: &CaseData, pass: Pass, declared: FeatureSet) -> Result<Problem, InvalidCall> {
         let options = &self.options;
-        let mut builder = self.with_options(data.inputs().problem());
+        let mut builder = self.with_options(data.inputs().problem()).longest(
+            data.numbers.query_starts.as_ref().map(|_| self.dims.query_length),
+            data.numbers.places_keys().then_some(self.dims.key_length),
+        );
         let roles: &[Role] = match pass {
             Pass::Forward => {
                 builder = builder.lse(options.lse.holds(declared, Feature::Lse));

@@ -3,7 +3,8 @@
 use attention_core::{DType, Dimensions, Dropout, Gradients, QueryOffset, Role, Window};
 
 use super::{
-    AlibiShape, BiasContent, Broadcast, Case, Layout, Layouts, MaskContent, Saved, Values, Wanted, dims,
+    AlibiShape, BiasContent, Broadcast, Case, KeyRows, Layout, Layouts, MaskContent, Saved, Sequences,
+    Values, Wanted, dims,
 };
 use crate::rng::Rng;
 
@@ -58,6 +59,54 @@ pub(crate) fn numbers_in_tensors(case: &mut Case, rng: &mut Rng) {
         [Layout::Contiguous, Layout::Contiguous, Layout::InnerStride, Layout::Reversed { axis: 0 }];
     for role in Role::DATA {
         case.layouts = case.layouts.clone().with(role, rng.pick(&LAYOUTS));
+    }
+}
+
+/// Packs the batch rows of a case, or puts their keys into pages.
+pub(crate) fn sequences(case: &mut Case, rng: &mut Rng) {
+    let d = case.dims;
+    let lengths = |given: &mut Option<Vec<usize>>, full: usize, rng: &mut Rng| {
+        let length = |rng: &mut Rng| match rng.below(6) {
+            0 => 0,
+            1 => full,
+            _ => rng.below(full + 1),
+        };
+        if given.is_none() || rng.chance(0.5) {
+            *given = Some((0..d.batch).map(|_| length(rng)).collect());
+        }
+    };
+    let tail = |rng: &mut Rng| rng.pick(&[0, 0, 1, 5, 40]);
+    let kind = rng.below(8);
+    let query_tail = (kind < 6).then(|| tail(rng));
+    if query_tail.is_some() || rng.chance(0.5) {
+        lengths(&mut case.options.query_lengths, d.query_length, rng);
+    }
+    lengths(&mut case.options.key_value_lengths, d.key_length, rng);
+    let keys = match kind {
+        0..=3 => {
+            let unused = rng.chance(0.4).then(|| {
+                let used = case.options.key_value_lengths.iter().flatten();
+                used.map(|&used| rng.below(d.key_length - used + 1)).collect()
+            });
+            KeyRows::Packed { tail: tail(rng), unused }
+        }
+        4 => KeyRows::Dense,
+        _ => KeyRows::Paged {
+            page_size: rng.pick(&[1, 2, 3, 8, 13, 16, 64]),
+            spare: rng.below(4),
+            shared: if rng.chance(0.3) { 1 + rng.below(3) } else { 0 },
+            in_order: rng.chance(0.3),
+        },
+    };
+    case.sequences = Some(Sequences { query_tail, keys });
+    const LAYOUTS: [Layout; 4] =
+        [Layout::Contiguous, Layout::Contiguous, Layout::InnerStride, Layout::Reversed { axis: 0 }];
+    for role in Role::SEQUENCES {
+        case.layouts = case.layouts.clone().with(role, rng.pick(&LAYOUTS));
+    }
+    // Of the part of a row's keys that a call has.
+    if case.saved == Saved::MoreKeys {
+        case.saved = Saved::Oracle;
     }
 }
 

@@ -7,7 +7,7 @@ use attention_core::{DType, Dimensions, Dropout, Gradients, QueryOffset, Role, W
 use super::magnitudes::Magnitudes;
 use crate::cases::{
     AlibiShape, BiasContent, Broadcast, Case, CaseData, Layout, Layouts, MaskContent, Saved, Wanted, dims,
-    numbers_in_tensors,
+    numbers_in_tensors, random_sequences,
 };
 use crate::rng::Rng;
 
@@ -29,6 +29,8 @@ pub struct FuzzCase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Simplification {
+    AsBatchRows,
+    RowsInOrder,
     ContiguousLayouts,
     OrdinaryMagnitudes,
     NumbersAsValues,
@@ -55,7 +57,9 @@ pub enum Simplification {
 
 impl Simplification {
     /// Every one, in the order in which they are tried.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 24] = [
+        Self::AsBatchRows,
+        Self::RowsInOrder,
         Self::ContiguousLayouts,
         Self::OrdinaryMagnitudes,
         Self::NumbersAsValues,
@@ -81,6 +85,11 @@ impl Simplification {
     ];
 }
 
+/// Whether the sequences of a seed's case are packed or in pages: a fifth are.
+pub(super) fn is_of_sequences(seed: u64) -> bool {
+    matches!(seed % 10, 4 | 5)
+}
+
 impl FuzzCase {
     /// The case of a seed: the same on every machine and in every build.
     pub fn from_seed(seed: u64) -> Self {
@@ -99,6 +108,9 @@ impl FuzzCase {
         let magnitudes = Magnitudes::draw(&mut rng, &mut case, dtype);
         if seed % 4 == 2 {
             numbers_in_tensors(&mut case, &mut Rng::named(seed, "numbers in tensors"));
+        }
+        if is_of_sequences(seed) {
+            random_sequences(&mut case, &mut Rng::named(seed, "sequences"));
         }
         Self { seed, dtype, case, magnitudes, simplifications: Vec::new() }
     }
@@ -127,10 +139,11 @@ impl FuzzCase {
         &self.simplifications
     }
 
-    /// The tensors that the call reads.
+    /// The tensors that the call reads, of the padded call where sequences are packed or in pages.
     pub(super) fn data(&self) -> CaseData {
-        let mut data = self.case.data(self.dtype);
+        let mut data = self.case.padded_data(self.dtype);
         self.magnitudes.apply(&self.case, &mut data);
+        self.case.share(&mut data);
         data
     }
 
@@ -140,6 +153,12 @@ impl FuzzCase {
         let before = (self.case.clone(), self.magnitudes.clone());
         let (d, options) = (&mut self.case.dims, &mut self.case.options);
         match simplification {
+            S::AsBatchRows => self.case.sequences = None,
+            S::RowsInOrder => {
+                if let Some(sequences) = &mut self.case.sequences {
+                    sequences.put_in_order();
+                }
+            }
             S::ContiguousLayouts => self.case.layouts = Layouts::default(),
             S::OrdinaryMagnitudes => self.magnitudes = Magnitudes::ordinary(),
             S::NumbersAsValues => {
@@ -207,6 +226,7 @@ impl fmt::Display for FuzzCase {
         let place = if o.dropout_tensors { " from tensors" } else { "" };
         named("dropout", o.dropout.map(|dropout| format!("{}{place}", dropout.rate)))?;
         named("d_lse", o.d_lse.then(|| "true".to_owned()))?;
+        named("sequences", self.case.sequences.as_ref().map(|sequences| format!("{sequences:?}")))?;
         named("layouts", (self.case.layouts != Layouts::default()).then(|| "strided".to_owned()))?;
         write!(f, "{}", self.magnitudes)
     }
@@ -226,6 +246,10 @@ fn fit(case: &mut Case) {
     }
     if let Some(offsets) = &mut case.options.query_offsets {
         offsets.truncate(d.batch);
+    }
+    let used = case.lengths(Role::Key);
+    if let Some(sequences) = &mut case.sequences {
+        sequences.fit(&used, d.key_length);
     }
     // The slices of a fused buffer are made for other numbers of heads.
     let fused = Role::ALL.iter().any(|&role| matches!(case.layouts.of(role), Layout::FusedSlice { .. }));

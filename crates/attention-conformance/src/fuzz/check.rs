@@ -10,7 +10,7 @@ use super::magnitudes::largest;
 use crate::cases::{CaseData, Saved, Wanted};
 use crate::oracle::{Dense, Oracle};
 use crate::rng::Rng;
-use crate::run::{self, Base, Invocation, Results, SavedTensors, Stop, fraction_of_bound};
+use crate::run::{self, Base, Laid, Results, SavedTensors, Stop, fraction_of_bound};
 use crate::suite::Subject;
 use crate::tensor::{HostTensor, unravel};
 use crate::tolerance::{Precision, constants, unit_roundoff};
@@ -47,7 +47,7 @@ impl<'a> Prepared<'a> {
 
     /// Runs both passes on a backend.
     pub(super) fn check(&self, subject: &Subject<'_>, counts: &mut Counts) -> Result<(), Failure> {
-        for pass in [Pass::Forward, Pass::Backward] {
+        for &pass in self.fuzz.case.passes() {
             let outcome = match pass {
                 Pass::Forward => self.forward(subject, counts),
                 Pass::Backward => self.backward(subject, counts),
@@ -72,7 +72,7 @@ impl<'a> Prepared<'a> {
             case.options.lse = Wanted::Always;
         }
         let problem = case
-            .problem(&self.data, pass, declared)
+            .problem(&case.laid_out(&self.data), pass, declared)
             .map_err(|error| Stop::failed(format!("the fuzzer drew an invalid call: {error}")))?;
         run::usable(backend)?;
         backend.supports(&problem).map_err(|refusal| Stop::Skipped(refusal.to_string()))?;
@@ -86,7 +86,8 @@ impl<'a> Prepared<'a> {
 
     fn forward(&self, subject: &Subject<'_>, counts: &mut Counts) -> Result<(), Stop> {
         let problem = self.problem(subject.backend, Pass::Forward, false)?;
-        let invocation = self.invocation(&problem, None);
+        let laid = Laid::new(&self.fuzz.case, &self.data, None);
+        let invocation = laid.invocation(&problem, &self.fuzz.case.layouts);
         let plan = &*invocation.plan(subject.backend)?;
         let results = invocation.run_on(plan)?;
         self.compare_forward(&self.precision(subject.backend), &results, counts)?;
@@ -99,11 +100,13 @@ impl<'a> Prepared<'a> {
         let own = self.fuzz.case.saved == Saved::Backend;
         let saved = if own {
             let forward = self.problem(subject.backend, Pass::Forward, true)?;
-            SavedTensors::of_results(self.invocation(&forward, None).run(subject.backend)?)
+            let laid = Laid::new(&self.fuzz.case, &self.data, None);
+            SavedTensors::of_results(laid.invocation(&forward, layouts).run(subject.backend)?)
         } else {
             SavedTensors::of_oracle(&self.oracle, &problem, layouts)
         };
-        let invocation = self.invocation(&problem, Some(&saved));
+        let laid = Laid::new(&self.fuzz.case, &self.data, Some(&saved));
+        let invocation = laid.invocation(&problem, layouts);
         let plan = &*invocation.plan(subject.backend)?;
         let results = invocation.run_on(plan)?;
         if !self.overflows && !saved.overflow(&self.oracle) {
@@ -129,15 +132,6 @@ impl<'a> Prepared<'a> {
             }
         }
         self.variations(subject, plan, Some(&saved), &results, counts)
-    }
-
-    fn invocation<'b>(&'b self, problem: &'b Problem, saved: Option<&'b SavedTensors>) -> Invocation<'b> {
-        Invocation {
-            problem,
-            inputs: self.data.inputs(),
-            saved: saved.map(|saved| saved.inputs(&self.data)),
-            layouts: Some(&self.fuzz.case.layouts),
-        }
     }
 
     fn variations(

@@ -10,8 +10,8 @@ fn seeds_are_cases() {
         let case = FuzzCase::from_seed(seed);
         assert_eq!(case.to_string(), FuzzCase::from_seed(seed).to_string());
         let data = case.data();
-        for pass in [Pass::Forward, Pass::Backward] {
-            let problem = case.case.problem(&data, pass, FeatureSet::all());
+        for &pass in case.case.passes() {
+            let problem = case.case.problem(&case.case.laid_out(&data), pass, FeatureSet::all());
             problem.unwrap_or_else(|error| panic!("{case}: {error}"));
         }
     }
@@ -66,8 +66,8 @@ fn every_simplification_leaves_a_valid_case() {
         for simplification in Simplification::ALL.into_iter().chain(Simplification::ALL) {
             case.simplify(simplification);
             let data = case.data();
-            for pass in [Pass::Forward, Pass::Backward] {
-                let problem = case.case.problem(&data, pass, FeatureSet::all());
+            for &pass in case.case.passes() {
+                let problem = case.case.problem(&case.case.laid_out(&data), pass, FeatureSet::all());
                 problem.unwrap_or_else(|error| panic!("{case} {simplification:?}: {error}"));
             }
         }

@@ -3,7 +3,7 @@
 use attention_core::{Pass, Role};
 
 use super::case::layouts;
-use crate::cases::{Case, Layouts};
+use crate::cases::{Case, Layouts, Sequences};
 use crate::rng::Rng;
 use crate::run::{Base, Stop, invariance, other_numbers};
 use crate::tensor::unravel;
@@ -13,22 +13,28 @@ impl Base<'_> {
     /// say which keys a row reads: one that became -inf looks like one that takes no part.
     pub(super) fn check_some(&self, rng: &mut Rng, overflows: bool) -> Result<usize, Stop> {
         let mut compared = 0;
+        let laid = self.laid();
+        let call = laid.invocation(self.problem, &self.case.layouts);
         if !self.subject.same.is_empty() {
             let (label, other) = &self.subject.same[rng.below(self.subject.same.len())];
-            let again = self.invocation().run(*other)?;
+            let again = call.run(*other)?;
             self.same(&again, &format!("with {label}"))?;
             compared += 1;
         }
         if rng.chance(0.2) {
-            let again = self.invocation().run_on(self.plan)?;
+            let again = call.run_on(self.plan)?;
             self.same(&again, "once more")?;
-            let again = self.invocation().run(self.subject.backend)?;
+            let again = call.run(self.subject.backend)?;
             self.same(&again, "planned again")?;
             compared += 2;
         }
         if rng.chance(0.5) {
-            invariance::batch_rows_alone(self.subject.backend, self.case, &self.invocation(), self.results)?;
-            compared += self.case.dims.batch;
+            compared += if self.case.sequences.is_some() {
+                self.sequences_alone()?
+            } else {
+                invariance::batch_rows_alone(self.subject.backend, self.case, &call, self.results)?;
+                self.case.dims.batch
+            };
         }
         if rng.chance(0.5) {
             self.padded_somehow(rng)?;
@@ -47,11 +53,23 @@ impl Base<'_> {
             compared += 1;
         }
         if rng.chance(0.3) {
-            let (numbers, call) = (&self.data.numbers, self.invocation());
+            let numbers = &laid.data.numbers;
             compared +=
                 other_numbers::first(self.subject, numbers, self.plan, &call, self.results, None, rng)?;
         }
+        if let Some(own) = self.case.sequences.as_ref().filter(|_| rng.chance(0.5)) {
+            let sequences = rng.pick(&own.others(self.case, self.problem.pass() == Pass::Backward));
+            let how = format!("with its sequences as {sequences:?}");
+            let case = Case { sequences, layouts: Layouts::default(), ..self.case.clone() };
+            self.remade(&case, rng, &how)?;
+            compared += 1;
+        }
         Ok(compared)
+    }
+
+    /// Whether what one sequence reads, others read too.
+    fn shares_keys(&self) -> bool {
+        self.case.sequences.as_ref().is_some_and(Sequences::share_keys)
     }
 
     /// More rows and keys behind the lengths, which hold garbage.
@@ -78,6 +96,7 @@ impl Base<'_> {
     fn with_some_garbage(&self, rng: &mut Rng) -> Result<(), Stop> {
         let (d, mut data) = (self.case.dims, self.data.clone());
         self.case.add_garbage(&mut data, &[f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 6e4]);
+        data.garbage = true;
         // A bias of -inf masks as a mask does, so keys that it takes from every row are nobody's either.
         let mut unseen = vec![true; d.batch * d.key_length * d.key_heads];
         self.oracle.for_each_row(|[b, _, n], row| {
@@ -85,7 +104,7 @@ impl Base<'_> {
                 unseen[(b * d.key_length + entry.key) * d.key_heads + n / d.group_size()] = false;
             }
         });
-        if !self.case.layouts.of(Role::Key).is_broadcast() {
+        if !self.case.layouts.of(Role::Key).is_broadcast() && !self.shares_keys() {
             for (key, _) in unseen.iter().enumerate().filter(|(_, unseen)| **unseen) {
                 let garbage = rng.pick(&[f64::NAN, f64::INFINITY]);
                 data.key.set(key * d.head_dim + rng.below(d.head_dim), garbage);
@@ -100,6 +119,9 @@ impl Base<'_> {
         let backward = self.problem.pass() == Pass::Backward;
         let role =
             rng.pick(&[Role::Query, Role::Key, Role::Value, if backward { Role::DOut } else { Role::Value }]);
+        if self.shares_keys() {
+            return Ok(());
+        }
         let tensor = data.operand_mut(role);
         if tensor.desc().is_empty() || self.case.layouts.of(role).is_broadcast() {
             return Ok(());

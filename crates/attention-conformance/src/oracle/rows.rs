@@ -4,6 +4,7 @@ use attention_core::{CallProblem, Dropout, Inputs, Problem};
 
 use super::dense::integers;
 use super::exact::{Accumulator, Grid};
+use super::padding::PaddedInputs;
 use super::philox::{keep, keep_factor};
 use super::structure::{Structure, full_rank, in_precision_of_logits};
 use super::{Dense, Entry, Oracle, Row};
@@ -14,6 +15,13 @@ impl Oracle {
     /// # Panics
     /// Where the inputs are not those of the problem, or not in host memory.
     pub fn new(problem: &Problem, inputs: &Inputs<'_>) -> Self {
+        match PaddedInputs::new(problem, inputs) {
+            Some(padded) => Self::of_dense(&padded.problem, &padded.inputs(inputs)),
+            None => Self::of_dense(problem, inputs),
+        }
+    }
+
+    fn of_dense(problem: &Problem, inputs: &Inputs<'_>) -> Self {
         let call = CallProblem::new(problem, &inputs.data).expect("the inputs of the problem");
         let (scale, softcap, dropout) = (call.scale(), call.softcap(), dropout(inputs));
         let d = problem.dims();

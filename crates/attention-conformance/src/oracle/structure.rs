@@ -1,6 +1,6 @@
 //! Which keys a row may attend to: lengths, mask, causal masking, window, and a bias of -inf.
 
-use attention_core::{CallData, DType, Dimensions, Inputs, Problem, QueryOffset, View, Window};
+use attention_core::{CallData, DType, Dimensions, Inputs, Problem, QueryOffset, RowLayout, View, Window};
 
 use super::Dense;
 use super::dense::integers;
@@ -31,8 +31,13 @@ impl Structure {
     /// Reads what a problem and the inputs of a call say.
     ///
     /// # Panics
-    /// Where the inputs are not those of the problem, or not in host memory.
+    /// Where the inputs are not those of the problem, or not in host memory, and where sequences are packed or in
+    /// pages: [`Oracle`](super::Oracle) reads the padded call in their place.
     pub fn read(problem: &Problem, inputs: &Inputs<'_>) -> Self {
+        assert!(
+            problem.query_layout() == RowLayout::Dense && problem.key_layout() == RowLayout::Dense,
+            "the structure of a packed or paged call is that of the padded one"
+        );
         let dims = problem.dims();
         let list = |lengths: Option<View<'_>>, full: usize| match lengths {
             None => vec![full; dims.batch],
@@ -121,6 +126,27 @@ impl Dead {
     /// Whether the query row has nothing to attend to.
     pub fn query(&self, b: usize, t: usize, n: usize) -> bool {
         self.queries[(b * self.dims.query_length + t) * self.dims.query_heads + n]
+    }
+
+    /// Makes keys that are one and the same place alive together: `place` says which place a key is.
+    pub(crate) fn share(&mut self, place: impl Fn(usize, usize) -> Option<usize>) {
+        let d = self.dims;
+        let mut alive = std::collections::BTreeSet::new();
+        for revive in [false, true] {
+            for b in 0..d.batch {
+                for j in 0..d.key_length {
+                    let Some(place) = place(b, j) else { continue };
+                    for k in 0..d.key_heads {
+                        let key = &mut self.keys[(b * d.key_length + j) * d.key_heads + k];
+                        if revive {
+                            *key &= !alive.contains(&(place, k));
+                        } else if !*key {
+                            alive.insert((place, k));
+                        }
+                    }
+                }
+            }
+        }
     }
 
     /// Whether no query attends to the key.

@@ -3,17 +3,18 @@
 //! Which changes are made is said by the suite ([`variations`](super::variations)), in full, and by the fuzzer
 //! (`fuzz::variations`), at random.
 
-use attention_core::{BackwardInputs, FeatureSet, Inputs, Plan, Problem, Role};
+use attention_core::{FeatureSet, InvalidCall, Plan, Problem, Role};
 
-use super::call::Invocation;
-use super::{Results, SavedTensors, Stop};
-use crate::cases::{Broadcast, Case, CaseData, Layout};
+use super::alone::is_summed;
+use super::{Laid, Results, SavedTensors, Stop};
+use crate::cases::{Broadcast, Case, CaseData, Layout, Sequences};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
 use crate::suite::Subject;
 use crate::tensor::{HostTensor, unravel};
 
-/// A call that was made, with what it was made from.
+/// A call that was made, with what it was made from: data, saved tensors and results are of the padded call where
+/// sequences are packed or in pages.
 pub(crate) struct Base<'a> {
     pub(crate) subject: &'a Subject<'a>,
     pub(crate) case: &'a Case,
@@ -36,6 +37,9 @@ impl Base<'_> {
         options.key_value_lengths.get_or_insert_with(|| vec![d.key_length; d.batch]);
         case.dims.query_length += queries;
         case.dims.key_length += keys;
+        if let Some(sequences) = &mut case.sequences {
+            sequences.add_rows_of_no_sequence(queries, keys);
+        }
         case
     }
 
@@ -63,28 +67,27 @@ impl Base<'_> {
             numbers: data.numbers.remade(case),
             d_out: make(Role::DOut, &data.d_out, &results_shape),
             d_lse: data.d_lse.as_ref().map(|d_lse| make(Role::DLse, d_lse, &results_shape[..3])),
-            garbage: false,
+            garbage: case.sequences.is_some(),
         };
         let saved = self.saved.map(|saved| SavedTensors {
             out: make(Role::Out, &saved.out, &results_shape),
             lse: make(Role::Lse, &saved.lse, &results_shape[..3]),
         });
-        let pass = self.problem.pass();
-        let declared = self.subject.backend.capabilities().pass(pass);
-        let declared = declared.map_or(FeatureSet::EMPTY, |declared| declared.features);
-        let problem = case
-            .problem(&data, pass, declared)
+        let laid = Laid::new(case, &data, saved.as_ref());
+        let problem = self
+            .problem_of(case, &laid.data)
             .map_err(|error| Stop::failed(format!("the call is invalid {how}: {error}")))?;
         if self.subject.backend.supports(&problem).is_err() {
             return Ok(());
         }
-        let saved = saved.as_ref().map(|saved| saved.inputs(&data));
-        let call =
-            Invocation { problem: &problem, inputs: data.inputs(), saved, layouts: Some(&case.layouts) };
-        let again = call.run(self.subject.backend)?;
+        let again = laid.invocation(&problem, &case.layouts).run(self.subject.backend)?;
+        // Another layout of sequences may add what is summed over them in another order.
+        let kind = |case: &Case| case.sequences.as_ref().map(Sequences::kind);
+        let other_kind = kind(case) != kind(self.case);
         // The gradient of a bias that was expanded is another one.
         let expanded = case.options.bias != self.case.options.bias;
-        self.same_where(&again, how, |role| !(expanded && role == Role::DBias), |_, _| true)
+        let compared = |role: Role| !(expanded && role == Role::DBias || other_kind && is_summed(self, role));
+        self.same_where(&again, how, compared, |_, _| true)
     }
 
     /// The call on `data`, which differs where no result may depend on the memory, with this number in padded rows of what the
@@ -94,8 +97,7 @@ impl Base<'_> {
         if let Some(tensors) = &mut tensors {
             tensors.add_garbage(self.oracle, garbage);
         }
-        let tensors = tensors.as_ref().map(|tensors| tensors.inputs(data));
-        let again = self.run_on(data.inputs(), tensors)?;
+        let again = self.run_on(data, tensors.as_ref())?;
         self.same(&again, how)
     }
 
@@ -146,24 +148,25 @@ impl Base<'_> {
             }
             _ => heads[at[0]],
         };
-        let saved = self.saved.map(|saved| saved.inputs(data));
-        let again = self.run_on(data.inputs(), saved)?;
+        let again = self.run_on(data, self.saved)?;
         self.same_where(&again, how, |_| true, |role, at| !depends(role, at))
     }
 
-    /// The call itself.
-    pub(crate) fn invocation(&self) -> Invocation<'_> {
-        Invocation {
-            problem: self.problem,
-            inputs: self.data.inputs(),
-            saved: self.saved.map(|saved| saved.inputs(self.data)),
-            layouts: Some(&self.case.layouts),
-        }
+    /// The tensors of the call itself.
+    pub(crate) fn laid(&self) -> Laid<'_> {
+        Laid::new(self.case, self.data, self.saved)
+    }
+
+    /// The problem of a case that differs in what must not change bits.
+    pub(super) fn problem_of(&self, case: &Case, laid: &CaseData) -> Result<Problem, InvalidCall> {
+        let pass = self.problem.pass();
+        let declared = self.subject.backend.capabilities().pass(pass);
+        case.problem(laid, pass, declared.map_or(FeatureSet::EMPTY, |declared| declared.features))
     }
 
     /// A call of the plan on other data.
-    fn run_on(&self, inputs: Inputs<'_>, saved: Option<BackwardInputs<'_>>) -> Result<Results, Stop> {
-        Invocation { inputs, saved, ..self.invocation() }.run_on(self.plan)
+    fn run_on(&self, data: &CaseData, saved: Option<&SavedTensors>) -> Result<Results, Stop> {
+        Laid::new(self.case, data, saved).invocation(self.problem, &self.case.layouts).run_on(self.plan)
     }
 
     /// Compares another call's outputs, which may be larger: what is behind the end of this call's must be what padding

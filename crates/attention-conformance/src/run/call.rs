@@ -10,6 +10,7 @@ use attention_core::{
 
 use super::{Results, Stop};
 use crate::cases::Layouts;
+use crate::oracle::Padding;
 
 /// What lies behind the scratch memory.
 const GUARD: u8 = 0xA7;
@@ -54,7 +55,8 @@ impl Invocation<'_> {
     }
 
     /// Makes one call of a plan of this problem, with exactly the scratch memory that it asks for, and checks
-    /// what it wrote to: outputs and scratch, and nothing else.
+    /// what it wrote to: outputs and scratch, and nothing else. The results are those of the padded call where
+    /// sequences are packed or in pages.
     pub(crate) fn run_on(&self, plan: &dyn Plan) -> Result<Results, Stop> {
         let bytes = catch(|| plan.scratch_bytes())?;
         let mut results = Results::poisoned(self.problem, self.layouts);
@@ -68,7 +70,7 @@ impl Invocation<'_> {
         if let Some(at) = guard.iter().position(|&byte| byte != GUARD) {
             return Err(Stop::failed(format!("wrote {at} bytes behind its {bytes} bytes of scratch")));
         }
-        Ok(results)
+        results.padded(Padding::of(self.problem, &self.inputs.data).as_ref())
     }
 
     /// What the backend asks for.

@@ -44,7 +44,7 @@ fn first_difference(a: &[u64], first: &HostTensor, b: &[u64], second: &HostTenso
     differ.into_iter().find(|&index| !both_nan(index))
 }
 
-/// Each batch row alone gives the bits that it gives in the batch.
+/// Each batch row alone gives the bits that it gives in the batch. Of sequences that are batch rows.
 pub(crate) fn batch_rows_alone(
     backend: &dyn AttentionBackend,
     case: &Case,
@@ -93,7 +93,7 @@ pub(crate) fn batch_rows_alone(
 }
 
 /// Gradients of tensors that all batch rows share are sums over them.
-fn is_summed_over_batch(role: Role, whole: &HostTensor, batch: usize) -> bool {
+pub(super) fn is_summed_over_batch(role: Role, whole: &HostTensor, batch: usize) -> bool {
     role == Role::DSinks || (role == Role::DBias && whole.desc().shape()[0] != batch)
 }
 

@@ -1,10 +1,12 @@
 //! Runs one case on one backend.
 
+mod alone;
 mod base;
 mod call;
 mod capability;
 mod compare;
 pub(crate) mod invariance;
+mod laid;
 pub(crate) mod other_numbers;
 mod refusals;
 mod results;
@@ -14,8 +16,7 @@ mod timed;
 mod variations;
 
 use attention_core::{
-    AttentionBackend, CallProblem, DType, DeviceKind, FeatureSet, NumericsClass, Pass, Plan, Problem,
-    dropout_mask,
+    AttentionBackend, CallProblem, DType, DeviceKind, FeatureSet, NumericsClass, Pass, Problem, dropout_mask,
 };
 
 use crate::cases::{Case, CaseData, Saved, Values, Wanted};
@@ -27,6 +28,7 @@ use crate::tolerance::{ForwardBounds, Precision};
 pub(crate) use base::Base;
 pub(crate) use call::Invocation;
 pub(crate) use compare::{Judge, fraction_of_bound};
+pub(crate) use laid::Laid;
 pub(crate) use results::Results;
 pub(crate) use saved::SavedTensors;
 pub(crate) use stop::Stop;
@@ -54,7 +56,8 @@ fn judge_case(
     features: &mut FeatureSet,
 ) -> Result<Judge, Stop> {
     let backend = subject.backend;
-    let mut data = case.data(dtype);
+    // Where sequences are packed or in pages, all but what backends are given is of the padded call.
+    let mut data = case.padded_data(dtype);
     // The rows of which the call has a part: sinks have no values, so other keys of any value have the same gradients.
     let whole = (case.saved == Saved::MoreKeys && pass == Pass::Backward).then(|| {
         let whole = data.clone();
@@ -66,14 +69,14 @@ fn judge_case(
         case.problem(data, pass, declared)
             .map_err(|error| Stop::failed(format!("the case is no valid call: {error}")))
     };
-    let problem = problem_of(&data)?;
+    let problem = problem_of(&case.laid_out(&data))?;
     *features = problem.features();
     usable(backend)?;
     capability::agrees(backend, &problem)?;
     let class = backend.capabilities().numerics_of(dtype).unwrap_or(NumericsClass::F32);
     let precision = Precision::new(dtype, class);
     let oracle = match &whole {
-        None => Oracle::new(&problem, &data.inputs()),
+        None => Oracle::new(&problem, &case.laid_out(&data).inputs()),
         Some(whole) => Oracle::new(&problem_of(whole)?, &whole.inputs()),
     };
     match pass {
@@ -100,14 +103,15 @@ fn forward(
     oracle: &Oracle,
     precision: Precision,
 ) -> Result<Judge, Stop> {
-    let invocation = Invocation { problem, inputs: data.inputs(), saved: None, layouts: Some(&case.layouts) };
+    let laid = Laid::new(case, data, None);
+    let invocation = laid.invocation(problem, &case.layouts);
     let plan = &*invocation.plan(subject.backend)?;
     let results = invocation.run_on(plan)?;
     let bounds = precision.forward(oracle);
     let mut judge = Judge::new(problem.dtype());
     compare_forward(&mut judge, &results, oracle, &bounds);
     if case.content.values == Values::Identity {
-        let numbers = CallProblem::new(problem, &data.inputs().data);
+        let numbers = CallProblem::new(problem, &invocation.inputs.data);
         let numbers = numbers.map_err(|error| Stop::failed(format!("the case is no valid call: {error}")))?;
         dropout_bits(&results, &numbers)?;
     }
@@ -116,10 +120,8 @@ fn forward(
         compare_forward(&mut judge, results, oracle, &bounds);
         judge
     };
-    after_the_first_call(subject, case, data, plan, &invocation, &results, &judged)?;
-    if case.variations && subject.reproducible {
-        Base { subject, case, data, problem, plan, saved: None, oracle, results: &results }.check_all()?;
-    }
+    let base = Base { subject, case, data, problem, plan, saved: None, oracle, results: &results };
+    after_the_first_call(&base, &laid, &judged)?;
     Ok(judge)
 }
 
@@ -145,17 +147,12 @@ fn backward(
         Saved::Backend => {
             let mut forward = case.clone();
             forward.options.lse = Wanted::Always;
-            let forward = (forward.problem(data, Pass::Forward, FeatureSet::EMPTY))
+            let forward = (forward.problem(&case.laid_out(data), Pass::Forward, FeatureSet::EMPTY))
                 .map_err(|error| Stop::failed(format!("no valid forward call: {error}")))?;
             // A backend without a forward pass for this, or without logsumexp, has no end to end.
             subject.backend.supports(&forward).map_err(|error| Stop::Skipped(error.to_string()))?;
-            let invocation = Invocation {
-                problem: &forward,
-                inputs: data.inputs(),
-                saved: None,
-                layouts: Some(&case.layouts),
-            };
-            let results = invocation.run(subject.backend)?;
+            let laid = Laid::new(case, data, None);
+            let results = laid.invocation(&forward, &case.layouts).run(subject.backend)?;
             compare_forward(&mut judge, &results, oracle, &precision.forward(oracle));
             SavedTensors::of_results(results)
         }
@@ -166,12 +163,8 @@ fn backward(
     }
     let d_out = Dense::read(&data.d_out.view());
     let d_lse = data.d_lse.as_ref().map(|d_lse| Dense::read(&d_lse.view()));
-    let invocation = Invocation {
-        problem,
-        inputs: data.inputs(),
-        saved: Some(saved.inputs(data)),
-        layouts: Some(&case.layouts),
-    };
+    let laid = Laid::new(case, data, Some(&saved));
+    let invocation = laid.invocation(problem, &case.layouts);
     let plan = &*invocation.plan(subject.backend)?;
     let results = invocation.run_on(plan)?;
     let want = oracle.gradients(&d_out, d_lse.as_ref());
@@ -189,34 +182,33 @@ fn backward(
         compare(&mut judge, results);
         judge
     };
-    after_the_first_call(subject, case, data, plan, &invocation, &results, &judged)?;
-    if case.variations && subject.reproducible {
-        let saved = Some(&saved);
-        Base { subject, case, data, problem, plan, saved, oracle, results: &results }.check_all()?;
-    }
+    let saved = Some(&saved);
+    let base = Base { subject, case, data, problem, plan, saved, oracle, results: &results };
+    after_the_first_call(&base, &laid, &judged)?;
     Ok(judge)
 }
 
 /// The checks that compare calls with each other rather than with the oracle, which `judged` does.
 fn after_the_first_call(
-    subject: &Subject<'_>,
-    case: &Case,
-    data: &CaseData,
-    plan: &dyn Plan,
-    invocation: &Invocation<'_>,
-    results: &Results,
+    base: &Base<'_>,
+    laid: &Laid<'_>,
     judged: &dyn Fn(&Results) -> Judge,
 ) -> Result<(), Stop> {
+    let Base { subject, case, problem, plan, results, .. } = *base;
+    let invocation = &laid.invocation(problem, &case.layouts);
     refusals::wrong_calls(subject.backend, plan, invocation)?;
+    refusals::wrong_pages(problem, &laid.data.numbers)?;
     // Host backends are always reproducible, others where the problem asks for it.
     let reproducible = subject.reproducible;
-    if reproducible || invocation.problem.deterministic() {
+    if reproducible || problem.deterministic() {
         invariance::repeated(subject, plan, invocation, results)?;
     }
     if reproducible {
-        invariance::batch_rows_alone(subject.backend, case, invocation, results)?;
+        match case.sequences {
+            Some(_) => base.sequences_alone().map(|_| ())?,
+            None => invariance::batch_rows_alone(subject.backend, case, invocation, results)?,
+        }
     }
-    let problem = invocation.problem;
     if other_numbers::is_chosen(case, problem.dtype(), problem.pass()) {
         let within_bounds = |results: &Results| match judged(results).outcome() {
             Outcome::Failed { reason, differences } => {
@@ -227,9 +219,9 @@ fn after_the_first_call(
         let judge: Option<other_numbers::Verdict<'_>> =
             if reproducible || problem.deterministic() { None } else { Some(&within_bounds) };
         let mut rng = Rng::named(case.content.seed, "other numbers of the case");
-        other_numbers::first(subject, &data.numbers, plan, invocation, results, judge, &mut rng)?;
+        other_numbers::first(subject, &laid.data.numbers, plan, invocation, results, judge, &mut rng)?;
     }
-    Ok(())
+    if case.variations && reproducible { base.check_all() } else { Ok(()) }
 }
 
 /// Reads the keep bits off the output, where values are rows of the identity, and compares them with the stream.
@@ -244,6 +236,9 @@ fn dropout_bits(results: &Results, problem: &CallProblem<'_>) -> Result<(), Stop
     for (position, keep) in mask.into_iter().enumerate() {
         let [b, n, t, s] = crate::tensor::unravel(position, &d.logits())[..] else { unreachable!() };
         debug_assert!(n < heads && t < queries && s < keys);
+        if t >= problem.query_len(b) || s >= problem.key_value_len(b) {
+            continue;
+        }
         let kept = out[((b * queries + t) * heads + n) * d.value_head_dim + s] != 0.0;
         if kept != keep {
             let wanted = if keep { "kept" } else { "dropped" };

@@ -1,6 +1,6 @@
 //! One plan serves calls with other numbers: nothing that it computes may stem from those of an earlier call.
 
-use attention_core::{Alignment, DType, Inputs, Pass, Plan, Problem, QueryOffset};
+use attention_core::{Alignment, DType, Inputs, Pass, Plan, Problem, QueryOffset, Role};
 
 use super::call::Invocation;
 use super::invariance::same;
@@ -8,6 +8,7 @@ use super::{Results, Stop};
 use crate::cases::{Case, Numbers};
 use crate::rng::Rng;
 use crate::suite::Subject;
+use crate::tensor::HostTensor;
 
 /// Says what is wrong with results.
 pub(crate) type Verdict<'a> = &'a dyn Fn(&Results) -> Result<(), Stop>;
@@ -73,17 +74,7 @@ impl Numbers {
             let least = if offsets.desc().dtype() == DType::U32 { 0 } else { i64::MIN };
             offsets.map_integers(|given| offset(given, rng).max(least));
         }
-        let d = problem.dims();
-        for (lengths, full) in
-            [(&mut others.query_lengths, d.query_length), (&mut others.key_value_lengths, d.key_length)]
-        {
-            if let Some(lengths) = lengths {
-                lengths.map_integers(|given| match usize::try_from(given) {
-                    Ok(given) if given > 1 && rng.chance(0.8) => (given - 1 - rng.below(given / 2)) as i64,
-                    _ => full as i64,
-                });
-            }
-        }
+        others.other_rows(problem, rng);
         if let Some(dropout) = &mut others.dropout {
             dropout.seed ^= rng.next() | 1;
             dropout.offset = dropout.offset.wrapping_add(1);
@@ -93,6 +84,51 @@ impl Numbers {
         }
         others
     }
+
+    /// Other lengths, mostly shorter, and other places of the rows.
+    fn other_rows(&mut self, problem: &Problem, rng: &mut Rng) {
+        let d = problem.dims();
+        let axes =
+            |role: Role| problem.tensor(role).map_or([0, 0], |desc| [desc.shape()[0], desc.shape()[1]]);
+        let shorten = |lengths: &mut Option<HostTensor>, full: usize, rng: &mut Rng| {
+            if let Some(lengths) = lengths {
+                lengths.map_integers(|given| match usize::try_from(given) {
+                    Ok(given) if given > 1 && rng.chance(0.8) => (given - 1 - rng.below(given / 2)) as i64,
+                    _ => full as i64,
+                });
+            }
+        };
+        match &mut self.query_starts {
+            Some(starts) => restart(starts, axes(Role::Query)[1], d.query_length, rng),
+            None => shorten(&mut self.query_lengths, d.query_length, rng),
+        }
+        if let Some(starts) = &mut self.key_value_starts {
+            restart(starts, axes(Role::Key)[1], d.key_length, rng);
+            let ends = starts.integers();
+            let mut rooms = ends.windows(2).map(|ends| (ends[1] - ends[0]) as usize);
+            if let Some(lengths) = &mut self.key_value_lengths {
+                lengths.map_integers(|_| rng.below(rooms.next().unwrap_or(0) + 1) as i64);
+            }
+        } else if let Some(table) = &mut self.block_table {
+            let [pages, page_size] = axes(Role::Key);
+            let most = if pages == 0 { 0 } else { d.key_length.min(table.desc().shape()[1] * page_size) };
+            shorten(&mut self.key_value_lengths, most, rng);
+            table.map_integers(|_| if pages == 0 { -1 } else { rng.below(pages) as i64 });
+        } else {
+            shorten(&mut self.key_value_lengths, d.key_length, rng);
+        }
+    }
+}
+
+/// Draws other sequences of at most `longest` of these rows.
+fn restart(starts: &mut HostTensor, rows: usize, longest: usize, rng: &mut Rng) {
+    let (mut next, mut is_first) = (0, true);
+    starts.map_integers(|_| {
+        if !std::mem::take(&mut is_first) {
+            next += rng.below(longest.min(rows - next) + 1);
+        }
+        next as i64
+    });
 }
 
 #[cfg(test)]
@@ -107,7 +143,7 @@ mod tests {
     #[test]
     fn other_numbers_are_of_the_same_problem() {
         let (mut different, mut all) = (0, 0);
-        for case in cases::all() {
+        for case in cases::all().into_iter().chain(cases::of_sequences()) {
             let dtype = DType::FLOATS[case.content.seed as usize % 4];
             let data = case.data(dtype);
             let problem = case.problem(&data, Pass::Forward, FeatureSet::all()).unwrap();

@@ -1,9 +1,12 @@
 //! Whether a plan refuses calls of other problems, and scratch memory that does not fit, before it writes.
 
-use attention_core::{AttentionBackend, Error, InvalidCall, Plan, Scratch, ScratchBuffer};
+use attention_core::{
+    AttentionBackend, CallProblem, Error, InvalidCall, Plan, Problem, Role, Scratch, ScratchBuffer,
+};
 
 use super::call::{Invocation, catch};
 use super::{Results, Stop};
+use crate::cases::Numbers;
 
 /// One byte less of scratch is refused with the right numbers, and so are a misaligned address and a call of
 /// another problem.
@@ -32,6 +35,35 @@ pub(super) fn wrong_calls(
         outcome => return Err(unexpected("a call of another problem", "OtherProblem", outcome)),
     }
     results.expect_untouched("a call refused for its problem")
+}
+
+/// An entry of a block table that a key needs and that is no page is refused before a backend sees the call.
+pub(super) fn wrong_pages(problem: &Problem, numbers: &Numbers) -> Result<(), Stop> {
+    let (Some(table), Some(lengths)) = (&numbers.block_table, &numbers.key_value_lengths) else {
+        return Ok(());
+    };
+    let Some(sequence) = lengths.integers().into_iter().position(|length| length > 0) else { return Ok(()) };
+    let pages = problem.tensor(Role::Key).map_or(0, |pages| pages.shape()[0]) as i64;
+    let first = sequence * table.desc().shape()[1];
+    let mut wrong = numbers.clone();
+    let mut index = 0;
+    wrong.block_table.iter_mut().for_each(|table| {
+        table.map_integers(|entry| {
+            index += 1;
+            if index == first + 1 { pages } else { entry }
+        });
+    });
+    match CallProblem::new(problem, &wrong.data()) {
+        Err(InvalidCall::NoSuchPage { batch, index: 0, page, .. }) if (batch, page) == (sequence, pages) => {
+            Ok(())
+        }
+        other => {
+            let got = other.map_or_else(|error| error.to_string(), |_| "success".to_owned());
+            Err(Stop::failed(format!(
+                "given page {pages} of {pages}: expected the error NoSuchPage, got: {got}"
+            )))
+        }
+    }
 }
 
 fn wrong_scratch(

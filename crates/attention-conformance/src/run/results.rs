@@ -4,7 +4,8 @@ use attention_core::{BackwardOutputs, ForwardOutputs, Pass, Problem, Role, ViewM
 
 use super::Stop;
 use crate::cases::Layouts;
-use crate::tensor::HostTensor;
+use crate::oracle::Padding;
+use crate::tensor::{HostTensor, unravel};
 
 /// Every output of a call, poisoned with NaN and surrounded by canaries until the call has written it.
 #[derive(Clone, Debug)]
@@ -33,6 +34,32 @@ impl Results {
     /// Every output.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Role, &HostTensor)> {
         self.0.iter().map(|(role, tensor)| (*role, tensor))
+    }
+
+    /// The outputs of the padded call: of a packed or paged one, after a look at the rows that no sequence has.
+    pub(crate) fn padded(self, padding: Option<&Padding>) -> Result<Self, Stop> {
+        let Some(padding) = padding else { return Ok(self) };
+        let tensor = |(role, tensor): (Role, HostTensor)| {
+            let Some(places) = padding.places(role) else { return Ok((role, tensor)) };
+            let empty = if role == Role::Lse { f64::NEG_INFINITY } else { 0.0 };
+            let (taken, shape) = (places.taken(), tensor.desc().shape());
+            let row: usize = shape[2..].iter().product();
+            for (index, value) in
+                tensor.values().into_iter().enumerate().filter(|(index, _)| !taken[index / row])
+            {
+                if value != empty {
+                    let at = unravel(index, &shape);
+                    let got = if tensor.is_unwritten(index) {
+                        "never written".into()
+                    } else {
+                        format!("{value:e}")
+                    };
+                    return Err(Stop::failed(format!("{role}{at:?} is {got}, in a row of no sequence")));
+                }
+            }
+            Ok((role, places.pad(&tensor, empty)))
+        };
+        self.0.into_iter().map(tensor).collect::<Result<_, _>>().map(Self)
     }
 
     /// Takes an output out.

@@ -1,10 +1,11 @@
 //! What a backward call reads of its forward call.
 
-use attention_core::{BackwardInputs, Problem, Role};
+use attention_core::{BackwardInputs, Dims, Problem, Role};
 
 use super::Results;
-use crate::cases::{CaseData, Layouts};
-use crate::oracle::Oracle;
+use crate::cases::{Case, CaseData, Layouts, of_no_sequence};
+use crate::oracle::{Oracle, Padding};
+use crate::rng::Rng;
 use crate::tensor::{HostTensor, unravel};
 use crate::tolerance::SavedErrors;
 
@@ -18,11 +19,27 @@ pub(crate) struct SavedTensors {
 impl SavedTensors {
     /// The oracle's, rounded to their dtypes.
     pub(crate) fn of_oracle(oracle: &Oracle, problem: &Problem, layouts: &Layouts) -> Self {
-        let tensor = |role: Role, values: Vec<f64>| {
+        // Of the padded call, as all that the oracle has.
+        let d = oracle.problem.dims();
+        let tensor = |role: Role, shape: &[usize], values: Vec<f64>| {
             let desc = problem.tensor(role).expect("backward problems have it");
-            HostTensor::from_values(desc.dtype(), desc.shape(), layouts.of(role), |index| values[index])
+            let shape = Dims::from_slice(shape).expect("at most four axes");
+            HostTensor::from_values(desc.dtype(), shape, layouts.of(role), |index| values[index])
         };
-        Self { out: tensor(Role::Out, oracle.out()), lse: tensor(Role::Lse, oracle.lse()) }
+        let shape = [d.batch, d.query_length, d.query_heads, d.value_head_dim];
+        Self {
+            out: tensor(Role::Out, &shape, oracle.out()),
+            lse: tensor(Role::Lse, &shape[..3], oracle.lse()),
+        }
+    }
+
+    /// Packed as the outputs of a case, with garbage in rows of no sequence if `garbage`.
+    pub(super) fn laid_out(&self, padding: &Padding, case: &Case, garbage: bool) -> Self {
+        let mut rng = Rng::named(case.content.seed, "saved rows of no sequence");
+        let mut lay_out = |role: Role, tensor: &HostTensor| {
+            padding.lay_out(role, tensor, case.layouts.of(role), || of_no_sequence(garbage, &mut rng))
+        };
+        Self { out: lay_out(Role::Out, &self.out), lse: lay_out(Role::Lse, &self.lse) }
     }
 
     /// Those that a backend wrote.

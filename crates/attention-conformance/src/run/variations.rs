@@ -4,7 +4,7 @@ use attention_core::{Pass, Role};
 
 use super::Stop;
 use super::base::Base;
-use crate::cases::{Broadcast, Case, Layout, Layouts};
+use crate::cases::{Broadcast, Case, Layout, Layouts, Sequences};
 use crate::rng::Rng;
 use crate::tensor::unravel;
 
@@ -23,9 +23,12 @@ impl Base<'_> {
             self.padded(queries, keys)?;
         }
         self.laid_out_otherwise()?;
+        self.sequences_otherwise()?;
         for garbage in [f64::NAN, f64::INFINITY, 0.0] {
             let mut data = self.data.clone();
             self.case.add_garbage(&mut data, &[garbage]);
+            // In rows of no sequence too, or other numbers than before.
+            data.garbage = garbage != 0.0;
             self.with_garbage(&data, garbage, &format!("with {garbage} in memory that does not matter"))?;
         }
         self.poisoned()
@@ -35,6 +38,19 @@ impl Base<'_> {
     fn padded(&self, queries: usize, keys: usize) -> Result<(), Stop> {
         let how = format!("when it is padded by {queries} queries and {keys} keys");
         self.changed(&self.padded_case(queries, keys), &how)
+    }
+
+    /// The same sequences packed, in pages, and as batch rows.
+    fn sequences_otherwise(&self) -> Result<(), Stop> {
+        let Some(own) = &self.case.sequences else { return Ok(()) };
+        for sequences in own.others(self.case, self.problem.pass() == Pass::Backward) {
+            let how = match &sequences {
+                Some(sequences) => format!("with its sequences as {sequences:?}"),
+                None => "with its sequences as batch rows".to_owned(),
+            };
+            self.changed(&Case { sequences, layouts: Layouts::default(), ..self.case.clone() }, &how)?;
+        }
+        Ok(())
     }
 
     fn changed(&self, case: &Case, how: &str) -> Result<(), Stop> {
@@ -76,6 +92,10 @@ impl Base<'_> {
 
     /// NaN or infinity in what takes part: whatever does not depend on it keeps its bits.
     fn poisoned(&self) -> Result<(), Stop> {
+        // What one sequence reads, others read too.
+        if self.case.sequences.as_ref().is_some_and(Sequences::share_keys) {
+            return Ok(());
+        }
         let d = self.case.dims;
         let middle = [0, d.key_length / 2, 0];
         let is_middle = |_: Role, at: [usize; 3]| at == middle;

@@ -3,8 +3,11 @@
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
 use attention_conformance::oracle::Dense;
-use attention_core::{DType, Inputs, Scalar, View, ViewMut};
+use attention_core::{CallProblem, DType, Inputs, Role, Scalar, View, ViewMut};
 use half::{bf16, f16};
+
+use super::Flaw;
+use super::sequences::padded;
 
 /// f32 or f64.
 pub(crate) trait Real:
@@ -52,12 +55,13 @@ pub(crate) struct Loaded {
 }
 
 impl Loaded {
-    pub(crate) fn new(inputs: &Inputs<'_>) -> Self {
+    pub(crate) fn new(problem: &CallProblem<'_>, inputs: &Inputs<'_>, flaw: Flaw) -> Self {
         let load = |view: Option<View<'_>>| view.map(|view| Dense::read(&view));
+        let operand = |role: Role, view: &View<'_>| padded(problem, role, Dense::read(view), flaw);
         Self {
-            query: Dense::read(&inputs.query),
-            key: Dense::read(&inputs.key),
-            value: Dense::read(&inputs.value),
+            query: operand(Role::Query, &inputs.query),
+            key: operand(Role::Key, &inputs.key),
+            value: operand(Role::Value, &inputs.value),
             mask: load(inputs.mask),
             bias: load(inputs.bias),
             alibi_slopes: load(inputs.alibi_slopes),

@@ -1,23 +1,28 @@
 use attention_conformance::oracle::Dense;
-use attention_core::{BackwardCall, Feature, Role, Scalar, ViewMut};
+use attention_core::{BackwardCall, Feature, Role, Scalar, View, ViewMut};
 
 use super::arithmetic::{Loaded, Real, clamp, epsilon, read, write};
+use super::sequences::{laid_out, padded};
 use super::{Flaw, NaivePlan};
 
 impl NaivePlan {
     pub(crate) fn run_backward<T: Scalar, A: Real>(&self, call: BackwardCall<'_>) {
         let (problem, views, saved, outputs) = call.into_parts();
-        let inputs = Loaded::new(&views);
-        let (out, lse, d_out) = (Dense::read(&saved.out), Dense::read(&saved.lse), Dense::read(&saved.d_out));
+        let inputs = Loaded::new(&problem, &views, self.flaw);
+        let load = |role: Role, view: View<'_>| padded(&problem, role, Dense::read(&view), self.flaw);
+        let (out, lse) = (load(Role::Out, saved.out), load(Role::Lse, saved.lse));
+        let d_out = load(Role::DOut, saved.d_out);
         let d_lse =
-            saved.d_lse.filter(|_| !self.flaw.ignores(Feature::DLse)).map(|d_lse| Dense::read(&d_lse));
+            saved.d_lse.filter(|_| !self.flaw.ignores(Feature::DLse)).map(|d_lse| load(Role::DLse, d_lse));
         let d = problem.dims();
         let zero = A::from_f64(0.0);
         let scale = A::from_f64(self.scale(&problem));
-        let empty =
-            |role: Role| vec![zero; problem.tensor(role).map_or(0, |desc| desc.element_count().unwrap())];
-        let like = |role: Role, gradient: Role| if problem.has(gradient) { empty(role) } else { Vec::new() };
-        let (mut dq, mut dk, mut dv) = (empty(Role::Query), empty(Role::Key), empty(Role::Value));
+        let like = |role: Role, gradient: Role| {
+            let count = problem.tensor(role).map_or(0, |desc| desc.element_count().unwrap());
+            if problem.has(gradient) { vec![zero; count] } else { Vec::new() }
+        };
+        let empty = |tensor: &Dense| vec![zero; tensor.data.len()];
+        let (mut dq, mut dk, mut dv) = (empty(&inputs.query), empty(&inputs.key), empty(&inputs.value));
         let (mut dbias, mut dsinks) = (like(Role::Bias, Role::DBias), like(Role::Sinks, Role::DSinks));
         let round =
             |x: A| if T::DTYPE.size() >= 4 { x } else { A::from_f64(T::from_f64(x.to_f64()).to_f64()) };
@@ -104,18 +109,19 @@ impl NaivePlan {
             Flaw::GradientOff(factor) => factor,
             _ => 1.0,
         };
-        let store = |view: Option<ViewMut<'_>>, values: &[A]| {
+        let store = |role: Role, view: Option<ViewMut<'_>>, values: &[A]| {
             if let Some(view) = view {
                 let values: Vec<f64> = values.iter().map(|value| value.to_f64() * factor).collect();
-                write(view, &values);
+                let is_row = !matches!(role, Role::DBias | Role::DSinks);
+                write(view, &if is_row { laid_out(&problem, role, values, self.flaw) } else { values });
             }
         };
-        store(outputs.dq, &dq);
-        store(outputs.dk, &dk);
+        store(Role::DQuery, outputs.dq, &dq);
+        store(Role::DKey, outputs.dk, &dk);
         if self.flaw != Flaw::PoisonLeft {
-            store(outputs.dv, &dv);
+            store(Role::DValue, outputs.dv, &dv);
         }
-        store(outputs.dbias, &dbias);
-        store(outputs.dsinks, &dsinks);
+        store(Role::DBias, outputs.dbias, &dbias);
+        store(Role::DSinks, outputs.dsinks, &dsinks);
     }
 }

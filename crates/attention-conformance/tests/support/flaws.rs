@@ -49,6 +49,14 @@ pub(crate) enum Flaw {
     MaskedByMultiplication,
     LseInBaseTwo,
     BiasGradientNotSummed,
+    // In sequences that are packed or in pages.
+    ReadsTheNextSequence,
+    IgnoresStarts,
+    IgnoresTheTable,
+    IgnoresUsedKeys,
+    LeavesRowsOfNoSequence,
+    PositionsOfTheTensor,
+    DropoutOfTheTensor,
     // In large numbers.
     BaseTwoBeforeTheShift,
     FarBelowIsMasked,

@@ -3,12 +3,13 @@ use std::sync::atomic::Ordering;
 use attention_core::{ForwardCall, Role, Scalar};
 
 use super::arithmetic::{Loaded, Real, epsilon, read, write};
+use super::sequences::laid_out;
 use super::{Flaw, NaivePlan};
 
 impl NaivePlan {
     pub(crate) fn run_forward<T: Scalar, A: Real>(&self, call: ForwardCall<'_>) {
         let (problem, views, mut outputs) = call.into_parts();
-        let inputs = Loaded::new(&views);
+        let inputs = Loaded::new(&problem, &views, self.flaw);
         let d = problem.dims();
         let zero = A::from_f64(0.0);
         let mut factor = match self.flaw {
@@ -115,9 +116,11 @@ impl NaivePlan {
             let rows = d.query_length * d.query_heads * d.value_head_dim;
             out.truncate(out.len().saturating_sub(rows));
         }
+        let out =
+            if self.flaw == Flaw::PoisonLeft { out } else { laid_out(&problem, Role::Out, out, self.flaw) };
         write(outputs.out.reborrow(), &out);
         if let Some(view) = outputs.lse {
-            write(view, &lse);
+            write(view, &laid_out(&problem, Role::Lse, lse, self.flaw));
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The logits of a row.
 
-use attention_core::{CallProblem, DType, DropoutStream, Feature, Problem};
+use attention_core::{CallProblem, DType, DropoutStream, Feature, Problem, RowLayout};
 
 use super::arithmetic::{Loaded, Real, clamp, read};
+use super::sequences::starts;
 use super::{Flaw, NaivePlan};
 
 /// The numbers of the first call of a plan, which a right one forgets.
@@ -46,6 +47,9 @@ impl NaivePlan {
         match self.flaw {
             Flaw::KeepsLengths => (first.rows[b].0, first.rows[b].1, offset),
             Flaw::KeepsOffsets => (queries, keys, first.rows[b].2),
+            Flaw::IgnoresUsedKeys if problem.key_layout() == RowLayout::Packed => {
+                (queries, problem.key_places(b).rows(), offset)
+            }
             Flaw::Ignores(Feature::QueryLengths) => (d.query_length, keys, offset),
             Flaw::Ignores(Feature::KeyValueLengths) => (queries, d.key_length, offset),
             Flaw::Ignores(Feature::QueryOffset | Feature::QueryOffsets | Feature::BottomRight) => {
@@ -78,6 +82,9 @@ impl NaivePlan {
         let mut position = i128::from(offset) + t as i128;
         if self.flaw == Flaw::OffsetOffByOne {
             position += 1;
+        }
+        if self.flaw == Flaw::PositionsOfTheTensor {
+            position += starts(problem, b)[0] as i128;
         }
         let extra = i128::from(self.flaw == Flaw::WindowOffByOne);
         let window = problem.window();
@@ -170,6 +177,9 @@ impl NaivePlan {
             _ => problem.dropout_stream(),
         };
         let Some(stream) = stream else { return A::from_f64(1.0) };
+        let [first_row, first_key] =
+            if self.flaw == Flaw::DropoutOfTheTensor { starts(problem, b) } else { [0, 0] };
+        let (t, j) = (t + first_row, j + first_key);
         let kept = stream.keeps((b * problem.dims().query_heads + n) as u32, t as u32, j as u32);
         let scale = if self.flaw == Flaw::DropoutUnscaled { 1.0 } else { stream.keep_scale() };
         A::from_f64(if kept { scale } else { 0.0 })

@@ -5,6 +5,7 @@ mod backward;
 mod flaws;
 mod forward;
 mod logits;
+mod sequences;
 
 pub(crate) use flaws::Flaw;
 use logits::First;
