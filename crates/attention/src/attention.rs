@@ -33,6 +33,9 @@ use crate::{
 /// lengths count on `B = 1` then. Query heads are a multiple of the key/value heads (`N % K == 0`), and each
 /// group of `N / K` shares one.
 ///
+/// Sequences that lie behind one another without padding, `[total, N, H]`: see [`packed`](Self::packed). Keys and values in
+/// pages, `[pages, page_size, K, H]`: see [`paged`](Self::paged).
+///
 /// # Semantics
 /// Those of [`Problem`].
 ///
@@ -312,7 +315,8 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// The numbers of this call: scale, softcap, lengths, offsets and dropout. A [planned](Self::plan) call
+    /// The numbers of this call: scale, softcap, lengths, offsets, dropout, and where the rows of packed and paged sequences
+    /// are. A [planned](Self::plan) call
     /// takes them as [`Inputs::data`](crate::core::Inputs::data), since its plan knows only which there are.
     pub fn data(&self) -> CallData<'_> {
         // Taken apart by name, so that a new tensor cannot be forgotten here.
@@ -326,6 +330,9 @@ impl<'a> Attention<'a> {
             query_offsets,
             dropout_seed,
             dropout_offset,
+            query_starts,
+            key_value_starts,
+            block_table,
         } = self.optional;
         let data = self.options.data();
         CallData {
@@ -334,6 +341,9 @@ impl<'a> Attention<'a> {
             query_offsets: query_offsets.or(data.query_offsets),
             dropout_seed,
             dropout_offset,
+            query_starts: query_starts.or(data.query_starts),
+            key_value_starts: key_value_starts.or(data.key_value_starts),
+            block_table,
             ..data
         }
     }
@@ -491,7 +501,7 @@ impl<'a> Attention<'a> {
     }
 
     /// What was given, or `None` with the error kept for the call.
-    fn unbroken<T>(&mut self, role: Role, given: Result<T, InvalidCall>) -> Option<T> {
+    pub(crate) fn unbroken<T>(&mut self, role: Role, given: Result<T, InvalidCall>) -> Option<T> {
         match given {
             Ok(given) => Some(given),
             Err(error) => {

@@ -250,9 +250,10 @@ fn same_call(
         const SHORT: usize = 16;
         let pairs = forward.zip(backward);
         let at = pairs.and_then(|(one, other)| one.iter().zip(other).position(|(one, other)| one != other));
+        let (none, of) = if what.ends_with("starts") { ("none", "number") } else { ("full", "batch row") };
         compare(what, [forward, backward], |list| match (list, at) {
-            (None, _) => "full".to_owned(),
-            (Some(list), Some(at)) if list.len() > SHORT => format!("{:?} in batch row {at}", list[at]),
+            (None, _) => none.to_owned(),
+            (Some(list), Some(at)) if list.len() > SHORT => format!("{:?} in {of} {at}", list[at]),
             (Some(list), None) if list.len() > SHORT => format!("{} numbers", list.len()),
             (Some(list), _) => format!("{list:?}"),
         })
@@ -269,6 +270,8 @@ fn same_call(
     let both_numbers = [&forward.numbers, numbers];
     compare("order of axes", [forward.order, order], ToString::to_string)?;
     compare("dtype", both.map(Problem::dtype), ToString::to_string)?;
+    lists("query starts", both_numbers.map(|numbers| numbers.query_starts.as_deref()))?;
+    lists("key/value starts", both_numbers.map(|numbers| numbers.key_value_starts.as_deref()))?;
     compare("sizes", both.map(Problem::dims), ToString::to_string)?;
     compare("scale", both_numbers.map(|numbers| numbers.scale), ToString::to_string)?;
     compare("causal", both.map(Problem::causal), ToString::to_string)?;

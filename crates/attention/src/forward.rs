@@ -4,16 +4,16 @@ use attention_core::{Device, ForwardCall, ForwardOutputs, Problem, Role, ViewMut
 
 use crate::numbers::KeptNumbers;
 use crate::operands::{Operands, output};
-use crate::order::Kind;
 use crate::{Attention, AxisOrder, Error, IntoView, IntoViewMut, Tensor};
 
 /// What a forward call with logsumexp returns, and what backward wants back.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Forward {
-    /// `[B, T, N, Hv]`, of the query's dtype; `[T, N, Hv]` where the inputs had no batch axis. Heads come before the sequence
-    /// in a call of [`Attention::bnth`].
+    /// `[B, T, N, Hv]`, of the query's dtype; `[T, N, Hv]` where the inputs had no batch axis, `[total, N, Hv]` of packed
+    /// queries. Heads come before the sequence in a call of [`Attention::bnth`].
     pub out: Tensor,
-    /// The logsumexp of each row's logits, natural logarithm, `[B, T, N]` (`[T, N]`): f32, or f64 for f64 operands.
+    /// The logsumexp of each row's logits, natural logarithm, `[B, T, N]` (`[T, N]`, `[total, N]`): f32, or f64 for f64
+    /// operands.
     /// -inf for a row with nothing to attend to.
     pub lse: Tensor,
     /// What was called, so that backward can refuse another call.
@@ -158,9 +158,8 @@ pub(crate) fn host_outputs(device: Device, method: &'static str) -> Result<(), E
     if device == Device::Cpu { Ok(()) } else { Err(Error::DeviceOutput { device, method }) }
 }
 
-/// A tensor for an output of a problem, without the batch axis if the caller gave none.
+/// A tensor for an output of a problem, without the first axis if the caller gave none.
 pub(crate) fn allocate(operands: &Operands<'_>, problem: &Problem, role: Role) -> Result<Tensor, Error> {
     let desc = problem.tensor(role).expect("the problem was built with this output");
-    let kind = Kind::of(role).expect("outputs are like operands or rows");
-    Tensor::zeros_of(desc.dtype(), operands.returned(&desc.shape(), kind))
+    Tensor::zeros_of(desc.dtype(), operands.returned(&desc.shape(), role))
 }

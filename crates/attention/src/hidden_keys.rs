@@ -2,22 +2,27 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use attention_core::{Alignment, CallData, CallProblem, Device, Problem, Role};
+use attention_core::{Alignment, CallData, CallProblem, Device, Problem, Role, RowLayout};
 
 /// Whether calls of a problem may have keys that no query row sees.
 fn may_hide(problem: &Problem) -> bool {
     problem.causal() && problem.alignment() == Alignment::TopLeft
 }
 
+/// The numbers that say how many rows and keys a sequence has.
+const LENGTHS: [Role; 4] =
+    [Role::QueryLengths, Role::KeyValueLengths, Role::QueryStarts, Role::KeyValueStarts];
+
 /// That a causal call at offset 0 has keys which no query row may see, with the two ways out; `None` where it
-/// has none, and where lengths are in device memory: the host does not know them.
+/// has none, and where lengths or starts are in device memory: the host has their bounds then, which say
+/// nothing of how many keys a sequence has more than query rows.
 pub(crate) fn hidden_keys(call: &CallProblem<'_>) -> Option<String> {
-    let lengths = [Role::QueryLengths, Role::KeyValueLengths];
     let unknown = |role| call.has(role) && call.device_of(role) != Device::Cpu;
-    if !may_hide(call) || lengths.into_iter().any(unknown) {
+    if !may_hide(call) || LENGTHS.into_iter().any(unknown) {
         return None;
     }
     let dims = call.dims();
+    let has_sequences = call.query_layout() != RowLayout::Dense || call.key_layout() != RowLayout::Dense;
     let hidden = |batch: usize| {
         let rows = call.sequence(batch);
         // Without query rows, nothing is hidden from them.
@@ -25,12 +30,21 @@ pub(crate) fn hidden_keys(call: &CallProblem<'_>) -> Option<String> {
     };
     // Without lengths every batch row is like the first.
     let rows = if call.rows_vary() { dims.batch } else { dims.batch.min(1) };
-    let hidden = (0..rows).map(hidden).max().filter(|&hidden| hidden > 0)?;
-    let (queries, keys) = (dims.query_length, dims.key_length);
+    let (hidden, sequence) = (0..rows)
+        .map(|row| (hidden(row), row))
+        .max_by_key(|&(hidden, _)| hidden)
+        .filter(|most| most.0 > 0)?;
     let last = if hidden == 1 { "key".to_owned() } else { format!("{hidden} keys") };
+    // Of sequences, T and S are bounds that no caller gave.
+    let (of, queries, keys) = if has_sequences {
+        let rows = call.sequence(sequence);
+        (format!(" of sequence {sequence}"), rows.queries(), rows.keys())
+    } else {
+        (String::new(), dims.query_length, dims.key_length)
+    };
     Some(format!(
-        "the call is causal with T = {queries}, S = {keys} and query offset 0 (top-left), which hides the last {last} from every \
-         query row; for queries behind cached keys set `query_offset` to `QueryOffset::Fixed(number of cached keys)` or to \
+        "the call is causal with T = {queries}, S = {keys}{of} and query offset 0 (top-left), which hides the last {last} from \
+         every query row; for queries behind cached keys set `query_offset` to `QueryOffset::Fixed(number of cached keys)` or to \
          `QueryOffset::BottomRight`"
     ))
 }
@@ -80,7 +94,9 @@ fn tell(note: Option<String>) {
 
 #[cfg(test)]
 mod tests {
-    use attention_core::{DType, Dimensions, Lengths, OffsetRange, ProblemBuilder, QueryOffset, View};
+    use attention_core::{
+        DType, Dimensions, Dims, Lengths, OffsetRange, ProblemBuilder, QueryOffset, TensorDesc, View,
+    };
 
     use super::*;
 
@@ -147,6 +163,53 @@ mod tests {
         let told = of(&Lengths::from([2, 4]), &Lengths::from([4, 9]), [2, 4, 12]).unwrap();
         assert!(told.contains("hides the last 5 keys"), "{told}");
         assert_eq!(of(&Lengths::from([0]), &Lengths::Full, [1, 4, 12]), None);
+    }
+
+    fn tensors(query: &[usize], key: &[usize]) -> ProblemBuilder {
+        let of = |shape: &[usize]| TensorDesc::contiguous(DType::F32, Dims::from_slice(shape).unwrap());
+        Problem::builder(of(query), of(key), of(key)).causal(true)
+    }
+
+    #[test]
+    fn sequences_count_and_are_named() {
+        let starts = |list: &'static [i32]| View::from_slice(list, [list.len()]).ok();
+        let of = |queries, keys| CallData {
+            query_starts: starts(queries),
+            key_value_starts: starts(keys),
+            ..CallData::default()
+        };
+        let packed = || tensors(&[9, 1, 4], &[20, 1, 4]);
+        assert_eq!(note_of(packed(), of(&[0, 4, 9], &[0, 4, 8])), None);
+        let told = note_of(packed(), of(&[0, 4, 5], &[0, 5, 13])).unwrap();
+        assert!(told.contains("T = 1, S = 8 of sequence 1 and"), "{told}");
+        assert!(told.contains("hides the last 7 keys from every query row"), "{told}");
+        // A cache in pages: one row over as many keys as its length says.
+        let (table, lengths) = ([0i32, 1, 2, -1], [7i32, 3]);
+        let data = CallData {
+            block_table: View::from_slice(&table, [2, 2]).ok(),
+            key_value_lengths: View::from_slice(&lengths, [2]).ok(),
+            ..CallData::default()
+        };
+        let told = note_of(tensors(&[2, 1, 1, 4], &[3, 4, 1, 4]), data).unwrap();
+        assert!(told.contains("T = 1, S = 7 of sequence 0") && told.contains("last 6 keys"), "{told}");
+        let data = CallData { query_offset: QueryOffset::BottomRight, ..data };
+        assert_eq!(note_of(tensors(&[2, 1, 1, 4], &[3, 4, 1, 4]), data), None);
+    }
+
+    /// One query row at most and many keys at most: the sequences of the call may still have one of each.
+    #[test]
+    fn starts_in_device_memory_say_nothing() {
+        let packed = tensors(&[2, 1, 4], &[20, 1, 4]).device(Device::Cuda(0));
+        let packed = packed.packed_queries(2, DType::I32).packed_keys(2, DType::I32).longest(1, 16);
+        for in_host_memory in [None, Some(Role::QueryStarts), Some(Role::KeyValueStarts)] {
+            let problem = match in_host_memory {
+                Some(role) => packed.clone().in_host_memory(role, true),
+                None => packed.clone(),
+            };
+            let problem = problem.build().unwrap();
+            assert_eq!(hidden_keys(&CallProblem::at_bounds(&problem)), None);
+            assert_eq!(always_hidden_keys(&problem), None);
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod registry;
 mod run;
 mod scratch;
 mod selection;
+mod sequences;
 mod tensor;
 mod zeros;
 

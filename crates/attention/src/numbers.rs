@@ -136,6 +136,8 @@ pub(crate) struct KeptNumbers {
     pub(crate) query_offset: KeptOffset,
     pub(crate) query_lengths: Option<Box<[usize]>>,
     pub(crate) key_value_lengths: Option<Box<[usize]>>,
+    pub(crate) query_starts: Option<Box<[usize]>>,
+    pub(crate) key_value_starts: Option<Box<[usize]>>,
 }
 
 /// Where query rows stood among the keys.
@@ -181,7 +183,21 @@ impl KeptNumbers {
                 .then(|| batch.clone().map(|row| call.query_len(row)).collect()),
             key_value_lengths: call
                 .has(Role::KeyValueLengths)
-                .then(|| batch.map(|row| call.key_value_len(row)).collect()),
+                .then(|| batch.clone().map(|row| call.key_value_len(row)).collect()),
+            query_starts: starts(call, Role::QueryStarts, |sequence| call.query_places(sequence).rows()),
+            key_value_starts: starts(call, Role::KeyValueStarts, |sequence| call.key_places(sequence).rows()),
         }
     }
+}
+
+/// The starts of packed sequences, as many as differ: they rise from 0 by the rows of each sequence.
+fn starts(call: &CallProblem<'_>, role: Role, rows: impl Fn(usize) -> usize) -> Option<Box<[usize]>> {
+    let desc = call.tensor(role)?;
+    // One number for all starts: every sequence is empty, and there may be any number of them.
+    let sequences = if desc.strides()[0] == 0 { 0 } else { call.dims().batch };
+    let ends = (0..sequences).scan(0, |end, sequence| {
+        *end += rows(sequence);
+        Some(*end)
+    });
+    Some(std::iter::once(0).chain(ends).collect())
 }

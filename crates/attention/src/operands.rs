@@ -6,7 +6,7 @@ use attention_core::{
 };
 
 use crate::order::Kind;
-use crate::{AxisOrder, Error, IntoView, IntoViewMut, Options};
+use crate::{AxisOrder, Error, IntoView, IntoViewMut, Options, sequences};
 
 /// The tensors of a call besides query, key and value, whose axes do not depend on the order of the call's.
 #[derive(Clone, Copy, Debug, Default)]
@@ -15,20 +15,25 @@ pub(crate) struct OptionalInputs<'a> {
     pub(crate) bias: Option<View<'a>>,
     pub(crate) alibi_slopes: Option<View<'a>>,
     pub(crate) sinks: Option<View<'a>>,
-    /// These five take the place of what the options say.
+    /// These take the place of what the options say.
     pub(crate) query_lengths: Option<View<'a>>,
     pub(crate) key_value_lengths: Option<View<'a>>,
     pub(crate) query_offsets: Option<View<'a>>,
     pub(crate) dropout_seed: Option<View<'a>>,
     pub(crate) dropout_offset: Option<View<'a>>,
+    pub(crate) query_starts: Option<View<'a>>,
+    pub(crate) key_value_starts: Option<View<'a>>,
+    /// Has no place in the options.
+    pub(crate) block_table: Option<View<'a>>,
 }
 
 /// The inputs of a call with four axes in the order of the core, and how they came.
 #[derive(Clone, Copy)]
 pub(crate) struct Operands<'a> {
     pub(crate) inputs: Inputs<'a>,
-    /// False where query, key and value came without a batch axis; outputs have none then.
-    pub(crate) batched: bool,
+    /// Of query, key and value, which came without the first of four axes: without a batch, or packed. What is like one of
+    /// them, outputs and gradients, has as many axes as it.
+    without_first_axis: [bool; 3],
     /// The order of the axes of query, key, value and everything that is like them.
     pub(crate) order: AxisOrder,
 }
@@ -49,6 +54,10 @@ impl<'a> Operands<'a> {
         let Inputs { query, key, value, .. } = &inputs;
         let views = [(Role::Query, query), (Role::Key, key), (Role::Value, value)];
         let ranks = views.map(|(_, view)| view.shape().rank());
+        if sequences::has_sequences(&inputs.data) {
+            sequences::check_ranks(order, &inputs)?;
+            return Self::with_four_axes(order, inputs, ranks.map(|rank| rank == 3));
+        }
         for ((role, view), rank) in views.into_iter().zip(ranks) {
             if !(3..=4).contains(&rank) {
                 let expected = match order {
@@ -62,20 +71,44 @@ impl<'a> Operands<'a> {
             let (query, key, value) = (query.shape(), key.shape(), value.shape());
             return Err(Error::MixedRanks { query, key, value, order });
         }
-        let batched = ranks[0] == 4;
-        let mut operands = Self { inputs, batched, order };
+        Self::with_four_axes(order, inputs, [ranks[0] == 3; 3])
+    }
+
+    /// Of inputs whose numbers of axes are right.
+    #[inline]
+    fn with_four_axes(
+        order: AxisOrder,
+        inputs: Inputs<'a>,
+        without_first_axis: [bool; 3],
+    ) -> Result<Self, Error> {
+        let mut operands = Self { inputs, without_first_axis, order };
         // Mostly they are in the order of the core, and inputs are large.
-        if !(batched && order == AxisOrder::Btnh) {
+        if !operands.is_as_in_core() {
             let Inputs { query, key, value, .. } = &mut operands.inputs;
-            for view in [query, key, value] {
+            for (view, without) in [query, key, value].into_iter().zip(without_first_axis) {
                 *view = order.read(Kind::Operand, *view)?;
-                if !batched {
+                if without {
                     *view = view.unsqueeze()?;
                 }
             }
         }
         operands.one_device()?;
         Ok(operands)
+    }
+
+    /// Whether all tensors have the axes that the core has.
+    fn is_as_in_core(&self) -> bool {
+        self.without_first_axis == [false; 3] && self.order == AxisOrder::Btnh
+    }
+
+    /// Whether a tensor comes and goes without the first of its axes in the core.
+    fn is_without_first_axis(&self, role: Role) -> bool {
+        let [query, key, value] = self.without_first_axis;
+        match role {
+            Role::Key | Role::DKey => key,
+            Role::Value | Role::DValue => value,
+            _ => query,
+        }
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -105,7 +138,11 @@ impl<'a> Operands<'a> {
 
     /// The problem of these inputs and options, with outputs and gradients that are contiguous in the caller's order.
     pub(crate) fn problem(&self, options: &Options) -> ProblemBuilder {
-        let builder = options.apply_flags(self.inputs.problem());
+        let mut builder = options.apply_flags(self.inputs.problem());
+        if sequences::has_sequences(&self.inputs.data) {
+            let (queries, keys) = sequences::longest(&self.inputs, options);
+            builder = builder.longest(queries, keys);
+        }
         if self.order == AxisOrder::Btnh {
             return builder;
         }
@@ -152,7 +189,8 @@ impl<'a> Operands<'a> {
         let source = self.order.told(error);
         if misfit && self.in_other_order().is_ok_and(|other| other.problem(options).build().is_ok()) {
             let Inputs { query, key, value, .. } = self.inputs;
-            let shapes = [query, key, value].map(|view| self.returned(&view.shape(), Kind::Operand));
+            let views = [(Role::Query, query), (Role::Key, key), (Role::Value, value)];
+            let shapes = views.map(|(role, view)| self.returned(&view.shape(), role));
             return Error::OtherOrder {
                 source: Box::new(source),
                 shapes: Box::new(shapes),
@@ -188,12 +226,12 @@ impl<'a> Operands<'a> {
     pub(crate) fn read<'v>(&self, role: Role, view: View<'v>) -> Result<View<'v>, InvalidCall> {
         self.expect_rank(role, view.shape())?;
         let view = Kind::of(role).map_or(Ok(view), |kind| self.order.read(kind, view))?;
-        if self.batched { Ok(view) } else { view.unsqueeze() }
+        if self.is_without_first_axis(role) { view.unsqueeze() } else { Ok(view) }
     }
 
     /// As [`read`](Self::read), for a tensor that is written.
     pub(crate) fn written<'o>(&self, role: Role, view: ViewMut<'o>) -> Result<ViewMut<'o>, InvalidCall> {
-        if self.batched && self.order == AxisOrder::Btnh {
+        if self.is_as_in_core() {
             return Ok(view);
         }
         self.expect_rank(role, view.shape())?;
@@ -201,7 +239,7 @@ impl<'a> Operands<'a> {
             Some(kind) => self.order.written(kind, view)?,
             None => view,
         };
-        if self.batched { Ok(view) } else { view.unsqueeze() }
+        if self.is_without_first_axis(role) { view.unsqueeze() } else { Ok(view) }
     }
 
     /// As [`written`](Self::written), for the gradients of query, key and value; those of bias and sinks are as they are.
@@ -218,13 +256,17 @@ impl<'a> Operands<'a> {
         })
     }
 
-    /// Without a batch axis, another number of axes could pass for a batch; with one, the core says what is wrong.
+    /// Without a first axis, another number of axes could pass for it; with one, the core says what is wrong.
     fn expect_rank(&self, role: Role, shape: Dims) -> Result<(), InvalidCall> {
-        if self.batched {
+        if !self.is_without_first_axis(role) {
             return Ok(());
         }
+        let data = &self.inputs.data;
         let (axes, expected) = match role {
+            Role::Lse | Role::DLse if data.query_starts.is_some() => (2, "2, as queries are packed"),
             Role::Lse | Role::DLse => (2, "2, as the query has no batch axis"),
+            Role::DKey | Role::DValue if data.key_value_starts.is_some() => (3, "3, as keys are packed"),
+            _ if data.query_starts.is_some() => (3, "3, as queries are packed"),
             _ => (3, "3, as the query has no batch axis"),
         };
         if shape.rank() != axes {
@@ -233,10 +275,13 @@ impl<'a> Operands<'a> {
         Ok(())
     }
 
-    /// The shape of a tensor in the caller's order, without the batch axis that the caller did not give.
-    pub(crate) fn returned(&self, shape: &[usize], kind: Kind) -> Dims {
+    /// The shape of a tensor in the caller's order, without the first axis where the caller gave none.
+    pub(crate) fn returned(&self, shape: &[usize], role: Role) -> Dims {
         let shape = Dims::from_slice(shape).expect("a tensor of a call has at most four axes");
-        let shape = self.order.shape(kind, shape);
-        if self.batched { shape } else { Dims::from_slice(&shape[1..]).expect("fewer axes than before") }
+        let shape = Kind::of(role).map_or(shape, |kind| self.order.shape(kind, shape));
+        if !self.is_without_first_axis(role) {
+            return shape;
+        }
+        Dims::from_slice(&shape[1..]).expect("fewer axes than before")
     }
 }

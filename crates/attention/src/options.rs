@@ -27,6 +27,14 @@ pub struct Options {
     pub query_lengths: Lengths,
     /// How many keys of each batch row are real.
     pub key_value_lengths: Lengths,
+    /// Of packed queries, the row at which each sequence starts, and the one behind the last sequence.
+    pub query_starts: Option<Arc<[i64]>>,
+    /// The same of packed keys and values.
+    pub key_value_starts: Option<Arc<[i64]>>,
+    /// The most query rows of a packed sequence.
+    pub longest_query: Option<usize>,
+    /// The most keys of a packed or paged sequence.
+    pub longest_key: Option<usize>,
     /// Dropout of the probabilities.
     pub dropout: Option<Dropout>,
     /// Asks for bitwise reproducible results.
@@ -43,6 +51,10 @@ attention_core::fields_by_name!(Options {
     softcap,
     query_lengths,
     key_value_lengths,
+    query_starts,
+    key_value_starts,
+    longest_query,
+    longest_key,
     dropout,
     deterministic,
 });
@@ -51,17 +63,20 @@ impl Options {
     /// The numbers that a call has by these options: what [`Inputs::data`](crate::core::Inputs::data) of a
     /// planned call takes.
     pub fn data(&self) -> CallData<'_> {
-        // A slice has as many elements as its length says.
-        let query_offsets = self.query_offsets.as_deref();
-        let query_offsets = query_offsets.and_then(|offsets| View::from_slice(offsets, [offsets.len()]).ok());
+        fn list(list: Option<&[i64]>) -> Option<View<'_>> {
+            // A slice has as many elements as its length says.
+            list.and_then(|list| View::from_slice(list, [list.len()]).ok())
+        }
         CallData {
             scale: self.scale,
             softcap: self.softcap,
             query_offset: self.query_offset,
-            query_offsets,
+            query_offsets: list(self.query_offsets.as_deref()),
             query_lengths: self.query_lengths.view(),
             key_value_lengths: self.key_value_lengths.view(),
             dropout: self.dropout,
+            query_starts: list(self.query_starts.as_deref()),
+            key_value_starts: list(self.key_value_starts.as_deref()),
             ..CallData::default()
         }
     }
@@ -79,6 +94,8 @@ impl Options {
             causal,
             window,
             deterministic,
+            longest_query,
+            longest_key,
             // In the data.
             scale: _,
             query_offset: _,
@@ -86,8 +103,11 @@ impl Options {
             softcap: _,
             query_lengths: _,
             key_value_lengths: _,
+            query_starts: _,
+            key_value_starts: _,
             dropout: _,
         } = self;
-        builder.causal(*causal).window(*window).deterministic(*deterministic)
+        let builder = builder.causal(*causal).window(*window).deterministic(*deterministic);
+        builder.longest(*longest_query, *longest_key)
     }
 }

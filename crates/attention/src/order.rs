@@ -170,6 +170,16 @@ fn heads_first(why: &'static str) -> &'static str {
         "[B, S, K, Hv]; B, S and K of the key" => "[B, K, S, Hv]; B, S and K of the key",
         "[B, T, N, Hv]" => "[B, N, T, Hv]",
         "[B, T, N]" => "[B, N, T]",
+        "[B, T, N, H]; B of the block table" => "[B, N, T, H]; B of the block table",
+        "[B, S, K, H]; B of the starts, H of the query" => "[B, K, S, H]; B of the starts, H of the query",
+        "[1, total, K, H]; H of the query" => "[1, K, total, H]; H of the query",
+        "[1, total, K, Hv]; total and K of the key" => "[1, K, total, Hv]; total and K of the key",
+        "[pages, page size, K, H]; H of the query" => "[pages, K, page size, H]; H of the query",
+        "[pages, page size, K, Hv]; pages, page size and K of the key" => {
+            "[pages, K, page size, Hv]; pages, page size and K of the key"
+        }
+        "[1, total, N, Hv]" => "[1, N, total, Hv]",
+        "[1, total, N]" => "[1, N, total]",
         other => other,
     }
 }

@@ -14,6 +14,7 @@ mod options;
 mod order;
 mod plans;
 mod selection;
+mod sequences;
 #[cfg(feature = "serde")]
 mod stored;
 mod support;

@@ -92,6 +92,10 @@ fn options_as_data_are_those_of_the_methods() {
         softcap: Some(20.0),
         query_lengths: Lengths::from([3, 2]),
         key_value_lengths: Lengths::from([5, 4]),
+        query_starts: None,
+        key_value_starts: None,
+        longest_query: None,
+        longest_key: None,
         dropout: Some(Dropout::new(0.25, 1)),
         deterministic: true,
     };

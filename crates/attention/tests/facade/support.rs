@@ -208,14 +208,20 @@ impl Plan for ToyPlan {
         let logits = Logits::new(&problem, &inputs);
         let (mut out, mut lse) = (Writer::new(outputs.out), outputs.lse.map(Writer::new));
         for [b, t, n] in rows(&problem) {
-            let row = logits.row(b, t, n);
+            let (row, [outer, inner]) = (logits.row(b, t, n), problem.query_places(b).of(t));
             for h in 0..problem.dims().value_head_dim {
-                let sum =
-                    row.keys.iter().map(|key| key.p * key.keep * at(&inputs.value, &[b, key.j, row.k, h]));
-                out.set(&[b, t, n, h], sum.sum());
+                let value = |key: &Key| at(&inputs.value, &[key.place[0], key.place[1], row.k, h]);
+                let sum = row.keys.iter().map(|key| key.p * key.keep * value(key));
+                out.set(&[outer, inner, n, h], sum.sum());
             }
             if let Some(lse) = &mut lse {
-                lse.set(&[b, t, n], row.lse);
+                lse.set(&[outer, inner, n], row.lse);
+            }
+        }
+        for row in problem.query_rows_of_no_sequence() {
+            for n in 0..problem.dims().query_heads {
+                (0..problem.dims().value_head_dim).for_each(|h| out.set(&[0, row, n, h], 0.0));
+                lse.iter_mut().for_each(|lse| lse.set(&[0, row, n], f64::NEG_INFINITY));
             }
         }
         Ok(())
@@ -230,27 +236,29 @@ impl Plan for ToyPlan {
             [outputs.dq, outputs.dk, outputs.dv, outputs.dbias, outputs.dsinks]
                 .map(|view| view.map(Sum::new));
         for [b, t, n] in rows(&problem) {
-            let row = logits.row(b, t, n);
-            let d_out = |h: usize| at(&saved.d_out, &[b, t, n, h]);
-            let d_lse = saved.d_lse.map_or(0.0, |d_lse| at(&d_lse, &[b, t, n]));
-            let dot = |h: usize| d_out(h) * at(&saved.out, &[b, t, n, h]);
+            let (row, [outer, inner]) = (logits.row(b, t, n), problem.query_places(b).of(t));
+            let d_out = |h: usize| at(&saved.d_out, &[outer, inner, n, h]);
+            let d_lse = saved.d_lse.map_or(0.0, |d_lse| at(&d_lse, &[outer, inner, n]));
+            let dot = |h: usize| d_out(h) * at(&saved.out, &[outer, inner, n, h]);
             let delta = (0..dims.value_head_dim).map(dot).sum::<f64>() - d_lse;
-            let lse = at(&saved.lse, &[b, t, n]);
+            let lse = at(&saved.lse, &[outer, inner, n]);
             if let (Some(dsinks), Some(sinks), true) = (&mut dsinks, inputs.sinks, row.real) {
                 dsinks.add(&[n], -(at(&sinks, &[n]) - lse).exp() * delta);
             }
             for key in &row.keys {
-                let value = |h: usize| d_out(h) * at(&inputs.value, &[b, key.j, row.k, h]);
+                let [page, slot] = key.place;
+                let value = |h: usize| d_out(h) * at(&inputs.value, &[page, slot, row.k, h]);
                 let dp = key.keep * (0..dims.value_head_dim).map(value).sum::<f64>();
                 let dx = key.p * (dp - delta);
                 let product = dx * key.softcap * problem.scale();
                 for h in 0..dims.value_head_dim {
-                    dv.iter_mut().for_each(|dv| dv.add(&[b, key.j, row.k, h], key.p * key.keep * d_out(h)));
+                    dv.iter_mut().for_each(|dv| dv.add(&[page, slot, row.k, h], key.p * key.keep * d_out(h)));
                 }
                 for h in 0..dims.head_dim {
-                    let (q, k) = (at(&inputs.query, &[b, t, n, h]), at(&inputs.key, &[b, key.j, row.k, h]));
-                    dq.iter_mut().for_each(|dq| dq.add(&[b, t, n, h], product * k));
-                    dk.iter_mut().for_each(|dk| dk.add(&[b, key.j, row.k, h], product * q));
+                    let q = at(&inputs.query, &[outer, inner, n, h]);
+                    let k = at(&inputs.key, &[page, slot, row.k, h]);
+                    dq.iter_mut().for_each(|dq| dq.add(&[outer, inner, n, h], product * k));
+                    dk.iter_mut().for_each(|dk| dk.add(&[page, slot, row.k, h], product * q));
                 }
                 dbias.iter_mut().for_each(|dbias| dbias.add(&[b, n, t, key.j], dx));
             }
@@ -260,11 +268,12 @@ impl Plan for ToyPlan {
     }
 }
 
-fn rows(problem: &Problem) -> impl Iterator<Item = [usize; 3]> + use<> {
-    let dims = problem.dims();
-    indices(&[dims.batch, dims.query_length, dims.query_heads])
-        .into_iter()
-        .map(|row| [row[0], row[1], row[2]])
+/// Batch row, row within it, and head of every query row, padding included.
+fn rows(problem: &CallProblem<'_>) -> impl Iterator<Item = [usize; 3]> {
+    let heads = problem.dims().query_heads;
+    let rows = move |b: usize| indices(&[problem.query_places(b).rows(), heads]);
+    let sequences = 0..problem.dims().batch;
+    sequences.flat_map(move |b| rows(b).into_iter().map(move |row| [b, row[0], row[1]]))
 }
 
 fn indices(shape: &[usize]) -> Vec<Vec<usize>> {
@@ -347,6 +356,8 @@ struct Row {
 
 struct Key {
     j: usize,
+    /// The first two indices of its row.
+    place: [usize; 2],
     p: f64,
     keep: f64,
     softcap: f64,
@@ -369,7 +380,9 @@ impl<'a, 'v> Logits<'a, 'v> {
                     index.iter().zip(mask.shape().iter()).map(|(&i, &size)| i.min(size - 1)).collect();
                 mask.at(&index) == 0
             });
-            let product = |h: usize| at(&inputs.query, &[b, t, n, h]) * at(&inputs.key, &[b, j, k, h]);
+            let ([outer, inner], [page, slot]) = (problem.query_places(b).of(t), problem.key_places(b).of(j));
+            let product =
+                |h: usize| at(&inputs.query, &[outer, inner, n, h]) * at(&inputs.key, &[page, slot, k, h]);
             let mut x = problem.scale() * (0..dims.head_dim).map(product).sum::<f64>();
             let mut softcap = 1.0;
             if let Some(c) = problem.softcap() {
@@ -398,7 +411,7 @@ impl<'a, 'v> Logits<'a, 'v> {
         };
         let keys = logits.into_iter().map(|(j, x, softcap)| {
             let p = (x - lse).exp();
-            Key { j, p, keep: keep(j), softcap }
+            Key { j, place: problem.key_places(b).of(j), p, keep: keep(j), softcap }
         });
         Row { k, lse, real, keys: keys.collect() }
     }
