@@ -5,6 +5,7 @@ use attention_core::{
     Unsupported,
 };
 
+use crate::kv_cache::CacheError;
 use crate::{AxisOrder, OtherTensor};
 
 /// Why a call through the facade did not run. Each variant names a culprit.
@@ -163,6 +164,9 @@ pub enum Error {
         /// The method that takes the caller's memory.
         method: &'static str,
     },
+    /// A cache of keys and values refused.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// A tensor is not what it was to be turned into.
     #[error(transparent)]
     OtherTensor(#[from] OtherTensor),

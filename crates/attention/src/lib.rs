@@ -16,6 +16,7 @@ mod error;
 mod forward;
 mod hidden_keys;
 mod into_view;
+pub mod kv_cache;
 mod numbers;
 mod operands;
 mod options;

@@ -10,6 +10,8 @@ mod device;
 mod dlpack;
 mod errors;
 mod inputs;
+mod kv_cache;
+mod kv_cache_model;
 mod options;
 mod order;
 mod plans;

@@ -1,0 +1,121 @@
+//! Sequences of a paged cache, and handles of them.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::error::CacheError;
+
+/// A handle of a sequence in a [`PagedKvCache`](super::PagedKvCache). Once the sequence was freed, it is an error to use it,
+/// also where another sequence has taken its place; so is a handle of another cache.
+///
+/// Printed, it is its place in the cache and how many sequences were there before: `sequence 3.0`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Sequence {
+    cache: u64,
+    slot: usize,
+    generation: u64,
+}
+
+impl std::fmt::Display for Sequence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "sequence {}.{}", self.slot, self.generation)
+    }
+}
+
+/// What a cache knows of a sequence.
+#[derive(Clone, Debug)]
+pub(super) struct State {
+    pub(super) length: usize,
+    /// In order; `length` rounded up to pages.
+    pub(super) pages: Vec<i32>,
+    /// Changes with every change of `pages` but one that adds some at the end; no two sequences have the same.
+    pub(super) stamp: u64,
+    /// The last append that the sequence was given to.
+    pub(super) append: u64,
+}
+
+/// The sequences of a cache.
+#[derive(Debug)]
+pub(super) struct Sequences {
+    /// Which cache, of all in this process.
+    cache: u64,
+    slots: Vec<Slot>,
+    /// Slots without a sequence.
+    free: Vec<usize>,
+    /// The last stamp given.
+    stamp: u64,
+}
+
+#[derive(Debug)]
+struct Slot {
+    /// How many sequences the slot had before.
+    generation: u64,
+    state: Option<State>,
+}
+
+impl Sequences {
+    pub(super) fn new() -> Self {
+        static CACHES: AtomicU64 = AtomicU64::new(0);
+        let cache = CACHES.fetch_add(1, Ordering::Relaxed);
+        Self { cache, slots: Vec::new(), free: Vec::new(), stamp: 0 }
+    }
+
+    /// Which cache this is, of all in the process.
+    pub(super) fn cache(&self) -> u64 {
+        self.cache
+    }
+
+    /// A number that was not given before.
+    pub(super) fn stamp(&mut self) -> u64 {
+        self.stamp += 1;
+        self.stamp
+    }
+
+    /// How many sequences there are.
+    pub(super) fn count(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// A sequence of these pages.
+    pub(super) fn add(&mut self, length: usize, pages: Vec<i32>) -> Sequence {
+        let state = Some(State { length, pages, stamp: self.stamp(), append: 0 });
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { generation: 0, state: None });
+            self.slots.len() - 1
+        });
+        self.slots[slot].state = state;
+        Sequence { cache: self.cache, slot, generation: self.slots[slot].generation }
+    }
+
+    /// Takes a sequence out; its handle is good for nothing from then on.
+    pub(super) fn remove(&mut self, sequence: Sequence) -> Result<State, CacheError> {
+        self.get(sequence)?;
+        let slot = &mut self.slots[sequence.slot];
+        let Some(state) = slot.state.take() else { unreachable!("it is there") };
+        slot.generation += 1;
+        self.free.push(sequence.slot);
+        Ok(state)
+    }
+
+    /// The handles of all sequences.
+    pub(super) fn handles(&self) -> impl Iterator<Item = Sequence> + '_ {
+        self.slots.iter().enumerate().filter(|(_, slot)| slot.state.is_some()).map(|(index, slot)| Sequence {
+            cache: self.cache,
+            slot: index,
+            generation: slot.generation,
+        })
+    }
+
+    pub(super) fn get(&self, sequence: Sequence) -> Result<&State, CacheError> {
+        let slot = self.slots.get(sequence.slot).filter(|_| sequence.cache == self.cache);
+        let other = || CacheError::OtherCache { what: sequence.to_string() };
+        let slot = slot.ok_or_else(other)?;
+        let state = slot.state.as_ref().filter(|_| slot.generation == sequence.generation);
+        state.ok_or(CacheError::Freed { sequence })
+    }
+
+    pub(super) fn get_mut(&mut self, sequence: Sequence) -> Result<&mut State, CacheError> {
+        self.get(sequence)?;
+        let Some(state) = &mut self.slots[sequence.slot].state else { unreachable!("it is there") };
+        Ok(state)
+    }
+}
