@@ -190,6 +190,8 @@ impl<'a, T: Copy> HostView<'a, T> {
         let offset = outer.wrapping_add((row as isize).wrapping_mul(self.strides[1]));
         let origin = if len == 0 { 0 } else { self.origin.wrapping_add_signed(offset) };
         Row { span: self.span, origin, stride: self.strides[2], len }
+    }
+
     /// The rows of head `head` at `[outer, inner]`, `[outer, inner + 1]` and so on, of a view of four axes whose
     /// third is that of heads. Cheap enough for single rows.
     ///
