@@ -1,7 +1,7 @@
 """Makes the project's golden sets, or checks stored ones against a fresh run.
 
-    python generate.py --out DIR [--only jax|extended]
-    python generate.py --check DIR [--only jax|extended]
+    python generate.py --out DIR [--only jax|extended|sequences]
+    python generate.py --check DIR [--only jax|extended|sequences]
 
 README.md beside this file says what the sets are and how they are laid out.
 """
@@ -12,7 +12,7 @@ import pathlib
 import sys
 import tempfile
 
-SETS = ("extended", "jax")
+SETS = ("extended", "sequences", "jax")
 
 
 def parse_arguments():
@@ -20,9 +20,9 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--out", metavar="DIR", type=pathlib.Path, help="write DIR/jax and DIR/extended")
+    action.add_argument("--out", metavar="DIR", type=pathlib.Path, help="write DIR/jax and so on")
     action.add_argument(
-        "--check", metavar="DIR", type=pathlib.Path, help="compare DIR/jax and DIR/extended"
+        "--check", metavar="DIR", type=pathlib.Path, help="compare DIR/jax and so on"
     )
     parser.add_argument("--only", choices=SETS, help="one set instead of both")
     return parser.parse_args()
@@ -45,9 +45,10 @@ def generate_set(set_name, directory):
     # Here and not at the top, because --check has an answer even without NumPy.
     import extended_set
     import jax_set
+    import sequences_set
     import storage
 
-    module = {"extended": extended_set, "jax": jax_set}[set_name]
+    module = {"extended": extended_set, "sequences": sequences_set, "jax": jax_set}[set_name]
     storage.write_set(directory, *module.generate(print))
 
 

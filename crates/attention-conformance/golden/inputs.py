@@ -50,7 +50,7 @@ def is_half_exact(tensors):
         # bf16 is the upper half of f32.
         in_bfloat16 = not np.any(np.ascontiguousarray(array).view(np.uint32) & 0xFFFF)
         with np.errstate(over="ignore"):
-            in_float16 = np.array_equal(array.astype(np.float16).astype(np.float32), array)
+            in_float16 = np.array_equal(array.astype(np.float16).astype(np.float32), array, equal_nan=True)
         if not (in_bfloat16 and in_float16):
             return False
     return True

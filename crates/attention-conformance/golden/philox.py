@@ -72,14 +72,17 @@ def dropout_threshold(rate):
     return threshold
 
 
-def keep_mask(batch, heads, query_length, key_length, *, rate, seed, offset):
-    """The published dropout bits, bool [B, N, T, S]: true = the probability is kept."""
+def keep_mask(batch, heads, query_length, key_length, *, rate, seed, offset, first_head=0):
+    """The published dropout bits, bool [B, N, T, S]: true = the probability is kept.
+
+    `first_head` is what the counter of batch rows and heads starts from: `b * N` for sequence `b` alone.
+    """
     blocks = -(-key_length // 8)
     words = philox4x32(
         (
             np.arange(blocks)[None, None, :],
             np.arange(query_length)[None, :, None],
-            np.arange(batch * heads)[:, None, None],
+            first_head + np.arange(batch * heads)[:, None, None],
             offset,
         ),
         (seed & 0xFFFFFFFF, seed >> 32),

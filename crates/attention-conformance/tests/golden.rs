@@ -18,7 +18,7 @@ fn wide() -> Naive {
 fn own_sets_pass() {
     for directory in own_sets() {
         let set = GoldenSet::open(&directory).unwrap();
-        assert!(set.len() > 40 && set.names().len() == set.len());
+        assert!(set.len() >= 19 && set.names().len() == set.len());
         let mut seen = 0;
         let report = set.run(&wide(), &DType::FLOATS, None, |_| seen += 1);
         let failures: Vec<String> = report.failures().map(ToString::to_string).collect();
@@ -27,8 +27,10 @@ fn own_sets_pass() {
         // What is skipped says why: inputs that halves cannot hold.
         for result in &report.results {
             if let Outcome::Skipped { reason } = &result.outcome {
-                assert!(reason.contains("not exact in half precision"), "{result}");
-                assert!(matches!(result.dtype, DType::F16 | DType::Bf16));
+                let in_pages = reason.contains("keys in pages have no backward pass");
+                let inexact = reason.contains("not exact in half precision");
+                assert!(in_pages && result.pass == Pass::Backward || inexact, "{result}");
+                assert!(in_pages || matches!(result.dtype, DType::F16 | DType::Bf16));
             }
         }
     }
@@ -101,15 +103,17 @@ fn unknown_keys_are_errors() {
             |m| m["cases"][0]["tensors"]["w"] = serde_json::json!(["float32", [1]]),
             "tensor 'w' is unknown",
         ),
-        ("format", |m| m["format"] = 3.into(), "format 3 is unknown"),
+        ("format", |m| m["format"] = 4.into(), "format 4 is unknown"),
+        ("sequences", |m| m["cases"][0]["params"]["sequences"] = "packed".into(), "are of format 3"),
+        ("format-of-another", |m| m["format"] = 3.into(), "do not say how 'sequences' lie"),
         // Whatever else another format has.
         (
             "format-keys",
             |m| {
-                m["format"] = 3.into();
+                m["format"] = 4.into();
                 m["novel"] = 1.into();
             },
-            "format 3 is unknown",
+            "format 4 is unknown",
         ),
         ("count", |m| m["n_cases"] = 2.into(), "n_cases is 2, there are 1"),
         ("rank", |m| m["cases"][0]["rank"] = 5.into(), "rank 5 with layout BTNH"),

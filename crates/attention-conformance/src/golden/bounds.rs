@@ -5,8 +5,9 @@ use attention_core::{DType, Problem, Role};
 use super::file::Tensors;
 use super::limits::limit;
 use super::problem::GoldenInputs;
+use super::sequences::{is_empty_elsewhere, padded, padded_tensor};
 use super::{Entry, Limits};
-use crate::oracle::{Dense, Oracle};
+use crate::oracle::{Oracle, Padding};
 use crate::run::{Judge, Results, SavedTensors, Stop};
 use crate::tolerance::Precision;
 
@@ -28,6 +29,8 @@ pub(super) struct Bounds<'a> {
     pub(super) problem: &'a Problem,
     pub(super) oracle: &'a Oracle,
     pub(super) data: &'a GoldenInputs,
+    /// Where the rows of sequences are.
+    pub(super) padding: Option<&'a Padding>,
     pub(super) precision: Precision,
 }
 
@@ -45,7 +48,14 @@ impl Bounds<'_> {
             let Some(want) = tensors.expected(name) else {
                 return Err(Stop::failed(format!("the file has no expected {name}")));
             };
-            judge.compare_tensor(tensor, role, &want.values, &self.bounds(role, name, &want.values, saved));
+            let empty = if role == Role::Lse { f64::NEG_INFINITY } else { 0.0 };
+            if !is_empty_elsewhere(want, role, self.padding, empty) {
+                return Err(Stop::failed(format!(
+                    "the file expects another {name} than {empty} of no sequence"
+                )));
+            }
+            let want = padded(want, role, self.padding, empty);
+            judge.compare_tensor(tensor, role, &want, &self.bounds(role, name, &want, saved));
         }
         Ok(judge)
     }
@@ -75,8 +85,9 @@ impl Bounds<'_> {
     }
 
     fn backward(&self, role: Role, precision: Precision, saved: &SavedTensors) -> Vec<f64> {
-        let d_out = Dense::read(&self.data.d_out.view());
-        let d_lse = self.data.d_lse.as_ref().map(|d_lse| Dense::read(&d_lse.view()));
+        let d_out = self.data.d_out.as_ref().expect("checked with the manifest");
+        let d_out = padded_tensor(d_out, Role::DOut, self.padding);
+        let d_lse = self.data.d_lse.as_ref().map(|d_lse| padded_tensor(d_lse, Role::DLse, self.padding));
         let bounds = precision.backward(self.oracle, &d_out, d_lse.as_ref(), &saved.errors(self.oracle));
         match role {
             Role::DQuery => bounds.dq,

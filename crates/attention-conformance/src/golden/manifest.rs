@@ -5,10 +5,10 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::GoldenError;
+use super::{GoldenError, SequenceKind};
 
 /// The formats that this reader knows.
-const KNOWN_FORMATS: std::ops::RangeInclusive<u32> = 1..=2;
+const KNOWN_FORMATS: std::ops::RangeInclusive<u32> = 1..=3;
 
 /// What every format has.
 #[derive(Deserialize)]
@@ -20,7 +20,7 @@ struct Format {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// 1 for what JAX can do, 2 for what it has no option for.
+    /// 1 for what JAX can do, 2 for what it has no option for, 3 for packed and paged sequences.
     pub format: u32,
     /// The script that made the set.
     pub generator: Option<String>,
@@ -54,10 +54,10 @@ pub struct Entry {
     pub tags: Vec<String>,
     /// The sizes.
     pub dims: Dims,
-    /// 4, or 3 for tensors without a batch axis.
-    pub rank: usize,
-    /// `BTNH`, or `TNH` without a batch axis.
-    pub layout: String,
+    /// 4, or 3 for tensors without a batch axis. Absent in format 3.
+    pub rank: Option<usize>,
+    /// `BTNH`, or `TNH` without a batch axis. Absent in format 3.
+    pub layout: Option<String>,
     /// The options.
     pub params: Params,
     /// The same numbers seen as another feature; for information.
@@ -67,8 +67,8 @@ pub struct Entry {
     pub inputs_half_exact: bool,
     /// `zero`: the expected values follow our rule for empty rows. Absent in format 1, where `*_zero_f64` tensors do.
     pub convention: Option<String>,
-    /// Whether any row has nothing to attend to.
-    pub has_empty_rows: bool,
+    /// Whether any row has nothing to attend to; for information. Absent in format 3.
+    pub has_empty_rows: Option<bool>,
     /// How many; for information.
     pub n_empty_rows: Option<usize>,
     /// How many rows are padding; for information.
@@ -95,10 +95,10 @@ pub struct Entry {
 pub struct Dims {
     /// Batch.
     pub B: usize,
-    /// Query length.
-    pub T: usize,
-    /// Key/value length.
-    pub S: usize,
+    /// Query length. Absent in format 3.
+    pub T: Option<usize>,
+    /// Key/value length. Absent in format 3.
+    pub S: Option<usize>,
     /// Query heads.
     pub N: usize,
     /// Key/value heads.
@@ -144,6 +144,16 @@ pub struct Params {
     /// Whether the logsumexp has an incoming gradient.
     #[serde(default)]
     pub d_lse: bool,
+    /// Format 3: how the rows of sequences lie.
+    pub sequences: Option<SequenceKind>,
+    /// Format 3: rows of a page.
+    pub page_size: Option<usize>,
+    /// Format 3: the query rows of each sequence.
+    pub query_lengths: Option<Vec<usize>>,
+    /// Format 3: the keys that the tensors hold of each sequence.
+    pub key_value_lengths: Option<Vec<usize>>,
+    /// Format 3: how many of them take part, where not all do.
+    pub used_key_value_lengths: Option<Vec<usize>>,
 }
 
 /// The offset of the queries.
@@ -199,7 +209,7 @@ impl Manifest {
         // The format first: of another one nothing else is known.
         let Format { format } = serde_json::from_str(&text).map_err(invalid)?;
         if !KNOWN_FORMATS.contains(&format) {
-            let what = format!("format {format} is unknown, this reader knows 1 and 2");
+            let what = format!("format {format} is unknown, this reader knows 1 to 3");
             return Err(GoldenError::Contradiction { path: path.to_owned(), what });
         }
         let manifest: Self = serde_json::from_str(&text).map_err(invalid)?;
@@ -211,9 +221,9 @@ impl Manifest {
         if self.n_cases != self.cases.len() {
             return Err(format!("n_cases is {}, there are {} cases", self.n_cases, self.cases.len()));
         }
-        self.cases
-            .iter()
-            .try_for_each(|entry| entry.check().map_err(|what| format!("case {}: {what}", entry.id)))
+        self.cases.iter().try_for_each(|entry| {
+            entry.check(self.format).map_err(|what| format!("case {}: {what}", entry.id))
+        })
     }
 }
 
@@ -238,14 +248,7 @@ const KNOWN_TENSORS: [&str; 13] = [
 pub(super) const QUANTITIES: [&str; 7] = ["out", "lse", "dq", "dk", "dv", "dbias", "dsink"];
 
 impl Entry {
-    fn check(&self) -> Result<(), String> {
-        match (self.rank, self.layout.as_str()) {
-            (4, "BTNH") => {}
-            (3, "TNH" | "BTNH") if self.dims.B == 1 => {}
-            (rank, layout) => {
-                return Err(format!("rank {rank} with layout {layout} and B {} is unknown", self.dims.B));
-            }
-        }
+    fn check(&self, format: u32) -> Result<(), String> {
         if let Some(convention) = self.convention.as_deref().filter(|&convention| convention != "zero") {
             return Err(format!("convention '{convention}' is unknown, this reader knows 'zero'"));
         }
@@ -255,10 +258,49 @@ impl Entry {
             }
             _ => {}
         }
+        for name in &self.grads {
+            if !self.tensors.contains_key(name) {
+                return Err(format!("the gradient '{name}' is not among the tensors"));
+            }
+        }
+        match (format, self.params.sequences) {
+            (3, Some(kind)) => self.check_sequences(kind),
+            (3, None) => Err("params do not say how 'sequences' lie".to_owned()),
+            _ => self.check_batch_rows(),
+        }
+    }
+
+    /// Whether this is the name of an expected value.
+    pub(super) fn is_expected(&self, name: &str) -> bool {
+        let of = |quantity: &&str| {
+            name.strip_prefix(*quantity).is_some_and(|rest| rest == "_f64" || rest == "_zero_f64")
+        };
+        // Format 3 may have the sinks' gradient under another name.
+        QUANTITIES.iter().any(|quantity| of(&quantity))
+            || self.params.sequences.is_some() && name == "dsinks_f64"
+    }
+
+    /// Checks what the formats before 3 have.
+    fn check_batch_rows(&self) -> Result<(), String> {
+        let (params, d) = (&self.params, self.dims);
+        let layout = self.layout.as_deref().unwrap_or("null");
+        match (self.rank.unwrap_or(0), layout) {
+            (4, "BTNH") => {}
+            (3, "TNH" | "BTNH") if d.B == 1 => {}
+            (rank, layout) => {
+                return Err(format!("rank {rank} with layout {layout} and B {} is unknown", d.B));
+            }
+        }
+        if d.T.is_none() || d.S.is_none() {
+            return Err("dims need T and S".to_owned());
+        }
+        let lengths = [&params.query_lengths, &params.key_value_lengths, &params.used_key_value_lengths]
+            .map(Option::is_some);
+        if params.sequences.is_some() || params.page_size.is_some() || lengths.contains(&true) {
+            return Err("packed and paged sequences are of format 3".to_owned());
+        }
         for name in self.tensors.keys() {
-            let expected = QUANTITIES.iter().any(|quantity| {
-                name.strip_prefix(quantity).is_some_and(|rest| rest == "_f64" || rest == "_zero_f64")
-            });
+            let expected = self.is_expected(name);
             // What JAX itself gave is a yardstick, and an equivalent call may bring tensors of its own.
             let for_information = name.starts_with("jax_") || !self.equivalent_params.is_null();
             if !(expected || for_information || KNOWN_TENSORS.contains(&name.as_str())) {
@@ -291,11 +333,6 @@ impl Entry {
             }
             if present && !wanted && self.equivalent_params.is_null() {
                 return Err(format!("the tensor '{name}' is listed, params do not mention it"));
-            }
-        }
-        for name in &self.grads {
-            if !self.tensors.contains_key(name) {
-                return Err(format!("the gradient '{name}' is not among the tensors"));
             }
         }
         Ok(())

@@ -17,7 +17,8 @@ pub(super) struct GoldenInputs {
     alibi_slopes: Option<HostTensor>,
     sinks: Option<HostTensor>,
     numbers: Numbers,
-    pub(super) d_out: HostTensor,
+    /// Present where the case has gradients.
+    pub(super) d_out: Option<HostTensor>,
     pub(super) d_lse: Option<HostTensor>,
 }
 
@@ -33,9 +34,16 @@ fn tensor(stored: &Stored, dtype: DType, batch_axis: bool) -> HostTensor {
 
 impl GoldenInputs {
     pub(super) fn new(entry: &Entry, tensors: &Tensors, dtype: DType) -> Self {
-        let batch_axis = entry.rank == 3;
-        let operand =
-            |name: &str| tensor(tensors.get(name).expect("checked with the manifest"), dtype, batch_axis);
+        // Packed tensors have the axis in front that batch rows are along.
+        let has = |name: &str| tensors.get(name).is_some();
+        let rows = |name: &str| entry.rank == Some(3) || has(name);
+        let operand = |name: &str, batch_axis: bool| {
+            tensor(tensors.get(name).expect("checked with the manifest"), dtype, batch_axis)
+        };
+        let keys = |name: &'static str, pages: &'static str| {
+            operand(if has(pages) { pages } else { name }, rows("cu_seqlens_k"))
+        };
+        let batch_axis = rows("cu_seqlens_q");
         // Only where the option is on: equivalent calls may bring tensors of their own.
         let extra = |name: &str, wanted: bool| {
             tensors.get(name).filter(|_| wanted).map(|stored| tensor(stored, dtype, false))
@@ -43,15 +51,15 @@ impl GoldenInputs {
         let params = &entry.params;
         let mask = params.mask_shape.as_ref().and(tensors.get("mask"));
         Self {
-            query: operand("q"),
-            key: operand("k"),
-            value: operand("v"),
+            query: operand("q", batch_axis),
+            key: keys("k", "k_pages"),
+            value: keys("v", "v_pages"),
             mask: mask.map(|stored| tensor(stored, DType::Bool, false)),
             bias: extra("bias", params.bias_shape.is_some()),
             alibi_slopes: extra("alibi_slopes", params.alibi.is_some()),
             sinks: extra("sinks", params.sinks),
-            numbers: numbers(entry),
-            d_out: operand("d_out"),
+            numbers: numbers(entry, tensors),
+            d_out: has("d_out").then(|| operand("d_out", batch_axis)),
             d_lse: (tensors.get("d_lse").filter(|_| params.d_lse))
                 .map(|stored| tensor(stored, dtype.accumulator(), batch_axis)),
         }
@@ -73,13 +81,18 @@ impl GoldenInputs {
         let params = &entry.params;
         let [left, right] = params.local_window_size.unwrap_or_default();
         let builder = self.inputs().problem().causal(params.is_causal).window(Window { left, right });
+        let [queries, keys] = entry.longest();
+        let builder = builder.longest(
+            self.numbers.query_starts.as_ref().map(|_| queries),
+            self.numbers.places_keys().then_some(keys),
+        );
         let problem = builder.clone().build()?;
         CallProblem::new(&problem, &self.numbers.data()).map(|_| builder)
     }
 }
 
 /// The numbers of the call: lengths in the integers that the file has them in.
-fn numbers(entry: &Entry) -> Numbers {
+fn numbers(entry: &Entry, tensors: &Tensors) -> Numbers {
     let params = &entry.params;
     let lengths = |name: &str, lengths: &Option<Vec<usize>>| {
         let (lengths, stored) = (lengths.as_ref()?, entry.tensors.get(name));
@@ -87,6 +100,15 @@ fn numbers(entry: &Entry) -> Numbers {
         let dtype = if is_int32 { DType::I32 } else { DType::I64 };
         let length = |index: usize| lengths[index] as i64;
         Some(HostTensor::from_integers(dtype, [lengths.len()], Layout::Contiguous, length))
+    };
+    let given = if params.sequences.is_some() {
+        tensors.sequences()
+    } else {
+        Numbers {
+            query_lengths: lengths("q_lens", &params.query_seq_lengths),
+            key_value_lengths: lengths("kv_lens", &params.key_value_seq_lengths),
+            ..Numbers::default()
+        }
     };
     Numbers {
         scale: params.scale,
@@ -97,11 +119,9 @@ fn numbers(entry: &Entry) -> Numbers {
             // The manifest was checked for other names.
             Some(Offset::Named(_)) => QueryOffset::BottomRight,
         },
-        query_lengths: lengths("q_lens", &params.query_seq_lengths),
-        key_value_lengths: lengths("kv_lens", &params.key_value_seq_lengths),
         dropout: params
             .dropout
             .map(|dropout| Dropout::new(dropout.rate, dropout.seed).with_offset(dropout.offset)),
-        ..Numbers::default()
+        ..given
     }
 }

@@ -1,12 +1,16 @@
 //! Runs a golden case.
 
-use attention_core::{CallProblem, DType, Feature, FeatureSet, Gradients, NumericsClass, Pass, dropout_mask};
+use attention_core::{
+    CallProblem, DType, Feature, FeatureSet, Gradients, NumericsClass, Pass, Role, dropout_mask,
+};
 
 use super::bounds::Bounds;
-use super::file::Tensors;
+use super::file::{Stored, Tensors};
 use super::problem::GoldenInputs;
-use super::{Entry, GoldenSet};
-use crate::oracle::Oracle;
+use super::sequences::{is_empty_elsewhere, padded};
+use super::{Entry, GoldenSet, SequenceKind};
+use crate::cases::Layouts;
+use crate::oracle::{Oracle, Padding};
 use crate::report::{About, Counting, Report};
 use crate::run::{Invocation, Judge, SavedTensors, Stop, timed, usable};
 use crate::suite::{Progress, Subject};
@@ -82,7 +86,11 @@ fn run(
         Pass::Backward => {
             let gradients = gradients(&tensors);
             if gradients.is_empty() {
-                return Err(Stop::Skipped("the case has no expected gradients".to_owned()));
+                let reason = match entry.params.sequences {
+                    Some(SequenceKind::Paged) => "keys in pages have no backward pass",
+                    _ => "the case has no expected gradients",
+                };
+                return Err(Stop::Skipped(reason.to_owned()));
             }
             builder.gradients(gradients).d_lse(entry.params.d_lse).build().map_err(invalid)?
         }
@@ -91,12 +99,22 @@ fn run(
     backend.supports(&problem).map_err(|refusal| Stop::Skipped(refusal.to_string()))?;
 
     let oracle = Oracle::new(&problem, &data.inputs());
-    check_case(&tensors, &CallProblem::new(&problem, &data.inputs().data).map_err(invalid)?, &oracle)?;
+    let padding = Padding::of(&problem, &data.inputs().data);
+    let padding = padding.as_ref();
+    let numbers = CallProblem::new(&problem, &data.inputs().data).map_err(invalid)?;
+    check_case(&tensors, &numbers, &oracle, padding)?;
     let invocation = |problem, saved| Invocation { problem, inputs: data.inputs(), saved, layouts: None };
     let class = backend.capabilities().numerics_of(dtype).unwrap_or(NumericsClass::F32);
     let precision = Precision::new(dtype, class);
-    let bounds =
-        Bounds { limits: set.limits, entry, problem: &problem, oracle: &oracle, data: &data, precision };
+    let bounds = Bounds {
+        limits: set.limits,
+        entry,
+        problem: &problem,
+        oracle: &oracle,
+        data: &data,
+        padding,
+        precision,
+    };
     match pass {
         Pass::Forward => bounds.judge(&tensors, &invocation(&problem, None).run(backend)?, None),
         Pass::Backward => {
@@ -105,7 +123,10 @@ fn run(
             } else {
                 SavedTensors::of_oracle(&oracle, &problem, &Default::default())
             };
-            let given = saved.with(&data.d_out, data.d_lse.as_ref());
+            let d_out = data.d_out.as_ref().expect("checked with the manifest");
+            // As in the file, NaN in rows of no sequence.
+            let laid = padding.map(|padding| saved.laid_out(padding, &Layouts::default(), || f64::NAN));
+            let given = laid.as_ref().unwrap_or(&saved).with(d_out, data.d_lse.as_ref());
             bounds.judge(&tensors, &invocation(&problem, Some(given)).run(backend)?, Some(&saved))
         }
     }
@@ -127,18 +148,26 @@ fn gradients(tensors: &Tensors) -> Gradients {
 
 /// Whether the file agrees with the semantics where no backend is asked: which rows have keys, and the keep
 /// bits.
-fn check_case(tensors: &Tensors, problem: &CallProblem<'_>, oracle: &Oracle) -> Result<(), Stop> {
+fn check_case(
+    tensors: &Tensors,
+    problem: &CallProblem<'_>,
+    oracle: &Oracle,
+    padding: Option<&Padding>,
+) -> Result<(), Stop> {
     let same =
         |stored: &[f64], ours: &[bool]| stored.iter().map(|&value| value != 0.0).eq(ours.iter().copied());
-    let rows_agree =
-        tensors.get("row_has_keys").is_none_or(|stored| same(&stored.values, &oracle.row_has_keys()));
-    if !rows_agree {
+    let rows_agree = |stored: &Stored| {
+        is_empty_elsewhere(stored, Role::Lse, padding, 0.0)
+            && same(&padded(stored, Role::Lse, padding, 0.0), &oracle.row_has_keys())
+    };
+    if !tensors.get("row_has_keys").is_none_or(rows_agree) {
         return Err(Stop::failed("row_has_keys of the file disagrees with the semantics of the call"));
     }
-    let Some(stored) = tensors.get("keep_mask") else { return Ok(()) };
     let Some(ours) = dropout_mask(problem).map_err(|error| Stop::failed(error.to_string()))? else {
         return Ok(());
     };
+    tensors.check_keep_masks(&ours, problem.dims().logits()).map_err(Stop::failed)?;
+    let Some(stored) = tensors.get("keep_mask") else { return Ok(()) };
     match stored.values.iter().zip(&ours).position(|(&stored, &ours)| (stored != 0.0) != ours) {
         None => Ok(()),
         Some(at) => {

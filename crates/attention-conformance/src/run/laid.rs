@@ -5,7 +5,8 @@ use std::borrow::Cow;
 use attention_core::Problem;
 
 use super::{Invocation, SavedTensors};
-use crate::cases::{Case, CaseData, Layouts};
+use crate::cases::{Case, CaseData, Layouts, of_no_sequence};
+use crate::rng::Rng;
 
 /// Packed and paged tensors of a case that has them, the tensors themselves elsewhere.
 pub(crate) struct Laid<'a> {
@@ -17,7 +18,11 @@ impl<'a> Laid<'a> {
     pub(crate) fn new(case: &Case, data: &'a CaseData, saved: Option<&'a SavedTensors>) -> Self {
         let laid = case.laid_out(data);
         let saved = saved.map(|saved| match case.padding(&laid.numbers) {
-            Some(padding) => Cow::Owned(saved.laid_out(&padding, case, data.garbage)),
+            Some(padding) => {
+                let mut rng = Rng::named(case.content.seed, "saved rows of no sequence");
+                let number = || of_no_sequence(data.garbage, &mut rng);
+                Cow::Owned(saved.laid_out(&padding, &case.layouts, number))
+            }
             None => Cow::Borrowed(saved),
         });
         Self { data: laid, saved }

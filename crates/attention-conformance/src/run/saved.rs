@@ -3,9 +3,8 @@
 use attention_core::{BackwardInputs, Dims, Problem, Role};
 
 use super::Results;
-use crate::cases::{Case, CaseData, Layouts, of_no_sequence};
+use crate::cases::{CaseData, Layouts};
 use crate::oracle::{Oracle, Padding};
-use crate::rng::Rng;
 use crate::tensor::{HostTensor, unravel};
 use crate::tolerance::SavedErrors;
 
@@ -33,11 +32,15 @@ impl SavedTensors {
         }
     }
 
-    /// Packed as the outputs of a case, with garbage in rows of no sequence if `garbage`.
-    pub(super) fn laid_out(&self, padding: &Padding, case: &Case, garbage: bool) -> Self {
-        let mut rng = Rng::named(case.content.seed, "saved rows of no sequence");
+    /// Packed as the outputs of a call, with these numbers in rows of no sequence.
+    pub(crate) fn laid_out(
+        &self,
+        padding: &Padding,
+        layouts: &Layouts,
+        mut of_no_sequence: impl FnMut() -> f64,
+    ) -> Self {
         let mut lay_out = |role: Role, tensor: &HostTensor| {
-            padding.lay_out(role, tensor, case.layouts.of(role), || of_no_sequence(garbage, &mut rng))
+            padding.lay_out(role, tensor, layouts.of(role), &mut of_no_sequence)
         };
         Self { out: lay_out(Role::Out, &self.out), lse: lay_out(Role::Lse, &self.lse) }
     }
