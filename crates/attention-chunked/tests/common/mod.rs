@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test uses some of it")]
 
+pub(crate) mod sequences;
+
 use attention_chunked::ChunkedBackend;
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dims, Element,
@@ -78,6 +80,34 @@ impl Data {
         }
     }
 
+    /// With strides in elements.
+    pub(crate) fn view_with<'a>(&'a self, shape: &[usize], strides: &[isize]) -> View<'a> {
+        fn make<'a, T: Element>(data: &'a [T], shape: &[usize], strides: &[isize]) -> View<'a> {
+            let strides: Strides = strides.to_vec().try_into().expect("at most four axes");
+            View::strided(data, 0, dims(shape), strides).expect("the data has the shape")
+        }
+        match self {
+            Self::F64(data) => make(data, shape, strides),
+            Self::F32(data) => make(data, shape, strides),
+            Self::F16(data) => make(data, shape, strides),
+            Self::Bf16(data) => make(data, shape, strides),
+        }
+    }
+
+    /// With strides in elements.
+    pub(crate) fn view_mut_with<'a>(&'a mut self, shape: &[usize], strides: &[isize]) -> ViewMut<'a> {
+        fn make<'a, T: Element>(data: &'a mut [T], shape: &[usize], strides: &[isize]) -> ViewMut<'a> {
+            let strides: Strides = strides.to_vec().try_into().expect("at most four axes");
+            ViewMut::strided(data, 0, dims(shape), strides).expect("the data has the shape")
+        }
+        match self {
+            Self::F64(data) => make(data, shape, strides),
+            Self::F32(data) => make(data, shape, strides),
+            Self::F16(data) => make(data, shape, strides),
+            Self::Bf16(data) => make(data, shape, strides),
+        }
+    }
+
     pub(crate) fn view_mut<'a>(&'a mut self, shape: &[usize]) -> ViewMut<'a> {
         fn make<'a, T: Element>(data: &'a mut [T], shape: &[usize]) -> ViewMut<'a> {
             ViewMut::from_slice(data, dims(shape)).expect("the data has the shape")
@@ -91,7 +121,7 @@ impl Data {
     }
 }
 
-fn dims(shape: &[usize]) -> Dims {
+pub(crate) fn dims(shape: &[usize]) -> Dims {
     shape.to_vec().try_into().expect("at most four axes")
 }
 
