@@ -21,6 +21,7 @@ mod numbers;
 mod operands;
 mod options;
 mod order;
+mod packed;
 mod plan;
 mod plans;
 mod registry;

@@ -3,9 +3,10 @@
 use attention_core::View;
 
 use super::error::CacheError;
+use super::handle::Sequence;
 use super::memory::CacheMemory;
 use super::paged::PagedKvCache;
-use super::sequence::{Sequence, State};
+use super::sequences::State;
 
 /// What an entry of the table is that no key needs.
 const NO_PAGE: i32 = -1;

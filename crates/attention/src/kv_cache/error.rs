@@ -2,7 +2,7 @@
 
 use attention_core::{InvalidCall, OutOfMemory};
 
-use super::sequence::Sequence;
+use super::handle::Sequence;
 
 /// What a cache refuses: nothing of it was changed. `Debug` is the text.
 #[derive(Clone, PartialEq, thiserror::Error)]

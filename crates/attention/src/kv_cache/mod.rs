@@ -53,16 +53,17 @@
 mod batch;
 mod contiguous;
 mod error;
+mod handle;
 mod memory;
 mod paged;
 mod pool;
-mod sequence;
+mod sequences;
 mod token;
 
 pub use batch::{PagedBatch, PagedInputs};
 pub use contiguous::KvCache;
 pub use error::CacheError;
+pub use handle::Sequence;
 pub use memory::{CacheMemory, HostMemory, Update};
 pub use paged::{PagedKvCache, PoolShape};
-pub use sequence::Sequence;
 pub use token::TokenShape;

@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use attention_core::View;
 
 use super::error::CacheError;
+use super::handle::Sequence;
 use super::memory::{CacheMemory, HostMemory, PageCopy, Update, Write};
 use super::pool::Pool;
-use super::sequence::{Sequence, Sequences, State};
+use super::sequences::{Sequences, State};
 use super::token::{NewTokens, TokenShape, at_least_one, check_offsets};
 use crate::IntoView;
 

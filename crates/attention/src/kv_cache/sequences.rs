@@ -1,25 +1,9 @@
-//! Sequences of a paged cache, and handles of them.
+//! The sequences of a paged cache.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::CacheError;
-
-/// A handle of a sequence in a [`PagedKvCache`](super::PagedKvCache). Once the sequence was freed, it is an error to use it,
-/// also where another sequence has taken its place; so is a handle of another cache.
-///
-/// Printed, it is its place in the cache and how many sequences were there before: `sequence 3.0`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Sequence {
-    cache: u64,
-    slot: usize,
-    generation: u64,
-}
-
-impl std::fmt::Display for Sequence {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "sequence {}.{}", self.slot, self.generation)
-    }
-}
+use super::handle::Sequence;
 
 /// What a cache knows of a sequence.
 #[derive(Clone, Debug)]
