@@ -5,13 +5,13 @@ use attention_core::Role;
 use crate::{Attention, IntoNumbers, IntoView};
 
 impl<'a> Attention<'a> {
-    /// Queries, keys and values are packed: the sequences lie behind one another without padding, and sequence `b` has the
-    /// rows `offsets[b] .. offsets[b + 1]` of each tensor. `cu_seqlens_q` and `cu_seqlens_k` of torch's `varlen_attn` and of
-    /// `flash_attn_varlen_func`, where both are the same; [`packed_queries`](Self::packed_queries) and
-    /// [`packed_keys`](Self::packed_keys) take different ones.
+    /// Queries, keys and values are packed: the sequences lie behind one another without padding, and
+    /// sequence `b` has the rows `offsets[b] .. offsets[b + 1]` of each tensor. `cu_seqlens_q` and
+    /// `cu_seqlens_k` of torch's `varlen_attn` and of `flash_attn_varlen_func`, where both are the same;
+    /// [`packed_queries`](Self::packed_queries) and [`packed_keys`](Self::packed_keys) take different ones.
     ///
-    /// Every sequence means what it means alone: no row sees another sequence, and causal masking, windows, ALiBi,
-    /// masks and biases count from the start of the sequence.
+    /// Every sequence means what it means alone: no row sees another sequence, and causal masking, windows,
+    /// ALiBi, masks and biases count from the start of the sequence.
     ///
     /// # Shapes
     /// | tensor | shape |
@@ -26,14 +26,17 @@ impl<'a> Attention<'a> {
     /// In a call of [`Attention::bnth`] heads come first: `[N, total, H]`, `[N, total]`.
     ///
     /// # Semantics
-    /// Offsets start at 0 and never fall; a sequence may be empty. Rows behind the last offset belong to no sequence: their
-    /// output is 0, their logsumexp -inf, their gradient 0. [`key_value_lengths`](Self::key_value_lengths) may leave
-    /// out the last keys of each sequence (`seqused_k`). Offsets in host memory are checked; those in device memory are
-    /// read by kernels, which bring them into the rows of the tensor.
+    /// Offsets start at 0 and never fall; a sequence may be empty. Rows behind the last offset belong to no
+    /// sequence: their output is 0, their logsumexp -inf, their gradient 0.
+    /// [`key_value_lengths`](Self::key_value_lengths) may leave out the last keys of each sequence
+    /// (`seqused_k`). Offsets in host memory are checked; those in device memory are read by kernels, which
+    /// bring them into the rows of the tensor.
     ///
     /// # Errors
-    /// Of the call: [`InvalidCall::StartOutOfRange`](crate::InvalidCall::StartOutOfRange) for offsets that do not start at 0, that fall, or that end behind the
-    /// last row, [`InvalidCall::Shape`](crate::InvalidCall::Shape) for offsets of queries and keys that count different sequences.
+    /// Of the call: [`InvalidCall::StartOutOfRange`](crate::InvalidCall::StartOutOfRange) for offsets that do
+    /// not start at 0, that fall, or that end behind the last row,
+    /// [`InvalidCall::Shape`](crate::InvalidCall::Shape) for offsets of queries and keys that count different
+    /// sequences.
     ///
     /// # Examples
     /// ```
@@ -58,9 +61,10 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Queries are packed, as for [`packed`](Self::packed), and keys lie as another method says: packed with offsets of
-    /// their own ([`packed_keys`](Self::packed_keys)), in pages ([`paged`](Self::paged)), or `[B, S, K, H]` with
-    /// [`key_value_lengths`](Self::key_value_lengths), as in a cache. `cu_seqlens_q` of other libraries.
+    /// Queries are packed, as for [`packed`](Self::packed), and keys lie as another method says: packed with
+    /// offsets of their own ([`packed_keys`](Self::packed_keys)), in pages ([`paged`](Self::paged)), or `[B,
+    /// S, K, H]` with [`key_value_lengths`](Self::key_value_lengths), as in a cache. `cu_seqlens_q` of other
+    /// libraries.
     pub fn packed_queries(mut self, offsets: impl IntoNumbers<'a>) -> Self {
         if let Some(offsets) = self.unbroken(Role::QueryStarts, offsets.into_numbers()) {
             (self.options.query_starts, self.optional.query_starts) = offsets.into_offsets();
@@ -68,8 +72,9 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Keys and values are packed, `[total, K, H]` and `[total, K, Hv]`, with offsets of their own: as many as
-    /// [`packed_queries`](Self::packed_queries) has, which the call needs too. `cu_seqlens_k` of other libraries.
+    /// Keys and values are packed, `[total, K, H]` and `[total, K, Hv]`, with offsets of their own: as many
+    /// as [`packed_queries`](Self::packed_queries) has, which the call needs too. `cu_seqlens_k` of other
+    /// libraries.
     ///
     /// # Examples
     /// ```
@@ -96,8 +101,8 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// Keys and values are in pages: key `j` of sequence `b` is slot `j % page_size` of page
-    /// `table[b, j / page_size]`. `block_table` and `seqused_k` of other libraries. Forward only.
+    /// Keys and values are in pages: key `j` of sequence `b` is slot `j % page_size` of page `table[b, j /
+    /// page_size]`. `block_table` and `seqused_k` of other libraries. Forward only.
     ///
     /// # Shapes
     /// | tensor | shape |
@@ -110,15 +115,17 @@ impl<'a> Attention<'a> {
     /// In a call of [`Attention::bnth`] pages have heads first too: `[pages, K, page_size, H]`.
     ///
     /// # Semantics
-    /// Slots past a sequence's length and entries of the table that no key needs are never read: they may hold anything.
-    /// Sequences may share pages. A cache that is filled page by page has one [plan](Self::plan): the longest
-    /// sequence that the table has room for counts, whatever the lengths are
+    /// Slots past a sequence's length and entries of the table that no key needs are never read: they may
+    /// hold anything. Sequences may share pages. A cache that is filled page by page has one
+    /// [plan](Self::plan): the longest sequence that the table has room for counts, whatever the lengths are
     /// ([`longest`](Self::longest) takes a smaller bound). [`kv_cache`](crate::kv_cache) has such a cache.
     ///
     /// # Errors
-    /// Of the call: [`InvalidCall::UsedKeysOutOfRange`](crate::InvalidCall::UsedKeysOutOfRange) for a length above what the sequence's row of the table has room for,
-    /// [`InvalidCall::NoSuchPage`](crate::InvalidCall::NoSuchPage) for an entry that a key needs and that is no page, [`InvalidCall::Shape`](crate::InvalidCall::Shape). Numbers in
-    /// device memory are brought into their bounds by the kernels.
+    /// Of the call: [`InvalidCall::UsedKeysOutOfRange`](crate::InvalidCall::UsedKeysOutOfRange) for a length
+    /// above what the sequence's row of the table has room for,
+    /// [`InvalidCall::NoSuchPage`](crate::InvalidCall::NoSuchPage) for an entry that a key needs and that is
+    /// no page, [`InvalidCall::Shape`](crate::InvalidCall::Shape). Numbers in device memory are brought into
+    /// their bounds by the kernels.
     ///
     /// # Examples
     /// ```
@@ -140,19 +147,19 @@ impl<'a> Attention<'a> {
         self.key_value_lengths(lengths)
     }
 
-    /// How many query rows and how many keys the longest sequence of a packed or paged call may have (`max_q` and `max_k`,
-    /// `max_seqlen_q` and `max_seqlen_k` of other libraries); `None` for what the call says itself. Plans are made for these
-    /// bounds, and a call with a longer sequence is refused.
+    /// How many query rows and how many keys the longest sequence of a packed or paged call may have (`max_q`
+    /// and `max_k`, `max_seqlen_q` and `max_seqlen_k` of other libraries); `None` for what the call says
+    /// itself. Plans are made for these bounds, and a call with a longer sequence is refused.
     ///
-    /// Without a bound it is the axis of a mask or bias if there is one. If not, it is, of packed rows whose offsets are in
-    /// host memory, their longest sequence, rounded up to a power of two so that calls of similar offsets share a plan; of
-    /// offsets in device memory, all rows of the tensor; of pages, what a row of the table has room for. A bound
-    /// saves work and scratch memory where it is well below that, and makes one plan serve calls whose longest sequences
-    /// differ.
+    /// Without a bound it is the axis of a mask or bias if there is one. If not, it is, of packed rows whose
+    /// offsets are in host memory, their longest sequence, rounded up to a power of two so that calls of
+    /// similar offsets share a plan; of offsets in device memory, all rows of the tensor; of pages, what a
+    /// row of the table has room for. A bound saves work and scratch memory where it is well below that, and
+    /// makes one plan serve calls whose longest sequences differ.
     ///
     /// # Errors
-    /// Of the call: [`InvalidCall::SequenceTooLong`](crate::InvalidCall::SequenceTooLong); a bound of queries that are not packed, or of keys that are neither
-    /// packed nor paged, is refused.
+    /// Of the call: [`InvalidCall::SequenceTooLong`](crate::InvalidCall::SequenceTooLong); a bound of queries
+    /// that are not packed, or of keys that are neither packed nor paged, is refused.
     pub fn longest(mut self, queries: impl Into<Option<usize>>, keys: impl Into<Option<usize>>) -> Self {
         (self.options.longest_query, self.options.longest_key) = (queries.into(), keys.into());
         self

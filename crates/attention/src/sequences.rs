@@ -9,8 +9,8 @@ pub(crate) fn has_sequences(data: &CallData<'_>) -> bool {
     data.query_starts.is_some() || data.key_value_starts.is_some() || data.block_table.is_some()
 }
 
-/// Checks the number of axes of query, key and value of a call with packed or paged sequences. A packed tensor may have an
-/// axis of size 1 in front, as problems have it.
+/// Checks the number of axes of query, key and value of a call with packed or paged sequences. A packed
+/// tensor may have an axis of size 1 in front, as problems have it.
 pub(crate) fn check_ranks(order: AxisOrder, inputs: &Inputs<'_>) -> Result<(), InvalidCall> {
     let data = &inputs.data;
     let heads_first = order == AxisOrder::Bnth;
@@ -46,8 +46,8 @@ pub(crate) fn check_ranks(order: AxisOrder, inputs: &Inputs<'_>) -> Result<(), I
     Ok(())
 }
 
-/// How long packed sequences may be: what the options say, or what the offsets of this call do. `None` where neither does, and
-/// where a mask or bias does. Of inputs with four axes in the order of the core.
+/// How long packed sequences may be: what the options say, or what the offsets of this call do. `None` where
+/// neither does, and where a mask or bias does. Of inputs with four axes in the order of the core.
 pub(crate) fn longest(inputs: &Inputs<'_>, options: &Options) -> (Option<usize>, Option<usize>) {
     let data = &inputs.data;
     let found = |starts: Option<View<'_>>, tensor: &View<'_>, axis: usize| {
@@ -66,8 +66,8 @@ pub(crate) fn longest(inputs: &Inputs<'_>, options: &Options) -> (Option<usize>,
     )
 }
 
-/// The most rows between two starts that follow each other; `None` where they are not a list of integers in host memory. What
-/// is wrong with them is found where the call is checked.
+/// The most rows between two starts that follow each other; `None` where they are not a list of integers in
+/// host memory. What is wrong with them is found where the call is checked.
 fn longest_of(starts: View<'_>) -> Option<usize> {
     fn of<T: Element + bytemuck::Pod + TryInto<i64>>(starts: View<'_>) -> Option<usize> {
         let starts = starts.host::<T>()?.row(&[]);

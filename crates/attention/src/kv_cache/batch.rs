@@ -12,8 +12,8 @@ use super::sequences::State;
 const NO_PAGE: i32 = -1;
 
 /// Sequences that are called together, in order: sequence `b` of the call is the `b`-th. Made by
-/// [`PagedKvCache::batch`], and brought up to date by [`PagedKvCache::inputs`], which writes the entries of new pages and the
-/// lengths: the table is not built again.
+/// [`PagedKvCache::batch`], and brought up to date by [`PagedKvCache::inputs`], which writes the entries of
+/// new pages and the lengths: the table is not built again.
 #[derive(Clone, Debug)]
 pub struct PagedBatch {
     cache: u64,
@@ -100,7 +100,8 @@ impl PagedBatch {
 }
 
 impl<M: CacheMemory> PagedKvCache<M> {
-    /// A batch of these sequences, in this order. A sequence may be in it more than once, and in any number of batches.
+    /// A batch of these sequences, in this order. A sequence may be in it more than once, and in any number
+    /// of batches.
     ///
     /// # Errors
     /// [`CacheError::Freed`], [`CacheError::OtherCache`].
@@ -116,7 +117,8 @@ impl<M: CacheMemory> PagedKvCache<M> {
     /// The tensors of a call over the sequences of a batch as they are now.
     ///
     /// # Errors
-    /// [`CacheError::OtherCache`] for a batch of another cache; [`CacheError::Freed`] where a sequence of it was freed.
+    /// [`CacheError::OtherCache`] for a batch of another cache; [`CacheError::Freed`] where a sequence of it
+    /// was freed.
     pub fn inputs<'a>(&'a self, batch: &'a mut PagedBatch) -> Result<PagedInputs<'a>, CacheError> {
         if batch.cache != self.id() {
             return Err(CacheError::OtherCache { what: "the batch".to_owned() });

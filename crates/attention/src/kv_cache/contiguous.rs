@@ -9,8 +9,9 @@ use crate::IntoView;
 
 /// Keys `[B, capacity, K, H]` and values `[B, capacity, K, Hv]` of `B` sequences, each filled from the front.
 ///
-/// A call takes [`keys`](Self::keys), [`values`](Self::values) and [`lengths`](Self::lengths), which are views of the cache:
-/// nothing is copied. Calls of [`Attention::bnth`](crate::Attention::bnth) permute the views first.
+/// A call takes [`keys`](Self::keys), [`values`](Self::values) and [`lengths`](Self::lengths), which are
+/// views of the cache: nothing is copied. Calls of [`Attention::bnth`](crate::Attention::bnth) permute the
+/// views first.
 ///
 /// # Examples
 /// ```
@@ -48,8 +49,9 @@ impl KvCache {
     /// An empty cache of `batch` sequences with room for `capacity` tokens each, in host memory.
     ///
     /// # Errors
-    /// [`CacheError::Size`] for a capacity, a number of heads or a width of 0, or a capacity of more than 2^31 - 1;
-    /// [`CacheError::Tokens`] for a dtype that is no float of calls, or sizes that overflow; [`CacheError::OutOfMemory`].
+    /// [`CacheError::Size`] for a capacity, a number of heads or a width of 0, or a capacity of more than
+    /// 2^31 - 1; [`CacheError::Tokens`] for a dtype that is no float of calls, or sizes that overflow;
+    /// [`CacheError::OutOfMemory`].
     pub fn new(token: TokenShape, batch: usize, capacity: usize) -> Result<Self, CacheError> {
         token.check()?;
         at_least_one("the capacity", capacity)?;
@@ -59,11 +61,12 @@ impl KvCache {
 }
 
 impl<M: CacheMemory> KvCache<M> {
-    /// Appends as many tokens to every sequence: keys `[B, n, K, H]` and values `[B, n, K, Hv]` of any strides.
+    /// Appends as many tokens to every sequence: keys `[B, n, K, H]` and values `[B, n, K, Hv]` of any
+    /// strides.
     ///
     /// # Errors
-    /// [`CacheError::Tokens`] for other shapes, dtypes or memory than the cache's; [`CacheError::TooLong`] where a sequence has
-    /// no room: nothing is appended to any then.
+    /// [`CacheError::Tokens`] for other shapes, dtypes or memory than the cache's; [`CacheError::TooLong`]
+    /// where a sequence has no room: nothing is appended to any then.
     pub fn append<'a>(
         &mut self,
         keys: impl IntoView<'a>,
@@ -89,12 +92,12 @@ impl<M: CacheMemory> KvCache<M> {
         self.append_parts(std::iter::once((sequence, [0, 0], tokens.count())), tokens)
     }
 
-    /// Appends packed tokens, keys `[total, K, H]` and values `[total, K, Hv]` of any strides: those from `offsets[b]` to before
-    /// `offsets[b + 1]` to sequence `b`.
+    /// Appends packed tokens, keys `[total, K, H]` and values `[total, K, Hv]` of any strides: those from
+    /// `offsets[b]` to before `offsets[b + 1]` to sequence `b`.
     ///
     /// # Errors
-    /// As [`append`](Self::append); [`CacheError::Count`] where `offsets` are not `B + 1`, and [`CacheError::Tokens`] where they
-    /// do not rise from 0 to at most `total`.
+    /// As [`append`](Self::append); [`CacheError::Count`] where `offsets` are not `B + 1`, and
+    /// [`CacheError::Tokens`] where they do not rise from 0 to at most `total`.
     pub fn append_packed<'a>(
         &mut self,
         offsets: &[usize],

@@ -20,8 +20,8 @@ pub enum CacheError {
         /// The largest.
         most: usize,
     },
-    /// New keys or values are not what the cache holds: another dtype, shape or device. `key` and `value` in the message are
-    /// theirs.
+    /// New keys or values are not what the cache holds: another dtype, shape or device. `key` and `value` in
+    /// the message are theirs.
     #[error("new tokens: {0}")]
     Tokens(#[from] InvalidCall),
     /// Fewer pages are free than an append needs.

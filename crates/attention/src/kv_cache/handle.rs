@@ -1,7 +1,7 @@
 //! Handles of the sequences of a paged cache.
 
-/// A handle of a sequence in a [`PagedKvCache`](super::PagedKvCache). Once the sequence was freed, it is an error to use it,
-/// also where another sequence has taken its place; so is a handle of another cache.
+/// A handle of a sequence in a [`PagedKvCache`](super::PagedKvCache). Once the sequence was freed, it is an
+/// error to use it, also where another sequence has taken its place; so is a handle of another cache.
 ///
 /// Printed, it is its place in the cache and how many sequences were there before: `sequence 3.0`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

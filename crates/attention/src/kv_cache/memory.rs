@@ -11,9 +11,9 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// Memory that holds the keys and values of a cache, and does what a step changes there: all of it by one [`Update`], which is
-/// one pass over host memory and may be one kernel on a device. Sealed: which memory there is is for this crate to
-/// say. Tables and lengths are numbers of the host whatever the memory is.
+/// Memory that holds the keys and values of a cache, and does what a step changes there: all of it by one
+/// [`Update`], which is one pass over host memory and may be one kernel on a device. Sealed: which memory
+/// there is is for this crate to say. Tables and lengths are numbers of the host whatever the memory is.
 pub trait CacheMemory: sealed::Sealed {
     /// Where the memory is. New tokens come from there.
     fn device(&self) -> Device;
@@ -65,7 +65,8 @@ pub struct HostMemory {
 }
 
 impl HostMemory {
-    /// Zeroed memory for `[outer, inner, K, H]` and `[outer, inner, K, Hv]`. The system maps it when it is first touched.
+    /// Zeroed memory for `[outer, inner, K, H]` and `[outer, inner, K, Hv]`. The system maps it when it is
+    /// first touched.
     pub(super) fn new(token: &TokenShape, [outer, inner]: [usize; 2]) -> Result<Self, CacheError> {
         let of = |what, width| {
             let shape = Dims::from([outer, inner, token.key_heads, width]);

@@ -8,11 +8,12 @@
 //! | memory | for every sequence's longest | for the tokens that there are, rounded up to pages |
 //! | prefixes | copied | shared by [`fork`](PagedKvCache::fork), copied where one of them goes on |
 //!
-//! A cache holds the keys and values of one layer. Layers that see the same appends, truncations and forks have the same tables
-//! and lengths. Elements are stored as they are given: in the dtype of the cache, without a change.
+//! A cache holds the keys and values of one layer. Layers that see the same appends, truncations and forks
+//! have the same tables and lengths. Elements are stored as they are given: in the dtype of the cache,
+//! without a change.
 //!
-//! What is appended is checked first and written then: an append that fails changes nothing, whether it is of one sequence
-//! or of many. Calls over a cache that grows have one [plan](crate::Attention::plan).
+//! What is appended is checked first and written then: an append that fails changes nothing, whether it is of
+//! one sequence or of many. Calls over a cache that grows have one [plan](crate::Attention::plan).
 //!
 //! # Examples
 //! A decoder that appends a token and attends to all so far:

@@ -19,15 +19,16 @@ pub struct PoolShape {
     pub pages: usize,
     /// How many tokens a page has room for.
     pub page_size: usize,
-    /// How many tokens a sequence may have: tables of calls have entries for as many, and calls are planned for
-    /// them.
+    /// How many tokens a sequence may have: tables of calls have entries for as many, and calls are planned
+    /// for them.
     pub longest: usize,
 }
 
-/// Keys `[pages, page_size, K, H]` and values `[pages, page_size, K, Hv]` of sequences that take pages as they grow.
+/// Keys `[pages, page_size, K, H]` and values `[pages, page_size, K, Hv]` of sequences that take pages as
+/// they grow.
 ///
-/// Sequences that were [forked](Self::fork) share pages. A page that is shared is never written: the sequence that
-/// appends to it gets a copy first, of the one page that both have partly filled.
+/// Sequences that were [forked](Self::fork) share pages. A page that is shared is never written: the sequence
+/// that appends to it gets a copy first, of the one page that both have partly filled.
 ///
 /// [`kv_cache`](super) has an example.
 #[derive(Debug)]
@@ -64,7 +65,8 @@ impl PagedKvCache {
     ///
     /// # Errors
     /// [`CacheError::Size`] for a size, a number of heads or a width of 0, or sizes of more than 2^31 - 1;
-    /// [`CacheError::Tokens`] for a dtype that is no float of calls, or sizes that overflow; [`CacheError::OutOfMemory`].
+    /// [`CacheError::Tokens`] for a dtype that is no float of calls, or sizes that overflow;
+    /// [`CacheError::OutOfMemory`].
     pub fn new(token: TokenShape, shape: PoolShape) -> Result<Self, CacheError> {
         token.check()?;
         at_least_one("the number of pages", shape.pages)?;
@@ -96,12 +98,12 @@ impl<M: CacheMemory> PagedKvCache<M> {
         self.append_parts(&[Part { sequence, from: [0, 0], count: tokens.count() }], tokens)
     }
 
-    /// Appends as many tokens to each of these sequences: keys `[B, n, K, H]` and values `[B, n, K, Hv]` of any strides. A
-    /// step of decoding has `n = 1`.
+    /// Appends as many tokens to each of these sequences: keys `[B, n, K, H]` and values `[B, n, K, Hv]` of
+    /// any strides. A step of decoding has `n = 1`.
     ///
     /// # Errors
-    /// As [`append`](Self::append), and [`CacheError::Twice`] for a sequence that is given twice: nothing is appended to any
-    /// then.
+    /// As [`append`](Self::append), and [`CacheError::Twice`] for a sequence that is given twice: nothing is
+    /// appended to any then.
     pub fn append_each<'a>(
         &mut self,
         sequences: &[Sequence],
@@ -114,12 +116,12 @@ impl<M: CacheMemory> PagedKvCache<M> {
         self.append_parts(&parts, tokens)
     }
 
-    /// Appends packed tokens, keys `[total, K, H]` and values `[total, K, Hv]` of any strides: those from `offsets[b]` to before
-    /// `offsets[b + 1]` to `sequences[b]`.
+    /// Appends packed tokens, keys `[total, K, H]` and values `[total, K, Hv]` of any strides: those from
+    /// `offsets[b]` to before `offsets[b + 1]` to `sequences[b]`.
     ///
     /// # Errors
-    /// As [`append_each`](Self::append_each); [`CacheError::Count`] where `offsets` are not one more than `sequences`, and
-    /// [`CacheError::Tokens`] where they do not rise from 0 to at most `total`.
+    /// As [`append_each`](Self::append_each); [`CacheError::Count`] where `offsets` are not one more than
+    /// `sequences`, and [`CacheError::Tokens`] where they do not rise from 0 to at most `total`.
     pub fn append_packed<'a>(
         &mut self,
         sequences: &[Sequence],
@@ -141,8 +143,8 @@ impl<M: CacheMemory> PagedKvCache<M> {
     /// How many free pages an append of this many tokens to each of these sequences would take.
     ///
     /// # Errors
-    /// As that append: [`CacheError::Freed`], [`CacheError::OtherCache`], [`CacheError::Twice`], [`CacheError::TooLong`]; and
-    /// [`CacheError::Count`] for another number of counts than of sequences.
+    /// As that append: [`CacheError::Freed`], [`CacheError::OtherCache`], [`CacheError::Twice`],
+    /// [`CacheError::TooLong`]; and [`CacheError::Count`] for another number of counts than of sequences.
     pub fn pages_for(&mut self, sequences: &[Sequence], tokens: &[usize]) -> Result<usize, CacheError> {
         if sequences.len() != tokens.len() {
             let (sequences, what, given) = (sequences.len(), "numbers of tokens", tokens.len());
@@ -244,8 +246,8 @@ impl<M: CacheMemory> PagedKvCache<M> {
         Ok(())
     }
 
-    /// A new sequence with the tokens of another one, whose pages it shares: nothing is copied, and no page is taken, before one
-    /// of them appends to a page that both have partly filled.
+    /// A new sequence with the tokens of another one, whose pages it shares: nothing is copied, and no page
+    /// is taken, before one of them appends to a page that both have partly filled.
     ///
     /// # Errors
     /// [`CacheError::Freed`], [`CacheError::OtherCache`].
@@ -267,10 +269,12 @@ impl<M: CacheMemory> PagedKvCache<M> {
         Ok(self.sequences.add(tokens, pages))
     }
 
-    /// Keeps the first `kept` tokens of a sequence; pages that it needs no more are free unless others have them.
+    /// Keeps the first `kept` tokens of a sequence; pages that it needs no more are free unless others have
+    /// them.
     ///
     /// # Errors
-    /// [`CacheError::TooFew`] where the sequence has fewer; [`CacheError::Freed`], [`CacheError::OtherCache`].
+    /// [`CacheError::TooFew`] where the sequence has fewer; [`CacheError::Freed`],
+    /// [`CacheError::OtherCache`].
     pub fn truncate(&mut self, sequence: Sequence, kept: usize) -> Result<(), CacheError> {
         let stamp = self.sequences.stamp();
         let state = self.sequences.get_mut(sequence)?;
@@ -287,7 +291,8 @@ impl<M: CacheMemory> PagedKvCache<M> {
         Ok(())
     }
 
-    /// Frees a sequence: its handle is good for nothing from then on, and pages that no other sequence has are free.
+    /// Frees a sequence: its handle is good for nothing from then on, and pages that no other sequence has
+    /// are free.
     ///
     /// # Errors
     /// [`CacheError::Freed`], [`CacheError::OtherCache`].

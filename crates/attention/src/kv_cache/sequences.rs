@@ -11,7 +11,8 @@ pub(super) struct State {
     pub(super) length: usize,
     /// In order; `length` rounded up to pages.
     pub(super) pages: Vec<i32>,
-    /// Changes with every change of `pages` but one that adds some at the end; no two sequences have the same.
+    /// Changes with every change of `pages` but one that adds some at the end; no two sequences have the
+    /// same.
     pub(super) stamp: u64,
     /// The last append that the sequence was given to.
     pub(super) append: u64,

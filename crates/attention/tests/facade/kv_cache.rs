@@ -32,8 +32,8 @@ fn alone(registry: &Registry, query: View<'_>, history: &[[Tensor; 2]]) -> Vec<f
     call.forward(query, &joined(0), &joined(1)).unwrap().into_vec().unwrap()
 }
 
-/// Prompts, a fork, steps of decoding, and a sequence that leaves: each row is that of its sequence alone, and one
-/// plan serves them all.
+/// Prompts, a fork, steps of decoding, and a sequence that leaves: each row is that of its sequence alone,
+/// and one plan serves them all.
 #[test]
 fn a_decoder_over_a_paged_cache_plans_once() {
     let toy = Toy::new("toy").arc();
@@ -205,8 +205,8 @@ fn what_a_cache_refuses_is_told_with_its_numbers() {
     let error = cache.append(one, &wide, &wide).unwrap_err();
     assert_eq!(told(error), "new tokens: key has dtype f64, expected f32 as the cache has");
     let device = k.view();
-    // SAFETY: pointer, lifetime and description are those of a live view; the cache refuses memory of a device, so nobody
-    // follows the pointer.
+    // SAFETY: pointer, lifetime and description are those of a live view; the cache refuses memory of a
+    // device, so nobody follows the pointer.
     let device = unsafe { View::from_raw_parts(device.as_ptr(), Device::Cuda(0), device.desc()) }.unwrap();
     let error = cache.append(one, device, &v).unwrap_err();
     assert_eq!(told(error), "new tokens: key is on cuda:0, the call is on cpu");

@@ -15,7 +15,8 @@ fn element(token: u32, which: usize, head: usize, column: usize) -> f64 {
     f64::from((token * 31 + (which * 13 + head * 5 + column) as u32) % 251)
 }
 
-/// Keys or values of these tokens, `[n, K, width]` or with the given axes in front, in memory of either order of token and head.
+/// Keys or values of these tokens, `[n, K, width]` or with the given axes in front, in memory of either order
+/// of token and head.
 fn tensor(dtype: DType, tokens: &[u32], which: usize, heads_first: bool) -> Tensor {
     fn of<T: Scalar>(tokens: &[u32], which: usize, heads_first: bool) -> Tensor {
         let (n, width) = (tokens.len(), WIDTHS[which]);
@@ -158,7 +159,8 @@ impl Run {
         (first..self.tokens).collect()
     }
 
-    /// What an append of this many tokens to these sequences comes to: how many pages it needs, or that one gets too long.
+    /// What an append of this many tokens to these sequences comes to: how many pages it needs, or that one
+    /// gets too long.
     fn expected(&self, parts: &[(usize, usize)]) -> Result<usize, CacheError> {
         let PoolShape { page_size, longest, .. } = self.cache.shape();
         let mut references: HashMap<i32, usize> = HashMap::new();

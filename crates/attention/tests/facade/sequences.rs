@@ -19,7 +19,8 @@ fn tensor(shape: &[usize], seed: u64) -> Tensor {
     Tensor::from_vec(numbers(shape.iter().product(), seed), dims).unwrap()
 }
 
-/// The implementations of host memory that serve packed and paged calls: the naive one, and those of this build that do.
+/// The implementations of host memory that serve packed and paged calls: the naive one, and those of this
+/// build that do.
 fn implementations(pass: attention::Pass) -> Vec<Registry> {
     let serves = |backend: &dyn AttentionBackend| {
         let (queries, keys) = ([3, 1, 8], [3, 1, 8]);
@@ -65,7 +66,8 @@ fn options<'a>(registry: &Registry) -> Attention<'a> {
         .softcap(5.0)
 }
 
-/// Offsets of queries and of keys: an empty sequence, one without queries, one without keys, and rows of no sequence.
+/// Offsets of queries and of keys: an empty sequence, one without queries, one without keys, and rows of no
+/// sequence.
 const QUERIES: [usize; 6] = [0, 3, 3, 3, 5, 9];
 const KEYS: [usize; 6] = [0, 4, 4, 6, 6, 13];
 const TOTALS: [usize; 2] = [11, 14];
