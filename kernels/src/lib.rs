@@ -3,10 +3,11 @@
 
 mod variant;
 
-pub use variant::{DTypeCode, Features, Fused, Helper, KeyGradients, Variant, block_threads};
+pub use variant::{DTypeCode, Features, Fused, Helper, KeyGradients, Layout, Variant, block_threads};
 
 use DTypeCode::{Bf16, F16, F32, F64};
 use KeyGradients::{Key, KeyAndValue};
+use Layout::{Packed, Paged};
 
 /// One CUDA source with what can be launched from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +32,7 @@ macro_rules! fused {
             include_str!("cuda/common/philox.cuh"),
             include_str!("cuda/fused/numbers.cuh"),
             include_str!("cuda/fused/parameters.cuh"),
+            include_str!("cuda/fused/sequence.cuh"),
             include_str!("cuda/fused/row.cuh"),
             include_str!("cuda/fused/logits.cuh"),
             include_str!("cuda/fused/dropout.cuh"),
@@ -94,6 +96,7 @@ pub const SOURCES: &[Source] = &[
         text: fused!(
             "cuda/fused/online_softmax.cuh",
             "cuda/fused/forward/scheduler.cuh",
+            "cuda/fused/forward/pages.cuh",
             "cuda/fused/forward/producer.cuh",
             "cuda/fused/forward/consumer.cuh",
             "cuda/fused/forward/epilogue.cuh",
@@ -111,6 +114,23 @@ pub const SOURCES: &[Source] = &[
             Fused::new(F32, 128).features(Features::ALL).tile(64, 32).warps(4).stages(1).tf32_split(true),
             Fused::new(Bf16, 576).value(256).slices(2).tile(64, 32).warps(4).stages(1),
             Fused::new(F64, 64).features(Features::ALL).tile(32, 32).warps(4).stages(1),
+            Fused::new(Bf16, 128).tile(128, 128).warps(8).warpgroups(true).stages(1).layout(Packed),
+            Fused::new(F16, 64).tile(192, 128).warps(12).warpgroups(true).stages(1).layout(Packed),
+            Fused::new(F16, 64).features(Features::ALL).tile(64, 32).warps(4).stages(1).layout(Packed),
+            Fused::new(F32, 64).tile(128, 64).warps(4).stages(1).tf32_split(true).layout(Packed),
+            Fused::new(Bf16, 128).tile(128, 128).warps(8).warpgroups(true).stages(1).layout(Paged),
+            Fused::new(F16, 64).tile(192, 128).warps(12).warpgroups(true).stages(1).layout(Paged),
+            Fused::new(F16, 256)
+                .features(Features::ALL)
+                .tile(128, 64)
+                .warps(8)
+                .warpgroups(true)
+                .stages(1)
+                .layout(Paged),
+            Fused::new(Bf16, 128).tile(16, 32).warps(1).stages(1).layout(Paged),
+            Fused::new(F32, 128).features(Features::ALL).tile(64, 32).warps(4).stages(1).layout(Paged),
+            Fused::new(Bf16, 576).value(256).slices(2).tile(64, 32).warps(4).stages(1).layout(Paged),
+            Fused::new(F64, 64).features(Features::ALL).tile(32, 32).warps(4).stages(1).layout(Paged),
         ]),
     },
     Source {
@@ -122,13 +142,19 @@ pub const SOURCES: &[Source] = &[
             Fused::new(F16, 64).warps(1),
             Fused::new(F32, 64).warps(4),
             Fused::new(F64, 576).value(256).slices(2).warps(4),
+            Fused::new(Bf16, 128).warps(1).layout(Packed),
+            Fused::new(Bf16, 128).warps(1).layout(Paged),
         ]),
     },
     Source {
         name: "attention_backward_rows.cu",
         text: fused!("cuda/fused/backward/gradients.cuh", "cuda/fused/backward/rows.cu"),
         entry_points: &["attention_prepare_gradients", "attention_gradient_of_sinks"],
-        variants: &Variant::fused([Fused::new(Bf16, 64).warps(8), Fused::new(F64, 64).warps(8)]),
+        variants: &Variant::fused([
+            Fused::new(Bf16, 64).warps(8),
+            Fused::new(F64, 64).warps(8),
+            Fused::new(Bf16, 64).warps(8).layout(Packed),
+        ]),
     },
     Source {
         name: "attention_backward_sums.cu",
@@ -184,6 +210,21 @@ pub const SOURCES: &[Source] = &[
                 .warps(4)
                 .stages(1)
                 .gradients(KeyAndValue),
+            Fused::new(Bf16, 128)
+                .tile(64, 128)
+                .warps(8)
+                .warpgroups(true)
+                .stages(2)
+                .gradients(KeyAndValue)
+                .layout(Packed),
+            Fused::new(F16, 64)
+                .features(Features::ALL)
+                .tile(32, 64)
+                .warps(4)
+                .stages(2)
+                .gradients(KeyAndValue)
+                .layout(Packed),
+            Fused::new(F32, 64).tile(64, 64).warps(4).stages(1).gradients(KeyAndValue).layout(Packed),
         ]),
     },
     Source {
@@ -208,6 +249,9 @@ pub const SOURCES: &[Source] = &[
             Fused::new(F32, 64).tile(64, 64).warps(4).stages(1),
             Fused::new(F32, 128).tile(128, 32).warps(8).stages(2).tf32_split(true),
             Fused::new(F64, 64).features(Features::ALL).tile(32, 32).warps(4).stages(1),
+            Fused::new(Bf16, 128).tile(128, 128).warps(8).warpgroups(true).stages(2).layout(Packed),
+            Fused::new(F16, 64).features(Features::ALL).tile(64, 32).warps(4).stages(2).layout(Packed),
+            Fused::new(F32, 128).tile(128, 32).warps(8).stages(2).tf32_split(true).layout(Packed),
         ]),
     },
     Source {
@@ -221,6 +265,12 @@ pub const SOURCES: &[Source] = &[
                 .warps(4)
                 .stages(1),
             Fused::new(F64, 64).features(Features::ALL).tile(32, 32).warps(4).stages(1),
+            Fused::new(Bf16, 64)
+                .features(Features::BIAS.with(Features::LOGITS))
+                .tile(64, 32)
+                .warps(4)
+                .stages(1)
+                .layout(Packed),
         ]),
     },
     Source {

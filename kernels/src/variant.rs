@@ -80,6 +80,26 @@ impl Features {
     }
 }
 
+/// How the rows of sequences lie in the tensors of a fused kernel, `LAYOUT_*` in `fused/numbers.cuh`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum Layout {
+    /// Queries, keys and values are dense.
+    #[default]
+    Dense = 0,
+    /// Queries are packed, keys and values packed or dense.
+    Packed = 1,
+    /// Keys and values are in pages, queries dense or packed. Of the forward pass.
+    Paged = 2,
+}
+
+impl Layout {
+    /// The value of the macro `LAYOUT`.
+    pub const fn code(self) -> u32 {
+        self as u32
+    }
+}
+
 /// Which gradients the kernel for those of keys and values computes, `WANTED`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -128,6 +148,7 @@ pub struct Fused {
     slices: usize,
     tf32_split: bool,
     group: usize,
+    layout: Layout,
 }
 
 impl Fused {
@@ -150,6 +171,7 @@ impl Fused {
             slices: 1,
             tf32_split: false,
             group: 1,
+            layout: Layout::Dense,
         }
     }
 
@@ -225,6 +247,12 @@ impl Fused {
         Self { group, ..self }
     }
 
+    /// How rows lie in tensors, `LAYOUT`; [`Layout::Dense`] by default.
+    #[must_use]
+    pub const fn layout(self, layout: Layout) -> Self {
+        Self { layout, ..self }
+    }
+
     /// Threads of a block, `BLOCK`: the bound that the kernel is compiled with, so what it must be launched with.
     pub const fn threads(&self) -> usize {
         block_threads(self.warps, self.warpgroups)
@@ -246,7 +274,7 @@ impl Fused {
             format!("WARPGROUPS={}", u32::from(self.warpgroups)),
             format!("BLOCK={}", self.threads()),
         ];
-        // The kernels have 1, 0 and 1 where these are not defined.
+        // The kernels have 1, 0, 1 and 0 where these are not defined.
         if self.slices > 1 {
             defines.push(format!("SLICES={}", self.slices));
         }
@@ -255,6 +283,9 @@ impl Fused {
         }
         if self.group > 1 {
             defines.push(format!("GROUP={}", self.group));
+        }
+        if self.layout != Layout::Dense {
+            defines.push(format!("LAYOUT={}", self.layout.code()));
         }
         defines
     }
@@ -355,6 +386,13 @@ mod tests {
     }
 
     #[test]
+    fn layouts_have_the_numbers_of_the_kernels() {
+        let layouts = [("DENSE", Layout::Dense), ("PACKED", Layout::Packed), ("PAGED", Layout::Paged)];
+        let layouts: BTreeMap<_, _> = layouts.map(|(name, layout)| (name, i64::from(layout.code()))).into();
+        assert_eq!(macros(include_str!("cuda/fused/numbers.cuh"), "LAYOUT_"), layouts);
+    }
+
+    #[test]
     fn gradients_have_the_bits_of_the_kernel() {
         let text = include_str!("cuda/fused/backward/keys/consumer.cuh");
         for (name, gradients) in [("WANTS_KEYS", KeyGradients::Key), ("WANTS_VALUES", KeyGradients::Value)] {
@@ -376,7 +414,9 @@ mod tests {
     fn defaults_are_those_of_the_kernels() {
         let (numbers, contain) =
             (include_str!("cuda/fused/numbers.cuh"), include_str!("cuda/cudnn/contain.cuh"));
-        for (text, name, default) in [(numbers, "SLICES", 1), (numbers, "SPLIT", 0), (contain, "GROUP", 1)] {
+        for (text, name, default) in
+            [(numbers, "SLICES", 1), (numbers, "SPLIT", 0), (contain, "GROUP", 1), (numbers, "LAYOUT", 0)]
+        {
             assert!(text.contains(&format!("#ifndef {name}\n#define {name} {default}\n#endif")), "{name}");
         }
     }
@@ -403,6 +443,8 @@ mod tests {
             base.gradients(KeyGradients::Key),
             base.tf32_split(true),
             base.group(16),
+            base.layout(Layout::Packed),
+            base.layout(Layout::Paged),
         ];
         let defines: BTreeSet<_> =
             variants.iter().map(|&fused| Variant::Fused(fused).defines().join(" ")).collect();

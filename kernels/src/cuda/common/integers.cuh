@@ -11,12 +11,16 @@ struct Integers {
 
 static_assert(sizeof(Integers) == 24, "the host's layout");
 
-// Sign-extended. Nothing writes to the integers while the kernel runs.
-__device__ inline long long integer_at(const Integers &from, long long index) {
-    const long long place = index * from.stride;
+// The integer `place` elements behind the first one, sign-extended. Nothing writes to the integers while the
+// kernel runs.
+__device__ inline long long integer_behind(const Integers &from, long long place) {
     switch (from.dtype) {
         case DTYPE_I32: return __ldg(static_cast<const int *>(from.data) + place);
         case DTYPE_U32: return __ldg(static_cast<const unsigned *>(from.data) + place);
         default: return __ldg(static_cast<const long long *>(from.data) + place);
     }
+}
+
+__device__ inline long long integer_at(const Integers &from, long long index) {
+    return integer_behind(from, index * from.stride);
 }

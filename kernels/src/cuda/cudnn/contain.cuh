@@ -113,7 +113,7 @@ __device__ inline void for_each_row(unsigned groups, int first, int end, Again a
 struct Strip {
     // The strip of the block, with its batch row and head.
     TileIndex place;
-    SequenceRows sequence;
+    Sequence sequence;
     // The warp's first row.
     int first;
 };

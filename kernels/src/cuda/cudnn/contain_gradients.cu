@@ -19,7 +19,7 @@ struct ComputedState {
         State state =
             state_of_logsumexp(p, logsumexp, balance_of(p) * (p.d_lse.data ? delta - of_row(p.d_lse) : delta));
         if (p.row_deltas && is_far(logsumexp)) {
-            const long long place = state_of(p, b, n, t);
+            const long long place = dense_row(p, b, n, t);
             state.score = scores_of_states(p)[place];
             state.offset = p.row_offsets[place];
         }

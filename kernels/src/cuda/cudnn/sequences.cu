@@ -1,7 +1,7 @@
 // The lengths of a call, and the intervals and offsets that follow from them, as arrays of 32-bit integers
 // for cuDNN's graphs and the helper kernels. The call's lengths may have other dtypes and strides; the kernel
 // converts them and clamps them to the lengths of the tensors.
-// Needs: fused/parameters.cuh.
+// Needs: fused/sequence.cuh.
 //
 // One thread per batch row. One compiled variant serves all operands. Tested by the conformance suite of
 // attention-cudnn.
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     attention_sequences(const __grid_constant__ Parameters p, const SequenceArrays to) {
     const long long b = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (b >= p.batch) return;
-    const SequenceRows sequence = sequence_of(p, b);
+    const Sequence sequence = sequence_of(p, b);
     const long long queries = sequence.queries, keys = sequence.keys;
     to.query_lengths[b] = sequence.queries;
     to.key_lengths[b] = sequence.keys;

@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     const TileIndex place = tile_of_block(p, blockIdx.x, row_tiles, (unsigned)p.query_heads);
     const int first_t = place.tile * ROWS;
     const long long n = place.head, b = place.batch, key_head = (unsigned)place.head / (unsigned)p.group;
-    const SequenceRows sequence = sequence_of(p, b);
+    const Sequence sequence = sequence_of(p, b);
     const int row_count = min(ROWS, sequence.queries - first_t);
     bool any_far = false;
     for (int row = threadIdx.x; row < row_count; row += BLOCK) {

@@ -57,7 +57,8 @@ __device__ constexpr int lanes_of_row() {
 __device__ inline real exact_score(const Parameters &p, const Row &row, long long b, long long n, int key,
                                    real &slope) {
     const real product =
-        dot(at(p.query, b, row.t, n), p.query.stride[3], at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
+        dot(at_query(p.query, row, b, n), p.query.stride[3], at_key(p, p.key, row, b, key, n / p.group),
+            p.key.stride[3], p.head_dim);
     if constexpr (NEEDS_LOGITS) return logit<Checked, true>(p, row, key, product, slope);
     slope = 1;
     bool visible = key >= row.low && key < row.high;
@@ -99,7 +100,7 @@ __device__ inline void exact_output(const Parameters &p, const Row &row, long lo
         real slope;
         const real score = exact_score(p, row, b, n, key, slope);
         if (score == -infinity() || (drops(p) && !is_kept(p, dropout, row, key))) continue;
-        const element *const value = at(p.value, b, key, n / p.group) + first_column * p.value.stride[3];
+        const element *const value = at_key(p, p.value, row, b, key, n / p.group) + first_column * p.value.stride[3];
         add_row<VALUE>(sums, power(exponent_of<HALVES>(score, shift, factor)), value, p.value.stride[3], width);
     }
 }

@@ -16,6 +16,15 @@
 #define SLICES 1
 #endif
 
+// How the rows of sequences lie in their tensors: dense; packed, where queries are, and keys are packed or
+// dense; or with keys in pages, where queries are packed or dense.
+#ifndef LAYOUT
+#define LAYOUT 0
+#endif
+#define LAYOUT_DENSE 0
+#define LAYOUT_PACKED 1
+#define LAYOUT_PAGED 2
+
 // Whether products run on warpgroups (wgmma). WARPGROUPS says that tiles and threads are made for it.
 #if HALVES && WARPGROUPS && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define ON_WARPGROUPS 1

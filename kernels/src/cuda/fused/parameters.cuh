@@ -82,10 +82,23 @@ struct Parameters {
     int is_bottom_right;
     int padding;
     RowLengths lengths[64];
+// Last, and behind what kernels of dense rows take of the host's struct.
+#if LAYOUT != LAYOUT_DENSE
+    // Where each sequence starts among packed queries and keys, and the last one ends, [B + 1]; null where
+    // they are not packed.
+    Integers query_starts, key_value_starts;
+    // The pages of a sequence, [B, most pages], and the stride from sequence to sequence.
+    Integers block_table;
+    long long block_table_row;
+    // Rows of the tensors of packed queries and keys, all sequences together.
+    long long query_rows, key_rows;
+    // Pages, rows of a page, and keys that a sequence's part of the table holds, 0 where there are no pages.
+    long long pages, page_size, most_keys;
+#endif
 };
 
 static_assert(sizeof(Tensor) == 40 && sizeof(SequenceRows) == 32 && sizeof(RowLengths) == 8 &&
-                  sizeof(Parameters) == 1544,
+                  sizeof(Parameters) == (LAYOUT == LAYOUT_DENSE ? 1544 : 1664),
               "the host's layout");
 
 // Bits of `aligned`.
@@ -113,111 +126,3 @@ static_assert(sizeof(Tensor) == 40 && sizeof(SequenceRows) == 32 && sizeof(RowLe
 
 constexpr bool NEEDS_LOGITS = (FEATURES & FEATURE_LOGITS) != 0;
 constexpr bool HAS_DROPOUT = (FEATURES & FEATURE_DROPOUT) != 0;
-
-__device__ inline int between(long long x, long long low, long long high) {
-    return (int)(x < low ? low : x > high ? high : x);
-}
-
-// Sums and differences of an offset and a number of keys, exact up to this. Positions are this far from
-// anything at most, so that no later sum with a row overflows.
-constexpr long long MOST_REACH = 1ll << 40;
-
-// The distance, at most MOST_REACH.
-__device__ inline long long reach_of(unsigned long long distance) {
-    return (long long)min(distance, (unsigned long long)MOST_REACH);
-}
-
-// offset + keys, and offset - keys, of any numbers of 64 bits.
-__device__ inline long long offset_plus(long long offset, unsigned long long keys) {
-    const unsigned long long sum = (unsigned long long)offset + keys;
-    if (offset >= 0) return reach_of(sum < keys ? ~0ull : sum);
-    const unsigned long long below = 0ull - (unsigned long long)offset;
-    return keys >= below ? reach_of(sum) : -reach_of(below - keys);
-}
-__device__ inline long long offset_minus(long long offset, unsigned long long keys) {
-    const unsigned long long difference = (unsigned long long)offset - keys;
-    if (offset >= 0) return (unsigned long long)offset >= keys ? reach_of(difference) : -reach_of(0ull - difference);
-    const unsigned long long below = 0ull - (unsigned long long)offset, sum = below + keys;
-    return -reach_of(sum < keys ? ~0ull : sum);
-}
-
-// The numbers of query rows and of keys of batch row b, from the lengths of a call whose rows vary.
-__device__ inline int query_rows_of_numbers(const Parameters &p, long long b) {
-    if (p.query_lengths.data) return between(integer_at(p.query_lengths, b), 0, p.query_length);
-    return p.has_lengths ? p.lengths[b].queries : (int)p.query_length;
-}
-__device__ inline int keys_of_numbers(const Parameters &p, long long b) {
-    if (p.key_value_lengths.data) return between(integer_at(p.key_value_lengths, b), 0, p.key_length);
-    return p.has_lengths ? p.lengths[b].keys : (int)p.key_length;
-}
-
-// The rows of batch row b, from the numbers of a call whose rows vary. Those in device memory are brought into
-// their bounds, so whatever they are, no memory is touched that is not the call's.
-__device__ inline void sequence_of_numbers(const Parameters &p, long long b, SequenceRows &sequence) {
-    const RowLengths lengths{query_rows_of_numbers(p, b), keys_of_numbers(p, b)};
-    long long offset = p.query_offset;
-    if (p.query_offsets.data) offset = max(min(integer_at(p.query_offsets, b), p.most_offset), p.least_offset);
-    if (p.is_bottom_right) offset = (long long)lengths.keys - lengths.queries;
-    sequence.low = offset_minus(offset, p.keys_before);
-    sequence.high = offset_plus(offset, p.keys_after);
-    // A sum with a row or a key does not overflow.
-    sequence.offset = max(min(offset, 1ll << 60), -(1ll << 60));
-    sequence.queries = lengths.queries;
-    sequence.keys = lengths.keys;
-}
-
-// The same behind the kernel's code, with the result in memory.
-__device__ __noinline__ void sequence_of_numbers_called(const Parameters &p, long long b, SequenceRows &sequence) {
-    sequence_of_numbers(p, b, sequence);
-}
-
-// The only reader of lengths and offsets. Kernels whose loops have all registers differ in which way leaves the
-// loop those of a call without such numbers: most of them call it (`attention_gradient_of_keys` would spill),
-// and INLINE is for those that would spill around a call. So that the parameters are not copied for the call,
-// kernels take them as a grid constant.
-template <bool INLINE = false>
-__device__ inline SequenceRows sequence_of(const Parameters &p, long long b) {
-    if (__builtin_expect(p.rows_vary, 0)) {
-        SequenceRows sequence;
-        if constexpr (INLINE)
-            sequence_of_numbers(p, b, sequence);
-        else
-            sequence_of_numbers_called(p, b, sequence);
-        return sequence;
-    }
-    return p.uniform_sequence;
-}
-
-// The number of query rows of batch row b alone, in less code.
-__device__ inline int query_rows_of(const Parameters &p, long long b) {
-    return __builtin_expect(p.rows_vary, 0) ? query_rows_of_numbers(p, b) : p.uniform_sequence.queries;
-}
-
-// The first key that row t sees, and the end of those that it sees. Neither falls from row to row.
-__device__ inline int first_key(const SequenceRows &sequence, long long t) {
-    return between(t + sequence.low, 0, sequence.keys);
-}
-__device__ inline int end_key(const SequenceRows &sequence, long long t) {
-    return between(t + sequence.high, 0, sequence.keys);
-}
-
-__device__ inline element *at(const Tensor &tensor, long long b, long long position, long long head) {
-    return reinterpret_cast<element *>(tensor.data) + b * tensor.stride[0] + position * tensor.stride[1] +
-           head * tensor.stride[2];
-}
-
-// The tile that a block works on, in the order of the grid.
-struct TileIndex {
-    int tile, head, batch;
-};
-
-// Tiles of a head follow each other, those of heads (batch rows) that share a mask or bias in turn.
-__device__ inline TileIndex tile_of_block(const Parameters &p, unsigned index, unsigned tiles, unsigned heads) {
-    const unsigned swizzle = (unsigned)p.swizzle, turn = index % swizzle;
-    index /= swizzle;
-    const int tile = (int)(index % tiles);
-    index /= tiles;
-    const unsigned groups = (p.swizzles_batch ? (unsigned)p.batch : heads) / swizzle;
-    const int inner = (int)(index % groups * swizzle + turn), outer = (int)(index / groups);
-    return p.swizzles_batch ? TileIndex{tile, outer, inner} : TileIndex{tile, inner, outer};
-}

@@ -1,5 +1,5 @@
 // A query row of a head: its position, the keys in reach, and where its mask and bias begin.
-// Needs: common/dtypes.cuh, fused/numbers.cuh, fused/parameters.cuh.
+// Needs: common/dtypes.cuh, fused/numbers.cuh, fused/parameters.cuh, fused/sequence.cuh.
 
 struct Row {
     long long position;
@@ -14,14 +14,22 @@ struct Row {
     real slope;
     // Indices of the elements for key 0.
     long long mask, bias;
+#if LAYOUT != LAYOUT_DENSE
+    // The sequence's first query row and key among the rows of their tensors.
+    int first_query, first_key;
+#endif
 };
 
 // Row t of a batch row and head. Rows past the end are treated as padding. `low` and `high` are not read
 // where `checked` is false.
-__device__ inline Row row_of(const Parameters &p, const SequenceRows &sequence, long long b, long long n, long long t,
+__device__ inline Row row_of(const Parameters &p, const Sequence &sequence, long long b, long long n, long long t,
                              bool checked = true) {
     Row row;
     row.t = (int)t;
+#if LAYOUT != LAYOUT_DENSE
+    row.first_query = sequence.first_query;
+    row.first_key = sequence.first_key;
+#endif
     row.batch_head = (unsigned)(b * p.query_heads + n);
     const bool padded = t >= sequence.queries;
     row.low = row.high = 0;
@@ -42,6 +50,25 @@ __device__ inline Row row_of(const Parameters &p, const SequenceRows &sequence, 
     row.bias = b * p.bias.stride[0] + n * p.bias.stride[1] + inside * p.bias.stride[2];
     return row;
 }
+
+// The row itself, in a tensor of query rows, and a key that it sees, in the tensor of keys or values. Macros for
+// dense rows, as those of sequence.cuh.
+#if LAYOUT == LAYOUT_DENSE
+#define at_query(tensor, row, b, head) at(tensor, b, (row).t, head)
+#define at_key(p, tensor, row, b, key, head) at(tensor, b, key, head)
+#else
+__device__ inline element *at_query(const Tensor &tensor, const Row &row, long long b, long long head) {
+    return at(tensor, b, row.first_query + (long long)row.t, head);
+}
+__device__ inline element *at_key(const Parameters &p, const Tensor &tensor, const Row &row, long long b, int key,
+                                  long long head) {
+#if LAYOUT == LAYOUT_PAGED
+    return at(tensor, page_of(p, b, (unsigned)key), (unsigned)key % (unsigned)p.page_size, head);
+#else
+    return at(tensor, b, row.first_key + (long long)key, head);
+#endif
+}
+#endif
 
 // The stride of the mask or bias from key to key: a constant of the instruction where the kernel is compiled
 // for one stride.

@@ -1,5 +1,5 @@
 // Tiles of operands in shared memory, and the copies that fill them (cp.async).
-// Needs: fused/parameters.cuh.
+// Needs: fused/sequence.cuh.
 //
 // Eight neighbouring rows begin in different banks. Three layouts do that: rows of DEPTH elements padded by
 // 16 bytes; for wgmma, panels of 64 columns with the 128-byte swizzle (the 16 bytes at i of a row stand at i
@@ -159,6 +159,21 @@ __device__ inline void load_rows(element *tile, const Tensor &tensor, long long 
     load_tile<HEIGHT, DEPTH, Order>(
         tile, [=](int row) { return first + row < end ? origin + row * step : (const element *)nullptr; }, width,
         tensor.stride[3], aligned, tensor.data);
+}
+
+// The same of a sequence's query rows, and of its keys where these are not in pages.
+template <int HEIGHT, int DEPTH>
+__device__ inline void load_query_rows(element *tile, const Tensor &tensor, const Sequence &sequence, long long b,
+                                       long long head, long long first, long long end, int width, bool aligned) {
+    load_rows<HEIGHT, DEPTH>(tile, tensor, b, head, query_row(sequence, first), query_row(sequence, end), width,
+                             aligned);
+}
+template <int HEIGHT, int DEPTH, class Order>
+__device__ inline void load_key_rows(element *tile, const Tensor &tensor, const Sequence &sequence, long long b,
+                                     long long head, long long first, long long end, int width, bool aligned,
+                                     int first_column = 0) {
+    load_rows<HEIGHT, DEPTH, Order>(tile, tensor, b, head, key_row(sequence, first), key_row(sequence, end), width,
+                                    aligned, first_column);
 }
 
 // Stores two neighbouring columns of a row of results.

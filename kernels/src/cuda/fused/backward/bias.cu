@@ -6,7 +6,7 @@
 // Adds the gradients of a tile's logits, from products of queries and keys, and of d_out and values.
 template <bool MAY_BE_FAR>
 __device__ inline void add_gradients(const Parameters &p, const DropoutWords &dropout,
-                                     const Row (&rows)[row_slots<ROWS>()], int queries, long long b, long long n,
+                                     const Row (&rows)[row_slots<ROWS>()], const Sequence &sequence, long long b, long long n,
                                      int first, const RowMaskBias<ROWS, KEYS> &mask_bias,
                                      const real (&products)[row_slots<ROWS>()][column_slots<KEYS>()],
                                      const real (&incoming)[row_slots<ROWS>()][column_slots<KEYS>()],
@@ -14,8 +14,8 @@ __device__ inline void add_gradients(const Parameters &p, const DropoutWords &dr
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const unsigned kept = drops(p) ? kept_of_row<KEYS>(p, dropout, rows[r], first) : ~0u;
-        if (rows[r].t >= queries) continue;
-        const State state = PreparedState()(p, b, n, rows[r].t);
+        if (rows[r].t >= sequence.queries) continue;
+        const State state = PreparedState(sequence)(p, b, n, rows[r].t);
         const real largest = largest_exponent(state);
         const real distance = distance_of(p, rows[r], first + key_at(0));
 #pragma unroll
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     const long long row_end = sums_rows ? p.query_length : row_place + 1,
                     key_end = sums_keys ? p.key_length : key_place + 1;
     for (long long b = batch_place; b < batch_end; ++b) {
-        const SequenceRows sequence = sequence_of<true>(p, b);
+        const Sequence sequence = sequence_of<true>(p, b);
         for (long long n = head_place; n < head_end; ++n) {
             for (long long first_t = row_place; first_t < row_end && first_t < sequence.queries; first_t += ROWS) {
                 const long long last_t = min(first_t + ROWS, (long long)sequence.queries) - 1;
@@ -71,16 +71,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
                     if (first + KEYS <= from) continue;
                     __syncthreads();
                     if (!staged) {
-                        load_rows<ROWS, HEAD>(query_tile, p.query, b, n, first_t, sequence.queries, p.head_dim,
-                                              p.aligned & ALIGNED_QUERY);
-                        load_rows<ROWS, VALUE>(d_out_tile, p.d_out, b, n, first_t, sequence.queries, p.value_head_dim,
-                                               p.aligned & ALIGNED_D_OUT);
+                        load_query_rows<ROWS, HEAD>(query_tile, p.query, sequence, b, n, first_t, sequence.queries,
+                                                    p.head_dim, p.aligned & ALIGNED_QUERY);
+                        load_query_rows<ROWS, VALUE>(d_out_tile, p.d_out, sequence, b, n, first_t, sequence.queries,
+                                                     p.value_head_dim, p.aligned & ALIGNED_D_OUT);
                         staged = true;
                     }
-                    load_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, b, n / p.group, first, sequence.keys, p.head_dim,
-                                                      p.aligned & ALIGNED_KEY);
-                    load_rows<KEYS, VALUE, KeysAcross>(value_tile, p.value, b, n / p.group, first, sequence.keys,
-                                                       p.value_head_dim, p.aligned & ALIGNED_VALUE);
+                    load_key_rows<KEYS, HEAD, KeysAcross>(key_tile, p.key, sequence, b, n / p.group, first,
+                                                          sequence.keys, p.head_dim, p.aligned & ALIGNED_KEY);
+                    load_key_rows<KEYS, VALUE, KeysAcross>(value_tile, p.value, sequence, b, n / p.group, first,
+                                                           sequence.keys, p.value_head_dim, p.aligned & ALIGNED_VALUE);
                     cp_async_commit();
                     cp_async_wait<0>();
                     __syncthreads();
@@ -93,10 +93,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
                     RowMaskBias<ROWS, KEYS> mask_bias;
                     if constexpr (PACKS_MASK || PACKS_BIAS) mask_bias.read(p, rows, (int)first);
                     if (has_far_rows(p, b, n))
-                        add_gradients<true>(p, dropout, rows, sequence.queries, b, n, (int)first, mask_bias, weights,
+                        add_gradients<true>(p, dropout, rows, sequence, b, n, (int)first, mask_bias, weights,
                                             gradients, sums);
                     else
-                        add_gradients<false>(p, dropout, rows, sequence.queries, b, n, (int)first, mask_bias, weights,
+                        add_gradients<false>(p, dropout, rows, sequence, b, n, (int)first, mask_bias, weights,
                                              gradients, sums);
                 }
             }

@@ -37,13 +37,13 @@ struct RowSums {
 __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long b, long long n, int first_t,
                                                   RowSums sums) {
     constexpr int ROW_SLOTS = row_slots<ROWS>();
-    const SequenceRows sequence = sequence_of<true>(p, b);
+    const Sequence sequence = sequence_of<true>(p, b);
     const int row_count = min(ROWS, sequence.queries - first_t);
     const auto logsumexp_of_slot = [&](int r) {
         const int row = row_at<ROWS>(r);
         if (row >= row_count) return -infinity();
         const real *const lse = reinterpret_cast<const real *>(p.lse.data);
-        return lse[b * p.lse.stride[0] + (long long)(first_t + row) * p.lse.stride[1] + n * p.lse.stride[2]];
+        return lse[b * p.lse.stride[0] + (long long)query_row(sequence, first_t + row) * p.lse.stride[1] + n * p.lse.stride[2]];
     };
     // Rows whose sums are not finite are summed from allowed keys alone: NaN of masked keys reaches them
     // through a bias of -inf or split products.
@@ -81,7 +81,7 @@ __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long
         State state = state_of_logsumexp(p, logsumexp, 0);
         state_of_sums(p, n, sums.row_max[r], sums.row_sum[r], logsumexp, state);
         if (leads_row()) {
-            const long long place = state_of(p, b, n, first_t + row_at<ROWS>(r));
+            const long long place = scratch_row(p, sequence, b, n, first_t + row_at<ROWS>(r));
             scores_of_states(p)[place] = state.score;
             p.row_offsets[place] = state.offset;
         }

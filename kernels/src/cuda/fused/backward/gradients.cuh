@@ -65,14 +65,11 @@ __device__ inline void state_of_sums(const Parameters &p, long long n, real maxi
     state.offset = (real)fmax(offset * (precise)UNIT, precise(-1e30));
 }
 
-// The scratch that attention_prepare_gradients fills, [B, N, T] each: offsets in `row_offsets`; row terms in
-// `row_deltas`, scores behind those, and behind them a number per head that is not 0 where it has a far row.
-__device__ inline long long state_of(const Parameters &p, long long b, long long n, long long t) {
-    return (b * p.query_heads + n) * p.query_length + t;
-}
-__device__ inline long long count_of_states(const Parameters &p) { return p.batch * p.query_heads * p.query_length; }
-__device__ inline real *scores_of_states(const Parameters &p) { return p.row_deltas + count_of_states(p); }
-__device__ inline real *far_heads(const Parameters &p) { return p.row_deltas + 2 * count_of_states(p); }
+// The scratch that attention_prepare_gradients fills, a number per row (`scratch_row`) each: offsets in
+// `row_offsets`; row terms in `row_deltas`, scores behind those, and behind them a number per sequence and head,
+// [B, N], that is not 0 where it has a far row.
+__device__ inline real *scores_of_states(const Parameters &p) { return p.row_deltas + count_of_rows(p); }
+__device__ inline real *far_heads(const Parameters &p) { return p.row_deltas + 2 * count_of_rows(p); }
 __device__ inline bool has_far_rows(const Parameters &p, long long b, long long n) {
     return far_heads(p)[b * p.query_heads + n] != 0;
 }
@@ -132,8 +129,17 @@ __device__ inline Weights weigh(const Parameters &p, const Row &row, int key, re
 
 // As attention_prepare_gradients left it.
 struct PreparedState {
+#if LAYOUT != LAYOUT_DENSE
+    // Whose rows they are.
+    Sequence sequence;
+#endif
+    __device__ inline explicit PreparedState(const Sequence &of) {
+#if LAYOUT != LAYOUT_DENSE
+        sequence = of;
+#endif
+    }
     __device__ inline State operator()(const Parameters &p, long long b, long long n, int t) const {
-        const long long state = state_of(p, b, n, t);
+        const long long state = scratch_row(p, sequence, b, n, t);
         return State{scores_of_states(p)[state], p.row_offsets[state], p.row_deltas[state]};
     }
 };
@@ -145,8 +151,8 @@ __device__ inline bool weigh_exactly(const Parameters &p, const DropoutWords &dr
     real slope;
     const real score = exact_score(p, row, b, n, key, slope);
     if (score == -infinity()) return false;
-    const real incoming = dot(at(p.d_out, b, row.t, n), p.d_out.stride[3], at(p.value, b, key, n / p.group),
-                              p.value.stride[3], p.value_head_dim);
+    const real incoming = dot(at_query(p.d_out, row, b, n), p.d_out.stride[3],
+                              at_key(p, p.value, row, b, key, n / p.group), p.value.stride[3], p.value_head_dim);
     const bool kept = !drops(p) || is_kept(p, dropout, row, key);
     weights = weigh(p, false, exponent_in<true>(p, score, state, real(0)), slope, kept, incoming, state.delta);
     return true;
@@ -163,13 +169,14 @@ __device__ inline void exact_gradient_of_query(const Parameters &p, const Row &r
     for (int key = row.low; key < row.high; ++key) {
         Weights weights;
         if (weigh_exactly(p, dropout, row, state, b, n, key, weights))
-            add_row<HEAD>(sums, weights.product, at(p.key, b, key, n / p.group), p.key.stride[3], p.head_dim);
+            add_row<HEAD>(sums, weights.product, at_key(p, p.key, row, b, key, n / p.group), p.key.stride[3],
+                          p.head_dim);
     }
 }
 
 // The gradients of a key, but for `scale_of_sums`, and of its value, but for dropout's factor, by a warp.
 template <class StateOf>
-__device__ inline void exact_gradients_of_key(const Parameters &p, const SequenceRows &sequence, long long b,
+__device__ inline void exact_gradients_of_key(const Parameters &p, const Sequence &sequence, long long b,
                                               long long key_head, int key, StateOf state_of_row,
                                               real (&keys)[HEAD / 32], real (&values)[VALUE / 32]) {
 #pragma unroll
@@ -184,9 +191,9 @@ __device__ inline void exact_gradients_of_key(const Parameters &p, const Sequenc
             const Row row = row_of(p, sequence, b, n, t);
             Weights weights;
             if (!weigh_exactly(p, dropout, row, state_of_row(p, b, n, t), b, n, key, weights)) continue;
-            add_row<HEAD>(keys, weights.product, at(p.query, b, t, n), p.query.stride[3], p.head_dim);
+            add_row<HEAD>(keys, weights.product, at_query(p.query, row, b, n), p.query.stride[3], p.head_dim);
             if (weights.kept != 0)
-                add_row<VALUE>(values, weights.kept, at(p.d_out, b, t, n), p.d_out.stride[3], p.value_head_dim);
+                add_row<VALUE>(values, weights.kept, at_query(p.d_out, row, b, n), p.d_out.stride[3], p.value_head_dim);
         }
     }
 }

@@ -14,15 +14,25 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS)
     attention_prepare_gradients(const __grid_constant__ Parameters p) {
     const long long row = (blockIdx.x * (long long)THREADS + threadIdx.x) / WIDE;
     const int within = threadIdx.x % WIDE;
-    const bool inside = row < p.batch * p.query_heads * p.query_length;
+    const bool inside = row < count_of_rows(p);
+#if LAYOUT == LAYOUT_DENSE
     // Rows of a head are consecutive.
     const unsigned head = inside ? (unsigned)(row / p.query_length) : 0;
     const long long t = inside ? row - head * p.query_length : 0, n = head % (unsigned)p.query_heads,
                     b = head / (unsigned)p.query_heads;
     const bool padded = !inside || t >= query_rows_of(p, b);
+    const long long &place = t;
+#else
+    // Rows of all sequences of a head are consecutive, and `place` is a row of tensors.
+    const long long n = inside ? row / p.query_rows : 0, place = inside ? row - n * p.query_rows : 0;
+    const long long b = sequence_of_query_row(p, place), head = b * p.query_heads + n;
+    const Sequence sequence = sequence_of(p, b);
+    const long long t = place - sequence.first_query;
+    const bool padded = !inside || t >= sequence.queries;
+#endif
     real delta = 0;
     if (!padded) {
-        const element *const d_out = at(p.d_out, b, t, n), *const out = at(p.out, b, t, n);
+        const element *const d_out = at(p.d_out, b, place, n), *const out = at(p.out, b, place, n);
         if ((p.aligned & ALIGNED_OUT) && (p.aligned & ALIGNED_D_OUT)) {
 #pragma unroll 1
             for (int column = within * CHUNK; column < p.value_head_dim; column += WIDE * CHUNK) {
@@ -41,8 +51,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS)
     real logsumexp = -infinity();
     if (!padded) {
         const auto of_row = [&](const Tensor &tensor) {
-            const long long place = b * tensor.stride[0] + t * tensor.stride[1] + n * tensor.stride[2];
-            return reinterpret_cast<const real *>(tensor.data)[place];
+            const long long index = b * tensor.stride[0] + place * tensor.stride[1] + n * tensor.stride[2];
+            return reinterpret_cast<const real *>(tensor.data)[index];
         };
         logsumexp = of_row(p.lse);
         if (p.d_lse.data) delta -= of_row(p.d_lse);
@@ -52,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS)
     p.row_deltas[row] = state.delta;
     scores_of_states(p)[row] = state.score;
     // Set again by the block that sums a far row (far_rows.cuh).
-    if (t == 0) far_heads(p)[head] = 0;
+    // Rows behind the last sequence are of no head.
+    if (t == 0 && (LAYOUT == LAYOUT_DENSE || b < p.batch)) far_heads(p)[head] = 0;
 }
 
 // One block per head, which adds up its rows in a fixed order.
@@ -62,8 +73,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     const long long n = blockIdx.x;
     const real sink = load(p.sinks.data, p.sinks_dtype, n * p.sinks.stride[0]);
     real sum = 0;
+#if LAYOUT == LAYOUT_DENSE
     for (long long row = threadIdx.x; row < p.batch * p.query_length; row += THREADS) {
-        const State state = PreparedState()(p, row / p.query_length, n, (int)(row % p.query_length));
+        const State state = PreparedState(Sequence())(p, row / p.query_length, n, (int)(row % p.query_length));
+#else
+    for (long long row = threadIdx.x; row < p.query_rows; row += THREADS) {
+        // As of a sequence that begins with the first row.
+        const State state = PreparedState(Sequence())(p, 0, n, (int)row);
+#endif
         // A row or a sink without a probability adds nothing, even beside NaN.
         if (state.offset == -infinity() || sink == -infinity()) continue;
         const precise above = (precise)sink - (precise)state.score * (precise)natural_factor(p);

@@ -8,14 +8,24 @@ constexpr int WORDS = COLUMNS * (int)(sizeof(real) / sizeof(float));
 constexpr int BATCH = WORDS <= 2 ? 32 : WORDS <= 16 ? 64 / WORDS : 4;
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(const __grid_constant__ Parameters p) {
-    const long long all_rows = p.batch * p.query_heads * p.query_length;
+    const long long all_rows = count_of_rows(p);
     const long long index = blockIdx.x * (long long)WARPS + threadIdx.x / 32, row = index / SLICES;
     if (row >= all_rows) return;
     const int slice = (int)(index % SLICES), first_column = slice * VALUE,
               width = min(VALUE, p.value_head_dim - first_column);
-    const long long t = row % p.query_length, n = row / p.query_length % p.query_heads,
-                    b = row / p.query_length / p.query_heads;
-    const SequenceRows sequence = sequence_of(p, b);
+    long long t = row % p.query_length, n = row / p.query_length % p.query_heads,
+              b = row / p.query_length / p.query_heads;
+#if LAYOUT != LAYOUT_DENSE
+    if (packs_queries(p)) {
+        n = row / p.query_rows;
+        b = sequence_of_query_row(p, row - n * p.query_rows);
+    }
+#endif
+    const Sequence sequence = sequence_of(p, b);
+#if LAYOUT != LAYOUT_DENSE
+    if (packs_queries(p)) t = row - n * p.query_rows - sequence.first_query;
+#endif
+    const long long place = query_row(sequence, t);
     const real *states = p.partial_state + 2 * row;
     const int lane = threadIdx.x % 32;
     real parts[BATCH][COLUMNS];
@@ -60,10 +70,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
     real logsumexp;
     const bool padded = t >= sequence.queries;
     const real scale = finish(p, n, padded, maximum, total, logsumexp);
-    if (slice == 0 && threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
+    if (slice == 0 && threadIdx.x % 32 == 0) store_logsumexp(p, b, place, n, logsumexp);
     if (padded || total == 0) {
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) sums[i] = 0;
     }
-    store_row<VALUE>(at(p.out, b, t, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, scale);
+    store_row<VALUE>(at(p.out, b, place, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, scale);
 }

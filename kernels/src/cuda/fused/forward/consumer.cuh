@@ -118,20 +118,22 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
     const real factor = power_factor(p);
     RowMaskBias<ROWS, KEYS> mask_bias;
     load_queries(p, tile, shared.query);
-    load_keys(p, tile, tile.from, shared.key);
+    KeyPages pages = pages_of(p, tile, tile.from);
+    load_keys(p, tile, tile.from, pages, shared.key);
     cp_async_commit();
     for (int first = tile.from; first < tile.to; first += KEYS) {
         cp_async_wait<0>();
         __syncthreads();
-        load_values(p, tile, first, shared.value);
+        load_values(p, tile, first, pages, shared.value);
         cp_async_commit();
+        pages = pages_of(p, tile, first + KEYS);
         real logits[row_slots<ROWS>()][column_slots<KEYS>()], scores_scale[row_slots<ROWS>()];
         read_mask_and_bias(p, state, first, mask_bias);
         gemm_ss<ROWS, KEYS, HEAD>(logits, shared.query, shared.key);
         cp_async_wait<0>();
         __syncthreads();
         if (first + KEYS < tile.to) {
-            load_keys(p, tile, first + KEYS, shared.key);
+            load_keys(p, tile, first + KEYS, pages, shared.key);
             cp_async_commit();
         }
         if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale)) rescale(state, scores_scale);

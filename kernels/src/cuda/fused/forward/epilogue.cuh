@@ -24,8 +24,8 @@ __device__ inline unsigned non_finite_rows(const ForwardTile &tile, ForwardRows 
 
 // Where the results of a split of a row are, in the order of rows.
 __device__ inline long long partial_row(const Parameters &p, const ForwardTile &tile, long long n, long long t) {
-    const long long all_rows = p.batch * p.query_heads * p.query_length;
-    return tile.split * all_rows + (tile.b * p.query_heads + n) * p.query_length + t;
+    const long long all_rows = count_of_rows(p);
+    return tile.split * all_rows + scratch_row(p, tile.sequence, tile.b, n, t);
 }
 
 // Stores the rows of the thread, but for those of the tile that `is_computed_again` has.
@@ -57,10 +57,11 @@ __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, 
         }
         real logsumexp;
         const real scale = finish(p, n, t >= tile.sequence.queries, state.row_max[r], state.row_sum[r], logsumexp);
-        if (tile.slice == 0 && leads_row() && !again) store_logsumexp(p, tile.b, t, n, logsumexp);
+        if (tile.slice == 0 && leads_row() && !again)
+            store_logsumexp(p, tile.b, query_row(tile.sequence, t), n, logsumexp);
         if (again) continue;
         const bool zero = empty || t >= tile.sequence.queries;
-        element *to_row = at(p.out, tile.b, t, n) + tile.first_column * p.out.stride[3];
+        element *to_row = at(p.out, tile.b, query_row(tile.sequence, t), n) + tile.first_column * p.out.stride[3];
 #pragma unroll
         for (int c = 0; c < output_slots<VALUE>(); c += NEIGHBOURS) {
             const int column = output_column_at<VALUE>(c);
@@ -79,7 +80,7 @@ __device__ inline void store_exact_row(const Parameters &p, const ForwardTile &t
     real maximum, total, sums[VALUE / 32];
     exact_softmax(p, whole, tile.b, n, tile.from, tile.to, maximum, total);
     exact_output(p, whole, tile.b, n, tile.from, tile.to, maximum, tile.first_column, tile.width, sums);
-    const long long slot = partial_row(p, tile, n, t);
+    const long long slot = partial_row(p, tile, n, t), place = query_row(tile.sequence, t);
     real logsumexp;
     const real scale = p.splits > 1 ? real(1) : finish(p, n, t >= tile.sequence.queries, maximum, total, logsumexp);
     if (tile.slice == 0 && threadIdx.x % 32 == 0) {
@@ -87,12 +88,12 @@ __device__ inline void store_exact_row(const Parameters &p, const ForwardTile &t
             p.partial_state[2 * slot] = maximum;
             p.partial_state[2 * slot + 1] = total;
         } else {
-            store_logsumexp(p, tile.b, t, n, logsumexp);
+            store_logsumexp(p, tile.b, place, n, logsumexp);
         }
     }
     if (p.splits == 1) {
-        store_row<VALUE>(at(p.out, tile.b, t, n) + tile.first_column * p.out.stride[3], p.out.stride[3], tile.width,
-                         sums, scale);
+        store_row<VALUE>(at(p.out, tile.b, place, n) + tile.first_column * p.out.stride[3], p.out.stride[3],
+                         tile.width, sums, scale);
         return;
     }
 #pragma unroll

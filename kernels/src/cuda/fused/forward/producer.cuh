@@ -1,6 +1,6 @@
 // Loads of the forward kernel, from global to shared memory. On warpgroups (wgmma), producer threads of their
 // own run them, two tiles of keys and values ahead of the consumers; elsewhere all threads do.
-// Needs: fused/forward/scheduler.cuh, fused/shared_tiles.cuh, fused/fragments.cuh, fused/pipeline.cuh.
+// Needs: fused/forward/pages.cuh, fused/fragments.cuh, fused/pipeline.cuh.
 
 // Tiles of keys, and of values, in shared memory.
 constexpr int STAGES_OF_KEYS = ON_WARPGROUPS ? 2 : 1;
@@ -23,28 +23,43 @@ __device__ inline SharedTiles shared_tiles(unsigned char *memory) {
 
 __device__ inline void load_queries(const Parameters &p, const ForwardTile &tile, element *to) {
     if (p.pack_gqa == 1) {
-        load_rows<ROWS, HEAD>(to, p.query, tile.b, tile.first_head, tile.first_row, tile.sequence.queries, p.head_dim,
-                              p.aligned & ALIGNED_QUERY);
+        load_query_rows<ROWS, HEAD>(to, p.query, tile.sequence, tile.b, tile.first_head, tile.first_row,
+                                    tile.sequence.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
         return;
     }
     load_tile<ROWS, HEAD>(
         to,
         [&](int row) {
             const int t = tile.t_of(p, tile.first_row + row);
-            return t < tile.sequence.queries ? at(p.query, tile.b, t, tile.head_of(p, tile.first_row + row))
-                                             : (const element *)nullptr;
+            return t < tile.sequence.queries
+                       ? at(p.query, tile.b, query_row(tile.sequence, t), tile.head_of(p, tile.first_row + row))
+                       : (const element *)nullptr;
         },
         p.head_dim, p.query.stride[3], p.aligned & ALIGNED_QUERY, p.query.data);
 }
 
-__device__ inline void load_keys(const Parameters &p, const ForwardTile &tile, int first, element *to) {
-    load_rows<KEYS, HEAD, KeysAcross>(to, p.key, tile.b, tile.key_head, first, tile.sequence.keys, p.head_dim,
-                                      p.aligned & ALIGNED_KEY);
+// Keys, and values, from `first` on, whose pages are given.
+__device__ inline void load_keys(const Parameters &p, const ForwardTile &tile, int first, const KeyPages &pages,
+                                 element *to) {
+#if LAYOUT == LAYOUT_PAGED
+    load_pages<HEAD>(p, to, p.key, pages, tile.b, tile.key_head, first, tile.sequence.keys, p.head_dim,
+                     p.aligned & ALIGNED_KEY, 0);
+#else
+    load_key_rows<KEYS, HEAD, KeysAcross>(to, p.key, tile.sequence, tile.b, tile.key_head, first, tile.sequence.keys,
+                                          p.head_dim, p.aligned & ALIGNED_KEY);
+#endif
 }
 
-__device__ inline void load_values(const Parameters &p, const ForwardTile &tile, int first, element *to) {
-    load_rows<KEYS, VALUE, KeysAcross>(to, p.value, tile.b, tile.key_head, first, tile.sequence.keys, tile.width,
-                                       p.aligned & ALIGNED_VALUE, tile.first_column);
+__device__ inline void load_values(const Parameters &p, const ForwardTile &tile, int first, const KeyPages &pages,
+                                   element *to) {
+#if LAYOUT == LAYOUT_PAGED
+    load_pages<VALUE>(p, to, p.value, pages, tile.b, tile.key_head, first, tile.sequence.keys, tile.width,
+                      p.aligned & ALIGNED_VALUE, tile.first_column);
+#else
+    load_key_rows<KEYS, VALUE, KeysAcross>(to, p.value, tile.sequence, tile.b, tile.key_head, first,
+                                           tile.sequence.keys, tile.width, p.aligned & ALIGNED_VALUE,
+                                           tile.first_column);
+#endif
 }
 
 #if ON_WARPGROUPS
@@ -79,20 +94,25 @@ __device__ inline ForwardPipeline forward_pipeline(const SharedTiles &shared) {
 // All that a producer thread does: half of them load keys, the others queries and values.
 __device__ inline void produce(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
                                const ForwardPipeline &pipeline) {
+    KeyPages pages = pages_of(p, tile, tile.from);
     if (threadIdx.x < THREADS + LOADING_THREADS) {
         for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
+            const KeyPages next = pages_of(p, tile, first + KEYS);
             if (p.pack_gqa == 1) prefetch_mask_and_bias<ROWS, KEYS>(p, tile.b, tile.first_head, tile.first_row, first);
             mbarrier_wait(pipeline.key_empty + step % 2, step / 2 - 1);
-            load_keys(p, tile, first, shared.key + step % 2 * KEY_TILE);
+            load_keys(p, tile, first, pages, shared.key + step % 2 * KEY_TILE);
             mbarrier_arrive_after_copies(pipeline.key_full + step % 2);
+            pages = next;
         }
     } else if (tile.from < tile.to) {
         load_queries(p, tile, shared.query);
         mbarrier_arrive_after_copies(pipeline.query_full);
         for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
+            const KeyPages next = pages_of(p, tile, first + KEYS);
             mbarrier_wait(pipeline.value_empty + step % 2, step / 2 - 1);
-            load_values(p, tile, first, shared.value + step % 2 * VALUE_TILE);
+            load_values(p, tile, first, pages, shared.value + step % 2 * VALUE_TILE);
             mbarrier_arrive_after_copies(pipeline.value_full + step % 2);
+            pages = next;
         }
     }
 }

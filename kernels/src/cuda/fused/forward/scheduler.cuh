@@ -1,10 +1,10 @@
 // What a block of the forward kernel works on: a tile of query rows, a range of keys, and a slice of the
 // columns of values.
-// Needs: fused/parameters.cuh.
+// Needs: fused/sequence.cuh.
 
 struct ForwardTile {
     long long b, first_head, key_head;
-    SequenceRows sequence;
+    Sequence sequence;
     // Rows of the tile are counted over the head, or over the query heads that share it with pack GQA: the
     // heads of a position, then those of the next one.
     int first_row, rows_of_head;
@@ -26,19 +26,36 @@ struct ForwardTile {
 // The tile of this block. The last tile of a head comes first: under causal masking it takes longest.
 __device__ inline ForwardTile forward_tile(const Parameters &p) {
     ForwardTile tile;
+#if LAYOUT == LAYOUT_DENSE
     tile.rows_of_head = (int)(p.query_length * p.pack_gqa);
     const int row_tiles = (tile.rows_of_head + ROWS - 1) / ROWS;
+#endif
     tile.split = (int)(blockIdx.x % (unsigned)p.splits);
     tile.slice = (int)(blockIdx.x / (unsigned)p.splits % SLICES);
+#if LAYOUT == LAYOUT_DENSE
     const TileIndex place = tile_of_block(p, blockIdx.x / (unsigned)p.splits / SLICES, row_tiles,
                                           (unsigned)p.query_heads / (unsigned)p.pack_gqa);
+#else
+    const SequenceTile place = query_tile_of(p, ROWS, p.pack_gqa, blockIdx.x / (unsigned)p.splits / SLICES,
+                                             (unsigned)p.query_heads / (unsigned)p.pack_gqa);
+    const Sequence sequence = sequence_of(p, place.batch);
+    tile.rows_of_head = sequence.query_rows * p.pack_gqa;
+#endif
     tile.first_column = tile.slice * VALUE;
     tile.width = SLICES == 1 ? p.value_head_dim : min(VALUE, p.value_head_dim - tile.first_column);
+#if LAYOUT == LAYOUT_DENSE
     tile.first_row = (row_tiles - 1 - place.tile) * ROWS;
+#else
+    tile.first_row = first_of_tile(place.tile, tile.rows_of_head, ROWS, true);
+#endif
     tile.first_head = (long long)place.head * p.pack_gqa;
     tile.b = place.batch;
     tile.key_head = (unsigned)tile.first_head / (unsigned)p.group;
+#if LAYOUT == LAYOUT_DENSE
     tile.sequence = sequence_of(p, tile.b);
+#else
+    tile.sequence = sequence;
+#endif
 
     const int first_t = tile.t_of(p, tile.first_row);
     const int last_t = min(tile.t_of(p, tile.first_row + ROWS - 1), tile.sequence.queries - 1);

@@ -23,7 +23,7 @@ __device__ inline void logit_gradients(const Parameters &p, const DropoutWords &
     if (drops(p)) kept_of_keys<KEYS, ROWS>(p, dropout, (unsigned)(tile.b * p.query_heads + n), t, tile.first, kept);
     real distances[row_slots<KEYS>()];
     const Row first_row = row_of(p, tile.sequence, tile.b, n, t + column_at(0), false);
-    const real *const scores = MAY_BE_FAR ? scores_of_states(p) + state_of(p, tile.b, n, t + column_at(0)) : nullptr;
+    const real *const scores = MAY_BE_FAR ? scores_of_states(p) + scratch_row(p, tile.sequence, tile.b, n, t + column_at(0)) : nullptr;
     const int rows_left = MAY_BE_FAR && has_far ? tile.sequence.queries - t - column_at(0) : 0;
 #pragma unroll
     for (int r = 0; r < row_slots<KEYS>(); ++r)

@@ -20,17 +20,17 @@ __device__ inline void store_gradients(const Parameters &p, const KeyTile &tile,
 #pragma unroll
     for (int r = 0; r < row_slots<KEYS>(); ++r) {
         const int local = key_row_at<KEYS>(r), key = tile.first + local;
-        if (key >= p.key_length || (any_again && is_computed_again[local])) continue;
+        if (key >= rows_of_keys(p, tile.sequence) || (any_again && is_computed_again[local])) continue;
         const bool zero = key >= tile.end;
         if (WANTS_KEYS && p.d_key.data) {
-            element *to_row = at(p.d_key, tile.b, key, tile.key_head);
+            element *to_row = at(p.d_key, tile.b, key_row(tile.sequence, key), tile.key_head);
 #pragma unroll
             for (int c = 0; c < output_slots<HEAD>(); c += NEIGHBOURS)
                 store_pair(to_row, output_column_at<HEAD>(c), p.head_dim, p.d_key.stride[3], p.aligned & ALIGNED_D_KEY,
                            zero ? real(0) : sums.keys[r][c] * scale, zero ? real(0) : sums.keys[r][c + 1] * scale);
         }
         if (WANTS_VALUES && p.d_value.data) {
-            element *to_row = at(p.d_value, tile.b, key, tile.key_head);
+            element *to_row = at(p.d_value, tile.b, key_row(tile.sequence, key), tile.key_head);
 #pragma unroll
             for (int c = 0; c < output_slots<VALUE>(); c += NEIGHBOURS)
                 store_pair(to_row, output_column_at<VALUE>(c), p.value_head_dim, p.d_value.stride[3],
@@ -43,11 +43,13 @@ __device__ inline void store_gradients(const Parameters &p, const KeyTile &tile,
         if (!is_computed_again[local]) continue;
         const int key = tile.first + local;
         real key_sums[HEAD / 32], value_sums[VALUE / 32];
-        exact_gradients_of_key(p, tile.sequence, tile.b, tile.key_head, key, PreparedState(), key_sums, value_sums);
+        exact_gradients_of_key(p, tile.sequence, tile.b, tile.key_head, key, PreparedState(tile.sequence), key_sums,
+                               value_sums);
+        const long long place = key_row(tile.sequence, key);
         if (WANTS_KEYS && p.d_key.data)
-            store_row<HEAD>(at(p.d_key, tile.b, key, tile.key_head), p.d_key.stride[3], p.head_dim, key_sums, scale);
+            store_row<HEAD>(at(p.d_key, tile.b, place, tile.key_head), p.d_key.stride[3], p.head_dim, key_sums, scale);
         if (WANTS_VALUES && p.d_value.data)
-            store_row<VALUE>(at(p.d_value, tile.b, key, tile.key_head), p.d_value.stride[3], p.value_head_dim,
+            store_row<VALUE>(at(p.d_value, tile.b, place, tile.key_head), p.d_value.stride[3], p.value_head_dim,
                              value_sums, keep_scale(p));
     }
 }

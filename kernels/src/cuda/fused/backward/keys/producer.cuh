@@ -29,28 +29,28 @@ __device__ inline SharedKeys shared_keys(unsigned char *memory) {
 }
 
 __device__ inline void load_keys(const Parameters &p, const KeyTile &tile, const SharedKeys &shared) {
-    load_rows<KEYS, HEAD, KeysDown>(shared.key, p.key, tile.b, tile.key_head, tile.first, tile.end, p.head_dim,
-                                    p.aligned & ALIGNED_KEY);
+    load_key_rows<KEYS, HEAD, KeysDown>(shared.key, p.key, tile.sequence, tile.b, tile.key_head, tile.first, tile.end,
+                                        p.head_dim, p.aligned & ALIGNED_KEY);
 }
 
 __device__ inline void load_values(const Parameters &p, const KeyTile &tile, const SharedKeys &shared) {
-    load_rows<KEYS, VALUE, KeysDown>(shared.value, p.value, tile.b, tile.key_head, tile.first, tile.end,
-                                     p.value_head_dim, p.aligned & ALIGNED_VALUE);
+    load_key_rows<KEYS, VALUE, KeysDown>(shared.value, p.value, tile.sequence, tile.b, tile.key_head, tile.first,
+                                         tile.end, p.value_head_dim, p.aligned & ALIGNED_VALUE);
 }
 
 __device__ inline void load_queries(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, int stage,
                                     long long n, int t) {
-    load_rows<ROWS, HEAD>(shared.queries + stage * QUERY_TILE, p.query, tile.b, n, t, tile.to, p.head_dim,
-                          p.aligned & ALIGNED_QUERY);
+    load_query_rows<ROWS, HEAD>(shared.queries + stage * QUERY_TILE, p.query, tile.sequence, tile.b, n, t, tile.to,
+                                p.head_dim, p.aligned & ALIGNED_QUERY);
 }
 
 // With the numbers of the rows.
 __device__ inline void load_d_out(const Parameters &p, const KeyTile &tile, const SharedKeys &shared, int stage,
                                   long long n, int t) {
-    load_rows<ROWS, VALUE>(shared.d_outs + stage * D_OUT_TILE, p.d_out, tile.b, n, t, tile.to, p.value_head_dim,
-                           p.aligned & ALIGNED_D_OUT);
+    load_query_rows<ROWS, VALUE>(shared.d_outs + stage * D_OUT_TILE, p.d_out, tile.sequence, tile.b, n, t, tile.to,
+                                 p.value_head_dim, p.aligned & ALIGNED_D_OUT);
     real *const numbers = shared.numbers + stage * NUMBERS;
-    const long long place = state_of(p, tile.b, n, t);
+    const long long place = scratch_row(p, tile.sequence, tile.b, n, t);
     if (loading_thread() == 0) cp_async_number(numbers + 2 * ROWS, far_heads(p) + tile.b * p.query_heads + n);
     for (int row = loading_thread(); row < ROWS; row += LOADING_THREADS) {
         if (t + row < tile.to) {

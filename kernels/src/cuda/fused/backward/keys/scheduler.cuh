@@ -1,22 +1,29 @@
 // What a block of the kernel for the gradients of keys and values works on: a tile of keys of a key/value
 // head, and the query rows of all heads of its group that see any of them.
-// Needs: fused/parameters.cuh.
+// Needs: fused/sequence.cuh.
 
 struct KeyTile {
     long long b, key_head;
-    SequenceRows sequence;
+    Sequence sequence;
     // Keys from `first` to before `end`, query rows from `from` to before `to`, in `steps` tiles over all
     // heads.
     int first, end, from, to, steps;
 };
 
 __device__ inline KeyTile key_tile_of_block(const Parameters &p) {
+    KeyTile tile;
+#if LAYOUT == LAYOUT_DENSE
     const unsigned key_tiles = (unsigned)((p.key_length + KEYS - 1) / KEYS);
     const TileIndex place = tile_of_block(p, blockIdx.x, key_tiles, (unsigned)p.key_heads);
-    KeyTile tile;
     tile.first = place.tile * KEYS;
     tile.key_head = place.head, tile.b = place.batch;
     tile.sequence = sequence_of(p, tile.b);
+#else
+    const SequenceTile place = key_tile_of(p, KEYS, blockIdx.x, (unsigned)p.key_heads);
+    tile.key_head = place.head, tile.b = place.batch;
+    tile.sequence = sequence_of(p, tile.b);
+    tile.first = first_of_tile(place.tile, tile.sequence.key_rows, KEYS, false);
+#endif
     tile.end = min(tile.first + KEYS, tile.sequence.keys);
     tile.from = tile.to = 0;
     if (tile.first < tile.end) {

@@ -20,8 +20,8 @@ __device__ inline void begin_rows(const Parameters &p, const QueryTile &tile, co
         const long long t = tile.first_t + row_at<ROWS>(r);
         state.rows[r] = row_of(p, tile.sequence, tile.b, tile.n, t);
         const bool there = KEEPS_ROWS && t < tile.sequence.queries;
-        state.offsets[r] = there ? p.row_offsets[state_of(p, tile.b, tile.n, t)] : -infinity();
-        state.deltas[r] = there ? p.row_deltas[state_of(p, tile.b, tile.n, t)] : real(0);
+        state.offsets[r] = there ? p.row_offsets[scratch_row(p, tile.sequence, tile.b, tile.n, t)] : -infinity();
+        state.deltas[r] = there ? p.row_deltas[scratch_row(p, tile.sequence, tile.b, tile.n, t)] : real(0);
     }
 #if ON_WARPGROUPS
     if constexpr (!KEEPS_ROWS) {

@@ -18,9 +18,9 @@ __device__ inline void store_gradients(const Parameters &p, const QueryTile &til
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         const long long t = tile.first_t + row_at<ROWS>(r);
-        if (t >= p.query_length || (any_again && is_computed_again[row_at<ROWS>(r)])) continue;
+        if (t >= rows_of_queries(p, tile.sequence) || (any_again && is_computed_again[row_at<ROWS>(r)])) continue;
         const bool zero = t >= tile.sequence.queries;
-        element *to_row = at(p.d_query, tile.b, t, tile.n);
+        element *to_row = at(p.d_query, tile.b, query_row(tile.sequence, t), tile.n);
 #pragma unroll
         for (int c = 0; c < output_slots<HEAD>(); c += NEIGHBOURS)
             store_pair(to_row, output_column_at<HEAD>(c), p.head_dim, p.d_query.stride[3], p.aligned & ALIGNED_D_QUERY,
@@ -31,7 +31,8 @@ __device__ inline void store_gradients(const Parameters &p, const QueryTile &til
         if (!is_computed_again[local]) continue;
         const Row row = row_of(p, tile.sequence, tile.b, tile.n, tile.first_t + local);
         real again[HEAD / 32];
-        exact_gradient_of_query(p, row, tile.b, tile.n, PreparedState(), again);
-        store_row<HEAD>(at(p.d_query, tile.b, row.t, tile.n), p.d_query.stride[3], p.head_dim, again, scale);
+        exact_gradient_of_query(p, row, tile.b, tile.n, PreparedState(tile.sequence), again);
+        store_row<HEAD>(at(p.d_query, tile.b, query_row(tile.sequence, row.t), tile.n), p.d_query.stride[3], p.head_dim,
+                        again, scale);
     }
 }

@@ -48,16 +48,16 @@ __device__ inline SharedQueries shared_queries(unsigned char *memory) {
 }
 
 __device__ inline void load_queries(const Parameters &p, const QueryTile &tile, const SharedQueries &shared) {
-    load_rows<ROWS, HEAD>(shared.query, p.query, tile.b, tile.n, tile.first_t, tile.sequence.queries, p.head_dim,
-                          p.aligned & ALIGNED_QUERY);
+    load_query_rows<ROWS, HEAD>(shared.query, p.query, tile.sequence, tile.b, tile.n, tile.first_t,
+                                tile.sequence.queries, p.head_dim, p.aligned & ALIGNED_QUERY);
 }
 
 // With the numbers of the rows, on warpgroups.
 __device__ inline void load_d_out(const Parameters &p, const QueryTile &tile, const SharedQueries &shared) {
-    load_rows<ROWS, VALUE>(shared.d_out, p.d_out, tile.b, tile.n, tile.first_t, tile.sequence.queries, p.value_head_dim,
-                           p.aligned & ALIGNED_D_OUT);
+    load_query_rows<ROWS, VALUE>(shared.d_out, p.d_out, tile.sequence, tile.b, tile.n, tile.first_t,
+                                 tile.sequence.queries, p.value_head_dim, p.aligned & ALIGNED_D_OUT);
 #if ON_WARPGROUPS
-    const long long place = state_of(p, tile.b, tile.n, tile.first_t);
+    const long long place = scratch_row(p, tile.sequence, tile.b, tile.n, tile.first_t);
     for (int row = loading_thread(); row < ROWS; row += LOADING_THREADS) {
         const bool there = tile.first_t + row < tile.sequence.queries;
         const auto load_number = [&](real *to, const real *from, real otherwise) {
@@ -76,14 +76,15 @@ __device__ inline void load_d_out(const Parameters &p, const QueryTile &tile, co
 
 __device__ inline void load_keys(const Parameters &p, const QueryTile &tile, const SharedQueries &shared, int stage,
                                  int first) {
-    load_rows<KEYS, HEAD, KeysAcross>(shared.keys + stage * KEY_TILE, p.key, tile.b, tile.key_head, first,
-                                      tile.sequence.keys, p.head_dim, p.aligned & ALIGNED_KEY);
+    load_key_rows<KEYS, HEAD, KeysAcross>(shared.keys + stage * KEY_TILE, p.key, tile.sequence, tile.b, tile.key_head,
+                                          first, tile.sequence.keys, p.head_dim, p.aligned & ALIGNED_KEY);
 }
 
 __device__ inline void load_values(const Parameters &p, const QueryTile &tile, const SharedQueries &shared, int stage,
                                    int first) {
-    load_rows<KEYS, VALUE, KeysAcross>(shared.values + stage * VALUE_TILE, p.value, tile.b, tile.key_head, first,
-                                       tile.sequence.keys, p.value_head_dim, p.aligned & ALIGNED_VALUE);
+    load_key_rows<KEYS, VALUE, KeysAcross>(shared.values + stage * VALUE_TILE, p.value, tile.sequence, tile.b,
+                                           tile.key_head, first, tile.sequence.keys, p.value_head_dim,
+                                           p.aligned & ALIGNED_VALUE);
 }
 
 // Keys and values of a step of the loop, by all threads.

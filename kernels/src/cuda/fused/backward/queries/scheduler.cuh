@@ -4,7 +4,7 @@
 
 struct QueryTile {
     long long b, n, key_head;
-    SequenceRows sequence;
+    Sequence sequence;
     int first_t;
     // The keys that any row of the tile sees, and those that all of its rows see.
     int from, to, all_from, all_to;
@@ -12,12 +12,19 @@ struct QueryTile {
 
 // The tile of this block, the last one of a head first: under causal masking it takes longest.
 __device__ inline QueryTile query_tile_of_block(const Parameters &p) {
+    QueryTile tile;
+#if LAYOUT == LAYOUT_DENSE
     const int row_tiles = (int)((p.query_length + ROWS - 1) / ROWS);
     const TileIndex place = tile_of_block(p, blockIdx.x, row_tiles, (unsigned)p.query_heads);
-    QueryTile tile;
     tile.first_t = (row_tiles - 1 - place.tile) * ROWS;
     tile.n = place.head, tile.b = place.batch, tile.key_head = (unsigned)place.head / (unsigned)p.group;
     tile.sequence = sequence_of<true>(p, tile.b);
+#else
+    const SequenceTile place = query_tile_of(p, ROWS, 1, blockIdx.x, (unsigned)p.query_heads);
+    tile.n = place.head, tile.b = place.batch, tile.key_head = (unsigned)place.head / (unsigned)p.group;
+    tile.sequence = sequence_of<true>(p, tile.b);
+    tile.first_t = first_of_tile(place.tile, tile.sequence.query_rows, ROWS, true);
+#endif
     tile.from = tile.to = tile.all_from = tile.all_to = 0;
     if (tile.first_t < tile.sequence.queries) {
         const int last_t = min(tile.first_t + ROWS, tile.sequence.queries) - 1;
@@ -32,7 +39,7 @@ __device__ inline QueryTile query_tile_of_block(const Parameters &p) {
 // The scores of the tile's rows in scratch, which attention_prepare_gradients sets to another number than 0
 // for far rows alone.
 __device__ inline const real *scores_of_tile(const Parameters &p, const QueryTile &tile) {
-    return scores_of_states(p) + state_of(p, tile.b, tile.n, tile.first_t);
+    return scores_of_states(p) + scratch_row(p, tile.sequence, tile.b, tile.n, tile.first_t);
 }
 
 __device__ inline bool is_far_row(const Parameters &p, const QueryTile &tile, int row) {
