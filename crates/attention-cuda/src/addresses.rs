@@ -7,7 +7,7 @@ use cudarc::driver::CudaStream;
 
 use crate::owned::check_streams;
 
-/// An address for each role; 0 for the tensors that a call has not, and for numbers ([`Role::DATA`]) in host
+/// An address for each role; 0 for the tensors that a call has not, and for numbers ([`Role::is_data`]) in host
 /// memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Addresses([u64; Role::ALL.len()]);
@@ -56,6 +56,9 @@ impl Addresses {
             (Role::QueryOffsets, &data.query_offsets),
             (Role::DropoutSeed, &data.dropout_seed),
             (Role::DropoutOffset, &data.dropout_offset),
+            (Role::QueryStarts, &data.query_starts),
+            (Role::KeyValueStarts, &data.key_value_starts),
+            (Role::BlockTable, &data.block_table),
         ] {
             all.read(role, view.as_ref().filter(|view| view.device() != Device::Cpu));
         }

@@ -33,7 +33,9 @@ fn measure(text: &str, kind: &str) -> (usize, usize) {
 pub(crate) fn laid_out(text: &str, name: &str) -> (Vec<Field>, usize, usize) {
     let (_, after) = text.split_once(&format!("struct {name} {{\n")).unwrap_or_else(|| panic!("no {name}"));
     let (body, _) = after.split_once("\n};").unwrap();
-    let code: String = body.lines().map(|line| line.split("//").next().unwrap()).collect();
+    // With what a macro leaves out of some variants, which comes last.
+    let code = body.lines().filter(|line| !line.starts_with('#'));
+    let code: String = code.map(|line| line.split("//").next().unwrap()).collect();
     let (mut fields, mut end, mut align) = (Vec::new(), 0_usize, 1);
     let mut union: Option<Vec<String>> = None;
     for declaration in code.split(';').map(str::trim).filter(|declaration| !declaration.is_empty()) {

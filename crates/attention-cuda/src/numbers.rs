@@ -1,10 +1,10 @@
-//! Numbers of a call in host memory that kernels read from device memory: those of many batch rows, and
-//! offsets by batch row. A kernel stores them in the call's scratch, so that a captured graph holds them and
+//! Numbers of a call in host memory that kernels read from device memory: those of many batch rows, offsets by
+//! batch row, starts of sequences and block tables. A kernel stores them in the call's scratch, so that a captured graph holds them and
 //! the host keeps nothing.
 
 use std::sync::Arc;
 
-use attention_core::{CallProblem, Problem, Role};
+use attention_core::{CallProblem, Problem, Role, RowLayout, RowPlaces};
 use attention_kernels::{Helper, Variant};
 use cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig};
 
@@ -35,62 +35,78 @@ unsafe impl DeviceRepr for StoreNumbers {}
 
 const _: () = assert!(size_of::<StoreNumbers>() == 2064);
 
+/// The roles whose numbers may be stored, in the order in which they are.
+const STORED: [Role; 6] = [
+    Role::QueryLengths,
+    Role::KeyValueLengths,
+    Role::QueryOffsets,
+    Role::QueryStarts,
+    Role::KeyValueStarts,
+    Role::BlockTable,
+];
+
 /// Which numbers of a problem's calls are stored in scratch before kernels read them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoredNumbers {
-    batch: usize,
-    query_lengths: bool,
-    key_value_lengths: bool,
-    query_offsets: bool,
+    /// How many of each role of [`STORED`].
+    counts: [usize; STORED.len()],
 }
 
 impl StoredNumbers {
-    /// Lengths of more batch rows than are a part of the kernels' parameters, and offsets of more than one
-    /// batch row, where they are in host memory.
+    /// Lengths of more batch rows than are a part of the kernels' parameters, offsets of more than one batch
+    /// row, starts and block tables, where they are in host memory.
     pub fn of(problem: &Problem) -> Self {
         let batch = problem.dims().batch;
-        let stored =
-            |role: Role, inline: usize| batch > inline && problem.has(role) && !is_on_device(problem, role);
-        Self {
-            batch,
-            query_lengths: stored(Role::QueryLengths, INLINE_ROWS),
-            key_value_lengths: stored(Role::KeyValueLengths, INLINE_ROWS),
-            query_offsets: stored(Role::QueryOffsets, 1),
-        }
+        let counts = STORED.map(|role| {
+            let Some(desc) = problem.tensor(role).filter(|_| !is_on_device(problem, role)) else { return 0 };
+            let inline = match role {
+                Role::QueryLengths | Role::KeyValueLengths => INLINE_ROWS,
+                Role::QueryOffsets => 1,
+                _ => 0,
+            };
+            let count = || desc.shape().iter().fold(1, |count: usize, &size| count.saturating_mul(size));
+            if inline == 0 || batch > inline { count() } else { 0 }
+        });
+        Self { counts }
     }
 
-    /// The roles whose numbers are stored, in order.
-    fn roles(self) -> impl Iterator<Item = Role> {
-        let roles = [
-            (Role::QueryLengths, self.query_lengths),
-            (Role::KeyValueLengths, self.key_value_lengths),
-            (Role::QueryOffsets, self.query_offsets),
-        ];
-        roles.into_iter().filter_map(|(role, stored)| stored.then_some(role))
+    /// The roles whose numbers are stored, in order, with how many there are.
+    fn roles(self) -> impl Iterator<Item = (Role, usize)> {
+        STORED.into_iter().zip(self.counts).filter(|&(_, count)| count > 0)
     }
 
     /// Bytes of scratch for them, at an address that is a multiple of 8: eight for each number. `None` where
     /// they do not fit an address space.
     pub fn bytes(self) -> Option<usize> {
-        self.roles().count().checked_mul(self.batch)?.checked_mul(size_of::<i64>())
+        let count = self.roles().try_fold(0usize, |sum, (_, count)| sum.checked_add(count))?;
+        count.checked_mul(size_of::<i64>())
     }
 
     /// Where each role's numbers are in scratch that begins here.
     pub(crate) fn places(self, start: u64) -> impl Iterator<Item = (Role, u64)> {
-        let bytes = (self.batch * size_of::<i64>()) as u64;
-        (0..).zip(self.roles()).map(move |(index, role)| (role, start + index * bytes))
+        self.roles().scan(start, |next, (role, count)| {
+            let place = *next;
+            *next += (count * size_of::<i64>()) as u64;
+            Some((role, place))
+        })
     }
 
-    /// The numbers of a call, role by role.
-    fn numbers<'c>(self, problem: &'c CallProblem<'c>) -> impl Iterator<Item = i64> + 'c {
-        self.roles().flat_map(move |role| {
-            (0..self.batch).map(move |batch| match role {
-                // Lengths are at most those of tensors, so they fit.
-                Role::QueryLengths => problem.query_len(batch) as i64,
-                Role::KeyValueLengths => problem.key_value_len(batch) as i64,
-                _ => problem.offset(batch),
-            })
-        })
+    /// Calls `visit` with the numbers of a call, role by role.
+    fn for_each(self, problem: &CallProblem<'_>, mut visit: impl FnMut(i64)) {
+        let batch = problem.dims().batch;
+        for (role, count) in self.roles() {
+            match role {
+                // Lengths and rows are at most those of tensors, so they fit.
+                Role::QueryLengths => (0..batch).for_each(|batch| visit(problem.query_len(batch) as i64)),
+                Role::KeyValueLengths => {
+                    (0..batch).for_each(|batch| visit(problem.key_value_len(batch) as i64));
+                }
+                Role::QueryStarts => starts(batch, |batch| problem.query_places(batch), &mut visit),
+                Role::KeyValueStarts => starts(batch, |batch| problem.key_places(batch), &mut visit),
+                Role::BlockTable => pages(problem, count, &mut visit),
+                _ => (0..batch).for_each(|batch| visit(problem.offset(batch))),
+            }
+        }
     }
 
     /// The arguments of the launches that store the numbers of a call.
@@ -100,16 +116,43 @@ impl StoredNumbers {
             return Vec::new();
         }
         let mut launches: Vec<StoreNumbers> = Vec::new();
-        for (index, number) in self.numbers(problem).enumerate() {
+        let mut index = 0;
+        self.for_each(problem, |number| {
             let (launch, place) = (index / MOST_NUMBERS, index % MOST_NUMBERS);
             if place == 0 {
-                let to = start + (launch * MOST_NUMBERS * size_of::<i64>()) as u64;
+                let to = start + (index * size_of::<i64>()) as u64;
                 launches.push(StoreNumbers { to, count: 0, numbers: [0; MOST_NUMBERS] });
             }
             launches[launch].numbers[place] = number;
             launches[launch].count += 1;
-        }
+            index += 1;
+        });
         launches
+    }
+}
+
+/// Where each sequence starts, which was checked to be where the one before it ends, and where the last one
+/// ends.
+fn starts<'c>(batch: usize, places: impl Fn(usize) -> RowPlaces<'c>, visit: &mut impl FnMut(i64)) {
+    let mut start = 0;
+    for batch in 0..batch {
+        visit(start);
+        start += places(batch).rows() as i64;
+    }
+    visit(start);
+}
+
+/// The entries of a block table, `count` in all; 0 for those that no key needs.
+fn pages(problem: &CallProblem<'_>, count: usize, visit: &mut impl FnMut(i64)) {
+    let RowLayout::Paged { page_size } = problem.key_layout() else { return };
+    let batch = problem.dims().batch;
+    let most = count.checked_div(batch).unwrap_or(0);
+    for batch in 0..batch {
+        let places = problem.key_places(batch);
+        for index in 0..most {
+            let key = index * page_size;
+            visit(if key < places.rows() { places.of(key)[0] as i64 } else { 0 });
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The argument of the fused attention kernels: a call's problem, numbers and addresses, in the layout and
 //! with the field names of `fused/parameters.cuh` in `attention-kernels`.
 
-use attention_core::{Alignment, CallProblem, DType, OffsetRange, Problem, Role, TensorDesc};
+use attention_core::{Alignment, CallProblem, DType, OffsetRange, Problem, Role, RowLayout, TensorDesc};
 use attention_kernels::DTypeCode;
 use cudarc::driver::DeviceRepr;
 
@@ -49,12 +49,12 @@ unsafe impl DeviceRepr for Integers {}
 const _: () = assert!(size_of::<Integers>() == 24);
 
 impl Integers {
-    /// Those of a role of [`Role::DATA`] in a problem's calls, without an address. None where the problem has
-    /// none in device memory.
+    /// Those of a role of [`Role::is_data`] in a problem's calls, without an address, and with the stride along
+    /// the last axis. None where the problem has none in device memory.
     pub fn of(problem: &Problem, role: Role) -> Self {
         match problem.tensor(role).filter(|_| is_on_device(problem, role)) {
             Some(desc) => Self {
-                stride: desc.strides().first().map_or(0, |&stride| stride as i64),
+                stride: desc.strides().last().map_or(0, |&stride| stride as i64),
                 dtype: dtype_code(desc.dtype()).code(),
                 ..Self::default()
             },
@@ -178,12 +178,25 @@ pub struct Parameters {
     is_bottom_right: i32,
     padding: i32,
     lengths: InlineLengths,
+    /// From here on, of packed rows and pages alone: kernels of dense rows take no more than what is above.
+    query_starts: Integers,
+    key_value_starts: Integers,
+    block_table: Integers,
+    /// The stride from sequence to sequence.
+    block_table_row: i64,
+    /// Rows of packed tensors, all sequences together; 0 where they are dense.
+    query_rows: i64,
+    key_rows: i64,
+    pages: i64,
+    page_size: i64,
+    /// Keys that a sequence's part of the table holds; 0 where there are no pages.
+    most_keys: i64,
 }
 
 // SAFETY: plain numbers, in the layout of the struct of the same name in the kernels; the size is asserted on both sides.
 unsafe impl DeviceRepr for Parameters {}
 
-const _: () = assert!(size_of::<Parameters>() == 1544);
+const _: () = assert!(size_of::<Parameters>() == 1664);
 
 /// Whether rows of a tensor can be read 16 bytes at a time, as far as its layout says.
 fn has_aligned_rows(desc: &TensorDesc) -> bool {
@@ -218,7 +231,10 @@ impl Swizzle {
         match (shape[0], shape[1]) {
             // A count of 0 has no blocks.
             (_, 1) if dims.key_heads > 1 => Self { count: most(dims.key_heads), batch: false },
-            (1, _) if dims.batch > 1 => Self { count: most(dims.batch), batch: true },
+            // Tiles of packed rows are of no batch row before a block looks.
+            (1, _) if dims.batch > 1 && problem.query_layout() == RowLayout::Dense => {
+                Self { count: most(dims.batch), batch: true }
+            }
             _ => none,
         }
     }
@@ -312,6 +328,32 @@ impl Parameters {
             is_bottom_right: i32::from(problem.alignment() == Alignment::BottomRight),
             ..Self::default()
         }
+        .with_places(problem)
+    }
+
+    /// Where the rows of packed sequences and pages are, as far as the problem says.
+    fn with_places(mut self, problem: &Problem) -> Self {
+        for role in Role::SEQUENCES {
+            *self.integers(role) = Integers::of(problem, role);
+        }
+        let size = |role: Role, axis: usize| problem.tensor(role).map_or(0, |desc| desc.shape()[axis] as i64);
+        if problem.query_layout() == RowLayout::Packed {
+            self.query_rows = size(Role::Query, 1);
+        }
+        match problem.key_layout() {
+            RowLayout::Dense => {}
+            RowLayout::Packed => self.key_rows = size(Role::Key, 1),
+            RowLayout::Paged { page_size } => {
+                self.pages = size(Role::Key, 0);
+                self.page_size = page_size as i64;
+                let most_pages = if self.pages > 0 { size(Role::BlockTable, 1) } else { 0 };
+                // The problem checked that the product does not overflow.
+                self.most_keys = most_pages * self.page_size;
+                self.block_table_row =
+                    problem.tensor(Role::BlockTable).map_or(0, |table| table.strides()[0] as i64);
+            }
+        }
+        self
     }
 
     /// Sets the numbers of a call that the host knows.
@@ -328,11 +370,11 @@ impl Parameters {
         }
         self.rows_vary = 1;
         // Where batch rows have offsets of their own, kernels read those.
-        self.query_offset = match problem.alignment() {
-            Alignment::Offset(_) | Alignment::Offsets(_) => problem.offset(0),
-            Alignment::TopLeft | Alignment::BottomRight => 0,
-        };
         let batch = problem.dims().batch;
+        self.query_offset = match problem.alignment() {
+            Alignment::Offset(_) | Alignment::Offsets(_) if batch > 0 => problem.offset(0),
+            _ => 0,
+        };
         let on_host = |role: Role| problem.has(role) && !is_on_device(problem, role);
         if batch <= INLINE_ROWS && (on_host(Role::QueryLengths) || on_host(Role::KeyValueLengths)) {
             self.has_lengths = 1;
@@ -344,6 +386,9 @@ impl Parameters {
         }
         for (role, address) in StoredNumbers::of(problem).places(stored) {
             *self.integers(role) = Integers::stored_at(address);
+            if role == Role::BlockTable {
+                self.block_table_row = problem.tensor(role).map_or(0, |table| table.shape()[1] as i64);
+            }
         }
     }
 
@@ -354,6 +399,9 @@ impl Parameters {
             Role::QueryOffsets => &mut self.query_offsets,
             Role::DropoutSeed => &mut self.dropout_seed,
             Role::DropoutOffset => &mut self.dropout_offset,
+            Role::QueryStarts => &mut self.query_starts,
+            Role::KeyValueStarts => &mut self.key_value_starts,
+            Role::BlockTable => &mut self.block_table,
             _ => unreachable!("{role} is a tensor"),
         }
     }

@@ -70,8 +70,11 @@ pub fn sequences(problem: &CallProblem<'_>) -> Vec<SequenceRows> {
     rows
 }
 
-/// The rows of every batch row's sequence, where the host knows that all are alike.
+/// The rows of every batch row's sequence, where the host knows that all are alike, and rows are dense.
 pub(crate) fn uniform_sequence(problem: &CallProblem<'_>) -> Option<SequenceRows> {
+    if Role::SEQUENCES.into_iter().any(|role| problem.has(role)) {
+        return None;
+    }
     let by_row = [Role::QueryLengths, Role::KeyValueLengths, Role::QueryOffsets];
     let batch = problem.dims().batch;
     if batch == 0 {

@@ -89,7 +89,16 @@ fn structs_are_laid_out_as_in_the_kernels() {
         has_lengths,
         is_bottom_right,
         padding,
-        lengths
+        lengths,
+        query_starts,
+        key_value_starts,
+        block_table,
+        block_table_row,
+        query_rows,
+        key_rows,
+        pages,
+        page_size,
+        most_keys
     );
     assert_eq!(fields[ROLES..], expected);
     assert!(text.contains(&format!("RowLengths lengths[{INLINE_ROWS}];")));
