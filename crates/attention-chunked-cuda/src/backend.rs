@@ -3,8 +3,8 @@
 use std::sync::{Arc, OnceLock};
 
 use attention_core::{
-    AttentionBackend, Capabilities, DType, Device, DeviceKind, Error, FeatureSet, LongSums, NumericsClass,
-    PassCapabilities, Plan, Problem, ScratchGrowth, Unavailable, Unsupported, Variants,
+    AttentionBackend, Capabilities, DType, Device, DeviceKind, Error, Feature, FeatureSet, LongSums,
+    NumericsClass, PassCapabilities, Plan, Problem, ScratchGrowth, Unavailable, Unsupported, Variants,
 };
 use attention_cuda::CudaDevice;
 
@@ -57,12 +57,15 @@ impl Default for ChunkedCudaBackend {
 impl ChunkedCudaBackend {
     /// With this configuration. Nothing is loaded before the backend is asked for something.
     pub fn new(config: ChunkedCudaConfig) -> Self {
-        let features = FeatureSet::all().difference(FeatureSet::SEQUENCES);
-        let pass = |head, value| PassCapabilities::new(features).with_max_head_dims(head, value);
-        let forward = pass(MOST_HEAD, MOST_VALUE);
+        let pass = |features: FeatureSet, head, value| {
+            PassCapabilities::new(features).with_max_head_dims(head, value)
+        };
+        let forward = pass(FeatureSet::all(), MOST_HEAD, MOST_VALUE);
+        // Keys in pages have no gradients, of any backend.
+        let with_gradients = FeatureSet::all().difference(FeatureSet::EMPTY.with(Feature::PagedKeys));
         let capabilities =
             Capabilities::new(DeviceKind::Cuda, NumericsClass::STANDARD, forward, ScratchGrowth::Linear)
-                .with_backward(pass(MOST_DEPTH, MOST_DEPTH))
+                .with_backward(pass(with_gradients, MOST_DEPTH, MOST_DEPTH))
                 .with_long_sums(if config.split_f32 { LONG_SUMS } else { &LONG_SUMS[SUMS_OF_F32..] });
         Self { config, given: None, runtime: OnceLock::new(), capabilities, variants: Variants::default() }
     }

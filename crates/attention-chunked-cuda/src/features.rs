@@ -1,8 +1,8 @@
 //! Which options the kernels of a problem are compiled for.
 
-use attention_core::{Alignment, OffsetRange, Problem, Role};
+use attention_core::{Alignment, OffsetRange, Problem, Role, RowLayout};
 use attention_cuda::parameters::dtype_code;
-use attention_kernels::{DTypeCode, Features};
+use attention_kernels::{DTypeCode, Features, Layout};
 
 /// One for each choice that tiles depend on: no option, one option, all of them.
 pub(crate) const KINDS: [Features; 3] = [Features::NONE, Features::MASK, Features::ALL];
@@ -29,6 +29,15 @@ pub(crate) fn features_of(problem: &Problem) -> Features {
         1 if present == Features::ALIBI && is_far(problem) => Features::ALL,
         0 | 1 => present.with(logits),
         _ => Features::ALL,
+    }
+}
+
+/// How the rows of a problem's sequences lie, for the kernels that it has.
+pub(crate) fn layout_of(problem: &Problem) -> Layout {
+    match (problem.query_layout(), problem.key_layout()) {
+        (_, RowLayout::Paged { .. }) => Layout::Paged,
+        (RowLayout::Dense, RowLayout::Dense) => Layout::Dense,
+        _ => Layout::Packed,
     }
 }
 

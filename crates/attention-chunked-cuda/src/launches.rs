@@ -3,14 +3,15 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use attention_core::{DType, Gradients, Pass, Problem, Role, Unsupported};
+use attention_core::{DType, Gradients, Pass, Problem, Role, RowLayout, Unsupported};
 use attention_cuda::StoredNumbers;
 use attention_cuda::cudarc::driver::LaunchConfig;
 use attention_cuda::parameters::{ScratchAddresses, dtype_code};
-use attention_kernels::{Fused, KeyGradients, Variant};
+use attention_kernels::{Fused, KeyGradients, Layout, Variant};
 
 use super::NAME;
-use super::features::{bias_dtype, term_stride};
+use super::features::{bias_dtype, layout_of, term_stride};
+use super::rows::Rows;
 use super::tiles::{FEW_ROWS, MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
 
 /// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are split where
@@ -48,7 +49,7 @@ impl Kernel {
             "attention_gradient_of_keys" if self.gradients != KeyGradients::KeyAndValue => ONE_GRADIENT,
             _ => "",
         };
-        variant(self.entry_point, launches.shape.dtype, self.tiles, more)
+        variant(self.entry_point, launches.shape.dtype, self.tiles, more, launches.layout)
     }
 
     /// How it is launched. Its threads, and the bound that it is compiled with, are both those of
@@ -63,8 +64,9 @@ impl Kernel {
 }
 
 /// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what
-/// multiplies them. Head dimensions and options that share tiles share a variant.
-fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str) -> String {
+/// multiplies them. Head dimensions and options that share tiles share a variant. So do all tiles of packed
+/// rows, and of pages, that are multiplied alike: where rows lie is apart from how many a tile has.
+fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str, layout: Layout) -> String {
     let name = entry_point.trim_start_matches("attention_").replace('_', " ");
     let Tiles { rows, keys, warps, warpgroups, tf32_split, .. } = tiles;
     let tile = if rows > 0 { format!(" {rows}x{keys}") } else { String::new() };
@@ -73,7 +75,11 @@ fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str) -> String 
         (_, true) => " in tf32 parts",
         _ => "",
     };
-    format!("{name} {dtype}{tile}, {warps} warps{by}{more}")
+    match layout {
+        Layout::Dense => format!("{name} {dtype}{tile}, {warps} warps{by}{more}"),
+        Layout::Packed => format!("{name} {dtype}, packed{by}{more}"),
+        Layout::Paged => format!("{name} {dtype}, paged{by}{more}"),
+    }
 }
 
 /// Of a forward kernel with split keys, whose partial results another kernel merges.
@@ -82,11 +88,14 @@ const SPLIT_KEYS: &str = ", keys in parts";
 /// Of a kernel for one of the two gradients that one kernel gives otherwise.
 const ONE_GRADIENT: &str = ", one gradient";
 
+const LAYOUTS: [Layout; 3] = [Layout::Dense, Layout::Packed, Layout::Paged];
+
 /// The variants of every kernel that a plan for this device may choose.
 pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
-    for dtype in DType::FLOATS {
-        let of = |entry_point: &str, tiles: Tiles, more: &str| variant(entry_point, dtype, tiles, more);
+    for (dtype, layout) in DType::FLOATS.into_iter().flat_map(|dtype| LAYOUTS.map(|layout| (dtype, layout))) {
+        let of =
+            |entry_point: &str, tiles: Tiles, more: &str| variant(entry_point, dtype, tiles, more, layout);
         for shape in Shape::all(dtype) {
             for &rows in shape.counts_of_rows() {
                 let tiles = shape.forward(rows, machine);
@@ -97,7 +106,8 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
                     names.insert(of("attention_merge", merge, ""));
                 }
             }
-            if shape.depth() > MOST_DEPTH {
+            // Keys in pages have no gradients.
+            if shape.depth() > MOST_DEPTH || layout == Layout::Paged {
                 continue;
             }
             let (keys, queries, bias) = (shape.keys(machine), shape.queries(machine), shape.bias(machine));
@@ -125,6 +135,7 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
 #[derive(Clone, Debug)]
 pub(crate) struct Launches {
     pub(crate) shape: Shape,
+    pub(crate) layout: Layout,
     pub(crate) kernels: Vec<Kernel>,
     /// Query heads whose rows share tiles (pack GQA).
     pub(crate) pack_gqa: usize,
@@ -183,11 +194,23 @@ impl Launches {
                 format!("it takes at most {MOST_HEAD}"),
             )
         })?;
+        let (queries, keys) = (Rows::of_queries(problem), Rows::of_keys(problem));
+        let (pages, page_size) = match problem.key_layout() {
+            RowLayout::Paged { page_size } => {
+                (problem.tensor(Role::Key).map_or(0, |key| key.shape()[0]), page_size)
+            }
+            _ => (0, 0),
+        };
         for (what, size) in [
             ("query length", dims.query_length),
             ("key length", dims.key_length),
             ("query heads", dims.query_heads),
             ("key/value heads", dims.key_heads),
+            ("packed query rows", queries.packed.unwrap_or(0)),
+            ("packed keys", keys.packed.unwrap_or(0)),
+            ("sequences", if problem.key_layout() == RowLayout::Dense { 0 } else { dims.batch }),
+            ("pages", pages),
+            ("rows of a page", page_size),
         ] {
             if size > MOST_POSITIONS {
                 return Err(limit(what, size, format!("it takes at most {MOST_POSITIONS}")));
@@ -195,6 +218,7 @@ impl Launches {
         }
         let none = Self {
             shape,
+            layout: layout_of(problem),
             kernels: Vec::new(),
             pack_gqa: 1,
             splits: 1,
@@ -260,20 +284,22 @@ impl Launches {
 
     fn forward(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
         let dims = problem.dims();
+        let queries = Rows::of_queries(problem);
         let group = dims.group_size();
-        let nominal_rows = self.shape.nominal_rows(dims.query_length);
+        let typical = queries.typical();
+        let nominal_rows = self.shape.nominal_rows(typical);
         // The rows of a group's heads go over the same keys, and share tiles that they would not fill alone.
-        let shares = dims.query_length < nominal_rows
-            && (dims.query_length * group).div_ceil(nominal_rows)
-                < group * dims.query_length.div_ceil(nominal_rows);
+        let shares = typical < nominal_rows
+            && (typical * group).div_ceil(nominal_rows) < group * typical.div_ceil(nominal_rows)
+            && queries.packed.is_none_or(|rows| rows.saturating_mul(group) <= MOST_POSITIONS);
         if shares {
             self.pack_gqa = group;
         }
-        let rows_of_head = dims.query_length * self.pack_gqa;
+        let rows_of_head = queries.longest() * self.pack_gqa;
         let tiles = self.shape.forward(rows_of_head, machine);
         let heads = dims.query_heads / self.pack_gqa.max(1);
-        let nominal_tiles = rows_of_head.div_ceil(self.shape.nominal_rows(rows_of_head));
-        let blocks = nominal_tiles.saturating_mul(heads).saturating_mul(dims.batch);
+        let blocks =
+            queries.typical_tiles(self.shape.nominal_rows(rows_of_head), self.pack_gqa).saturating_mul(heads);
         let few = self.shape.is_half() && self.shape.depth() <= MOST_DEPTH && rows_of_head <= FEW_ROWS;
         let busy = if few { BUSY_WARPS } else { BUSY_BLOCKS };
         if blocks > 0 && blocks < busy {
@@ -281,7 +307,7 @@ impl Launches {
             self.splits = (busy / blocks).clamp(1, most.max(1));
         }
         if self.splits > 1 {
-            let rows = [self.splits, dims.batch, dims.query_heads, dims.query_length];
+            let rows = [self.splits, dims.query_heads, queries.count()];
             let of_row = |numbers: usize| [&rows[..], &[numbers]].concat();
             let [out, state] = self.two_arrays([&of_row(dims.value_head_dim), &of_row(2)])?;
             self.scratch = ScratchLayout::Partials { out, state };
@@ -295,12 +321,9 @@ impl Launches {
             shared_bytes: self.shape.forward_bytes(tiles),
         };
         let slices = self.shape.slices();
-        self.add(
-            kernel.clone(),
-            &[rows_of_head.div_ceil(tiles.rows), heads, dims.batch, self.splits, slices],
-        )?;
+        self.add(kernel.clone(), &[queries.tiles(tiles.rows, self.pack_gqa), heads, self.splits, slices])?;
         if self.splits > 1 {
-            let rows = dims.batch.saturating_mul(dims.query_heads).saturating_mul(dims.query_length);
+            let rows = dims.query_heads.saturating_mul(queries.count());
             let tiles = Tiles::of_merge(tiles);
             let merge = Kernel {
                 source: "attention_merge.cu",
@@ -316,10 +339,11 @@ impl Launches {
 
     fn backward(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
         let dims = problem.dims();
-        let rows = [dims.batch, dims.query_heads, dims.query_length];
-        // Offsets; row terms, scores and, per head, whether it has a far row
+        let (queries, keys) = (Rows::of_queries(problem), Rows::of_keys(problem));
+        let rows = [dims.query_heads, queries.count()];
+        // Offsets; row terms, scores and, per sequence and head, whether it has a far row
         // (kernels/src/cuda/fused/backward/gradients.cuh).
-        let of_deltas = [dims.batch, dims.query_heads, 2 * dims.query_length + 1];
+        let of_deltas = [dims.query_heads, queries.count().saturating_mul(2).saturating_add(dims.batch)];
         let [offsets, deltas] = self.two_arrays([&rows, &of_deltas])?;
         self.scratch = ScratchLayout::Rows { offsets, deltas };
         let wants = |gradient| problem.gradients().contains(gradient);
@@ -339,14 +363,14 @@ impl Launches {
         // First, since it leaves the sums of rows with a large logsumexp for the others: where the gradient
         // is not wanted, that is all that it does.
         let tiles = self.shape.queries(machine);
-        let queries = Kernel {
+        let of_queries = Kernel {
             source: "attention_backward_queries.cu",
             entry_point: "attention_gradient_of_queries",
             tiles,
             shared_bytes: self.shape.queries_bytes(tiles),
             ..kernel.clone()
         };
-        self.add(queries, &[dims.query_length.div_ceil(tiles.rows), dims.query_heads, dims.batch])?;
+        self.add(of_queries, &[queries.tiles(tiles.rows, 1), dims.query_heads])?;
         if wants(Gradients::SINKS) {
             let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
             self.add(sinks, &[dims.query_heads])?;
@@ -360,7 +384,7 @@ impl Launches {
         };
         for &gradients in passes {
             let tiles = self.shape.keys(machine);
-            let keys = Kernel {
+            let of_keys = Kernel {
                 source: "attention_backward_keys.cu",
                 entry_point: "attention_gradient_of_keys",
                 tiles,
@@ -368,7 +392,7 @@ impl Launches {
                 blocks: 0,
                 shared_bytes: self.shape.keys_bytes(tiles),
             };
-            self.add(keys, &[dims.key_length.div_ceil(tiles.keys), dims.key_heads, dims.batch])?;
+            self.add(of_keys, &[keys.tiles(tiles.keys, 1), dims.key_heads])?;
         }
         if let Some(bias) = problem.tensor(Role::Bias).filter(|_| wants(Gradients::BIAS)) {
             let tiles = self.shape.bias(machine);
@@ -405,7 +429,8 @@ impl Launches {
             .warpgroups(warpgroups)
             .stages(stages)
             .gradients(kernel.gradients)
-            .tf32_split(tf32_split);
+            .tf32_split(tf32_split)
+            .layout(self.layout);
         Variant::Fused(fused)
     }
 }

@@ -5,6 +5,7 @@ mod config;
 mod features;
 mod launches;
 mod plan;
+mod rows;
 mod runtime;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,71 @@
+//! How many rows the queries, or the keys, of all sequences have, and into how many tiles they are cut.
+
+use attention_core::{Problem, Role, RowLayout};
+
+/// The query rows, or the keys, of a problem's sequences.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    /// Sequences.
+    batch: usize,
+    /// Rows that a sequence has at most.
+    most: usize,
+    /// Rows of a head over all sequences, where they are packed.
+    pub(crate) packed: Option<usize>,
+}
+
+impl Rows {
+    pub(crate) fn of_queries(problem: &Problem) -> Self {
+        Self::of(problem, Role::Query, problem.query_layout(), problem.dims().query_length)
+    }
+
+    /// Those in pages as if they were dense: a sequence has as many at most.
+    pub(crate) fn of_keys(problem: &Problem) -> Self {
+        Self::of(problem, Role::Key, problem.key_layout(), problem.dims().key_length)
+    }
+
+    fn of(problem: &Problem, role: Role, layout: RowLayout, most: usize) -> Self {
+        let rows = || problem.tensor(role).map_or(0, |desc| desc.shape()[1]);
+        let packed = (layout == RowLayout::Packed).then(rows);
+        Self { batch: problem.dims().batch, most, packed }
+    }
+
+    /// Rows of a head over all sequences.
+    pub(crate) fn count(self) -> usize {
+        self.packed.unwrap_or(self.batch.saturating_mul(self.most))
+    }
+
+    /// Rows of a sequence, as far as plans can know: those of packed sequences may differ, and their mean
+    /// stands for them.
+    pub(crate) fn typical(self) -> usize {
+        let mean = |rows: usize| rows.div_ceil(self.batch.max(1));
+        self.packed.map_or(self.most, |rows| mean(rows).min(self.most))
+    }
+
+    /// Rows of the longest sequence there can be where every other one has at least one.
+    pub(crate) fn longest(self) -> usize {
+        let others = self.batch.saturating_sub(1);
+        self.packed.map_or(self.most, |rows| rows.saturating_sub(others).max(rows.min(1)).min(self.most))
+    }
+
+    /// Tiles of this many rows, over all sequences, where `shared` heads share a tile: the blocks of a head,
+    /// or of such heads, that a grid has. A grid of packed rows has slots for all tiles that there may be,
+    /// `count_of_slots` in `fused/sequence.cuh`.
+    pub(crate) fn tiles(self, height: usize, shared: usize) -> usize {
+        match self.packed {
+            None => self.most.saturating_mul(shared).div_ceil(height).saturating_mul(self.batch),
+            Some(0) => 0,
+            Some(rows) => (rows.saturating_mul(shared) / height).saturating_add(self.batch).saturating_add(1),
+        }
+    }
+
+    /// The same without the slots that no tile will have, as far as plans can know.
+    pub(crate) fn typical_tiles(self, height: usize, shared: usize) -> usize {
+        match self.packed {
+            None => self.tiles(height, shared),
+            Some(rows) => {
+                let sequences = self.batch.clamp(rows.min(1), rows.max(1));
+                (rows.saturating_mul(shared) / sequences.max(1)).div_ceil(height).saturating_mul(sequences)
+            }
+        }
+    }
+}
