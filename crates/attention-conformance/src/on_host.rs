@@ -74,8 +74,9 @@ pub trait TensorOnDevice {
 /// It also checks what the suite cannot see: a call that writes behind its scratch or between the elements of
 /// an output on the device fails.
 ///
-/// The numbers of a call ([`Role::DATA`]) stay in host memory where they are i64, and are copied to the
-/// device where they have 32 bits. The suite's cases have both, so a backend has to read both.
+/// The numbers of a call ([`Role::is_data`]: lengths, starts, block tables and the like) stay in host memory where they
+/// are i64, and are copied to the device where they have 32 bits. The suite's cases have both, so a backend has to read
+/// both.
 #[derive(Debug)]
 pub struct OnHost<B, M> {
     backend: B,
@@ -106,7 +107,8 @@ impl<B: AttentionBackend, M: DeviceMemory + 'static> OnHost<B, M> {
             });
         }
         let builder = problem.to_builder().device(self.memory.device());
-        let builder = Role::DATA.into_iter().fold(builder, |builder, role| {
+        let numbers = Role::ALL.into_iter().filter(|role| role.is_data());
+        let builder = numbers.fold(builder, |builder, role| {
             builder.in_host_memory(role, problem.dtype_of(role) == Some(DType::I64))
         });
         let moved = builder.build();
@@ -246,8 +248,8 @@ struct Copies<'c, T> {
     bias: Option<T>,
     alibi_slopes: Option<T>,
     sinks: Option<T>,
-    /// In the order of [`Role::DATA`].
-    numbers: [Number<'c, T>; Role::DATA.len()],
+    /// In the order of [`Role::DATA`] and then [`Role::SEQUENCES`].
+    numbers: [Number<'c, T>; Role::DATA.len() + Role::SEQUENCES.len()],
     /// What is no tensor among the numbers.
     data: CallData<'c>,
 }
@@ -296,6 +298,9 @@ impl<'c, T: TensorOnDevice> Copies<'c, T> {
                 number(Role::QueryOffsets, data.query_offsets)?,
                 number(Role::DropoutSeed, data.dropout_seed)?,
                 number(Role::DropoutOffset, data.dropout_offset)?,
+                number(Role::QueryStarts, data.query_starts)?,
+                number(Role::KeyValueStarts, data.key_value_starts)?,
+                number(Role::BlockTable, data.block_table)?,
             ],
             data,
         })
@@ -306,13 +311,18 @@ impl<'c, T: TensorOnDevice> Copies<'c, T> {
         let mut inputs = Inputs::new(query.view()?, key.view()?, value.view()?);
         (inputs.mask, inputs.bias) = (view_of(&self.mask)?, view_of(&self.bias)?);
         (inputs.alibi_slopes, inputs.sinks) = (view_of(&self.alibi_slopes)?, view_of(&self.sinks)?);
-        let [query_lengths, key_value_lengths, query_offsets, dropout_seed, dropout_offset] = &self.numbers;
+        let [query_lengths, key_value_lengths, query_offsets, dropout_seed, dropout_offset, sequences @ ..] =
+            &self.numbers;
+        let [query_starts, key_value_starts, block_table] = sequences;
         inputs.data = CallData {
             query_lengths: query_lengths.view()?,
             key_value_lengths: key_value_lengths.view()?,
             query_offsets: query_offsets.view()?,
             dropout_seed: dropout_seed.view()?,
             dropout_offset: dropout_offset.view()?,
+            query_starts: query_starts.view()?,
+            key_value_starts: key_value_starts.view()?,
+            block_table: block_table.view()?,
             ..self.data
         };
         Ok(inputs)

@@ -4,7 +4,7 @@ mod support;
 
 use attention_conformance::report::{Outcome, Report};
 use attention_conformance::suite::Suite;
-use attention_core::{DType, Feature, Pass};
+use attention_core::{DType, Feature, FeatureSet, Pass, PassCapabilities};
 use support::{Flaw, Naive};
 
 fn run(flaw: Flaw, filter: &str, dtypes: &[DType], passes: &[Pass]) -> Report {
@@ -165,6 +165,85 @@ fn wrong_numbers_are_out_of_bounds_backward() {
         (Flaw::FarBelowIsMasked, "magnitude/rows-part", 1.0),
     ] {
         is_out_of_bounds(flaw, filter, Pass::Backward, share);
+    }
+}
+
+/// What is wrong with rows of packed and paged sequences alone is found in every dtype.
+#[test]
+fn wrong_sequences_are_found() {
+    for (flaw, filter, share) in [
+        (Flaw::ReadsTheNextSequence, "packed/plain", 1.0),
+        (Flaw::ReadsTheNextSequence, "paged/decode-16", 1.0),
+        (Flaw::IgnoresStarts, "packed/plain", 1.0),
+        (Flaw::IgnoresStarts, "packed/used-", 0.9),
+        (Flaw::IgnoresUsedKeys, "packed/used-c", 1.0),
+        (Flaw::PositionsOfTheTensor, "packed/causal", 1.0),
+        (Flaw::PositionsOfTheTensor, "packed/window", 0.9),
+        (Flaw::DropoutOfTheTensor, "packed/dropout", 0.9),
+        (Flaw::IgnoresTheTable, "paged/prefill-1", 0.9),
+        (Flaw::IgnoresTheTable, "paged/shared-", 0.9),
+        (Flaw::Ignores(Feature::KeyValueLengths), "paged/decode-16", 1.0),
+        (Flaw::Ignores(Feature::Alibi), "packed/alibi", 0.9),
+        (Flaw::Ignores(Feature::Sinks), "packed/sinks-", 0.9),
+    ] {
+        is_out_of_bounds(flaw, filter, Pass::Forward, share);
+    }
+    for (flaw, filter, share) in [
+        (Flaw::ReadsTheNextSequence, "packed/plain", 1.0),
+        (Flaw::IgnoresStarts, "packed/plain", 1.0),
+        (Flaw::IgnoresUsedKeys, "packed/used-c", 1.0),
+        (Flaw::PositionsOfTheTensor, "packed/causal", 1.0),
+        (Flaw::DropoutOfTheTensor, "packed/dropout", 0.9),
+        (Flaw::BiasGradientNotSummed, "packed/bias-all", 0.9),
+    ] {
+        is_out_of_bounds(flaw, filter, Pass::Backward, share);
+    }
+    for pass in BOTH {
+        fails_with(
+            Flaw::LeavesRowsOfNoSequence,
+            "packed/plain",
+            &[pass],
+            "never written, in a row of no sequence",
+        );
+    }
+    fails_with(
+        Flaw::DropoutOfTheTensor,
+        "packed/dropout-bits",
+        &[Pass::Forward],
+        "dropout: the stream has key",
+    );
+    fails_with(Flaw::DependsOnTheBatch, "packed/plain", &[Pass::Forward], "among other sequences");
+    fails_with(Flaw::DependsOnTheBatch, "paged/decode-16", &[Pass::Forward], "among other sequences");
+    fails_with(Flaw::DependsOnPadding, "packed/bits-plain", &[Pass::Forward], "when it is padded");
+    fails_in(
+        Flaw::KeepsLengths,
+        "packed/",
+        &DType::FLOATS,
+        &[Pass::Forward],
+        "made after one with other numbers",
+    );
+    fails_in(
+        Flaw::KeepsLengths,
+        "paged/",
+        &DType::FLOATS,
+        &[Pass::Forward],
+        "made after one with other numbers",
+    );
+}
+
+/// A backend without packed and paged sequences is skipped with the feature, and never passes.
+#[test]
+fn undeclared_sequences_are_skipped_by_name() {
+    let mut naive = Naive::new(Flaw::None);
+    let dense = PassCapabilities::new(FeatureSet::all().difference(FeatureSet::SEQUENCES));
+    naive.capabilities.forward = dense.clone();
+    naive.capabilities.backward = Some(dense);
+    let suite = Suite::with_cases(attention_conformance::cases::of_sequences()).dtypes([DType::F32]);
+    let report = suite.run(&naive, |_| {});
+    assert_eq!(report.totals().skipped, suite.list().len());
+    for result in &report.results {
+        let Outcome::Skipped { reason } = &result.outcome else { panic!("{result}") };
+        assert!(reason.contains("packed") || reason.contains("page"), "{reason}");
     }
 }
 

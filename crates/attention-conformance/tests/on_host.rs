@@ -244,6 +244,9 @@ impl FakePlan {
             query_offsets: self.number(Role::QueryOffsets, data.query_offsets),
             dropout_seed: self.number(Role::DropoutSeed, data.dropout_seed),
             dropout_offset: self.number(Role::DropoutOffset, data.dropout_offset),
+            query_starts: self.number(Role::QueryStarts, data.query_starts),
+            key_value_starts: self.number(Role::KeyValueStarts, data.key_value_starts),
+            block_table: self.number(Role::BlockTable, data.block_table),
             ..data
         };
         moved

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use attention_conformance::suite::Suite;
-use attention_core::{DType, FeatureSet, Pass};
+use attention_core::{DType, FeatureSet};
 use attention_cudnn::{Answer, CudnnConfig, Offline};
 
 use crate::backends::parse_dtype;

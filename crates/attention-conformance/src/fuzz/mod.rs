@@ -24,6 +24,7 @@ mod case;
 mod check;
 mod counts;
 mod invalid;
+mod invalid_sequences;
 mod magnitudes;
 mod variations;
 
@@ -147,6 +148,7 @@ impl<'a> Fuzz<'a> {
         };
         note("core", invalid::problems(&case.case.dims, case.dtype(), &mut rng));
         note("core", invalid::numbers(&case.case.dims, case.dtype(), &mut rng));
+        note("core", invalid_sequences::calls(case.dtype(), &mut rng));
         for subject in &self.subjects {
             let mut rng = rng.clone();
             note(subject.backend.name(), invalid::huge(subject.backend, case.dtype(), &mut rng));

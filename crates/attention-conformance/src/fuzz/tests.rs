@@ -58,6 +58,35 @@ fn seeds_reach_numbers_in_tensors() {
     assert!(offsets >= 20 && seeds >= 10, "{offsets} and {seeds}");
 }
 
+/// Every layout of sequences comes up, and every mistake in them is refused.
+#[test]
+fn seeds_reach_sequences() {
+    use crate::cases::KeyRows;
+
+    let (mut layouts, mut shared, mut used) = ([[0; 3]; 2], 0, 0);
+    for seed in 0..600 {
+        let case = FuzzCase::from_seed(seed);
+        let Some(sequences) = &case.case.sequences else { continue };
+        let keys = match sequences.keys {
+            KeyRows::Dense => 0,
+            KeyRows::Packed { .. } => 1,
+            KeyRows::Paged { .. } => 2,
+        };
+        layouts[usize::from(sequences.query_tail.is_some())][keys] += 1;
+        shared += usize::from(sequences.share_keys());
+        used += usize::from(matches!(sequences.keys, KeyRows::Packed { unused: Some(_), .. }));
+    }
+    let [[dense, none, paged], of_packed] = layouts;
+    assert!(dense + none == 0 && paged >= 10 && of_packed.iter().all(|&count| count >= 5), "{layouts:?}");
+    assert!(layouts.iter().flatten().sum::<usize>() == 120 && shared >= 5 && used >= 10, "{shared} {used}");
+    for seed in 0..40 {
+        let dtype = DType::FLOATS[seed as usize % 4];
+        let mut rng = Rng::named(seed, "wrong sequences");
+        assert_eq!(invalid_sequences::calls(dtype, &mut rng), Ok(4));
+    }
+    assert_eq!(invalid_sequences::all(DType::F32), Ok(()));
+}
+
 /// Simplifying ends, and leaves a valid case each time.
 #[test]
 fn every_simplification_leaves_a_valid_case() {
