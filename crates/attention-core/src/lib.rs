@@ -51,12 +51,12 @@ pub use plan::Plan;
 pub use problem::{Dimensions, Problem, ProblemBuilder};
 pub use role::Role;
 pub use row_layout::RowLayout;
-pub use sequence::{RowPlaces, SequenceRows, Stretch};
+pub use sequence::{RowPlaces, SequenceRows, Stretch, Stretches};
 pub use shape::{Axes, Dims, MAX_RANK, Strides, TensorDesc};
 pub use variants::{VariantCounter, VariantRuns, Variants};
 #[doc(hidden)]
 pub use view::red_zones;
 pub use view::{
-    HostView, HostViewMut, LentScratch, Row, RowMut, RowStretch, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer,
-    View, ViewMut,
+    HostView, HostViewMut, LentScratch, Row, RowMut, RowRun, RowStretch, SCRATCH_ALIGNMENT, Scratch,
+    ScratchBuffer, View, ViewMut,
 };

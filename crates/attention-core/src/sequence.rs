@@ -161,29 +161,48 @@ impl<'c> RowPlaces<'c> {
     ///
     /// # Panics
     /// As [`of`](Self::of).
-    pub fn stretches(&self, rows: Range<usize>) -> impl Iterator<Item = Stretch> + use<'c> {
+    #[inline]
+    pub fn stretches(&self, rows: Range<usize>) -> Stretches<'c> {
         assert!(rows.end <= self.rows(), "rows {rows:?} of a sequence of {}", self.rows());
-        let places = self.0;
-        let mut start = rows.start;
-        // Counted on from stretch to stretch, since pages may have a single row, and a division takes longer
-        // than all the rest.
-        let (mut page, mut slot) = match places {
-            Places::Contiguous { first, .. } => (0, first + start),
-            Places::Paged { page_size, .. } => (start / page_size, start % page_size),
+        let index = match self.0 {
+            Places::Contiguous { .. } => 0,
+            Places::Paged { page_size, .. } => rows.start / page_size,
         };
-        std::iter::from_fn(move || {
-            if start >= rows.end {
-                return None;
+        Stretches { places: self.0, rows, index }
+    }
+}
+
+/// The [stretches](RowPlaces::stretches) of some rows, in order.
+#[derive(Clone, Debug)]
+pub struct Stretches<'c> {
+    places: Places<'c>,
+    /// Those that are left.
+    rows: Range<usize>,
+    /// Which entry of the table the next page is, so that no page takes a division.
+    index: usize,
+}
+
+impl Iterator for Stretches<'_> {
+    type Item = Stretch;
+
+    #[inline]
+    fn next(&mut self) -> Option<Stretch> {
+        if self.rows.is_empty() {
+            return None;
+        }
+        let start = self.rows.start;
+        let (end, first) = match self.places {
+            Places::Contiguous { outer, first, .. } => (self.rows.end, [outer, first + start]),
+            Places::Paged { pages, page_size, .. } => {
+                let of_page = self.index * page_size;
+                let place = [pages.at(self.index) as usize, start - of_page];
+                // Of the last page, rows behind the sequence may be more than can be counted.
+                (of_page.saturating_add(page_size).min(self.rows.end), place)
             }
-            let (outer, left) = match places {
-                Places::Contiguous { outer, .. } => (outer, rows.end - start),
-                Places::Paged { pages, page_size, .. } => (pages.at(page) as usize, page_size - slot),
-            };
-            let stretch = Stretch { rows: start..rows.end.min(start + left), first: [outer, slot] };
-            start = stretch.rows.end;
-            (page, slot) = (page + 1, 0);
-            Some(stretch)
-        })
+        };
+        self.index += 1;
+        self.rows.start = end;
+        Some(Stretch { rows: start..end, first })
     }
 }
 

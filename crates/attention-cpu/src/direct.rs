@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::elementary::Compute;
-use crate::operand::{Head, Operand, Reader, Rows, borrow_row};
+use crate::operand::{Head, InOrder, Operand, Reader, borrow_row};
 use crate::simd::{Kernel, dispatch};
 
 /// Keys that are worked on side by side: enough to hide the latency of sums, few enough for registers.
@@ -49,7 +49,7 @@ struct ProductsOf<K, const FMA: bool>(K);
 
 impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for ProductsOf<Products<'_, 'a, E>, FMA> {
     #[inline(always)]
-    fn read(self, mut keys: impl Rows<'a, E::Element>) {
+    fn read(self, mut keys: impl InOrder<'a, E::Element>) {
         let Products { keys: head, range, queries, scale, room, products, stride } = self.0;
         let width = head.width();
         let blocks = range.len() / KEYS;
@@ -107,7 +107,7 @@ struct SumsOf<K, const FMA: bool>(K);
 
 impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for SumsOf<WeightedSums<'_, 'a, E>, FMA> {
     #[inline(always)]
-    fn read(self, mut values: impl Rows<'a, E::Element>) {
+    fn read(self, mut values: impl InOrder<'a, E::Element>) {
         let WeightedSums { values: head, range, weights, stride, room, sums } = self.0;
         let width = head.width();
         let blocks = range.len() / KEYS;
@@ -129,7 +129,7 @@ impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for SumsOf<Weighted
 /// The next [`KEYS`] rows, of `width` elements each.
 #[inline(always)]
 fn borrow_block<'s, 'a: 's, E: Operand>(
-    rows: &mut impl Rows<'a, E::Element>,
+    rows: &mut impl InOrder<'a, E::Element>,
     width: usize,
     room: &'s mut [E::Compute],
 ) -> [&'s [E::Compute]; KEYS] {

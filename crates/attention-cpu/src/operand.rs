@@ -1,6 +1,6 @@
 //! Operand dtypes: how rows of them become the floats that are computed in, and back.
 
-use attention_core::{HostView, Row, RowMut, RowPlaces, Scalar, Stretch};
+use attention_core::{HostView, Row, RowMut, RowPlaces, RowRun, Scalar, Stretch, Stretches};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -224,10 +224,7 @@ impl<'a, E: Operand> Head<'a, E> {
         if rows.shape().contains(&0) {
             return;
         }
-        let row = match self {
-            Self::Neighbours(rows) => rows.matrix_row(0),
-            Self::Pages(rows, _) => rows.stack_row([0, 0]),
-        };
+        let row = rows.row(&[0, 0][..rows.shape().rank() - 1]);
         let in_place = row.contiguous().and_then(E::as_compute).is_some();
         if in_place { &runs.read_in_place } else { &runs.read_copied }.count();
     }
@@ -238,13 +235,18 @@ impl<'a, E: Operand> Head<'a, E> {
         // Twice the code, so that rows that are neighbours are read without a branch for pages.
         match self {
             Self::Neighbours(rows) => reader.read(Neighbours { rows, next: first }),
-            Self::Pages(rows, places) => reader.read(Pages::new(rows, places, first)),
+            Self::Pages(rows, places) => {
+                // Without rows there is nothing to read.
+                if let Some(pages) = Pages::new(rows, places, first) {
+                    reader.read(pages);
+                }
+            }
         }
     }
 }
 
 /// Rows one after the other.
-pub(crate) trait Rows<'a, T> {
+pub(crate) trait InOrder<'a, T> {
     /// The next row.
     ///
     /// # Panics
@@ -255,7 +257,7 @@ pub(crate) trait Rows<'a, T> {
 /// A loop over the rows of a [`Head`].
 pub(crate) trait Reader<'a, T> {
     /// `#[inline(always)]` inside of a [`Kernel`](crate::simd::Kernel).
-    fn read(self, rows: impl Rows<'a, T>);
+    fn read(self, rows: impl InOrder<'a, T>);
 }
 
 struct Neighbours<'b, 'a, T> {
@@ -263,7 +265,7 @@ struct Neighbours<'b, 'a, T> {
     next: usize,
 }
 
-impl<'a, T: Copy> Rows<'a, T> for Neighbours<'_, 'a, T> {
+impl<'a, T: Copy> InOrder<'a, T> for Neighbours<'_, 'a, T> {
     #[inline(always)]
     fn next(&mut self) -> Row<'a, T> {
         let row = self.rows.matrix_row(self.next);
@@ -274,32 +276,30 @@ impl<'a, T: Copy> Rows<'a, T> for Neighbours<'_, 'a, T> {
 
 struct Pages<'b, 'a, T> {
     rows: &'b HostView<'a, T>,
-    places: &'b RowPlaces<'a>,
-    page_size: usize,
-    /// The next row, counted inside the sequence.
-    next: usize,
-    /// Its page and slot; the slot behind a page's last one before its page is looked up.
-    at: [usize; 2],
+    pages: Stretches<'a>,
+    /// The rows of a page that are left.
+    run: RowRun<'a, T>,
 }
 
 impl<'b, 'a, T: Copy> Pages<'b, 'a, T> {
     #[inline(always)]
-    fn new(rows: &'b HostView<'a, T>, places: &'b RowPlaces<'a>, first: usize) -> Self {
-        let page_size = rows.shape()[1];
-        Self { rows, places, page_size, next: first, at: [0, page_size] }
+    fn new(rows: &'b HostView<'a, T>, places: &RowPlaces<'a>, first: usize) -> Option<Self> {
+        let mut pages = places.stretches(first..places.rows());
+        let page = pages.next()?;
+        Some(Self { rows, pages, run: rows.stack_rows(page.first, page.rows.len()) })
     }
 }
 
-impl<'a, T: Copy> Rows<'a, T> for Pages<'_, 'a, T> {
+impl<'a, T: Copy> InOrder<'a, T> for Pages<'_, 'a, T> {
     #[inline(always)]
     fn next(&mut self) -> Row<'a, T> {
-        if self.at[1] == self.page_size {
-            self.at = self.places.of(self.next);
+        loop {
+            if let Some(row) = self.run.next() {
+                return row;
+            }
+            let page = self.pages.next().unwrap_or_else(|| unreachable!("read behind the last row"));
+            self.run = self.rows.stack_rows(page.first, page.rows.len());
         }
-        let row = self.rows.stack_row(self.at);
-        self.next += 1;
-        self.at[1] += 1;
-        row
     }
 }
 

@@ -11,7 +11,7 @@ use attention_core::DType;
 use crate::direct::add_weighted;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
-use crate::operand::{Head, Operand, Reader, Rows, read_row};
+use crate::operand::{Head, InOrder, Operand, Reader, read_row};
 use crate::simd::{Kernel, dispatch};
 use crate::variants::{ComputeRuns, Runs};
 
@@ -51,7 +51,7 @@ struct Transposed<'b, E: Operand> {
 
 impl<'a, E: Operand> Reader<'a, E::Element> for Transposed<'_, E> {
     #[inline(always)]
-    fn read(self, mut rows: impl Rows<'a, E::Element>) {
+    fn read(self, mut rows: impl InOrder<'a, E::Element>) {
         let Self { count, row, panels } = self;
         let size = PANEL * row.len();
         for index in 0..count {
@@ -197,7 +197,7 @@ struct Copied<'b, E: Operand> {
 
 impl<'a, E: Operand> Reader<'a, E::Element> for Copied<'_, E> {
     #[inline(always)]
-    fn read(self, mut rows: impl Rows<'a, E::Element>) {
+    fn read(self, mut rows: impl InOrder<'a, E::Element>) {
         for to in self.to.chunks_exact_mut(self.width) {
             read_row::<E>(rows.next(), to);
         }

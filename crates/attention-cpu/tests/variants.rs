@@ -5,7 +5,10 @@ use attention_conformance::cases::{
 };
 use attention_conformance::report::{Report, uncovered};
 use attention_conformance::suite::Suite;
-use attention_core::{AttentionBackend, DType, Dimensions, Role};
+use attention_core::{
+    AttentionBackend, DType, Dimensions, Element, ForwardCall, ForwardOutputs, Inputs, Role, Scalar,
+    ScratchBuffer, View, ViewMut,
+};
 use attention_cpu::{CpuBackend, CpuConfig};
 
 /// B, T, S, N, K, H.
@@ -95,9 +98,42 @@ fn run(backend: &CpuBackend) -> Report {
     report
 }
 
+/// A forward call over `keys` keys in pages of 2.
+fn run_paged<T: Scalar + Element>(backend: &CpuBackend, keys: usize) {
+    let page_size = 2;
+    let pages = keys.div_ceil(page_size);
+    let query = vec![T::from_f32(0.5); keys];
+    let key = vec![T::from_f32(0.25); pages * page_size];
+    let (table, lengths): (Vec<i32>, _) = ((0..pages as i32).rev().collect(), [keys as i32]);
+    let view = |shape| View::from_slice(&key, shape).unwrap();
+    let shape = [1, keys, 1, 1];
+    let mut inputs = Inputs::new(
+        View::from_slice(&query, shape).unwrap(),
+        view([pages, page_size, 1, 1]),
+        view([pages, page_size, 1, 1]),
+    );
+    inputs.data.block_table = Some(View::from_slice(&table, [1, pages]).unwrap());
+    inputs.data.key_value_lengths = Some(View::from_slice(&lengths, [1]).unwrap());
+    let problem = inputs.problem().build().unwrap();
+    let plan = backend.plan(&problem).unwrap();
+    let (mut out, mut scratch) =
+        (vec![T::from_f32(f32::NAN); keys], ScratchBuffer::new(plan.scratch_bytes()));
+    let outputs = ForwardOutputs { out: ViewMut::from_slice(&mut out, shape).unwrap(), lse: None };
+    plan.forward(ForwardCall::new(&problem, inputs, outputs).unwrap(), scratch.scratch()).unwrap();
+    assert!(out.iter().all(|number| number.to_f32() == 0.25));
+}
+
 #[test]
 fn small_calls_reach_every_variant_that_is_listed_and_no_other() {
-    let report = run(&CpuBackend::with_config(CpuConfig::default().threads(1)));
+    let backend = CpuBackend::with_config(CpuConfig::default().threads(1));
+    // Small enough for f32 to be computed in f64, and larger.
+    for keys in [10, 70] {
+        run_paged::<f64>(&backend, keys);
+        run_paged::<f32>(&backend, keys);
+        run_paged::<half::f16>(&backend, keys);
+        run_paged::<half::bf16>(&backend, keys);
+    }
+    let report = run(&backend);
     assert_eq!(uncovered(&[report]), None);
 }
 

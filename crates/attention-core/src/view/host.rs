@@ -39,6 +39,15 @@ pub struct RowStretch<'a, T> {
     len: usize,
 }
 
+/// Rows of a [`HostView`], the same distance apart.
+#[derive(Clone, Debug)]
+pub struct RowRun<'a, T> {
+    row: Row<'a, T>,
+    /// From a row to the next, in elements.
+    step: isize,
+    left: usize,
+}
+
 impl<'a> View<'a> {
     /// The view with elements of type `T`, or `None` where it has another dtype or is not in host memory.
     pub fn host<T: Element + bytemuck::Pod>(&self) -> Option<HostView<'a, T>> {
@@ -175,21 +184,26 @@ impl<'a, T: Copy> HostView<'a, T> {
         Row { span: self.span, origin, stride: self.strides[1], len }
     }
 
-    /// Row `row` of matrix `matrix` of a view of three axes, a stack of matrices: [`row`](Self::row) without the
-    /// loop over axes, for inner loops.
+    /// `count` rows of a view of three axes, a stack of matrices: those of matrix `matrix` from `first` on. Checked
+    /// once for all of them, for inner loops.
     ///
     /// # Panics
-    /// Where the view has another rank, fewer matrices or fewer rows.
+    /// Where the view has another rank, or no such rows.
     #[inline(always)]
-    pub fn stack_row(&self, [matrix, row]: [usize; 2]) -> Row<'a, T> {
+    pub fn stack_rows(&self, [matrix, first]: [usize; 2], count: usize) -> RowRun<'a, T> {
         let &[matrices, rows, len] = &self.shape[..] else {
-            panic!("row {row} of matrix {matrix} of a view of shape {}, which is no stack", self.shape)
+            panic!("rows of matrix {matrix} of a view of shape {}, which is no stack", self.shape)
         };
-        assert!(matrix < matrices && row < rows, "row {row} of matrix {matrix} outside shape {}", self.shape);
+        assert!(
+            matrix < matrices && first <= rows && count <= rows - first,
+            "{count} rows from row {first} of matrix {matrix} outside shape {}",
+            self.shape
+        );
         let outer = (matrix as isize).wrapping_mul(self.strides[0]);
-        let offset = outer.wrapping_add((row as isize).wrapping_mul(self.strides[1]));
+        let offset = outer.wrapping_add((first as isize).wrapping_mul(self.strides[1]));
         let origin = if len == 0 { 0 } else { self.origin.wrapping_add_signed(offset) };
-        Row { span: self.span, origin, stride: self.strides[2], len }
+        let row = Row { span: self.span, origin, stride: self.strides[2], len };
+        RowRun { row, step: self.strides[1], left: count }
     }
 
     /// The rows of head `head` at `[outer, inner]`, `[outer, inner + 1]` and so on, of a view of four axes whose
@@ -262,6 +276,25 @@ impl<'a, T: Copy> RowStretch<'a, T> {
         Row { span: self.span, origin, stride: self.stride, len: self.len }
     }
 }
+
+impl<'a, T: Copy> Iterator for RowRun<'a, T> {
+    type Item = Row<'a, T>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Row<'a, T>> {
+        self.left = self.left.checked_sub(1)?;
+        let row = self.row;
+        // Behind the last row, or of rows without elements, this is no place in the span, and is not used as one.
+        self.row.origin = row.origin.wrapping_add_signed(self.step);
+        Some(row)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.left, Some(self.left))
+    }
+}
+
+impl<T: Copy> ExactSizeIterator for RowRun<'_, T> {}
 
 impl<'a, T: Copy> Row<'a, T> {
     /// How many elements there are.

@@ -82,7 +82,15 @@ fn agrees(view: &View<'_>, want: impl Fn(&[usize]) -> f32) -> Result<(), TestCas
             }
             match leading {
                 &[row] => prop_assert_eq!(host.matrix_row(row).at(last), want(&index)),
-                &[matrix, row] => prop_assert_eq!(host.stack_row([matrix, row]).at(last), want(&index)),
+                &[matrix, row] => {
+                    let rows = host.shape()[1];
+                    for first in 0..=row {
+                        let mut run = host.stack_rows([matrix, first], rows - first);
+                        prop_assert_eq!(run.len(), rows - first);
+                        prop_assert_eq!(run.nth(row - first).unwrap().at(last), want(&index));
+                        prop_assert_eq!(run.count(), rows - row - 1);
+                    }
+                }
                 _ => {}
             }
         }
