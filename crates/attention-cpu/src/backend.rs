@@ -25,7 +25,8 @@ const NAME: &str = "cpu";
 /// # Semantics
 /// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16 (operands are widened, so nothing is
 ///   rounded to a half before the results).
-/// - Results are bitwise the same for any number of threads, any composition of the batch and any amount of padding.
+/// - Results are bitwise the same for any number of threads, any composition of the batch and any amount of padding. A
+///   packed sequence, and one whose keys are in pages, has the bits that it has alone in a dense call.
 /// - [`variants`](AttentionBackend::variants): packed and unpacked keys in both passes, where rows take their sums from, and how
 ///   biases, masks and gradients of biases and sinks are read and written, by dtype.
 /// - Scratch: packed keys and values and a block of logits a thread, see

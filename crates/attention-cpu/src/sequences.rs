@@ -122,19 +122,19 @@ pub(crate) fn with_rows(problem: &CallProblem<'_>, most: usize) -> usize {
     count
 }
 
-/// A tensor that is written, cut into the rows of each sequence: `[rows, ..]`.
+/// Neighbouring sequences in a tensor that is written.
 #[derive(Debug)]
 pub(crate) struct BySequence<'a> {
-    /// The sequences that are left: `[sequences, length, ..]`, or packed, `[rows, ..]`. `None` while it is cut.
-    left: Option<ViewMut<'a>>,
+    /// `[sequences, length, ..]`, or packed, `[rows, ..]`. `None` while it is cut.
+    view: Option<ViewMut<'a>>,
     side: Side,
     is_packed: bool,
-    /// How many packed rows were cut off.
-    done: usize,
+    /// How many packed rows there are before these, counted by their tensor.
+    first_row: usize,
 }
 
 impl<'a> BySequence<'a> {
-    /// Of a tensor `[B, length, ..]` or `[1, total, ..]`. Gives `fill` the rows of packed tensors that belong to no
+    /// All of a tensor `[B, length, ..]` or `[1, total, ..]`. Gives `fill` the rows of packed tensors that belong to no
     /// sequence.
     pub(crate) fn new(
         problem: &CallProblem<'_>,
@@ -143,47 +143,73 @@ impl<'a> BySequence<'a> {
         fill: impl FnOnce(ViewMut<'a>),
     ) -> Self {
         let is_packed = side.is_packed(problem);
-        let left = if is_packed {
-            let all = view
-                .into_axis(0)
-                .next()
-                .unwrap_or_else(|| unreachable!("packed tensors have an axis in front"));
+        let view = if is_packed {
+            let all = view.into_axis(0).next();
+            let all = all.unwrap_or_else(|| unreachable!("packed tensors have an axis of size 1 in front"));
             let [rows, rest] = split(all, side.packed_rows(problem));
             fill(rest);
             rows
         } else {
             view
         };
-        Self { left: Some(left), side, is_packed, done: 0 }
+        Self { view: Some(view), side, is_packed, first_row: 0 }
     }
 
-    /// Whether nothing is left to write.
-    fn is_empty(&self) -> bool {
-        self.left.as_ref().is_none_or(|left| left.desc().is_empty())
-    }
-
-    /// Cuts off the next `count` sequences, which have `rows` rows together where they are packed.
+    /// Cuts off the first `count` sequences, which have `rows` rows together where they are packed.
     fn cut(&mut self, count: usize, rows: usize) -> Self {
-        let size = if self.is_packed { rows } else { count };
-        let [first, left] = match self.left.take().map(|left| split(left, size)) {
+        let (size, first_row) = (if self.is_packed { rows } else { count }, self.first_row);
+        let [first, left] = match self.view.take().map(|view| split(view, size)) {
             Some(parts) => parts.map(Some),
             None => [None, None],
         };
-        self.left = left;
-        self.done += rows;
-        Self { left: first, ..*self }
-    }
-
-    /// Cuts off the next sequence, of `rows` rows.
-    fn next(&mut self, rows: usize) -> Option<ViewMut<'a>> {
-        let next = self.cut(1, rows).left?;
-        if self.is_packed { Some(next) } else { next.into_axis(0).next() }
+        (self.view, self.first_row) = (left, first_row + rows);
+        Self { view: first, first_row, ..*self }
     }
 
     /// Cuts off the sequences `from..batch`; `batch` has rows.
     fn before(&mut self, problem: &CallProblem<'_>, from: usize, batch: usize) -> Self {
-        let rows = if self.is_packed { self.side.first_row(problem, batch) - self.done } else { 0 };
+        let rows = if self.is_packed { self.side.first_row(problem, batch) - self.first_row } else { 0 };
         self.cut(batch - from, rows)
+    }
+
+    /// `None` where there is nothing to write.
+    fn into_parts(self) -> Option<Parts<'a>> {
+        let view = self.view.filter(|view| !view.desc().is_empty())?;
+        Some(match self.is_packed {
+            true => Parts::Packed(self.side, Some(view)),
+            false => Parts::Dense(Box::new(view.into_axis(0))),
+        })
+    }
+}
+
+/// The rows of one sequence after the other, `[rows, ..]`.
+enum Parts<'a> {
+    Dense(Box<dyn Iterator<Item = ViewMut<'a>> + Send + 'a>),
+    /// The rows that are left; `None` while they are cut.
+    Packed(Side, Option<ViewMut<'a>>),
+}
+
+impl<'a> Parts<'a> {
+    /// Whether the sequences that are left have no rows, however many there are.
+    fn are_all_empty(&self) -> bool {
+        match self {
+            Self::Dense(_) => false,
+            Self::Packed(_, left) => left.as_ref().is_none_or(|left| left.shape()[0] == 0),
+        }
+    }
+
+    /// The rows of the next sequence, `batch`; `None` where it has none.
+    fn next(&mut self, problem: &CallProblem<'_>, batch: usize) -> Option<ViewMut<'a>> {
+        match self {
+            Self::Dense(sequences) => sequences.next(),
+            Self::Packed(side, left) => {
+                // Nothing to cut off an empty one: a million of them cost no more than a look at their starts.
+                let rows = Some(side.rows(problem, batch)).filter(|&rows| rows > 0)?;
+                let [next, rest] = split(left.take()?, rows);
+                *left = Some(rest);
+                Some(next)
+            }
+        }
     }
 }
 
@@ -191,27 +217,25 @@ impl<'a> BySequence<'a> {
 fn split(view: ViewMut<'_>, size: usize) -> [ViewMut<'_>; 2] {
     let length = view.shape()[0];
     view.split(0, [size, length - size])
-        .unwrap_or_else(|_| unreachable!("the starts and lengths of a checked call are inside its tensors"))
+        .unwrap_or_else(|_| unreachable!("the starts of a checked call are inside its tensors"))
 }
 
-/// The sequences of a call with their parts of `N` tensors, in the order in which they are worked on.
-#[derive(Debug)]
+/// The sequences of a call that have rows, with these of `N` tensors, in the order in which they are worked on.
 pub(crate) struct Sequences<'p, 'a, const N: usize> {
     problem: &'p CallProblem<'p>,
-    runs: std::vec::IntoIter<Run<'a, N>>,
-    run: Option<Run<'a, N>>,
+    runs: std::vec::IntoIter<Run<[Option<BySequence<'a>>; N]>>,
+    run: Option<Run<[Option<Parts<'a>>; N]>>,
 }
 
 /// Neighbouring sequences.
-#[derive(Debug)]
-struct Run<'a, const N: usize> {
+struct Run<T> {
     batches: Range<usize>,
-    tensors: [Option<BySequence<'a>>; N],
+    tensors: T,
     /// 0 for sequences that are not known to be long.
     work: usize,
 }
 
-/// A sequence with its part of each tensor.
+/// A sequence with its rows of each tensor: `None` where it has none, or where there is no such tensor.
 pub(crate) type Sequence<'a, const N: usize> = (usize, [Option<ViewMut<'a>>; N]);
 
 impl<'p, 'a, const N: usize> Sequences<'p, 'a, N> {
@@ -246,27 +270,18 @@ impl<'a, const N: usize> Iterator for Sequences<'_, 'a, N> {
     fn next(&mut self) -> Option<Sequence<'a, N>> {
         loop {
             let Some(run) = &mut self.run else {
-                self.run = Some(self.runs.next()?);
+                let Run { batches, tensors, work } = self.runs.next()?;
+                let tensors = tensors.map(|tensor| tensor.and_then(BySequence::into_parts));
+                self.run = Some(Run { batches, tensors, work });
                 continue;
             };
-            // The sequences that are left may be any number of empty ones.
-            let is_done = run.tensors.iter().flatten().all(BySequence::is_empty);
-            let Some(batch) = (if is_done { None } else { run.batches.next() }) else {
+            let are_done = run.tensors.iter().flatten().all(Parts::are_all_empty);
+            let Some(batch) = (if are_done { None } else { run.batches.next() }) else {
                 self.run = None;
                 continue;
             };
-            let mut has_rows = false;
-            let parts = std::array::from_fn(|index| {
-                let tensor = run.tensors[index].as_mut()?;
-                let rows = tensor.side.rows(self.problem, batch);
-                if rows == 0 && tensor.is_packed {
-                    // Nothing to cut off. A million empty sequences cost no more than a look at their starts.
-                    return None;
-                }
-                has_rows |= rows > 0;
-                tensor.next(rows)
-            });
-            if has_rows {
+            let parts = run.tensors.each_mut().map(|parts| parts.as_mut()?.next(self.problem, batch));
+            if parts.iter().any(Option::is_some) {
                 return Some((batch, parts));
             }
         }

@@ -80,9 +80,9 @@ fn agrees(view: &View<'_>, want: impl Fn(&[usize]) -> f32) -> Result<(), TestCas
             if let Some(elements) = row.contiguous() {
                 prop_assert_eq!(elements[last], want(&index));
             }
-            match leading {
-                &[row] => prop_assert_eq!(host.matrix_row(row).at(last), want(&index)),
-                &[matrix, row] => {
+            match *leading {
+                [row] => prop_assert_eq!(host.matrix_row(row).at(last), want(&index)),
+                [matrix, row] => {
                     let rows = host.shape()[1];
                     for first in 0..=row {
                         let mut run = host.stack_rows([matrix, first], rows - first);
