@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use attention_chunked::{ChunkedBackend, ChunkedConfig, Level};
-use attention_core::DType;
+use attention_core::{AttentionBackend, DType, QueryOffset};
 use common::sequences::{Bits, Keys, Sequences, Written};
 
 /// The backends of a level: of one, two and three threads, and with the smallest chunks.
@@ -138,4 +138,138 @@ fn random_calls_are_their_sequences_in_bf16() {
 #[test]
 fn random_calls_are_their_sequences_in_f16() {
     random_calls(DType::F16);
+}
+
+/// Whether one of the backends has taken a path of this name, which begins with the dtype.
+fn has_run(backends: &[ChunkedBackend], name: &str) -> bool {
+    let runs = backends.iter().flat_map(|backend| backend.variants().expect("it counts variants").runs());
+    runs.filter(|variant| variant.runs > 0).any(|variant| variant.name == name)
+}
+
+/// Single tokens over many keys, in one task and in splits, in pages of every size: keys and values are read as
+/// they lie.
+#[test]
+fn tokens_are_decoded_from_pages_of_every_size() {
+    for level in Level::available() {
+        let backends = backends(level);
+        for dtype in [DType::F64, DType::F32, DType::F16, DType::Bf16] {
+            for size in [1, 2, 5, 13, 16, 24, 64, 300] {
+                for (heads, lengths) in [
+                    ([8, 2, 64, 64], vec![[1, 2600]]),
+                    ([2, 2, 40, 16], vec![[1, 700], [0, 30], [2, 1], [1, 0], [1, 263]]),
+                ] {
+                    let call = Sequences {
+                        keys: Keys::Paged { size, shared: size == 13, by_head: size == 16 },
+                        gaps: if size == 5 { [0, 1] } else { [0, 0] },
+                        causal: size == 24,
+                        offset: QueryOffset::BottomRight,
+                        infinite: size == 2,
+                        sinks: true,
+                        ..Sequences::plain(dtype, heads, lengths)
+                    };
+                    check(&call, &backends, &format!("{level}, {dtype}, pages of {size}"));
+                }
+            }
+            for path in ["keys in pages", "all keys", "parts and merge", "strided keys or values"] {
+                assert!(
+                    has_run(&backends, &format!("{dtype}: few rows, {path}")),
+                    "{level}, {dtype}: {path}"
+                );
+            }
+        }
+        assert!(has_run(&backends, "f32 in f64: few rows, keys in pages"), "{level}");
+    }
+}
+
+/// A long sequence among short and empty ones is spread over the threads, short ones are not.
+#[test]
+fn a_long_sequence_among_short_ones_keeps_its_bits() {
+    let mut lengths = vec![[0, 0]; 20];
+    lengths.extend([[3, 5], [700, 600], [0, 4], [9, 0], [1, 1], [40, 50], [8, 300]]);
+    for level in Level::available() {
+        let backends = backends(level);
+        for dtype in [DType::F32, DType::Bf16] {
+            let call = Sequences {
+                behind: [2, 3],
+                causal: true,
+                d_lse: true,
+                bounded: false,
+                bias: Some([false, true, false, true]),
+                ..Sequences::plain(dtype, [4, 1, 32, 32], lengths.clone())
+            };
+            check(&call, &backends, &format!("{level}, {dtype}"));
+            for path in ["all gradients of a head together", "dq apart", "dk and dv apart"] {
+                assert!(
+                    has_run(&backends, &format!("{dtype}: backward, {path}")),
+                    "{level}, {dtype}: {path}"
+                );
+            }
+        }
+    }
+}
+
+/// Logsumexps that have lost digits are replaced by sums of the keys at hand, those of each sequence.
+#[test]
+fn large_logsumexps_are_replaced_in_each_sequence() {
+    for level in Level::available() {
+        let backends = backends(level);
+        for dtype in [DType::F64, DType::F32, DType::Bf16] {
+            let call = Sequences {
+                behind: [1, 1],
+                used: Some(vec![7, 0, 90, 300, 2]),
+                scale: Some(3e4),
+                sinks: true,
+                ..Sequences::plain(dtype, [4, 2, 16, 16], vec![[9, 9], [0, 0], [70, 100], [40, 300], [1, 2]])
+            };
+            check(&call, &backends, &format!("{level}, {dtype}"));
+            assert!(has_run(&backends, &format!("{dtype}: backward, own sums of a row")), "{level}, {dtype}");
+        }
+    }
+}
+
+/// No work grows with the number of sequences times the length of the longest: this would take hours.
+#[test]
+fn a_million_empty_sequences_are_cheap() {
+    let (count, long) = (1_000_000, 600_000);
+    let mut lengths = vec![[0, 0]; count];
+    lengths[long] = [300, 400];
+    lengths[count - 2] = [0, 3];
+    for (keys, used) in
+        [(Keys::Packed, None), (Keys::Paged { size: 16, shared: false, by_head: false }, None)]
+    {
+        let call = Sequences {
+            keys,
+            used,
+            behind: [2, 2],
+            bias: Some([false, true, true, true]),
+            scale: Some(3e4),
+            sinks: true,
+            ..Sequences::plain(DType::F32, [2, 2, 16, 16], lengths.clone())
+        };
+        for backend in &backends(Level::best())[..3] {
+            let got = call.run(backend);
+            assert_same(&call, &got, &call.run_alone(backend, long), long..long + 1, "a million");
+            assert_filled(&call, &got, "a million");
+        }
+    }
+}
+
+#[test]
+fn calls_without_sequences_or_rows_are_filled() {
+    let backends = backends(Level::best());
+    for lengths in [vec![], vec![[0, 0]; 3], vec![[0, 4]; 2], vec![[5, 0]; 2]] {
+        for (behind, bounded) in [([0, 0], true), ([4, 6], true), ([4, 6], false)] {
+            for keys in [Keys::Packed, Keys::Dense, Keys::Paged { size: 3, shared: false, by_head: false }] {
+                let call = Sequences {
+                    behind,
+                    bounded,
+                    keys,
+                    sinks: true,
+                    bias: Some([true; 4]),
+                    ..Sequences::plain(DType::F32, [4, 2, 8, 8], lengths.clone())
+                };
+                check(&call, &backends, "nothing");
+            }
+        }
+    }
 }

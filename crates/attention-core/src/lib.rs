@@ -57,6 +57,6 @@ pub use variants::{VariantCounter, VariantRuns, Variants};
 #[doc(hidden)]
 pub use view::red_zones;
 pub use view::{
-    HostView, HostViewMut, LentScratch, Row, RowMut, RowRun, RowStretch, SCRATCH_ALIGNMENT, Scratch,
-    ScratchBuffer, View, ViewMut,
+    HeadView, HostView, HostViewMut, LentScratch, Row, RowMut, RowRun, RowStretch, SCRATCH_ALIGNMENT,
+    Scratch, ScratchBuffer, View, ViewMut,
 };

@@ -79,6 +79,8 @@ pub(crate) struct Sequences {
     pub(crate) mask: Option<[bool; 4]>,
     pub(crate) dropout: Option<Dropout>,
     pub(crate) d_lse: bool,
+    /// Whether the call says how long the longest sequence is.
+    pub(crate) bounded: bool,
     /// Whether some operands are infinite.
     pub(crate) infinite: bool,
     pub(crate) seed: u32,
@@ -282,8 +284,38 @@ impl Sequences {
             mask: r.one_in(4).then(|| axes(&mut r)),
             dropout: r.one_in(4).then_some(Dropout { rate: 0.3, seed: 77, offset: 5 }),
             d_lse: r.one_in(2),
+            bounded: !r.one_in(3),
             infinite: r.one_in(5),
             seed: r.below(1 << 30) as u32,
+        }
+    }
+
+    /// A call without options.
+    pub(crate) fn plain(dtype: DType, heads: [usize; 4], lengths: Vec<[usize; 2]>) -> Self {
+        Self {
+            dtype,
+            heads,
+            lengths,
+            used: None,
+            behind: [0; 2],
+            packed_queries: true,
+            keys: Keys::Packed,
+            gaps: [0; 2],
+            causal: false,
+            window: Window::UNBOUNDED,
+            offset: QueryOffset::TOP_LEFT,
+            offsets: None,
+            scale: None,
+            softcap: None,
+            slopes: None,
+            sinks: false,
+            bias: None,
+            mask: None,
+            dropout: None,
+            d_lse: false,
+            bounded: true,
+            infinite: false,
+            seed: 1,
         }
     }
 
@@ -531,10 +563,13 @@ impl Sequences {
             },
             ..Inputs::new(query.view(), key.view(), value.view())
         };
-        let bounds = [
-            data.query_starts.is_some().then_some(longest[0]),
-            (data.key_value_starts.is_some() || data.block_table.is_some()).then_some(longest[1]),
-        ];
+        let keys_vary = data.key_value_starts.is_some() || data.block_table.is_some();
+        // A mask or a bias with the axis says it otherwise.
+        let bound = |axis: usize, varies: bool| {
+            let is_said = [self.bias, self.mask].into_iter().flatten().any(|axes| axes[axis + 2]);
+            (varies && (self.bounded || is_said)).then_some(longest[axis])
+        };
+        let bounds = [bound(0, data.query_starts.is_some()), bound(1, keys_vary)];
         let problem =
             || inputs.problem().causal(self.causal).window(self.window).longest(bounds[0], bounds[1]);
 

@@ -26,8 +26,20 @@ pub struct Row<'a, T> {
     len: usize,
 }
 
-/// Some rows of a [`HostView`] of tokens at equal distances: of one head, neighbours along the second of four
-/// axes.
+/// The tokens of one head: a [`HostView`] of four axes at an index of the third. A copy of what inner loops need,
+/// so that they may keep it in registers.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadView<'a, T> {
+    span: &'a [T],
+    origin: usize,
+    /// Of the first two axes.
+    sizes: [usize; 2],
+    strides: [isize; 2],
+    stride: isize,
+    len: usize,
+}
+
+/// Some rows of a [`HeadView`] at equal distances: neighbours along the second axis.
 #[derive(Clone, Copy, Debug)]
 pub struct RowStretch<'a, T> {
     span: &'a [T],
@@ -206,28 +218,21 @@ impl<'a, T: Copy> HostView<'a, T> {
         RowRun { row, step: self.strides[1], left: count }
     }
 
-    /// The rows of head `head` at `[outer, inner]`, `[outer, inner + 1]` and so on, of a view of four axes whose
-    /// third is that of heads. Cheap enough for single rows.
+    /// The tokens of a head, of a view of four axes whose third is that of heads.
     ///
     /// # Panics
-    /// Where the view has another rank, or lacks one of the rows.
-    #[inline(always)]
-    pub fn stretch(&self, [outer, inner]: [usize; 2], rows: usize, head: usize) -> RowStretch<'a, T> {
-        let (&[outers, inners, heads, len], &[outer_stride, row_stride, head_stride, stride]) =
+    /// Where the view has another rank or no such head.
+    #[inline]
+    pub fn head(&self, head: usize) -> HeadView<'a, T> {
+        let (&[outer, inner, heads, len], &[outer_stride, inner_stride, head_stride, stride]) =
             (&self.shape[..], &self.strides[..])
         else {
-            panic!("rows of a view of shape {}, which has no four axes", self.shape)
+            panic!("head {head} of a view of shape {}, which has no four axes", self.shape)
         };
-        assert!(
-            outer < outers && head < heads && inner <= inners && rows <= inners - inner,
-            "{rows} rows from [{outer}, {inner}, {head}] on outside shape {}",
-            self.shape
-        );
-        let offset = [(outer, outer_stride), (inner, row_stride), (head, head_stride)]
-            .into_iter()
-            .fold(0isize, |sum, (index, stride)| sum.wrapping_add((index as isize).wrapping_mul(stride)));
-        let origin = if len == 0 { 0 } else { self.origin.wrapping_add_signed(offset) };
-        RowStretch { span: self.span, origin, row_stride, rows, stride, len }
+        assert!(head < heads, "head {head} outside shape {}", self.shape);
+        let origin = self.origin.wrapping_add_signed((head as isize).wrapping_mul(head_stride));
+        let (sizes, strides) = ([outer, inner], [outer_stride, inner_stride]);
+        HeadView { span: self.span, origin, sizes, strides, stride, len }
     }
 
     /// The elements over two axes of a view, as a slice that starts at the first of them with the row and column
@@ -254,6 +259,39 @@ impl<'a, T: Copy> HostView<'a, T> {
         let row_stride = usize::try_from(self.strides[row_axis]).ok()?;
         let column_stride = usize::try_from(self.strides[column_axis]).ok()?;
         Some((self.span.get(self.position(fixed)..)?, row_stride, column_stride))
+    }
+}
+
+impl<'a, T: Copy> HeadView<'a, T> {
+    /// The size of the last axis.
+    #[inline]
+    pub fn width(&self) -> usize {
+        self.len
+    }
+
+    /// The strides of the first two axes, in elements.
+    #[inline]
+    pub fn strides(&self) -> [isize; 2] {
+        self.strides
+    }
+
+    /// The rows at `[outer, inner]`, `[outer, inner + 1]` and so on. Cheap enough for single rows.
+    ///
+    /// # Panics
+    /// Where the view lacks one of the rows.
+    #[inline(always)]
+    pub fn stretch(&self, [outer, inner]: [usize; 2], rows: usize) -> RowStretch<'a, T> {
+        let [outers, inners] = self.sizes;
+        assert!(
+            outer < outers && inner <= inners && rows <= inners - inner,
+            "{rows} rows from [{outer}, {inner}] on outside of {:?}",
+            self.sizes
+        );
+        let offset = (outer as isize).wrapping_mul(self.strides[0]);
+        let offset = offset.wrapping_add((inner as isize).wrapping_mul(self.strides[1]));
+        let origin = self.origin.wrapping_add_signed(offset);
+        let [_, row_stride] = self.strides;
+        RowStretch { span: self.span, origin, row_stride, rows, stride: self.stride, len: self.len }
     }
 }
 

@@ -16,7 +16,7 @@ mod scratch;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-pub use host::{HostView, HostViewMut, Row, RowMut, RowRun, RowStretch};
+pub use host::{HeadView, HostView, HostViewMut, Row, RowMut, RowRun, RowStretch};
 pub use scratch::{LentScratch, SCRATCH_ALIGNMENT, Scratch, ScratchBuffer};
 
 use self::pointer::Pointer;

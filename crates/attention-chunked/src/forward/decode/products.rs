@@ -1,6 +1,6 @@
 //! Products of a few queries with keys as they lie.
 
-use attention_core::HostView;
+use attention_core::{HeadView, HostView};
 
 use super::layout::{MAX_ROWS, STRIDE};
 use super::row::KeyRow;
@@ -26,15 +26,16 @@ impl<F: Float, S: Simd<F>> ViewKernel for Dots<'_, F, S> {
 
     #[inline(always)]
     fn run<T: Source>(mut self, view: &HostView<'_, T>) {
+        let head = view.head(self.key_head);
         if is_strided(view) {
-            (0..self.rows).for_each(|row| self.rows::<1, true, T>(view, row));
+            (0..self.rows).for_each(|row| self.rows::<1, true, T>(head, row));
             return;
         }
         match self.rows {
-            1 => self.rows::<1, false, T>(view, 0),
-            2 => self.rows::<2, false, T>(view, 0),
-            3 | 4 => self.rows::<4, false, T>(view, 0),
-            _ => self.rows::<MAX_ROWS, false, T>(view, 0),
+            1 => self.rows::<1, false, T>(head, 0),
+            2 => self.rows::<2, false, T>(head, 0),
+            3 | 4 => self.rows::<4, false, T>(head, 0),
+            _ => self.rows::<MAX_ROWS, false, T>(head, 0),
         }
     }
 }
@@ -44,11 +45,11 @@ impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
     #[inline(always)]
     fn rows<const ROWS: usize, const STRIDED: bool, T: Source>(
         &mut self,
-        view: &HostView<'_, T>,
+        head: HeadView<'_, T>,
         first: usize,
     ) {
         let Self { simd, queries_stride, .. } = *self;
-        let width = view.shape()[3];
+        let width = head.width();
         let count = (self.rows - first).min(ROWS);
         let queries = &self.queries[first * queries_stride..];
         assert!(extent(ROWS, queries_stride, width) <= queries.len());
@@ -56,8 +57,8 @@ impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
         let row_bytes = width * size_of::<T>();
         let mut column = 0;
         for run in self.keys.runs() {
-            let rows = run.rows(view, self.key_head);
-            let ahead = run.ahead(view);
+            let rows = run.rows(head);
+            let ahead = run.ahead(head);
             for key in 0..run.len() {
                 let row = KeyRow::<STRIDED, T>::new(rows.row(key), width);
                 row.prefetch(ahead, 0, row_bytes);

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use attention_core::{HostView, Row, RowPlaces, RowStretch};
+use attention_core::{HeadView, Row, RowPlaces, RowStretch};
 use bytemuck::{Pod, Zeroable};
 
 use super::row::AHEAD;
@@ -41,14 +41,14 @@ impl Run {
 
     /// The keys of a head, or their values.
     #[inline(always)]
-    pub(super) fn rows<'v, T: Copy>(&self, view: &HostView<'v, T>, key_head: usize) -> RowStretch<'v, T> {
-        view.stretch(self.first, self.keys, key_head)
+    pub(super) fn rows<'v, T: Copy>(&self, head: HeadView<'v, T>) -> RowStretch<'v, T> {
+        head.stretch(self.first, self.keys)
     }
 
     /// How many elements behind a row the one is that is prefetched with it.
     #[inline(always)]
-    pub(super) fn ahead<T: Copy>(&self, view: &HostView<'_, T>) -> isize {
-        let strides = view.strides();
+    pub(super) fn ahead<T: Copy>(&self, head: HeadView<'_, T>) -> isize {
+        let strides = head.strides();
         let along = |axis: usize| {
             (self.ahead[axis] as isize).wrapping_sub(self.first[axis] as isize).wrapping_mul(strides[axis])
         };
@@ -73,11 +73,13 @@ impl<'r> KeyRuns<'r> {
         // of one size, and small ones look as many pages ahead.
         let piece = page_size.div_ceil(page_size.div_ceil(AHEAD));
         let (mut count, mut inside) = (0, 0);
+        // How far into a piece the first key is.
+        let mut into = keys.start % page_size % piece;
         for stretch in places.stretches(keys.start..places.rows().min(keys.end + AHEAD)) {
             let [outer, mut inner] = stretch.first;
             let mut rows = stretch.rows;
-            while !rows.is_empty() && rows.start < keys.end + AHEAD {
-                let mut end = rows.end.min(rows.start + piece - inner % piece);
+            while !rows.is_empty() {
+                let mut end = rows.end.min(rows.start + (piece - into));
                 if rows.start < keys.end {
                     end = end.min(keys.end);
                     inside = count + 1;
@@ -87,6 +89,7 @@ impl<'r> KeyRuns<'r> {
                 count += 1;
                 inner += end - rows.start;
                 rows.start = end;
+                into = 0;
             }
         }
         let pieces_ahead = AHEAD / piece;
@@ -110,12 +113,11 @@ impl<'r> KeyRuns<'r> {
     /// The rows of all keys of a head, or of their values. For where time does not matter.
     pub(super) fn rows<'v, T: Copy>(
         &self,
-        view: &HostView<'v, T>,
-        key_head: usize,
+        head: HeadView<'v, T>,
     ) -> impl Iterator<Item = Row<'v, T>> + use<'r, 'v, T> {
-        let (view, runs) = (*view, self.runs);
+        let runs = self.runs;
         runs.iter().flat_map(move |run| {
-            let rows = run.rows(&view, key_head);
+            let rows = run.rows(head);
             (0..run.keys).map(move |index| rows.row(index))
         })
     }

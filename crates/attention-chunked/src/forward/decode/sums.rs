@@ -1,6 +1,6 @@
 //! Weighted sums of values as they lie, with those that are not finite apart.
 
-use attention_core::HostView;
+use attention_core::{HeadView, HostView};
 
 use super::layout::STRIDE;
 use super::row::{KeyRow, load_row};
@@ -39,16 +39,17 @@ impl<F: Float, S: Simd<F>> ViewKernel for WeightedSums<'_, F, S> {
         assert!(self.rows * STRIDE <= self.weights.len() && self.keys.len() <= STRIDE);
         assert!(self.rows.saturating_mul(width) <= self.values.len());
         assert!(self.rows <= self.factors.len() && self.rows <= self.totals.len());
+        let head = view.head(self.key_head);
         if is_strided(view) {
-            (0..self.rows).for_each(|row| self.group::<1, true, T>(view, row));
+            (0..self.rows).for_each(|row| self.group::<1, true, T>(head, row));
             return;
         }
         for row in (0..self.rows).step_by(ROW_GROUP) {
             match (self.rows - row).min(ROW_GROUP) {
-                1 => self.group::<1, false, T>(view, row),
-                2 => self.group::<2, false, T>(view, row),
-                3 => self.group::<3, false, T>(view, row),
-                _ => self.group::<ROW_GROUP, false, T>(view, row),
+                1 => self.group::<1, false, T>(head, row),
+                2 => self.group::<2, false, T>(head, row),
+                3 => self.group::<3, false, T>(head, row),
+                _ => self.group::<ROW_GROUP, false, T>(head, row),
             }
         }
     }
@@ -59,27 +60,27 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
     #[inline(always)]
     fn group<const ROWS: usize, const STRIDED: bool, T: Source>(
         &mut self,
-        view: &HostView<'_, T>,
+        head: HeadView<'_, T>,
         first: usize,
     ) {
-        let width = view.shape()[3];
+        let width = head.width();
         let mut done = 0;
         while !STRIDED && ROWS <= 2 && done + 8 * S::LANES <= width {
-            self.columns::<ROWS, 8, STRIDED, T>(view, first, done);
+            self.columns::<ROWS, 8, STRIDED, T>(head, first, done);
             done += 8 * S::LANES;
         }
         while !STRIDED && done + 4 * S::LANES <= width {
-            self.columns::<ROWS, 4, STRIDED, T>(view, first, done);
+            self.columns::<ROWS, 4, STRIDED, T>(head, first, done);
             done += 4 * S::LANES;
         }
         while done + S::LANES <= width {
-            self.columns::<ROWS, 1, STRIDED, T>(view, first, done);
+            self.columns::<ROWS, 1, STRIDED, T>(head, first, done);
             done += S::LANES;
         }
-        let (keys, key_head, weights, taken) = (self.keys, self.key_head, self.weights, self.taken);
+        let (keys, weights, taken) = (self.keys, self.weights, self.taken);
         for column in done..width {
             let mut sums = [F::ZERO; ROWS];
-            for (index, row) in keys.rows(view, key_head).enumerate() {
+            for (index, row) in keys.rows(head).enumerate() {
                 let value: F = row.at(column).widen();
                 for (row, sum) in sums.iter_mut().enumerate() {
                     *sum += weights[(first + row) * STRIDE + index] * value;
@@ -89,7 +90,7 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
                 let row = first + row;
                 if !sum.is_finite() && !self.totals[row].is_nan() {
                     taken.mark(Path::DecodeValuesApart);
-                    sum = careful_sum(view, key_head, keys, column, &weights[row * STRIDE..]);
+                    sum = careful_sum(head, keys, column, &weights[row * STRIDE..]);
                 }
                 let to = &mut self.values[row * width + column];
                 *to = *to * self.factors[row] + sum;
@@ -101,17 +102,17 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
     #[inline(always)]
     fn columns<const ROWS: usize, const VECTORS: usize, const STRIDED: bool, T: Source>(
         &mut self,
-        view: &HostView<'_, T>,
+        head: HeadView<'_, T>,
         first: usize,
         column: usize,
     ) {
         let simd = self.simd;
-        let width = view.shape()[3];
+        let width = head.width();
         let mut sums = [[simd.splat(F::ZERO); VECTORS]; ROWS];
         let mut index = 0;
         for run in self.keys.runs() {
-            let rows = run.rows(view, self.key_head);
-            let ahead = run.ahead(view);
+            let rows = run.rows(head);
+            let ahead = run.ahead(head);
             for key in 0..run.len() {
                 let row = KeyRow::<STRIDED, T>::new(rows.row(key), width);
                 row.prefetch(ahead, column, VECTORS * S::LANES * size_of::<T>());
@@ -136,8 +137,7 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
         let rows = first..first + ROWS;
         simd.vectorize(AddSums {
             simd,
-            view,
-            key_head: self.key_head,
+            head,
             keys: self.keys,
             weights: &self.weights[first * STRIDE..],
             factors: &self.factors[rows.clone()],
@@ -154,8 +154,7 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
 /// Adds the sums of some rows to their values. Compiled once for all numbers of rows and columns.
 struct AddSums<'k, 'v, F: Float, S: Simd<F>, T> {
     simd: S,
-    view: &'k HostView<'v, T>,
-    key_head: usize,
+    head: HeadView<'v, T>,
     keys: KeyRuns<'k>,
     weights: &'k [F],
     /// One for each row, as `totals` has.
@@ -175,21 +174,8 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, F, S, T> {
 
     #[inline(always)]
     fn run(self) {
-        let Self {
-            simd,
-            view,
-            key_head,
-            keys,
-            weights,
-            factors,
-            totals,
-            taken,
-            sums,
-            vectors,
-            column,
-            values,
-        } = self;
-        let width = view.shape()[3];
+        let Self { simd, head, keys, weights, factors, totals, taken, sums, vectors, column, values } = self;
+        let width = head.width();
         let zero = simd.splat(F::ZERO);
         for (row, (sums, (&factor, total))) in
             sums.chunks_exact(vectors).zip(factors.iter().zip(totals)).enumerate()
@@ -200,7 +186,7 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for AddSums<'_, '_, F, S, T> {
             if simd.reduce_sum(nothing) != F::ZERO && !total.is_nan() {
                 taken.mark(Path::DecodeValuesApart);
                 let weights = &weights[row * STRIDE..];
-                simd.vectorize(CarefulSums { simd, view, key_head, keys, column, weights, factor, to });
+                simd.vectorize(CarefulSums { simd, head, keys, column, weights, factor, to });
                 continue;
             }
             for (to, &sum) in to.chunks_exact_mut(S::LANES).zip(sums) {
@@ -223,8 +209,7 @@ fn scale_and_add<F: Float, S: Simd<F>>(simd: S, to: &mut [F], factor: F, sum: S:
 /// is summed as it always is. Rare, so compiled once for all numbers of rows and columns.
 struct CarefulSums<'v, 'r, F, S, T> {
     simd: S,
-    view: &'r HostView<'v, T>,
-    key_head: usize,
+    head: HeadView<'v, T>,
     keys: KeyRuns<'r>,
     /// The first column, which the values have, as they have those behind it.
     column: usize,
@@ -240,12 +225,12 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for CarefulSums<'_, '_, F, S, T> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { simd, view, key_head, keys, column, weights, factor, to } = self;
+        let Self { simd, head, keys, column, weights, factor, to } = self;
         let zero = simd.splat(F::ZERO);
-        assert!(column + to.len() <= view.shape()[3]);
+        assert!(column + to.len() <= head.width());
         for (vector, to) in to.chunks_exact_mut(S::LANES).enumerate() {
             let (mut sum, mut apart) = (zero, zero);
-            for (row, &weight) in keys.rows(view, key_head).zip(weights) {
+            for (row, &weight) in keys.rows(head).zip(weights) {
                 // SAFETY: the assert above checked that all columns of `to` from `column` on are inside a row
                 // of the values, and this vector is one of them.
                 let value = unsafe { load_row(simd, &row, column + vector * S::LANES) };
@@ -263,14 +248,13 @@ impl<F: Float, S: Simd<F>, T: Source> Kernel for CarefulSums<'_, '_, F, S, T> {
 /// The same for one column behind the last whole vector.
 #[inline(never)]
 fn careful_sum<F: Float, T: Source>(
-    view: &HostView<'_, T>,
-    key_head: usize,
+    head: HeadView<'_, T>,
     keys: KeyRuns<'_>,
     column: usize,
     weights: &[F],
 ) -> F {
     let (mut sum, mut apart) = (F::ZERO, F::ZERO);
-    for (row, &weight) in keys.rows(view, key_head).zip(weights) {
+    for (row, &weight) in keys.rows(head).zip(weights) {
         let value: F = row.at(column).widen();
         if value.is_finite() {
             sum += weight * value;

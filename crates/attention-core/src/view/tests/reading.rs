@@ -254,17 +254,20 @@ fn a_stretch_has_the_rows_of_a_head_one_behind_the_other() {
     let other = View::strided(&data, 16, [2, 5, 3, 2], [60, -4, 20, 2]).unwrap();
     for view in [dense.host::<f32>().unwrap(), other.host::<f32>().unwrap()] {
         for head in 0..3 {
-            let stretch = view.stretch([1, 2], 3, head);
+            let stretch = view.head(head).stretch([1, 2], 3);
             assert_eq!(stretch.rows(), 3);
             for row in 0..3 {
                 let (got, want) = (stretch.row(row), view.row(&[1, 2 + row, head]));
                 assert_eq!(got.iter().collect::<Vec<_>>(), want.iter().collect::<Vec<_>>());
             }
         }
-        assert_eq!(view.stretch([0, 5], 0, 0).rows(), 0);
-        for (first, rows, head) in [([2, 0], 1, 0), ([0, 3], 3, 0), ([0, 6], 0, 0), ([0, 0], 1, 3)] {
-            assert!(std::panic::catch_unwind(|| view.stretch(first, rows, head)).is_err());
+        assert_eq!(view.head(0).stretch([0, 5], 0).rows(), 0);
+        let head = view.head(2);
+        assert_eq!((head.width(), head.strides()), (view.shape()[3], [view.strides()[0], view.strides()[1]]));
+        for (first, rows) in [([2, 0], 1), ([0, 3], 3), ([0, 6], 0)] {
+            assert!(std::panic::catch_unwind(|| head.stretch(first, rows)).is_err());
         }
-        assert!(std::panic::catch_unwind(|| view.stretch([0, 0], 2, 0).row(2)).is_err());
+        assert!(std::panic::catch_unwind(|| head.stretch([0, 0], 2).row(2)).is_err());
+        assert!(std::panic::catch_unwind(|| view.head(3)).is_err());
     }
 }
