@@ -6,9 +6,9 @@ use crate::{Attention, IntoNumbers, IntoView};
 
 impl<'a> Attention<'a> {
     /// Queries, keys and values are packed: the sequences lie behind one another without padding, and
-    /// sequence `b` has the rows `offsets[b] .. offsets[b + 1]` of each tensor. `cu_seqlens_q` and
-    /// `cu_seqlens_k` of torch's `varlen_attn` and of `flash_attn_varlen_func`, where both are the same;
-    /// [`packed_queries`](Self::packed_queries) and [`packed_keys`](Self::packed_keys) take different ones.
+    /// sequence `b` has the rows `offsets[b] .. offsets[b + 1]` of each tensor. `cu_seq_q` and `cu_seq_k` of
+    /// torch's `varlen_attn`, `cu_seqlens_q` and `cu_seqlens_k` of `flash_attn_varlen_func`, where both are the
+    /// same; [`packed_queries`](Self::packed_queries) and [`packed_keys`](Self::packed_keys) take different ones.
     ///
     /// Every sequence means what it means alone: no row sees another sequence, and causal masking, windows,
     /// ALiBi, masks and biases count from the start of the sequence.
@@ -62,8 +62,8 @@ impl<'a> Attention<'a> {
     }
 
     /// Queries are packed, as for [`packed`](Self::packed), and keys lie as another method says: packed with
-    /// offsets of their own ([`packed_keys`](Self::packed_keys)), in pages ([`paged`](Self::paged)), or `[B,
-    /// S, K, H]` with [`key_value_lengths`](Self::key_value_lengths), as in a cache. `cu_seqlens_q` of other
+    /// offsets of their own ([`packed_keys`](Self::packed_keys)), in pages ([`paged`](Self::paged)), or dense
+    /// with [`key_value_lengths`](Self::key_value_lengths), as in a cache. `cu_seqlens_q` of other
     /// libraries.
     pub fn packed_queries(mut self, offsets: impl IntoNumbers<'a>) -> Self {
         if let Some(offsets) = self.unbroken(Role::QueryStarts, offsets.into_numbers()) {

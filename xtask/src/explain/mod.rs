@@ -1,6 +1,7 @@
 //! `cargo xtask explain`: what a call would run on, and why nothing else would; without data, and for devices
 //! that need not be there.
 
+mod layout;
 mod target;
 
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use attention_core::{
 use clap::Parser;
 
 use crate::backends::{parse_bytes, parse_dtype, parse_pass};
+use layout::{Packed, Rows};
 use target::Where;
 
 /// Prints what a call would run on and why: every backend, chosen or refused; for devices that need not be
@@ -36,6 +38,20 @@ pub(crate) struct Arguments {
     /// How query, key, value and output lie in memory: btnh or bnth
     #[arg(long, default_value = "btnh", value_parser = ["btnh", "bnth"])]
     layout: String,
+    /// Sequences are packed, B of up to T query rows and S keys: queries and keys, or queries alone (--packed=queries, and
+    /// beside --page-size)
+    #[arg(
+        long,
+        value_parser = parse_packed,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        value_name = "all|queries"
+    )]
+    packed: Option<Packed>,
+    /// Keys and values are in pages of this many tokens, with a table of as many as S takes
+    #[arg(long, value_parser = parse_page_size, value_name = "TOKENS")]
+    page_size: Option<usize>,
     /// Masks keys after the position of the row
     #[arg(long)]
     causal: bool,
@@ -93,7 +109,7 @@ pub(crate) struct Arguments {
     /// The gradients of a backward call; those of query, key and value by default
     #[arg(long, value_delimiter = ',', value_parser = parse_gradient, value_name = "dq,dk,dv,dbias,dsinks")]
     gradients: Vec<Gradients>,
-    /// Lengths and offsets by batch row are in the memory of the device, which does not tell the host
+    /// Lengths, offsets by batch row, and where sequences are, are in the memory of the device, which does not tell the host
     #[arg(long)]
     numbers_on_device: bool,
     /// Asks for bitwise reproducible results
@@ -144,6 +160,19 @@ fn parse_axes(text: &str) -> Result<Axes, String> {
     });
     let full = full.collect::<Result<Vec<bool>, String>>()?;
     if full.is_empty() { Err(wrong()) } else { Ok(Axes(full)) }
+}
+
+fn parse_packed(text: &str) -> Result<Packed, String> {
+    match text {
+        "all" => Ok(Packed::All),
+        "queries" => Ok(Packed::Queries),
+        _ => Err(format!("'{text}' cannot be packed; expected all or queries")),
+    }
+}
+
+fn parse_page_size(text: &str) -> Result<usize, String> {
+    let size = text.parse().ok().filter(|&size| size > 0);
+    size.ok_or_else(|| format!("'{text}' is no page size; expected a number of tokens from 1"))
 }
 
 fn parse_offset(text: &str) -> Result<QueryOffset, String> {
@@ -247,12 +276,14 @@ fn problem(arguments: &Arguments) -> Result<Problem, InvalidCall> {
     let (dims, dtype) = (arguments.shape, arguments.dtype);
     let heads_first = arguments.layout == "bnth";
     let placed = |desc: TensorDesc| if heads_first { bnth(&desc) } else { desc };
-    let operand =
-        |length, heads, width| placed(TensorDesc::contiguous(dtype, [dims.batch, length, heads, width]));
+    let operand = |[outer, inner]: [usize; 2], heads, width| {
+        placed(TensorDesc::contiguous(dtype, [outer, inner, heads, width]))
+    };
+    let rows = Rows::new(&dims, arguments.packed, arguments.page_size, &arguments.key_lengths)?;
     let mut builder = Problem::builder(
-        operand(dims.query_length, dims.query_heads, dims.head_dim),
-        operand(dims.key_length, dims.key_heads, dims.head_dim),
-        operand(dims.key_length, dims.key_heads, dims.value_head_dim),
+        operand(rows.queries, dims.query_heads, dims.head_dim),
+        operand(rows.keys, dims.key_heads, dims.head_dim),
+        operand(rows.keys, dims.key_heads, dims.value_head_dim),
     )
     .device(arguments.device.device())
     .causal(arguments.causal)
@@ -271,8 +302,10 @@ fn problem(arguments: &Arguments) -> Result<Problem, InvalidCall> {
     if arguments.sinks {
         builder = builder.sinks(TensorDesc::contiguous(DType::F32, [dims.query_heads]));
     }
-    let data = numbers(arguments)?;
+    let data = rows.place(numbers(arguments)?)?;
     builder = builder.data(&data);
+    let (longest_query, longest_key) = rows.longest(&dims);
+    builder = builder.longest(longest_query, longest_key);
     builder = match arguments.pass {
         Pass::Forward => builder.lse(arguments.lse),
         Pass::Backward => {
@@ -287,7 +320,7 @@ fn problem(arguments: &Arguments) -> Result<Problem, InvalidCall> {
         return Ok(problem);
     }
     let on_device = |builder: ProblemBuilder, role| builder.in_host_memory(role, false);
-    Role::DATA.into_iter().fold(problem.to_builder(), on_device).build()
+    Role::DATA.into_iter().chain(Role::SEQUENCES).fold(problem.to_builder(), on_device).build()
 }
 
 /// The numbers of the call, in host memory.
@@ -384,6 +417,49 @@ mod tests {
     }
 
     #[test]
+    fn sequences_reach_the_problem() {
+        let sequences = |line: &str| {
+            let problem = problem(&parsed(line)).unwrap();
+            let shape = |role: Role| problem.tensor(role).map(|desc| desc.shape().to_vec());
+            let of = [Role::Query, Role::Key, Role::QueryStarts, Role::BlockTable].map(shape);
+            (problem.to_string(), of)
+        };
+        let shape = "--shape 3,5,8,4,2,16";
+        let (text, [query, key, starts, table]) = sequences(&format!("{shape} --packed --causal"));
+        assert_eq!(
+            text,
+            "forward f32 B3 T5 S8 N4 K2 H16 on cpu, grouped heads, causal, packed queries, packed keys and values"
+        );
+        assert_eq!((query, key), (Some(vec![1, 15, 4, 16]), Some(vec![1, 24, 2, 16])));
+        assert_eq!((starts, table), (Some(vec![4]), None));
+        // Three pages of 3 for 8 keys.
+        let (text, [query, key, starts, table]) = sequences(&format!("{shape} --packed --page-size 3"));
+        assert!(text.contains("T5 S8") && text.contains("packed queries, paged keys"), "{text}");
+        assert_eq!((query, key), (Some(vec![1, 15, 4, 16]), Some(vec![9, 3, 2, 16])));
+        assert_eq!((starts, table), (Some(vec![4]), Some(vec![3, 3])));
+        let (text, [query, ..]) =
+            sequences(&format!("{shape} --page-size 4 --key-lengths 8,0,1 --layout bnth"));
+        assert!(text.contains("paged keys") && !text.contains("packed"), "{text}");
+        assert_eq!(query, Some(vec![3, 5, 4, 16]));
+        let (text, [_, key, ..]) = sequences(&format!("{shape} --packed=queries --key-lengths 8,0,1"));
+        assert!(text.contains("packed queries") && !text.contains("packed keys"), "{text}");
+        assert_eq!(key, Some(vec![3, 8, 2, 16]));
+        let device =
+            format!("{shape} --packed --page-size 4 --dtype bf16 --device h200@9.19 --numbers-on-device");
+        let device = problem(&parsed(&device)).unwrap();
+        assert_eq!(device.device_of(Role::BlockTable), device.device());
+        for (line, what) in [
+            ("--packed=queries", "packed queries with dense keys need key/value lengths"),
+            ("--page-size 4 --pass backward", "keys in pages have no backward pass"),
+            ("--page-size 4 --key-lengths 8,0,9", "sequence 2 has room for 8 keys"),
+            ("--packed --query-lengths 1,1,1", "packed queries have no query lengths"),
+        ] {
+            let error = problem(&parsed(&format!("{shape} {line}"))).unwrap_err().to_string();
+            assert!(error.contains(what), "{line}: {error}");
+        }
+    }
+
+    #[test]
     fn assumed_devices_answer_as_if_they_were_there() {
         let shape = "--shape 2,1024,1024,16,16,128";
         assert_eq!(chosen(shape).as_deref(), Some("chunked"));
@@ -466,6 +542,8 @@ mod tests {
             ("--mask T", "'T' names no axes"),
             ("--mask ", "names no axes"),
             ("--offset left", "'left' is no offset"),
+            ("--packed=keys", "'keys' cannot be packed; expected all or queries"),
+            ("--page-size 0", "'0' is no page size; expected a number of tokens from 1"),
             ("--window 5", "'5' is no window"),
             ("--gradients dx", "unknown gradient 'dx'; known are dq, dk, dv, dbias, dsinks"),
             ("--numerics F16", "unknown numerics class 'F16'"),

@@ -2,9 +2,9 @@
 
 use attention::arrays::Operand;
 use attention::{Error, IntoView, InvalidCall, Tensor};
-use ndarray::{Array, Array3, Array4, Array5, ArrayView4, Axis, Dimension, Ix4, s};
+use ndarray::{Array, Array3, Array4, Array5, ArrayView4, Axis, Dimension, Ix3, Ix4, arr1, arr2, s};
 
-use crate::support::attention;
+use crate::support::{attention, served};
 
 /// Numbers that differ.
 fn numbers(shape: (usize, usize, usize, usize)) -> Array4<f64> {
@@ -130,4 +130,38 @@ fn empty_arrays_are_inputs() {
     let operand = Operand::from(&none);
     let out: Array4<f32> = attention().forward(&operand, &operand, &operand).unwrap().into_array().unwrap();
     assert_eq!(out.dim(), (0, 3, 2, 4));
+}
+
+/// Packed tokens, offsets, pages and tables as arrays, of any strides and of each integer dtype.
+#[test]
+fn sequences_are_arrays() {
+    // Stored [N, total, H].
+    let stored = Array3::from_shape_fn((2, 7, 4), |(n, t, h)| ((t * 31 + n * 17 + h * 7) % 13) as f32 / 13.0);
+    let x = Operand::from(stored.view().permuted_axes([1, 0, 2]));
+    assert!(!x.is_copied());
+    let want = served().packed([0, 3, 7]).causal(true).forward(&x, &x, &x).unwrap();
+    let (narrow, wide) = (arr1(&[0i32, 3, 7]), arr1(&[0usize, 3, 7]));
+    for offsets in [Operand::from(&narrow), Operand::from(&wide)] {
+        let call = served().packed(&offsets).causal(true);
+        assert_eq!(call.forward(&x, &x, &x).unwrap(), want);
+        let mut out = Array3::<f32>::zeros((7, 2, 4));
+        call.forward_into_array(&x, &x, &x, out.view_mut()).unwrap();
+        assert_eq!(out, want.clone().into_array::<f32, Ix3>().unwrap());
+    }
+
+    // The same keys in pages of 3, of which the table has the last column first.
+    let mut pages = Array4::<f32>::from_elem((5, 3, 2, 4), f32::NAN);
+    let (table, lengths) = (arr2(&[[-1i64, -1, 4], [2, 0, 1]]), arr1(&[3u32, 4]));
+    for (row, [page, slot]) in
+        [[4, 0], [4, 1], [4, 2], [1, 0], [1, 1], [1, 2], [0, 0]].into_iter().enumerate()
+    {
+        for (n, h) in (0..2).flat_map(|n| (0..4).map(move |h| (n, h))) {
+            pages[[page, slot, n, h]] = stored[[n, row, h]];
+        }
+    }
+    let (pages, lengths) = (Operand::from(&pages), Operand::from(&lengths));
+    let reversed = Operand::from(table.slice(s![.., ..;-1]));
+    assert!(!reversed.is_copied());
+    let call = served().packed_queries([0, 3, 7]).paged(&reversed, &lengths).causal(true);
+    assert_eq!(call.forward(&x, &pages, &pages).unwrap(), want);
 }

@@ -7,7 +7,7 @@ use dlpark::ffi::{DLManagedTensor, DLManagedTensorVersioned};
 use dlpark::{DlpackFlags, Managed, TryFromDlpack};
 use ndarray::{Array4, ArrayViewD};
 
-use crate::support::attention;
+use crate::support::{attention, served};
 
 fn numbers() -> Array4<f32> {
     Array4::from_shape_fn((1, 4, 2, 8), |(_, t, n, h)| ((t * 31 + n * 17 + h * 7) % 13) as f32 / 13.0 - 0.4)
@@ -131,6 +131,37 @@ fn integers_of_other_libraries_are_lengths() {
         assert!(text.starts_with("invalid call: mask has dtype") && text.contains("expected bool"), "{text}");
         assert!(text.contains("numbers that say 1 or 0 are compared with 0 first"), "{text}");
     }
+}
+
+/// Offsets, tables and lengths as torch has them: integers of 32 bits beside packed tokens and pages.
+#[test]
+fn sequences_of_other_libraries_are_packed_and_paged() {
+    fn import(tensor: Tensor) -> Import {
+        // SAFETY: the pointer is that of a managed tensor that was just made, and is handed over once.
+        unsafe { Import::from_versioned(Export::from(tensor).into_versioned()) }.unwrap()
+    }
+    let data: Vec<f32> = numbers().iter().copied().collect();
+    let x = import(Tensor::from_vec(data.clone(), [4, 2, 8]).unwrap());
+    let x = x.view().unwrap();
+    let offsets = import(Tensor::from_vec(vec![0i32, 1, 4], [3]).unwrap());
+    let want = served().packed([0, 1, 4]).causal(true).forward(x, x, x).unwrap();
+    let call = served().packed(offsets.view().unwrap()).causal(true);
+    assert_eq!(call.forward(x, x, x).unwrap(), want);
+
+    // Pages of 2: the first row in page 2, the others in pages 1 and 0.
+    let mut pages = vec![f32::NAN; 3 * 2 * 16];
+    for (row, place) in [4, 2, 3, 0].into_iter().enumerate() {
+        pages[place * 16..][..16].copy_from_slice(&data[row * 16..][..16]);
+    }
+    let pages = import(Tensor::from_vec(pages, [3, 2, 2, 8]).unwrap());
+    let (table, lengths) = (
+        import(Tensor::from_vec(vec![2i32, -1, 1, 0], [2, 2]).unwrap()),
+        import(Tensor::from_vec(vec![1i32, 3], [2]).unwrap()),
+    );
+    let call = served().packed_queries(offsets.view().unwrap()).causal(true);
+    let call = call.paged(table.view().unwrap(), lengths.view().unwrap());
+    let pages = pages.view().unwrap();
+    assert_eq!(call.forward(x, pages, pages).unwrap(), want);
 }
 
 #[test]

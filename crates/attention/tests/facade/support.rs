@@ -427,6 +427,12 @@ pub(crate) fn attention<'a>() -> attention::Attention<'a> {
     call.registry(&registry([Toy::new("toy").arc()]))
 }
 
+/// A call on what this build has for host memory, and on the naive backend for what that does not serve.
+#[cfg(any(feature = "ndarray", feature = "dlpack"))]
+pub(crate) fn served<'a>() -> attention::Attention<'a> {
+    attention::Attention::new().registry(&Registry::default().with(Toy::new("toy").arc()))
+}
+
 /// Numbers between -1 and 1 that look random and are the same every time.
 pub(crate) fn numbers(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
