@@ -108,6 +108,10 @@ impl Options {
             dropout: _,
         } = self;
         let builder = builder.causal(*causal).window(*window).deterministic(*deterministic);
+        // Mostly there is none, and a builder is large.
+        if longest_query.is_none() && longest_key.is_none() {
+            return builder;
+        }
         builder.longest(*longest_query, *longest_key)
     }
 }

@@ -1,6 +1,6 @@
 //! A cache whose sequences share the pages of a pool.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use attention_core::View;
 
@@ -145,7 +145,7 @@ impl<M: CacheMemory> PagedKvCache<M> {
     /// # Errors
     /// As that append: [`CacheError::Freed`], [`CacheError::OtherCache`], [`CacheError::Twice`],
     /// [`CacheError::TooLong`]; and [`CacheError::Count`] for another number of counts than of sequences.
-    pub fn pages_for(&mut self, sequences: &[Sequence], tokens: &[usize]) -> Result<usize, CacheError> {
+    pub fn pages_for(&self, sequences: &[Sequence], tokens: &[usize]) -> Result<usize, CacheError> {
         if sequences.len() != tokens.len() {
             let (sequences, what, given) = (sequences.len(), "numbers of tokens", tokens.len());
             return Err(CacheError::Count { sequences, what, given });
@@ -180,15 +180,15 @@ impl<M: CacheMemory> PagedKvCache<M> {
     }
 
     /// How many pages an append takes.
-    fn step(&mut self, parts: &[Part]) -> Result<Step, CacheError> {
+    fn step(&self, parts: &[Part]) -> Result<Step, CacheError> {
         let PoolShape { page_size, longest, .. } = self.shape;
         let mut step = Step { pages: Vec::with_capacity(parts.len()), ..Step::default() };
         // How many sequences of this append have given a page up for a copy of it.
         let mut given_up: HashMap<i32, usize> = HashMap::new();
-        let append = self.sequences.stamp();
+        let mut given = HashSet::with_capacity(parts.len());
         for (index, &Part { sequence, count, .. }) in parts.iter().enumerate() {
-            let state = self.sequences.get_mut(sequence)?;
-            if std::mem::replace(&mut state.append, append) == append {
+            let state = self.sequences.get(sequence)?;
+            if !given.insert(sequence) {
                 return Err(CacheError::Twice { sequence });
             }
             let length = state.length;

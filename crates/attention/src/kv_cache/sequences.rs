@@ -14,8 +14,6 @@ pub(super) struct State {
     /// Changes with every change of `pages` but one that adds some at the end; no two sequences have the
     /// same.
     pub(super) stamp: u64,
-    /// The last append that the sequence was given to.
-    pub(super) append: u64,
 }
 
 /// The sequences of a cache.
@@ -62,7 +60,7 @@ impl Sequences {
 
     /// A sequence of these pages.
     pub(super) fn add(&mut self, length: usize, pages: Vec<i32>) -> Sequence {
-        let state = Some(State { length, pages, stamp: self.stamp(), append: 0 });
+        let state = Some(State { length, pages, stamp: self.stamp() });
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot { generation: 0, state: None });
             self.slots.len() - 1
