@@ -53,7 +53,7 @@ if [[ -n ${DEVICE_TESTS:-} && $only != suite && $only != speed ]]; then
 fi
 
 families="layout values random position pair tile large bias mask groups small lengths head-dim value-head-dim end-to-end dropout
-    results scale softcap alibi sinks magnitude bits choices"
+    results scale softcap alibi sinks magnitude bits choices packed paged"
 {
     for family in $families; do
         for pass in backward forward; do
@@ -85,7 +85,8 @@ families="layout values random position pair tile large bias mask groups small l
     done
     if [[ -n $candle_tests ]]; then
         echo candle_others
-        for family in $families; do
+        # Packed and paged sequences have no tensors of candle's.
+        for family in ${families% packed*}; do
             echo "candle heads_before_the_sequence $family/"
             echo "candle the_sequence_before_heads $family/"
         done

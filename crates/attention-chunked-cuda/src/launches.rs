@@ -75,11 +75,14 @@ fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str, layout: La
         (_, true) => " in tf32 parts",
         _ => "",
     };
-    match layout {
-        Layout::Dense => format!("{name} {dtype}{tile}, {warps} warps{by}{more}"),
-        Layout::Packed => format!("{name} {dtype}, packed{by}{more}"),
-        Layout::Paged => format!("{name} {dtype}, paged{by}{more}"),
-    }
+    let rows = match layout {
+        Layout::Dense => return format!("{name} {dtype}{tile}, {warps} warps{by}{more}"),
+        Layout::Packed => "packed",
+        Layout::Paged => "paged",
+    };
+    // Which gradients a kernel gives is apart from where rows lie, too.
+    let more = if more == ONE_GRADIENT { "" } else { more };
+    format!("{name} {dtype}, {rows}{by}{more}")
 }
 
 /// Of a forward kernel with split keys, whose partial results another kernel merges.

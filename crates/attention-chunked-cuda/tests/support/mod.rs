@@ -39,10 +39,10 @@ pub(crate) fn graph_of(device: &CudaDevice, work: impl FnOnce() -> Result) -> Re
 
 /// Bytes before and behind a tensor that nobody may write, and what they and outputs hold before a call: NaN.
 const GUARD: usize = 4096;
-const POISON: u8 = 0xff;
+pub(crate) const POISON: u8 = 0xff;
 
 /// A tensor without gaps between guards.
-struct Guarded {
+pub(crate) struct Guarded {
     device: CudaDevice,
     memory: DeviceTensor,
     desc: TensorDesc,
@@ -53,7 +53,7 @@ struct Guarded {
 
 impl Guarded {
     /// A tensor, which is `bytes` in memory from its lowest to its highest element.
-    fn new(device: &CudaDevice, desc: TensorDesc, bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn new(device: &CudaDevice, desc: TensorDesc, bytes: &[u8]) -> Result<Self> {
         let (low, _) = desc.span().unwrap_or((0, -1));
         let room = TensorDesc::contiguous(DType::Bool, [bytes.len() + 2 * GUARD]);
         let memory = DeviceTensor::filled(device, room, POISON)?;
@@ -63,7 +63,7 @@ impl Guarded {
         Ok(tensor)
     }
 
-    fn put(&mut self, bytes: &[u8]) -> Result {
+    pub(crate) fn put(&mut self, bytes: &[u8]) -> Result {
         assert_eq!(bytes.len(), self.bytes, "the same tensor");
         let guard = [POISON; GUARD];
         let all = [&guard[..], bytes, &guard].concat();
@@ -71,25 +71,25 @@ impl Guarded {
         Ok(())
     }
 
-    fn poison(&mut self) -> Result {
+    pub(crate) fn poison(&mut self) -> Result {
         self.put(&vec![POISON; self.bytes])
     }
 
-    fn view(&self) -> Result<View<'_>> {
+    pub(crate) fn view(&self) -> Result<View<'_>> {
         let pointer = self.memory.view()?.as_ptr().wrapping_add(GUARD + self.origin);
         // SAFETY: the elements are inside the memory, between its guards. This value owns the memory, which
         // was written when it was made, and the view borrows it.
         Ok(unsafe { View::from_raw_parts(pointer, self.device.device(), self.desc) }?)
     }
 
-    fn view_mut(&mut self) -> Result<ViewMut<'_>> {
+    pub(crate) fn view_mut(&mut self) -> Result<ViewMut<'_>> {
         let pointer = self.memory.view_mut()?.as_mut_ptr().wrapping_add(GUARD + self.origin);
         // SAFETY: the elements are inside the memory, between its guards. This value owns the memory, which
         // was written when it was made, and the view borrows it exclusively.
         Ok(unsafe { ViewMut::from_raw_parts(pointer, self.device.device(), self.desc) }?)
     }
 
-    fn scratch(&mut self) -> Result<Scratch<'_>> {
+    pub(crate) fn scratch(&mut self) -> Result<Scratch<'_>> {
         let pointer = self.memory.view_mut()?.as_mut_ptr().wrapping_add(GUARD);
         // SAFETY: the memory has `bytes` bytes between its guards. This value owns it, and the scratch
         // borrows it exclusively.
@@ -97,7 +97,7 @@ impl Guarded {
     }
 
     /// Copies the tensor's bytes to the host once the work on the stream is done, and checks the guards.
-    fn contents(&self) -> Result<Vec<u8>> {
+    pub(crate) fn contents(&self) -> Result<Vec<u8>> {
         let all = self.memory.bytes()?;
         let inside = GUARD..GUARD + self.bytes;
         let written = (all.iter().enumerate()).find(|(at, byte)| !inside.contains(at) && **byte != POISON);
@@ -133,7 +133,7 @@ impl Sizes {
 }
 
 /// Numbers in [-1, 1), the same at every run, as bytes of this dtype.
-fn noise(dtype: DType, seed: u64, count: usize) -> Vec<u8> {
+pub(crate) fn noise(dtype: DType, seed: u64, count: usize) -> Vec<u8> {
     let number = |index: usize| {
         let word = philox4x32_10([index as u32, 0, 0, 0], [seed as u32, 5])[0];
         f64::from(word) / f64::from(1u32 << 31) - 1.0
@@ -288,6 +288,13 @@ impl Step {
         self.poison()
     }
 
+    /// Takes these bytes as query, key, value, and the incoming gradient of the output.
+    pub(crate) fn take(&mut self, data: [Vec<u8>; 4]) -> Result {
+        self.data = data;
+        self.restore()?;
+        self.poison()
+    }
+
     /// Fills the keys and values behind these lengths with NaN.
     pub(crate) fn poison_keys_behind(&mut self, lengths: &[i64]) -> Result {
         let of_key = self.sizes.key_heads * self.sizes.width * self.dtype.size();
@@ -325,11 +332,15 @@ pub(crate) struct Integers {
     pub(crate) query_offset: QueryOffset,
     /// The rate, the seed and the offset of a dropout.
     pub(crate) dropout: Option<(f64, i64, i64)>,
+    pub(crate) query_starts: Option<Vec<i64>>,
+    pub(crate) key_value_starts: Option<Vec<i64>>,
+    /// Row by row, one for each key/value length.
+    pub(crate) block_table: Option<Vec<i64>>,
 }
 
 impl Integers {
-    /// In the order of `Role::DATA`.
-    fn tensors(&self) -> [Option<Vec<i64>>; 5] {
+    /// In the order of `Role::DATA` and `Role::SEQUENCES`.
+    fn tensors(&self) -> [Option<Vec<i64>>; 8] {
         let one = |number: fn((f64, i64, i64)) -> i64| self.dropout.map(|dropout| vec![number(dropout)]);
         [
             self.query_lengths.clone(),
@@ -337,6 +348,9 @@ impl Integers {
             self.query_offsets.clone(),
             one(|(_, seed, _)| seed),
             one(|(_, _, offset)| offset),
+            self.query_starts.clone(),
+            self.key_value_starts.clone(),
+            self.block_table.clone(),
         ]
     }
 
@@ -352,13 +366,18 @@ impl Integers {
     }
 }
 
+/// The last of the tensors of numbers, which has two axes.
+const BLOCK_TABLE: usize = 7;
+
 /// Numbers in their place.
 pub(crate) struct Placed {
     place: Place,
     query_offset: QueryOffset,
     rate: Option<f64>,
-    on_host: [Option<Vec<i64>>; 5],
-    on_device: [Option<Guarded>; 5],
+    on_host: [Option<Vec<i64>>; 8],
+    on_device: [Option<Guarded>; 8],
+    /// Entries of the block table for each sequence.
+    most_pages: usize,
 }
 
 /// The bytes of a tensor of one axis from its lowest to its highest element. What lies between is no number
@@ -388,14 +407,26 @@ impl Placed {
             rate,
             on_host: Default::default(),
             on_device: Default::default(),
+            most_pages: integers
+                .block_table
+                .as_ref()
+                .map_or(0, |table| table.len() / integers.key_value_lengths.as_ref().map_or(1, Vec::len)),
         };
         match place {
             Place::Host => placed.on_host = integers.tensors(),
             Place::Device(dtype, stride) => {
-                for (tensor, numbers) in placed.on_device.iter_mut().zip(integers.tensors()) {
+                let most_pages = placed.most_pages;
+                for ((index, tensor), numbers) in
+                    placed.on_device.iter_mut().enumerate().zip(integers.tensors())
+                {
                     let Some(numbers) = numbers else { continue };
-                    let desc = TensorDesc::strided(dtype, [numbers.len()], Strides::from([stride]))
-                        .ok_or("too large")?;
+                    let desc = if index == BLOCK_TABLE {
+                        let shape = [numbers.len() / most_pages, most_pages];
+                        TensorDesc::strided(dtype, shape, [stride * most_pages.cast_signed(), stride])
+                    } else {
+                        TensorDesc::strided(dtype, [numbers.len()], Strides::from([stride]))
+                    };
+                    let desc = desc.ok_or("too large")?;
                     *tensor = Some(Guarded::new(device, desc, &encoded(dtype, stride, &numbers))?);
                 }
             }
@@ -424,6 +455,10 @@ impl Placed {
     pub(crate) fn data(&self) -> Result<CallData<'_>> {
         let view = |index: usize| -> Result<Option<View<'_>>> {
             match (&self.on_host[index], &self.on_device[index]) {
+                (Some(numbers), _) if index == BLOCK_TABLE => {
+                    let shape = [numbers.len() / self.most_pages, self.most_pages];
+                    Ok(Some(View::from_slice(numbers, shape)?))
+                }
                 (Some(numbers), _) => Ok(Some(View::from_slice(numbers, [numbers.len()])?)),
                 (None, Some(tensor)) => Ok(Some(tensor.view()?)),
                 (None, None) => Ok(None),
@@ -438,6 +473,9 @@ impl Placed {
             dropout: self.rate.map(|rate| Dropout::new(rate, 99)),
             dropout_seed: view(3)?,
             dropout_offset: view(4)?,
+            query_starts: view(5)?,
+            key_value_starts: view(6)?,
+            block_table: view(BLOCK_TABLE)?,
             ..CallData::default()
         })
     }
