@@ -69,3 +69,50 @@ impl Rows {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Rows;
+
+    /// `tile_of_packed` of `fused/sequence.cuh`: the sequence of a slot, and which of its tiles.
+    fn tile_of_slot(starts: &[usize], slot: usize, height: usize, shared: usize) -> (usize, usize) {
+        let first = |batch: usize| starts[batch] * shared / height + batch;
+        let (mut low, mut high) = (0, starts.len() - 1);
+        while low < high {
+            let middle = low + (high - low).div_ceil(2);
+            if first(middle) <= slot { low = middle } else { high = middle - 1 }
+        }
+        (low, slot - first(low))
+    }
+
+    /// Every tile of every sequence, and of the rows behind the last one, is that of one slot.
+    #[test]
+    fn slots_have_all_tiles_of_packed_rows() {
+        let lengths: [&[usize]; 8] =
+            [&[], &[0], &[1], &[64, 0, 0, 1], &[63, 65, 64, 129], &[1; 40], &[0, 0, 500, 0], &[7, 300, 2]];
+        for lengths in lengths {
+            let mut starts = vec![0];
+            lengths.iter().for_each(|length| starts.push(starts[starts.len() - 1] + length));
+            for (spare, height, shared) in
+                [0, 1, 130].into_iter().flat_map(|spare| [(spare, 16, 1), (spare, 64, 8), (spare, 192, 3)])
+            {
+                let total = starts[starts.len() - 1] + spare;
+                let rows = Rows { batch: lengths.len(), most: total, packed: Some(total) };
+                let slots = rows.tiles(height, shared);
+                assert_eq!(slots == 0, total == 0);
+                let mut seen: Vec<_> =
+                    (0..slots).map(|slot| tile_of_slot(&starts, slot, height, shared)).collect();
+                let count = seen.len();
+                seen.sort_unstable();
+                seen.dedup();
+                assert_eq!(seen.len(), count, "a tile in two slots");
+                for (batch, &length) in lengths.iter().chain([&spare]).enumerate() {
+                    for tile in 0..(length * shared).div_ceil(height) {
+                        assert!(seen.contains(&(batch, tile)), "{lengths:?}, {spare}: {batch}, {tile}");
+                    }
+                }
+                assert!(rows.typical_tiles(height, shared) <= slots);
+            }
+        }
+    }
+}

@@ -470,3 +470,31 @@ fn memory_of_another_device_is_refused() {
     let error = backend.supports(&problem).unwrap_err().to_string();
     assert!(error.contains("cuda:1"), "{error}");
 }
+
+/// Packed rows take grids and scratch for the rows that there are, whatever the longest sequence may be.
+#[test]
+fn packed_rows_are_counted_once() {
+    use attention_kernels::Layout;
+
+    let tokens = |rows: usize, heads: usize| TensorDesc::contiguous(DType::Bf16, [rows, heads, 64]);
+    let packed = |sequences: usize, rows: usize| {
+        let builder = Problem::builder(tokens(rows, 4), tokens(rows, 4), tokens(rows, 4));
+        builder
+            .device(Device::Cuda(0))
+            .packed_queries(sequences, DType::I32)
+            .packed_keys(sequences, DType::I32)
+    };
+    let launches = |builder: ProblemBuilder| {
+        let plan = Launches::of(&builder.gradients(Gradients::QKV).build().unwrap(), HOPPER).unwrap();
+        assert_eq!(plan.layout, Layout::Packed);
+        let blocks: Vec<u32> = plan.kernels.iter().map(|kernel| kernel.blocks).collect();
+        (plan.scratch_bytes(), blocks)
+    };
+    let (few, many) = (launches(packed(1, 4096)), launches(packed(64, 4096)));
+    // One number per sequence and head more, and one slot for each sequence.
+    assert_eq!(many.0 - few.0, 63 * 4 * 4);
+    assert!(many.1.iter().zip(&few.1).all(|(many, few)| many - few <= 63 * 4), "{many:?}, {few:?}");
+    assert_eq!(launches(packed(64, 4096).longest(100, 100)), many);
+    // Neither rows nor keys: nothing is launched that has nothing to write.
+    assert_eq!(launches(packed(3, 0)).1, [0u32; 0]);
+}

@@ -83,3 +83,27 @@ fn numbers_that_are_alike_are_not_stored() {
     assert_eq!(StoredNumbers::of(&problem).bytes(), Some(800));
     assert!(StoredNumbers::of(&problem).launches(&call, 0).is_empty());
 }
+
+#[test]
+fn starts_and_the_entries_that_keys_need_are_stored() {
+    let (starts, lengths) = ([0i64, 2, 2, 5], [5i32, 0, 8]);
+    let table = [1i32, 3, -1, -1, -1, -1, 0, 2, -1];
+    let query = TensorDesc::contiguous(DType::F16, [7, 4, 16]);
+    let pages = TensorDesc::contiguous(DType::F16, [4, 4, 2, 16]);
+    let data = CallData {
+        query_starts: Some(View::from_slice(&starts, [4]).unwrap()),
+        key_value_lengths: Some(View::from_slice(&lengths, [3]).unwrap()),
+        block_table: Some(View::from_slice(&table, [3, 3]).unwrap()),
+        ..CallData::default()
+    };
+    let problem = Problem::builder(query, pages, pages).device(Device::Cuda(0)).data(&data).build().unwrap();
+    let call = CallProblem::new(&problem, &data).unwrap();
+    let stored = StoredNumbers::of(&problem);
+    assert_eq!(stored.bytes(), Some((4 + 9) * 8));
+    let places: Vec<(Role, u64)> = stored.places(64).collect();
+    assert_eq!(places, [(Role::QueryStarts, 64), (Role::BlockTable, 64 + 32)]);
+    let launches = stored.launches(&call, 64);
+    let numbers = &launches[0].numbers[..launches[0].count as usize];
+    assert_eq!(numbers, [0, 2, 2, 5, 1, 3, 0, 0, 0, 0, 0, 2, 0]);
+    assert_eq!(launches.len(), 1);
+}

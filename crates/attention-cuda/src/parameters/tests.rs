@@ -107,7 +107,7 @@ fn structs_are_laid_out_as_in_the_kernels() {
 #[test]
 fn numbers_are_integers_of_their_roles() {
     let text = text();
-    for role in Role::DATA {
+    for role in Role::DATA.into_iter().chain(Role::SEQUENCES) {
         assert!(text.contains(&field_of_number(role)), "{role}");
     }
     // The roles with tensors come first, in the order of the array.
@@ -308,4 +308,91 @@ fn numbers_in_device_memory_are_found_by_their_role() {
     assert_eq!((p.rows_vary, p.has_lengths, p.most_offset), (1, 0, OffsetRange::NEAR));
     // No tensor lost the bit that says that its rows are aligned.
     assert_eq!(p.aligned & 7, 7);
+}
+
+/// The first row and the number of rows of a sequence among packed rows, as `place_packed` of the kernels has
+/// them.
+fn placed(starts: &[i64], rows: i64, batch: usize) -> (i64, i64) {
+    let start = |index: usize| starts[index].clamp(0, rows);
+    (start(batch), (start(batch + 1) - start(batch)).max(0))
+}
+
+/// `place_rows` of the kernels says what the call says, and starts out of their bounds stay inside the tensor.
+#[test]
+fn rows_of_packed_sequences_are_where_the_call_has_them() {
+    let (queries, keys, used) = ([0i64, 2, 2, 6], [0i64, 5, 8, 9], [2i64, 3, 0]);
+    let tokens = |rows, heads| TensorDesc::contiguous(DType::F32, [rows, heads, 8]);
+    let starts = |numbers: &'static [i64; 4]| Some(View::from_slice(numbers, [4]).unwrap());
+    let (query_starts, key_value_starts) = (starts(&[0, 2, 2, 6]), starts(&[0, 5, 8, 9]));
+    for has_lengths in [false, true] {
+        let data = CallData {
+            query_starts,
+            key_value_starts,
+            key_value_lengths: has_lengths.then(|| View::from_slice(&used, [3]).unwrap()),
+            query_offset: QueryOffset::BottomRight,
+            ..CallData::default()
+        };
+        let builder = Problem::builder(tokens(7, 4), tokens(11, 2), tokens(11, 2)).device(Device::Cuda(0));
+        let problem = builder.data(&data).longest(4, 6).causal(true).build().unwrap();
+        let call = CallProblem::new(&problem, &data).unwrap();
+        let p = ProblemParameters::new(&problem).of_call(&call, 4096);
+        assert_eq!((p.rows_vary, p.query_rows, p.key_rows, p.pages), (1, 7, 11, 0));
+        // Both starts are stored, the lengths are a part of the parameters.
+        assert_eq!(
+            (p.query_starts, p.key_value_starts),
+            (Integers::stored_at(4096), Integers::stored_at(4128))
+        );
+        for batch in 0..3 {
+            let (first_query, query_rows) = placed(&queries, p.query_rows, batch);
+            let (first_key, key_rows) = placed(&keys, p.key_rows, batch);
+            let (of_queries, of_keys) = (call.query_places(batch), call.key_places(batch));
+            assert_eq!((query_rows, key_rows), (of_queries.rows() as i64, of_keys.rows() as i64));
+            assert!(query_rows == 0 || of_queries.of(0) == [0, first_query as usize]);
+            assert!(key_rows == 0 || of_keys.of(0) == [0, first_key as usize]);
+            // As `sequence_of_numbers` goes on, from lengths that the rows bound.
+            let mut bounded = p;
+            bounded.has_lengths = 1;
+            let given = if has_lengths { p.lengths.0[batch].keys } else { p.key_length as i32 };
+            bounded.lengths.0[batch] = RowLengths {
+                queries: p.query_length.min(query_rows) as i32,
+                keys: given.min(key_rows as i32),
+            };
+            let got = sequence_of(&bounded, batch, |role| unreachable!("{role} is not read"));
+            assert_eq!(got, SequenceRows::of(&call.sequence(batch)));
+        }
+    }
+    for wild in [[i64::MIN, -1, 9, i64::MAX], [7, 3, -2, 8], [i64::MAX; 4]] {
+        for batch in 0..3 {
+            let (first, rows) = placed(&wild, 7, batch);
+            assert!(first >= 0 && first + rows <= 7, "{wild:?}");
+        }
+    }
+}
+
+#[test]
+fn pages_are_described_wherever_their_table_is() {
+    let (lengths, table) = ([5i32, 0, 8], [1i32, 3, -1, -1, -1, -1, 0, 2, -1]);
+    let query = TensorDesc::contiguous(DType::F16, [3, 1, 4, 16]);
+    let pages = |count| TensorDesc::contiguous(DType::F16, [count, 4, 2, 16]);
+    let data = CallData {
+        key_value_lengths: Some(View::from_slice(&lengths, [3]).unwrap()),
+        block_table: Some(View::from_slice(&table, [3, 3]).unwrap()),
+        ..CallData::default()
+    };
+    let builder = |count| Problem::builder(query, pages(count), pages(count)).device(Device::Cuda(0));
+    let problem = builder(4).data(&data).build().unwrap();
+    let call = CallProblem::new(&problem, &data).unwrap();
+    let p = ProblemParameters::new(&problem).of_call(&call, 512);
+    assert_eq!((p.pages, p.page_size, p.most_keys, p.key_length), (4, 4, 12, 12));
+    assert_eq!((p.block_table, p.block_table_row), (Integers::stored_at(512), 3));
+    assert_eq!(p.query_starts, Integers::default());
+    // In device memory, with strides of its own, and no keys where there are no pages.
+    let strided = TensorDesc::strided(DType::I32, [3, 3], [10, 2]).unwrap();
+    let on_device =
+        builder(0).key_value_lengths(DType::I32).layout(Role::BlockTable, strided).build().unwrap();
+    let mut p = ProblemParameters::new(&on_device).of_call(&CallProblem::at_bounds(&on_device), 0);
+    p.set(Role::BlockTable, 640);
+    assert_eq!((p.pages, p.most_keys, p.block_table_row), (0, 0, 10));
+    let Integers { data, stride, dtype, .. } = p.block_table;
+    assert_eq!((data, stride, dtype), (640, 2, DTypeCode::I32.code()));
 }

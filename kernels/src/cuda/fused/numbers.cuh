@@ -51,8 +51,12 @@ constexpr int PRODUCER_THREADS = ON_WARPGROUPS ? 128 : 0;
 // compiled with: a kernel with a smaller bound does not start. A variant for warpgroups keeps it where it is
 // compiled for another architecture.
 static_assert(BLOCK == 32 * WARPS + (HALVES && WARPGROUPS ? 128 : 0), "threads that compute, and those that load");
-// Blocks per multiprocessor, at least: eight warps use all registers.
-constexpr int MIN_BLOCKS = WARPS >= 8 ? 1 : 8 / WARPS;
+// Blocks per multiprocessor, at least: eight warps use all registers. As many blocks of one warp as shared
+// memory of compute capability 9.0 has room for at head dimension 128, where keys are in pages: the compiler
+// takes one register more than that allows otherwise.
+constexpr int MIN_BLOCKS = WARPS >= 8                                                    ? 1
+                           : LAYOUT == LAYOUT_PAGED && WARPS == 1 && HEAD + VALUE <= 256 ? 10
+                                                                                         : 8 / WARPS;
 
 // A barrier for all consumer threads.
 __device__ inline void consumer_sync() {
