@@ -55,6 +55,13 @@ fn lengths(cases: &mut Vec<Case>) {
         keys: KeyRows::Paged { page_size: 4, spare: 0, shared: 0, in_order: true },
     });
     cases.push(case);
+    // More logits than f32 is computed in f64 for.
+    for (name, edit) in [("tiles", (|_| ()) as Edit), ("tiles-everything", everything)] {
+        let mut case = in_pages(name, 16, &[70, 20], &[90, 66]);
+        (case.dims.query_heads, case.dims.key_heads) = (2, 1);
+        edit(&mut case);
+        cases.push(case);
+    }
     let mut case = in_pages("longest-of-the-table", 4, &[3, 2], &[9, 5]);
     case.dims.key_length = 16;
     cases.push(case);

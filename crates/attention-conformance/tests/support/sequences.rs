@@ -30,9 +30,13 @@ fn rows(problem: &CallProblem<'_>, role: Role, b: usize, flaw: Flaw) -> Vec<[usi
         Flaw::IgnoresStarts if layout(problem, role) == RowLayout::Packed => {
             rows.iter_mut().enumerate().for_each(|(row, place)| *place = [0, row]);
         }
-        // A page after the other.
-        Flaw::IgnoresTheTable if matches!(layout(problem, role), RowLayout::Paged { .. }) => {
-            rows.sort_unstable()
+        // As if pages were in the order of the tensor.
+        Flaw::IgnoresTheTable => {
+            if let RowLayout::Paged { page_size } = layout(problem, role) {
+                rows.iter_mut()
+                    .enumerate()
+                    .for_each(|(row, place)| *place = [row / page_size, row % page_size]);
+            }
         }
         _ => {}
     }
