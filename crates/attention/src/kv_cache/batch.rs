@@ -126,16 +126,12 @@ impl<M: CacheMemory> PagedKvCache<M> {
         for index in 0..batch.sequences.len() {
             batch.update(index, self.state(batch.sequences[index])?);
         }
-        let of = |numbers: &'a [i32], shape: &[usize]| {
-            let shape = attention_core::Dims::from_slice(shape).expect("at most two axes");
-            View::from_slice(numbers, shape).map_err(CacheError::Tokens)
-        };
         let (batch, sequences) = (&*batch, batch.len());
         Ok(PagedInputs {
             keys: self.keys(),
             values: self.values(),
-            table: of(&batch.table, &[sequences, batch.most])?,
-            lengths: of(&batch.lengths, &[sequences])?,
+            table: View::from_slice(&batch.table, [sequences, batch.most])?,
+            lengths: View::from_slice(&batch.lengths, [sequences])?,
         })
     }
 }

@@ -194,6 +194,7 @@ impl<M: CacheMemory> KvCache<M> {
     /// How many tokens each sequence has, `[B]` of i32 in host memory: the
     /// [`key_value_lengths`](crate::Attention::key_value_lengths) of a call.
     pub fn lengths(&self) -> View<'_> {
-        View::from_slice(&self.lengths, [self.lengths.len()]).expect("as many as there are")
+        let lengths = View::from_slice(&self.lengths, [self.lengths.len()]);
+        lengths.unwrap_or_else(|_| unreachable!("a list has as many numbers as its length says"))
     }
 }
