@@ -85,8 +85,8 @@ impl ChunkedCudaPlan {
         for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
             // SAFETY: every kernel takes this one struct. The caller promised that its tensors are those of
             // the problem, and that the scratch was admitted, so it has the plan's size. Kernels stay inside
-            // the shapes that the struct gives: they clamp the lengths and offsets that they read on the
-            // device.
+            // the shapes that the struct gives: they clamp the lengths, offsets, starts and pages that they
+            // read on the device.
             unsafe { launch(stream, function, &parameters, kernel.launch_config()) }
                 .map_err(|error| failure(NAME, "running a kernel", error))?;
             runs.count();
