@@ -34,6 +34,9 @@ impl Random {
     }
 }
 
+/// The sequence and the row that something is of, if any.
+type Place = Option<(usize, usize)>;
+
 /// How the keys of sequences lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Keys {
@@ -347,13 +350,7 @@ impl Sequences {
 
     /// A tensor of rows of heads; `at` says which sequence and row an index is of. Of the gradient of the
     /// logsumexp, without the last axis.
-    fn tokens(
-        &self,
-        role: u32,
-        shape: &[usize],
-        gaps: [usize; 2],
-        at: &dyn Fn(&[usize]) -> Option<(usize, usize)>,
-    ) -> Tensor {
+    fn tokens(&self, role: u32, shape: &[usize], gaps: [usize; 2], at: &dyn Fn(&[usize]) -> Place) -> Tensor {
         let head = shape.len() - 2;
         let element = |index: &[usize]| {
             let column = index.get(head + 1).copied().unwrap_or(0);
@@ -380,7 +377,7 @@ impl Sequences {
     }
 
     /// The sequence and row of every packed row; `None` behind the last sequence.
-    fn packed(&self, side: usize) -> Vec<Option<(usize, usize)>> {
+    fn packed(&self, side: usize) -> Vec<Place> {
         let of =
             |(batch, lengths): (usize, &[usize; 2])| (0..lengths[side]).map(move |row| Some((batch, row)));
         let rows = self.lengths.iter().enumerate().flat_map(of);
@@ -388,7 +385,7 @@ impl Sequences {
     }
 
     /// A block table of `[B, most]`, and the sequence and key of every slot of the pages.
-    fn pages(&self, size: usize, shared: bool) -> (Vec<i32>, usize, Vec<Option<(usize, usize)>>) {
+    fn pages(&self, size: usize, shared: bool) -> (Vec<i32>, usize, Vec<Place>) {
         let mut r = Random::new(self.seed.into());
         let count = |batch: usize| self.used(batch).div_ceil(size);
         let needed: Vec<(usize, usize)> =
@@ -418,7 +415,7 @@ impl Sequences {
         let ([longest, longest_keys], batch) = (self.longest(), self.lengths.len());
         let [query_starts, key_starts] = [0, 1].map(|side| self.starts(side));
         let [packed, packed_keys] = [0, 1].map(|side| self.packed(side));
-        let of_packed = |rows: &[Option<(usize, usize)>], role: u32, heads: usize, width: usize| {
+        let of_packed = |rows: &[Place], role: u32, heads: usize, width: usize| {
             self.tokens(role, &[rows.len(), heads, width], self.gaps, &|at| rows[at[0]])
         };
         let dense = |role: u32, rows: usize, heads: usize, width: usize| {
