@@ -276,7 +276,7 @@ impl Entry {
             name.strip_prefix(*quantity).is_some_and(|rest| rest == "_f64" || rest == "_zero_f64")
         };
         // Format 3 may have the sinks' gradient under another name.
-        QUANTITIES.iter().any(|quantity| of(&quantity))
+        QUANTITIES.iter().any(|quantity| of(quantity))
             || self.params.sequences.is_some() && name == "dsinks_f64"
     }
 
