@@ -1,7 +1,5 @@
 //! A sequence of a packed or paged call alone: the same bits as among others.
 
-use attention_core::Role;
-
 use super::invariance::is_summed_over_batch;
 use super::{Base, Laid, SavedTensors, Stop};
 use crate::cases::{Case, CaseData, KeyRows, Layout, Layouts, Numbers};
@@ -133,9 +131,4 @@ fn alone(tensor: &HostTensor, row: usize) -> HostTensor {
     shape[0] = 1;
     let count: usize = shape.iter().product();
     tensor.rearranged(shape, Layout::Contiguous, |index| Ok(row * count + index))
-}
-
-/// Whether the gradient of this role is a sum over sequences, which other layouts of them may add in another order.
-pub(super) fn is_summed(base: &Base<'_>, role: Role) -> bool {
-    base.results.get(role).is_some_and(|whole| is_summed_over_batch(role, whole, base.case.dims.batch))
 }

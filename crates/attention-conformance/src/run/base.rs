@@ -5,7 +5,7 @@
 
 use attention_core::{FeatureSet, InvalidCall, Plan, Problem, Role};
 
-use super::alone::is_summed;
+use super::invariance::is_summed_over_batch;
 use super::{Laid, Results, SavedTensors, Stop};
 use crate::cases::{Broadcast, Case, CaseData, Layout, Sequences};
 use crate::oracle::Oracle;
@@ -238,4 +238,9 @@ fn extended(tensor: &HostTensor, shape: &[usize], layout: Layout, rng: &mut Rng)
         return HostTensor::from_bools(dims, layout, |index| value(index) == 1.0);
     }
     HostTensor::from_values(tensor.desc().dtype(), dims, layout, value)
+}
+
+/// Whether the gradient of this role is a sum over sequences, which other layouts of them may add in another order.
+fn is_summed(base: &Base<'_>, role: Role) -> bool {
+    base.results.get(role).is_some_and(|whole| is_summed_over_batch(role, whole, base.case.dims.batch))
 }
