@@ -157,7 +157,8 @@ impl<'c> RowPlaces<'c> {
         }
     }
 
-    /// `rows` cut where neighbours are not neighbours in the tensor: in one piece, or in a piece for each page.
+    /// `rows` cut where neighbours are not neighbours in the tensor: in one piece, or in a piece for each
+    /// page.
     ///
     /// # Panics
     /// As [`of`](Self::of).

@@ -1,7 +1,7 @@
 //! How a problem is cut into tasks and blocks, and what memory that takes.
 //!
-//! Cuts depend on the lengths of the batch row or sequence at hand and on nothing else: not on threads, not on other
-//! sequences, not on padding, not on where rows lie. So neither do the results, to the bit.
+//! Cuts depend on the lengths of the batch row or sequence at hand and on nothing else: not on threads, not
+//! on other sequences, not on padding, not on where rows lie. So neither do the results, to the bit.
 
 use std::ops::Range;
 

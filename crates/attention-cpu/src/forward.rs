@@ -174,8 +174,8 @@ pub(crate) fn run<E: Operand>(
 
 type Parts<'a> = Box<dyn Iterator<Item = ViewMut<'a>> + Send + 'a>;
 
-/// Cuts the outputs into what each task writes, task by task, and fills the padded rows of each sequence on the way:
-/// with 0 an output, with -inf a logsumexp.
+/// Cuts the outputs into what each task writes, task by task, and fills the padded rows of each sequence on
+/// the way: with 0 an output, with -inf a logsumexp.
 struct Queue<'p, 'a, T, L> {
     problem: &'p CallProblem<'p>,
     /// The sequences to come, with their rows of the output, `[T, N, Hv]`, and of the logsumexp, `[T, N]`.

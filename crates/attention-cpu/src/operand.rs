@@ -200,7 +200,10 @@ impl<'a, E: Operand> Head<'a, E> {
         let Some(Stretch { rows: all, first: [outer, first] }) = places.neighbours() else {
             return Self::Pages(rows, places);
         };
-        Self::Neighbours(rows.index_axis(0, outer).narrow(0, first..first + all.len()))
+        let rows = rows.index_axis(0, outer);
+        // Of dense rows, a sequence has all.
+        let is_all = rows.shape()[0] == all.len();
+        Self::Neighbours(if is_all { rows } else { rows.narrow(0, first..first + all.len()) })
     }
 
     /// The length of a row.

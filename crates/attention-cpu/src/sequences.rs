@@ -1,7 +1,7 @@
 //! The sequences of a call: which of them have rows, and how the tensors that are written are cut among them.
 //!
-//! Only this file and [`Head`](crate::operand::Head) know that rows may be packed. Everything else counts rows inside
-//! a sequence.
+//! Only this file and [`Head`](crate::operand::Head) know that rows may be packed. Everything else counts
+//! rows inside a sequence.
 
 use std::ops::Range;
 
@@ -64,8 +64,8 @@ pub(crate) fn keys_vary(problem: &Problem) -> bool {
 
 /// The sequences among `batches` that have query rows which are no padding, in order.
 ///
-/// Of packed queries, nothing is looked at behind the last sequence that has some: starts may name any number of empty
-/// sequences.
+/// Of packed queries, nothing is looked at behind the last sequence that has some: starts may name any number
+/// of empty sequences.
 pub(crate) fn with_queries<'p>(
     problem: &'p CallProblem<'_>,
     batches: Range<usize>,
@@ -134,8 +134,8 @@ pub(crate) struct BySequence<'a> {
 }
 
 impl<'a> BySequence<'a> {
-    /// All of a tensor `[B, length, ..]` or `[1, total, ..]`. Gives `fill` the rows of packed tensors that belong to no
-    /// sequence.
+    /// All of a tensor `[B, length, ..]` or `[1, total, ..]`. Gives `fill` the rows of packed tensors that
+    /// belong to no sequence.
     pub(crate) fn new(
         problem: &CallProblem<'_>,
         side: Side,
@@ -203,7 +203,8 @@ impl<'a> Parts<'a> {
         match self {
             Self::Dense(sequences) => sequences.next(),
             Self::Packed(side, left) => {
-                // Nothing to cut off an empty one: a million of them cost no more than a look at their starts.
+                // Nothing to cut off an empty one: a million of them cost no more than a look at their
+                // starts.
                 let rows = Some(side.rows(problem, batch)).filter(|&rows| rows > 0)?;
                 let [next, rest] = split(left.take()?, rows);
                 *left = Some(rest);
@@ -220,7 +221,8 @@ fn split(view: ViewMut<'_>, size: usize) -> [ViewMut<'_>; 2] {
         .unwrap_or_else(|_| unreachable!("the starts of a checked call are inside its tensors"))
 }
 
-/// The sequences of a call that have rows, with these of `N` tensors, in the order in which they are worked on.
+/// The sequences of a call that have rows, with these of `N` tensors, in the order in which they are worked
+/// on.
 pub(crate) struct Sequences<'p, 'a, const N: usize> {
     problem: &'p CallProblem<'p>,
     runs: std::vec::IntoIter<Run<[Option<BySequence<'a>>; N]>>,
@@ -290,9 +292,10 @@ impl<'a, const N: usize> Iterator for Sequences<'_, 'a, N> {
 
 /// Sequences that are worked on before the others, with their work, in order.
 ///
-/// Where one sequence is far longer than the others and comes last, one thread would work on it while the others have
-/// nothing left to do. Begun first, it runs beside them. Every other sequence has at most a fourth of a worker's share
-/// of the work. So there are at most four of these a worker, however many sequences there are.
+/// Where one sequence is far longer than the others and comes last, one thread would work on it while the
+/// others have nothing left to do. Begun first, it runs beside them. Every other sequence has at most a
+/// fourth of a worker's share of the work. So there are at most four of these a worker, however many
+/// sequences there are.
 fn long_sequences(problem: &CallProblem<'_>, workers: usize) -> Vec<(usize, usize)> {
     let batch = problem.dims().batch;
     let vary = problem.has_lengths() || Side::Queries.is_packed(problem) || Side::Keys.is_packed(problem);

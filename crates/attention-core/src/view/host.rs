@@ -196,8 +196,8 @@ impl<'a, T: Copy> HostView<'a, T> {
         Row { span: self.span, origin, stride: self.strides[1], len }
     }
 
-    /// `count` rows of a view of three axes, a stack of matrices: those of matrix `matrix` from `first` on. Checked
-    /// once for all of them, for inner loops.
+    /// `count` rows of a view of three axes, a stack of matrices: those of matrix `matrix` from `first` on.
+    /// Checked once for all of them, for inner loops.
     ///
     /// # Panics
     /// Where the view has another rank, or no such rows.
@@ -322,7 +322,8 @@ impl<'a, T: Copy> Iterator for RowRun<'a, T> {
     fn next(&mut self) -> Option<Row<'a, T>> {
         self.left = self.left.checked_sub(1)?;
         let row = self.row;
-        // Behind the last row, or of rows without elements, this is no place in the span, and is not used as one.
+        // Behind the last row, or of rows without elements, this is no place in the span, and is not used as
+        // one.
         self.row.origin = row.origin.wrapping_add_signed(self.step);
         Some(row)
     }

@@ -47,7 +47,8 @@ pub(super) fn run<E: Operand>(
         .flat_map(move |view| view.into_chunks(1, size(3, PART_KEYS)));
     let tasks = parts(problem, shape).zip(views);
     let cut = &shared.runs.dbias_task;
-    // Of many short sequences, most have no rows in most parts: parts behind the first rows look at the others alone.
+    // Of many short sequences, most have no rows in most parts: parts behind the first rows look at the
+    // others alone.
     let is_packed = problem.query_layout() == RowLayout::Packed;
     let long: Option<Vec<usize>> = (is_packed && shape[0] == 1 && shape[2] > PART_QUERIES).then(|| {
         let all = with_queries(problem, 0..problem.dims().batch);

@@ -143,8 +143,8 @@ impl<T: Scalar + Element, L: Scalar + Element> Case<T, L> {
         }
     }
 
-    /// Adds the options to operands of the sequences of `batches`, with lengths and starts in `data`. Masks and
-    /// biases have `rows` of their last axes.
+    /// Adds the options to operands of the sequences of `batches`, with lengths and starts in `data`. Masks
+    /// and biases have `rows` of their last axes.
     pub(crate) fn inputs<'a>(
         &'a self,
         [query, key, value]: [View<'a>; 3],
@@ -195,7 +195,8 @@ impl<T: Scalar + Element, L: Scalar + Element> Case<T, L> {
         inputs.problem().lse(true).causal(self.causal).window(self.window)
     }
 
-    /// The number of the sequence in a dense call that has its dropout bits: the sequences before it are empty there.
+    /// The number of the sequence in a dense call that has its dropout bits: the sequences before it are
+    /// empty there.
     pub(crate) fn before(&self, batch: usize) -> usize {
         if self.dropout.is_some() { batch } else { 0 }
     }

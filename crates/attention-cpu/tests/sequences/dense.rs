@@ -6,8 +6,8 @@ use attention_cpu::CpuBackend;
 use super::case::Case;
 use super::store::{Layout, Results, Store, both};
 
-/// Both passes over sequence `batch` alone. Where dropout counts sequences, it is the last one of as many as are before it,
-/// the others empty. Results are row-major, of this sequence alone.
+/// Both passes over sequence `batch` alone. Where dropout counts sequences, it is the last one of as many as
+/// are before it, the others empty. Results are row-major, of this sequence alone.
 pub(crate) fn alone<T: Scalar + Element, L: Scalar + Element>(
     backend: &CpuBackend,
     case: &Case<T, L>,
@@ -45,7 +45,8 @@ pub(crate) fn alone<T: Scalar + Element, L: Scalar + Element>(
         *tensor = only(tensor, before);
     }
     all.lse = only(&all.lse, before);
-    // Where the gradient of the bias has an axis of sequences, it has one element along it for each of `batches`.
+    // Where the gradient of the bias has an axis of sequences, it has one element along it for each of
+    // `batches`.
     all.dbias = all.dbias.map(|dbias| if dbias.shape[0] > 1 { only(&dbias, before) } else { dbias });
     all
 }

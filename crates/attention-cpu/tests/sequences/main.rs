@@ -1,5 +1,5 @@
-//! Packed and paged sequences: each has, to the bit, what it has alone in a dense call, whatever else is in the call,
-//! wherever its rows lie, on any number of threads.
+//! Packed and paged sequences: each has, to the bit, what it has alone in a dense call, whatever else is in
+//! the call, wherever its rows lie, on any number of threads.
 
 mod case;
 mod dense;

@@ -14,7 +14,8 @@ pub(crate) enum Queries {
     Dense,
 }
 
-/// Runs a case with its keys in pages on each backend, and compares the bits with those of each sequence alone.
+/// Runs a case with its keys in pages on each backend, and compares the bits with those of each sequence
+/// alone.
 pub(crate) fn check<T: Scalar + Element + PartialEq, L: Scalar + Element>(
     backends: &[CpuBackend],
     case: &mut Case<T, L>,

@@ -152,7 +152,8 @@ pub(crate) fn forward<T: Scalar + Element, L: Scalar + Element>(
     (out, lse)
 }
 
-/// Runs the forward pass and then the backward pass. In between, `spoil` may write to what belongs to no sequence.
+/// Runs the forward pass and then the backward pass. In between, `spoil` may write to what belongs to no
+/// sequence.
 pub(crate) fn both<T: Scalar + Element, L: Scalar + Element>(
     backend: &CpuBackend,
     inputs: Inputs<'_>,
