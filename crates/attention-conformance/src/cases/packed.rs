@@ -60,6 +60,13 @@ pub(super) fn of_lengths(name: impl Into<String>, queries: &[usize], keys: &[usi
     case
 }
 
+/// With one head of the width that kernels have tiles of their own for.
+pub(super) fn of_tiles(mut case: Case) -> Case {
+    (case.dims.query_heads, case.dims.key_heads) = (1, 1);
+    (case.dims.head_dim, case.dims.value_head_dim) = (64, 64);
+    case
+}
+
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     lengths(&mut cases);
@@ -108,6 +115,12 @@ fn lengths(cases: &mut Vec<Case>) {
         (case.dims.query_heads, case.dims.key_heads) = (2, 1);
         edit(&mut case);
         cases.push(case);
+    }
+    // Enough rows and keys for every tile of kernels on a GPU, and for keys that are split.
+    for (name, queries, keys) in
+        [("long", &[200, 1, 300][..], &[1300, 700, 300][..]), ("large", &[130, 140], &[140, 130])]
+    {
+        cases.push(of_tiles(of_lengths(format!("packed/{name}"), queries, keys)));
     }
     for edge in [16, 32, 64, 128] {
         for causal in [false, true] {

@@ -3,7 +3,7 @@
 use attention_core::{DType, Dropout, Role};
 
 use super::case::Edit;
-use super::packed::{OPTIONS, everything, of_lengths};
+use super::packed::{OPTIONS, everything, of_lengths, of_tiles};
 use super::{Case, KeyRows, Layout, Layouts, Sequences, Values};
 
 /// A case of dense queries and of keys in pages of this size.
@@ -61,6 +61,9 @@ fn lengths(cases: &mut Vec<Case>) {
         (case.dims.query_heads, case.dims.key_heads) = (2, 1);
         edit(&mut case);
         cases.push(case);
+    }
+    for (name, queries, keys) in [("long", [200, 130], [1300, 700]), ("large", [130, 140], [140, 130])] {
+        cases.push(of_tiles(in_pages(name, 16, &queries, &keys)));
     }
     let mut case = in_pages("longest-of-the-table", 4, &[3, 2], &[9, 5]);
     case.dims.key_length = 16;
