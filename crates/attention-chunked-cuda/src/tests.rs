@@ -186,12 +186,13 @@ fn every_variant_that_is_listed_is_chosen_by_a_case_of_the_suite() {
     let machines = [HOPPER, Machine { tf32_split: false, ..HOPPER }, Machine { warpgroups: false, ..HOPPER }];
     let mut missing: BTreeSet<String> = machines.into_iter().flat_map(variants).collect();
     // The families of magnitudes and bits have much data, and sizes that others have.
-    let cases = cases::all()
-        .into_iter()
-        .filter(|case| !["magnitude/", "bits/"].iter().any(|family| case.name.starts_with(family)));
+    let cases = (cases::all().into_iter())
+        .filter(|case| !["magnitude/", "bits/"].iter().any(|family| case.name.starts_with(family)))
+        .chain(cases::of_sequences());
     for (case, dtype) in cases.flat_map(|case| DType::FLOATS.map(|dtype| (case.clone(), dtype))) {
         let data = case.data(dtype);
-        for pass in [Pass::Forward, Pass::Backward] {
+        let data = case.laid_out(&data);
+        for &pass in case.passes() {
             let problem = on_device(&case.problem(&data, pass, FeatureSet::all()).unwrap());
             for plan in machines.map(|machine| Launches::of(&problem, machine)).into_iter().flatten() {
                 for kernel in &plan.kernels {

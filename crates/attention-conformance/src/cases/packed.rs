@@ -191,7 +191,7 @@ fn places(cases: &mut Vec<Case>) {
                 [Layout::Contiguous, Layout::InnerStride, Layout::Reversed { axis: 0 }][index],
             )
             .with(Role::KeyValueStarts, Layout::InnerStride);
-        super::sequences::draw_dtype(&mut case, Role::QueryStarts, dtype);
+        super::laid_out::draw_dtype(&mut case, Role::QueryStarts, dtype);
         cases.push(case);
     }
 }

@@ -108,7 +108,7 @@ fn places(cases: &mut Vec<Case>) {
     {
         let mut case = in_pages(&format!("table-{dtype}"), 4, &[2, 1, 2], &[13, 0, 8]);
         case.layouts = Layouts::default().with(Role::BlockTable, layout);
-        super::sequences::draw_dtype(&mut case, Role::BlockTable, dtype);
+        super::laid_out::draw_dtype(&mut case, Role::BlockTable, dtype);
         cases.push(case);
     }
     let mut case = in_pages("value-dim-larger", 4, &[2, 1, 2], &[13, 0, 8]);

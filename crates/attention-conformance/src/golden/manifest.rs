@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{GoldenError, SequenceKind};
+use super::GoldenError;
 
 /// The formats that this reader knows.
 const KNOWN_FORMATS: std::ops::RangeInclusive<u32> = 1..=3;
@@ -107,6 +107,16 @@ pub struct Dims {
     pub H: usize,
     /// Value head dimension; `H` where absent.
     pub Hv: Option<usize>,
+}
+
+/// Which layout the keys have, or the queries alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SequenceKind {
+    /// One sequence behind the other: queries, and keys unless `k` has a batch axis and lengths.
+    Packed,
+    /// Keys and values in pages. Queries are batch rows with lengths, or packed.
+    Paged,
 }
 
 /// The options of a case.
@@ -276,8 +286,7 @@ impl Entry {
             name.strip_prefix(*quantity).is_some_and(|rest| rest == "_f64" || rest == "_zero_f64")
         };
         // Format 3 may have the sinks' gradient under another name.
-        QUANTITIES.iter().any(|quantity| of(quantity))
-            || self.params.sequences.is_some() && name == "dsinks_f64"
+        QUANTITIES.iter().any(of) || self.params.sequences.is_some() && name == "dsinks_f64"
     }
 
     /// Checks what the formats before 3 have.

@@ -16,8 +16,7 @@ mod set;
 
 pub use error::GoldenError;
 pub use limits::Limits;
-pub use manifest::{Alibi, Dims, DropoutParams, Entry, JaxErrors, Manifest, Offset, Params};
-pub use sequences::SequenceKind;
+pub use manifest::{Alibi, Dims, DropoutParams, Entry, JaxErrors, Manifest, Offset, Params, SequenceKind};
 pub use set::GoldenSet;
 
 use std::path::{Path, PathBuf};

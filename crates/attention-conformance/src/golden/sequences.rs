@@ -1,23 +1,12 @@
 //! Format 3: sequences that are packed or in pages.
 
 use attention_core::{DType, Role};
-use serde::Deserialize;
 
 use super::file::{Stored, Tensors};
-use super::{Alibi, Entry};
+use super::{Alibi, Entry, SequenceKind};
 use crate::cases::{Layout, Numbers};
 use crate::oracle::{Dense, Padding};
 use crate::tensor::HostTensor;
-
-/// Which layout the keys have, or the queries alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SequenceKind {
-    /// One sequence behind the other: queries, and keys unless `k` has a batch axis and lengths.
-    Packed,
-    /// Keys and values in pages. Queries are batch rows with lengths, or packed.
-    Paged,
-}
 
 /// Tensors that every format has, and those of this one.
 const KNOWN_TENSORS: [&str; 18] = [
