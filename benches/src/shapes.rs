@@ -23,8 +23,8 @@ impl Shape {
 const F32_BF16: &[DType] = &[DType::F32, DType::Bf16];
 const F32_HALVES: &[DType] = &[DType::F32, DType::Bf16, DType::F16];
 
-/// The shared list: short, medium and long sequences of a small model, a wide head, grouped heads, and two decoding
-/// steps, the second with grouped heads.
+/// The shared list: short, medium and long sequences of a small model, a wide head, grouped heads, and two
+/// decoding steps, the second with grouped heads.
 pub const SHAPES: &[Shape] = &[
     shape([1, 512, 512, 8, 8, 64], F32_BF16, true),
     shape([1, 2048, 2048, 8, 8, 64], F32_HALVES, true),
@@ -48,7 +48,8 @@ const fn dimensions(sizes: [usize; 7]) -> Dimensions {
 /// Reads `B,T,S,N,K,H` or `B,T,S,N,K,H,Hv`.
 ///
 /// # Errors
-/// A sentence that says what is expected, where there are not six or seven positive numbers, or `N % K` is not 0.
+/// A sentence that says what is expected, where there are not six or seven positive numbers, or `N % K` is
+/// not 0.
 ///
 /// # Examples
 /// ```

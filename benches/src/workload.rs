@@ -202,8 +202,8 @@ impl Workload {
         plan.backward(BackwardCall::new(plan.problem(), inputs, given, gradients)?, scratch.scratch())
     }
 
-    /// Useful floating-point operations of one [`run`](Self::run): `2 B N T S (H + Hv)` forward, 2.5 times that
-    /// backward, half of it for a causal call.
+    /// Useful floating-point operations of one [`run`](Self::run): `2 B N T S (H + Hv)` forward, 2.5 times
+    /// that backward, half of it for a causal call.
     pub fn flops(&self) -> f64 {
         let all = self.forward.flops() + self.backward.as_ref().map_or(0.0, Problem::flops);
         if self.forward.causal() { 0.5 * all } else { all }

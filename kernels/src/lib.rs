@@ -22,8 +22,8 @@ pub struct Source {
     pub variants: &'static [Variant],
 }
 
-/// The text of a fused kernel: what all of them share, then its own files, in an order in which each file follows
-/// those that it needs.
+/// The text of a fused kernel: what all of them share, then its own files, in an order in which each file
+/// follows those that it needs.
 macro_rules! fused {
     ($($part:literal),*) => {
         concat!(

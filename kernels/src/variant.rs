@@ -46,8 +46,8 @@ impl Features {
     pub const SOFTCAP: Self = Self(8);
     /// Dropout.
     pub const DROPOUT: Self = Self(16);
-    /// Logits must be complete before the row max, because more than a positive scale and a mask is applied to
-    /// products.
+    /// Logits must be complete before the row max, because more than a positive scale and a mask is applied
+    /// to products.
     pub const LOGITS: Self = Self(32);
     /// All of them, which the kernel tests at run time.
     pub const ALL: Self = Self(63);
@@ -152,8 +152,8 @@ pub struct Fused {
 }
 
 impl Fused {
-    /// For operands of this dtype and head dimensions up to `head`: without options, tiles and stages, and with
-    /// one warp, unless the other methods set them.
+    /// For operands of this dtype and head dimensions up to `head`: without options, tiles and stages, and
+    /// with one warp, unless the other methods set them.
     pub const fn new(dtype: DTypeCode, head: usize) -> Self {
         Self {
             dtype,
@@ -199,7 +199,8 @@ impl Fused {
         Self { bias_dtype, ..self }
     }
 
-    /// The stride of the mask or bias from key to key, `TERM_STRIDE`; `None`, the default, reads it at run time.
+    /// The stride of the mask or bias from key to key, `TERM_STRIDE`; `None`, the default, reads it at run
+    /// time.
     #[must_use]
     pub const fn term_stride(self, term_stride: Option<usize>) -> Self {
         Self { term_stride, ..self }
@@ -253,7 +254,8 @@ impl Fused {
         Self { layout, ..self }
     }
 
-    /// Threads of a block, `BLOCK`: the bound that the kernel is compiled with, so what it must be launched with.
+    /// Threads of a block, `BLOCK`: the bound that the kernel is compiled with, so what it must be launched
+    /// with.
     pub const fn threads(&self) -> usize {
         block_threads(self.warps, self.warpgroups)
     }

@@ -15,8 +15,8 @@ use super::plan::ChunkedCudaPlan;
 use super::runtime::Runtime;
 use super::tiles::{MOST_DEPTH, MOST_HEAD, MOST_VALUE, Machine};
 
-/// Measured on an H200 with values of one sign, 256 rows: f32 in tf32 parts, then halves with the keys cut in 132 parts, each a
-/// sum of its own. Without parts halves drift as cuDNN does.
+/// Measured on an H200 with values of one sign, 256 rows: f32 in tf32 parts, then halves with the keys cut in
+/// 132 parts, each a sum of its own. Without parts halves drift as cuDNN does.
 const LONG_SUMS: &[LongSums] = &[
     LongSums::new(DType::F32, 4096, -2.5e-6),
     LongSums::new(DType::F32, 65_536, -1.1e-5),
@@ -27,15 +27,16 @@ const LONG_SUMS: &[LongSums] = &[
 /// How many of them are f32's.
 const SUMS_OF_F32: usize = 3;
 
-/// The memory-efficient backend for NVIDIA GPUs from compute capability 8.0: every option, every dtype, forward and
-/// backward, in kernels of this library's own. They are compiled at the first call of a kind, which takes some seconds, by
-/// NVRTC, which is found at run time.
+/// The memory-efficient backend for NVIDIA GPUs from compute capability 8.0: every option, every dtype,
+/// forward and backward, in kernels of this library's own. They are compiled at the first call of a kind,
+/// which takes some seconds, by NVRTC, which is found at run time.
 ///
-/// Work is put on the stream of the backend's device ([`ChunkedCudaBackend::on`]), and calls return before it is done.
-/// Tensors and scratch must be ready on that stream, and stay until the work is done.
+/// Work is put on the stream of the backend's device ([`ChunkedCudaBackend::on`]), and calls return before it
+/// is done. Tensors and scratch must be ready on that stream, and stay until the work is done.
 ///
 /// # Semantics
-/// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16, whose products run on tensor cores.
+/// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16, whose products run on tensor
+///   cores.
 /// - Every call gives the same bits each time: no sum depends on the order in which blocks run.
 #[derive(Debug)]
 pub struct ChunkedCudaBackend {

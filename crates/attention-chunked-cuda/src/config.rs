@@ -52,16 +52,16 @@ impl ChunkedCudaConfig {
         Self { lent_limit: bytes, ..self }
     }
 
-    /// Whether f16 and bf16 use the products of warpgroups where a device has them (compute capability 9.0); true by
-    /// default. Without them, such a device runs the kernels of all others, which is slower.
+    /// Whether f16 and bf16 use the products of warpgroups where a device has them (compute capability 9.0);
+    /// true by default. Without them, such a device runs the kernels of all others, which is slower.
     #[must_use]
     pub fn warpgroups(self, wanted: bool) -> Self {
         Self { warpgroups: wanted, ..self }
     }
 
-    /// Whether f32 is multiplied as sums of two tf32 parts on tensor cores, which stays in class `F32`; true by default. It is for
-    /// head dimensions from 64 to 128 and more than 128 queries and 128 keys. Elsewhere, and without it, products are fused
-    /// multiply-adds.
+    /// Whether f32 is multiplied as sums of two tf32 parts on tensor cores, which stays in class `F32`; true
+    /// by default. It is for head dimensions from 64 to 128 and more than 128 queries and 128 keys.
+    /// Elsewhere, and without it, products are fused multiply-adds.
     #[must_use]
     pub fn split_f32(self, wanted: bool) -> Self {
         Self { split_f32: wanted, ..self }

@@ -85,7 +85,8 @@ fn with_heads(dtype: DType, head: usize, value: usize, pass: Pass) -> Problem {
     }
 }
 
-/// Problems whose plans differ: every head dimension, every option alone and all of them, few and many rows, keys and heads.
+/// Problems whose plans differ: every head dimension, every option alone and all of them, few and many rows,
+/// keys and heads.
 fn every_kind_of_problem() -> Vec<Problem> {
     let mut problems = Vec::new();
     let heads =
@@ -282,7 +283,8 @@ fn long_f32_is_split_where_that_is_wanted() {
     assert_eq!(splits_with(Machine { tf32_split: false, ..HOPPER }, 128), 0);
 }
 
-/// The kernel for the gradient of queries sums the rows whose logsumexp is large, whether or not the gradient is wanted.
+/// The kernel for the gradient of queries sums the rows whose logsumexp is large, whether or not the gradient
+/// is wanted.
 #[test]
 fn rows_are_summed_before_others_need_them_and_without_a_launch_of_their_own() {
     let desc = |width| TensorDesc::contiguous(DType::Bf16, [2, 300, 4, width]);

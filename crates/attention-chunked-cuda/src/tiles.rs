@@ -5,8 +5,9 @@ use attention_kernels::{Features, block_threads};
 
 use super::features::{KINDS, features_of, packs};
 
-/// The head dimensions that kernels are compiled for: a call has the next one, with zeros behind its own. Those above
-/// [`MOST_DEPTH`] are for the forward pass, as latent attention has them (DeepSeek-V2, arXiv 2405.04434).
+/// The head dimensions that kernels are compiled for: a call has the next one, with zeros behind its own.
+/// Those above [`MOST_DEPTH`] are for the forward pass, as latent attention has them (DeepSeek-V2, arXiv
+/// 2405.04434).
 const DEPTHS: [usize; 9] = [32, 64, 96, 128, 192, 256, 384, 512, 576];
 
 /// The largest head dimension of the backward pass.
@@ -46,8 +47,9 @@ impl Tiles {
         Self { warpgroups: true, ..Self::new(rows, keys, 4 * count, stages) }
     }
 
-    /// Of the kernel that merges the parts of rows, behind a forward kernel of these tiles: blocks of one warp where those are, which
-    /// leave no multiprocessor waiting; without tiles, and without the threads that load them.
+    /// Of the kernel that merges the parts of rows, behind a forward kernel of these tiles: blocks of one
+    /// warp where those are, which leave no multiprocessor waiting; without tiles, and without the threads
+    /// that load them.
     pub(crate) fn of_merge(forward: Self) -> Self {
         Self::new(0, 0, forward.warps.min(4), 0)
     }
@@ -105,8 +107,8 @@ pub(crate) struct Shape {
     pub(crate) head: usize,
     pub(crate) value: usize,
     pub(crate) features: Features,
-    /// More queries, and more keys, than a tile of split products has of either, and heads so wide that the bounds have room for
-    /// what such products leave out (docs/numerics.md, "Split operands").
+    /// More queries, and more keys, than a tile of split products has of either, and heads so wide that the
+    /// bounds have room for what such products leave out (docs/numerics.md, "Split operands").
     large: bool,
 }
 
@@ -169,8 +171,8 @@ impl Shape {
         self.head.max(self.value)
     }
 
-    /// Rows and keys of tiles for f32 and f64, as what is held and what is streamed: so large that products are not held up by
-    /// shared memory, where a thread has eight rows.
+    /// Rows and keys of tiles for f32 and f64, as what is held and what is streamed: so large that products
+    /// are not held up by shared memory, where a thread has eight rows.
     fn without_tensor_cores(self) -> (usize, usize) {
         match (self.dtype == DType::F64, self.depth()) {
             (false, ..=64) => (64, 64),
@@ -182,7 +184,8 @@ impl Shape {
         }
     }
 
-    /// Rows of a tile of the forward pass as far as scratch depends on it, which must not depend on the device.
+    /// Rows of a tile of the forward pass as far as scratch depends on it, which must not depend on the
+    /// device.
     pub(crate) fn nominal_rows(self, rows_of_head: usize) -> usize {
         match self.is_half() {
             false => self.without_tensor_cores().0,
@@ -202,7 +205,8 @@ impl Shape {
         tiles.iter().copied().find(|&tiles| wanted && bytes(self, tiles) <= machine.shared_bytes)
     }
 
-    /// For the forward pass with heads that no backward pass takes: the largest that the device has room for, or the smallest.
+    /// For the forward pass with heads that no backward pass takes: the largest that the device has room for,
+    /// or the smallest.
     fn large_heads(self, machine: Machine) -> Tiles {
         let (larger, smallest) = if self.is_half() {
             (&[Tiles::new(64, 32, 4, 1)][..], Tiles::new(32, 32, 2, 1))
@@ -350,14 +354,15 @@ impl Shape {
         Tiles { keys: tiles.keys.min(32), stages: 1, ..tiles }
     }
 
-    /// Bytes of rows of operands in shared memory: 16 bytes behind each row, but for whole panels and split products.
+    /// Bytes of rows of operands in shared memory: 16 bytes behind each row, but for whole panels and split
+    /// products.
     fn tile(self, tiles: Tiles, rows: usize, depth: usize) -> usize {
         rows * (tiles.columns(depth) * self.dtype.size()
             + if tiles.warpgroups || tiles.tf32_split { 0 } else { 16 })
     }
 
-    /// Bytes behind the tiles: those that weights pass through on their way to a product, which are none where there are
-    /// tensor cores; or barriers.
+    /// Bytes behind the tiles: those that weights pass through on their way to a product, which are none
+    /// where there are tensor cores; or barriers.
     fn room(self, tiles: Tiles, height: usize, width: usize) -> usize {
         match (tiles.warpgroups, self.is_half() || tiles.tf32_split) {
             (true, _) => GATES,

@@ -1,6 +1,6 @@
 //! What needs a GPU: lengths, offsets, scales and seeds that differ from call to call of one plan, in host
-//! and in device memory, in captured graphs, and out of their bounds; and packed and paged sequences. Run with
-//! `--ignored`.
+//! and in device memory, in captured graphs, and out of their bounds; and packed and paged sequences. Run
+//! with `--ignored`.
 
 mod sequences;
 mod support;

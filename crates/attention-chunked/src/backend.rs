@@ -23,7 +23,8 @@ use crate::{Level, NAME};
 /// # Semantics
 /// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16.
 /// - Results are bitwise the same for any number of threads, any composition of the batch, any amount of
-///   padding and any chunk sizes, on one [`Level`]. Dropout bits alone depend on a sequence's place in the batch.
+///   padding and any chunk sizes, on one [`Level`]. Dropout bits alone depend on a sequence's place in the
+///   batch.
 /// - Packed sequences are served in both passes, keys and values in pages in the forward pass. A sequence has
 ///   the bits that it has alone in a dense call.
 ///

@@ -205,8 +205,8 @@ pub(crate) fn query_axes(problem: &Problem) -> [usize; 2] {
     [shape[0], shape[1]]
 }
 
-/// Batch rows with query rows of which every other is like one, and how many are like each: a single one where
-/// all have the same lengths.
+/// Batch rows with query rows of which every other is like one, and how many are like each: a single one
+/// where all have the same lengths.
 pub(crate) fn different_rows<'p, 'c>(
     problem: &'p CallProblem<'c>,
 ) -> (impl Iterator<Item = usize> + Clone + use<'p, 'c>, usize) {

@@ -1,5 +1,5 @@
-//! Packed and paged calls mean what their sequences mean alone, to the bit: whatever else is in the call, however
-//! rows lie, and on any number of threads.
+//! Packed and paged calls mean what their sequences mean alone, to the bit: whatever else is in the call,
+//! however rows lie, and on any number of threads.
 
 mod common;
 
@@ -21,7 +21,8 @@ fn backends(level: Level) -> Vec<ChunkedBackend> {
     vec![one, pool(2), pool(3), small_chunks]
 }
 
-/// Checks that what a call wrote for sequences is what `want` has for `batches`, of a dense call with them alone.
+/// Checks that what a call wrote for sequences is what `want` has for `batches`, of a dense call with them
+/// alone.
 fn assert_same(call: &Sequences, got: &Written, want: &Written, batches: std::ops::Range<usize>, what: &str) {
     let [query_starts, key_starts] = [0, 1].map(|side| call.starts(side));
     let [heads, key_heads, ..] = call.heads;
@@ -146,8 +147,8 @@ fn has_run(backends: &[ChunkedBackend], name: &str) -> bool {
     runs.filter(|variant| variant.runs > 0).any(|variant| variant.name == name)
 }
 
-/// Single tokens over many keys, in one task and in splits, in pages of every size: keys and values are read as
-/// they lie.
+/// Single tokens over many keys, in one task and in splits, in pages of every size: keys and values are read
+/// as they lie.
 #[test]
 fn tokens_are_decoded_from_pages_of_every_size() {
     for level in Level::available() {

@@ -9,8 +9,9 @@ use crate::suite::{Heartbeat, Subject, Suite};
 /// Failures that a panic lists in full; the rest is counted.
 const LISTED: usize = 20;
 
-/// Runs the whole suite and the golden sets of this crate on a backend: every case that it declares to serve must
-/// pass. Returns the reports, the suite's first. Says on standard error every ten seconds how far it has come.
+/// Runs the whole suite and the golden sets of this crate on a backend: every case that it declares to serve
+/// must pass. Returns the reports, the suite's first. Says on standard error every ten seconds how far it has
+/// come.
 ///
 /// ```
 /// # use attention_core::AttentionBackend;
@@ -24,9 +25,9 @@ const LISTED: usize = 20;
 /// ```
 ///
 /// # Panics
-/// Where a case fails, listing the first failures; where no case passes at all, which would prove nothing; where the
-/// backend lists [variants](attention_core::AttentionBackend::variants) and no case has run one of them, or has run one
-/// that it does not list; where a golden set of this crate cannot be read.
+/// Where a case fails, listing the first failures; where no case passes at all, which would prove nothing;
+/// where the backend lists [variants](attention_core::AttentionBackend::variants) and no case has run one of
+/// them, or has run one that it does not list; where a golden set of this crate cannot be read.
 pub fn assert_conforms<'a>(subject: impl Into<Subject<'a>>) -> Vec<Report> {
     let subject = subject.into();
     let mut heartbeat = Heartbeat::new(subject.backend.name());

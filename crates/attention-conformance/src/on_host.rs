@@ -74,9 +74,9 @@ pub trait TensorOnDevice {
 /// It also checks what the suite cannot see: a call that writes behind its scratch or between the elements of
 /// an output on the device fails.
 ///
-/// The numbers of a call ([`Role::is_data`]: lengths, starts, block tables and the like) stay in host memory where they
-/// are i64, and are copied to the device where they have 32 bits. The suite's cases have both, so a backend has to read
-/// both.
+/// The numbers of a call ([`Role::is_data`]: lengths, starts, block tables and the like) stay in host memory
+/// where they are i64, and are copied to the device where they have 32 bits. The suite's cases have both, so
+/// a backend has to read both.
 #[derive(Debug)]
 pub struct OnHost<B, M> {
     backend: B,

@@ -40,8 +40,8 @@ pub struct Progress<'a> {
     pub result: &'a CaseResult,
 }
 
-/// Says on standard error how far a run has come, every ten seconds: the whole suite takes minutes. Written to the stream
-/// itself, so that a test runner which captures what tests print shows it meanwhile.
+/// Says on standard error how far a run has come, every ten seconds: the whole suite takes minutes. Written
+/// to the stream itself, so that a test runner which captures what tests print shows it meanwhile.
 ///
 /// # Examples
 /// ```no_run
@@ -186,8 +186,8 @@ impl Suite {
         Report { backend, version, about, variants: counting.finish(), results }
     }
 
-    /// The report of a backend that cannot run here at all, such as one for an instruction set that the processor lacks:
-    /// every case is skipped, for this reason.
+    /// The report of a backend that cannot run here at all, such as one for an instruction set that the
+    /// processor lacks: every case is skipped, for this reason.
     pub fn skipped(&self, backend: &str, version: &str, reason: &str) -> Report {
         let result = |run: RunId| CaseResult {
             case: run.case,

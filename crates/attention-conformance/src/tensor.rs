@@ -1,11 +1,13 @@
-//! Tensors that the suite owns: any dtype, any strides, with guard elements around and between their elements.
+//! Tensors that the suite owns: any dtype, any strides, with guard elements around and between their
+//! elements.
 
 use attention_core::{DType, Dims, Scalar, Strides, TensorDesc, View, ViewMut};
 use half::{bf16, f16};
 
 use crate::cases::Layout;
 
-/// Elements before the lowest and after the highest one that no call may touch: two of the widest vectors of halves.
+/// Elements before the lowest and after the highest one that no call may touch: two of the widest vectors of
+/// halves.
 const GUARD: usize = 64;
 
 /// The elements of a [`HostTensor`] in memory order, gaps and guards included.
@@ -100,7 +102,8 @@ impl HostTensor {
         Self { storage, desc, origin: placement.origin + GUARD }
     }
 
-    /// An input tensor: `value` gives the elements in row-major order, rounded to the dtype; NaN lies around them.
+    /// An input tensor: `value` gives the elements in row-major order, rounded to the dtype; NaN lies around
+    /// them.
     pub fn from_values(
         dtype: DType,
         shape: impl Into<Dims>,
@@ -156,8 +159,8 @@ impl HostTensor {
         tensor
     }
 
-    /// A tensor of another shape: `from` says by row-major indices which element of this one each element has,
-    /// bit for bit, or which number where it has none.
+    /// A tensor of another shape: `from` says by row-major indices which element of this one each element
+    /// has, bit for bit, or which number where it has none.
     pub(crate) fn rearranged(
         &self,
         shape: impl Into<Dims>,
@@ -248,8 +251,8 @@ impl HostTensor {
             && self.positions().all(|position| self.bits_at(position) == poison)
     }
 
-    /// The first place outside the elements that does not hold the canary any more, counted in elements from the
-    /// element at index 0.
+    /// The first place outside the elements that does not hold the canary any more, counted in elements from
+    /// the element at index 0.
     pub fn first_stray_write(&self) -> Option<isize> {
         let len = on_storage!(&self.storage, data => data.len());
         let mut is_element = vec![false; len];

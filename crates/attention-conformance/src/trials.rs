@@ -9,8 +9,8 @@ use libtest_mimic::{Failed, Trial};
 use crate::report::Outcome;
 use crate::suite::{Suite, run_case};
 
-/// A test that is run where that is possible, and elsewhere listed as ignored, never as passed, with the reason in front of
-/// its name. Asked to run all the same (`--ignored`), it fails with the reason.
+/// A test that is run where that is possible, and elsewhere listed as ignored, never as passed, with the
+/// reason in front of its name. Asked to run all the same (`--ignored`), it fails with the reason.
 ///
 /// ```no_run
 /// # fn processor_has_amx() -> Result<(), String> { Ok(()) }
@@ -39,7 +39,8 @@ pub fn trial_where(
     }
 }
 
-/// The cases of the suite as tests named `backend/case dtype pass`, for a `harness = false` test of a backend crate:
+/// The cases of the suite as tests named `backend/case dtype pass`, for a `harness = false` test of a backend
+/// crate:
 ///
 /// ```no_run
 /// # use std::sync::Arc;
@@ -50,8 +51,8 @@ pub fn trial_where(
 /// }
 /// ```
 ///
-/// A case that the backend refuses is listed as ignored, never as passed: whether it does is asked here, so that
-/// listing needs no run.
+/// A case that the backend refuses is listed as ignored, never as passed: whether it does is asked here, so
+/// that listing needs no run.
 pub fn trials(backend: &Arc<dyn AttentionBackend>) -> Vec<Trial> {
     let suite = Suite::new();
     let mut trials = Vec::new();

@@ -93,7 +93,8 @@ fn breaches_of_the_contract_are_named() {
     fails_with(Flaw::DropoutOtherSeed, "dropout/bits", &[Pass::Forward], "dropout: the stream has key");
 }
 
-/// A flaw of the numbers is out of bounds in at least this share of the cases that it touches, in every dtype.
+/// A flaw of the numbers is out of bounds in at least this share of the cases that it touches, in every
+/// dtype.
 fn is_out_of_bounds(flaw: Flaw, filter: &str, pass: Pass, share: f64) {
     for dtype in DType::FLOATS {
         let report = run(flaw, filter, &[dtype], &[pass]);

@@ -7,16 +7,19 @@ use crate::{Capabilities, Error, Plan, Problem, Unavailable, Unsupported, Varian
 /// An implementation of attention.
 ///
 /// The contract, which the conformance suite checks:
-/// - Results follow the semantics of [`Problem`] in the numerics class that [`capabilities`](Self::capabilities)
-///   declare, for every problem that [`supports`](Self::supports) accepts.
-/// - A refused call of a [`Plan`] writes nothing. An accepted call writes every element of every output, including the
-///   zeros of empty and padded rows; what outputs and scratch held before does not matter.
-/// - What lies at masked positions, in padding or between the elements of a strided view never reaches a result.
+/// - Results follow the semantics of [`Problem`] in the numerics class that
+///   [`capabilities`](Self::capabilities) declare, for every problem that [`supports`](Self::supports)
+///   accepts.
+/// - A refused call of a [`Plan`] writes nothing. An accepted call writes every element of every output,
+///   including the zeros of empty and padded rows; what outputs and scratch held before does not matter.
+/// - What lies at masked positions, in padding or between the elements of a strided view never reaches a
+///   result.
 /// - No option is ignored, and nothing else is run in the backend's place.
-/// - No panic on any call that a [`ForwardCall`](crate::ForwardCall) or [`BackwardCall`](crate::BackwardCall) can hold.
+/// - No panic on any call that a [`ForwardCall`](crate::ForwardCall) or [`BackwardCall`](crate::BackwardCall)
+///   can hold.
 ///
-/// Backends are values: configuration (threads, chunk sizes, streams) belongs to the value, so the trait has no
-/// room for options that only some backends have. A backend that wraps another one implements
+/// Backends are values: configuration (threads, chunk sizes, streams) belongs to the value, so the trait has
+/// no room for options that only some backends have. A backend that wraps another one implements
 /// [`Delegate`](crate::Delegate) instead, and writes only what differs.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a backend",

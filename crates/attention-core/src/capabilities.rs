@@ -56,12 +56,13 @@ impl std::fmt::Display for ScratchGrowth {
     }
 }
 
-/// What is known of the outputs of long rows where a backend sums in a way that drifts: its numerics class is then for rows that are
-/// shorter.
+/// What is known of the outputs of long rows where a backend sums in a way that drifts: its numerics class is
+/// then for rows that are shorter.
 ///
-/// A sum that drifts loses something at every step, always in the same direction, so that its error grows with its length and does not
-/// average out. Tensor cores do that: they cut a sum towards zero where other arithmetic rounds it (docs/numerics.md, "Long sums").
-/// Sums over fewer keys than the first figure of a dtype are as the class says.
+/// A sum that drifts loses something at every step, always in the same direction, so that its error grows
+/// with its length and does not average out. Tensor cores do that: they cut a sum towards zero where other
+/// arithmetic rounds it (docs/numerics.md, "Long sums"). Sums over fewer keys than the first figure of a
+/// dtype are as the class says.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
@@ -81,8 +82,8 @@ impl LongSums {
     }
 }
 
-/// What a backend can do, as data: printed in docs and tables, read by the conformance suite, and the first thing
-/// that [`supports`](crate::AttentionBackend::supports) looks at.
+/// What a backend can do, as data: printed in docs and tables, read by the conformance suite, and the first
+/// thing that [`supports`](crate::AttentionBackend::supports) looks at.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
@@ -139,8 +140,8 @@ impl Capabilities {
         }
     }
 
-    /// Checks a problem against these capabilities: device, dtype, pass, features and head dimensions. A backend's
-    /// `supports` starts with this and adds what data cannot say.
+    /// Checks a problem against these capabilities: device, dtype, pass, features and head dimensions. A
+    /// backend's `supports` starts with this and adds what data cannot say.
     ///
     /// # Errors
     /// The first limit that the problem meets.

@@ -13,10 +13,10 @@ use crate::{Dropout, QueryOffset, Role, Row, View};
 /// They are in host memory or, in a call on a device, in that device's memory.
 ///
 /// Numbers in host memory are checked when the call is made, and a wrong one is an error. Numbers in device
-/// memory are read by the kernels, which bring them into their bounds: a length into `0..=T` (or `S`), a start
-/// into the rows of its tensor, an entry of a table into the pages, an offset into its
-/// [`OffsetRange`](crate::OffsetRange). So a wrong one gives other rows, and never touches
-/// memory that is not the call's.
+/// memory are read by the kernels, which bring them into their bounds: a length into `0..=T` (or `S`), a
+/// start into the rows of its tensor, an entry of a table into the pages, an offset into its
+/// [`OffsetRange`](crate::OffsetRange). So a wrong one gives other rows, and never touches memory that is not
+/// the call's.
 ///
 /// # Examples
 /// ```

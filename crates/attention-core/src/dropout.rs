@@ -1,7 +1,7 @@
 //! The published dropout stream: a pure function from a seed and a position to a keep bit.
 //!
-//! Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). The bits
-//! do not depend on the backend, on chunk sizes, thread counts or layouts.
+//! Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). The
+//! bits do not depend on the backend, on chunk sizes, thread counts or layouts.
 
 use crate::InvalidCall;
 
@@ -14,7 +14,8 @@ pub struct Dropout {
     pub rate: f64,
     /// The seed: one stream each.
     pub seed: u64,
-    /// The position in the stream: calls of one model step (layers) or steps of one run take different offsets.
+    /// The position in the stream: calls of one model step (layers) or steps of one run take different
+    /// offsets.
     pub offset: u32,
 }
 
@@ -108,8 +109,8 @@ impl DropoutStream {
         u32::from(self.lanes(batch_head, t, s / 8)[s as usize % 8]) >= self.threshold
     }
 
-    /// Calls `visit(s, keep)` for the keys `range` of a row, in order, with one evaluation of Philox for eight keys.
-    /// Keys are numbered with 32 bits; a [`Problem`](crate::Problem) with more is refused.
+    /// Calls `visit(s, keep)` for the keys `range` of a row, in order, with one evaluation of Philox for
+    /// eight keys. Keys are numbered with 32 bits; a [`Problem`](crate::Problem) with more is refused.
     #[inline]
     pub fn for_each(
         &self,

@@ -190,9 +190,9 @@ scalar!(f32, DType::F32, |x| x, f64::from, |x| x, |x| x as f32);
 scalar!(f16, DType::F16, f16::to_f32, f16::to_f64, f16::from_f32, |x| f16::from_f32(round_to_odd(x)));
 scalar!(bf16, DType::Bf16, bf16::to_f32, bf16::to_f64, bf16::from_f32, |x| bf16::from_f32(round_to_odd(x)));
 
-/// An f32 from which rounding to a half gives the same as rounding the f64 would: inexact values get an odd last
-/// bit, which keeps them off the midpoints (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums").
-/// The conversions of `half` go through a rounded f32 where the processor has instructions for it.
+/// An f32 from which rounding to a half gives the same as rounding the f64 would: inexact values get an odd
+/// last bit, which keeps them off the midpoints (Boldo and Melquiond, "Emulation of FMA and correctly rounded
+/// sums"). The conversions of `half` go through a rounded f32 where the processor has instructions for it.
 fn round_to_odd(value: f64) -> f32 {
     let rounded = value as f32;
     let back = f64::from(rounded);
@@ -239,7 +239,8 @@ mod tests {
         assert_eq!(<bf16 as Scalar>::from_f64(value).to_f64(), 1.0 + 2f64.powi(-7));
     }
 
-    /// The nearest of a value's neighbours, the even one in the middle, judged in f64 where all of them are exact.
+    /// The nearest of a value's neighbours, the even one in the middle, judged in f64 where all of them are
+    /// exact.
     fn is_nearest<T: Scalar>(value: f64, bits: impl Fn(T) -> u16, from_bits: impl Fn(u16) -> T) -> bool {
         let rounded = T::from_f64(value);
         let distance = |other: T| (other.to_f64() - value).abs();
@@ -277,8 +278,9 @@ mod tests {
         }
     }
 
-    /// Every finite half, the midpoint above it, and what lies next to both in f64, at every distance that a conversion
-    /// could lose: one unit of the f64, and one bit in the part that an f32 or the upper word of the f64 drops.
+    /// Every finite half, the midpoint above it, and what lies next to both in f64, at every distance that a
+    /// conversion could lose: one unit of the f64, and one bit in the part that an f32 or the upper word of
+    /// the f64 drops.
     fn rounds_to_nearest_even<T: Scalar>(
         from_bits: impl Fn(u16) -> T,
         to_bits: impl Fn(T) -> u16,

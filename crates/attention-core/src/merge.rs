@@ -1,9 +1,10 @@
 //! The associative merge of partial softmax results, which chunked, split-KV and multi-device runs share.
 //!
-//! Attention over a set of keys is determined by attention over the parts of the set: with per-part outputs `o_i`
-//! and logsumexps `l_i`, `l = ln(sum of exp(l_i))` and `o = sum of exp(l_i - l) o_i` (Rabe and Staats,
-//! arXiv 2112.05682, section 3; the online form is Milakov and Gimelshein, arXiv 1805.02867). A part without keys
-//! has output 0 and logsumexp -inf, and is the neutral element. Where there is a sink, exactly one part carries it.
+//! Attention over a set of keys is determined by attention over the parts of the set: with per-part outputs
+//! `o_i` and logsumexps `l_i`, `l = ln(sum of exp(l_i))` and `o = sum of exp(l_i - l) o_i` (Rabe and Staats,
+//! arXiv 2112.05682, section 3; the online form is Milakov and Gimelshein, arXiv 1805.02867). A part without
+//! keys has output 0 and logsumexp -inf, and is the neutral element. Where there is a sink, exactly one part
+//! carries it.
 
 mod empty;
 
@@ -57,8 +58,8 @@ accumulator!(f64);
 
 /// The statistics of a softmax over some logits: their maximum and the sum of `exp(x - max)`.
 ///
-/// Carried together with `value = sum of exp(x - max) v`, which [`push`](Self::push) and [`merge`](Self::merge)
-/// tell how to rescale.
+/// Carried together with `value = sum of exp(x - max) v`, which [`push`](Self::push) and
+/// [`merge`](Self::merge) tell how to rescale.
 ///
 /// ```
 /// use attention_core::merge::RunningSoftmax;
@@ -130,8 +131,8 @@ impl<F: Accumulator> RunningSoftmax<F> {
 pub fn merge_lse<F: Accumulator>(lse: F, other: F) -> (F, Rescale<F>) {
     let mut running = RunningSoftmax::of(lse);
     running.merge(RunningSoftmax::of(other));
-    // Not `exp(part - merged)`: `merged` is rounded at the size of the logsumexps, so at 1e4 in f32 the two factors
-    // would miss a sum of one by 5e-4. The differences from the maximum are exact or small.
+    // Not `exp(part - merged)`: `merged` is rounded at the size of the logsumexps, so at 1e4 in f32 the two
+    // factors would miss a sum of one by 5e-4. The differences from the maximum are exact or small.
     let log_sum = running.sum.ln();
     let factor = |part: F| {
         if part == F::NEG_INFINITY { F::ZERO } else { part.minus(running.max).minus(log_sum).exp() }
@@ -162,15 +163,15 @@ pub fn merge_row<F: Accumulator>(out: &mut [F], lse: &mut F, other_out: &[F], ot
     }
 }
 
-/// Merges partial results over any number of parts of the keys, for whole tensors on the host: parts `(out, lse)`
-/// of shapes `[B, T, N, Hv]` and `[B, T, N]` into an output of any float dtype.
+/// Merges partial results over any number of parts of the keys, for whole tensors on the host: parts `(out,
+/// lse)` of shapes `[B, T, N, Hv]` and `[B, T, N]` into an output of any float dtype.
 ///
-/// The parts are merged in order, in f32 (f64 where the logsumexps are f64). Without parts the result is that of no
-/// keys: output 0, logsumexp -inf. Nothing is written on a refusal.
+/// The parts are merged in order, in f32 (f64 where the logsumexps are f64). Without parts the result is that
+/// of no keys: output 0, logsumexp -inf. Nothing is written on a refusal.
 ///
 /// # Errors
-/// [`InvalidCall::Rank`], [`InvalidCall::Shape`] or [`InvalidCall::DType`] where the parts do not fit, [`InvalidCall::Device`] for memory
-/// that is not on the host.
+/// [`InvalidCall::Rank`], [`InvalidCall::Shape`] or [`InvalidCall::DType`] where the parts do not fit,
+/// [`InvalidCall::Device`] for memory that is not on the host.
 pub fn merge_partials(
     parts: &[(View<'_>, View<'_>)],
     out: ViewMut<'_>,

@@ -4,17 +4,17 @@ use std::sync::Arc;
 
 use crate::View;
 
-/// Where query row `t` stands among the keys: `pos = t + offset`. Causal masking, windows and ALiBi all count from
-/// `pos`, whether or not the call is causal.
+/// Where query row `t` stands among the keys: `pos = t + offset`. Causal masking, windows and ALiBi all count
+/// from `pos`, whether or not the call is causal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum QueryOffset {
-    /// The same offset for every batch row. 0 is [`QueryOffset::TOP_LEFT`]; a decoder that appends `T` queries to
-    /// `c` cached keys uses `c`.
+    /// The same offset for every batch row. 0 is [`QueryOffset::TOP_LEFT`]; a decoder that appends `T`
+    /// queries to `c` cached keys uses `c`.
     Fixed(i64),
-    /// The last query row is aligned with the last key: the offset is `kv_len[b] - q_len[b]` for each batch row,
-    /// negative where there are more queries than keys (FlashAttention's alignment).
+    /// The last query row is aligned with the last key: the offset is `kv_len[b] - q_len[b]` for each batch
+    /// row, negative where there are more queries than keys (FlashAttention's alignment).
     BottomRight,
 }
 
@@ -112,8 +112,8 @@ impl std::fmt::Display for QueryOffset {
     }
 }
 
-/// A sliding window: row `t` may attend to keys `pos - left ..= pos + right`, both ends included. `None` leaves a
-/// side unbounded.
+/// A sliding window: row `t` may attend to keys `pos - left ..= pos + right`, both ends included. `None`
+/// leaves a side unbounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(remote = "Self", deny_unknown_fields))]

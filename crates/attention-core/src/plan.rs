@@ -37,7 +37,8 @@ pub trait Plan: Send + Sync + std::fmt::Debug {
     /// returned the memory may go back, and to the next call on the stream, although the work is still to be
     /// done. Nothing else may read or write it.
     ///
-    /// The default lends none, and is right for a plan on host memory, where callers have scratch of their own.
+    /// The default lends none, and is right for a plan on host memory, where callers have scratch of their
+    /// own.
     ///
     /// # Errors
     /// [`Unsupported::LentScratch`] by a backend that lends none, [`Unsupported::ScratchLimit`] above what it

@@ -22,7 +22,8 @@ pub struct Axes<T> {
 /// A shape: the number of elements along each axis.
 pub type Dims = Axes<usize>;
 
-/// The distance between neighbours along each axis, in elements. Negative and zero strides are legal for inputs.
+/// The distance between neighbours along each axis, in elements. Negative and zero strides are legal for
+/// inputs.
 pub type Strides = Axes<isize>;
 
 impl<T: Copy + Default> Axes<T> {
@@ -219,8 +220,8 @@ impl TensorDesc {
         element_count(self.sizes())
     }
 
-    /// The lowest and highest element offset from the first element, or `None` where the tensor does not fit in
-    /// an address space. An empty tensor spans `(0, -1)`.
+    /// The lowest and highest element offset from the first element, or `None` where the tensor does not fit
+    /// in an address space. An empty tensor spans `(0, -1)`.
     pub fn span(&self) -> Option<(isize, isize)> {
         // In one pass, whose overflows are looked at in the end: every call asks for some ten spans.
         let (mut count, mut low, mut high) = (1usize, 0isize, 0isize);
@@ -265,9 +266,9 @@ impl TensorDesc {
         }
     }
 
-    /// Whether two indices of the tensor can reach the same element. Sufficient, not exact: with the axes sorted by
-    /// stride, every stride must be larger than the reach of all smaller ones. Layouts that interleave in another
-    /// way count as overlapping.
+    /// Whether two indices of the tensor can reach the same element. Sufficient, not exact: with the axes
+    /// sorted by stride, every stride must be larger than the reach of all smaller ones. Layouts that
+    /// interleave in another way count as overlapping.
     pub fn may_overlap_itself(&self) -> bool {
         if self.is_empty() {
             return false;

@@ -2,11 +2,12 @@
 
 use crate::{DType, Dims, InvalidCall, Strides, TensorDesc};
 
-/// Implements `Serialize` and `Deserialize` for a struct that derives both with `serde(remote = "Self")`: formats for
-/// people (JSON, TOML) must name its fields.
+/// Implements `Serialize` and `Deserialize` for a struct that derives both with `serde(remote = "Self")`:
+/// formats for people (JSON, TOML) must name its fields.
 ///
-/// The derived `Deserialize` takes a list of values in the place of named fields too, which binary formats need. In
-/// JSON a list would be options without their names: `[]` would stand for the defaults, whatever was meant.
+/// The derived `Deserialize` takes a list of values in the place of named fields too, which binary formats
+/// need. In JSON a list would be options without their names: `[]` would stand for the defaults, whatever was
+/// meant.
 #[macro_export]
 #[doc(hidden)]
 macro_rules! fields_by_name {

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The variants of a backend: every code path that its plans may choose (a kernel with its tile sizes, an instruction
-/// set, a split of the keys and the merge behind it), each with a count of its runs.
+/// The variants of a backend: every code path that its plans may choose (a kernel with its tile sizes, an
+/// instruction set, a split of the keys and the merge behind it), each with a count of its runs.
 ///
-/// A backend lists what may be chosen on this machine and counts where it launches, so that a test suite can hold
-/// one against the other: a variant that no case has run is one that the suite says nothing about. Counts only grow,
-/// and clones of a backend may share them.
+/// A backend lists what may be chosen on this machine and counts where it launches, so that a test suite can
+/// hold one against the other: a variant that no case has run is one that the suite says nothing about.
+/// Counts only grow, and clones of a backend may share them.
 ///
 /// ```
 /// use attention_core::Variants;
@@ -60,8 +60,8 @@ impl Variants {
         variants
     }
 
-    /// Adds to the list, for backends that know what may be chosen only once they have seen the device. A name that is
-    /// listed already stays as it is.
+    /// Adds to the list, for backends that know what may be chosen only once they have seen the device. A
+    /// name that is listed already stays as it is.
     pub fn list<N: Into<String>>(&self, names: impl IntoIterator<Item = N>) {
         let mut entries = self.entries();
         for name in names {
@@ -79,7 +79,8 @@ impl Variants {
         entries.entry(name.to_owned()).or_default().counter.clone()
     }
 
-    /// All variants in the order of their names: those that are listed, and those that were run or asked for besides.
+    /// All variants in the order of their names: those that are listed, and those that were run or asked for
+    /// besides.
     pub fn runs(&self) -> Vec<VariantRuns> {
         let runs = |(name, entry): (&String, &Entry)| VariantRuns {
             name: name.clone(),

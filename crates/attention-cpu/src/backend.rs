@@ -19,16 +19,17 @@ const NAME: &str = "cpu";
 
 /// The plain CPU backend: every option, every dtype, forward and backward.
 ///
-/// It materialises the logits of a block of query rows over all their keys, which makes it easy to check; matrix
-/// products come from the `gemm` crate.
+/// It materialises the logits of a block of query rows over all their keys, which makes it easy to check;
+/// matrix products come from the `gemm` crate.
 ///
 /// # Semantics
-/// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16 (operands are widened, so nothing is
-///   rounded to a half before the results).
-/// - Results are bitwise the same for any number of threads, any composition of the batch and any amount of padding. A
-///   packed sequence, and one whose keys are in pages, has the bits that it has alone in a dense call.
-/// - [`variants`](AttentionBackend::variants): packed and unpacked keys in both passes, where rows take their sums from, and how
-///   biases, masks and gradients of biases and sinks are read and written, by dtype.
+/// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16 (operands are widened, so
+///   nothing is rounded to a half before the results).
+/// - Results are bitwise the same for any number of threads, any composition of the batch and any amount of
+///   padding. A packed sequence, and one whose keys are in pages, has the bits that it has alone in a dense
+///   call.
+/// - [`variants`](AttentionBackend::variants): packed and unpacked keys in both passes, where rows take their
+///   sums from, and how biases, masks and gradients of biases and sinks are read and written, by dtype.
 /// - Scratch: packed keys and values and a block of logits a thread, see
 ///   [`scratch_bytes`](AttentionBackend::scratch_bytes).
 ///

@@ -10,8 +10,8 @@ use crate::variants::{BiasRuns, RowRuns};
 #[derive(Clone, Copy)]
 pub(crate) enum AnyFloat<'a> {
     F64(HostView<'a, f64>),
-    /// f64 that is read in the precision of f32 logits, also where small batch rows are computed in f64: what is infinite
-    /// there masks everywhere.
+    /// f64 that is read in the precision of f32 logits, also where small batch rows are computed in f64: what
+    /// is infinite there masks everywhere.
     F64InF32(HostView<'a, f64>),
     F32(HostView<'a, f32>),
     F16(HostView<'a, f16>),
@@ -19,7 +19,8 @@ pub(crate) enum AnyFloat<'a> {
 }
 
 impl<'a> AnyFloat<'a> {
-    /// Of a view in host memory with a float dtype, which a checked call guarantees, in the precision of `logits`.
+    /// Of a view in host memory with a float dtype, which a checked call guarantees, in the precision of
+    /// `logits`.
     pub(crate) fn new(view: View<'a>, logits: DType) -> Self {
         let typed = match view.desc().dtype() {
             DType::F64 if logits == DType::F64 => view.host().map(Self::F64),
@@ -56,8 +57,8 @@ impl<'a> AnyFloat<'a> {
         }
     }
 
-    /// Adds the numbers of a row from `start` on to `logits`; a row of one number is the same for every key. -inf masks
-    /// whatever the logit is, and nothing else leads below the `lowest` finite logit.
+    /// Adds the numbers of a row from `start` on to `logits`; a row of one number is the same for every key.
+    /// -inf masks whatever the logit is, and nothing else leads below the `lowest` finite logit.
     #[inline(always)]
     pub(crate) fn add_row<C: Compute>(&self, leading: [usize; 3], start: usize, logits: &mut [C], lowest: C) {
         match self {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use attention_threads::{Team, Threads};
 use rayon::ThreadPool;
 
-/// Where and on how many threads a [`CpuBackend`](crate::CpuBackend) works. Results do not depend on it, to the bit.
+/// Where and on how many threads a [`CpuBackend`](crate::CpuBackend) works. Results do not depend on it, to
+/// the bit.
 ///
 /// ```
 /// use attention_cpu::{CpuBackend, CpuConfig};
@@ -20,8 +21,8 @@ pub struct CpuConfig {
 }
 
 impl CpuConfig {
-    /// Uses at most this many threads, the calling one included, and asks for scratch for as many. 0 and the default
-    /// stand for all threads of the configured pool, else for those of rayon's global pool by default
+    /// Uses at most this many threads, the calling one included, and asks for scratch for as many. 0 and the
+    /// default stand for all threads of the configured pool, else for those of rayon's global pool by default
     /// (`RAYON_NUM_THREADS`, or what the machine runs side by side).
     ///
     /// With 1 no pool is looked at or started.

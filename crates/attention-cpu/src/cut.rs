@@ -12,8 +12,8 @@ use crate::operand::Operand;
 use crate::packed::PANEL;
 use crate::sequences::{keys_vary, queries_vary, with_queries};
 
-/// Query rows that share one packing of keys and values. Packing costs about as much as 30 rows of products, and
-/// fewer, larger tasks leave threads idle.
+/// Query rows that share one packing of keys and values. Packing costs about as much as 30 rows of products,
+/// and fewer, larger tasks leave threads idle.
 const TASK_ROWS: usize = 512;
 
 /// Logits of a block: 1 MiB in f32, half of a typical second-level cache.
@@ -22,8 +22,8 @@ const BLOCK_LOGITS: usize = 1 << 18;
 /// Rows of a block: matrix products reach full speed from 48 rows on.
 const BLOCK_ROWS: Range<usize> = 48..128;
 
-/// Logits of a head up to which a batch row is small: 64 queries against 64 keys, where calls and conversions cost
-/// more than arithmetic.
+/// Logits of a head up to which a batch row is small: 64 queries against 64 keys, where calls and conversions
+/// cost more than arithmetic.
 const SMALL_LOGITS: usize = 1 << 12;
 
 /// Whether a batch row is computed the way of [`Operand::Small`].
@@ -35,8 +35,8 @@ fn are_few_logits(queries: usize, keys: usize) -> bool {
     queries.saturating_mul(keys) <= SMALL_LOGITS
 }
 
-/// Whether so few query rows share a key/value head that reading keys and values as they lie beats packing them:
-/// decoding. Packing reads and writes them once more, and products of few rows are bound by memory.
+/// Whether so few query rows share a key/value head that reading keys and values as they lie beats packing
+/// them: decoding. Packing reads and writes them once more, and products of few rows are bound by memory.
 pub(crate) fn few_rows(rows: usize) -> bool {
     rows <= FEW_ROWS
 }
@@ -200,8 +200,8 @@ pub(crate) fn has_rows(problem: &Problem) -> bool {
     dims.batch > 0 && dims.query_length > 0 && dims.query_heads > 0
 }
 
-/// The blocks of a task, each with the keys it can see. `matrices` of the size of a block's logits are in use at a
-/// time.
+/// The blocks of a task, each with the keys it can see. `matrices` of the size of a block's logits are in use
+/// at a time.
 pub(crate) fn blocks(
     problem: &CallProblem<'_>,
     rows: &Rows,
@@ -230,10 +230,11 @@ pub(crate) fn block_rows(keys: usize, matrices: usize) -> usize {
     (rows / 16 * 16).clamp(BLOCK_ROWS.start, BLOCK_ROWS.end)
 }
 
-/// The most elements that the logits of a block of at most `rows` rows take over up to `keys` keys, `matrices` in use
-/// at a time; `None` on overflow.
+/// The most elements that the logits of a block of at most `rows` rows take over up to `keys` keys,
+/// `matrices` in use at a time; `None` on overflow.
 pub(crate) fn block_elements(rows: usize, keys: usize, matrices: usize) -> Option<usize> {
-    // Blocks have fewer rows the more keys there are, in steps of 16: the most at the last number of keys of a step.
+    // Blocks have fewer rows the more keys there are, in steps of 16: the most at the last number of keys of
+    // a step.
     let mut most = rows.min(block_rows(keys, matrices)).checked_mul(logits_stride(keys)?)?;
     for step in (BLOCK_ROWS.start..=BLOCK_ROWS.end).step_by(16) {
         let last = keys.min(BLOCK_LOGITS / (step * matrices.max(1)));
@@ -242,8 +243,8 @@ pub(crate) fn block_elements(rows: usize, keys: usize, matrices: usize) -> Optio
     Some(most)
 }
 
-/// The distance between rows of logits over this many keys. A multiple of a panel, and a bit more: rows a power of
-/// two apart would share the sets of the cache. `None` on overflow.
+/// The distance between rows of logits over this many keys. A multiple of a panel, and a bit more: rows a
+/// power of two apart would share the sets of the cache. `None` on overflow.
 pub(crate) fn logits_stride(keys: usize) -> Option<usize> {
     // A block may begin inside a panel of its task.
     keys.checked_add(PANEL)?.checked_next_multiple_of(PANEL)?.checked_add(16)

@@ -1,5 +1,5 @@
-//! Products and sums for few query rows: each key and value is read once, as it lies, for all rows. Decoding lives
-//! here, where memory is the limit and packing would triple its traffic.
+//! Products and sums for few query rows: each key and value is read once, as it lies, for all rows. Decoding
+//! lives here, where memory is the limit and packing would triple its traffic.
 
 use std::ops::Range;
 
@@ -71,8 +71,8 @@ impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for ProductsOf<Prod
     }
 }
 
-/// `sums[row] = sum over the range of weights[row * stride + i] * value i`, leaving out values whose weight is
-/// [`Compute::DISALLOWED`]; `room` holds [`KEYS`] rows.
+/// `sums[row] = sum over the range of weights[row * stride + i] * value i`, leaving out values whose weight
+/// is [`Compute::DISALLOWED`]; `room` holds [`KEYS`] rows.
 pub(crate) fn weighted_sums<E: Operand>(
     values: &Head<'_, E>,
     range: Range<usize>,

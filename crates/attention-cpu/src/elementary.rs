@@ -20,8 +20,8 @@ pub(crate) trait Compute:
     const ONE: Self;
     const NEG_INFINITY: Self;
 
-    /// The probability at a position that takes no part: negative zero, which adds nothing to a sum and can be told
-    /// from an allowed probability that is zero.
+    /// The probability at a position that takes no part: negative zero, which adds nothing to a sum and can
+    /// be told from an allowed probability that is zero.
     const DISALLOWED: Self;
 
     /// The counters of the code that is compiled for this.
@@ -30,8 +30,8 @@ pub(crate) trait Compute:
     fn is_disallowed(self) -> bool;
     /// Neither infinite nor NaN.
     fn is_finite(self) -> bool;
-    /// This logit with a bias: -inf where the bias is, even if this is NaN, and the `lowest` finite logit where a finite
-    /// bias leads below it.
+    /// This logit with a bias: -inf where the bias is, even if this is NaN, and the `lowest` finite logit
+    /// where a finite bias leads below it.
     fn biased(self, bias: Self, lowest: Self) -> Self;
     /// `e` to this, to within 2 ulp.
     fn exp_lane<const FMA: bool>(self) -> Self;
@@ -206,7 +206,8 @@ mod tests {
         (f64::from(got) - want).abs() / f64::from(ulp)
     }
 
-    /// The distance in units in the last place of an f64 from the value of the standard library, itself within 1.
+    /// The distance in units in the last place of an f64 from the value of the standard library, itself
+    /// within 1.
     fn ulps_f64(got: f64, want: f64) -> f64 {
         let magnitude = want.abs().max(f64::MIN_POSITIVE);
         let ulp = f64::from_bits(magnitude.to_bits() + 1) - magnitude;

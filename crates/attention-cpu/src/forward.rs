@@ -38,7 +38,8 @@ impl Pieces {
         let dims = problem.dims();
         let rows = sized.task_rows(problem);
         let keys = sized.keys_of(problem, sized.task_queries(problem));
-        // The last task of a head may be the only one of few rows, and the other way round the first is the largest.
+        // The last task of a head may be the only one of few rows, and the other way round the first is the
+        // largest.
         if !cut::few_rows(rows) {
             self.panels = self.panels.max(panel_elements(keys, dims.head_dim)?);
             self.values = self.values.max(keys.checked_mul(dims.value_head_dim)?);

@@ -1,19 +1,22 @@
-//! Matrix products from the crates `gemm-f32` and `gemm-f64` behind checked matrices. This crate's only `unsafe`.
+//! Matrix products from the crates `gemm-f32` and `gemm-f64` behind checked matrices. This crate's only
+//! `unsafe`.
 //!
-//! Those two hold what the crate `gemm` dispatches to for real numbers. `gemm` itself also compiles kernels for complex
-//! ones, which take as long to build as all of the real ones, and nothing here uses them.
+//! Those two hold what the crate `gemm` dispatches to for real numbers. `gemm` itself also compiles kernels
+//! for complex ones, which take as long to build as all of the real ones, and nothing here uses them.
 //!
-//! An element of a product over at most [`MAX_DEPTH`] terms is one chain of additions in order, whatever the number
-//! of rows and columns, as long as both are at least 2 and the right-hand side is row-major (read off gemm 0.19:
-//! its vector and dot-product special cases sum in another order). Longer sums are cut by the callers.
+//! An element of a product over at most [`MAX_DEPTH`] terms is one chain of additions in order, whatever the
+//! number of rows and columns, as long as both are at least 2 and the right-hand side is row-major (read off
+//! gemm 0.19: its vector and dot-product special cases sum in another order). Longer sums are cut by the
+//! callers.
 
 #![allow(unsafe_code)]
 
 use attention_core::Scalar;
 use gemm_common::Parallelism;
 
-/// `dst = alpha * dst + beta * lhs * rhs` for `m`, `n` and `k`: each matrix as a pointer with the strides of its columns
-/// and rows in elements, `dst` with whether it is read, behind the factors three flags for conjugates.
+/// `dst = alpha * dst + beta * lhs * rhs` for `m`, `n` and `k`: each matrix as a pointer with the strides of
+/// its columns and rows in elements, `dst` with whether it is read, behind the factors three flags for
+/// conjugates.
 type Product<C> = unsafe fn(
     usize,
     usize,
@@ -54,12 +57,12 @@ impl Multiply for f64 {
     }
 }
 
-/// The most terms of one product: above it `gemm` cuts the sum where its cache model says, which depends on the
-/// other dimensions.
+/// The most terms of one product: above it `gemm` cuts the sum where its cache model says, which depends on
+/// the other dimensions.
 pub(crate) const MAX_DEPTH: usize = 512;
 
-/// Tells whether the buffer that the `gemm` crate keeps for this thread can still be had: in the destructors of
-/// thread-locals it may be gone, and `gemm` panics then. Made before that buffer, so destroyed after it.
+/// Tells whether the buffer that the `gemm` crate keeps for this thread can still be had: in the destructors
+/// of thread-locals it may be gone, and `gemm` panics then. Made before that buffer, so destroyed after it.
 struct Alive;
 
 impl Drop for Alive {
@@ -166,17 +169,18 @@ pub(crate) fn gemm<C: Multiply>(
     }
     let accumulate = mode == Destination::Accumulate;
     let product = C::product();
-    // The kernels prefer a destination whose columns are contiguous. A row-major one is the transpose of such a matrix, and
-    // its product that of the factors' transposes in the other order.
+    // The kernels prefer a destination whose columns are contiguous. A row-major one is the transpose of such
+    // a matrix, and its product that of the factors' transposes in the other order.
     let (m, n, to, lhs, rhs) = if dst.row_stride > 1 {
         (n, m, (dst.row_stride, 1), rhs.transposed(), lhs.transposed())
     } else {
         (m, n, (1, dst.row_stride), lhs, rhs)
     };
     // SAFETY: each matrix's extent was checked against its slice when it was made, and `m`, `n`, `k` are the
-    // dimensions of all three, so every access is inside a slice; transposing swaps dimensions and strides of all three
-    // together. `dst` is an exclusive slice whose rows do not overlap and cannot alias the shared slices; all strides fit
-    // isize since the extents are lengths of slices. Without reading `dst` its contents do not matter.
+    // dimensions of all three, so every access is inside a slice; transposing swaps dimensions and strides of
+    // all three together. `dst` is an exclusive slice whose rows do not overlap and cannot alias the shared
+    // slices; all strides fit isize since the extents are lengths of slices. Without reading `dst` its
+    // contents do not matter.
     unsafe {
         product(
             m,

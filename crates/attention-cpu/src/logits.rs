@@ -88,7 +88,8 @@ impl<'a, C: Compute> Terms<'a, C> {
     /// Turns a row of scaled products into logits: -inf at every column that takes no part. `sequence` has
     /// the rows of the batch row.
     ///
-    /// With a softcap, `capped` receives the soft-capped products, from which the backward pass takes the slope.
+    /// With a softcap, `capped` receives the soft-capped products, from which the backward pass takes the
+    /// slope.
     #[inline(always)]
     pub(crate) fn apply<const FMA: bool>(
         &self,

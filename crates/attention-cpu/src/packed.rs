@@ -1,8 +1,9 @@
-//! Keys and values of one head, packed once for a task: the layouts that matrix products run at full speed on.
+//! Keys and values of one head, packed once for a task: the layouts that matrix products run at full speed
+//! on.
 //!
-//! `gemm` wants the operand along which it vectorises to be contiguous. For logits that is the transposed key, so
-//! keys are packed as panels `[panel][H][64 keys]`; for outputs it is the value as it lies, packed densely since
-//! large row strides cost a third of the speed.
+//! `gemm` wants the operand along which it vectorises to be contiguous. For logits that is the transposed
+//! key, so keys are packed as panels `[panel][H][64 keys]`; for outputs it is the value as it lies, packed
+//! densely since large row strides cost a third of the speed.
 
 use std::ops::Range;
 
@@ -21,8 +22,8 @@ pub(crate) const PANEL: usize = 64;
 /// Terms of a product over keys: the chunk of values that stays in the first cache levels.
 const KEY_CHUNK: usize = 256;
 
-/// Terms of a product over a head dimension. The error of a sum grows with its length, so longer ones are cut; at
-/// 64 the cut costs nothing that can be measured.
+/// Terms of a product over a head dimension. The error of a sum grows with its length, so longer ones are
+/// cut; at 64 the cut costs nothing that can be measured.
 const DEPTH: usize = 64;
 
 /// The fewest terms that a sum is cut into.
@@ -99,7 +100,8 @@ impl<'a, C: Compute> Panels<'a, C> {
         Columns { start: self.keys.start + first * PANEL, count: (end - first) * PANEL }
     }
 
-    /// `products[row][column] = factor * <rows[row], packed row of the column>`, rows of `products` `stride` apart.
+    /// `products[row][column] = factor * <rows[row], packed row of the column>`, rows of `products` `stride`
+    /// apart.
     pub(crate) fn product(
         &self,
         rows: &[C],
@@ -179,8 +181,8 @@ impl<C: Compute> Kernel for SingleRow<'_, '_, C> {
     }
 }
 
-/// The rows `keys` of a head, dense, with the ones that are not finite kept apart: their weight is zero wherever
-/// they take no part, and zero times infinity would be NaN.
+/// The rows `keys` of a head, dense, with the ones that are not finite kept apart: their weight is zero
+/// wherever they take no part, and zero times infinity would be NaN.
 pub(crate) struct Dense<'a, C> {
     data: &'a [C],
     width: usize,
@@ -224,8 +226,9 @@ impl<'a, C: Compute> Dense<'a, C> {
 
     /// `sums[row] (+)= factor * sum over keys of weights[row][key] * packed row of the key`.
     ///
-    /// Row `r` of `weights` and `marks` begins at `r * stride`; its columns stand for `columns`. A key takes part in
-    /// a row where `marks` is not [`Compute::DISALLOWED`]; where it takes no part its weight must be zero.
+    /// Row `r` of `weights` and `marks` begins at `r * stride`; its columns stand for `columns`. A key takes
+    /// part in a row where `marks` is not [`Compute::DISALLOWED`]; where it takes no part its weight must be
+    /// zero.
     #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
     pub(crate) fn weighted_sum(
         &self,

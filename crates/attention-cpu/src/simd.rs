@@ -1,7 +1,7 @@
 //! Compiles a loop for the widest vectors of the machine and picks that version at run time.
 
-/// A loop that LLVM vectorises. `run` and everything in it must be `#[inline(always)]`, so that it is compiled with
-/// the instructions of the level it is called from.
+/// A loop that LLVM vectorises. `run` and everything in it must be `#[inline(always)]`, so that it is
+/// compiled with the instructions of the level it is called from.
 pub(crate) trait Kernel {
     type Output;
 

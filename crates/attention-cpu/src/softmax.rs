@@ -66,8 +66,8 @@ fn sum<C: Compute>(row: &[C]) -> C {
 
 /// The mean of `values` with these weights and one more of value 0, computed in f64.
 ///
-/// Divided by the sum of the weights, which is 1 but for their rounding, so that values that are all alike have this mean:
-/// it is subtracted from them.
+/// Divided by the sum of the weights, which is 1 but for their rounding, so that values that are all alike
+/// have this mean: it is subtracted from them.
 #[inline(always)]
 pub(crate) fn mean<C: Compute>(weights: &[C], values: &[C], of_zero: C) -> C {
     let (mut totals, mut sums) = ([0.0f64; GROUP], [0.0f64; GROUP]);
@@ -99,7 +99,8 @@ pub(crate) fn mean<C: Compute>(weights: &[C], values: &[C], of_zero: C) -> C {
 /// What a row of logits comes to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowSoftmax<C> {
-    /// What unnormalised probabilities are divided by: the sum of `exp(x - max)`, and 1 for a row without keys.
+    /// What unnormalised probabilities are divided by: the sum of `exp(x - max)`, and 1 for a row without
+    /// keys.
     pub(crate) total: C,
     /// The logsumexp; -inf for a row without keys or sink.
     pub(crate) lse: C,
@@ -113,7 +114,8 @@ pub(crate) fn softmax<C: Compute, const FMA: bool>(row: &mut [C], sink: Option<C
     // NaN loses every comparison here and returns with the exponentials.
     let max = reduce(row, C::NEG_INFINITY, |a, b| if b > a { b } else { a });
     let sink = sink.filter(|&sink| sink != C::NEG_INFINITY);
-    // A row without keys has weight 0 beside any sink; with a NaN among the logits the maximum may be -inf too.
+    // A row without keys has weight 0 beside any sink; with a NaN among the logits the maximum may be -inf
+    // too.
     let max = sink.map_or(max, |sink| if max > sink { max } else { sink });
     let shift = if max == C::NEG_INFINITY { C::ZERO } else { max };
     exponentials::<C, FMA>(row, shift);
@@ -153,8 +155,8 @@ impl<C: Compute> RowDropout<C> {
         Some(Self { stream, keep_scale: C::from_f64(stream.keep_scale()), batch_head, query: query as u32 })
     }
 
-    /// Calls `visit(column, factor)` for the columns that stand for keys: 0 where the key is dropped, else the scale
-    /// of kept probabilities.
+    /// Calls `visit(column, factor)` for the columns that stand for keys: 0 where the key is dropped, else
+    /// the scale of kept probabilities.
     pub(crate) fn for_each(&self, columns: &Columns, keys: usize, mut visit: impl FnMut(usize, C)) {
         let range = columns.start..(columns.start + columns.count).min(keys);
         self.stream.for_each(self.batch_head, self.query, range, |key, keep| {
@@ -162,8 +164,8 @@ impl<C: Compute> RowDropout<C> {
         });
     }
 
-    /// Drops and scales the probabilities of a row. A disallowed one stays so: negative zero times a factor that is
-    /// not negative.
+    /// Drops and scales the probabilities of a row. A disallowed one stays so: negative zero times a factor
+    /// that is not negative.
     pub(crate) fn apply(&self, columns: &Columns, keys: usize, row: &mut [C]) {
         self.for_each(columns, keys, |column, factor| row[column] *= factor);
     }

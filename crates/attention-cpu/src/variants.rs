@@ -1,7 +1,8 @@
 //! The code paths that a call may choose, each with a count of its runs.
 //!
-//! A counter that is in a field here is one that is listed, so that a call cannot count what the list lacks. The instruction
-//! set is no path: a machine has one, and every call runs at it. Neither are sizes that only say how often a loop runs.
+//! A counter that is in a field here is one that is listed, so that a call cannot count what the list lacks.
+//! The instruction set is no path: a machine has one, and every call runs at it. Neither are sizes that only
+//! say how often a loop runs.
 
 use attention_core::{DType, VariantCounter, Variants};
 

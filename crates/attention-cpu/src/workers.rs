@@ -5,8 +5,8 @@ use std::sync::Mutex;
 use attention_core::red_zones;
 use attention_threads::Team;
 
-/// Runs `work` on every task, on at most `workers` threads of the team, each with `bytes` of the scratch to itself. Tasks
-/// are made as they are taken: a list of all of them would grow with the batch.
+/// Runs `work` on every task, on at most `workers` threads of the team, each with `bytes` of the scratch to
+/// itself. Tasks are made as they are taken: a list of all of them would grow with the batch.
 ///
 /// # Panics
 /// Where the scratch has less than a piece for each worker.

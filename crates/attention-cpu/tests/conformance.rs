@@ -1,5 +1,5 @@
-//! The conformance suite and the golden sets, on one and on several threads: results must agree with the oracle,
-//! and with each other to the bit.
+//! The conformance suite and the golden sets, on one and on several threads: results must agree with the
+//! oracle, and with each other to the bit.
 
 use std::sync::Arc;
 
@@ -19,7 +19,8 @@ fn conforms_on_any_number_of_threads() {
     assert_conforms(Subject::new(&default).same_as("one thread", &one).same_as("five threads", &five));
 }
 
-/// Not only inside the derived bounds: f64 to 1e-12, and f32 no further from the truth than twice JAX's own f32.
+/// Not only inside the derived bounds: f64 to 1e-12, and f32 no further from the truth than twice JAX's own
+/// f32.
 #[test]
 fn is_as_exact_as_the_golden_sets_ask() {
     for directory in own_sets() {

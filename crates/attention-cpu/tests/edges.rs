@@ -1,4 +1,5 @@
-//! Numbers at the edges of their types: masks of -inf around NaN, biases of any size, logits beyond their own precision.
+//! Numbers at the edges of their types: masks of -inf around NaN, biases of any size, logits beyond their own
+//! precision.
 
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, ForwardCall, ForwardOutputs,
@@ -111,8 +112,8 @@ fn close(got: f64, want: f64, tolerance: f64) -> bool {
     (got - want).abs() <= tolerance * want.abs().max(1.0)
 }
 
-/// Every magnitude of a bias: on all keys, on all but the last, and on the last alone. Queries are 0, so that logits are
-/// the bias exactly.
+/// Every magnitude of a bias: on all keys, on all but the last, and on the last alone. Queries are 0, so that
+/// logits are the bias exactly.
 fn biases_of_every_magnitude<T: Scalar, L: Scalar>(largest: i32, tolerance: f64) {
     for (rows, keys) in SIZES {
         let width = 4;
@@ -175,7 +176,8 @@ fn biases_of_every_magnitude<T: Scalar, L: Scalar>(largest: i32, tolerance: f64)
                         );
                     }
                 }
-                // Queries are 0, so keys have no gradient; and no gradient of a bias is more than all that comes in.
+                // Queries are 0, so keys have no gradient; and no gradient of a bias is more than all that
+                // comes in.
                 assert!(got.dk.iter().all(|&x| x == 0.0), "{what}: dk");
                 let most: f64 = (0..rows * width).map(|i| d_out[i].to_f64().abs() * 4.0).sum();
                 assert!(got.dbias.iter().chain(&got.dq).all(|x| x.abs() <= most), "{what}: dbias, dq");
@@ -199,7 +201,8 @@ fn f64_biases_of_every_magnitude() {
     biases_of_every_magnitude::<f64, f64>(308, 1e-14);
 }
 
-/// The usual additive mask beside logits that would take it over the edge; and what is -inf in f32 masks f32 operands.
+/// The usual additive mask beside logits that would take it over the edge; and what is -inf in f32 masks f32
+/// operands.
 #[test]
 fn the_lowest_bias_does_not_mask_and_minus_infinity_in_the_precision_of_the_logits_does() {
     for (rows, keys) in SIZES {
@@ -298,7 +301,8 @@ fn what_a_bias_of_minus_infinity_hides_reaches_nothing() {
     }
 }
 
-/// A zero has no sign that masked memory decides: of rows that attend to nothing, and of values that are zero.
+/// A zero has no sign that masked memory decides: of rows that attend to nothing, and of values that are
+/// zero.
 #[test]
 fn zeros_are_positive() {
     for (rows, keys) in SIZES {
@@ -359,7 +363,8 @@ fn a_sink_of_minus_infinity_has_no_gradient() {
     }
 }
 
-/// Logits whose rounding is more than the exponential's range: their probabilities mean little, and are probabilities.
+/// Logits whose rounding is more than the exponential's range: their probabilities mean little, and are
+/// probabilities.
 #[test]
 fn logits_beyond_their_precision_have_gradients_that_are_numbers() {
     fn check<T: Scalar, L: Scalar>(scale: f64) {

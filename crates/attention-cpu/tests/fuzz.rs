@@ -1,5 +1,5 @@
-//! Random calls, checked in every way that the suite knows. `cargo xtask fuzz` runs more of them, `cargo xtask sanitize`
-//! these under the address sanitizer.
+//! Random calls, checked in every way that the suite knows. `cargo xtask fuzz` runs more of them, `cargo
+//! xtask sanitize` these under the address sanitizer.
 
 use std::sync::Arc;
 

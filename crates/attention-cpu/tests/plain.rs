@@ -1,4 +1,5 @@
-//! What the conformance suite does not look at: shapes of several blocks and tasks, padding, and configuration.
+//! What the conformance suite does not look at: shapes of several blocks and tasks, padding, and
+//! configuration.
 
 use attention_conformance::oracle::Oracle;
 use attention_core::{
@@ -106,8 +107,8 @@ fn one_thread() -> CpuBackend {
     CpuBackend::with_config(CpuConfig::default().threads(1))
 }
 
-/// Several tasks (512 rows) of several blocks (128 rows), several panels (64 keys) and chunks (256 keys), none of
-/// them whole.
+/// Several tasks (512 rows) of several blocks (128 rows), several panels (64 keys) and chunks (256 keys),
+/// none of them whole.
 #[test]
 fn shapes_of_several_tasks_agree_with_the_oracle() {
     let data = Data::new([1, 601, 333, 2, 1, 24]);
@@ -161,7 +162,8 @@ fn padding_changes_no_bit() {
     }
 }
 
-/// Backward on parts of the keys, with the whole row's output and logsumexp, adds up to backward on the whole.
+/// Backward on parts of the keys, with the whole row's output and logsumexp, adds up to backward on the
+/// whole.
 #[test]
 fn gradients_of_parts_of_the_keys_add_up() {
     // The whole and one part are above the size of small batch rows, one part is below.

@@ -169,8 +169,8 @@ fn scratch_does_not_depend_on_the_pool() {
     }
 }
 
-/// The gradient of the sinks alone, whose rows have logsumexps that have lost their digits: a call with other gradients
-/// gives the same, and has scratch for their tasks.
+/// The gradient of the sinks alone, whose rows have logsumexps that have lost their digits: a call with other
+/// gradients gives the same, and has scratch for their tasks.
 #[test]
 fn sinks_have_their_gradient_without_others() {
     for (rows, keys) in [(2, 5), (20, 30), (70, 90)] {

@@ -1,4 +1,5 @@
-//! The list of variants, held against small calls: each is reached, and no call counts one that is not listed.
+//! The list of variants, held against small calls: each is reached, and no call counts one that is not
+//! listed.
 
 use attention_conformance::cases::{
     Broadcast, Case, Content, Grid, Layout, Layouts, MaskContent, Saved, Values,
@@ -68,7 +69,8 @@ fn cases() -> Vec<Case> {
             cases.push(with_bias("bias", sizes, axes));
         }
     }
-    // Tasks of the forward pass: the last rows of a head are a task of their own, and of a block the last is one row.
+    // Tasks of the forward pass: the last rows of a head are a task of their own, and of a block the last is
+    // one row.
     cases.push(case("part of a head, then few rows", [1, 514, 3, 2, 1, 4]));
     cases.push(case("a block, then a row", [1, 129, 66, 1, 1, 4]));
     // Parts of the gradient of the bias.

@@ -7,8 +7,8 @@ use cudarc::driver::CudaStream;
 
 use crate::owned::check_streams;
 
-/// An address for each role; 0 for the tensors that a call has not, and for numbers ([`Role::is_data`]) in host
-/// memory.
+/// An address for each role; 0 for the tensors that a call has not, and for numbers ([`Role::is_data`]) in
+/// host memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Addresses([u64; Role::ALL.len()]);
 

@@ -6,14 +6,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// What a file begins with, before the hash of all that follows its first line.
 const MARK: &str = "// attention, checksum ";
 
-/// A folder with texts that took long to make, such as compiled kernels, or none. Several processes may use one at once.
+/// A folder with texts that took long to make, such as compiled kernels, or none. Several processes may use
+/// one at once.
 #[derive(Clone, Debug, Default)]
 pub struct DiskCache {
     folder: Option<PathBuf>,
 }
 
-/// What a text is known by: everything that it depends on, and nothing else. The same in every process and for every
-/// version of Rust.
+/// What a text is known by: everything that it depends on, and nothing else. The same in every process and
+/// for every version of Rust.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskKey {
     /// Also the name of its file.
@@ -21,8 +22,8 @@ pub struct DiskKey {
 }
 
 impl DiskKey {
-    /// Of a text that depends on these fields, in this order. Its file is called `name`, where letters that do not suit one
-    /// become `_`, a hash of the fields, and `.extension`.
+    /// Of a text that depends on these fields, in this order. Its file is called `name`, where letters that
+    /// do not suit one become `_`, a hash of the fields, and `.extension`.
     pub fn new<'f>(name: &str, extension: &str, fields: impl IntoIterator<Item = &'f str>) -> Self {
         let hash = fields.into_iter().fold(Fnv::new(), Fnv::field);
         let plain = |letter: char| letter.is_ascii_alphanumeric() || "._-".contains(letter);
@@ -81,8 +82,8 @@ fn unsealed(file: &str) -> Option<&str> {
     (checksum == Fnv::new().field(text).finish()).then_some(text)
 }
 
-/// FNV-1a with 128 bits, whose every version gives the same (draft-eastlake-fnv, section 5). It guards against
-/// accidents, not against who can write to the folder.
+/// FNV-1a with 128 bits, whose every version gives the same (draft-eastlake-fnv, section 5). It guards
+/// against accidents, not against who can write to the folder.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fnv(u128);
 

@@ -1,5 +1,5 @@
-//! Kernels of our own, compiled at run time for the device at hand and kept: in memory for the process, on disk for the
-//! next one.
+//! Kernels of our own, compiled at run time for the device at hand and kept: in memory for the process, on
+//! disk for the next one.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -63,11 +63,11 @@ fn folder(given: Option<PathBuf>, named: Option<OsString>) -> Option<PathBuf> {
 }
 
 impl KernelCache {
-    /// A cache in memory, and on disk in this folder, or in that which [`KERNEL_FOLDER`] names where none is given. Without
-    /// either, the next process compiles again.
+    /// A cache in memory, and on disk in this folder, or in that which [`KERNEL_FOLDER`] names where none is
+    /// given. Without either, the next process compiles again.
     ///
-    /// A file there belongs to one text, architecture, set of compiler options and version of NVRTC. One that is damaged,
-    /// or that the driver refuses, is compiled again and overwritten. Files are never removed.
+    /// A file there belongs to one text, architecture, set of compiler options and version of NVRTC. One that
+    /// is damaged, or that the driver refuses, is compiled again and overwritten. Files are never removed.
     pub fn new(given: Option<PathBuf>) -> Self {
         let folder = folder(given, std::env::var_os(KERNEL_FOLDER));
         Self { disk: DiskCache::new(folder), ..Self::default() }
@@ -160,8 +160,8 @@ fn kept<M, E: Display>(
     Ok(module)
 }
 
-/// What to compile for on a device of this compute capability. The code runs on that device alone, so from 9.0 on, where
-/// there are such, instructions are allowed that no other architecture has.
+/// What to compile for on a device of this compute capability. The code runs on that device alone, so from
+/// 9.0 on, where there are such, instructions are allowed that no other architecture has.
 fn architecture((major, minor): (i32, i32)) -> String {
     format!("compute_{major}{minor}{}", if major >= 9 { "a" } else { "" })
 }
@@ -235,7 +235,8 @@ mod tests {
         );
     }
 
-    /// Loads through a disk with this in it, by a driver that refuses "bad"; what was compiled and loaded, in turn.
+    /// Loads through a disk with this in it, by a driver that refuses "bad"; what was compiled and loaded, in
+    /// turn.
     fn through(
         test: &str,
         on_disk: Option<&str>,

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use libloading::Library;
 
-/// Where a library is looked for, in this order: an explicit path, the file or folder that an environment variable
-/// names, the loader's own search by each name, and the folders of Python wheels under some roots.
+/// Where a library is looked for, in this order: an explicit path, the file or folder that an environment
+/// variable names, the loader's own search by each name, and the folders of Python wheels under some roots.
 #[derive(Clone, Debug, Default)]
 pub struct Search {
     path: Option<PathBuf>,
@@ -58,8 +58,8 @@ impl Search {
 
     /// Opens the first that can be opened.
     ///
-    /// An explicit path or a set variable is binding: where it names nothing that can be opened, nothing else is tried. An
-    /// empty variable counts as unset.
+    /// An explicit path or a set variable is binding: where it names nothing that can be opened, nothing else
+    /// is tried. An empty variable counts as unset.
     ///
     /// # Errors
     /// [`NotFound`] with everything that was tried.
@@ -113,8 +113,9 @@ impl Attempt {
         candidates.into_iter().find_map(|candidate| {
             let place = candidate.display().to_string();
             self.looked_for.push(place.clone());
-            // SAFETY: loading runs the initialisers of the library that the user or the system put under this name; the
-            // libraries looked for are NVIDIA's, whose initialisers may run at any time and on any thread.
+            // SAFETY: loading runs the initialisers of the library that the user or the system put under this
+            // name; the libraries looked for are NVIDIA's, whose initialisers may run at any time and on any
+            // thread.
             match unsafe { Library::new(&candidate) } {
                 Ok(library) => Some(Found { library: Box::leak(Box::new(library)), place }),
                 Err(error) => {

@@ -1,10 +1,11 @@
 //! Which device memory of this crate's types belongs to which stream.
 //!
-//! A call returns before its kernels end, while the borrow of its tensors ends with the call. So memory that safe code can free or
-//! write after the call must be freed and written on the stream that the kernels run on, which runs one thing after the other.
-//! [`DeviceTensor`](crate::DeviceTensor), [`DeviceScratch`](crate::DeviceScratch) and leased workspaces free and write on the stream
-//! that they were made on, and are known here; backends ask before they launch, and refuse memory of another stream. What a caller
-//! made a view of by `View::from_raw_parts` is not known here: that function's contract covers it.
+//! A call returns before its kernels end, while the borrow of its tensors ends with the call. So memory that
+//! safe code can free or write after the call must be freed and written on the stream that the kernels run
+//! on, which runs one thing after the other. [`DeviceTensor`](crate::DeviceTensor),
+//! [`DeviceScratch`](crate::DeviceScratch) and leased workspaces free and write on the stream that they were
+//! made on, and are known here; backends ask before they launch, and refuse memory of another stream. What a
+//! caller made a view of by `View::from_raw_parts` is not known here: that function's contract covers it.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -57,7 +58,8 @@ impl Drop for Registered {
     }
 }
 
-/// Whether memory at this address may be used by work on this stream: false where it is known to belong to another one.
+/// Whether memory at this address may be used by work on this stream: false where it is known to belong to
+/// another one.
 fn may_use(owned: &BTreeMap<u64, Owned>, address: u64, stream: StreamKey) -> bool {
     let below = owned.range(..=address).next_back();
     below.is_none_or(|(_, memory)| address >= memory.end || memory.stream == stream)

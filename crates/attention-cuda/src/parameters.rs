@@ -49,8 +49,8 @@ unsafe impl DeviceRepr for Integers {}
 const _: () = assert!(size_of::<Integers>() == 24);
 
 impl Integers {
-    /// Those of a role of [`Role::is_data`] in a problem's calls, without an address, and with the stride along
-    /// the last axis. None where the problem has none in device memory.
+    /// Those of a role of [`Role::is_data`] in a problem's calls, without an address, and with the stride
+    /// along the last axis. None where the problem has none in device memory.
     pub fn of(problem: &Problem, role: Role) -> Self {
         match problem.tensor(role).filter(|_| is_on_device(problem, role)) {
             Some(desc) => Self {
@@ -193,7 +193,8 @@ pub struct Parameters {
     most_keys: i64,
 }
 
-// SAFETY: plain numbers, in the layout of the struct of the same name in the kernels; the size is asserted on both sides.
+// SAFETY: plain numbers, in the layout of the struct of the same name in the kernels; the size is asserted on
+// both sides.
 unsafe impl DeviceRepr for Parameters {}
 
 const _: () = assert!(size_of::<Parameters>() == 1664);
@@ -211,8 +212,8 @@ fn has_aligned_rows(desc: &TensorDesc) -> bool {
 /// Which tiles are scheduled round-robin, so that they share reads of a mask or bias in L2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Swizzle {
-    /// Number of heads, or batch rows, whose tiles take turns. Divides the number of heads (batch rows); 1 for
-    /// no swizzle.
+    /// Number of heads, or batch rows, whose tiles take turns. Divides the number of heads (batch rows); 1
+    /// for no swizzle.
     pub count: usize,
     /// Whether batch rows take turns instead of heads.
     pub batch: bool,
@@ -240,9 +241,9 @@ impl Swizzle {
     }
 }
 
-/// The first factor of [`CallProblem::scale_of_gradients`], which gradients of logits are multiplied by before
-/// their products with queries and keys are summed, and its inverse. Both are normal numbers of f32: at most
-/// 2^126, and in f64, whose range is wide enough with any part of a scale, no more than that.
+/// The first factor of [`CallProblem::scale_of_gradients`], which gradients of logits are multiplied by
+/// before their products with queries and keys are summed, and its inverse. Both are normal numbers of f32:
+/// at most 2^126, and in f64, whose range is wide enough with any part of a scale, no more than that.
 fn balance(problem: &CallProblem<'_>) -> (f32, f32) {
     let end = 126f64.exp2();
     let (before, _) = problem.scale_of_gradients();

@@ -1,4 +1,5 @@
-//! Compiles with NVRTC, as `cargo xtask kernels` does. Where there is none, every test is ignored, and says so.
+//! Compiles with NVRTC, as `cargo xtask kernels` does. Where there is none, every test is ignored, and says
+//! so.
 
 use attention_cuda::Nvrtc;
 use attention_kernels::Source;

@@ -1,5 +1,6 @@
-//! Attention on a GPU, on real input: the queries, keys and values of the example `minilm`, rounded to bf16 and sent to
-//! the device, through the facade to cuDNN, compared with the stored output of an f64 implementation.
+//! Attention on a GPU, on real input: the queries, keys and values of the example `minilm`, rounded to bf16
+//! and sent to the device, through the facade to cuDNN, compared with the stored output of an f64
+//! implementation.
 //!
 //! ```text
 //! cargo run --release -p attention --features cuda --example cudnn [FILE]
@@ -120,8 +121,9 @@ struct Bounds {
 }
 
 impl Bounds {
-    /// What rounding the operands changed, computed in f64 on the host, and beside it what class `HalfF32` allows on
-    /// the rounded ones: docs/numerics.md, "Forward", with the largest possible logit in the place of each.
+    /// What rounding the operands changed, computed in f64 on the host, and beside it what class `HalfF32`
+    /// allows on the rounded ones: docs/numerics.md, "Forward", with the largest possible logit in the place
+    /// of each.
     fn new(on_host: &Attention<'_>, operands: &[Rounded; 3], stored: &[f64]) -> Result<Self, Box<dyn Error>> {
         /// Unit roundoffs of f32, in which the class accumulates, and of bf16.
         const ACCUMULATED: f64 = 1.0 / (1u64 << 24) as f64;

@@ -1,7 +1,7 @@
-//! Attention on real input: queries, keys and values that all-MiniLM-L6-v2 computes for six sentences of different
-//! lengths, on every implementation of this build, compared with the stored output of an f64 implementation and with
-//! each other. Once in one padded batch, and once as one sequence in which a mask keeps the sentences apart: the same
-//! outputs, of calls so long that f32 is computed in f32.
+//! Attention on real input: queries, keys and values that all-MiniLM-L6-v2 computes for six sentences of
+//! different lengths, on every implementation of this build, compared with the stored output of an f64
+//! implementation and with each other. Once in one padded batch, and once as one sequence in which a mask
+//! keeps the sentences apart: the same outputs, of calls so long that f32 is computed in f32.
 //!
 //! ```text
 //! cargo run --release -p attention --example minilm [FILE]
@@ -16,8 +16,8 @@ use attention::{Attention, Candidate, Tensor, Verdict, View};
 
 use support::{LAYERS, RUNS, Recording, compare, timed};
 
-/// The largest error, as a fraction of the largest output, that counts as agreement. f32 carries 6e-8, and the sums
-/// of this input lose less than a hundred of those.
+/// The largest error, as a fraction of the largest output, that counts as agreement. f32 carries 6e-8, and
+/// the sums of this input lose less than a hundred of those.
 const ALLOWED: f64 = 1e-5;
 
 fn main() -> ExitCode {
@@ -75,8 +75,8 @@ fn run(bytes: &[u8]) -> Result<bool, Box<dyn Error>> {
     Ok(agrees)
 }
 
-/// Which rows see which, of sentences one behind the other that are all padded to the same length: true where both are of
-/// one sentence and the key is no padding.
+/// Which rows see which, of sentences one behind the other that are all padded to the same length: true where
+/// both are of one sentence and the key is no padding.
 fn sentences_apart(lengths: &[usize], padded: usize) -> Vec<bool> {
     let rows = lengths.len() * padded;
     let sees =
@@ -149,7 +149,8 @@ impl<'a> Sentences<'a> {
         Ok(Self { texts: &recording.texts, lengths: &recording.lengths, token_ids })
     }
 
-    /// A label for each word piece of a sentence: the token id, and the word where words and pieces are one to one.
+    /// A label for each word piece of a sentence: the token id, and the word where words and pieces are one
+    /// to one.
     fn labels(&self, sentence: usize) -> Vec<String> {
         let padded = self.token_ids.len() / self.lengths.len();
         let ids = &self.token_ids[sentence * padded..][..self.lengths[sentence]];

@@ -1,7 +1,8 @@
 //! Feature `ndarray`: arrays of [`ndarray`] as inputs and outputs, of any strides.
 //!
-//! They are arrays of ndarray 0.17. Those of another version, such as 0.16, are other types to Rust, and end in errors that a
-//! trait is not implemented: `View::strided` takes their memory, shape and strides as they are.
+//! They are arrays of ndarray 0.17. Those of another version, such as 0.16, are other types to Rust, and end
+//! in errors that a trait is not implemented: `View::strided` takes their memory, shape and strides as they
+//! are.
 
 use attention_core::{Dims, Element, InvalidCall, Role, Strides, View, ViewMut};
 use ndarray::{Array, ArrayView, ArrayViewD, ArrayViewMut, Axis, Dimension, IxDyn};
@@ -10,9 +11,9 @@ use crate::{Attention, Error, IntoView, OtherTensor, Tensor};
 
 /// An array as an input of a call: query, key, value, bias, and all others.
 ///
-/// Made of an [`ArrayView`] or a reference to an [`Array`], of any strides. One whose elements fill their memory is used as it
-/// lies, also with permuted, reversed or broadcast axes. One with gaps, such as every second head, is copied, since `ndarray`
-/// lets others write to what lies between its elements meanwhile.
+/// Made of an [`ArrayView`] or a reference to an [`Array`], of any strides. One whose elements fill their
+/// memory is used as it lies, also with permuted, reversed or broadcast axes. One with gaps, such as every
+/// second head, is copied, since `ndarray` lets others write to what lies between its elements meanwhile.
 ///
 /// # Examples
 /// ```
@@ -115,7 +116,8 @@ impl Tensor {
     /// The tensor as an array, without a copy: `Array4` for results with a batch axis, `Array3` without.
     ///
     /// # Errors
-    /// [`OtherTensor`], which has the tensor, where its elements are of another type or it has another number of axes.
+    /// [`OtherTensor`], which has the tensor, where its elements are of another type or it has another number
+    /// of axes.
     pub fn into_array<T: Element, D: Dimension>(self) -> Result<Array<T, D>, OtherTensor> {
         let shape = self.shape();
         if let Some(axes) = D::NDIM.filter(|&axes| axes != shape.rank()) {
@@ -129,8 +131,8 @@ impl Tensor {
 }
 
 impl Attention<'_> {
-    /// As [`forward_into`](Self::forward_into), into an array of any strides. Where its elements do not fill their memory,
-    /// the output is computed elsewhere and copied there.
+    /// As [`forward_into`](Self::forward_into), into an array of any strides. Where its elements do not fill
+    /// their memory, the output is computed elsewhere and copied there.
     ///
     /// # Errors
     /// As [`forward_into`](Self::forward_into).

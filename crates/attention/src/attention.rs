@@ -33,8 +33,8 @@ use crate::{
 /// lengths count on `B = 1` then. Query heads are a multiple of the key/value heads (`N % K == 0`), and each
 /// group of `N / K` shares one.
 ///
-/// Sequences that lie behind one another without padding, `[total, N, H]`: see [`packed`](Self::packed). Keys and values in
-/// pages, `[pages, page_size, K, H]`: see [`paged`](Self::paged).
+/// Sequences that lie behind one another without padding, `[total, N, H]`: see [`packed`](Self::packed). Keys
+/// and values in pages, `[pages, page_size, K, H]`: see [`paged`](Self::paged).
 ///
 /// # Semantics
 /// Those of [`Problem`].
@@ -315,9 +315,9 @@ impl<'a> Attention<'a> {
         self
     }
 
-    /// The numbers of this call: scale, softcap, lengths, offsets, dropout, and where the rows of packed and paged sequences
-    /// are. A [planned](Self::plan) call
-    /// takes them as [`Inputs::data`](crate::core::Inputs::data), since its plan knows only which there are.
+    /// The numbers of this call: scale, softcap, lengths, offsets, dropout, and where the rows of packed and
+    /// paged sequences are. A [planned](Self::plan) call takes them as
+    /// [`Inputs::data`](crate::core::Inputs::data), since its plan knows only which there are.
     pub fn data(&self) -> CallData<'_> {
         // Taken apart by name, so that a new tensor cannot be forgotten here.
         let OptionalInputs {
@@ -383,8 +383,8 @@ impl<'a> Attention<'a> {
         operands.with_numbers(self.forward_problem(&operands, true)?)
     }
 
-    /// The backward problem of these inputs, checked, with the [gradients](Self::gradients) that backward would
-    /// compute.
+    /// The backward problem of these inputs, checked, with the [gradients](Self::gradients) that backward
+    /// would compute.
     ///
     /// # Errors
     /// As [`problem`](Self::problem).

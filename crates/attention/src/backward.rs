@@ -10,7 +10,8 @@ use crate::numbers::{KeptNumbers, KeptOffset};
 use crate::operands::{Operands, input};
 use crate::{Attention, AxisOrder, Error, Forward, IntoView, Tensor};
 
-/// The gradients of a call: each present where it was wanted, with the shape and dtype of the tensor it belongs to.
+/// The gradients of a call: each present where it was wanted, with the shape and dtype of the tensor it
+/// belongs to.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Backward {
     /// The gradient of the query.
@@ -19,8 +20,8 @@ pub struct Backward {
     pub dk: Option<Tensor>,
     /// The gradient of the value.
     pub dv: Option<Tensor>,
-    /// The gradient of the bias, in the shape in which the bias was given: summed over every axis along which it
-    /// was broadcast.
+    /// The gradient of the bias, in the shape in which the bias was given: summed over every axis along which
+    /// it was broadcast.
     pub dbias: Option<Tensor>,
     /// The gradient of the sinks.
     pub dsinks: Option<Tensor>,
@@ -99,16 +100,16 @@ impl<'a> Attention<'a> {
         self.backward_owned(&operands, &forward, d_out)
     }
 
-    /// As [`backward`](Self::backward), into memory of the caller's and from views: `saved` holds the forward's
-    /// output and logsumexp and the incoming gradients, and the gradients computed are those that `outputs` has
-    /// memory for. A [`d_lse`](Self::d_lse) of the builder counts where `saved` has none.
+    /// As [`backward`](Self::backward), into memory of the caller's and from views: `saved` holds the
+    /// forward's output and logsumexp and the incoming gradients, and the gradients computed are those that
+    /// `outputs` has memory for. A [`d_lse`](Self::d_lse) of the builder counts where `saved` has none.
     ///
     /// Tensors come without the batch axis where query, key and value do. A refused call writes nothing. That
     /// options and numbers are those of the forward is not checked.
     ///
     /// # Errors
-    /// As [`forward_into`](Self::forward_into). Where [`gradients`](Self::gradients) was set and says something else
-    /// than `outputs`, the call is invalid.
+    /// As [`forward_into`](Self::forward_into). Where [`gradients`](Self::gradients) was set and says
+    /// something else than `outputs`, the call is invalid.
     ///
     /// # Examples
     /// ```

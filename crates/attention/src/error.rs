@@ -10,9 +10,10 @@ use crate::{AxisOrder, OtherTensor};
 
 /// Why a call through the facade did not run. Each variant names a culprit.
 ///
-/// [`invalid_call`](Self::invalid_call), [`unsupported`](Self::unsupported), [`unavailable`](Self::unavailable) and
-/// [`backend_failure`](Self::backend_failure) look through [`Error::Core`]. `Debug` is the text, so that a program whose `main`
-/// returns this error ends with a sentence.
+/// [`invalid_call`](Self::invalid_call), [`unsupported`](Self::unsupported),
+/// [`unavailable`](Self::unavailable) and [`backend_failure`](Self::backend_failure) look through
+/// [`Error::Core`]. `Debug` is the text, so that a program whose `main` returns this error ends with a
+/// sentence.
 ///
 /// # Examples
 /// ```
@@ -31,7 +32,8 @@ use crate::{AxisOrder, OtherTensor};
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// What the core says: an invalid call, or the refusal or failure of the implementation that was asked for.
+    /// What the core says: an invalid call, or the refusal or failure of the implementation that was asked
+    /// for.
     #[error(transparent)]
     Core(#[from] attention_core::Error),
     /// Something given as a tensor is none: a slice that does not fit its shape.
@@ -190,7 +192,8 @@ pub enum Refusal {
     /// Its library or device is not there.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
-    /// It would serve the problem, and failed to plan it: a limit that only the plan shows, a library, or the machine.
+    /// It would serve the problem, and failed to plan it: a limit that only the plan shows, a library, or the
+    /// machine.
     #[error("while planning: {reason}")]
     Planning {
         /// The implementation.

@@ -9,12 +9,11 @@ use crate::{Attention, AxisOrder, Error, IntoView, IntoViewMut, Tensor};
 /// What a forward call with logsumexp returns, and what backward wants back.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Forward {
-    /// `[B, T, N, Hv]`, of the query's dtype; `[T, N, Hv]` where the inputs had no batch axis, `[total, N, Hv]` of packed
-    /// queries. Heads come before the sequence in a call of [`Attention::bnth`].
+    /// `[B, T, N, Hv]`, of the query's dtype; `[T, N, Hv]` where the inputs had no batch axis, `[total, N,
+    /// Hv]` of packed queries. Heads come before the sequence in a call of [`Attention::bnth`].
     pub out: Tensor,
-    /// The logsumexp of each row's logits, natural logarithm, `[B, T, N]` (`[T, N]`, `[total, N]`): f32, or f64 for f64
-    /// operands.
-    /// -inf for a row with nothing to attend to.
+    /// The logsumexp of each row's logits, natural logarithm, `[B, T, N]` (`[T, N]`, `[total, N]`): f32, or
+    /// f64 for f64 operands. -inf for a row with nothing to attend to.
     pub lse: Tensor,
     /// What was called, so that backward can refuse another call.
     pub(crate) problem: Problem,
@@ -30,16 +29,18 @@ impl Forward {
 }
 
 impl<'a> Attention<'a> {
-    /// Computes the output, `[B, T, N, Hv]` in the query's dtype (`[T, N, Hv]` for inputs without a batch axis).
+    /// Computes the output, `[B, T, N, Hv]` in the query's dtype (`[T, N, Hv]` for inputs without a batch
+    /// axis).
     ///
-    /// Query, key and value are [views](crate::View) of any strides, references to [tensors](Tensor), or slices with
-    /// a shape; the table of [`Attention`] has the shapes, also those of [`Attention::bnth`].
+    /// Query, key and value are [views](crate::View) of any strides, references to [tensors](Tensor), or
+    /// slices with a shape; the table of [`Attention`] has the shapes, also those of [`Attention::bnth`].
     ///
     /// # Errors
-    /// [`Error::Core`] with the [`InvalidCall`](crate::InvalidCall), [`Error::Input`], [`Error::MixedRanks`] or
-    /// [`Error::OtherOrder`] where the call is wrong; [`Error::NoImplementation`], [`Error::UnknownImplementation`],
-    /// [`Error::NotBuilt`], [`Error::EmptyList`], or [`Error::Core`] with the refusal of the one asked for, where nothing runs it; [`Error::DeviceOutput`], [`Error::OutOfMemory`];
-    /// [`Error::Core`] with what the implementation failed in.
+    /// [`Error::Core`] with the [`InvalidCall`](crate::InvalidCall), [`Error::Input`], [`Error::MixedRanks`]
+    /// or [`Error::OtherOrder`] where the call is wrong; [`Error::NoImplementation`],
+    /// [`Error::UnknownImplementation`], [`Error::NotBuilt`], [`Error::EmptyList`], or [`Error::Core`] with
+    /// the refusal of the one asked for, where nothing runs it; [`Error::DeviceOutput`],
+    /// [`Error::OutOfMemory`]; [`Error::Core`] with what the implementation failed in.
     pub fn forward<'b>(
         &self,
         query: impl IntoView<'b>,
@@ -67,11 +68,12 @@ impl<'a> Attention<'a> {
         self.forward_owned(&self.operands(query, key, value)?, "forward_into")
     }
 
-    /// As [`forward`](Self::forward), into memory of the caller's, of any strides in which no two elements meet:
-    /// `out` `[B, T, N, Hv]`, and `lse` `[B, T, N]` where it is wanted (each without `B` for inputs without it).
+    /// As [`forward`](Self::forward), into memory of the caller's, of any strides in which no two elements
+    /// meet: `out` `[B, T, N, Hv]`, and `lse` `[B, T, N]` where it is wanted (each without `B` for inputs
+    /// without it).
     ///
-    /// Memory may be on a device, with all tensors of the call: the implementation lends scratch there. Work is then
-    /// done in the order and by the time that the implementation says.
+    /// Memory may be on a device, with all tensors of the call: the implementation lends scratch there. Work
+    /// is then done in the order and by the time that the implementation says.
     ///
     /// A refused call writes nothing.
     ///

@@ -81,8 +81,8 @@ fn enabled() -> bool {
     }
 }
 
-/// Tells of hidden keys: at warn level once in a process, since the next thousand layers and steps mean the same, and at debug
-/// level from then on.
+/// Tells of hidden keys: at warn level once in a process, since the next thousand layers and steps mean the
+/// same, and at debug level from then on.
 fn tell(note: Option<String>) {
     let Some(note) = note else { return };
     if TOLD.swap(true, Ordering::Relaxed) {

@@ -4,7 +4,8 @@ use attention_core::{Dims, Element, InvalidCall, View, ViewMut};
 
 use crate::Tensor;
 
-/// Anything that the facade takes as an input: a [`View`], a reference to a [`Tensor`], or a slice with its shape.
+/// Anything that the facade takes as an input: a [`View`], a reference to a [`Tensor`], or a slice with its
+/// shape.
 ///
 /// Crates of tensors join by implementing it for their own types.
 ///
@@ -26,8 +27,8 @@ pub trait IntoView<'a> {
     fn into_view(self) -> Result<View<'a>, InvalidCall>;
 }
 
-/// Anything that the facade takes as memory to write to: a [`ViewMut`], a mutable reference to a [`Tensor`], or a
-/// mutable slice with its shape.
+/// Anything that the facade takes as memory to write to: a [`ViewMut`], a mutable reference to a [`Tensor`],
+/// or a mutable slice with its shape.
 pub trait IntoViewMut<'a> {
     /// The tensor as a view that is written.
     ///

@@ -69,8 +69,9 @@ pub use attention_cpu as cpu;
 
 /// Devices, streams and tensors in device memory, for those who have none of their own.
 ///
-/// A call on device memory takes outputs of the caller's. Its work is put on the stream of the implementation, which is that of
-/// the device's default stream unless a registry holds one [on another](crate::cudnn::CudnnBackend::on).
+/// A call on device memory takes outputs of the caller's. Its work is put on the stream of the
+/// implementation, which is that of the device's default stream unless a registry holds one [on
+/// another](crate::cudnn::CudnnBackend::on).
 ///
 /// # Examples
 /// ```no_run

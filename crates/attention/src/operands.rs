@@ -31,8 +31,8 @@ pub(crate) struct OptionalInputs<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Operands<'a> {
     pub(crate) inputs: Inputs<'a>,
-    /// Of query, key and value, which came without the first of four axes: without a batch, or packed. What is like one of
-    /// them, outputs and gradients, has as many axes as it.
+    /// Of query, key and value, which came without the first of four axes: without a batch, or packed. What
+    /// is like one of them, outputs and gradients, has as many axes as it.
     without_first_axis: [bool; 3],
     /// The order of the axes of query, key, value and everything that is like them.
     pub(crate) order: AxisOrder,
@@ -136,7 +136,8 @@ impl<'a> Operands<'a> {
         Ok(())
     }
 
-    /// The problem of these inputs and options, with outputs and gradients that are contiguous in the caller's order.
+    /// The problem of these inputs and options, with outputs and gradients that are contiguous in the
+    /// caller's order.
     pub(crate) fn problem(&self, options: &Options) -> ProblemBuilder {
         let mut builder = options.apply_flags(self.inputs.problem());
         if sequences::has_sequences(&self.inputs.data) {
@@ -167,8 +168,8 @@ impl<'a> Operands<'a> {
         .fold(builder, |builder, (role, desc)| builder.layout(role, desc))
     }
 
-    /// The checked problem, or an error with shapes as the caller has them, which says so where the inputs would fit in the
-    /// other order of axes.
+    /// The checked problem, or an error with shapes as the caller has them, which says so where the inputs
+    /// would fit in the other order of axes.
     #[inline]
     pub(crate) fn build(&self, builder: ProblemBuilder, options: &Options) -> Result<Problem, Error> {
         match builder.build() {
@@ -242,7 +243,8 @@ impl<'a> Operands<'a> {
         if self.is_without_first_axis(role) { view.unsqueeze() } else { Ok(view) }
     }
 
-    /// As [`written`](Self::written), for the gradients of query, key and value; those of bias and sinks are as they are.
+    /// As [`written`](Self::written), for the gradients of query, key and value; those of bias and sinks are
+    /// as they are.
     pub(crate) fn gradients<'o>(
         &self,
         outputs: BackwardOutputs<'o>,

@@ -23,12 +23,12 @@ use attention_core::{DType, Dims, InvalidCall, Role, Strides, TensorDesc, View, 
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum AxisOrder {
-    /// The sequence before heads, `[B, T, N, H]`, as it comes out of a projection and a reshape; `[T, N, H]` without a
-    /// batch axis.
+    /// The sequence before heads, `[B, T, N, H]`, as it comes out of a projection and a reshape; `[T, N, H]`
+    /// without a batch axis.
     #[default]
     Btnh,
-    /// Heads before the sequence, `[B, N, T, H]`, as torch's `scaled_dot_product_attention` and models in candle have it;
-    /// `[N, T, H]` without a batch axis.
+    /// Heads before the sequence, `[B, N, T, H]`, as torch's `scaled_dot_product_attention` and models in
+    /// candle have it; `[N, T, H]` without a batch axis.
     Bnth,
 }
 
@@ -52,8 +52,8 @@ impl Kind {
         }
     }
 
-    /// The axes in the order of the core from those of a [`AxisOrder::Bnth`] caller, and the other way round: a swap either
-    /// way. `None` for a number of axes that no call accepts.
+    /// The axes in the order of the core from those of a [`AxisOrder::Bnth`] caller, and the other way round:
+    /// a swap either way. `None` for a number of axes that no call accepts.
     fn swap(self, rank: usize) -> Option<&'static [usize]> {
         match (self, rank) {
             (Kind::Operand, 4) => Some(&[0, 2, 1, 3]),

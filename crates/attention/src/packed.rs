@@ -7,8 +7,9 @@ use crate::{Attention, IntoNumbers, IntoView};
 impl<'a> Attention<'a> {
     /// Queries, keys and values are packed: the sequences lie behind one another without padding, and
     /// sequence `b` has the rows `offsets[b] .. offsets[b + 1]` of each tensor. `cu_seq_q` and `cu_seq_k` of
-    /// torch's `varlen_attn`, `cu_seqlens_q` and `cu_seqlens_k` of `flash_attn_varlen_func`, where both are the
-    /// same; [`packed_queries`](Self::packed_queries) and [`packed_keys`](Self::packed_keys) take different ones.
+    /// torch's `varlen_attn`, `cu_seqlens_q` and `cu_seqlens_k` of `flash_attn_varlen_func`, where both are
+    /// the same; [`packed_queries`](Self::packed_queries) and [`packed_keys`](Self::packed_keys) take
+    /// different ones.
     ///
     /// Every sequence means what it means alone: no row sees another sequence, and causal masking, windows,
     /// ALiBi, masks and biases count from the start of the sequence.

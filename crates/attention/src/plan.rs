@@ -21,9 +21,9 @@ use crate::{AxisOrder, Choice, Error, Reason, Refusal};
 ///
 /// Calls take tensors as the problem describes them, in the order of axes of the
 /// [`Attention`](crate::Attention) that made the plan, with four axes, packed ones with three. Their numbers
-/// (lengths, offsets, scale, softcap, seed, and where packed and paged rows are) are [`Inputs::data`], and each
-/// call may have others: of an `Attention`'s own, `Inputs { data: attention.data(), ..Inputs::new(query, key,
-/// value) }`. Without, the call has the defaults, and is refused where the problem says otherwise.
+/// (lengths, offsets, scale, softcap, seed, and where packed and paged rows are) are [`Inputs::data`], and
+/// each call may have others: of an `Attention`'s own, `Inputs { data: attention.data(), ..Inputs::new(query,
+/// key, value) }`. Without, the call has the defaults, and is refused where the problem says otherwise.
 ///
 /// # Examples
 /// ```

@@ -14,9 +14,10 @@ use crate::plans::{PLANS_KEPT, Plans};
 /// implementation: adding another of the same name puts it in the place of the first, which is how a
 /// configured one replaces a default one.
 ///
-/// A registry keeps the plans of the calls that it served, so that the next call of a problem finds its plan: clones share
-/// them, and a registry that another implementation joins begins anew. Of more than [`plans_kept`](Self::plans_kept), the one
-/// that was not used for longest leaves; whoever holds a [plan](crate::AttentionPlan) keeps it whatever happens here.
+/// A registry keeps the plans of the calls that it served, so that the next call of a problem finds its plan:
+/// clones share them, and a registry that another implementation joins begins anew. Of more than
+/// [`plans_kept`](Self::plans_kept), the one that was not used for longest leaves; whoever holds a
+/// [plan](crate::AttentionPlan) keeps it whatever happens here.
 ///
 /// # Examples
 /// ```
@@ -60,7 +61,8 @@ impl Registry {
         self
     }
 
-    /// Keeps up to this many plans, 512 by default. Those that are kept already are left to the registry's clones.
+    /// Keeps up to this many plans, 512 by default. Those that are kept already are left to the registry's
+    /// clones.
     ///
     /// A plan of the CPU implementations is some kilobytes; one on a GPU holds what its kernels need there.
     #[must_use]
@@ -86,7 +88,8 @@ impl Registry {
         self.plans.most()
     }
 
-    /// Forgets the plans that are kept, here and in clones, with what they hold of devices; those that callers hold live on.
+    /// Forgets the plans that are kept, here and in clones, with what they hold of devices; those that
+    /// callers hold live on.
     pub fn forget_plans(&self) {
         self.plans.clear();
     }

@@ -6,16 +6,16 @@ use attention_core::{Device, Plan, Scratch, ScratchBuffer};
 
 use crate::Error;
 
-/// What a thread keeps at most. Large enough that the calls of a model's layers find their memory mapped; a backend
-/// that materialises long sequences gives its memory back.
+/// What a thread keeps at most. Large enough that the calls of a model's layers find their memory mapped; a
+/// backend that materialises long sequences gives its memory back.
 pub(crate) const KEPT_BYTES: usize = 64 << 20;
 
 thread_local! {
     static KEPT: Cell<ScratchBuffer> = Cell::default();
 }
 
-/// Runs `call` with the scratch memory of a plan's call, where its problem is: the facade's own in host memory, the
-/// backend's on a device.
+/// Runs `call` with the scratch memory of a plan's call, where its problem is: the facade's own in host
+/// memory, the backend's on a device.
 #[inline]
 pub(crate) fn with_scratch<R>(
     plan: &dyn Plan,

@@ -22,8 +22,8 @@ pub struct Tensor {
     data: Data,
 }
 
-/// A [`Tensor`] that is not what it was to be turned into: of another element type, or with another number of axes.
-/// [`into_tensor`](Self::into_tensor) gives it back, unchanged.
+/// A [`Tensor`] that is not what it was to be turned into: of another element type, or with another number of
+/// axes. [`into_tensor`](Self::into_tensor) gives it back, unchanged.
 ///
 /// # Examples
 /// ```
@@ -104,7 +104,8 @@ impl Tensor {
     /// A tensor of these elements, in row-major order.
     ///
     /// # Errors
-    /// [`InvalidCall::BufferLength`] where the shape has another number of elements, [`InvalidCall::Overflow`].
+    /// [`InvalidCall::BufferLength`] where the shape has another number of elements,
+    /// [`InvalidCall::Overflow`].
     pub fn from_vec<T: Element>(data: Vec<T>, shape: impl Into<Dims>) -> Result<Self, InvalidCall> {
         let shape = shape.into();
         // The view's checks are the tensor's.

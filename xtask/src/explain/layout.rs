@@ -11,8 +11,8 @@ pub(super) enum Packed {
     Queries,
 }
 
-/// Where rows are: the first two axes of the tensors, and the numbers that say it, of sequences that are all as long
-/// as the longest.
+/// Where rows are: the first two axes of the tensors, and the numbers that say it, of sequences that are all
+/// as long as the longest.
 pub(super) struct Rows {
     pub(super) queries: [usize; 2],
     pub(super) keys: [usize; 2],

@@ -38,8 +38,8 @@ pub(crate) struct Arguments {
     /// How query, key, value and output lie in memory: btnh or bnth
     #[arg(long, default_value = "btnh", value_parser = ["btnh", "bnth"])]
     layout: String,
-    /// Sequences are packed, B of up to T query rows and S keys: queries and keys, or queries alone (--packed=queries, and
-    /// beside --page-size)
+    /// Sequences are packed, B of up to T query rows and S keys: queries and keys, or queries alone
+    /// (--packed=queries, and beside --page-size)
     #[arg(
         long,
         value_parser = parse_packed,
@@ -109,7 +109,8 @@ pub(crate) struct Arguments {
     /// The gradients of a backward call; those of query, key and value by default
     #[arg(long, value_delimiter = ',', value_parser = parse_gradient, value_name = "dq,dk,dv,dbias,dsinks")]
     gradients: Vec<Gradients>,
-    /// Lengths, offsets by batch row, and where sequences are, are in the memory of the device, which does not tell the host
+    /// Lengths, offsets by batch row, and where sequences are, are in the memory of the device, which does
+    /// not tell the host
     #[arg(long)]
     numbers_on_device: bool,
     /// Asks for bitwise reproducible results

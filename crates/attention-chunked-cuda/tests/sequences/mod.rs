@@ -153,8 +153,8 @@ fn a_graph_reads_starts_and_tables_when_it_is_launched() -> Result {
 }
 
 /// Starts, lengths and entries in device memory that are out of their bounds count as the nearest in bounds.
-/// Starts that fall give wrong rows. Nothing outside the tensors is touched, which the guards around each show,
-/// and compute-sanitizer.
+/// Starts that fall give wrong rows. Nothing outside the tensors is touched, which the guards around each
+/// show, and compute-sanitizer.
 #[test]
 #[ignore = "needs a GPU"]
 fn starts_and_tables_out_of_their_bounds_are_brought_into_them() -> Result {

@@ -146,7 +146,8 @@ pub(crate) fn compute<'m>(
                         any_lost.store(true, Ordering::Relaxed);
                     }
                 }
-                // SAFETY: each index belongs to one task, which runs once, so no other thread uses this state.
+                // SAFETY: each index belongs to one task, which runs once, so no other thread uses this
+                // state.
                 unsafe { shared.update(index, |state| *state = new) };
             }
             rows.start = end;

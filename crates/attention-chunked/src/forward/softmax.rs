@@ -166,8 +166,8 @@ impl<E: Engine> BlockSoftmax<'_, '_, E> {
         let kept = kept.as_mut_ptr().cast::<E::F>();
         // SAFETY: the caller guarantees that the row is in the tile, the states and the packed weights, and
         // that it has the bias and the mask; `kept` has `MAX_COLUMNS` elements, and `run` asserts that a row
-        // has no more columns. The products that were kept are read where a pass over the row has written each
-        // of them.
+        // has no more columns. The products that were kept are read where a pass over the row has written
+        // each of them.
         unsafe {
             if shift == nothing {
                 shift = self.first_shift::<BIAS, MASK>(row);

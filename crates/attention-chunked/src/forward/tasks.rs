@@ -68,8 +68,8 @@ pub(super) struct Tasks {
     pub(super) layout: Layout,
     pub(super) small: Layout,
     pub(super) decode: DecodeLayout,
-    /// The most tasks of a dense batch row, splits left out. Numbers go over the batch rows in steps of this; a
-    /// batch row with fewer tasks leaves numbers without one.
+    /// The most tasks of a dense batch row, splits left out. Numbers go over the batch rows in steps of this;
+    /// a batch row with fewer tasks leaves numbers without one.
     per_row: usize,
     /// The same tasks of packed sequences, which may differ by far.
     listed: Listed,

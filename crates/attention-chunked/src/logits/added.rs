@@ -19,8 +19,8 @@ pub(super) struct Added<'r, F> {
     pub(super) mask: Option<&'r [u8]>,
 }
 
-/// Memory for what is added to a row, where it does not lie in the caller's as it is used. Cleared where it is
-/// first used: that takes longer than all else of a block of few keys.
+/// Memory for what is added to a row, where it does not lie in the caller's as it is used. Cleared where it
+/// is first used: that takes longer than all else of a block of few keys.
 #[derive(Default)]
 pub(crate) struct AddedRow<F> {
     bias: Option<[F; MAX_COLUMNS]>,

@@ -33,8 +33,8 @@ pub struct Case {
     pub layouts: Layouts,
     /// What the tensors hold.
     pub content: Content,
-    /// How sequences are packed or lie in pages; `None` where they are batch rows. Sizes and lengths are those of the
-    /// padded call that means the same.
+    /// How sequences are packed or lie in pages; `None` where they are batch rows. Sizes and lengths are
+    /// those of the padded call that means the same.
     #[serde(default)]
     pub sequences: Option<Sequences>,
     /// What a backward call starts from.

@@ -1,5 +1,5 @@
-//! Cases about choices: sizes and options at which backends take another kernel, for their own sake. What runs is said by the
-//! variants of a report; a variant that no case reaches fails a whole run.
+//! Cases about choices: sizes and options at which backends take another kernel, for their own sake. What
+//! runs is said by the variants of a report; a variant that no case reaches fails a whole run.
 
 use attention_core::{DType, Dimensions, Gradients, Role};
 
@@ -21,7 +21,8 @@ pub(super) fn cases() -> Vec<Case> {
         ("mask", |case| case.options.mask = Some(Broadcast { rank: 4, full: [true, false, false, true] })),
         ("several", several),
     ];
-    // Few rows of few heads over many keys, which are cut into parts: from 17 rows, from 65 and from 129 on, kernels are others.
+    // Few rows of few heads over many keys, which are cut into parts: from 17 rows, from 65 and from 129 on,
+    // kernels are others.
     for rows in [5, 30, 80, 130] {
         for width in [64, 128] {
             for (name, edit) in options {
@@ -58,8 +59,8 @@ pub(super) fn cases() -> Vec<Case> {
     let mut case = Case::new("choices/dbias-h192", dims([1, 5, 6, 2, 1, 192]));
     case.options.bias = Some(Broadcast::FULL);
     cases.push(case);
-    // Keys that are a part of a row's, whose probabilities come from the given logsumexp: few rows and more, f32 computed in f64
-    // and in itself.
+    // Keys that are a part of a row's, whose probabilities come from the given logsumexp: few rows and more,
+    // f32 computed in f64 and in itself.
     for sizes in [[2, 1, 20, 4, 2, 16], [1, 3, 1500, 4, 2, 16], [2, 20, 30, 4, 2, 16], [1, 90, 140, 2, 1, 64]]
     {
         let [_, rows, keys, ..] = sizes;
@@ -72,8 +73,8 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(case);
         }
     }
-    // Batch rows of more logits than f32 is computed in f64 for: rows of a bias with one number for all keys, logsumexps above
-    // which a sink is weighed with its row's own sum, and strided keys that are not packed.
+    // Batch rows of more logits than f32 is computed in f64 for: rows of a bias with one number for all keys,
+    // logsumexps above which a sink is weighed with its row's own sum, and strided keys that are not packed.
     for (name, queries) in [("one", false), ("rows", true)] {
         let mut case = Case::new(format!("choices/bias-{name}"), dims([2, 70, 66, 4, 2, 16]));
         case.options.bias = Some(Broadcast { rank: 4, full: [true, true, queries, false] });
@@ -100,8 +101,8 @@ pub(super) fn cases() -> Vec<Case> {
     let mut case = Case::new("choices/dbias-4200-keys", dims([1, 3, 4200, 2, 1, 8]));
     case.options.bias = Some(Broadcast { rank: 4, full: [false, false, true, true] });
     cases.push(case);
-    // Decoding of batch rows that f32 is not computed in f64 for: each number of rows that shares a pass over the keys, and a
-    // value that is not finite in whole vectors of columns and behind them.
+    // Decoding of batch rows that f32 is not computed in f64 for: each number of rows that shares a pass over
+    // the keys, and a value that is not finite in whole vectors of columns and behind them.
     for (rows, sizes) in
         [(1, [1, 1, 4200, 4, 4, 40]), (2, [1, 2, 2100, 2, 2, 40]), (4, [1, 1, 4200, 8, 2, 40])]
     {
@@ -123,7 +124,8 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(Case::new("choices/heads-96", Dimensions { batch: 3, ..dims([1, 70, 60, 32, 32, 8]) }));
     // Heads that are cut into tasks of many rows and one of few.
     cases.push(Case::new("choices/rows-515", dims([1, 515, 20, 2, 1, 16])));
-    // Where every key is behind its row, cuDNN has ALiBi itself; heads of their own, whose gradients it does not round twice.
+    // Where every key is behind its row, cuDNN has ALiBi itself; heads of their own, whose gradients it does
+    // not round twice.
     for (name, lengths) in [("", None), ("-lengths", Some([40, 23]))] {
         let sizes = Dimensions { batch: 2, ..dims([1, 40, 40, 2, 2, 64]) };
         let mut case = Case::new(format!("choices/alibi-causal{name}"), sizes);

@@ -13,16 +13,16 @@ pub enum Values {
     Normal,
     /// Normal random numbers with queries multiplied by this: logits with a spread of about this.
     Amplified(f64),
-    /// Normal random numbers with keys multiplied by this and values by 1/16 of it: far from one, but with products
-    /// that the dtypes can hold.
+    /// Normal random numbers with keys multiplied by this and values by 1/16 of it: far from one, but with
+    /// products that the dtypes can hold.
     Scaled(f64),
     /// Queries of zeros and values that are rows of the identity: with as many value dimensions as keys, the
     /// output *is* the row of probabilities, and shows which keys dropout kept.
     Identity,
     /// One query element of a real row is NaN: it reaches its row, and no other.
     NanInOneQuery,
-    /// One element of a key in the middle is NaN: it reaches the rows that see it and what has a gradient through them, and
-    /// nothing else.
+    /// One element of a key in the middle is NaN: it reaches the rows that see it and what has a gradient
+    /// through them, and nothing else.
     NanInOneKey,
     /// The same of a value.
     NanInOneValue,
@@ -60,8 +60,8 @@ pub enum BiasContent {
     NegativeInfinityRows,
     /// Normal, with about a third of the entries -1e4: the additive mask of people who avoid infinities.
     LargeNegative,
-    /// Some keys far below or above the others, each row with another magnitude, from the one of this index on. Where the
-    /// bias has no dtype of its own, it has that of the logits.
+    /// Some keys far below or above the others, each row with another magnitude, from the one of this index
+    /// on. Where the bias has no dtype of its own, it has that of the logits.
     Far {
         /// Which keys.
         far: Far,
@@ -77,8 +77,8 @@ pub enum Sizes {
     /// Normal random numbers, of slopes a quarter.
     #[default]
     Normal,
-    /// Each head with another magnitude, from the one of this index on, in the dtype of the logits where they have none of
-    /// their own.
+    /// Each head with another magnitude, from the one of this index on, in the dtype of the logits where they
+    /// have none of their own.
     Far {
         /// The index of the first head's magnitude.
         start: usize,
@@ -100,9 +100,9 @@ pub struct Content {
     pub sinks: Sizes,
     /// The ALiBi slopes, if there are any.
     pub slopes: Sizes,
-    /// Whether NaN and infinities lie wherever no result may depend on the memory: in masked and padded keys and
-    /// values, in padded and empty query rows, and in biases, incoming gradients and saved results that belong to
-    /// them.
+    /// Whether NaN and infinities lie wherever no result may depend on the memory: in masked and padded keys
+    /// and values, in padded and empty query rows, and in biases, incoming gradients and saved results that
+    /// belong to them.
     pub garbage: bool,
 }
 

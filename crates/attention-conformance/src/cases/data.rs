@@ -32,8 +32,8 @@ impl Case {
             Values::Amplified(factor) => (factor, 1.0, 1.0),
             Values::Scaled(factor) => (1.0, factor, factor / 16.0),
             Values::Identity => (0.0, 1.0, 1.0),
-            // Replaced below. Keys are small beside a large scale, whose product with the gradient of a logit must be
-            // finite too.
+            // Replaced below. Keys are small beside a large scale, whose product with the gradient of a logit
+            // must be finite too.
             Values::Whole(Grid::Powers { key, .. }) if key < 0 => (0.0, 0.0, 1.0 / 256.0),
             Values::Whole(_) => (0.0, 0.0, 1.0),
         };
@@ -178,8 +178,8 @@ impl Case {
         ))
     }
 
-    /// Puts one of these numbers wherever the semantics say that memory does not matter. Tensors whose indices share
-    /// elements are left alone: there the same memory matters elsewhere.
+    /// Puts one of these numbers wherever the semantics say that memory does not matter. Tensors whose
+    /// indices share elements are left alone: there the same memory matters elsewhere.
     pub(crate) fn add_garbage(&self, data: &mut CaseData, garbage: &[f64]) {
         let problem = self.problem(data, Pass::Forward, FeatureSet::EMPTY).expect("cases are valid");
         let structure = Structure::read(&problem, &data.inputs());

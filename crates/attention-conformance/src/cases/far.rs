@@ -1,13 +1,14 @@
-//! Numbers of every magnitude: biases, sinks and slopes up to the end of the accumulator's range, and queries and keys with
-//! few bits, so that the logits that they make need no rounding (`docs/numerics.md`, "Large logits").
+//! Numbers of every magnitude: biases, sinks and slopes up to the end of the accumulator's range, and queries
+//! and keys with few bits, so that the logits that they make need no rounding (`docs/numerics.md`, "Large
+//! logits").
 
 use attention_core::{DType, Dimensions};
 use serde::{Deserialize, Serialize};
 
 use crate::rng::Rng;
 
-/// Which keys of a row have a bias that is far from 0. Each row has a magnitude of its own: the usual constants of additive
-/// masks first, then 1 to 9 times every power of ten.
+/// Which keys of a row have a bias that is far from 0. Each row has a magnitude of its own: the usual
+/// constants of additive masks first, then 1 to 9 times every power of ten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Far {
@@ -25,7 +26,8 @@ pub enum Far {
     OneAbove,
 }
 
-/// The constants that libraries and models write into additive masks; f32 and bf16 have their largest numbers among them.
+/// The constants that libraries and models write into additive masks; f32 and bf16 have their largest numbers
+/// among them.
 const USUAL: [f64; 9] =
     [f32::MAX as f64, 1e9, 1e4, 65504.0, 3.389_531_389_251_535_5e38, 1e10, 1e12, 1e20, 1e30];
 
@@ -81,7 +83,8 @@ pub(super) fn middle(keys: usize) -> usize {
     keys / 2
 }
 
-/// A sink of head `n` of this magnitude: far below, far above, or the bias of a row of `Far::Rows` with that index.
+/// A sink of head `n` of this magnitude: far below, far above, or the bias of a row of `Far::Rows` with that
+/// index.
 pub(super) fn sink(index: usize, magnitude: f64) -> f64 {
     match index % 3 {
         0 => -magnitude,
@@ -118,8 +121,8 @@ pub enum Grid {
         /// For keys.
         key: i32,
     },
-    /// One that makes logits differ by few units in the last of 16 bits of the row's `Far::Rows` bias; 0 in every second
-    /// row, which has a bias with all its bits, and where the dtype has no such numbers.
+    /// One that makes logits differ by few units in the last of 16 bits of the row's `Far::Rows` bias; 0 in
+    /// every second row, which has a bias with all its bits, and where the dtype has no such numbers.
     OfTheBias,
     /// Another in each row, up to the largest logits that the accumulator has; the numbers times 1 to 9.
     UpToTheEnd,

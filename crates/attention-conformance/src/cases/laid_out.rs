@@ -1,4 +1,5 @@
-//! The tensors of a call with packed or paged sequences, made of those of the padded call that means the same.
+//! The tensors of a call with packed or paged sequences, made of those of the padded call that means the
+//! same.
 
 use std::borrow::Cow;
 
@@ -39,7 +40,8 @@ impl Case {
         lengths.clone().unwrap_or_else(|| vec![full; self.dims.batch])
     }
 
-    /// The tensors of the call, made of those of the padded one, which they are where nothing is packed or in pages.
+    /// The tensors of the call, made of those of the padded one, which they are where nothing is packed or in
+    /// pages.
     pub fn laid_out<'d>(&self, padded: &'d CaseData) -> Cow<'d, CaseData> {
         let Some(sequences) = &self.sequences else { return Cow::Borrowed(padded) };
         let numbers = self.numbers_of(sequences, &padded.numbers);

@@ -12,20 +12,21 @@ pub enum Layout {
     /// Row-major without gaps.
     #[default]
     Contiguous,
-    /// The two axes before the last swapped in memory: BNTH storage of a BTNH tensor. Tensors of rank 3 swap their
-    /// last two axes; those of lower rank are contiguous.
+    /// The two axes before the last swapped in memory: BNTH storage of a BTNH tensor. Tensors of rank 3 swap
+    /// their last two axes; those of lower rank are contiguous.
     Transposed,
     /// Row-major with unused elements after every axis.
     Padded,
     /// Every second element of a row-major buffer: the last axis has stride 2.
     InnerStride,
-    /// Row-major with this axis running backwards (a negative stride). Tensors without the axis are contiguous.
+    /// Row-major with this axis running backwards (a negative stride). Tensors without the axis are
+    /// contiguous.
     Reversed {
         /// The axis.
         axis: usize,
     },
-    /// The part from `start` of an axis 2 that has `total` entries in memory: query, key or value of a fused QKV
-    /// buffer `[B, T, N + 2K, H]`. For tensors of rank 4.
+    /// The part from `start` of an axis 2 that has `total` entries in memory: query, key or value of a fused
+    /// QKV buffer `[B, T, N + 2K, H]`. For tensors of rank 4.
     FusedSlice {
         /// The first entry of axis 2.
         start: usize,

@@ -1,4 +1,5 @@
-//! Cases about magnitudes: logits, biases, sinks, slopes, scales and caps up to the end of the accumulator's range.
+//! Cases about magnitudes: logits, biases, sinks, slopes, scales and caps up to the end of the accumulator's
+//! range.
 //!
 //! Each row of a case has another magnitude, so that one case has them all.
 
@@ -6,13 +7,14 @@ use attention_core::{DType, Gradients};
 
 use super::{AlibiShape, BiasContent, Broadcast, Case, Far, Grid, Saved, Sizes, Values, dims};
 
-/// B, T, S, N, K, H with 352 rows where nothing else is said, which is what 9 usual constants and 1 to 9 times 10^0..38 take.
+/// B, T, S, N, K, H with 352 rows where nothing else is said, which is what 9 usual constants and 1 to 9
+/// times 10^0..38 take.
 const SIZES: [(&str, [usize; 6]); 3] = [
     // One query row for each head, as in decoding.
     ("decode", [4, 1, 24, 88, 44, 16]),
     ("small", [2, 22, 30, 8, 4, 16]),
-    // More keys than a block of any backend has, and more queries than those that decoding kernels take. A quarter of the
-    // rows: patterns take turns.
+    // More keys than a block of any backend has, and more queries than those that decoding kernels take. A
+    // quarter of the rows: patterns take turns.
     ("blocks", [1, 22, 420, 4, 2, 16]),
 ];
 
@@ -72,7 +74,8 @@ fn biases(cases: &mut Vec<Case>) {
             cases.push(case);
         }
     }
-    // Two blocks of keys, the second far above the first, in a batch row so small that f32 is computed in f64.
+    // Two blocks of keys, the second far above the first, in a batch row so small that f32 is computed in
+    // f64.
     cases.push(with_bias("magnitude/first-two-blocks".to_owned(), [1, 10, 400, 2, 2, 16], Far::First, 0));
     // Sinks of ordinary size beside them.
     for (size, sizes) in &SIZES[..2] {
@@ -81,8 +84,8 @@ fn biases(cases: &mut Vec<Case>) {
         case.options.d_lse = true;
         cases.push(case);
     }
-    // Gradients that need the rows' sums without the gradient of queries, whose kernel takes them in `chunked-cuda`; and heads of more rows
-    // than a tile has, some of whose tiles have ordinary rows alone.
+    // Gradients that need the rows' sums without the gradient of queries, whose kernel takes them in
+    // `chunked-cuda`; and heads of more rows than a tile has, some of whose tiles have ordinary rows alone.
     for (size, sizes) in [SIZES[1], SIZES[2], ("tall", [1, 352, 40, 1, 1, 16])] {
         let mut case = with_bias(format!("magnitude/rows-{size}-without-dq"), sizes, Far::Rows, 0);
         case.options.gradients = Gradients::KEY | Gradients::VALUE;
@@ -171,7 +174,8 @@ fn softcaps(cases: &mut Vec<Case>) {
             case.content.values = Values::Whole(Grid::Signs(12));
             cases.push(case);
         }
-        // So wide that ordinary logits are below its rounding: whatever the probabilities are, they are numbers.
+        // So wide that ordinary logits are below its rounding: whatever the probabilities are, they are
+        // numbers.
         let mut case = Case::new(format!("magnitude/softcap-3e38-{size}"), dims(sizes));
         case.options.softcap = Some(3e38);
         case.options.bias = Some(Broadcast::FULL);
@@ -187,9 +191,10 @@ fn scales(cases: &mut Vec<Case>) {
         ("tiles", [1, 70, 66, 2, 1, 16]),
     ];
     for (size, sizes) in sizes {
-        // Where the scale is large, queries and keys are both far from 1: neither gradient leaves the range before or after
-        // it is multiplied with the scale. Where one of them alone is as large as it can be, sums of its
-        // products with gradients leave the range unless a part of the scale is multiplied in before.
+        // Where the scale is large, queries and keys are both far from 1: neither gradient leaves the range
+        // before or after it is multiplied with the scale. Where one of them alone is as large as it can be,
+        // sums of its products with gradients leave the range unless a part of the scale is multiplied in
+        // before.
         for (scale, query, key) in [
             (2.4e38, -63, -63),
             (f64::from(f32::MAX), -63, -63),

@@ -1,8 +1,8 @@
 //! Generated cases: what is called, with which data, in which memory.
 //!
-//! A [`Case`] is plain data and says nothing of dtype and pass: every case runs in each. [`all`] lists the fixed
-//! ones and a fixed number of random ones; [`case_from_seed`] makes a random one, which is also what the
-//! [`strategy`] for proptest draws.
+//! A [`Case`] is plain data and says nothing of dtype and pass: every case runs in each. [`all`] lists the
+//! fixed ones and a fixed number of random ones; [`case_from_seed`] makes a random one, which is also what
+//! the [`strategy`] for proptest draws.
 
 mod bits;
 mod case;

@@ -37,8 +37,8 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// Those of a case, of the padded call where its sequences are packed or in pages. The dtype of each tensor is
-    /// drawn by the case's seed, among those that can hold its numbers.
+    /// Those of a case, of the padded call where its sequences are packed or in pages. The dtype of each
+    /// tensor is drawn by the case's seed, among those that can hold its numbers.
     pub fn of(case: &Case) -> Self {
         let options = &case.options;
         let tensor = |role: Role, numbers: &[i64]| tensor(case, role, numbers);

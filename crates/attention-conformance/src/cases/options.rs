@@ -3,8 +3,8 @@
 use attention_core::{DType, Dimensions, Dropout, Feature, FeatureSet, Gradients, QueryOffset, Window};
 use serde::{Deserialize, Serialize};
 
-/// Which axes of `[B, N, T, S]` a mask or bias has in full; the others have size 1. Axes before the last `rank`
-/// are left out.
+/// Which axes of `[B, N, T, S]` a mask or bias has in full; the others have size 1. Axes before the last
+/// `rank` are left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Broadcast {
     /// 1 to 4.

@@ -1,4 +1,5 @@
-//! Cases about sequences that are packed one behind the other: how they lie, each option, and pairs of options.
+//! Cases about sequences that are packed one behind the other: how they lie, each option, and pairs of
+//! options.
 
 use attention_core::{DType, Dropout, QueryOffset, Role, Window};
 

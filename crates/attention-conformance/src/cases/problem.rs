@@ -7,8 +7,8 @@ use attention_core::{
 use super::{Case, CaseData};
 
 impl Case {
-    /// The problem of this case for a pass, on tensors made by [`Case::data`]. `declared` are the features that
-    /// the backend declares for the pass, which decide about outputs that are
+    /// The problem of this case for a pass, on tensors made by [`Case::data`]. `declared` are the features
+    /// that the backend declares for the pass, which decide about outputs that are
     /// [`Wanted::IfDeclared`](super::Wanted::IfDeclared).
     ///
     /// # Errors

@@ -32,7 +32,8 @@ fn head_dims(cases: &mut Vec<Case>) {
         case.options.causal = true;
         cases.push(case);
     }
-    // Latent attention (DeepSeek-V2, arXiv 2405.04434): every head has the same key, most of which is the value.
+    // Latent attention (DeepSeek-V2, arXiv 2405.04434): every head has the same key, most of which is the
+    // value.
     for (name, sizes) in [("several", [1, 37, 45, 4, 1, 576]), ("decode", [2, 1, 700, 16, 1, 576])] {
         let sizes = Dimensions { value_head_dim: 512, ..dims(sizes) };
         let mut case = Case::new(format!("value-head-dim/latent-{name}"), sizes);

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::{Case, case_from_seed};
 
-/// Random cases, shrinking towards small seeds; a failure's seed is in the case's name and gives the same case to
-/// [`case_from_seed`].
+/// Random cases, shrinking towards small seeds; a failure's seed is in the case's name and gives the same
+/// case to [`case_from_seed`].
 ///
 /// ```
 /// use attention_conformance::cases;

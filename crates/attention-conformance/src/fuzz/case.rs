@@ -11,8 +11,8 @@ use crate::cases::{
 };
 use crate::rng::Rng;
 
-/// The most multiplications of a case, `B N T S (H + Hv)`: above it the oracle, in plain f64, takes longer than all
-/// calls of the backends together.
+/// The most multiplications of a case, `B N T S (H + Hv)`: above it the oracle, in plain f64, takes longer
+/// than all calls of the backends together.
 const MULTIPLICATIONS: usize = 1_500_000;
 
 /// One case of the fuzzer: a function of its seed, and of what was taken away from it since.
@@ -25,7 +25,8 @@ pub struct FuzzCase {
     simplifications: Vec<Simplification>,
 }
 
-/// What a failing case is tried without. Names are as in Rust code, so that a report can be pasted into a test.
+/// What a failing case is tried without. Names are as in Rust code, so that a report can be pasted into a
+/// test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Simplification {
@@ -258,8 +259,8 @@ fn fit(case: &mut Case) {
     }
 }
 
-/// Sizes that reach every path of a backend: batch rows computed in a wider type (at most 64 x 64), few query rows
-/// over many keys, blocks with tails, many heads, long keys, and axes of size 0 and 1.
+/// Sizes that reach every path of a backend: batch rows computed in a wider type (at most 64 x 64), few query
+/// rows over many keys, blocks with tails, many heads, long keys, and axes of size 0 and 1.
 fn sizes(rng: &mut Rng) -> Dimensions {
     let edge = |rng: &mut Rng, edges: &[usize]| rng.pick(edges) + rng.below(3) - 1;
     let (mut heads, mut group) = (1 + rng.below(3), rng.pick(&[1, 1, 2, 3]));

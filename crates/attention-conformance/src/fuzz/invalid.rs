@@ -93,7 +93,8 @@ const MISTAKES: [Mistake; 16] = [
     ),
 ];
 
-/// Makes some mistakes in problems of these sizes. The number of them, or the one that was not refused rightly.
+/// Makes some mistakes in problems of these sizes. The number of them, or the one that was not refused
+/// rightly.
 pub(super) fn problems(d: &Dimensions, dtype: DType, rng: &mut Rng) -> Result<usize, String> {
     let count = 4;
     for _ in 0..count {
@@ -294,8 +295,9 @@ pub(super) fn numbers(d: &Dimensions, dtype: DType, rng: &mut Rng) -> Result<usi
     Ok(count)
 }
 
-/// Asks a backend about problems that no machine has the memory for, on views of stride 0: whatever it answers, it
-/// must not panic. Sizes that a list could be made for are left small, so that an answer takes no time.
+/// Asks a backend about problems that no machine has the memory for, on views of stride 0: whatever it
+/// answers, it must not panic. Sizes that a list could be made for are left small, so that an answer takes no
+/// time.
 pub(super) fn huge(backend: &dyn AttentionBackend, dtype: DType, rng: &mut Rng) -> Result<usize, String> {
     let Some((what, problem)) = huge_problem(dtype, rng) else { return Ok(0) };
     let asked = catch_unwind(AssertUnwindSafe(|| {

@@ -48,7 +48,8 @@ fn paged(dtype: DType) -> (ProblemBuilder, Numbers) {
 }
 
 type Call = (ProblemBuilder, Numbers);
-/// What is wrong with a call, by the call that it is made of, by how it is made so, and by the error that says so.
+/// What is wrong with a call, by the call that it is made of, by how it is made so, and by the error that
+/// says so.
 type Mistake = (&'static str, fn(DType) -> Call, fn(Call) -> Call, fn(&InvalidCall) -> bool);
 
 /// With other starts of the queries.
@@ -246,8 +247,8 @@ const MISTAKES: [Mistake; 32] = [
     ),
 ];
 
-/// Makes some mistakes in calls of packed and paged sequences. The number of them, or the one that was not refused
-/// rightly.
+/// Makes some mistakes in calls of packed and paged sequences. The number of them, or the one that was not
+/// refused rightly.
 pub(super) fn calls(dtype: DType, rng: &mut Rng) -> Result<usize, String> {
     let count = 4;
     (0..count).try_for_each(|_| refused(&MISTAKES[rng.below(MISTAKES.len())], dtype)).map(|()| count)

@@ -181,8 +181,8 @@ impl Magnitudes {
         };
     }
 
-    /// Whether products that are no result may leave the range of the accumulator, whatever the logits: those of
-    /// queries and keys before the scale, and of queries and the scale.
+    /// Whether products that are no result may leave the range of the accumulator, whatever the logits: those
+    /// of queries and keys before the scale, and of queries and the scale.
     pub(super) fn products_overflow(&self, case: &Case, dtype: DType) -> bool {
         let scale = case.options.scale.unwrap_or(1.0).abs();
         let most = largest(dtype.accumulator()) / 4.0;

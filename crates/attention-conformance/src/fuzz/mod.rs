@@ -3,15 +3,16 @@
 //! A seed is a case: sizes (empty axes, tails of every block, few rows over many keys, many heads), every
 //! option and layout, and numbers of every order of magnitude in queries, keys, scale, softcap, bias, slopes
 //! and sinks. Each case runs forward and backward on each backend, and is compared
-//! - with the f64 oracle, inside the derived bounds, with canaries around every output and behind the scratch memory;
-//! - with what no rounding may move: an output lies between the values that it is a mean of, and the probabilities of
-//!   a row sum to 1;
-//! - with itself, bit by bit: planned again, after a call with other lengths, offsets, scale and seed, on other numbers
-//!   of threads, a batch row alone, with more padding,
-//!   with other strides, with NaN in memory that nothing may read, and with NaN in one element, for all that does
-//!   not depend on it.
+//! - with the f64 oracle, inside the derived bounds, with canaries around every output and behind the scratch
+//!   memory;
+//! - with what no rounding may move: an output lies between the values that it is a mean of, and the
+//!   probabilities of a row sum to 1;
+//! - with itself, bit by bit: planned again, after a call with other lengths, offsets, scale and seed, on
+//!   other numbers of threads, a batch row alone, with more padding, with other strides, with NaN in memory
+//!   that nothing may read, and with NaN in one element, for all that does not depend on it.
 //!
-//! Calls that are wrong must be refused by a typed error, and nothing may panic. A fault is printed as a test:
+//! Calls that are wrong must be refused by a typed error, and nothing may panic. A fault is printed as a
+//! test:
 //!
 //! ```no_run
 //! # fn backend() -> &'static dyn attention_core::AttentionBackend { unimplemented!() }
@@ -120,7 +121,8 @@ impl<'a> Fuzz<'a> {
         &self.counts
     }
 
-    /// Runs the case of a seed on every backend: at most one fault for each, made as simple as it still fails.
+    /// Runs the case of a seed on every backend: at most one fault for each, made as simple as it still
+    /// fails.
     pub fn seed(&mut self, seed: u64) -> Vec<Fault> {
         let case = FuzzCase::from_seed(seed);
         let mut faults = self.wrong_calls(&case);
@@ -214,7 +216,8 @@ pub fn assert_case<'a>(subject: impl Into<Subject<'a>>, case: &FuzzCase) {
 /// Runs many seeds on a backend.
 ///
 /// # Panics
-/// Where one fails, with every fault as a test; where a dtype or pass was never run, which would prove nothing.
+/// Where one fails, with every fault as a test; where a dtype or pass was never run, which would prove
+/// nothing.
 pub fn assert_seeds<'a>(subject: impl Into<Subject<'a>>, seeds: std::ops::Range<u64>) -> Counts {
     let mut fuzz = Fuzz::new(vec![subject.into()]);
     let faults: Vec<String> = seeds.flat_map(|seed| fuzz.seed(seed)).map(|fault| fault.to_string()).collect();

@@ -3,7 +3,8 @@ use attention_core::FeatureSet;
 use super::*;
 use crate::oracle::Oracle;
 
-/// A seed gives the same case again, and every case is a valid call with finite results where nothing overflows.
+/// A seed gives the same case again, and every case is a valid call with finite results where nothing
+/// overflows.
 #[test]
 fn seeds_are_cases() {
     for seed in 0..300 {

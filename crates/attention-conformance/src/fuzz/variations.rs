@@ -9,8 +9,8 @@ use crate::run::{Base, Stop, invariance, other_numbers};
 use crate::tensor::unravel;
 
 impl Base<'_> {
-    /// Makes the calls that `rng` picks; the number of calls that were compared. Where a logit `overflows`, the oracle cannot
-    /// say which keys a row reads: one that became -inf looks like one that takes no part.
+    /// Makes the calls that `rng` picks; the number of calls that were compared. Where a logit `overflows`,
+    /// the oracle cannot say which keys a row reads: one that became -inf looks like one that takes no part.
     pub(super) fn check_some(&self, rng: &mut Rng, overflows: bool) -> Result<usize, Stop> {
         let mut compared = 0;
         let laid = self.laid();

@@ -71,14 +71,14 @@ impl Bounds<'_> {
             (Some(limit), _) if dtype == DType::F64 => vec![limit; want.len()],
             (Some(limit), Limits::Jax) if dtype == DType::F32 && saved.is_none() => vec![limit; want.len()],
             (Some(limit), Limits::Jax) if dtype == DType::F32 => {
-                // JAX differentiates what it has computed; a backward call starts from a logsumexp and an output
-                // that were rounded, exact as they may have been before.
+                // JAX differentiates what it has computed; a backward call starts from a logsumexp and an
+                // output that were rounded, exact as they may have been before.
                 let rounded = SavedTensors::of_oracle(self.oracle, self.problem, &Default::default());
                 let of_saved = self.backward(role, Precision::EXACT, &rounded);
                 of_saved.into_iter().map(|bound| bound + limit).collect()
             }
-            // The derived bounds of halves allow for an output that was rounded to half precision, and JAX was not
-            // run in f16.
+            // The derived bounds of halves allow for an output that was rounded to half precision, and JAX
+            // was not run in f16.
             (Some(limit), Limits::Jax) => derived().into_iter().map(|bound| bound.max(limit)).collect(),
             _ => derived(),
         }

@@ -17,8 +17,8 @@ pub enum Limits {
 /// An f64 implementation should reach this, relative to the largest value, or absolute below 1.
 const F64: f64 = 1e-12;
 
-/// Unmodified JAX on the CPU over a whole set: error over `max(1, max abs)`, in f32 and bf16. For cases without
-/// errors of their own. JAX has no sinks; their gradient is a sum like that of the bias.
+/// Unmodified JAX on the CPU over a whole set: error over `max(1, max abs)`, in f32 and bf16. For cases
+/// without errors of their own. JAX has no sinks; their gradient is a sum like that of the bias.
 const YARDSTICK: [(&str, f64, f64); 7] = [
     ("out", 3.1e-7, 4.8e-3),
     ("lse", 5e-7, 5e-7),

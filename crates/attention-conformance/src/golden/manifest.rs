@@ -65,7 +65,8 @@ pub struct Entry {
     pub equivalent_params: serde_json::Value,
     /// Whether every float input is exact in f16 and bf16.
     pub inputs_half_exact: bool,
-    /// `zero`: the expected values follow our rule for empty rows. Absent in format 1, where `*_zero_f64` tensors do.
+    /// `zero`: the expected values follow our rule for empty rows. Absent in format 1, where `*_zero_f64`
+    /// tensors do.
     pub convention: Option<String>,
     /// Whether any row has nothing to attend to; for information. Absent in format 3.
     pub has_empty_rows: Option<bool>,
@@ -348,7 +349,8 @@ impl Entry {
     }
 }
 
-/// Python writes NaN and infinities as bare words, which JSON does not have: they become `null`, outside strings.
+/// Python writes NaN and infinities as bare words, which JSON does not have: they become `null`, outside
+/// strings.
 fn without_special_numbers(text: &str) -> String {
     let mut result = String::with_capacity(text.len());
     let (mut in_string, mut escaped) = (false, false);

@@ -2,7 +2,8 @@
 //!
 //! A set is a directory with a `manifest.json` and one safetensors file a case. Format 1 holds what
 //! `jax.nn.dot_product_attention` can do, format 2 what it has no option for, format 3 packed and paged
-//! sequences; `golden/README.md` of this crate describes them. A key that this reader does not know is an error: it might change what is computed.
+//! sequences; `golden/README.md` of this crate describes them. A key that this reader does not know is an
+//! error: it might change what is computed.
 
 mod bounds;
 mod error;

@@ -238,8 +238,8 @@ impl Tensors {
     }
 }
 
-/// The numbers of a stored tensor in the padded call, with those of rows that no sequence has left out, which are
-/// `empty` in the padding.
+/// The numbers of a stored tensor in the padded call, with those of rows that no sequence has left out, which
+/// are `empty` in the padding.
 pub(super) fn padded(stored: &Stored, role: Role, padding: Option<&Padding>, empty: f64) -> Vec<f64> {
     let Some(places) = padding.and_then(|padding| padding.places(role)) else { return stored.values.clone() };
     places.pad(&with_axes(stored, role), empty).values()

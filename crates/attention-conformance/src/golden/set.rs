@@ -16,8 +16,9 @@ impl GoldenSet {
     /// Reads the manifest of a set.
     ///
     /// # Errors
-    /// [`GoldenError`] where the manifest cannot be read, has a key that this reader does not know, or contradicts
-    /// itself. The files of the cases are read when they run, and what is wrong with one is that case's failure.
+    /// [`GoldenError`] where the manifest cannot be read, has a key that this reader does not know, or
+    /// contradicts itself. The files of the cases are read when they run, and what is wrong with one is that
+    /// case's failure.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self, GoldenError> {
         let directory = directory.as_ref().to_owned();
         let manifest = Manifest::read(&directory.join("manifest.json"))?;

@@ -60,7 +60,8 @@ impl Dense {
         &self.data[start..start + len]
     }
 
-    /// The row-major position of an index, or of the start of a part in units of the part where axes are left out.
+    /// The row-major position of an index, or of the start of a part in units of the part where axes are left
+    /// out.
     pub(crate) fn flat(&self, index: &[usize]) -> usize {
         index.iter().zip(&self.shape).fold(0, |flat, (&index, &size)| {
             assert!(index < size, "index outside the shape");

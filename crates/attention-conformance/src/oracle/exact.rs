@@ -1,13 +1,14 @@
 //! Which logits an accumulator computes without any rounding.
 //!
-//! A bound on the error of `exp(x)` grows with the rounding of `x`, and says nothing where that is above one: a logit of
-//! 1e9 has an ulp of 64 in f32. So the largest logits of the suite are made of numbers on a grid, whole multiples of a
-//! power of two with few bits, of which every product and sum is exact in whichever order it is computed.
+//! A bound on the error of `exp(x)` grows with the rounding of `x`, and says nothing where that is above one:
+//! a logit of 1e9 has an ulp of 64 in f32. So the largest logits of the suite are made of numbers on a grid,
+//! whole multiples of a power of two with few bits, of which every product and sum is exact in whichever
+//! order it is computed.
 
 use attention_core::{CallProblem, DType};
 
-/// How many bits an element of a query or key may have: as many as bf16, so that it is also its own only part where
-/// operands are split into parts of 8 or 11 bits.
+/// How many bits an element of a query or key may have: as many as bf16, so that it is also its own only part
+/// where operands are split into parts of 8 or 11 bits.
 const BITS: i32 = 8;
 /// From where on the hyperbolic tangent of a quotient is 1 in every precision.
 const SATURATED: f64 = 32.0;
@@ -52,8 +53,8 @@ impl Accumulator {
         Self { bits, least, most, scale: problem.scale(), softcap: problem.softcap() }
     }
 
-    /// Whether `softcap(scale * <q, k>) - alibi + bias` is exact in every order of its operations. `magnitude` is
-    /// `sum |q| |k|`, and `product` what is capped.
+    /// Whether `softcap(scale * <q, k>) - alibi + bias` is exact in every order of its operations.
+    /// `magnitude` is `sum |q| |k|`, and `product` what is capped.
     pub(super) fn computes_exactly(
         &self,
         [query, key]: [&Grid; 2],

@@ -1,11 +1,11 @@
 //! Attention in f64, straight from the formula: slow, short, and obviously right.
 //!
-//! Shares no code with any backend: the positions, masks and even the dropout stream are written again here, from
-//! `docs/semantics.md` and the paper. Operands are the values stored in their dtype, converted exactly.
+//! Shares no code with any backend: the positions, masks and even the dropout stream are written again here,
+//! from `docs/semantics.md` and the paper. Operands are the values stored in their dtype, converted exactly.
 //!
-//! A packed or paged call means what each of its sequences means alone. So its sequences are cut out into the batch
-//! rows of a padded call with lengths, and everything here, results too, is in the positions of that one: `[B, T, ..]`
-//! with `T` and `S` the longest that a sequence may have.
+//! A packed or paged call means what each of its sequences means alone. So its sequences are cut out into the
+//! batch rows of a padded call with lengths, and everything here, results too, is in the positions of that
+//! one: `[B, T, ..]` with `T` and `S` the longest that a sequence may have.
 
 mod dense;
 mod exact;

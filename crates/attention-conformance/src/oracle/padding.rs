@@ -128,7 +128,8 @@ impl Padding {
         (queries.is_some() || keys.is_some()).then_some(Self { queries, keys })
     }
 
-    /// The tensor of a call, of that of the padded call. `of_no_sequence` is in the rows that no sequence has.
+    /// The tensor of a call, of that of the padded call. `of_no_sequence` is in the rows that no sequence
+    /// has.
     pub(crate) fn lay_out(
         &self,
         role: Role,

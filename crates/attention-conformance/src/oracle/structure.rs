@@ -31,8 +31,8 @@ impl Structure {
     /// Reads what a problem and the inputs of a call say.
     ///
     /// # Panics
-    /// Where the inputs are not those of the problem, or not in host memory, and where sequences are packed or in
-    /// pages: [`Oracle`](super::Oracle) reads the padded call in their place.
+    /// Where the inputs are not those of the problem, or not in host memory, and where sequences are packed
+    /// or in pages: [`Oracle`](super::Oracle) reads the padded call in their place.
     pub fn read(problem: &Problem, inputs: &Inputs<'_>) -> Self {
         assert!(
             problem.query_layout() == RowLayout::Dense && problem.key_layout() == RowLayout::Dense,
@@ -155,7 +155,8 @@ impl Dead {
     }
 }
 
-/// Bias, slopes and sinks are read in the precision of the logits: what only a wider dtype holds is infinite there.
+/// Bias, slopes and sinks are read in the precision of the logits: what only a wider dtype holds is infinite
+/// there.
 pub(super) fn in_precision_of_logits(mut tensor: Dense, problem: &Problem) -> Dense {
     if problem.dtype().accumulator() != DType::F64 {
         tensor.data.iter_mut().for_each(|x| *x = f64::from(*x as f32));

@@ -4,7 +4,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-/// Where, when and how a run was made, and what of the suite it left out: without these, results prove little.
+/// Where, when and how a run was made, and what of the suite it left out: without these, results prove
+/// little.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct About {
     /// When it started, UTC: `2026-03-21T14:05:09Z`.

@@ -89,7 +89,8 @@ pub struct Report {
     pub version: String,
     /// Where, when and how it was run.
     pub about: About,
-    /// The code paths that the backend lists or has run, and how often this run has run each; `None` where it lists none.
+    /// The code paths that the backend lists or has run, and how often this run has run each; `None` where it
+    /// lists none.
     pub variants: Option<Vec<VariantRuns>>,
     /// One result a case, dtype and pass.
     pub results: Vec<CaseResult>,

@@ -21,8 +21,8 @@ struct Dot<'a> {
     case: &'a str,
 }
 
-/// Every case as a dot: its error as a fraction of its bound, one line a backend, dtype and pass. Errors of zero
-/// lie at the left end; failures, whose error has no upper end, at the right one.
+/// Every case as a dot: its error as a fraction of its bound, one line a backend, dtype and pass. Errors of
+/// zero lie at the left end; failures, whose error has no upper end, at the right one.
 pub(super) fn errors(reports: &[Report]) -> String {
     let mut lines: Vec<(String, Vec<Dot<'_>>)> = Vec::new();
     for report in reports {

@@ -15,8 +15,8 @@ pub struct Table {
     pub rows: Vec<Vec<String>>,
 }
 
-/// One row a feature, one column a backend: the worst error as a fraction of its bound, over the cases that have
-/// the feature. Failures are counted instead; `skipped` where no case ran, `-` where there is none.
+/// One row a feature, one column a backend: the worst error as a fraction of its bound, over the cases that
+/// have the feature. Failures are counted instead; `skipped` where no case ran, `-` where there is none.
 pub fn table(reports: &[Report]) -> Table {
     let header = std::iter::once("feature".to_owned())
         .chain(reports.iter().map(|report| report.backend.clone()))

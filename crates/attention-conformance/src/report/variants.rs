@@ -51,9 +51,9 @@ fn sum(runs: impl IntoIterator<Item = VariantRuns>) -> Vec<VariantRuns> {
     sums.into_values().collect()
 }
 
-/// What is wrong with the variants of one backend that these runs together have reached: those that it lists and that no
-/// case has run, and those that were run and that it does not list. `None` where nothing is, where it lists none, and where
-/// no case was run at all.
+/// What is wrong with the variants of one backend that these runs together have reached: those that it lists
+/// and that no case has run, and those that were run and that it does not list. `None` where nothing is,
+/// where it lists none, and where no case was run at all.
 pub fn uncovered(reports: &[Report]) -> Option<String> {
     let totals: super::Totals = reports.iter().map(Report::totals).sum();
     let runs = sum(reports.iter().flat_map(|report| report.variants.iter().flatten().cloned()));
@@ -76,8 +76,8 @@ pub fn uncovered(reports: &[Report]) -> Option<String> {
     (totals.passed + totals.failed > 0 && !sentences.is_empty()).then(|| sentences.join("; "))
 }
 
-/// One row a variant, one column a backend: how often it was run, `NOT RUN` where it is listed and was not, `-` where the
-/// backend does not list it. Without rows where no backend lists any.
+/// One row a variant, one column a backend: how often it was run, `NOT RUN` where it is listed and was not,
+/// `-` where the backend does not list it. Without rows where no backend lists any.
 pub fn coverage(reports: &[Report]) -> Table {
     let listing: Vec<&Report> = reports.iter().filter(|report| report.variants.is_some()).collect();
     let header = std::iter::once("variant".to_owned())

@@ -1,7 +1,7 @@
 //! A call, and others that must give its bits: what changes between the two must not matter.
 //!
-//! Which changes are made is said by the suite ([`variations`](super::variations)), in full, and by the fuzzer
-//! (`fuzz::variations`), at random.
+//! Which changes are made is said by the suite ([`variations`](super::variations)), in full, and by the
+//! fuzzer (`fuzz::variations`), at random.
 
 use attention_core::{FeatureSet, InvalidCall, Plan, Problem, Role};
 
@@ -13,8 +13,8 @@ use crate::rng::Rng;
 use crate::suite::Subject;
 use crate::tensor::{HostTensor, unravel};
 
-/// A call that was made, with what it was made from: data, saved tensors and results are of the padded call where
-/// sequences are packed or in pages.
+/// A call that was made, with what it was made from: data, saved tensors and results are of the padded call
+/// where sequences are packed or in pages.
 pub(crate) struct Base<'a> {
     pub(crate) subject: &'a Subject<'a>,
     pub(crate) case: &'a Case,
@@ -90,8 +90,8 @@ impl Base<'_> {
         self.same_where(&again, how, compared, |_, _| true)
     }
 
-    /// The call on `data`, which differs where no result may depend on the memory, with this number in padded rows of what the
-    /// forward pass left.
+    /// The call on `data`, which differs where no result may depend on the memory, with this number in padded
+    /// rows of what the forward pass left.
     pub(crate) fn with_garbage(&self, data: &CaseData, garbage: f64, how: &str) -> Result<(), Stop> {
         let mut tensors = self.saved.cloned();
         if let Some(tensors) = &mut tensors {
@@ -101,8 +101,9 @@ impl Base<'_> {
         self.same(&again, how)
     }
 
-    /// The call with NaN or infinity in what takes part: whatever does not depend on it keeps its bits. `reads` tells whether
-    /// the row `[batch row, query or key, head]` of query, key, value or d_out was changed in `data`.
+    /// The call with NaN or infinity in what takes part: whatever does not depend on it keeps its bits.
+    /// `reads` tells whether the row `[batch row, query or key, head]` of query, key, value or d_out was
+    /// changed in `data`.
     pub(crate) fn with_poison(
         &self,
         data: &CaseData,
@@ -110,7 +111,8 @@ impl Base<'_> {
         how: &str,
     ) -> Result<(), Stop> {
         let d = self.case.dims;
-        // The rows that read what was changed, and the keys, biases and sinks that have gradients through those rows.
+        // The rows that read what was changed, and the keys, biases and sinks that have gradients through
+        // those rows.
         let group = d.group_size();
         let mut rows = vec![false; d.batch * d.query_length * d.query_heads];
         let mut keys = vec![false; d.batch * d.key_length * d.key_heads];
@@ -169,8 +171,8 @@ impl Base<'_> {
         Laid::new(self.case, data, saved).invocation(self.problem, &self.case.layouts).run_on(self.plan)
     }
 
-    /// Compares another call's outputs, which may be larger: what is behind the end of this call's must be what padding
-    /// gives.
+    /// Compares another call's outputs, which may be larger: what is behind the end of this call's must be
+    /// what padding gives.
     pub(crate) fn same(&self, again: &Results, how: &str) -> Result<(), Stop> {
         self.same_where(again, how, |_| true, |_, _| true)
     }
@@ -217,8 +219,8 @@ fn flat(at: &[usize], shape: &[usize]) -> usize {
     at.iter().zip(shape).fold(0, |flat, (&index, &size)| flat * size + index)
 }
 
-/// The tensor with its numbers in a larger shape, repeated along axes that it was broadcast along, and garbage behind its
-/// ends.
+/// The tensor with its numbers in a larger shape, repeated along axes that it was broadcast along, and
+/// garbage behind its ends.
 fn extended(tensor: &HostTensor, shape: &[usize], layout: Layout, rng: &mut Rng) -> HostTensor {
     let (own, values) = (tensor.desc().shape(), tensor.values());
     let mut value = |index: usize| {
@@ -240,7 +242,8 @@ fn extended(tensor: &HostTensor, shape: &[usize], layout: Layout, rng: &mut Rng)
     HostTensor::from_values(tensor.desc().dtype(), dims, layout, value)
 }
 
-/// Whether the gradient of this role is a sum over sequences, which other layouts of them may add in another order.
+/// Whether the gradient of this role is a sum over sequences, which other layouts of them may add in another
+/// order.
 fn is_summed(base: &Base<'_>, role: Role) -> bool {
     base.results.get(role).is_some_and(|whole| is_summed_over_batch(role, whole, base.case.dims.batch))
 }

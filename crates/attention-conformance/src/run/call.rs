@@ -36,8 +36,8 @@ impl Invocation<'_> {
         self.run_on(&*self.plan(backend)?)
     }
 
-    /// Plans the problem, and checks that the plan is of this problem and asks for the scratch that the backend
-    /// says.
+    /// Plans the problem, and checks that the plan is of this problem and asks for the scratch that the
+    /// backend says.
     pub(crate) fn plan(&self, backend: &dyn AttentionBackend) -> Result<Arc<dyn Plan>, Stop> {
         let needed = self.scratch_bytes(backend)?;
         let plan = catch(|| backend.plan(self.problem))?
@@ -55,8 +55,8 @@ impl Invocation<'_> {
     }
 
     /// Makes one call of a plan of this problem, with exactly the scratch memory that it asks for, and checks
-    /// what it wrote to: outputs and scratch, and nothing else. The results are those of the padded call where
-    /// sequences are packed or in pages.
+    /// what it wrote to: outputs and scratch, and nothing else. The results are those of the padded call
+    /// where sequences are packed or in pages.
     pub(crate) fn run_on(&self, plan: &dyn Plan) -> Result<Results, Stop> {
         let bytes = catch(|| plan.scratch_bytes())?;
         let mut results = Results::poisoned(self.problem, self.layouts);

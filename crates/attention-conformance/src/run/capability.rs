@@ -5,7 +5,8 @@ use attention_core::{AttentionBackend, Error, Problem, Unsupported};
 use super::Stop;
 use super::call::catch;
 
-/// Goes on where capabilities and `supports` both accept the problem, skips where both refuse, fails elsewhere.
+/// Goes on where capabilities and `supports` both accept the problem, skips where both refuse, fails
+/// elsewhere.
 pub(super) fn agrees(backend: &dyn AttentionBackend, problem: &Problem) -> Result<(), Stop> {
     let declared = backend.capabilities().check(backend.name(), problem);
     let supported = catch(|| backend.supports(problem))?;

@@ -58,7 +58,8 @@ fn judge_case(
     let backend = subject.backend;
     // Where sequences are packed or in pages, all but what backends are given is of the padded call.
     let mut data = case.padded_data(dtype);
-    // The rows of which the call has a part: sinks have no values, so other keys of any value have the same gradients.
+    // The rows of which the call has a part: sinks have no values, so other keys of any value have the same
+    // gradients.
     let whole = (case.saved == Saved::MoreKeys && pass == Pass::Backward).then(|| {
         let whole = data.clone();
         data.sinks = None;
@@ -224,7 +225,8 @@ fn after_the_first_call(
     if case.variations && reproducible { base.check_all() } else { Ok(()) }
 }
 
-/// Reads the keep bits off the output, where values are rows of the identity, and compares them with the stream.
+/// Reads the keep bits off the output, where values are rows of the identity, and compares them with the
+/// stream.
 fn dropout_bits(results: &Results, problem: &CallProblem<'_>) -> Result<(), Stop> {
     let Some(out) = results.get(attention_core::Role::Out) else { return Ok(()) };
     let Some(mask) = dropout_mask(problem).map_err(|error| Stop::failed(error.to_string()))? else {

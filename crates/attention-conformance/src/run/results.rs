@@ -12,7 +12,8 @@ use crate::tensor::{HostTensor, unravel};
 pub(crate) struct Results(Vec<(Role, HostTensor)>);
 
 impl Results {
-    /// The outputs of a problem. `layouts` are those that the problem was made with; none for contiguous ones.
+    /// The outputs of a problem. `layouts` are those that the problem was made with; none for contiguous
+    /// ones.
     pub(crate) fn poisoned(problem: &Problem, layouts: Option<&Layouts>) -> Self {
         let roles: &[Role] = match problem.pass() {
             Pass::Forward => &[Role::Out, Role::Lse],
@@ -36,7 +37,8 @@ impl Results {
         self.0.iter().map(|(role, tensor)| (*role, tensor))
     }
 
-    /// The outputs of the padded call: of a packed or paged one, after a look at the rows that no sequence has.
+    /// The outputs of the padded call: of a packed or paged one, after a look at the rows that no sequence
+    /// has.
     pub(crate) fn padded(self, padding: Option<&Padding>) -> Result<Self, Stop> {
         let Some(padding) = padding else { return Ok(self) };
         let tensor = |(role, tensor): (Role, HostTensor)| {

@@ -17,7 +17,8 @@ struct Poison<'a> {
 }
 
 impl Base<'_> {
-    /// Makes every call that must give the same bits, or the same bits in what does not read what was changed.
+    /// Makes every call that must give the same bits, or the same bits in what does not read what was
+    /// changed.
     pub(super) fn check_all(&self) -> Result<(), Stop> {
         for (queries, keys) in [(0, 1), (13, 70)] {
             self.padded(queries, keys)?;

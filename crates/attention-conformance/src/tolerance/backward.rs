@@ -30,8 +30,8 @@ pub struct SavedErrors {
 }
 
 impl SavedErrors {
-    /// Measured: what the call is given against what the oracle has. Positions where either is not finite count as
-    /// exact: only rows without gradients have them.
+    /// Measured: what the call is given against what the oracle has. Positions where either is not finite
+    /// count as exact: only rows without gradients have them.
     pub fn between(given_out: &[f64], given_lse: &[f64], oracle: &Oracle) -> Self {
         let differences = |given: &[f64], want: Vec<f64>| -> Vec<f64> {
             (given.iter().zip(want))
@@ -80,7 +80,8 @@ impl Sum {
         self.counts[at] += 1;
     }
 
-    /// Adds the error of the summation and of rounding the result. Nothing is computed where there are no terms.
+    /// Adds the error of the summation and of rounding the result. Nothing is computed where there are no
+    /// terms.
     fn finish(self, precision: &Precision, values: &[f64], dtype: attention_core::DType) -> Vec<f64> {
         (0..values.len())
             .map(|at| match self.counts[at] {
@@ -138,7 +139,8 @@ impl Precision {
             let lost = d.value_head_dim as f64 * self.underflow;
             delta_error += self.sum(d.value_head_dim) * delta_size + lost;
             let lse_error = self.logsumexp_error(oracle, row, saved.lse[index]);
-            // With dropout's factor in it: what comes in for each probability, and by how much either may be off.
+            // With dropout's factor in it: what comes in for each probability, and by how much either may be
+            // off.
             let terms: Vec<Term> = (row.entries.iter())
                 .map(|entry| {
                     let exponent = self.exponent_error(oracle, entry, row.lse) + lse_error;
@@ -156,8 +158,8 @@ impl Precision {
                     Term { p_error, dp, dp_error: self.sum(d.value_head_dim) * size + entry.keep * lost }
                 })
                 .collect();
-            // The product may also be the sum of p dp over the keys at hand, which is the same by the definition of the
-            // output.
+            // The product may also be the sum of p dp over the keys at hand, which is the same by the
+            // definition of the output.
             let (mut own_error, mut own_size) = (2.0 * u * d_lse.abs(), 0.0);
             for (entry, term) in row.entries.iter().zip(&terms) {
                 let p = entry.probability;

@@ -34,8 +34,8 @@ impl Precision {
         let capped = match oracle.softcap {
             None => product,
             Some(cap) => {
-                // The slope falls away from 0, so between the product and where its error may have put it, it is
-                // largest at the end nearer to 0.
+                // The slope falls away from 0, so between the product and where its error may have put it, it
+                // is largest at the end nearer to 0.
                 let nearest = (entry.product.abs() - product).max(0.0);
                 let slope = (nearest / cap).cosh().powi(-2);
                 // Wherever the product is, the capped logit is between the caps.
@@ -56,16 +56,17 @@ impl Precision {
         self.exponential(sink, reference)
     }
 
-    /// A difference is rounded in units of its own, and its operands before it, by a change to base two, as long as they
-    /// are small. So a row of one logit has equal probabilities however large the logit is.
+    /// A difference is rounded in units of its own, and its operands before it, by a change to base two, as
+    /// long as they are small. So a row of one logit has equal probabilities however large the logit is.
     fn exponential(&self, argument: f64, reference: f64) -> f64 {
         let operands = (argument.abs() + reference.abs()).min(NEAR);
         self.accumulator * (ARGUMENT * ((argument - reference).abs() + operands) + EXPONENTIAL)
     }
 
-    /// How far the logsumexp that a backward pass makes probabilities with may be from the oracle's, where that of its
-    /// forward pass is off by `stored`: it may use either that one or the sum of the keys at hand. Where rounding alone has
-    /// taken more than some digits off the stored one, only the latter is right.
+    /// How far the logsumexp that a backward pass makes probabilities with may be from the oracle's, where
+    /// that of its forward pass is off by `stored`: it may use either that one or the sum of the keys at
+    /// hand. Where rounding alone has taken more than some digits off the stored one, only the latter is
+    /// right.
     pub(super) fn logsumexp_error(&self, oracle: &Oracle, row: &Row, stored: f64) -> f64 {
         let denominator = self.denominator_error(oracle, row);
         let own = match denominator > WIDE {
@@ -96,8 +97,9 @@ impl Precision {
         terms + sink + self.sum(row.entries.len())
     }
 
-    /// How far below and above its own a row's logsumexp may come out, with errors of its logits that are too large for
-    /// sums of relative errors: the logarithms of `sum p_j exp(-eta_j)` and of `sum p_j exp(eta_j)`.
+    /// How far below and above its own a row's logsumexp may come out, with errors of its logits that are too
+    /// large for sums of relative errors: the logarithms of `sum p_j exp(-eta_j)` and of `sum p_j
+    /// exp(eta_j)`.
     fn logsumexp_range(&self, oracle: &Oracle, row: &Row) -> (f64, f64) {
         let sink = row.sink.filter(|&sink| sink != f64::NEG_INFINITY);
         let terms: Vec<(f64, f64)> = (row.entries.iter())

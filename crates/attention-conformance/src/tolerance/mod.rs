@@ -1,8 +1,8 @@
 //! How far a result may be from the oracle's: bounds that are derived, element by element.
 //!
-//! `docs/numerics.md` has the derivation; the constants are those of [`Precision`] and of the table in this file.
-//! The shape of every bound is `c * eps * (the sum, with absolute values)`, plus what the errors of the logits and
-//! of the saved tensors do to it.
+//! `docs/numerics.md` has the derivation; the constants are those of [`Precision`] and of the table in this
+//! file. The shape of every bound is `c * eps * (the sum, with absolute values)`, plus what the errors of the
+//! logits and of the saved tensors do to it.
 
 mod backward;
 mod forward;
@@ -23,7 +23,8 @@ use attention_core::{DType, NumericsClass};
 /// | `EXPONENTIAL` | 8 | the exponential itself: 4 units in the last place |
 /// | `SUM` | 6 | every sum of products, beside one rounding a term: the products themselves, a rescaling, the final division |
 ///
-/// `NEAR` and `STORED` are sizes of logits: up to them, what grows with a logit may stand in place of what does not.
+/// `NEAR` and `STORED` are sizes of logits: up to them, what grows with a logit may stand in place of what
+/// does not.
 pub mod constants {
     /// See the table in [`constants`](self).
     pub const PRODUCT: f64 = 4.0;
@@ -37,10 +38,11 @@ pub mod constants {
     pub const EXPONENTIAL: f64 = 8.0;
     /// See the table in [`constants`](self).
     pub const SUM: f64 = 6.0;
-    /// Up to which size of two logits their difference may be rounded in units of them rather than of the difference.
+    /// Up to which size of two logits their difference may be rounded in units of them rather than of the
+    /// difference.
     pub const NEAR: f64 = 128.0;
-    /// Up to which size a logsumexp that was stored may be used whatever its rounding does to probabilities, for operands
-    /// that are no halves and for halves.
+    /// Up to which size a logsumexp that was stored may be used whatever its rounding does to probabilities,
+    /// for operands that are no halves and for halves.
     pub const STORED: (f64, f64) = (128.0, 1024.0);
 }
 
@@ -49,12 +51,13 @@ pub mod constants {
 pub struct Precision {
     /// The unit roundoff of logits, softmax and sums.
     pub accumulator: f64,
-    /// The unit roundoff of the factors of the products with queries, keys and values: 0 where they are exact.
+    /// The unit roundoff of the factors of the products with queries, keys and values: 0 where they are
+    /// exact.
     pub factor: f64,
     /// The unit roundoff with which logits are rounded before the softmax: 0 where they are not.
     pub logit: f64,
-    /// The unit roundoff with which probabilities, and the gradients of the logits, may be rounded before they are
-    /// multiplied: 0 where they stay in the accumulator's precision.
+    /// The unit roundoff with which probabilities, and the gradients of the logits, may be rounded before
+    /// they are multiplied: 0 where they stay in the accumulator's precision.
     pub weight: f64,
     /// The absolute error of that rounding where it underflows.
     pub weight_underflow: f64,
@@ -137,8 +140,8 @@ fn probability_error(log_p: f64, p: f64, error: f64) -> f64 {
     if error < 1.0 {
         p * error.exp_m1()
     } else {
-        // Where p underflows, or the error is large: p * (e^error - 1) without 0 * infinity. A computed probability is
-        // never above 1, nor below 0.
+        // Where p underflows, or the error is large: p * (e^error - 1) without 0 * infinity. A computed
+        // probability is never above 1, nor below 0.
         ((log_p + error).exp().min(1.0) - p).max(p)
     }
 }

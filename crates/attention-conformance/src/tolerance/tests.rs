@@ -18,14 +18,16 @@ fn relative(bounds: &[f64], values: &[f64]) -> f64 {
     if bound == 0.0 { 0.0 } else { bound / largest(values).max(0.05) }
 }
 
-/// Bounds of ordinary data are small beside the results: a bound as wide as the results would accept anything.
+/// Bounds of ordinary data are small beside the results: a bound as wide as the results would accept
+/// anything.
 #[test]
 fn bounds_are_small_beside_the_results() {
     for (dtype, most) in [(DType::F64, 1e-12), (DType::F32, 1e-3), (DType::F16, 0.1), (DType::Bf16, 0.5)] {
         let precision = Precision::new(dtype, class(dtype));
         let (mut wide, mut all) = (0, 0);
         for case in cases::all() {
-            // Large logits carry large errors, whoever computes them; large keys make gradients of large terms.
+            // Large logits carry large errors, whoever computes them; large keys make gradients of large
+            // terms.
             let ordinary = matches!(case.content.values, Values::Normal)
                 && case.content.bias != BiasContent::LargeNegative
                 && !case.name.starts_with("large/");

@@ -129,8 +129,8 @@ pub struct BackwardOutputs<'a> {
     pub dsinks: Option<ViewMut<'a>>,
 }
 
-/// A forward problem with its data, checked: every tensor is there, is as the problem says, lies on its device, and
-/// no output overlaps anything.
+/// A forward problem with its data, checked: every tensor is there, is as the problem says, lies on its
+/// device, and no output overlaps anything.
 ///
 /// # Examples
 /// ```
@@ -166,8 +166,8 @@ impl<'a> ForwardCall<'a> {
     /// Checks the data against the problem.
     ///
     /// # Errors
-    /// [`InvalidCall`]: a missing or unexpected tensor, one that differs from the problem's description, one on
-    /// another device, an output that overlaps another tensor, a problem of the other pass.
+    /// [`InvalidCall`]: a missing or unexpected tensor, one that differs from the problem's description, one
+    /// on another device, an output that overlaps another tensor, a problem of the other pass.
     pub fn new(
         problem: &'a Problem,
         mut inputs: Inputs<'a>,

@@ -29,8 +29,8 @@ impl Extent {
     }
 }
 
-/// Whether an element of one tensor may be an element of the other. Exact for slices of one row-major buffer, such as
-/// the parts of a fused QKV gradient; where a layout is too tangled to tell, the answer is yes.
+/// Whether an element of one tensor may be an element of the other. Exact for slices of one row-major buffer,
+/// such as the parts of a fused QKV gradient; where a layout is too tangled to tell, the answer is yes.
 pub(super) fn elements_meet(one: (Extent, &TensorDesc), other: (Extent, &TensorDesc)) -> bool {
     one.0.meets(other.0) && {
         let (a, b) = (Lattice::of(one.1), Lattice::of(other.1));
@@ -59,8 +59,8 @@ impl Lattice {
         Self { element, axes }
     }
 
-    /// The number of elements along the axis of this stride, and the bytes that one index of it and all smaller
-    /// axes reach over. `None` where two axes have the stride.
+    /// The number of elements along the axis of this stride, and the bytes that one index of it and all
+    /// smaller axes reach over. `None` where two axes have the stride.
     fn level(&self, stride: i128) -> Option<(i128, i128)> {
         let mut same = self.axes.iter().filter(|axis| axis.0 == stride);
         let size = same.next().map_or(1, |axis| axis.1);
@@ -74,7 +74,8 @@ impl Lattice {
     }
 }
 
-/// Whether `a` and `b`, `delta` bytes behind it, meet in the axes of `strides` (largest first) and the element.
+/// Whether `a` and `b`, `delta` bytes behind it, meet in the axes of `strides` (largest first) and the
+/// element.
 fn meet(a: &Lattice, b: &Lattice, strides: &[i128], delta: i128) -> bool {
     let Some((&stride, smaller)) = strides.split_first() else {
         return -b.element < delta && delta < a.element;
@@ -89,8 +90,8 @@ fn meet(a: &Lattice, b: &Lattice, strides: &[i128], delta: i128) -> bool {
     if stride == 0 || a_reach > stride || b_reach > stride {
         return true;
     }
-    // Index i of `a` and j of `b` lie in the same stride-sized block where i - j is `blocks`; the end of `b`'s part
-    // may reach into the next block.
+    // Index i of `a` and j of `b` lie in the same stride-sized block where i - j is `blocks`; the end of
+    // `b`'s part may reach into the next block.
     let (blocks, rest) = (delta.div_euclid(stride), delta.rem_euclid(stride));
     let reachable = |difference: i128| -b_size < difference && difference < a_size;
     (reachable(blocks) && meet(a, b, smaller, rest))

@@ -371,8 +371,8 @@ impl<'c> CallProblem<'c> {
     }
 }
 
-/// How many query rows and keys a sequence has at most: a longest one that masks have room for may be more than
-/// the tensors hold.
+/// How many query rows and keys a sequence has at most: a longest one that masks have room for may be more
+/// than the tensors hold.
 fn most_rows(problem: &Problem) -> [usize; 2] {
     let dims = problem.dims();
     let queries = match problem.query_layout() {
@@ -521,7 +521,8 @@ fn used_keys(
     Ok(())
 }
 
-/// The entries of a block table that sequences need, checked where the host knows them and how many are needed.
+/// The entries of a block table that sequences need, checked where the host knows them and how many are
+/// needed.
 fn pages(
     problem: &Problem,
     data: &CallData<'_>,

@@ -1,10 +1,12 @@
 //! Slopes of ALiBi for any number of heads.
 
-/// The slopes of Press, Smith and Lewis, "Train Short, Test Long" (arXiv 2108.12409), for any number of heads.
+/// The slopes of Press, Smith and Lewis, "Train Short, Test Long" (arXiv 2108.12409), for any number of
+/// heads.
 ///
-/// For a power of two, head `n` has `2^(-8 (n + 1) / heads)`. For any other number, the first `m` heads have the slopes of `m`
-/// heads, `m` being the largest power of two below, and the others every second slope of `2 m` heads, beginning with the
-/// steepest, as the authors' program does. MPT, BLOOM and llama.cpp use the same slopes.
+/// For a power of two, head `n` has `2^(-8 (n + 1) / heads)`. For any other number, the first `m` heads have
+/// the slopes of `m` heads, `m` being the largest power of two below, and the others every second slope of `2
+/// m` heads, beginning with the steepest, as the authors' program does. MPT, BLOOM and llama.cpp use the same
+/// slopes.
 ///
 /// # Examples
 /// ```
@@ -28,8 +30,8 @@ pub fn alibi_slopes(heads: usize) -> Vec<f64> {
 /// The slopes that candle-nn 0.11's `flash_attn` on the CPU makes of its argument `max_bias`: head `n` has
 /// `2^(-max_bias (n + 1) / m)`, `m` being the smallest power of two that is not below the number of heads.
 ///
-/// For a power of two and a `max_bias` of 8 they are those of [`alibi_slopes`], for any other number of heads they are not. None
-/// for a `max_bias` of 0 or below, which adds nothing there.
+/// For a power of two and a `max_bias` of 8 they are those of [`alibi_slopes`], for any other number of heads
+/// they are not. None for a `max_bias` of 0 or below, which adds nothing there.
 ///
 /// # Examples
 /// ```

@@ -3,7 +3,8 @@
 use super::ConventionError;
 use crate::Window;
 
-/// Lengths from positions of last keys, each the length less one: `seqlens_k` of onnxruntime's GroupQueryAttention.
+/// Lengths from positions of last keys, each the length less one: `seqlens_k` of onnxruntime's
+/// GroupQueryAttention.
 ///
 /// -1 is a row without keys.
 ///
@@ -26,8 +27,9 @@ pub fn lengths_of_last_positions(positions: &[i32]) -> Result<Vec<usize>, Conven
         .collect()
 }
 
-/// A window from the number of keys on either side of a row's own position, -1 for no bound: `window_size` of FlashAttention
-/// and of torch's `varlen_attn`, `left_window_size` and `right_window_size` of ONNX's Attention.
+/// A window from the number of keys on either side of a row's own position, -1 for no bound: `window_size` of
+/// FlashAttention and of torch's `varlen_attn`, `left_window_size` and `right_window_size` of ONNX's
+/// Attention.
 ///
 /// Those count from a position that is aligned at the bottom right; that is
 /// [`QueryOffset::BottomRight`](crate::QueryOffset::BottomRight) here.
@@ -52,8 +54,9 @@ pub fn window_of_sides(left: i64, right: i64) -> Result<Window, ConventionError>
     Ok(Window { left: side("left", left)?, right: side("right", right)? })
 }
 
-/// The window of a causal row that sees `width` keys, its own among them: `local_window_size` of onnxruntime's
-/// GroupQueryAttention, `sliding_window` of the decoders of transformers. -1 is no bound to the left.
+/// The window of a causal row that sees `width` keys, its own among them: `local_window_size` of
+/// onnxruntime's GroupQueryAttention, `sliding_window` of the decoders of transformers. -1 is no bound to the
+/// left.
 ///
 /// # Errors
 /// [`ConventionError::WindowWidth`] for 0, and below -1.

@@ -3,15 +3,15 @@
 use super::ConventionError;
 use crate::{DType, Scalar};
 
-/// The booleans of an additive mask whose masked entries are the smallest finite number of its dtype, or -inf: `true`, which
-/// takes part, where an entry is 0, and `false` where it is at most half of that number.
+/// The booleans of an additive mask whose masked entries are the smallest finite number of its dtype, or
+/// -inf: `true`, which takes part, where an entry is 0, and `false` where it is at most half of that number.
 ///
-/// transformers, among others, masks with the smallest finite number. As a bias such a number masks nothing: it leaves the key in
-/// with a weight that is 0 beside any ordinary logit, and a row of nothing else is the mean of its values. As a boolean mask,
-/// such a row has output 0 and logsumexp -inf.
+/// transformers, among others, masks with the smallest finite number. As a bias such a number masks nothing:
+/// it leaves the key in with a weight that is 0 beside any ordinary logit, and a row of nothing else is the
+/// mean of its values. As a boolean mask, such a row has output 0 and logsumexp -inf.
 ///
-/// The dtype is the one that the mask was made in: an f16 mask that was widened to f32 holds -65504, and wants
-/// [`bool_where_above`].
+/// The dtype is the one that the mask was made in: an f16 mask that was widened to f32 holds -65504, and
+/// wants [`bool_where_above`].
 ///
 /// # Errors
 /// [`ConventionError::NotAMask`] where an entry is neither, NaN included: what changes logits is a bias.
@@ -34,12 +34,12 @@ pub fn bool_where_above_half_minimum<T: Scalar>(mask: &[T]) -> Result<Vec<bool>,
     bool_where_above(mask, minimum / 2.0)
 }
 
-/// The booleans of an additive mask: `true`, which takes part, where an entry is 0, and `false` where it is at most `threshold`,
-/// -1e4 say.
+/// The booleans of an additive mask: `true`, which takes part, where an entry is 0, and `false` where it is
+/// at most `threshold`, -1e4 say.
 ///
 /// # Errors
-/// [`ConventionError::NotAMask`] where an entry is neither, NaN included, and [`ConventionError::Threshold`] for a threshold that is
-/// not below 0.
+/// [`ConventionError::NotAMask`] where an entry is neither, NaN included, and [`ConventionError::Threshold`]
+/// for a threshold that is not below 0.
 ///
 /// # Examples
 /// ```

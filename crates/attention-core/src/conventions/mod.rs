@@ -1,7 +1,7 @@
 //! Conversions of what other libraries call differently: slopes, windows, lengths and additive masks.
 //!
-//! Every function is named after the convention that it reads, and refuses what that convention cannot mean. The logsumexp of
-//! a part without keys is converted by [`merge::EmptyLse`](crate::merge::EmptyLse).
+//! Every function is named after the convention that it reads, and refuses what that convention cannot mean.
+//! The logsumexp of a part without keys is converted by [`merge::EmptyLse`](crate::merge::EmptyLse).
 
 mod alibi;
 mod lengths;

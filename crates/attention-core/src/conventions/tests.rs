@@ -3,7 +3,8 @@ use half::{bf16, f16};
 use super::*;
 use crate::Window;
 
-/// The program of the paper's authors, as published: slopes of a power of two, and by recursion of any number.
+/// The program of the paper's authors, as published: slopes of a power of two, and by recursion of any
+/// number.
 fn published(heads: usize) -> Vec<f64> {
     let of_power = |heads: usize| {
         let start = 2f64.powf(-(2f64.powf(-((heads as f64).log2() - 3.0))));

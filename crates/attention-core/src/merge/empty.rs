@@ -3,10 +3,12 @@
 use super::Accumulator;
 use crate::{InvalidCall, Scalar};
 
-/// What another library gives as the logsumexp of a row that has no keys in a part, where this one gives -inf.
+/// What another library gives as the logsumexp of a row that has no keys in a part, where this one gives
+/// -inf.
 ///
-/// [`convert`](Self::convert) makes such rows neutral, so that parts of that library can be merged. What libraries give was
-/// seen by running them; those that give -inf (torch's FlexAttention, FlashAttention 3, cuDNN) need no conversion.
+/// [`convert`](Self::convert) makes such rows neutral, so that parts of that library can be merged. What
+/// libraries give was seen by running them; those that give -inf (torch's FlexAttention, FlashAttention 3,
+/// cuDNN) need no conversion.
 ///
 /// | library | logsumexp of an empty row | |
 /// |---|---|---|
@@ -21,12 +23,13 @@ use crate::{InvalidCall, Scalar};
 pub enum EmptyLse {
     /// `inf`.
     PositiveInfinity,
-    /// A finite number that no row with keys reaches: at most this. JAX adds the logarithm of the number of keys to -0.7 times the
-    /// largest number of the logits' dtype, which is lost in rounding. Its results in f16 hold -inf, which is converted as well.
+    /// A finite number that no row with keys reaches: at most this. JAX adds the logarithm of the number of
+    /// keys to -0.7 times the largest number of the logits' dtype, which is lost in rounding. Its results in
+    /// f16 hold -inf, which is converted as well.
     AtMost(f64),
-    /// 0, which a row with keys can have, too: a row counts as empty where its output is 0 throughout as well. One key of logit 0
-    /// whose value is 0 looks the same and would be lost: where that can happen, set the logsumexp of the rows that you know to
-    /// be empty.
+    /// 0, which a row with keys can have, too: a row counts as empty where its output is 0 throughout as
+    /// well. One key of logit 0 whose value is 0 looks the same and would be lost: where that can happen, set
+    /// the logsumexp of the rows that you know to be empty.
     Zero,
 }
 
@@ -36,7 +39,8 @@ impl EmptyLse {
     /// `lse` has one number per row and `out` as many rows, contiguous and in the same order.
     ///
     /// # Errors
-    /// [`InvalidCall::BufferLength`] where `out` has not the same number of elements for each row. Nothing is written then.
+    /// [`InvalidCall::BufferLength`] where `out` has not the same number of elements for each row. Nothing is
+    /// written then.
     ///
     /// # Examples
     /// ```

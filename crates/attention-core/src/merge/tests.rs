@@ -35,8 +35,8 @@ fn keys() -> impl Strategy<Value = (Vec<f64>, Vec<f64>)> {
     proptest::collection::vec((logit, -1.0..1.0f64), 0..24).prop_map(|keys| keys.into_iter().unzip())
 }
 
-/// Merges three parts of the keys and compares with the whole. Logsumexps of up to 1e4 are stored with an error of
-/// half a unit in the last place, which moves weight between the parts by that much.
+/// Merges three parts of the keys and compares with the whole. Logsumexps of up to 1e4 are stored with an
+/// error of half a unit in the last place, which moves weight between the parts by that much.
 fn three_parts_give_the_whole<F: Accumulator>(
     logits: &[f64],
     values: &[f64],

@@ -158,9 +158,10 @@ impl ProblemBuilder {
         self.layout(Role::Sinks, sinks)
     }
 
-    /// How many rows the longest packed sequence of any call may have, and how many keys the longest packed or
-    /// paged one: the `T` and `S` of masks and biases, and what work and scratch memory are planned for.
-    /// `None`, the default, is the axis of a mask or bias if there is one, and what the tensors have room for if not.
+    /// How many rows the longest packed sequence of any call may have, and how many keys the longest packed
+    /// or paged one: the `T` and `S` of masks and biases, and what work and scratch memory are planned for.
+    /// `None`, the default, is the axis of a mask or bias if there is one, and what the tensors have room for
+    /// if not.
     #[inline]
     pub fn longest(mut self, queries: impl Into<Option<usize>>, keys: impl Into<Option<usize>>) -> Self {
         (self.spec.longest_query, self.spec.longest_key) = (queries.into(), keys.into());
@@ -192,9 +193,9 @@ impl ProblemBuilder {
         self.layout(role, TensorDesc::contiguous(dtype, [batch]))
     }
 
-    /// Queries are packed: calls give the starts of this many sequences, of this dtype and without gaps, on the
-    /// problem's device. To be called before [`key_value_lengths`](Self::key_value_lengths) and the like, which
-    /// count sequences.
+    /// Queries are packed: calls give the starts of this many sequences, of this dtype and without gaps, on
+    /// the problem's device. To be called before [`key_value_lengths`](Self::key_value_lengths) and the like,
+    /// which count sequences.
     #[inline]
     pub fn packed_queries(self, sequences: usize, dtype: DType) -> Self {
         self.layout(Role::QueryStarts, TensorDesc::contiguous(dtype, [sequences.saturating_add(1)]))
@@ -214,8 +215,8 @@ impl ProblemBuilder {
             .layout(Role::KeyValueLengths, TensorDesc::contiguous(dtype, [sequences]))
     }
 
-    /// Whether [numbers of a call](Role::is_data) are in host memory, of a problem on a device. They are on the
-    /// device by default.
+    /// Whether [numbers of a call](Role::is_data) are in host memory, of a problem on a device. They are on
+    /// the device by default.
     #[inline]
     pub fn in_host_memory(mut self, role: Role, in_host_memory: bool) -> Self {
         self.spec.in_host_memory.set(role, in_host_memory);
@@ -258,8 +259,8 @@ impl ProblemBuilder {
         self
     }
 
-    /// The layout of one tensor: of outputs and incoming gradients, which are contiguous by default, or any other.
-    /// For an optional input (mask, bias, slopes, sinks, lengths and the like) this adds the tensor.
+    /// The layout of one tensor: of outputs and incoming gradients, which are contiguous by default, or any
+    /// other. For an optional input (mask, bias, slopes, sinks, lengths and the like) this adds the tensor.
     #[inline]
     pub fn layout(mut self, role: Role, desc: TensorDesc) -> Self {
         self.set_layout(role, desc);
@@ -330,7 +331,8 @@ impl<'de> serde::Deserialize<'de> for Problem {
 }
 
 impl Dimensions {
-    /// Starts a problem on contiguous tensors of these sizes, for a question without data: what would serve it?
+    /// Starts a problem on contiguous tensors of these sizes, for a question without data: what would serve
+    /// it?
     pub fn problem(&self, dtype: DType) -> ProblemBuilder {
         let Dimensions { batch, query_length, key_length, query_heads, key_heads, head_dim, value_head_dim } =
             *self;

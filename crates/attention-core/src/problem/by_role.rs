@@ -1,4 +1,5 @@
-//! Tensors are stored by the name of their role, so that roles can join without changing what is stored already.
+//! Tensors are stored by the name of their role, so that roles can join without changing what is stored
+//! already.
 
 use std::collections::BTreeMap;
 

@@ -170,8 +170,8 @@ impl Hash for Spec {
 /// `serde` it can be stored, and loading one checks it again.
 ///
 /// # Shapes
-/// `B` batch, `T` query length, `S` key/value length, `N` query heads, `K` key/value heads (`N` is a multiple of
-/// `K`), `H` head dimension of queries and keys, `Hv` of values. Every size but `H` and `Hv` may be zero.
+/// `B` batch, `T` query length, `S` key/value length, `N` query heads, `K` key/value heads (`N` is a multiple
+/// of `K`), `H` head dimension of queries and keys, `Hv` of values. Every size but `H` and `Hv` may be zero.
 ///
 /// | tensor | shape | dtype |
 /// |---|---|---|
@@ -199,19 +199,22 @@ impl Hash for Spec {
 /// # Semantics
 /// For batch row `b`, query head `n` with key/value head `n / (N / K)`, query row `t`, key `j`:
 /// 1. `pos = t + offset` ([`QueryOffset`](crate::QueryOffset)).
-/// 2. `x = scale * <q, k>`; softcap `c`: `x = c * tanh(x / c)`; ALiBi: `x -= slope * |pos - j|`; bias: `x += bias`.
+/// 2. `x = scale * <q, k>`; softcap `c`: `x = c * tanh(x / c)`; ALiBi: `x -= slope * |pos - j|`; bias: `x +=
+///    bias`.
 /// 3. `j` is allowed where `t < q_len`, `j < kv_len`, the mask is true, `j <= pos` if causal,
 ///    `pos - left <= j <= pos + right` in a window, and `x != -inf`.
-/// 4. `LSE = ln(sum over allowed j of exp(x) + exp(sink))`, `p = exp(x - LSE)` on allowed `j` and 0 elsewhere.
+/// 4. `LSE = ln(sum over allowed j of exp(x) + exp(sink))`, `p = exp(x - LSE)` on allowed `j` and 0
+///    elsewhere.
 /// 5. `out = sum over j of p' v` where dropout makes `p'` of `p`.
 ///
-/// A row without allowed keys has output 0 and LSE -inf (with a sink: LSE = sink), a padded query row has output 0
-/// and LSE -inf; neither has gradients. `docs/semantics.md` has the rest.
+/// A row without allowed keys has output 0 and LSE -inf (with a sink: LSE = sink), a padded query row has
+/// output 0 and LSE -inf; neither has gradients. `docs/semantics.md` has the rest.
 ///
-/// Sources: the product, its scale and causal masking, Vaswani et al., arXiv 1706.03762, section 3.2; shared heads, Shazeer,
-/// arXiv 1911.02150, and Ainslie et al., arXiv 2305.13245; softcap, Gemma 2, arXiv 2408.00118, section 2; ALiBi, Press et al.,
-/// arXiv 2108.12409, section 3; windows, Beltagy et al., arXiv 2004.05150, section 3.1; a logit that joins the denominator
-/// alone, gpt-oss, arXiv 2508.10925; dropout bits, Salmon et al., SC 2011.
+/// Sources: the product, its scale and causal masking, Vaswani et al., arXiv 1706.03762, section 3.2; shared
+/// heads, Shazeer, arXiv 1911.02150, and Ainslie et al., arXiv 2305.13245; softcap, Gemma 2, arXiv
+/// 2408.00118, section 2; ALiBi, Press et al., arXiv 2108.12409, section 3; windows, Beltagy et al., arXiv
+/// 2004.05150, section 3.1; a logit that joins the denominator alone, gpt-oss, arXiv 2508.10925; dropout
+/// bits, Salmon et al., SC 2011.
 ///
 /// # Examples
 /// ```
@@ -274,8 +277,8 @@ impl Problem {
         if self.spec.in_host_memory.contains(role) { Device::Cpu } else { self.device() }
     }
 
-    /// The description of a tensor, or `None` where the call has none of this role. Mask and bias always have four
-    /// axes here, with size 1 along broadcast axes that the caller left out.
+    /// The description of a tensor, or `None` where the call has none of this role. Mask and bias always have
+    /// four axes here, with size 1 along broadcast axes that the caller left out.
     #[inline]
     pub fn tensor(&self, role: Role) -> Option<&TensorDesc> {
         self.spec.tensors[role as usize].as_ref()
@@ -419,9 +422,9 @@ impl Problem {
         .collect()
     }
 
-    /// Useful floating-point operations of the call without masking: `2 B N T S (H + Hv)` forward, 2.5 times that
-    /// backward. Benchmarks count this way. Of packed and paged sequences, those of a call in which each is as
-    /// long as the longest may be.
+    /// Useful floating-point operations of the call without masking: `2 B N T S (H + Hv)` forward, 2.5 times
+    /// that backward. Benchmarks count this way. Of packed and paged sequences, those of a call in which each
+    /// is as long as the longest may be.
     pub fn flops(&self) -> f64 {
         let d = self.dims;
         let [b, n, t, s] = d.logits().map(|size| size as f64);

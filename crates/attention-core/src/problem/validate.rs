@@ -90,8 +90,8 @@ fn operands(spec: &mut Spec) -> Result<(Dimensions, DType), InvalidCall> {
     Ok((dims, dtype))
 }
 
-/// Whether the elements can be counted, taking sizes of zero for one: backends may then multiply any of the sizes
-/// without overflow, also where another axis makes the tensor empty.
+/// Whether the elements can be counted, taking sizes of zero for one: backends may then multiply any of the
+/// sizes without overflow, also where another axis makes the tensor empty.
 fn countable(shape: &[usize]) -> bool {
     let mut sizes = Dims::from([1; 4]);
     for (size, &given) in sizes.iter_mut().zip(shape) {
@@ -294,7 +294,8 @@ fn results(spec: &mut Spec, dims: Dimensions, dtype: DType) -> Result<(), Invali
             _ => why,
         };
         let Some((dtype, shape)) = shape.filter(|_| present) else {
-            // The backward variant of a forward problem (`to_builder`) arrives here with layouts it has no use for.
+            // The backward variant of a forward problem (`to_builder`) arrives here with layouts it has no
+            // use for.
             spec.tensors[role as usize] = None;
             continue;
         };

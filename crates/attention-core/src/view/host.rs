@@ -26,8 +26,8 @@ pub struct Row<'a, T> {
     len: usize,
 }
 
-/// The tokens of one head: a [`HostView`] of four axes at an index of the third. A copy of what inner loops need,
-/// so that they may keep it in registers.
+/// The tokens of one head: a [`HostView`] of four axes at an index of the third. A copy of what inner loops
+/// need, so that they may keep it in registers.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadView<'a, T> {
     span: &'a [T],
@@ -83,9 +83,9 @@ impl<'a> View<'a> {
             return Some(HostView { span: &[], origin: 0, shape, strides });
         }
         let first = self.raw.at(low).as_ptr().cast::<T>();
-        // SAFETY: by the invariant of View, the span from `low` to `high` elements around the pointer is allocated
-        // host memory, initialised and not written during 'a; the pointer is aligned for the dtype, `T` is plain
-        // data of the same size, and the length in bytes fits isize (`span` checks it).
+        // SAFETY: by the invariant of View, the span from `low` to `high` elements around the pointer is
+        // allocated host memory, initialised and not written during 'a; the pointer is aligned for the dtype,
+        // `T` is plain data of the same size, and the length in bytes fits isize (`span` checks it).
         let span = unsafe { std::slice::from_raw_parts(first, high.abs_diff(low) + 1) };
         Some(HostView { span, origin: low.unsigned_abs(), shape, strides })
     }
@@ -235,8 +235,9 @@ impl<'a, T: Copy> HostView<'a, T> {
         HeadView { span: self.span, origin, sizes, strides, stride, len }
     }
 
-    /// The elements over two axes of a view, as a slice that starts at the first of them with the row and column
-    /// strides, or `None` where a stride is negative or there are none. For matrix products that take strides.
+    /// The elements over two axes of a view, as a slice that starts at the first of them with the row and
+    /// column strides, or `None` where a stride is negative or there are none. For matrix products that take
+    /// strides.
     ///
     /// # Panics
     /// Where `fixed` is outside the shape or `row_axis` and `column_axis` are not two axes of the view.
@@ -458,8 +459,8 @@ impl<T: Copy> HostViewMut<'_, T> {
             "index {index:?} outside shape {}",
             self.shape
         );
-        // SAFETY: the index is inside the shape of a ViewMut, so the element is allocated, aligned host memory that
-        // this view has to itself.
+        // SAFETY: the index is inside the shape of a ViewMut, so the element is allocated, aligned host
+        // memory that this view has to itself.
         unsafe { self.element(index).write(value) }
     }
 }
@@ -482,8 +483,8 @@ impl<T: Copy> RowMut<'_, T> {
             return Some(&mut []);
         }
         // SAFETY: the row was taken at indices inside the shape of a ViewMut, so its elements are allocated,
-        // initialised, aligned host memory; with stride 1 (or one element) they are `len` neighbours, and the view
-        // has them to itself while this row borrows it.
+        // initialised, aligned host memory; with stride 1 (or one element) they are `len` neighbours, and the
+        // view has them to itself while this row borrows it.
         (self.stride == 1 || self.len == 1)
             .then(|| unsafe { std::slice::from_raw_parts_mut(self.pointer, self.len) })
     }

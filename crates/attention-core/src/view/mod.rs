@@ -1,8 +1,8 @@
 //! Tensors in memory that somebody else owns: type-erased, strided, tagged with their device.
 //!
-//! This module holds the crate's only `unsafe`: a view is a pointer, and the three ways of making one decide what
-//! it may be used for. From a slice (safe, checked against the slice), from a part of another view (safe), from a
-//! raw pointer (`unsafe`, the caller vouches for the memory).
+//! This module holds the crate's only `unsafe`: a view is a pointer, and the three ways of making one decide
+//! what it may be used for. From a slice (safe, checked against the slice), from a part of another view
+//! (safe), from a raw pointer (`unsafe`, the caller vouches for the memory).
 
 #![allow(unsafe_code)]
 
@@ -44,7 +44,8 @@ pub struct View<'a> {
     memory: PhantomData<&'a [u8]>,
 }
 
-// SAFETY: a View is a shared reference to plain data: every byte of its span is readable by any thread during 'a.
+// SAFETY: a View is a shared reference to plain data: every byte of its span is readable by any thread during
+// 'a.
 unsafe impl Send for View<'_> {}
 // SAFETY: a View is Copy and has no interior mutability, so two threads with one can only read what a Send of
 // a copy would let them read.
@@ -52,8 +53,8 @@ unsafe impl Sync for View<'_> {}
 
 /// A tensor that is written.
 ///
-/// No two indices reach the same element, and nothing else reaches its elements during `'a`; what lies between the
-/// elements of a strided view may belong to others.
+/// No two indices reach the same element, and nothing else reaches its elements during `'a`; what lies
+/// between the elements of a strided view may belong to others.
 #[derive(Debug)]
 pub struct ViewMut<'a> {
     // As in View, with the elements (not the gaps between them) exclusive during 'a, and a pointer that may
@@ -100,7 +101,8 @@ impl<'a> View<'a> {
     /// A row-major tensor on a slice that holds exactly its elements.
     ///
     /// # Errors
-    /// [`InvalidCall::BufferLength`] where the slice has another number of elements, [`InvalidCall::Overflow`].
+    /// [`InvalidCall::BufferLength`] where the slice has another number of elements,
+    /// [`InvalidCall::Overflow`].
     pub fn from_slice<T: Element>(data: &'a [T], shape: impl Into<Dims>) -> Result<Self, InvalidCall> {
         let desc = dense_desc::<T>(data.len(), shape.into())?;
         Ok(Self { raw: RawView::on_host(data.as_ptr(), 0, desc), memory: PhantomData })
@@ -122,8 +124,8 @@ impl<'a> View<'a> {
         Ok(Self { raw: RawView::on_host(data.as_ptr(), offset, desc), memory: PhantomData })
     }
 
-    /// A strided mask on bytes, as other libraries store booleans: zero is `false`, everything else is `true`. As
-    /// [`strided`](Self::strided) otherwise.
+    /// A strided mask on bytes, as other libraries store booleans: zero is `false`, everything else is
+    /// `true`. As [`strided`](Self::strided) otherwise.
     ///
     /// # Errors
     /// As [`strided`](Self::strided).
@@ -265,7 +267,8 @@ impl<'a> ViewMut<'a> {
     /// A row-major tensor on a slice that holds exactly its elements.
     ///
     /// # Errors
-    /// [`InvalidCall::BufferLength`] where the slice has another number of elements, [`InvalidCall::Overflow`].
+    /// [`InvalidCall::BufferLength`] where the slice has another number of elements,
+    /// [`InvalidCall::Overflow`].
     pub fn from_slice<T: Element>(data: &'a mut [T], shape: impl Into<Dims>) -> Result<Self, InvalidCall> {
         let desc = dense_desc::<T>(data.len(), shape.into())?;
         Ok(Self { raw: RawView::on_host(data.as_mut_ptr(), 0, desc), memory: PhantomData })
@@ -293,10 +296,10 @@ impl<'a> ViewMut<'a> {
     /// As [`View::from_raw_parts`], and [`InvalidCall::SelfOverlap`].
     ///
     /// # Safety
-    /// `pointer` is the element at index 0. During `'a` every element is allocated on `device`, initialised if on the
-    /// host, and neither read nor written through anything but this view; in device memory until the work of
-    /// every call that was given the view has ended on its stream, as for [`View::from_raw_parts`]. The gaps
-    /// between elements may belong to others.
+    /// `pointer` is the element at index 0. During `'a` every element is allocated on `device`, initialised
+    /// if on the host, and neither read nor written through anything but this view; in device memory until
+    /// the work of every call that was given the view has ended on its stream, as for
+    /// [`View::from_raw_parts`]. The gaps between elements may belong to others.
     pub unsafe fn from_raw_parts(
         pointer: *mut u8,
         device: Device,
@@ -350,8 +353,8 @@ impl<'a> ViewMut<'a> {
         Ok(self.with(desc, 0))
     }
 
-    /// Cuts the view along `axis` into consecutive parts: the gradients of a fused QKV buffer `[B, T, N + 2K, H]`
-    /// are its parts of sizes `N`, `K` and `K` along axis 2.
+    /// Cuts the view along `axis` into consecutive parts: the gradients of a fused QKV buffer `[B, T, N + 2K,
+    /// H]` are its parts of sizes `N`, `K` and `K` along axis 2.
     ///
     /// # Errors
     /// [`InvalidCall::ViewIndex`] where the sizes do not add up to the axis.
@@ -374,8 +377,8 @@ impl<'a> ViewMut<'a> {
         }))
     }
 
-    /// Cuts the view along `axis` into parts of `size`, the last one shorter where it does not divide. Empty where
-    /// the view has no such axis; a `size` of 0 counts as 1.
+    /// Cuts the view along `axis` into parts of `size`, the last one shorter where it does not divide. Empty
+    /// where the view has no such axis; a `size` of 0 counts as 1.
     pub fn into_chunks(self, axis: usize, size: usize) -> impl ExactSizeIterator<Item = ViewMut<'a>> {
         let (length, size) = (self.shape().get(axis).copied().unwrap_or(0), size.max(1));
         (0..length.div_ceil(size)).map(move |index| {

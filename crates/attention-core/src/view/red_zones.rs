@@ -1,10 +1,10 @@
 //! Red zones between the pieces of a worker's scratch memory, for tests under a memory-error detector.
 //!
-//! Scratch is one allocation, so a kernel that runs over the end of one piece lands in the next, where neither a
-//! detector nor a guard behind the allocation sees it. Built with `--cfg attention_red_zones` and the address
-//! sanitizer (`cargo xtask sanitize`), backends leave [`BYTES`] bytes behind each piece, which are poisoned for the
-//! sanitizer while a task runs, and hold canaries for what it does not see, such as stores of inline assembly.
-//! Without the flag there are none, and everything here is empty.
+//! Scratch is one allocation, so a kernel that runs over the end of one piece lands in the next, where
+//! neither a detector nor a guard behind the allocation sees it. Built with `--cfg attention_red_zones` and
+//! the address sanitizer (`cargo xtask sanitize`), backends leave [`BYTES`] bytes behind each piece, which
+//! are poisoned for the sanitizer while a task runs, and hold canaries for what it does not see, such as
+//! stores of inline assembly. Without the flag there are none, and everything here is empty.
 
 /// Bytes behind each piece, a multiple of [`SCRATCH_ALIGNMENT`](crate::SCRATCH_ALIGNMENT).
 pub const BYTES: usize = if cfg!(attention_red_zones) { super::scratch::SCRATCH_ALIGNMENT } else { 0 };
@@ -45,7 +45,8 @@ mod zones {
 
     const CANARY: u8 = 0x5A;
 
-    // Of the run-time library of the address sanitizer, with which everything is linked that is built with the flag.
+    // Of the run-time library of the address sanitizer, with which everything is linked that is built with
+    // the flag.
     unsafe extern "C" {
         fn __asan_poison_memory_region(address: *const c_void, size: usize);
         fn __asan_unpoison_memory_region(address: *const c_void, size: usize);

@@ -38,9 +38,9 @@ impl<'a> Scratch<'a> {
     /// Memory of a device, or host memory of another library.
     ///
     /// # Safety
-    /// `len` bytes at `pointer` are allocated on `device`, initialised if on the host, and reached through nothing
-    /// else during `'a`; in device memory until the work of the call that was given the scratch has ended on its
-    /// stream.
+    /// `len` bytes at `pointer` are allocated on `device`, initialised if on the host, and reached through
+    /// nothing else during `'a`; in device memory until the work of the call that was given the scratch has
+    /// ended on its stream.
     pub const unsafe fn from_raw_parts(pointer: *mut u8, len: usize, device: Device) -> Self {
         Self { device, pointer, len, memory: PhantomData }
     }
@@ -95,9 +95,9 @@ impl<'a> Scratch<'a> {
         if self.len == 0 {
             return Some(&mut []);
         }
-        // SAFETY: the two constructors take an exclusive slice of bytes, or a pointer whose caller promised that
-        // `len` initialised bytes there are reached through nothing else during 'a; `self` is consumed, and the
-        // memory is the host's (checked above).
+        // SAFETY: the two constructors take an exclusive slice of bytes, or a pointer whose caller promised
+        // that `len` initialised bytes there are reached through nothing else during 'a; `self` is consumed,
+        // and the memory is the host's (checked above).
         Some(unsafe { std::slice::from_raw_parts_mut(self.pointer, self.len) })
     }
 }

@@ -1,8 +1,8 @@
 //! The gradient of the bias, for every broadcast: a pass of its own over the parts of `dbias`.
 //!
-//! A part is a range of elements of `dbias` that no other task writes; its task visits, in order, every block of
-//! logits that the bias was broadcast to and adds their gradients. That recomputes the logits, and needs neither
-//! a matrix of the size of the logits nor an order among threads.
+//! A part is a range of elements of `dbias` that no other task writes; its task visits, in order, every block
+//! of logits that the bias was broadcast to and adds their gradients. That recomputes the logits, and needs
+//! neither a matrix of the size of the logits nor an order among threads.
 
 use std::ops::Range;
 
@@ -105,7 +105,8 @@ fn write_rows(view: ViewMut<'_>, numbers: &[f64]) {
     }
 }
 
-/// Adds the gradients of all logits of a part that are in one batch row to the part's sums, rows of `columns`.
+/// Adds the gradients of all logits of a part that are in one batch row to the part's sums, rows of
+/// `columns`.
 fn add_batch<E: Operand>(
     shared: &Shared<'_, E>,
     batch: usize,

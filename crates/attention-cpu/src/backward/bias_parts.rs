@@ -21,8 +21,8 @@ pub(super) struct Part {
     pub(super) keys: Range<usize>,
 }
 
-/// How an axis of the logits is cut: into single indices or pieces where the bias has the axis, not at all where it
-/// does not.
+/// How an axis of the logits is cut: into single indices or pieces where the bias has the axis, not at all
+/// where it does not.
 #[derive(Clone, Copy, Debug)]
 struct Axis {
     size: usize,

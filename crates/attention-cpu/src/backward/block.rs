@@ -15,8 +15,8 @@ use crate::softmax::{RowDropout, RowSoftmax, SoftmaxRows, mean};
 /// What a block's gradient is taken of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GradientOf {
-    /// The scaled products of queries and keys, below the softcap: what dq and dk are made of, with the first factor of
-    /// [`Terms::gradient_scale`](crate::logits::Terms::gradient_scale).
+    /// The scaled products of queries and keys, below the softcap: what dq and dk are made of, with the first
+    /// factor of [`Terms::gradient_scale`](crate::logits::Terms::gradient_scale).
     Products,
     /// The logits, above the softcap: what dbias is made of.
     Logits,
@@ -39,17 +39,18 @@ impl<C: Compute> RowState<C> {
         self.product - self.d_lse
     }
 
-    /// Whether the logsumexp of the keys at hand is that of the whole row, to within rounding, or more than that.
+    /// Whether the logsumexp of the keys at hand is that of the whole row, to within rounding, or more than
+    /// that.
     ///
-    /// A logsumexp in f32 has lost digits, and an output in f16 or bf16 has lost more. Where the keys at hand are all
-    /// the row has, their own sums give both back. Where they are a part (context parallelism), the given numbers
-    /// stand for the rest of the row. Four units in the last place is what two ways of summing differ by; a rest of
-    /// the row that hides in it is as small as the rounding of the logsumexp itself. `epsilon` is that of the stored
-    /// logsumexp.
+    /// A logsumexp in f32 has lost digits, and an output in f16 or bf16 has lost more. Where the keys at hand
+    /// are all the row has, their own sums give both back. Where they are a part (context parallelism), the
+    /// given numbers stand for the rest of the row. Four units in the last place is what two ways of summing
+    /// differ by; a rest of the row that hides in it is as small as the rounding of the logsumexp itself.
+    /// `epsilon` is that of the stored logsumexp.
     ///
-    /// A part of a row has no larger sum than the row. Where it has, logits are so large that their own rounding is more
-    /// than that of their logsumexp, and a probability from the given one may be anything; with the own sum it is at most
-    /// 1.
+    /// A part of a row has no larger sum than the row. Where it has, logits are so large that their own
+    /// rounding is more than that of their logsumexp, and a probability from the given one may be anything;
+    /// with the own sum it is at most 1.
     fn is_of(&self, own: C, epsilon: f64) -> bool {
         let (own, given) = (own.to_f64(), self.lse.to_f64());
         let unit = epsilon * own.abs().max(given.abs()).max(1.0);
@@ -83,8 +84,8 @@ impl<E: Operand> Shared<'_, E> {
         RowState { lse, product: E::Compute::from_f64(product), d_lse }
     }
 
-    /// Computes a block's probabilities after dropout (with the marks of what takes no part) and the gradients of
-    /// its logits or products, and leaves its queries and output gradients packed.
+    /// Computes a block's probabilities after dropout (with the marks of what takes no part) and the
+    /// gradients of its logits or products, and leaves its queries and output gradients packed.
     #[allow(
         clippy::too_many_arguments,
         reason = "the packed operands belong to the task, the rest to the block"

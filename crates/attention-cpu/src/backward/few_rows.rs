@@ -1,4 +1,5 @@
-//! The gradients of few query rows: keys and values are read once, as they lie, and their gradients written once.
+//! The gradients of few query rows: keys and values are read once, as they lie, and their gradients written
+//! once.
 
 use std::ops::Range;
 
@@ -15,7 +16,8 @@ use crate::simd::{Kernel, dispatch};
 use crate::{cut, direct};
 
 impl<E: Operand> Shared<'_, E> {
-    /// As [`task`](Self::task), for the `rows` of a whole group against `keys`. Padding is the caller's to fill.
+    /// As [`task`](Self::task), for the `rows` of a whole group against `keys`. Padding is the caller's to
+    /// fill.
     pub(super) fn few_rows(
         &self,
         task: &mut Task<'_, E::Element>,
@@ -69,8 +71,8 @@ impl<E: Operand> Shared<'_, E> {
     }
 }
 
-/// Writes `factor * sum over rows of weights[row][key] * values[row]` for each key, leaving out rows in which the key
-/// takes no part.
+/// Writes `factor * sum over rows of weights[row][key] * values[row]` for each key, leaving out rows in which
+/// the key takes no part.
 struct Columnwise<'b, 'a, E: Operand> {
     gradient: &'b mut HostViewMut<'a, E::Element>,
     keys: Range<usize>,

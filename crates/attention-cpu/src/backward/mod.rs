@@ -1,8 +1,8 @@
 //! The gradients of query, key and value: one task for each key/value head, block by block of its query rows.
 //!
-//! With probabilities `P`, dropout factors `D` and `delta = <d_out, out> - d_lse` for a row:
-//! `dv = (D P)^T d_out`, `dx = P (D (d_out v^T) - delta)`, `dq = scale * dx k`, `dk = scale * dx^T q`, with the slope
-//! of the softcap between `dx` and the products (Dao et al., arXiv 2205.14135, appendix B.2).
+//! With probabilities `P`, dropout factors `D` and `delta = <d_out, out> - d_lse` for a row: `dv = (D P)^T
+//! d_out`, `dx = P (D (d_out v^T) - delta)`, `dq = scale * dx k`, `dk = scale * dx^T q`, with the slope of
+//! the softcap between `dx` and the products (Dao et al., arXiv 2205.14135, appendix B.2).
 
 mod bias_gradient;
 mod bias_parts;
@@ -232,10 +232,11 @@ fn zero<T: Scalar, R: Iterator<Item = usize>>(
     }
 }
 
-/// `sums[key] += factor * sum over rows of weights[row][key] * values[row]` for the columns `valid`; `sums` begins
-/// at the first of `keys`.
+/// `sums[key] += factor * sum over rows of weights[row][key] * values[row]` for the columns `valid`; `sums`
+/// begins at the first of `keys`.
 ///
-/// A row of `values` that is not finite counts only where `marks` says that the key takes part, and is zeroed.
+/// A row of `values` that is not finite counts only where `marks` says that the key takes part, and is
+/// zeroed.
 #[allow(clippy::too_many_arguments, reason = "a matrix product has many dimensions")]
 fn add_outer<C: Compute>(
     weights: &[C],

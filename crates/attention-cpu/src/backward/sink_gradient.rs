@@ -12,8 +12,8 @@ use crate::operand::Operand;
 use crate::sequences::with_queries;
 use crate::{cut, workers};
 
-/// The size of a logsumexp up to which its rounding does no harm: relative to the probability of a sink, it is half a unit in
-/// the last place of the logsumexp, at 128 as much as 64 roundings.
+/// The size of a logsumexp up to which its rounding does no harm: relative to the probability of a sink, it
+/// is half a unit in the last place of the logsumexp, at 128 as much as 64 roundings.
 const LARGEST_EXACT: f64 = 128.0;
 
 pub(super) fn run<E: Operand>(

@@ -317,7 +317,8 @@ fn placed(starts: &[i64], rows: i64, batch: usize) -> (i64, i64) {
     (start(batch), (start(batch + 1) - start(batch)).max(0))
 }
 
-/// `place_rows` of the kernels says what the call says, and starts out of their bounds stay inside the tensor.
+/// `place_rows` of the kernels says what the call says, and starts out of their bounds stay inside the
+/// tensor.
 #[test]
 fn rows_of_packed_sequences_are_where_the_call_has_them() {
     let (queries, keys, used) = ([0i64, 2, 2, 6], [0i64, 5, 8, 9], [2i64, 3, 0]);

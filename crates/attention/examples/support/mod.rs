@@ -13,8 +13,8 @@ const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/minilm_at
 pub(crate) const LAYERS: [usize; 2] = [0, 5];
 pub(crate) const RUNS: usize = 50;
 
-/// Runs an example on the recording's bytes, from the file that the first argument names or the one beside this code.
-/// It fails where the example says that something does not agree.
+/// Runs an example on the recording's bytes, from the file that the first argument names or the one beside
+/// this code. It fails where the example says that something does not agree.
 pub(crate) fn main(run: impl FnOnce(&[u8]) -> Result<bool, Box<dyn Error>>) -> ExitCode {
     let path = std::env::args().nth(1).unwrap_or_else(|| FILE.to_owned());
     let bytes = std::fs::read(&path).map_err(|error| format!("{path}: {error}").into());

@@ -7,7 +7,8 @@ use crate::{Error, Implementation, Registry};
 
 /// A choice of implementation in a form to store, with feature `serde`.
 ///
-/// Loaded on another machine by [`Registry::resolve`], it gives the same numerics or fails with a clear error.
+/// Loaded on another machine by [`Registry::resolve`], it gives the same numerics or fails with a clear
+/// error.
 ///
 /// # Examples
 /// ```
@@ -65,9 +66,9 @@ impl Registry {
     /// The implementation that a stored choice stands for here.
     ///
     /// # Errors
-    /// [`Error::UnknownImplementation`] or [`Error::NotBuilt`] where the choice names one that is missing here,
-    /// [`Error::OtherVersion`], [`Error::OtherNumerics`]; [`Error::NoNumerics`] where the choice names a class that no implementation here
-    /// computes in.
+    /// [`Error::UnknownImplementation`] or [`Error::NotBuilt`] where the choice names one that is missing
+    /// here, [`Error::OtherVersion`], [`Error::OtherNumerics`]; [`Error::NoNumerics`] where the choice names
+    /// a class that no implementation here computes in.
     pub fn resolve(&self, choice: &Choice) -> Result<Implementation, Error> {
         match choice {
             Choice::Implementation { name, version, dtype, numerics } => {

@@ -107,8 +107,8 @@ impl From<&Refusal> for Cause {
     }
 }
 
-/// What an automatic choice from the default registry would run a problem on. Needs no data and no device, and plans
-/// nothing.
+/// What an automatic choice from the default registry would run a problem on. Needs no data and no device,
+/// and plans nothing.
 ///
 /// # Examples
 /// ```
@@ -192,7 +192,8 @@ impl Policy {
                     continue;
                 }
             };
-            // A list may come to the same one twice, and asking in a class where it was asked in any is no news.
+            // A list may come to the same one twice, and asking in a class where it was asked in any is no
+            // news.
             if judged.iter().any(|(other, in_class, served)| {
                 Arc::ptr_eq(other, &backend) && (*served || in_class.is_none() || *in_class == class)
             }) {

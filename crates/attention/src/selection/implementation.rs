@@ -7,16 +7,17 @@ use attention_core::{AttentionBackend, NumericsClass};
 
 /// Which implementation shall run a call.
 ///
-/// Nothing falls back silently: [`Named`](Self::Named) and [`Exactly`](Self::Exactly) run there or fail at once with
-/// the reason, and [`Prefer`](Self::Prefer) goes no further than its own list.
+/// Nothing falls back silently: [`Named`](Self::Named) and [`Exactly`](Self::Exactly) run there or fail at
+/// once with the reason, and [`Prefer`](Self::Prefer) goes no further than its own list.
 ///
 /// A name that neither the registry nor this library has is an error wherever it stands, also in a list:
-/// [`Error::UnknownImplementation`](crate::Error::UnknownImplementation) with the names there are. A name of this library's
-/// whose feature is off is an error alone ([`Error::NotBuilt`](crate::Error::NotBuilt), with the feature), and counts as a
-/// refusal in a list, so that one list serves builds with and without CUDA. An empty list is an error.
+/// [`Error::UnknownImplementation`](crate::Error::UnknownImplementation) with the names there are. A name of
+/// this library's whose feature is off is an error alone ([`Error::NotBuilt`](crate::Error::NotBuilt), with
+/// the feature), and counts as a refusal in a list, so that one list serves builds with and without CUDA. An
+/// empty list is an error.
 ///
-/// Configuration belongs to the implementation's value: `Implementation::from(Arc::new(backend))` with a backend
-/// that was made with chunk sizes, threads or a stream.
+/// Configuration belongs to the implementation's value: `Implementation::from(Arc::new(backend))` with a
+/// backend that was made with chunk sizes, threads or a stream.
 ///
 /// # Examples
 /// ```
@@ -30,16 +31,16 @@ use attention_core::{AttentionBackend, NumericsClass};
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum Implementation {
-    /// The first in order of preference that is on the memory's device, available, of the standard numerics class
-    /// of the dtype, inside the scratch limit, and supports and plans the problem.
+    /// The first in order of preference that is on the memory's device, available, of the standard numerics
+    /// class of the dtype, inside the scratch limit, and supports and plans the problem.
     #[default]
     Auto,
     /// The registered implementation of this name, and nothing else.
     Named(Cow<'static, str>),
     /// This value, registered or not, and nothing else.
     Exactly(Arc<dyn AttentionBackend>),
-    /// The first of these that serves the problem. Falls to an automatic choice only where [`Auto`](Self::Auto) is in the
-    /// list.
+    /// The first of these that serves the problem. Falls to an automatic choice only where
+    /// [`Auto`](Self::Auto) is in the list.
     Prefer(Vec<Implementation>),
     /// As [`Auto`](Self::Auto), among the implementations of this numerics class.
     Numerics(NumericsClass),

@@ -31,17 +31,18 @@ pub(crate) const CROSSOVERS: &[Crossover] = &[
         without: None,
         logits_per_head: 256 * 256 + 1,
     },
-    // benches/record/2026-11-25-gpu-h200.csv, 4096 x 4096 tokens, TFLOP/s. cuDNN reads masks, biases and the keep bits of the
-    // published stream as tensors, which kernels of ours make for it first; chunked-cuda reads or computes them in place.
+    // benches/record/2026-11-25-gpu-h200.csv, 4096 x 4096 tokens, TFLOP/s. cuDNN reads masks, biases and the
+    // keep bits of the published stream as tensors, which kernels of ours make for it first; chunked-cuda
+    // reads or computes them in place.
     always("chunked-cuda", "cudnn", Pass::Forward, Feature::Mask),
     always("chunked-cuda", "cudnn", Pass::Backward, Feature::Mask),
     always("chunked-cuda", "cudnn", Pass::Forward, Feature::Bias),
     always("chunked-cuda", "cudnn", Pass::Backward, Feature::Bias),
     always("chunked-cuda", "cudnn", Pass::Forward, Feature::Dropout),
     always("chunked-cuda", "cudnn", Pass::Backward, Feature::Dropout),
-    // cuDNN has ALiBi under a causal mask alone. Elsewhere it reads a bias that a kernel of ours makes for it first, and reading one
-    // takes it to 308 and 280 (benches/record/2026-11-28-gpu-h200-2.csv), where chunked-cuda has ALiBi at 531 and 399
-    // (benches/record/2026-11-25-gpu-h200-chunked-cuda.csv).
+    // cuDNN has ALiBi under a causal mask alone. Elsewhere it reads a bias that a kernel of ours makes for it
+    // first, and reading one takes it to 308 and 280 (benches/record/2026-11-28-gpu-h200-2.csv), where
+    // chunked-cuda has ALiBi at 531 and 399 (benches/record/2026-11-25-gpu-h200-chunked-cuda.csv).
     Crossover {
         without: Some(Feature::Causal),
         ..always("chunked-cuda", "cudnn", Pass::Forward, Feature::Alibi)

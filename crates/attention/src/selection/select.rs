@@ -147,8 +147,9 @@ impl Policy {
         }
     }
 
-    /// Whether a backend serves a problem inside the caller's limits. From the cheapest and most telling reason to
-    /// the most particular: device, availability, numerics class, the problem, the scratch limit. Plans nothing.
+    /// Whether a backend serves a problem inside the caller's limits. From the cheapest and most telling
+    /// reason to the most particular: device, availability, numerics class, the problem, the scratch limit.
+    /// Plans nothing.
     ///
     /// `supports` is not asked apart, here and in [`plan`](Self::plan): `scratch_bytes` refuses what it
     /// refuses.
@@ -231,7 +232,8 @@ impl Policy {
         })
     }
 
-    /// As [`chosen`](Self::chosen), planned anew. Never inlined: what a choice takes of the stack is not there beside a call.
+    /// As [`chosen`](Self::chosen), planned anew. Never inlined: what a choice takes of the stack is not
+    /// there beside a call.
     #[inline(never)]
     fn choose(&self, problem: &Problem) -> Result<Chosen, Error> {
         hidden_keys::tell_of_problem(problem);

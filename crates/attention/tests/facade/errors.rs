@@ -209,8 +209,8 @@ fn backward_calls() {
 
 /// A view that claims to be in the memory of a CUDA device. Nothing here looks at its elements.
 fn on_cuda(view: View<'_>, ordinal: u32) -> View<'_> {
-    // SAFETY: the pointer, lifetime and description are those of a live view, and no backend of these tests takes
-    // memory of a device, so nobody follows the pointer.
+    // SAFETY: the pointer, lifetime and description are those of a live view, and no backend of these tests
+    // takes memory of a device, so nobody follows the pointer.
     unsafe { View::from_raw_parts(view.as_ptr(), Device::Cuda(ordinal), view.desc()) }.unwrap()
 }
 

@@ -1,4 +1,5 @@
-//! What the facade takes: slices, tensors and views, with and without a batch axis, of any strides and any size.
+//! What the facade takes: slices, tensors and views, with and without a batch axis, of any strides and any
+//! size.
 
 use attention::{Attention, Forward, QueryOffset, Registry, Tensor, View, ViewMut, bf16};
 

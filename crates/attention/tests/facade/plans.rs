@@ -346,7 +346,8 @@ fn tensors_that_are_not_those_of_the_plan_are_refused() {
     assert_eq!(toy.runs(), 0);
 }
 
-/// Every implementation of this build for host memory, forward and backward: one plan, four threads, the same bits.
+/// Every implementation of this build for host memory, forward and backward: one plan, four threads, the same
+/// bits.
 #[test]
 fn threads_call_one_plan_at_once() {
     let data = [1, 2, 3, 4].map(|seed| Tensor::from_vec(numbers(1280, seed), [2, 40, 2, 8]).unwrap());

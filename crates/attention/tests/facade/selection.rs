@@ -146,7 +146,8 @@ fn a_name_that_nothing_has_is_an_error_in_a_list_too() {
     }
 }
 
-/// A name of this library's is none of a slip: alone it is told which feature it needs, and in a list it is passed over.
+/// A name of this library's is none of a slip: alone it is told which feature it needs, and in a list it is
+/// passed over.
 #[test]
 fn a_name_of_this_library_that_is_not_here_is_told_its_feature() {
     let registry = registry([Toy::new("toy").arc()]);
@@ -248,7 +249,8 @@ fn a_list_goes_in_order_and_no_further() {
     assert_eq!((selection.backend().name(), selection.reason()), ("hungry", Reason::Preferred(2)));
 }
 
-/// Two values of one name and two configurations are two candidates; the same value is one, however often it is named.
+/// Two values of one name and two configurations are two candidates; the same value is one, however often it
+/// is named.
 #[test]
 fn a_list_may_hold_one_name_twice() {
     let registry = registry([Toy::new("toy").scratch(500).arc()]);
@@ -420,7 +422,8 @@ fn the_default_registry_has_what_the_features_say() {
     assert_eq!(chosen.numerics, Some(NumericsClass::F32));
 }
 
-/// With CUDA in the build, calls on host memory go where they went, and calls on device memory to a backend for it or nowhere.
+/// With CUDA in the build, calls on host memory go where they went, and calls on device memory to a backend
+/// for it or nowhere.
 #[test]
 #[cfg(feature = "cuda")]
 fn cuda_takes_device_memory_alone() {

@@ -1,4 +1,5 @@
-//! A naive backend: the formula, one logit at a time in f64, with everything configurable that a choice looks at.
+//! A naive backend: the formula, one logit at a time in f64, with everything configurable that a choice looks
+//! at.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

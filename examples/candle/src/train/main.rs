@@ -1,6 +1,6 @@
-//! Trains a small transformer on the characters of this repository's documents, with dropout, once with attention of this
-//! library and once with candle's own operations and the same dropout bits; compares the loss curves, measures the peak memory
-//! of a step against the length of a sequence, and plots both.
+//! Trains a small transformer on the characters of this repository's documents, with dropout, once with
+//! attention of this library and once with candle's own operations and the same dropout bits; compares the
+//! loss curves, measures the peak memory of a step against the length of a sequence, and plots both.
 //!
 //! ```text
 //! cargo run --release -p attention-candle-examples --bin train -- train.svg
@@ -30,8 +30,8 @@ const TEXT: &str = concat!(
     include_str!("../../../../docs/semantics.md"),
 );
 
-/// How far the curves may be apart: each step multiplies what rounding made different before it, and curves of different
-/// dropout bits are a tenth apart.
+/// How far the curves may be apart: each step multiplies what rounding made different before it, and curves
+/// of different dropout bits are a tenth apart.
 const TOLERANCE: f32 = 0.01;
 
 /// Trains a small transformer with this library's attention and with candle's, and plots loss and memory

@@ -21,8 +21,8 @@ fn shrunk(bytes: usize) {
     NOW.fetch_sub(bytes, Ordering::Relaxed);
 }
 
-// SAFETY: every call is passed to the system's allocator with the caller's arguments, and its answer is returned; counting
-// allocates nothing.
+// SAFETY: every call is passed to the system's allocator with the caller's arguments, and its answer is
+// returned; counting allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         grown(layout.size());

@@ -110,7 +110,8 @@ impl Model {
         Ok(())
     }
 
-    /// The mean cross-entropy of the characters after those of `text`, `[B, T]`; `dropout` is of the first layer.
+    /// The mean cross-entropy of the characters after those of `text`, `[B, T]`; `dropout` is of the first
+    /// layer.
     pub(crate) fn loss(&self, text: &Tensor, next: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
         let positions = Tensor::arange(0, u32::try_from(text.dim(1)?)?, text.device())?;
         let characters = self.characters.forward(text)?;

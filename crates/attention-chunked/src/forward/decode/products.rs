@@ -65,8 +65,8 @@ impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
                 let mut sums = [simd.splat(F::ZERO); ROWS];
                 let mut done = 0;
                 while done + S::LANES <= width {
-                    // SAFETY: `done + LANES` is at most `width`, the length of a key; the assert above checked
-                    // that `queries` has as many elements in each of `ROWS` rows.
+                    // SAFETY: `done + LANES` is at most `width`, the length of a key; the assert above
+                    // checked that `queries` has as many elements in each of `ROWS` rows.
                     unsafe {
                         let key = row.load(simd, done);
                         for (index, sum) in sums.iter_mut().enumerate() {

@@ -1,5 +1,5 @@
-//! Where the keys of a block are: runs of keys at equal distances, so that kernels read keys and values as they
-//! lie, whatever the layout is.
+//! Where the keys of a block are: runs of keys at equal distances, so that kernels read keys and values as
+//! they lie, whatever the layout is.
 
 use std::ops::Range;
 
@@ -69,8 +69,8 @@ impl<'r> KeyRuns<'r> {
         keys: &Range<usize>,
         room: &'r mut [Run],
     ) -> Self {
-        // Runs of at most AHEAD keys, so that each prefetches the keys of another one: pages are cut into pieces
-        // of one size, and small ones look as many pages ahead.
+        // Runs of at most AHEAD keys, so that each prefetches the keys of another one: pages are cut into
+        // pieces of one size, and small ones look as many pages ahead.
         let piece = page_size.div_ceil(page_size.div_ceil(AHEAD));
         let (mut count, mut inside) = (0, 0);
         // How far into a piece the first key is.

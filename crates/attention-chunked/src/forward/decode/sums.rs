@@ -118,8 +118,8 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
                 row.prefetch(ahead, column, VECTORS * S::LANES * size_of::<T>());
                 let mut values = [simd.splat(F::ZERO); VECTORS];
                 for (vector, value) in values.iter_mut().enumerate() {
-                    // SAFETY: `group`, the only caller, keeps `column + VECTORS * LANES` within the width of a
-                    // value, and this is one of those vectors.
+                    // SAFETY: `group`, the only caller, keeps `column + VECTORS * LANES` within the width of
+                    // a value, and this is one of those vectors.
                     *value = unsafe { row.load(simd, column + vector * S::LANES) };
                 }
                 for (row, sums) in sums.iter_mut().enumerate() {

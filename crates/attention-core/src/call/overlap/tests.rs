@@ -107,7 +107,8 @@ proptest! {
         prop_assert_eq!(placed(a.0, a.1).meets(&placed(b.0, b.1)), !disjoint(a, b));
     }
 
-    /// The parts of a fused buffer along any axis, in any order of axes, never meet: heads of QKV, batch rows.
+    /// The parts of a fused buffer along any axis, in any order of axes, never meet: heads of QKV, batch
+    /// rows.
     #[test]
     fn parts_of_a_split_view_are_told_apart(
         shape in proptest::array::uniform4(1usize..5),

@@ -8,7 +8,8 @@ use crate::{
     ProblemBuilder, Role, TensorDesc, Window,
 };
 
-/// The builder that needs exactly the feature, beside those in the list. No wildcard: a new feature needs a case.
+/// The builder that needs exactly the feature, beside those in the list. No wildcard: a new feature needs a
+/// case.
 fn needing(feature: Feature) -> (ProblemBuilder, Vec<Feature>) {
     let float = |shape: &[usize]| TensorDesc::contiguous(DType::F32, crate::Dims::from_slice(shape).unwrap());
     let strided = |strides: [isize; 4]| TensorDesc::strided(DType::F32, [2, 3, 4, 8], strides).unwrap();

@@ -149,7 +149,8 @@ fn what_this_version_does_not_know_is_refused() {
     }
 }
 
-/// A list of values in the place of named fields, and a name that is there twice, of which one would be ignored.
+/// A list of values in the place of named fields, and a name that is there twice, of which one would be
+/// ignored.
 #[test]
 fn options_are_loaded_by_name_and_once() {
     for (path, value, message) in [
