@@ -34,7 +34,7 @@ logged() {
 }
 suite() { logged "suite.$1.$2.$3.$4" "$xtask" conformance --threads 1 --backend "$1" --dtype "$2" --pass "$3" --filter "$4"; }
 hidden() { ATTENTION_CUDNN=/nonexistent logged "hidden.auto-cuda.$1.$2.$3" "$xtask" conformance --threads 1 --backend auto-cuda --dtype "$1" --pass "$2" --filter "$3"; }
-golden() { logged "golden.$1.$2" "$xtask" golden --dir "$root/crates/attention-conformance/golden/jax" --dir "$root/crates/attention-conformance/golden/extended" --backend "$1" --dtype "$2"; }
+golden() { logged "golden.$1.$2" "$xtask" golden --dir "$root/crates/attention-conformance/golden/jax" --dir "$root/crates/attention-conformance/golden/extended" --dir "$root/crates/attention-conformance/golden/sequences" --backend "$1" --dtype "$2"; }
 sanitized() { logged "$1.$2.$3.$4.$5" compute-sanitizer --tool "$1" --error-exitcode 9 "$xtask" conformance --threads 1 --backend "$2" --dtype "$3" --pass "$4" --filter "$5"; }
 device_test() { logged "tests.device.$1" "$DEVICE_TESTS" --ignored --test-threads 1 --nocapture --exact "$1"; }
 gpu() { logged "tests.gpu" "$gpu_tests" --ignored --test-threads 1; }
@@ -57,6 +57,8 @@ families="layout values random position pair tile large bias mask groups small l
 {
     for family in $families; do
         for pass in backward forward; do
+            # Keys in pages have no backward pass.
+            if [[ $family == paged && $pass == backward ]]; then continue; fi
             for dtype in f64 f32 f16 bf16; do echo "suite chunked-cuda $dtype $pass $family/"; done
             for dtype in f16 bf16; do echo "suite cudnn $dtype $pass $family/"; done
         done
@@ -69,7 +71,11 @@ families="layout values random position pair tile large bias mask groups small l
             echo "sanitized memcheck chunked-cuda f32 $pass large/"
             # cuDNN's own kernels are not free of what racecheck calls a hazard.
             echo "sanitized racecheck chunked-cuda f32 $pass large/"
+            echo "sanitized memcheck chunked-cuda bf16 $pass packed/used"
         done
+    fi
+    if command -v compute-sanitizer >/dev/null; then
+        echo "sanitized memcheck chunked-cuda bf16 forward paged/shared"
     fi
     for dtype in f64 f32 f16 bf16; do echo "golden chunked-cuda $dtype"; done
     for dtype in f16 bf16; do echo "golden cudnn $dtype"; done
