@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use attention_core::DType;
 
-use crate::direct::add_weighted;
+use crate::direct::add_scaled;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
 use crate::operand::{Head, InOrder, Operand, Reader, read_row};
@@ -264,7 +264,7 @@ impl<'a, C: Compute> Dense<'a, C> {
             let column = position - columns.start;
             for (row, sums) in sums.chunks_exact_mut(self.width).take(rows).enumerate() {
                 if !marks[row * stride + column].is_disallowed() {
-                    add_weighted::<_, false>(sums, factor * weights[row * stride + column], values);
+                    add_scaled(sums, factor, weights[row * stride + column], values);
                 }
             }
         }

@@ -24,5 +24,8 @@ fn random_calls_are_right() {
     // The gradient of a bias over a part of the keys, whose last panel ends among keys that the row sees.
     fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(750_009_346));
     // A scale of 3e-37 and queries of 3e35: gradients of products times queries are beyond f32, dk is not.
-    fuzz::assert_case(subject, &fuzz::FuzzCase::from_seed(730_022_008));
+    fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(730_022_008));
+    // A scale of 3e38 in two factors and few rows: the second factor times a gradient with the first is beyond
+    // f32, dk is not.
+    fuzz::assert_case(subject, &fuzz::FuzzCase::from_seed(20_265_138_390));
 }

@@ -32,7 +32,7 @@ impl<E: Operand> Shared<'_, E> {
         [&key_head, &value_head].into_iter().for_each(|rows| rows.count_borrowed(E::runs(self.runs)));
         let columns = Columns { start: keys.start, count: keys.len() };
         let stride = cut::logits_stride(keys.len()).unwrap_or_else(|| unreachable!("sized before"));
-        let (one, (_, factor)) = (E::Compute::ONE, self.terms.gradient_scale);
+        let (one, (before, factor)) = (E::Compute::ONE, self.terms.gradient_scale);
         let (block, room) = (&mut scratch.block, &mut *scratch.row);
 
         let states = self.read_rows(rows, block);
@@ -60,26 +60,29 @@ impl<E: Operand> Shared<'_, E> {
         }
         let queries = &block.query[..rows.len() * dims.head_dim];
         let d_out = &block.d_out[..rows.len() * dims.value_head_dim];
-        for (gradient, weights, values, factor, width) in [
-            (&mut task.dk, &*block.d_logits, queries, factor, dims.head_dim),
-            (&mut task.dv, &*block.probabilities, d_out, one, dims.value_head_dim),
+        // A scale in two factors leaves the range where the second meets the first before the queries do.
+        let factors = if before == one { [factor, one] } else { [one, factor] };
+        for (gradient, weights, values, factors, width) in [
+            (&mut task.dk, &*block.d_logits, queries, factors, dims.head_dim),
+            (&mut task.dv, &*block.probabilities, d_out, [one, one], dims.value_head_dim),
         ] {
             let Some(gradient) = gradient else { continue };
             let sums = &mut room[..width];
-            dispatch(Columnwise::<E> { gradient, keys: keys.clone(), weights, stride, values, factor, sums });
+            let keys = keys.clone();
+            dispatch(Columnwise::<E> { gradient, keys, weights, stride, values, factors, sums });
         }
     }
 }
 
-/// Writes `factor * sum over rows of weights[row][key] * values[row]` for each key, leaving out rows in which
-/// the key takes no part.
+/// Writes the sum over rows of `weights[row][key] * values[row]` for each key, weights times the first factor and
+/// sums times the second, leaving out rows in which the key takes no part.
 struct Columnwise<'b, 'a, E: Operand> {
     gradient: &'b mut HostViewMut<'a, E::Element>,
     keys: Range<usize>,
     weights: &'b [E::Compute],
     stride: usize,
     values: &'b [E::Compute],
-    factor: E::Compute,
+    factors: [E::Compute; 2],
     sums: &'b mut [E::Compute],
 }
 
@@ -88,14 +91,17 @@ impl<E: Operand> Kernel for Columnwise<'_, '_, E> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Self { gradient, keys, weights, stride, values, factor, sums } = self;
+        let Self { gradient, keys, weights, stride, values, factors: [of_weights, of_sums], sums } = self;
         for (column, key) in keys.enumerate() {
             sums.fill(E::Compute::ZERO);
             for (row, values) in values.chunks_exact(sums.len()).enumerate() {
                 let weight = weights[row * stride + column];
                 if !weight.is_disallowed() {
-                    direct::add_weighted::<_, FMA>(sums, factor * weight, values);
+                    direct::add_weighted::<_, FMA>(sums, of_weights * weight, values);
                 }
+            }
+            if of_sums != E::Compute::ONE {
+                sums.iter_mut().for_each(|sum| *sum = of_sums * *sum);
             }
             write_row::<E>(gradient.row_mut(&[key]), sums);
         }

@@ -20,7 +20,7 @@ use self::block::GradientOf;
 use self::pieces::{MATRICES, Scratch};
 use self::shared::{Shared, Task};
 use crate::config::CpuConfig;
-use crate::direct::add_weighted;
+use crate::direct::add_scaled;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
 use crate::logits::Rows;
@@ -269,7 +269,7 @@ fn add_outer<C: Compute>(
     for (row, values) in not_finite {
         for (column, sums) in sums.chunks_exact_mut(width).enumerate() {
             if !marks[row * stride + column].is_disallowed() {
-                add_weighted::<_, false>(sums, factor * weights[row * stride + column], &values);
+                add_scaled(sums, factor, weights[row * stride + column], &values);
             }
         }
     }
