@@ -84,9 +84,10 @@ families="layout values random position pair tile large bias mask groups small l
             echo "suite auto-cuda bf16 $pass $family/"
             for dtype in f32 bf16; do echo "hidden $dtype $pass $family/"; done
         done
-        for family in tile large values mask bias sinks magnitude head-dim choices end-to-end; do
-            echo "suite chunked-cuda-without-split-f32 f32 $pass $family/"
-            for dtype in f16 bf16; do echo "suite chunked-cuda-without-warpgroups $dtype $pass $family/"; done
+        # Of packed sequences, those with enough rows for every tile.
+        for family in tile/ large/ values/ mask/ bias/ sinks/ magnitude/ head-dim/ choices/ end-to-end/ packed/l; do
+            echo "suite chunked-cuda-without-split-f32 f32 $pass $family"
+            for dtype in f16 bf16; do echo "suite chunked-cuda-without-warpgroups $dtype $pass $family"; done
         done
     done
     if [[ -n $candle_tests ]]; then

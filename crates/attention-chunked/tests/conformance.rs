@@ -72,8 +72,8 @@ fn is_as_exact_as_the_golden_sets_ask() {
             let report = set.run(&backend, &[DType::F64, DType::F32], None, |_| {});
             let failures: Vec<String> = report.failures().map(ToString::to_string).collect();
             assert!(failures.is_empty(), "at {level}: {}", failures.join("\n"));
-            // Forward and backward of each case in both dtypes.
-            assert_eq!(report.totals().passed, 4 * set.len());
+            // Every pass of each case in both dtypes.
+            assert_eq!(report.totals().passed, 2 * set.passes());
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{GoldenError, Limits, Manifest};
+use super::{GoldenError, Limits, Manifest, SequenceKind};
 
 /// A directory with golden cases.
 #[derive(Clone, Debug)]
@@ -40,6 +40,12 @@ impl GoldenSet {
     /// How many cases there are.
     pub fn len(&self) -> usize {
         self.manifest.cases.len()
+    }
+
+    /// How many passes the cases have together: two each, and one where keys are in pages.
+    pub fn passes(&self) -> usize {
+        let paged = |entry: &&super::Entry| entry.params.sequences == Some(SequenceKind::Paged);
+        2 * self.len() - self.manifest.cases.iter().filter(paged).count()
     }
 
     /// Whether there are none.
