@@ -129,9 +129,11 @@ fn add_batch<E: Operand>(
     if keys.is_empty() {
         return;
     }
+    let is_part = keys != seen;
+    let at_hand = if is_part && has_far_rows(shared, batch, part, &queries) { &seen } else { &keys };
     // The last panel's columns behind the part stand for keys too, which count among those at hand where a
     // row sees them.
-    let packed = keys.start..seen.end.min(keys.start + keys.len().next_multiple_of(PANEL));
+    let packed = at_hand.start..seen.end.min(at_hand.start + at_hand.len().next_multiple_of(PANEL));
     E::runs(shared.runs).dbias.of(shape[2] != 1, shape[3] != 1).count();
     shared.terms.count();
     for key_head in part.heads.start / group..part.heads.end.div_ceil(group) {
@@ -148,21 +150,21 @@ fn add_batch<E: Operand>(
         for head in intersection(&(key_head * group..(key_head + 1) * group), &part.heads) {
             let rows = Rows { batch, heads: head..head + 1, queries: queries.clone() };
             for (rows, block_keys) in cut::blocks(problem, &rows, &all_keys, MATRICES) {
-                let block_keys = intersection(&block_keys, &keys);
-                if block_keys.is_empty() {
+                let of_part = intersection(&block_keys, &keys);
+                if of_part.is_empty() {
                     continue;
                 }
                 let block = &mut scratch.block;
-                let block_columns = key_panels.columns(&block_keys);
+                let block_columns = key_panels.columns(&intersection(&block_keys, at_hand));
                 let of = GradientOf::Logits;
                 shared.d_logits(of, &rows, &block_columns, &key_panels, &value_panels, stride, block);
                 for (query, d_logits) in rows.queries.zip(block.d_logits.chunks(stride)) {
                     let row = if shape[2] == 1 { 0 } else { (query - part.queries.start) * columns };
-                    let d_logits = &d_logits[block_keys.start - block_columns.start..][..block_keys.len()];
+                    let d_logits = &d_logits[of_part.start - block_columns.start..][..of_part.len()];
                     if shape[3] == 1 {
                         sums[row] += d_logits.iter().map(|d| d.to_f64()).sum::<f64>();
                     } else {
-                        let sums = &mut sums[row + block_keys.start - part.keys.start..];
+                        let sums = &mut sums[row + of_part.start - part.keys.start..];
                         for (sum, d) in sums.iter_mut().zip(d_logits) {
                             *sum += d.to_f64();
                         }
@@ -171,6 +173,27 @@ fn add_batch<E: Operand>(
             }
         }
     }
+}
+
+/// The logsumexp from which on the sum of a part of a row's keys cannot be told from that of all of them by their
+/// logsumexps, which have lost those digits: the keys at hand are then all that the row sees.
+const FAR: f64 = 128.0;
+
+/// Whether a row of a part has such a logsumexp.
+fn has_far_rows<E: Operand>(
+    shared: &Shared<'_, E>,
+    batch: usize,
+    part: &Part,
+    queries: &Range<usize>,
+) -> bool {
+    let places = shared.problem.query_places(batch);
+    queries.clone().any(|query| {
+        let [outer, row] = places.of(query);
+        part.heads.clone().any(|head| {
+            let lse = shared.lse.at(&[outer, row, head]).to_f64();
+            lse.is_finite() && lse.abs() >= FAR
+        })
+    })
 }
 
 fn intersection(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
