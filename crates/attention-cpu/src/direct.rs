@@ -180,8 +180,8 @@ pub(crate) fn add_weighted<C: Compute, const FMA: bool>(sums: &mut [C], weight: 
     }
 }
 
-/// Adds `factor` times a weighted value. The value is weighted first, as in the sums that `gemm` makes: of a scale in
-/// two factors, the second would leave the range with the first alone.
+/// Adds `factor` times a weighted value. The value is weighted first, as in the sums that `gemm` makes: of a
+/// scale in two factors, the second would leave the range with the first alone.
 pub(crate) fn add_scaled<C: Compute>(sums: &mut [C], factor: C, weight: C, value: &[C]) {
     for (sum, &value) in sums.iter_mut().zip(value) {
         *sum += factor * (weight * value);

@@ -25,10 +25,10 @@ fn random_calls_are_right() {
     fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(750_009_346));
     // A scale of 3e-37 and queries of 3e35: gradients of products times queries are beyond f32, dk is not.
     fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(730_022_008));
-    // A scale of 3e38 in two factors and few rows: the second factor times a gradient with the first is beyond
-    // f32, dk is not.
+    // A scale of 3e38 in two factors and few rows: the second factor times a gradient with the first is
+    // beyond f32, dk is not.
     fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(20_265_138_390));
-    // The gradient of a bias of -3e38 everywhere, in two parts of the keys: the logsumexp of a part is that of
-    // the row, whose own sum is not.
+    // The gradient of a bias of -3e38 everywhere, in two parts of the keys: the logsumexp of a part is that
+    // of the row, whose own sum is not.
     fuzz::assert_case(subject, &fuzz::FuzzCase::from_seed(20_261_151_982));
 }

@@ -175,8 +175,8 @@ fn add_batch<E: Operand>(
     }
 }
 
-/// The logsumexp from which on the sum of a part of a row's keys cannot be told from that of all of them by their
-/// logsumexps, which have lost those digits: the keys at hand are then all that the row sees.
+/// The logsumexp from which on the sum of a part of a row's keys cannot be told from that of all of them by
+/// their logsumexps, which have lost those digits: the keys at hand are then all that the row sees.
 const FAR: f64 = 128.0;
 
 /// Whether a row of a part has such a logsumexp.

@@ -74,8 +74,8 @@ impl<E: Operand> Shared<'_, E> {
     }
 }
 
-/// Writes the sum over rows of `weights[row][key] * values[row]` for each key, weights times the first factor and
-/// sums times the second, leaving out rows in which the key takes no part.
+/// Writes the sum over rows of `weights[row][key] * values[row]` for each key, weights times the first factor
+/// and sums times the second, leaving out rows in which the key takes no part.
 struct Columnwise<'b, 'a, E: Operand> {
     gradient: &'b mut HostViewMut<'a, E::Element>,
     keys: Range<usize>,
