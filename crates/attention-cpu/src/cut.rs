@@ -10,7 +10,7 @@ use attention_core::{Alignment, CallProblem, Problem, Role, RowLayout};
 use crate::logits::Rows;
 use crate::operand::Operand;
 use crate::packed::PANEL;
-use crate::sequences::{keys_vary, queries_vary, with_queries};
+use crate::sequences::{keys_vary, queries_vary};
 
 /// Query rows that share one packing of keys and values. Packing costs about as much as 30 rows of products,
 /// and fewer, larger tasks leave threads idle.
@@ -177,7 +177,7 @@ pub(crate) fn task_count(problem: &CallProblem<'_>, most: usize) -> usize {
         return tasks_of(problem, problem.query_len(0)).saturating_mul(batch).min(most);
     }
     let mut count = 0usize;
-    for batch in with_queries(problem, 0..batch) {
+    for batch in problem.sequences_with_queries(0..batch) {
         count = count.saturating_add(tasks_of(problem, problem.query_len(batch)));
         if count >= most {
             return most;

@@ -62,37 +62,6 @@ pub(crate) fn keys_vary(problem: &Problem) -> bool {
     problem.has(Role::KeyValueLengths) || problem.key_layout() != RowLayout::Dense
 }
 
-/// The sequences among `batches` that have query rows which are no padding, in order.
-///
-/// Of packed queries, nothing is looked at behind the last sequence that has some: starts may name any number
-/// of empty sequences.
-pub(crate) fn with_queries<'p>(
-    problem: &'p CallProblem<'_>,
-    batches: Range<usize>,
-) -> impl Iterator<Item = usize> + use<'p> {
-    let is_packed = Side::Queries.is_packed(problem);
-    let mut left = match (batches.is_empty(), is_packed) {
-        (true, _) => 0,
-        // Rows of sequences before `batches` count among those left, which costs time and no more.
-        (false, true) => Side::Queries.packed_rows(problem),
-        (false, false) => problem.dims().query_length,
-    };
-    let mut batches = batches;
-    std::iter::from_fn(move || {
-        while left > 0 {
-            let batch = batches.next()?;
-            let queries = problem.query_len(batch);
-            if is_packed {
-                left -= queries;
-            }
-            if queries > 0 {
-                return Some(batch);
-            }
-        }
-        None
-    })
-}
-
 /// How many sequences have rows in calls of a problem, queries or keys, at most.
 pub(crate) fn most_with_rows(problem: &Problem) -> usize {
     let batch = problem.dims().batch;
@@ -307,7 +276,7 @@ fn long_sequences(problem: &CallProblem<'_>, workers: usize) -> Vec<(usize, usiz
         let queries = sequence.queries();
         (batch, queries.saturating_mul(sequence.key_range_of_rows(0..queries).len()))
     };
-    let works = || with_queries(problem, 0..batch).map(work);
+    let works = || problem.sequences_with_queries(0..batch).map(work);
     let total = works().fold(0usize, |total, (_, work)| total.saturating_add(work));
     let share = total / workers.saturating_mul(4);
     works().filter(|&(_, work)| work > share).collect()

@@ -284,7 +284,8 @@ impl<'c> CallProblem<'c> {
         &self,
         batches: Range<usize>,
     ) -> impl Iterator<Item = usize> + Clone + use<'_, 'c> {
-        let (call, mut next) = (self, batches.start);
+        // Where no sequence can have rows, there may be any number of them.
+        let (call, mut next) = (self, if self.most_queries == 0 { batches.end } else { batches.start });
         std::iter::from_fn(move || {
             while next < batches.end && call.query_len(next) == 0 {
                 next = match call.query_starts {

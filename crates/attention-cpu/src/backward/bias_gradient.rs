@@ -19,7 +19,6 @@ use crate::logits::Rows;
 use crate::operand::{Head, Operand};
 use crate::packed::{PANEL, Panels};
 use crate::scratch::Carver;
-use crate::sequences::with_queries;
 use crate::workers;
 
 /// Computes `dbias`, `[Bb, Nb, Tb, Sb]`, each axis 1 or that of the logits.
@@ -51,7 +50,7 @@ pub(super) fn run<E: Operand>(
     // others alone.
     let is_packed = problem.query_layout() == RowLayout::Packed;
     let long: Option<Vec<usize>> = (is_packed && shape[0] == 1 && shape[2] > PART_QUERIES).then(|| {
-        let all = with_queries(problem, 0..problem.dims().batch);
+        let all = problem.sequences_with_queries(0..problem.dims().batch);
         all.filter(|&batch| problem.query_len(batch) > PART_QUERIES).collect()
     });
 
@@ -78,7 +77,9 @@ pub(super) fn run<E: Operand>(
         };
         match &long {
             Some(long) if part.queries.start > 0 => long.iter().copied().for_each(add),
-            _ if cut::has_logits(problem) => with_queries(problem, part.batches.clone()).for_each(add),
+            _ if cut::has_logits(problem) => {
+                problem.sequences_with_queries(part.batches.clone()).for_each(add)
+            }
             _ => {}
         }
         write_rows(view, sums);

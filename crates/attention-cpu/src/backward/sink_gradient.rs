@@ -9,7 +9,6 @@ use half::{bf16, f16};
 use super::pieces::{Scratch, Sizes};
 use super::shared::Shared;
 use crate::operand::Operand;
-use crate::sequences::with_queries;
 use crate::{cut, workers};
 
 /// The size of a logsumexp up to which its rounding does no harm: relative to the probability of a sink, it
@@ -29,7 +28,7 @@ pub(super) fn run<E: Operand>(
     let tasks = dsinks.into_chunks(0, 1).enumerate();
     workers::run(team, sizes.workers, tasks, scratch, sizes.bytes_per_worker, |(head, view), scratch| {
         let mut sum = 0.0;
-        for batch in with_queries(shared.problem, 0..batch) {
+        for batch in shared.problem.sequences_with_queries(0..batch) {
             sum += if cut::is_small::<E>(shared.problem, batch) {
                 small.sink_gradient(batch, head, || Scratch::carve(&sizes.small_pieces, scratch))
             } else {
