@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use attention_core::{DType, Pass};
@@ -171,18 +173,42 @@ impl Suite {
     }
 
     /// Runs everything on a backend, and tells `progress` after each case.
+    ///
+    /// Cases run side by side on some threads, since most of a case's time is the oracle's, which has one. They
+    /// end in any order; the report has them in that of [`list`](Self::list). On a backend for device memory they
+    /// run one after the other.
     pub fn run<'a>(&self, subject: impl Into<Subject<'a>>, mut progress: impl FnMut(Progress<'_>)) -> Report {
         let subject = subject.into();
-        let total = self.runs().count();
-        let mut results = Vec::with_capacity(total);
         let about = About::here(subject.device.as_deref(), self.left_out());
         let counting = Counting::start(subject.backends());
-        for (case, dtype, pass) in self.runs() {
+        let runs: Vec<(&Case, DType, Pass)> = self.runs().collect();
+        let total = runs.len();
+        let mut results: Vec<Option<CaseResult>> = vec![None; total];
+        let (ends, ended) = mpsc::channel();
+        let next = AtomicUsize::new(0);
+        let take_cases = |ends: mpsc::Sender<(usize, CaseResult)>| loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(&(case, dtype, pass)) = runs.get(index) else { return };
             let result = crate::run::run_case(&subject, case, dtype, pass);
-            progress(Progress { done: results.len() + 1, total, result: &result });
-            results.push(result);
-        }
+            if ends.send((index, result)).is_err() {
+                // `progress` has panicked, so the report is not made.
+                return;
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..workers(&subject).min(total) {
+                let ends = ends.clone();
+                scope.spawn(|| take_cases(ends));
+            }
+            drop(ends);
+            // Ends with the last thread, whether it has run out of cases or has panicked.
+            for (before, (index, result)) in ended.into_iter().enumerate() {
+                progress(Progress { done: before + 1, total, result: &result });
+                results[index] = Some(result);
+            }
+        });
         let (backend, version) = (subject.backend.name().to_owned(), subject.backend.version().to_owned());
+        let results = results.into_iter().flatten().collect();
         Report { backend, version, about, variants: counting.finish(), results }
     }
 
@@ -227,6 +253,12 @@ impl Suite {
             })
         })
     }
+}
+
+/// How many threads take cases: not many, because the largest cases take some hundred megabytes.
+fn workers(subject: &Subject<'_>) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if subject.reproducible { cores.min(8) } else { 1 }
 }
 
 /// Runs one case with all its checks: for property tests on [`cases::strategy`], and to look at one failure.

@@ -48,7 +48,26 @@ fn a_right_backend_passes_in_f16() {
 
 #[test]
 fn a_right_backend_passes_in_bf16() {
-    passes(DType::Bf16, &Suite::new());
+    passes(DType::Bf16, &thinned());
+}
+
+/// Cases run side by side, and end in any order.
+#[test]
+fn results_are_in_the_order_of_the_list() {
+    let suite = Suite::new().filter("small/");
+    let report = suite.run(&Naive::new(Flaw::None), |_| {});
+    let ran: Vec<String> = report
+        .results
+        .iter()
+        .map(|result| format!("{} {} {}", result.case, result.dtype, result.pass))
+        .collect();
+    assert_eq!(ran, suite.list().iter().map(ToString::to_string).collect::<Vec<_>>());
+}
+
+#[test]
+#[should_panic(expected = "after the first")]
+fn a_panic_of_what_shows_the_progress_ends_the_run() {
+    Suite::new().dtypes([DType::F32]).run(&Naive::new(Flaw::None), |_| panic!("after the first"));
 }
 
 #[test]
