@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use attention_cuda::{Compiled, KernelError, Nvrtc};
 use attention_kernels::{SOURCES, Source};
+use rayon::prelude::*;
 
 use crate::reporting;
 
@@ -44,8 +45,9 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     println!("NVRTC {major}.{minor}, {}", nvrtc.place());
 
     let (mut rows, mut remarks, mut failed) = (Vec::new(), Vec::new(), 0);
-    for job in &jobs {
-        let outcome = job.compile(&nvrtc);
+    // Jobs take from a fraction of a second to some seconds, so the threads take them one by one.
+    let outcomes: Vec<_> = jobs.par_iter().with_max_len(1).map(|job| job.compile(&nvrtc)).collect();
+    for (job, outcome) in jobs.iter().zip(outcomes) {
         let [ms, bytes] = match &outcome {
             Ok(Compiled { ptx, time, .. }) => {
                 [format!("{:.0}", time.as_secs_f64() * 1e3), ptx.len().to_string()]
