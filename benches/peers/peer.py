@@ -15,7 +15,8 @@ At start, then exit 0 when not ready:
 (materialises the logits), `fused`, or `default` (what a user gets); the answer names what runs.
 `mask` is `none`, `bool` ([B,1,T,S]) or `bias` ([1,N,T,S], in the dtype of the query); causal is
 top-left. `both` is the forward and the backward pass, with gradients for query, key and value.
-`limit_bytes` (optional) refuses a call whose logits would take more than that.
+`limit_bytes` (optional) refuses a call whose logits would take more than that. `lengths` (optional), query rows
+and keys of each sequence, is for peers that take packed tensors; the ones here compute the whole rectangle.
 
     {"op": "prepare", "b": 1, "t": 512, "s": 512, "n": 8, "k": 8, "h": 64, "hv": 64, "dtype": "f32",
      "pass": "both", "causal": false, "mask": "none", "path": "math", "threads": 2, "limit_bytes": 4000000000}

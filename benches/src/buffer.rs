@@ -11,6 +11,7 @@ enum Elements {
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
     Bool(Vec<bool>),
+    I32(Vec<i32>),
 }
 
 /// A contiguous tensor in memory that is mapped: every element was written.
@@ -46,6 +47,11 @@ impl Buffer {
         Self { shape, elements: Elements::Bool(elements) }
     }
 
+    /// Numbers of a call, such as lengths.
+    pub(crate) fn of_numbers(shape: Dims, numbers: Vec<i32>) -> Self {
+        Self { shape, elements: Elements::I32(numbers) }
+    }
+
     fn floats(desc: &TensorDesc, value: impl Fn(usize) -> f32) -> Self {
         fn collect<T: Scalar>(desc: &TensorDesc, value: impl Fn(usize) -> f32) -> Vec<T> {
             (0..count(desc)).map(|index| T::from_f32(value(index))).collect()
@@ -68,6 +74,7 @@ impl Buffer {
             Elements::F16(elements) => View::from_slice(elements, self.shape),
             Elements::Bf16(elements) => View::from_slice(elements, self.shape),
             Elements::Bool(elements) => View::from_slice(elements, self.shape),
+            Elements::I32(elements) => View::from_slice(elements, self.shape),
         }
     }
 
@@ -79,7 +86,14 @@ impl Buffer {
             Elements::F16(elements) => ViewMut::from_slice(elements, self.shape),
             Elements::Bf16(elements) => ViewMut::from_slice(elements, self.shape),
             Elements::Bool(elements) => ViewMut::from_slice(elements, self.shape),
+            Elements::I32(elements) => ViewMut::from_slice(elements, self.shape),
         }
+    }
+
+    /// The sizes of its axes.
+    #[cfg(test)]
+    pub(crate) fn shape(&self) -> Dims {
+        self.shape
     }
 
     /// Whether no element is NaN.
@@ -90,7 +104,7 @@ impl Buffer {
             Elements::F32(elements) => elements.iter().all(|x| !x.is_nan()),
             Elements::F16(elements) => elements.iter().all(|x| !x.is_nan()),
             Elements::Bf16(elements) => elements.iter().all(|x| !x.is_nan()),
-            Elements::Bool(_) => true,
+            Elements::Bool(_) | Elements::I32(_) => true,
         }
     }
 }
@@ -101,7 +115,7 @@ fn count(desc: &TensorDesc) -> usize {
 }
 
 /// A well mixed word for each index (SplitMix64: Steele, Lea and Flood, OOPSLA 2014).
-fn random(seed: u64, index: usize) -> u64 {
+pub(crate) fn random(seed: u64, index: usize) -> u64 {
     let mut word = seed.wrapping_add(index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod buffer;
+mod sequences;
 mod shapes;
 mod workload;
 
+pub use sequences::{Layout, Sequences};
 pub use shapes::{SHAPES, Shape, parse_shape};
 pub use workload::{Mask, Plans, Work, Workload};

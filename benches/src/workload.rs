@@ -5,11 +5,13 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dimensions, Error, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, InvalidCall, Plan, Problem, Role, ScratchBuffer, TensorDesc,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dimensions, Error,
+    ForwardCall, ForwardOutputs, Gradients, Inputs, InvalidCall, Plan, Problem, ProblemBuilder, Role,
+    ScratchBuffer, TensorDesc, View,
 };
 
 use crate::buffer::Buffer;
+use crate::sequences::{Layout, Places, Sequences};
 
 /// What one measurement runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +91,10 @@ pub struct Workload {
     out: Buffer,
     lse: Option<Buffer>,
     saved: Option<Saved>,
+    /// Where sequences are, where rows are not those of a rectangle.
+    places: Places,
+    /// Operations of a forward pass.
+    forward_flops: f64,
 }
 
 /// The passes of a workload, planned by a backend.
@@ -133,6 +139,35 @@ impl Workload {
             Mask::Bool => builder = builder.mask(TensorDesc::contiguous(DType::Bool, [b, 1, t, s])),
             Mask::Bias => builder = builder.bias(TensorDesc::contiguous(dtype, [1, n, t, s])),
         }
+        let [b, n, t, s] = [b, n, t, s].map(|size| size as f64);
+        let flops = 2.0 * b * n * t * s * (dims.head_dim + dims.value_head_dim) as f64;
+        Self::of(builder, work, Vec::new(), if causal { 0.5 * flops } else { flops })
+    }
+
+    /// A call of sequences whose rows lie in this way.
+    ///
+    /// # Errors
+    /// [`InvalidCall`] where the sizes make no problem, such as pages in a backward pass.
+    pub fn of_sequences(
+        sequences: &Sequences,
+        layout: Layout,
+        dtype: DType,
+        work: Work,
+        causal: bool,
+    ) -> Result<Self, InvalidCall> {
+        let (builder, places) = sequences.problem(layout, dtype)?;
+        let heads = (sequences.query_heads * sequences.head_dim) as f64;
+        let flops = 4.0 * sequences.pairs() * heads;
+        let builder = builder.causal(causal).lse(work == Work::Both);
+        Self::of(builder, work, places, if causal { 0.5 * flops } else { flops })
+    }
+
+    fn of(
+        builder: ProblemBuilder,
+        work: Work,
+        places: Places,
+        forward_flops: f64,
+    ) -> Result<Self, InvalidCall> {
         let forward = builder.clone().build()?;
         let backward = match work {
             Work::Forward => None,
@@ -155,6 +190,8 @@ impl Workload {
             out: Buffer::poisoned(&desc(&forward, Role::Out)),
             lse: forward.tensor(Role::Lse).map(Buffer::poisoned),
             saved,
+            places,
+            forward_flops,
             forward,
             backward,
         })
@@ -177,6 +214,17 @@ impl Workload {
         let mut inputs = Inputs::new(self.query.view()?, self.key.view()?, self.value.view()?);
         inputs.mask = self.mask.as_ref().map(Buffer::view).transpose()?;
         inputs.bias = self.bias.as_ref().map(Buffer::view).transpose()?;
+        let place = |role: Role| -> Result<Option<View<'_>>, InvalidCall> {
+            self.places.iter().find(|(of, _)| *of == role).map(|(_, numbers)| numbers.view()).transpose()
+        };
+        inputs.data = CallData {
+            query_lengths: place(Role::QueryLengths)?,
+            key_value_lengths: place(Role::KeyValueLengths)?,
+            query_starts: place(Role::QueryStarts)?,
+            key_value_starts: place(Role::KeyValueStarts)?,
+            block_table: place(Role::BlockTable)?,
+            ..CallData::default()
+        };
         let outputs = ForwardOutputs {
             out: self.out.view_mut()?,
             lse: self.lse.as_mut().map(Buffer::view_mut).transpose()?,
@@ -203,10 +251,10 @@ impl Workload {
     }
 
     /// Useful floating-point operations of one [`run`](Self::run): `2 B N T S (H + Hv)` forward, 2.5 times
-    /// that backward, half of it for a causal call.
+    /// that backward, half of it for a causal call. Those of padding do not count, whether they are made or
+    /// not.
     pub fn flops(&self) -> f64 {
-        let all = self.forward.flops() + self.backward.as_ref().map_or(0.0, Problem::flops);
-        if self.forward.causal() { 0.5 * all } else { all }
+        if self.backward.is_some() { 3.5 * self.forward_flops } else { self.forward_flops }
     }
 }
 
@@ -252,6 +300,36 @@ mod tests {
         assert_eq!(flops(Work::Forward, false), forward);
         assert_eq!(flops(Work::Both, false), 3.5 * forward);
         assert_eq!(flops(Work::Forward, true), 0.5 * forward);
+    }
+
+    #[test]
+    fn every_layout_of_sequences_is_served_in_its_shape() {
+        let sequences = Sequences::uniform(3, 9, 4, 2, 8);
+        let [rows, _] = sequences.longest();
+        let backend = CpuBackend::new();
+        let run = |layout, work| {
+            let mut workload = Workload::of_sequences(&sequences, layout, DType::F32, work, true).unwrap();
+            let plans = workload.plan(&backend).unwrap();
+            let mut scratch = ScratchBuffer::new(plans.scratch_bytes());
+            workload.run(&plans, &mut scratch).unwrap();
+            assert!(workload.out.is_written(), "{layout}");
+            workload
+        };
+        let packed = run(Layout::Packed, Work::Both);
+        let total: usize = sequences.lengths.iter().map(|&[queries, _]| queries).sum();
+        assert_eq!(packed.out.shape()[..], [1, total, 4, 8]);
+        for layout in [Layout::Rectangle, Layout::Padded] {
+            assert_eq!(run(layout, Work::Both).out.shape()[..], [3, rows, 4, 8]);
+        }
+        for page_size in [1, 4, 16] {
+            let paged = run(Layout::Paged { page_size }, Work::Forward);
+            assert_eq!(paged.out.shape()[..], [3, rows, 4, 8]);
+            assert_eq!(paged.flops(), packed.flops() / 3.5);
+        }
+        assert!(
+            Workload::of_sequences(&sequences, Layout::Paged { page_size: 4 }, DType::F32, Work::Both, true)
+                .is_err()
+        );
     }
 
     #[test]

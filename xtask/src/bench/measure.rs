@@ -87,7 +87,10 @@ pub(crate) fn measure(
 }
 
 /// One side's turn: a single long call, or several short ones after a pause and one that does not count.
-fn take_turn<E>(call_ms: f64, time: &mut impl FnMut(usize) -> Result<Vec<f64>, E>) -> Result<Vec<f64>, E> {
+pub(super) fn take_turn<E>(
+    call_ms: f64,
+    time: &mut impl FnMut(usize) -> Result<Vec<f64>, E>,
+) -> Result<Vec<f64>, E> {
     if call_ms >= SHORT_MS {
         return time(1);
     }

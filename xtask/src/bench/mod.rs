@@ -7,6 +7,7 @@ mod memory;
 mod peer;
 pub(crate) mod plot;
 mod row;
+mod sequences;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -47,8 +48,9 @@ pub(crate) struct Arguments {
     /// How many threads both sides have; all cores by default
     #[arg(long, value_name = "N", value_parser = positive)]
     threads: Option<usize>,
-    /// Another library to measure in turn with the backend: torch or jax
-    #[arg(long, value_name = "torch|jax", value_parser = ["torch", "jax"])]
+    /// Another library to measure in turn with the backend: torch, jax or candle (its attention for packed
+    /// tensors; built from this workspace)
+    #[arg(long, value_name = "torch|jax|candle", value_parser = ["torch", "jax", "candle"])]
     peer: Vec<String>,
     /// The peer's implementation: math materialises the logits, default is what its users get. Without this,
     /// backends that materialise logits are measured against math, others against default
@@ -65,11 +67,11 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 1 << 14, value_name = "N")]
     run_up_to: usize,
     /// Another list of cases: gpu measures the backends for NVIDIA GPUs and, with --peer torch, PyTorch's
-    /// paths
+    /// paths; sequences measures packed and paged calls on the CPU beside what one would do without them
     #[arg(
         long,
-        value_parser = ["gpu"],
-        value_name = "gpu",
+        value_parser = ["gpu", "sequences"],
+        value_name = "gpu|sequences",
         conflicts_with_all = ["quick", "pass", "causal", "mask", "threads", "peer_path", "memory", "run_up_to"]
     )]
     suite: Option<String>,
@@ -103,6 +105,20 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     reporting::make_folders_of(
         [&arguments.json, &arguments.record].into_iter().flatten().map(PathBuf::as_path),
     )?;
+    if arguments.suite.as_deref() == Some("sequences") {
+        if !arguments.shape.is_empty() {
+            return Err("the suite of sequences has shapes of its own".into());
+        }
+        return sequences::run(&sequences::Wanted {
+            backends: &arguments.backend,
+            dtypes: &arguments.dtype,
+            peers: &arguments.peer,
+            python: &arguments.peer_python,
+            turns: arguments.repeats,
+            json: arguments.json.as_deref(),
+            record: arguments.record.as_deref(),
+        });
+    }
     if arguments.suite.is_some() {
         let peer =
             arguments.peer.iter().any(|peer| peer == "torch").then_some(arguments.peer_python.as_path());

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::JoinHandle;
 
+use attention_benches::Sequences;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -14,7 +15,7 @@ use crate::{cargo, machine};
 /// A running peer.
 #[derive(Debug)]
 pub(crate) struct Peer {
-    /// What it was asked for by: `torch` or `jax`.
+    /// What it was asked for by: `torch`, `jax` or `candle`.
     pub(crate) name: String,
     /// The library's version.
     pub(crate) version: String,
@@ -40,18 +41,32 @@ struct Answer {
     ms: Vec<f64>,
 }
 
+/// The peer that is a program of this workspace.
+const CANDLE: &str = "candle";
+
+/// Builds candle's side where it is not built, which takes minutes the first time, and runs it.
+fn candle() -> Command {
+    let mut command = cargo::command(["run", "--quiet", "--release"]);
+    command.args(["-p", "attention-candle-examples", "--bin", "peer"]);
+    command
+}
+
 impl Peer {
     /// Starts a peer.
     ///
     /// # Errors
     /// Why it cannot run here, as a sentence.
     pub(crate) fn start(name: &str, python: &Path, threads: usize) -> Result<Self, String> {
-        let mut command = Command::new(python);
-        command.arg(cargo::root().join("benches/peers/peer.py")).args(["--peer", name]);
-        command.args(["--threads", &threads.to_string()]);
+        let mut command = if name == CANDLE { candle() } else { Command::new(python) };
+        if name == CANDLE {
+            command.env("RAYON_NUM_THREADS", threads.to_string());
+        } else {
+            command.arg(cargo::root().join("benches/peers/peer.py")).args(["--peer", name]);
+            command.args(["--threads", &threads.to_string()]);
+        }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let spawned = command.spawn();
-        let mut process = spawned.map_err(|error| format!("{} cannot be run: {error}", python.display()))?;
+        let program = command.get_program().to_string_lossy().into_owned();
+        let mut process = command.spawn().map_err(|error| format!("{program} cannot be run: {error}"))?;
         let to = process.stdin.take();
         let from = process.stdout.take().ok_or("its output cannot be read")?;
         let last_words = process.stderr.take().map(|stderr| std::thread::spawn(move || last_line(stderr)));
@@ -72,13 +87,36 @@ impl Peer {
     /// # Errors
     /// Why the peer does not serve the call.
     pub(crate) fn prepare(&mut self, case: &Case, path: &str) -> Result<String, String> {
+        self.prepare_of(case, None, path)
+    }
+
+    /// As [`prepare`](Self::prepare), for sequences of these lengths: packed where the peer takes packed
+    /// tensors, and in the rectangle of `case`, padding and all, where it does not.
+    ///
+    /// # Errors
+    /// Why the peer does not serve the call.
+    pub(crate) fn prepare_sequences(
+        &mut self,
+        case: &Case,
+        sequences: &Sequences,
+        path: &str,
+    ) -> Result<String, String> {
+        self.prepare_of(case, Some(&sequences.lengths), path)
+    }
+
+    fn prepare_of(
+        &mut self,
+        case: &Case,
+        lengths: Option<&[[usize; 2]]>,
+        path: &str,
+    ) -> Result<String, String> {
         let dims = case.dims;
         let request = json!({
             "op": "prepare",
             "b": dims.batch, "t": dims.query_length, "s": dims.key_length, "n": dims.query_heads,
             "k": dims.key_heads, "h": dims.head_dim, "hv": dims.value_head_dim,
             "dtype": case.dtype.name(), "pass": case.work.name(), "causal": case.causal,
-            "mask": case.mask.name(), "path": path, "threads": self.threads,
+            "mask": case.mask.name(), "path": path, "threads": self.threads, "lengths": lengths,
             // Half, because the estimate leaves out what a library holds on to besides.
             "limit_bytes": machine::available_memory().map(|bytes| bytes / 2),
         });

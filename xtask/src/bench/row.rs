@@ -178,6 +178,13 @@ pub(crate) fn csv(rows: &[Row], peers: &[(String, String)]) -> crate::Result<Str
         env!("CARGO_PKG_VERSION"),
         if peers.is_empty() { "none".to_owned() } else { peers.join(", ") },
     );
+    text += &table(rows)?;
+    Ok(text)
+}
+
+/// A header and a line for each row. Rows are structs, and their fields the columns.
+pub(super) fn table(rows: &[impl Serialize]) -> crate::Result<String> {
+    let mut text = String::new();
     for (index, row) in rows.iter().enumerate() {
         let serde_json::Value::Object(fields) = serde_json::to_value(row)? else {
             unreachable!("a row is a struct");
@@ -194,7 +201,7 @@ pub(crate) fn csv(rows: &[Row], peers: &[(String, String)]) -> crate::Result<Str
 }
 
 /// The names of a row's fields, in order.
-fn columns(row: &Row) -> crate::Result<Vec<String>> {
+fn columns(row: &impl Serialize) -> crate::Result<Vec<String>> {
     let text = serde_json::to_string_pretty(row)?;
     let names = text.lines().filter_map(|line| line.trim().strip_prefix('"')?.split('"').next());
     Ok(names.map(str::to_owned).collect())
