@@ -23,14 +23,16 @@ pub(crate) fn hidden_keys(call: &CallProblem<'_>) -> Option<String> {
     }
     let dims = call.dims();
     let has_sequences = call.query_layout() != RowLayout::Dense || call.key_layout() != RowLayout::Dense;
+    // Without query rows, nothing is hidden from them: only sequences that have some are asked.
     let hidden = |batch: usize| {
         let rows = call.sequence(batch);
-        // Without query rows, nothing is hidden from them.
-        if rows.queries() == 0 { 0 } else { rows.keys().saturating_sub(rows.queries()) }
+        rows.keys().saturating_sub(rows.queries())
     };
-    // Without lengths every batch row is like the first.
-    let rows = if call.rows_vary() { dims.batch } else { dims.batch.min(1) };
-    let (hidden, sequence) = (0..rows)
+    // Where no length is its own, every batch row is like the first, and there may be any number of them.
+    let alike = |role| call.tensor(role).is_none_or(|desc| desc.strides().first() == Some(&0));
+    let rows = if LENGTHS.into_iter().all(alike) { dims.batch.min(1) } else { dims.batch };
+    let (hidden, sequence) = call
+        .sequences_with_queries(0..rows)
         .map(|row| (hidden(row), row))
         .max_by_key(|&(hidden, _)| hidden)
         .filter(|most| most.0 > 0)?;
@@ -194,6 +196,28 @@ mod tests {
         assert!(told.contains("T = 1, S = 7 of sequence 0") && told.contains("last 6 keys"), "{told}");
         let data = CallData { query_offset: QueryOffset::BottomRight, ..data };
         assert_eq!(note_of(tensors(&[2, 1, 1, 4], &[3, 4, 1, 4]), data), None);
+    }
+
+    /// One number for all of them takes no memory, so there may be more than could be counted.
+    #[test]
+    fn any_number_of_sequences_is_looked_at_once() {
+        let many = 1 << 50;
+        let all = |number: &'static [i32], count: usize| View::strided(number, 0, [count], [0]).ok();
+        let starts = all(&[0], many + 1);
+        let data = CallData { query_starts: starts, key_value_starts: starts, ..CallData::default() };
+        assert_eq!(note_of(tensors(&[2, 1, 4], &[3, 1, 4]), data), None);
+        let lengths = CallData { key_value_lengths: all(&[3], many), ..CallData::default() };
+        assert_eq!(note_of(causal(many, 3, 4), lengths), None);
+        let told = note_of(causal(many, 2, 4), lengths).unwrap();
+        assert!(told.contains("hides the last key from"), "{told}");
+        // Of sequences that have numbers of their own, those without queries hide nothing.
+        let starts = |list: &'static [i32]| View::from_slice(list, [list.len()]).ok();
+        let data = CallData {
+            query_starts: starts(&[0, 0, 2, 2, 3]),
+            key_value_starts: starts(&[0, 9, 11, 19, 20]),
+            ..CallData::default()
+        };
+        assert_eq!(note_of(tensors(&[3, 1, 4], &[20, 1, 4]), data), None);
     }
 
     /// One query row at most and many keys at most: the sequences of the call may still have one of each.

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use attention_core::{Alignment, CallProblem, Dropout, InvalidCall, Lengths, QueryOffset, Role, View};
+use attention_core::{
+    Alignment, CallProblem, Dropout, InvalidCall, Lengths, QueryOffset, Role, TensorDesc, View,
+};
 
 use crate::IntoView;
 
@@ -161,7 +163,11 @@ impl KeptNumbers {
     pub(crate) fn of(call: &CallProblem<'_>) -> Self {
         // A call without rows may have any number of batch rows, of which nothing depends on a number.
         let dims = call.dims();
-        let has_rows = dims.query_length > 0 && dims.query_heads > 0;
+        // One number for all starts leaves every sequence without query rows, and there may be any number.
+        let starts_differ = |desc: &TensorDesc| desc.strides().first() != Some(&0);
+        let has_rows = dims.query_length > 0
+            && dims.query_heads > 0
+            && call.tensor(Role::QueryStarts).is_none_or(starts_differ);
         let batch = 0..if has_rows { dims.batch } else { 0 };
         Self {
             scale: call.scale(),

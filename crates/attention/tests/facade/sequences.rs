@@ -617,6 +617,24 @@ fn dropout_counts_sequences() {
     }
 }
 
+/// One number for all offsets and lengths takes no memory, and neither does what a result keeps of them.
+#[test]
+fn any_number_of_empty_sequences_is_one_call() {
+    let many = 1 << 40;
+    let all = |count: usize| View::strided(&[0i32], 0, [count], [0]).unwrap();
+    let x = tensor(&[3, 2, 4], 1);
+    // The naive one goes through all sequences.
+    for registry in implementations(attention::Pass::Forward).into_iter().skip(1) {
+        let call = Attention::new().registry(&registry).packed(all(many + 1)).longest(3, 3).causal(true);
+        for call in [call.clone().key_value_lengths(all(many)), call.clone().query_offsets(all(many)), call] {
+            let forward = call.forward_with_lse(&x, &x, &x).unwrap();
+            assert!(floats(&forward.out).iter().all(|&out| out == 0.0));
+            assert!(floats(&forward.lse).iter().all(|&lse| lse == f32::NEG_INFINITY));
+            assert!(call.explain(&x, &x, &x).unwrap().notes.is_empty());
+        }
+    }
+}
+
 #[cfg(feature = "serde")]
 #[test]
 fn offsets_and_bounds_are_stored_with_the_options() {
