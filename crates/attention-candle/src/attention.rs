@@ -23,6 +23,9 @@ use crate::{AxisOrder, Implementation, Numbers, Options, Registry};
 /// | sinks | `[N]` | the same | any of the four |
 /// | lengths, offsets by batch row | `[B]` | the same | u32, i32 or i64 |
 ///
+/// Sequences that lie behind one another without padding, `[total, N, H]`: see [`packed`](Self::packed). Keys
+/// and values in pages, `[pages, page_size, K, H]`: see [`paged`](Self::paged).
+///
 /// All without `B` where query, key and value are. `N` is a multiple of `K`: each group of `N / K` query
 /// heads shares a key/value head, so `repeat_kv` is not needed. Every tensor may have any layout that candle
 /// gives it: transposed, narrowed, broadcast; nothing is made contiguous. Results are contiguous.
@@ -70,6 +73,10 @@ pub(crate) struct NumberTensors {
     pub(crate) query_offsets: Option<Tensor>,
     pub(crate) dropout_seed: Option<Tensor>,
     pub(crate) dropout_offset: Option<Tensor>,
+    pub(crate) query_starts: Option<Tensor>,
+    pub(crate) key_value_starts: Option<Tensor>,
+    /// Has no place in the options.
+    pub(crate) block_table: Option<Tensor>,
 }
 
 impl Attention {
@@ -98,7 +105,7 @@ impl Attention {
         }
     }
 
-    fn with(
+    pub(crate) fn with(
         self,
         change: impl FnOnce(attention::Attention<'static>) -> attention::Attention<'static>,
     ) -> Self {

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use crate::events::{Reads, Writes};
 use crate::memory::{Locked, Output};
-use crate::{Attention, Error, Explanation};
+use crate::{Attention, Error, Explanation, Lengths};
 
 /// What a forward call leaves: memory with its shape in the caller's order.
 pub(crate) struct Forward {
@@ -66,6 +66,9 @@ impl Attention {
             (Role::QueryOffsets, &numbers.query_offsets),
             (Role::DropoutSeed, &numbers.dropout_seed),
             (Role::DropoutOffset, &numbers.dropout_offset),
+            (Role::QueryStarts, &numbers.query_starts),
+            (Role::KeyValueStarts, &numbers.key_value_starts),
+            (Role::BlockTable, &numbers.block_table),
         ] {
             tensors.extend(tensor.as_ref().map(|tensor| (role, tensor)));
         }
@@ -89,6 +92,9 @@ impl Attention {
                 query_offsets: view(Role::QueryOffsets)?,
                 dropout_seed: view(Role::DropoutSeed)?,
                 dropout_offset: view(Role::DropoutOffset)?,
+                query_starts: view(Role::QueryStarts)?,
+                key_value_starts: view(Role::KeyValueStarts)?,
+                block_table: view(Role::BlockTable)?,
                 ..CallData::default()
             },
             ..inputs
@@ -103,7 +109,7 @@ impl Attention {
     }
 
     /// The facade's call, on the implementations of the query's device.
-    fn facade<'g>(&self, query: &Tensor, inputs: &Inputs<'g>) -> Result<attention::Attention<'g>, Error> {
+    fn facade<'g>(&'g self, query: &Tensor, inputs: &Inputs<'g>) -> Result<attention::Attention<'g>, Error> {
         let mut facade: attention::Attention<'g> = self.call.clone();
         if let Some(mask) = inputs.mask {
             facade = facade.mask(mask);
@@ -131,6 +137,19 @@ impl Attention {
         }
         if let Some(offset) = inputs.data.dropout_offset {
             facade = facade.dropout_offset(offset);
+        }
+        if let Some(starts) = inputs.data.query_starts {
+            facade = facade.packed_queries(starts);
+        }
+        if let Some(starts) = inputs.data.key_value_starts {
+            facade = facade.packed_keys(starts);
+        }
+        if let Some(table) = inputs.data.block_table {
+            // The facade takes both at once: lengths that are a list are the call's.
+            facade = match inputs.data.key_value_lengths.or(self.call.data().key_value_lengths) {
+                Some(lengths) => facade.paged(table, lengths),
+                None => facade.paged(table, Lengths::Full),
+            };
         }
         match (&self.registry, query.device()) {
             (Some(registry), _) => Ok(facade.registry(registry)),

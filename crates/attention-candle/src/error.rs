@@ -44,6 +44,17 @@ pub enum Error {
         /// Where the query is.
         query: DeviceLocation,
     },
+    /// New keys or values are on another device than the cache that they are appended to, or on the same one
+    /// with another stream.
+    #[error("{role} is on {}, the cache on {}{}", place(*.device), place(*.cache), same(*.device, *.cache))]
+    CacheDevice {
+        /// Which tensor.
+        role: Role,
+        /// Where it is.
+        device: DeviceLocation,
+        /// Where the cache is.
+        cache: DeviceLocation,
+    },
     /// No tensor can be read on this device: Metal, or CUDA without feature `cuda`.
     #[error("{role} is on {}, expected {}", place(*.device), served())]
     Device {

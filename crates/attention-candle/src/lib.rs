@@ -9,9 +9,11 @@ mod error;
 mod events;
 mod forward;
 mod graph;
+pub mod kv_cache;
 mod layout;
 mod memory;
 mod numbers;
+mod packed;
 
 pub use self::attention::Attention;
 pub use ::attention::{

@@ -1,4 +1,4 @@
-//! Lengths and offsets of batch rows as callers have them.
+//! Lengths and offsets of batch rows and of sequences as callers have them.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use attention::{IntoNumbers, Lengths};
 use candle_core::Tensor;
 
 /// One number for each batch row, lengths or offsets: a list of integers (an array, a slice, a `Vec`), or a
-/// tensor of u32, i32 or i64, `[B]`.
+/// tensor of u32, i32 or i64, `[B]`. Offsets of packed sequences are one more, `[B + 1]`.
 ///
 /// A tensor is in host memory or on the device of the call, where kernels read it: no number goes to the
 /// host. What it holds there is not checked: a length above the tensor's counts as that.

@@ -54,6 +54,16 @@ fn the_sequence_before_heads() {
 }
 
 #[test]
+fn packed_and_paged_sequences_with_heads_before_the_sequence() {
+    run(cases::of_sequences(), &ThroughCandle::new(AxisOrder::Bnth, false));
+}
+
+#[test]
+fn packed_and_paged_sequences_before_heads() {
+    run(cases::of_sequences(), &ThroughCandle::new(AxisOrder::Btnh, false));
+}
+
+#[test]
 fn with_the_forward_pass_recomputed() {
     let cases = cases::all().into_iter().filter(|case| case.name.starts_with("random")).collect();
     run(cases, &ThroughCandle::new(AxisOrder::Bnth, true));

@@ -82,6 +82,21 @@ impl ThroughCandle {
         if let Some(offset) = &data.dropout_offset {
             attention = attention.dropout_offset(&integers(offset)?);
         }
+        let dims = problem.dims();
+        let mut longest = (None, None);
+        if let Some(starts) = &data.query_starts {
+            attention = attention.packed_queries(integers(starts)?);
+            longest.0 = Some(dims.query_length);
+        }
+        if let Some(starts) = &data.key_value_starts {
+            attention = attention.packed_keys(integers(starts)?);
+            longest.1 = Some(dims.key_length);
+        }
+        if let (Some(table), Some(lengths)) = (&data.block_table, &data.key_value_lengths) {
+            attention = attention.paged(&integers(table)?, integers(lengths)?);
+            longest.1 = Some(dims.key_length);
+        }
+        attention = attention.longest(longest.0, longest.1);
         if let Some(mask) = &inputs.mask {
             let host = mask.host_mask().expect("a mask in host memory");
             attention = attention.mask(&Placed::new(mask, |index| host.at(index), 0)?.tensor()?);

@@ -32,13 +32,13 @@ struct Seen {
     pages: usize,
 }
 
-/// Views of a cache and of a batch for [`Attention::paged`](crate::Attention::paged).
+/// The tensors of a cache and of a batch for [`Attention::paged`](crate::Attention::paged).
 #[derive(Clone, Copy, Debug)]
-pub struct PagedInputs<'a> {
+pub struct PagedInputs<'a, T = View<'a>> {
     /// `[pages, page_size, K, H]`.
-    pub keys: View<'a>,
+    pub keys: T,
     /// `[pages, page_size, K, Hv]`.
-    pub values: View<'a>,
+    pub values: T,
     /// `[B, most]` of i32, in host memory; -1 where a sequence has no page.
     pub table: View<'a>,
     /// `[B]` of i32, in host memory.
@@ -119,7 +119,10 @@ impl<M: CacheMemory> PagedKvCache<M> {
     /// # Errors
     /// [`CacheError::OtherCache`] for a batch of another cache; [`CacheError::Freed`] where a sequence of it
     /// was freed.
-    pub fn inputs<'a>(&'a self, batch: &'a mut PagedBatch) -> Result<PagedInputs<'a>, CacheError> {
+    pub fn inputs<'a>(
+        &'a self,
+        batch: &'a mut PagedBatch,
+    ) -> Result<PagedInputs<'a, M::Tensor<'a>>, CacheError> {
         if batch.cache != self.id() {
             return Err(CacheError::OtherCache { what: "the batch".to_owned() });
         }

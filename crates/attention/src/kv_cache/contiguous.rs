@@ -1,11 +1,11 @@
 //! A cache with room for as many tokens in each batch row.
 
-use attention_core::View;
+use attention_core::{Dims, View};
 
 use super::error::CacheError;
-use super::memory::{CacheMemory, HostMemory, Update, Write};
-use super::token::{NewTokens, TokenShape, at_least_one, check_offsets};
-use crate::IntoView;
+use super::memory::{CacheMemory, HostMemory, IntoCacheTensor, Write};
+use super::store::{NewTokens, Store};
+use super::token::{TokenShape, at_least_one, check_offsets};
 
 /// Keys `[B, capacity, K, H]` and values `[B, capacity, K, Hv]` of `B` sequences, each filled from the front.
 ///
@@ -39,10 +39,9 @@ use crate::IntoView;
 /// ```
 #[derive(Clone, Debug)]
 pub struct KvCache<M = HostMemory> {
-    token: TokenShape,
     capacity: usize,
     lengths: Vec<i32>,
-    memory: M,
+    store: Store<M>,
 }
 
 impl KvCache {
@@ -53,14 +52,28 @@ impl KvCache {
     /// 2^31 - 1; [`CacheError::Tokens`] for a dtype that is no float of calls, or sizes that overflow;
     /// [`CacheError::OutOfMemory`].
     pub fn new(token: TokenShape, batch: usize, capacity: usize) -> Result<Self, CacheError> {
-        token.check()?;
-        at_least_one("the capacity", capacity)?;
-        let memory = HostMemory::new(&token, [batch, capacity])?;
-        Ok(Self { token, capacity, lengths: vec![0; batch], memory })
+        Self::with_memory(token, batch, capacity, |shapes| HostMemory::new(token.dtype, shapes))
     }
 }
 
 impl<M: CacheMemory> KvCache<M> {
+    /// As [`new`](KvCache::new), in memory that `make` gives for the shapes of keys and values, `[B, capacity,
+    /// K, H]` and `[B, capacity, K, Hv]`. It is called once the sizes were checked.
+    ///
+    /// # Errors
+    /// As [`new`](KvCache::new); those of `make`; [`CacheError::Tokens`] where the memory is not what was
+    /// asked for.
+    pub fn with_memory(
+        token: TokenShape,
+        batch: usize,
+        capacity: usize,
+        make: impl FnOnce([Dims; 2]) -> Result<M, CacheError>,
+    ) -> Result<Self, CacheError> {
+        at_least_one("the capacity", capacity)?;
+        let store = Store::new(token, [batch, capacity], make)?;
+        Ok(Self { capacity, lengths: vec![0; batch], store })
+    }
+
     /// Appends as many tokens to every sequence: keys `[B, n, K, H]` and values `[B, n, K, Hv]` of any
     /// strides.
     ///
@@ -69,11 +82,12 @@ impl<M: CacheMemory> KvCache<M> {
     /// where a sequence has no room: nothing is appended to any then.
     pub fn append<'a>(
         &mut self,
-        keys: impl IntoView<'a>,
-        values: impl IntoView<'a>,
+        keys: impl IntoCacheTensor<'a, M>,
+        values: impl IntoCacheTensor<'a, M>,
     ) -> Result<(), CacheError> {
-        let tokens = NewTokens::of_each(&self.token, self.memory.device(), self.lengths.len(), keys, values)?;
-        let parts = (0..self.lengths.len()).map(|index| (index, [index, 0], tokens.count()));
+        let tokens = self.store.tokens_of_each(self.lengths.len(), keys, values)?;
+        let count = tokens.count();
+        let parts = (0..self.lengths.len()).map(move |index| (index, [index, 0], count));
         self.append_parts(parts, tokens)
     }
 
@@ -84,11 +98,11 @@ impl<M: CacheMemory> KvCache<M> {
     pub fn append_to<'a>(
         &mut self,
         sequence: usize,
-        keys: impl IntoView<'a>,
-        values: impl IntoView<'a>,
+        keys: impl IntoCacheTensor<'a, M>,
+        values: impl IntoCacheTensor<'a, M>,
     ) -> Result<(), CacheError> {
         self.len(sequence)?;
-        let tokens = NewTokens::of_one(&self.token, self.memory.device(), keys, values)?;
+        let tokens = self.store.tokens_of_one(keys, values)?;
         self.append_parts(std::iter::once((sequence, [0, 0], tokens.count())), tokens)
     }
 
@@ -101,10 +115,10 @@ impl<M: CacheMemory> KvCache<M> {
     pub fn append_packed<'a>(
         &mut self,
         offsets: &[usize],
-        keys: impl IntoView<'a>,
-        values: impl IntoView<'a>,
+        keys: impl IntoCacheTensor<'a, M>,
+        values: impl IntoCacheTensor<'a, M>,
     ) -> Result<(), CacheError> {
-        let tokens = NewTokens::of_one(&self.token, self.memory.device(), keys, values)?;
+        let tokens = self.store.tokens_of_one(keys, values)?;
         check_offsets(self.lengths.len(), offsets, tokens.count())?;
         let parts = offsets.windows(2).enumerate();
         let parts = parts.map(|(index, part)| (index, [0, part[0]], part[1] - part[0]));
@@ -115,7 +129,7 @@ impl<M: CacheMemory> KvCache<M> {
     fn append_parts(
         &mut self,
         parts: impl Iterator<Item = (usize, [usize; 2], usize)>,
-        tokens: NewTokens<'_>,
+        tokens: NewTokens<M::Tensor<'_>>,
     ) -> Result<(), CacheError> {
         let write = |(index, from, count): (usize, [usize; 2], usize)| {
             let length = self.lengths[index] as usize;
@@ -125,7 +139,7 @@ impl<M: CacheMemory> KvCache<M> {
             Ok(Write { from, to: [index, length], count })
         };
         let writes = parts.map(write).collect::<Result<Vec<_>, _>>()?;
-        self.memory.update(&Update { copies: &[], writes: &writes, tokens })?;
+        self.store.update(&[], &writes, tokens)?;
         for Write { to: [index, length], count, .. } in writes {
             // At most the capacity, which an i32 holds.
             self.lengths[index] = (length + count) as i32;
@@ -178,17 +192,17 @@ impl<M: CacheMemory> KvCache<M> {
 
     /// What is kept of a token.
     pub fn token(&self) -> TokenShape {
-        self.token
+        self.store.token()
     }
 
     /// The keys, `[B, capacity, K, H]`.
-    pub fn keys(&self) -> View<'_> {
-        self.memory.keys()
+    pub fn keys(&self) -> M::Tensor<'_> {
+        self.store.keys()
     }
 
     /// The values, `[B, capacity, K, Hv]`.
-    pub fn values(&self) -> View<'_> {
-        self.memory.values()
+    pub fn values(&self) -> M::Tensor<'_> {
+        self.store.values()
     }
 
     /// How many tokens each sequence has, `[B]` of i32 in host memory: the

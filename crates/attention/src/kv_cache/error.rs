@@ -90,6 +90,12 @@ pub enum CacheError {
         /// How many of it.
         given: usize,
     },
+    /// Memory that is not the library's failed: [`CacheMemory`](super::CacheMemory).
+    #[error("the memory of the cache failed: {reason}")]
+    Memory {
+        /// What it said, in words.
+        reason: String,
+    },
     /// The allocator refused.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),

@@ -12,6 +12,9 @@
 //! have the same tables and lengths. Elements are stored as they are given: in the dtype of the cache,
 //! without a change.
 //!
+//! Caches are in host memory, or in [memory of another kind](CacheMemory): `attention-candle` has both caches in
+//! candle's tensors, on the CPU and on CUDA.
+//!
 //! What is appended is checked first and written then: an append that fails changes nothing, whether it is of
 //! one sequence or of many. Calls over a cache that grows have one [plan](crate::Attention::plan).
 //!
@@ -59,12 +62,13 @@ mod memory;
 mod paged;
 mod pool;
 mod sequences;
+mod store;
 mod token;
 
 pub use batch::{PagedBatch, PagedInputs};
 pub use contiguous::KvCache;
 pub use error::CacheError;
 pub use handle::Sequence;
-pub use memory::{CacheMemory, HostMemory, Update};
+pub use memory::{CacheMemory, CacheTensor, HostMemory, IntoCacheTensor, PageCopy, Update, Write};
 pub use paged::{PagedKvCache, PoolShape};
 pub use token::TokenShape;

@@ -2,15 +2,15 @@
 
 use std::collections::{HashMap, HashSet};
 
-use attention_core::View;
+use attention_core::Dims;
 
 use super::error::CacheError;
 use super::handle::Sequence;
-use super::memory::{CacheMemory, HostMemory, PageCopy, Update, Write};
+use super::memory::{CacheMemory, HostMemory, IntoCacheTensor, PageCopy, Write};
 use super::pool::Pool;
 use super::sequences::{Sequences, State};
-use super::token::{NewTokens, TokenShape, at_least_one, check_offsets};
-use crate::IntoView;
+use super::store::{NewTokens, Store};
+use super::token::{TokenShape, at_least_one, check_offsets};
 
 /// The pages of a cache, and how long its sequences may get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,11 +33,10 @@ pub struct PoolShape {
 /// [`kv_cache`](super) has an example.
 #[derive(Debug)]
 pub struct PagedKvCache<M = HostMemory> {
-    token: TokenShape,
     shape: PoolShape,
     pool: Pool,
     sequences: Sequences,
-    memory: M,
+    store: Store<M>,
 }
 
 /// New tokens of one sequence.
@@ -68,16 +67,29 @@ impl PagedKvCache {
     /// [`CacheError::Tokens`] for a dtype that is no float of calls, or sizes that overflow;
     /// [`CacheError::OutOfMemory`].
     pub fn new(token: TokenShape, shape: PoolShape) -> Result<Self, CacheError> {
-        token.check()?;
-        at_least_one("the number of pages", shape.pages)?;
-        at_least_one("the page size", shape.page_size)?;
-        at_least_one("the longest sequence", shape.longest)?;
-        let memory = HostMemory::new(&token, [shape.pages, shape.page_size])?;
-        Ok(Self { token, shape, pool: Pool::new(shape.pages), sequences: Sequences::new(), memory })
+        Self::with_memory(token, shape, |shapes| HostMemory::new(token.dtype, shapes))
     }
 }
 
 impl<M: CacheMemory> PagedKvCache<M> {
+    /// As [`new`](PagedKvCache::new), in memory that `make` gives for the shapes of keys and values, `[pages,
+    /// page_size, K, H]` and `[pages, page_size, K, Hv]`. It is called once the sizes were checked.
+    ///
+    /// # Errors
+    /// As [`new`](PagedKvCache::new); those of `make`; [`CacheError::Tokens`] where the memory is not what
+    /// was asked for.
+    pub fn with_memory(
+        token: TokenShape,
+        shape: PoolShape,
+        make: impl FnOnce([Dims; 2]) -> Result<M, CacheError>,
+    ) -> Result<Self, CacheError> {
+        at_least_one("the number of pages", shape.pages)?;
+        at_least_one("the page size", shape.page_size)?;
+        at_least_one("the longest sequence", shape.longest)?;
+        let store = Store::new(token, [shape.pages, shape.page_size], make)?;
+        Ok(Self { shape, pool: Pool::new(shape.pages), sequences: Sequences::new(), store })
+    }
+
     /// Adds an empty sequence, which takes no page before its first token.
     pub fn add(&mut self) -> Sequence {
         self.sequences.add(0, Vec::new())
@@ -91,10 +103,10 @@ impl<M: CacheMemory> PagedKvCache<M> {
     pub fn append<'a>(
         &mut self,
         sequence: Sequence,
-        keys: impl IntoView<'a>,
-        values: impl IntoView<'a>,
+        keys: impl IntoCacheTensor<'a, M>,
+        values: impl IntoCacheTensor<'a, M>,
     ) -> Result<(), CacheError> {
-        let tokens = NewTokens::of_one(&self.token, self.memory.device(), keys, values)?;
+        let tokens = self.store.tokens_of_one(keys, values)?;
         self.append_parts(&[Part { sequence, from: [0, 0], count: tokens.count() }], tokens)
     }
 
@@ -107,10 +119,10 @@ impl<M: CacheMemory> PagedKvCache<M> {
     pub fn append_each<'a>(
         &mut self,
         sequences: &[Sequence],
-        keys: impl IntoView<'a>,
-        values: impl IntoView<'a>,
+        keys: impl IntoCacheTensor<'a, M>,
+        values: impl IntoCacheTensor<'a, M>,
     ) -> Result<(), CacheError> {
-        let tokens = NewTokens::of_each(&self.token, self.memory.device(), sequences.len(), keys, values)?;
+        let tokens = self.store.tokens_of_each(sequences.len(), keys, values)?;
         let part = |(index, &sequence)| Part { sequence, from: [index, 0], count: tokens.count() };
         let parts: Vec<Part> = sequences.iter().enumerate().map(part).collect();
         self.append_parts(&parts, tokens)
@@ -126,10 +138,10 @@ impl<M: CacheMemory> PagedKvCache<M> {
         &mut self,
         sequences: &[Sequence],
         offsets: &[usize],
-        keys: impl IntoView<'a>,
-        values: impl IntoView<'a>,
+        keys: impl IntoCacheTensor<'a, M>,
+        values: impl IntoCacheTensor<'a, M>,
     ) -> Result<(), CacheError> {
-        let tokens = NewTokens::of_one(&self.token, self.memory.device(), keys, values)?;
+        let tokens = self.store.tokens_of_one(keys, values)?;
         check_offsets(sequences.len(), offsets, tokens.count())?;
         let part = |(&sequence, part): (&Sequence, &[usize])| Part {
             sequence,
@@ -156,14 +168,14 @@ impl<M: CacheMemory> PagedKvCache<M> {
     }
 
     /// Checks an append, then does it: first in memory, which may fail, and in the books once that has not.
-    fn append_parts(&mut self, parts: &[Part], tokens: NewTokens<'_>) -> Result<(), CacheError> {
+    fn append_parts(&mut self, parts: &[Part], tokens: NewTokens<M::Tensor<'_>>) -> Result<(), CacheError> {
         let mut step = self.step(parts)?;
         let (needed, free, pages) = (step.needed, self.pool.free(), self.pool.pages());
         if needed > free {
             return Err(CacheError::Full { needed, free, pages });
         }
         self.place(parts, &mut step)?;
-        self.memory.update(&Update { copies: &step.copies, writes: &step.writes, tokens })?;
+        self.store.update(&step.copies, &step.writes, tokens)?;
         for (part, &(copies, new)) in parts.iter().zip(&step.pages) {
             if copies {
                 let (page, stamp) = (self.pool.take(), self.sequences.stamp());
@@ -359,17 +371,17 @@ impl<M: CacheMemory> PagedKvCache<M> {
 
     /// What is kept of a token.
     pub fn token(&self) -> TokenShape {
-        self.token
+        self.store.token()
     }
 
     /// The keys, `[pages, page_size, K, H]`.
-    pub fn keys(&self) -> View<'_> {
-        self.memory.keys()
+    pub fn keys(&self) -> M::Tensor<'_> {
+        self.store.keys()
     }
 
     /// The values, `[pages, page_size, K, Hv]`.
-    pub fn values(&self) -> View<'_> {
-        self.memory.values()
+    pub fn values(&self) -> M::Tensor<'_> {
+        self.store.values()
     }
 
     /// Which cache this is, of all in the process.

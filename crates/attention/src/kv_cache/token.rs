@@ -1,9 +1,8 @@
-//! What a cache keeps of one token, and new tokens as callers have them.
+//! What a cache keeps of one token, and where packed tokens begin.
 
-use attention_core::{DType, Device, Dims, InvalidCall, Role, View};
+use attention_core::{DType, InvalidCall, Role};
 
 use super::error::CacheError;
-use crate::IntoView;
 
 /// What a cache keeps of one token: a key `[K, H]` and a value `[K, Hv]`.
 ///
@@ -59,73 +58,6 @@ impl TokenShape {
 pub(super) fn at_least_one(what: &'static str, size: usize) -> Result<(), CacheError> {
     let most = i32::MAX as usize;
     if (1..=most).contains(&size) { Ok(()) } else { Err(CacheError::Size { what, size, least: 1, most }) }
-}
-
-/// New tokens with four axes, `[outer, n, K, H]` and `[outer, n, K, Hv]`: checked against the cache.
-#[derive(Clone, Copy)]
-pub(super) struct NewTokens<'a> {
-    pub(super) keys: View<'a>,
-    pub(super) values: View<'a>,
-}
-
-impl<'a> NewTokens<'a> {
-    /// Keys `[n, K, H]` and values `[n, K, Hv]`.
-    pub(super) fn of_one(
-        token: &TokenShape,
-        device: Device,
-        keys: impl IntoView<'a>,
-        values: impl IntoView<'a>,
-    ) -> Result<Self, CacheError> {
-        let (keys, values) = (keys.into_view()?, values.into_view()?);
-        let count = |view: &View<'_>| view.shape().first().copied().unwrap_or(0);
-        let expected = |width: usize| [count(&keys), token.key_heads, width];
-        check(token, device, Role::Key, &keys, expected(token.head_dim), "[tokens, K, H]")?;
-        check(token, device, Role::Value, &values, expected(token.value_head_dim), "[tokens, K, Hv]")?;
-        Ok(Self { keys: keys.unsqueeze()?, values: values.unsqueeze()? })
-    }
-
-    /// Keys `[B, n, K, H]` and values `[B, n, K, Hv]` of this many sequences.
-    pub(super) fn of_each(
-        token: &TokenShape,
-        device: Device,
-        batch: usize,
-        keys: impl IntoView<'a>,
-        values: impl IntoView<'a>,
-    ) -> Result<Self, CacheError> {
-        let (keys, values) = (keys.into_view()?, values.into_view()?);
-        let count = |view: &View<'_>| view.shape().get(1).copied().unwrap_or(0);
-        let expected = |width: usize| [batch, count(&keys), token.key_heads, width];
-        check(token, device, Role::Key, &keys, expected(token.head_dim), "[B, tokens, K, H]")?;
-        check(token, device, Role::Value, &values, expected(token.value_head_dim), "[B, tokens, K, Hv]")?;
-        Ok(Self { keys, values })
-    }
-
-    /// How many there are of each sequence, or of all in [`of_one`](Self::of_one).
-    pub(super) fn count(&self) -> usize {
-        self.keys.shape()[1]
-    }
-}
-
-fn check(
-    token: &TokenShape,
-    device: Device,
-    role: Role,
-    view: &View<'_>,
-    expected: impl Into<Dims>,
-    why: &'static str,
-) -> Result<(), InvalidCall> {
-    let (shape, expected) = (view.shape(), expected.into());
-    if view.device() != device {
-        return Err(InvalidCall::Device { role, device: view.device(), expected: device });
-    }
-    if view.desc().dtype() != token.dtype {
-        let expected = format!("{} as the cache has", token.dtype);
-        return Err(InvalidCall::DType { role, dtype: view.desc().dtype(), expected });
-    }
-    if shape != expected {
-        return Err(InvalidCall::Shape { role, shape, expected, why });
-    }
-    Ok(())
 }
 
 /// Checks offsets of packed tokens: as many as sequences and one more, rising from 0 to at most `total`.
