@@ -60,16 +60,24 @@ fn new_tokens(axes: &[usize], dtype: DType, random: &mut Random) -> Result<[Tens
 }
 
 /// A candle tensor in host memory of the library.
-fn to_host<T: WithDType + attention::Element>(tensor: &Tensor) -> Result<attention::Tensor> {
+fn to_host<T: WithDType + attention::Scalar>(tensor: &Tensor) -> Result<attention::Tensor> {
     let shape = attention::core::Dims::from_slice(tensor.dims()).unwrap();
     Ok(attention::Tensor::from_vec(tensor.flatten_all()?.to_vec1::<T>()?, shape).unwrap())
 }
 
-fn numbers<T: WithDType + attention::Element>(view: attention::View<'_>) -> Vec<f64> {
+fn numbers<T: WithDType + attention::Scalar>(view: attention::View<'_>) -> Vec<f64> {
     let mut numbers = Vec::new();
     let host = view.host::<T>().unwrap();
     let shape = host.shape();
-    crate::placed::for_each_index(&shape, |index| numbers.push(host.at(index).to_f64()));
+    crate::placed::for_each_index(&shape, |index| numbers.push(WithDType::to_f64(host.at(index))));
+    numbers
+}
+
+/// A list or a table.
+fn integers(view: attention::View<'_>) -> Vec<f64> {
+    let mut numbers = Vec::new();
+    let (host, shape) = (view.host::<i32>().unwrap(), view.shape());
+    crate::placed::for_each_index(&shape, |index| numbers.push(f64::from(host.at(index))));
     numbers
 }
 
@@ -79,10 +87,10 @@ fn candle_numbers(tensor: &Tensor) -> Result<Vec<f64>> {
 
 /// Random appends, forks, truncations and frees do to a cache of tensors what they do to one in host memory:
 /// the same pages, lengths, elements and refusals.
-fn a_paged_cache_is_that_of_host_memory<T: WithDType + attention::Element>(seed: u64) -> Result<()> {
-    let random = &mut Random(seed);
-    let mut cache = PagedKvCache::new(token(T::DTYPE), POOL, device())?;
-    let mut host = host::PagedKvCache::new(host_token(T::DTYPE), POOL).unwrap();
+fn a_paged_cache_is_that_of_host_memory<T: WithDType + attention::Scalar>(seed: u64) -> Result<()> {
+    let (random, dtype) = (&mut Random(seed), <T as WithDType>::DTYPE);
+    let mut cache = PagedKvCache::new(token(dtype), POOL, device())?;
+    let mut host = host::PagedKvCache::new(host_token(dtype), POOL).unwrap();
     let mut live: Vec<(Sequence, host::Sequence)> = Vec::new();
     let (mut refused, mut copied) = (0, 0);
     for _ in 0..150 {
@@ -92,7 +100,7 @@ fn a_paged_cache_is_that_of_host_memory<T: WithDType + attention::Element>(seed:
             _ if live.is_empty() => {}
             2 | 3 => {
                 let (sequence, other) = pick(random, &live);
-                let [keys, values] = new_tokens(&[random.below(6)], T::DTYPE, random)?;
+                let [keys, values] = new_tokens(&[random.below(6)], dtype, random)?;
                 let (before, shared) = (cache.used_pages(), cache.pages(sequence)?.last().copied());
                 let got = cache.append(sequence, &keys, &values);
                 let want = host.append(other, &to_host::<T>(&keys)?, &to_host::<T>(&values)?);
@@ -103,7 +111,7 @@ fn a_paged_cache_is_that_of_host_memory<T: WithDType + attention::Element>(seed:
                 // Distinct ones, as many tokens for each.
                 let first = random.below(live.len());
                 let (chosen, others): (Vec<_>, Vec<_>) = live[first..].iter().copied().unzip();
-                let [keys, values] = new_tokens(&[chosen.len(), random.below(3)], T::DTYPE, random)?;
+                let [keys, values] = new_tokens(&[chosen.len(), random.below(3)], dtype, random)?;
                 let got = cache.append_each(&chosen, &keys, &values);
                 let want = host.append_each(&others, &to_host::<T>(&keys)?, &to_host::<T>(&values)?);
                 refused += usize::from(is_same(got, want));
@@ -113,7 +121,7 @@ fn a_paged_cache_is_that_of_host_memory<T: WithDType + attention::Element>(seed:
                 let mut offsets = vec![0];
                 chosen.iter().for_each(|_| offsets.push(offsets[offsets.len() - 1] + random.below(4)));
                 let total = offsets[chosen.len()] + random.below(2);
-                let [keys, values] = new_tokens(&[total], T::DTYPE, random)?;
+                let [keys, values] = new_tokens(&[total], dtype, random)?;
                 let got = cache.append_packed(&chosen, &offsets, &keys, &values);
                 let want =
                     host.append_packed(&others, &offsets, &to_host::<T>(&keys)?, &to_host::<T>(&values)?);
@@ -150,8 +158,8 @@ fn a_paged_cache_is_that_of_host_memory<T: WithDType + attention::Element>(seed:
         let (mut batch, mut other) = (cache.batch(sequences)?, host.batch(others).unwrap());
         let (inputs, want) = (cache.inputs(&mut batch)?, host.inputs(&mut other).unwrap());
         assert_eq!(inputs.table.dims(), &want.table.shape()[..]);
-        assert_eq!(candle_numbers(&inputs.table)?, numbers::<i32>(want.table));
-        assert_eq!(candle_numbers(&inputs.lengths)?, numbers::<i32>(want.lengths));
+        assert_eq!(candle_numbers(&inputs.table)?, integers(want.table));
+        assert_eq!(candle_numbers(&inputs.lengths)?, integers(want.lengths));
     }
     assert!(refused > 0 && copied > 0, "seed {seed}: {refused} refused, {copied} on another page");
     Ok(())
@@ -210,7 +218,7 @@ fn contiguous_caches_are_those_of_host_memory() -> Result<()> {
         refused += usize::from(refusal);
         assert_eq!(candle_numbers(&cache.keys())?, numbers::<f32>(host.keys()));
         assert_eq!(candle_numbers(&cache.values())?, numbers::<f32>(host.values()));
-        assert_eq!(candle_numbers(&cache.lengths()?)?, numbers::<i32>(host.lengths()));
+        assert_eq!(candle_numbers(&cache.lengths()?)?, integers(host.lengths()));
     }
     assert!(refused > 3, "{refused}");
     assert_eq!((cache.batch(), cache.capacity(), cache.token()), (3, 10, token(DType::F32)));

@@ -168,7 +168,7 @@ fn paged(keys: &Tensor, page_size: usize, lengths: &[usize]) -> Result<(Tensor, 
     let mut table = vec![-1i64; batch * most];
     for (b, &length) in lengths.iter().enumerate() {
         for index in 0..length.div_ceil(page_size) {
-            let page = (b * most + index) * 5 % pages;
+            let page = (b * most + index) * 7 % pages;
             table[b * most + index] = page as i64;
             let (first, count) = (index * page_size, page_size.min(length - index * page_size));
             let rows = keys.narrow(0, b, 1)?.narrow(1, first, count)?.contiguous()?;
