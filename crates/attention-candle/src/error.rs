@@ -116,8 +116,8 @@ fn place(device: DeviceLocation) -> String {
     }
 }
 
-fn same(device: DeviceLocation, query: DeviceLocation) -> &'static str {
-    if device == query { " by another value of candle's Device" } else { "" }
+fn same(device: DeviceLocation, other: DeviceLocation) -> &'static str {
+    if device == other { " by another value of candle's Device" } else { "" }
 }
 
 fn served() -> &'static str {
@@ -144,6 +144,8 @@ mod tests {
             other(cuda, cuda),
             "key is on cuda:1, the query on cuda:1 by another value of candle's Device"
         );
+        let new = Error::CacheDevice { role: Role::Value, device: DeviceLocation::Cpu, cache: cuda };
+        assert_eq!(new.to_string(), "value is on cpu, the cache on cuda:1");
         let metal = Error::Device { role: Role::Query, device: DeviceLocation::Metal { gpu_id: 0 } };
         assert!(metal.to_string().starts_with("query is on metal:0, expected cpu"), "{metal}");
     }

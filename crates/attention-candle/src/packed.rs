@@ -30,9 +30,9 @@ impl Attention {
     /// # Semantics
     /// Offsets start at 0 and never fall; a sequence may be empty. Rows behind the last offset belong to no
     /// sequence: their output is 0, their logsumexp -inf, their gradient 0.
-    /// [`key_value_lengths`](Self::key_value_lengths) may leave out the last keys of each sequence. Offsets in
-    /// host memory are checked; those in device memory are read by kernels, which bring them into the rows of
-    /// the tensor.
+    /// [`key_value_lengths`](Self::key_value_lengths) may leave out the last keys of each sequence. Offsets
+    /// in host memory are checked; those in device memory are read by kernels, which bring them into the rows
+    /// of the tensor.
     ///
     /// # Examples
     /// ```
@@ -101,8 +101,8 @@ impl Attention {
     /// page_size]`. `block_table` and `seqused_k` of other libraries. [`kv_cache`](crate::kv_cache) has a
     /// cache that makes them.
     ///
-    /// Forward only, since sequences may share pages: a backward pass that reaches such a call is an error, as
-    /// it is for whatever else cannot go backward.
+    /// Forward only, since sequences may share pages: a backward pass that reaches such a call is an error,
+    /// as it is for whatever else cannot go backward.
     ///
     /// # Shapes
     /// | tensor | [`Attention::btnh`] | [`Attention::bnth`] |
@@ -114,17 +114,19 @@ impl Attention {
     /// | lengths | `[B]`, how many keys each sequence has: a list of integers or a tensor ([`Numbers`]) | the same |
     ///
     /// # Semantics
-    /// Slots past a sequence's length and entries of the table that no key needs are never read: they may hold
-    /// anything. Numbers in host memory are checked; those in device memory are brought into their bounds by
-    /// the kernels. A cache that is filled page by page has one plan: the longest sequence that the table has
-    /// room for counts, whatever the lengths are ([`longest`](Self::longest) takes a smaller bound).
+    /// Slots past a sequence's length and entries of the table that no key needs are never read: they may
+    /// hold anything. Numbers in host memory are checked; those in device memory are brought into their
+    /// bounds by the kernels. A cache that is filled page by page has one plan: the longest sequence that the
+    /// table has room for counts, whatever the lengths are ([`longest`](Self::longest) takes a smaller
+    /// bound).
     ///
     /// # Examples
     /// ```
     /// use attention_candle::Attention;
     /// use candle_core::{Device, Tensor};
     ///
-    /// // Two sequences of 3 and 6 keys in pages of 4; both begin with page 2. 1 query row each, 4 heads on 2.
+    /// // Two sequences of 3 and 6 keys in pages of 4; both begin with page 2. 1 query row each, 4 heads
+    /// // on 2.
     /// let query = Tensor::randn(0f32, 1f32, (2, 1, 4, 8), &Device::Cpu)?;
     /// let pages = Tensor::randn(0f32, 1f32, (3, 4, 2, 8), &Device::Cpu)?;
     /// let table = Tensor::new(&[[2i64, -1], [2, 0]], &Device::Cpu)?;
@@ -138,9 +140,9 @@ impl Attention {
     }
 
     /// How many query rows and how many keys the longest sequence of a packed or paged call may have
-    /// (`max_seqlen_q` and `max_seqlen_k` of other libraries); `None` for what the call says itself. Plans are
-    /// made for these bounds, and a call with a longer sequence is refused. What a call says without them:
-    /// [`attention::Attention::longest`].
+    /// (`max_seqlen_q` and `max_seqlen_k` of other libraries); `None` for what the call says itself. Plans
+    /// are made for these bounds, and a call with a longer sequence is refused. What a call says without
+    /// them: [`attention::Attention::longest`].
     pub fn longest(self, queries: impl Into<Option<usize>>, keys: impl Into<Option<usize>>) -> Self {
         self.with(|call| call.longest(queries, keys))
     }

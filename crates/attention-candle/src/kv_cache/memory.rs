@@ -8,8 +8,8 @@ use candle_core::{Storage, Tensor, WithDType};
 use super::token::float;
 use crate::Error;
 
-/// The keys and values of a cache.
-#[derive(Clone, Debug)]
+/// The keys and values of a cache. No `Clone`, which would share the memory.
+#[derive(Debug)]
 pub(super) struct TensorMemory {
     keys: Tensor,
     values: Tensor,
@@ -111,8 +111,7 @@ impl CacheTensor for Tokens {
         let (rank, shape) = (self.tensor.rank(), self.shape());
         let tensor = self.tensor.unsqueeze(0).ok().filter(|_| rank < 4);
         let expected = "3 ([tokens, K, H or Hv])";
-        let tensor =
-            tensor.ok_or(attention::InvalidCall::Rank { role: Role::Key, rank, shape, expected })?;
+        let tensor = tensor.ok_or(attention::InvalidCall::Rank { role: Role::Key, rank, shape, expected })?;
         Ok(Self { tensor, ..self })
     }
 }
@@ -242,8 +241,8 @@ mod tests {
     #[test]
     fn one_scatter_writes_what_copies_write() -> candle_core::Result<()> {
         let cpu = candle_core::Device::Cpu;
-        let stretches = [(0, 5, 1), (1, 0, 2), (4, 9, 3), (3, 7, 1)]
-            .map(|(from, to, count)| Stretch { from, to, count });
+        let stretches =
+            [(0, 5, 1), (1, 0, 2), (4, 9, 3), (3, 7, 1)].map(|(from, to, count)| Stretch { from, to, count });
         for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
             let rows = Tensor::arange(1f32, 22f32, &cpu)?.reshape((7, 3))?.to_dtype(dtype)?;
             let [want, got] = [(); 2].map(|()| Tensor::zeros((12, 3), dtype, &cpu));

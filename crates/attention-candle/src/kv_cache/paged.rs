@@ -6,8 +6,8 @@ use candle_core::{Device, Result, Tensor};
 use super::memory::{TensorMemory, Tokens, numbers, place};
 use super::{TokenShape, told};
 
-/// Keys `[pages, page_size, K, H]` and values `[pages, page_size, K, Hv]` of sequences that take pages as they
-/// grow.
+/// Keys `[pages, page_size, K, H]` and values `[pages, page_size, K, Hv]` of sequences that take pages as
+/// they grow.
 ///
 /// Sequences that were [forked](Self::fork) share pages. A page that is shared is never written: the sequence
 /// that appends to it gets a copy first, of the one page that both have partly filled.

@@ -142,7 +142,10 @@ fn a_paged_cache_is_that_of_host_memory<T: WithDType + attention::Scalar>(seed: 
                 } else {
                     cache.free(sequence)?;
                     host.free(other).unwrap();
-                    assert!(matches!(cache_error(&cache.len(sequence).unwrap_err()), CacheError::Freed { .. }));
+                    assert!(matches!(
+                        cache_error(&cache.len(sequence).unwrap_err()),
+                        CacheError::Freed { .. }
+                    ));
                     live.swap_remove(at);
                 }
             }
@@ -291,7 +294,9 @@ fn what_a_cache_refuses_changes_nothing() -> Result<()> {
     let deep = keys.reshape((1, 1, 5, K, H))?;
     assert!(matches!(cause(&cache.append(sequence, &deep, &values).unwrap_err()), Some(Error::Rank { .. })));
     let batch = keys.unsqueeze(0)?;
-    assert!(text(cache.append(sequence, &batch, &values.unsqueeze(0)?).unwrap_err()).contains("[1, 5, 2, 3]"));
+    assert!(
+        text(cache.append(sequence, &batch, &values.unsqueeze(0)?).unwrap_err()).contains("[1, 5, 2, 3]")
+    );
     let [keys, values] = new(9, DType::F32)?;
     let error = cache.append(sequence, &keys, &values).unwrap_err();
     assert_eq!(
@@ -328,7 +333,8 @@ fn what_a_cache_refuses_changes_nothing() -> Result<()> {
 #[test]
 fn a_decoder_over_pages_is_each_sequence_alone() -> Result<()> {
     let (heads, dtype) = (4, DType::F32);
-    let mut cache = PagedKvCache::new(token(dtype), PoolShape { pages: 24, page_size: 4, longest: 32 }, device())?;
+    let mut cache =
+        PagedKvCache::new(token(dtype), PoolShape { pages: 24, page_size: 4, longest: 32 }, device())?;
     let random = &mut Random(9);
     let mut histories: Vec<[Tensor; 2]> = vec![new_tokens(&[6], dtype, random)?];
     let mut sequences = vec![cache.add()];

@@ -194,8 +194,7 @@ fn a_paged_sequence_is_what_it_is_alone() -> Result<()> {
                     .map(|(width, seed)| randn(&[3, 11, K, width], seed).unwrap().to_dtype(dtype).unwrap());
                 let (key_pages, table) = paged(&keys, page_size, &lengths)?;
                 let (value_pages, _) = paged(&values, page_size, &lengths)?;
-                let call =
-                    Attention::new(order).causal(true).query_offset(QueryOffset::BottomRight).clone();
+                let call = Attention::new(order).causal(true).query_offset(QueryOffset::BottomRight).clone();
                 let run = |call: Attention, query: &Tensor| {
                     call.forward_with_lse(query, &swap(&key_pages)?, &swap(&value_pages)?)
                 };

@@ -57,8 +57,8 @@ impl KvCache {
 }
 
 impl<M: CacheMemory> KvCache<M> {
-    /// As [`new`](KvCache::new), in memory that `make` gives for the shapes of keys and values, `[B, capacity,
-    /// K, H]` and `[B, capacity, K, Hv]`. It is called once the sizes were checked.
+    /// As [`new`](KvCache::new), in memory that `make` gives for the shapes of keys and values, `[B,
+    /// capacity, K, H]` and `[B, capacity, K, Hv]`. It is called once the sizes were checked.
     ///
     /// # Errors
     /// As [`new`](KvCache::new); those of `make`; [`CacheError::Tokens`] where the memory is not what was

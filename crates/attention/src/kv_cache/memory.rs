@@ -21,6 +21,7 @@ use crate::{IntoView, Tensor};
 ///   else.
 /// - An update that fails may have written some of its places: those hold no token of a sequence. It must not
 ///   have written any other.
+/// - A clone, where there is one, is memory of its own.
 pub trait CacheMemory {
     /// Keys or values: those that the memory holds, and new ones that it copies from.
     type Tensor<'a>: CacheTensor;
@@ -34,8 +35,8 @@ pub trait CacheMemory {
     /// `[pages, page_size, K, Hv]`, or `[B, capacity, K, Hv]`.
     fn values(&self) -> Self::Tensor<'_>;
 
-    /// Does the copies, then the writes. Places and tokens were checked: all places are inside the memory, new
-    /// tokens have its dtype, device, heads and widths, and no place is written twice.
+    /// Does the copies, then the writes. Places and tokens were checked: all places are inside the memory,
+    /// new tokens have its dtype, device, heads and widths, and no place is written twice.
     ///
     /// # Errors
     /// Where the memory fails: [`CacheError::Memory`].

@@ -1,5 +1,5 @@
-//! A small decoder that serves eight prompts of different lengths with continuous batching over a paged cache,
-//! and each of them alone: the tokens must be the same.
+//! A small decoder that serves eight prompts of different lengths with continuous batching over a paged
+//! cache, and each of them alone: the tokens must be the same.
 //!
 //! ```text
 //! cargo run --release -p attention-candle-examples --bin decoder
@@ -77,8 +77,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let model = Model::random(SIZES, seed, &device)?;
     let Sizes { width, heads, key_heads, head_dim, layers, .. } = SIZES;
     println!(
-        "a decoder of {layers} layers, width {width}, {heads} query heads on {key_heads} of {head_dim}; random \
-         weights of seed {seed}"
+        "a decoder of {layers} layers, width {width}, {heads} query heads on {key_heads} of {head_dim}; \
+         random weights of seed {seed}"
     );
     let requests: Vec<Request> = REQUESTS
         .iter()
@@ -111,16 +111,13 @@ fn run(arguments: &Arguments) -> Result<bool> {
     }
     let tokens: usize = served.tokens.iter().map(Vec::len).sum();
     println!(
-        "together: {tokens} tokens in {of_all:.2} s, {:.0} tokens per second; {} packed prefills and {} steps of at \
-         most {slots} requests, at most {} of {pages} pages of {page_size} in use",
+        "together: {tokens} tokens in {of_all:.2} s, {:.0} tokens per second; {} packed prefills and {} steps \
+         of at most {slots} requests, at most {} of {pages} pages of {page_size} in use",
         tokens as f64 / of_all,
         served.prefills,
         served.steps,
         served.most_pages
     );
-    println!(
-        "one after the other: {of_each:.2} s, {:.0} tokens per second",
-        tokens as f64 / of_each
-    );
+    println!("one after the other: {of_each:.2} s, {:.0} tokens per second", tokens as f64 / of_each);
     Ok(agrees)
 }

@@ -39,7 +39,8 @@ struct Layer {
     down: Linear,
 }
 
-/// What computes the attention of a layer: its number, queries `[rows, N, H]`, keys and values `[rows, K, H]`.
+/// What computes the attention of a layer: its number, queries `[rows, N, H]`, keys and values `[rows, K,
+/// H]`.
 pub(crate) type Attend<'a> = &'a mut dyn FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>;
 
 impl Model {
@@ -147,9 +148,9 @@ impl Linear {
 
     /// `[rows, from]` to `[rows, to]`, in products of [`ROWS`] rows each, the last one filled up with zeros.
     ///
-    /// Candle's `matmul` picks its kernel by the number of rows, and a row's last bits are those of the kernel:
-    /// with one product for all rows, what a request gets would depend on who else is served. Products of one
-    /// shape are of one kernel.
+    /// Candle's `matmul` picks its kernel by the number of rows, and a row's last bits are those of the
+    /// kernel: with one product for all rows, what a request gets would depend on who else is served.
+    /// Products of one shape are of one kernel.
     fn forward(&self, states: &Tensor) -> Result<Tensor> {
         let rows = states.dim(0)?;
         let filled = states.pad_with_zeros(0, 0, rows.next_multiple_of(ROWS) - rows)?.contiguous()?;

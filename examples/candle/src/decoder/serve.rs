@@ -174,7 +174,8 @@ impl Server<'_> {
     /// Frees the slots and pages of the requests that have their tokens.
     fn leave(&mut self) -> Result<()> {
         let (served, requests) = (&self.served, self.requests);
-        let done = |running: &mut Running| served.tokens[running.request].len() == requests[running.request].wanted;
+        let done =
+            |running: &mut Running| served.tokens[running.request].len() == requests[running.request].wanted;
         for Running { sequences, .. } in self.running.extract_if(.., done) {
             for (LayerCache { cache, batch }, sequence) in self.layers.iter_mut().zip(sequences) {
                 batch.remove(sequence);
