@@ -148,9 +148,10 @@ impl Linear {
 
     /// `[rows, from]` to `[rows, to]`, in products of [`ROWS`] rows each, the last one filled up with zeros.
     ///
-    /// Candle's `matmul` picks its kernel by the number of rows, and a row's last bits are those of the
-    /// kernel: with one product for all rows, what a request gets would depend on who else is served.
-    /// Products of one shape are of one kernel.
+    /// Candle's `matmul` picks its kernel by the number of rows, and a row has the last bits of the kernel:
+    /// with candle 0.11.1 on the CPU and the layout of `candle_nn::Linear`, most elements of a row alone are
+    /// others than those of the same row among two. With one product for all rows, what a request gets would
+    /// depend on who else is served. Products of one shape are of one kernel.
     fn forward(&self, states: &Tensor) -> Result<Tensor> {
         let rows = states.dim(0)?;
         let filled = states.pad_with_zeros(0, 0, rows.next_multiple_of(ROWS) - rows)?.contiguous()?;
