@@ -51,7 +51,7 @@ impl KvCache {
     ///
     /// # Errors
     /// [`CacheError::Size`](super::CacheError::Size) for a capacity, a number of heads or a width of 0, or a
-    /// capacity of more than 2^31 - 1; [`CacheError::Tokens`](super::CacheError::Tokens) for sizes that
+    /// capacity of more than 2^31 - 1; [`CacheError::Cache`](super::CacheError::Cache) for sizes that
     /// overflow; [`CacheError::OutOfMemory`](super::CacheError::OutOfMemory),
     /// [`CacheError::Memory`](super::CacheError::Memory); [`Error::DType`](crate::Error::DType),
     /// [`Error::Device`](crate::Error::Device).

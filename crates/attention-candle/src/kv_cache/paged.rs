@@ -43,7 +43,7 @@ impl PagedKvCache {
     ///
     /// # Errors
     /// [`CacheError::Size`](super::CacheError::Size) for a size, a number of heads or a width of 0, or sizes
-    /// of more than 2^31 - 1; [`CacheError::Tokens`](super::CacheError::Tokens) for sizes that overflow;
+    /// of more than 2^31 - 1; [`CacheError::Cache`](super::CacheError::Cache) for sizes that overflow;
     /// [`CacheError::OutOfMemory`](super::CacheError::OutOfMemory),
     /// [`CacheError::Memory`](super::CacheError::Memory); [`Error::DType`](crate::Error::DType),
     /// [`Error::Device`](crate::Error::Device).
@@ -168,7 +168,7 @@ impl PagedKvCache {
         told("len", self.cache.len(sequence))
     }
 
-    /// Whether there are no sequences.
+    /// Whether no sequence has a token.
     pub fn is_empty(&self) -> bool {
         self.cache.is_empty()
     }

@@ -2,7 +2,7 @@
 
 use attention_core::{Dims, View};
 
-use super::error::CacheError;
+use super::error::{CacheError, reserved};
 use super::memory::{CacheMemory, HostMemory, IntoCacheTensor, Write};
 use super::store::{NewTokens, Store};
 use super::token::{TokenShape, at_least_one, check_offsets};
@@ -49,7 +49,7 @@ impl KvCache {
     ///
     /// # Errors
     /// [`CacheError::Size`] for a capacity, a number of heads or a width of 0, or a capacity of more than
-    /// 2^31 - 1; [`CacheError::Tokens`] for a dtype that is no float of calls, or sizes that overflow;
+    /// 2^31 - 1; [`CacheError::Cache`] for a dtype that is no float of calls, or sizes that overflow;
     /// [`CacheError::OutOfMemory`].
     pub fn new(token: TokenShape, batch: usize, capacity: usize) -> Result<Self, CacheError> {
         Self::with_memory(token, batch, capacity, |shapes| HostMemory::new(token.dtype, shapes))
@@ -61,7 +61,7 @@ impl<M: CacheMemory> KvCache<M> {
     /// capacity, K, H]` and `[B, capacity, K, Hv]`. It is called once the sizes were checked.
     ///
     /// # Errors
-    /// As [`new`](KvCache::new); those of `make`; [`CacheError::Tokens`] where the memory is not what was
+    /// As [`new`](KvCache::new); those of `make`; [`CacheError::Cache`] where the memory is not what was
     /// asked for.
     pub fn with_memory(
         token: TokenShape,
@@ -71,7 +71,9 @@ impl<M: CacheMemory> KvCache<M> {
     ) -> Result<Self, CacheError> {
         at_least_one("the capacity", capacity)?;
         let store = Store::new(token, [batch, capacity], make)?;
-        Ok(Self { capacity, lengths: vec![0; batch], store })
+        let mut lengths = reserved("the lengths of a cache's sequences", batch)?;
+        lengths.resize(batch, 0);
+        Ok(Self { capacity, lengths, store })
     }
 
     /// Appends as many tokens to every sequence: keys `[B, n, K, H]` and values `[B, n, K, Hv]` of any

@@ -20,12 +20,18 @@ pub enum CacheError {
         /// The largest.
         most: usize,
     },
+    /// There is no cache of such tokens: a dtype that is no float of calls, sizes that overflow, memory that is
+    /// not what was asked for.
+    #[error("the cache: {0}")]
+    Cache(InvalidCall),
     /// New keys or values are not what the cache holds: another dtype, shape or device. `key` and `value` in
     /// the message are theirs.
     #[error("new tokens: {0}")]
     Tokens(#[from] InvalidCall),
-    /// Fewer pages are free than an append needs.
-    #[error("the append needs {needed} pages, and {free} of {pages} are free")]
+    /// Fewer pages are free than an append needs, those for copies of shared pages included.
+    #[error(
+        "the append needs {needed} pages, and {free} of {pages} are free: free or truncate sequences first"
+    )]
     Full {
         /// The pages that it needs.
         needed: usize,
@@ -74,7 +80,7 @@ pub enum CacheError {
         /// What it is.
         what: String,
     },
-    /// A sequence is twice in one append or batch.
+    /// A sequence is twice in one append.
     #[error("{sequence} is given twice")]
     Twice {
         /// Its handle.
@@ -101,8 +107,28 @@ pub enum CacheError {
     OutOfMemory(#[from] OutOfMemory),
 }
 
+/// An empty list with room for this many elements.
+pub(super) fn reserved<T>(what: &'static str, count: usize) -> Result<Vec<T>, OutOfMemory> {
+    let mut list = Vec::new();
+    let bytes = count.saturating_mul(size_of::<T>());
+    list.try_reserve_exact(count).map_err(|_| OutOfMemory { what, bytes })?;
+    Ok(list)
+}
+
 impl std::fmt::Debug for CacheError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         std::fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_that_no_memory_holds_is_an_error() {
+        let error = reserved::<u64>("a list", usize::MAX).expect_err("more than an address space");
+        assert_eq!(error, OutOfMemory { what: "a list", bytes: usize::MAX });
+        assert!(reserved::<u64>("a list", 3).is_ok_and(|list| list.is_empty() && list.capacity() >= 3));
     }
 }

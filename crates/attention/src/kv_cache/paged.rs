@@ -19,8 +19,8 @@ pub struct PoolShape {
     pub pages: usize,
     /// How many tokens a page has room for.
     pub page_size: usize,
-    /// How many tokens a sequence may have: tables of calls have entries for as many, and calls are planned
-    /// for them.
+    /// How many tokens a sequence may have: tables of calls have entries for as many, or for all pages where
+    /// those are fewer, and calls are planned for them.
     pub longest: usize,
 }
 
@@ -64,7 +64,7 @@ impl PagedKvCache {
     ///
     /// # Errors
     /// [`CacheError::Size`] for a size, a number of heads or a width of 0, or sizes of more than 2^31 - 1;
-    /// [`CacheError::Tokens`] for a dtype that is no float of calls, or sizes that overflow;
+    /// [`CacheError::Cache`] for a dtype that is no float of calls, or sizes that overflow;
     /// [`CacheError::OutOfMemory`].
     pub fn new(token: TokenShape, shape: PoolShape) -> Result<Self, CacheError> {
         Self::with_memory(token, shape, |shapes| HostMemory::new(token.dtype, shapes))
@@ -76,7 +76,7 @@ impl<M: CacheMemory> PagedKvCache<M> {
     /// page_size, K, H]` and `[pages, page_size, K, Hv]`. It is called once the sizes were checked.
     ///
     /// # Errors
-    /// As [`new`](PagedKvCache::new); those of `make`; [`CacheError::Tokens`] where the memory is not what
+    /// As [`new`](PagedKvCache::new); those of `make`; [`CacheError::Cache`] where the memory is not what
     /// was asked for.
     pub fn with_memory(
         token: TokenShape,
@@ -87,7 +87,7 @@ impl<M: CacheMemory> PagedKvCache<M> {
         at_least_one("the page size", shape.page_size)?;
         at_least_one("the longest sequence", shape.longest)?;
         let store = Store::new(token, [shape.pages, shape.page_size], make)?;
-        Ok(Self { shape, pool: Pool::new(shape.pages), sequences: Sequences::new(), store })
+        Ok(Self { shape, pool: Pool::new(shape.pages)?, sequences: Sequences::new(), store })
     }
 
     /// Adds an empty sequence, which takes no page before its first token.
@@ -331,9 +331,9 @@ impl<M: CacheMemory> PagedKvCache<M> {
         Ok(self.state(sequence)?.length)
     }
 
-    /// Whether there are no sequences.
+    /// Whether no sequence has a token.
     pub fn is_empty(&self) -> bool {
-        self.sequence_count() == 0
+        self.used_pages() == 0
     }
 
     /// The pages of a sequence, in order.
@@ -389,9 +389,9 @@ impl<M: CacheMemory> PagedKvCache<M> {
         self.sequences.cache()
     }
 
-    /// How many pages the longest sequence has.
+    /// How many pages a sequence may have: none has a page twice.
     pub(super) fn most_pages(&self) -> usize {
-        self.shape.longest.div_ceil(self.shape.page_size)
+        self.shape.longest.div_ceil(self.shape.page_size).min(self.shape.pages)
     }
 
     pub(super) fn state(&self, sequence: Sequence) -> Result<&State, CacheError> {

@@ -1,5 +1,9 @@
 //! Pages: which are free, and how many sequences have each of the others.
 
+use attention_core::OutOfMemory;
+
+use super::error::reserved;
+
 /// The pages of a cache.
 #[derive(Clone, Debug)]
 pub(super) struct Pool {
@@ -11,8 +15,12 @@ pub(super) struct Pool {
 
 impl Pool {
     /// Of this many pages, which an i32 counts.
-    pub(super) fn new(pages: usize) -> Self {
-        Self { references: vec![0; pages], free: (0..pages as i32).rev().collect() }
+    pub(super) fn new(pages: usize) -> Result<Self, OutOfMemory> {
+        let what = "the list of a cache's pages";
+        let (mut references, mut free) = (reserved(what, pages)?, reserved(what, pages)?);
+        references.resize(pages, 0);
+        free.extend((0..pages as i32).rev());
+        Ok(Self { references, free })
     }
 
     pub(super) fn pages(&self) -> usize {

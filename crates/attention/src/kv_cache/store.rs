@@ -33,13 +33,15 @@ impl<M: CacheMemory> Store<M> {
         for (what, shape) in ["the keys of a cache", "the values of a cache"].into_iter().zip(shapes) {
             let desc = TensorDesc::contiguous(token.dtype, shape);
             if desc.span().and(desc.element_count()).is_none() {
-                return Err(InvalidCall::Overflow { what, shape }.into());
+                return Err(CacheError::Cache(InvalidCall::Overflow { what, shape }));
             }
         }
         let store = Self { token, memory: make(shapes)? };
         let why = "the memory of the cache";
-        store.check(Role::Key, &store.memory.keys(), shapes[0], why)?;
-        store.check(Role::Value, &store.memory.values(), shapes[1], why)?;
+        let checked = store.check(Role::Key, &store.memory.keys(), shapes[0], why);
+        checked
+            .and_then(|()| store.check(Role::Value, &store.memory.values(), shapes[1], why))
+            .map_err(CacheError::Cache)?;
         Ok(store)
     }
 

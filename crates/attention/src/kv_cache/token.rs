@@ -41,7 +41,8 @@ impl TokenShape {
     pub(super) fn check(&self) -> Result<(), CacheError> {
         if !self.dtype.is_supported_float() {
             let expected = "f64, f32, f16 or bf16".to_owned();
-            return Err(InvalidCall::DType { role: Role::Key, dtype: self.dtype, expected }.into());
+            let error = InvalidCall::DType { role: Role::Key, dtype: self.dtype, expected };
+            return Err(CacheError::Cache(error));
         }
         for (what, size) in [
             ("the number of key/value heads", self.key_heads),

@@ -177,14 +177,17 @@ fn what_a_cache_refuses_is_told_with_its_numbers() {
     let told = |error: CacheError| error.to_string();
     assert_eq!(
         told(cache.append(other, &k, &v).unwrap_err()),
-        "the append needs 2 pages, and 1 of 3 are free"
+        "the append needs 2 pages, and 1 of 3 are free: free or truncate sequences first"
     );
     let error = cache.append(one, &k, &v).unwrap_err();
     assert_eq!(told(error), "sequence 0 has 5 tokens, and 5 more are above the 9 that it may have");
     // Room for either, and not for both.
     let [k1, v1] = tokens(8, 1);
     let error = cache.append_packed(&[one, other], &[0, 4, 8], &k1, &v1).unwrap_err();
-    assert_eq!(told(error), "the append needs 2 pages, and 1 of 3 are free");
+    assert_eq!(
+        told(error),
+        "the append needs 2 pages, and 1 of 3 are free: free or truncate sequences first"
+    );
     assert_eq!((cache.len(one), cache.len(other), cache.free_pages()), (Ok(5), Ok(0), 1));
     let error = cache.append_packed(&[one, other], &[0, 4], &k1, &v1).unwrap_err();
     assert_eq!(told(error), "2 sequences were given, and offsets (one more than sequences) 2");
@@ -249,7 +252,7 @@ fn what_a_cache_refuses_is_told_with_its_numbers() {
     );
     assert_eq!(
         made(TokenShape { dtype: DType::I32, ..TOKEN }, shape),
-        "new tokens: key has dtype i32, expected f64, f32, f16 or bf16"
+        "the cache: key has dtype i32, expected f64, f32, f16 or bf16"
     );
     let large = i32::MAX as usize;
     let error = made(
@@ -259,6 +262,23 @@ fn what_a_cache_refuses_is_told_with_its_numbers() {
     assert!(error.contains("overflows the address space"), "{error}");
     let error = KvCache::new(TOKEN, 1 << 30, 1 << 25).unwrap_err();
     assert!(told(error).starts_with("no memory for a tensor of "));
+}
+
+/// No sequence has a page twice, so a table needs no more entries than there are pages, however long sequences
+/// may get.
+#[test]
+fn a_table_has_no_more_entries_than_there_are_pages() {
+    let mut cache = paged(2, 1, i32::MAX as usize);
+    let sequence = cache.add();
+    assert!(cache.is_empty());
+    let [k, v] = tokens(2, 1);
+    cache.append(sequence, &k, &v).unwrap();
+    assert!(!cache.is_empty());
+    let mut batch = cache.batch([sequence]).unwrap();
+    assert_eq!(cache.inputs(&mut batch).unwrap().table.shape(), [1, 2].into());
+    let [k, v] = tokens(1, 1);
+    let full = cache.append(sequence, &k, &v).unwrap_err().to_string();
+    assert_eq!(full, "the append needs 1 pages, and 0 of 2 are free: free or truncate sequences first");
 }
 
 /// A page that two sequences have partly filled is copied for the first that goes on, and not for the last.
