@@ -3,8 +3,8 @@
 use attention::kv_cache;
 use candle_core::{Device, Result, Tensor};
 
-use super::memory::{TensorMemory, Tokens, numbers, place};
-use super::{TokenShape, told};
+use super::memory::{TensorMemory, Tokens, numbers, place, told};
+use super::token::TokenShape;
 
 /// Keys `[B, capacity, K, H]` and values `[B, capacity, K, Hv]` of `B` sequences, each filled from the front.
 ///

@@ -159,6 +159,11 @@ pub(super) fn numbers(view: View<'_>) -> candle_core::Result<Tensor> {
     Tensor::from_vec(numbers, &shape[..], &candle_core::Device::Cpu)
 }
 
+/// A cache's answer as candle's.
+pub(super) fn told<T>(what: &str, answer: Result<T, CacheError>) -> candle_core::Result<T> {
+    answer.map_err(|error| Error::Call(error.into()).in_call(what))
+}
+
 fn failed(error: impl std::fmt::Display) -> CacheError {
     CacheError::Memory { reason: error.to_string() }
 }

@@ -55,8 +55,3 @@ pub use ::attention::kv_cache::{CacheError, PagedBatch, PoolShape, Sequence};
 pub use contiguous::KvCache;
 pub use paged::{PagedInputs, PagedKvCache};
 pub use token::TokenShape;
-
-/// A cache's answer as candle's.
-fn told<T>(what: &str, answer: Result<T, CacheError>) -> candle_core::Result<T> {
-    answer.map_err(|error| crate::Error::Call(error.into()).in_call(what))
-}

@@ -3,8 +3,8 @@
 use attention::kv_cache::{self, PagedBatch, PoolShape, Sequence};
 use candle_core::{Device, Result, Tensor};
 
-use super::memory::{TensorMemory, Tokens, numbers, place};
-use super::{TokenShape, told};
+use super::memory::{TensorMemory, Tokens, numbers, place, told};
+use super::token::TokenShape;
 
 /// Keys `[pages, page_size, K, H]` and values `[pages, page_size, K, Hv]` of sequences that take pages as
 /// they grow.
