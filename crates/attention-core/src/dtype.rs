@@ -16,9 +16,10 @@ pub enum DType {
     F16,
     /// bfloat16: the upper half of a binary32.
     Bf16,
-    /// 8-bit float, 4 exponent and 3 mantissa bits. Named so that it can be refused; no call accepts it yet.
+    /// 8-bit float, 4 exponent and 3 mantissa bits: e4m3fn ([`F8E4M3`](crate::F8E4M3)). For keys and values
+    /// beside a query of another dtype.
     F8E4M3,
-    /// 8-bit float, 5 exponent and 2 mantissa bits. Named so that it can be refused; no call accepts it yet.
+    /// 8-bit float, 5 exponent and 2 mantissa bits ([`F8E5M2`](crate::F8E5M2)); likewise.
     F8E5M2,
     /// One byte an element, zero is `false` and everything else is `true`.
     Bool,
@@ -31,8 +32,12 @@ pub enum DType {
 }
 
 impl DType {
-    /// The float dtypes that queries, keys, values and biases can have.
+    /// The float dtypes that queries, keys, values and biases can have. Keys and values can also have those of
+    /// [`EIGHT_BIT`](Self::EIGHT_BIT).
     pub const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::Bf16];
+
+    /// The 8-bit floats, which keys and values can have beside a query of [`FLOATS`](Self::FLOATS).
+    pub const EIGHT_BIT: [DType; 2] = [DType::F8E4M3, DType::F8E5M2];
 
     /// The dtypes that lengths, offsets and seeds can have as tensors.
     pub const INTEGERS: [DType; 3] = [DType::I32, DType::U32, DType::I64];
@@ -82,6 +87,11 @@ impl DType {
         matches!(self, DType::F64 | DType::F32 | DType::F16 | DType::Bf16)
     }
 
+    /// True for the dtypes of [`DType::EIGHT_BIT`].
+    pub const fn is_eight_bit(self) -> bool {
+        matches!(self, DType::F8E4M3 | DType::F8E5M2)
+    }
+
     /// True for the dtypes of [`DType::INTEGERS`].
     pub const fn is_integer(self) -> bool {
         matches!(self, DType::I32 | DType::U32 | DType::I64)
@@ -113,18 +123,19 @@ impl std::str::FromStr for DType {
     }
 }
 
-mod sealed {
+pub(crate) mod sealed {
     pub trait Sealed {}
 }
 
-/// A Rust type that a view can be made of. Sealed: f64, f32, f16, bf16, bool,
-/// i32, u32 and i64, and usize, which is one of the latter two by its size.
+/// A Rust type that a view can be made of. Sealed: f64, f32, f16, bf16, [`F8E4M3`](crate::F8E4M3),
+/// [`F8E5M2`](crate::F8E5M2), bool, i32, u32 and i64, and usize, which is one of the latter two by its size.
 pub trait Element: Copy + Send + Sync + 'static + sealed::Sealed {
     /// The dtype of this element.
     const DTYPE: DType;
 }
 
-/// A float [`Element`]: can be read back from a view and converted.
+/// A float [`Element`]: can be read back from a view and converted. The 8-bit ones are
+/// [`Float8`](crate::Float8) instead, whose conversions are told what to do with too large numbers.
 pub trait Scalar: Element + bytemuck::Pod {
     /// The value as f32; f64 is rounded to nearest even.
     fn to_f32(self) -> f32;
@@ -193,7 +204,7 @@ scalar!(bf16, DType::Bf16, bf16::to_f32, bf16::to_f64, bf16::from_f32, |x| bf16:
 /// An f32 from which rounding to a half gives the same as rounding the f64 would: inexact values get an odd
 /// last bit, which keeps them off the midpoints (Boldo and Melquiond, "Emulation of FMA and correctly rounded
 /// sums"). The conversions of `half` go through a rounded f32 where the processor has instructions for it.
-fn round_to_odd(value: f64) -> f32 {
+pub(crate) fn round_to_odd(value: f64) -> f32 {
     let rounded = value as f32;
     let back = f64::from(rounded);
     if back == value || value.is_nan() {
