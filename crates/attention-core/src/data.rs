@@ -1,6 +1,6 @@
 //! The numbers of a call: what may differ from call to call of one problem.
 
-use crate::{Dropout, QueryOffset, Role, Row, View};
+use crate::{Dims, Dropout, HostView, QueryOffset, Role, Row, View};
 
 /// The numbers of a call that its [`Problem`](crate::Problem) only announces: a decoder whose cache grows, or
 /// a trainer that draws a seed for each step, plans once.
@@ -17,6 +17,8 @@ use crate::{Dropout, QueryOffset, Role, Row, View};
 /// start into the rows of its tensor, an entry of a table into the pages, an offset into its
 /// [`OffsetRange`](crate::OffsetRange). So a wrong one gives other rows, and never touches memory that is not
 /// the call's.
+///
+/// Scales of 8-bit keys and values are tensors of f32, in either memory too.
 ///
 /// # Examples
 /// ```
@@ -62,11 +64,20 @@ pub struct CallData<'a> {
     /// sequence `b` is slot `j % page size` of page `block_table[b, j / page size]`. `[B, most]`; entries
     /// behind the sequence's `key_value_lengths` are not read, and pages may be shared.
     pub block_table: Option<View<'a>>,
+    /// Of 8-bit keys, what their numbers are multiplied by to give what they stand for: f32, one for all
+    /// (`[1]` or a scalar), one for each key/value head, `[K]`, or one for each head of each sequence,
+    /// `[B, K]`. `None` for 1. In host memory, a scale that is NaN or infinite is an error.
+    pub key_scales: Option<View<'a>>,
+    /// The same of 8-bit values.
+    pub value_scales: Option<View<'a>>,
 }
+
+/// How many tensors there may be among the numbers of a call.
+const TENSORS: usize = Role::DATA.len() + Role::SEQUENCES.len() + Role::SCALES.len();
 
 impl<'a> CallData<'a> {
     /// The tensors among the numbers, by role.
-    pub(crate) fn views(&self) -> [(Role, Option<&View<'a>>); Role::DATA.len() + Role::SEQUENCES.len()] {
+    pub(crate) fn views(&self) -> [(Role, Option<&View<'a>>); TENSORS] {
         [
             (Role::QueryLengths, self.query_lengths.as_ref()),
             (Role::KeyValueLengths, self.key_value_lengths.as_ref()),
@@ -76,6 +87,8 @@ impl<'a> CallData<'a> {
             (Role::QueryStarts, self.query_starts.as_ref()),
             (Role::KeyValueStarts, self.key_value_starts.as_ref()),
             (Role::BlockTable, self.block_table.as_ref()),
+            (Role::KeyScales, self.key_scales.as_ref()),
+            (Role::ValueScales, self.value_scales.as_ref()),
         ]
     }
 }
@@ -123,6 +136,47 @@ impl<'a> Integers<'a> {
             Self::I32(row) => row.at(index).into(),
             Self::U32(row) => row.at(index).into(),
             Self::I64(row) => row.at(index),
+        }
+    }
+}
+
+/// The scales of 8-bit keys or values in host memory: finite numbers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scales<'a>(HostView<'a, f32>);
+
+impl<'a> Scales<'a> {
+    /// Those of a tensor as its problem describes it; `None` where it is not in host memory.
+    pub(crate) fn of(view: View<'a>) -> Option<Self> {
+        view.host().map(Self)
+    }
+
+    /// The index and the value of the first that is not finite. Numbers that are repeated are looked at once.
+    pub(crate) fn not_finite(&self) -> Option<(Dims, f32)> {
+        let sizes = (self.0.shape().iter().zip(self.0.strides().iter()))
+            .map(|(&size, &stride)| if stride == 0 { size.min(1) } else { size })
+            .collect::<Vec<_>>();
+        let columns = sizes.last().copied().unwrap_or(1);
+        (0..sizes.iter().product::<usize>()).find_map(|flat| {
+            let index: Dims = match sizes.len() {
+                0 => [].into(),
+                1 => [flat].into(),
+                _ => [flat / columns, flat % columns].into(),
+            };
+            let scale = self.0.at(&index);
+            (!scale.is_finite()).then_some((index, scale))
+        })
+    }
+
+    /// That of a head of a sequence.
+    ///
+    /// # Panics
+    /// Where there is no such head, or no such sequence.
+    pub(crate) fn at(&self, batch: usize, head: usize) -> f32 {
+        match self.0.shape()[..] {
+            [] => self.0.at(&[]),
+            [1] => self.0.at(&[0]),
+            [_] => self.0.at(&[head]),
+            _ => self.0.at(&[batch, head]),
         }
     }
 }

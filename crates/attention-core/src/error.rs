@@ -270,6 +270,32 @@ pub enum InvalidCall {
         /// How many pages there are.
         pages: usize,
     },
+    /// Gradients of a call with 8-bit keys and values.
+    #[error("keys and values of {dtype} have no backward pass")]
+    EightBitGradients {
+        /// The dtype of keys and values.
+        dtype: DType,
+    },
+    /// Scales of keys or values that are not of 8 bits.
+    #[error("{role} are for a {of} of 8 bits, and the {of} has dtype {dtype}")]
+    ScalesWithoutEightBit {
+        /// Key scales or value scales.
+        role: Role,
+        /// What they would be the scales of.
+        of: Role,
+        /// Its dtype.
+        dtype: DType,
+    },
+    /// A scale of 8-bit keys or values that is NaN or infinite.
+    #[error("{role} have {} at {index}, expected finite numbers", number(&f64::from(*.value)))]
+    ScaleNotFinite {
+        /// Key scales or value scales.
+        role: Role,
+        /// Where.
+        index: Dims,
+        /// The scale given.
+        value: f32,
+    },
     /// Element counts or offsets overflow the address space.
     #[error("{what} of shape {shape} overflows the address space")]
     Overflow {

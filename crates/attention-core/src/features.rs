@@ -78,6 +78,8 @@ features! {
     PackedKeys => "packed keys and values",
     /// Keys and values in pages.
     PagedKeys => "paged keys and values",
+    /// Keys and values of 8 bits beside a query of another dtype, with and without scales.
+    EightBitKeys => "8-bit keys and values",
 }
 
 impl std::fmt::Display for Feature {
@@ -100,9 +102,10 @@ impl FeatureSet {
     pub const SEQUENCES: Self =
         Self::EMPTY.with(Feature::PackedQueries).with(Feature::PackedKeys).with(Feature::PagedKeys);
 
-    /// Every feature of this version.
+    /// Every feature of this version but [`Feature::EightBitKeys`]. A backend that serves those adds the
+    /// feature by name: code that reads keys in the query's dtype would take their bytes for something else.
     pub fn all() -> Self {
-        Feature::ALL.iter().copied().collect()
+        Feature::ALL.iter().copied().collect::<Self>().without(Feature::EightBitKeys)
     }
 
     /// This set with `feature`.

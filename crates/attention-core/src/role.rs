@@ -56,14 +56,20 @@ pub enum Role {
     KeyValueStarts,
     /// `[B, most pages of a sequence]`: where the keys and values of each sequence are among the pages.
     BlockTable,
+    /// f32, `[1]`, `[K]` or `[B, K]`: what numbers of an 8-bit key are multiplied by to give what they stand
+    /// for.
+    KeyScales,
+    /// The same of the value.
+    ValueScales,
 }
 
 impl Role {
     /// How many roles there are.
-    pub(crate) const COUNT: usize = 24;
+    pub(crate) const COUNT: usize = Self::ALL.len() + Self::SCALES.len();
 
-    /// Every role, in declaration order.
-    pub const ALL: [Role; Role::COUNT] = [
+    /// Every role but [`Role::SCALES`], in declaration order. Those come behind, and backends that do not
+    /// serve 8-bit keys keep arrays of this length.
+    pub const ALL: [Role; 24] = [
         Role::Query,
         Role::Key,
         Role::Value,
@@ -90,8 +96,8 @@ impl Role {
         Role::BlockTable,
     ];
 
-    /// The numbers of a call. They and [`Role::SEQUENCES`] are the only tensors that may be in host memory
-    /// where the others are on a device.
+    /// The numbers of a call. They, [`Role::SEQUENCES`] and [`Role::SCALES`] are the only tensors that may be
+    /// in host memory where the others are on a device.
     pub const DATA: [Role; 5] = [
         Role::QueryLengths,
         Role::KeyValueLengths,
@@ -103,7 +109,15 @@ impl Role {
     /// Where the rows of packed and paged sequences are: integers as well.
     pub const SEQUENCES: [Role; 3] = [Role::QueryStarts, Role::KeyValueStarts, Role::BlockTable];
 
-    /// Whether this is one of [`Role::DATA`] or of [`Role::SEQUENCES`].
+    /// The scales of 8-bit keys and values: floats, which may be in host memory as the others.
+    pub const SCALES: [Role; 2] = [Role::KeyScales, Role::ValueScales];
+
+    /// Every role, in declaration order.
+    pub(crate) fn every() -> impl Iterator<Item = Role> + Clone {
+        Self::ALL.into_iter().chain(Self::SCALES)
+    }
+
+    /// Whether this is one of [`Role::DATA`], of [`Role::SEQUENCES`] or of [`Role::SCALES`].
     pub const fn is_data(self) -> bool {
         self as usize >= Role::QueryLengths as usize
     }
@@ -135,6 +149,8 @@ impl Role {
             Role::QueryStarts => "query starts",
             Role::KeyValueStarts => "key/value starts",
             Role::BlockTable => "block table",
+            Role::KeyScales => "key scales",
+            Role::ValueScales => "value scales",
         }
     }
 }

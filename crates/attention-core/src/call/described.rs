@@ -36,10 +36,11 @@ fn expect_alike(
     if device != problem.device_of(role) {
         return Err(InvalidCall::Device { role, device, expected: problem.device_of(role) });
     }
-    // Masks and biases have four axes in the problem, and may come with fewer, and packed tensors an axis in
-    // front, and may come without it.
+    // Masks and biases have four axes in the problem, and may come with fewer, packed tensors an axis in front,
+    // and may come without it, and a scale that is a scalar has one too.
     let most = match role {
         Role::Mask | Role::Bias | Role::DBias => 4,
+        Role::KeyScales | Role::ValueScales => usize::from(given.rank() == 0),
         _ => usize::from(problem.packs(role)),
     };
     let padding = expected.rank().saturating_sub(given.rank()).min(most);

@@ -327,7 +327,7 @@ impl<'p> Checker<'p> {
 /// The roles of the bits, in order.
 fn roles(mut bits: u32) -> impl Iterator<Item = Role> {
     std::iter::from_fn(move || {
-        let role = *Role::ALL.get(bits.trailing_zeros() as usize)?;
+        let role = Role::every().nth(bits.trailing_zeros() as usize)?;
         bits &= bits - 1;
         Some(role)
     })

@@ -3,7 +3,7 @@
 use std::ops::{Deref, Range};
 
 use super::described::expect_as_described;
-use crate::data::{BlockTable, Integers, distinct};
+use crate::data::{BlockTable, Integers, Scales, distinct};
 use crate::{
     Alignment, CallData, DType, DropoutStream, InvalidCall, OffsetRange, Problem, QueryOffset, Role,
     RowLayout, RowPlaces, SequenceRows, View,
@@ -25,6 +25,8 @@ pub struct CallProblem<'c> {
     query_starts: Option<Integers<'c>>,
     key_value_starts: Option<Integers<'c>>,
     block_table: Option<BlockTable<'c>>,
+    key_scales: Option<Scales<'c>>,
+    value_scales: Option<Scales<'c>>,
     /// What a sequence has where no number of the call says less.
     most_queries: usize,
     most_keys: usize,
@@ -46,7 +48,7 @@ impl<'c> CallProblem<'c> {
     /// [`InvalidCall`]: a tensor of numbers that is missing, unexpected, elsewhere or of another layout; a
     /// number that the problem does not announce, or announces and the call has not; lengths above the
     /// tensor's; a scale or a softcap that is not finite; an offset out of the range that was planned for;
-    /// another rate of dropout.
+    /// another rate of dropout; a scale of 8-bit keys or values that is not finite.
     pub fn new(problem: &'c Problem, data: &CallData<'c>) -> Result<Self, InvalidCall> {
         for (role, view) in data.views() {
             expect_as_described(problem, role, view.map(|view| (view.desc_ref(), view.device())))?;
@@ -74,6 +76,8 @@ impl<'c> CallProblem<'c> {
         let query_offsets = data.query_offsets.and_then(Integers::of);
         offsets(problem, data, query_offsets)?;
         let dropout = dropout(problem, data)?;
+        let key_scales = scales(Role::KeyScales, data.key_scales)?;
+        let value_scales = scales(Role::ValueScales, data.value_scales)?;
         let (softcap, query_offset) = (data.softcap, data.query_offset);
         Ok(Self {
             problem,
@@ -86,6 +90,8 @@ impl<'c> CallProblem<'c> {
             query_starts,
             key_value_starts,
             block_table,
+            key_scales,
+            value_scales,
             most_queries,
             most_keys,
             dropout,
@@ -110,6 +116,8 @@ impl<'c> CallProblem<'c> {
             query_starts: None,
             key_value_starts: None,
             block_table: None,
+            key_scales: None,
+            value_scales: None,
             most_queries,
             most_keys,
             dropout: problem.dropout_at(0, 0).and_then(|dropout| dropout.stream().ok()),
@@ -154,6 +162,23 @@ impl<'c> CallProblem<'c> {
         }
         let before = (magnitude.log2() / 2.0).floor().exp2();
         (before, self.scale / before)
+    }
+
+    /// What the numbers of 8-bit keys of a key/value head of sequence `batch` are multiplied by. 1 where the
+    /// call has no scales, and where they are in device memory, which the host does not know.
+    ///
+    /// # Panics
+    /// Where scales differ by head or sequence, and there is no such one.
+    pub fn key_scale(&self, batch: usize, key_head: usize) -> f32 {
+        self.key_scales.map_or(1.0, |scales| scales.at(batch, key_head))
+    }
+
+    /// The same of values.
+    ///
+    /// # Panics
+    /// As [`key_scale`](Self::key_scale).
+    pub fn value_scale(&self, batch: usize, key_head: usize) -> f32 {
+        self.value_scales.map_or(1.0, |scales| scales.at(batch, key_head))
     }
 
     /// The softcap `c` of `c * tanh(x / c)`.
@@ -587,6 +612,15 @@ fn dropout(problem: &Problem, data: &CallData<'_>) -> Result<Option<DropoutStrea
         dropout.offset = offset as u32;
     }
     dropout.stream().map(Some)
+}
+
+/// The scales of 8-bit keys or values, checked where the host knows them.
+fn scales<'c>(role: Role, view: Option<View<'c>>) -> Result<Option<Scales<'c>>, InvalidCall> {
+    let Some(scales) = view.and_then(Scales::of) else { return Ok(None) };
+    match scales.not_finite() {
+        None => Ok(Some(scales)),
+        Some((index, value)) => Err(InvalidCall::ScaleNotFinite { role, index, value }),
+    }
 }
 
 fn other(what: &'static str, given: impl ToString, planned: impl ToString) -> InvalidCall {

@@ -37,7 +37,7 @@ fn shape(role: Role) -> &'static [usize] {
         Role::AlibiSlopes | Role::Sinks | Role::DSinks => &[N],
         Role::QueryLengths | Role::KeyValueLengths | Role::QueryOffsets => &[B],
         Role::DropoutSeed | Role::DropoutOffset => &[1],
-        Role::QueryStarts | Role::KeyValueStarts | Role::BlockTable => panic!("{role} in a dense call"),
+        other => panic!("{other} in a dense call of one dtype"),
     }
 }
 

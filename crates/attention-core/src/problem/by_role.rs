@@ -12,7 +12,7 @@ type Tensors = [Option<TensorDesc>; Role::COUNT];
 
 pub(super) fn serialize<S: Serializer>(tensors: &Tensors, serializer: S) -> Result<S::Ok, S::Error> {
     let by_role: BTreeMap<Role, &TensorDesc> =
-        Role::ALL.into_iter().zip(tensors).filter_map(|(role, desc)| Some((role, desc.as_ref()?))).collect();
+        Role::every().zip(tensors).filter_map(|(role, desc)| Some((role, desc.as_ref()?))).collect();
     by_role.serialize(serializer)
 }
 

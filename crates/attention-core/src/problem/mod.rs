@@ -3,6 +3,7 @@
 mod builder;
 #[cfg(feature = "serde")]
 mod by_role;
+mod eight_bit;
 mod sequences;
 mod validate;
 
@@ -94,7 +95,7 @@ impl From<Vec<Role>> for Roles {
 #[cfg(feature = "serde")]
 impl From<Roles> for Vec<Role> {
     fn from(set: Roles) -> Self {
-        Role::ALL.into_iter().filter(|&role| set.contains(role)).collect()
+        Role::every().filter(|&role| set.contains(role)).collect()
     }
 }
 
@@ -151,7 +152,7 @@ impl Hash for Spec {
             gradients,
             deterministic,
         } = self;
-        for (role, desc) in Role::ALL.into_iter().zip(tensors) {
+        for (role, desc) in Role::every().zip(tensors) {
             if let Some(desc) = desc {
                 (role, desc).hash(state);
             }
@@ -176,8 +177,8 @@ impl Hash for Spec {
 /// | tensor | shape | dtype |
 /// |---|---|---|
 /// | query | `[B, T, N, H]` | f64, f32, f16 or bf16 |
-/// | key | `[B, S, K, H]` | the query's |
-/// | value | `[B, S, K, Hv]` | the query's |
+/// | key | `[B, S, K, H]` | the query's, f8e4m3 or f8e5m2 |
+/// | value | `[B, S, K, Hv]` | the key's |
 /// | mask | rank 1 to 4, right-aligned to `[B, N, T, S]`, each axis 1 or full | bool |
 /// | bias | as the mask | any float |
 /// | ALiBi slopes | `[N]` or `[B, N]` | any float |
@@ -186,6 +187,7 @@ impl Hash for Spec {
 /// | query starts, key/value starts | `[B + 1]` | i32, u32 or i64 |
 /// | block table | `[B, most pages]` | i32, u32 or i64 |
 /// | seed and offset of the dropout | `[1]` | i32, u32 or i64 |
+/// | key scales, value scales, of 8-bit ones | `[1]` or a scalar, `[K]` or `[B, K]` | f32 |
 /// | out, d_out | `[B, T, N, Hv]` | the query's |
 /// | lse, d_lse | `[B, T, N]` | f32, f64 for f64 operands |
 /// | dq, dk, dv, dbias, dsinks | that of what they are the gradient of | the same |
@@ -195,6 +197,9 @@ impl Hash for Spec {
 /// table they are in pages, `[pages, page size, K, H]` and `[pages, page size, K, Hv]`. `B` is the number of
 /// sequences then, `T` and `S` are the lengths that the longest may have ([`ProblemBuilder::longest`]), and
 /// everything means what it means for each sequence alone. [`RowLayout`] has the combinations.
+///
+/// Numbers `x` of 8-bit keys and values stand for `scale * x`, with the scale of their head and sequence, 1
+/// where none are given. Such calls are forward only.
 ///
 /// # Semantics
 /// For batch row `b`, query head `n` with key/value head `n / (N / K)`, query row `t`, key `j`:
@@ -411,7 +416,11 @@ impl Problem {
             (Feature::PackedQueries, self.query_layout() == RowLayout::Packed),
             (Feature::PackedKeys, self.key_layout() == RowLayout::Packed),
             (Feature::PagedKeys, matches!(self.key_layout(), RowLayout::Paged { .. })),
-            (Feature::DeviceData, Role::DATA.into_iter().chain(Role::SEQUENCES).any(on_device)),
+            (Feature::EightBitKeys, self.dtype_of(Role::Key).is_some_and(DType::is_eight_bit)),
+            (
+                Feature::DeviceData,
+                Role::DATA.into_iter().chain(Role::SEQUENCES).chain(Role::SCALES).any(on_device),
+            ),
             (
                 Feature::NegativeStrides,
                 self.spec.tensors[..Role::QueryLengths as usize].iter().flatten().any(negative),
@@ -438,7 +447,11 @@ impl Problem {
 
 impl std::fmt::Display for Problem {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {} {} on {}", self.pass(), self.dtype, self.dims, self.device())?;
+        write!(f, "{} {}", self.pass(), self.dtype)?;
+        if let Some(key) = self.dtype_of(Role::Key).filter(|&key| key != self.dtype) {
+            write!(f, " ({key} keys)")?;
+        }
+        write!(f, " {} on {}", self.dims, self.device())?;
         for feature in self.features().iter() {
             write!(f, ", {feature}")?;
         }

@@ -3,6 +3,7 @@
 
 mod accepted;
 mod defaults;
+mod eight_bit;
 mod features;
 mod identity;
 #[cfg(feature = "serde")]

@@ -1,6 +1,6 @@
 //! The checks of a problem: the only place where calls are judged.
 
-use super::{Dimensions, Spec};
+use super::{Dimensions, Spec, eight_bit};
 use crate::shape::element_count;
 use crate::{Alignment, DType, Device, Dims, Dropout, Gradients, InvalidCall, Pass, Role, TensorDesc};
 
@@ -14,7 +14,7 @@ pub(super) fn check(spec: &mut Spec) -> Result<(Dimensions, DType), InvalidCall>
     dropout(spec, dims)?;
     numbers(spec, dims)?;
     let given = |role: &Role| *role < Role::Out || role.is_data();
-    for (role, desc) in Role::ALL.into_iter().zip(&spec.tensors).filter(|(role, _)| given(role)) {
+    for (role, desc) in Role::every().zip(&spec.tensors).filter(|(role, _)| given(role)) {
         desc.as_ref().map_or(Ok(()), |desc| fits(role, desc))?;
     }
     results(spec, dims, dtype)?;
@@ -40,12 +40,7 @@ fn operands(spec: &mut Spec) -> Result<(Dimensions, DType), InvalidCall> {
     if !dtype.is_supported_float() {
         return Err(InvalidCall::DType { role: Role::Query, dtype, expected: ANY_FLOAT.to_owned() });
     }
-    for (role, desc) in [(Role::Key, key), (Role::Value, value)] {
-        if desc.dtype() != dtype {
-            let expected = format!("{dtype} as the query has");
-            return Err(InvalidCall::DType { role, dtype: desc.dtype(), expected });
-        }
-    }
+    eight_bit::dtypes(spec, dtype, key.dtype(), value.dtype())?;
 
     let [_, query_rows, query_heads, head_dim] = axes(&query);
     let [key_rows, keys_of_row, key_heads, _] = axes(&key);
@@ -193,9 +188,13 @@ fn numbers(spec: &mut Spec, dims: Dimensions) -> Result<(), InvalidCall> {
     // Host memory is the only one that a call on the host has, and other tensors are all on the problem's
     // device: so problems that do the same are equal.
     let in_host_memory = std::mem::take(&mut spec.in_host_memory);
-    for role in Role::DATA.into_iter().chain(Role::SEQUENCES) {
+    for role in Role::DATA.into_iter().chain(Role::SEQUENCES).chain(Role::SCALES) {
         let Some(desc) = spec.tensors[role as usize] else { continue };
         spec.in_host_memory.set(role, spec.device != Device::Cpu && in_host_memory.contains(role));
+        if Role::SCALES.contains(&role) {
+            spec.tensors[role as usize] = Some(eight_bit::scales(spec, role, desc, dims)?);
+            continue;
+        }
         if !desc.dtype().is_integer() {
             let expected = "i32, u32 or i64".to_owned();
             return Err(InvalidCall::DType { role, dtype: desc.dtype(), expected });

@@ -32,6 +32,8 @@ const PLAIN: CallData<'static> = CallData {
     query_starts: None,
     key_value_starts: None,
     block_table: None,
+    key_scales: None,
+    value_scales: None,
 };
 
 fn builder() -> ProblemBuilder {
@@ -85,8 +87,12 @@ fn the_roles_of_numbers_are_the_last() {
     let numbers: Vec<_> = Role::DATA.into_iter().chain(Role::SEQUENCES).collect();
     let data: Vec<_> = Role::ALL.into_iter().filter(|role| role.is_data()).collect();
     assert_eq!(data, numbers);
-    assert_eq!(Role::ALL[Role::COUNT - numbers.len()..], numbers);
-    assert_eq!(PLAIN.views().map(|(role, _)| role).to_vec(), numbers);
+    assert_eq!(Role::ALL[Role::ALL.len() - numbers.len()..], numbers);
+    let with_scales: Vec<_> = numbers.into_iter().chain(Role::SCALES).collect();
+    assert_eq!(PLAIN.views().map(|(role, _)| role).to_vec(), with_scales);
+    assert!(with_scales.into_iter().all(Role::is_data));
+    assert!(Role::every().enumerate().all(|(index, role)| role as usize == index));
+    assert_eq!(Role::every().count(), Role::COUNT);
 }
 
 #[test]

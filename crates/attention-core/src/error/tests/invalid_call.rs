@@ -15,7 +15,8 @@ variants!(
     InvalidCall, NAMES, name_of:
     Rank, RankTooLarge, StridesRank, Shape, NotBroadcastable, DType, HeadsNotDivisible, ZeroHeadDim,
     NotFinite, SoftcapNotPositive, DropoutRate, DropoutCounter, NotOrdinaryScale, OffsetOutOfRange, OtherData,
-    LengthOutOfRange, Sequences, StartOutOfRange, SequenceTooLong, UsedKeysOutOfRange, NoSuchPage, Overflow,
+    LengthOutOfRange, Sequences, StartOutOfRange, SequenceTooLong, UsedKeysOutOfRange, NoSuchPage,
+    EightBitGradients, ScalesWithoutEightBit, ScaleNotFinite, Overflow,
     BufferTooSmall, BufferLength, Pointer, ViewIndex, SelfOverlap, Overlap, Device, Missing, Unexpected,
     NotAsInProblem, WrongPass, OtherProblem, GradientWithoutTensor, NoGradient, ScratchTooSmall,
     ScratchMisaligned, ScratchDevice,
@@ -122,6 +123,55 @@ fn of_ranks_and_shapes() -> Vec<Case> {
         (
             of(query, key, desc([2, 5, 2, 0])),
             "value has head dimension 0 (shape [2, 5, 2, 0]), expected at least 1",
+        ),
+    ]
+}
+
+/// Keys and values of 8 bits, and their scales.
+fn of_eight_bits() -> Vec<Case> {
+    let [query, key, value] = fitting();
+    let [key8, value8] = [[2, 5, 2, 8], [2, 5, 2, 6]].map(|shape| typed(DType::F8E4M3, shape));
+    let problem8 = || Problem::builder(query, key8, value8);
+    let with = |shape: &[usize]| refused(problem8().key_scales(desc(Dims::from_slice(shape).unwrap())));
+    let numbers = [1.0f32, f32::NAN];
+    let data = CallData { key_scales: View::from_slice(&numbers, [2]).ok(), ..CallData::default() };
+    let scaled = problem8().key_scales(desc([2])).build().unwrap();
+    vec![
+        (of(query, key8, value), "value has dtype f32, expected f8e4m3 as the key has"),
+        (of(query, key, value8), "value has dtype f8e4m3, expected f32 as the query has"),
+        (
+            of(query, key8, typed(DType::F8E5M2, [2, 5, 2, 6])),
+            "value has dtype f8e5m2, expected f8e4m3 as the key has",
+        ),
+        (refused(problem8().gradients(Gradients::QUERY)), "keys and values of f8e4m3 have no backward pass"),
+        (
+            refused(problem().value_scales(desc([1]))),
+            "value scales are for a value of 8 bits, and the value has dtype f32",
+        ),
+        (
+            refused(problem8().value_scales(typed(DType::F16, [1]))),
+            "value scales has dtype f16, expected f32",
+        ),
+        (
+            with(&[3]),
+            "key scales has shape [3], expected [2] ([K], one for each key/value head; or [1], [B, K])",
+        ),
+        (
+            with(&[2, 1]),
+            "key scales has shape [2, 1], expected [2, 2] ([B, K], one for each head of each sequence; or [1], [K])",
+        ),
+        (with(&[2, 2, 1]), "key scales has rank 3 (shape [2, 2, 1]), expected rank 0, 1 or 2"),
+        (
+            CallProblem::new(&scaled, &data).unwrap_err(),
+            "key scales have NaN at [1], expected finite numbers",
+        ),
+        (
+            CallProblem::new(&scaled, &CallData::default()).unwrap_err(),
+            "the problem has key scales, the call was given none",
+        ),
+        (
+            CallProblem::new(&problem8().build().unwrap(), &data).unwrap_err(),
+            "the call was given key scales, the problem has none: build it from the inputs that have it (`Inputs::problem`)",
         ),
     ]
 }
@@ -653,6 +703,7 @@ fn every_variant_is_provoked_and_says_what_is_wrong() {
     let cases = [
         of_ranks_and_shapes(),
         of_dtypes(),
+        of_eight_bits(),
         of_options(),
         of_numbers(),
         of_sequences(),

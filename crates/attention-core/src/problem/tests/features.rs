@@ -55,6 +55,10 @@ fn needing(feature: Feature) -> (ProblemBuilder, Vec<Feature>) {
             let paged = Problem::builder(float(&[2, 3, 4, 8]), float(&[9, 5, 4, 8]), float(&[9, 5, 4, 8]));
             (paged.paged(2, 3, DType::U32), vec![Feature::KeyValueLengths])
         }
+        Feature::EightBitKeys => {
+            let key = TensorDesc::contiguous(DType::F8E4M3, [2, 5, 4, 8]);
+            alone(Problem::builder(float(&[2, 3, 4, 8]), key, key))
+        }
     }
 }
 
@@ -92,7 +96,7 @@ fn an_expanded_head_dimension_has_another_inner_stride() {
 
 #[test]
 fn sets_of_features_behave_as_sets() {
-    let all = FeatureSet::all();
+    let all = FeatureSet::all().with(Feature::EightBitKeys);
     assert_eq!(all.iter().collect::<Vec<_>>(), Feature::ALL);
     let names: HashSet<_> = Feature::ALL.iter().map(|feature| feature.name()).collect();
     assert_eq!(names.len(), Feature::ALL.len());

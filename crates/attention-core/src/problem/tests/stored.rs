@@ -216,7 +216,7 @@ fn options_and_sets_come_back_equal() {
     assert_eq!(serde_json::from_value::<Dropout>(serde_json::to_value(dropout).unwrap()).unwrap(), dropout);
     let set = FeatureSet::all();
     assert_eq!(serde_json::from_value::<FeatureSet>(serde_json::to_value(set).unwrap()).unwrap(), set);
-    for role in Role::ALL {
+    for role in Role::every() {
         assert_eq!(serde_json::from_value::<Role>(serde_json::to_value(role).unwrap()).unwrap(), role);
     }
 }
