@@ -12,12 +12,15 @@ use crate::dtype::{round_to_odd, sealed};
 use crate::{DType, Element};
 
 /// What becomes of a number that rounds to more than the largest finite one of an 8-bit float: above 464 in
-/// e4m3, from 61440 on in e5m2, either sign, infinities included. NaN becomes NaN in either case.
+/// e4m3, from 61440 on in e5m2, either sign. NaN becomes NaN in either case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Overflow {
-    /// The largest finite number of the sign: 448 in e4m3, 57344 in e5m2.
+    /// The largest finite number of the sign, 448 in e4m3 and 57344 in e5m2, of infinities too.
     Saturate,
-    /// What is not finite: NaN in e4m3, which has no infinity, and infinity in e5m2.
+    /// NaN. An infinity becomes NaN in e4m3, which has none, and stays what it is in e5m2.
+    ///
+    /// Most libraries give infinity in e5m2 where numbers are too large. Of a key that would hide the mistake:
+    /// a logit of -inf masks its key.
     Nan,
 }
 
@@ -30,7 +33,7 @@ pub enum Overflow {
 /// assert_eq!(F8E4M3::from_f32(464.0, Overflow::Nan).to_f32(), 448.0);
 /// assert!(F8E4M3::from_f32(465.0, Overflow::Nan).to_f32().is_nan());
 /// assert_eq!(F8E4M3::from_f32(465.0, Overflow::Saturate).to_f32(), 448.0);
-/// assert_eq!(F8E5M2::from_f32(61440.0, Overflow::Nan).to_f32(), f32::INFINITY);
+/// assert!(F8E5M2::from_f32(61440.0, Overflow::Nan).to_f32().is_nan());
 /// assert_eq!(F8E5M2::from_f32(-61440.0, Overflow::Saturate).to_f32(), -57344.0);
 /// ```
 pub trait Float8: Element + bytemuck::Pod + Default + std::fmt::Debug {
@@ -108,8 +111,8 @@ struct Format {
     largest: u8,
     /// The least f32 that rounds to more, as bits: those of positive f32 are in order.
     overflows_from: u32,
-    /// The byte of [`Overflow::Nan`].
-    not_finite: u8,
+    /// The byte of infinity with [`Overflow::Nan`]: that of NaN where there is none.
+    infinity: u8,
     /// The byte of NaN.
     nan: u8,
 }
@@ -120,7 +123,7 @@ const E4M3: Format = Format {
     least_exponent: -6,
     largest: 0x7e,
     overflows_from: 464f32.to_bits() + 1,
-    not_finite: 0x7f,
+    infinity: 0x7f,
     nan: 0x7f,
 };
 
@@ -130,7 +133,7 @@ const E5M2: Format = Format {
     least_exponent: -14,
     largest: 0x7b,
     overflows_from: 61440f32.to_bits(),
-    not_finite: 0x7c,
+    infinity: 0x7c,
     nan: 0x7e,
 };
 
@@ -145,20 +148,22 @@ const fn power_of_two(exponent: i32) -> u32 {
 }
 
 impl Format {
-    /// The value of a byte that is finite. Both forms are computed and one is taken, so that a loop has no
-    /// branch; neither meets a subnormal f32, which is slow on many processors and 0 on some.
+    /// The value of a byte. All forms are computed and one is taken, so that a loop has no branch; none of them
+    /// meets a subnormal f32, which is slow on many processors and 0 on some.
     #[inline(always)]
-    const fn finite(&self, bits: u8) -> f32 {
+    const fn value(&self, bits: u8) -> f32 {
         let shift = FRACTION - self.fraction;
-        let magnitude = (bits & 0x7f) as u32;
-        let shifted = magnitude << shift;
+        let magnitude = bits & 0x7f;
+        let shifted = (magnitude as u32) << shift;
         let normal = shifted + power_of_two(self.least_exponent - 1);
         // 2^least * (1 + fraction) - 2^least.
         let least = power_of_two(self.least_exponent);
         let subnormal = (f32::from_bits(shifted + least) - f32::from_bits(least)).to_bits();
-        let is_subnormal = magnitude < 1 << self.fraction;
+        let finite = if magnitude < 1 << self.fraction { subnormal } else { normal };
+        let is_infinite = magnitude == self.infinity && self.infinity != self.nan;
+        let not_finite = if is_infinite { f32::INFINITY } else { f32::NAN }.to_bits();
         let sign = (bits as u32 & 0x80) << 24;
-        f32::from_bits(sign | if is_subnormal { subnormal } else { normal })
+        f32::from_bits(sign | if magnitude > self.largest { not_finite } else { finite })
     }
 
     /// The byte of a number. As above, all forms are computed.
@@ -180,7 +185,8 @@ impl Format {
         let finite = if magnitude < power_of_two(self.least_exponent) { subnormal } else { normal };
         let above = match overflow {
             Overflow::Saturate => self.largest,
-            Overflow::Nan => self.not_finite,
+            Overflow::Nan if magnitude == f32::INFINITY.to_bits() => self.infinity,
+            Overflow::Nan => self.nan,
         };
         let number = if magnitude >= self.overflows_from { above } else { finite };
         sign | if magnitude > f32::INFINITY.to_bits() { self.nan } else { number }
@@ -188,7 +194,7 @@ impl Format {
 }
 
 macro_rules! float8 {
-    ($(#[$doc:meta])* $type:ident, $dtype:expr, $format:expr, $largest:literal, $not_finite:expr) => {
+    ($(#[$doc:meta])* $type:ident, $dtype:expr, $format:expr, $largest:literal) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
         #[repr(transparent)]
@@ -212,12 +218,7 @@ macro_rules! float8 {
             }
             #[inline(always)]
             fn to_f32(self) -> f32 {
-                let not_finite: fn(u8) -> Option<f32> = $not_finite;
-                let finite = $format.finite(self.0);
-                match not_finite(self.0 & 0x7f) {
-                    None => finite,
-                    Some(special) => special.copysign(finite),
-                }
+                $format.value(self.0)
             }
             #[inline(always)]
             fn from_f32(value: f32, overflow: Overflow) -> Self {
@@ -257,16 +258,14 @@ float8!(
     F8E4M3,
     DType::F8E4M3,
     E4M3,
-    448.0,
-    |magnitude| (magnitude == 0x7f).then_some(f32::NAN)
+    448.0
 );
 float8!(
     /// e5m2: 5 exponent and 2 fraction bits, up to 57344, with infinities. Zero by default.
     F8E5M2,
     DType::F8E5M2,
     E5M2,
-    57344.0,
-    |magnitude| (magnitude >= 0x7c).then_some(if magnitude == 0x7c { f32::INFINITY } else { f32::NAN })
+    57344.0
 );
 
 #[cfg(test)]
