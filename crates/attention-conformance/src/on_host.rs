@@ -75,8 +75,8 @@ pub trait TensorOnDevice {
 /// an output on the device fails.
 ///
 /// The numbers of a call ([`Role::is_data`]: lengths, starts, block tables and the like) stay in host memory
-/// where they are i64, and are copied to the device where they have 32 bits. The suite's cases have both, so
-/// a backend has to read both.
+/// where they are i64, and are copied to the device where they have 32 bits; scales of 8-bit keys and values
+/// stay where there is one of them. The suite's cases have both, so a backend has to read both.
 #[derive(Debug)]
 pub struct OnHost<B, M> {
     backend: B,
@@ -110,6 +110,10 @@ impl<B: AttentionBackend, M: DeviceMemory + 'static> OnHost<B, M> {
         let numbers = Role::ALL.into_iter().filter(|role| role.is_data());
         let builder = numbers.fold(builder, |builder, role| {
             builder.in_host_memory(role, problem.dtype_of(role) == Some(DType::I64))
+        });
+        let builder = Role::SCALES.into_iter().fold(builder, |builder, role| {
+            let is_one = problem.tensor(role).is_some_and(|scales| scales.shape()[..] == [1]);
+            builder.in_host_memory(role, is_one)
         });
         let moved = builder.build();
         Ok(moved.unwrap_or_else(|error| unreachable!("a valid problem is valid on any device: {error}")))
@@ -250,6 +254,8 @@ struct Copies<'c, T> {
     sinks: Option<T>,
     /// In the order of [`Role::DATA`] and then [`Role::SEQUENCES`].
     numbers: [Number<'c, T>; Role::DATA.len() + Role::SEQUENCES.len()],
+    /// Of keys and of values.
+    scales: [Number<'c, T>; 2],
     /// What is no tensor among the numbers.
     data: CallData<'c>,
 }
@@ -302,6 +308,10 @@ impl<'c, T: TensorOnDevice> Copies<'c, T> {
                 number(Role::KeyValueStarts, data.key_value_starts)?,
                 number(Role::BlockTable, data.block_table)?,
             ],
+            scales: [
+                number(Role::KeyScales, data.key_scales)?,
+                number(Role::ValueScales, data.value_scales)?,
+            ],
             data,
         })
     }
@@ -323,6 +333,8 @@ impl<'c, T: TensorOnDevice> Copies<'c, T> {
             query_starts: query_starts.view()?,
             key_value_starts: key_value_starts.view()?,
             block_table: block_table.view()?,
+            key_scales: self.scales[0].view()?,
+            value_scales: self.scales[1].view()?,
             ..self.data
         };
         Ok(inputs)

@@ -129,6 +129,7 @@ impl Suite {
     pub fn new() -> Self {
         let mut cases = cases::all();
         cases.extend(cases::of_sequences());
+        cases.extend(cases::of_eight_bits());
         Self { filters: Vec::new(), ..Self::with_cases(cases) }
     }
 

@@ -1,7 +1,9 @@
 //! Tensors that the suite owns: any dtype, any strides, with guard elements around and between their
 //! elements.
 
-use attention_core::{DType, Dims, Scalar, Strides, TensorDesc, View, ViewMut};
+use attention_core::{
+    DType, Dims, F8E4M3, F8E5M2, Float8, Overflow, Scalar, Strides, TensorDesc, View, ViewMut,
+};
 use half::{bf16, f16};
 
 use crate::cases::Layout;
@@ -17,6 +19,8 @@ enum Storage {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
+    F8E4M3(Vec<F8E4M3>),
+    F8E5M2(Vec<F8E5M2>),
     Bool(Vec<bool>),
     I32(Vec<i32>),
     U32(Vec<u32>),
@@ -31,6 +35,8 @@ macro_rules! on_storage {
             Storage::F32($data) => $body,
             Storage::F16($data) => $body,
             Storage::Bf16($data) => $body,
+            Storage::F8E4M3($data) => $body,
+            Storage::F8E5M2($data) => $body,
             Storage::Bool($data) => $body,
             Storage::I32($data) => $body,
             Storage::U32($data) => $body,
@@ -57,11 +63,13 @@ impl Fill {
             (Fill::Nan, DType::F32) => 0x7FC0_BEEF,
             (Fill::Nan, DType::F16) => 0x7EEF,
             (Fill::Nan, DType::Bf16) => 0x7FEF,
+            (Fill::Nan, DType::F8E4M3 | DType::F8E5M2) => 0x7F,
             (Fill::Nan, DType::I64) => 0xDEAD_BEEF_7FF8_0001,
             (Fill::Nan, DType::I32 | DType::U32) => 0xDEAD_BEEF,
             (Fill::Canary, DType::F64) => 0x5A5A_A5A5_5A5A_A5A5,
             (Fill::Canary, DType::F32) => 0x5A5A_A5A5,
             (Fill::Canary, DType::F16 | DType::Bf16) => 0x5AA5,
+            (Fill::Canary, DType::F8E4M3 | DType::F8E5M2) => 0x5A,
             _ => 0,
         }
     }
@@ -91,6 +99,8 @@ impl HostTensor {
             DType::F32 => Storage::F32(vec![f32::from_bits(bits as u32); len]),
             DType::F16 => Storage::F16(vec![f16::from_bits(bits as u16); len]),
             DType::Bf16 => Storage::Bf16(vec![bf16::from_bits(bits as u16); len]),
+            DType::F8E4M3 => Storage::F8E4M3(vec![F8E4M3::from_bits(bits as u8); len]),
+            DType::F8E5M2 => Storage::F8E5M2(vec![F8E5M2::from_bits(bits as u8); len]),
             DType::Bool => Storage::Bool(vec![false; len]),
             DType::I32 => Storage::I32(vec![bits as i32; len]),
             DType::U32 => Storage::U32(vec![bits as u32; len]),
@@ -102,8 +112,8 @@ impl HostTensor {
         Self { storage, desc, origin: placement.origin + GUARD }
     }
 
-    /// An input tensor: `value` gives the elements in row-major order, rounded to the dtype; NaN lies around
-    /// them.
+    /// An input tensor: `value` gives the elements in row-major order, rounded to the dtype, where what is too
+    /// large for it is not finite; NaN lies around them.
     pub fn from_values(
         dtype: DType,
         shape: impl Into<Dims>,
@@ -282,6 +292,8 @@ impl HostTensor {
             Storage::F32(data) => data[position] = f32::from_f64(value),
             Storage::F16(data) => data[position] = <f16 as Scalar>::from_f64(value),
             Storage::Bf16(data) => data[position] = <bf16 as Scalar>::from_f64(value),
+            Storage::F8E4M3(data) => data[position] = F8E4M3::from_f64(value, Overflow::Nan),
+            Storage::F8E5M2(data) => data[position] = F8E5M2::from_f64(value, Overflow::Nan),
             Storage::Bool(data) => data[position] = value != 0.0,
             Storage::I32(data) => data[position] = value as i32,
             Storage::U32(data) => data[position] = value as u32,
@@ -295,6 +307,8 @@ impl HostTensor {
             Storage::F32(data) => data[position] = f32::from_bits(bits as u32),
             Storage::F16(data) => data[position] = f16::from_bits(bits as u16),
             Storage::Bf16(data) => data[position] = bf16::from_bits(bits as u16),
+            Storage::F8E4M3(data) => data[position] = F8E4M3::from_bits(bits as u8),
+            Storage::F8E5M2(data) => data[position] = F8E5M2::from_bits(bits as u8),
             Storage::Bool(data) => data[position] = bits != 0,
             Storage::I32(data) => data[position] = (bits as u32).cast_signed(),
             Storage::U32(data) => data[position] = bits as u32,
@@ -308,6 +322,8 @@ impl HostTensor {
             Storage::F32(data) => f64::from(data[position]),
             Storage::F16(data) => Scalar::to_f64(data[position]),
             Storage::Bf16(data) => Scalar::to_f64(data[position]),
+            Storage::F8E4M3(data) => data[position].to_f64(),
+            Storage::F8E5M2(data) => data[position].to_f64(),
             Storage::Bool(data) => f64::from(u8::from(data[position])),
             Storage::I32(data) => data[position].into(),
             Storage::U32(data) => data[position].into(),
@@ -321,6 +337,8 @@ impl HostTensor {
             Storage::F32(data) => data[position].to_bits().into(),
             Storage::F16(data) => data[position].to_bits().into(),
             Storage::Bf16(data) => data[position].to_bits().into(),
+            Storage::F8E4M3(data) => data[position].to_bits().into(),
+            Storage::F8E5M2(data) => data[position].to_bits().into(),
             Storage::Bool(data) => data[position].into(),
             Storage::I32(data) => data[position].cast_unsigned().into(),
             Storage::U32(data) => data[position].into(),
@@ -371,6 +389,12 @@ mod tests {
     #[test]
     fn values_read_back_through_every_layout_and_dtype() {
         for layout in LAYOUTS {
+            for dtype in DType::EIGHT_BIT {
+                // 15 is the largest whole number up to which e4m3 has all, and 7 in e5m2.
+                let tensor = HostTensor::from_values(dtype, [2, 3, 4, 5], layout, |index| (index % 8) as f64);
+                let want: Vec<f64> = (0..120).map(|index| f64::from(index % 8)).collect();
+                assert_eq!(tensor.values(), want, "{layout:?} {dtype}");
+            }
             for dtype in DType::FLOATS {
                 let tensor = HostTensor::from_values(dtype, [2, 3, 4, 5], layout, |index| index as f64);
                 let want: Vec<f64> = (0..120).map(f64::from).collect();

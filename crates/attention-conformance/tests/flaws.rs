@@ -249,6 +249,47 @@ fn undeclared_sequences_are_skipped_by_name() {
     }
 }
 
+/// Scales of 8-bit keys and values that are not used, or are those of another head or sequence.
+#[test]
+fn wrong_scales_of_8_bits_are_out_of_bounds() {
+    for (flaw, filter, share) in [
+        (Flaw::IgnoresKeyScales, "scales-heads-none", 0.9),
+        (Flaw::IgnoresValueScales, "scales-none-sequences", 0.9),
+        (Flaw::ScalesOfTheFirstHead, "scales-heads-heads", 0.9),
+        (Flaw::ScalesOfTheFirstSequence, "scales-sequences-sequences", 0.9),
+        (Flaw::ScalesOfTheQueryHead, "scales-sequences-sequences", 0.9),
+        (Flaw::Ignores(Feature::Mask), "eight_bit/mask", 0.9),
+        (Flaw::IgnoresTheTable, "eight_bit/paged-f8e4m3", 0.9),
+        (Flaw::IgnoresStarts, "eight_bit/packed-f8e5m2", 0.9),
+        (Flaw::ScaleOff(1.01), "eight_bit/f8e4m3-scales", 0.9),
+    ] {
+        is_out_of_bounds(flaw, filter, Pass::Forward, share);
+    }
+    fails_in(
+        Flaw::KeepsLengths,
+        "eight_bit/paged",
+        &DType::FLOATS,
+        &[Pass::Forward],
+        "made after one with other numbers",
+    );
+}
+
+/// A backend without 8-bit keys and values is skipped with the feature, also where it declares everything
+/// else that there is.
+#[test]
+fn undeclared_8_bits_are_skipped_by_name() {
+    let mut naive = Naive::new(Flaw::None);
+    naive.capabilities.forward = PassCapabilities::new(FeatureSet::all());
+    let suite = Suite::with_cases(attention_conformance::cases::of_eight_bits());
+    assert_eq!(suite.list().len(), DType::FLOATS.len() * suite.cases().len());
+    let report = suite.run(&naive, |_| {});
+    assert_eq!(report.totals().skipped, suite.list().len());
+    for result in &report.results {
+        let Outcome::Skipped { reason } = &result.outcome else { panic!("{result}") };
+        assert!(reason.contains("8-bit keys and values"), "{reason}");
+    }
+}
+
 /// One per cent is far outside the bounds of the wide dtypes.
 #[test]
 fn one_per_cent_is_out_of_bounds_in_f64_and_f32() {

@@ -64,9 +64,10 @@ impl Case {
 }
 
 impl Case {
-    /// The passes that calls of this case have: keys in pages have no gradients.
+    /// The passes that calls of this case have: keys in pages and those of 8 bits have no gradients.
     pub fn passes(&self) -> &'static [Pass] {
-        let both = self.sequences.as_ref().is_none_or(Sequences::have_gradients);
+        let both =
+            self.options.eight_bit.is_none() && self.sequences.as_ref().is_none_or(Sequences::have_gradients);
         if both { &[Pass::Forward, Pass::Backward] } else { &[Pass::Forward] }
     }
 }

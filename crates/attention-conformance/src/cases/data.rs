@@ -37,6 +37,8 @@ impl Case {
             Values::Whole(Grid::Powers { key, .. }) if key < 0 => (0.0, 0.0, 1.0 / 256.0),
             Values::Whole(_) => (0.0, 0.0, 1.0),
         };
+        // A number above the largest of 8 bits becomes NaN, which those that are drawn here are far from.
+        let cached = options.eight_bit.map_or(dtype, |cache| cache.dtype);
         let extra = options.bias_dtype.unwrap_or(dtype);
         // f16 has few magnitudes.
         let wide = options.bias_dtype.unwrap_or(dtype.accumulator());
@@ -59,8 +61,8 @@ impl Case {
         let out_shape = [d.batch, d.query_length, d.query_heads, d.value_head_dim];
         let mut data = CaseData {
             query: normal(Role::Query, dtype, &query_shape, query_factor),
-            key: normal(Role::Key, dtype, &[d.batch, d.key_length, d.key_heads, d.head_dim], key_factor),
-            value: normal(Role::Value, dtype, &value_shape, value_factor),
+            key: normal(Role::Key, cached, &[d.batch, d.key_length, d.key_heads, d.head_dim], key_factor),
+            value: normal(Role::Value, cached, &value_shape, value_factor),
             mask: self.mask(),
             bias: self.bias(dtype),
             alibi_slopes: options.alibi.map(|shape| {

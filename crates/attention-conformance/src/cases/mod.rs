@@ -9,6 +9,7 @@ mod case;
 mod choices;
 mod contents;
 mod data;
+mod eight_bit;
 mod families;
 mod far;
 mod laid_out;
@@ -33,7 +34,7 @@ pub use far::{Far, Grid};
 pub(crate) use laid_out::of_no_sequence;
 pub use layout::{Layout, Layouts};
 pub use numbers::Numbers;
-pub use options::{AlibiShape, Broadcast, Options, Wanted};
+pub use options::{AlibiShape, Broadcast, EightBit, Options, ScaleShape, Wanted};
 pub use random::case_from_seed;
 pub(crate) use random::{numbers_in_tensors, sequences as random_sequences};
 pub use sequences::{KeyRows, Sequences};
@@ -75,6 +76,11 @@ pub fn of_sequences() -> Vec<Case> {
     cases
 }
 
+/// All cases whose keys and values have 8 bits, in the same way. They have [no backward pass](Case::passes).
+pub fn of_eight_bits() -> Vec<Case> {
+    eight_bit::cases()
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -85,7 +91,7 @@ mod tests {
     use crate::tensor::HostTensor;
 
     fn every_case() -> Vec<Case> {
-        all().into_iter().chain(of_sequences()).collect()
+        all().into_iter().chain(of_sequences()).chain(of_eight_bits()).collect()
     }
 
     #[test]
@@ -112,7 +118,7 @@ mod tests {
     #[test]
     fn every_feature_is_in_some_case() {
         // All memory here is the host's.
-        let mut missing = FeatureSet::all().without(Feature::DeviceData);
+        let mut missing = FeatureSet::all().with(Feature::EightBitKeys).without(Feature::DeviceData);
         for case in every_case() {
             let data = case.data(DType::F32);
             for &pass in case.passes() {
@@ -161,7 +167,7 @@ mod tests {
     fn sequences_are_where_their_numbers_say() {
         use crate::oracle::Oracle;
 
-        for case in of_sequences() {
+        for case in of_sequences().into_iter().chain(of_eight_bits()) {
             let (padded, laid) = (case.padded_data(DType::F64), case.data(DType::F64));
             let without = Case { sequences: None, ..case.clone() };
             let problems = [(&without, &padded), (&case, &laid)].map(|(case, data)| {

@@ -2,7 +2,7 @@
 
 use attention_core::{CallData, DType, Dropout, QueryOffset, Role, View};
 
-use super::Case;
+use super::{Case, ScaleShape};
 use crate::rng::Rng;
 use crate::tensor::HostTensor;
 
@@ -34,6 +34,10 @@ pub struct Numbers {
     pub key_value_starts: Option<HostTensor>,
     /// `[B, most]`, of keys in pages.
     pub block_table: Option<HostTensor>,
+    /// `[1]`, `[K]` or `[B, K]`, of 8-bit keys.
+    pub key_scales: Option<HostTensor>,
+    /// The same of values.
+    pub value_scales: Option<HostTensor>,
 }
 
 impl Numbers {
@@ -47,6 +51,7 @@ impl Numbers {
             let lengths: Vec<i64> = lengths.iter().map(|&length| length as i64).collect();
             Some(tensor(role, &lengths))
         };
+        let scales = |role: Role, shape: Option<ScaleShape>| shape.map(|shape| shape.tensor(case, role));
         let in_tensors = options.dropout.filter(|_| options.dropout_tensors);
         Self {
             scale: options.scale,
@@ -64,6 +69,8 @@ impl Numbers {
             query_starts: None,
             key_value_starts: None,
             block_table: None,
+            key_scales: scales(Role::KeyScales, options.eight_bit.and_then(|cache| cache.key_scales)),
+            value_scales: scales(Role::ValueScales, options.eight_bit.and_then(|cache| cache.value_scales)),
         }
     }
 
@@ -108,9 +115,12 @@ impl Numbers {
             query_starts: view(&self.query_starts),
             key_value_starts: view(&self.key_value_starts),
             block_table: view(&self.block_table),
+            key_scales: view(&self.key_scales),
+            value_scales: view(&self.value_scales),
         }
     }
 
+    /// Those that are integers.
     pub(crate) fn tensors(&self) -> [(Role, Option<&HostTensor>); 8] {
         [
             (Role::QueryLengths, self.query_lengths.as_ref()),

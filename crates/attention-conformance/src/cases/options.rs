@@ -61,6 +61,29 @@ pub enum AlibiShape {
     BatchHeads,
 }
 
+/// The shape of the scales of 8-bit keys or values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleShape {
+    /// `[1]`.
+    One,
+    /// `[K]`.
+    Heads,
+    /// `[B, K]`.
+    SequencesHeads,
+}
+
+/// Keys and values of 8 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EightBit {
+    /// Of both.
+    pub dtype: DType,
+    /// The scales of keys, if there are any.
+    pub key_scales: Option<ScaleShape>,
+    /// The scales of values, if there are any.
+    pub value_scales: Option<ScaleShape>,
+}
+
 /// Whether a case asks for an output that backends may lack.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -131,6 +154,9 @@ pub struct Options {
     pub dsinks: Wanted,
     /// As in a problem.
     pub deterministic: bool,
+    /// Keys and values of 8 bits; of the query's dtype where `None`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eight_bit: Option<EightBit>,
 }
 
 impl Default for Options {
@@ -157,6 +183,7 @@ impl Default for Options {
             dbias: Wanted::default(),
             dsinks: Wanted::default(),
             deterministic: false,
+            eight_bit: None,
         }
     }
 }

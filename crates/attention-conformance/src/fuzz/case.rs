@@ -6,8 +6,8 @@ use attention_core::{DType, Dimensions, Dropout, Gradients, QueryOffset, Role, W
 
 use super::magnitudes::Magnitudes;
 use crate::cases::{
-    AlibiShape, BiasContent, Broadcast, Case, CaseData, Layout, Layouts, MaskContent, Saved, Wanted, dims,
-    numbers_in_tensors, random_sequences,
+    AlibiShape, BiasContent, Broadcast, Case, CaseData, EightBit, Layout, Layouts, MaskContent, Saved,
+    ScaleShape, Wanted, dims, numbers_in_tensors, random_sequences,
 };
 use crate::rng::Rng;
 
@@ -31,6 +31,7 @@ pub struct FuzzCase {
 #[allow(missing_docs)]
 pub enum Simplification {
     AsBatchRows,
+    WithoutEightBit,
     RowsInOrder,
     ContiguousLayouts,
     OrdinaryMagnitudes,
@@ -58,8 +59,9 @@ pub enum Simplification {
 
 impl Simplification {
     /// Every one, in the order in which they are tried.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::AsBatchRows,
+        Self::WithoutEightBit,
         Self::RowsInOrder,
         Self::ContiguousLayouts,
         Self::OrdinaryMagnitudes,
@@ -91,6 +93,11 @@ pub(super) fn is_of_sequences(seed: u64) -> bool {
     matches!(seed % 10, 4 | 5)
 }
 
+/// Whether the keys and values of a seed's case have 8 bits: an eleventh do, of whatever else seeds choose.
+pub(super) fn is_of_eight_bits(seed: u64) -> bool {
+    seed % 11 == 3
+}
+
 impl FuzzCase {
     /// The case of a seed: the same on every machine and in every build.
     pub fn from_seed(seed: u64) -> Self {
@@ -106,12 +113,21 @@ impl FuzzCase {
         if rng.chance(0.5) {
             case.saved = Saved::Backend;
         }
-        let magnitudes = Magnitudes::draw(&mut rng, &mut case, dtype);
+        let mut magnitudes = Magnitudes::draw(&mut rng, &mut case, dtype);
         if seed % 4 == 2 {
             numbers_in_tensors(&mut case, &mut Rng::named(seed, "numbers in tensors"));
         }
         if is_of_sequences(seed) {
             random_sequences(&mut case, &mut Rng::named(seed, "sequences"));
+        }
+        if is_of_eight_bits(seed) {
+            let mut rng = Rng::named(seed, "keys and values of 8 bits");
+            let shapes = [ScaleShape::One, ScaleShape::Heads, ScaleShape::SequencesHeads].map(Some);
+            let scales = |rng: &mut Rng| if rng.chance(0.25) { None } else { rng.pick(&shapes) };
+            let cache = EightBit::new(rng.pick(&DType::EIGHT_BIT));
+            case.options.eight_bit = Some(cache.with_scales(scales(&mut rng), scales(&mut rng)));
+            // What is drawn for wider numbers is too large or too small for 8 bits.
+            magnitudes = Magnitudes::ordinary();
         }
         Self { seed, dtype, case, magnitudes, simplifications: Vec::new() }
     }
@@ -155,6 +171,7 @@ impl FuzzCase {
         let (d, options) = (&mut self.case.dims, &mut self.case.options);
         match simplification {
             S::AsBatchRows => self.case.sequences = None,
+            S::WithoutEightBit => options.eight_bit = None,
             S::RowsInOrder => {
                 if let Some(sequences) = &mut self.case.sequences {
                     sequences.put_in_order();
@@ -227,6 +244,7 @@ impl fmt::Display for FuzzCase {
         let place = if o.dropout_tensors { " from tensors" } else { "" };
         named("dropout", o.dropout.map(|dropout| format!("{}{place}", dropout.rate)))?;
         named("d_lse", o.d_lse.then(|| "true".to_owned()))?;
+        named("keys and values", o.eight_bit.map(|cache| format!("{cache:?}")))?;
         named("sequences", self.case.sequences.as_ref().map(|sequences| format!("{sequences:?}")))?;
         named("layouts", (self.case.layouts != Layouts::default()).then(|| "strided".to_owned()))?;
         write!(f, "{}", self.magnitudes)

@@ -18,7 +18,53 @@ fn bias(builder: ProblemBuilder, shape: [usize; 4]) -> ProblemBuilder {
     builder.bias(TensorDesc::contiguous(DType::F32, shape))
 }
 
-const MISTAKES: [Mistake; 16] = [
+/// The key and value of a problem with 8 bits, and scales of its keys of this shape.
+fn eight_bit(builder: ProblemBuilder, d: &Dimensions, scales: &[usize]) -> ProblemBuilder {
+    let desc =
+        |width: usize| TensorDesc::contiguous(DType::F8E4M3, [d.batch, d.key_length, d.key_heads, width]);
+    let scales = attention_core::Dims::from_slice(scales).expect("at most four axes");
+    builder
+        .layout(Role::Key, desc(d.head_dim))
+        .layout(Role::Value, desc(d.value_head_dim))
+        .key_scales(TensorDesc::contiguous(DType::F32, scales))
+}
+
+const MISTAKES: [Mistake; 22] = [
+    (
+        "a key of 8 bits beside a value of more",
+        |b, d| {
+            b.layout(
+                Role::Key,
+                TensorDesc::contiguous(DType::F8E5M2, [d.batch, d.key_length, d.key_heads, d.head_dim]),
+            )
+        },
+        |e| matches!(e, InvalidCall::DType { role: Role::Value, .. }),
+    ),
+    (
+        "gradients of keys of 8 bits",
+        |b, d| eight_bit(b, d, &[1]).gradients(Gradients::QKV),
+        |e| matches!(e, InvalidCall::EightBitGradients { .. }),
+    ),
+    (
+        "scales of another number of heads",
+        |b, d| eight_bit(b, d, &[d.key_heads + 1]),
+        |e| matches!(e, InvalidCall::Shape { role: Role::KeyScales, .. }),
+    ),
+    (
+        "scales of another number of sequences",
+        |b, d| eight_bit(b, d, &[d.batch + 1, d.key_heads]),
+        |e| matches!(e, InvalidCall::Shape { role: Role::KeyScales, .. }),
+    ),
+    (
+        "scales of rank 3",
+        |b, d| eight_bit(b, d, &[d.batch, d.key_heads, 1]),
+        |e| matches!(e, InvalidCall::Rank { role: Role::KeyScales, .. }),
+    ),
+    (
+        "scales of keys of more than 8 bits",
+        |b, _| b.key_scales(TensorDesc::contiguous(DType::F32, [1])),
+        |e| matches!(e, InvalidCall::ScalesWithoutEightBit { .. }),
+    ),
     ("a dropout rate of 1", |b, _| b.dropout_rate(1.0), |e| matches!(e, InvalidCall::DropoutRate { .. })),
     (
         "a negative dropout rate",
@@ -128,7 +174,27 @@ fn is_other_data(error: &InvalidCall) -> bool {
     matches!(error, InvalidCall::OtherData { .. })
 }
 
-const WRONG_NUMBERS: [WrongNumbers; 27] = [
+const WRONG_NUMBERS: [WrongNumbers; 30] = [
+    (
+        "a key scale of NaN",
+        |b, d| eight_bit(b, d, &[1]),
+        |n, _| {
+            n.key_scales = Some(HostTensor::from_values(DType::F32, [1], Layout::Contiguous, |_| f64::NAN))
+        },
+        |e| matches!(e, InvalidCall::ScaleNotFinite { role: Role::KeyScales, .. }),
+    ),
+    (
+        "no key scales",
+        |b, d| eight_bit(b, d, &[1]),
+        |_, _| (),
+        |e| matches!(e, InvalidCall::Missing { role: Role::KeyScales }),
+    ),
+    (
+        "scales of no problem",
+        |b, _| b,
+        |n, _| n.value_scales = Some(HostTensor::from_values(DType::F32, [1], Layout::Contiguous, |_| 1.0)),
+        |e| matches!(e, InvalidCall::Unexpected { role: Role::ValueScales }),
+    ),
     (
         "a scale of NaN",
         |b, _| b.any_scale(true),

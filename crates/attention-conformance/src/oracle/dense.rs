@@ -1,6 +1,6 @@
 //! Tensors as the oracle sees them: f64, row-major.
 
-use attention_core::{DType, Scalar, View};
+use attention_core::{DType, F8E4M3, F8E5M2, Float8, Scalar, View};
 use half::{bf16, f16};
 
 /// A row-major tensor of f64.
@@ -13,7 +13,7 @@ pub struct Dense {
 }
 
 impl Dense {
-    /// Reads a view of any float dtype, or of booleans as 0 and 1. Exact.
+    /// Reads a view of any float dtype, 8-bit ones included, or of booleans as 0 and 1. Exact.
     ///
     /// # Panics
     /// Where the view is not in host memory.
@@ -24,6 +24,8 @@ impl Dense {
             DType::F32 => floats::<f32>(view),
             DType::F16 => floats::<f16>(view),
             DType::Bf16 => floats::<bf16>(view),
+            DType::F8E4M3 => eight_bit::<F8E4M3>(view),
+            DType::F8E5M2 => eight_bit::<F8E5M2>(view),
             DType::Bool => {
                 let mask = view.host_mask().expect("the oracle reads host memory");
                 indices(&shape).map(|index| f64::from(u8::from(mask.at(&index) != 0))).collect()
@@ -31,6 +33,28 @@ impl Dense {
             other => panic!("{other} is no dtype of a call"),
         };
         Self { shape, data }
+    }
+
+    /// What 8-bit numbers `[B, S, K, D]` stand for, given the scales of their heads: `[1]` or a scalar, `[K]`,
+    /// or `[B, K]`. Exact, since a scale has 24 bits and a number 4.
+    ///
+    /// # Panics
+    /// Where the scales have another shape, or are not in host memory.
+    #[must_use]
+    pub fn scaled(mut self, scales: Option<&View<'_>>) -> Self {
+        let Some(scales) = scales.map(Self::read) else { return self };
+        let (heads, width) = (self.shape[2], self.shape[3]);
+        let rows_of_sequence = self.shape[1] * heads;
+        for (row, numbers) in self.data.chunks_exact_mut(width).enumerate() {
+            let (sequence, head) = (row / rows_of_sequence, row % heads);
+            let scale = match scales.shape[..] {
+                [] | [1] => scales.data[0],
+                [_] => scales.at(&[head]),
+                _ => scales.at(&[sequence, head]),
+            };
+            numbers.iter_mut().for_each(|number| *number *= scale);
+        }
+        self
     }
 
     /// A tensor of these elements.
@@ -82,6 +106,11 @@ impl Dense {
 }
 
 fn floats<T: Scalar>(view: &View<'_>) -> Vec<f64> {
+    let host = view.host::<T>().expect("the oracle reads host memory");
+    indices(&view.shape()).map(|index| host.at(&index).to_f64()).collect()
+}
+
+fn eight_bit<T: Float8>(view: &View<'_>) -> Vec<f64> {
     let host = view.host::<T>().expect("the oracle reads host memory");
     indices(&view.shape()).map(|index| host.at(&index).to_f64()).collect()
 }

@@ -26,7 +26,8 @@ impl Oracle {
         let (scale, softcap, dropout) = (call.scale(), call.softcap(), dropout(inputs));
         let d = problem.dims();
         let structure = Structure::read(problem, inputs);
-        let (query, key) = (Dense::read(&inputs.query), Dense::read(&inputs.key));
+        let query = Dense::read(&inputs.query);
+        let key = Dense::read(&inputs.key).scaled(inputs.data.key_scales.as_ref());
         let read = |view| in_precision_of_logits(Dense::read(&view), problem);
         let bias = inputs.bias.map(|view| full_rank(read(view)));
         let slopes = inputs.alibi_slopes.map(read);
@@ -117,7 +118,7 @@ impl Oracle {
                 }
             }
         }
-        let value = Dense::read(&inputs.value);
+        let value = Dense::read(&inputs.value).scaled(inputs.data.value_scales.as_ref());
         let problem = problem.clone();
         Self { problem, scale, softcap, dropout, structure, query, key, value, bias, sinks, rows }
     }

@@ -110,6 +110,8 @@ impl CaseData {
                 query_offsets: list(&self.numbers.query_offsets),
                 query_lengths: list(&self.numbers.query_lengths),
                 key_value_lengths: list(&self.numbers.key_value_lengths),
+                key_scales: broadcast(&self.numbers.key_scales, 2),
+                value_scales: broadcast(&self.numbers.value_scales, 2),
                 ..self.numbers.clone()
             },
             d_out: alone(&self.d_out, row),

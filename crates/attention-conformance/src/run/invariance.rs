@@ -102,6 +102,7 @@ fn row_of_inputs<'a>(inputs: &Inputs<'a>, row: usize) -> Inputs<'a> {
         let has_batch = view.shape().rank() == 4 && view.shape()[0] > 1;
         if has_batch { alone(view, row) } else { view }
     };
+    let by_batch_row = |view: View<'a>| if view.shape().rank() == 2 { alone(view, row) } else { view };
     let data = inputs.data;
     Inputs {
         query: alone(inputs.query, row),
@@ -109,14 +110,14 @@ fn row_of_inputs<'a>(inputs: &Inputs<'a>, row: usize) -> Inputs<'a> {
         value: alone(inputs.value, row),
         mask: inputs.mask.map(broadcast),
         bias: inputs.bias.map(broadcast),
-        alibi_slopes: inputs
-            .alibi_slopes
-            .map(|view| if view.shape().rank() == 2 { alone(view, row) } else { view }),
+        alibi_slopes: inputs.alibi_slopes.map(by_batch_row),
         sinks: inputs.sinks,
         data: CallData {
             query_offsets: data.query_offsets.map(|offsets| alone(offsets, row)),
             query_lengths: data.query_lengths.map(|lengths| alone(lengths, row)),
             key_value_lengths: data.key_value_lengths.map(|lengths| alone(lengths, row)),
+            key_scales: data.key_scales.map(by_batch_row),
+            value_scales: data.value_scales.map(by_batch_row),
             ..data
         },
     }

@@ -49,8 +49,8 @@ pub(crate) fn first(
 }
 
 impl Numbers {
-    /// Other numbers of calls of the same problem: other lengths, mostly shorter, offsets, scale, softcap and
-    /// seed.
+    /// Other numbers of calls of the same problem: other lengths, mostly shorter, offsets, scale, softcap, seed,
+    /// and scales of 8-bit keys and values.
     fn others(&self, problem: &Problem, rng: &mut Rng) -> Self {
         let mut others = self.clone();
         let accumulator = problem.dtype().accumulator();
@@ -81,6 +81,11 @@ impl Numbers {
         }
         for tensor in [&mut others.dropout_seed, &mut others.dropout_offset].into_iter().flatten() {
             tensor.map_integers(|given| given ^ (rng.next() | 1).cast_signed());
+        }
+        for scales in [&mut others.key_scales, &mut others.value_scales].into_iter().flatten() {
+            for (index, scale) in scales.values().into_iter().enumerate() {
+                scales.set(index, scale * rng.pick(&[0.5, 0.75, 1.5, -1.0]));
+            }
         }
         others
     }
@@ -143,7 +148,8 @@ mod tests {
     #[test]
     fn other_numbers_are_of_the_same_problem() {
         let (mut different, mut all) = (0, 0);
-        for case in cases::all().into_iter().chain(cases::of_sequences()) {
+        let others = cases::of_sequences().into_iter().chain(cases::of_eight_bits());
+        for case in cases::all().into_iter().chain(others) {
             let dtype = DType::FLOATS[case.content.seed as usize % 4];
             let data = case.data(dtype);
             let problem = case.problem(&data, Pass::Forward, FeatureSet::all()).unwrap();

@@ -58,15 +58,41 @@ impl Loaded {
     pub(crate) fn new(problem: &CallProblem<'_>, inputs: &Inputs<'_>, flaw: Flaw) -> Self {
         let load = |view: Option<View<'_>>| view.map(|view| Dense::read(&view));
         let operand = |role: Role, view: &View<'_>| padded(problem, role, Dense::read(view), flaw);
+        let (mut key, mut value) = (operand(Role::Key, &inputs.key), operand(Role::Value, &inputs.value));
+        if flaw != Flaw::IgnoresKeyScales {
+            scale(&mut key, problem, flaw, |b, head| problem.key_scale(b, head));
+        }
+        if flaw != Flaw::IgnoresValueScales {
+            scale(&mut value, problem, flaw, |b, head| problem.value_scale(b, head));
+        }
         Self {
             query: operand(Role::Query, &inputs.query),
-            key: operand(Role::Key, &inputs.key),
-            value: operand(Role::Value, &inputs.value),
+            key,
+            value,
             mask: load(inputs.mask),
             bias: load(inputs.bias),
             alibi_slopes: load(inputs.alibi_slopes),
             sinks: load(inputs.sinks),
         }
+    }
+}
+
+/// Multiplies 8-bit numbers `[B, S, K, D]` by the scale of their head.
+fn scale(tensor: &mut Dense, problem: &CallProblem<'_>, flaw: Flaw, scale_of: impl Fn(usize, usize) -> f32) {
+    if !problem.dtype_of(Role::Key).is_some_and(DType::is_eight_bit) {
+        return;
+    }
+    let [_, rows, heads, width] = tensor.shape[..] else { unreachable!("keys and values have four axes") };
+    for (row, numbers) in tensor.data.chunks_exact_mut(width).enumerate() {
+        let (b, head) = (row / (rows * heads), row % heads);
+        let scale = match flaw {
+            Flaw::ScalesOfTheFirstHead => scale_of(b, 0),
+            Flaw::ScalesOfTheFirstSequence => scale_of(0, head),
+            // As if there were as many scales as query heads.
+            Flaw::ScalesOfTheQueryHead => scale_of(b, head / problem.dims().group_size()),
+            _ => scale_of(b, head),
+        };
+        numbers.iter_mut().for_each(|number| *number *= f64::from(scale));
     }
 }
 

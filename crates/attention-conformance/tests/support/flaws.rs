@@ -57,6 +57,12 @@ pub(crate) enum Flaw {
     LeavesRowsOfNoSequence,
     PositionsOfTheTensor,
     DropoutOfTheTensor,
+    // In 8-bit keys and values.
+    IgnoresKeyScales,
+    IgnoresValueScales,
+    ScalesOfTheFirstHead,
+    ScalesOfTheFirstSequence,
+    ScalesOfTheQueryHead,
     // In large numbers.
     BaseTwoBeforeTheShift,
     FarBelowIsMasked,

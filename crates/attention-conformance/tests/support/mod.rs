@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use attention_core::{
-    AttentionBackend, BackendFailure, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet,
-    ForwardCall, NumericsClass, PassCapabilities, Plan, Problem, Scratch, ScratchGrowth, Unavailable,
-    Unsupported, Variants,
+    AttentionBackend, BackendFailure, BackwardCall, Capabilities, DType, DeviceKind, Error, Feature,
+    FeatureSet, ForwardCall, NumericsClass, PassCapabilities, Plan, Problem, Scratch, ScratchGrowth,
+    Unavailable, Unsupported, Variants,
 };
 use half::{bf16, f16};
 
@@ -37,7 +37,8 @@ pub(crate) struct Naive {
 
 impl Naive {
     pub(crate) fn new(flaw: Flaw) -> Self {
-        let pass = PassCapabilities::new(flaw.declared(FeatureSet::all()));
+        let all = FeatureSet::all().with(Feature::EightBitKeys);
+        let pass = PassCapabilities::new(flaw.declared(all));
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,
             NumericsClass::STANDARD,
