@@ -119,6 +119,7 @@ fn sizes(cases: &mut Vec<Case>) {
         ("odd", [3, 17, 33, 4, 2, 33]),
         ("decode", [2, 1, 300, 8, 2, 64]),
         ("decode-one-head", [1, 1, 700, 1, 1, 128]),
+        ("decode-long", [1, 1, 5000, 2, 1, 16]),
         ("few-rows", [1, 5, 70, 1, 1, 19]),
         ("tiles", [2, 150, 170, 2, 1, 64]),
         ("no-keys", [2, 3, 0, 2, 1, 8]),
@@ -207,7 +208,7 @@ fn places(cases: &mut Vec<Case>) {
         case.dims.query_length = 3;
         cases.push(case);
     }
-    for (name, unused) in [("used-keys", Some(vec![3, 0, 2])), ("tail", None)] {
+    for (name, unused) in [("used-keys", Some(vec![3, 4, 0])), ("tail", None)] {
         let mut case = packed(name, cache(5));
         case.sequences = Some(Sequences { query_tail: Some(4), keys: KeyRows::Packed { tail: 9, unused } });
         cases.push(case);
