@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, BackendFailure, BackwardCall, Capabilities, DType, DeviceKind, Error, FeatureSet,
-    ForwardCall, NumericsClass, Pass, PassCapabilities, Plan, Problem, Scratch, ScratchGrowth, Unavailable,
-    Unsupported, Variants,
+    AttentionBackend, BackendFailure, BackwardCall, Capabilities, DType, DeviceKind, Error, F8E4M3, F8E5M2,
+    Feature, FeatureSet, ForwardCall, NumericsClass, Pass, PassCapabilities, Plan, Problem, Role, Scratch,
+    ScratchGrowth, Unavailable, Unsupported, Variants,
 };
 use half::{bf16, f16};
 
+use crate::cache::{EightBits, SameDType};
 use crate::config::CpuConfig;
 use crate::gemm::where_products_run;
 use crate::operand::Operand;
@@ -25,6 +26,9 @@ const NAME: &str = "cpu";
 /// # Semantics
 /// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16 (operands are widened, so
 ///   nothing is rounded to a half before the results).
+/// - Keys and values of 8 bits are widened as they are read, which is exact, and forward only. Their scales
+///   cost no rounding of a key or value: those of keys go into the scale of the products, those of values
+///   multiply rows of the output.
 /// - Results are bitwise the same for any number of threads, any composition of the batch and any amount of
 ///   padding. A packed sequence, and one whose keys are in pages, has the bits that it has alone in a dense
 ///   call.
@@ -76,14 +80,13 @@ impl CpuBackend {
 
     /// With a configuration of its own.
     pub fn with_config(config: CpuConfig) -> Self {
-        let pass = PassCapabilities::new(FeatureSet::all());
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,
             NumericsClass::STANDARD,
-            pass.clone(),
+            PassCapabilities::new(FeatureSet::all().with(Feature::EightBitKeys)),
             ScratchGrowth::RowBlock,
         )
-        .with_backward(pass);
+        .with_backward(PassCapabilities::new(FeatureSet::all()));
         Self { config, capabilities, runs: Arc::new(Runs::new()) }
     }
 
@@ -189,6 +192,21 @@ impl AttentionBackend for CpuBackend {
     }
 }
 
+/// Runs a call by the dtype of its keys and values.
+fn run_forward<E: Operand>(
+    call: ForwardCall<'_>,
+    sizes: &forward::Sizes,
+    config: &CpuConfig,
+    scratch: &mut [u8],
+    runs: &Runs,
+) {
+    match call.problem().dtype_of(Role::Key) {
+        Some(DType::F8E4M3) => forward::run::<E, EightBits<F8E4M3>>(call, sizes, config, scratch, runs),
+        Some(DType::F8E5M2) => forward::run::<E, EightBits<F8E5M2>>(call, sizes, config, scratch, runs),
+        _ => forward::run::<E, SameDType>(call, sizes, config, scratch, runs),
+    }
+}
+
 /// A problem with what its calls take at most.
 #[derive(Debug)]
 struct CpuPlan {
@@ -228,10 +246,10 @@ impl Plan for CpuPlan {
         };
         let (config, runs) = (&self.config, &*self.runs);
         where_products_run(|| match self.problem.dtype() {
-            DType::F64 => forward::run::<f64>(call, sizes, config, scratch, runs),
-            DType::F32 => forward::run::<f32>(call, sizes, config, scratch, runs),
-            DType::F16 => forward::run::<f16>(call, sizes, config, scratch, runs),
-            DType::Bf16 => forward::run::<bf16>(call, sizes, config, scratch, runs),
+            DType::F64 => run_forward::<f64>(call, sizes, config, scratch, runs),
+            DType::F32 => run_forward::<f32>(call, sizes, config, scratch, runs),
+            DType::F16 => run_forward::<f16>(call, sizes, config, scratch, runs),
+            DType::Bf16 => run_forward::<bf16>(call, sizes, config, scratch, runs),
             dtype => unreachable!("{dtype} is not among the capabilities, which were checked"),
         })
         .map_err(|source| failure("forward", source))?;

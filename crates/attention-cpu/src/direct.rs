@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::elementary::Compute;
-use crate::operand::{Head, InOrder, Operand, Reader, borrow_row};
+use crate::operand::{Head, InOrder, Read, Reader, borrow_row};
 use crate::simd::{Kernel, dispatch};
 
 /// Keys that are worked on side by side: enough to hide the latency of sums, few enough for registers.
@@ -14,7 +14,7 @@ pub(crate) const KEYS: usize = 4;
 const LANES: usize = 16;
 
 /// `products[row * stride + i] = scale * <queries[row], key i of the range>`; `room` holds [`KEYS`] rows.
-pub(crate) fn products<E: Operand>(
+pub(crate) fn products<E: Read>(
     keys: &Head<'_, E>,
     range: Range<usize>,
     queries: &[E::Compute],
@@ -26,7 +26,7 @@ pub(crate) fn products<E: Operand>(
     dispatch(Products { keys, range, queries, scale, room, products, stride });
 }
 
-struct Products<'b, 'a, E: Operand> {
+struct Products<'b, 'a, E: Read> {
     keys: &'b Head<'a, E>,
     range: Range<usize>,
     queries: &'b [E::Compute],
@@ -36,7 +36,7 @@ struct Products<'b, 'a, E: Operand> {
     stride: usize,
 }
 
-impl<E: Operand> Kernel for Products<'_, '_, E> {
+impl<E: Read> Kernel for Products<'_, '_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -47,7 +47,7 @@ impl<E: Operand> Kernel for Products<'_, '_, E> {
 
 struct ProductsOf<K, const FMA: bool>(K);
 
-impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for ProductsOf<Products<'_, 'a, E>, FMA> {
+impl<'a, E: Read, const FMA: bool> Reader<'a, E::Element> for ProductsOf<Products<'_, 'a, E>, FMA> {
     #[inline(always)]
     fn read(self, mut keys: impl InOrder<'a, E::Element>) {
         let Products { keys: head, range, queries, scale, room, products, stride } = self.0;
@@ -73,7 +73,7 @@ impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for ProductsOf<Prod
 
 /// `sums[row] = sum over the range of weights[row * stride + i] * value i`, leaving out values whose weight
 /// is [`Compute::DISALLOWED`]; `room` holds [`KEYS`] rows.
-pub(crate) fn weighted_sums<E: Operand>(
+pub(crate) fn weighted_sums<E: Read>(
     values: &Head<'_, E>,
     range: Range<usize>,
     weights: &[E::Compute],
@@ -85,7 +85,7 @@ pub(crate) fn weighted_sums<E: Operand>(
     dispatch(WeightedSums { values, range, weights, stride, room, sums });
 }
 
-struct WeightedSums<'b, 'a, E: Operand> {
+struct WeightedSums<'b, 'a, E: Read> {
     values: &'b Head<'a, E>,
     range: Range<usize>,
     weights: &'b [E::Compute],
@@ -94,7 +94,7 @@ struct WeightedSums<'b, 'a, E: Operand> {
     sums: &'b mut [E::Compute],
 }
 
-impl<E: Operand> Kernel for WeightedSums<'_, '_, E> {
+impl<E: Read> Kernel for WeightedSums<'_, '_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -105,7 +105,7 @@ impl<E: Operand> Kernel for WeightedSums<'_, '_, E> {
 
 struct SumsOf<K, const FMA: bool>(K);
 
-impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for SumsOf<WeightedSums<'_, 'a, E>, FMA> {
+impl<'a, E: Read, const FMA: bool> Reader<'a, E::Element> for SumsOf<WeightedSums<'_, 'a, E>, FMA> {
     #[inline(always)]
     fn read(self, mut values: impl InOrder<'a, E::Element>) {
         let WeightedSums { values: head, range, weights, stride, room, sums } = self.0;
@@ -128,7 +128,7 @@ impl<'a, E: Operand, const FMA: bool> Reader<'a, E::Element> for SumsOf<Weighted
 
 /// The next [`KEYS`] rows, of `width` elements each.
 #[inline(always)]
-fn borrow_block<'s, 'a: 's, E: Operand>(
+fn borrow_block<'s, 'a: 's, E: Read>(
     rows: &mut impl InOrder<'a, E::Element>,
     width: usize,
     room: &'s mut [E::Compute],

@@ -3,16 +3,18 @@
 use std::marker::PhantomData;
 
 use attention_core::{
-    CallProblem, ForwardCall, HostView, HostViewMut, Inputs, Problem, Scalar, SequenceRows, ViewMut,
+    CallProblem, Element, ForwardCall, HostView, HostViewMut, Inputs, Problem, Scalar, SequenceRows, View,
+    ViewMut,
 };
 use bytemuck::Pod;
 
 use crate::bias::AnyFloat;
+use crate::cache::{Cache, KeyScale};
 use crate::config::CpuConfig;
 use crate::cut::{self, SizedRows, Task, TaskSize};
 use crate::elementary::Compute;
 use crate::logits::{Rows, Terms};
-use crate::operand::{Head, Operand, read_row, write_row};
+use crate::operand::{Head, Operand, Read, read_row, write_row};
 use crate::packed::{Columns, Dense, Panels, panel_elements};
 use crate::scratch::{Carver, piece_bytes};
 use crate::sequences::{BySequence, Sequences, Side};
@@ -109,7 +111,7 @@ impl Sizes {
             pieces.make_room(problem, sized)?;
         }
         let bytes = pieces.bytes::<E::Compute>()?;
-        let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
+        let small_bytes = small_pieces.bytes::<<E::Small as Read>::Compute>()?;
         let workers = cut::most_tasks(problem, threads);
         Some(Self { pieces, small_pieces, bytes_per_worker: bytes.max(small_bytes), workers })
     }
@@ -121,19 +123,22 @@ struct Outputs<'a, T, L> {
     lse: Vec<HostViewMut<'a, L>>,
 }
 
+/// The elements of keys and values.
+type Cached<K, E> = <<K as Cache>::Of<E> as Read>::Element;
+
 /// Everything that the tasks of a call share.
-struct Shared<'a, E: Operand> {
+struct Shared<'a, E: Operand, K: Cache> {
     problem: &'a CallProblem<'a>,
     query: HostView<'a, E::Element>,
-    key: HostView<'a, E::Element>,
-    value: HostView<'a, E::Element>,
+    key: HostView<'a, Cached<K, E>>,
+    value: HostView<'a, Cached<K, E>>,
     terms: Terms<'a, E::Compute>,
     sinks: Option<AnyFloat<'a>>,
     runs: &'a Runs,
 }
 
 /// Runs a checked call in checked scratch.
-pub(crate) fn run<E: Operand>(
+pub(crate) fn run<E: Operand, K: Cache>(
     call: ForwardCall<'_>,
     sizes: &Sizes,
     config: &CpuConfig,
@@ -154,8 +159,8 @@ pub(crate) fn run<E: Operand>(
     if !cut::has_rows(problem) {
         return;
     }
-    let shared = Shared::<E>::new(problem, &inputs, runs);
-    let small = Shared::<E::Small>::new(problem, &inputs, runs);
+    let shared = Shared::<E, K>::new(problem, &inputs, runs);
+    let small = Shared::<E::Small, K>::new(problem, &inputs, runs);
     let tasks = Queue::<E::Element, E::Statistics>::new(problem, Sequences::new(problem, workers, outputs));
     workers::run(
         &config.team(workers),
@@ -313,17 +318,18 @@ fn fill<T: Scalar>(mut view: HostViewMut<'_, T>, value: T) {
     }
 }
 
-impl<'a, E: Operand> Shared<'a, E> {
+/// An operand of a checked call.
+fn operand<'a, T: Element + Pod>(view: View<'a>) -> HostView<'a, T> {
+    view.host().unwrap_or_else(|| unreachable!("a checked call has operands of its dtypes in host memory"))
+}
+
+impl<'a, E: Operand, K: Cache> Shared<'a, E, K> {
     fn new(problem: &'a CallProblem<'a>, inputs: &Inputs<'a>, runs: &'a Runs) -> Self {
-        let host = |view: attention_core::View<'a>| {
-            view.host::<E::Element>()
-                .unwrap_or_else(|| unreachable!("a checked call has operands of its dtype in host memory"))
-        };
         Self {
             problem,
-            query: host(inputs.query),
-            key: host(inputs.key),
-            value: host(inputs.value),
+            query: operand(inputs.query),
+            key: operand(inputs.key),
+            value: operand(inputs.value),
             terms: Terms::new(problem, inputs, runs),
             sinks: inputs.sinks.map(|sinks| AnyFloat::new(sinks, problem.dtype().accumulator())),
             runs,
@@ -338,25 +344,26 @@ impl<'a, E: Operand> Shared<'a, E> {
     ) {
         let batch = task.rows.batch;
         let places = self.problem.key_places(batch);
-        let keys = Head::<E>::new(&self.key, places, task.key_head);
-        let values = Head::<E>::new(&self.value, places, task.key_head);
+        let keys = Head::<K::Of<E>>::new(&self.key, places, task.key_head);
+        let values = Head::<K::Of<E>>::new(&self.value, places, task.key_head);
+        let key_scale = K::key_scale(self.problem, batch, task.key_head, self.terms.scale);
         self.count(task);
         keys.count(E::runs(self.runs));
         if cut::few_rows(task.rows.len()) {
-            self.direct(task, &keys, &values, outputs, scratch);
+            self.direct(task, &keys, &values, &key_scale, outputs, scratch);
             return;
         }
         let panels = Panels::pack(&keys, task.keys.clone(), scratch.panels, scratch.row, self.runs);
         let values = Dense::pack(&values, task.keys.clone(), scratch.values, self.runs);
         let stride = cut::logits_stride(task.keys.len()).unwrap_or_else(|| unreachable!("sized before"));
         for (rows, keys) in cut::blocks(self.problem, &task.rows, &task.keys, 1) {
-            self.read_queries(&rows, scratch.query);
+            self.read_queries(&rows, &key_scale, scratch.query);
             let columns = panels.columns(&keys);
             let width = self.query.shape()[3];
             panels.product(
                 &scratch.query[..rows.len() * width],
                 &columns,
-                self.terms.scale,
+                key_scale.of_products,
                 scratch.logits,
                 stride,
             );
@@ -376,8 +383,11 @@ impl<'a, E: Operand> Shared<'a, E> {
 
     /// Counts the paths that a task takes.
     fn count(&self, task: &Task) {
-        let (few, forward) = (cut::few_rows(task.rows.len()), &E::runs(self.runs).forward);
-        if few { &forward.unpacked } else { &forward.packed }.count();
+        let (few, of_operand) = (cut::few_rows(task.rows.len()), E::runs(self.runs));
+        let eight_bit = K::EIGHT_BIT.map(|index| &of_operand.eight_bit[index]);
+        for forward in std::iter::once(&of_operand.forward).chain(eight_bit) {
+            if few { &forward.unpacked } else { &forward.packed }.count();
+        }
         let cut = &self.runs.forward_task;
         match task.rows.queries.len() < self.problem.query_len(task.rows.batch) {
             true if few => &cut.end_of_head,
@@ -389,12 +399,13 @@ impl<'a, E: Operand> Shared<'a, E> {
         self.terms.count();
     }
 
-    fn read_queries(&self, rows: &Rows, to: &mut [E::Compute]) {
+    fn read_queries(&self, rows: &Rows, key_scale: &KeyScale<E::Compute>, to: &mut [E::Compute]) {
         let width = self.query.shape()[3];
         let places = self.problem.query_places(rows.batch);
         for ((head, query), to) in rows.iter().zip(to.chunks_exact_mut(width)) {
             let [outer, row] = places.of(query);
             read_row::<E>(self.query.row(&[outer, row, head]), to);
+            key_scale.apply_to_query(to);
         }
     }
 
@@ -434,10 +445,12 @@ impl<'a, E: Operand> Shared<'a, E> {
         outputs: &mut Outputs<'_, E::Element, E::Statistics>,
     ) {
         let width = self.value.shape()[3];
+        let value_scale = K::value_scale::<E::Compute>(self.problem, task.rows.batch, task.key_head);
         for (((head, query), result), sums) in rows.iter().zip(results).zip(sums.chunks_exact_mut(width)) {
             for sum in sums.iter_mut() {
                 // A zero is positive, whatever the signs of values that take no part.
-                *sum = *sum / result.total + E::Compute::ZERO;
+                let mean = *sum / result.total;
+                *sum = value_scale.map_or(mean, |scale| scale * mean) + E::Compute::ZERO;
             }
             let (head, query) = (head - task.rows.heads.start, query - task.rows.queries.start);
             write_row::<E>(outputs.out[head].row_mut(&[query]), sums);
@@ -451,8 +464,9 @@ impl<'a, E: Operand> Shared<'a, E> {
     fn direct(
         &self,
         task: &Task,
-        keys: &Head<'_, E>,
-        values: &Head<'_, E>,
+        keys: &Head<'_, K::Of<E>>,
+        values: &Head<'_, K::Of<E>>,
+        key_scale: &KeyScale<E::Compute>,
         outputs: &mut Outputs<'_, E::Element, E::Statistics>,
         scratch: &mut Scratch<'_, E::Compute>,
     ) {
@@ -461,9 +475,9 @@ impl<'a, E: Operand> Shared<'a, E> {
         let stride = cut::logits_stride(task.keys.len()).unwrap_or_else(|| unreachable!("sized before"));
         let (width, value_width) = (keys.width(), values.width());
         [keys, values].into_iter().for_each(|rows| rows.count_borrowed(E::runs(self.runs)));
-        self.read_queries(rows, scratch.query);
+        self.read_queries(rows, key_scale, scratch.query);
         let queries = &scratch.query[..rows.len() * width];
-        let scale = self.terms.scale;
+        let scale = key_scale.of_products;
         direct::products(keys, task.keys.clone(), queries, scale, scratch.row, scratch.logits, stride);
         let results = self.softmax(rows, &columns, scratch.logits, stride);
         let sums = &mut scratch.sums[..rows.len() * value_width];

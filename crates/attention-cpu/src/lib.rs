@@ -4,6 +4,7 @@
 mod backend;
 mod backward;
 mod bias;
+mod cache;
 mod config;
 mod cut;
 mod direct;

@@ -1,20 +1,33 @@
 //! Operand dtypes: how rows of them become the floats that are computed in, and back.
 
-use attention_core::{HostView, Row, RowMut, RowPlaces, RowRun, Scalar, Stretch, Stretches};
+use attention_core::{Element, HostView, Row, RowMut, RowPlaces, RowRun, Scalar, Stretch, Stretches};
+use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::elementary::Compute;
 use crate::variants::{OperandRuns, Runs};
 
-/// A way to compute on queries, keys and values of one dtype.
-pub(crate) trait Operand: 'static {
-    /// The elements of queries, keys, values, outputs and their gradients.
-    type Element: Scalar;
-    /// The elements of logsumexps.
-    type Statistics: Scalar;
+/// A way to read the rows of one dtype.
+pub(crate) trait Read: 'static {
+    /// The elements of the rows.
+    type Element: Element + Pod;
     /// What is computed in.
     type Compute: Compute;
+
+    /// Neighbours as they are computed in, where that is the same type.
+    fn as_compute(from: &[Self::Element]) -> Option<&[Self::Compute]>;
+    /// Converts neighbours; exact.
+    fn widen(from: &[Self::Element], to: &mut [Self::Compute]);
+    /// One number.
+    fn widen_one(value: Self::Element) -> Self::Compute;
+}
+
+/// A way to compute on queries of one dtype, which is that of outputs and gradients too, and on keys and
+/// values of the same dtype or of 8 bits.
+pub(crate) trait Operand: Read<Element: Scalar> {
+    /// The elements of logsumexps.
+    type Statistics: Scalar;
     /// The way to compute on small batch rows ([`cut::is_small`](crate::cut::is_small)).
     type Small: Operand<Element = Self::Element, Statistics = Self::Statistics>;
 
@@ -25,32 +38,17 @@ pub(crate) trait Operand: 'static {
 
     /// The counters of the code that is compiled for this.
     fn runs(runs: &Runs) -> &OperandRuns;
-    /// Neighbours as they are computed in, where that is the same type.
-    fn as_compute(from: &[Self::Element]) -> Option<&[Self::Compute]>;
-    /// Converts neighbours; exact.
-    fn widen(from: &[Self::Element], to: &mut [Self::Compute]);
     /// Converts neighbours, rounding to nearest even.
     fn narrow(from: &[Self::Compute], to: &mut [Self::Element]);
-    /// One number.
-    fn widen_one(value: Self::Element) -> Self::Compute;
     /// One number, rounded.
     fn narrow_one(value: Self::Compute) -> Self::Element;
 }
 
 macro_rules! same {
     ($type:ident, $small:ty, $has_small:literal) => {
-        impl Operand for $type {
+        impl Read for $type {
             type Element = $type;
-            type Statistics = $type;
             type Compute = $type;
-            type Small = $small;
-
-            const HAS_SMALL: bool = $has_small;
-            const STATISTICS_EPSILON: f64 = $type::EPSILON as f64;
-
-            fn runs(runs: &Runs) -> &OperandRuns {
-                &runs.$type
-            }
 
             #[inline(always)]
             fn as_compute(from: &[$type]) -> Option<&[$type]> {
@@ -61,12 +59,25 @@ macro_rules! same {
                 to.copy_from_slice(from);
             }
             #[inline(always)]
-            fn narrow(from: &[$type], to: &mut [$type]) {
-                to.copy_from_slice(from);
-            }
-            #[inline(always)]
             fn widen_one(value: $type) -> $type {
                 value
+            }
+        }
+
+        impl Operand for $type {
+            type Statistics = $type;
+            type Small = $small;
+
+            const HAS_SMALL: bool = $has_small;
+            const STATISTICS_EPSILON: f64 = $type::EPSILON as f64;
+
+            fn runs(runs: &Runs) -> &OperandRuns {
+                &runs.$type
+            }
+
+            #[inline(always)]
+            fn narrow(from: &[$type], to: &mut [$type]) {
+                to.copy_from_slice(from);
             }
             #[inline(always)]
             fn narrow_one(value: $type) -> $type {
@@ -83,17 +94,9 @@ pub(crate) enum F32InF64 {}
 
 macro_rules! converted {
     ($operand:ty, $runs:ident, $element:ty, $compute:ty, $widen:expr, $narrow:expr, $widen_all:expr, $narrow_all:expr) => {
-        impl Operand for $operand {
+        impl Read for $operand {
             type Element = $element;
-            type Statistics = f32;
             type Compute = $compute;
-            type Small = $operand;
-
-            const STATISTICS_EPSILON: f64 = f32::EPSILON as f64;
-
-            fn runs(runs: &Runs) -> &OperandRuns {
-                &runs.$runs
-            }
 
             #[inline(always)]
             fn as_compute(_: &[$element]) -> Option<&[$compute]> {
@@ -104,12 +107,24 @@ macro_rules! converted {
                 $widen_all(from, to)
             }
             #[inline(always)]
-            fn narrow(from: &[$compute], to: &mut [$element]) {
-                $narrow_all(from, to)
-            }
-            #[inline(always)]
             fn widen_one(value: $element) -> $compute {
                 $widen(value)
+            }
+        }
+
+        impl Operand for $operand {
+            type Statistics = f32;
+            type Small = $operand;
+
+            const STATISTICS_EPSILON: f64 = f32::EPSILON as f64;
+
+            fn runs(runs: &Runs) -> &OperandRuns {
+                &runs.$runs
+            }
+
+            #[inline(always)]
+            fn narrow(from: &[$compute], to: &mut [$element]) {
+                $narrow_all(from, to)
             }
             #[inline(always)]
             fn narrow_one(value: $compute) -> $element {
@@ -166,7 +181,7 @@ converted!(
 
 /// Copies a row of any stride.
 #[inline(always)]
-pub(crate) fn read_row<E: Operand>(row: Row<'_, E::Element>, to: &mut [E::Compute]) {
+pub(crate) fn read_row<E: Read>(row: Row<'_, E::Element>, to: &mut [E::Compute]) {
     match row.contiguous() {
         Some(from) => E::widen(from, to),
         None => {
@@ -186,14 +201,14 @@ pub(crate) fn write_row<E: Operand>(mut row: RowMut<'_, E::Element>, from: &[E::
 }
 
 /// The rows of one head of one sequence: a matrix `[rows, D]`, wherever its rows are.
-pub(crate) enum Head<'a, E: Operand> {
+pub(crate) enum Head<'a, E: Read> {
     /// `[rows, D]`: dense or packed rows, or those of a single page.
     Neighbours(HostView<'a, E::Element>),
     /// `[pages, page size, D]`, and which of these rows are the sequence's.
     Pages(HostView<'a, E::Element>, RowPlaces<'a>),
 }
 
-impl<'a, E: Operand> Head<'a, E> {
+impl<'a, E: Read> Head<'a, E> {
     /// Of a tensor of tokens, whose rows of the sequence are at `places`.
     pub(crate) fn new(view: &HostView<'a, E::Element>, places: RowPlaces<'a>, head: usize) -> Self {
         let rows = view.index_axis(2, head);
@@ -308,7 +323,7 @@ impl<'a, T: Copy> InOrder<'a, T> for Pages<'_, 'a, T> {
 
 /// One row as it is computed in: itself where it lies side by side in that type, else a copy in `room`.
 #[inline(always)]
-pub(crate) fn borrow_row<'s, 'a: 's, E: Operand>(
+pub(crate) fn borrow_row<'s, 'a: 's, E: Read>(
     row: Row<'a, E::Element>,
     room: &'s mut [E::Compute],
 ) -> &'s [E::Compute] {

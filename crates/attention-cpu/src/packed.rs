@@ -12,7 +12,7 @@ use attention_core::DType;
 use crate::direct::add_scaled;
 use crate::elementary::Compute;
 use crate::gemm::{Destination, Mat, MatMut, gemm};
-use crate::operand::{Head, InOrder, Operand, Reader, read_row};
+use crate::operand::{Head, InOrder, Read, Reader, read_row};
 use crate::simd::{Kernel, dispatch};
 use crate::variants::{ComputeRuns, Runs};
 
@@ -43,14 +43,14 @@ pub(crate) struct Panels<'a, C> {
 }
 
 /// Reads `count` rows into panels.
-struct Transposed<'b, E: Operand> {
+struct Transposed<'b, E: Read> {
     count: usize,
     /// Room for one.
     row: &'b mut [E::Compute],
     panels: &'b mut [E::Compute],
 }
 
-impl<'a, E: Operand> Reader<'a, E::Element> for Transposed<'_, E> {
+impl<'a, E: Read> Reader<'a, E::Element> for Transposed<'_, E> {
     #[inline(always)]
     fn read(self, mut rows: impl InOrder<'a, E::Element>) {
         let Self { count, row, panels } = self;
@@ -76,7 +76,7 @@ pub(crate) struct Columns {
 
 impl<'a, C: Compute> Panels<'a, C> {
     /// Packs the rows `keys`; `row` is room for one.
-    pub(crate) fn pack<E: Operand<Compute = C>>(
+    pub(crate) fn pack<E: Read<Compute = C>>(
         head: &Head<'_, E>,
         keys: Range<usize>,
         data: &'a mut [C],
@@ -192,12 +192,12 @@ pub(crate) struct Dense<'a, C> {
 }
 
 /// Reads rows of `width` one behind the other.
-struct Copied<'b, E: Operand> {
+struct Copied<'b, E: Read> {
     to: &'b mut [E::Compute],
     width: usize,
 }
 
-impl<'a, E: Operand> Reader<'a, E::Element> for Copied<'_, E> {
+impl<'a, E: Read> Reader<'a, E::Element> for Copied<'_, E> {
     #[inline(always)]
     fn read(self, mut rows: impl InOrder<'a, E::Element>) {
         for to in self.to.chunks_exact_mut(self.width) {
@@ -208,7 +208,7 @@ impl<'a, E: Operand> Reader<'a, E::Element> for Copied<'_, E> {
 
 impl<'a, C: Compute> Dense<'a, C> {
     /// Packs the rows `keys`.
-    pub(crate) fn pack<E: Operand<Compute = C>>(
+    pub(crate) fn pack<E: Read<Compute = C>>(
         head: &Head<'_, E>,
         keys: Range<usize>,
         data: &'a mut [C],

@@ -30,6 +30,8 @@ pub(crate) struct Runs {
 pub(crate) struct OperandRuns {
     pub(crate) forward: KeysRuns,
     pub(crate) backward: KeysRuns,
+    /// Forward with keys and values of 8 bits, in the order of [`DType::EIGHT_BIT`].
+    pub(crate) eight_bit: [KeysRuns; 2],
     /// The unpacked keys or values of a task are neighbours in the type that is computed in.
     pub(crate) read_in_place: VariantCounter,
     /// They are copied first: converted, or collected with a stride.
@@ -165,6 +167,10 @@ impl Runs {
             OperandRuns {
                 forward: keys("forward"),
                 backward: keys("backward"),
+                eight_bit: DType::EIGHT_BIT.map(|dtype| KeysRuns {
+                    unpacked: listed(format!("forward {operand}, unpacked {dtype} keys")),
+                    packed: listed(format!("forward {operand}, packed {dtype} keys")),
+                }),
                 read_in_place: match reads_in_place {
                     true => listed(format!("unpacked rows {operand}, in place")),
                     // Nothing that is converted can be read in place.

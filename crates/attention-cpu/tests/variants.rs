@@ -2,7 +2,7 @@
 //! listed.
 
 use attention_conformance::cases::{
-    Broadcast, Case, Content, Grid, Layout, Layouts, MaskContent, Saved, Values,
+    Broadcast, Case, Content, EightBit, Grid, Layout, Layouts, MaskContent, Saved, Values,
 };
 use attention_conformance::report::Report;
 use attention_conformance::suite::Suite;
@@ -64,6 +64,11 @@ fn cases() -> Vec<Case> {
         scaled.options.scale = Some(1e30);
         scaled.content =
             Content { values: Values::Whole(Grid::Powers { query: -50, key: -50 }), ..scaled.content };
+        for dtype in DType::EIGHT_BIT {
+            let mut eight_bit = case("8 bits", sizes);
+            eight_bit.options.eight_bit = Some(EightBit::new(dtype));
+            cases.push(eight_bit);
+        }
         cases.extend([case("plain", sizes), strided, more_keys, sinks, large, masked, padded, scaled]);
         for axes in [[false, false], [false, true], [true, false], [true, true]] {
             cases.push(with_bias("bias", sizes, axes));

@@ -6,7 +6,7 @@ use bytemuck::Pod;
 use super::bias_parts;
 use crate::cut::{self, SizedRows};
 use crate::direct;
-use crate::operand::Operand;
+use crate::operand::{Operand, Read};
 use crate::packed::panel_elements;
 use crate::scratch::{Carver, piece_bytes};
 use crate::sequences::{most_with_rows, queries_vary};
@@ -148,7 +148,7 @@ impl Sizes {
             pieces.make_room(problem, sized)?;
         }
         let bytes = pieces.bytes::<E::Compute>()?;
-        let small_bytes = small_pieces.bytes::<<E::Small as Operand>::Compute>()?;
+        let small_bytes = small_pieces.bytes::<<E::Small as Read>::Compute>()?;
         let bytes_per_task = bytes.max(small_bytes);
         let bytes_per_worker = bytes_per_task.checked_add(bias_parts::sums_bytes(problem)?)?;
         let of_heads = most_with_rows(problem).saturating_mul(dims.key_heads);
