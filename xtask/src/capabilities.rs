@@ -159,7 +159,7 @@ fn largest(pass: &PassCapabilities) -> String {
 /// Whether a pass has such a thing.
 fn is_of(feature: Feature, pass: Pass) -> bool {
     match feature {
-        Feature::Lse | Feature::PagedKeys => pass == Pass::Forward,
+        Feature::Lse | Feature::PagedKeys | Feature::EightBitKeys => pass == Pass::Forward,
         Feature::DLse | Feature::DBias | Feature::DSinks => pass == Pass::Backward,
         _ => true,
     }

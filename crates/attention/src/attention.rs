@@ -28,8 +28,9 @@ use crate::{
 /// | ALiBi slopes | `[N]` or `[B, N]` | the same |
 /// | sinks | `[N]` | the same |
 /// | lengths, offsets by batch row | `[B]` | the same |
+/// | scales of 8-bit keys, of 8-bit values | `[1]` or a scalar, `[K]` or `[B, K]` | the same |
 ///
-/// All but the last four without `B` where query, key and value are without it; masks, biases, slopes and
+/// All but the last five without `B` where query, key and value are without it; masks, biases, slopes and
 /// lengths count on `B = 1` then. Query heads are a multiple of the key/value heads (`N % K == 0`), and each
 /// group of `N / K` shares one.
 ///
@@ -267,6 +268,49 @@ impl<'a> Attention<'a> {
         self
     }
 
+    /// The scales of 8-bit keys: a number `x` of a key stands for `scale * x` (`k_scale` or `k_descale` of other
+    /// libraries). f32, one for all (`[1]` or a scalar), one for each key/value head, `[K]`, or one for each
+    /// head of each sequence, `[B, K]`; in host memory, where NaN and infinities are an error, or on the
+    /// device of the call. 1 where none are given.
+    ///
+    /// Keys and values are of 8 bits where their elements are: both [`F8E4M3`](crate::F8E4M3) or both
+    /// [`F8E5M2`](crate::F8E5M2), beside a query of any other float, whose dtype the output has. Such calls
+    /// are forward only.
+    ///
+    /// # Examples
+    /// ```
+    /// # #[cfg(feature = "cpu")] {
+    /// use attention::{Attention, F8E4M3, Float8, Overflow};
+    ///
+    /// // A cache of 4 tokens, 2 heads of 8, whose numbers spend the range of e4m3.
+    /// let cached = vec![0.25f32; 4 * 2 * 8];
+    /// let scale = 0.25 / F8E4M3::LARGEST;
+    /// let mut bytes = vec![F8E4M3::default(); cached.len()];
+    /// let scaled: Vec<f32> = cached.iter().map(|x| x / scale).collect();
+    /// F8E4M3::narrow(&scaled, &mut bytes, Overflow::Saturate);
+    ///
+    /// let (query, cache, scale) = (vec![0.5f32; 4 * 8], (&bytes, [1, 4, 2, 8]), [scale]);
+    /// let attention = Attention::new().key_scales((&scale, [1])).value_scales((&scale, [1]));
+    /// let out = attention.forward((&query, [1, 1, 4, 8]), cache, cache)?;
+    /// assert!(out.as_slice::<f32>().unwrap().iter().all(|x| (x - 0.25).abs() < 1e-6));
+    /// # }
+    /// # Ok::<(), attention::Error>(())
+    /// ```
+    #[doc(alias = "k_scale")]
+    #[doc(alias = "k_descale")]
+    pub fn key_scales(mut self, scales: impl IntoView<'a>) -> Self {
+        self.optional.key_scales = self.tensor(Role::KeyScales, scales);
+        self
+    }
+
+    /// The scales of 8-bit values, as [`key_scales`](Self::key_scales).
+    #[doc(alias = "v_scale")]
+    #[doc(alias = "v_descale")]
+    pub fn value_scales(mut self, scales: impl IntoView<'a>) -> Self {
+        self.optional.value_scales = self.tensor(Role::ValueScales, scales);
+        self
+    }
+
     /// Asks for bitwise reproducible results: an implementation that cannot give them refuses.
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.options.deterministic = deterministic;
@@ -333,6 +377,8 @@ impl<'a> Attention<'a> {
             query_starts,
             key_value_starts,
             block_table,
+            key_scales,
+            value_scales,
         } = self.optional;
         let data = self.options.data();
         CallData {
@@ -344,6 +390,8 @@ impl<'a> Attention<'a> {
             query_starts: query_starts.or(data.query_starts),
             key_value_starts: key_value_starts.or(data.key_value_starts),
             block_table,
+            key_scales,
+            value_scales,
             ..data
         }
     }

@@ -37,9 +37,9 @@ pub use attention_core as core;
 pub use attention_core::conventions;
 pub use attention_core::{
     AttentionBackend, BackwardInputs, BackwardOutputs, CallData, CallProblem, DType, Device, DeviceKind,
-    Dimensions, Dims, Dropout, Element, Gradients, InvalidCall, Lengths, NumericsClass, OutOfMemory, Pass,
-    Problem, ProblemBuilder, QueryOffset, Role, Scalar, Strides, TensorDesc, Unavailable, Unsupported, View,
-    ViewMut, Window, dropout_mask,
+    Dimensions, Dims, Dropout, Element, F8E4M3, F8E5M2, Float8, Gradients, InvalidCall, Lengths,
+    NumericsClass, OutOfMemory, Overflow, Pass, Problem, ProblemBuilder, QueryOffset, Role, Scalar, Strides,
+    TensorDesc, Unavailable, Unsupported, View, ViewMut, Window, dropout_mask,
 };
 pub use backward::Backward;
 pub use error::{Error, Refusal};

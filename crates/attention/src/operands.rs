@@ -23,8 +23,10 @@ pub(crate) struct OptionalInputs<'a> {
     pub(crate) dropout_offset: Option<View<'a>>,
     pub(crate) query_starts: Option<View<'a>>,
     pub(crate) key_value_starts: Option<View<'a>>,
-    /// Has no place in the options.
+    /// These have no place in the options.
     pub(crate) block_table: Option<View<'a>>,
+    pub(crate) key_scales: Option<View<'a>>,
+    pub(crate) value_scales: Option<View<'a>>,
 }
 
 /// The inputs of a call with four axes in the order of the core, and how they came.

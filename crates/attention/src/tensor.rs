@@ -2,7 +2,7 @@
 
 use std::any::{Any, TypeId};
 
-use attention_core::{DType, Dims, Element, InvalidCall, OutOfMemory, View, ViewMut};
+use attention_core::{DType, Dims, Element, F8E4M3, F8E5M2, InvalidCall, OutOfMemory, View, ViewMut};
 use half::{bf16, f16};
 
 /// An owned, row-major tensor in host memory: what the facade returns, and one way to hand it inputs.
@@ -64,6 +64,8 @@ enum Data {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
+    F8E4M3(Vec<F8E4M3>),
+    F8E5M2(Vec<F8E5M2>),
     Bool(Vec<bool>),
     I32(Vec<i32>),
     U32(Vec<u32>),
@@ -80,6 +82,8 @@ macro_rules! with_data {
             Data::F32($vec) => $expression,
             Data::F16($vec) => $expression,
             Data::Bf16($vec) => $expression,
+            Data::F8E4M3($vec) => $expression,
+            Data::F8E5M2($vec) => $expression,
             Data::Bool($vec) => $expression,
             Data::I32($vec) => $expression,
             Data::U32($vec) => $expression,
@@ -116,6 +120,8 @@ impl Tensor {
             DType::F32 => same_type(data).map(Data::F32),
             DType::F16 => same_type(data).map(Data::F16),
             DType::Bf16 => same_type(data).map(Data::Bf16),
+            DType::F8E4M3 => same_type(data).map(Data::F8E4M3),
+            DType::F8E5M2 => same_type(data).map(Data::F8E5M2),
             DType::Bool => same_type(data).map(Data::Bool),
             DType::I32 => same_type(data).map(Data::I32),
             DType::U32 => same_type(data).map(Data::U32),
@@ -154,6 +160,8 @@ impl Tensor {
             Data::F32(_) => DType::F32,
             Data::F16(_) => DType::F16,
             Data::Bf16(_) => DType::Bf16,
+            Data::F8E4M3(_) => DType::F8E4M3,
+            Data::F8E5M2(_) => DType::F8E5M2,
             Data::Bool(_) => DType::Bool,
             Data::I32(_) => DType::I32,
             Data::U32(_) => DType::U32,
@@ -230,6 +238,8 @@ impl Data {
             DType::F32 => bytemuck::try_zeroed_vec(count).map(Self::F32),
             DType::F16 => bytemuck::try_zeroed_vec(count).map(Self::F16),
             DType::Bf16 => bytemuck::try_zeroed_vec(count).map(Self::Bf16),
+            DType::F8E4M3 => bytemuck::try_zeroed_vec(count).map(Self::F8E4M3),
+            DType::F8E5M2 => bytemuck::try_zeroed_vec(count).map(Self::F8E5M2),
             DType::Bool => bytemuck::try_zeroed_vec(count).map(Self::Bool),
             DType::I32 => bytemuck::try_zeroed_vec(count).map(Self::I32),
             DType::U32 => bytemuck::try_zeroed_vec(count).map(Self::U32),
@@ -242,7 +252,7 @@ impl Data {
 
 #[cfg(test)]
 mod tests {
-    use attention_core::TensorDesc;
+    use attention_core::{Float8, TensorDesc};
 
     use super::*;
 
@@ -262,6 +272,8 @@ mod tests {
         round_trip(vec![1.0f32, 2.0]);
         round_trip(vec![f16::from_f32(1.0), f16::from_f32(2.0)]);
         round_trip(vec![bf16::from_f32(1.0), bf16::from_f32(2.0)]);
+        round_trip([1, 2].map(F8E4M3::from_bits).to_vec());
+        round_trip([1, 2].map(F8E5M2::from_bits).to_vec());
         round_trip(vec![true, false]);
         round_trip(vec![1i32, -2]);
         round_trip(vec![1u32, 2]);

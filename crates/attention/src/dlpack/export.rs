@@ -45,6 +45,8 @@ impl<M> Owner<M> {
             DType::F32 => (2, 32),
             DType::F16 => (2, 16),
             DType::Bf16 => (4, 16),
+            DType::F8E4M3 => (10, 8),
+            DType::F8E5M2 => (12, 8),
             DType::Bool => (6, 8),
             DType::I64 => (0, 64),
             DType::I32 => (0, 32),

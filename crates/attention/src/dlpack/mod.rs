@@ -54,8 +54,8 @@ pub enum Error {
     },
     /// Elements that no tensor of a call has.
     #[error(
-        "the tensor has {}; expected a float of 64, 32 or 16 bits, a bfloat of 16, a boolean of 8, or for lengths, offsets and \
-         seeds a signed integer of 64 or 32 bits or an unsigned one of 32{}",
+        "the tensor has {}; expected a float of 64, 32 or 16 bits, a bfloat of 16, e4m3fn or e5m2 for keys and values, a \
+         boolean of 8, or for lengths, offsets and seeds a signed integer of 64 or 32 bits or an unsigned one of 32{}",
         elements(.dtype),
         integers_as_masks(.dtype)
     )]
@@ -110,6 +110,7 @@ fn elements(dtype: &ffi::DataType) -> String {
         4 => "bfloat",
         5 => "complex",
         6 => "boolean",
+        7..=14 => "float of 8 bits",
         _ => "unknown",
     };
     let (bit, lane) = (s(u32::from(*bits)), s(u32::from(*lanes)));
@@ -185,6 +186,9 @@ unsafe fn describe(tensor: &ffi::Tensor) -> Result<(Device, TensorDesc), Error> 
         (2, 32, 1) => DType::F32,
         (2, 16, 1) => DType::F16,
         (4, 16, 1) => DType::Bf16,
+        // Not their neighbours, which are other formats of 8 bits, e4m3fnuz (11) and e5m2fnuz (13) among them.
+        (10, 8, 1) => DType::F8E4M3,
+        (12, 8, 1) => DType::F8E5M2,
         (6, 8, 1) => DType::Bool,
         (0, 64, 1) => DType::I64,
         (0, 32, 1) => DType::I32,

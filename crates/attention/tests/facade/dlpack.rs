@@ -229,6 +229,31 @@ fn offsets_missing_strides_and_devices_are_understood() {
     }
 }
 
+/// torch's float8_e4m3fn and float8_e5m2 are known, and the other formats of 8 bits are not taken for them.
+#[test]
+fn floats_of_8_bits_are_told_apart() {
+    let (mut data, mut shape) = ([0f32; 2], [8i64]);
+    let whole = tensor(&mut data, &mut shape, None);
+    for code in 7..=14 {
+        let there = ffi::Tensor { dtype: ffi::DataType { code, bits: 8, lanes: 1 }, ..whole };
+        // SAFETY: shape and data are arrays that outlive the view, and the eight elements of one byte are in
+        // `data`.
+        let view = unsafe { dlpack::view(&there) };
+        match (code, view) {
+            (10, Ok(view)) => assert_eq!(view.desc().dtype(), DType::F8E4M3),
+            (12, Ok(view)) => assert_eq!(view.desc().dtype(), DType::F8E5M2),
+            (10 | 12, Err(error)) => panic!("{error}"),
+            (code, view) => {
+                let text = view.unwrap_err().to_string();
+                assert!(
+                    text.contains("(float of 8 bits)") && text.contains("e4m3fn or e5m2"),
+                    "{code}: {text}"
+                );
+            }
+        }
+    }
+}
+
 /// Other libraries export strides of axes of size 1 as they happen to be: torch gives (999, 8, 777, 1).
 #[test]
 fn strides_of_axes_of_size_one_say_nothing() {

@@ -8,6 +8,7 @@ mod backward;
 mod device;
 #[cfg(feature = "dlpack")]
 mod dlpack;
+mod eight_bit;
 mod errors;
 mod inputs;
 mod kv_cache;
