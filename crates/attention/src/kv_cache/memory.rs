@@ -1,6 +1,7 @@
 //! Where a cache keeps its keys and values.
 
-use attention_core::{DType, Device, Dims, HostView, InvalidCall, Scalar, View};
+use attention_core::{DType, Device, Dims, Element, F8E4M3, F8E5M2, HostView, InvalidCall, View};
+use bytemuck::Pod;
 use half::{bf16, f16};
 
 use super::error::CacheError;
@@ -163,6 +164,8 @@ impl CacheMemory for HostMemory {
                 DType::F32 => apply::<f32>(memory, update, &tokens),
                 DType::F16 => apply::<f16>(memory, update, &tokens),
                 DType::Bf16 => apply::<bf16>(memory, update, &tokens),
+                DType::F8E4M3 => apply::<F8E4M3>(memory, update, &tokens),
+                DType::F8E5M2 => apply::<F8E5M2>(memory, update, &tokens),
                 other => unreachable!("a cache of {other} was refused when it was made"),
             }
         }
@@ -195,7 +198,7 @@ impl<'a, T: IntoView<'a>> IntoCacheTensor<'a, HostMemory> for T {
 }
 
 /// Changes keys, or values.
-fn apply<T: Scalar>(memory: &mut Tensor, update: &Update<'_, View<'_>>, tokens: &View<'_>) {
+fn apply<T: Element + Pod>(memory: &mut Tensor, update: &Update<'_, View<'_>>, tokens: &View<'_>) {
     let [_, inner, heads, width] = memory.shape()[..] else { unreachable!("four axes") };
     let (Some(memory), Some(tokens)) = (memory.as_mut_slice::<T>(), tokens.host::<T>()) else {
         unreachable!("new tokens have the dtype and the device of the cache")
@@ -216,7 +219,10 @@ fn apply<T: Scalar>(memory: &mut Tensor, update: &Update<'_, View<'_>>, tokens: 
 }
 
 /// The elements from a token on, where the tokens that follow along the second axis are in one piece with it.
-fn side_by_side<'a, T: Scalar>(tokens: &HostView<'a, T>, [outer, first]: [usize; 2]) -> Option<&'a [T]> {
+fn side_by_side<'a, T: Element + Pod>(
+    tokens: &HostView<'a, T>,
+    [outer, first]: [usize; 2],
+) -> Option<&'a [T]> {
     let (&[_, _, heads, width], &[_, token, head, element]) = (&tokens.shape()[..], &tokens.strides()[..])
     else {
         unreachable!("new tokens have four axes")
@@ -227,7 +233,7 @@ fn side_by_side<'a, T: Scalar>(tokens: &HostView<'a, T>, [outer, first]: [usize;
 }
 
 /// Copies tokens of any strides.
-fn copy_rows<T: Scalar>(tokens: &HostView<'_, T>, [outer, first]: [usize; 2], to: &mut [T]) {
+fn copy_rows<T: Element + Pod>(tokens: &HostView<'_, T>, [outer, first]: [usize; 2], to: &mut [T]) {
     let (heads, width) = (tokens.shape()[2], tokens.shape()[3]);
     for (index, to) in to.chunks_exact_mut(width).enumerate() {
         let from = tokens.row(&[outer, first + index / heads, index % heads]);

@@ -16,7 +16,7 @@ use super::error::CacheError;
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TokenShape {
-    /// f64, f32, f16 or bf16.
+    /// f64, f32, f16 or bf16, or f8e4m3 or f8e5m2 beside a query of one of these.
     pub dtype: DType,
     /// `K`.
     pub key_heads: usize,
@@ -39,8 +39,8 @@ impl TokenShape {
     }
 
     pub(super) fn check(&self) -> Result<(), CacheError> {
-        if !self.dtype.is_supported_float() {
-            let expected = "f64, f32, f16 or bf16".to_owned();
+        if !self.dtype.is_supported_float() && !self.dtype.is_eight_bit() {
+            let expected = "f64, f32, f16, bf16, f8e4m3 or f8e5m2".to_owned();
             let error = InvalidCall::DType { role: Role::Key, dtype: self.dtype, expected };
             return Err(CacheError::Cache(error));
         }

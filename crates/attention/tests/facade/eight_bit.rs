@@ -1,6 +1,7 @@
 //! Keys and values of 8 bits, with scales: what callers give, who serves them, and what is refused.
 
 use attention::core::FeatureSet;
+use attention::kv_cache::{PagedKvCache, PoolShape, TokenShape};
 use attention::{
     Attention, DType, Error, F8E4M3, F8E5M2, Float8, InvalidCall, Overflow, Role, Tensor, Unsupported, View,
     bf16, f16,
@@ -52,7 +53,8 @@ fn every_scale_means_what_it_says<F: Float8>() {
     let key: Vec<F> = narrowed(&numbers(CACHE.iter().product(), 2));
     let value: Vec<F> = narrowed(&numbers(CACHE.iter().product(), 3));
     let (one, heads, sequences) = ([0.75f32], [0.5f32, 1.25], [0.5f32, -2.0, 3.0, 0.3]);
-    let views: [(View<'_>, fn(&[f32], usize, usize) -> f32, &[f32]); 4] = [
+    type ScaleOf = fn(&[f32], usize, usize) -> f32;
+    let views: [(View<'_>, ScaleOf, &[f32]); 4] = [
         (View::from_slice(&one, []).unwrap(), |scales, _, _| scales[0], &one),
         (View::from_slice(&one, [1]).unwrap(), |scales, _, _| scales[0], &one),
         (View::from_slice(&heads, [2]).unwrap(), |scales, _, head| scales[head], &heads),
@@ -196,4 +198,25 @@ fn tensors_own_them() {
     assert_eq!(tensor.into_vec::<F8E5M2>().unwrap(), bytes);
     let zeros = Tensor::zeros::<F8E4M3>([2, 3]).unwrap();
     assert!(zeros.as_slice::<F8E4M3>().unwrap().iter().all(|x| x.to_bits() == 0));
+}
+
+/// Bytes are stored as they are given, and a call reads them from the pages.
+#[cfg(feature = "cpu")]
+#[test]
+fn a_cache_holds_them() {
+    let (query, bytes) = (numbers(2 * 3 * 4 * 8, 1), narrowed::<F8E4M3>(&numbers(2 * 5 * 2 * 8, 2)));
+    let shape = PoolShape { pages: 4, page_size: 3, longest: 6 };
+    let mut cache = PagedKvCache::new(TokenShape::new(DType::F8E4M3, 2, 8), shape).unwrap();
+    let sequences = [cache.add(), cache.add()];
+    cache.append_each(&sequences, (&bytes, CACHE), (&bytes, CACHE)).unwrap();
+    let wide = numbers(2 * 5 * 2 * 8, 2);
+    let refused = cache.append_each(&sequences, (&wide, CACHE), (&wide, CACHE)).unwrap_err();
+    assert_eq!(refused.to_string(), "new tokens: key has dtype f32, expected f8e4m3 as the cache has");
+    let scales = [0.5f32, 1.25];
+    let attention = Attention::new().implementation("cpu").key_scales((&scales, [2]));
+    let want = attention.forward((&query, QUERY), (&bytes, CACHE), (&bytes, CACHE)).unwrap();
+    let mut batch = cache.batch(sequences).unwrap();
+    let step = cache.inputs(&mut batch).unwrap();
+    let paged = attention.clone().paged(step.table, step.lengths);
+    assert_eq!(paged.forward((&query, QUERY), step.keys, step.values).unwrap(), want);
 }

@@ -252,7 +252,7 @@ fn what_a_cache_refuses_is_told_with_its_numbers() {
     );
     assert_eq!(
         made(TokenShape { dtype: DType::I32, ..TOKEN }, shape),
-        "the cache: key has dtype i32, expected f64, f32, f16 or bf16"
+        "the cache: key has dtype i32, expected f64, f32, f16, bf16, f8e4m3 or f8e5m2"
     );
     let large = i32::MAX as usize;
     let error = made(
