@@ -67,7 +67,7 @@ impl<'c> CallProblem<'c> {
                 lengths(data.key_value_lengths, "key/value", key_value_lengths, dims.key_length)?;
             }
             (_, Some(given)) => {
-                used_keys(given, data.key_value_starts.zip(key_value_starts), most_keys)?;
+                used_keys(problem, given, data.key_value_starts.zip(key_value_starts), most_keys)?;
             }
             (_, None) => {}
         }
@@ -408,10 +408,18 @@ fn most_rows(problem: &Problem) -> [usize; 2] {
     let keys = match problem.key_layout() {
         RowLayout::Dense => dims.key_length,
         RowLayout::Packed => dims.key_length.min(size(problem, Role::Key, 1)),
-        // The problem checked that the product does not overflow.
-        RowLayout::Paged { page_size } => dims.key_length.min(size(problem, Role::BlockTable, 1) * page_size),
+        RowLayout::Paged { .. } => dims.key_length.min(rows_of_table(problem)),
     };
     [queries, keys]
+}
+
+/// How many keys a row of the block table has room for; 0 where keys are not in pages.
+fn rows_of_table(problem: &Problem) -> usize {
+    match problem.key_layout() {
+        // The problem checked that the product does not overflow.
+        RowLayout::Paged { page_size } => size(problem, Role::BlockTable, 1) * page_size,
+        _ => 0,
+    }
 }
 
 /// The size of an axis of a tensor, 0 where the problem has no such tensor.
@@ -531,6 +539,7 @@ fn starts<'c>(
 
 /// The lengths of packed or paged keys: each sequence has its own room.
 fn used_keys(
+    problem: &Problem,
     (view, lengths): (View<'_>, Integers<'_>),
     starts: Option<(View<'_>, Integers<'_>)>,
     most: usize,
@@ -540,9 +549,15 @@ fn used_keys(
     for batch in 0..sequences {
         let length = lengths.at(batch);
         let room = starts.map_or(most, |(_, starts)| between(starts, batch));
-        if !usize::try_from(length).is_ok_and(|length| length <= room) {
-            return Err(InvalidCall::UsedKeysOutOfRange { batch, length, room });
+        if usize::try_from(length).is_ok_and(|length| length <= room) {
+            continue;
         }
+        // The table has room, and the bound of the problem is less.
+        let (longest, in_table) = (problem.dims().key_length, rows_of_table(problem));
+        if usize::try_from(length).is_ok_and(|length| length <= in_table) {
+            return Err(InvalidCall::SequenceTooLong { which: "keys", batch, length, longest });
+        }
+        return Err(InvalidCall::UsedKeysOutOfRange { batch, length, room });
     }
     Ok(())
 }

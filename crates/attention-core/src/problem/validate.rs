@@ -210,7 +210,10 @@ fn numbers(spec: &mut Spec, dims: Dimensions) -> Result<(), InvalidCall> {
             Role::BlockTable => expect_shape(role, &desc, [batch, desc.shape()[1]], "[B, most pages]")?,
             // One start at least: no sequences have one too.
             Role::QueryStarts | Role::KeyValueStarts => {
-                expect_shape(role, &desc, [batch.saturating_add(1)], "[B + 1]")?;
+                let packed = spec.tensors[Role::QueryStarts as usize].is_some();
+                let of_queries = role == Role::KeyValueStarts && packed;
+                let why = if of_queries { "[B + 1]; B of the query starts" } else { "[B + 1]" };
+                expect_shape(role, &desc, [batch.saturating_add(1)], why)?;
             }
             _ => expect_shape(role, &desc, [batch], "[B]")?,
         }

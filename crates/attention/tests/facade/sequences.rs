@@ -392,7 +392,7 @@ fn shapes_of_packed_tensors_are_told() {
     let batched = tensor(&[2, 7, 2, 4], 1);
     assert_eq!(
         refused(packed(), &batched, &batched, &batched),
-        "invalid call: query has rank 4 (shape [2, 7, 2, 4]), expected rank 3"
+        "invalid call: query has rank 4 (shape [2, 7, 2, 4]), expected rank 3 ([total, N, H]), as queries are packed"
     );
     let flat = tensor(&[7, 8], 1);
     assert_eq!(
@@ -470,11 +470,11 @@ fn wrong_tables_and_lengths_are_told_with_their_numbers() {
     );
     assert_eq!(
         told(Attention::new().packed_queries([0, 1]).paged((&table, [2, 2]), [4, 8])),
-        "invalid call: query has rank 4 (shape [2, 1, 2, 4]), expected rank 3"
+        "invalid call: query has rank 4 (shape [2, 1, 2, 4]), expected rank 3 ([total, N, H]), as queries are packed"
     );
     assert_eq!(
         told(Attention::new().paged((&table, [2, 2]), [3, 8]).longest(None, 7)),
-        "invalid call: sequence 1 has room for 7 keys, and its key/value length is 8"
+        "invalid call: sequence 1 has 8 keys, and the problem was made for at most 7 (`longest`)"
     );
     let three = tensor(&[12, 2, 4], 2);
     assert_eq!(

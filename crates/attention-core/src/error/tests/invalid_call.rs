@@ -382,7 +382,7 @@ fn of_sequences() -> Vec<Case> {
         ),
         (
             refused(packed().layout(Role::KeyValueStarts, TensorDesc::contiguous(DType::I32, [4]))),
-            "key/value starts has shape [4], expected [3] ([B + 1])",
+            "key/value starts has shape [4], expected [3] ([B + 1]; B of the query starts)",
         ),
         (
             refused(packed().layout(Role::QueryStarts, TensorDesc::contiguous(DType::I32, [0]))),
