@@ -1,7 +1,9 @@
 //! Caches of keys and values: calls over them, and what they refuse.
 
 use attention::core::{ForwardOutputs, Inputs};
-use attention::kv_cache::{CacheError, KvCache, PagedKvCache, PoolShape, TokenShape};
+use attention::kv_cache::{
+    CacheError, CacheMemory, IntoCacheTensor, KvCache, PagedKvCache, PoolShape, TokenShape, Update,
+};
 use attention::{Attention, CallData, DType, Device, Error, QueryOffset, Registry, Tensor, View};
 
 use crate::support::{Toy, numbers, registry};
@@ -304,4 +306,79 @@ fn shared_pages_are_copied_where_one_goes_on() {
     assert_eq!((cache.pages(one).unwrap(), cache.references(2)), (&[0][..], Some(0)));
     [one, other, third].into_iter().for_each(|sequence| cache.free(sequence).unwrap());
     assert_eq!((cache.free_pages(), cache.used_pages(), cache.is_empty()), (4, 0, true));
+}
+
+/// Memory of another crate, which fails when it is told to, having written nothing.
+struct Failing {
+    keys: Tensor,
+    values: Tensor,
+    fails: bool,
+}
+
+/// A view for memory that is not the library's.
+struct Given<'a>(View<'a>);
+
+impl CacheMemory for Failing {
+    type Tensor<'a> = View<'a>;
+
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    fn keys(&self) -> View<'_> {
+        self.keys.view()
+    }
+
+    fn values(&self) -> View<'_> {
+        self.values.view()
+    }
+
+    fn update(&mut self, update: &Update<'_, View<'_>>) -> Result<(), CacheError> {
+        if self.fails {
+            return Err(CacheError::Memory { reason: "out of luck".to_owned() });
+        }
+        assert_eq!(update.keys().shape()[..3], update.values().shape()[..3]);
+        assert_eq!(update.writes().iter().map(|write| write.count).sum::<usize>(), 3);
+        assert!(update.copies().is_empty());
+        Ok(())
+    }
+}
+
+impl<'a> IntoCacheTensor<'a, Failing> for Given<'a> {
+    fn into_cache_tensor(self) -> Result<View<'a>, attention::InvalidCall> {
+        Ok(self.0)
+    }
+}
+
+#[test]
+fn memory_of_another_crate_is_checked_and_may_fail() {
+    let shape = PoolShape { pages: 4, page_size: 2, longest: 8 };
+    let zeros =
+        |shape: &[usize]| Tensor::zeros::<f32>(attention::core::Dims::from_slice(shape).unwrap()).unwrap();
+    let made = PagedKvCache::with_memory(TOKEN, shape, |[keys, values]| {
+        Ok(Failing { keys: zeros(&keys), values: zeros(&values), fails: true })
+    });
+    let mut cache = made.unwrap();
+    let sequence = cache.add();
+    let [keys, values] = tokens(3, 1);
+    let error = cache.append(sequence, Given(keys.view()), Given(values.view())).unwrap_err();
+    assert_eq!(error.to_string(), "the memory of the cache failed: out of luck");
+    assert_eq!((cache.len(sequence), cache.used_pages()), (Ok(0), 0));
+    // Tokens are checked before the memory is asked.
+    let error = cache.append(sequence, Given(keys.view()), Given(keys.view())).unwrap_err();
+    assert!(matches!(error, CacheError::Tokens(_)), "{error}");
+    // Memory that is not what was asked for, and sizes that are refused before it is.
+    let wrong = KvCache::with_memory(TOKEN, 2, 3, |[keys, _]| {
+        Ok(Failing { keys: zeros(&keys), values: zeros(&keys), fails: false })
+    });
+    let Err(error) = wrong else { panic!("values have the width of keys") };
+    assert!(error.to_string().contains("value has shape [2, 3, 2, 4], expected [2, 3, 2, 6]"), "{error}");
+    let refused = KvCache::with_memory(TOKEN, 2, 0, |_| -> Result<Failing, CacheError> { unreachable!() });
+    assert!(matches!(refused, Err(CacheError::Size { size: 0, .. })));
+    let mut cache = KvCache::with_memory(TOKEN, 1, 3, |[keys, values]| {
+        Ok(Failing { keys: zeros(&keys), values: zeros(&values), fails: false })
+    })
+    .unwrap();
+    cache.append_to(0, Given(keys.view()), Given(values.view())).unwrap();
+    assert_eq!(cache.len(0), Ok(3));
 }
