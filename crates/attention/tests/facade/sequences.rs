@@ -346,7 +346,7 @@ fn wrong_offsets_are_told_with_their_numbers() {
     );
     assert_eq!(
         told(Attention::new().packed_queries([0, 4, 7]).packed_keys([0, 7])),
-        "invalid call: key/value starts has shape [2], expected [3] ([B + 1])"
+        "invalid call: key/value starts has shape [2], expected [3] ([B + 1]; B of the query starts)"
     );
     assert_eq!(
         told(Attention::new().packed([0usize; 0])),
