@@ -120,7 +120,9 @@ pub(crate) fn run<E: Engine, Small: Engine>(
         // SAFETY: this thread alone has `outputs`, since the tasks begin below.
         cut::for_each_padded_row(problem, |index| unsafe { dq.zero_row(index) });
     }
-    for key in problem.keys_of_no_sequence() {
+    let no_sequence =
+        if outputs.dk.is_some() || outputs.dv.is_some() { problem.keys_of_no_sequence() } else { 0..0 };
+    for key in no_sequence {
         for head in 0..problem.dims().key_heads {
             for output in [&outputs.dk, &outputs.dv].into_iter().flatten() {
                 // SAFETY: this thread alone has `outputs`, since the tasks begin below.

@@ -1,6 +1,6 @@
 //! The tasks of a call with packed queries, whose sequences may differ by any factor.
 
-use attention_core::CallProblem;
+use attention_core::{CallProblem, RowLayout};
 
 use super::layout::Layout;
 use super::tasks::{Task, Tasks};
@@ -40,9 +40,17 @@ impl PackedTasks {
             let is_small = total.saturating_mul(dims.query_heads as u128) <= cut::SMALL_LOGITS as u128;
             tasks.most_together = Some(if is_small { total } else { share });
         }
+        // Behind the last packed row and key all sequences are empty, and there may be any number of them.
+        let mut left = (problem.key_layout() == RowLayout::Packed).then(|| {
+            problem.query_rows_of_no_sequence().start.saturating_add(problem.keys_of_no_sequence().start)
+        });
         for batch in batches {
-            let queries = problem.query_len(batch);
-            if queries > 0 || problem.key_places(batch).rows() > 0 {
+            if left == Some(0) {
+                break;
+            }
+            let (queries, keys) = (problem.query_len(batch), problem.key_places(batch).rows());
+            left = left.map(|left| left.saturating_sub(queries + keys));
+            if queries > 0 || keys > 0 {
                 let count = if tasks.is_together(problem, batch) {
                     dims.key_heads
                 } else {

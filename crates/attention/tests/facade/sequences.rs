@@ -631,6 +631,10 @@ fn any_number_of_empty_sequences_is_one_call() {
             assert!(floats(&forward.out).iter().all(|&out| out == 0.0));
             assert!(floats(&forward.lse).iter().all(|&lse| lse == f32::NEG_INFINITY));
             assert!(call.explain(&x, &x, &x).unwrap().notes.is_empty());
+            let gradients = call.backward_recompute(&x, &x, &x, &x).unwrap();
+            for gradient in [gradients.dq, gradients.dk, gradients.dv].map(Option::unwrap) {
+                assert!(floats(&gradient).iter().all(|&gradient| gradient == 0.0));
+            }
         }
     }
 }
