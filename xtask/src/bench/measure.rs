@@ -48,15 +48,7 @@ pub(crate) fn measure(
     let peak_bytes = (before.zip(machine::resident()))
         .map(|(before, after)| after.peak.saturating_sub(before.now))
         .filter(|&bytes| resets && bytes >= scratch.len() as u64);
-    let mut time = |calls: usize| -> crate::Result<Vec<f64>> {
-        let mut times = Vec::with_capacity(calls);
-        for _ in 0..calls {
-            let start = Instant::now();
-            workload.run(plans, &mut scratch)?;
-            times.push(1e3 * start.elapsed().as_secs_f64());
-        }
-        Ok(times)
-    };
+    let mut time = |calls: usize| time_calls(workload, plans, &mut scratch, calls);
     let first = time(1)?[0];
 
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
@@ -84,6 +76,22 @@ pub(crate) fn measure(
     }
     let peer_median_ms = (!theirs.is_empty()).then(|| median(&mut theirs));
     Ok(Times { median_ms: median(&mut ours), peer_median_ms, peak_bytes })
+}
+
+/// The milliseconds of each of some calls.
+pub(super) fn time_calls(
+    workload: &mut Workload,
+    plans: &Plans,
+    scratch: &mut ScratchBuffer,
+    calls: usize,
+) -> crate::Result<Vec<f64>> {
+    let mut times = Vec::with_capacity(calls);
+    for _ in 0..calls {
+        let start = Instant::now();
+        workload.run(plans, scratch)?;
+        times.push(1e3 * start.elapsed().as_secs_f64());
+    }
+    Ok(times)
 }
 
 /// One side's turn: a single long call, or several short ones after a pause and one that does not count.

@@ -135,13 +135,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         let dtype = arguments.dtype.first().copied().unwrap_or(DType::F32);
         return memory::run(&backends, arguments.run_up_to, dtype);
     }
-    let mut peers: Vec<Peer> = Vec::new();
-    for name in &arguments.peer {
-        match Peer::start(name, &arguments.peer_python, threads) {
-            Ok(peer) => peers.push(peer),
-            Err(reason) => eprintln!("peer {name} skipped: {reason}"),
-        }
-    }
+    let mut peers = peer::start_all(&arguments.peer, &arguments.peer_python, threads);
     println!("{}, {}, {threads} threads", machine::description(), machine::level());
 
     let cases = cases(arguments);

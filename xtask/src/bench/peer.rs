@@ -44,6 +44,18 @@ struct Answer {
 /// The peer that is a program of this workspace.
 const CANDLE: &str = "candle";
 
+/// Those of these peers that can run here; the others are named on standard error, with the reason.
+pub(crate) fn start_all(names: &[String], python: &Path, threads: usize) -> Vec<Peer> {
+    let start = |name: &String| match Peer::start(name, python, threads) {
+        Ok(peer) => Some(peer),
+        Err(reason) => {
+            eprintln!("peer {name} skipped: {reason}");
+            None
+        }
+    };
+    names.iter().filter_map(start).collect()
+}
+
 /// Builds candle's side where it is not built, which takes minutes the first time, and runs it.
 fn candle() -> Command {
     let mut command = cargo::command(["run", "--quiet", "--release"]);

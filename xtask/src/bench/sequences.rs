@@ -1,5 +1,5 @@
-//! `cargo xtask bench --suite sequences`: packed and paged calls on the CPU, in turn with the calls that one would
-//! make without them, and with other libraries.
+//! `cargo xtask bench --suite sequences`: packed and paged calls on the CPU, in turn with the calls that one
+//! would make without them, and with other libraries.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -10,8 +10,8 @@ use attention_core::{AttentionBackend, DType, Dimensions, ScratchBuffer};
 use serde::Serialize;
 
 use super::case::Case;
-use super::measure::{median, take_turn};
-use super::peer::Peer;
+use super::measure::{median, take_turn, time_calls};
+use super::peer::{self, Peer};
 use super::row;
 use crate::backends::{self, InPool};
 use crate::{machine, reporting};
@@ -98,13 +98,7 @@ pub(super) fn run(wanted: &Wanted<'_>) -> crate::Result {
         .filter(|backend| !backends::computes_on_a_device(backend))
         .map(|backend| Ok(Arc::new(InPool::new(backend, threads)?) as Arc<dyn AttentionBackend>))
         .collect::<crate::Result<Vec<_>>>()?;
-    let mut peers: Vec<Peer> = Vec::new();
-    for name in wanted.peers {
-        match Peer::start(name, wanted.python, threads) {
-            Ok(peer) => peers.push(peer),
-            Err(reason) => eprintln!("peer {name} skipped: {reason}"),
-        }
-    }
+    let mut peers = peer::start_all(wanted.peers, wanted.python, threads);
     println!("{}, {}, {threads} threads", machine::description(), machine::level());
     println!(
         "{:<14} {:<9} {:<5} {:<8} {:<10} {:>10} {:>8}  {:<34} {:>10} {:>6}",
@@ -215,15 +209,7 @@ fn rectangle(case: &Compared) -> Case {
 /// The calls of a workload.
 fn calls<'a>(mut workload: Workload, plans: Plans) -> Side<'a> {
     let mut scratch = ScratchBuffer::new(plans.scratch_bytes());
-    Box::new(move |calls| {
-        let mut times = Vec::with_capacity(calls);
-        for _ in 0..calls {
-            let start = std::time::Instant::now();
-            workload.run(&plans, &mut scratch)?;
-            times.push(1e3 * start.elapsed().as_secs_f64());
-        }
-        Ok(times)
-    })
+    Box::new(move |calls| time_calls(&mut workload, &plans, &mut scratch, calls))
 }
 
 /// The median of each side's calls. Sides take turns, so that all of them see the same machine.
