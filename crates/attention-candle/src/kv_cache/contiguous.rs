@@ -3,7 +3,7 @@
 use attention::kv_cache;
 use candle_core::{Device, Result, Tensor};
 
-use super::memory::{TensorMemory, Tokens, numbers, place, told};
+use super::memory::{TensorMemory, numbers, place, told};
 use super::token::TokenShape;
 
 /// Keys `[B, capacity, K, H]` and values `[B, capacity, K, Hv]` of `B` sequences, each filled from the front.
@@ -73,7 +73,7 @@ impl KvCache {
     /// where a sequence has no room; [`CacheError::Memory`](super::CacheError::Memory): nothing is appended
     /// to any then.
     pub fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<()> {
-        let [keys, values] = self.tokens("append", keys, values)?;
+        let [keys, values] = self.cache.keys().new_tokens("append", keys, values)?;
         told("append", self.cache.append(keys, values))
     }
 
@@ -82,7 +82,7 @@ impl KvCache {
     /// # Errors
     /// As [`append`](Self::append); [`CacheError::NoSuchSequence`](super::CacheError::NoSuchSequence).
     pub fn append_to(&mut self, sequence: usize, keys: &Tensor, values: &Tensor) -> Result<()> {
-        let [keys, values] = self.tokens("append_to", keys, values)?;
+        let [keys, values] = self.cache.keys().new_tokens("append_to", keys, values)?;
         told("append_to", self.cache.append_to(sequence, keys, values))
     }
 
@@ -94,7 +94,7 @@ impl KvCache {
     /// `B + 1`, and [`CacheError::Tokens`](super::CacheError::Tokens) where they do not rise from 0 to at
     /// most `total`.
     pub fn append_packed(&mut self, offsets: &[usize], keys: &Tensor, values: &Tensor) -> Result<()> {
-        let [keys, values] = self.tokens("append_packed", keys, values)?;
+        let [keys, values] = self.cache.keys().new_tokens("append_packed", keys, values)?;
         told("append_packed", self.cache.append_packed(offsets, keys, values))
     }
 
@@ -157,9 +157,5 @@ impl KvCache {
     /// Where candle makes no tensor of them.
     pub fn lengths(&self) -> Result<Tensor> {
         numbers(self.cache.lengths())
-    }
-
-    fn tokens(&self, what: &str, keys: &Tensor, values: &Tensor) -> Result<[Tokens; 2]> {
-        self.cache.keys().new_tokens(keys, values).map_err(|error| error.in_call(what))
     }
 }

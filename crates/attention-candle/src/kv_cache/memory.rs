@@ -51,7 +51,12 @@ impl TensorMemory {
 impl Tokens {
     /// New keys and values for the cache that these are of. What the library has no words for is refused
     /// here: another device, and dtypes that no cache has.
-    pub(super) fn new_tokens(&self, keys: &Tensor, values: &Tensor) -> Result<[Self; 2], Error> {
+    pub(super) fn new_tokens(
+        &self,
+        what: &str,
+        keys: &Tensor,
+        values: &Tensor,
+    ) -> candle_core::Result<[Self; 2]> {
         let new = |role, tensor: &Tensor| {
             if !tensor.device().same_device(self.tensor.device()) {
                 let (device, cache) = (tensor.device().location(), self.tensor.device().location());
@@ -63,7 +68,8 @@ impl Tokens {
             }
             Ok(Self { tensor: tensor.detach(), device: self.device, dtype: float(role, tensor.dtype())? })
         };
-        Ok([new(Role::Key, keys)?, new(Role::Value, values)?])
+        let both = new(Role::Key, keys).and_then(|keys| Ok([keys, new(Role::Value, values)?]));
+        both.map_err(|error| error.in_call(what))
     }
 
     pub(super) fn into_tensor(self) -> Tensor {

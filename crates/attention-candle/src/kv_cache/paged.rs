@@ -3,7 +3,7 @@
 use attention::kv_cache::{self, PagedBatch, PoolShape, Sequence};
 use candle_core::{Device, Result, Tensor};
 
-use super::memory::{TensorMemory, Tokens, numbers, place, told};
+use super::memory::{TensorMemory, numbers, place, told};
 use super::token::TokenShape;
 
 /// Keys `[pages, page_size, K, H]` and values `[pages, page_size, K, Hv]` of sequences that take pages as
@@ -70,7 +70,7 @@ impl PagedKvCache {
     /// [`CacheError::OtherCache`](super::CacheError::OtherCache),
     /// [`CacheError::Memory`](super::CacheError::Memory): nothing is appended then.
     pub fn append(&mut self, sequence: Sequence, keys: &Tensor, values: &Tensor) -> Result<()> {
-        let [keys, values] = self.tokens("append", keys, values)?;
+        let [keys, values] = self.cache.keys().new_tokens("append", keys, values)?;
         told("append", self.cache.append(sequence, keys, values))
     }
 
@@ -81,7 +81,7 @@ impl PagedKvCache {
     /// As [`append`](Self::append), and [`CacheError::Twice`](super::CacheError::Twice) for a sequence that
     /// is given twice: nothing is appended to any then.
     pub fn append_each(&mut self, sequences: &[Sequence], keys: &Tensor, values: &Tensor) -> Result<()> {
-        let [keys, values] = self.tokens("append_each", keys, values)?;
+        let [keys, values] = self.cache.keys().new_tokens("append_each", keys, values)?;
         told("append_each", self.cache.append_each(sequences, keys, values))
     }
 
@@ -99,7 +99,7 @@ impl PagedKvCache {
         keys: &Tensor,
         values: &Tensor,
     ) -> Result<()> {
-        let [keys, values] = self.tokens("append_packed", keys, values)?;
+        let [keys, values] = self.cache.keys().new_tokens("append_packed", keys, values)?;
         told("append_packed", self.cache.append_packed(sequences, offsets, keys, values))
     }
 
@@ -246,9 +246,5 @@ impl PagedKvCache {
             keys: inputs.keys.into_tensor(),
             values: inputs.values.into_tensor(),
         })
-    }
-
-    fn tokens(&self, what: &str, keys: &Tensor, values: &Tensor) -> Result<[Tokens; 2]> {
-        self.cache.keys().new_tokens(keys, values).map_err(|error| error.in_call(what))
     }
 }
