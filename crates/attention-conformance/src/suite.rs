@@ -175,9 +175,9 @@ impl Suite {
 
     /// Runs everything on a backend, and tells `progress` after each case.
     ///
-    /// Cases run side by side on some threads, since most of a case's time is the oracle's, which has one. They
-    /// end in any order; the report has them in that of [`list`](Self::list). On a backend for device memory they
-    /// run one after the other.
+    /// Cases run side by side on some threads, since most of a case's time is the oracle's, which has one.
+    /// They end in any order; the report has them in that of [`list`](Self::list). On a backend for device
+    /// memory they run one after the other.
     pub fn run<'a>(&self, subject: impl Into<Subject<'a>>, mut progress: impl FnMut(Progress<'_>)) -> Report {
         let subject = subject.into();
         let about = About::here(subject.device.as_deref(), self.left_out());

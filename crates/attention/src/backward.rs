@@ -39,8 +39,9 @@ impl<'a> Attention<'a> {
     /// `[B, T, N, Hv]`, of any strides.
     ///
     /// The call must have the forward's options, numbers, masks and biases, and its [`longest`](Self::longest):
-    /// others are refused, but for [`deterministic`](Self::deterministic), which changes no meaning. Numbers are compared by value,
-    /// whether they were given as a list or as a tensor; of masks and biases, dtypes and shapes.
+    /// others are refused, but for [`deterministic`](Self::deterministic), which changes no meaning. Numbers
+    /// are compared by value, whether they were given as a list or as a tensor; of masks and biases, dtypes
+    /// and shapes.
     /// [`gradients`](Self::gradients) says which are computed, and [`d_lse`](Self::d_lse) gives the incoming
     /// gradient of the logsumexp, if there is one.
     ///

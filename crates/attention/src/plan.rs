@@ -20,15 +20,15 @@ use crate::{AxisOrder, Choice, Error, Reason, Refusal};
 /// any thread. A CUDA graph is captured from a plan that is held for as long as the graph is used.
 ///
 /// Calls take tensors as the problem describes them, in the order of axes of the
-/// [`Attention`](crate::Attention) that made the plan, with four axes, packed ones with three (or with an axis of
-/// size 1 in front). Their numbers
-/// (lengths, offsets, scale, softcap, seed, and where packed and paged rows are) are [`Inputs::data`], and
-/// each call may have others: of an `Attention`'s own, `Inputs { data: attention.data(), ..Inputs::new(query,
-/// key, value) }`. Without, the call has the defaults, and is refused where the problem says otherwise. Integers
-/// have the dtype that the problem has for them: lists are i64.
+/// [`Attention`](crate::Attention) that made the plan, with four axes, packed ones with three (or with an
+/// axis of size 1 in front). Their numbers (lengths, offsets, scale, softcap, seed, and where packed and paged
+/// rows are) are [`Inputs::data`], and each call may have others: of an `Attention`'s own, `Inputs { data:
+/// attention.data(), ..Inputs::new(query, key, value) }`. Without, the call has the defaults, and is refused
+/// where the problem says otherwise. Integers have the dtype that the problem has for them: lists are i64.
 ///
-/// A plan of packed rows takes sequences up to a bound: what [`longest`](crate::Attention::longest) said before
-/// the problem was made, else the longest sequence that the problem was made from, rounded up to a power of two.
+/// A plan of packed rows takes sequences up to a bound: what [`longest`](crate::Attention::longest) said
+/// before the problem was made, else the longest sequence that the problem was made from, rounded up to a
+/// power of two.
 ///
 /// # Examples
 /// ```
