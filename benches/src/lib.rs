@@ -6,6 +6,6 @@ mod sequences;
 mod shapes;
 mod workload;
 
-pub use sequences::{Layout, Sequences};
+pub use sequences::{Layout, Places, Sequences};
 pub use shapes::{SHAPES, Shape, parse_shape};
 pub use workload::{Mask, Plans, Work, Workload};

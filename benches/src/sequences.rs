@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use attention_core::{DType, Dims, InvalidCall, Problem, ProblemBuilder, Role, TensorDesc};
+use attention_core::{DType, Dims, InvalidCall, Problem, ProblemBuilder, Role, TensorDesc, View};
 
 use crate::buffer::{Buffer, random};
 
@@ -48,8 +48,24 @@ impl fmt::Display for Layout {
     }
 }
 
-/// Numbers of a call that say where sequences are.
-pub(crate) type Places = Vec<(Role, Buffer)>;
+/// Numbers of a call that say where sequences are, by role, in host memory: lengths, starts or a block table.
+#[derive(Clone, Debug, Default)]
+pub struct Places(Vec<(Role, Buffer)>);
+
+impl Places {
+    /// The tensor of a role; `None` where a call has no such numbers.
+    pub(crate) fn view(&self, role: Role) -> Result<Option<View<'_>>, InvalidCall> {
+        self.0.iter().find(|(of, _)| *of == role).map(|(_, numbers)| numbers.view()).transpose()
+    }
+
+    /// Every tensor, with its role.
+    ///
+    /// # Errors
+    /// None: the tensors have the shapes that they were made with.
+    pub fn views(&self) -> Result<Vec<(Role, View<'_>)>, InvalidCall> {
+        self.0.iter().map(|(role, numbers)| Ok((*role, numbers.view()?))).collect()
+    }
+}
 
 impl Sequences {
     /// `count` sequences of as many query rows as keys, drawn uniformly from 1 to `longest`, the same ones at
@@ -84,26 +100,32 @@ impl Sequences {
         [0, 1].map(|side| self.lengths.iter().map(|lengths| lengths[side]).max().unwrap_or(0))
     }
 
-    /// How many products of a query row and a key one head has, those of padding left out.
-    pub(crate) fn pairs(&self) -> f64 {
-        self.lengths.iter().map(|&[queries, keys]| queries as f64 * keys as f64).sum()
+    /// Floating-point operations of a forward pass that is not causal, those of padding left out.
+    pub fn forward_flops(&self) -> f64 {
+        let pairs: f64 = self.lengths.iter().map(|&[queries, keys]| queries as f64 * keys as f64).sum();
+        4.0 * pairs * (self.query_heads * self.head_dim) as f64
     }
 
-    /// The problem of a layout, and the numbers of its calls.
-    pub(crate) fn problem(
+    /// The problem of a layout, queries of one dtype beside keys and values of another, and the numbers of its
+    /// calls, of dtype i32.
+    ///
+    /// # Errors
+    /// [`InvalidCall`] where a length, a start or a page is not an i32.
+    pub fn problem(
         &self,
         layout: Layout,
         dtype: DType,
+        key_dtype: DType,
     ) -> Result<(ProblemBuilder, Places), InvalidCall> {
         let batch = self.lengths.len();
         let [rows, keys] = self.longest();
         let side = |side: usize| -> Vec<usize> { self.lengths.iter().map(|lengths| lengths[side]).collect() };
-        let tensor = |outer: usize, inner: usize, heads: usize| {
+        let tensor = |dtype: DType, [outer, inner]: [usize; 2], heads: usize| {
             TensorDesc::contiguous(dtype, [outer, inner, heads, self.head_dim])
         };
         let builder = |query: [usize; 2], key: [usize; 2]| {
-            let key = tensor(key[0], key[1], self.key_heads);
-            Problem::builder(tensor(query[0], query[1], self.query_heads), key, key)
+            let key = tensor(key_dtype, key, self.key_heads);
+            Problem::builder(tensor(dtype, query, self.query_heads), key, key)
         };
         let lengths = |of: Vec<usize>| Buffer::numbers([of.len()], of);
         let starts = |of: Vec<usize>| {
@@ -117,17 +139,20 @@ impl Sequences {
         };
         let rectangle = builder([batch, rows], [batch, keys]);
         Ok(match layout {
-            Layout::Rectangle => (rectangle, Vec::new()),
+            Layout::Rectangle => (rectangle, Places::default()),
             Layout::Padded => (
                 rectangle.query_lengths(DType::I32).key_value_lengths(DType::I32),
-                vec![(Role::QueryLengths, lengths(side(0))?), (Role::KeyValueLengths, lengths(side(1))?)],
+                Places(vec![
+                    (Role::QueryLengths, lengths(side(0))?),
+                    (Role::KeyValueLengths, lengths(side(1))?),
+                ]),
             ),
             Layout::Packed => (
                 builder([1, side(0).iter().sum()], [1, side(1).iter().sum()])
                     .packed_queries(batch, DType::I32)
                     .packed_keys(batch, DType::I32)
                     .longest(rows, keys),
-                vec![(Role::QueryStarts, starts(side(0))?), (Role::KeyValueStarts, starts(side(1))?)],
+                Places(vec![(Role::QueryStarts, starts(side(0))?), (Role::KeyValueStarts, starts(side(1))?)]),
             ),
             Layout::Paged { page_size } => {
                 let most = keys.div_ceil(page_size);
@@ -141,7 +166,7 @@ impl Sequences {
                 let table = Buffer::numbers([batch, most], table)?;
                 (
                     builder([batch, rows], [pages, page_size]).paged(batch, most, DType::I32),
-                    vec![(Role::BlockTable, table), (Role::KeyValueLengths, lengths(side(1))?)],
+                    Places(vec![(Role::BlockTable, table), (Role::KeyValueLengths, lengths(side(1))?)]),
                 )
             }
         })

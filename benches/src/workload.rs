@@ -7,7 +7,7 @@ use std::sync::Arc;
 use attention_core::{
     AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dimensions, Error,
     ForwardCall, ForwardOutputs, Gradients, Inputs, InvalidCall, Plan, Problem, ProblemBuilder, Role,
-    ScratchBuffer, TensorDesc, View,
+    ScratchBuffer, TensorDesc,
 };
 
 use crate::buffer::Buffer;
@@ -141,7 +141,7 @@ impl Workload {
         }
         let [b, n, t, s] = [b, n, t, s].map(|size| size as f64);
         let flops = 2.0 * b * n * t * s * (dims.head_dim + dims.value_head_dim) as f64;
-        Self::of(builder, work, Vec::new(), if causal { 0.5 * flops } else { flops })
+        Self::of(builder, work, Places::default(), if causal { 0.5 * flops } else { flops })
     }
 
     /// A call of sequences whose rows lie in this way.
@@ -155,9 +155,8 @@ impl Workload {
         work: Work,
         causal: bool,
     ) -> Result<Self, InvalidCall> {
-        let (builder, places) = sequences.problem(layout, dtype)?;
-        let heads = (sequences.query_heads * sequences.head_dim) as f64;
-        let flops = 4.0 * sequences.pairs() * heads;
+        let (builder, places) = sequences.problem(layout, dtype, dtype)?;
+        let flops = sequences.forward_flops();
         let builder = builder.causal(causal).lse(work == Work::Both);
         Self::of(builder, work, places, if causal { 0.5 * flops } else { flops })
     }
@@ -214,15 +213,12 @@ impl Workload {
         let mut inputs = Inputs::new(self.query.view()?, self.key.view()?, self.value.view()?);
         inputs.mask = self.mask.as_ref().map(Buffer::view).transpose()?;
         inputs.bias = self.bias.as_ref().map(Buffer::view).transpose()?;
-        let place = |role: Role| -> Result<Option<View<'_>>, InvalidCall> {
-            self.places.iter().find(|(of, _)| *of == role).map(|(_, numbers)| numbers.view()).transpose()
-        };
         inputs.data = CallData {
-            query_lengths: place(Role::QueryLengths)?,
-            key_value_lengths: place(Role::KeyValueLengths)?,
-            query_starts: place(Role::QueryStarts)?,
-            key_value_starts: place(Role::KeyValueStarts)?,
-            block_table: place(Role::BlockTable)?,
+            query_lengths: self.places.view(Role::QueryLengths)?,
+            key_value_lengths: self.places.view(Role::KeyValueLengths)?,
+            query_starts: self.places.view(Role::QueryStarts)?,
+            key_value_starts: self.places.view(Role::KeyValueStarts)?,
+            block_table: self.places.view(Role::BlockTable)?,
             ..CallData::default()
         };
         let outputs = ForwardOutputs {

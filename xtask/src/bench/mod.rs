@@ -67,11 +67,12 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 1 << 14, value_name = "N")]
     run_up_to: usize,
     /// Another list of cases: gpu measures the backends for NVIDIA GPUs and, with --peer torch, PyTorch's
-    /// paths; sequences measures packed and paged calls on the CPU beside what one would do without them
+    /// paths; sequences measures packed and paged calls on the CPU beside what one would do without them, and
+    /// gpu-sequences does so on a GPU, with keys of 8 bits too
     #[arg(
         long,
-        value_parser = ["gpu", "sequences"],
-        value_name = "gpu|sequences",
+        value_parser = ["gpu", "sequences", "gpu-sequences"],
+        value_name = "gpu|sequences|gpu-sequences",
         conflicts_with_all = ["quick", "pass", "causal", "mask", "threads", "peer_path", "memory", "run_up_to"]
     )]
     suite: Option<String>,
@@ -115,6 +116,17 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
             peers: &arguments.peer,
             python: &arguments.peer_python,
             turns: arguments.repeats,
+            json: arguments.json.as_deref(),
+            record: arguments.record.as_deref(),
+        });
+    }
+    if arguments.suite.as_deref() == Some("gpu-sequences") {
+        if !arguments.shape.is_empty() || !arguments.dtype.is_empty() || !arguments.peer.is_empty() {
+            return Err("the suite gpu-sequences has shapes and dtypes of its own, and no peer".into());
+        }
+        return gpu::sequences::run(&gpu::sequences::Wanted {
+            backends: &arguments.backend,
+            repeats: arguments.repeats.unwrap_or(3),
             json: arguments.json.as_deref(),
             record: arguments.record.as_deref(),
         });

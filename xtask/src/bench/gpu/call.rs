@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use attention_benches::{Layout, Sequences};
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dropout, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Plan, Problem, ProblemBuilder, Role, TensorDesc, View,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, CallData, DType, Dropout, F8E4M3,
+    F8E5M2, Float8, ForwardCall, ForwardOutputs, Gradients, Inputs, Overflow, Plan, Problem, ProblemBuilder,
+    Role, TensorDesc, View,
 };
 use attention_cuda::cudarc::driver::sys::CUevent_flags;
 use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
@@ -13,12 +15,11 @@ use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
 use super::case::{CallOption, Case};
 use super::measured::Times;
 
-/// The tensors of a case, shared by all backends.
+/// The tensors of a call, shared by all backends.
 pub(super) struct Data {
     device: CudaDevice,
-    operands: [DeviceTensor; 3],
-    mask: Option<DeviceTensor>,
-    bias: Option<DeviceTensor>,
+    /// Those of the operands, options and numbers, by role.
+    inputs: Vec<(Role, DeviceTensor)>,
     dropout: Option<Dropout>,
     out: DeviceTensor,
     lse: DeviceTensor,
@@ -32,10 +33,11 @@ pub(super) struct Data {
 fn random(device: &CudaDevice, desc: TensorDesc, seed: u32) -> crate::Result<DeviceTensor> {
     let count = desc.element_count().ok_or("too large")?;
     let mut state = seed;
-    let numbers = (0..count).map(|_| {
+    let words = (0..count).map(|_| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        state >> 8
     });
+    let numbers = words.map(|word| word as f32 / (1 << 23) as f32 - 1.0);
     let shape = desc.shape();
     Ok(match desc.dtype() {
         DType::Bool => {
@@ -46,6 +48,8 @@ fn random(device: &CudaDevice, desc: TensorDesc, seed: u32) -> crate::Result<Dev
             let data: Vec<f32> = numbers.collect();
             DeviceTensor::from_host(device, View::from_slice(&data, shape)?)?
         }
+        DType::F8E4M3 => random_of_8_bits::<F8E4M3>(device, desc, seed)?,
+        DType::F8E5M2 => random_of_8_bits::<F8E5M2>(device, desc, seed)?,
         _ => {
             let data: Vec<attention::bf16> = numbers.map(attention::bf16::from_f32).collect();
             DeviceTensor::from_host(device, View::from_slice(&data, shape)?)?
@@ -53,45 +57,102 @@ fn random(device: &CudaDevice, desc: TensorDesc, seed: u32) -> crate::Result<Dev
     })
 }
 
+/// The same of 256 numbers, which are rounded once.
+fn random_of_8_bits<T: Float8>(
+    device: &CudaDevice,
+    desc: TensorDesc,
+    seed: u32,
+) -> crate::Result<DeviceTensor> {
+    let count = desc.element_count().ok_or("too large")?;
+    let rounded: Vec<T> =
+        (0u8..=255).map(|step| T::from_f32(f32::from(step) / 128.0 - 1.0, Overflow::Saturate)).collect();
+    let mut state = seed;
+    let data: Vec<T> = (0..count)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            rounded[(state >> 24) as usize]
+        })
+        .collect();
+    Ok(DeviceTensor::from_host(device, View::from_slice(&data, desc.shape())?)?)
+}
+
 impl Data {
     pub(super) fn new(device: &CudaDevice, case: &Case) -> crate::Result<Self> {
         let Case { b, t, s, n, k, h, dtype, causal, backward, terms, .. } = *case;
         let desc = |length, heads| TensorDesc::contiguous(dtype, [b, length, heads, h]);
         let (query, key) = (desc(t, n), desc(s, k));
-        let operands = [random(device, query, 1)?, random(device, key, 2)?, random(device, key, 3)?];
-        let zeros = |desc: TensorDesc| DeviceTensor::filled(device, desc, 0);
-        let of = |wanted: CallOption, dtype, shape: [usize; 4], seed| {
-            let desc = TensorDesc::contiguous(dtype, shape);
-            (terms == wanted).then(|| random(device, desc, seed)).transpose()
-        };
-        let bias = of(CallOption::Bias, dtype, [1, n, t, s], 5)?;
-        let mask = of(CallOption::Mask, DType::Bool, [b, 1, t, s], 6)?;
-        let mut builder: ProblemBuilder =
+        let builder: ProblemBuilder =
             Problem::builder(query, key, key).device(device.device()).causal(causal);
-        if let Some(mask) = &mask {
-            builder = builder.mask(mask.desc());
-        }
-        if let Some(bias) = &bias {
-            builder = builder.bias(bias.desc());
-        }
+        let builder = match terms {
+            CallOption::Bias => builder.bias(TensorDesc::contiguous(dtype, [1, n, t, s])),
+            CallOption::Mask => builder.mask(TensorDesc::contiguous(DType::Bool, [b, 1, t, s])),
+            CallOption::Plain | CallOption::Dropout => builder,
+        };
         let dropout = (terms == CallOption::Dropout).then(|| Dropout::new(0.125, 7));
-        builder = builder.dropout_rate(dropout.map(|dropout| dropout.rate));
+        Self::of(device, builder, backward, dropout, Vec::new())
+    }
+
+    /// Of sequences whose rows lie in this way, with keys and values of this dtype; those of 8 bits have a
+    /// scale for each head. Starts, lengths and pages are in device memory.
+    pub(super) fn of_sequences(
+        device: &CudaDevice,
+        sequences: &Sequences,
+        layout: Layout,
+        [dtype, key_dtype]: [DType; 2],
+        causal: bool,
+        backward: bool,
+    ) -> crate::Result<Self> {
+        let (builder, places) = sequences.problem(layout, dtype, key_dtype)?;
+        let mut builder = builder.device(device.device()).causal(causal);
+        let mut numbers = Vec::new();
+        for (role, view) in places.views()? {
+            numbers.push((role, DeviceTensor::from_host(device, view)?));
+        }
+        if dtype != key_dtype {
+            let scales = vec![0.5f32; sequences.key_heads];
+            let scales = View::from_slice(&scales, [sequences.key_heads])?;
+            builder = builder.key_scales(scales.desc()).value_scales(scales.desc());
+            for role in Role::SCALES {
+                numbers.push((role, DeviceTensor::from_host(device, scales)?));
+            }
+        }
+        Self::of(device, builder, backward, None, numbers)
+    }
+
+    /// Of a problem on the device, with the numbers of its calls.
+    fn of(
+        device: &CudaDevice,
+        builder: ProblemBuilder,
+        backward: bool,
+        dropout: Option<Dropout>,
+        mut inputs: Vec<(Role, DeviceTensor)>,
+    ) -> crate::Result<Self> {
+        let builder = builder.dropout_rate(dropout.map(|dropout| dropout.rate));
         let forward = builder.clone().build()?;
-        let wanted = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
-        let problem = if backward { builder.gradients(wanted).build()? } else { forward.clone() };
+        let problem =
+            if backward { builder.clone().gradients(Gradients::QKV).build()? } else { forward.clone() };
+        for (seed, role) in (1..).zip([Role::Query, Role::Key, Role::Value, Role::Bias, Role::Mask]) {
+            if let Some(&desc) = forward.tensor(role) {
+                inputs.push((role, random(device, desc, seed)?));
+            }
+        }
+        let output = |problem: &Problem, role: Role| -> crate::Result<DeviceTensor> {
+            let desc = problem.tensor(role).ok_or_else(|| format!("a problem without {role}"))?;
+            Ok(DeviceTensor::filled(device, *desc, 0)?)
+        };
         let gradients = if backward {
-            Some([random(device, query, 4)?, zeros(query)?, zeros(key)?, zeros(key)?])
+            let d_out = problem.tensor(Role::DOut).ok_or("a backward pass without d_out")?;
+            let [dq, dk, dv] = [Role::DQuery, Role::DKey, Role::DValue].map(|role| output(&problem, role));
+            Some([random(device, *d_out, 6)?, dq?, dk?, dv?])
         } else {
             None
         };
         Ok(Self {
             device: device.clone(),
-            operands,
-            mask,
-            bias,
+            inputs,
             dropout,
-            out: zeros(query)?,
-            lse: zeros(TensorDesc::contiguous(DType::F32, [b, t, n]))?,
+            out: output(&forward, Role::Out)?,
+            lse: output(&builder.lse(true).build()?, Role::Lse)?,
             gradients,
             forward,
             problem,
@@ -133,7 +194,7 @@ impl<'a> Call<'a> {
         let (data, problem) = (&mut *self.data, plan.problem());
         let lse = problem.has(Role::Lse).then(|| data.lse.view_mut()).transpose()?;
         let outputs = ForwardOutputs { out: data.out.view_mut()?, lse };
-        let inputs = inputs(&data.operands, &data.mask, &data.bias, data.dropout)?;
+        let inputs = inputs(&data.inputs, data.dropout)?;
         let scratch = self.scratch.scratch(self.scratch_bytes);
         Ok(plan.forward(ForwardCall::new(problem, inputs, outputs)?, scratch)?)
     }
@@ -157,7 +218,7 @@ impl<'a> Call<'a> {
             dv: Some(dv.view_mut()?),
             ..BackwardOutputs::default()
         };
-        let inputs = inputs(&data.operands, &data.mask, &data.bias, data.dropout)?;
+        let inputs = inputs(&data.inputs, data.dropout)?;
         let call = BackwardCall::new(self.plan.problem(), inputs, saved, outputs)?;
         let scratch = self.scratch.scratch(self.scratch_bytes);
         Ok(self.plan.backward(call, scratch)?)
@@ -188,16 +249,28 @@ impl<'a> Call<'a> {
     }
 }
 
-fn inputs<'a>(
-    [query, key, value]: &'a [DeviceTensor; 3],
-    mask: &'a Option<DeviceTensor>,
-    bias: &'a Option<DeviceTensor>,
-    dropout: Option<Dropout>,
-) -> crate::Result<Inputs<'a>> {
+/// The tensors of a call as its inputs.
+fn inputs(tensors: &[(Role, DeviceTensor)], dropout: Option<Dropout>) -> crate::Result<Inputs<'_>> {
+    let of = |role: Role| -> crate::Result<Option<View<'_>>> {
+        let found = tensors.iter().find(|(of, _)| *of == role);
+        Ok(found.map(|(_, tensor)| tensor.view()).transpose()?)
+    };
+    let operand =
+        |role: Role| -> crate::Result<View<'_>> { Ok(of(role)?.ok_or_else(|| format!("no {role}"))?) };
     Ok(Inputs {
-        mask: mask.as_ref().map(DeviceTensor::view).transpose()?,
-        bias: bias.as_ref().map(DeviceTensor::view).transpose()?,
-        data: CallData { dropout, ..CallData::default() },
-        ..Inputs::new(query.view()?, key.view()?, value.view()?)
+        mask: of(Role::Mask)?,
+        bias: of(Role::Bias)?,
+        data: CallData {
+            dropout,
+            query_lengths: of(Role::QueryLengths)?,
+            key_value_lengths: of(Role::KeyValueLengths)?,
+            query_starts: of(Role::QueryStarts)?,
+            key_value_starts: of(Role::KeyValueStarts)?,
+            block_table: of(Role::BlockTable)?,
+            key_scales: of(Role::KeyScales)?,
+            value_scales: of(Role::ValueScales)?,
+            ..CallData::default()
+        },
+        ..Inputs::new(operand(Role::Query)?, operand(Role::Key)?, operand(Role::Value)?)
     })
 }

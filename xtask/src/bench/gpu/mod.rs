@@ -5,6 +5,7 @@ pub(super) mod case;
 mod measured;
 mod peer;
 pub(super) mod record;
+pub(super) mod sequences;
 
 use std::path::Path;
 use std::sync::Arc;
