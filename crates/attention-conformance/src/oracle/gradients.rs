@@ -17,6 +17,14 @@ pub struct OracleGradients {
     pub dsinks: Vec<f64>,
 }
 
+/// The product of three numbers, which overflows only where it is too large itself: the largest and the smallest
+/// are multiplied first, so that what is above 1 meets what is below.
+pub(crate) fn product(mut factors: [f64; 3]) -> f64 {
+    factors.sort_unstable_by(|a, b| a.abs().total_cmp(&b.abs()));
+    let [least, middle, most] = factors;
+    most * least * middle
+}
+
 impl Oracle {
     /// The gradients for these incoming ones: `d_out` of `[B, T, N, Hv]`, `d_lse` of `[B, T, N]`.
     pub fn gradients(&self, d_out: &Dense, d_lse: Option<&Dense>) -> OracleGradients {
@@ -59,8 +67,8 @@ impl Oracle {
                 let at_query = self.query.flat(&[b, t, n]) * d.head_dim;
                 let at_key = self.key.flat(&[b, j, kv]) * d.head_dim;
                 for h in 0..d.head_dim {
-                    gradients.dq[at_query + h] += scale * d_product * self.key.data[at_key + h];
-                    gradients.dk[at_key + h] += scale * d_product * self.query.data[at_query + h];
+                    gradients.dq[at_query + h] += product([scale, d_product, self.key.data[at_key + h]]);
+                    gradients.dk[at_key + h] += product([scale, d_product, self.query.data[at_query + h]]);
                 }
             }
             // A sink of -inf is no sink: nothing goes through it, NaN included.
@@ -69,5 +77,21 @@ impl Oracle {
             }
         });
         gradients
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::product;
+
+    #[test]
+    fn a_product_overflows_only_where_it_is_too_large() {
+        for factors in [[1.5e308, 1.8, 0.09], [1.8, 0.09, 1.5e308], [0.09, 1.5e308, -1.8]] {
+            let want = factors.iter().product::<f64>().signum() * 2.43e307;
+            assert!((product(factors) / want - 1.0).abs() < 1e-15, "{factors:?}");
+        }
+        assert_eq!(product([1e308, 0.0, 1e308]), 0.0);
+        assert_eq!(product([-1e308, 2.0, 1e3]), f64::NEG_INFINITY);
+        assert!(product([f64::NAN, 0.0, 1.0]).is_nan());
     }
 }

@@ -18,6 +18,7 @@ mod structure;
 
 pub use dense::Dense;
 pub use gradients::OracleGradients;
+pub(crate) use gradients::product;
 pub(crate) use padding::Padding;
 pub use philox::keep;
 pub use row::{Entry, Row};

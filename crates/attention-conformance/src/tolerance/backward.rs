@@ -3,7 +3,7 @@
 use attention_core::DType;
 
 use super::{Precision, probability_error, unit_roundoff};
-use crate::oracle::{Dense, Oracle};
+use crate::oracle::{Dense, Oracle, product};
 
 /// Bounds on the results of a backward call, element by element.
 #[derive(Clone, Debug)]
@@ -195,15 +195,18 @@ impl Precision {
                 }
                 // Rounded before the products, with or without the scale in it.
                 error += self.weight * (d_product + error);
-                error = scale * error + self.weight_underflow * scale.max(1.0);
-                d_product *= scale;
+                let least = self.weight_underflow;
                 let at_query = oracle.query.flat(&[b, t, n]) * d.head_dim;
                 let at_key = oracle.key.flat(&[b, j, kv]) * d.head_dim;
                 for h in 0..d.head_dim {
                     let query = oracle.query.data[at_query + h].abs();
                     let key = oracle.key.data[at_key + h].abs();
-                    dq.add(at_query + h, error * key + underflow, d_product * key);
-                    dk.add(at_key + h, error * query + underflow, d_product * query);
+                    for (sum, at, factor) in [(&mut dq, at_query, key), (&mut dk, at_key, query)] {
+                        // The scale comes last: before, it may overflow where the gradient does not.
+                        let error =
+                            product([scale, error, factor]) + product([scale.max(1.0), least, factor]);
+                        sum.add(at + h, error + underflow, product([scale, d_product, factor]));
+                    }
                 }
             }
             if let Some(sink) = row.sink.filter(|&sink| sink != f64::NEG_INFINITY) {
