@@ -128,10 +128,11 @@ __device__ __noinline__ void sequence_of_numbers_called(const Parameters &p, lon
     sequence_of_numbers(p, b, sequence);
 }
 
-// The only reader of lengths and offsets. Kernels whose loops have all registers differ in which way leaves the
-// loop those of a call without such numbers: most of them call it (`attention_gradient_of_keys` would spill),
-// and INLINE is for those that would spill around a call. So that the parameters are not copied for the call,
-// kernels take them as a grid constant.
+// The only reader of lengths and offsets. Kernels of dense rows whose loops have all registers differ in which
+// way leaves the loop those of a call without such numbers: most of them call it (`attention_gradient_of_keys`
+// would spill), and INLINE is for those that would spill around a call. So that the parameters are not copied for
+// the call, kernels take them as a grid constant. Other kernels always need the numbers, and have them where they
+// stand: a function that is called reads parameters as memory, one load behind the other.
 template <bool INLINE = false>
 __device__ inline Sequence sequence_of(const Parameters &p, long long b) {
 #if LAYOUT == LAYOUT_DENSE
@@ -148,10 +149,8 @@ __device__ inline Sequence sequence_of(const Parameters &p, long long b) {
     Sequence sequence;
     if (b >= p.batch)
         place_rows_of_no_sequence(p, sequence);
-    else if constexpr (INLINE)
-        sequence_of_numbers(p, b, sequence);
     else
-        sequence_of_numbers_called(p, b, sequence);
+        sequence_of_numbers(p, b, sequence);
     return sequence;
 #endif
 }
@@ -252,7 +251,7 @@ __device__ inline TileIndex tile_of_block(const Parameters &p, unsigned index, u
 // Tiles of packed rows. A grid has slots for them: those of sequence b begin with slot `start * heads / HEIGHT +
 // b`, where `heads` rows of a tile share a position. The next sequence begins behind its tiles, since the
 // quotient of a sum is at least the sum of quotients; so a start says where the slots are, and blocks find
-// their sequence by halving, without a list. Slots that no tile has are behind those of their sequence.
+// their sequence by asking for 32 at a time, without a list. Slots that no tile has are behind those of their sequence.
 __device__ inline long long first_slot(const Integers &starts, long long rows, int height, int heads, long long b) {
     return (long long)start_of(starts, rows, b) * heads / height + b;
 }
@@ -264,22 +263,43 @@ __device__ inline unsigned count_of_slots(const Parameters &p, long long rows, i
 
 // The last sequence that begins at or before this slot, at most the number of sequences, which stands for the
 // rows behind the last one. With a height of 1 and without the slot of each sequence before it: of this row.
+// By whole warps, all threads with the same place: each asks for another sequence, so that 32 times as many
+// sequences take one load more.
 template <class FirstOf>
 __device__ inline int last_that_begins(const Parameters &p, long long place, FirstOf first_of) {
     int low = 0, high = (int)p.batch;
     while (low < high) {
+        const int span = high - low, step = (span + 31) / 32;
+        const auto asked = [&](int lane) { return min((lane + 1) * step, span); };
+        const unsigned begins = __ballot_sync(~0u, first_of(low + asked(threadIdx.x % 32)) <= place);
+        // Of how many in turn, from the first on: 32 without an end.
+        const int count = begins == ~0u ? 32 : __ffs(~begins) - 1;
+        if (count < 32) high = low + asked(count) - 1;
+        if (count > 0) low += asked(count - 1);
+    }
+    return low;
+}
+
+// The sequence of a row of packed queries. By whole warps, whose rows are mostly of one sequence.
+__device__ inline int sequence_of_query_row(const Parameters &p, long long row) {
+    const auto first_of = [&](int b) { return (long long)start_of(p.query_starts, p.query_rows, b); };
+    const long long row_of_warp = __shfl_sync(~0u, row, 0);
+    int low = last_that_begins(p, row_of_warp, first_of);
+    if (row == row_of_warp) return low;
+    // As a rule no sequence begins in between.
+    int high = row < row_of_warp ? low : (int)p.batch;
+    if (row < row_of_warp)
+        low = 0;
+    else if (low < high && first_of(low + 1) > row)
+        return low;
+    while (low < high) {
         const int middle = low + (high - low + 1) / 2;
-        if (first_of(middle) <= place)
+        if (first_of(middle) <= row)
             low = middle;
         else
             high = middle - 1;
     }
     return low;
-}
-
-// The sequence of a row of packed queries.
-__device__ inline int sequence_of_query_row(const Parameters &p, long long row) {
-    return last_that_begins(p, row, [&](int b) { return (long long)start_of(p.query_starts, p.query_rows, b); });
 }
 
 // A sequence, and which of its tiles; -1 for none.
