@@ -133,7 +133,8 @@ pub struct Parameters {
     query_offsets: Integers,
     dropout_seed: Integers,
     dropout_offset: Integers,
-    /// Of every batch row, unless `rows_vary`.
+    /// Of every batch row, unless `rows_vary`. Of packed rows and pages, which keys a row sees, unless sequences
+    /// have offsets of their own or `is_bottom_right`.
     uniform_sequence: SequenceRows,
     query_offset: i64,
     least_offset: i64,
@@ -370,6 +371,9 @@ impl Parameters {
             return;
         }
         self.rows_vary = 1;
+        if Role::SEQUENCES.into_iter().any(|role| problem.has(role)) && problem.dims().batch > 0 {
+            self.uniform_sequence = SequenceRows::of(&problem.sequence(0));
+        }
         // Where batch rows have offsets of their own, kernels read those.
         let batch = problem.dims().batch;
         self.query_offset = match problem.alignment() {

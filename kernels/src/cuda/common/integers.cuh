@@ -24,3 +24,23 @@ __device__ inline long long integer_behind(const Integers &from, long long place
 __device__ inline long long integer_at(const Integers &from, long long index) {
     return integer_behind(from, index * from.stride);
 }
+
+// Those at an index and behind it. Both are asked for before either is needed.
+struct TwoIntegers {
+    long long first, second;
+};
+
+template <class Word>
+__device__ inline TwoIntegers two_integers(const void *data, long long place, long long stride) {
+    const Word *const first = static_cast<const Word *>(data) + place;
+    return TwoIntegers{(long long)__ldg(first), (long long)__ldg(first + stride)};
+}
+
+__device__ inline TwoIntegers integers_at(const Integers &from, long long index) {
+    const long long place = index * from.stride;
+    switch (from.dtype) {
+        case DTYPE_I32: return two_integers<int>(from.data, place, from.stride);
+        case DTYPE_U32: return two_integers<unsigned>(from.data, place, from.stride);
+        default: return two_integers<long long>(from.data, place, from.stride);
+    }
+}

@@ -30,7 +30,9 @@ struct Parameters {
         d_sinks;
     // What the call has in device memory.
     Integers query_lengths, key_value_lengths, query_offsets, dropout_seed, dropout_offset;
-    // That of every batch row, unless `rows_vary`: then sequence_of makes each from the numbers below.
+    // That of every batch row, unless `rows_vary`: then sequence_of makes each from the numbers below. Of packed
+    // rows and pages, `offset`, `low` and `high` are those of every sequence, unless these have `query_offsets` or
+    // are `is_bottom_right`.
     SequenceRows uniform_sequence;
     // The offset of rows without `query_offsets`, and the bounds of these.
     long long query_offset, least_offset, most_offset;

@@ -53,8 +53,9 @@ __device__ inline int start_of(const Integers &starts, long long rows, long long
 
 // The first row of sequence b, and the number of its rows: none where starts in device memory fall.
 __device__ inline void place_packed(const Integers &starts, long long rows, long long b, int &first, int &count) {
-    first = start_of(starts, rows, b);
-    count = max(start_of(starts, rows, b + 1) - first, 0);
+    const TwoIntegers at = integers_at(starts, b);
+    first = between(at.first, 0, rows);
+    count = max(between(at.second, 0, rows) - first, 0);
 }
 
 __device__ inline bool packs_queries(const Parameters &p) {
@@ -74,7 +75,14 @@ __device__ inline void place_rows(const Parameters &p, long long b, RowLengths &
         lengths.queries = min(lengths.queries, sequence.query_rows);
     }
     if (packs_keys(p)) {
-        place_packed(p.key_value_starts, p.key_rows, b, sequence.first_key, sequence.key_rows);
+        // Of queries on their own keys, the starts are most often the same tensor.
+        if (p.key_value_starts.data == p.query_starts.data && p.key_rows == p.query_rows &&
+            p.key_value_starts.stride == p.query_starts.stride) {
+            sequence.first_key = sequence.first_query;
+            sequence.key_rows = sequence.query_rows;
+        } else {
+            place_packed(p.key_value_starts, p.key_rows, b, sequence.first_key, sequence.key_rows);
+        }
         lengths.keys = min(lengths.keys, sequence.key_rows);
     }
     if (LAYOUT == LAYOUT_PAGED) lengths.keys = (int)min((long long)lengths.keys, p.most_keys);
@@ -112,6 +120,16 @@ __device__ inline int keys_of_numbers(const Parameters &p, long long b) {
 __device__ inline void sequence_of_numbers(const Parameters &p, long long b, Sequence &sequence) {
     RowLengths lengths{query_rows_of_numbers(p, b), keys_of_numbers(p, b)};
     place_rows(p, b, lengths, sequence);
+    sequence.queries = lengths.queries;
+    sequence.keys = lengths.keys;
+#if LAYOUT != LAYOUT_DENSE
+    if (!p.query_offsets.data && !p.is_bottom_right) {
+        sequence.offset = p.uniform_sequence.offset;
+        sequence.low = p.uniform_sequence.low;
+        sequence.high = p.uniform_sequence.high;
+        return;
+    }
+#endif
     long long offset = p.query_offset;
     if (p.query_offsets.data) offset = max(min(integer_at(p.query_offsets, b), p.most_offset), p.least_offset);
     if (p.is_bottom_right) offset = (long long)lengths.keys - lengths.queries;
@@ -119,8 +137,6 @@ __device__ inline void sequence_of_numbers(const Parameters &p, long long b, Seq
     sequence.high = offset_plus(offset, p.keys_after);
     // A sum with a row or a key does not overflow.
     sequence.offset = max(min(offset, 1ll << 60), -(1ll << 60));
-    sequence.queries = lengths.queries;
-    sequence.keys = lengths.keys;
 }
 
 // The same behind the kernel's code, with the result in memory.
@@ -251,9 +267,10 @@ __device__ inline TileIndex tile_of_block(const Parameters &p, unsigned index, u
 // Tiles of packed rows. A grid has slots for them: those of sequence b begin with slot `start * heads / HEIGHT +
 // b`, where `heads` rows of a tile share a position. The next sequence begins behind its tiles, since the
 // quotient of a sum is at least the sum of quotients; so a start says where the slots are, and blocks find
-// their sequence by asking for 32 at a time, without a list. Slots that no tile has are behind those of their sequence.
-__device__ inline long long first_slot(const Integers &starts, long long rows, int height, int heads, long long b) {
-    return (long long)start_of(starts, rows, b) * heads / height + b;
+// their sequence by asking for 32 at a time, without a list. Slots that no tile has are behind those of their
+// sequence. The host sees to it that rows of all heads of a tile, and slots, are fewer than 2^31.
+__device__ inline int first_slot(const Integers &starts, long long rows, int height, int heads, int b) {
+    return (int)((unsigned)start_of(starts, rows, b) * (unsigned)heads / (unsigned)height) + b;
 }
 
 // Slots of all sequences, and of the rows behind the last one.
@@ -282,7 +299,7 @@ __device__ inline int last_that_begins(const Parameters &p, long long place, Fir
 
 // The sequence of a row of packed queries. By whole warps, whose rows are mostly of one sequence.
 __device__ inline int sequence_of_query_row(const Parameters &p, long long row) {
-    const auto first_of = [&](int b) { return (long long)start_of(p.query_starts, p.query_rows, b); };
+    const auto first_of = [&](int b) { return start_of(p.query_starts, p.query_rows, b); };
     const long long row_of_warp = __shfl_sync(~0u, row, 0);
     int low = last_that_begins(p, row_of_warp, first_of);
     if (row == row_of_warp) return low;
@@ -312,7 +329,7 @@ __device__ inline SequenceTile tile_of_packed(const Parameters &p, const Integer
     const TileIndex place = tile_of_block(p, index, count_of_slots(p, rows, height, heads_of_tile), heads);
     const auto first = [&](int b) { return first_slot(starts, rows, height, heads_of_tile, b); };
     const int b = last_that_begins(p, place.tile, first);
-    return SequenceTile{b, (int)max(place.tile - first(b), -1ll), place.head};
+    return SequenceTile{b, max(place.tile - first(b), -1), place.head};
 }
 
 // The first row of a tile, where a sequence has `rows` rows: behind them for a tile that it does not have.
