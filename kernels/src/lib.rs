@@ -59,6 +59,12 @@ pub const SOURCES: &[Source] = &[
         variants: &[Variant::Helper(Helper::LAUNCHED)],
     },
     Source {
+        name: "attention_copy_rows.cu",
+        text: concat!(include_str!("cuda/common/copy_rows.cu")),
+        entry_points: &["attention_copy_rows"],
+        variants: &[Variant::Helper(Helper::LAUNCHED)],
+    },
+    Source {
         name: "attention_rows.cu",
         text: concat!(
             include_str!("cuda/cudnn/strides.cuh"),

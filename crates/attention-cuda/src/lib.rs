@@ -15,6 +15,7 @@ mod numbers;
 mod nvrtc;
 mod owned;
 pub mod parameters;
+mod row_copies;
 mod sequences;
 mod tensor;
 mod workspace;
@@ -28,6 +29,7 @@ pub use kernels::{KERNEL_FOLDER, KernelCache};
 pub use launch::launch;
 pub use numbers::{NumberStore, StoredNumbers};
 pub use nvrtc::{Compiled, Nvrtc};
+pub use row_copies::{RowCopier, RowCopyError, RowRun};
 pub use tensor::{DeviceScratch, DeviceTensor};
 pub use workspace::{Lease, Workspaces};
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use attention_core::{InvalidCall, Scalar, Scratch, Strides, TensorDesc, View, ViewMut};
+use attention_core::{DType, Dims, InvalidCall, Scalar, Scratch, Strides, TensorDesc, View, ViewMut};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
 
 use crate::CudaDevice;
@@ -105,6 +105,22 @@ impl DeviceTensor {
         Ok(Self { device: device.clone(), _registered: Registered::new(&memory), memory, desc, origin })
     }
 
+    /// A tensor of this shape and dtype, row-major, whose elements are 0: without a copy from the host.
+    ///
+    /// # Errors
+    /// By the driver.
+    pub fn zeroed(device: &CudaDevice, dtype: DType, shape: impl Into<Dims>) -> Result<Self, DriverError> {
+        let desc = TensorDesc::contiguous(dtype, shape);
+        let (bytes, origin) = placement(&desc);
+        let memory = device.stream().alloc_zeros::<u8>(bytes.max(1))?;
+        Ok(Self { device: device.clone(), _registered: Registered::new(&memory), memory, desc, origin })
+    }
+
+    /// The device, with the stream that the memory belongs to.
+    pub fn device(&self) -> &CudaDevice {
+        &self.device
+    }
+
     /// A copy of a tensor in host memory, with its strides and what lies between its elements.
     ///
     /// # Errors
@@ -125,6 +141,11 @@ impl DeviceTensor {
     /// Shape, dtype and strides.
     pub fn desc(&self) -> TensorDesc {
         self.desc
+    }
+
+    /// The address of the element at index 0.
+    pub(crate) fn address(&self) -> u64 {
+        self.memory.device_ptr(self.device.stream()).0 + self.origin as u64
     }
 
     /// The tensor, for a call on its device.

@@ -12,8 +12,9 @@
 //! have the same tables and lengths. Elements are stored as they are given: in the dtype of the cache,
 //! without a change.
 //!
-//! Caches are in host memory, or in [memory of another kind](CacheMemory): `attention-candle` has both caches
-//! in candle's tensors, on the CPU and on CUDA.
+//! Caches are in host memory, in memory of an NVIDIA GPU (`PagedKvCache::on_cuda` and `KvCache::on_cuda`, with the
+//! feature `cuda`), or in [memory of another kind](CacheMemory): `attention-candle` has both caches in candle's
+//! tensors, on the CPU and on CUDA.
 //!
 //! What is appended is checked first and written then: an append that fails changes nothing, whether it is of
 //! one sequence or of many. Calls over a cache that grows have one [plan](crate::Attention::plan).
@@ -56,6 +57,8 @@
 
 mod batch;
 mod contiguous;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod handle;
 mod memory;
@@ -67,6 +70,8 @@ mod token;
 
 pub use batch::{PagedBatch, PagedInputs};
 pub use contiguous::KvCache;
+#[cfg(feature = "cuda")]
+pub use cuda::CudaMemory;
 pub use error::CacheError;
 pub use handle::Sequence;
 pub use memory::{CacheMemory, CacheTensor, HostMemory, IntoCacheTensor, PageCopy, Update, Write};

@@ -5,6 +5,8 @@
 #[cfg(feature = "ndarray")]
 mod arrays;
 mod backward;
+#[cfg(all(feature = "cuda", feature = "cpu"))]
+mod cuda_cache;
 mod device;
 #[cfg(feature = "dlpack")]
 mod dlpack;
