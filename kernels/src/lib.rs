@@ -65,6 +65,12 @@ pub const SOURCES: &[Source] = &[
         variants: &[Variant::Helper(Helper::LAUNCHED)],
     },
     Source {
+        name: "attention_write_numbers.cu",
+        text: concat!(include_str!("cuda/common/write_numbers.cu")),
+        entry_points: &["attention_write_numbers"],
+        variants: &[Variant::Helper(Helper::LAUNCHED)],
+    },
+    Source {
         name: "attention_rows.cu",
         text: concat!(
             include_str!("cuda/cudnn/strides.cuh"),

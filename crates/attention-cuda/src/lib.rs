@@ -11,6 +11,7 @@ mod launch;
 #[cfg(test)]
 mod layout;
 pub mod library;
+mod number_writes;
 mod numbers;
 mod nvrtc;
 mod owned;
@@ -27,6 +28,7 @@ pub use disk::{DiskCache, DiskKey};
 pub use error::KernelError;
 pub use kernels::{KERNEL_FOLDER, KernelCache};
 pub use launch::launch;
+pub use number_writes::{NumberWriteError, NumberWriter};
 pub use numbers::{NumberStore, StoredNumbers};
 pub use nvrtc::{Compiled, Nvrtc};
 pub use row_copies::{RowCopier, RowCopyError, RowRun};

@@ -9,7 +9,7 @@ use super::paged::PagedKvCache;
 use super::sequences::State;
 
 /// What an entry of the table is that no key needs.
-const NO_PAGE: i32 = -1;
+pub(super) const NO_PAGE: i32 = -1;
 
 /// Sequences that are called together, in order: sequence `b` of the call is the `b`-th. Made by
 /// [`PagedKvCache::batch`], and brought up to date by [`PagedKvCache::inputs`], which writes the entries of

@@ -197,6 +197,11 @@ impl<M: CacheMemory> KvCache<M> {
         self.store.token()
     }
 
+    /// Where keys and values are.
+    pub fn memory(&self) -> &M {
+        self.store.memory()
+    }
+
     /// The keys, `[B, capacity, K, H]`.
     pub fn keys(&self) -> M::Tensor<'_> {
         self.store.keys()

@@ -1,10 +1,11 @@
 //! Caches in memory of an NVIDIA GPU.
 
 use attention_core::{DType, Device, Dims, InvalidCall, View};
-use attention_cuda::{CudaDevice, DeviceTensor, KernelCache, RowCopier, RowRun};
+use attention_cuda::{CudaDevice, DeviceTensor, KernelCache, NumberWriter, RowCopier, RowRun};
 
+use super::batch::{NO_PAGE, PagedInputs};
 use super::contiguous::KvCache;
-use super::error::CacheError;
+use super::error::{CacheError, reserved};
 use super::memory::{CacheMemory, IntoCacheTensor, Update};
 use super::paged::{PagedKvCache, PoolShape};
 use super::token::TokenShape;
@@ -96,6 +97,144 @@ impl CacheMemory for CudaMemory {
 impl<'a, T: IntoView<'a>> IntoCacheTensor<'a, CudaMemory> for T {
     fn into_cache_tensor(self) -> Result<View<'a>, InvalidCall> {
         self.into_view()
+    }
+}
+
+/// The table and lengths of a batch in memory of a device, with room for a number of sequences: what calls read
+/// there without a copy of the whole table at each step, and what a captured graph reads when it is launched.
+/// Rows behind the sequences of a batch are empty sequences.
+///
+/// # Examples
+/// One graph for all steps, captured from the second call on:
+/// ```no_run
+/// use attention::cuda::{CudaDevice, DeviceTensor};
+/// use attention::kv_cache::{CudaTables, PagedKvCache, PoolShape, TokenShape};
+/// use attention::{Attention, DType, QueryOffset};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let device = CudaDevice::new("decoder", 0)?;
+/// let shape = PoolShape { pages: 4096, page_size: 16, longest: 8192 };
+/// let mut cache = PagedKvCache::on_cuda(TokenShape::new(DType::Bf16, 8, 128), shape, &device)?;
+/// let sequence = cache.add();
+/// let mut batch = cache.batch([sequence])?;
+/// let mut tables = CudaTables::new(&cache, 32)?;
+/// # let (query, key): (DeviceTensor, DeviceTensor) = todo!();
+/// # let mut out: DeviceTensor = todo!();
+/// // At each step, outside of the graph: the new token, and what it changes in table and lengths.
+/// cache.append_each(batch.sequences(), key.view()?, key.view()?)?;
+/// tables.update(&cache.inputs(&mut batch)?)?;
+/// // To be captured, or called: the tensors stay where they are.
+/// let attention = Attention::new().causal(true).query_offset(QueryOffset::BottomRight);
+/// let attention = attention.paged(tables.table(), tables.lengths());
+/// attention.forward_into(query.view()?, cache.keys(), cache.values(), out.view_mut()?, None)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct CudaTables {
+    writer: NumberWriter,
+    table: DeviceTensor,
+    lengths: DeviceTensor,
+    /// What both hold once the work on the stream is done.
+    held: [Vec<i32>; 2],
+}
+
+impl CudaTables {
+    /// For batches of up to so many sequences of a cache, on its device and stream.
+    ///
+    /// # Errors
+    /// [`CacheError::Memory`] where the kernel does not compile, or the device has no room;
+    /// [`CacheError::Cache`] where a table of these sizes overflows.
+    pub fn new(cache: &PagedKvCache<CudaMemory>, sequences: usize) -> Result<Self, CacheError> {
+        Self::with_kernels(cache, sequences, &KernelCache::new(None))
+    }
+
+    /// As [`new`](Self::new), with a kernel of these.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_kernels(
+        cache: &PagedKvCache<CudaMemory>,
+        sequences: usize,
+        kernels: &KernelCache,
+    ) -> Result<Self, CacheError> {
+        let (device, most) = (cache.memory().cuda_device(), cache.most_pages());
+        let shape = Dims::from([sequences, most]);
+        let overflow = || CacheError::Cache(InvalidCall::Overflow { what: "a block table", shape });
+        let count =
+            sequences.checked_mul(most).filter(|&count| count <= i32::MAX as usize).ok_or_else(overflow)?;
+        let writer = NumberWriter::new(device, kernels).map_err(failed)?;
+        let (mut table, mut lengths) = (reserved("a block table", count)?, reserved("lengths", sequences)?);
+        table.resize(count, NO_PAGE);
+        lengths.resize(sequences, 0);
+        let of = |numbers: &[i32], shape: Dims| {
+            DeviceTensor::from_host(device, View::from_slice(numbers, shape)?).map_err(failed)
+        };
+        Ok(Self {
+            table: of(&table, shape)?,
+            lengths: of(&lengths, [sequences].into())?,
+            held: [table, lengths],
+            writer,
+        })
+    }
+
+    /// Brings both up to date with a batch: what differs from before is written by one kernel for each 480 numbers,
+    /// in the order of the stream.
+    ///
+    /// # Errors
+    /// [`CacheError::Count`] for more sequences than there is room for, or a table of another cache;
+    /// [`CacheError::Memory`] by the driver.
+    pub fn update(&mut self, inputs: &PagedInputs<'_>) -> Result<(), CacheError> {
+        let (Some(table), Some(lengths)) = (inputs.table.host::<i32>(), inputs.lengths.host::<i32>()) else {
+            return Err(CacheError::Memory {
+                reason: "the table of a batch is not in host memory".to_owned(),
+            });
+        };
+        let (&[sequences, most], room) = (&inputs.table.shape()[..], self.held[1].len()) else {
+            unreachable!("a table has two axes")
+        };
+        if sequences > room {
+            let what = "rows of tables in device memory";
+            return Err(CacheError::Count { sequences, what, given: room });
+        }
+        if most != self.most() {
+            return Err(CacheError::OtherCache { what: "the batch".to_owned() });
+        }
+        let mut changed = [Vec::new(), Vec::new()];
+        for index in 0..room {
+            let held = &self.held[0][index * most..][..most];
+            for (page, &held) in held.iter().enumerate() {
+                let new = if index < sequences { table.at(&[index, page]) } else { NO_PAGE };
+                if held != new {
+                    changed[0].push((index * most + page, new));
+                }
+            }
+            let new = if index < sequences { lengths.at(&[index]) } else { 0 };
+            if self.held[1][index] != new {
+                changed[1].push((index, new));
+            }
+        }
+        let [pages, numbers] = &changed;
+        self.writer.write([&mut self.table, &mut self.lengths], [pages, numbers]).map_err(failed)?;
+        for (held, changed) in self.held.iter_mut().zip(&changed) {
+            changed.iter().for_each(|&(index, new)| held[index] = new);
+        }
+        Ok(())
+    }
+
+    /// Entries of a row.
+    fn most(&self) -> usize {
+        self.table.desc().shape()[1]
+    }
+
+    /// `[sequences, most]` of i32, on the device; -1 where a sequence has no page.
+    pub fn table(&self) -> View<'_> {
+        view(&self.table)
+    }
+
+    /// `[sequences]` of i32, on the device.
+    pub fn lengths(&self) -> View<'_> {
+        view(&self.lengths)
     }
 }
 

@@ -71,7 +71,7 @@ mod token;
 pub use batch::{PagedBatch, PagedInputs};
 pub use contiguous::KvCache;
 #[cfg(feature = "cuda")]
-pub use cuda::CudaMemory;
+pub use cuda::{CudaMemory, CudaTables};
 pub use error::CacheError;
 pub use handle::Sequence;
 pub use memory::{CacheMemory, CacheTensor, HostMemory, IntoCacheTensor, PageCopy, Update, Write};

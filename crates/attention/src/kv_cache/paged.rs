@@ -374,6 +374,11 @@ impl<M: CacheMemory> PagedKvCache<M> {
         self.store.token()
     }
 
+    /// Where keys and values are.
+    pub fn memory(&self) -> &M {
+        self.store.memory()
+    }
+
     /// The keys, `[pages, page_size, K, H]`.
     pub fn keys(&self) -> M::Tensor<'_> {
         self.store.keys()

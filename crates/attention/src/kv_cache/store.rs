@@ -49,6 +49,10 @@ impl<M: CacheMemory> Store<M> {
         self.token
     }
 
+    pub(super) fn memory(&self) -> &M {
+        &self.memory
+    }
+
     pub(super) fn keys(&self) -> M::Tensor<'_> {
         self.memory.keys()
     }

@@ -1,8 +1,11 @@
 //! Caches in memory of a GPU hold, token for token, what caches in host memory hold. Run with `--ignored`.
 
+use attention::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use attention::cuda::{CudaDevice, DeviceTensor};
-use attention::kv_cache::{CacheError, CudaMemory, KvCache, PagedKvCache, PoolShape, TokenShape};
-use attention::{Attention, DType, Dims, Element, F8E4M3, QueryOffset, Tensor, View, ViewMut, bf16};
+use attention::kv_cache::{CacheError, CudaMemory, CudaTables, KvCache, PagedKvCache, PoolShape, TokenShape};
+use attention::{
+    Attention, DType, Dims, Element, F8E4M3, QueryOffset, Tensor, TensorDesc, View, ViewMut, bf16,
+};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -199,8 +202,13 @@ fn decoding_over_pages_on_a_gpu_is_decoding_over_pages_of_the_host() -> Result {
         cuda.append(cudas[cudas.len() - 1], of_keys.view()?, of_values.view()?)?;
     }
     let (mut host_batch, mut cuda_batch) = (host.batch(hosts)?, cuda.batch(cudas)?);
+    // One row more than there are sequences, and tables for the second half of a graph of one call.
+    let mut tables = CudaTables::new(&cuda, 4)?;
+    let mut graph = None;
+    let mut of_all = DeviceTensor::filled(&device, TensorDesc::contiguous(DType::F32, [4, 1, 8, 64]), 0)?;
+    let mut out_of_all = DeviceTensor::filled(&device, of_all.desc(), 0xff)?;
     let attention = Attention::new().causal(true).query_offset(QueryOffset::BottomRight);
-    for _ in 0..20 {
+    for step_index in 0..20 {
         let (query, new) = (tokens(&mut random, [3, 1, 8, 64], of), tokens(&mut random, [3, 1, 2, 64], of));
         let (of_query, of_new) =
             (DeviceTensor::from_host(&device, query.view())?, DeviceTensor::from_host(&device, new.view())?);
@@ -215,9 +223,62 @@ fn decoding_over_pages_on_a_gpu_is_decoding_over_pages_of_the_host() -> Result {
         on_gpu.forward_into(of_query.view()?, step.keys, step.values, out.view_mut()?, None)?;
         let mut got = vec![0f32; 3 * 8 * 64];
         out.copy_to_host(&mut ViewMut::from_slice(&mut got, [3, 1, 8, 64])?)?;
-        for (got, wanted) in got.iter().zip(wanted.as_slice::<f32>().expect("f32")) {
+        let wanted = wanted.as_slice::<f32>().expect("f32");
+        for (got, wanted) in got.iter().zip(wanted) {
             assert!((got - wanted).abs() < 1e-5, "{got} and {wanted}");
         }
+
+        // The same with tables in device memory, by one graph that is captured at the second step.
+        tables.update(&cuda.inputs(&mut cuda_batch)?)?;
+        let padded = Tensor::from_vec(
+            query.as_slice::<f32>().expect("f32").iter().copied().chain([1.0; 512]).collect(),
+            [4, 1, 8, 64],
+        )?;
+        of_all.replace(padded.view())?;
+        let on_gpu = attention.clone().paged(tables.table(), tables.lengths());
+        let mut call = || {
+            on_gpu.forward_into(of_all.view()?, cuda.keys(), cuda.values(), out_of_all.view_mut()?, None)?;
+            Result::Ok(())
+        };
+        if step_index == 0 {
+            call()?;
+        } else {
+            if graph.is_none() {
+                let stream = device.stream();
+                stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+                let called = call();
+                let captured = stream
+                    .end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
+                called?;
+                graph = captured?;
+            }
+            graph.as_ref().ok_or("an empty graph")?.launch()?;
+        }
+        let mut of_graph = vec![0f32; 4 * 8 * 64];
+        out_of_all.copy_to_host(&mut ViewMut::from_slice(&mut of_graph, [4, 1, 8, 64])?)?;
+        assert!(of_graph[..got.len()] == got, "step {step_index}: tables in device memory");
+        assert!(
+            of_graph[got.len()..].iter().all(|&x| x == 0.0),
+            "step {step_index}: a row without a sequence"
+        );
     }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn tables_with_too_little_room_or_of_another_cache_are_refused() -> Result {
+    let device = CudaDevice::new("the test", 0)?;
+    let token = TokenShape::new(DType::F32, 1, 4);
+    let of = |longest| PagedKvCache::on_cuda(token, PoolShape { pages: 8, page_size: 2, longest }, &device);
+    let (mut cache, mut other) = (of(8)?, of(12)?);
+    let mut tables = CudaTables::new(&cache, 1)?;
+    let (first, second) = (cache.add(), cache.add());
+    let mut two = cache.batch([first, second])?;
+    let error = tables.update(&cache.inputs(&mut two)?).expect_err("two of one").to_string();
+    assert_eq!(error, "2 sequences were given, and rows of tables in device memory 1");
+    let sequence = other.add();
+    let mut longer = other.batch([sequence])?;
+    assert!(tables.update(&other.inputs(&mut longer)?).is_err());
     Ok(())
 }
