@@ -13,9 +13,9 @@ use crate::slot::Slot;
 pub(crate) enum Type {
     Float = 0,
     Half = 2,
-    Int64 = 3,
     Int32 = 4,
     Bf16 = 9,
+    Int64 = 10,
     Boolean = 11,
 }
 
