@@ -82,6 +82,7 @@ pub const SOURCES: &[Source] = &[
             "attention_prepare_backward",
             "attention_clean_rows",
             "attention_clear_gradients",
+            "attention_clear_packed",
         ],
         variants: &[Variant::Helper(Helper::LAUNCHED)],
     },
@@ -288,8 +289,12 @@ pub const SOURCES: &[Source] = &[
     Source {
         name: "attention_sequences.cu",
         text: fused!("cuda/cudnn/sequences.cu"),
-        entry_points: &["attention_sequences"],
-        variants: &Variant::fused([Fused::new(F16, 32).warps(4)]),
+        entry_points: &["attention_sequences", "attention_block_table"],
+        variants: &Variant::fused([
+            Fused::new(F16, 32).warps(4),
+            Fused::new(F16, 32).warps(4).layout(Packed),
+            Fused::new(F16, 32).warps(4).layout(Paged),
+        ]),
     },
     Source {
         name: "attention_contain_outputs.cu",
@@ -298,6 +303,14 @@ pub const SOURCES: &[Source] = &[
         variants: &Variant::fused([
             Fused::new(Bf16, 128).features(Features::ALL).tile(64, 32).warps(8).stages(1).group(16),
             Fused::new(F16, 64).value(96).features(Features::ALL).tile(64, 32).warps(8).stages(1),
+            Fused::new(Bf16, 128)
+                .features(Features::ALL)
+                .tile(64, 32)
+                .warps(8)
+                .stages(1)
+                .group(16)
+                .layout(Packed),
+            Fused::new(F16, 64).features(Features::ALL).tile(64, 32).warps(8).stages(1).layout(Paged),
         ]),
     },
     Source {
@@ -311,6 +324,13 @@ pub const SOURCES: &[Source] = &[
         variants: &Variant::fused([
             Fused::new(Bf16, 128).features(Features::ALL).tile(64, 32).warps(8).stages(1).group(16),
             Fused::new(F16, 64).value(96).features(Features::ALL).tile(64, 32).warps(8).stages(1),
+            Fused::new(Bf16, 128)
+                .features(Features::ALL)
+                .tile(64, 32)
+                .warps(8)
+                .stages(1)
+                .group(16)
+                .layout(Packed),
         ]),
     },
 ];

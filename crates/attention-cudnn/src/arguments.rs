@@ -19,6 +19,7 @@ pub(crate) enum HelperKernel {
     PrepareBackward,
     CleanRows,
     ClearGradients,
+    ClearPacked,
     MakeBias,
     ToFloats,
     KeepMask,
@@ -36,6 +37,7 @@ impl HelperKernel {
             Self::PrepareBackward => (ROWS, "attention_prepare_backward"),
             Self::CleanRows => (ROWS, "attention_clean_rows"),
             Self::ClearGradients => (ROWS, "attention_clear_gradients"),
+            Self::ClearPacked => (ROWS, "attention_clear_packed"),
             Self::MakeBias => (BIAS, "attention_make_bias"),
             Self::ToFloats => (BIAS, "attention_to_floats"),
             Self::KeepMask => (BIAS, "attention_keep_mask"),
@@ -83,6 +85,14 @@ impl Intervals {
     }
 }
 
+/// The address of where sequences begin among packed rows and the last one ends, `[B + 1]`; 0 if rows are
+/// dense.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Starts {
+    pub(crate) of: u64,
+}
+
 /// Which rows see at least one key: by structure (`intervals`) and, where there is a mask or a bias, by the
 /// bytes at `flags`.
 #[derive(Clone, Copy, Debug)]
@@ -105,6 +115,7 @@ pub(crate) struct FinishForward {
     pub(crate) seeing: SeeingRows,
     pub(crate) sinks: u64,
     pub(crate) lengths: u64,
+    pub(crate) starts: Starts,
     pub(crate) batch: i64,
     pub(crate) positions: i64,
     pub(crate) heads: i64,
@@ -120,6 +131,7 @@ pub(crate) struct PrepareBackward {
     pub(crate) stats: u64,
     pub(crate) far_heads: u64,
     pub(crate) seeing: SeeingRows,
+    pub(crate) starts: Starts,
     pub(crate) batch: i64,
     pub(crate) positions: i64,
     pub(crate) heads: i64,
@@ -156,6 +168,28 @@ pub(crate) struct ClearGradients {
     pub(crate) vectors: i64,
 }
 
+/// The argument of `attention_clear_packed`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct ClearPacked {
+    pub(crate) to: u64,
+    pub(crate) to_strides: RowStrides,
+    pub(crate) intervals: Intervals,
+    pub(crate) starts: Starts,
+    pub(crate) batch: i64,
+    pub(crate) positions: i64,
+    pub(crate) heads: i64,
+    pub(crate) vectors: i64,
+}
+
+/// An array of ragged offsets, for rows that are `row` elements apart; the address is 0 for none.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct RaggedOffsets {
+    pub(crate) to: u64,
+    pub(crate) row: i64,
+}
+
 /// The second argument of `attention_sequences`; the first one is the `Parameters` of the fused kernels.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -165,6 +199,10 @@ pub(crate) struct SequenceArrays {
     pub(crate) rows: u64,
     pub(crate) keys: u64,
     pub(crate) offsets: u64,
+    pub(crate) query_starts: u64,
+    pub(crate) key_starts: u64,
+    pub(crate) of_queries: [RaggedOffsets; 6],
+    pub(crate) of_keys: [RaggedOffsets; 4],
 }
 
 /// Four strides, of batch, head, row and key: 0 along axes of size 1.
@@ -311,6 +349,8 @@ unsafe impl DeviceRepr for CleanRows {}
 // SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for ClearGradients {}
 // SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
+unsafe impl DeviceRepr for ClearPacked {}
+// SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for SequenceArrays {}
 // SAFETY: `repr(C)`, made of plain numbers without padding; the layout is the kernels' (asserted and tested).
 unsafe impl DeviceRepr for MakeBias {}
@@ -322,11 +362,12 @@ unsafe impl DeviceRepr for KeepMask {}
 unsafe impl DeviceRepr for SinkGradient {}
 
 // The sizes that C++ gives the structs; each source of a kernel asserts the same number.
-const _: () = assert!(size_of::<FinishForward>() == 152);
-const _: () = assert!(size_of::<PrepareBackward>() == 104);
+const _: () = assert!(size_of::<FinishForward>() == 160);
+const _: () = assert!(size_of::<PrepareBackward>() == 112);
 const _: () = assert!(size_of::<CleanRows>() == 120);
 const _: () = assert!(size_of::<ClearGradients>() == 72);
-const _: () = assert!(size_of::<SequenceArrays>() == 40);
+const _: () = assert!(size_of::<ClearPacked>() == 88);
+const _: () = assert!(size_of::<SequenceArrays>() == 216);
 const _: () = assert!(size_of::<MakeBias>() == 272);
 const _: () = assert!(size_of::<ToFloats>() == 56);
 const _: () = assert!(size_of::<KeepMask>() == 104);
@@ -346,6 +387,10 @@ impl Arguments for CleanRows {
 
 impl Arguments for ClearGradients {
     const KERNEL: HelperKernel = HelperKernel::ClearGradients;
+}
+
+impl Arguments for ClearPacked {
+    const KERNEL: HelperKernel = HelperKernel::ClearPacked;
 }
 
 impl Arguments for MakeBias {
@@ -445,18 +490,25 @@ mod tests {
         check!(BIAS, Intervals: of, first, end);
         check!(ROWS, SeeingRows: intervals, flags, flag_heads);
         check!(
-            ROWS, FinishForward: out, out_strides, lse, lse_strides, stats, seeing, sinks, lengths, batch,
-            positions, heads, width
+            ROWS, FinishForward: out, out_strides, lse, lse_strides, stats, seeing, sinks, lengths, starts,
+            batch, positions, heads, width
         );
         check!(
-            ROWS, PrepareBackward: lse, lse_strides, stats, far_heads, seeing, batch, positions, heads
+            ROWS, PrepareBackward: lse, lse_strides, stats, far_heads, seeing, starts, batch, positions,
+            heads
         );
         check!(
             ROWS, CleanRows: from, from_strides, to, intervals, flags, flag_heads, flag_row, stats, batch,
             positions, heads, vectors
         );
         check!(ROWS, ClearGradients: to, to_strides, key_lengths, batch, positions, heads, vectors);
-        check!(SEQUENCES, SequenceArrays: query_lengths, key_lengths, rows, keys, offsets);
+        check!(ROWS, Starts: of);
+        check!(ROWS, ClearPacked: to, to_strides, intervals, starts, batch, positions, heads, vectors);
+        check!(SEQUENCES, RaggedOffsets: to, row);
+        check!(
+            SEQUENCES, SequenceArrays: query_lengths, key_lengths, rows, keys, offsets, query_starts, key_starts,
+            of_queries, of_keys
+        );
         check!(BIAS, RowStrides: batch, position, head);
         check!(BIAS, LogitStrides: of);
         check!(BIAS, MadeBias: to, batch, heads, positions, keys, row, masked, least);

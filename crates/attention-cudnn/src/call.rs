@@ -15,7 +15,7 @@ use crate::nan_isolation::LargeRows;
 use crate::numbers::Numbers;
 use crate::planned::Planned;
 use crate::sequences::Sequences;
-use crate::slot::Slot;
+use crate::slot::{Side, Slot};
 use crate::variant_packs::VariantPack;
 
 /// A call with its addresses, whose steps are enqueued one after the other.
@@ -125,7 +125,9 @@ impl<'a> Run<'a> {
                     .numbers
                     .store(runtime.device.stream(), problem, self.stored())
                     .map_err(|error| failure(NAME, "running a kernel", error))?;
-                sequences.run(runtime, problem, &self.memory, self.stored(), &self.kernels.sequences)?;
+                let arrays = &self.kernels.sequences;
+                let at = |slot: Slot| self.scratch_at(slot);
+                sequences.run(runtime, (problem, key), &self.memory, self.stored(), arrays, at)?;
             }
             for (slot, role) in [(Slot::Slopes, Role::AlibiSlopes), (Slot::Sinks, Role::Sinks)] {
                 if let Some(to) = self.scratch_at(slot) {
@@ -208,15 +210,23 @@ impl<'a> Run<'a> {
     }
 
     /// Writes zeros to the gradients of batch rows without keys, which cuDNN may leave unwritten. Seen with
-    /// 9.19 on an H200, with dropout and without.
+    /// 9.19 on an H200, with dropout and without. Of packed tensors, writes zeros to all rows that take no
+    /// part.
     ///
     /// # Safety
     /// The caller promises the same as for [`Run::prepare`], which must have been enqueued before.
     pub(crate) unsafe fn clear(&self) -> Result<(), Error> {
-        if !self.kernels.problem.has(Role::KeyValueLengths) {
-            return Ok(());
-        }
+        let places = self.planned.key.places;
         for role in [Role::DQuery, Role::DKey, Role::DValue] {
+            if places.packs(Side::of(role)) {
+                // SAFETY: as below; the layout has starts for each side that is packed, and the intervals of
+                // both, which `prepare` wrote.
+                unsafe { self.kernels.clear_packed(role, self.memory.at(role)) }?;
+                continue;
+            }
+            if !self.kernels.problem.has(Role::KeyValueLengths) {
+                continue;
+            }
             // SAFETY: the caller promised that the address is that of the problem's gradient of this role.
             // `support::check` took only strides that are multiples of 16 bytes and widths that are multiples
             // of 8 elements, and `Run::new` checked that the address is a multiple of 16. `prepare` wrote the

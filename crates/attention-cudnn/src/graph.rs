@@ -100,13 +100,14 @@ impl Graph {
         }
     }
 
-    /// Adds a tensor, after `set` has set further attributes, and returns it with its unique identifier.
+    /// Adds a tensor, after `set` has set further attributes, which may refer to tensors of the graph, and
+    /// returns it with its unique identifier.
     fn add(
         &mut self,
         element: Type,
         shape: Shape,
         strides: Shape,
-        set: impl FnOnce(&mut Descriptor) -> Result<(), CudnnError>,
+        set: impl FnOnce(&mut Descriptor, &[Descriptor]) -> Result<(), CudnnError>,
     ) -> Result<(Tensor, i64), CudnnError> {
         let index = self.tensors.len();
         let uid = index as i64 + 1;
@@ -117,7 +118,7 @@ impl Graph {
         tensor.integers(906, &[uid])?;
         // The alignment in bytes: `Run::new` checks the callers' addresses for it.
         tensor.integers(900, &[16])?;
-        set(&mut tensor)?;
+        set(&mut tensor, &self.tensors)?;
         tensor.finalize("describing a tensor")?;
         self.tensors.push(tensor);
         Ok((Tensor { index, shape }, uid))
@@ -131,14 +132,30 @@ impl Graph {
         shape: Shape,
         strides: Shape,
     ) -> Result<Tensor, CudnnError> {
-        let (tensor, uid) = self.add(element, shape, strides, |_| Ok(()))?;
+        self.real_ragged(slot, element, shape, strides, None)
+    }
+
+    /// Adds a tensor in memory. With `offsets`, its batch rows begin at those elements, whatever the stride
+    /// of its batch axis is.
+    pub(crate) fn real_ragged(
+        &mut self,
+        slot: Slot,
+        element: Type,
+        shape: Shape,
+        strides: Shape,
+        offsets: Option<Tensor>,
+    ) -> Result<Tensor, CudnnError> {
+        let (tensor, uid) = self.add(element, shape, strides, |tensor, tensors| match offsets {
+            Some(offsets) => tensor.descriptors(913, [&tensors[offsets.index]]),
+            None => Ok(()),
+        })?;
         self.slots.push((uid, slot));
         Ok(tensor)
     }
 
     /// Adds a number that cuDNN reads from host memory when the plan is executed.
     pub(crate) fn number(&mut self, slot: Slot, element: Type) -> Result<Tensor, CudnnError> {
-        let (tensor, uid) = self.add(element, [1; 4], [1; 4], |tensor| tensor.boolean(908, true))?;
+        let (tensor, uid) = self.add(element, [1; 4], [1; 4], |tensor, _| tensor.boolean(908, true))?;
         self.slots.push((uid, slot));
         Ok(tensor)
     }
@@ -155,7 +172,25 @@ impl Graph {
         shape: Shape,
         strides: Shape,
     ) -> Result<Tensor, CudnnError> {
-        self.add(element, shape, strides, |tensor| tensor.boolean(907, true)).map(|(tensor, _)| tensor)
+        self.virtual_ragged(element, shape, strides, None)
+    }
+
+    /// Adds a virtual tensor with these strides, whose batch rows begin at these offsets.
+    pub(crate) fn virtual_ragged(
+        &mut self,
+        element: Type,
+        shape: Shape,
+        strides: Shape,
+        offsets: Option<Tensor>,
+    ) -> Result<Tensor, CudnnError> {
+        let (tensor, _) = self.add(element, shape, strides, |tensor, tensors| {
+            tensor.boolean(907, true)?;
+            match offsets {
+                Some(offsets) => tensor.descriptors(913, [&tensors[offsets.index]]),
+                None => Ok(()),
+            }
+        })?;
+        Ok(tensor)
     }
 
     /// Adds an operation of this descriptor type, whose attributes `set` sets.
@@ -331,6 +366,23 @@ impl Graph {
         self.operation(31, |operation, tensors| {
             operation.descriptors(2200, [&tensors[x.index]])?;
             operation.descriptors(2201, [&tensors[y.index]])
+        })
+    }
+
+    /// `y` has the keys or values of each batch row, as many as `lengths` says, which `table` says the pages
+    /// of.
+    pub(crate) fn load_pages(
+        &mut self,
+        pages: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        y: Tensor,
+    ) -> Result<(), CudnnError> {
+        self.operation(35, |operation, tensors| {
+            operation.descriptors(1950, [&tensors[pages.index]])?;
+            operation.descriptors(1951, [&tensors[y.index]])?;
+            operation.descriptors(1952, [&tensors[lengths.index]])?;
+            operation.descriptors(1953, [&tensors[table.index]])
         })
     }
 

@@ -6,7 +6,9 @@ use attention_core::{
 };
 
 use crate::graph::{Shape, Type, packed};
+use crate::places::Places;
 use crate::seen::{has_lengths, seen_keys, seen_rows};
+use crate::slot::Side;
 use crate::{CudnnConfig, Target, large, support};
 
 /// How the diagonal of causal masking and windows is aligned: at which key the first row is.
@@ -47,8 +49,9 @@ pub(crate) struct Key {
     pub(crate) pass: Pass,
     pub(crate) element: DType,
     pub(crate) dims: Dimensions,
+    pub(crate) places: Places,
     /// The strides of [`support::TENSORS`], in their order, each over batch, head, position and width; `None`
-    /// for tensors that the pass does not have.
+    /// for tensors that the pass does not have. Keys and values in pages have pages for batch rows.
     pub(crate) strides: Vec<Option<Shape>>,
     /// Whether the graph takes lengths.
     pub(crate) lengths: bool,
@@ -181,6 +184,7 @@ impl Key {
     /// The key of a problem's plan on this target.
     pub(crate) fn of(problem: &Problem, target: Target, config: &CudnnConfig) -> Self {
         let dims = problem.dims();
+        let places = Places::of(problem);
         let lengths = has_lengths(problem);
         let (right, left) = (right_bound(problem), problem.window().left);
         let diagonal = match problem.alignment() {
@@ -209,22 +213,35 @@ impl Key {
                 Stats::Direct([b, n, t, 1])
             }
         };
-        let clean_keys = made || has_unseen_keys(problem);
+        // A row that one sequence must not see may be one that another sees, if rows are packed or in pages. So
+        // none is replaced there; `NanIsolation` checks all results instead.
+        let clean_keys = places.is_dense() && (made || has_unseen_keys(problem));
         let of = |role: Role| problem.tensor(role).map(|desc| desc.strides());
-        let clean_rows = problem.pass() == Pass::Backward && (made || has_empty_rows(problem));
+        let clean_rows =
+            places.is_dense() && problem.pass() == Pass::Backward && (made || has_empty_rows(problem));
         let align_rows = problem.pass() == Pass::Backward && of(Role::Out) != of(Role::DOut);
         let strides_of = |role: Role| {
             let desc = problem.tensor(role)?;
-            Some(if is_cleaned(role, problem.pass(), clean_keys, made, clean_rows, align_rows) {
+            let of = if is_cleaned(role, problem.pass(), clean_keys, made, clean_rows, align_rows) {
                 dense(&desc.shape())
             } else {
                 strides(desc)
-            })
+            };
+            let longest = match Side::of(role) {
+                side if !places.packs(side) => return Some(of),
+                Side::Queries => dims.query_length,
+                Side::Keys => dims.key_length,
+            };
+            // The batch stride would be that of all rows, of which calls have different numbers. cuDNN reads
+            // where sequences begin instead.
+            let [_, head, position, width] = of;
+            Some([position.saturating_mul(longest as i64), head, position, width])
         };
         Self {
             pass: problem.pass(),
             element: problem.dtype(),
             dims,
+            places,
             strides: support::TENSORS.iter().map(|&role| strides_of(role)).collect(),
             lengths: lengths || support::wants_lengths(target, problem),
             diagonal,
@@ -279,6 +296,33 @@ impl Key {
         element_type(self.element)
     }
 
+    /// How far rows are apart, in elements, in the packed tensors of this side, scratch included; in order
+    /// and each number once.
+    pub(crate) fn ragged_rows(&self, side: Side) -> Vec<i64> {
+        if !self.places.packs(side) {
+            return Vec::new();
+        }
+        let backward = self.pass == Pass::Backward;
+        let of_calls = support::TENSORS.iter().filter(|&&role| Side::of(role) == side);
+        let mut rows: Vec<i64> =
+            of_calls.filter_map(|&role| self.strides_of(role)).map(|[_, _, position, _]| position).collect();
+        let [heads, key_heads] = [self.dims.query_heads, self.dims.key_heads].map(|heads| heads as i64);
+        let [width, value_width] = [self.dims.head_dim, self.dims.value_head_dim].map(|width| width as i64);
+        match side {
+            // The logsumexp and row sums; in backward the gradient of queries in f32.
+            Side::Queries => {
+                rows.push(heads);
+                rows.extend(backward.then_some(heads * width));
+            }
+            // Gradients that the call does not ask for.
+            Side::Keys if backward => rows.extend([key_heads * width, key_heads * value_width]),
+            Side::Keys => {}
+        }
+        rows.sort_unstable();
+        rows.dedup();
+        rows
+    }
+
     /// The strides of the tensor of this role, in the order batch, head, position, width.
     pub(crate) fn strides_of(&self, role: Role) -> Option<Shape> {
         let index = support::TENSORS.iter().position(|&tensor| tensor == role)?;
@@ -314,6 +358,7 @@ fn has_unseen_keys(problem: &Problem) -> bool {
 /// Whether in each sequence of every call either all rows see a key or none does.
 pub(crate) fn sees_all_or_nothing(problem: &Problem) -> bool {
     let window = problem.window();
+    let keys_vary = problem.has(Role::KeyValueLengths) || Places::of(problem).packed_keys;
     match sequence_of_calls(problem) {
         Some(sequence) => {
             matches!(seen_rows(&sequence), rows if rows.is_empty() || rows == (0..sequence.queries()))
@@ -323,16 +368,12 @@ pub(crate) fn sees_all_or_nothing(problem: &Problem) -> bool {
         // it.
         None => {
             let dims = problem.dims();
-            let reaches = |left: usize| {
-                !problem.has(Role::KeyValueLengths)
-                    && dims.query_length <= dims.key_length.saturating_add(left)
-            };
+            let reaches =
+                |left: usize| !keys_vary && dims.query_length <= dims.key_length.saturating_add(left);
             match problem.alignment() {
                 Alignment::TopLeft => window.left.is_none_or(reaches),
                 // The key at each row's position exists.
-                Alignment::BottomRight => {
-                    !problem.has(Role::KeyValueLengths) && dims.query_length <= dims.key_length
-                }
+                Alignment::BottomRight => !keys_vary && dims.query_length <= dims.key_length,
                 _ => false,
             }
         }
@@ -395,6 +436,62 @@ mod tests {
         assert_ne!(key(problem()), key(lengths()));
         let near = Alignment::Offset(OffsetRange::Near);
         assert_ne!(key(problem().causal(true)), key(problem().causal(true).alignment(near)));
+    }
+
+    /// Packed queries and keys of this many rows, in sequences of at most 16.
+    fn packed_rows(queries: usize, keys: usize) -> attention_core::ProblemBuilder {
+        let desc = |rows: usize| TensorDesc::contiguous(DType::Bf16, [rows, 2, 16]);
+        let problem = Problem::builder(desc(queries), desc(keys), desc(keys)).device(Device::Cuda(0));
+        problem.packed_queries(3, DType::I32).packed_keys(3, DType::I32).longest(16, 16)
+    }
+
+    #[test]
+    fn the_number_of_packed_rows_makes_no_new_plan() {
+        assert_eq!(key(packed_rows(20, 30)), key(packed_rows(40, 33)));
+        let backward = |queries, keys| key(packed_rows(queries, keys).gradients(Gradients::QKV));
+        assert_eq!(backward(20, 30), backward(40, 33));
+        assert_ne!(key(packed_rows(20, 30)), key(packed_rows(20, 30).longest(17, 16)));
+        // Of starts in host memory and of used keys, neither is a part of a graph.
+        let in_host_memory = packed_rows(20, 30).in_host_memory(Role::QueryStarts, true);
+        assert_eq!(key(packed_rows(20, 30)), key(in_host_memory));
+        assert_eq!(key(packed_rows(20, 30)), key(packed_rows(20, 30).key_value_lengths(DType::I64)));
+    }
+
+    /// One array of offsets serves all tensors whose rows are as far apart.
+    #[test]
+    fn ragged_offsets_are_those_of_each_row_stride() {
+        let of = |builder| {
+            let key = key(builder);
+            [Side::Queries, Side::Keys].map(|side| key.ragged_rows(side))
+        };
+        assert_eq!(of(packed_rows(20, 30)), [vec![2, 32], vec![32]]);
+        assert_eq!(of(packed_rows(20, 30).gradients(Gradients::KEY)), [vec![2, 32], vec![32]]);
+        assert_eq!(of(problem().key_value_lengths(DType::I32)), [Vec::<i64>::new(), Vec::new()]);
+        // Tensors of one that has queries, keys and values of two heads each.
+        let fused = |rows| TensorDesc::strided(DType::Bf16, [rows, 2, 16], [96, 16, 1]).expect("ranks");
+        let fused = |builder: attention_core::ProblemBuilder| {
+            let roles = [(Role::Query, 20), (Role::Key, 30), (Role::Value, 30)];
+            roles.into_iter().fold(builder, |builder, (role, rows)| builder.layout(role, fused(rows)))
+        };
+        assert_eq!(of(fused(packed_rows(20, 30))), [vec![2, 32, 96], vec![96]]);
+        assert_eq!(of(fused(packed_rows(20, 30)).gradients(Gradients::QKV)), [vec![2, 32, 96], vec![32, 96]]);
+    }
+
+    #[test]
+    fn packed_rows_and_pages_are_not_copied() {
+        let pages = TensorDesc::contiguous(DType::Bf16, [8, 4, 2, 16]);
+        let query = TensorDesc::contiguous(DType::Bf16, [3, 1, 2, 16]);
+        let paged = Problem::builder(query, pages, pages)
+            .device(Device::Cuda(0))
+            .paged(3, 5, DType::I32)
+            .key_value_lengths(DType::I32);
+        let backward = packed_rows(20, 30).causal(true).gradients(Gradients::QKV);
+        for builder in [packed_rows(20, 30), backward, paged.longest(None, 18)] {
+            let key = key(builder);
+            assert!(CLEANED.into_iter().all(|role| !key.cleans(role)), "{key:?}");
+            assert!(key.lengths && key.stats == Stats::Packed);
+            assert!(key.places.pages.is_none_or(|pages| (pages.count, pages.size, pages.most) == (8, 4, 5)));
+        }
     }
 
     #[test]

@@ -10,14 +10,16 @@ use attention_kernels::{DTypeCode, Helper};
 
 use crate::NAME;
 use crate::arguments::{
-    Arguments, BiasSources, CleanRows, ClearGradients, FinishForward, Intervals, KeepMask, LogitStrides,
-    MadeBias, MakeBias, PrepareBackward, RowStrides, SeeingRows, Seen, SinkGradient, Structure, ToFloats,
+    Arguments, BiasSources, CleanRows, ClearGradients, ClearPacked, FinishForward, Intervals, KeepMask,
+    LogitStrides, MadeBias, MakeBias, PrepareBackward, RowStrides, SeeingRows, Seen, SinkGradient, Structure,
+    ToFloats,
 };
 use crate::graph::Type;
 use crate::key::{Bias, right_bound};
 use crate::large;
 use crate::runtime::Runtime;
 use crate::sequences::Sequences;
+use crate::slot::Side;
 
 /// The maximum number of threads per block: the launch bound that the kernels are compiled with.
 const THREADS: u32 = Helper::LAUNCHED.threads;
@@ -121,14 +123,20 @@ impl Kernels<'_> {
         SeeingRows { intervals: self.sequences.rows, flags: self.seen.rows, flag_heads: self.seen_heads }
     }
 
-    /// The batch size, the query length and the number of query heads.
+    /// The batch size, the query length and the number of query heads. If queries are packed, the length is
+    /// the number of rows of all sequences together.
     fn row_axes(&self) -> [i64; 3] {
         let dims = self.problem.dims();
-        [dims.batch, dims.query_length, dims.query_heads].map(|axis| axis as i64)
+        let packed = self.problem.tensor(Role::QueryStarts).and(self.problem.tensor(Role::Query));
+        let length = packed.map_or(dims.query_length, |query| query.shape()[1]);
+        [dims.batch, length, dims.query_heads].map(|axis| axis as i64)
     }
 
+    /// A launch of enough blocks for one thread per query row and head.
     fn row_grid(&self) -> LaunchConfig {
-        grid(self.row_axes().iter().product::<i64>().unsigned_abs())
+        let [batch, length, heads] = self.row_axes();
+        let batch = if self.problem.has(Role::QueryStarts) { 1 } else { batch };
+        grid((batch * length * heads).unsigned_abs())
     }
 
     /// After a forward pass: writes zeros to output rows that see no key, and copies the logsumexp from
@@ -137,7 +145,8 @@ impl Kernels<'_> {
     ///
     /// # Safety
     /// `out` and `lse` are the addresses of the problem's output and logsumexp (0 if the call has none).
-    /// `stats` has `[B, N, T]` floats, and `sinks` is 0 or has `[N]`. The addresses of `sequences` and `seen`
+    /// `stats` has `[B, N, T]` floats, or `[total, N]` if queries are packed, and `sinks` is 0 or has `[N]`.
+    /// The addresses of `sequences` and `seen`
     /// are 0 or of arrays that work on the stream has written. All of it is valid until the work is done.
     pub(crate) unsafe fn finish_forward(
         &self,
@@ -156,6 +165,7 @@ impl Kernels<'_> {
             seeing: self.seeing_rows(),
             sinks,
             lengths: self.sequences.query_lengths,
+            starts: self.sequences.query_starts,
             batch,
             positions,
             heads,
@@ -171,8 +181,9 @@ impl Kernels<'_> {
     /// their probabilities are 0. If there are `states`, it sets their number of each head to 0.
     ///
     /// # Safety
-    /// `lse` is the address of the problem's logsumexp, `stats` that of `[B, N, T]` floats, and `states`, if
-    /// there are any, that of as many floats as [`large::numbers`] says. The addresses of `sequences` and
+    /// `lse` is the address of the problem's logsumexp, `stats` that of `[B, N, T]` floats, or of `[total, N]`
+    /// if queries are packed, and `states`, if there are any, that of as many floats as [`large::numbers`]
+    /// says. The addresses of `sequences` and
     /// `seen` are 0 or of arrays that work on the stream has written. All of it is valid until the work is
     /// done.
     pub(crate) unsafe fn prepare_backward(
@@ -188,6 +199,7 @@ impl Kernels<'_> {
             stats,
             far_heads: states.map_or(0, |start| large::places(&self.problem, start)[2]),
             seeing: self.seeing_rows(),
+            starts: self.sequences.query_starts,
             batch,
             positions,
             heads,
@@ -261,6 +273,40 @@ impl Kernels<'_> {
         let config = blocks([deep.clamp(1, 32), batch.unsigned_abs().clamp(1, 65535)], [across, rows]);
         // SAFETY: the caller promised the tensor and the lengths, and that rows are whole vectors of 16
         // bytes; the kernel writes rows of the tensor, with the shape and strides of its description.
+        Ok(unsafe { self.launch(&arguments, config) }?)
+    }
+
+    /// Writes zeros to the rows of a packed gradient that take no part: those of queries that see no key, those
+    /// of keys that no row sees, and those behind the last sequence.
+    ///
+    /// # Safety
+    /// `to` is the address of the problem's packed tensor of this role, whose rows begin at multiples of 16
+    /// bytes and are whole multiples of 16 bytes. The starts and the intervals of `sequences` for its side
+    /// are arrays that work on the stream has written. All of it is valid until the work is done.
+    pub(crate) unsafe fn clear_packed(&self, role: Role, to: u64) -> Result<(), Error> {
+        let Some(desc) = self.problem.tensor(role) else { return Ok(()) };
+        let [_, positions, heads, width] = std::array::from_fn(|axis| desc.shape()[axis] as i64);
+        let (starts, intervals) = match Side::of(role) {
+            Side::Queries => (self.sequences.query_starts, self.sequences.rows),
+            Side::Keys => (self.sequences.key_starts, self.sequences.keys),
+        };
+        let arguments = ClearPacked {
+            to,
+            to_strides: RowStrides::of(Some(desc)),
+            intervals,
+            starts,
+            batch: self.problem.dims().batch as i64,
+            positions,
+            heads,
+            vectors: width / 8,
+        };
+        let across = u32::try_from(arguments.vectors).unwrap_or(THREADS).clamp(1, THREADS);
+        let rows = THREADS / across;
+        let deep = (positions * heads).unsigned_abs().div_ceil(u64::from(rows));
+        let config = blocks([deep.clamp(1, MOST_BLOCKS), 1], [across, rows]);
+        // SAFETY: the caller promised the tensor, the starts and the intervals, and that rows are whole
+        // vectors of 16 bytes; the kernel writes rows of the tensor, with the shape and strides of its
+        // description.
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 

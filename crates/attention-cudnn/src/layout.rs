@@ -8,7 +8,8 @@ use crate::far;
 use crate::graph::Type;
 use crate::key::{CLEANED, Key, Stats};
 use crate::large;
-use crate::slot::Slot;
+use crate::places;
+use crate::slot::{Side, Slot};
 
 /// The slots in the scratch. Each begins at a multiple of 256 bytes, as allocations of the driver do.
 #[derive(Debug, Default)]
@@ -28,8 +29,8 @@ impl Layout {
         let dims = problem.dims();
         let mut layout = Self::default();
         let size = problem.dtype().size();
-        let rows = [dims.batch, dims.query_heads, dims.query_length];
-        let row_count = rows.iter().try_fold(1usize, |count, &axis| count.checked_mul(axis))?;
+        let rows = [places::query_rows(problem)?, dims.query_heads];
+        let row_count = rows[0].checked_mul(rows[1])?;
         if key.stats == Stats::Packed {
             layout.take(Slot::Stats, &rows, 4)?;
         }
@@ -37,7 +38,7 @@ impl Layout {
             layout.take(Slot::Delta, &rows, 4)?;
             layout.take(Slot::DQuerySum, &[row_count, dims.head_dim], 4)?;
             // The graph writes all three gradients, so those that the call does not ask for go to scratch.
-            let keys = dims.batch.checked_mul(dims.key_heads)?.checked_mul(dims.key_length)?;
+            let keys = places::key_rows(problem)?.checked_mul(dims.key_heads)?;
             for (slot, role, shape) in [
                 (Slot::DQuery, Role::DQuery, [row_count, dims.head_dim]),
                 (Slot::DKey, Role::DKey, [keys, dims.head_dim]),
@@ -75,15 +76,28 @@ impl Layout {
         if stored > 0 {
             layout.take(Slot::StoredNumbers, &[stored], 1)?;
         }
+        let pages = key.places.pages.map_or(0, |pages| pages.most as usize);
+        // A kernel writes zeros to the gradients of packed keys that no row sees.
+        let clears_keys = key.places.packed_keys && key.pass == Pass::Backward;
         for (slot, numbers, wanted) in [
             (Slot::QueryLengths, 1, key.lengths),
             (Slot::KeyLengths, 1, key.lengths),
             (Slot::RowIntervals, 2, key.lengths && key.stats == Stats::Packed),
-            (Slot::KeyIntervals, 2, key.lengths && key.clean_keys),
+            (Slot::KeyIntervals, 2, key.lengths && (key.clean_keys || clears_keys)),
             (Slot::QueryOffsets, 1, key.lengths && key.makes_bias()),
+            (Slot::BlockTable, pages, pages > 0),
         ] {
             if wanted {
                 layout.take(slot, &[dims.batch, numbers], 4)?;
+            }
+        }
+        let starts = dims.batch.checked_add(1)?;
+        for (side, slot) in [(Side::Queries, Slot::QueryStarts), (Side::Keys, Slot::KeyStarts)] {
+            if key.places.packs(side) {
+                layout.take(slot, &[starts], 4)?;
+            }
+            for row in key.ragged_rows(side) {
+                layout.take(Slot::RaggedOffsets { side, row }, &[starts], 8)?;
             }
         }
         if key.writes_kept() {

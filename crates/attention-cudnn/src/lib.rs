@@ -18,6 +18,7 @@ mod nan_isolation;
 mod numbers;
 mod offline;
 mod pattern;
+mod places;
 mod plan;
 mod planned;
 mod runtime;

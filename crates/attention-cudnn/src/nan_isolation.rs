@@ -9,6 +9,7 @@ use attention_kernels::{Features, Fused, Variant};
 
 use crate::key::{Drops, Key, sees_all_or_nothing};
 use crate::large;
+use crate::places::Places;
 use crate::runtime::Runtime;
 use crate::{CudnnConfig, NAME};
 
@@ -32,7 +33,8 @@ pub(crate) struct NanIsolation {
 /// Whether NaN or infinities from masked positions may reach a result, so that its rows must be checked.
 ///
 /// This needs rows of one tile that see different keys: keys that no row of a batch row sees are replaced by
-/// zeros before ([`Key::cleans`]). Two more causes remain if all operands are finite:
+/// zeros before ([`Key::cleans`]). Keys and rows of packed sequences and of pages are not replaced, and those
+/// behind a sequence share tiles with its own, so such calls are always checked. Two more causes remain if all operands are finite:
 /// [large logits](large::may_be_large) and, in forward, sinks. A sink above 2.3e38 is infinite in base two,
 /// so cuDNN computes NaN for its head.
 ///
@@ -44,7 +46,7 @@ pub(crate) fn is_needed(problem: &Problem, key: &Key, config: &CudnnConfig) -> b
     let own = matches!(key.dropout, Some(Drops::Own { .. }));
     let of_operands = (rows_differ || problem.has(Role::Mask)) && !config.finite_operands;
     let of_sinks = problem.has(Role::Sinks) && problem.pass() == Pass::Forward;
-    (of_operands || large::may_be_large(problem) || of_sinks) && !own
+    (of_operands || large::may_be_large(problem) || of_sinks || !key.places.is_dense()) && !own
 }
 
 /// The source and the entry point of a problem's kernel.
@@ -57,18 +59,31 @@ fn kernel(pass: Pass) -> (&'static str, &'static str) {
 
 /// The number of blocks of a problem's kernel. If it exceeds the limit of a grid, the driver reports an
 /// error.
-fn blocks(problem: &Problem, rows_of_group: usize) -> u32 {
+fn blocks(problem: &Problem, places: Places, rows_of_group: usize) -> u32 {
     let dims = problem.dims();
-    let of = |rows: usize, heads: usize| {
-        rows.div_ceil(GROUPS * rows_of_group).saturating_mul(heads).saturating_mul(dims.batch)
+    let height = GROUPS * rows_of_group;
+    let dense =
+        |rows: usize, heads: usize| rows.div_ceil(height).saturating_mul(heads).saturating_mul(dims.batch);
+    // As `count_of_slots` of sequence.cuh has it.
+    let packed = |role: Role, heads: usize| {
+        let rows = problem.tensor(role).map_or(0, |desc| desc.shape()[1]);
+        (rows / height).saturating_add(dims.batch).saturating_add(1).saturating_mul(heads)
     };
     let wants = |gradient| problem.gradients().contains(gradient);
     let (has_rows, has_keys) = match problem.pass() {
         Pass::Forward => (true, false),
         Pass::Backward => (wants(Gradients::QUERY), wants(Gradients::KEY) || wants(Gradients::VALUE)),
     };
-    let of_rows = if has_rows { of(dims.query_length, dims.query_heads) } else { 0 };
-    let of_keys = if has_keys { of(dims.key_length, dims.key_heads) } else { 0 };
+    let of_rows = match (has_rows, places.packed_queries) {
+        (false, _) => 0,
+        (true, false) => dense(dims.query_length, dims.query_heads),
+        (true, true) => packed(Role::Query, dims.query_heads),
+    };
+    let of_keys = match (has_keys, places.packed_keys) {
+        (false, _) => 0,
+        (true, false) => dense(dims.key_length, dims.key_heads),
+        (true, true) => packed(Role::Key, dims.key_heads),
+    };
     u32::try_from(of_rows.saturating_add(of_keys)).unwrap_or(u32::MAX)
 }
 
@@ -126,8 +141,9 @@ impl NanIsolation {
             return Ok(None);
         }
         let group = rows_of_group(problem);
-        let variant = fused(problem).tile(GROUPS, 32).warps(WARPS).group(group);
-        let blocks = blocks(problem, group);
+        let layout = key.places.layout();
+        let variant = fused(problem).tile(GROUPS, 32).warps(WARPS).group(group).layout(layout);
+        let blocks = blocks(problem, key.places, group);
         if blocks == 0 {
             return Ok(None);
         }
@@ -235,12 +251,37 @@ mod tests {
                 Some(gradients) => builder.gradients(gradients),
                 None => builder,
             };
-            blocks(&builder.causal(true).build().expect("valid"), 16)
+            let problem = builder.causal(true).build().expect("valid");
+            blocks(&problem, Places::default(), 16)
         };
         // 1024 rows to a block: two for each of 4 query heads and 2 batch rows, one for each of 2 key heads.
         assert_eq!([None, Some(Gradients::QUERY)].map(of), [16, 16]);
         assert_eq!([Gradients::KEY, Gradients::VALUE].map(|of_keys| of(Some(of_keys))), [4, 4]);
         assert_eq!(of(Some(Gradients::QUERY | Gradients::VALUE)), 20);
+    }
+
+    /// Rows of one sequence may share a tile with those of the next one, whatever structure says.
+    #[test]
+    fn packed_rows_are_always_checked_in_as_many_blocks_as_they_need() {
+        let desc = |rows: usize, heads| TensorDesc::contiguous(DType::Bf16, [rows, heads, 64]);
+        let builder = || {
+            let problem = Problem::builder(desc(3000, 4), desc(500, 2), desc(500, 2)).device(Device::Cuda(0));
+            problem.packed_queries(3, DType::I32).packed_keys(3, DType::I32).longest(1024, 256)
+        };
+        let config = CudnnConfig::default().finite_operands(true);
+        let of = |builder: attention_core::ProblemBuilder| {
+            let problem = builder.build().expect("valid");
+            let key = Key::of(&problem, Target::default(), &config);
+            assert!(is_needed(&problem, &key, &config), "{problem}");
+            (rows_of_group(&problem), blocks(&problem, key.places, 16))
+        };
+        // 1024 rows to a block, a block for each sequence, and one for the rows behind them; of every head.
+        assert_eq!(of(builder()), (8, (2 + 3 + 1) * 4));
+        assert_eq!(of(builder().causal(true)), (8, (2 + 3 + 1) * 4));
+        assert_eq!(of(builder().causal(true).alignment(Alignment::BottomRight)), (1, (2 + 3 + 1) * 4));
+        let gradients = builder().gradients(Gradients::QKV);
+        assert_eq!(of(gradients), (8, (2 + 3 + 1) * 4 + (3 + 1) * 2));
+        assert_eq!(of(builder().gradients(Gradients::VALUE)), (8, (3 + 1) * 2));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use attention_core::{Pass, Role};
 use crate::graph::{Finished, Graph, Op, Overrides, Reduction, Shape, Tensor, Type, packed};
 use crate::key::{Diagonal, Drops, Key, Stats};
 use crate::library::{Cudnn, CudnnError};
-use crate::slot::Slot;
+use crate::slot::{Side, Slot};
 
 /// The source text of the graph builder. It is a part of the key of plans on disk, so that plans which
 /// another version of it made are not loaded.
@@ -31,10 +31,37 @@ struct Kept {
     scale: Tensor,
 }
 
+/// The tensors of ragged offsets that a graph has so far, each by its side and its row stride.
+#[derive(Default)]
+struct Ragged(Vec<(Side, i64, Tensor)>);
+
+impl Ragged {
+    /// The offsets of a tensor of this side whose rows are this far apart; `None` if it is not packed.
+    fn of(
+        &mut self,
+        graph: &mut Graph,
+        key: &Key,
+        side: Side,
+        row: i64,
+    ) -> Result<Option<Tensor>, CudnnError> {
+        if !key.places.packs(side) {
+            return Ok(None);
+        }
+        if let Some(&(.., made)) = self.0.iter().find(|&&(of, apart, _)| (of, apart) == (side, row)) {
+            return Ok(Some(made));
+        }
+        let shape = [key.dims.batch as i64 + 1, 1, 1, 1];
+        let made = graph.real(Slot::RaggedOffsets { side, row }, Type::Int64, shape, [1; 4])?;
+        self.0.push((side, row, made));
+        Ok(Some(made))
+    }
+}
+
 /// The builder of a graph, with the tensors that both passes use.
 struct Builder<'k> {
     key: &'k Key,
     graph: Graph,
+    ragged: Ragged,
     /// The batch size.
     b: i64,
     /// The number of query heads.
@@ -48,6 +75,8 @@ struct Builder<'k> {
     query: Tensor,
     /// The keys with the last two axes exchanged.
     key_transposed: Tensor,
+    /// The block table, if keys are in pages.
+    table: Option<Tensor>,
     /// The query lengths and the key lengths, if the graph takes them.
     lengths: Option<[Tensor; 2]>,
     /// The number -inf, once it is needed.
@@ -64,9 +93,20 @@ impl<'k> Builder<'k> {
         let element = key.element_type();
         let strides =
             |role: Role| key.strides_of(role).unwrap_or_else(|| unreachable!("a call has its {role}"));
-        let query = graph.real(Slot::Query, element, [b, h, s, d], strides(Role::Query))?;
+        let mut ragged = Ragged::default();
+        let of_query = strides(Role::Query);
+        let offsets = ragged.of(&mut graph, key, Side::Queries, of_query[2])?;
+        let query = graph.real_ragged(Slot::Query, element, [b, h, s, d], of_query, offsets)?;
         let [kb, kh, kt, kd] = strides(Role::Key);
-        let key_transposed = graph.real(Slot::Key, element, [b, hk, d, t], [kb, kh, kd, kt])?;
+        let held = match key.places.pages {
+            Some(pages) => {
+                graph.real(Slot::Key, element, [pages.count, hk, pages.size, d], strides(Role::Key))?
+            }
+            None => {
+                let offsets = ragged.of(&mut graph, key, Side::Keys, kt)?;
+                graph.real_ragged(Slot::Key, element, [b, hk, d, t], [kb, kh, kd, kt], offsets)?
+            }
+        };
         let lengths = if key.lengths {
             let shape = [b, 1, 1, 1];
             let query = graph.real(Slot::QueryLengths, Type::Int32, shape, [1; 4])?;
@@ -74,9 +114,19 @@ impl<'k> Builder<'k> {
         } else {
             None
         };
+        let (mut table, mut key_transposed) = (None, held);
+        if let (Some(pages), Some([_, lengths])) = (key.places.pages, lengths) {
+            let of_table = [pages.most, pages.most, 1, 1];
+            let entries = graph.real(Slot::BlockTable, Type::Int32, [b, 1, pages.most, 1], of_table)?;
+            let across = [hk * t * d, t * d, 1, d];
+            key_transposed = graph.virtual_strided(element, [b, hk, d, t], across)?;
+            graph.load_pages(held, entries, lengths, key_transposed)?;
+            table = Some(entries);
+        }
         Ok(Self {
             key,
             graph,
+            ragged,
             b,
             h,
             s,
@@ -84,6 +134,7 @@ impl<'k> Builder<'k> {
             rows: [b, h, s, 1],
             query,
             key_transposed,
+            table,
             lengths,
             minus_infinity: None,
         })
@@ -94,9 +145,63 @@ impl<'k> Builder<'k> {
         self.key.strides_of(role).unwrap_or_else(|| unreachable!("a call has its {role}"))
     }
 
-    /// The strides of a gradient. One that the call does not ask for is written to scratch, without gaps.
-    fn gradient_strides(&self, role: Role, shape: Shape) -> Shape {
-        self.key.strides_of(role).unwrap_or_else(|| packed(shape))
+    /// Adds a tensor of one side of the call in memory, with offsets if that side is packed.
+    fn of_side(
+        &mut self,
+        side: Side,
+        slot: Slot,
+        element: Type,
+        shape: Shape,
+        strides: Shape,
+    ) -> Result<Tensor, CudnnError> {
+        let offsets = self.ragged.of(&mut self.graph, self.key, side, strides[2])?;
+        self.graph.real_ragged(slot, element, shape, strides, offsets)
+    }
+
+    /// Adds a tensor in memory that every call of the pass has.
+    fn of_role(&mut self, slot: Slot, role: Role, shape: Shape) -> Result<Tensor, CudnnError> {
+        let (element, strides) = (self.key.element_type(), self.strides(role));
+        self.of_side(Side::of(role), slot, element, shape, strides)
+    }
+
+    /// The strides of a tensor in scratch, without gaps: `[B, N, T, width]`, or `[total, N, width]` if its
+    /// side is packed.
+    fn scratch_strides(&self, side: Side, shape: Shape) -> Shape {
+        let [_, heads, longest, width] = shape;
+        match self.key.places.packs(side) {
+            true => [longest * heads * width, width, heads * width, 1],
+            false => packed(shape),
+        }
+    }
+
+    /// Adds a tensor of query rows in scratch, in f32.
+    fn of_rows(&mut self, slot: Slot, shape: Shape) -> Result<Tensor, CudnnError> {
+        let strides = self.scratch_strides(Side::Queries, shape);
+        self.of_side(Side::Queries, slot, Type::Float, shape, strides)
+    }
+
+    /// Adds a gradient. One that the call does not ask for is written to scratch, without gaps.
+    fn gradient(&mut self, slot: Slot, role: Role, shape: Shape) -> Result<Tensor, CudnnError> {
+        let side = Side::of(role);
+        let strides = self.key.strides_of(role).unwrap_or_else(|| self.scratch_strides(side, shape));
+        self.of_side(side, slot, self.key.element_type(), shape, strides)
+    }
+
+    /// The values, of this width.
+    fn values(&mut self, width: i64) -> Result<Tensor, CudnnError> {
+        let heads = self.key.dims.key_heads as i64;
+        let shape = [self.b, heads, self.t, width];
+        let (Some(pages), Some(table), Some([_, lengths])) =
+            (self.key.places.pages, self.table, self.lengths)
+        else {
+            return self.of_role(Slot::Value, Role::Value, shape);
+        };
+        let held = [pages.count, heads, pages.size, width];
+        let element = self.key.element_type();
+        let held = self.graph.real(Slot::Value, element, held, self.strides(Role::Value))?;
+        let values = self.graph.virtual_(element, shape)?;
+        self.graph.load_pages(held, table, lengths, values)?;
+        Ok(values)
     }
 
     /// The lengths of a matrix product's axes: 0 stands for the query lengths, 1 for the key lengths.
@@ -242,6 +347,12 @@ impl<'k> Builder<'k> {
         let sinks = (self.key.sinks)
             .then(|| self.graph.real(Slot::Sinks, Type::Float, sinks, packed(sinks)))
             .transpose()?;
+        // The logsumexp: the engines recognise the graph only with these nodes, also if nothing reads it.
+        let stats = match self.key.stats {
+            Stats::Unwanted => self.graph.virtual_(Type::Float, self.rows)?,
+            Stats::Packed => self.of_rows(Slot::Stats, self.rows)?,
+            Stats::Direct(strides) => self.graph.real(Slot::Stats, Type::Float, self.rows, strides)?,
+        };
         let graph = &mut self.graph;
         let mut largest = graph.reduce_rows(Reduction::Max, logits)?;
         if let Some(sinks) = sinks {
@@ -257,12 +368,6 @@ impl<'k> Builder<'k> {
             sums = graph.binary(Op::Add, sums, power)?;
         }
         let logarithm = graph.unary(Op::Log, sums)?;
-        // The logsumexp: the engines recognise the graph only with these nodes, also if nothing reads it.
-        let stats = match self.key.stats {
-            Stats::Unwanted => graph.virtual_(Type::Float, self.rows)?,
-            Stats::Packed => graph.real(Slot::Stats, Type::Float, self.rows, packed(self.rows))?,
-            Stats::Direct(strides) => graph.real(Slot::Stats, Type::Float, self.rows, strides)?,
-        };
         graph.binary_into(Op::Add, largest, logarithm, stats)?;
         let probabilities = graph.virtual_(element, logits.shape)?;
         if let Some(Kept { bits, scale }) = kept {
@@ -278,12 +383,9 @@ impl<'k> Builder<'k> {
         } else {
             graph.binary_into(Op::Div, powers, sums, probabilities)?;
         }
-        let dims = self.key.dims;
-        let [hv, e] = [dims.key_heads as i64, dims.value_head_dim as i64];
-        let value =
-            self.graph.real(Slot::Value, element, [self.b, hv, self.t, e], self.strides(Role::Value))?;
-        let out =
-            self.graph.real(Slot::Out, element, [self.b, self.h, self.s, e], self.strides(Role::Out))?;
+        let e = self.key.dims.value_head_dim as i64;
+        let value = self.values(e)?;
+        let out = self.of_role(Slot::Out, Role::Out, [self.b, self.h, self.s, e])?;
         let overrides = self.overrides(Some(0), None, Some(1));
         self.graph.matmul(probabilities, value, out, overrides)
     }
@@ -295,19 +397,19 @@ impl<'k> Builder<'k> {
         let (b, h, s, t) = (self.b, self.h, self.s, self.t);
         let [hk, d, e] = [dims.key_heads, dims.head_dim, dims.value_head_dim].map(|size| size as i64);
         // The row sums `<d_out, out>` (delta).
-        let out = self.graph.real(Slot::Out, element, [b, h, s, e], self.strides(Role::Out))?;
-        let d_out = self.graph.real(Slot::DOut, element, [b, h, s, e], self.strides(Role::DOut))?;
+        let out = self.of_role(Slot::Out, Role::Out, [b, h, s, e])?;
+        let d_out = self.of_role(Slot::DOut, Role::DOut, [b, h, s, e])?;
         let both = self.graph.binary(Op::Mul, d_out, out)?;
         let row_sums = self.graph.reduce_rows(Reduction::Add, both)?;
         // With its own generator, cuDNN multiplies by the keep scale after it has subtracted delta. So delta
         // is multiplied with the inverse of the keep scale here.
         let scales_late = kept.is_some() && !self.key.writes_kept();
         let one = self.graph.number(if scales_late { Slot::KeepShare } else { Slot::One }, Type::Float)?;
-        let delta = self.graph.real(Slot::Delta, Type::Float, self.rows, packed(self.rows))?;
+        let delta = self.of_rows(Slot::Delta, self.rows)?;
         self.graph.binary_into(Op::Mul, row_sums, one, delta)?;
         // Probabilities.
         let logits = self.logits()?;
-        let stats = self.graph.real(Slot::Stats, Type::Float, self.rows, packed(self.rows))?;
+        let stats = self.of_rows(Slot::Stats, self.rows)?;
         let shifted = self.graph.binary(Op::Sub, logits, stats)?;
         let shifted = self.mask_lengths(shifted)?;
         let shifted = self.mask_window(shifted)?;
@@ -328,7 +430,9 @@ impl<'k> Builder<'k> {
         self.key_gradient(Slot::DValue, Role::DValue, probabilities, d_out, [b, hk, t, e], overrides)?;
         // The gradient of the logits.
         let [vb, vh, vt, ve] = self.strides(Role::Value);
-        let value = self.graph.real(Slot::Value, element, [b, hk, e, t], [vb, vh, ve, vt])?;
+        let offsets = self.ragged.of(&mut self.graph, self.key, Side::Keys, vt)?;
+        let across_values = [vb, vh, ve, vt];
+        let value = self.graph.real_ragged(Slot::Value, element, [b, hk, e, t], across_values, offsets)?;
         let d_probabilities = self.graph.virtual_(Type::Float, [b, h, s, t])?;
         let overrides = self.overrides(Some(0), Some(1), None);
         self.graph.matmul(d_out, value, d_probabilities, overrides)?;
@@ -353,14 +457,20 @@ impl<'k> Builder<'k> {
         let query = self.query;
         self.key_gradient(Slot::DKey, Role::DKey, gradient_transposed, query, [b, hk, t, d], overrides)?;
         // dq, summed up in f32.
-        let keys = self.graph.virtual_(element, [b, hk, t, d])?;
+        let keys = match self.key.places.packed_keys {
+            true => {
+                let [_, _, row, _] = self.strides(Role::Key);
+                let offsets = self.ragged.of(&mut self.graph, self.key, Side::Keys, row)?;
+                self.graph.virtual_ragged(element, [b, hk, t, d], self.strides(Role::Key), offsets)?
+            }
+            false => self.graph.virtual_(element, [b, hk, t, d])?,
+        };
         self.graph.reshape(self.key_transposed, keys)?;
         let shape = [b, h, s, d];
-        let strides = self.gradient_strides(Role::DQuery, shape);
-        let sum = self.graph.real(Slot::DQuerySum, Type::Float, shape, packed(shape))?;
+        let sum = self.of_rows(Slot::DQuerySum, shape)?;
         let overrides = self.overrides(Some(0), None, Some(1));
         self.graph.matmul(gradient, keys, sum, overrides)?;
-        let d_query = self.graph.real(Slot::DQuery, element, shape, strides)?;
+        let d_query = self.gradient(Slot::DQuery, Role::DQuery, shape)?;
         self.graph.unary_into(Op::Identity, sum, d_query)
     }
 
@@ -376,7 +486,7 @@ impl<'k> Builder<'k> {
     ) -> Result<(), CudnnError> {
         let element = self.key.element_type();
         let [b, heads, t, width] = shape;
-        let to = self.graph.real(slot, element, shape, self.gradient_strides(role, shape))?;
+        let to = self.gradient(slot, role, shape)?;
         if heads == self.h {
             return self.graph.matmul(left, right, to, overrides);
         }

@@ -11,6 +11,7 @@ use crate::far::FarRows;
 use crate::key::{CLEANED, Key};
 use crate::layout::Layout;
 use crate::nan_isolation::NanIsolation;
+use crate::places::Places;
 use crate::runtime::Runtime;
 use crate::sequences::SequenceKernel;
 use crate::variant_packs::VariantPacks;
@@ -60,7 +61,7 @@ impl Planned {
             execution,
             numbers: NumberStore::new(problem, &runtime.device, &runtime.kernels)
                 .map_err(|error| failure(NAME, "compiling a kernel", error))?,
-            sequences: key.lengths.then(|| SequenceKernel::of(runtime, problem)).transpose()?,
+            sequences: key.lengths.then(|| SequenceKernel::of(runtime, problem, &key)).transpose()?,
             isolation: NanIsolation::of(runtime, problem, &key, config)?,
             far: FarRows::of(runtime, problem, &key, config)?,
             runs: variants.counter(&variant(&key, problem)),
@@ -100,7 +101,12 @@ fn variant(key: &Key, problem: &Problem) -> String {
         (false, true) => SEEN[2],
         (true, true) => SEEN[3],
     };
-    format!("{} {}, {added}, {seen}", problem.pass(), problem.dtype())
+    let rows = match key.places {
+        places if places.is_dense() => "",
+        Places { pages: Some(_), .. } => ROWS[1],
+        _ => ROWS[0],
+    };
+    format!("{} {}, {added}, {seen}{rows}", problem.pass(), problem.dtype())
 }
 
 /// What may be added to logits. A bias is read without a copy ("as it lies") only if the caller promises that
@@ -110,18 +116,27 @@ const ADDED: [&str; 4] = ["nothing added", "a bias as it lies", "a bias that is 
 /// Which keys rows may see.
 const SEEN: [&str; 4] = ["all keys", "lengths", "a diagonal", "lengths and a diagonal"];
 
+/// How sequences lie that are not dense rows.
+const ROWS: [&str; 2] = [", packed", ", keys in pages"];
+
 /// Every variant, without those of a bias that is read without a copy.
 pub(crate) fn variants() -> impl Iterator<Item = String> {
     let passes = [Pass::Forward, Pass::Backward].into_iter();
     passes.flat_map(|pass| {
         [DType::F16, DType::Bf16].into_iter().flat_map(move |dtype| {
-            [ADDED[0], ADDED[2], ADDED[3]].into_iter().flat_map(move |added| {
+            let dense = [ADDED[0], ADDED[2], ADDED[3]].into_iter().flat_map(move |added| {
                 let seen = SEEN.into_iter();
                 // The graph computes ALiBi only if every key is at or before its row.
                 let served =
                     seen.filter(move |&seen| added != ADDED[3] || seen == SEEN[2] || seen == SEEN[3]);
                 served.map(move |seen| format!("{pass} {dtype}, {added}, {seen}"))
-            })
+            });
+            let others = ROWS.into_iter().flat_map(move |rows| {
+                let is_served = pass == Pass::Forward || rows == ROWS[0];
+                let seen = [SEEN[1], SEEN[3]].into_iter().filter(move |_| is_served);
+                seen.map(move |seen| format!("{pass} {dtype}, {}, {seen}{rows}", ADDED[0]))
+            });
+            dense.chain(others)
         })
     })
 }

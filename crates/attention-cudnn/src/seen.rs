@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use attention_core::{Problem, Role, SequenceRows};
 
-/// Whether calls give lengths, so that batch rows may differ.
+/// Whether calls give lengths, or starts of packed sequences, so that batch rows may differ.
 pub(crate) fn has_lengths(problem: &Problem) -> bool {
-    problem.has(Role::QueryLengths) || problem.has(Role::KeyValueLengths)
+    [Role::QueryLengths, Role::KeyValueLengths, Role::QueryStarts, Role::KeyValueStarts]
+        .into_iter()
+        .any(|role| problem.has(role))
 }
 
 /// The rows of a sequence that see a key. They are consecutive, since both ends of the keys that a row sees

@@ -31,6 +31,17 @@ pub(crate) enum Slot {
     KeyIntervals,
     /// The offset of each batch row, which is added to a row to give its position.
     QueryOffsets,
+    /// The first row of each sequence among packed query rows, and the end of the last one.
+    QueryStarts,
+    /// The same of packed keys.
+    KeyStarts,
+    /// Where each sequence begins, in elements, in tensors of packed rows that are this far apart.
+    RaggedOffsets {
+        side: Side,
+        row: i64,
+    },
+    /// The block table, as integers of 32 bits.
+    BlockTable,
     Scale,
     /// The bias: the caller's, or the one that a kernel has made of mask, bias and slopes.
     Bias,
@@ -72,6 +83,23 @@ pub(crate) enum Slot {
     Left,
     /// The same without the shift, as an integer.
     LeftInteger,
+}
+
+/// The side of a call that a packed tensor is on: its rows are query rows or keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Side {
+    Queries,
+    Keys,
+}
+
+impl Side {
+    /// The side of the tensor of this role.
+    pub(crate) fn of(role: Role) -> Self {
+        match role {
+            Role::Key | Role::Value | Role::DKey | Role::DValue => Self::Keys,
+            _ => Self::Queries,
+        }
+    }
 }
 
 impl Slot {

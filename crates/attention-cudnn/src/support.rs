@@ -3,9 +3,10 @@
 
 use attention_core::{
     Alignment, Capabilities, DType, Device, DeviceKind, Feature, FeatureSet, LongSums, NumericsClass,
-    OffsetRange, Pass, PassCapabilities, Problem, Role, ScratchGrowth, Unsupported,
+    OffsetRange, Pass, PassCapabilities, Problem, Role, RowLayout, ScratchGrowth, Unsupported,
 };
 
+use crate::places::Places;
 use crate::seen::has_lengths;
 use crate::{CudnnConfig, NAME};
 
@@ -73,10 +74,11 @@ const ANY: ([u32; 3], [u32; 3]) = ([0, 0, 0], [u32::MAX, 0, 0]);
 
 /// The known defects that the rules for all versions ([`check`]) do not cover.
 ///
-/// Other reports do not concern this backend: it does not use packed sequences, fp8 or cuDNN's deterministic
-/// mode. It refuses one query row in backward in every version
-/// (github.com/NVIDIA/cudnn-frontend/issues/1072), and its own kernels write the rows without a key
-/// (github.com/NVIDIA/cudnn-frontend/issues/943).
+/// Other reports do not concern this backend: it does not use fp8, cuDNN's deterministic mode, or sinks of
+/// packed sequences. It refuses one query row in backward in every version
+/// (github.com/NVIDIA/cudnn-frontend/issues/1072). Versions before 9.25 compute NaN of sequences without keys
+/// (github.com/NVIDIA/cudnn-frontend/issues/943); its own kernels write the rows without a key, in every
+/// version and layout, whether lengths are in host or device memory.
 pub(crate) const KNOWN: &[Known] = &[
     Known {
         versions: ([9, 14, 0], [9, 14, 1]),
@@ -102,6 +104,15 @@ pub(crate) const KNOWN: &[Known] = &[
         what: "one query row over fewer than 8 key/value heads on compute capability 10",
         why: "9.19 and 9.20 corrupt it",
         source: "https://github.com/pytorch/pytorch/issues/193893",
+        remedy: Remedy::Refusal,
+    },
+    Known {
+        versions: ([0, 0, 0], [9, 18, 0]),
+        capability: Some(9),
+        applies: |problem| problem.pass() == Pass::Backward && problem.query_layout() == RowLayout::Packed,
+        what: "packed sequences in backward on compute capability 9",
+        why: "versions up to 9.17 compute NaN of a workspace that nothing has written",
+        source: "https://github.com/NVIDIA/TransformerEngine/issues/2186",
         remedy: Remedy::Refusal,
     },
     Known {
@@ -178,6 +189,8 @@ fn features() -> FeatureSet {
         Feature::DSinks,
         Feature::Deterministic,
         Feature::DeviceData,
+        Feature::PackedQueries,
+        Feature::PackedKeys,
     ]
     .into_iter()
     .collect()
@@ -208,7 +221,9 @@ pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities
         true => backward_features,
         false => backward_features.without(Feature::GroupedHeads),
     };
-    Capabilities::new(DeviceKind::Cuda, numerics, pass(features(), forward), ScratchGrowth::Linear)
+    // Keys in pages have no backward pass.
+    let in_forward = features().with(Feature::PagedKeys);
+    Capabilities::new(DeviceKind::Cuda, numerics, pass(in_forward, forward), ScratchGrowth::Linear)
         .with_backward(pass(in_backward, backward))
         .with_long_sums(LONG_SUMS)
 }
@@ -278,6 +293,7 @@ pub(crate) fn check(
         ));
     }
     positions(problem)?;
+    sequences(target, problem)?;
     let window = problem.window();
     if window.left.is_some() && dims.query_length.max(dims.key_length) > 1 << 24 {
         let longest = dims.query_length.max(dims.key_length);
@@ -350,6 +366,60 @@ fn positions(problem: &Problem) -> Result<(), Unsupported> {
     }
 }
 
+/// The options that are served of dense rows alone. cuDNN reads mask, bias, ALiBi that is not plainly causal and
+/// the keep mask of dropout as tensors over the longest sequences, so that they would take memory and time for
+/// rows that no sequence has. ALiBi and `dsinks` need row maxima, which are kept for dense rows.
+const DENSE_ALONE: [Feature; 5] =
+    [Feature::Mask, Feature::Bias, Feature::Alibi, Feature::Dropout, Feature::DSinks];
+
+/// Refuses what is not served of packed sequences, or of keys in pages.
+fn sequences(target: Target, problem: &Problem) -> Result<(), Unsupported> {
+    let places = Places::of(problem);
+    let what = match places {
+        places if places.is_dense() => return Ok(()),
+        Places { pages: Some(_), .. } => "keys in pages",
+        _ => "packed sequences",
+    };
+    let features = problem.features();
+    if let Some(option) = DENSE_ALONE.into_iter().find(|&option| features.contains(option)) {
+        let why = "this backend has it for dense rows alone";
+        return Err(limit(format!("{what} with"), option, why));
+    }
+    if places.packed_queries && !matches!(target.capability.0, 9 | 10) {
+        let why = "cuDNN writes no packed logsumexp there";
+        return Err(limit("packed queries with", target, why));
+    }
+    if places.packed_queries && !places.packed_keys && places.pages.is_none() {
+        return Err(limit("packed queries with", "dense keys", "this backend has them for packed keys"));
+    }
+    for (is_packed, role) in [(places.packed_queries, Role::Query), (places.packed_keys, Role::Key)] {
+        let rows = problem.tensor(role).map_or(0, |desc| desc.shape()[1]);
+        if is_packed && (rows == 0 || i32::try_from(rows).is_err()) {
+            return Err(limit(format!("packed rows of {role}"), rows, "it takes 1 to 2^31 - 1"));
+        }
+    }
+    if let Some(pages) = places.pages {
+        if pages.count == 0 || i32::try_from(pages.count).is_err() {
+            return Err(limit("pages", pages.count, "it takes 1 to 2^31 - 1"));
+        }
+        if !pages.size.unsigned_abs().is_power_of_two() {
+            return Err(limit("pages of", pages.size, "cuDNN takes powers of two"));
+        }
+    }
+    if problem.pass() == Pass::Backward {
+        let dims = problem.dims();
+        if dims.query_heads != dims.key_heads {
+            let why = "cuDNN sums the gradients of a group in memory for the longest sequences";
+            return Err(limit(format!("{what} in backward with"), Feature::GroupedHeads, why));
+        }
+        if !dims.head_dim.is_multiple_of(16) {
+            let why = "cuDNN takes multiples of 16";
+            return Err(limit(format!("{what} in backward with head dimension"), dims.head_dim, why));
+        }
+    }
+    Ok(())
+}
+
 /// The tensors whose strides must follow the rules of [`tensor`] and are a part of a plan's key.
 pub(crate) const TENSORS: [Role; 8] =
     [Role::Query, Role::Key, Role::Value, Role::Out, Role::DOut, Role::DQuery, Role::DKey, Role::DValue];
@@ -407,9 +477,19 @@ mod tests {
         };
         let window = Window { left: Some(64), right: None };
         let bias = TensorDesc::contiguous(DType::Bf16, [1, 1, 96, 192]);
+        let packed = || {
+            let rows = TensorDesc::contiguous(DType::Bf16, [100, 2, 64]);
+            let problem = Problem::builder(rows, rows, rows).device(Device::Cuda(0));
+            problem
+                .packed_queries(3, DType::I32)
+                .packed_keys(3, DType::I32)
+                .longest(48, 48)
+                .gradients(Gradients::QKV)
+        };
         [
             of(2048, 2048, 2).window(window),
             of(1, 100, 4),
+            packed(),
             of(8, 8, 2),
             of(96, 100, 2).gradients(Gradients::QKV),
             of(96, 192, 2).bias(bias).gradients(Gradients::QKV),

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use attention_conformance::cases;
-use attention_core::{AttentionBackend, DType, Device, FeatureSet, Pass};
+use attention_core::{AttentionBackend, DType, Device, FeatureSet};
 use attention_cudnn::{CudnnBackend, CudnnConfig, Target};
 
 /// The ordinal of a device that no machine has, so that the answers are those for the assumed target.
@@ -19,9 +19,9 @@ fn answers(target: Target) -> String {
     let backend = CudnnBackend::new(config).assuming(target);
     let mut counts: BTreeMap<(String, String), usize> = BTreeMap::new();
     for dtype in [DType::F16, DType::Bf16] {
-        for case in cases::all() {
+        for case in cases::all().into_iter().chain(cases::of_sequences()) {
             let data = case.data(dtype);
-            for pass in [Pass::Forward, Pass::Backward] {
+            for &pass in case.passes() {
                 let declared =
                     backend.capabilities().pass(pass).map_or(FeatureSet::EMPTY, |pass| pass.features);
                 let problem = case.problem(&data, pass, declared).expect("cases are valid");

@@ -230,3 +230,160 @@ fn scratch_of_an_offset_is_the_logsumexp_and_values_without_those_that_no_row_se
     let rows = 2 * 128 * 4;
     assert_eq!(backend(Target::default()).scratch_bytes(&problem), Ok(4 * rows + 2 * rows * 64));
 }
+
+/// Packed queries and keys of 300 and 500 rows, in sequences of at most 128 and 256, with starts in device
+/// memory.
+fn packed(heads: usize, head_dim: usize) -> Builder {
+    let rows = |rows: usize| TensorDesc::contiguous(DType::Bf16, [rows, heads, head_dim]);
+    Problem::builder(rows(300), rows(500), rows(500))
+        .device(Device::Cuda(4000))
+        .packed_queries(5, DType::I32)
+        .packed_keys(5, DType::I64)
+        .longest(128, 256)
+}
+
+/// Dense queries of three sequences, and keys in 40 pages of this size, at most 10 per sequence.
+fn paged(page_size: usize) -> Builder {
+    let pages = TensorDesc::contiguous(DType::F16, [40, page_size, 2, 64]);
+    Problem::builder(tokens(DType::F16, [3, 1, 4, 64]), pages, pages)
+        .device(Device::Cuda(4000))
+        .paged(3, 10, DType::I32)
+        .key_value_lengths(DType::I32)
+}
+
+#[test]
+fn packed_sequences_and_pages_are_served() {
+    let all = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
+    let window = Window { left: Some(3), right: Some(1) };
+    let bottom_right = |builder: Builder| builder.causal(true).alignment(Alignment::BottomRight);
+    let sinks = TensorDesc::contiguous(DType::F32, [4]);
+    let backend = backend(Target::default());
+    for problem in [
+        packed(4, 64),
+        packed(4, 64).lse(true).key_value_lengths(DType::I32),
+        bottom_right(packed(4, 64)),
+        packed(4, 64).window(window).sinks(sinks),
+        packed(4, 64).gradients(all),
+        bottom_right(packed(4, 64)).key_value_lengths(DType::U32).sinks(sinks).gradients(Gradients::KEY),
+        paged(16),
+        bottom_right(paged(1)).lse(true),
+        paged(256),
+    ] {
+        let problem = problem.build().expect("valid");
+        assert_eq!(backend.supports(&problem), Ok(()), "{problem}");
+    }
+}
+
+/// It grows with the rows that there are, not with sequences times the longest.
+#[test]
+fn scratch_of_packed_sequences_is_of_their_rows() {
+    const ALIGNMENT: usize = 256;
+    let of = |problem: Builder| {
+        backend(Target::default()).scratch_bytes(&problem.build().expect("valid")).expect("served")
+    };
+    let rows: usize = 300 * 4;
+    // The logsumexp; query and key lengths, the intervals of rows, the first rows of queries and keys; ragged
+    // offsets of queries, of the logsumexp, and of keys. All but the first and the last are of less than 256
+    // bytes.
+    let last = 6 * 8;
+    assert_eq!(of(packed(4, 64)), (4 * rows).next_multiple_of(ALIGNMENT) + 7 * ALIGNMENT + last);
+    // Starts in host memory are stored as well.
+    let in_host_memory = packed(4, 64).in_host_memory(Role::QueryStarts, true);
+    assert_eq!(of(in_host_memory), of(packed(4, 64)) + ALIGNMENT);
+    // The row sums and the gradient of queries in f32; the intervals of keys; ragged offsets of that gradient,
+    // whose rows are as far apart as those of queries.
+    let all = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
+    let gradients = (4 * rows).next_multiple_of(ALIGNMENT) + 4 * rows * 64;
+    assert_eq!(of(packed(4, 64).gradients(all)), of(packed(4, 64)) + gradients + ALIGNMENT);
+    // The table: ten entries of 32 bits for each of three sequences.
+    let lengths_and_intervals = (4 * 3 * 4usize).next_multiple_of(ALIGNMENT) + 3 * ALIGNMENT;
+    assert_eq!(of(paged(16)), lengths_and_intervals + 4 * 30);
+}
+
+#[test]
+fn what_is_not_served_of_packed_sequences_and_pages_is_refused_by_name() {
+    let hopper = Target::default();
+    let all = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
+    let slopes = TensorDesc::contiguous(DType::F32, [4]);
+    let of_keys = |dtype: DType| TensorDesc::contiguous(dtype, [1, 1, 1, 256]);
+    let over = TensorDesc::contiguous(DType::Bool, [1, 1, 1, 160]);
+    let dense_keys = || {
+        let (rows, keys) =
+            (TensorDesc::contiguous(DType::Bf16, [300, 4, 64]), tokens(DType::Bf16, [5, 256, 4, 64]));
+        let problem = Problem::builder(rows, keys, keys).device(Device::Cuda(4000));
+        problem.packed_queries(5, DType::I32).key_value_lengths(DType::I32)
+    };
+    let none = TensorDesc::contiguous(DType::Bf16, [0, 4, 64]);
+    let no_rows = Problem::builder(none, none, none)
+        .device(Device::Cuda(4000))
+        .packed_queries(5, DType::I32)
+        .packed_keys(5, DType::I32)
+        .longest(128, 256);
+    let cases = [
+        (
+            refusal(hopper, packed(4, 64).mask(of_keys(DType::Bool))),
+            "cudnn does not support packed sequences with mask: this backend has it for dense rows alone",
+        ),
+        (
+            refusal(hopper, packed(4, 64).bias(of_keys(DType::F32))),
+            "cudnn does not support packed sequences with bias: this backend has it for dense rows alone",
+        ),
+        (
+            refusal(hopper, packed(4, 64).alibi_slopes(slopes).causal(true)),
+            "cudnn does not support packed sequences with ALiBi: this backend has it for dense rows alone",
+        ),
+        (
+            refusal(hopper, packed(4, 64).dropout_rate(0.5).gradients(all)),
+            "cudnn does not support packed sequences with dropout: this backend has it for dense rows alone",
+        ),
+        (
+            refusal(hopper, packed(4, 64).sinks(slopes).gradients(all | Gradients::SINKS)),
+            "cudnn does not support packed sequences with dsinks: this backend has it for dense rows alone",
+        ),
+        (
+            refusal(hopper, paged(16).mask(over)),
+            "cudnn does not support keys in pages with mask: this backend has it for dense rows alone",
+        ),
+        (
+            refusal(Target { capability: (8, 0), ..hopper }, packed(4, 64)),
+            "cudnn does not support packed queries with cuDNN 9.19.0 on sm_80: cuDNN writes no packed logsumexp there",
+        ),
+        (
+            refusal(hopper, dense_keys()),
+            "cudnn does not support packed queries with dense keys: this backend has them for packed keys",
+        ),
+        (refusal(hopper, no_rows), "cudnn does not support packed rows of query 0: it takes 1 to 2^31 - 1"),
+        (
+            refusal(hopper, packed(4, 24).gradients(all)),
+            "cudnn does not support packed sequences in backward with head dimension 24: cuDNN takes multiples of 16",
+        ),
+        (refusal(hopper, paged(24)), "cudnn does not support pages of 24: cuDNN takes powers of two"),
+        (
+            refusal(Target { version: [9, 17, 1], ..hopper }, packed(4, 64).gradients(all)),
+            "cudnn does not support packed sequences in backward on compute capability 9 with cuDNN 9.17.1 on sm_90: \
+             versions up to 9.17 compute NaN of a workspace that nothing has written \
+             (https://github.com/NVIDIA/TransformerEngine/issues/2186)",
+        ),
+    ];
+    for (got, want) in cases {
+        assert_eq!(got, want);
+    }
+    // Forward, that version is served, as is a compute capability of 8 with dense queries and pages.
+    let is_served = |target: Target, problem: Builder| {
+        assert_eq!(backend(target).supports(&problem.build().expect("valid")), Ok(()));
+    };
+    is_served(Target { version: [9, 17, 1], ..hopper }, packed(4, 64));
+    is_served(Target { capability: (8, 0), ..hopper }, paged(16));
+    let grouped = {
+        let rows = |heads: usize| TensorDesc::contiguous(DType::Bf16, [300, heads, 64]);
+        let problem = Problem::builder(rows(4), rows(2), rows(2)).device(Device::Cuda(4000));
+        problem.packed_queries(5, DType::I32).packed_keys(5, DType::I32).gradients(all)
+    };
+    let backend = CudnnBackend::new(CudnnConfig::default().device(4000).rounds_group_gradients(true));
+    let refusal = backend.assuming(hopper).supports(&grouped.build().expect("valid")).expect_err("refused");
+    assert_eq!(
+        refusal.to_string(),
+        "cudnn does not support packed sequences in backward with grouped heads: cuDNN sums the gradients of a group in memory for \
+         the longest sequences"
+    );
+}

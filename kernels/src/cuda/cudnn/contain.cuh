@@ -31,18 +31,18 @@ __device__ inline bool is_finite(const uint4 &of) {
 // The groups that a warp checks.
 constexpr int GROUPS_OF_WARP = ROWS / WARPS;
 
-// Checks a warp's groups of rows of a result's head, the first of which begins with row `first`: bit i is 1
-// if a checked row of group i is not finite. Requires first < end. Groups at `end` or beyond read row `end` -
-// 1 instead, so their bits may be 1 as well.
+// Checks a warp's groups of rows of a result's head, the first of which begins with row `first` of a sequence
+// whose row 0 is row `origin` of the tensor: bit i is 1 if a checked row of group i is not finite. Requires
+// first < end. Groups at `end` or beyond read row `end` - 1 instead, so their bits may be 1 as well.
 template <int DEPTH>
-__device__ inline unsigned non_finite_groups(const Tensor &tensor, long long b, long long head, int first, int end,
-                                             int width, bool aligned) {
+__device__ inline unsigned non_finite_groups(const Tensor &tensor, long long b, long long origin, long long head,
+                                             int first, int end, int width, bool aligned) {
     constexpr int LANES = lanes_of_row<DEPTH>(), AT_ONCE = 32 / LANES, DEEP = GROUPS_OF_WARP / AT_ONCE;
     constexpr int STEPS = (DEPTH + LANES * CHUNK - 1) / (LANES * CHUNK), LOOKS = GROUP > 1 ? 2 : 1;
     // Up to 8 chunks, 32 registers, are in flight at once; both rows of a group are, if they fit into that.
     constexpr int LOOKS_AT_ONCE = LOOKS * DEEP * STEPS <= 8 ? LOOKS : 1;
     const int lane = threadIdx.x % 32;
-    const element *const rows = at(tensor, b, 0, head);
+    const element *const rows = at(tensor, b, origin, head);
     const auto row_of_look = [&](int i, int look) {
         const int row = first + (i * AT_ONCE + lane / LANES) * GROUP + look * (GROUP - 1);
         return rows + min(row, end - 1) * tensor.stride[1];
@@ -111,10 +111,9 @@ __device__ inline void for_each_row(unsigned groups, int first, int end, Again a
 
 // The rows that a warp checks.
 struct Strip {
-    // The strip of the block, with its batch row and head.
-    TileIndex place;
+    long long batch, head;
     Sequence sequence;
-    // The warp's first row.
+    // The warp's first row; at the sequence's end or beyond it if there is none.
     int first;
 };
 
@@ -124,12 +123,36 @@ __device__ inline unsigned strips_of_head(long long rows) {
     return (unsigned)((rows + ROWS_OF_BLOCK - 1) / ROWS_OF_BLOCK);
 }
 
-__device__ inline Strip strip_of_warp(const Parameters &p, unsigned block, long long rows, long long heads) {
+__device__ inline Strip strip_of_warp(const Parameters &p, int batch, int head, int tile) {
     Strip strip;
-    strip.place = tile_of_block(p, block, strips_of_head(rows), (unsigned)heads);
-    strip.sequence = sequence_of(p, strip.place.batch);
-    strip.first = strip.place.tile * ROWS_OF_BLOCK + threadIdx.x / 32 * GROUPS_OF_WARP * GROUP;
+    strip.batch = batch;
+    strip.head = head;
+    strip.sequence = sequence_of(p, batch);
+    strip.first = tile * ROWS_OF_BLOCK + threadIdx.x / 32 * GROUPS_OF_WARP * GROUP;
+#if LAYOUT != LAYOUT_DENSE
+    // A slot of the grid that no strip of the sequence has.
+    if (tile < 0) strip.first = 0x7fffffff;
+#endif
     return strip;
+}
+
+// The strips of a block of queries or keys. The host launches as many blocks (`blocks` in nan_isolation.rs).
+__device__ inline Strip strip_of_queries(const Parameters &p, unsigned block) {
+#if LAYOUT == LAYOUT_DENSE
+    const TileIndex place = tile_of_block(p, block, strips_of_head(p.query_length), (unsigned)p.query_heads);
+#else
+    const SequenceTile place = query_tile_of(p, ROWS_OF_BLOCK, 1, block, (unsigned)p.query_heads);
+#endif
+    return strip_of_warp(p, place.batch, place.head, place.tile);
+}
+
+__device__ inline Strip strip_of_keys(const Parameters &p, unsigned block) {
+#if LAYOUT == LAYOUT_DENSE
+    const TileIndex place = tile_of_block(p, block, strips_of_head(p.key_length), (unsigned)p.key_heads);
+#else
+    const SequenceTile place = key_tile_of(p, ROWS_OF_BLOCK, block, (unsigned)p.key_heads);
+#endif
+    return strip_of_warp(p, place.batch, place.head, place.tile);
 }
 
 // The minimum number of blocks per multiprocessor. It limits the registers per thread to those of the checks,

@@ -4,7 +4,7 @@
 // The kernel also recomputes rows with a large logsumexp: their logits are so large that cuDNN's exponents
 // have no significant digits left, and cuDNN got -1e29 instead of any smaller bias. `row_offsets` has cuDNN's
 // own logsumexp, [B, N, T], which is -inf for a row that sees no key; it is null if no logsumexp can be
-// large.
+// large, as none of packed rows can.
 
 // The logsumexp from which a row counts as large. cuDNN rounds logits in base two before it subtracts the row
 // max, to half a unit in the last place of the larger of the two, which differs from key to key. Below 1024,
@@ -21,15 +21,16 @@ __device__ inline unsigned large_rows(const Parameters &p, long long b, long lon
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MANY)
     attention_contain_outputs(const __grid_constant__ Parameters p) {
-    const Strip strip = strip_of_warp(p, blockIdx.x, p.query_length, p.query_heads);
-    const long long b = strip.place.batch, n = strip.place.head;
+    const Strip strip = strip_of_queries(p, blockIdx.x);
+    const long long b = strip.batch, n = strip.head;
     const int first = strip.first, end = strip.sequence.queries;
     if (first >= end) return;
-    const unsigned non_finite =
-        non_finite_groups<VALUE>(p.out, b, n, first, end, p.value_head_dim, p.aligned & ALIGNED_OUT);
+    const unsigned non_finite = non_finite_groups<VALUE>(p.out, b, query_row(strip.sequence, 0), n, first, end,
+                                                         p.value_head_dim, p.aligned & ALIGNED_OUT);
     const unsigned large = GROUP == 1 && p.row_offsets ? large_rows(p, b, n, first, end) : 0;
     for_each_row(non_finite | large, first, end, [&](int t) {
-        if (!(large >> (t - first) & 1) && is_finite_row(p.out, b, t, n, p.value_head_dim)) return;
+        const long long place = query_row(strip.sequence, t);
+        if (!(large >> (t - first) & 1) && is_finite_row(p.out, b, place, n, p.value_head_dim)) return;
         const Row row = row_of(p, strip.sequence, b, n, t);
         real maximum, total;
         exact_softmax(p, row, b, n, row.low, row.high, maximum, total);
@@ -42,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MANY)
         }
         real logsumexp;
         const real scale = finish(p, n, false, maximum, total, logsumexp);
-        store_row<VALUE>(at(p.out, b, t, n), p.out.stride[3], p.value_head_dim, sums, scale);
-        if (threadIdx.x % 32 == 0) store_logsumexp(p, b, t, n, logsumexp);
+        store_row<VALUE>(at(p.out, b, place, n), p.out.stride[3], p.value_head_dim, sums, scale);
+        if (threadIdx.x % 32 == 0) store_logsumexp(p, b, place, n, logsumexp);
     });
 }
