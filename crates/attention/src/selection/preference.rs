@@ -20,7 +20,8 @@ pub(crate) struct Crossover {
     pub(crate) logits_per_head: usize,
 }
 
-/// Each entry names the benchmark record that it was read from, in a comment above it.
+/// Each entry names the benchmark record that it was read from, or says that there is none, in a comment above
+/// it. If several apply, the later one decides.
 pub(crate) const CROSSOVERS: &[Crossover] = &[
     // benches/record/2026-11-25-gpu-h100.csv: 256 x 256 was faster by a sixth, 512 x 512 slower by half.
     Crossover {
@@ -40,6 +41,10 @@ pub(crate) const CROSSOVERS: &[Crossover] = &[
     always("chunked-cuda", "cudnn", Pass::Backward, Feature::Bias),
     always("chunked-cuda", "cudnn", Pass::Forward, Feature::Dropout),
     always("chunked-cuda", "cudnn", Pass::Backward, Feature::Dropout),
+    // Not measured yet: cuDNN is asked for packed sequences and pages only if chunked-cuda refuses them.
+    always("chunked-cuda", "cudnn", Pass::Forward, Feature::PackedQueries),
+    always("chunked-cuda", "cudnn", Pass::Backward, Feature::PackedQueries),
+    always("chunked-cuda", "cudnn", Pass::Forward, Feature::PagedKeys),
     // cuDNN has ALiBi under a causal mask alone. Elsewhere it reads a bias that a kernel of ours makes for it
     // first, and reading one takes it to 308 and 280 (benches/record/2026-11-28-gpu-h200-2.csv), where
     // chunked-cuda has ALiBi at 531 and 399 (benches/record/2026-11-25-gpu-h200-chunked-cuda.csv).

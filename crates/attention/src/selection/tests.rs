@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use attention_core::{
-    AttentionBackend, Capabilities, DType, DeviceKind, Dimensions, Error, Feature, FeatureSet, Pass,
-    PassCapabilities, Plan, Problem, ProblemBuilder, ScratchGrowth, TensorDesc, Unavailable, Unsupported,
+    AttentionBackend, Capabilities, DType, DeviceKind, Dimensions, Error, Feature, FeatureSet, Gradients,
+    Pass, PassCapabilities, Plan, Problem, ProblemBuilder, ScratchGrowth, TensorDesc, Unavailable,
+    Unsupported,
 };
 
 use crate::selection::preference::{CROSSOVERS, Crossover, order};
@@ -120,6 +121,25 @@ fn on_gpus_what_cudnn_reads_as_a_bias_is_for_our_kernels() {
     assert_eq!(first(|problem| problem.alibi_slopes(slopes())), "chunked-cuda");
     // That is cuDNN's own.
     assert_eq!(first(|problem| problem.alibi_slopes(slopes()).causal(true)), "cudnn");
+}
+
+/// Until it is measured, however long sequences are, in both passes.
+#[test]
+fn on_gpus_packed_and_paged_sequences_are_for_our_kernels() {
+    let first = |problem: ProblemBuilder| {
+        let mut backends = named(&["cudnn", "chunked-cuda"]);
+        order(&mut backends, &problem.build().unwrap(), CROSSOVERS);
+        backends[0].name().to_owned()
+    };
+    let rows = TensorDesc::contiguous(DType::F32, [4096, 1, 8]);
+    let packed =
+        || Problem::builder(rows, rows, rows).packed_queries(2, DType::I32).packed_keys(2, DType::I32);
+    assert_eq!(first(packed()), "chunked-cuda");
+    assert_eq!(first(packed().gradients(Gradients::QKV)), "chunked-cuda");
+    let pages = TensorDesc::contiguous(DType::F32, [64, 16, 1, 8]);
+    let query = TensorDesc::contiguous(DType::F32, [2, 1, 1, 8]);
+    let paged = Problem::builder(query, pages, pages).paged(2, 64, DType::I32).key_value_lengths(DType::I32);
+    assert_eq!(first(paged), "chunked-cuda");
 }
 
 #[test]
