@@ -66,6 +66,8 @@ features! {
     DSinks => "dsinks",
     /// Bitwise reproducible results on request.
     Deterministic => "deterministic",
+    /// On request, results of a sequence whose bits do not depend on what else is in the call.
+    BatchInvariant => "batch invariant",
     /// Tensors whose last axis has a stride other than 1.
     InnerStride => "inner stride != 1",
     /// Lengths, offsets, or a dropout's seed and offset in device memory.
@@ -102,10 +104,12 @@ impl FeatureSet {
     pub const SEQUENCES: Self =
         Self::EMPTY.with(Feature::PackedQueries).with(Feature::PackedKeys).with(Feature::PagedKeys);
 
-    /// Every feature of this version but [`Feature::EightBitKeys`]. A backend that serves those adds the
-    /// feature by name: code that reads keys in the query's dtype would take their bytes for something else.
+    /// Every feature of this version but [`Feature::EightBitKeys`] and [`Feature::BatchInvariant`]. A backend
+    /// that serves those adds them by name: code that reads keys in the query's dtype would take bytes of 8-bit
+    /// keys for something else, and code that was not written for it does not keep the promise of the other.
     pub fn all() -> Self {
-        Feature::ALL.iter().copied().collect::<Self>().without(Feature::EightBitKeys)
+        let every: Self = Feature::ALL.iter().copied().collect();
+        every.without(Feature::EightBitKeys).without(Feature::BatchInvariant)
     }
 
     /// This set with `feature`.

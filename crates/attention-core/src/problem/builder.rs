@@ -42,6 +42,7 @@ impl ProblemBuilder {
             d_lse: false,
             gradients: Gradients::NONE,
             deterministic: false,
+            batch_invariant: false,
         };
         Self { spec }
     }
@@ -246,6 +247,16 @@ impl ProblemBuilder {
     #[inline]
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.spec.deterministic = deterministic;
+        self
+    }
+
+    /// Asks for results of each sequence (output, logsumexp, and the gradients of query, key and value) that
+    /// have the same bits whatever else is in the call, whatever its sizes and bounds are, and however the
+    /// sequence is laid out: dense, padded with lengths, packed or paged. A backend that cannot give them
+    /// refuses. Gradients that are shared by sequences, those of bias and sinks, are exempt.
+    #[inline]
+    pub fn batch_invariant(mut self, batch_invariant: bool) -> Self {
+        self.spec.batch_invariant = batch_invariant;
         self
     }
 

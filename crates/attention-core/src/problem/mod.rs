@@ -127,6 +127,8 @@ struct Spec {
     d_lse: bool,
     gradients: Gradients,
     deterministic: bool,
+    #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "std::ops::Not::not"))]
+    batch_invariant: bool,
 }
 
 /// Hashes the tensors that a problem has and skips the other roles: a call of the facade looks up its plan by
@@ -151,6 +153,7 @@ impl Hash for Spec {
             d_lse,
             gradients,
             deterministic,
+            batch_invariant,
         } = self;
         for (role, desc) in Role::every().zip(tensors) {
             if let Some(desc) = desc {
@@ -159,7 +162,7 @@ impl Hash for Spec {
         }
         (pass, device, in_host_memory, alignment, window, dropout_rate, gradients).hash(state);
         (longest_query, longest_key).hash(state);
-        (any_scale, causal, softcap, lse, d_lse, deterministic).hash(state);
+        (any_scale, causal, softcap, lse, d_lse, deterministic, batch_invariant).hash(state);
     }
 }
 
@@ -373,6 +376,13 @@ impl Problem {
         self.spec.deterministic
     }
 
+    /// Whether the bits of a sequence's results must not depend on the other sequences of the call, on the
+    /// bounds of the call's lengths or on the layout of the sequence; see
+    /// [`ProblemBuilder::batch_invariant`].
+    pub fn batch_invariant(&self) -> bool {
+        self.spec.batch_invariant
+    }
+
     /// The gradients a backward problem computes; empty for a forward one.
     pub fn gradients(&self) -> Gradients {
         self.spec.gradients
@@ -412,6 +422,7 @@ impl Problem {
             (Feature::DBias, self.has(Role::DBias)),
             (Feature::DSinks, self.has(Role::DSinks)),
             (Feature::Deterministic, self.deterministic()),
+            (Feature::BatchInvariant, self.batch_invariant()),
             (Feature::InnerStride, operands().any(inner_stride)),
             (Feature::PackedQueries, self.query_layout() == RowLayout::Packed),
             (Feature::PackedKeys, self.key_layout() == RowLayout::Packed),

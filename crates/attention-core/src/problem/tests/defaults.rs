@@ -23,7 +23,7 @@ fn a_plain_problem_is_a_forward_pass_on_the_host() {
     assert!(!problem.rows_vary());
     assert_eq!((problem.dropout_rate(), problem.drop_threshold()), (None, None));
     assert_eq!(problem.dropout_at(1, 2), None);
-    assert!(!problem.deterministic());
+    assert!(!problem.deterministic() && !problem.batch_invariant());
     assert_eq!(problem.gradients(), Gradients::NONE);
     assert_eq!(problem.features(), FeatureSet::EMPTY);
     let present: Vec<_> = Role::ALL.into_iter().filter(|&role| problem.has(role)).collect();
@@ -57,13 +57,14 @@ fn every_option_is_reported_as_given() {
             .causal(true)
             .window(Window { left: Some(3), right: None })
             .deterministic(true)
+            .batch_invariant(true)
             .lse(true)
             .data(&data),
     );
     assert_eq!(problem.device(), Device::Cuda(1));
     assert!(problem.causal());
     assert_eq!(problem.window(), Window { left: Some(3), right: None });
-    assert!(problem.deterministic());
+    assert!(problem.deterministic() && problem.batch_invariant());
     // What there is, and of which kind.
     assert!(problem.any_scale() && problem.has_softcap() && problem.rows_vary());
     assert_eq!(problem.alignment(), Alignment::Offset(OffsetRange::Near));
@@ -80,7 +81,7 @@ fn every_option_is_reported_as_given() {
     assert_eq!(
         problem.to_string(),
         "forward f32 B2 T3 S5 N4 K4 H8 on cuda:1, causal, query offset, window left, query lengths, \
-         key/value lengths, softcap, dropout, lse output, deterministic"
+         key/value lengths, softcap, dropout, lse output, deterministic, batch invariant"
     );
 }
 

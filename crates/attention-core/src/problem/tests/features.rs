@@ -36,6 +36,7 @@ fn needing(feature: Feature) -> (ProblemBuilder, Vec<Feature>) {
         Feature::DBias => (builder().bias(float(&[3, 5])).gradients(Gradients::BIAS), vec![Feature::Bias]),
         Feature::DSinks => (builder().sinks(float(&[4])).gradients(Gradients::SINKS), vec![Feature::Sinks]),
         Feature::Deterministic => alone(builder().deterministic(true)),
+        Feature::BatchInvariant => alone(builder().batch_invariant(true)),
         Feature::InnerStride => alone(builder().layout(Role::Query, strided([96, 32, 1, 4]))),
         Feature::DeviceData => {
             (builder().device(Device::Cuda(0)).query_lengths(DType::I32), vec![Feature::QueryLengths])
@@ -96,7 +97,9 @@ fn an_expanded_head_dimension_has_another_inner_stride() {
 
 #[test]
 fn sets_of_features_behave_as_sets() {
-    let all = FeatureSet::all().with(Feature::EightBitKeys);
+    let by_name = [Feature::EightBitKeys, Feature::BatchInvariant];
+    assert!(by_name.iter().all(|&feature| !FeatureSet::all().contains(feature)));
+    let all = by_name.into_iter().fold(FeatureSet::all(), FeatureSet::with);
     assert_eq!(all.iter().collect::<Vec<_>>(), Feature::ALL);
     let names: HashSet<_> = Feature::ALL.iter().map(|feature| feature.name()).collect();
     assert_eq!(names.len(), Feature::ALL.len());

@@ -49,6 +49,7 @@ fn variants() -> Vec<Problem> {
         builder().dropout_rate(0.0).layout(Role::DropoutSeed, one(DType::I32)),
         builder().dropout_rate(0.0).layout(Role::DropoutOffset, one(DType::I64)),
         builder().deterministic(true),
+        builder().batch_invariant(true),
         builder().lse(true),
         builder().layout(Role::Query, stored_bnth),
         builder().layout(Role::Out, stored_bnth),

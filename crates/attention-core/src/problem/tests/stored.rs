@@ -25,6 +25,7 @@ fn full() -> ProblemBuilder {
         .dropout_rate(0.125)
         .layout(Role::DropoutSeed, TensorDesc::contiguous(DType::I64, [1]))
         .deterministic(true)
+        .batch_invariant(true)
 }
 
 fn store(problem: &Problem) -> Value {
@@ -69,6 +70,16 @@ fn stored_problems_name_tensors_and_gradients() {
     roles.sort_unstable();
     assert_eq!(roles, ["d_out", "d_query", "d_value", "key", "lse", "out", "query", "value"]);
     assert_eq!(store(&built(full()))["device"], json!({"cuda": 2}));
+}
+
+/// A problem that was stored before there was the promise does not ask for it.
+#[test]
+fn batch_invariance_is_stored_where_it_is_asked_for() {
+    assert_eq!(store(&built(builder())).get("batch_invariant"), None);
+    let mut stored = store(&built(full()));
+    assert_eq!(stored["batch_invariant"], json!(true));
+    stored.as_object_mut().unwrap().remove("batch_invariant");
+    assert_eq!(load(stored), Ok(built(full().batch_invariant(false))));
 }
 
 /// Changes one entry of a stored problem and loads it.
