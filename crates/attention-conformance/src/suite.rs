@@ -130,6 +130,7 @@ impl Suite {
         let mut cases = cases::all();
         cases.extend(cases::of_sequences());
         cases.extend(cases::of_eight_bits());
+        cases.extend(cases::of_batch_invariance());
         Self { filters: Vec::new(), ..Self::with_cases(cases) }
     }
 

@@ -107,7 +107,8 @@ fn a_report_says_by_what_its_run_was_filtered() {
     let naive = Naive::new(Flaw::None);
     let suite = Suite::new().filter("small/one-of").passes([Pass::Forward]);
     let filters = suite.run(&naive, |_| {}).about.filters;
-    let all = cases::all().len() + cases::of_sequences().len() + cases::of_eight_bits().len();
+    let others = cases::of_eight_bits().len() + cases::of_batch_invariance().len();
+    let all = cases::all().len() + cases::of_sequences().len() + others;
     assert_eq!(
         filters,
         [format!("3 of {all} cases, whose names contain 'small/one-of'"), "passes forward".to_owned()]

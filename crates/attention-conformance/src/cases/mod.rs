@@ -4,6 +4,7 @@
 //! fixed ones and a fixed number of random ones; [`case_from_seed`] makes a random one, which is also what
 //! the [`strategy`] for proptest draws.
 
+mod batch_invariant;
 mod bits;
 mod case;
 mod choices;
@@ -81,6 +82,12 @@ pub fn of_eight_bits() -> Vec<Case> {
     eight_bit::cases()
 }
 
+/// Cases that are to be batch invariant, in the same way. Each is also compared, bit by bit, with its sequences
+/// alone and in other layouts.
+pub fn of_batch_invariance() -> Vec<Case> {
+    batch_invariant::cases()
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -91,7 +98,8 @@ mod tests {
     use crate::tensor::HostTensor;
 
     fn every_case() -> Vec<Case> {
-        all().into_iter().chain(of_sequences()).chain(of_eight_bits()).collect()
+        let others = of_eight_bits().into_iter().chain(of_batch_invariance());
+        all().into_iter().chain(of_sequences()).chain(others).collect()
     }
 
     #[test]
@@ -118,7 +126,9 @@ mod tests {
     #[test]
     fn every_feature_is_in_some_case() {
         // All memory here is the host's.
-        let mut missing = FeatureSet::all().with(Feature::EightBitKeys).without(Feature::DeviceData);
+        let by_name = [Feature::EightBitKeys, Feature::BatchInvariant];
+        let all = by_name.into_iter().fold(FeatureSet::all(), FeatureSet::with);
+        let mut missing = all.without(Feature::DeviceData);
         for case in every_case() {
             let data = case.data(DType::F32);
             for &pass in case.passes() {

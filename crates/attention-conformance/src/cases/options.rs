@@ -154,6 +154,9 @@ pub struct Options {
     pub dsinks: Wanted,
     /// As in a problem.
     pub deterministic: bool,
+    /// As in a problem.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub batch_invariant: bool,
     /// Keys and values of 8 bits; of the query's dtype where `None`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eight_bit: Option<EightBit>,
@@ -183,6 +186,7 @@ impl Default for Options {
             dbias: Wanted::default(),
             dsinks: Wanted::default(),
             deterministic: false,
+            batch_invariant: false,
             eight_bit: None,
         }
     }

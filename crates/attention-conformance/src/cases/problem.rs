@@ -80,6 +80,7 @@ impl Case {
     /// The options that are no numbers of the call.
     fn with_options(&self, builder: ProblemBuilder) -> ProblemBuilder {
         let options = &self.options;
-        builder.causal(options.causal).window(options.window).deterministic(options.deterministic)
+        let builder = builder.causal(options.causal).window(options.window);
+        builder.deterministic(options.deterministic).batch_invariant(options.batch_invariant)
     }
 }

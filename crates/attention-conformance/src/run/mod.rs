@@ -2,6 +2,7 @@
 
 mod alone;
 mod base;
+mod batch_invariant;
 mod call;
 mod capability;
 mod compare;
@@ -209,6 +210,9 @@ fn after_the_first_call(
             Some(_) => base.sequences_alone().map(|_| ())?,
             None => invariance::batch_rows_alone(subject.backend, case, invocation, results)?,
         }
+    }
+    if problem.batch_invariant() {
+        base.batch_invariant()?;
     }
     if other_numbers::is_chosen(case, problem.dtype(), problem.pass()) {
         let within_bounds = |results: &Results| match judged(results).outcome() {

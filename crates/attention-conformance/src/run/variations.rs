@@ -54,7 +54,7 @@ impl Base<'_> {
         Ok(())
     }
 
-    fn changed(&self, case: &Case, how: &str) -> Result<(), Stop> {
+    pub(super) fn changed(&self, case: &Case, how: &str) -> Result<(), Stop> {
         self.remade(case, &mut Rng::named(case.content.seed, how), how)
     }
 

@@ -37,7 +37,7 @@ pub(crate) struct Naive {
 
 impl Naive {
     pub(crate) fn new(flaw: Flaw) -> Self {
-        let all = FeatureSet::all().with(Feature::EightBitKeys);
+        let all = FeatureSet::all().with(Feature::EightBitKeys).with(Feature::BatchInvariant);
         let pass = PassCapabilities::new(flaw.declared(all));
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,
