@@ -30,7 +30,8 @@ impl Default for Toy {
             .with(Feature::Lse)
             .with(Feature::InnerStride)
             .with(Feature::NegativeStrides)
-            .with(Feature::Deterministic);
+            .with(Feature::Deterministic)
+            .with(Feature::BatchInvariant);
         let forward = PassCapabilities::new(features).with_max_head_dims(256, 256);
         let numerics = [(DType::F32, NumericsClass::F32)];
         Self { capabilities: Capabilities::new(DeviceKind::Cpu, numerics, forward, ScratchGrowth::RowBlock) }

@@ -80,13 +80,15 @@ impl CpuBackend {
 
     /// With a configuration of its own.
     pub fn with_config(config: CpuConfig) -> Self {
+        // Work is cut by the lengths of the sequence at hand and by nothing else (`cut`).
+        let features = FeatureSet::all().with(Feature::BatchInvariant);
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,
             NumericsClass::STANDARD,
-            PassCapabilities::new(FeatureSet::all().with(Feature::EightBitKeys)),
+            PassCapabilities::new(features.with(Feature::EightBitKeys)),
             ScratchGrowth::RowBlock,
         )
-        .with_backward(PassCapabilities::new(FeatureSet::all()));
+        .with_backward(PassCapabilities::new(features));
         Self { config, capabilities, runs: Arc::new(Runs::new()) }
     }
 
