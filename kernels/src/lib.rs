@@ -3,7 +3,9 @@
 
 mod variant;
 
-pub use variant::{DTypeCode, Features, Fused, Helper, KeyGradients, Layout, Variant, block_threads};
+pub use variant::{
+    DTypeCode, Features, Fused, Helper, KEYS_PER_SPLIT, KeyGradients, Layout, Variant, block_threads,
+};
 
 use DTypeCode::{Bf16, F16, F32, F64};
 use KeyGradients::{Key, KeyAndValue};
@@ -113,6 +115,7 @@ pub const SOURCES: &[Source] = &[
             "cuda/fused/forward/producer.cuh",
             "cuda/fused/forward/consumer.cuh",
             "cuda/fused/forward/epilogue.cuh",
+            "cuda/fused/forward/splits.cuh",
             "cuda/fused/forward/forward.cu"
         ),
         entry_points: &["attention_forward"],
@@ -144,6 +147,40 @@ pub const SOURCES: &[Source] = &[
             Fused::new(F32, 128).features(Features::ALL).tile(64, 32).warps(4).stages(1).layout(Paged),
             Fused::new(Bf16, 576).value(256).slices(2).tile(64, 32).warps(4).stages(1).layout(Paged),
             Fused::new(F64, 64).features(Features::ALL).tile(32, 32).warps(4).stages(1).layout(Paged),
+            Fused::new(Bf16, 128).tile(128, 128).warps(8).warpgroups(true).stages(1).batch_invariant(true),
+            Fused::new(F16, 64).tile(192, 128).warps(12).warpgroups(true).stages(1).batch_invariant(true),
+            Fused::new(F16, 256)
+                .features(Features::ALL)
+                .tile(128, 64)
+                .warps(8)
+                .warpgroups(true)
+                .stages(1)
+                .layout(Paged)
+                .batch_invariant(true),
+            Fused::new(F16, 64)
+                .features(Features::ALL)
+                .tile(64, 32)
+                .warps(4)
+                .stages(1)
+                .layout(Packed)
+                .batch_invariant(true),
+            Fused::new(F32, 64).tile(128, 64).warps(4).stages(1).tf32_split(true).batch_invariant(true),
+            Fused::new(F32, 128).tile(128, 64).warps(8).stages(1).layout(Packed).batch_invariant(true),
+            Fused::new(Bf16, 576)
+                .value(256)
+                .slices(2)
+                .tile(64, 32)
+                .warps(4)
+                .stages(1)
+                .layout(Paged)
+                .batch_invariant(true),
+            Fused::new(F64, 64)
+                .features(Features::ALL)
+                .tile(32, 32)
+                .warps(4)
+                .stages(1)
+                .layout(Paged)
+                .batch_invariant(true),
         ]),
     },
     Source {
@@ -157,6 +194,8 @@ pub const SOURCES: &[Source] = &[
             Fused::new(F64, 576).value(256).slices(2).warps(4),
             Fused::new(Bf16, 128).warps(1).layout(Packed),
             Fused::new(Bf16, 128).warps(1).layout(Paged),
+            Fused::new(Bf16, 128).warps(4).batch_invariant(true),
+            Fused::new(F64, 576).value(256).slices(2).warps(4).layout(Paged).batch_invariant(true),
         ]),
     },
     Source {
@@ -167,6 +206,7 @@ pub const SOURCES: &[Source] = &[
             Fused::new(Bf16, 64).warps(8),
             Fused::new(F64, 64).warps(8),
             Fused::new(Bf16, 64).warps(8).layout(Packed),
+            Fused::new(Bf16, 64).warps(8).layout(Packed).batch_invariant(true),
         ]),
     },
     Source {

@@ -114,6 +114,9 @@ pub enum KeyGradients {
     KeyAndValue = 3,
 }
 
+/// The keys of a split of a batch-invariant call, `KEYS_PER_SPLIT` in `fused/numbers.cuh`.
+pub const KEYS_PER_SPLIT: usize = 2048;
+
 /// Producer threads of a block whose products run on warpgroups, `PRODUCER_THREADS` in `fused/numbers.cuh`.
 const PRODUCER_THREADS: usize = 128;
 
@@ -149,6 +152,7 @@ pub struct Fused {
     tf32_split: bool,
     group: usize,
     layout: Layout,
+    batch_invariant: bool,
 }
 
 impl Fused {
@@ -172,6 +176,7 @@ impl Fused {
             tf32_split: false,
             group: 1,
             layout: Layout::Dense,
+            batch_invariant: false,
         }
     }
 
@@ -254,6 +259,13 @@ impl Fused {
         Self { layout, ..self }
     }
 
+    /// Whether the bits of a sequence must not depend on the rest of the call, `BATCH_INVARIANT`. Of the forward
+    /// pass and of the first kernel of the backward pass: the others do not differ.
+    #[must_use]
+    pub const fn batch_invariant(self, batch_invariant: bool) -> Self {
+        Self { batch_invariant, ..self }
+    }
+
     /// Threads of a block, `BLOCK`: the bound that the kernel is compiled with, so what it must be launched
     /// with.
     pub const fn threads(&self) -> usize {
@@ -276,7 +288,7 @@ impl Fused {
             format!("WARPGROUPS={}", u32::from(self.warpgroups)),
             format!("BLOCK={}", self.threads()),
         ];
-        // The kernels have 1, 0, 1 and 0 where these are not defined.
+        // The kernels have 1 for numbers, and else 0, where these are not defined.
         if self.slices > 1 {
             defines.push(format!("SLICES={}", self.slices));
         }
@@ -288,6 +300,9 @@ impl Fused {
         }
         if self.layout != Layout::Dense {
             defines.push(format!("LAYOUT={}", self.layout.code()));
+        }
+        if self.batch_invariant {
+            defines.push("BATCH_INVARIANT=1".to_owned());
         }
         defines
     }
@@ -413,12 +428,23 @@ mod tests {
     }
 
     #[test]
+    fn keys_of_a_split_are_those_of_the_kernels() {
+        let text = include_str!("cuda/fused/numbers.cuh");
+        let keys = format!("constexpr int KEYS_PER_SPLIT = {KEYS_PER_SPLIT};");
+        assert!(text.contains(&keys), "{keys}");
+    }
+
+    #[test]
     fn defaults_are_those_of_the_kernels() {
         let (numbers, contain) =
             (include_str!("cuda/fused/numbers.cuh"), include_str!("cuda/cudnn/contain.cuh"));
-        for (text, name, default) in
-            [(numbers, "SLICES", 1), (numbers, "SPLIT", 0), (contain, "GROUP", 1), (numbers, "LAYOUT", 0)]
-        {
+        for (text, name, default) in [
+            (numbers, "SLICES", 1),
+            (numbers, "SPLIT", 0),
+            (contain, "GROUP", 1),
+            (numbers, "LAYOUT", 0),
+            (numbers, "BATCH_INVARIANT", 0),
+        ] {
             assert!(text.contains(&format!("#ifndef {name}\n#define {name} {default}\n#endif")), "{name}");
         }
     }
@@ -447,6 +473,7 @@ mod tests {
             base.group(16),
             base.layout(Layout::Packed),
             base.layout(Layout::Paged),
+            base.batch_invariant(true),
         ];
         let defines: BTreeSet<_> =
             variants.iter().map(|&fused| Variant::Fused(fused).defines().join(" ")).collect();

@@ -58,6 +58,41 @@ __device__ inline real change_of(const Shift &from, const Shift &to, real factor
     return power(fma(difference(from.score, to.score), factor, from.power - to.power));
 }
 
+// Numbers of a row of partial outputs: of a batch-invariant call an even number, so that pairs are aligned.
+__device__ inline int partial_width(const Parameters &p) {
+    return BATCH_INVARIANT ? (p.value_head_dim + 1) / 2 * 2 : p.value_head_dim;
+}
+
+// The sums of two splits of a row's keys as one: relative to the larger row max, with the factors for sums of
+// values of the earlier and the later split. Every operation is rounded by itself, none is fused by the compiler,
+// so that every kernel that merges has the same bits. Neither split is empty.
+struct MergedSplits {
+    real row_max, row_sum, earlier, later;
+};
+
+__device__ inline real factor_of_split(real row_max, real largest, real factor) {
+    const auto shift = [&](real maximum) {
+        const real power = rounded_product(maximum, factor);
+        return HALVES && fabs(power) < NEAR ? Shift{0, power} : Shift{maximum, 0};
+    };
+    const Shift from = shift(row_max), to = shift(largest);
+    return power(fma(difference(from.score, to.score), factor, difference(from.power, to.power)));
+}
+
+__device__ inline MergedSplits merge_splits(real factor, real earlier_max, real earlier_sum, real later_max,
+                                            real later_sum) {
+    MergedSplits merged;
+    merged.row_max = fmax(earlier_max, later_max);
+    merged.earlier = factor_of_split(earlier_max, merged.row_max, factor);
+    merged.later = factor_of_split(later_max, merged.row_max, factor);
+    merged.row_sum = fma(earlier_sum, merged.earlier, rounded_product(later_sum, merged.later));
+    return merged;
+}
+
+__device__ inline real merged_value(const MergedSplits &merged, real earlier, real later) {
+    return fma(earlier, merged.earlier, rounded_product(later, merged.later));
+}
+
 // Natural logits whose differences of order one must not be lost, at any size: that of a sink and a row max.
 typedef double precise;
 

@@ -41,8 +41,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS)
                 for (int i = 0; i < CHUNK; ++i) delta = fma(widened(of_d_out.of[i]), widened(of_out.of[i]), delta);
             }
         } else {
-            for (int i = within; i < p.value_head_dim; i += WIDE)
+            const auto add = [&](int i) {
                 delta = fma(widened(d_out[i * p.d_out.stride[3]]), widened(out[i * p.out.stride[3]]), delta);
+            };
+#if BATCH_INVARIANT
+            // In the order of aligned rows.
+            for (int column = within * CHUNK; column < p.value_head_dim; column += WIDE * CHUNK)
+                for (int i = column; i < min(column + CHUNK, p.value_head_dim); ++i) add(i);
+#else
+            for (int i = within; i < p.value_head_dim; i += WIDE) add(i);
+#endif
         }
     }
 #pragma unroll

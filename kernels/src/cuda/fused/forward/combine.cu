@@ -26,7 +26,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
     if (packs_queries(p)) t = row - n * p.query_rows - sequence.first_query;
 #endif
     const long long place = query_row(sequence, t);
+#if BATCH_INVARIANT
+    const real *states = p.partial_state + 2 * (row * SLICES + slice);
+#else
     const real *states = p.partial_state + 2 * row;
+#endif
     const int lane = threadIdx.x % 32;
     real parts[BATCH][COLUMNS];
     const auto read_batch = [&](int first) {
@@ -34,12 +38,39 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
         for (int i = 0; i < BATCH; ++i) {
             // The last split again where there are no more; its weight is 0 below.
             const long long part = min(first + i, p.splits - 1);
-            const real *const from = p.partial_out + (part * all_rows + row) * p.value_head_dim + first_column;
+            const real *const from = p.partial_out + (part * all_rows + row) * partial_width(p) + first_column;
 #pragma unroll
             for (int j = 0; j < COLUMNS; ++j) parts[i][j] = 32 * j + lane < width ? from[32 * j + lane] : real(0);
         }
     };
     read_batch(0);
+#if BATCH_INVARIANT
+    // One after the other, as a block merges them that goes over several (splits.cuh).
+    real maximum = -infinity(), total = 0, sums[COLUMNS];
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) sums[i] = 0;
+    const real factor = power_factor(p);
+    const long long stride = 2 * all_rows * SLICES;
+    for (int first = 0; first < p.splits; first += BATCH) {
+        if (first > 0) read_batch(first);
+        const int own = min(first + lane, p.splits - 1);
+        const real own_max = states[own * stride];
+        const real own_total = first + lane < p.splits ? states[own * stride + 1] : real(0);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const real part_max = __shfl_sync(~0u, own_max, i), part_total = __shfl_sync(~0u, own_total, i);
+            if (part_total == 0) continue;
+            const bool is_first = total == 0;
+            MergedSplits merged{part_max, part_total, 0, 1};
+            if (!is_first) merged = merge_splits(factor, maximum, total, part_max, part_total);
+            maximum = merged.row_max;
+            total = merged.row_sum;
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j)
+                sums[j] = is_first ? parts[i][j] : merged_value(merged, sums[j], parts[i][j]);
+        }
+    }
+#else
     // Each lane reads the row max of splits of its own, at the latency of one load; sums keep the order of
     // the splits.
     real maximum = -infinity();
@@ -67,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
             for (int j = 0; j < COLUMNS; ++j) sums[j] = is_empty ? sums[j] : fma(parts[i][j], weight, sums[j]);
         }
     }
+#endif
     real logsumexp;
     const bool padded = t >= sequence.queries;
     const real scale = finish(p, n, padded, maximum, total, logsumexp);

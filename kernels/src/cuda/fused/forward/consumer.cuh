@@ -9,7 +9,27 @@ struct ForwardRows {
     Row rows[row_slots<ROWS>()];
     real row_max[row_slots<ROWS>()], row_sum[row_slots<ROWS>()], outputs[row_slots<ROWS>()][output_slots<VALUE>()];
     DropoutWords dropout;
+#if BATCH_INVARIANT
+    // Row max and row sum over the splits that this block has merged; the sums of values are in scratch.
+    real merged_max[row_slots<ROWS>()], merged_sum[row_slots<ROWS>()];
+#endif
 };
+
+#if BATCH_INVARIANT
+// Ends a split before key `end`, where a block goes over more than one (splits.cuh).
+__device__ inline void end_split(const Parameters &p, const ForwardTile &tile, ForwardRows &state, int end);
+#endif
+
+// Sets the sums to those of no key.
+__device__ inline void clear_sums(ForwardRows &state) {
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) {
+        state.row_max[r] = -infinity();
+        state.row_sum[r] = 0;
+#pragma unroll
+        for (int c = 0; c < output_slots<VALUE>(); ++c) state.outputs[r][c] = 0;
+    }
+}
 
 __device__ inline void begin_rows(const Parameters &p, const ForwardTile &tile, ForwardRows &state) {
     state.dropout = dropout_words(p);
@@ -18,13 +38,11 @@ __device__ inline void begin_rows(const Parameters &p, const ForwardTile &tile, 
         const int row = tile.first_row + row_at<ROWS>(r);
         state.rows[r] = row_of(p, tile.sequence, tile.b, tile.head_of(p, row), tile.t_of(p, row));
     }
+    clear_sums(state);
+#if BATCH_INVARIANT
 #pragma unroll
-    for (int r = 0; r < row_slots<ROWS>(); ++r) {
-        state.row_max[r] = -infinity();
-        state.row_sum[r] = 0;
-#pragma unroll
-        for (int c = 0; c < output_slots<VALUE>(); ++c) state.outputs[r][c] = 0;
-    }
+    for (int r = 0; r < row_slots<ROWS>(); ++r) state.merged_max[r] = -infinity(), state.merged_sum[r] = 0;
+#endif
 }
 
 // Sets the weights of dropped keys to 0, behind the row sums, which count them.
@@ -96,6 +114,13 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
         warpgroup_wait<1>();
         warpgroup_fence_operand(logits);
         mbarrier_arrive_per_warp(pipeline.key_empty + stage);
+#if BATCH_INVARIANT
+        if (first % KEYS_PER_SPLIT == 0) {
+            warpgroup_wait<0>();
+            warpgroup_fence_operand(state.outputs);
+            end_split(p, tile, state, first);
+        }
+#endif
         const bool rescales = softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale);
         warpgroup_wait<0>();
         warpgroup_fence_operand(state.outputs);
@@ -136,6 +161,9 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
             load_keys(p, tile, first + KEYS, pages, shared.key);
             cp_async_commit();
         }
+#if BATCH_INVARIANT
+        if (first > tile.from && first % KEYS_PER_SPLIT == 0) end_split(p, tile, state, first);
+#endif
         if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale)) rescale(state, scores_scale);
         gemm_rs<ROWS, KEYS, VALUE>(state.outputs, logits, shared.value, shared.workspace);
     }

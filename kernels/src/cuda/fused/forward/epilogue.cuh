@@ -28,6 +28,13 @@ __device__ inline long long partial_row(const Parameters &p, const ForwardTile &
     return tile.split * all_rows + scratch_row(p, tile.sequence, tile.b, n, t);
 }
 
+// Whether this slice of columns stores row max and row sum of a split, and where. A batch-invariant call has
+// those of every slice: a row that one slice computes again has a row max of its own there.
+__device__ inline bool stores_state(const ForwardTile &tile) { return BATCH_INVARIANT || tile.slice == 0; }
+__device__ inline real *partial_state(const Parameters &p, const ForwardTile &tile, long long slot) {
+    return p.partial_state + 2 * (BATCH_INVARIANT ? slot * SLICES + tile.slice : slot);
+}
+
 // Stores the rows of the thread, but for those of the tile that `is_computed_again` has.
 __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, const ForwardRows &state,
                                   bool any_again, const int *is_computed_again) {
@@ -41,16 +48,16 @@ __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, 
         const bool again = any_again && is_computed_again[row_at<ROWS>(r)];
         if (p.splits > 1) {
             const long long slot = partial_row(p, tile, n, t);
-            if (tile.slice == 0 && leads_row() && !again) {
-                p.partial_state[2 * slot] = state.row_max[r];
-                p.partial_state[2 * slot + 1] = state.row_sum[r];
+            if (stores_state(tile) && leads_row() && !again) {
+                partial_state(p, tile, slot)[0] = state.row_max[r];
+                partial_state(p, tile, slot)[1] = state.row_sum[r];
             }
             if (again) continue;
 #pragma unroll
             for (int c = 0; c < output_slots<VALUE>(); ++c) {
                 const int column = output_column_at<VALUE>(c);
                 if (column < tile.width)
-                    p.partial_out[slot * p.value_head_dim + tile.first_column + column] =
+                    p.partial_out[slot * partial_width(p) + tile.first_column + column] =
                         empty ? real(0) : state.outputs[r][c];
             }
             continue;
@@ -83,11 +90,11 @@ __device__ inline void store_exact_row(const Parameters &p, const ForwardTile &t
     const long long slot = partial_row(p, tile, n, t), place = query_row(tile.sequence, t);
     real logsumexp;
     const real scale = p.splits > 1 ? real(1) : finish(p, n, t >= tile.sequence.queries, maximum, total, logsumexp);
-    if (tile.slice == 0 && threadIdx.x % 32 == 0) {
+    if (stores_state(tile) && threadIdx.x % 32 == 0) {
         if (p.splits > 1) {
-            p.partial_state[2 * slot] = maximum;
-            p.partial_state[2 * slot + 1] = total;
-        } else {
+            partial_state(p, tile, slot)[0] = maximum;
+            partial_state(p, tile, slot)[1] = total;
+        } else if (!BATCH_INVARIANT || tile.slice == 0) {
             store_logsumexp(p, tile.b, place, n, logsumexp);
         }
     }
@@ -99,12 +106,26 @@ __device__ inline void store_exact_row(const Parameters &p, const ForwardTile &t
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) {
         const int column = 32 * i + threadIdx.x % 32;
-        if (column < tile.width) p.partial_out[slot * p.value_head_dim + tile.first_column + column] = sums[i];
+        if (column < tile.width) p.partial_out[slot * partial_width(p) + tile.first_column + column] = sums[i];
     }
 }
 
+#if BATCH_INVARIANT
+// In splits.cuh.
+__device__ inline bool spans_splits(const Parameters &p, const ForwardTile &tile);
+__device__ inline void take_merged(const Parameters &p, const ForwardTile &tile, ForwardRows &state);
+#endif
+
 __device__ inline void finish_tile(const Parameters &p, const ForwardTile &tile, ForwardRows &state,
                                    unsigned char *memory) {
+#if BATCH_INVARIANT
+    if (spans_splits(p, tile)) {
+        end_split(p, tile, state, tile.to);
+        take_merged(p, tile, state);
+        store_rows(p, tile, state, false, nullptr);
+        return;
+    }
+#endif
     int *const is_computed_again = reinterpret_cast<int *>(memory);
     const bool any_again =
         mark_rows<ROWS>(p, non_finite_rows(tile, state), is_computed_again, [](int r) { return row_at<ROWS>(r); });

@@ -1,6 +1,6 @@
 // Attention forward: one pass over the keys for a tile of query rows, with an online softmax (Dao,
 // FlashAttention-2, arXiv 2307.08691, algorithm 1; Rabe and Staats, arXiv 2112.05682).
-// Needs: fused/forward/epilogue.cuh.
+// Needs: fused/forward/epilogue.cuh, fused/forward/splits.cuh.
 //
 // Any dtype, head dimensions up to HEAD and SLICES * VALUE, any strides; compute capability 8.0 for halves.
 // ROWS query rows and KEYS keys to a tile. So that few queries keep the device busy, rows of several query

@@ -66,11 +66,19 @@ __device__ inline ForwardTile forward_tile(const Parameters &p) {
         tile.all_from = first_key(tile.sequence, last_t);
         tile.all_to = end_key(tile.sequence, first_t);
     }
+#if BATCH_INVARIANT
+    if (p.splits > 1) {
+        const int first = tile.split * KEYS_PER_SPLIT;
+        tile.from = max(tile.from, first);
+        tile.to = min(tile.to, first + KEYS_PER_SPLIT);
+    }
+#else
     if (p.splits > 1 && tile.from < tile.to) {
         const int key_tiles = (tile.to - tile.from + KEYS - 1) / KEYS;
         const int each = (key_tiles + p.splits - 1) / p.splits;
         tile.from = (int)min((long long)tile.to, tile.from + (long long)tile.split * each * KEYS);
         tile.to = (int)min((long long)tile.to, tile.from + (long long)each * KEYS);
     }
+#endif
     return tile;
 }
