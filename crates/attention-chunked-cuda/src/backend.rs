@@ -38,6 +38,10 @@ const SUMS_OF_F32: usize = 3;
 /// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16, whose products run on tensor
 ///   cores.
 /// - Every call gives the same bits each time: no sum depends on the order in which blocks run.
+/// - A batch-invariant call ([`Problem::batch_invariant`]) gives each sequence the bits that it has alone: one
+///   choice of tiles serves all lengths, and sums are cut at multiples of 2048 keys. Where few rows have more
+///   keys than that, each part has blocks of its own. Else one block goes over all of them, and needs scratch of
+///   one partial output per row.
 #[derive(Debug)]
 pub struct ChunkedCudaBackend {
     config: ChunkedCudaConfig,
@@ -61,9 +65,10 @@ impl ChunkedCudaBackend {
         let pass = |features: FeatureSet, head, value| {
             PassCapabilities::new(features).with_max_head_dims(head, value)
         };
-        let forward = pass(FeatureSet::all(), MOST_HEAD, MOST_VALUE);
+        let features = FeatureSet::all().with(Feature::BatchInvariant);
+        let forward = pass(features, MOST_HEAD, MOST_VALUE);
         // Keys in pages have no gradients, of any backend.
-        let with_gradients = FeatureSet::all().difference(FeatureSet::EMPTY.with(Feature::PagedKeys));
+        let with_gradients = features.without(Feature::PagedKeys);
         let capabilities =
             Capabilities::new(DeviceKind::Cuda, NumericsClass::STANDARD, forward, ScratchGrowth::Linear)
                 .with_backward(pass(with_gradients, MOST_DEPTH, MOST_DEPTH))

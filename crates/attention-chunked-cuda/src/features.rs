@@ -26,7 +26,8 @@ pub(crate) fn features_of(problem: &Problem) -> Features {
     let has_more = !present.without(Features::MASK.with(Features::DROPOUT)).is_none();
     let logits = if has_more || problem.any_scale() { Features::LOGITS } else { Features::NONE };
     match present.bits().count_ones() {
-        1 if present == Features::ALIBI && is_far(problem) => Features::ALL,
+        // Batch-invariant calls have one kernel for all lengths and offsets.
+        1 if present == Features::ALIBI && (problem.batch_invariant() || is_far(problem)) => Features::ALL,
         0 | 1 => present.with(logits),
         _ => Features::ALL,
     }

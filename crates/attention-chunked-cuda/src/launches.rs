@@ -7,7 +7,7 @@ use attention_core::{DType, Gradients, Pass, Problem, Role, RowLayout, Unsupport
 use attention_cuda::StoredNumbers;
 use attention_cuda::cudarc::driver::LaunchConfig;
 use attention_cuda::parameters::{ScratchAddresses, dtype_code};
-use attention_kernels::{Fused, KeyGradients, Layout, Variant};
+use attention_kernels::{Fused, KEYS_PER_SPLIT, KeyGradients, Layout, Variant};
 
 use super::NAME;
 use super::features::{bias_dtype, layout_of, term_stride};
@@ -23,6 +23,10 @@ const BUSY_WARPS: usize = 2640;
 
 /// Keys of a split, at least: fewer are not worth the merge.
 const MIN_KEYS_OF_SPLIT: usize = 256;
+
+/// Bytes of partial outputs of a batch-invariant call, at most, where each of its splits has blocks of its own:
+/// above, one block goes over all keys, as where there are blocks enough. The bits are the same.
+const MOST_BYTES_OF_SPLITS: usize = 256 << 20;
 
 /// Sequences are at most this long: positions are 32 bits wide, and tiles reach beyond the end.
 const MOST_POSITIONS: usize = (1 << 31) - (1 << 16);
@@ -49,7 +53,21 @@ impl Kernel {
             "attention_gradient_of_keys" if self.gradients != KeyGradients::KeyAndValue => ONE_GRADIENT,
             _ => "",
         };
+        if launches.shape.batch_invariant && self.is_another_batch_invariant() {
+            return variant_batch_invariant(
+                self.entry_point,
+                launches.shape.dtype,
+                self.tiles,
+                more,
+                launches.layout,
+            );
+        }
         variant(self.entry_point, launches.shape.dtype, self.tiles, more, launches.layout)
+    }
+
+    /// Whether the kernel is compiled otherwise for batch-invariant calls.
+    fn is_another_batch_invariant(&self) -> bool {
+        ["attention_forward", "attention_merge", "attention_prepare_gradients"].contains(&self.entry_point)
     }
 
     /// How it is launched. Its threads, and the bound that it is compiled with, are both those of
@@ -63,18 +81,41 @@ impl Kernel {
     }
 }
 
+/// How products of these tiles are computed, as names of variants say it.
+fn multiplied_by(tiles: Tiles) -> &'static str {
+    match (tiles.warpgroups, tiles.tf32_split) {
+        (true, _) => " on warpgroups",
+        (_, true) => " in tf32 parts",
+        _ => "",
+    }
+}
+
+/// As [`variant`], of a kernel for batch-invariant calls: those differ in how sums are merged, whatever the tiles
+/// are.
+fn variant_batch_invariant(
+    entry_point: &str,
+    dtype: DType,
+    tiles: Tiles,
+    more: &str,
+    layout: Layout,
+) -> String {
+    let name = entry_point.trim_start_matches("attention_").replace('_', " ");
+    let rows = match layout {
+        Layout::Dense => "",
+        Layout::Packed => ", packed",
+        Layout::Paged => ", paged",
+    };
+    format!("{name} {dtype}{rows}, batch invariant{}{more}", multiplied_by(tiles))
+}
+
 /// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what
 /// multiplies them. Head dimensions and options that share tiles share a variant. So do all tiles of packed
 /// rows, and of pages, that are multiplied alike: where rows lie is apart from how many a tile has.
 fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str, layout: Layout) -> String {
     let name = entry_point.trim_start_matches("attention_").replace('_', " ");
-    let Tiles { rows, keys, warps, warpgroups, tf32_split, .. } = tiles;
+    let Tiles { rows, keys, warps, .. } = tiles;
     let tile = if rows > 0 { format!(" {rows}x{keys}") } else { String::new() };
-    let by = match (warpgroups, tf32_split) {
-        (true, _) => " on warpgroups",
-        (_, true) => " in tf32 parts",
-        _ => "",
-    };
+    let by = multiplied_by(tiles);
     let rows = match layout {
         Layout::Dense => return format!("{name} {dtype}{tile}, {warps} warps{by}{more}"),
         Layout::Packed => "packed",
@@ -100,13 +141,17 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
         let of =
             |entry_point: &str, tiles: Tiles, more: &str| variant(entry_point, dtype, tiles, more, layout);
         for shape in Shape::all(dtype) {
+            let of_splits = |entry_point: &str, tiles: Tiles, more: &str| match shape.batch_invariant {
+                true => variant_batch_invariant(entry_point, dtype, tiles, more, layout),
+                false => of(entry_point, tiles, more),
+            };
             for &rows in shape.counts_of_rows() {
                 let tiles = shape.forward(rows, machine);
                 if shape.forward_bytes(tiles) <= machine.shared_bytes {
                     let merge = Tiles::of_merge(tiles);
-                    names.insert(of("attention_forward", tiles, ""));
-                    names.insert(of("attention_forward", tiles, SPLIT_KEYS));
-                    names.insert(of("attention_merge", merge, ""));
+                    names.insert(of_splits("attention_forward", tiles, ""));
+                    names.insert(of_splits("attention_forward", tiles, SPLIT_KEYS));
+                    names.insert(of_splits("attention_merge", merge, ""));
                 }
             }
             // Keys in pages have no gradients.
@@ -118,7 +163,7 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
             if fits.iter().any(|&bytes| bytes > machine.shared_bytes) {
                 continue;
             }
-            names.insert(of("attention_prepare_gradients", Tiles::of_rows(), ""));
+            names.insert(of_splits("attention_prepare_gradients", Tiles::of_rows(), ""));
             names.insert(of("attention_gradient_of_sinks", Tiles::of_rows(), ""));
             names.insert(of("attention_gradient_of_queries", queries, ""));
             names.insert(of("attention_gradient_of_keys", keys, ONE_GRADIENT));
@@ -295,8 +340,18 @@ impl Launches {
         let shares = typical < nominal_rows
             && (typical * group).div_ceil(nominal_rows) < group * typical.div_ceil(nominal_rows)
             && queries.packed.is_none_or(|rows| rows.saturating_mul(group) <= MOST_POSITIONS);
-        if shares {
-            self.pack_gqa = group;
+        let batch_invariant = self.shape.batch_invariant;
+        // Whether rows share tiles decides which keys beside their own their tile has, so it must not depend on how
+        // many rows there are.
+        if shares || batch_invariant {
+            self.pack_gqa = group.max(1);
+        }
+        let most_rows = queries.packed.unwrap_or(queries.longest());
+        if batch_invariant && most_rows.saturating_mul(self.pack_gqa) > MOST_POSITIONS {
+            let why = format!(
+                "a group of {group} query heads has at most {MOST_POSITIONS} in batch-invariant calls"
+            );
+            return Err(limit("query rows", most_rows, why));
         }
         let rows_of_head = queries.longest() * self.pack_gqa;
         let tiles = self.shape.forward(rows_of_head, machine);
@@ -305,14 +360,32 @@ impl Launches {
             queries.typical_tiles(self.shape.nominal_rows(rows_of_head), self.pack_gqa).saturating_mul(heads);
         let few = self.shape.is_half() && self.shape.depth() <= MOST_DEPTH && rows_of_head <= FEW_ROWS;
         let busy = if few { BUSY_WARPS } else { BUSY_BLOCKS };
-        if blocks > 0 && blocks < busy {
+        let slices = self.shape.slices();
+        // Numbers of a row of partial outputs, and row max and row sum, of every slice where each may have its own:
+        // `partial_width` and `partial_state` of the kernels.
+        let (width, states) = match batch_invariant {
+            true => (dims.value_head_dim.next_multiple_of(2), 2 * slices),
+            false => (dims.value_head_dim, 2),
+        };
+        let mut has_partials = false;
+        if batch_invariant {
+            let splits = dims.key_length.div_ceil(KEYS_PER_SPLIT);
+            let numbers = [splits, dims.query_heads, queries.count(), width + states];
+            let size = self.shape.dtype.accumulator().size();
+            let bytes = numbers.into_iter().fold(size, usize::saturating_mul);
+            has_partials = blocks > 0 && splits > 1;
+            if has_partials && blocks < BUSY_BLOCKS && bytes <= MOST_BYTES_OF_SPLITS {
+                self.splits = splits;
+            }
+        } else if blocks > 0 && blocks < busy {
             let most = dims.key_length / MIN_KEYS_OF_SPLIT;
             self.splits = (busy / blocks).clamp(1, most.max(1));
+            has_partials = self.splits > 1;
         }
-        if self.splits > 1 {
+        if has_partials {
             let rows = [self.splits, dims.query_heads, queries.count()];
             let of_row = |numbers: usize| [&rows[..], &[numbers]].concat();
-            let [out, state] = self.two_arrays([&of_row(dims.value_head_dim), &of_row(2)])?;
+            let [out, state] = self.two_arrays([&of_row(width), &of_row(states)])?;
             self.scratch = ScratchLayout::Partials { out, state };
         }
         let kernel = Kernel {
@@ -323,7 +396,6 @@ impl Launches {
             blocks: 0,
             shared_bytes: self.shape.forward_bytes(tiles),
         };
-        let slices = self.shape.slices();
         self.add(kernel.clone(), &[queries.tiles(tiles.rows, self.pack_gqa), heads, self.splits, slices])?;
         if self.splits > 1 {
             let rows = dims.query_heads.saturating_mul(queries.count());
@@ -421,6 +493,8 @@ impl Launches {
     pub(crate) fn compiled_as(&self, problem: &Problem, kernel: &Kernel) -> Variant {
         let Shape { dtype, head, features, .. } = self.shape;
         let Tiles { rows, keys, warps, stages, warpgroups, tf32_split } = kernel.tiles;
+        // The others have nothing that batch invariance changes.
+        let of_sums = ["attention_forward.cu", "attention_merge.cu", "attention_backward_rows.cu"];
         let fused = Fused::new(dtype_code(dtype), kernel.tiles.columns(head))
             .value(kernel.tiles.columns(self.shape.columns_of_slice()))
             .slices(self.shape.slices())
@@ -433,7 +507,8 @@ impl Launches {
             .stages(stages)
             .gradients(kernel.gradients)
             .tf32_split(tf32_split)
-            .layout(self.layout);
+            .layout(self.layout)
+            .batch_invariant(self.shape.batch_invariant && of_sums.contains(&kernel.source));
         Variant::Fused(fused)
     }
 }

@@ -108,8 +108,11 @@ pub(crate) struct Shape {
     pub(crate) value: usize,
     pub(crate) features: Features,
     /// More queries, and more keys, than a tile of split products has of either, and heads so wide that the
-    /// bounds have room for what such products leave out (docs/numerics.md, "Split operands").
+    /// bounds have room for what such products leave out (docs/numerics.md, "Split operands"). Of
+    /// batch-invariant calls, for which lengths do not count: whether heads are so wide.
     large: bool,
+    /// Whether tiles must not depend on the rows and keys of the call.
+    pub(crate) batch_invariant: bool,
 }
 
 impl Shape {
@@ -122,8 +125,9 @@ impl Shape {
             head: depth(dims.head_dim)?,
             value: depth(dims.value_head_dim)?,
             features: features_of(problem),
-            large: dims.query_length.min(dims.key_length) > 128
+            large: (problem.batch_invariant() || dims.query_length.min(dims.key_length) > 128)
                 && dims.head_dim.min(dims.value_head_dim) >= 64,
+            batch_invariant: problem.batch_invariant(),
         })
     }
 
@@ -131,21 +135,26 @@ impl Shape {
     pub(crate) fn all(dtype: DType) -> impl Iterator<Item = Self> {
         let pairs = DEPTHS.into_iter().flat_map(|head| DEPTHS.map(|value| (head, value)));
         pairs.filter(|&(_, value)| value <= MOST_VALUE).flat_map(move |(head, value)| {
-            let of = move |features, large| Self { dtype, head, value, features, large };
             let is_wide = head.min(value) >= 64;
-            let kinds = KINDS.into_iter();
-            kinds.flat_map(move |features| {
-                [false, true]
+            KINDS.into_iter().flat_map(move |features| {
+                [(false, false), (true, false), (is_wide, true)]
                     .into_iter()
-                    .filter(move |&large| is_wide || !large)
-                    .map(move |large| of(features, large))
+                    .filter(move |&(large, _)| is_wide || !large)
+                    .map(move |(large, batch_invariant)| Self {
+                        dtype,
+                        head,
+                        value,
+                        features,
+                        large,
+                        batch_invariant,
+                    })
             })
         })
     }
 
     /// Counts of rows to a head of which the forward pass has other tiles each.
     pub(crate) fn counts_of_rows(self) -> &'static [usize] {
-        if self.large { &[129] } else { &[1, FEW_ROWS + 1, 65] }
+        if self.large || self.batch_invariant { &[129] } else { &[1, FEW_ROWS + 1, 65] }
     }
 
     /// Threads of `attention_prepare_gradients` that share a row: so many that each has 16 bytes of it.
@@ -189,7 +198,7 @@ impl Shape {
     pub(crate) fn nominal_rows(self, rows_of_head: usize) -> usize {
         match self.is_half() {
             false => self.without_tensor_cores().0,
-            true if rows_of_head > 64 => 128,
+            true if self.batch_invariant || rows_of_head > 64 => 128,
             true => 64,
         }
     }
@@ -217,8 +226,10 @@ impl Shape {
         larger.iter().find(fits).copied().unwrap_or(smallest)
     }
 
-    /// For the forward pass with this many rows to a key/value head or query head.
+    /// For the forward pass with this many rows to a key/value head or query head. Of batch-invariant calls, the
+    /// tiles for many rows: those for few have other keys, and products of other instructions.
     pub(crate) fn forward(self, rows_of_head: usize, machine: Machine) -> Tiles {
+        let rows_of_head = if self.batch_invariant { usize::MAX } else { rows_of_head };
         // Two blocks of 16 rows to a warp, where registers allow it.
         let split = match (self.depth(), self.features.is_all()) {
             (..=64, false) => Tiles::tf32_split(128, 64, 4, 1),
