@@ -58,6 +58,7 @@ const REFUSED: &[&str] = &[
     "--shape 2,256,256,16,16,64 --dtype bf16 --pass backward --bias 1NTS --gradients dbias",
     "--shape 2,256,256,16,16,64 --dtype bf16 --causal --offsets 1,2",
     "--shape 2,256,256,16,16,64 --dtype bf16 --pass backward --deterministic",
+    "--shape 2,256,256,16,16,64 --dtype bf16 --batch-invariant",
 ];
 
 /// Runs the command.
@@ -243,6 +244,7 @@ mod tests {
             "| lse output | yes | - | yes | - | yes | - | yes | - |",
             "| d_lse | - | yes | - | yes | - | no | - | yes |",
             "| deterministic | yes | yes | yes | yes | yes | no | yes | yes |",
+            "| batch invariant | yes | yes | yes | yes | no | no | yes | yes |",
         ] {
             assert!(features.contains(row), "{row} is not in\n{features}");
         }

@@ -238,6 +238,12 @@ impl Attention {
         self.with(|call| call.deterministic(deterministic))
     }
 
+    /// Asks for results of each sequence that have the same bits whatever else is in the call and however the
+    /// sequence is laid out; see [`attention::Attention::batch_invariant`].
+    pub fn batch_invariant(self, batch_invariant: bool) -> Self {
+        self.with(|call| call.batch_invariant(batch_invariant))
+    }
+
     /// Keeps no logsumexp for backward, which then runs forward again: `B T N` numbers less memory for the
     /// time of one more forward call.
     pub fn recompute(mut self, recompute: bool) -> Self {

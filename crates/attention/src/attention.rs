@@ -317,6 +317,37 @@ impl<'a> Attention<'a> {
         self
     }
 
+    /// Asks for results of each sequence that have the same bits whatever else is in the call and however the
+    /// sequence is laid out: dense alone, in a batch, padded with lengths, packed or paged. An implementation
+    /// that cannot give them refuses. The gradients of bias and sinks are exempt.
+    ///
+    /// A server that batches requests as they come gives each request the tokens that it would get alone.
+    ///
+    /// ```
+    /// # #[cfg(feature = "cpu")] {
+    /// use attention::{Attention, Tensor};
+    ///
+    /// let numbers = |count: usize| (0..count).map(|i| (i as f32 * 0.37).sin()).collect::<Vec<_>>();
+    /// let [query, key, value] = [2 * 3 * 8, 2 * 5 * 8, 2 * 5 * 8].map(numbers);
+    /// let tensor = |data: &[f32], shape: [usize; 4]| Tensor::from_vec(data.to_vec(), shape).unwrap();
+    /// let call = Attention::new().batch_invariant(true);
+    /// let batch = [tensor(&query, [2, 3, 1, 8]), tensor(&key, [2, 5, 1, 8]), tensor(&value, [2, 5, 1, 8])];
+    /// let alone = [
+    ///     tensor(&query[..24], [1, 3, 1, 8]),
+    ///     tensor(&key[..40], [1, 5, 1, 8]),
+    ///     tensor(&value[..40], [1, 5, 1, 8]),
+    /// ];
+    /// let out = |[query, key, value]: &[Tensor; 3]| call.forward(query, key, value).map(|forward| forward.out);
+    /// let (batch, alone) = (out(&batch)?, out(&alone)?);
+    /// assert_eq!(batch.as_slice::<f32>().unwrap()[..24], *alone.as_slice::<f32>().unwrap());
+    /// # }
+    /// # Ok::<(), attention::Error>(())
+    /// ```
+    pub fn batch_invariant(mut self, batch_invariant: bool) -> Self {
+        self.options.batch_invariant = batch_invariant;
+        self
+    }
+
     /// Which gradients backward computes. By default those of query, key and value, and of the bias and the
     /// sinks where the call has them; leave the bias out where it is a constant, its gradient can be large.
     pub fn gradients(mut self, gradients: Gradients) -> Self {

@@ -39,6 +39,8 @@ pub struct Options {
     pub dropout: Option<Dropout>,
     /// Asks for bitwise reproducible results.
     pub deterministic: bool,
+    /// Asks for results of each sequence whose bits do not depend on what else is in the call.
+    pub batch_invariant: bool,
 }
 
 #[cfg(feature = "serde")]
@@ -57,6 +59,7 @@ attention_core::fields_by_name!(Options {
     longest_key,
     dropout,
     deterministic,
+    batch_invariant,
 });
 
 impl Options {
@@ -94,6 +97,7 @@ impl Options {
             causal,
             window,
             deterministic,
+            batch_invariant,
             longest_query,
             longest_key,
             // In the data.
@@ -107,7 +111,8 @@ impl Options {
             key_value_starts: _,
             dropout: _,
         } = self;
-        let builder = builder.causal(*causal).window(*window).deterministic(*deterministic);
+        let builder = builder.causal(*causal).window(*window);
+        let builder = builder.deterministic(*deterministic).batch_invariant(*batch_invariant);
         // Mostly there is none, and a builder is large.
         if longest_query.is_none() && longest_key.is_none() {
             return builder;

@@ -116,6 +116,9 @@ pub(crate) struct Arguments {
     /// Asks for bitwise reproducible results
     #[arg(long)]
     deterministic: bool,
+    /// Asks for results of each sequence whose bits do not depend on what else is in the call
+    #[arg(long)]
+    batch_invariant: bool,
     /// The implementation asked for, or several in order of preference; any by default
     #[arg(long, value_delimiter = ',', value_name = "NAME,..")]
     implementation: Vec<String>,
@@ -289,7 +292,8 @@ fn problem(arguments: &Arguments) -> Result<Problem, InvalidCall> {
     .device(arguments.device.device())
     .causal(arguments.causal)
     .window(arguments.window.unwrap_or_default())
-    .deterministic(arguments.deterministic);
+    .deterministic(arguments.deterministic)
+    .batch_invariant(arguments.batch_invariant);
     if let Some(axes) = &arguments.mask {
         builder = builder.mask(TensorDesc::contiguous(DType::Bool, axes.shape(&dims)));
     }
@@ -384,12 +388,14 @@ mod tests {
     fn every_option_reaches_the_problem() {
         let line = "--shape 2,3,5,4,2,8,16 --dtype bf16 --pass backward --layout bnth --causal --offset -2 --window 4,- \
                     --mask B11S --bias NTS --bias-dtype f32 --query-lengths 1,3 --key-lengths 5,0 --scale -0.5 --softcap 30 \
-                    --alibi --sinks --dropout 0.25 --d-lse --gradients dq,dbias --deterministic";
+                    --alibi --sinks --dropout 0.25 --d-lse --gradients dq,dbias --deterministic \
+                    --batch-invariant";
         let problem = problem(&parsed(line)).unwrap();
         assert_eq!(
             problem.to_string(),
             "backward bf16 B2 T3 S5 N4 K2 H8 Hv16 on cpu, grouped heads, value head dim != head dim, causal, query offset, window left, \
-             mask, bias, query lengths, key/value lengths, softcap, ALiBi, sinks, dropout, d_lse, dbias, deterministic"
+             mask, bias, query lengths, key/value lengths, softcap, ALiBi, sinks, dropout, d_lse, dbias, deterministic, \
+             batch invariant"
         );
         assert_eq!(problem.gradients(), Gradients::QUERY | Gradients::BIAS);
         assert!(problem.any_scale() && problem.has_softcap());
@@ -492,6 +498,7 @@ mod tests {
             ),
             ("--dtype bf16 --pass backward --d-lse", "cudnn does not support d_lse in its backward pass"),
             ("--dtype bf16 --pass backward --deterministic", "cudnn does not support deterministic"),
+            ("--dtype bf16 --batch-invariant", "cudnn does not support batch invariant in its forward pass"),
         ] {
             let explanation = explained(&format!("{shape} {options}"));
             let cudnn = explanation.candidate("cudnn").expect("a candidate");

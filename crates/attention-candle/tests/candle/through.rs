@@ -64,6 +64,7 @@ impl ThroughCandle {
             softcap: problem.softcap(),
             dropout: data.dropout,
             deterministic: problem.deterministic(),
+            batch_invariant: problem.batch_invariant(),
             ..Options::default()
         };
         let mut attention = Attention::new(self.order).options(options).recompute(self.recompute);

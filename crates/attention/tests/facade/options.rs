@@ -98,6 +98,7 @@ fn options_as_data_are_those_of_the_methods() {
         longest_key: None,
         dropout: Some(Dropout::new(0.25, 1)),
         deterministic: true,
+        batch_invariant: true,
     };
     let by_methods = Attention::new()
         .scale(0.5)
@@ -109,7 +110,8 @@ fn options_as_data_are_those_of_the_methods() {
         .query_lengths([3, 2])
         .key_value_lengths([5, 4])
         .dropout(Dropout::new(0.25, 1))
-        .deterministic(true);
+        .deterministic(true)
+        .batch_invariant(true);
     assert_eq!(by_methods.data().query_offset, QueryOffset::BottomRight);
     assert_eq!(seen(Attention::new().options(options)), seen(by_methods));
 }

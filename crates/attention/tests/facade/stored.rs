@@ -111,6 +111,7 @@ fn options() {
         longest_key: None,
         dropout: Some(Dropout::new(0.1, u64::MAX)),
         deterministic: true,
+        batch_invariant: true,
     });
     let short: Options = serde_json::from_str(r#"{"causal":true}"#).unwrap();
     assert_eq!(short, Options { causal: true, ..Options::default() });
