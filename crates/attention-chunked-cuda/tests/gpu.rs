@@ -114,6 +114,64 @@ fn batch_rows_have_the_bits_of_calls_of_their_own() -> Result {
     Ok(())
 }
 
+/// Where splits of a batch-invariant call have blocks of their own, of a row alone, and where one block goes over
+/// all of them, of the batch: the bits of a row are the same, also where it is computed again because of NaN that
+/// it must not see.
+#[test]
+#[ignore = "needs a GPU"]
+fn splits_of_batch_invariant_calls_have_the_same_bits_either_way() -> Result {
+    let device = device()?;
+    let plain = ChunkedCudaConfig::default();
+    let lengths = vec![4500, 2048, 2049, 100, 4097, 0, 3000, 4096];
+    let sizes = Sizes { batch: 8, queries: 150, keys: 4500, heads: 32, key_heads: 8, width: 64 };
+    let windows = [Window::UNBOUNDED, Window { left: Some(2500), right: None }];
+    for (config, dtype, width) in [
+        (plain.clone(), DType::Bf16, 128),
+        (plain.clone(), DType::F16, 64),
+        (plain.clone(), DType::F32, 64),
+        (plain.clone(), DType::F32, 32),
+        (plain.clone(), DType::F64, 32),
+        (plain.warpgroups(false), DType::Bf16, 64),
+    ] {
+        let backend = ChunkedCudaBackend::on(device.clone(), config);
+        let mut step = Step::new(&device, dtype, Sizes { width, ..sizes }, 11)?;
+        let mut alone = Step::new(&device, dtype, Sizes { width, ..sizes }.alone(), 11)?;
+        for (window, nan_keys) in windows.into_iter().flat_map(|window| [(window, 0), (window, 5)]) {
+            for step in [&mut step, &mut alone] {
+                (step.causal, step.window, step.batch_invariant) = (true, window, true);
+            }
+            // The rows at the end see NaN, the others not.
+            let finite: Vec<i64> = lengths.iter().map(|length| (length - nan_keys).max(0)).collect();
+            let integers = Integers {
+                key_value_lengths: Some(lengths.clone()),
+                query_offset: QueryOffset::BottomRight,
+                ..Integers::default()
+            };
+            let data = Placed::new(&device, Place::Host, &integers)?;
+            let plans = step.plan(&backend, data.data()?)?;
+            step.poison_keys_behind(&finite)?;
+            step.poison()?;
+            step.run(&plans, data.data()?)?;
+            let results = step.results()?;
+            for batch in 0..sizes.batch {
+                alone.take_row(&step, batch)?;
+                alone.poison_keys_behind(&finite[batch..][..1])?;
+                let data = Placed::new(&device, Place::Host, &integers.of_row(batch))?;
+                let plans = alone.plan(&backend, data.data()?)?;
+                alone.run(&plans, data.data()?)?;
+                for (index, (got, want)) in results.iter().zip(alone.results()?).enumerate() {
+                    let bytes = want.len();
+                    assert!(
+                        got[batch * bytes..][..bytes] == want[..],
+                        "{dtype}, {width}, {window}, {nan_keys} keys of NaN: result {index} of row {batch}"
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A decoder: one plan, made before the first token, serves a cache that fills up. Keys behind the length are
 /// NaN.
 #[test]

@@ -157,6 +157,7 @@ pub(crate) struct Step {
     pub(crate) window: Window,
     /// In the place of the range that the offsets of a call have.
     pub(crate) offset_range: Option<OffsetRange>,
+    pub(crate) batch_invariant: bool,
     /// Query, key, value, and the incoming gradient of the output, on the host and on the device.
     data: [Vec<u8>; 4],
     inputs: [Guarded; 4],
@@ -185,6 +186,7 @@ impl Step {
             causal: false,
             window: Window::UNBOUNDED,
             offset_range: None,
+            batch_invariant: false,
             inputs: [
                 send(query, &data[0])?,
                 send(key, &data[1])?,
@@ -215,6 +217,7 @@ impl Step {
         data: CallData<'_>,
     ) -> Result<[Arc<dyn Plan>; 2]> {
         let mut builder = self.with_numbers(data)?.problem().causal(self.causal).window(self.window);
+        builder = builder.batch_invariant(self.batch_invariant);
         if let Some(range) = self.offset_range {
             builder = builder.alignment(Alignment::Offsets(range));
         }
