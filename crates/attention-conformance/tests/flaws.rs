@@ -3,7 +3,7 @@
 mod support;
 
 use attention_conformance::report::{Outcome, Report};
-use attention_conformance::suite::Suite;
+use attention_conformance::suite::{Subject, Suite};
 use attention_core::{DType, Feature, FeatureSet, Pass, PassCapabilities};
 use support::{Flaw, Naive};
 
@@ -231,6 +231,48 @@ fn wrong_sequences_are_found() {
         &[Pass::Forward],
         "made after one with other numbers",
     );
+}
+
+/// Sums that are cut by what else is in the call, or by the layout, are told by their bits.
+#[test]
+fn sequences_that_are_not_batch_invariant_are_found() {
+    let wide = [DType::F64, DType::F32];
+    for (flaw, filter, pass, words) in [
+        (Flaw::DependsOnTheBatch, "batch_invariant/causal", Pass::Forward, "alone"),
+        (Flaw::CutsKeysByTheirBound, "batch_invariant/bottom-right", Pass::Forward, "alone and dense"),
+        (Flaw::CutsKeysByTheirBound, "batch_invariant/width-8-paged", Pass::Forward, "alone and dense"),
+        (Flaw::OrdersRowsByTheirBound, "batch_invariant/width-8-packed", Pass::Backward, "alone and dense"),
+        (Flaw::DependsOnTheLayout, "batch_invariant/width-8-padded", Pass::Forward, "with its sequences as"),
+    ] {
+        fails_in(flaw, filter, &wide, &[pass], words);
+    }
+    // The bits are what is wrong with it, and it is asked for them where the problem asks.
+    let suite = Suite::new().filter("long-width-32-padded").dtypes(wide).passes([Pass::Forward]);
+    let naive = Naive::new(Flaw::CutsKeysByTheirBound);
+    let outcome = |subject: Subject<'_>| suite.run(subject, |_| {}).totals();
+    assert_eq!(outcome(Subject::new(&naive).computes_on_a_device()).failed, suite.list().len());
+    let cases = suite.cases().iter().cloned().map(|mut case| {
+        case.options.batch_invariant = false;
+        case
+    });
+    let plain = Suite::with_cases(cases.collect()).dtypes(wide).passes([Pass::Forward]);
+    let report = plain.run(Subject::new(&naive).computes_on_a_device(), |_| {});
+    assert_eq!(report.totals().passed, plain.list().len());
+}
+
+/// A backend without batch invariance is skipped with the feature, also where it declares everything else.
+#[test]
+fn undeclared_batch_invariance_is_skipped_by_name() {
+    let mut naive = Naive::new(Flaw::None);
+    naive.capabilities.forward = PassCapabilities::new(FeatureSet::all());
+    let cases = attention_conformance::cases::of_batch_invariance();
+    let suite = Suite::with_cases(cases).dtypes([DType::F32]).passes([Pass::Forward]);
+    let report = suite.run(&naive, |_| {});
+    assert_eq!(report.totals().skipped, suite.list().len());
+    for result in &report.results {
+        let Outcome::Skipped { reason } = &result.outcome else { panic!("{result}") };
+        assert!(reason.contains("batch invariant"), "{reason}");
+    }
 }
 
 /// A backend without packed and paged sequences is skipped with the feature, and never passes.

@@ -28,7 +28,9 @@ impl NaivePlan {
             |x: A| if T::DTYPE.size() >= 4 { x } else { A::from_f64(T::from_f64(x.to_f64()).to_f64()) };
 
         for b in 0..d.batch {
+            let reversed = self.flaw == Flaw::OrdersRowsByTheirBound && d.query_length.is_multiple_of(2);
             for t in 0..d.query_length {
+                let t = if reversed { d.query_length - 1 - t } else { t };
                 for n in 0..d.query_heads {
                     let row = [b, t, n];
                     let kv = self.key_head(&problem, n);

@@ -1,6 +1,6 @@
 use std::sync::atomic::Ordering;
 
-use attention_core::{ForwardCall, Role, Scalar};
+use attention_core::{ForwardCall, Role, RowLayout, Scalar};
 
 use super::arithmetic::{Loaded, Real, epsilon, read, write};
 use super::sequences::laid_out;
@@ -32,6 +32,7 @@ impl NaivePlan {
             Flaw::DependsOnStrides => {
                 views.bias.is_some_and(|bias| bias.desc().strides().last().is_some_and(|&stride| stride != 1))
             }
+            Flaw::DependsOnTheLayout => problem.key_layout() != RowLayout::Dense,
             Flaw::DependsOnMaskedMemory => inputs.value.data.iter().any(|x| x.is_nan()),
             // As many as the suite puts into one row, rather than into padding.
             Flaw::DependsOnOtherRows => inputs.query.data.iter().filter(|x| x.is_nan()).count() == 1,
@@ -79,10 +80,12 @@ impl NaivePlan {
                         .filter(|(_, p)| p.to_f64() != 0.0)
                         .collect();
                     for dim in 0..d.value_head_dim {
-                        let mut total = zero;
+                        let mut parts = [zero; 2];
                         for &(j, p) in &weights {
-                            total += p * read::<A>(&inputs.value, &[b, j, kv, dim]);
+                            let part = self.flaw == Flaw::CutsKeysByTheirBound && 2 * j >= d.key_length;
+                            parts[usize::from(part)] += p * read::<A>(&inputs.value, &[b, j, kv, dim]);
                         }
+                        let mut total = parts[0] + parts[1];
                         if self.flaw == Flaw::MaskedByMultiplication {
                             for j in 0..d.key_length {
                                 total += zero * read::<A>(&inputs.value, &[b, j, kv, dim]);
