@@ -104,6 +104,14 @@ fn refusals_name_the_limit_and_the_value() {
             "cudnn does not support deterministic in its backward pass",
         ),
         (
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).batch_invariant(true)),
+            "cudnn does not support batch invariant in its forward pass",
+        ),
+        (
+            refusal(hopper, problem(DType::F16, [1, 8, 2, 64]).gradients(all).batch_invariant(true)),
+            "cudnn does not support batch invariant in its backward pass",
+        ),
+        (
             refusal(Target { capability: (7, 5), ..hopper }, problem(DType::F16, [1, 8, 2, 64])),
             "cudnn does not support compute capability 7.5: cuDNN's fused attention needs 8.0 or more",
         ),
