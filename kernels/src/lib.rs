@@ -7,7 +7,7 @@ pub use variant::{
     DTypeCode, Features, Fused, Helper, KEYS_PER_SPLIT, KeyGradients, Layout, Variant, block_threads,
 };
 
-use DTypeCode::{Bf16, F16, F32, F64};
+use DTypeCode::{Bf16, F8E4M3, F8E5M2, F16, F32, F64};
 use KeyGradients::{Key, KeyAndValue};
 use Layout::{Packed, Paged};
 
@@ -30,6 +30,7 @@ macro_rules! fused {
     ($($part:literal),*) => {
         concat!(
             include_str!("cuda/common/dtypes.cuh"),
+            include_str!("cuda/common/float8.cuh"),
             include_str!("cuda/common/integers.cuh"),
             include_str!("cuda/common/philox.cuh"),
             include_str!("cuda/fused/numbers.cuh"),
@@ -92,6 +93,7 @@ pub const SOURCES: &[Source] = &[
         name: "attention_terms.cu",
         text: concat!(
             include_str!("cuda/common/dtypes.cuh"),
+            include_str!("cuda/common/float8.cuh"),
             include_str!("cuda/common/integers.cuh"),
             include_str!("cuda/common/philox.cuh"),
             include_str!("cuda/cudnn/strides.cuh"),
@@ -112,6 +114,7 @@ pub const SOURCES: &[Source] = &[
             "cuda/fused/online_softmax.cuh",
             "cuda/fused/forward/scheduler.cuh",
             "cuda/fused/forward/pages.cuh",
+            "cuda/fused/forward/widen.cuh",
             "cuda/fused/forward/producer.cuh",
             "cuda/fused/forward/consumer.cuh",
             "cuda/fused/forward/epilogue.cuh",
@@ -181,6 +184,59 @@ pub const SOURCES: &[Source] = &[
                 .stages(1)
                 .layout(Paged)
                 .batch_invariant(true),
+            Fused::new(Bf16, 128).tile(128, 128).warps(8).warpgroups(true).stages(1).eight_bit(Some(F8E4M3)),
+            Fused::new(F16, 64)
+                .tile(192, 128)
+                .warps(12)
+                .warpgroups(true)
+                .stages(1)
+                .layout(Packed)
+                .eight_bit(Some(F8E5M2)),
+            Fused::new(F16, 256)
+                .features(Features::ALL)
+                .tile(128, 64)
+                .warps(8)
+                .warpgroups(true)
+                .stages(1)
+                .layout(Paged)
+                .eight_bit(Some(F8E4M3)),
+            Fused::new(Bf16, 128)
+                .features(Features::LOGITS)
+                .tile(16, 32)
+                .warps(1)
+                .stages(1)
+                .layout(Paged)
+                .eight_bit(Some(F8E4M3)),
+            Fused::new(F16, 96)
+                .features(Features::ALL)
+                .tile(64, 32)
+                .warps(4)
+                .stages(1)
+                .layout(Paged)
+                .eight_bit(Some(F8E5M2)),
+            Fused::new(Bf16, 576)
+                .value(256)
+                .slices(2)
+                .features(Features::LOGITS)
+                .tile(64, 32)
+                .warps(4)
+                .stages(1)
+                .layout(Paged)
+                .eight_bit(Some(F8E4M3)),
+            Fused::new(F32, 64).tile(128, 64).warps(4).stages(1).tf32_split(true).eight_bit(Some(F8E4M3)),
+            Fused::new(F32, 128)
+                .features(Features::LOGITS)
+                .tile(128, 64)
+                .warps(8)
+                .stages(1)
+                .layout(Packed)
+                .eight_bit(Some(F8E5M2)),
+            Fused::new(F64, 32)
+                .features(Features::ALL)
+                .tile(32, 32)
+                .warps(4)
+                .stages(1)
+                .eight_bit(Some(F8E4M3)),
         ]),
     },
     Source {
@@ -196,6 +252,8 @@ pub const SOURCES: &[Source] = &[
             Fused::new(Bf16, 128).warps(1).layout(Paged),
             Fused::new(Bf16, 128).warps(4).batch_invariant(true),
             Fused::new(F64, 576).value(256).slices(2).warps(4).layout(Paged).batch_invariant(true),
+            Fused::new(F16, 64).features(Features::LOGITS).warps(4).eight_bit(Some(F8E5M2)),
+            Fused::new(Bf16, 128).features(Features::LOGITS).warps(1).layout(Paged).eight_bit(Some(F8E4M3)),
         ]),
     },
     Source {

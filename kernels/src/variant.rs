@@ -20,6 +20,10 @@ pub enum DTypeCode {
     U32 = 6,
     /// Signed integers of 64 bits.
     I64 = 7,
+    /// e4m3fn, as the one that follows of keys and values alone.
+    F8E4M3 = 8,
+    /// e5m2.
+    F8E5M2 = 9,
 }
 
 impl DTypeCode {
@@ -153,6 +157,7 @@ pub struct Fused {
     group: usize,
     layout: Layout,
     batch_invariant: bool,
+    eight_bit: Option<DTypeCode>,
 }
 
 impl Fused {
@@ -177,6 +182,7 @@ impl Fused {
             group: 1,
             layout: Layout::Dense,
             batch_invariant: false,
+            eight_bit: None,
         }
     }
 
@@ -266,6 +272,12 @@ impl Fused {
         Self { batch_invariant, ..self }
     }
 
+    /// The dtype of keys and values of 8 bits, `EIGHT_BIT`; `None`, the default, for that of operands.
+    #[must_use]
+    pub const fn eight_bit(self, eight_bit: Option<DTypeCode>) -> Self {
+        Self { eight_bit, ..self }
+    }
+
     /// Threads of a block, `BLOCK`: the bound that the kernel is compiled with, so what it must be launched
     /// with.
     pub const fn threads(&self) -> usize {
@@ -303,6 +315,9 @@ impl Fused {
         }
         if self.batch_invariant {
             defines.push("BATCH_INVARIANT=1".to_owned());
+        }
+        if let Some(dtype) = self.eight_bit {
+            defines.push(format!("EIGHT_BIT={}", dtype.code()));
         }
         defines
     }
@@ -381,6 +396,8 @@ mod tests {
             ("I32", DTypeCode::I32),
             ("U32", DTypeCode::U32),
             ("I64", DTypeCode::I64),
+            ("F8E4M3", DTypeCode::F8E4M3),
+            ("F8E5M2", DTypeCode::F8E5M2),
         ];
         let codes: BTreeMap<_, _> = codes.map(|(name, dtype)| (name, i64::from(dtype.code()))).into();
         assert_eq!(macros(include_str!("cuda/common/dtypes.cuh"), "DTYPE_"), codes);
@@ -444,6 +461,7 @@ mod tests {
             (contain, "GROUP", 1),
             (numbers, "LAYOUT", 0),
             (numbers, "BATCH_INVARIANT", 0),
+            (numbers, "EIGHT_BIT", 0),
         ] {
             assert!(text.contains(&format!("#ifndef {name}\n#define {name} {default}\n#endif")), "{name}");
         }
@@ -474,6 +492,8 @@ mod tests {
             base.layout(Layout::Packed),
             base.layout(Layout::Paged),
             base.batch_invariant(true),
+            base.eight_bit(Some(DTypeCode::F8E4M3)),
+            base.eight_bit(Some(DTypeCode::F8E5M2)),
         ];
         let defines: BTreeSet<_> =
             variants.iter().map(|&fused| Variant::Fused(fused).defines().join(" ")).collect();

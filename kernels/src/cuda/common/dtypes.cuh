@@ -17,6 +17,9 @@
 #define DTYPE_I32 5
 #define DTYPE_U32 6
 #define DTYPE_I64 7
+// Of keys and values beside queries of another dtype alone (common/float8.cuh).
+#define DTYPE_F8E4M3 8
+#define DTYPE_F8E5M2 9
 
 __device__ inline float f16_to_float(unsigned short x) {
     float y;

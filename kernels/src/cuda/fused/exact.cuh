@@ -19,7 +19,7 @@ __device__ inline bool mark_rows(const Parameters &p, unsigned found, int *flags
     return true;
 }
 
-__device__ inline real dot(const element *a, long long a_stride, const element *b, long long b_stride, int width) {
+__device__ inline real dot(const element *a, long long a_stride, const cached *b, long long b_stride, int width) {
     real sum = 0;
     for (int i = threadIdx.x % 32; i < width; i += 32)
         sum = fma(widened(a[i * a_stride]), widened(b[i * b_stride]), sum);
@@ -28,7 +28,7 @@ __device__ inline real dot(const element *a, long long a_stride, const element *
 
 // sums[i] += factor * row[32 * i + lane]
 template <int DEPTH>
-__device__ inline void add_row(real (&sums)[DEPTH / 32], real factor, const element *row, long long stride, int width) {
+__device__ inline void add_row(real (&sums)[DEPTH / 32], real factor, const cached *row, long long stride, int width) {
 #pragma unroll
     for (int i = 0; i < DEPTH / 32; ++i) {
         const int column = 32 * i + threadIdx.x % 32;
@@ -100,7 +100,7 @@ __device__ inline void exact_output(const Parameters &p, const Row &row, long lo
         real slope;
         const real score = exact_score(p, row, b, n, key, slope);
         if (score == -infinity() || (drops(p) && !is_kept(p, dropout, row, key))) continue;
-        const element *const value = at_key(p, p.value, row, b, key, n / p.group) + first_column * p.value.stride[3];
+        const cached *const value = at_key(p, p.value, row, b, key, n / p.group) + first_column * p.value.stride[3];
         add_row<VALUE>(sums, power(exponent_of<HALVES>(score, shift, factor)), value, p.value.stride[3], width);
     }
 }

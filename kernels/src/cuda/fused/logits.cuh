@@ -16,9 +16,9 @@ __device__ inline real logit_of(const Parameters &p, const Row &row, bool visibl
     slope = 1;
     real x;
     if constexpr (HAS_BIAS && !HAS_SOFTCAP && !HAS_ALIBI) {
-        x = fma(product, (real)p.scale, bias);
+        x = fma(product, logit_scale(p, row), bias);
     } else {
-        x = rounded_product(product, (real)p.scale);
+        x = rounded_product(product, logit_scale(p, row));
         if constexpr (HAS_SOFTCAP) {
             if (IS_SINGLE_OPTION || p.softcap > 0) {
                 const real cap = (real)p.softcap, inverse = 1 / cap;

@@ -1,5 +1,5 @@
 // Element types and arithmetic of the fused kernels. DTYPE is the code of the operands' dtype.
-// Needs: common/dtypes.cuh.
+// Needs: common/dtypes.cuh, common/float8.cuh.
 
 #define HALVES (DTYPE >= DTYPE_F16)
 
@@ -31,6 +31,12 @@
 #define LAYOUT_PACKED 1
 #define LAYOUT_PAGED 2
 
+// The dtype of keys and values of 8 bits, DTYPE_F8E4M3 or DTYPE_F8E5M2; 0 where they have that of queries. They are
+// widened to that on their way to shared memory. Of the forward pass.
+#ifndef EIGHT_BIT
+#define EIGHT_BIT 0
+#endif
+
 // Whether products run on warpgroups (wgmma). WARPGROUPS says that tiles and threads are made for it.
 #if HALVES && WARPGROUPS && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define ON_WARPGROUPS 1
@@ -50,6 +56,13 @@ typedef unsigned short element;
 typedef float real;
 #endif
 
+// What keys and values are in global memory.
+#if EIGHT_BIT
+typedef unsigned char cached;
+#else
+typedef element cached;
+#endif
+
 // The consumer threads, which compute. On warpgroups, producer threads follow them, which load operands.
 constexpr int THREADS = 32 * WARPS;
 constexpr int PRODUCER_THREADS = ON_WARPGROUPS ? 128 : 0;
@@ -58,11 +71,11 @@ constexpr int PRODUCER_THREADS = ON_WARPGROUPS ? 128 : 0;
 // compiled for another architecture.
 static_assert(BLOCK == 32 * WARPS + (HALVES && WARPGROUPS ? 128 : 0), "threads that compute, and those that load");
 // Blocks per multiprocessor, at least: eight warps use all registers. As many blocks of one warp as shared
-// memory of compute capability 9.0 has room for at head dimension 128, where keys are in pages: the compiler
-// takes one register more than that allows otherwise.
-constexpr int MIN_BLOCKS = WARPS >= 8                                                    ? 1
-                           : LAYOUT == LAYOUT_PAGED && WARPS == 1 && HEAD + VALUE <= 256 ? 10
-                                                                                         : 8 / WARPS;
+// memory of compute capability 9.0 has room for at head dimension 128, where keys are in pages or have 8 bits: the
+// compiler takes one register more than that allows otherwise.
+constexpr int MIN_BLOCKS = WARPS >= 8                                                                   ? 1
+                           : (LAYOUT == LAYOUT_PAGED || EIGHT_BIT) && WARPS == 1 && HEAD + VALUE <= 256 ? 10
+                                                                                                        : 8 / WARPS;
 
 #if BATCH_INVARIANT
 // The keys of a split of a batch-invariant call, whose splits begin at multiples of it. Each split of a row costs
@@ -183,6 +196,10 @@ __device__ inline real widened(element x) {
     return x;
 #endif
 }
+
+#if EIGHT_BIT
+__device__ inline real widened(unsigned char x) { return byte_to_float<EIGHT_BIT>(x); }
+#endif
 
 __device__ inline element rounded(real x) {
 #if DTYPE == DTYPE_F16

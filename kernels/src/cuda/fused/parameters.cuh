@@ -25,6 +25,13 @@ struct RowLengths {
     int queries, keys;
 };
 
+// The scales of 8-bit keys or values: the address of that of the first head of the first sequence, or null where all
+// heads have one that the host knows; and strides from sequence to sequence and from head to head.
+struct Scales {
+    const float *data;
+    long long batch_stride, head_stride;
+};
+
 struct Parameters {
     Tensor query, key, value, mask, bias, slopes, sinks, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias,
         d_sinks;
@@ -85,7 +92,7 @@ struct Parameters {
     int padding;
     RowLengths lengths[64];
 // Last, and behind what kernels of dense rows take of the host's struct.
-#if LAYOUT != LAYOUT_DENSE
+#if LAYOUT != LAYOUT_DENSE || EIGHT_BIT
     // Where each sequence starts among packed queries and keys, and the last one ends, [B + 1]; null where
     // they are not packed.
     Integers query_starts, key_value_starts;
@@ -97,10 +104,16 @@ struct Parameters {
     // Pages, rows of a page, and keys that a sequence's part of the table holds, 0 where there are no pages.
     long long pages, page_size, most_keys;
 #endif
+// And behind what kernels of wider keys take.
+#if EIGHT_BIT
+    Scales key_scales, value_scales;
+    // Where the scales of all heads are one that the host knows: 1 without any.
+    float key_scale, value_scale;
+#endif
 };
 
-static_assert(sizeof(Tensor) == 40 && sizeof(SequenceRows) == 32 && sizeof(RowLengths) == 8 &&
-                  sizeof(Parameters) == (LAYOUT == LAYOUT_DENSE ? 1544 : 1664),
+static_assert(sizeof(Tensor) == 40 && sizeof(SequenceRows) == 32 && sizeof(RowLengths) == 8 && sizeof(Scales) == 24 &&
+                  sizeof(Parameters) == (EIGHT_BIT ? 1720 : LAYOUT == LAYOUT_DENSE ? 1544 : 1664),
               "the host's layout");
 
 // Bits of `aligned`.

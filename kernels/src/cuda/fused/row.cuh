@@ -18,7 +18,52 @@ struct Row {
     // The sequence's first query row and key among the rows of their tensors.
     int first_query, first_key;
 #endif
+#if EIGHT_BIT
+    // What products are multiplied by to give logits, where these are not left to the softmax (`logit_scale_of`).
+    real logit_scale;
+#endif
 };
+
+// What products of the row are multiplied by. A macro, as the others below.
+#if EIGHT_BIT
+#define logit_scale(p, row) (row).logit_scale
+#else
+#define logit_scale(p, row) (real)(p).scale
+#endif
+
+#if EIGHT_BIT
+
+// The largest finite number.
+#if DTYPE == DTYPE_F64
+constexpr real MOST_REAL = 1.7976931348623157e308;
+#else
+constexpr real MOST_REAL = 3.40282347e38f;
+#endif
+
+// The scale of a key/value head of a sequence, which may be that of packed rows behind the last one.
+__device__ inline float scale_at(const Parameters &p, const Scales &scales, float of_all, long long b, long long head) {
+    if (scales.data == nullptr || b >= p.batch) return of_all;
+    return __ldg(scales.data + b * scales.batch_stride + head * scales.head_stride);
+}
+
+// The scale of the call times that of the keys, rounded once. Finite where that of the keys is: a product of 0 stays
+// 0.
+__device__ inline real logit_scale_of(const Parameters &p, long long b, long long key_head) {
+    const float of_keys = scale_at(p, p.key_scales, p.key_scale, b, key_head);
+    const real scale = (real)(p.scale * (double)of_keys);
+    if (is_finite(scale) || !(fabsf(of_keys) < __int_as_float(0x7f800000))) return scale;
+    return scale > 0 ? MOST_REAL : -MOST_REAL;
+}
+
+// What rows of the output are multiplied by once they are normalised, when no sum overflows that the values do not.
+__device__ inline real value_scale_of(const Parameters &p, long long b, long long key_head) {
+    return scale_at(p, p.value_scales, p.value_scale, b, key_head);
+}
+
+// A zero is positive, whatever the sign of the scale.
+__device__ inline real with_value_scale(real x, real scale) { return x * scale + real(0); }
+
+#endif
 
 // Row t of a batch row and head. Rows past the end are treated as padding. `low` and `high` are not read
 // where `checked` is false.
@@ -55,17 +100,17 @@ __device__ inline Row row_of(const Parameters &p, const Sequence &sequence, long
 // dense rows, as those of sequence.cuh.
 #if LAYOUT == LAYOUT_DENSE
 #define at_query(tensor, row, b, head) at(tensor, b, (row).t, head)
-#define at_key(p, tensor, row, b, key, head) at(tensor, b, key, head)
+#define at_key(p, tensor, row, b, key, head) cached_at(tensor, b, key, head)
 #else
 __device__ inline element *at_query(const Tensor &tensor, const Row &row, long long b, long long head) {
     return at(tensor, b, row.first_query + (long long)row.t, head);
 }
-__device__ inline element *at_key(const Parameters &p, const Tensor &tensor, const Row &row, long long b, int key,
-                                  long long head) {
+__device__ inline const cached *at_key(const Parameters &p, const Tensor &tensor, const Row &row, long long b, int key,
+                                       long long head) {
 #if LAYOUT == LAYOUT_PAGED
-    return at(tensor, page_of(p, b, (unsigned)key), (unsigned)key % (unsigned)p.page_size, head);
+    return cached_at(tensor, page_of(p, b, (unsigned)key), (unsigned)key % (unsigned)p.page_size, head);
 #else
-    return at(tensor, b, row.first_key + (long long)key, head);
+    return cached_at(tensor, b, row.first_key + (long long)key, head);
 #endif
 }
 #endif

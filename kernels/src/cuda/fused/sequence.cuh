@@ -235,6 +235,16 @@ __device__ inline element *at(const Tensor &tensor, long long b, long long posit
            head * tensor.stride[2];
 }
 
+// The same of keys and values.
+#if EIGHT_BIT
+__device__ inline const cached *cached_at(const Tensor &tensor, long long b, long long position, long long head) {
+    return reinterpret_cast<const cached *>(tensor.data) + b * tensor.stride[0] + position * tensor.stride[1] +
+           head * tensor.stride[2];
+}
+#else
+#define cached_at(tensor, b, position, head) at(tensor, b, position, head)
+#endif
+
 #if LAYOUT == LAYOUT_PAGED
 
 // The page of a key of sequence b that exists, and of the keys beside it. There is a page where a key exists.

@@ -107,5 +107,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) sums[i] = 0;
     }
+#if EIGHT_BIT
+    if (!padded && total != 0) {
+        const real value_scale = value_scale_of(p, b, (unsigned)n / (unsigned)p.group);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) sums[i] = with_value_scale(sums[i] * scale, value_scale);
+    }
+    store_row<VALUE>(at(p.out, b, place, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, real(1));
+#else
     store_row<VALUE>(at(p.out, b, place, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, scale);
+#endif
 }

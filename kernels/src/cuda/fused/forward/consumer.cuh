@@ -38,6 +38,11 @@ __device__ inline void begin_rows(const Parameters &p, const ForwardTile &tile, 
         const int row = tile.first_row + row_at<ROWS>(r);
         state.rows[r] = row_of(p, tile.sequence, tile.b, tile.head_of(p, row), tile.t_of(p, row));
     }
+#if EIGHT_BIT
+    const real scale = logit_scale_of(p, tile.b, tile.key_head);
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r) state.rows[r].logit_scale = scale;
+#endif
     clear_sums(state);
 #if BATCH_INVARIANT
 #pragma unroll
@@ -133,6 +138,48 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
     gemm_rs_async<KEYS, VALUE>(state.outputs, weights, shared.value + last * VALUE_TILE);
     warpgroup_wait<0>();
     warpgroup_fence_operand(state.outputs);
+}
+
+#elif EIGHT_BIT
+
+// All threads load and widen. The bytes of the next tile are copied while this one is computed: keys once these are
+// widened, and values likewise.
+__device__ inline void consume(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
+                               ForwardRows &state) {
+    const real factor = power_factor(p);
+    RowMaskBias<ROWS, KEYS> mask_bias;
+    load_queries(p, tile, shared.query);
+    KeyPages pages = pages_of(p, tile, tile.from);
+    stage_keys(p, tile, tile.from, pages, shared);
+    stage_values(p, tile, tile.from, pages, shared);
+    pages = pages_of(p, tile, tile.from + KEYS);
+    for (int first = tile.from; first < tile.to; first += KEYS) {
+        // Every step begins as many copies, so that waits count them: those past the last key are of zeros.
+        const KeyPages next = pages_of(p, tile, first + 2 * KEYS);
+        cp_async_wait<1>();
+        widen_tile<HEAD>(*shared.staged_key, shared.key);
+        stage_keys(p, tile, first + KEYS, pages, shared);
+        const auto widen_values = [&] {
+            cp_async_wait<1>();
+            widen_tile<VALUE>(*shared.staged_value, shared.value);
+            stage_values(p, tile, first + KEYS, pages, shared);
+        };
+        if constexpr (!SHARES_TILE) widen_values();
+        __syncthreads();
+        real logits[row_slots<ROWS>()][column_slots<KEYS>()], scores_scale[row_slots<ROWS>()];
+        read_mask_and_bias(p, state, first, mask_bias);
+        gemm_ss<ROWS, KEYS, HEAD>(logits, shared.query, shared.key);
+        if constexpr (SHARES_TILE) {
+            __syncthreads();
+            widen_values();
+        }
+        if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale)) rescale(state, scores_scale);
+        if constexpr (SHARES_TILE) __syncthreads();
+        gemm_rs<ROWS, KEYS, VALUE>(state.outputs, logits, shared.value, shared.workspace);
+        __syncthreads();
+        pages = next;
+    }
+    cp_async_wait<0>();
 }
 
 #else

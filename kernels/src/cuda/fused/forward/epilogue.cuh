@@ -38,6 +38,9 @@ __device__ inline real *partial_state(const Parameters &p, const ForwardTile &ti
 // Stores the rows of the thread, but for those of the tile that `is_computed_again` has.
 __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, const ForwardRows &state,
                                   bool any_again, const int *is_computed_again) {
+#if EIGHT_BIT
+    const real value_scale = value_scale_of(p, tile.b, tile.key_head);
+#endif
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         if (!tile.is_stored(row_at<ROWS>(r))) continue;
@@ -72,8 +75,13 @@ __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, 
 #pragma unroll
         for (int c = 0; c < output_slots<VALUE>(); c += NEIGHBOURS) {
             const int column = output_column_at<VALUE>(c);
+#if EIGHT_BIT
+            const real low = zero ? real(0) : with_value_scale(state.outputs[r][c] * scale, value_scale),
+                       high = zero ? real(0) : with_value_scale(state.outputs[r][c + 1] * scale, value_scale);
+#else
             const real low = zero ? real(0) : state.outputs[r][c] * scale,
                        high = zero ? real(0) : state.outputs[r][c + 1] * scale;
+#endif
             store_pair(to_row, column, tile.width, p.out.stride[3], p.aligned & ALIGNED_OUT, low, high);
         }
     }
@@ -83,7 +91,10 @@ __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, 
 // are summed in another order here, and weights are relative to the row max of the same products.
 __device__ inline void store_exact_row(const Parameters &p, const ForwardTile &tile, int local_row) {
     const long long n = tile.head_of(p, tile.first_row + local_row), t = tile.t_of(p, tile.first_row + local_row);
-    const Row whole = row_of(p, tile.sequence, tile.b, n, t);
+    Row whole = row_of(p, tile.sequence, tile.b, n, t);
+#if EIGHT_BIT
+    whole.logit_scale = logit_scale_of(p, tile.b, tile.key_head);
+#endif
     real maximum, total, sums[VALUE / 32];
     exact_softmax(p, whole, tile.b, n, tile.from, tile.to, maximum, total);
     exact_output(p, whole, tile.b, n, tile.from, tile.to, maximum, tile.first_column, tile.width, sums);
@@ -99,6 +110,14 @@ __device__ inline void store_exact_row(const Parameters &p, const ForwardTile &t
         }
     }
     if (p.splits == 1) {
+#if EIGHT_BIT
+        const real value_scale = value_scale_of(p, tile.b, tile.key_head);
+#pragma unroll
+        for (int i = 0; i < VALUE / 32; ++i) sums[i] = with_value_scale(sums[i] * scale, value_scale);
+        store_row<VALUE>(at(p.out, tile.b, place, n) + tile.first_column * p.out.stride[3], p.out.stride[3],
+                         tile.width, sums, real(1));
+        return;
+#endif
         store_row<VALUE>(at(p.out, tile.b, place, n) + tile.first_column * p.out.stride[3], p.out.stride[3],
                          tile.width, sums, scale);
         return;

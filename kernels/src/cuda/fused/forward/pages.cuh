@@ -56,6 +56,8 @@ __device__ inline RowOffsets offsets_of(const Parameters &p, const Tensor &tenso
     return offsets;
 }
 
+#if !EIGHT_BIT
+
 // Keys from `first` to before `end`, as load_rows has them. By whole warps.
 template <int DEPTH>
 __device__ inline void load_pages(const Parameters &p, element *tile, const Tensor &tensor, const KeyPages &pages, long long b,
@@ -124,5 +126,7 @@ __device__ inline void load_pages(const Parameters &p, element *tile, const Tens
             width, tensor.stride[3], aligned, tensor.data);
     }
 }
+
+#endif
 
 #endif

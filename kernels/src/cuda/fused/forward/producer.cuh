@@ -1,13 +1,24 @@
 // Loads of the forward kernel, from global to shared memory. On warpgroups (wgmma), producer threads of their
 // own run them, two tiles of keys and values ahead of the consumers; elsewhere all threads do.
-// Needs: fused/forward/pages.cuh, fused/fragments.cuh, fused/pipeline.cuh.
+// Needs: fused/forward/pages.cuh, fused/forward/widen.cuh, fused/fragments.cuh, fused/pipeline.cuh.
 
 // Tiles of keys, and of values, in shared memory.
 constexpr int STAGES_OF_KEYS = ON_WARPGROUPS ? 2 : 1;
 constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
 
+#if EIGHT_BIT
+// Whether keys and values take turns in one tile, which leaves room for more blocks: of one warp, to which a barrier is
+// nothing.
+constexpr bool SHARES_TILE = WARPS == 1;
+#endif
+
 struct SharedTiles {
     element *query, *key, *value;
+#if EIGHT_BIT
+    // Behind the tiles.
+    Staged<HEAD> *staged_key;
+    Staged<VALUE> *staged_value;
+#endif
     // Behind the tiles: mbarriers on warpgroups, elsewhere what gemm_rs exchanges between threads.
     real *workspace;
 };
@@ -17,7 +28,16 @@ __device__ inline SharedTiles shared_tiles(unsigned char *memory) {
     shared.query = reinterpret_cast<element *>(memory);
     shared.key = shared.query + tile_size<ROWS, HEAD>();
     shared.value = shared.key + STAGES_OF_KEYS * KEY_TILE;
+#if EIGHT_BIT
+    if constexpr (SHARES_TILE) shared.value = shared.key;
+    element *const end =
+        SHARES_TILE ? shared.key + max(KEY_TILE, VALUE_TILE) : shared.value + STAGES_OF_KEYS * VALUE_TILE;
+    shared.staged_key = reinterpret_cast<Staged<HEAD> *>(end);
+    shared.staged_value = reinterpret_cast<Staged<VALUE> *>(shared.staged_key + 1);
+    shared.workspace = reinterpret_cast<real *>(shared.staged_value + 1);
+#else
     shared.workspace = reinterpret_cast<real *>(shared.value + STAGES_OF_KEYS * VALUE_TILE);
+#endif
     return shared;
 }
 
@@ -39,6 +59,23 @@ __device__ inline void load_queries(const Parameters &p, const ForwardTile &tile
 }
 
 // Keys, and values, from `first` on, whose pages are given.
+#if EIGHT_BIT
+
+__device__ inline void stage_keys(const Parameters &p, const ForwardTile &tile, int first, const KeyPages &pages,
+                                  const SharedTiles &shared) {
+    stage_rows<HEAD>(p, *shared.staged_key, p.key, tile, pages, first, p.head_dim, p.aligned & ALIGNED_KEY, 0);
+    cp_async_commit();
+}
+
+__device__ inline void stage_values(const Parameters &p, const ForwardTile &tile, int first, const KeyPages &pages,
+                                    const SharedTiles &shared) {
+    stage_rows<VALUE>(p, *shared.staged_value, p.value, tile, pages, first, tile.width, p.aligned & ALIGNED_VALUE,
+                      tile.first_column);
+    cp_async_commit();
+}
+
+#else
+
 __device__ inline void load_keys(const Parameters &p, const ForwardTile &tile, int first, const KeyPages &pages,
                                  element *to) {
 #if LAYOUT == LAYOUT_PAGED
@@ -61,6 +98,8 @@ __device__ inline void load_values(const Parameters &p, const ForwardTile &tile,
                                            tile.first_column);
 #endif
 }
+
+#endif
 
 #if ON_WARPGROUPS
 
@@ -91,6 +130,42 @@ __device__ inline ForwardPipeline forward_pipeline(const SharedTiles &shared) {
     return pipeline;
 }
 
+#if EIGHT_BIT
+
+// All that a producer thread does: half of them load keys, the others queries and values. Bytes of the next tile are
+// copied while those of this one wait for a stage.
+__device__ inline void produce(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
+                               const ForwardPipeline &pipeline) {
+    if (tile.from >= tile.to) return;
+    const KeyPages pages = pages_of(p, tile, tile.from);
+    if (threadIdx.x < THREADS + LOADING_THREADS) {
+        stage_keys(p, tile, tile.from, pages, shared);
+        for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
+            const KeyPages next = pages_of(p, tile, first + KEYS);
+            if (p.pack_gqa == 1) prefetch_mask_and_bias<ROWS, KEYS>(p, tile.b, tile.first_head, tile.first_row, first);
+            cp_async_wait<0>();
+            mbarrier_wait(pipeline.key_empty + step % 2, step / 2 - 1);
+            widen_tile<HEAD>(*shared.staged_key, shared.key + step % 2 * KEY_TILE);
+            mbarrier_arrive_after_copies(pipeline.key_full + step % 2);
+            if (first + KEYS < tile.to) stage_keys(p, tile, first + KEYS, next, shared);
+        }
+    } else {
+        load_queries(p, tile, shared.query);
+        mbarrier_arrive_after_copies(pipeline.query_full);
+        stage_values(p, tile, tile.from, pages, shared);
+        for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
+            const KeyPages next = pages_of(p, tile, first + KEYS);
+            cp_async_wait<0>();
+            mbarrier_wait(pipeline.value_empty + step % 2, step / 2 - 1);
+            widen_tile<VALUE>(*shared.staged_value, shared.value + step % 2 * VALUE_TILE);
+            mbarrier_arrive_after_copies(pipeline.value_full + step % 2);
+            if (first + KEYS < tile.to) stage_values(p, tile, first + KEYS, next, shared);
+        }
+    }
+}
+
+#else
+
 // All that a producer thread does: half of them load keys, the others queries and values.
 __device__ inline void produce(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
                                const ForwardPipeline &pipeline) {
@@ -116,5 +191,7 @@ __device__ inline void produce(const Parameters &p, const ForwardTile &tile, con
         }
     }
 }
+
+#endif
 
 #endif
