@@ -7,10 +7,13 @@ use cudarc::driver::CudaStream;
 
 use crate::owned::check_streams;
 
+/// The roles that tensors of a call have, those of scales behind the others.
+const ROLES: usize = Role::ALL.len() + Role::SCALES.len();
+
 /// An address for each role; 0 for the tensors that a call has not, and for numbers ([`Role::is_data`]) in
 /// host memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Addresses([u64; Role::ALL.len()]);
+pub struct Addresses([u64; ROLES]);
 
 impl Addresses {
     /// Of a forward call.
@@ -59,6 +62,8 @@ impl Addresses {
             (Role::QueryStarts, &data.query_starts),
             (Role::KeyValueStarts, &data.key_value_starts),
             (Role::BlockTable, &data.block_table),
+            (Role::KeyScales, &data.key_scales),
+            (Role::ValueScales, &data.value_scales),
         ] {
             all.read(role, view.as_ref().filter(|view| view.device() != Device::Cpu));
         }
@@ -80,7 +85,7 @@ impl Addresses {
 
     /// The tensors of the call, with their addresses.
     pub fn iter(&self) -> impl Iterator<Item = (Role, u64)> {
-        Role::ALL.into_iter().zip(self.0).filter(|&(_, address)| address != 0)
+        Role::ALL.into_iter().chain(Role::SCALES).zip(self.0).filter(|&(_, address)| address != 0)
     }
 
     /// Checks that the tensors, and the scratch at this address, may be used by work on this stream:
@@ -115,13 +120,22 @@ mod tests {
             query_offsets: on_device(2),
             dropout_seed: on_device(3),
             dropout_offset: on_device(4),
+            key_scales: View::from_slice(&data, [1]).ok(),
+            value_scales: on_device(5),
             ..CallData::default()
         };
         let inputs = Inputs { data, ..Inputs::new(view, view, view) };
         let out = ViewMut::from_slice(&mut out, [1; 4]).unwrap();
         let all = Addresses::of_forward(&inputs, &mut ForwardOutputs { out, lse: None });
         assert_eq!(Role::DATA.map(|role| all.at(role)), [4096, 0, 2 * 4096, 3 * 4096, 4 * 4096]);
-        let numbers = [Role::QueryLengths, Role::QueryOffsets, Role::DropoutSeed, Role::DropoutOffset];
+        assert_eq!(Role::SCALES.map(|role| all.at(role)), [0, 5 * 4096]);
+        let numbers = [
+            Role::QueryLengths,
+            Role::QueryOffsets,
+            Role::DropoutSeed,
+            Role::DropoutOffset,
+            Role::ValueScales,
+        ];
         assert!(all.iter().map(|(role, _)| role).filter(|role| role.is_data()).eq(numbers));
     }
 

@@ -1,5 +1,5 @@
 //! Numbers of a call in host memory that kernels read from device memory: those of many batch rows, offsets
-//! by batch row, starts of sequences and block tables. A kernel stores them in the call's scratch, so that a
+//! by batch row, starts of sequences, block tables, and scales of more than one head. A kernel stores them in the call's scratch, so that a
 //! captured graph holds them and the host keeps nothing.
 
 use std::sync::Arc;
@@ -35,8 +35,11 @@ unsafe impl DeviceRepr for StoreNumbers {}
 
 const _: () = assert!(size_of::<StoreNumbers>() == 2064);
 
-/// The roles whose numbers may be stored, in the order in which they are.
-const STORED: [Role; 6] = [
+/// The roles whose numbers may be stored, in the order in which they are: scales first, which calls have
+/// whatever their sequences are.
+const STORED: [Role; 8] = [
+    Role::KeyScales,
+    Role::ValueScales,
     Role::QueryLengths,
     Role::KeyValueLengths,
     Role::QueryOffsets,
@@ -54,7 +57,7 @@ pub struct StoredNumbers {
 
 impl StoredNumbers {
     /// Lengths of more batch rows than are a part of the kernels' parameters, offsets of more than one batch
-    /// row, starts and block tables, where they are in host memory.
+    /// row, starts, block tables and scales of heads, where they are in host memory.
     pub fn of(problem: &Problem) -> Self {
         let batch = problem.dims().batch;
         let counts = STORED.map(|role| {
@@ -65,7 +68,8 @@ impl StoredNumbers {
                 _ => 0,
             };
             let count = || desc.shape().iter().fold(1, |count: usize, &size| count.saturating_mul(size));
-            if inline == 0 || batch > inline { count() } else { 0 }
+            let is_one = Role::SCALES.contains(&role) && desc.shape()[..] == [1];
+            if !is_one && (inline == 0 || batch > inline) { count() } else { 0 }
         });
         Self { counts }
     }
@@ -91,11 +95,18 @@ impl StoredNumbers {
         })
     }
 
-    /// Calls `visit` with the numbers of a call, role by role.
-    fn for_each(self, problem: &CallProblem<'_>, mut visit: impl FnMut(i64)) {
-        let batch = problem.dims().batch;
-        for (role, count) in self.roles() {
+    /// Calls `visit` with the numbers of a call, role by role; with scales alone where those of the sequences
+    /// are not read.
+    fn for_each(self, problem: &CallProblem<'_>, of_sequences: bool, mut visit: impl FnMut(i64)) {
+        let (batch, heads) = (problem.dims().batch, problem.dims().key_heads);
+        for (role, count) in self.roles().filter(|(role, _)| of_sequences || Role::SCALES.contains(role)) {
             match role {
+                Role::KeyScales => {
+                    scales(count, heads, |batch, head| problem.key_scale(batch, head), &mut visit)
+                }
+                Role::ValueScales => {
+                    scales(count, heads, |batch, head| problem.value_scale(batch, head), &mut visit);
+                }
                 // Lengths and rows are at most those of tensors, so they fit.
                 Role::QueryLengths => (0..batch).for_each(|batch| visit(problem.query_len(batch) as i64)),
                 Role::KeyValueLengths => {
@@ -111,13 +122,14 @@ impl StoredNumbers {
 
     /// The arguments of the launches that store the numbers of a call.
     fn launches(self, problem: &CallProblem<'_>, start: u64) -> Vec<StoreNumbers> {
-        // Kernels read numbers only where batch rows differ.
-        if self.roles().next().is_none() || uniform_sequence(problem).is_some() {
+        if self.roles().next().is_none() {
             return Vec::new();
         }
+        // Kernels read those of sequences only where batch rows differ.
+        let of_sequences = uniform_sequence(problem).is_none();
         let mut launches: Vec<StoreNumbers> = Vec::new();
         let mut index = 0;
-        self.for_each(problem, |number| {
+        self.for_each(problem, of_sequences, |number| {
             let (launch, place) = (index / MOST_NUMBERS, index % MOST_NUMBERS);
             if place == 0 {
                 let to = start + (index * size_of::<i64>()) as u64;
@@ -128,6 +140,13 @@ impl StoredNumbers {
             index += 1;
         });
         launches
+    }
+}
+
+/// Scales of heads, `count` in all, each as the lower four of eight bytes.
+fn scales(count: usize, heads: usize, at: impl Fn(usize, usize) -> f32, visit: &mut impl FnMut(i64)) {
+    for index in 0..count {
+        visit(at(index / heads, index % heads).to_bits().into());
     }
 }
 

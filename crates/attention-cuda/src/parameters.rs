@@ -20,6 +20,8 @@ pub fn dtype_code(dtype: DType) -> DTypeCode {
         DType::I32 => DTypeCode::I32,
         DType::U32 => DTypeCode::U32,
         DType::I64 => DTypeCode::I64,
+        DType::F8E4M3 => DTypeCode::F8E4M3,
+        DType::F8E5M2 => DTypeCode::F8E5M2,
         other => unreachable!("no tensor of floats or integers is {other} in a checked problem"),
     }
 }
@@ -90,6 +92,41 @@ struct InlineLengths([RowLengths; INLINE_ROWS]);
 impl Default for InlineLengths {
     fn default() -> Self {
         Self([RowLengths::default(); INLINE_ROWS])
+    }
+}
+
+/// The scales of 8-bit keys or values, `Scales` of the kernels.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Scales {
+    /// The address of that of the first head of the first sequence; 0 where all heads have one that the host
+    /// knows.
+    data: u64,
+    batch_stride: i64,
+    head_stride: i64,
+}
+
+impl Scales {
+    /// Those of a role in a problem's calls, without an address. Zeros where the problem has none in device
+    /// memory.
+    fn of(problem: &Problem, role: Role) -> Self {
+        let Some(desc) = problem.tensor(role).filter(|_| is_on_device(problem, role)) else {
+            return Self::default();
+        };
+        let strides = desc.strides();
+        match desc.shape()[..] {
+            [1] => Self::default(),
+            [_] => Self { head_stride: strides[0] as i64, ..Self::default() },
+            _ => Self { batch_stride: strides[0] as i64, head_stride: strides[1] as i64, ..Self::default() },
+        }
+    }
+
+    /// As [`StoredNumbers`] has them, the upper half of eight bytes unused.
+    fn stored_at(problem: &Problem, role: Role, address: u64) -> Self {
+        let shape = problem.tensor(role).map(TensorDesc::shape);
+        let heads = shape.and_then(|shape| shape.last().copied()).unwrap_or(0) as i64;
+        let batch_stride = if shape.is_some_and(|shape| shape.rank() == 2) { 2 * heads } else { 0 };
+        Self { data: address, batch_stride, head_stride: 2 }
     }
 }
 
@@ -192,13 +229,19 @@ pub struct Parameters {
     page_size: i64,
     /// Keys that a sequence's part of the table holds; 0 where there are no pages.
     most_keys: i64,
+    /// From here on, of 8-bit keys and values alone.
+    key_scales: Scales,
+    value_scales: Scales,
+    /// Where [`Scales`] have no address; 1 without scales.
+    key_scale: f32,
+    value_scale: f32,
 }
 
 // SAFETY: plain numbers, in the layout of the struct of the same name in the kernels; the size is asserted on
 // both sides.
 unsafe impl DeviceRepr for Parameters {}
 
-const _: () = assert!(size_of::<Parameters>() == 1664);
+const _: () = assert!(size_of::<Parameters>() == 1720);
 
 /// Whether rows of a tensor can be read 16 bytes at a time, as far as its layout says.
 fn has_aligned_rows(desc: &TensorDesc) -> bool {
@@ -338,6 +381,9 @@ impl Parameters {
         for role in Role::SEQUENCES {
             *self.integers(role) = Integers::of(problem, role);
         }
+        for role in Role::SCALES {
+            *self.scales(role) = Scales::of(problem, role);
+        }
         let size = |role: Role, axis: usize| problem.tensor(role).map_or(0, |desc| desc.shape()[axis] as i64);
         if problem.query_layout() == RowLayout::Packed {
             self.query_rows = size(Role::Query, 1);
@@ -366,6 +412,7 @@ impl Parameters {
         if let Some(stream) = problem.dropout_stream() {
             (self.drop_key, self.drop_offset) = stream.words();
         }
+        self.set_scales(problem, stored);
         if let Some(uniform) = uniform_sequence(problem) {
             self.uniform_sequence = uniform;
             return;
@@ -390,10 +437,37 @@ impl Parameters {
             }
         }
         for (role, address) in StoredNumbers::of(problem).places(stored) {
+            if Role::SCALES.contains(&role) {
+                continue;
+            }
             *self.integers(role) = Integers::stored_at(address);
             if role == Role::BlockTable {
                 self.block_table_row = problem.tensor(role).map_or(0, |table| table.shape()[1] as i64);
             }
+        }
+    }
+
+    /// Sets the scales of 8-bit keys and values that the host knows: one of all heads, or where those of each
+    /// are stored.
+    fn set_scales(&mut self, problem: &CallProblem<'_>, stored: u64) {
+        let is_one = |role: Role| problem.tensor(role).is_some_and(|scales| scales.shape()[..] == [1]);
+        self.key_scale = if is_one(Role::KeyScales) { problem.key_scale(0, 0) } else { 1.0 };
+        self.value_scale = if is_one(Role::ValueScales) { problem.value_scale(0, 0) } else { 1.0 };
+        if !Role::SCALES.into_iter().any(|role| problem.has(role)) {
+            return;
+        }
+        for (role, address) in StoredNumbers::of(problem).places(stored) {
+            if Role::SCALES.contains(&role) {
+                *self.scales(role) = Scales::stored_at(problem, role, address);
+            }
+        }
+    }
+
+    fn scales(&mut self, role: Role) -> &mut Scales {
+        match role {
+            Role::KeyScales => &mut self.key_scales,
+            Role::ValueScales => &mut self.value_scales,
+            _ => unreachable!("{role} is no scale"),
         }
     }
 
@@ -407,7 +481,7 @@ impl Parameters {
             Role::QueryStarts => &mut self.query_starts,
             Role::KeyValueStarts => &mut self.key_value_starts,
             Role::BlockTable => &mut self.block_table,
-            _ => unreachable!("{role} is a tensor"),
+            _ => unreachable!("{role} is a tensor, or a scale"),
         }
     }
 
@@ -434,6 +508,10 @@ impl Parameters {
 
     /// Puts the address of a tensor in its place. Rows count as aligned only where the address is too.
     pub fn set(&mut self, role: Role, address: u64) {
+        if Role::SCALES.contains(&role) {
+            self.scales(role).data = address;
+            return;
+        }
         if role.is_data() {
             self.integers(role).data = address;
             return;

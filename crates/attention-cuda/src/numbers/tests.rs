@@ -84,6 +84,37 @@ fn numbers_that_are_alike_are_not_stored() {
     assert!(StoredNumbers::of(&problem).launches(&call, 0).is_empty());
 }
 
+/// Scales of heads are stored whether or not batch rows differ, and that of all heads is a part of the
+/// parameters.
+#[test]
+fn scales_of_heads_are_stored() {
+    let query = TensorDesc::contiguous(DType::Bf16, [3, 8, 4, 32]);
+    let key = TensorDesc::contiguous(DType::F8E4M3, [3, 8, 2, 32]);
+    let (of_all, of_heads, of_each) = ([3.5f32], [0.5f32, -2.0], [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    let bits = |scales: &[f32]| scales.iter().map(|scale| i64::from(scale.to_bits())).collect::<Vec<_>>();
+    for lengths in [[8i32; 3], [0, 1, 2]] {
+        let data = CallData {
+            key_scales: Some(View::from_slice(&of_each, [3, 2]).unwrap()),
+            value_scales: Some(View::from_slice(&of_heads, [2]).unwrap()),
+            key_value_lengths: Some(View::from_slice(&lengths, [3]).unwrap()),
+            ..CallData::default()
+        };
+        let problem = Problem::builder(query, key, key).device(Device::Cuda(0)).data(&data).build().unwrap();
+        let call = CallProblem::new(&problem, &data).unwrap();
+        let stored = StoredNumbers::of(&problem);
+        assert_eq!(stored.bytes(), Some((6 + 2) * 8));
+        let places: Vec<(Role, u64)> = stored.places(64).collect();
+        assert_eq!(places, [(Role::KeyScales, 64), (Role::ValueScales, 64 + 48)]);
+        let launches = stored.launches(&call, 64);
+        assert_eq!(launches.len(), 1);
+        let all = &launches[0].numbers[..launches[0].count as usize];
+        assert_eq!(all, [bits(&of_each), bits(&of_heads)].concat());
+    }
+    let data = CallData { key_scales: Some(View::from_slice(&of_all, [1]).unwrap()), ..CallData::default() };
+    let problem = Problem::builder(query, key, key).device(Device::Cuda(0)).data(&data).build().unwrap();
+    assert_eq!(StoredNumbers::of(&problem).bytes(), Some(0));
+}
+
 #[test]
 fn starts_and_the_entries_that_keys_need_are_stored() {
     let (starts, lengths) = ([0i64, 2, 2, 5], [5i32, 0, 8]);

@@ -30,6 +30,7 @@ fn structs_are_laid_out_as_in_the_kernels() {
     assert_laid_out!(text, Integers: data, stride, dtype, padding);
     assert_laid_out!(text, SequenceRows: offset, low, high, queries, keys);
     assert_laid_out!(text, RowLengths: queries, keys);
+    assert_laid_out!(text, Scales: data, batch_stride, head_stride);
     let (tensor, size, _) = laid_out(text, "Tensor");
     assert_eq!((tensor[1].1, size), (offset_of!(Tensor, stride), size_of::<Tensor>()));
     // The host has the tensors as an array.
@@ -98,7 +99,11 @@ fn structs_are_laid_out_as_in_the_kernels() {
         key_rows,
         pages,
         page_size,
-        most_keys
+        most_keys,
+        key_scales,
+        value_scales,
+        key_scale,
+        value_scale
     );
     assert_eq!(fields[ROLES..], expected);
     assert!(text.contains(&format!("RowLengths lengths[{INLINE_ROWS}];")));
@@ -307,6 +312,40 @@ fn numbers_in_device_memory_are_found_by_their_role() {
     assert_eq!((p.query_lengths, p.dropout_offset), (Integers::default(), Integers::default()));
     assert_eq!((p.rows_vary, p.has_lengths, p.most_offset), (1, 0, OffsetRange::NEAR));
     // No tensor lost the bit that says that its rows are aligned.
+    assert_eq!(p.aligned & 7, 7);
+}
+
+#[test]
+fn scales_are_found_wherever_they_are() {
+    let query = TensorDesc::contiguous(DType::F16, [BATCH, 1, 4, 16]);
+    let key = TensorDesc::contiguous(DType::F8E5M2, [BATCH, 9, 2, 16]);
+    let builder = Problem::builder(query, key, key).device(Device::Cuda(0));
+    let (one, each) = ([0.25f32], [1.0f32; 2 * BATCH]);
+    // In host memory: one is a part of the parameters, others are stored.
+    let data = CallData {
+        key_scales: Some(View::from_slice(&one, [1]).unwrap()),
+        value_scales: Some(View::from_slice(&each, [BATCH, 2]).unwrap()),
+        ..CallData::default()
+    };
+    let problem = builder.clone().data(&data).build().unwrap();
+    let p = ProblemParameters::new(&problem).of_call(&CallProblem::new(&problem, &data).unwrap(), 512);
+    assert_eq!((p.key_scales, p.key_scale), (Scales::default(), 0.25));
+    assert_eq!(p.value_scales, Scales { data: 512, batch_stride: 4, head_stride: 2 });
+    // In device memory.
+    let strided = TensorDesc::strided(DType::F32, [BATCH, 2], [-7, 3]).unwrap();
+    let heads = TensorDesc::strided(DType::F32, [2], [5]).unwrap();
+    let problem = builder.clone().key_scales(strided).value_scales(heads).build().unwrap();
+    let mut p = ProblemParameters::new(&problem).of_call(&CallProblem::at_bounds(&problem), 512);
+    p.set(Role::KeyScales, 640);
+    p.set(Role::ValueScales, 644);
+    assert_eq!(p.key_scales, Scales { data: 640, batch_stride: -7, head_stride: 3 });
+    assert_eq!(p.value_scales, Scales { data: 644, batch_stride: 0, head_stride: 5 });
+    let problem = builder.key_scales(TensorDesc::contiguous(DType::F32, [1])).build().unwrap();
+    let mut p = ProblemParameters::new(&problem).of_call(&CallProblem::at_bounds(&problem), 512);
+    p.set(Role::KeyScales, 640);
+    assert_eq!(p.key_scales, Scales { data: 640, ..Scales::default() });
+    assert_eq!((p.value_scales, p.value_scale), (Scales::default(), 1.0));
+    // Rows of 16 bytes are aligned.
     assert_eq!(p.aligned & 7, 7);
 }
 
