@@ -53,13 +53,15 @@ if [[ -n ${DEVICE_TESTS:-} && $only != suite && $only != speed ]]; then
 fi
 
 families="layout values random position pair tile large bias mask groups small lengths head-dim value-head-dim end-to-end dropout
-    results scale softcap alibi sinks magnitude bits choices packed paged"
+    results scale softcap alibi sinks magnitude bits choices packed paged eight_bit"
 {
     for family in $families; do
         for pass in backward forward; do
-            # Keys in pages have no backward pass.
-            if [[ $family == paged && $pass == backward ]]; then continue; fi
+            # Keys in pages, and those of 8 bits, have no backward pass.
+            if [[ $family == paged || $family == eight_bit ]] && [[ $pass == backward ]]; then continue; fi
             for dtype in f64 f32 f16 bf16; do echo "suite chunked-cuda $dtype $pass $family/"; done
+            # cuDNN is given none of 8 bits.
+            if [[ $family == eight_bit ]]; then continue; fi
             for dtype in f16 bf16; do echo "suite cudnn $dtype $pass $family/"; done
         done
     done
@@ -76,6 +78,10 @@ families="layout values random position pair tile large bias mask groups small l
     fi
     if command -v compute-sanitizer >/dev/null; then
         echo "sanitized memcheck chunked-cuda bf16 forward paged/shared"
+        for dtype in f32 bf16; do
+            echo "sanitized memcheck chunked-cuda $dtype forward eight_bit/paged-layout"
+            echo "sanitized racecheck chunked-cuda $dtype forward eight_bit/f8e4m3-tiles"
+        done
     fi
     for dtype in f64 f32 f16 bf16; do echo "golden chunked-cuda $dtype"; done
     for dtype in f16 bf16; do echo "golden cudnn $dtype"; done
@@ -85,7 +91,8 @@ families="layout values random position pair tile large bias mask groups small l
             for dtype in f32 bf16; do echo "hidden $dtype $pass $family/"; done
         done
         # Of packed sequences, those with enough rows for every tile.
-        for family in tile/ large/ values/ mask/ bias/ sinks/ magnitude/ head-dim/ choices/ end-to-end/ packed/l; do
+        for family in tile/ large/ values/ mask/ bias/ sinks/ magnitude/ head-dim/ choices/ end-to-end/ packed/l eight_bit/; do
+            if [[ $family == eight_bit/ && $pass == backward ]]; then continue; fi
             echo "suite chunked-cuda-without-split-f32 f32 $pass $family"
             for dtype in f16 bf16; do echo "suite chunked-cuda-without-warpgroups $dtype $pass $family"; done
         done

@@ -4,7 +4,7 @@
 use attention_core::{DType, Dims, Role};
 
 use super::case::Edit;
-use super::packed::{OPTIONS, everything, of_lengths};
+use super::packed::{OPTIONS, everything, of_lengths, of_tiles};
 use super::{Case, EightBit, KeyRows, Layout, Layouts, ScaleShape, Sequences, Values, dims};
 use crate::rng::Rng;
 use crate::tensor::HostTensor;
@@ -122,6 +122,7 @@ fn sizes(cases: &mut Vec<Case>) {
         ("decode-long", [1, 1, 5000, 2, 1, 16]),
         ("few-rows", [1, 5, 70, 1, 1, 19]),
         ("tiles", [2, 150, 170, 2, 1, 64]),
+        ("tiles-and-long-keys", [1, 130, 600, 1, 1, 64]),
         ("no-keys", [2, 3, 0, 2, 1, 8]),
         ("no-queries", [2, 0, 3, 2, 1, 8]),
         ("no-batch", [0, 2, 3, 2, 1, 8]),
@@ -136,6 +137,24 @@ fn sizes(cases: &mut Vec<Case>) {
     for (name, width) in [("smaller", 3), ("larger", 40)] {
         let mut case = dense(format!("value-dim-{name}"), [2, 9, 13, 4, 2, 16], cache(width));
         case.dims.value_head_dim = width;
+        cases.push(case);
+    }
+    // Enough rows and keys for every tile of kernels on a GPU, and for keys that are split.
+    for (index, (name, queries, keys)) in [
+        ("large", &[130, 140][..], &[140, 130][..]),
+        ("large-and-long-keys", &[200, 1, 300], &[1300, 700, 300]),
+        ("decode-long", &[1, 1], &[700, 33]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut case = of_tiles(of_lengths(format!("eight_bit/packed-{name}"), queries, keys));
+        case.options.eight_bit = Some(cache(index + 2));
+        cases.push(case.clone());
+        case.name = format!("eight_bit/paged-{name}");
+        case.sequences = Some(Sequences::paged(16));
+        case.options.query_lengths = None;
+        case.options.eight_bit = Some(cache(index + 3));
         cases.push(case);
     }
     let mut case = paged("long", 16, &[1, 1, 1, 1], cache(0));
