@@ -2,8 +2,8 @@
 
 use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
-    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dims, ForwardCall,
-    ForwardOutputs, Gradients, Inputs, Role, TensorDesc, View,
+    AttentionBackend, BackwardCall, BackwardInputs, BackwardOutputs, DType, Dims, F8E4M3, F8E5M2, Float8,
+    ForwardCall, ForwardOutputs, Gradients, Inputs, Overflow, Role, TensorDesc, View,
 };
 use attention_cuda::cudarc::driver::sys::CUevent_flags;
 use attention_cuda::{CudaDevice, DeviceScratch, DeviceTensor};
@@ -26,7 +26,28 @@ enum Extra {
     /// Full key/value lengths, which cost what reading them does.
     HostLengths,
     DeviceLengths,
+    /// Keys and values in pages in no order, with full lengths; forward only.
+    Pages,
+    /// Keys and values of 8 bits with scales of each head, dense and in pages; forward only.
+    EightBit(DType),
+    EightBitPages(DType),
 }
+
+impl Extra {
+    fn cached(self) -> Option<DType> {
+        match self {
+            Extra::EightBit(dtype) | Extra::EightBitPages(dtype) => Some(dtype),
+            _ => None,
+        }
+    }
+
+    fn is_paged(self) -> bool {
+        matches!(self, Extra::Pages | Extra::EightBitPages(_))
+    }
+}
+
+/// Rows of a page.
+const PAGE: usize = 16;
 
 /// `[batch, queries, keys, heads, key heads, head dim]`.
 struct Case(&'static str, DType, [usize; 6], Extra);
@@ -48,6 +69,8 @@ fn noise(device: &CudaDevice, dtype: DType, shape: &[usize]) -> Result<DeviceTen
             DType::F32 => next().to_ne_bytes().to_vec(),
             DType::F16 => half::f16::from_f32(next()).to_ne_bytes().to_vec(),
             DType::Bf16 => half::bf16::from_f32(next()).to_ne_bytes().to_vec(),
+            DType::F8E4M3 => vec![F8E4M3::from_f32(next(), Overflow::Saturate).to_bits()],
+            DType::F8E5M2 => vec![F8E5M2::from_f32(next(), Overflow::Saturate).to_bits()],
             _ => vec![u8::from(next() > -0.5)],
         })
         .collect();
@@ -83,7 +106,13 @@ fn time(device: &CudaDevice, mut call: impl FnMut() -> Result) -> Result<f64> {
 fn run(device: &CudaDevice, backend: &ChunkedCudaBackend, case: &Case) -> Result {
     let Case(name, dtype, [b, t, s, n, k, h], extra) = *case;
     let query = noise(device, dtype, &[b, t, n, h])?;
-    let (key, value) = (noise(device, dtype, &[b, s, k, h])?, noise(device, dtype, &[b, s, k, h])?);
+    let cached = extra.cached().unwrap_or(dtype);
+    let rows = if extra.is_paged() { [b * s / PAGE, PAGE, k, h] } else { [b, s, k, h] };
+    let (key, value) = (noise(device, cached, &rows)?, noise(device, cached, &rows)?);
+    let scales = DeviceTensor::from_host(device, View::from_slice(&vec![0.75f32; k], [k])?)?;
+    // Every page once, far from those beside it.
+    let pages: Vec<i32> = (0..b * s / PAGE).map(|page| (page * 7919 % (b * s / PAGE)) as i32).collect();
+    let table = DeviceTensor::from_host(device, View::from_slice(&pages[..b * (s / PAGE)], [b, s / PAGE])?)?;
     let d_out = noise(device, dtype, &[b, t, n, h])?;
     let mask = noise(device, DType::Bool, &if extra == Extra::Mask { [b, 1, t, s] } else { [1; 4] })?;
     let bias = noise(device, dtype, &if extra == Extra::Bias { [1, n, t, s] } else { [1; 4] })?;
@@ -98,19 +127,18 @@ fn run(device: &CudaDevice, backend: &ChunkedCudaBackend, case: &Case) -> Result
     let lengths = DeviceTensor::from_host(device, View::from_slice(&filled, [b])?)?;
     inputs.data.key_value_lengths = match extra {
         Extra::HostLengths => Some(View::from_slice(&filled, [b])?),
-        Extra::DeviceLengths => Some(lengths.view()?),
+        Extra::DeviceLengths | Extra::Pages | Extra::EightBitPages(_) => Some(lengths.view()?),
         _ => None,
     };
+    inputs.data.block_table = extra.is_paged().then(|| table.view()).transpose()?;
+    if extra.cached().is_some() {
+        (inputs.data.key_scales, inputs.data.value_scales) = (Some(scales.view()?), Some(scales.view()?));
+    }
     let problem = inputs.problem().causal(extra == Extra::Causal).lse(true).build()?;
-    let backward = problem.to_builder().gradients(Gradients::QKV).build()?;
-    let room = |role| -> Result<DeviceTensor> {
-        let desc = backward.tensor(role).ok_or("a gradient")?;
-        Ok(DeviceTensor::filled(device, *desc, 0)?)
-    };
     let mut out = DeviceTensor::filled(device, *problem.tensor(Role::Out).ok_or("out")?, 0)?;
     let mut lse = DeviceTensor::filled(device, *problem.tensor(Role::Lse).ok_or("lse")?, 0)?;
-    let (forward_plan, backward_plan) = (backend.plan(&problem)?, backend.plan(&backward)?);
-    let bytes = forward_plan.scratch_bytes().max(backward_plan.scratch_bytes());
+    let forward_plan = backend.plan(&problem)?;
+    let bytes = forward_plan.scratch_bytes();
     let mut scratch = DeviceScratch::new(device, bytes)?;
     let share = if extra == Extra::Causal { 0.5 } else { 1.0 };
     let forward_ms = time(device, || {
@@ -121,10 +149,22 @@ fn run(device: &CudaDevice, backend: &ChunkedCudaBackend, case: &Case) -> Result
     print!("{name:24} {dtype} {extra:?}: forward {forward_ms:.3} ms");
     print!(" {:.1} TFLOP/s", problem.flops() * share / forward_ms / 1e9);
     if t == 1 {
-        let read = (2 * b * s * k * h * dtype.size()) as f64;
+        let read = (2 * b * s * k * h * cached.size()) as f64;
         println!(", {:.2} TB/s", read / forward_ms / 1e9);
         return Ok(());
     }
+    if extra.is_paged() || extra.cached().is_some() {
+        println!();
+        return Ok(());
+    }
+    let backward = problem.to_builder().gradients(Gradients::QKV).build()?;
+    let room = |role| -> Result<DeviceTensor> {
+        let desc = backward.tensor(role).ok_or("a gradient")?;
+        Ok(DeviceTensor::filled(device, *desc, 0)?)
+    };
+    let backward_plan = backend.plan(&backward)?;
+    let bytes = backward_plan.scratch_bytes();
+    let mut scratch = DeviceScratch::new(device, bytes)?;
     let [mut dq, mut dk, mut dv] = [room(Role::DQuery)?, room(Role::DKey)?, room(Role::DValue)?];
     let backward_ms = time(device, || {
         let saved = BackwardInputs { out: out.view()?, lse: lse.view()?, d_out: d_out.view()?, d_lse: None };
@@ -166,6 +206,16 @@ fn main() -> Result {
         Case("decode b32 s8192", DType::Bf16, [32, 1, 8192, 32, 8, 128], Extra::DeviceLengths),
         Case("decode b128 s2048", DType::Bf16, [128, 1, 2048, 32, 8, 128], Extra::HostLengths),
         Case("decode b1 s8192", DType::Bf16, [1, 1, 8192, 32, 8, 128], Extra::None),
+        Case("decode b32 s8192", DType::Bf16, [32, 1, 8192, 32, 8, 128], Extra::Pages),
+        Case("decode b32 s8192", DType::Bf16, [32, 1, 8192, 32, 8, 128], Extra::EightBitPages(DType::F8E4M3)),
+        Case("decode b32 s8192", DType::Bf16, [32, 1, 8192, 32, 8, 128], Extra::EightBitPages(DType::F8E5M2)),
+        Case("decode b32 s8192", DType::F16, [32, 1, 8192, 32, 8, 128], Extra::EightBitPages(DType::F8E4M3)),
+        Case("decode b32 s8192", DType::Bf16, [32, 1, 8192, 32, 8, 128], Extra::EightBit(DType::F8E4M3)),
+        Case("decode b1 s8192", DType::Bf16, [1, 1, 8192, 32, 8, 128], Extra::EightBit(DType::F8E4M3)),
+        Case("grouped 32/8", DType::Bf16, [4, 4096, 4096, 32, 8, 128], Extra::EightBit(DType::F8E4M3)),
+        Case("grouped 32/8", DType::Bf16, [4, 4096, 4096, 32, 8, 128], Extra::Pages),
+        Case("grouped 32/8", DType::Bf16, [4, 4096, 4096, 32, 8, 128], Extra::EightBitPages(DType::F8E4M3)),
+        Case("grouped 32/8 h64", DType::F16, [4, 4096, 4096, 32, 8, 64], Extra::EightBit(DType::F8E4M3)),
         Case("h64", DType::F32, [4, 4096, 4096, 16, 16, 64], Extra::None),
         Case("h128", DType::F32, long, Extra::None),
         Case("h64", DType::F64, [1, 2048, 2048, 16, 16, 64], Extra::None),

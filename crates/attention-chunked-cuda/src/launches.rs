@@ -62,7 +62,7 @@ impl Kernel {
                 launches.layout,
             );
         }
-        variant(self.entry_point, launches.shape.dtype, self.tiles, more, launches.layout)
+        variant(self.entry_point, launches.shape, self.tiles, more, launches.layout)
     }
 
     /// Whether the kernel is compiled otherwise for batch-invariant calls.
@@ -91,7 +91,7 @@ fn multiplied_by(tiles: Tiles) -> &'static str {
 }
 
 /// As [`variant`], of a kernel for batch-invariant calls: those differ in how sums are merged, whatever the tiles
-/// are.
+/// and the dtype of keys are.
 fn variant_batch_invariant(
     entry_point: &str,
     dtype: DType,
@@ -110,20 +110,24 @@ fn variant_batch_invariant(
 
 /// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what
 /// multiplies them. Head dimensions and options that share tiles share a variant. So do all tiles of packed
-/// rows, and of pages, that are multiplied alike: where rows lie is apart from how many a tile has.
-fn variant(entry_point: &str, dtype: DType, tiles: Tiles, more: &str, layout: Layout) -> String {
+/// rows, of pages, and of 8-bit keys, that are multiplied alike: where rows lie, and what is widened on the way
+/// to a tile, is apart from how many a tile has. The two dtypes of 8 bits differ in one conversion.
+fn variant(entry_point: &str, shape: Shape, tiles: Tiles, more: &str, layout: Layout) -> String {
+    let Shape { dtype, eight_bit, .. } = shape;
     let name = entry_point.trim_start_matches("attention_").replace('_', " ");
     let Tiles { rows, keys, warps, .. } = tiles;
     let tile = if rows > 0 { format!(" {rows}x{keys}") } else { String::new() };
     let by = multiplied_by(tiles);
+    let keys = if eight_bit.is_some() { ", 8-bit keys" } else { "" };
     let rows = match layout {
+        Layout::Dense if eight_bit.is_some() => "dense",
         Layout::Dense => return format!("{name} {dtype}{tile}, {warps} warps{by}{more}"),
         Layout::Packed => "packed",
         Layout::Paged => "paged",
     };
     // Which gradients a kernel gives is apart from where rows lie, too.
     let more = if more == ONE_GRADIENT { "" } else { more };
-    format!("{name} {dtype}, {rows}{by}{more}")
+    format!("{name} {dtype}{keys}, {rows}{by}{more}")
 }
 
 /// Of a forward kernel with split keys, whose partial results another kernel merges.
@@ -138,9 +142,10 @@ const LAYOUTS: [Layout; 3] = [Layout::Dense, Layout::Packed, Layout::Paged];
 pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for (dtype, layout) in DType::FLOATS.into_iter().flat_map(|dtype| LAYOUTS.map(|layout| (dtype, layout))) {
-        let of =
-            |entry_point: &str, tiles: Tiles, more: &str| variant(entry_point, dtype, tiles, more, layout);
-        for shape in Shape::all(dtype) {
+        for shape in [None, Some(DType::F8E4M3)].into_iter().flat_map(|keys| Shape::all(dtype, keys)) {
+            let of = |entry_point: &str, tiles: Tiles, more: &str| {
+                variant(entry_point, shape, tiles, more, layout)
+            };
             let of_splits = |entry_point: &str, tiles: Tiles, more: &str| match shape.batch_invariant {
                 true => variant_batch_invariant(entry_point, dtype, tiles, more, layout),
                 false => of(entry_point, tiles, more),
@@ -154,8 +159,8 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
                     names.insert(of_splits("attention_merge", merge, ""));
                 }
             }
-            // Keys in pages have no gradients.
-            if shape.depth() > MOST_DEPTH || layout == Layout::Paged {
+            // Keys in pages, and those of 8 bits, have no gradients.
+            if shape.depth() > MOST_DEPTH || layout == Layout::Paged || shape.eight_bit.is_some() {
                 continue;
             }
             let (keys, queries, bias) = (shape.keys(machine), shape.queries(machine), shape.bias(machine));
@@ -491,7 +496,7 @@ impl Launches {
 
     /// What a kernel is compiled with for this problem.
     pub(crate) fn compiled_as(&self, problem: &Problem, kernel: &Kernel) -> Variant {
-        let Shape { dtype, head, features, .. } = self.shape;
+        let Shape { dtype, head, features, eight_bit, .. } = self.shape;
         let Tiles { rows, keys, warps, stages, warpgroups, tf32_split } = kernel.tiles;
         // The others have nothing that batch invariance changes.
         let of_sums = ["attention_forward.cu", "attention_merge.cu", "attention_backward_rows.cu"];
@@ -508,7 +513,8 @@ impl Launches {
             .gradients(kernel.gradients)
             .tf32_split(tf32_split)
             .layout(self.layout)
-            .batch_invariant(self.shape.batch_invariant && of_sums.contains(&kernel.source));
+            .batch_invariant(self.shape.batch_invariant && of_sums.contains(&kernel.source))
+            .eight_bit(eight_bit.map(dtype_code));
         Variant::Fused(fused)
     }
 }

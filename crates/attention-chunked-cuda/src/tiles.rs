@@ -1,6 +1,6 @@
 //! How large the tiles of each kernel are.
 
-use attention_core::{DType, Problem};
+use attention_core::{DType, Problem, Role};
 use attention_kernels::{Features, block_threads};
 
 use super::features::{KINDS, features_of, packs};
@@ -113,6 +113,8 @@ pub(crate) struct Shape {
     large: bool,
     /// Whether tiles must not depend on the rows and keys of the call.
     pub(crate) batch_invariant: bool,
+    /// The dtype of keys and values of 8 bits.
+    pub(crate) eight_bit: Option<DType>,
 }
 
 impl Shape {
@@ -128,11 +130,12 @@ impl Shape {
             large: (problem.batch_invariant() || dims.query_length.min(dims.key_length) > 128)
                 && dims.head_dim.min(dims.value_head_dim) >= 64,
             batch_invariant: problem.batch_invariant(),
+            eight_bit: problem.dtype_of(Role::Key).filter(|dtype| dtype.is_eight_bit()),
         })
     }
 
-    /// Every shape of a dtype that tiles may depend on, and whether its backward pass is served.
-    pub(crate) fn all(dtype: DType) -> impl Iterator<Item = Self> {
+    /// Every shape of a dtype that tiles may depend on, with keys of that dtype or of 8 bits.
+    pub(crate) fn all(dtype: DType, eight_bit: Option<DType>) -> impl Iterator<Item = Self> {
         let pairs = DEPTHS.into_iter().flat_map(|head| DEPTHS.map(|value| (head, value)));
         pairs.filter(|&(_, value)| value <= MOST_VALUE).flat_map(move |(head, value)| {
             let is_wide = head.min(value) >= 64;
@@ -147,6 +150,7 @@ impl Shape {
                         features,
                         large,
                         batch_invariant,
+                        eight_bit,
                     })
             })
         })
@@ -217,7 +221,9 @@ impl Shape {
     /// For the forward pass with heads that no backward pass takes: the largest that the device has room for,
     /// or the smallest.
     fn large_heads(self, machine: Machine) -> Tiles {
-        let (larger, smallest) = if self.is_half() {
+        let (larger, smallest) = if self.is_half() && self.eight_bit.is_some() {
+            (&[Tiles::new(64, 32, 4, 1), Tiles::new(32, 32, 2, 1)][..], Tiles::new(16, 32, 1, 1))
+        } else if self.is_half() {
             (&[Tiles::new(64, 32, 4, 1)][..], Tiles::new(32, 32, 2, 1))
         } else {
             (&[Tiles::new(32, 16, 4, 1), Tiles::new(16, 16, 4, 1)][..], Tiles::new(8, 16, 4, 1))
@@ -252,7 +258,10 @@ impl Shape {
                 return large;
             }
             let (rows, keys) = self.without_tensor_cores();
-            return Tiles::new(rows, keys, 4, 1);
+            let tiles = Tiles::new(rows, keys, 4, 1);
+            // The largest heads of f64 leave no room for bytes to be widened on the smallest devices.
+            let is_large = self.eight_bit.is_some() && self.forward_bytes(tiles) > machine.shared_bytes;
+            return if is_large { Tiles::new(8, keys, 4, 1) } else { tiles };
         }
         if machine.warpgroups && rows_of_head > 64 {
             // Measured on an H100, as the others below. Three warpgroups have room for short sums alone.
@@ -389,9 +398,22 @@ impl Shape {
     /// Shared memory of the forward kernel.
     pub(crate) fn forward_bytes(self, tiles: Tiles) -> usize {
         let slots = if tiles.warpgroups { 2 } else { 1 };
+        let of_keys = if self.eight_bit.is_some() && tiles.warps == 1 {
+            // Keys and values take turns, `SHARES_TILE` of the kernel.
+            self.tile(tiles, tiles.keys, self.head.max(self.columns_of_slice()))
+        } else {
+            slots * self.both(tiles, tiles.keys)
+        };
         self.tile(tiles, tiles.rows, self.head)
-            + slots * self.both(tiles, tiles.keys)
+            + of_keys
+            + self.staged(tiles)
             + self.room(tiles, tiles.rows, tiles.keys)
+    }
+
+    /// Bytes of 8-bit keys and values on their way to a tile.
+    fn staged(self, tiles: Tiles) -> usize {
+        let columns = tiles.columns(self.head) + tiles.columns(self.columns_of_slice());
+        if self.eight_bit.is_some() { tiles.keys * columns } else { 0 }
     }
 
     /// Shared memory of the kernel for the gradients of keys and values.
