@@ -37,9 +37,9 @@ const SUMS_OF_F32: usize = 3;
 /// # Semantics
 /// - Numerics classes: `F64` for f64, `F32` for f32, `HalfF32` for f16 and bf16, whose products run on tensor
 ///   cores.
-/// - Keys and values of 8 bits are widened to the query's dtype as they are loaded, which is exact, and forward
-///   only. Their scales round no key and no value: the key's multiplies products, the value's multiplies rows of
-///   the output.
+/// - Keys and values of 8 bits are widened to the query's dtype as they are loaded, which is exact, and
+///   forward only. Their scales round no key and no value: the key's multiplies products, the value's
+///   multiplies rows of the output.
 /// - Every call gives the same bits each time: no sum depends on the order in which blocks run.
 /// - A batch-invariant call ([`Problem::batch_invariant`]) gives each sequence the bits that it has alone: one
 ///   choice of tiles serves all lengths, and sums are cut at multiples of 2048 keys. Where few rows have more

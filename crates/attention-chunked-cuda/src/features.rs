@@ -22,8 +22,8 @@ pub(crate) fn features_of(problem: &Problem) -> Features {
     let present = present.fold(Features::NONE, |all, (feature, _)| all.with(feature));
     // A mask leaves products as they are. The maximum of products times a scale is the scale times their
     // maximum only for a scale above 0, which must be a number in base two as well: infinity times no
-    // difference would be NaN, and so would 0 times infinity. The scales of 8-bit keys are known to the kernels
-    // alone.
+    // difference would be NaN, and so would 0 times infinity. The scales of 8-bit keys are known to the
+    // kernels alone.
     let has_more = !present.without(Features::MASK.with(Features::DROPOUT)).is_none();
     let any_scale = problem.any_scale() || problem.has(Role::KeyScales);
     let logits = if has_more || any_scale { Features::LOGITS } else { Features::NONE };

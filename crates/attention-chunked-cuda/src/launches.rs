@@ -110,8 +110,8 @@ fn variant_batch_invariant(
 
 /// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what
 /// multiplies them. Head dimensions and options that share tiles share a variant. So do all tiles of packed
-/// rows, of pages, and of 8-bit keys, that are multiplied alike: where rows lie, and what is widened on the way
-/// to a tile, is apart from how many a tile has. The two dtypes of 8 bits differ in one conversion.
+/// rows, of pages, and of 8-bit keys, that are multiplied alike: where rows lie, and what is widened on the
+/// way to a tile, is apart from how many a tile has. The two dtypes of 8 bits differ in one conversion.
 fn variant(entry_point: &str, shape: Shape, tiles: Tiles, more: &str, layout: Layout) -> String {
     let Shape { dtype, eight_bit, .. } = shape;
     let name = entry_point.trim_start_matches("attention_").replace('_', " ");

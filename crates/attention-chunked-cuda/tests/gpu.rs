@@ -1,6 +1,6 @@
 //! What needs a GPU: lengths, offsets, scales and seeds that differ from call to call of one plan, in host
-//! and in device memory, in captured graphs, and out of their bounds; packed and paged sequences; and keys and
-//! values of 8 bits. Run with `--ignored`.
+//! and in device memory, in captured graphs, and out of their bounds; packed and paged sequences; and keys
+//! and values of 8 bits. Run with `--ignored`.
 
 mod eight_bit;
 mod sequences;

@@ -1,6 +1,6 @@
 //! Numbers of a call in host memory that kernels read from device memory: those of many batch rows, offsets
-//! by batch row, starts of sequences, block tables, and scales of more than one head. A kernel stores them in the call's scratch, so that a
-//! captured graph holds them and the host keeps nothing.
+//! by batch row, starts of sequences, block tables, and scales of more than one head. A kernel stores them in
+//! the call's scratch, so that a captured graph holds them and the host keeps nothing.
 
 use std::sync::Arc;
 

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use attention_core::{DType, Dims, InvalidCall, Scalar, Scratch, Strides, TensorDesc, View, ViewMut};
+use attention_core::{DType, Dims, Element, InvalidCall, Scratch, Strides, TensorDesc, View, ViewMut};
+use bytemuck::Pod;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
 
 use crate::CudaDevice;
@@ -210,7 +211,7 @@ impl DeviceTensor {
     ///
     /// # Errors
     /// As [`bytes`](Self::bytes).
-    pub fn to_vec<T: Scalar>(&self) -> Result<Option<Vec<T>>, DriverError> {
+    pub fn to_vec<T: Element + Pod>(&self) -> Result<Option<Vec<T>>, DriverError> {
         if self.desc.dtype() != T::DTYPE {
             return Ok(None);
         }
@@ -248,7 +249,7 @@ impl DeviceTensor {
 }
 
 /// The elements of a tensor among its bytes, from its lowest to its highest element; `T` is its dtype's type.
-fn elements<T: Scalar>(desc: &TensorDesc, origin: usize, bytes: &[u8]) -> Vec<T> {
+fn elements<T: Pod>(desc: &TensorDesc, origin: usize, bytes: &[u8]) -> Vec<T> {
     let mut elements = Vec::new();
     for_each_index(desc, |index| {
         let at = place(desc, origin, index);

@@ -1,5 +1,5 @@
-//! Keys and values of 8 bits: what each byte is widened to, in every kind of kernel, and on architectures without an
-//! instruction for it.
+//! Keys and values of 8 bits: what each byte is widened to, in every kind of kernel, and on architectures
+//! without an instruction for it.
 
 use attention_chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention_core::{
@@ -62,8 +62,8 @@ fn run<T: Scalar>(
     Ok([out.into_iter().map(Scalar::to_f64).collect(), lse])
 }
 
-/// One key has the weight 1, so the output is its value; and the logsumexp is its logit, which of a query with a single
-/// 1 is a number of the key.
+/// One key has the weight 1, so the output is its value; and the logsumexp is its logit, which of a query
+/// with a single 1 is a number of the key.
 fn check_bytes<T: Scalar>(device: &CudaDevice, backend: &ChunkedCudaBackend) -> Result {
     for eight_bit in DType::EIGHT_BIT {
         for (width, queries) in
@@ -161,7 +161,8 @@ fn architectures_without_an_instruction_widen_alike() -> Result {
             let to = stream.alloc_zeros::<u32>(128)?;
             let config = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (64, 1, 1), shared_mem_bytes: 0 };
             let address = to.device_ptr(stream).0;
-            // SAFETY: the kernel takes one address, to which its 64 threads write two words each, and there are 128.
+            // SAFETY: the kernel takes one address, to which its 64 threads write two words each, and there
+            // are 128.
             unsafe { launch(stream, &function, &address, config) }?;
             for (index, pair) in stream.clone_dtoh(&to)?.into_iter().enumerate() {
                 for (byte, bits) in [(2 * index, pair as u16), (2 * index + 1, (pair >> 16) as u16)] {
@@ -178,8 +179,8 @@ fn architectures_without_an_instruction_widen_alike() -> Result {
     Ok(())
 }
 
-/// Scales of heads mean the same in host and in device memory, whatever their strides are; those that are not finite
-/// reach the rows of their heads, and no row without keys.
+/// Scales of heads mean the same in host and in device memory, whatever their strides are; those that are not
+/// finite reach the rows of their heads, and no row without keys.
 #[test]
 #[ignore = "needs a GPU"]
 fn scales_are_read_wherever_they_are() -> Result {

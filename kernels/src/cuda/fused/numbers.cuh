@@ -31,8 +31,8 @@
 #define LAYOUT_PACKED 1
 #define LAYOUT_PAGED 2
 
-// The dtype of keys and values of 8 bits, DTYPE_F8E4M3 or DTYPE_F8E5M2; 0 where they have that of queries. They are
-// widened to that on their way to shared memory. Of the forward pass.
+// The dtype of keys and values of 8 bits, DTYPE_F8E4M3 or DTYPE_F8E5M2; 0 where they have that of queries.
+// They are widened to that on their way to shared memory. Of the forward pass.
 #ifndef EIGHT_BIT
 #define EIGHT_BIT 0
 #endif
@@ -71,8 +71,8 @@ constexpr int PRODUCER_THREADS = ON_WARPGROUPS ? 128 : 0;
 // compiled for another architecture.
 static_assert(BLOCK == 32 * WARPS + (HALVES && WARPGROUPS ? 128 : 0), "threads that compute, and those that load");
 // Blocks per multiprocessor, at least: eight warps use all registers. As many blocks of one warp as shared
-// memory of compute capability 9.0 has room for at head dimension 128, where keys are in pages or have 8 bits: the
-// compiler takes one register more than that allows otherwise.
+// memory of compute capability 9.0 has room for at head dimension 128, where keys are in pages or have 8
+// bits: the compiler takes one register more than that allows otherwise.
 constexpr int MIN_BLOCKS = WARPS >= 8                                                                   ? 1
                            : (LAYOUT == LAYOUT_PAGED || EIGHT_BIT) && WARPS == 1 && HEAD + VALUE <= 256 ? 10
                                                                                                         : 8 / WARPS;

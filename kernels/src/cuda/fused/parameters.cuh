@@ -25,8 +25,8 @@ struct RowLengths {
     int queries, keys;
 };
 
-// The scales of 8-bit keys or values: the address of that of the first head of the first sequence, or null where all
-// heads have one that the host knows; and strides from sequence to sequence and from head to head.
+// The scales of 8-bit keys or values: the address of that of the first head of the first sequence, or null
+// where all heads have one that the host knows; and strides from sequence to sequence and from head to head.
 struct Scales {
     const float *data;
     long long batch_stride, head_stride;

@@ -19,7 +19,8 @@ struct Row {
     int first_query, first_key;
 #endif
 #if EIGHT_BIT
-    // What products are multiplied by to give logits, where these are not left to the softmax (`logit_scale_of`).
+    // What products are multiplied by to give logits, where these are not left to the softmax
+    // (`logit_scale_of`).
     real logit_scale;
 #endif
 };
@@ -46,8 +47,8 @@ __device__ inline float scale_at(const Parameters &p, const Scales &scales, floa
     return __ldg(scales.data + b * scales.batch_stride + head * scales.head_stride);
 }
 
-// The scale of the call times that of the keys, rounded once. Finite where that of the keys is: a product of 0 stays
-// 0.
+// The scale of the call times that of the keys, rounded once. Finite where that of the keys is: a product of
+// 0 stays 0.
 __device__ inline real logit_scale_of(const Parameters &p, long long b, long long key_head) {
     const float of_keys = scale_at(p, p.key_scales, p.key_scale, b, key_head);
     const real scale = (real)(p.scale * (double)of_keys);
@@ -55,7 +56,8 @@ __device__ inline real logit_scale_of(const Parameters &p, long long b, long lon
     return scale > 0 ? MOST_REAL : -MOST_REAL;
 }
 
-// What rows of the output are multiplied by once they are normalised, when no sum overflows that the values do not.
+// What rows of the output are multiplied by once they are normalised, when no sum overflows that the values
+// do not.
 __device__ inline real value_scale_of(const Parameters &p, long long b, long long key_head) {
     return scale_at(p, p.value_scales, p.value_scale, b, key_head);
 }

@@ -142,8 +142,8 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
 
 #elif EIGHT_BIT
 
-// All threads load and widen. The bytes of the next tile are copied while this one is computed: keys once these are
-// widened, and values likewise.
+// All threads load and widen. The bytes of the next tile are copied while this one is computed: keys once
+// these are widened, and values likewise.
 __device__ inline void consume(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
                                ForwardRows &state) {
     const real factor = power_factor(p);

@@ -7,8 +7,8 @@ constexpr int STAGES_OF_KEYS = ON_WARPGROUPS ? 2 : 1;
 constexpr int KEY_TILE = tile_size<KEYS, HEAD>(), VALUE_TILE = tile_size<KEYS, VALUE>();
 
 #if EIGHT_BIT
-// Whether keys and values take turns in one tile, which leaves room for more blocks: of one warp, to which a barrier is
-// nothing.
+// Whether keys and values take turns in one tile, which leaves room for more blocks: of one warp, to which a
+// barrier is nothing.
 constexpr bool SHARES_TILE = WARPS == 1;
 #endif
 
@@ -132,8 +132,8 @@ __device__ inline ForwardPipeline forward_pipeline(const SharedTiles &shared) {
 
 #if EIGHT_BIT
 
-// All that a producer thread does: half of them load keys, the others queries and values. Bytes of the next tile are
-// copied while those of this one wait for a stage.
+// All that a producer thread does: half of them load keys, the others queries and values. Bytes of the next
+// tile are copied while those of this one wait for a stage.
 __device__ inline void produce(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
                                const ForwardPipeline &pipeline) {
     if (tile.from >= tile.to) return;

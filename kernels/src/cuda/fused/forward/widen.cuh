@@ -1,10 +1,10 @@
-// Tiles of 8-bit keys and values: bytes are copied as they are (cp.async), and widened to the dtype of queries into the
-// tile that products read.
+// Tiles of 8-bit keys and values: bytes are copied as they are (cp.async), and widened to the dtype of
+// queries into the tile that products read.
 // Needs: fused/forward/scheduler.cuh, fused/shared_tiles.cuh, fused/fragments.cuh, fused/mma/fma.cuh,
 // common/float8.cuh.
 //
-// Each thread widens the bytes that it copied, so no barrier stands between the two, and copies of the next tile are in
-// flight while this one is computed.
+// Each thread widens the bytes that it copied, so no barrier stands between the two, and copies of the next
+// tile are in flight while this one is computed.
 
 #if EIGHT_BIT
 
@@ -25,8 +25,8 @@ struct Staged {
     uint4 of[copies_of_tile<DEPTH>()];
 };
 
-// The row and the first column of a copy. Where rows are long enough, eight threads have four pieces of two neighbouring
-// rows, whose elements are in different banks of the tile.
+// The row and the first column of a copy. Where rows are long enough, eight threads have four pieces of two
+// neighbouring rows, whose elements are in different banks of the tile.
 struct CopyPlace {
     int row, column;
 };
@@ -39,8 +39,8 @@ __device__ inline CopyPlace place_of_copy(int index) {
         return CopyPlace{index / COPIES, index % COPIES * BYTES};
 }
 
-// Whether a thread's copies have one column and rows that are a power of two apart, of which a warp asks for those in the
-// same 32 at once.
+// Whether a thread's copies have one column and rows that are a power of two apart, of which a warp asks for
+// those in the same 32 at once.
 template <int DEPTH>
 __device__ constexpr int rows_at_once() {
     return LOADING_THREADS / (DEPTH / BYTES);
@@ -51,8 +51,9 @@ __device__ constexpr bool is_regular() {
            KEYS % rows_at_once<DEPTH>() == 0;
 }
 
-// Begins to copy a tile's rows where they are not aligned, or not regular. `row_at` gives the address of a row, or null
-// for a row of zeros; columns from `width` on are zeros too. `there` is any address that may be read.
+// Begins to copy a tile's rows where they are not aligned, or not regular. `row_at` gives the address of a
+// row, or null for a row of zeros; columns from `width` on are zeros too. `there` is any address that may be
+// read.
 template <int DEPTH, class RowAt>
 __device__ inline void stage_tile(Staged<DEPTH> &staged, RowAt row_at, int width, long long inner, bool aligned,
                                   const char *there) {
@@ -75,8 +76,8 @@ __device__ inline void stage_tile(Staged<DEPTH> &staged, RowAt row_at, int width
     }
 }
 
-// Begins to copy the keys, or the values, from `first` on that rows of the tile see, whose pages are given: `width`
-// columns from `first_column` on. Others are zeros.
+// Begins to copy the keys, or the values, from `first` on that rows of the tile see, whose pages are given:
+// `width` columns from `first_column` on. Others are zeros.
 template <int DEPTH>
 __device__ inline void stage_rows(const Parameters &p, Staged<DEPTH> &staged, const Tensor &tensor,
                                   const ForwardTile &tile, const KeyPages &pages, int first, int width, bool aligned,
@@ -133,7 +134,8 @@ __device__ inline void stage_rows(const Parameters &p, Staged<DEPTH> &staged, co
 #endif
 }
 
-// The elements that eight, four or two of 16 bytes are widened to, which are 16 bytes again: number `piece` of them.
+// The elements that eight, four or two of 16 bytes are widened to, which are 16 bytes again: number `piece`
+// of them.
 #if HALVES
 __device__ inline unsigned pair_of_f16(unsigned both) {
 #if DTYPE == DTYPE_F16
@@ -183,7 +185,8 @@ __device__ inline void widen_tile(const Staged<DEPTH> &staged, element *tile) {
         for (int i = 0; i < copies_of_thread<DEPTH>(); ++i) {
             const uint4 bytes = staged.of[i * LOADING_THREADS + own_thread];
             const unsigned words[BYTES / 4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-            // Shares no bit with the thread's first row, so the swizzle of their sum is that of each, exclusive-ored.
+            // Shares no bit with the thread's first row, so the swizzle of their sum is that of each,
+            // exclusive-ored.
             const int below = KeysAcross::of(i * rows_at_once<DEPTH>());
 #pragma unroll
             for (int piece = 0; piece < PIECES; ++piece) {
