@@ -201,18 +201,18 @@ __device__ inline void widen_tile(const Staged<DEPTH> &staged, element *tile) {
                 store_piece(place, widened_piece(words, piece));
             }
         }
-        return;
-    }
+    } else {
 #pragma unroll 1
-    for (int index = own_thread; index < COPIES; index += LOADING_THREADS) {
-        const CopyPlace place = place_of_copy<DEPTH>(index);
-        const uint4 bytes = staged.of[index];
-        const unsigned words[BYTES / 4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+        for (int index = own_thread; index < COPIES; index += LOADING_THREADS) {
+            const CopyPlace place = place_of_copy<DEPTH>(index);
+            const uint4 bytes = staged.of[index];
+            const unsigned words[BYTES / 4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece)
-            store_piece(shared_address(tile + place_of<KEYS, DEPTH>(KeysAcross::of(place.row),
-                                                                   place.column + piece * CHUNK)),
-                        widened_piece(words, piece));
+            for (int piece = 0; piece < PIECES; ++piece)
+                store_piece(shared_address(tile + place_of<KEYS, DEPTH>(KeysAcross::of(place.row),
+                                                                       place.column + piece * CHUNK)),
+                            widened_piece(words, piece));
+        }
     }
 }
 
