@@ -78,10 +78,10 @@ families="layout values random position pair tile large bias mask groups small l
     fi
     if command -v compute-sanitizer >/dev/null; then
         echo "sanitized memcheck chunked-cuda bf16 forward paged/shared"
-        for dtype in f32 bf16; do
-            echo "sanitized memcheck chunked-cuda $dtype forward eight_bit/paged-layout"
-            echo "sanitized racecheck chunked-cuda $dtype forward eight_bit/f8e4m3-tiles"
-        done
+        echo "sanitized memcheck chunked-cuda bf16 forward eight_bit/paged-layout"
+        echo "sanitized memcheck chunked-cuda bf16 forward eight_bit/f8e4m3-tiles"
+        echo "sanitized racecheck chunked-cuda f32 forward eight_bit/f8e4m3-tiles"
+        echo "sanitized racecheck chunked-cuda bf16 forward eight_bit/paged-long"
     fi
     for dtype in f64 f32 f16 bf16; do echo "golden chunked-cuda $dtype"; done
     for dtype in f16 bf16; do echo "golden cudnn $dtype"; done
