@@ -265,8 +265,8 @@ impl Fused {
         Self { layout, ..self }
     }
 
-    /// Whether the bits of a sequence must not depend on the rest of the call, `BATCH_INVARIANT`. Of the forward
-    /// pass and of the first kernel of the backward pass: the others do not differ.
+    /// Whether the bits of a sequence must not depend on the rest of the call, `BATCH_INVARIANT`. Of the
+    /// forward pass and of the first kernel of the backward pass: the others do not differ.
     #[must_use]
     pub const fn batch_invariant(self, batch_invariant: bool) -> Self {
         Self { batch_invariant, ..self }

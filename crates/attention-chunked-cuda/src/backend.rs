@@ -41,10 +41,10 @@ const SUMS_OF_F32: usize = 3;
 ///   forward only. Their scales round no key and no value: the key's multiplies products, the value's
 ///   multiplies rows of the output.
 /// - Every call gives the same bits each time: no sum depends on the order in which blocks run.
-/// - A batch-invariant call ([`Problem::batch_invariant`]) gives each sequence the bits that it has alone: one
-///   choice of tiles serves all lengths, and sums are cut at multiples of 2048 keys. Where few rows have more
-///   keys than that, each part has blocks of its own. Else one block goes over all of them, and needs scratch of
-///   one partial output per row.
+/// - A batch-invariant call ([`Problem::batch_invariant`]) gives each sequence the bits that it has alone:
+///   one choice of tiles serves all lengths, and sums are cut at multiples of 2048 keys. Where few rows have
+///   more keys than that, each part has blocks of its own. Else one block goes over all of them, and needs
+///   scratch of one partial output per row.
 #[derive(Debug)]
 pub struct ChunkedCudaBackend {
     config: ChunkedCudaConfig,

@@ -24,8 +24,8 @@ const BUSY_WARPS: usize = 2640;
 /// Keys of a split, at least: fewer are not worth the merge.
 const MIN_KEYS_OF_SPLIT: usize = 256;
 
-/// Bytes of partial outputs of a batch-invariant call, at most, where each of its splits has blocks of its own:
-/// above, one block goes over all keys, as where there are blocks enough. The bits are the same.
+/// Bytes of partial outputs of a batch-invariant call, at most, where each of its splits has blocks of its
+/// own: above, one block goes over all keys, as where there are blocks enough. The bits are the same.
 const MOST_BYTES_OF_SPLITS: usize = 256 << 20;
 
 /// Sequences are at most this long: positions are 32 bits wide, and tiles reach beyond the end.
@@ -90,8 +90,8 @@ fn multiplied_by(tiles: Tiles) -> &'static str {
     }
 }
 
-/// As [`variant`], of a kernel for batch-invariant calls: those differ in how sums are merged, whatever the tiles
-/// and the dtype of keys are.
+/// As [`variant`], of a kernel for batch-invariant calls: those differ in how sums are merged, whatever the
+/// tiles and the dtype of keys are.
 fn variant_batch_invariant(
     entry_point: &str,
     dtype: DType,
@@ -346,8 +346,8 @@ impl Launches {
             && (typical * group).div_ceil(nominal_rows) < group * typical.div_ceil(nominal_rows)
             && queries.packed.is_none_or(|rows| rows.saturating_mul(group) <= MOST_POSITIONS);
         let batch_invariant = self.shape.batch_invariant;
-        // Whether rows share tiles decides which keys beside their own their tile has, so it must not depend on how
-        // many rows there are.
+        // Whether rows share tiles decides which keys beside their own their tile has, so it must not depend
+        // on how many rows there are.
         if shares || batch_invariant {
             self.pack_gqa = group.max(1);
         }
@@ -366,8 +366,8 @@ impl Launches {
         let few = self.shape.is_half() && self.shape.depth() <= MOST_DEPTH && rows_of_head <= FEW_ROWS;
         let busy = if few { BUSY_WARPS } else { BUSY_BLOCKS };
         let slices = self.shape.slices();
-        // Numbers of a row of partial outputs, and row max and row sum, of every slice where each may have its own:
-        // `partial_width` and `partial_state` of the kernels.
+        // Numbers of a row of partial outputs, and row max and row sum, of every slice where each may have
+        // its own: `partial_width` and `partial_state` of the kernels.
         let (width, states) = match batch_invariant {
             true => (dims.value_head_dim.next_multiple_of(2), 2 * slices),
             false => (dims.value_head_dim, 2),

@@ -415,7 +415,8 @@ fn plans_of_batch_invariant_calls_depend_on_no_length() {
                 };
                 let builder = option(builder, slopes).device(Device::Cuda(0)).batch_invariant(true);
                 for gradients in [Gradients::NONE, Gradients::QKV] {
-                    // What of a backward problem is the same whichever gradients there are is in the forward one.
+                    // What of a backward problem is the same whichever gradients there are is in the forward
+                    // one.
                     let builder = builder.clone();
                     let builder = if gradients.is_empty() { builder } else { builder.gradients(gradients) };
                     let problem = builder.build().unwrap();

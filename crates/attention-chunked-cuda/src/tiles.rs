@@ -232,8 +232,8 @@ impl Shape {
         larger.iter().find(fits).copied().unwrap_or(smallest)
     }
 
-    /// For the forward pass with this many rows to a key/value head or query head. Of batch-invariant calls, the
-    /// tiles for many rows: those for few have other keys, and products of other instructions.
+    /// For the forward pass with this many rows to a key/value head or query head. Of batch-invariant calls,
+    /// the tiles for many rows: those for few have other keys, and products of other instructions.
     pub(crate) fn forward(self, rows_of_head: usize, machine: Machine) -> Tiles {
         let rows_of_head = if self.batch_invariant { usize::MAX } else { rows_of_head };
         // Two blocks of 16 rows to a warp, where registers allow it.

@@ -115,9 +115,9 @@ fn batch_rows_have_the_bits_of_calls_of_their_own() -> Result {
     Ok(())
 }
 
-/// Where splits of a batch-invariant call have blocks of their own, of a row alone, and where one block goes over
-/// all of them, of the batch: the bits of a row are the same, also where it is computed again because of NaN that
-/// it must not see.
+/// Where splits of a batch-invariant call have blocks of their own, of a row alone, and where one block goes
+/// over all of them, of the batch: the bits of a row are the same, also where it is computed again because of
+/// NaN that it must not see.
 #[test]
 #[ignore = "needs a GPU"]
 fn splits_of_batch_invariant_calls_have_the_same_bits_either_way() -> Result {

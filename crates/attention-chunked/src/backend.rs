@@ -72,8 +72,8 @@ impl ChunkedBackend {
 
     /// With a configuration of its own.
     pub fn with_config(config: ChunkedConfig) -> Self {
-        // On the host no number is in device memory. Blocks of keys begin at fixed keys of a sequence, and how
-        // else work is cut changes no bit (`cut`).
+        // On the host no number is in device memory. Blocks of keys begin at fixed keys of a sequence, and
+        // how else work is cut changes no bit (`cut`).
         let features = FeatureSet::all().without(Feature::DeviceData).with(Feature::BatchInvariant);
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,

@@ -105,8 +105,9 @@ impl FeatureSet {
         Self::EMPTY.with(Feature::PackedQueries).with(Feature::PackedKeys).with(Feature::PagedKeys);
 
     /// Every feature of this version but [`Feature::EightBitKeys`] and [`Feature::BatchInvariant`]. A backend
-    /// that serves those adds them by name: code that reads keys in the query's dtype would take bytes of 8-bit
-    /// keys for something else, and code that was not written for it does not keep the promise of the other.
+    /// that serves those adds them by name: code that reads keys in the query's dtype would take bytes of
+    /// 8-bit keys for something else, and code that was not written for it does not keep the promise of the
+    /// other.
     pub fn all() -> Self {
         let every: Self = Feature::ALL.iter().copied().collect();
         every.without(Feature::EightBitKeys).without(Feature::BatchInvariant)

@@ -337,7 +337,7 @@ impl<'a> Attention<'a> {
     ///     tensor(&key[..40], [1, 5, 1, 8]),
     ///     tensor(&value[..40], [1, 5, 1, 8]),
     /// ];
-    /// let out = |[query, key, value]: &[Tensor; 3]| call.forward(query, key, value).map(|forward| forward.out);
+    /// let out = |[query, key, value]: &[Tensor; 3]| call.forward(query, key, value);
     /// let (batch, alone) = (out(&batch)?, out(&alone)?);
     /// assert_eq!(batch.as_slice::<f32>().unwrap()[..24], *alone.as_slice::<f32>().unwrap());
     /// # }

@@ -82,8 +82,8 @@ pub fn of_eight_bits() -> Vec<Case> {
     eight_bit::cases()
 }
 
-/// Cases that are to be batch invariant, in the same way. Each is also compared, bit by bit, with its sequences
-/// alone and in other layouts.
+/// Cases that are to be batch invariant, in the same way. Each is also compared, bit by bit, with its
+/// sequences alone and in other layouts.
 pub fn of_batch_invariance() -> Vec<Case> {
     batch_invariant::cases()
 }

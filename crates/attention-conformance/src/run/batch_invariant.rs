@@ -1,5 +1,5 @@
-//! The promise of batch invariance: each sequence of a call has the bits that it has alone, in a dense call of
-//! its own sizes, and the bits that it has in every other layout and beside larger bounds.
+//! The promise of batch invariance: each sequence of a call has the bits that it has alone, in a dense call
+//! of its own sizes, and the bits that it has in every other layout and beside larger bounds.
 
 use attention_core::Role;
 

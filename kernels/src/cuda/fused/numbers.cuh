@@ -16,8 +16,9 @@
 #define SLICES 1
 #endif
 
-// Whether the bits of a sequence must not depend on the rest of the call: sums of keys are then cut at fixed keys
-// (forward/splits.cuh), and numbers are added in an order that does not depend on the alignment of tensors.
+// Whether the bits of a sequence must not depend on the rest of the call: sums of keys are then cut at fixed
+// keys (forward/splits.cuh), and numbers are added in an order that does not depend on the alignment of
+// tensors.
 #ifndef BATCH_INVARIANT
 #define BATCH_INVARIANT 0
 #endif
@@ -78,10 +79,10 @@ constexpr int MIN_BLOCKS = WARPS >= 8                                           
                                                                                                         : 8 / WARPS;
 
 #if BATCH_INVARIANT
-// The keys of a split of a batch-invariant call, whose splits begin at multiples of it. Each split of a row costs
-// an exchange of its sums with scratch, beside 2048 keys about 4 % of their time; and a sequence of 32768 keys
-// with 8 key/value heads still has 128 blocks, one for each multiprocessor of a large device. A multiple of the
-// keys of every tile.
+// The keys of a split of a batch-invariant call, whose splits begin at multiples of it. Each split of a row
+// costs an exchange of its sums with scratch, beside 2048 keys about 4 % of their time; and a sequence of
+// 32768 keys with 8 key/value heads still has 128 blocks, one for each multiprocessor of a large device. A
+// multiple of the keys of every tile.
 constexpr int KEYS_PER_SPLIT = 2048;
 #endif
 

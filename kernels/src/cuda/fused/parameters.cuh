@@ -47,8 +47,9 @@ struct Parameters {
     // number stands for no bound, and reaches as far.
     unsigned long long keys_before, keys_after;
     // Scratch. Forward with split keys: partial outputs [split, B, N, T, Hv], and row max and row sum [split,
-    // B, N, T, 2], of a batch-invariant call [split, B, N, T, slice, 2], with Hv rounded up to an even number. Backward: what gradients.cuh has of each row, offsets in the first and row terms, scores
-    // and far heads in the second. Behind cuDNN's forward pass: its logsumexp, as offsets.
+    // B, N, T, 2], of a batch-invariant call [split, B, N, T, slice, 2], with Hv rounded up to an even
+    // number. Backward: what gradients.cuh has of each row, offsets in the first and row terms, scores and
+    // far heads in the second. Behind cuDNN's forward pass: its logsumexp, as offsets.
     union {
         real *partial_out;
         real *row_offsets;

@@ -64,8 +64,8 @@ __device__ inline int partial_width(const Parameters &p) {
 }
 
 // The sums of two splits of a row's keys as one: relative to the larger row max, with the factors for sums of
-// values of the earlier and the later split. Every operation is rounded by itself, none is fused by the compiler,
-// so that every kernel that merges has the same bits. Neither split is empty.
+// values of the earlier and the later split. Every operation is rounded by itself, none is fused by the
+// compiler, so that every kernel that merges has the same bits. Neither split is empty.
 struct MergedSplits {
     real row_max, row_sum, earlier, later;
 };

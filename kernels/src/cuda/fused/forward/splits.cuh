@@ -1,12 +1,12 @@
-// Splits of a batch-invariant call. They begin at fixed keys of the sequence, multiples of KEYS_PER_SPLIT, so the
-// sums of a row are the same parts, merged in the same order, whether each part has a block of its own (few rows,
-// merged by combine.cu) or one block goes over all of them (many rows, merged here): a call needs as little scratch
-// and as many blocks as it wants, and bits do not depend on which way it takes.
-// Needs: fused/forward/epilogue.cuh, fused/forward/consumer.cuh, fused/exact.cuh.
+// Splits of a batch-invariant call. They begin at fixed keys of the sequence, multiples of KEYS_PER_SPLIT, so
+// the sums of a row are the same parts, merged in the same order, whether each part has a block of its own
+// (few rows, merged by combine.cu) or one block goes over all of them (many rows, merged here): a call needs
+// as little scratch and as many blocks as it wants, and bits do not depend on which way it takes. Needs:
+// fused/forward/epilogue.cuh, fused/forward/consumer.cuh, fused/exact.cuh.
 //
-// A block that goes over several splits keeps the merged row max and row sum of its rows in registers, and their
-// merged sums of values in scratch, the partial outputs of split 0. A thread reads there what it wrote itself, but
-// for rows that the warp computes again.
+// A block that goes over several splits keeps the merged row max and row sum of its rows in registers, and
+// their merged sums of values in scratch, the partial outputs of split 0. A thread reads there what it wrote
+// itself, but for rows that the warp computes again.
 
 #if BATCH_INVARIANT
 
@@ -33,9 +33,10 @@ __device__ inline NumberPair *pair_at(real *outputs, int column) {
     return reinterpret_cast<NumberPair *>(outputs + column);
 }
 
-// Merges the rows of the warp that `again` has, computed from their allowed keys of the split alone. By the warp.
-__device__ inline void merge_exact_rows(const Parameters &p, const ForwardTile &tile, ForwardRows &state, unsigned again,
-                                        int from, int end) {
+// Merges the rows of the warp that `again` has, computed from their allowed keys of the split alone. By the
+// warp.
+__device__ inline void merge_exact_rows(const Parameters &p, const ForwardTile &tile, ForwardRows &state,
+                                        unsigned again, int from, int end) {
     constexpr int ROW_SLOTS = row_slots<ROWS>();
     const real factor = power_factor(p);
     __syncwarp();
@@ -80,7 +81,8 @@ __device__ inline void merge_exact_rows(const Parameters &p, const ForwardTile &
 __device__ inline void end_split(const Parameters &p, const ForwardTile &tile, ForwardRows &state, int end) {
     const int from = max(tile.from, (end - 1) / KEYS_PER_SPLIT * KEYS_PER_SPLIT);
     const real factor = power_factor(p);
-    // As the epilogue does where a split has a block of its own: a row is computed again where any thread found it.
+    // As the epilogue does where a split has a block of its own: a row is computed again where any thread
+    // found it.
     const unsigned found = non_finite_rows(tile, state);
     unsigned again = 0;
 #pragma unroll
