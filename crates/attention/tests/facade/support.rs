@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use attention::core::{
-    BackendFailure, BackwardCall, CallProblem, Capabilities, DropoutStream, Error, FeatureSet, ForwardCall,
-    PassCapabilities, Plan, Scratch, ScratchGrowth, SequenceRows,
+    BackendFailure, BackwardCall, CallProblem, Capabilities, DropoutStream, Error, Feature, FeatureSet,
+    ForwardCall, PassCapabilities, Plan, Scratch, ScratchGrowth, SequenceRows,
 };
 use attention::{
     AttentionBackend, DType, DeviceKind, NumericsClass, Problem, Registry, Scalar, Unavailable, Unsupported,
@@ -47,7 +47,7 @@ pub(crate) enum Planning {
 
 impl Toy {
     pub(crate) fn new(name: &str) -> Self {
-        let all = PassCapabilities::new(FeatureSet::all());
+        let all = PassCapabilities::new(FeatureSet::all().with(Feature::BatchInvariant));
         let numerics = [(DType::F64, NumericsClass::F64), (DType::F32, NumericsClass::F32)];
         Self {
             name: name.to_owned(),
