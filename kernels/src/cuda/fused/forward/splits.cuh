@@ -1,8 +1,8 @@
 // Splits of a batch-invariant call. They begin at fixed keys of the sequence, multiples of KEYS_PER_SPLIT, so
 // the sums of a row are the same parts, merged in the same order, whether each part has a block of its own
 // (few rows, merged by combine.cu) or one block goes over all of them (many rows, merged here): a call needs
-// as little scratch and as many blocks as it wants, and bits do not depend on which way it takes. Needs:
-// fused/forward/epilogue.cuh, fused/forward/consumer.cuh, fused/exact.cuh.
+// as little scratch and as many blocks as it wants, and bits do not depend on which way it takes.
+// Needs: fused/forward/epilogue.cuh, fused/forward/consumer.cuh, fused/exact.cuh.
 //
 // A block that goes over several splits keeps the merged row max and row sum of its rows in registers, and
 // their merged sums of values in scratch, the partial outputs of split 0. A thread reads there what it wrote
