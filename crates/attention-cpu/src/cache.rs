@@ -26,7 +26,7 @@ pub(crate) trait Cache: 'static {
     fn key_scale<C: Compute>(problem: &CallProblem<'_>, batch: usize, head: usize, scale: C) -> KeyScale<C> {
         match Self::EIGHT_BIT {
             None => KeyScale { of_queries: None, of_products: scale },
-            Some(_) => KeyScale::new(problem.scale(), problem.key_scale(batch, head)),
+            Some(_) => KeyScale::of(problem, batch, head),
         }
     }
 
@@ -86,13 +86,8 @@ impl<F: Float8, C: Compute> Read for Widened<F, C> {
     }
 }
 
-/// The scale of a call and of the keys of a head, in two factors.
-///
-/// Numbers of 8 bits are not far from 1, and the keys that they stand for may be. With the power of two of
-/// their scale at the query, products are as large as those of the keys themselves, to within a factor of 2,
-/// so that none overflows or underflows that a call with wider keys would not lose as well. A power of two
-/// rounds nothing.
-#[derive(Debug, PartialEq)]
+/// The scale of a call and of the keys of a head, in two factors
+/// ([`CallProblem::scale_of_products`]).
 pub(crate) struct KeyScale<C> {
     /// A power of two; `None` for 1.
     of_queries: Option<C>,
@@ -100,23 +95,13 @@ pub(crate) struct KeyScale<C> {
 }
 
 impl<C: Compute> KeyScale<C> {
-    /// The largest power of two at queries, either way: with it, the smallest and the largest number of f16
-    /// are normal numbers of f32.
-    const MOST: i32 = 100;
-
-    fn new(scale: f64, of_keys: f32) -> Self {
-        let of_keys = f64::from(of_keys);
-        if of_keys == 0.0 {
-            return Self { of_queries: None, of_products: C::ZERO };
-        }
-        let exponent = (of_keys.abs().log2().ceil() as i32).clamp(-Self::MOST, Self::MOST);
-        let power = f64::from(exponent).exp2();
-        // Both numbers of the product have at most 53 bits, so it is rounded twice at most: here and to f32.
-        let product = scale * (of_keys / power);
-        // Finite, so that a product of 0 stays 0: only a key's scale beyond the powers of two leads here.
+    /// Of a head of a sequence.
+    fn of(problem: &CallProblem<'_>, batch: usize, head: usize) -> Self {
+        let (power, product) = problem.scale_of_products(batch, head);
+        // Finite in what is computed in too.
         let most = if C::DTYPE == DType::F64 { f64::MAX } else { f32::MAX.into() };
         let of_products = C::from_f64(product.clamp(-most, most));
-        Self { of_queries: (exponent != 0).then(|| C::from_f64(power)), of_products }
+        Self { of_queries: (power != 1.0).then(|| C::from_f64(power)), of_products }
     }
 
     /// Multiplies a query by its factor.
@@ -125,39 +110,5 @@ impl<C: Compute> KeyScale<C> {
         if let Some(factor) = self.of_queries {
             query.iter_mut().for_each(|x| *x *= factor);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The product of the factors is the scale, rounded once, and no factor leaves the range.
-    #[test]
-    fn a_key_scale_is_two_factors() {
-        for scale in [0.125, 1.0, -3.7, 1e-37, 2e38] {
-            for of_keys in [1.0f32, 0.3, -2.5, 448.0, 1e-30, 3e30, f32::MIN_POSITIVE, 1e-44, f32::MAX] {
-                let KeyScale { of_queries, of_products } = KeyScale::<f32>::new(scale, of_keys);
-                let power = f64::from(of_queries.unwrap_or(1.0));
-                assert_eq!(power.log2().fract(), 0.0, "{scale} {of_keys}");
-                assert!((2f64.powi(-100)..=2f64.powi(100)).contains(&power));
-                let whole = scale * f64::from(of_keys);
-                let within = f64::from(of_products) * power;
-                let ordinary =
-                    f64::from(of_keys).abs().log2().abs() <= 100.0 || scale.abs().log2().abs() < 20.0;
-                assert!(of_products.is_finite());
-                if ordinary && of_products.is_normal() {
-                    assert!((within / whole - 1.0).abs() <= 2f64.powi(-24), "{scale} {of_keys}: {within}");
-                }
-                // Where the key's scale is one of most, the products' is about that of the call.
-                if (1e-30..=1e30).contains(&of_keys.abs()) {
-                    let ratio = f64::from(of_products) / scale;
-                    assert!((0.499..=1.001).contains(&ratio.abs()), "{scale} {of_keys}: {ratio}");
-                }
-            }
-        }
-        assert_eq!(KeyScale::<f64>::new(0.5, 4.0), KeyScale { of_queries: Some(4.0), of_products: 0.5 });
-        assert_eq!(KeyScale::<f32>::new(0.5, 1.0), KeyScale { of_queries: None, of_products: 0.5 });
-        assert_eq!(KeyScale::<f32>::new(0.5, 0.0), KeyScale { of_queries: None, of_products: 0.0 });
     }
 }

@@ -1,6 +1,7 @@
 //! A problem together with its data.
 
 mod described;
+mod key_scale;
 mod overlap;
 mod problem;
 

@@ -3,6 +3,7 @@
 use std::ops::{Deref, Range};
 
 use super::described::expect_as_described;
+use super::key_scale;
 use crate::data::{BlockTable, Integers, Scales, distinct};
 use crate::{
     Alignment, CallData, DType, DropoutStream, InvalidCall, OffsetRange, Problem, QueryOffset, Role,
@@ -162,6 +163,20 @@ impl<'c> CallProblem<'c> {
         }
         let before = (magnitude.log2() / 2.0).floor().exp2();
         (before, self.scale / before)
+    }
+
+    /// The scale of the call with that of 8-bit keys ([`key_scale`](Self::key_scale)), as two factors: the
+    /// first, a power of two so that nothing is rounded, for queries, and the second, which is finite, for
+    /// their products with the numbers that the keys hold.
+    ///
+    /// Numbers of 8 bits are not far from 1, and the keys that they stand for may be. With the power of two of
+    /// their scale at the query, products are as large as those of the keys themselves, to within a factor of
+    /// 2, so that none overflows or underflows that a call with wider keys would not lose as well.
+    ///
+    /// # Panics
+    /// As [`key_scale`](Self::key_scale).
+    pub fn scale_of_products(&self, batch: usize, key_head: usize) -> (f64, f64) {
+        key_scale::split(self.scale, self.key_scale(batch, key_head))
     }
 
     /// What the numbers of 8-bit keys of a key/value head of sequence `batch` are multiplied by. 1 where the

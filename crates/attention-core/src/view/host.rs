@@ -71,6 +71,11 @@ impl<'a> View<'a> {
         (self.raw.desc.dtype() == DType::Bool).then(|| self.host_as())?
     }
 
+    /// The bytes of a view of [`DType::EIGHT_BIT`]; `None` where it has another dtype or is not in host memory.
+    pub fn host_bytes(&self) -> Option<HostView<'a, u8>> {
+        self.raw.desc.dtype().is_eight_bit().then(|| self.host_as())?
+    }
+
     /// `T` must have the size and alignment of the view's dtype and accept every bit pattern.
     fn host_as<T: bytemuck::Pod>(&self) -> Option<HostView<'a, T>> {
         if self.raw.device != Device::Cpu {
@@ -92,6 +97,18 @@ impl<'a> View<'a> {
 }
 
 impl<'a, T: Copy> HostView<'a, T> {
+    /// Rows of `width` elements one behind the other, as tokens of one head: of shape `[1, rows, 1, width]`.
+    /// Cheap enough for a few rows at a time; elements behind the last whole row are left out.
+    ///
+    /// # Panics
+    /// Where `width` is 0 or does not fit isize.
+    pub fn of_rows(elements: &'a [T], width: usize) -> Self {
+        assert!(width > 0, "rows without elements");
+        let stride = isize::try_from(width).expect("a width that fits isize");
+        let (shape, strides) = ([1, elements.len() / width, 1, width].into(), [0, stride, 0, 1].into());
+        Self { span: elements, origin: 0, shape, strides }
+    }
+
     /// The shape.
     pub fn shape(&self) -> Dims {
         self.shape

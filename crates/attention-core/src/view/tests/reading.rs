@@ -3,7 +3,9 @@
 use proptest::prelude::*;
 
 use super::{Layout, agrees, indices, layout};
-use crate::{DType, Device, Dims, InvalidCall, Scalar, TensorDesc, View};
+use crate::{
+    DType, Device, Dims, F8E4M3, F8E5M2, Float8, HostView, InvalidCall, Scalar, TensorDesc, View,
+};
 
 /// A layout with one of its axes, where it has any.
 fn layout_and_axis() -> impl Strategy<Value = (Layout, usize)> {
@@ -244,6 +246,28 @@ fn masks_are_made_of_bytes_with_any_strides_inside_them() {
     let error = View::strided_mask(&bytes, 0, [2, 3], [1]).unwrap_err();
     assert_eq!(error, InvalidCall::StridesRank { shape: 2, strides: 1 });
     assert!(View::strided_mask(&[], 5, [0, 3], [1, 1]).unwrap().host_mask().unwrap().shape().contains(&0));
+}
+
+#[test]
+fn numbers_of_8_bits_read_as_their_bytes() {
+    let data = [1, 2, 3, 0x80, 0xff, 6].map(F8E4M3::from_bits);
+    let view = View::from_slice(&data, [2, 3]).unwrap().permute([1, 0]).unwrap();
+    let host = view.host_bytes().unwrap();
+    assert_eq!([0, 1, 2].map(|row| host.row(&[row]).iter().collect::<Vec<_>>()), [[1, 0x80], [2, 0xff], [3, 6]]);
+    assert!(view.host_mask().is_none() && view.host::<F8E5M2>().is_none());
+    let masks = [true; 2];
+    assert!(View::from_slice(&[1.0f32; 2], [2]).unwrap().host_bytes().is_none());
+    assert!(View::from_slice(&masks, [2]).unwrap().host_bytes().is_none());
+}
+
+#[test]
+fn rows_are_the_tokens_of_a_head() {
+    let data: Vec<u16> = (0..14).collect();
+    let view = HostView::of_rows(&data, 4);
+    assert_eq!(view.shape(), Dims::from([1, 3, 1, 4]));
+    let rows = view.head(0).stretch([0, 1], 2);
+    assert_eq!([0, 1].map(|row| rows.row(row).contiguous().unwrap().to_vec()), [[4, 5, 6, 7], [8, 9, 10, 11]]);
+    assert!(HostView::of_rows(&data[..3], 4).shape().contains(&0));
 }
 
 #[test]
