@@ -25,6 +25,8 @@ use crate::{Level, NAME};
 /// - Results are bitwise the same for any number of threads, any composition of the batch, any amount of
 ///   padding and any chunk sizes, on one [`Level`]. Dropout bits alone depend on a sequence's place in the
 ///   batch.
+/// - Keys and values of 8 bits are widened as they are read, which is exact, and forward only. Their scales
+///   multiply queries and logits, and rows of the output once they are normalised.
 /// - Packed sequences are served in both passes, keys and values in pages in the forward pass. A sequence has
 ///   the bits that it has alone in a dense call.
 ///
@@ -75,10 +77,11 @@ impl ChunkedBackend {
         // On the host no number is in device memory. Blocks of keys begin at fixed keys of a sequence, and
         // how else work is cut changes no bit (`cut`).
         let features = FeatureSet::all().without(Feature::DeviceData).with(Feature::BatchInvariant);
+        let forward = features.with(Feature::EightBitKeys);
         let capabilities = Capabilities::new(
             DeviceKind::Cpu,
             NumericsClass::STANDARD,
-            PassCapabilities::new(features),
+            PassCapabilities::new(forward),
             ScratchGrowth::Constant,
         )
         .with_backward(PassCapabilities::new(features.without(Feature::PagedKeys)));

@@ -34,6 +34,7 @@ macro_rules! paths {
 
 paths! {
     Chunk: "forward, chunk of rows",
+    EightBit: "forward, keys and values of 8 bits",
     /// Products as they are, all of them allowed.
     Plain: "forward, softmax of products",
     /// Products that structure masks some of, or columns behind the last key.
@@ -52,6 +53,7 @@ paths! {
     DecodeWhole: "few rows, all keys",
     DecodeSplit: "few rows, parts and merge",
     DecodePages: "few rows, keys in pages",
+    DecodeEightBit: "few rows, keys and values of 8 bits",
     DecodeStrided: "few rows, strided keys or values",
     DecodeValuesApart: "few rows, values that are not finite",
     DecodeAdded: "few rows, logits changed",

@@ -50,7 +50,7 @@ impl<E: Engine> Pair<'_, '_, E> {
         for first in (0..chunk.len()).step_by(STAGE) {
             let staged = STAGE.min(chunk.len() - first);
             let index = |row: usize| index(chunk.start + first + row);
-            let sign = terms.query_sign();
+            let sign = terms.query_factor();
             let (mut rows, bad) = query.stage(*engine, staged, &index, sign, false, scratch.stage);
             scratch.bad_queries[first / STAGE] = bad;
             engine.pack_queries(rows, first, packed, scratch.queries);

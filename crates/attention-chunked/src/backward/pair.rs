@@ -204,7 +204,7 @@ impl<'a, E: Engine> Pair<'_, 'a, E> {
         let index = self.rows.query_index(self.backward.problem);
         for first in (0..rows).step_by(STAGE) {
             let index = |row: usize| index(block.rows.start + first + row);
-            let (count, sign) = (STAGE.min(rows - first), terms.query_sign());
+            let (count, sign) = (STAGE.min(rows - first), terms.query_factor());
             let (staged, _) = query.stage(*engine, count, &index, sign, false, scratch.stage);
             engine.pack_queries(staged, first, packed_rows, scratch.queries);
         }

@@ -21,7 +21,23 @@ impl<'a, E: Engine> Forward<'a, E> {
     /// # Safety
     /// No other thread writes these rows of the outputs.
     pub(super) unsafe fn task(&self, rows: &Rows, outputs: &Outputs<'a>, memory: &mut [u8]) {
+        if let Some(scaled) = self.scaled(rows.batch, rows.key_head, 1.0) {
+            // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
+            return unsafe { scaled.rows(rows, outputs, memory) };
+        }
+        // SAFETY: the same.
+        unsafe { self.rows(rows, outputs, memory) };
+    }
+
+    /// The same, with the scales of the head.
+    ///
+    /// # Safety
+    /// As [`task`](Self::task).
+    unsafe fn rows(&self, rows: &Rows, outputs: &Outputs<'a>, memory: &mut [u8]) {
         self.taken.mark(Path::Chunk);
+        if self.key.is_eight_bit() {
+            self.taken.mark(Path::EightBit);
+        }
         let mut scratch = self.layout.scratch::<E>(&mut Pieces::of(memory));
         let range = self.problem.key_range_of_rows(rows.batch, rows.queries.clone());
         self.engine.with_state(|| {
@@ -51,9 +67,9 @@ impl<'a, E: Engine> Forward<'a, E> {
         let index = rows.query_index(self.problem);
         for first in (0..count).step_by(STAGE) {
             let index = |row: usize| index(first + row);
-            let sign = self.terms.query_sign();
+            let factor = self.terms.query_factor();
             let staged = STAGE.min(count - first);
-            let (staged, _) = self.query.stage(self.engine, staged, &index, sign, false, scratch.stage);
+            let (staged, _) = self.query.stage(self.engine, staged, &index, factor, false, scratch.stage);
             let packed = self.layout.rows.next_multiple_of(STAGE);
             self.engine.pack_queries(staged, first, packed, scratch.queries);
         }
@@ -91,10 +107,9 @@ impl<'a, E: Engine> Forward<'a, E> {
         for first in (skipped..keys.len()).step_by(STAGE) {
             let staged = STAGE.min(keys.len() - first);
             let index = |row: usize| index(first + row);
-            let (rows, _) = self.key.stage(self.engine, staged, &index, E::F::ONE, false, scratch.stage);
+            let (rows, _) = self.key.stage(self.engine, staged, &index, false, scratch.stage);
             self.engine.pack_keys(rows, first, packed, scratch.keys);
-            let (rows, not_finite) =
-                self.value.stage(self.engine, staged, &index, E::F::ONE, true, scratch.stage);
+            let (rows, not_finite) = self.value.stage(self.engine, staged, &index, true, scratch.stage);
             self.engine.pack_values(rows, first, packed, scratch.values);
             scratch.not_finite[first / STAGE] = not_finite;
             all |= not_finite;

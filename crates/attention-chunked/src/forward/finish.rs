@@ -43,7 +43,7 @@ impl<E: Engine> Kernel for Finish<'_, '_, '_, '_, E> {
             // SAFETY: `Forward::finish` alone makes this kernel, and its caller guarantees that no other
             // thread writes these rows of the outputs.
             unsafe {
-                outputs.out.write_row([outer, inner, head], values, E::F::ONE);
+                outputs.out.write_row([outer, inner, head], values, forward.value_scale);
                 if let Some(to) = &outputs.lse {
                     to.write([outer, inner, head, 0], lse);
                 }

@@ -19,8 +19,10 @@ pub(crate) struct QueryRow {
 }
 
 /// What turns products into logits, read from the call once.
+#[derive(Clone)]
 pub(crate) struct Terms<'a, F> {
     pub(super) problem: &'a CallProblem<'a>,
+    query_factor: F,
     /// Not negative: packed queries have the sign.
     pub(super) scale: F,
     pub(super) unit: F,
@@ -37,6 +39,33 @@ pub(crate) struct Terms<'a, F> {
     pub(super) gradient_scale: (F, F),
 }
 
+/// What a scale says about queries, products and logits.
+struct Scaling<F> {
+    query_factor: F,
+    scale: F,
+    unit: F,
+    base: Base<F>,
+    is_plain: bool,
+}
+
+impl<F: Float> Scaling<F> {
+    /// Of a scale, for queries that are multiplied by a power of two besides.
+    fn new(problem: &CallProblem<'_>, nothing_added: bool, power: f64, scale: f64) -> Self {
+        let magnitude = scale.abs();
+        // A scale of zero would make NaN of the -inf of a masked product, and one above the ordinary ones
+        // cannot go to base two. Below them, a difference of two products may overflow whose weight is not
+        // negligible.
+        let ordinary = Problem::ordinary_scales(problem.dtype().accumulator());
+        let is_plain = nothing_added && ordinary.contains(&magnitude);
+        // Of the scale of a call this is the number itself; with that of keys it may be larger.
+        let rounded = F::from_f64(magnitude);
+        let rounded = if rounded > F::LARGEST { F::LARGEST } else { rounded };
+        let unit = if is_plain { rounded } else { F::ONE };
+        let query_factor = F::from_f64(if scale < 0.0 { -power } else { power });
+        Self { query_factor, scale: rounded, unit, base: Base::new(unit * F::LOG2_E), is_plain }
+    }
+}
+
 impl<'a, F: Float> Terms<'a, F> {
     pub(crate) fn new(problem: &'a CallProblem<'a>, inputs: &Inputs<'a>) -> Self {
         let shape = |view: attention_core::View<'_>| std::array::from_fn(|axis| view.shape()[axis]);
@@ -45,25 +74,21 @@ impl<'a, F: Float> Terms<'a, F> {
             let bytes = bytes.unwrap_or_else(|| unreachable!("a checked call has a mask in host memory"));
             (bytes, shape(mask))
         });
-        let scale = F::from_f64(problem.scale().abs());
         let nothing_added =
             problem.softcap().is_none() && inputs.alibi_slopes.is_none() && inputs.bias.is_none();
-        // A scale of zero would make NaN of the -inf of a masked product, and one above the ordinary ones
-        // cannot go to base two. Below them, a difference of two products may overflow whose weight is not
-        // negligible.
-        let ordinary = Problem::ordinary_scales(problem.dtype().accumulator());
-        let plain = nothing_added && ordinary.contains(&problem.scale().abs());
-        let unit = if plain { scale } else { F::ONE };
+        let Scaling { query_factor, scale, unit, base, is_plain } =
+            Scaling::new(problem, nothing_added, 1.0, problem.scale());
         let (before, after) = match problem.dtype() {
             DType::F16 => (1.0, problem.scale()),
             _ => problem.scale_of_gradients(),
         };
         Self {
             problem,
+            query_factor,
             scale,
             unit,
-            base: Base::new(unit * F::LOG2_E),
-            is_plain: plain,
+            base,
+            is_plain,
             softcap: problem.softcap().map(F::from_f64),
             slopes: inputs.alibi_slopes.map(Floats::new),
             slopes_per_batch: inputs.alibi_slopes.is_some_and(|slopes| slopes.shape().rank() == 2),
@@ -82,10 +107,28 @@ impl<'a, F: Float> Terms<'a, F> {
         self.gradient_scale
     }
 
-    /// What queries are multiplied by when they are packed, so that the scale is never negative from there
-    /// on.
-    pub(crate) fn query_sign(&self) -> F {
-        if self.problem.scale() < 0.0 { -F::ONE } else { F::ONE }
+    /// The same with the scale of the 8-bit keys of a head of a sequence, for products of numbers that are
+    /// theirs divided by `unit`, a power of two.
+    pub(crate) fn with_key_scale(&self, batch: usize, key_head: usize, unit: f64) -> Self {
+        /// A scale beyond which operands are so small that products without the unit may underflow, and far
+        /// below which queries may be so large that they overflow with it.
+        const LARGE: f64 = 1e18;
+        let nothing_added = self.softcap.is_none() && !self.adds_bias();
+        let (power, scale) = match self.problem.scale_of_products(batch, key_head) {
+            // Keys that stand for zeros: no product overflows on its way to 0.
+            (_, 0.0) => (0.0, self.problem.scale()),
+            (power, scale) if scale.abs() > LARGE => (power * unit, scale),
+            (power, scale) => (power, scale * unit),
+        };
+        let Scaling { query_factor, scale, unit, base, is_plain } =
+            Scaling::new(self.problem, nothing_added, power, scale);
+        Self { query_factor, scale, unit, base, is_plain, ..self.clone() }
+    }
+
+    /// What queries are multiplied by when they are packed: the sign of the scale, so that it is never
+    /// negative from there on, and the power of two of the scale of 8-bit keys.
+    pub(crate) fn query_factor(&self) -> F {
+        self.query_factor
     }
 
     /// Whether products become logits by more than the scale, even for rows that see every key.

@@ -1,5 +1,6 @@
 //! The caller's tensors: rows of any float dtype and stride, read in groups and written one by one.
 
+mod eight_bit;
 mod output;
 mod stage;
 
@@ -9,6 +10,7 @@ use half::{bf16, f16};
 use crate::float::Float;
 use crate::simd::{Kernel, Simd};
 
+pub(crate) use eight_bit::{Cached, EightBit, RowAhead};
 pub(crate) use output::SharedOutput;
 
 /// A tensor of any float dtype in host memory.
@@ -59,26 +61,78 @@ impl<T: Source, K: ViewKernel> Kernel for OnView<'_, '_, T, K> {
 
 /// A float with the dtypes of operands that are computed in it: work on queries, keys and values is compiled
 /// for these alone.
-pub(crate) trait Operands: Float {
+pub(crate) trait Operands: Float + Source {
+    /// One of these dtypes: what keys and values of 8 bits become where they are read once.
+    type Tile: Source + bytemuck::Pod + Default;
+
     /// Runs `work` on a query, key, value or gradient of the output.
     fn vectorize<S: Simd<Self>, K: ViewKernel>(of: &Floats<'_>, simd: S, work: K) -> K::Output;
+
+    /// Rows of 8 bits, at most [`STAGE`](crate::engine::STAGE), one behind the other, divided by
+    /// [`unit_of_tile`](Self::unit_of_tile).
+    ///
+    /// # Panics
+    /// Where `to` has fewer rows.
+    fn tile<'a, S: Simd<Self>>(
+        simd: S,
+        of: &EightBit<'a>,
+        rows: impl Iterator<Item = RowAhead<'a>>,
+        to: &mut [Self::Tile],
+    );
+
+    /// A power of two.
+    fn unit_of_tile(of: &EightBit<'_>) -> f64;
 }
 
-macro_rules! operands {
-    ($float:ident, $($variant:ident),*) => {
-        impl Operands for $float {
-            fn vectorize<S: Simd<Self>, K: ViewKernel>(of: &Floats<'_>, simd: S, work: K) -> K::Output {
-                match of {
-                    $(Floats::$variant(view) => simd.vectorize(OnView { view, work }),)*
-                    _ => unreachable!("the engine of a problem takes operands of its dtype"),
-                }
+macro_rules! vectorize {
+    ($($variant:ident),*) => {
+        fn vectorize<S: Simd<Self>, K: ViewKernel>(of: &Floats<'_>, simd: S, work: K) -> K::Output {
+            match of {
+                $(Floats::$variant(view) => simd.vectorize(OnView { view, work }),)*
+                _ => unreachable!("the engine of a problem takes operands of its dtype"),
             }
         }
     };
 }
-operands!(f32, F32, F16, Bf16);
-// f32 is computed in f64 where batch rows are small.
-operands!(f64, F64, F32);
+
+impl Operands for f32 {
+    type Tile = f16;
+
+    vectorize!(F32, F16, Bf16);
+
+    fn tile<'a, S: Simd<Self>>(
+        simd: S,
+        of: &EightBit<'a>,
+        rows: impl Iterator<Item = RowAhead<'a>>,
+        to: &mut [f16],
+    ) {
+        of.halve(simd, rows, to);
+    }
+
+    fn unit_of_tile(of: &EightBit<'_>) -> f64 {
+        of.unit_of_halves()
+    }
+}
+
+/// f32 is computed in f64 where batch rows are small.
+impl Operands for f64 {
+    type Tile = f64;
+
+    vectorize!(F64, F32);
+
+    fn tile<'a, S: Simd<Self>>(
+        simd: S,
+        of: &EightBit<'a>,
+        rows: impl Iterator<Item = RowAhead<'a>>,
+        to: &mut [f64],
+    ) {
+        of.widen(simd, rows, of.width(), to);
+    }
+
+    fn unit_of_tile(_: &EightBit<'_>) -> f64 {
+        1.0
+    }
+}
 
 /// An element type, with its widening load.
 pub(crate) trait Source: Scalar {
@@ -186,7 +240,7 @@ fn dot<A: Source, B: Source>(
 }
 
 /// Whether the elements along the last axis are not neighbours.
-pub(crate) fn is_strided<T: Source>(view: &HostView<'_, T>) -> bool {
+pub(crate) fn is_strided<T: Copy>(view: &HostView<'_, T>) -> bool {
     let last = view.shape().rank() - 1;
     view.strides()[last] != 1 && view.shape()[last] > 1
 }

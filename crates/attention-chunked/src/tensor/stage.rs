@@ -10,7 +10,7 @@ use crate::simd::{Kernel, Simd, prefetch};
 
 /// How many positions ahead rows are asked for: those of neighbouring positions are as far apart as all heads
 /// together, which no processor's own prefetching follows.
-const AHEAD: usize = STAGE;
+pub(super) const AHEAD: usize = STAGE;
 
 impl Floats<'_> {
     /// The rows `index(0), .., index(count - 1)` of the last axis, each multiplied by `factor`, on their way

@@ -2,20 +2,25 @@
 
 use std::ops::Range;
 
-use attention_core::{Problem, RowLayout};
+use attention_core::{Problem, Role, RowLayout};
 
 use super::row::AHEAD;
 use super::runs::Run;
 use crate::cut::Rows;
+use crate::engine::STAGE;
 use crate::float::Float;
 use crate::scratch::Pieces;
-use crate::tensor::Floats;
+use crate::tensor::{Floats, Operands};
 
 /// The most query rows per key/value head: more have products enough to pay for packing keys and values.
 pub(in crate::forward) const MAX_ROWS: usize = 8;
 
 /// Keys whose logits are held at a time.
 pub(super) const BLOCK_KEYS: usize = 256;
+
+/// Keys or values of 8 bits that are widened at a time: 8 KiB of a head dimension of 128, which stays in the
+/// first-level cache.
+pub(super) const TILE_KEYS: usize = STAGE;
 
 /// The distance between rows of logits.
 pub(super) const STRIDE: usize = BLOCK_KEYS + 16;
@@ -42,6 +47,8 @@ pub(in crate::forward) struct DecodeLayout {
     value_head_dim: usize,
     /// Runs that the keys of a block may have; 0 where they are always one.
     runs: usize,
+    /// Elements of the widest row of widened keys or values; 0 where they are not of 8 bits.
+    widened: usize,
 }
 
 impl DecodeLayout {
@@ -51,12 +58,14 @@ impl DecodeLayout {
     pub(in crate::forward) fn of(problem: &Problem, queries: usize, decoded: usize, threads: usize) -> Self {
         let dims = problem.dims();
         let enough = decoded.saturating_mul(tasks(problem)) / threads.saturating_mul(4).max(1);
-        let row_bytes = problem.dtype().size() * dims.head_dim.min(dims.value_head_dim).max(1);
+        let cached = problem.dtype_of(Role::Key).unwrap_or(problem.dtype());
+        let row_bytes = cached.size() * dims.head_dim.min(dims.value_head_dim).max(1);
+        let widened = if cached.is_eight_bit() { dims.head_dim.max(dims.value_head_dim) } else { 0 };
         let heads = (PAGE / row_bytes).min(enough).clamp(1, MAX_HEADS);
         let rows = queries * dims.group_size();
         let runs =
             if matches!(problem.key_layout(), RowLayout::Paged { .. }) { BLOCK_KEYS + AHEAD } else { 0 };
-        Self { heads, rows, head_dim: dims.head_dim, value_head_dim: dims.value_head_dim, runs }
+        Self { heads, rows, head_dim: dims.head_dim, value_head_dim: dims.value_head_dim, runs, widened }
     }
 
     /// The most batch rows for which there are `heads` heads at a time or fewer, where more are possible.
@@ -65,12 +74,13 @@ impl DecodeLayout {
         (more - 1) / tasks(problem).max(1)
     }
 
-    pub(super) fn scratch<'a, F: Float>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, F> {
+    pub(super) fn scratch<'a, F: Operands>(&self, pieces: &mut Pieces<'a>) -> Scratch<'a, F> {
         Scratch {
             stage: pieces.take((self.heads * MAX_ROWS).saturating_mul(Floats::stage_stride(self.head_dim))),
             tile: pieces.take(MAX_ROWS * STRIDE),
             factors: pieces.take(MAX_ROWS),
             runs: pieces.take(self.runs),
+            widened: pieces.take(self.widened.saturating_mul(TILE_KEYS)),
             split: self.partial(pieces),
             running: self.partial(pieces),
         }
@@ -87,7 +97,7 @@ impl DecodeLayout {
     }
 
     /// Bytes of a task's scratch; `None` on overflow.
-    pub(in crate::forward) fn bytes<F: Float>(&self) -> Option<usize> {
+    pub(in crate::forward) fn bytes<F: Operands>(&self) -> Option<usize> {
         let mut pieces = Pieces::counting();
         let _ = self.scratch::<F>(&mut pieces);
         pieces.bytes()
@@ -107,11 +117,13 @@ impl DecodeLayout {
 }
 
 /// What a decoding task works in.
-pub(super) struct Scratch<'a, F> {
+pub(super) struct Scratch<'a, F: Operands> {
     pub(super) stage: &'a mut [F],
     pub(super) tile: &'a mut [F],
     pub(super) factors: &'a mut [F],
     pub(super) runs: &'a mut [Run],
+    /// [`TILE_KEYS`] rows of keys or values of 8 bits.
+    pub(super) widened: &'a mut [F::Tile],
     pub(super) split: Partial<'a, F>,
     /// The splits so far.
     pub(super) running: Partial<'a, F>,
@@ -134,10 +146,10 @@ impl<F: Float> Partial<'_, F> {
         self.values.fill(F::ZERO);
     }
 
-    /// Adds the result of further keys; `unit` is the size of the shifts' unit.
-    pub(super) fn merge(&mut self, split: &Self, unit: F) {
+    /// Adds the result of further keys to some rows; `unit` is the size of their shifts' unit.
+    pub(super) fn merge(&mut self, rows: Range<usize>, split: &Partial<'_, F>, unit: F) {
         let width = self.width;
-        for row in 0..self.sums.len() {
+        for row in rows {
             let shifts = [self.shifts[row], split.shifts[row]];
             // A NaN on either side becomes the shift and stays it.
             let shift = if shifts[1] > shifts[0] || shifts[1].is_nan() { shifts[1] } else { shifts[0] };

@@ -10,8 +10,11 @@ mod products;
 mod row;
 mod runs;
 mod sums;
+mod tiles;
 
 use std::ops::Range;
+
+use attention_core::Scalar as _;
 
 use self::layout::{BLOCK_KEYS, Partial, STRIDE, Scratch};
 use self::products::Dots;
@@ -28,7 +31,7 @@ use crate::logits::{QueryRow, TileShape};
 use crate::paths::Path;
 use crate::scratch::Pieces;
 use crate::simd::Simd;
-use crate::tensor::{Floats, Operands};
+use crate::tensor::{Cached, Floats, Operands};
 
 pub(super) use self::layout::{DecodeLayout, MAX_HEADS, MAX_ROWS, most_splits, splits};
 
@@ -43,15 +46,16 @@ impl<'a, E: Engine> Forward<'a, E> {
     pub(super) unsafe fn decode(&self, heads: &Heads, outputs: &Outputs<'a>, memory: &mut [u8]) {
         self.taken.mark(Path::DecodeWhole);
         let mut scratch = self.decode.scratch::<E::F>(&mut Pieces::of(memory));
+        let scaled = self.scaled_heads(heads);
         scratch.running.clear();
-        self.stage_heads(heads, scratch.stage);
+        self.stage_heads(heads, &scaled, scratch.stage);
         let keys = self.problem.key_range_of_rows(heads[0].batch, heads[0].queries.clone());
         for split in splits(&keys) {
-            self.split(heads, split, &mut scratch);
-            scratch.running.merge(&scratch.split, self.terms.unit());
+            self.split(heads, &scaled, split, &mut scratch);
+            self.merge(heads, &scaled, &mut scratch.running, &scratch.split);
         }
         // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
-        unsafe { self.finish_decode(heads, &mut scratch.running, outputs) };
+        unsafe { self.finish_decode(heads, &scaled, &mut scratch.running, outputs) };
     }
 
     /// One split of the keys of some rows, into memory of [`DecodeLayout::partial_bytes`].
@@ -59,8 +63,9 @@ impl<'a, E: Engine> Forward<'a, E> {
         self.taken.mark(Path::DecodeSplit);
         let mut scratch = self.decode.scratch::<E::F>(&mut Pieces::of(memory));
         scratch.split = self.decode.partial(&mut Pieces::of(to));
-        self.stage_heads(heads, scratch.stage);
-        self.split(heads, keys, &mut scratch);
+        let scaled = self.scaled_heads(heads);
+        self.stage_heads(heads, &scaled, scratch.stage);
+        self.split(heads, &scaled, keys, &mut scratch);
     }
 
     /// Combines the splits of some rows, each in `bytes` of the memory, and writes the rows.
@@ -77,37 +82,76 @@ impl<'a, E: Engine> Forward<'a, E> {
     ) {
         let mut scratch = self.decode.scratch::<E::F>(&mut Pieces::of(memory));
         scratch.running.clear();
+        let scaled = self.scaled_heads(heads);
         for split in splits.chunks_exact_mut(bytes) {
-            scratch.running.merge(&self.decode.partial(&mut Pieces::of(split)), self.terms.unit());
+            self.merge(heads, &scaled, &mut scratch.running, &self.decode.partial(&mut Pieces::of(split)));
         }
         // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
-        unsafe { self.finish_decode(heads, &mut scratch.running, outputs) };
+        unsafe { self.finish_decode(heads, &scaled, &mut scratch.running, outputs) };
     }
 
-    fn stage_heads(&self, heads: &Heads, stage: &mut [E::F]) {
-        let sign = self.terms.query_sign();
+    /// The call with the scales of each head, or of all; empty where it is the same.
+    fn scaled_heads(&self, heads: &Heads) -> Vec<Self> {
+        let heads = if self.has_scales() { heads } else { &heads[..1] };
+        let unit = self.key.unit_of_tile::<E::F>();
+        heads.iter().filter_map(|rows| self.scaled(rows.batch, rows.key_head, unit)).collect()
+    }
+
+    /// The call with the scales of head `index`.
+    fn of_head<'s>(&'s self, scaled: &'s [Self], index: usize) -> &'s Self {
+        scaled.get(index).or(scaled.first()).unwrap_or(self)
+    }
+
+    fn stage_heads(&self, heads: &Heads, scaled: &[Self], stage: &mut [E::F]) {
         let room = MAX_ROWS * Floats::stage_stride(self.decode.head_dim);
-        for (rows, stage) in heads.iter().zip(stage.chunks_exact_mut(room)) {
+        for (head, (rows, stage)) in heads.iter().zip(stage.chunks_exact_mut(room)).enumerate() {
             let index = rows.query_index(self.problem);
-            self.query.stage_floats(self.engine.plain(), rows.len(), &index, sign, false, stage);
+            let factor = self.of_head(scaled, head).terms.query_factor();
+            self.query.stage_floats(self.engine.plain(), rows.len(), &index, factor, false, stage);
+        }
+    }
+
+    /// Adds a partial result of further keys to another.
+    fn merge(
+        &self,
+        heads: &Heads,
+        scaled: &[Self],
+        running: &mut Partial<'_, E::F>,
+        split: &Partial<'_, E::F>,
+    ) {
+        for (head, rows) in heads.iter().enumerate() {
+            let unit = self.of_head(scaled, head).terms.unit();
+            running.merge(self.decode.rows_of(head, rows), split, unit);
         }
     }
 
     /// # Safety
     /// No other thread writes these rows of the outputs.
-    unsafe fn finish_decode(&self, heads: &Heads, result: &mut Partial<'_, E::F>, outputs: &Outputs<'a>) {
+    unsafe fn finish_decode(
+        &self,
+        heads: &Heads,
+        scaled: &[Self],
+        result: &mut Partial<'_, E::F>,
+        outputs: &Outputs<'a>,
+    ) {
         let width = result.width;
+        let unit = E::F::from_f64(self.value.unit_of_tile::<E::F>());
         for (index, rows) in heads.iter().enumerate() {
+            let Self { terms, value_scale, .. } = self.of_head(scaled, index);
             let at = rows.query_index(self.problem);
             for (row, place) in self.decode.rows_of(index, rows).enumerate() {
                 let [outer, inner, head] = at(row);
                 let sink = self.sinks.as_ref().map(|sinks| sinks.at(&[head]));
                 let values = &mut result.values[place * width..][..width];
                 let (shift, sum) = (result.shifts[place], result.sums[place]);
-                let lse = normalise(shift, sum, self.terms.unit(), sink, values);
+                let lse = normalise(shift, sum, terms.unit(), sink, values);
+                if unit != E::F::ONE {
+                    // Before the scale, with which the unit may overflow.
+                    values.iter_mut().for_each(|value| *value = *value * unit);
+                }
                 // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
                 unsafe {
-                    outputs.out.write_row([outer, inner, head], values, E::F::ONE);
+                    outputs.out.write_row([outer, inner, head], values, *value_scale);
                     if let Some(to) = &outputs.lse {
                         to.write([outer, inner, head, 0], lse);
                     }
@@ -117,7 +161,7 @@ impl<'a, E: Engine> Forward<'a, E> {
     }
 
     /// Computes a split: a block of keys for all heads, then the next.
-    fn split(&self, heads: &Heads, keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
+    fn split(&self, heads: &Heads, scaled: &[Self], keys: Range<usize>, scratch: &mut Scratch<'_, E::F>) {
         if self.key.is_strided() || self.value.is_strided() {
             self.taken.mark(Path::DecodeStrided);
         }
@@ -126,6 +170,9 @@ impl<'a, E: Engine> Forward<'a, E> {
         let page_size = places.page_size();
         if page_size.is_some() {
             self.taken.mark(Path::DecodePages);
+        }
+        if self.key.is_eight_bit() {
+            self.taken.mark(Path::DecodeEightBit);
         }
         let room = std::mem::take(&mut scratch.runs);
         for first in keys.clone().step_by(BLOCK_KEYS) {
@@ -140,7 +187,7 @@ impl<'a, E: Engine> Forward<'a, E> {
                 }
             };
             for (index, rows) in heads.iter().enumerate() {
-                self.decode_block(index, rows, block.clone(), runs, scratch);
+                self.of_head(scaled, index).decode_block(index, rows, block.clone(), runs, scratch);
             }
         }
         scratch.runs = room;
@@ -173,7 +220,10 @@ impl<'a, E: Engine> Forward<'a, E> {
             queries_stride,
             tile: scratch.tile,
         };
-        <E::F as Operands>::vectorize(&self.key, simd, dots);
+        match &self.key {
+            Cached::Floats(key) => E::F::vectorize(key, simd, dots),
+            Cached::EightBit(key) => dots.run_on_tiles(key, scratch.widened),
+        }
         let columns = keys.len().next_multiple_of(2 * <E::Plain as Simd<E::F>>::LANES);
         let inside = infos.iter().all(|row| row.begin <= keys.start && row.end >= keys.end);
         let apply = !inside || columns != keys.len() || self.terms.change_products();
@@ -211,6 +261,9 @@ impl<'a, E: Engine> Forward<'a, E> {
             values,
             taken: self.taken,
         };
-        <E::F as Operands>::vectorize(&self.value, simd, weighted_sums);
+        match &self.value {
+            Cached::Floats(value) => E::F::vectorize(value, simd, weighted_sums),
+            Cached::EightBit(value) => weighted_sums.run_on_tiles(value, scratch.widened),
+        }
     }
 }

@@ -18,6 +18,7 @@ pub(super) struct Dots<'r, F, S> {
     pub(super) rows: usize,
     pub(super) queries: &'r [F],
     pub(super) queries_stride: usize,
+    /// Rows [`STRIDE`] apart.
     pub(super) tile: &'r mut [F],
 }
 
@@ -53,7 +54,8 @@ impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
         let count = (self.rows - first).min(ROWS);
         let queries = &self.queries[first * queries_stride..];
         assert!(extent(ROWS, queries_stride, width) <= queries.len());
-        assert!(self.keys.len() <= STRIDE && (first + count) * STRIDE <= self.tile.len());
+        assert!(self.keys.len() <= STRIDE);
+        assert!(extent(first + count, STRIDE, self.keys.len()) <= self.tile.len());
         let row_bytes = width * size_of::<T>();
         let mut column = 0;
         for run in self.keys.runs() {

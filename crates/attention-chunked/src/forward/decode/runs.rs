@@ -33,6 +33,11 @@ impl Run {
         Self { first: [outer, inner], ahead: [outer, inner + AHEAD], keys: keys.len() }
     }
 
+    /// Of rows of [`HostView::of_rows`](attention_core::HostView::of_rows), which are in the cache: none is prefetched.
+    pub(super) fn of_rows(keys: usize) -> Self {
+        Self { first: [0, 0], ahead: [0, 0], keys }
+    }
+
     /// How many keys there are.
     #[inline(always)]
     pub(super) fn len(&self) -> usize {
@@ -115,10 +120,18 @@ impl<'r> KeyRuns<'r> {
         &self,
         head: HeadView<'v, T>,
     ) -> impl Iterator<Item = Row<'v, T>> + use<'r, 'v, T> {
+        self.rows_ahead(head).map(|(row, _)| row)
+    }
+
+    /// The same, each with [`Run::ahead`].
+    pub(super) fn rows_ahead<'v, T: Copy>(
+        &self,
+        head: HeadView<'v, T>,
+    ) -> impl Iterator<Item = (Row<'v, T>, isize)> + use<'r, 'v, T> {
         let runs = self.runs;
         runs.iter().flat_map(move |run| {
-            let rows = run.rows(head);
-            (0..run.keys).map(move |index| rows.row(index))
+            let (rows, ahead) = (run.rows(head), run.ahead(head));
+            (0..run.keys).map(move |index| (rows.row(index), ahead))
         })
     }
 }

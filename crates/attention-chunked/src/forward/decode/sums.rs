@@ -7,6 +7,7 @@ use super::row::{KeyRow, load_row};
 use super::runs::KeyRuns;
 use crate::float::Float;
 use crate::paths::{Path, Taken};
+use crate::scratch::extent;
 use crate::simd::{Kernel, Simd};
 use crate::tensor::{Source, ViewKernel, is_strided};
 
@@ -36,7 +37,8 @@ impl<F: Float, S: Simd<F>> ViewKernel for WeightedSums<'_, F, S> {
     #[inline(always)]
     fn run<T: Source>(mut self, view: &HostView<'_, T>) {
         let width = view.shape()[3];
-        assert!(self.rows * STRIDE <= self.weights.len() && self.keys.len() <= STRIDE);
+        assert!(self.keys.len() <= STRIDE);
+        assert!(extent(self.rows, STRIDE, self.keys.len()) <= self.weights.len());
         assert!(self.rows.saturating_mul(width) <= self.values.len());
         assert!(self.rows <= self.factors.len() && self.rows <= self.totals.len());
         let head = view.head(self.key_head);

@@ -3,9 +3,7 @@
 use proptest::prelude::*;
 
 use super::{Layout, agrees, indices, layout};
-use crate::{
-    DType, Device, Dims, F8E4M3, F8E5M2, Float8, HostView, InvalidCall, Scalar, TensorDesc, View,
-};
+use crate::{DType, Device, Dims, F8E4M3, F8E5M2, Float8, HostView, InvalidCall, Scalar, TensorDesc, View};
 
 /// A layout with one of its axes, where it has any.
 fn layout_and_axis() -> impl Strategy<Value = (Layout, usize)> {
@@ -253,7 +251,10 @@ fn numbers_of_8_bits_read_as_their_bytes() {
     let data = [1, 2, 3, 0x80, 0xff, 6].map(F8E4M3::from_bits);
     let view = View::from_slice(&data, [2, 3]).unwrap().permute([1, 0]).unwrap();
     let host = view.host_bytes().unwrap();
-    assert_eq!([0, 1, 2].map(|row| host.row(&[row]).iter().collect::<Vec<_>>()), [[1, 0x80], [2, 0xff], [3, 6]]);
+    assert_eq!(
+        [0, 1, 2].map(|row| host.row(&[row]).iter().collect::<Vec<_>>()),
+        [[1, 0x80], [2, 0xff], [3, 6]]
+    );
     assert!(view.host_mask().is_none() && view.host::<F8E5M2>().is_none());
     let masks = [true; 2];
     assert!(View::from_slice(&[1.0f32; 2], [2]).unwrap().host_bytes().is_none());
@@ -266,7 +267,10 @@ fn rows_are_the_tokens_of_a_head() {
     let view = HostView::of_rows(&data, 4);
     assert_eq!(view.shape(), Dims::from([1, 3, 1, 4]));
     let rows = view.head(0).stretch([0, 1], 2);
-    assert_eq!([0, 1].map(|row| rows.row(row).contiguous().unwrap().to_vec()), [[4, 5, 6, 7], [8, 9, 10, 11]]);
+    assert_eq!(
+        [0, 1].map(|row| rows.row(row).contiguous().unwrap().to_vec()),
+        [[4, 5, 6, 7], [8, 9, 10, 11]]
+    );
     assert!(HostView::of_rows(&data[..3], 4).shape().contains(&0));
 }
 
