@@ -21,12 +21,9 @@ impl<'a, E: Engine> Forward<'a, E> {
     /// # Safety
     /// No other thread writes these rows of the outputs.
     pub(super) unsafe fn task(&self, rows: &Rows, outputs: &Outputs<'a>, memory: &mut [u8]) {
-        if let Some(scaled) = self.scaled(rows.batch, rows.key_head, 1.0) {
-            // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
-            return unsafe { scaled.rows(rows, outputs, memory) };
-        }
-        // SAFETY: the same.
-        unsafe { self.rows(rows, outputs, memory) };
+        let scaled = self.scaled(rows.batch, rows.key_head, 1.0);
+        // SAFETY: the caller guarantees that no other thread writes these rows of the outputs.
+        unsafe { scaled.as_ref().unwrap_or(self).rows(rows, outputs, memory) };
     }
 
     /// The same, with the scales of the head.
