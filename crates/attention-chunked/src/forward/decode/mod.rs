@@ -16,8 +16,9 @@ use std::ops::Range;
 
 use attention_core::Scalar as _;
 
-use self::layout::{BLOCK_KEYS, Partial, STRIDE, Scratch};
+use self::layout::{BLOCK_KEYS, Partial, STRIDE, Scratch, TILE_KEYS};
 use self::products::Dots;
+use self::row::AHEAD;
 use self::runs::{KeyRuns, Run};
 use self::sums::WeightedSums;
 use super::call::{Forward, Outputs};
@@ -174,6 +175,8 @@ impl<'a, E: Engine> Forward<'a, E> {
         if self.key.is_eight_bit() {
             self.taken.mark(Path::DecodeEightBit);
         }
+        // A tile prefetches the next one: nothing is while kernels run on it.
+        let ahead = if self.key.is_eight_bit() { TILE_KEYS } else { AHEAD };
         let room = std::mem::take(&mut scratch.runs);
         for first in keys.clone().step_by(BLOCK_KEYS) {
             let block = first..keys.end.min(first + BLOCK_KEYS);
@@ -182,7 +185,7 @@ impl<'a, E: Engine> Forward<'a, E> {
             let runs = match page_size {
                 Some(page_size) => KeyRuns::paged(&places, page_size, &block, room),
                 None => {
-                    run = Run::contiguous(&places, &block);
+                    run = Run::contiguous(&places, &block, ahead);
                     KeyRuns::one(&run)
                 }
             };

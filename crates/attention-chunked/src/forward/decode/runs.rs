@@ -27,10 +27,10 @@ pub(super) struct KeyRuns<'r> {
 }
 
 impl Run {
-    /// Of keys of a contiguous sequence.
-    pub(super) fn contiguous(places: &RowPlaces<'_>, keys: &Range<usize>) -> Self {
+    /// Of keys of a contiguous sequence, each of which prefetches the one `ahead` keys behind it.
+    pub(super) fn contiguous(places: &RowPlaces<'_>, keys: &Range<usize>, ahead: usize) -> Self {
         let [outer, inner] = places.of(keys.start);
-        Self { first: [outer, inner], ahead: [outer, inner + AHEAD], keys: keys.len() }
+        Self { first: [outer, inner], ahead: [outer, inner + ahead], keys: keys.len() }
     }
 
     /// Of rows of [`HostView::of_rows`](attention_core::HostView::of_rows), which are in the cache: none is prefetched.
