@@ -251,6 +251,7 @@ pub const SOURCES: &[Source] = &[
             Fused::new(Bf16, 128).warps(1).layout(Packed),
             Fused::new(Bf16, 128).warps(1).layout(Paged),
             Fused::new(Bf16, 128).warps(4).batch_invariant(true),
+            Fused::new(F32, 64).warps(4).tf32_split(true).batch_invariant(true),
             Fused::new(F64, 576).value(256).slices(2).warps(4).layout(Paged).batch_invariant(true),
             Fused::new(F16, 64).features(Features::LOGITS).warps(4).eight_bit(Some(F8E5M2)),
             Fused::new(Bf16, 128).features(Features::LOGITS).warps(1).layout(Paged).eight_bit(Some(F8E4M3)),

@@ -153,7 +153,7 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
             for &rows in shape.counts_of_rows() {
                 let tiles = shape.forward(rows, machine);
                 if shape.forward_bytes(tiles) <= machine.shared_bytes {
-                    let merge = Tiles::of_merge(tiles);
+                    let merge = Tiles::of_merge(tiles, shape.batch_invariant);
                     names.insert(of_splits("attention_forward", tiles, ""));
                     names.insert(of_splits("attention_forward", tiles, SPLIT_KEYS));
                     names.insert(of_splits("attention_merge", merge, ""));
@@ -404,7 +404,7 @@ impl Launches {
         self.add(kernel.clone(), &[queries.tiles(tiles.rows, self.pack_gqa), heads, self.splits, slices])?;
         if self.splits > 1 {
             let rows = dims.query_heads.saturating_mul(queries.count());
-            let tiles = Tiles::of_merge(tiles);
+            let tiles = Tiles::of_merge(tiles, batch_invariant);
             let merge = Kernel {
                 source: "attention_merge.cu",
                 entry_point: "attention_merge",

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use attention_core::{Error, LentScratch, Scratch, Unsupported};
-use cudarc::driver::sys::CUstreamCaptureStatus;
+use cudarc::driver::sys::{CUresult, CUstreamCaptureStatus};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
 
 use crate::CudaDevice;
@@ -63,7 +63,8 @@ impl Workspaces {
     /// At least `bytes` bytes for work on this stream, at an address that is a multiple of 256.
     ///
     /// # Errors
-    /// By the driver, where the device has no more memory.
+    /// By the driver, where the device has no more memory; and where the stream is being captured, and no call
+    /// before the capture has left a workspace of this size.
     pub fn lease(&self, stream: &Arc<CudaStream>, bytes: usize) -> Result<Lease, DriverError> {
         let lease = |workspace| Lease { stream: stream.clone(), workspace, free: self.free.clone() };
         if bytes == 0 {
@@ -77,9 +78,17 @@ impl Workspaces {
             .min_by_key(|(_, free)| free.memory.len());
         let mut workspace = match fits.map(|(index, _)| index) {
             Some(index) => free.swap_remove(index),
+            // What the driver allocates now would be the graph's, and this keeps it for calls behind it.
+            None if captured => return Err(DriverError(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)),
             None => {
-                // One that is too small is not worth keeping beside a larger one.
-                free.retain(|free| free.captured || !Arc::ptr_eq(&free.stream, stream));
+                // A larger one takes the place of the largest that is too small, and of that alone: once each
+                // of some calls was made, all of them find what they need, in any order.
+                let too_small = (free.iter().enumerate())
+                    .filter(|(_, free)| !free.captured && Arc::ptr_eq(&free.stream, stream))
+                    .max_by_key(|(_, free)| free.memory.len());
+                if let Some(index) = too_small.map(|(index, _)| index) {
+                    free.swap_remove(index);
+                }
                 // SAFETY: the memory is not initialised. It is given out as a library's workspace or as
                 // scratch only, which libraries and backends write before they read it.
                 let memory = unsafe { stream.alloc::<u8>(bytes) }?;

@@ -389,6 +389,10 @@ fn sequences(target: Target, problem: &Problem) -> Result<(), Unsupported> {
         let why = "cuDNN writes no packed logsumexp there";
         return Err(limit("packed queries with", target, why));
     }
+    if places.packed_queries && problem.dims().query_length < 2 {
+        let why = "rows of groups of heads were wrong with cuDNN 9.19 on an H200, where no sequence has more than one";
+        return Err(limit("packed queries, of a sequence at most", problem.dims().query_length, why));
+    }
     if places.packed_queries && !places.packed_keys && places.pages.is_none() {
         return Err(limit("packed queries with", "dense keys", "this backend has them for packed keys"));
     }

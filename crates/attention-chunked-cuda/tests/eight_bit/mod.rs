@@ -62,8 +62,8 @@ fn run<T: Scalar>(
     Ok([out.into_iter().map(Scalar::to_f64).collect(), lse])
 }
 
-/// One key has the weight 1, so the output is its value; and the logsumexp is its logit, which of a query
-/// with a single 1 is a number of the key.
+/// One key has the weight 1 where its logit is 0, as of a query of zeros, so the output is its value; and the
+/// logsumexp is its logit, which of a query with a single 1 is a number of the key.
 fn check_bytes<T: Scalar>(device: &CudaDevice, backend: &ChunkedCudaBackend) -> Result {
     for eight_bit in DType::EIGHT_BIT {
         for (width, queries) in
@@ -77,14 +77,13 @@ fn check_bytes<T: Scalar>(device: &CudaDevice, backend: &ChunkedCudaBackend) -> 
                 .iter()
                 .map(|&byte| if value_of(eight_bit, byte).is_finite() { byte } else { 0 })
                 .collect();
-            let query: Vec<T> = (0..queries * heads * width)
-                .map(|index| {
-                    T::from_f64(f64::from(u8::from(index / (heads * width) % width == index % width)))
-                })
-                .collect();
+            let query = |one: f64| -> Result<DeviceTensor> {
+                let is_one = |index: usize| index / (heads * width) % width == index % width;
+                let of = |index| T::from_f64(if is_one(index) { one } else { 0.0 });
+                let query: Vec<T> = (0..queries * heads * width).map(of).collect();
+                Ok(DeviceTensor::from_host(device, View::from_slice(&query, [1, queries, heads, width])?)?)
+            };
             let shape = [1, 1, heads, width];
-            let query =
-                DeviceTensor::from_host(device, View::from_slice(&query, [1, queries, heads, width])?)?;
             let key = of_bytes(device, eight_bit, shape, &finite)?;
             let value = of_bytes(device, eight_bit, shape, &bytes)?;
             let (of_keys, of_values) = ([-2.0f32], [0.5f32]);
@@ -94,8 +93,16 @@ fn check_bytes<T: Scalar>(device: &CudaDevice, backend: &ChunkedCudaBackend) -> 
                 value_scales: Some(View::from_slice(&of_values, [1])?),
                 ..CallData::default()
             };
-            let inputs = Inputs { data, ..Inputs::new(query.view()?, key.view()?, value.view()?) };
-            let [out, lse] = run::<T>(backend, device, inputs)?;
+            let (zeros, ones) = (query(0.0)?, query(1.0)?);
+            let inputs = |query: &DeviceTensor| -> Result<_> {
+                let [out, lse] = run::<T>(
+                    backend,
+                    device,
+                    Inputs { data, ..Inputs::new(query.view()?, key.view()?, value.view()?) },
+                )?;
+                Ok((out, lse))
+            };
+            let ((out, _), (_, lse)) = (inputs(&zeros)?, inputs(&ones)?);
             for (index, &got) in out.iter().enumerate() {
                 let byte = bytes[index % (heads * width)];
                 let want = 0.5 * value_of(eight_bit, byte);

@@ -107,12 +107,19 @@ impl<'a, T: IntoView<'a>> IntoCacheTensor<'a, CudaMemory> for T {
 /// # Examples
 /// One graph for all steps, captured from the second call on:
 /// ```no_run
+/// use std::sync::Arc;
+///
+/// use attention::chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 /// use attention::cuda::{CudaDevice, DeviceTensor};
 /// use attention::kv_cache::{CudaTables, PagedKvCache, PoolShape, TokenShape};
-/// use attention::{Attention, DType, QueryOffset};
+/// use attention::{Attention, DType, QueryOffset, Registry};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// // A stream of its own: the default one cannot be captured.
 /// let device = CudaDevice::new("decoder", 0)?;
+/// let device = device.with_stream(device.context().new_stream()?);
+/// let mut registry = Registry::empty();
+/// registry.register(Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())));
 /// let shape = PoolShape { pages: 4096, page_size: 16, longest: 8192 };
 /// let mut cache = PagedKvCache::on_cuda(TokenShape::new(DType::Bf16, 8, 128), shape, &device)?;
 /// let sequence = cache.add();
@@ -125,7 +132,7 @@ impl<'a, T: IntoView<'a>> IntoCacheTensor<'a, CudaMemory> for T {
 /// tables.update(&cache.inputs(&mut batch)?)?;
 /// // To be captured, or called: the tensors stay where they are.
 /// let attention = Attention::new().causal(true).query_offset(QueryOffset::BottomRight);
-/// let attention = attention.paged(tables.table(), tables.lengths());
+/// let attention = attention.registry(&registry).paged(tables.table(), tables.lengths());
 /// attention.forward_into(query.view()?, cache.keys(), cache.values(), out.view_mut()?, None)?;
 /// # Ok(())
 /// # }

@@ -1,13 +1,22 @@
 //! Caches in memory of a GPU hold, token for token, what caches in host memory hold. Run with `--ignored`.
 
+use std::sync::Arc;
+
+use attention::chunked_cuda::{ChunkedCudaBackend, ChunkedCudaConfig};
 use attention::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use attention::cuda::{CudaDevice, DeviceTensor};
 use attention::kv_cache::{CacheError, CudaMemory, CudaTables, KvCache, PagedKvCache, PoolShape, TokenShape};
 use attention::{
-    Attention, DType, Dims, Element, F8E4M3, QueryOffset, Tensor, TensorDesc, View, ViewMut, bf16,
+    Attention, DType, Dims, Element, F8E4M3, QueryOffset, Registry, Tensor, TensorDesc, View, ViewMut, bf16,
 };
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// The first device, with a stream that can be captured: the default one cannot.
+fn device() -> Result<CudaDevice> {
+    let device = CudaDevice::new("the test", 0)?;
+    Ok(device.with_stream(device.context().new_stream()?))
+}
 
 /// Numbers without an order, from 0 on.
 struct Random(u64);
@@ -56,7 +65,7 @@ fn paged_caches_agree<T: Element + bytemuck::Pod>(
     page_size: usize,
     of: impl Fn(usize) -> T + Copy,
 ) -> Result {
-    let device = CudaDevice::new("the test", 0)?;
+    let device = device()?;
     let shape = PoolShape { pages: 40, page_size, longest: 300 };
     let mut host = PagedKvCache::new(token, shape)?;
     let mut cuda = PagedKvCache::on_cuda(token, shape, &device)?;
@@ -143,7 +152,7 @@ fn pages_on_a_gpu_hold_what_those_of_the_host_hold() -> Result {
 #[test]
 #[ignore = "needs a GPU"]
 fn a_long_prompt_over_many_pages_is_appended_whole() -> Result {
-    let device = CudaDevice::new("the test", 0)?;
+    let device = device()?;
     let token = TokenShape::new(DType::F32, 1, 4);
     let shape = PoolShape { pages: 1000, page_size: 2, longest: 2000 };
     let (mut host, mut cuda) =
@@ -161,7 +170,7 @@ fn a_long_prompt_over_many_pages_is_appended_whole() -> Result {
 #[test]
 #[ignore = "needs a GPU"]
 fn tokens_elsewhere_are_refused_and_nothing_is_appended() -> Result {
-    let device = CudaDevice::new("the test", 0)?;
+    let device = device()?;
     let other = device.with_stream(device.context().new_stream()?);
     let token = TokenShape::new(DType::F32, 1, 4);
     let mut cache = KvCache::on_cuda(token, 2, 8, &device)?;
@@ -182,7 +191,7 @@ fn tokens_elsewhere_are_refused_and_nothing_is_appended() -> Result {
 #[test]
 #[ignore = "needs a GPU"]
 fn decoding_over_pages_on_a_gpu_is_decoding_over_pages_of_the_host() -> Result {
-    let device = CudaDevice::new("the test", 0)?;
+    let device = device()?;
     let token = TokenShape::new(DType::F32, 2, 64);
     let shape = PoolShape { pages: 60, page_size: 16, longest: 400 };
     let mut host = PagedKvCache::new(token, shape)?;
@@ -208,6 +217,8 @@ fn decoding_over_pages_on_a_gpu_is_decoding_over_pages_of_the_host() -> Result {
     let mut of_all = DeviceTensor::filled(&device, TensorDesc::contiguous(DType::F32, [4, 1, 8, 64]), 0)?;
     let mut out_of_all = DeviceTensor::filled(&device, of_all.desc(), 0xff)?;
     let attention = Attention::new().causal(true).query_offset(QueryOffset::BottomRight);
+    let mut on_stream = Registry::empty();
+    on_stream.register(Arc::new(ChunkedCudaBackend::on(device.clone(), ChunkedCudaConfig::default())));
     for step_index in 0..20 {
         let (query, new) = (tokens(&mut random, [3, 1, 8, 64], of), tokens(&mut random, [3, 1, 2, 64], of));
         let (of_query, of_new) =
@@ -219,7 +230,7 @@ fn decoding_over_pages_on_a_gpu_is_decoding_over_pages_of_the_host() -> Result {
             attention.clone().paged(step.table, step.lengths).forward(&query, step.keys, step.values)?;
         let step = cuda.inputs(&mut cuda_batch)?;
         let mut out = DeviceTensor::filled(&device, query.view().desc(), 0xff)?;
-        let on_gpu = attention.clone().paged(step.table, step.lengths);
+        let on_gpu = attention.clone().registry(&on_stream).paged(step.table, step.lengths);
         on_gpu.forward_into(of_query.view()?, step.keys, step.values, out.view_mut()?, None)?;
         let mut got = vec![0f32; 3 * 8 * 64];
         out.copy_to_host(&mut ViewMut::from_slice(&mut got, [3, 1, 8, 64])?)?;
@@ -235,7 +246,7 @@ fn decoding_over_pages_on_a_gpu_is_decoding_over_pages_of_the_host() -> Result {
             [4, 1, 8, 64],
         )?;
         of_all.replace(padded.view())?;
-        let on_gpu = attention.clone().paged(tables.table(), tables.lengths());
+        let on_gpu = attention.clone().registry(&on_stream).paged(tables.table(), tables.lengths());
         let mut call = || {
             on_gpu.forward_into(of_all.view()?, cuda.keys(), cuda.values(), out_of_all.view_mut()?, None)?;
             Result::Ok(())
@@ -268,7 +279,7 @@ fn decoding_over_pages_on_a_gpu_is_decoding_over_pages_of_the_host() -> Result {
 #[test]
 #[ignore = "needs a GPU"]
 fn tables_with_too_little_room_or_of_another_cache_are_refused() -> Result {
-    let device = CudaDevice::new("the test", 0)?;
+    let device = device()?;
     let token = TokenShape::new(DType::F32, 1, 4);
     let of = |longest| PagedKvCache::on_cuda(token, PoolShape { pages: 8, page_size: 2, longest }, &device);
     let (mut cache, mut other) = (of(8)?, of(12)?);
