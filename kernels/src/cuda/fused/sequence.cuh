@@ -120,10 +120,10 @@ __device__ inline int keys_of_numbers(const Parameters &p, long long b) {
 __device__ inline void sequence_of_numbers(const Parameters &p, long long b, Sequence &sequence) {
     RowLengths lengths{query_rows_of_numbers(p, b), keys_of_numbers(p, b)};
     place_rows(p, b, lengths, sequence);
-    sequence.queries = lengths.queries;
-    sequence.keys = lengths.keys;
 #if LAYOUT != LAYOUT_DENSE
     if (!p.query_offsets.data && !p.is_bottom_right) {
+        sequence.queries = lengths.queries;
+        sequence.keys = lengths.keys;
         sequence.offset = p.uniform_sequence.offset;
         sequence.low = p.uniform_sequence.low;
         sequence.high = p.uniform_sequence.high;
@@ -137,6 +137,8 @@ __device__ inline void sequence_of_numbers(const Parameters &p, long long b, Seq
     sequence.high = offset_plus(offset, p.keys_after);
     // A sum with a row or a key does not overflow.
     sequence.offset = max(min(offset, 1ll << 60), -(1ll << 60));
+    sequence.queries = lengths.queries;
+    sequence.keys = lengths.keys;
 }
 
 // The same behind the kernel's code, with the result in memory.
