@@ -1,10 +1,8 @@
 //! Tensors in device memory that the host owns: for tests, examples and callers that have none of their own.
 
-use std::sync::Arc;
-
 use attention_core::{DType, Dims, Element, InvalidCall, Scratch, Strides, TensorDesc, View, ViewMut};
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
+use cudarc::driver::{CudaSlice, DriverError};
 
 use crate::CudaDevice;
 use crate::device::device_of;
@@ -18,7 +16,7 @@ use crate::owned::Registered;
 pub struct DeviceTensor {
     device: CudaDevice,
     /// Dropped before the memory.
-    _registered: Registered,
+    registered: Registered,
     memory: CudaSlice<u8>,
     desc: TensorDesc,
     /// Bytes before the element at index 0.
@@ -29,7 +27,7 @@ pub struct DeviceTensor {
 #[derive(Debug)]
 pub struct DeviceScratch {
     /// Dropped before the memory.
-    _registered: Registered,
+    registered: Registered,
     memory: CudaSlice<u8>,
 }
 
@@ -42,7 +40,7 @@ impl DeviceScratch {
         // SAFETY: the memory is not initialised. It is given out as scratch only, which backends must write
         // before they read it, by the contract of `Plan`.
         let memory = unsafe { device.stream().alloc::<u8>(bytes.max(1)) }?;
-        Ok(Self { _registered: Registered::new(&memory), memory })
+        Ok(Self { registered: Registered::new(&memory), memory })
     }
 
     /// The first `bytes` bytes, for a call on the device and stream that this was made for.
@@ -51,23 +49,22 @@ impl DeviceScratch {
     /// If there are fewer.
     pub fn scratch(&mut self, bytes: usize) -> Scratch<'_> {
         assert!(bytes <= self.memory.len(), "{bytes} bytes of an allocation of {}", self.memory.len());
-        let stream = self.memory.stream().clone();
-        scratch_on(&stream, &mut self.memory, bytes)
+        scratch_of(&mut self.memory, &self.registered, bytes)
     }
 }
 
-/// The first `bytes` bytes of an allocation, or all of a smaller one, as scratch for work on this stream.
-pub(crate) fn scratch_on<'a>(
-    stream: &Arc<CudaStream>,
+/// The first `bytes` bytes of an allocation, or all of a smaller one, as scratch for work on its stream.
+pub(crate) fn scratch_of<'a>(
     memory: &'a mut CudaSlice<u8>,
+    registered: &Registered,
     bytes: usize,
 ) -> Scratch<'a> {
-    let bytes = bytes.min(memory.len());
-    let (pointer, _guard) = memory.device_ptr_mut(stream);
-    let pointer = std::ptr::with_exposed_provenance_mut(pointer as usize);
-    // SAFETY: `bytes` is at most the length of the allocation, which is on the stream's device and is
-    // borrowed exclusively for as long as the scratch lives.
-    unsafe { Scratch::from_raw_parts(pointer, bytes, device_of(stream.context())) }
+    let (bytes, device) = (bytes.min(memory.len()), device_of(memory.context()));
+    let pointer = std::ptr::with_exposed_provenance_mut(registered.start() as usize);
+    // SAFETY: callers keep an allocation and what it is registered as side by side, so the pointer is the
+    // allocation's first byte, and `bytes` is at most its length. It is borrowed exclusively for as long as the
+    // scratch lives.
+    unsafe { Scratch::from_raw_parts(pointer, bytes, device) }
 }
 
 /// Bytes of a tensor from its lowest to its highest element, and how many of them are before the element at
@@ -103,7 +100,7 @@ impl DeviceTensor {
     pub fn filled(device: &CudaDevice, desc: TensorDesc, byte: u8) -> Result<Self, DriverError> {
         let (bytes, origin) = placement(&desc);
         let memory = device.stream().clone_htod(&vec![byte; bytes.max(1)])?;
-        Ok(Self { device: device.clone(), _registered: Registered::new(&memory), memory, desc, origin })
+        Ok(Self { device: device.clone(), registered: Registered::new(&memory), memory, desc, origin })
     }
 
     /// A tensor of this shape and dtype, row-major, whose elements are 0: without a copy from the host.
@@ -114,7 +111,7 @@ impl DeviceTensor {
         let desc = TensorDesc::contiguous(dtype, shape);
         let (bytes, origin) = placement(&desc);
         let memory = device.stream().alloc_zeros::<u8>(bytes.max(1))?;
-        Ok(Self { device: device.clone(), _registered: Registered::new(&memory), memory, desc, origin })
+        Ok(Self { device: device.clone(), registered: Registered::new(&memory), memory, desc, origin })
     }
 
     /// The device, with the stream that the memory belongs to.
@@ -136,7 +133,7 @@ impl DeviceTensor {
         }
         let memory = device.stream().clone_htod(data)?;
         let (_, origin) = placement(&desc);
-        Ok(Self { device: device.clone(), _registered: Registered::new(&memory), memory, desc, origin })
+        Ok(Self { device: device.clone(), registered: Registered::new(&memory), memory, desc, origin })
     }
 
     /// Shape, dtype and strides.
@@ -146,7 +143,7 @@ impl DeviceTensor {
 
     /// The address of the element at index 0.
     pub(crate) fn address(&self) -> u64 {
-        self.memory.device_ptr(self.device.stream()).0 + self.origin as u64
+        self.registered.start() + self.origin as u64
     }
 
     /// The tensor, for a call on its device.
@@ -154,8 +151,7 @@ impl DeviceTensor {
     /// # Errors
     /// [`InvalidCall`] as [`View::from_raw_parts`].
     pub fn view(&self) -> Result<View<'_>, InvalidCall> {
-        let (pointer, _guard) = self.memory.device_ptr(self.device.stream());
-        let pointer = std::ptr::with_exposed_provenance(pointer as usize + self.origin);
+        let pointer = std::ptr::with_exposed_provenance(self.address() as usize);
         // SAFETY: the tensor owns the memory from its lowest to its highest element, which was written when
         // it was made, and the view borrows the tensor.
         unsafe { View::from_raw_parts(pointer, self.device.device(), self.desc) }
@@ -166,8 +162,7 @@ impl DeviceTensor {
     /// # Errors
     /// [`InvalidCall`] as [`ViewMut::from_raw_parts`].
     pub fn view_mut(&mut self) -> Result<ViewMut<'_>, InvalidCall> {
-        let (pointer, _guard) = self.memory.device_ptr_mut(self.device.stream());
-        let pointer = std::ptr::with_exposed_provenance_mut(pointer as usize + self.origin);
+        let pointer = std::ptr::with_exposed_provenance_mut(self.address() as usize);
         // SAFETY: the tensor owns the memory from its lowest to its highest element, which was written when
         // it was made, and the view borrows the tensor exclusively.
         unsafe { ViewMut::from_raw_parts(pointer, self.device.device(), self.desc) }
@@ -193,7 +188,7 @@ impl DeviceTensor {
     #[cfg(feature = "conformance")]
     pub(crate) fn scratch(&mut self, bytes: usize) -> Scratch<'_> {
         assert!(bytes <= self.memory.len(), "{bytes} bytes of an allocation of {}", self.memory.len());
-        scratch_on(self.device.stream(), &mut self.memory, bytes)
+        scratch_of(&mut self.memory, &self.registered, bytes)
     }
 
     /// Every byte from the lowest to the highest element, after the work on the device's stream is done.

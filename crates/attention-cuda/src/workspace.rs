@@ -4,13 +4,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use attention_core::{Error, LentScratch, Scratch, Unsupported};
 use cudarc::driver::sys::{CUresult, CUstreamCaptureStatus};
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
+use cudarc::driver::{CudaSlice, CudaStream, DriverError};
 
 use crate::CudaDevice;
 use crate::device::device_of;
 use crate::failure;
 use crate::owned::Registered;
-use crate::tensor::scratch_on;
+use crate::tensor::scratch_of;
 
 /// Memory that no call is using.
 type Free = Arc<Mutex<Vec<Workspace>>>;
@@ -20,7 +20,7 @@ type Free = Arc<Mutex<Vec<Workspace>>>;
 struct Workspace {
     stream: Arc<CudaStream>,
     /// Dropped before the memory.
-    _registered: Registered,
+    registered: Registered,
     memory: CudaSlice<u8>,
     /// Whether a call that used it was captured: the graph uses it as often as it is launched.
     captured: bool,
@@ -92,7 +92,7 @@ impl Workspaces {
                 // SAFETY: the memory is not initialised. It is given out as a library's workspace or as
                 // scratch only, which libraries and backends write before they read it.
                 let memory = unsafe { stream.alloc::<u8>(bytes) }?;
-                Workspace { stream: stream.clone(), _registered: Registered::new(&memory), memory, captured }
+                Workspace { stream: stream.clone(), registered: Registered::new(&memory), memory, captured }
             }
         };
         workspace.captured |= captured;
@@ -126,14 +126,14 @@ impl Workspaces {
 impl Lease {
     /// The memory; null where none was asked for.
     pub fn pointer(&self) -> u64 {
-        self.workspace.as_ref().map_or(0, |workspace| workspace.memory.device_ptr(&self.stream).0)
+        self.workspace.as_ref().map_or(0, |workspace| workspace.registered.start())
     }
 }
 
 impl LentScratch for Lease {
     fn scratch(&mut self) -> Scratch<'_> {
         match &mut self.workspace {
-            Some(workspace) => scratch_on(&self.stream, &mut workspace.memory, usize::MAX),
+            Some(workspace) => scratch_of(&mut workspace.memory, &workspace.registered, usize::MAX),
             None => Scratch::none(device_of(self.stream.context())),
         }
     }
