@@ -65,6 +65,14 @@ families="layout values random position pair tile large bias mask groups small l
             for dtype in f16 bf16; do echo "suite cudnn $dtype $pass $family/"; done
         done
     done
+    # Kernels of batch-invariant calls take seconds to compile, so forward is cut by the beginnings of names.
+    for dtype in f64 f32 f16 bf16; do
+        echo "suite chunked-cuda $dtype backward batch_invariant/"
+        for part in a b c d e i m n o s v width-1 width-2 width-6 width-8 width-9 wind long-a long-b long-e long-m long-n long-p long-s \
+            long-wid long-win; do
+            echo "suite chunked-cuda $dtype forward batch_invariant/$part"
+        done
+    done
     if [[ -n $gpu_tests ]]; then echo gpu; fi
     for tests in ${MORE_TESTS:-}; do echo "more $tests"; done
     if command -v compute-sanitizer >/dev/null; then
