@@ -213,8 +213,8 @@ impl Key {
                 Stats::Direct([b, n, t, 1])
             }
         };
-        // A row that one sequence must not see may be one that another sees, if rows are packed or in pages. So
-        // none is replaced there; `NanIsolation` checks all results instead.
+        // A row that one sequence must not see may be one that another sees, if rows are packed or in pages.
+        // So none is replaced there; `NanIsolation` checks all results instead.
         let clean_keys = places.is_dense() && (made || has_unseen_keys(problem));
         let of = |role: Role| problem.tensor(role).map(|desc| desc.strides());
         let clean_rows =
@@ -314,8 +314,12 @@ impl Key {
                 rows.push(heads);
                 rows.extend(backward.then_some(heads * width));
             }
-            // Gradients that the call does not ask for.
-            Side::Keys if backward => rows.extend([key_heads * width, key_heads * value_width]),
+            // Gradients that the call does not ask for are in scratch. So there are at most four numbers.
+            Side::Keys if backward => {
+                let scratch = [(Role::DKey, width), (Role::DValue, value_width)];
+                let scratch = scratch.into_iter().filter(|&(role, _)| self.strides_of(role).is_none());
+                rows.extend(scratch.map(|(_, width)| key_heads * width));
+            }
             Side::Keys => {}
         }
         rows.sort_unstable();
@@ -475,6 +479,27 @@ mod tests {
         };
         assert_eq!(of(fused(packed_rows(20, 30))), [vec![2, 32, 96], vec![96]]);
         assert_eq!(of(fused(packed_rows(20, 30)).gradients(Gradients::QKV)), [vec![2, 32, 96], vec![32, 96]]);
+        // A number of its own for each tensor: as many as the kernel has arrays for.
+        let padded = |row: isize| {
+            move |rows| TensorDesc::strided(DType::Bf16, [rows, 2, 16], [row, 16, 1]).expect("ranks")
+        };
+        let roles = [
+            (Role::Query, 20),
+            (Role::Key, 30),
+            (Role::Value, 30),
+            (Role::DQuery, 20),
+            (Role::DKey, 30),
+            (Role::DValue, 30),
+        ];
+        let gradients = packed_rows(20, 30).gradients(Gradients::QKV);
+        let all = (roles.into_iter().zip(5..))
+            .fold(gradients, |builder, ((role, rows), index)| builder.layout(role, padded(8 * index)(rows)));
+        assert_eq!(of(all), [vec![2, 32, 40, 64], vec![48, 56, 72, 80]]);
+        let one = (roles[..3].iter().zip(5..))
+            .fold(packed_rows(20, 30).gradients(Gradients::QUERY), |builder, (&(role, rows), index)| {
+                builder.layout(role, padded(8 * index)(rows))
+            });
+        assert_eq!(of(one), [vec![2, 32, 40], vec![32, 48, 56]]);
     }
 
     #[test]
