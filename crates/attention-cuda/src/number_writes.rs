@@ -1,5 +1,5 @@
-//! Numbers written to places of tensors in device memory: what a step of decoding changes in a block table and in
-//! lengths, for calls and captured graphs that read them there.
+//! Numbers written to places of tensors in device memory: what a step of decoding changes in a block table
+//! and in lengths, for calls and captured graphs that read them there.
 
 use attention_core::DType;
 use attention_kernels::{Helper, Variant};
@@ -84,9 +84,9 @@ impl NumberWriter {
         Ok(Self { device: device.clone(), function })
     }
 
-    /// Writes each number to the element of this index, in row-major order, of the tensor that it goes with, in the
-    /// order of the device's stream: 480 of them a launch. No index is given twice for one tensor, or it has one of
-    /// the numbers.
+    /// Writes each number to the element of this index, in row-major order, of the tensor that it goes with,
+    /// in the order of the device's stream: 480 of them a launch. No index is given twice for one tensor, or
+    /// it has one of the numbers.
     ///
     /// # Errors
     /// [`NumberWriteError`]: everything is checked before anything is written.
@@ -110,9 +110,9 @@ impl NumberWriter {
         for arguments in launches(tensors.map(|tensor| tensor.address()), numbers) {
             let block_dim = (Helper::LAUNCHED.threads, 1, 1);
             let config = LaunchConfig { grid_dim: (1, 1, 1), block_dim, shared_mem_bytes: 0 };
-            // SAFETY: the kernel takes this one struct, and writes elements of two tensors of i32 without gaps, of
-            // which the loop above has seen that they have them. The tensors were borrowed mutably, and their memory
-            // is written and freed on this stream alone.
+            // SAFETY: the kernel takes this one struct, and writes elements of two tensors of i32 without
+            // gaps, of which the loop above has seen that they have them. The tensors were borrowed mutably,
+            // and their memory is written and freed on this stream alone.
             unsafe { launch(self.device.stream(), &self.function, &arguments, config) }?;
         }
         Ok(())

@@ -45,9 +45,9 @@ impl Registered {
         Self::of(start, memory.len(), key_of(stream))
     }
 
-    /// The address of the allocation's first byte. Unlike cudarc's `device_ptr` this asks for no event of earlier
-    /// work and leaves none: work on the memory is on its stream, which runs one thing after the other, and during
-    /// a capture events of work before it are refused.
+    /// The address of the allocation's first byte. Unlike cudarc's `device_ptr` this asks for no event of
+    /// earlier work and leaves none: work on the memory is on its stream, which runs one thing after the
+    /// other, and during a capture events of work before it are refused.
     pub(crate) fn start(&self) -> u64 {
         self.start
     }

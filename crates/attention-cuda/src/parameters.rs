@@ -170,8 +170,8 @@ pub struct Parameters {
     query_offsets: Integers,
     dropout_seed: Integers,
     dropout_offset: Integers,
-    /// Of every batch row, unless `rows_vary`. Of packed rows and pages, which keys a row sees, unless sequences
-    /// have offsets of their own or `is_bottom_right`.
+    /// Of every batch row, unless `rows_vary`. Of packed rows and pages, which keys a row sees, unless
+    /// sequences have offsets of their own or `is_bottom_right`.
     uniform_sequence: SequenceRows,
     query_offset: i64,
     least_offset: i64,

@@ -1,4 +1,5 @@
-//! Copies of rows of tensors in device memory: what a cache of keys and values appends, by one kernel for both.
+//! Copies of rows of tensors in device memory: what a cache of keys and values appends, by one kernel for
+//! both.
 
 use attention_core::{Device, Role, TensorDesc, Unsupported, View};
 use attention_kernels::{Helper, Variant};
@@ -20,8 +21,8 @@ const MOST_RUNS: usize = 150;
 const BYTES_OF_THREAD: usize = 64;
 const MOST_PARTS: usize = 64;
 
-/// Neighbouring rows that are copied to neighbouring rows, counted over the first two axes of either tensor: row
-/// `i` of `[outer, inner, ..]` is `[i / inner, i % inner]`.
+/// Neighbouring rows that are copied to neighbouring rows, counted over the first two axes of either tensor:
+/// row `i` of `[outer, inner, ..]` is `[i / inner, i % inner]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowRun {
     /// The first row that is copied.
@@ -36,8 +37,8 @@ pub struct RowRun {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RowCopyError {
-    /// The tensors of a pair do not go together: other than four axes, another dtype, heads or width, or a target
-    /// that has gaps.
+    /// The tensors of a pair do not go together: other than four axes, another dtype, heads or width, or a
+    /// target that has gaps.
     #[error(
         "rows of {from} cannot be copied to {to}: both need four axes, one dtype, the same rows, and the target no gaps"
     )]
@@ -46,6 +47,17 @@ pub enum RowCopyError {
         from: String,
         /// What would be copied to.
         to: String,
+    },
+    /// The two sources have other rows: they share dtype, heads and the second axis, and may differ in
+    /// widths.
+    #[error(
+        "rows of {one} and of {other} cannot be copied together: they need one dtype, as many heads, and a second axis alike"
+    )]
+    Pairs {
+        /// The first source.
+        one: String,
+        /// The second one.
+        other: String,
     },
     /// A run of rows is not inside a tensor.
     #[error("rows {first} to before {first} + {count} are not among the {rows} of the {which}")]
@@ -85,7 +97,7 @@ struct CopiedTensor {
     width: i64,
 }
 
-/// As in the kernel.
+/// `RowRun` of the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct Run {
@@ -143,9 +155,9 @@ impl RowCopier {
         &self.device
     }
 
-    /// Copies these rows of two tensors `[.., n, K, width]` of any strides, keys and values, to two others, row-major
-    /// with the same last two axes, in the order of the device's stream. Where runs write a row twice, it has one of
-    /// the two.
+    /// Copies these rows of two tensors `[.., n, K, width]` of any strides, keys and values, to two others,
+    /// row-major with the same last two axes, in the order of the device's stream. Where runs write a row
+    /// twice, it has one of the two.
     ///
     /// # Errors
     /// [`RowCopyError`]: everything is checked before anything is copied.
@@ -162,8 +174,8 @@ impl RowCopier {
         self.put(from, to, runs)
     }
 
-    /// Copies these rows of two tensors to other rows of the same ones. A row that one run reads and another one
-    /// writes is copied as it is at some time in between.
+    /// Copies these rows of two tensors to other rows of the same ones. A row that one run reads and another
+    /// one writes is copied as it is at some time in between.
     ///
     /// # Errors
     /// As [`copy`](Self::copy).
@@ -183,6 +195,7 @@ impl RowCopier {
         to: [&mut DeviceTensor; 2],
         runs: &[RowRun],
     ) -> Result<(), RowCopyError> {
+        check_pairs([&from[0].desc, &from[1].desc])?;
         for (from, to) in from.iter().zip(&to) {
             check_pair(&from.desc, &to.desc())?;
             check_runs(&from.desc, &to.desc(), runs)?;
@@ -196,11 +209,12 @@ impl RowCopier {
         let launches = launches(&from, &to.each_ref().map(|to| (to.address(), to.desc())), runs);
         for (arguments, config) in &launches {
             // SAFETY: the kernel takes this one struct. It reads and writes the rows of its runs, of which
-            // `check_runs` has seen that both tensors have them, in tensors of four axes with the same last two, as
-            // `check_pair` has seen: the strides are those of the source, and the target has no gaps. Targets are
-            // borrowed mutably and belong to this stream, on which their memory is written and freed, as sources of
-            // this crate do, which `check_streams` has seen; who makes views of other memory promises that it stays
-            // as it is until the work on it is done.
+            // `check_runs` has seen that both tensors have them. Heads, elements and the second axis of
+            // sources are those of both pairs, as `check_pairs` has seen, and rows of a source are those of
+            // its target, as `check_pair` has: the strides are those of the source, and the target has no
+            // gaps. Targets are borrowed mutably and belong to this stream, on which their memory is written
+            // and freed, as sources of this crate do, which `check_streams` has seen; who makes views of
+            // other memory promises that it stays as it is until the work on it is done.
             unsafe { launch(stream, &self.function, arguments, *config) }?;
         }
         Ok(())
@@ -219,6 +233,19 @@ fn check_pair(from: &TensorDesc, to: &TensorDesc) -> Result<(), RowCopyError> {
         && from.dtype() == to.dtype()
         && to.is_contiguous();
     if fits { Ok(()) } else { Err(RowCopyError::Tensors { from: from.to_string(), to: to.to_string() }) }
+}
+
+/// The kernel takes the second axis, heads and elements of both sources from one of them.
+fn check_pairs([one, other]: [&TensorDesc; 2]) -> Result<(), RowCopyError> {
+    let (of_one, of_other) = (one.shape(), other.shape());
+    let alike = of_one.len() == 4
+        && of_other.len() == 4
+        && of_one[1..3] == of_other[1..3]
+        && one.dtype() == other.dtype();
+    if alike {
+        return Ok(());
+    }
+    Err(RowCopyError::Pairs { one: one.to_string(), other: other.to_string() })
 }
 
 fn check_runs(from: &TensorDesc, to: &TensorDesc, runs: &[RowRun]) -> Result<(), RowCopyError> {
@@ -311,6 +338,20 @@ mod tests {
         assert!(check_pair(&desc([1, 3, 2, 8]), &gaps).is_err());
         // A source may have any strides.
         assert!(check_pair(&gaps, &to).is_ok());
+    }
+
+    #[test]
+    fn keys_and_values_of_other_heads_are_refused() {
+        let keys = desc([1, 3, 8, 128]);
+        assert!(check_pairs([&keys, &desc([2, 3, 8, 64])]).is_ok());
+        for values in [
+            desc([1, 3, 1, 128]),
+            desc([1, 4, 8, 128]),
+            TensorDesc::contiguous(DType::F16, [1, 3, 8, 128]),
+            TensorDesc::contiguous(DType::Bf16, [3, 8, 128]),
+        ] {
+            assert!(check_pairs([&keys, &values]).is_err(), "{values}");
+        }
     }
 
     #[test]

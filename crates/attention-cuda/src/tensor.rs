@@ -2,6 +2,7 @@
 
 use attention_core::{DType, Dims, Element, InvalidCall, Scratch, Strides, TensorDesc, View, ViewMut};
 use bytemuck::Pod;
+use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaSlice, DriverError};
 
 use crate::CudaDevice;
@@ -62,8 +63,8 @@ pub(crate) fn scratch_of<'a>(
     let (bytes, device) = (bytes.min(memory.len()), device_of(memory.context()));
     let pointer = std::ptr::with_exposed_provenance_mut(registered.start() as usize);
     // SAFETY: callers keep an allocation and what it is registered as side by side, so the pointer is the
-    // allocation's first byte, and `bytes` is at most its length. It is borrowed exclusively for as long as the
-    // scratch lives.
+    // allocation's first byte, and `bytes` is at most its length. It is borrowed exclusively for as long as
+    // the scratch lives.
     unsafe { Scratch::from_raw_parts(pointer, bytes, device) }
 }
 
@@ -73,6 +74,12 @@ fn placement(desc: &TensorDesc) -> (usize, usize) {
     let (low, high) = desc.span().unwrap_or((0, -1));
     let size = desc.dtype().size();
     ((high - low + 1).unsigned_abs() * size, low.unsigned_abs() * size)
+}
+
+/// The same of a tensor that is to be made, which fits an address space.
+fn checked_placement(desc: &TensorDesc) -> Result<(usize, usize), DriverError> {
+    let fits = desc.span().is_some() && desc.element_count().is_some();
+    if fits { Ok(placement(desc)) } else { Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) }
 }
 
 /// Every byte of a tensor in host memory from its lowest to its highest element.
@@ -98,7 +105,7 @@ impl DeviceTensor {
     /// # Errors
     /// By the driver.
     pub fn filled(device: &CudaDevice, desc: TensorDesc, byte: u8) -> Result<Self, DriverError> {
-        let (bytes, origin) = placement(&desc);
+        let (bytes, origin) = checked_placement(&desc)?;
         let memory = device.stream().clone_htod(&vec![byte; bytes.max(1)])?;
         Ok(Self { device: device.clone(), registered: Registered::new(&memory), memory, desc, origin })
     }
@@ -109,7 +116,7 @@ impl DeviceTensor {
     /// By the driver.
     pub fn zeroed(device: &CudaDevice, dtype: DType, shape: impl Into<Dims>) -> Result<Self, DriverError> {
         let desc = TensorDesc::contiguous(dtype, shape);
-        let (bytes, origin) = placement(&desc);
+        let (bytes, origin) = checked_placement(&desc)?;
         let memory = device.stream().alloc_zeros::<u8>(bytes.max(1))?;
         Ok(Self { device: device.clone(), registered: Registered::new(&memory), memory, desc, origin })
     }

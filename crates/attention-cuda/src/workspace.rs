@@ -63,8 +63,8 @@ impl Workspaces {
     /// At least `bytes` bytes for work on this stream, at an address that is a multiple of 256.
     ///
     /// # Errors
-    /// By the driver, where the device has no more memory; and where the stream is being captured, and no call
-    /// before the capture has left a workspace of this size.
+    /// By the driver, where the device has no more memory; and where the stream is being captured, and no
+    /// call before the capture has left a workspace of this size.
     pub fn lease(&self, stream: &Arc<CudaStream>, bytes: usize) -> Result<Lease, DriverError> {
         let lease = |workspace| Lease { stream: stream.clone(), workspace, free: self.free.clone() };
         if bytes == 0 {

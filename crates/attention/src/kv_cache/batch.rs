@@ -43,6 +43,8 @@ pub struct PagedInputs<'a, T = View<'a>> {
     pub table: View<'a>,
     /// `[B]` of i32, in host memory.
     pub lengths: View<'a>,
+    /// Which cache they are of.
+    pub(super) cache: u64,
 }
 
 impl PagedBatch {
@@ -135,6 +137,7 @@ impl<M: CacheMemory> PagedKvCache<M> {
             values: self.values(),
             table: View::from_slice(&batch.table, [sequences, batch.most])?,
             lengths: View::from_slice(&batch.lengths, [sequences])?,
+            cache: batch.cache,
         })
     }
 }

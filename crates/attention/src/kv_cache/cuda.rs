@@ -11,13 +11,13 @@ use super::paged::{PagedKvCache, PoolShape};
 use super::token::TokenShape;
 use crate::IntoView;
 
-/// Memory of an NVIDIA GPU, allocated by the library. An append is one kernel for keys and values together, put
-/// on the stream of the device that the cache was made with; one more goes before it where sequences get copies
-/// of pages that they shared, and one for each 150 pieces where there are more: a piece is a run of tokens of one
-/// sequence in one page. Nothing is copied through the host, and nothing waits.
+/// Memory of an NVIDIA GPU, allocated by the library. An append is one kernel for keys and values together,
+/// put on the stream of the device that the cache was made with; one more goes before it where sequences get
+/// copies of pages that they shared, and one for each 150 pieces where there are more: a piece is a run of
+/// tokens of one sequence in one page. Nothing is copied through the host, and nothing waits.
 ///
-/// New tokens are views of the same device, ready on that stream, as are the calls that read the cache: tensors
-/// of `attention::cuda` that belong to another stream are refused.
+/// New tokens are views of the same device, ready on that stream, as are the calls that read the cache:
+/// tensors of `attention::cuda` that belong to another stream are refused.
 #[derive(Debug)]
 pub struct CudaMemory {
     copier: RowCopier,
@@ -100,9 +100,9 @@ impl<'a, T: IntoView<'a>> IntoCacheTensor<'a, CudaMemory> for T {
     }
 }
 
-/// The table and lengths of a batch in memory of a device, with room for a number of sequences: what calls read
-/// there without a copy of the whole table at each step, and what a captured graph reads when it is launched.
-/// Rows behind the sequences of a batch are empty sequences.
+/// The table and lengths of a batch in memory of a device, with room for a number of sequences: what calls
+/// read there without a copy of the whole table at each step, and what a captured graph reads when it is
+/// launched. Rows behind the sequences of a batch are empty sequences.
 ///
 /// # Examples
 /// One graph for all steps, captured from the second call on:
@@ -139,6 +139,8 @@ impl<'a, T: IntoView<'a>> IntoCacheTensor<'a, CudaMemory> for T {
 /// ```
 #[derive(Debug)]
 pub struct CudaTables {
+    /// Which cache they are of.
+    cache: u64,
     writer: NumberWriter,
     table: DeviceTensor,
     lengths: DeviceTensor,
@@ -178,6 +180,7 @@ impl CudaTables {
             DeviceTensor::from_host(device, View::from_slice(numbers, shape)?).map_err(failed)
         };
         Ok(Self {
+            cache: cache.id(),
             table: of(&table, shape)?,
             lengths: of(&lengths, [sequences].into())?,
             held: [table, lengths],
@@ -185,12 +188,12 @@ impl CudaTables {
         })
     }
 
-    /// Brings both up to date with a batch: what differs from before is written by one kernel for each 480 numbers,
-    /// in the order of the stream.
+    /// Brings both up to date with a batch: what differs from before is written by one kernel for each 480
+    /// numbers, in the order of the stream.
     ///
     /// # Errors
-    /// [`CacheError::Count`] for more sequences than there is room for, or a table of another cache;
-    /// [`CacheError::Memory`] by the driver.
+    /// [`CacheError::Count`] for more sequences than there is room for; [`CacheError::OtherCache`] for a
+    /// batch of another cache; [`CacheError::Memory`] by the driver.
     pub fn update(&mut self, inputs: &PagedInputs<'_>) -> Result<(), CacheError> {
         let (Some(table), Some(lengths)) = (inputs.table.host::<i32>(), inputs.lengths.host::<i32>()) else {
             return Err(CacheError::Memory {
@@ -204,7 +207,7 @@ impl CudaTables {
             let what = "rows of tables in device memory";
             return Err(CacheError::Count { sequences, what, given: room });
         }
-        if most != self.most() {
+        if most != self.most() || inputs.cache != self.cache {
             return Err(CacheError::OtherCache { what: "the batch".to_owned() });
         }
         let mut changed = [Vec::new(), Vec::new()];
@@ -222,11 +225,15 @@ impl CudaTables {
             }
         }
         let [pages, numbers] = &changed;
-        self.writer.write([&mut self.table, &mut self.lengths], [pages, numbers]).map_err(failed)?;
+        let written =
+            self.writer.write([&mut self.table, &mut self.lengths], [pages, numbers]).map_err(failed);
         for (held, changed) in self.held.iter_mut().zip(&changed) {
-            changed.iter().for_each(|&(index, new)| held[index] = new);
+            // Behind an error some of them are written: all are written again, since none is this number.
+            changed
+                .iter()
+                .for_each(|&(index, new)| held[index] = if written.is_ok() { new } else { i32::MIN });
         }
-        Ok(())
+        written
     }
 
     /// Entries of a row.
@@ -257,8 +264,8 @@ impl PagedKvCache<CudaMemory> {
 }
 
 impl KvCache<CudaMemory> {
-    /// An empty cache of `batch` sequences with room for `capacity` tokens each, in memory of a device, with work
-    /// on its stream.
+    /// An empty cache of `batch` sequences with room for `capacity` tokens each, in memory of a device, with
+    /// work on its stream.
     ///
     /// # Errors
     /// As [`new`](KvCache::new), and those of [`CudaMemory::new`].

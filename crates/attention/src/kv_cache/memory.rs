@@ -11,9 +11,9 @@ use crate::{IntoView, Tensor};
 /// [`Update`], which is one pass over host memory and may be one kernel on a device. Tables and lengths are
 /// numbers of the host whatever the memory is.
 ///
-/// [`HostMemory`] is this crate's, as is `CudaMemory` with the feature `cuda`; `attention-candle` has memory of candle's
-/// tensors. Memory of your own is
-/// given to [`PagedKvCache::with_memory`](super::PagedKvCache::with_memory) or
+/// [`HostMemory`] is this crate's, as is `CudaMemory` with the feature `cuda`; `attention-candle` has memory
+/// of candle's tensors. Memory of your own is given to
+/// [`PagedKvCache::with_memory`](super::PagedKvCache::with_memory) or
 /// [`KvCache::with_memory`](super::KvCache::with_memory).
 ///
 /// # Duties

@@ -12,9 +12,9 @@
 //! have the same tables and lengths. Elements are stored as they are given: in the dtype of the cache,
 //! without a change.
 //!
-//! Caches are in host memory, in memory of an NVIDIA GPU (`PagedKvCache::on_cuda` and `KvCache::on_cuda`, with the
-//! feature `cuda`), or in [memory of another kind](CacheMemory): `attention-candle` has both caches in candle's
-//! tensors, on the CPU and on CUDA.
+//! Caches are in host memory, in memory of an NVIDIA GPU (`PagedKvCache::on_cuda` and `KvCache::on_cuda`,
+//! with the feature `cuda`), or in [memory of another kind](CacheMemory): `attention-candle` has both caches
+//! in candle's tensors, on the CPU and on CUDA.
 //!
 //! What is appended is checked first and written then: an append that fails changes nothing, whether it is of
 //! one sequence or of many. Calls over a cache that grows have one [plan](crate::Attention::plan).

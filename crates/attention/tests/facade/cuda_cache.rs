@@ -39,8 +39,8 @@ fn bytes(device: &CudaDevice, view: View<'_>) -> Result<Vec<u8>> {
     let mut copy = DeviceTensor::filled(device, view.desc(), 0)?;
     let target = copy.view_mut()?.as_mut_ptr() as u64;
     let count = view.desc().element_count().expect("a cache's tensor") * view.desc().dtype().size();
-    // SAFETY: both tensors have as many bytes without gaps, are on the device, and stay until the copy is done, for
-    // which `bytes` waits.
+    // SAFETY: both tensors have as many bytes without gaps, are on the device, and stay until the copy is
+    // done, for which `bytes` waits.
     unsafe {
         attention::cuda::cudarc::driver::result::memcpy_dtod_async(
             target,
@@ -291,5 +291,11 @@ fn tables_with_too_little_room_or_of_another_cache_are_refused() -> Result {
     let sequence = other.add();
     let mut longer = other.batch([sequence])?;
     assert!(tables.update(&other.inputs(&mut longer)?).is_err());
+    // Of as many pages.
+    let mut alike = of(8)?;
+    let sequence = alike.add();
+    let mut batch = alike.batch([sequence])?;
+    let error = tables.update(&alike.inputs(&mut batch)?).expect_err("of another cache").to_string();
+    assert_eq!(error, "the batch belongs to another cache");
     Ok(())
 }
