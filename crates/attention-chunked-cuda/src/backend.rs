@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use attention_core::{
     AttentionBackend, Capabilities, DType, Device, DeviceKind, Error, Feature, FeatureSet, LongSums,
-    NumericsClass, PassCapabilities, Plan, Problem, ScratchGrowth, Unavailable, Unsupported, Variants,
+    NumericsClass, PassCapabilities, Plan, Problem, Role, ScratchGrowth, Unavailable, Unsupported, Variants,
 };
 use attention_cuda::CudaDevice;
 
@@ -41,10 +41,10 @@ const SUMS_OF_F32: usize = 3;
 ///   forward only. Their scales round no key and no value: the key's multiplies products, the value's
 ///   multiplies rows of the output.
 /// - Every call gives the same bits each time: no sum depends on the order in which blocks run.
-/// - A batch-invariant call ([`Problem::batch_invariant`]) gives each sequence the bits that it has alone:
-///   one choice of tiles serves all lengths, and sums are cut at multiples of 2048 keys. Where few rows have
-///   more keys than that, each part has blocks of its own. Else one block goes over all of them, and needs
-///   scratch of one partial output per row.
+/// - A batch-invariant call ([`Problem::batch_invariant`]), whose keys are not of 8 bits, gives each sequence
+///   the bits that it has alone: one choice of tiles serves all lengths, and sums are cut at multiples of
+///   2048 keys. Where few rows have more keys than that, each part has blocks of its own. Else one block goes
+///   over all of them, and needs scratch of one partial output per row.
 #[derive(Debug)]
 pub struct ChunkedCudaBackend {
     config: ChunkedCudaConfig,
@@ -104,6 +104,13 @@ impl ChunkedCudaBackend {
         self.capabilities.check(NAME, problem)?;
         if problem.device() != self.device() {
             return Err(limit("memory of", problem.device(), format!("it works on {}", self.device())));
+        }
+        // The kernels that widen bytes go over the keys of several splits without a cut between them.
+        if let Some(dtype) =
+            problem.dtype_of(Role::Key).filter(|dtype| dtype.is_eight_bit() && problem.batch_invariant())
+        {
+            let why = "it keeps the promise for keys of the query's dtype";
+            return Err(limit("batch invariance with keys of", dtype, why));
         }
         Launches::of(problem, machine)
     }

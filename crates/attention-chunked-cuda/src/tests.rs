@@ -8,7 +8,6 @@ use attention_core::{
     OffsetRange, Pass, Problem, ProblemBuilder, Role, TensorDesc, Unsupported, View,
 };
 use attention_cuda::parameters::{Swizzle, sequences};
-
 use attention_kernels::Features;
 
 use super::launches::{Launches, variants};
@@ -584,6 +583,17 @@ fn blocks_that_read_the_same_mask_or_bias_are_scheduled_round_robin() {
     // Nothing is read twice, or what is read is short.
     assert_eq!(of(Role::Bias, [4, 6, 300, 300]), Swizzle { count: 1, batch: false });
     assert_eq!(of(Role::Mask, [4, 1, 1, 300]), Swizzle { count: 1, batch: false });
+}
+
+#[test]
+fn batch_invariance_of_keys_of_8_bits_is_refused() {
+    let query = TensorDesc::contiguous(DType::Bf16, [1, 40, 2, 64]);
+    let key = TensorDesc::contiguous(DType::F8E4M3, [1, 5000, 2, 64]);
+    let builder = Problem::builder(query, key, key).device(Device::Cuda(0));
+    let backend = ChunkedCudaBackend::default();
+    assert_eq!(backend.supports(&builder.clone().build().unwrap()), Ok(()));
+    let refused = backend.supports(&builder.batch_invariant(true).build().unwrap()).unwrap_err();
+    assert!(refused.to_string().contains("batch invariance with keys of f8e4m3"), "{refused}");
 }
 
 #[test]

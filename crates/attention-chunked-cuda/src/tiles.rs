@@ -49,8 +49,8 @@ impl Tiles {
 
     /// Of the kernel that merges the parts of rows, behind a forward kernel of these tiles: blocks of one
     /// warp where those are, which leave no multiprocessor waiting; without tiles, and without the threads
-    /// that load them. Of a batch-invariant call, whose parts the forward kernel merges too where there are many
-    /// rows, both have the same exponentials: those of split products are others.
+    /// that load them. Of a batch-invariant call, whose parts the forward kernel merges too where there are
+    /// many rows, both have the same exponentials: those of split products are others.
     pub(crate) fn of_merge(forward: Self, batch_invariant: bool) -> Self {
         let tf32_split = batch_invariant && forward.tf32_split;
         Self { tf32_split, ..Self::new(0, 0, forward.warps.min(4), 0) }

@@ -181,11 +181,10 @@ impl Kernels<'_> {
     /// their probabilities are 0. If there are `states`, it sets their number of each head to 0.
     ///
     /// # Safety
-    /// `lse` is the address of the problem's logsumexp, `stats` that of `[B, N, T]` floats, or of `[total, N]`
-    /// if queries are packed, and `states`, if there are any, that of as many floats as [`large::numbers`]
-    /// says. The addresses of `sequences` and
-    /// `seen` are 0 or of arrays that work on the stream has written. All of it is valid until the work is
-    /// done.
+    /// `lse` is the address of the problem's logsumexp, `stats` that of `[B, N, T]` floats, or of `[total,
+    /// N]` if queries are packed, and `states`, if there are any, that of as many floats as
+    /// [`large::numbers`] says. The addresses of `sequences` and `seen` are 0 or of arrays that work on the
+    /// stream has written. All of it is valid until the work is done.
     pub(crate) unsafe fn prepare_backward(
         &self,
         lse: u64,
@@ -276,8 +275,8 @@ impl Kernels<'_> {
         Ok(unsafe { self.launch(&arguments, config) }?)
     }
 
-    /// Writes zeros to the rows of a packed gradient that take no part: those of queries that see no key, those
-    /// of keys that no row sees, and those behind the last sequence.
+    /// Writes zeros to the rows of a packed gradient that take no part: those of queries that see no key,
+    /// those of keys that no row sees, and those behind the last sequence.
     ///
     /// # Safety
     /// `to` is the address of the problem's packed tensor of this role, whose rows begin at multiples of 16

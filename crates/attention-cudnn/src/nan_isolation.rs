@@ -34,9 +34,9 @@ pub(crate) struct NanIsolation {
 ///
 /// This needs rows of one tile that see different keys: keys that no row of a batch row sees are replaced by
 /// zeros before ([`Key::cleans`]). Keys and rows of packed sequences and of pages are not replaced, and those
-/// behind a sequence share tiles with its own, so such calls are always checked. Two more causes remain if all operands are finite:
-/// [large logits](large::may_be_large) and, in forward, sinks. A sink above 2.3e38 is infinite in base two,
-/// so cuDNN computes NaN for its head.
+/// behind a sequence share tiles with its own, so such calls are always checked. Two more causes remain if
+/// all operands are finite: [large logits](large::may_be_large) and, in forward, sinks. A sink above 2.3e38
+/// is infinite in base two, so cuDNN computes NaN for its head.
 ///
 /// Rows of a call with cuDNN's own dropout cannot be recomputed, because cuDNN does not tell which
 /// probabilities it kept.

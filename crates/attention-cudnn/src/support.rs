@@ -366,9 +366,9 @@ fn positions(problem: &Problem) -> Result<(), Unsupported> {
     }
 }
 
-/// The options that are served of dense rows alone. cuDNN reads mask, bias, ALiBi that is not plainly causal and
-/// the keep mask of dropout as tensors over the longest sequences, so that they would take memory and time for
-/// rows that no sequence has. ALiBi and `dsinks` need row maxima, which are kept for dense rows.
+/// The options that are served of dense rows alone. cuDNN reads mask, bias, ALiBi that is not plainly causal
+/// and the keep mask of dropout as tensors over the longest sequences, so that they would take memory and
+/// time for rows that no sequence has. ALiBi and `dsinks` need row maxima, which are kept for dense rows.
 const DENSE_ALONE: [Feature; 5] =
     [Feature::Mask, Feature::Bias, Feature::Alibi, Feature::Dropout, Feature::DSinks];
 

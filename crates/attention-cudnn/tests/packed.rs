@@ -1,5 +1,5 @@
-//! Calls of packed sequences and of keys in pages on a GPU with cuDNN, at sizes of many tiles, beside the same
-//! calls of chunked-cuda. Run with `--ignored`.
+//! Calls of packed sequences and of keys in pages on a GPU with cuDNN, at sizes of many tiles, beside the
+//! same calls of chunked-cuda. Run with `--ignored`.
 
 mod common;
 
@@ -242,8 +242,8 @@ fn a_captured_packed_call_reads_the_starts_that_are_there_when_it_is_launched() 
     Ok(())
 }
 
-/// Pages in an order of no pattern, slots behind a sequence's keys that are NaN, and entries of the table that
-/// no key needs that are no pages.
+/// Pages in an order of no pattern, slots behind a sequence's keys that are NaN, and entries of the table
+/// that no key needs that are no pages.
 #[test]
 #[ignore = "needs a GPU with cuDNN"]
 fn paged_calls_of_many_tiles_are_those_of_chunked_cuda() -> Result {

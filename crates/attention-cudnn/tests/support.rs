@@ -298,8 +298,8 @@ fn scratch_of_packed_sequences_is_of_their_rows() {
     // Starts in host memory are stored as well.
     let in_host_memory = packed(4, 64).in_host_memory(Role::QueryStarts, true);
     assert_eq!(of(in_host_memory), of(packed(4, 64)) + ALIGNMENT);
-    // The row sums and the gradient of queries in f32; the intervals of keys; ragged offsets of that gradient,
-    // whose rows are as far apart as those of queries.
+    // The row sums and the gradient of queries in f32; the intervals of keys; ragged offsets of that
+    // gradient, whose rows are as far apart as those of queries.
     let all = Gradients::QUERY | Gradients::KEY | Gradients::VALUE;
     let gradients = (4 * rows).next_multiple_of(ALIGNMENT) + 4 * rows * 64;
     assert_eq!(of(packed(4, 64).gradients(all)), of(packed(4, 64)) + gradients + ALIGNMENT);

@@ -269,8 +269,8 @@ impl<'a> Attention<'a> {
     }
 
     /// The scales of 8-bit keys: a number `x` of a key stands for `scale * x` (`k_scale` or `k_descale` of
-    /// other libraries). f32, one for all (`[1]` or a scalar), one for each key/value head, `[K]`, or one for each
-    /// head of each sequence, `[B, K]`; in host memory, where NaN and infinities are an error, or on the
+    /// other libraries). f32, one for all (`[1]` or a scalar), one for each key/value head, `[K]`, or one for
+    /// each head of each sequence, `[B, K]`; in host memory, where NaN and infinities are an error, or on the
     /// device of the call. 1 where none are given.
     ///
     /// Keys and values are of 8 bits where their elements are: both [`F8E4M3`](crate::F8E4M3) or both

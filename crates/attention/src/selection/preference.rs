@@ -20,8 +20,8 @@ pub(crate) struct Crossover {
     pub(crate) logits_per_head: usize,
 }
 
-/// Each entry names the benchmark record that it was read from, or says that there is none, in a comment above
-/// it. If several apply, the later one decides.
+/// Each entry names the benchmark record that it was read from, or says that there is none, in a comment
+/// above it. If several apply, the later one decides.
 pub(crate) const CROSSOVERS: &[Crossover] = &[
     // benches/record/2026-11-25-gpu-h100.csv: 256 x 256 was faster by a sixth, 512 x 512 slower by half.
     Crossover {

@@ -1,10 +1,10 @@
-// Copies rows of two tensors, as the keys and values of tokens, to other rows: what is appended to a cache, and
-// pages that a sequence gets a copy of. The host passes the places by value, so nothing there has to outlive the
-// call.
+// Copies rows of two tensors, as the keys and values of tokens, to other rows: what is appended to a cache,
+// and pages that a sequence gets a copy of. The host passes the places by value, so nothing there has to
+// outlive the call.
 // Needs: nothing.
 
-// Rows `[heads, width]`, those of the source `inner` to an index of its first axis, of any strides in elements;
-// those of the target lie one behind the other.
+// Rows `[heads, width]`, those of the source `inner` to an index of its first axis, of any strides in
+// elements; those of the target lie one behind the other.
 struct CopiedTensor {
     const char *from;
     char *to;
@@ -31,7 +31,8 @@ struct alignas(16) Chunk16 {
     unsigned words[4];
 };
 
-// Rows of `words` words, which `address_of` finds in the source, and which lie one behind the other in the target.
+// Rows of `words` words, which `address_of` finds in the source, and which lie one behind the other in the
+// target.
 template <class Word, class AddressOf>
 __device__ inline void copy_run(const CopyRows &p, const RowRun &run, long long words, char *to, AddressOf address_of) {
     const long long all = run.count * words, step = (long long)gridDim.y * BLOCK;

@@ -1,5 +1,5 @@
-// Writes numbers that the host passes by value to places of two arrays of integers: what a step of decoding changes
-// in a block table and in lengths.
+// Writes numbers that the host passes by value to places of two arrays of integers: what a step of decoding
+// changes in a block table and in lengths.
 // Needs: nothing.
 
 struct WrittenNumber {
@@ -7,8 +7,8 @@ struct WrittenNumber {
     int number;
 };
 
-// The argument of `attention_write_numbers`, of the 4 KB that a kernel's arguments may have: the first `counts[0]`
-// numbers are the first array's, so many behind them the second one's.
+// The argument of `attention_write_numbers`, of the 4 KB that a kernel's arguments may have: the first
+// `counts[0]` numbers are the first array's, so many behind them the second one's.
 struct WriteNumbers {
     int *to[2];
     int counts[2];

@@ -7,8 +7,9 @@
 // that the kernels write to outputs is zero), f32 logsumexp, any compute capability. Tested by the
 // conformance suite of attention-cudnn.
 
-// Where sequences begin among packed rows, and the last one ends, [B + 1]; null if rows are dense. The tensors
-// of packed rows have one batch row, [1, total, N, H], and their positions count rows of all sequences.
+// Where sequences begin among packed rows, and the last one ends, [B + 1]; null if rows are dense. The
+// tensors of packed rows have one batch row, [1, total, N, H], and their positions count rows of all
+// sequences.
 struct Starts {
     const int *of;
 };

@@ -1,6 +1,6 @@
 // The lengths of a call, and the intervals and offsets that follow from them, as arrays of integers for
-// cuDNN's graphs and the helper kernels. The call's lengths, starts and block tables may have other dtypes and
-// strides; the kernels convert them and clamp them to the bounds of the tensors.
+// cuDNN's graphs and the helper kernels. The call's lengths, starts and block tables may have other dtypes
+// and strides; the kernels convert them and clamp them to the bounds of the tensors.
 // Needs: fused/sequence.cuh.
 //
 // One thread per batch row, or per entry of a block table. One compiled variant for each layout serves all
@@ -22,8 +22,8 @@ struct SequenceArrays {
     // (first and end); and the offset that is added to a row to give its position, [B]. Null if nothing reads
     // them.
     int *rows, *keys, *offsets;
-    // The first row of each sequence among packed rows, and the end of the last one, [B + 1]. Null if rows are
-    // not packed.
+    // The first row of each sequence among packed rows, and the end of the last one, [B + 1]. Null if rows
+    // are not packed.
     int *query_starts, *key_starts;
     // Those of tensors of query rows and of key rows.
     RaggedOffsets of_queries[6];

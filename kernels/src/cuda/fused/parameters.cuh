@@ -37,14 +37,14 @@ struct Parameters {
         d_sinks;
     // What the call has in device memory.
     Integers query_lengths, key_value_lengths, query_offsets, dropout_seed, dropout_offset;
-    // That of every batch row, unless `rows_vary`: then sequence_of makes each from the numbers below. Of packed
-    // rows and pages, `offset`, `low` and `high` are those of every sequence, unless these have `query_offsets` or
-    // are `is_bottom_right`.
+    // That of every batch row, unless `rows_vary`: then sequence_of makes each from the numbers below. Of
+    // packed rows and pages, `offset`, `low` and `high` are those of every sequence, unless these have
+    // `query_offsets` or are `is_bottom_right`.
     SequenceRows uniform_sequence;
     // The offset of rows without `query_offsets`, and the bounds of these.
     long long query_offset, least_offset, most_offset;
-    // A row sees the keys from `keys_before` before its position to before `keys_after` behind it; the largest
-    // number stands for no bound, and reaches as far.
+    // A row sees the keys from `keys_before` before its position to before `keys_after` behind it; the
+    // largest number stands for no bound, and reaches as far.
     unsigned long long keys_before, keys_after;
     // Scratch. Forward with split keys: partial outputs [split, B, N, T, Hv], and row max and row sum [split,
     // B, N, T, 2], of a batch-invariant call [split, B, N, T, slice, 2], with Hv rounded up to an even

@@ -98,8 +98,8 @@ __device__ inline Row row_of(const Parameters &p, const Sequence &sequence, long
     return row;
 }
 
-// The row itself, in a tensor of query rows, and a key that it sees, in the tensor of keys or values. Macros for
-// dense rows, as those of sequence.cuh.
+// The row itself, in a tensor of query rows, and a key that it sees, in the tensor of keys or values. Macros
+// for dense rows, as those of sequence.cuh.
 #if LAYOUT == LAYOUT_DENSE
 #define at_query(tensor, row, b, head) at(tensor, b, (row).t, head)
 #define at_key(p, tensor, row, b, key, head) cached_at(tensor, b, key, head)

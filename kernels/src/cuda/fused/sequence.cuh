@@ -1,5 +1,5 @@
-// The rows of a sequence: how many there are, which keys each of them sees, and where they are in their tensors,
-// whatever the layout is. And which tile of which sequence a block works on.
+// The rows of a sequence: how many there are, which keys each of them sees, and where they are in their
+// tensors, whatever the layout is. And which tile of which sequence a block works on.
 // Needs: fused/parameters.cuh.
 
 __device__ inline int between(long long x, long long low, long long high) {
@@ -77,7 +77,8 @@ __device__ inline void place_rows(const Parameters &p, long long b, RowLengths &
     if (packs_keys(p)) {
         // Of queries on their own keys, the starts are most often the same tensor.
         if (p.key_value_starts.data == p.query_starts.data && p.key_rows == p.query_rows &&
-            p.key_value_starts.stride == p.query_starts.stride) {
+            p.key_value_starts.stride == p.query_starts.stride &&
+            p.key_value_starts.dtype == p.query_starts.dtype) {
             sequence.first_key = sequence.first_query;
             sequence.key_rows = sequence.query_rows;
         } else {
@@ -115,8 +116,8 @@ __device__ inline int keys_of_numbers(const Parameters &p, long long b) {
     return p.has_lengths ? p.lengths[b].keys : (int)p.key_length;
 }
 
-// The rows of batch row b, from the numbers of a call whose rows vary. Those in device memory are brought into
-// their bounds, so whatever they are, no memory is touched that is not the call's.
+// The rows of batch row b, from the numbers of a call whose rows vary. Those in device memory are brought
+// into their bounds, so whatever they are, no memory is touched that is not the call's.
 __device__ inline void sequence_of_numbers(const Parameters &p, long long b, Sequence &sequence) {
     RowLengths lengths{query_rows_of_numbers(p, b), keys_of_numbers(p, b)};
     place_rows(p, b, lengths, sequence);
@@ -146,11 +147,12 @@ __device__ __noinline__ void sequence_of_numbers_called(const Parameters &p, lon
     sequence_of_numbers(p, b, sequence);
 }
 
-// The only reader of lengths and offsets. Kernels of dense rows whose loops have all registers differ in which
-// way leaves the loop those of a call without such numbers: most of them call it (`attention_gradient_of_keys`
-// would spill), and INLINE is for those that would spill around a call. So that the parameters are not copied for
-// the call, kernels take them as a grid constant. Other kernels always need the numbers, and have them where they
-// stand: a function that is called reads parameters as memory, one load behind the other.
+// The only reader of lengths and offsets. Kernels of dense rows whose loops have all registers differ in
+// which way leaves the loop those of a call without such numbers: most of them call it
+// (`attention_gradient_of_keys` would spill), and INLINE is for those that would spill around a call. So that
+// the parameters are not copied for the call, kernels take them as a grid constant. Other kernels always need
+// the numbers, and have them where they stand: a function that is called reads parameters as memory, one load
+// behind the other.
 template <bool INLINE = false>
 __device__ inline Sequence sequence_of(const Parameters &p, long long b) {
 #if LAYOUT == LAYOUT_DENSE
@@ -200,8 +202,8 @@ __device__ inline long long dense_row(const Parameters &p, long long b, long lon
 
 #if LAYOUT == LAYOUT_DENSE
 
-// Macros, so that a kernel of dense rows is compiled to what it would be without other layouts: functions that
-// return an argument change the order of its instructions.
+// Macros, so that a kernel of dense rows is compiled to what it would be without other layouts: functions
+// that return an argument change the order of its instructions.
 #define query_row(sequence, t) (t)
 #define key_row(sequence, key) (key)
 #define rows_of_queries(p, sequence) (p).query_length
@@ -276,11 +278,12 @@ __device__ inline TileIndex tile_of_block(const Parameters &p, unsigned index, u
 
 #if LAYOUT != LAYOUT_DENSE
 
-// Tiles of packed rows. A grid has slots for them: those of sequence b begin with slot `start * heads / HEIGHT +
-// b`, where `heads` rows of a tile share a position. The next sequence begins behind its tiles, since the
-// quotient of a sum is at least the sum of quotients; so a start says where the slots are, and blocks find
-// their sequence by asking for 32 at a time, without a list. Slots that no tile has are behind those of their
-// sequence. The host sees to it that rows of all heads of a tile, and slots, are fewer than 2^31.
+// Tiles of packed rows. A grid has slots for them: those of sequence b begin with slot `start * heads /
+// HEIGHT + b`, where `heads` rows of a tile share a position. The next sequence begins behind its tiles,
+// since the quotient of a sum is at least the sum of quotients; so a start says where the slots are, and
+// blocks find their sequence by asking for 32 at a time, without a list. Slots that no tile has are behind
+// those of their sequence. The host sees to it that rows of all heads of a tile, and slots, are fewer than
+// 2^31.
 __device__ inline int first_slot(const Integers &starts, long long rows, int height, int heads, int b) {
     return (int)((unsigned)start_of(starts, rows, b) * (unsigned)heads / (unsigned)height) + b;
 }

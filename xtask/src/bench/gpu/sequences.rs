@@ -1,5 +1,5 @@
-//! `cargo xtask bench --suite gpu-sequences`: packed and paged calls, and keys of 8 bits, in turn with the calls
-//! that one would make without them.
+//! `cargo xtask bench --suite gpu-sequences`: packed and paged calls, and keys of 8 bits, in turn with the
+//! calls that one would make without them.
 
 use std::fmt::Write;
 use std::path::Path;

@@ -2,9 +2,9 @@
 // neighbours. Where keys are not in pages, all of this is empty, and tiles are loaded as others are.
 // Needs: fused/forward/scheduler.cuh, fused/shared_tiles.cuh.
 
-// The pages of a tile's keys. Each warp has all of them, those of keys i, i + 32, .. in lane i, so that a warp
-// reads an entry of the table once, whatever the size of pages is. Kernels ask for those of the next tile
-// before they wait for this one, since copies need an entry before they can begin.
+// The pages of a tile's keys. Each warp has all of them, those of keys i, i + 32, .. in lane i, so that a
+// warp reads an entry of the table once, whatever the size of pages is. Kernels ask for those of the next
+// tile before they wait for this one, since copies need an entry before they can begin.
 struct KeyPages {
 #if LAYOUT == LAYOUT_PAGED
     static constexpr int PER_LANE = (KEYS + 31) / 32;
@@ -28,8 +28,8 @@ __device__ inline KeyPages pages_of(const Parameters &p, const ForwardTile &tile
 
 #if LAYOUT == LAYOUT_PAGED
 
-// Where the rows of a tile's keys begin in a tensor, counted in elements from the first row of the first page:
-// held as pages are. Every thread of a warp asks together, for rows of its own.
+// Where the rows of a tile's keys begin in a tensor, counted in elements from the first row of the first
+// page: held as pages are. Every thread of a warp asks together, for rows of its own.
 struct RowOffsets {
     long long offset[KeyPages::PER_LANE];
 
