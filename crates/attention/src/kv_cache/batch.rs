@@ -44,6 +44,7 @@ pub struct PagedInputs<'a, T = View<'a>> {
     /// `[B]` of i32, in host memory.
     pub lengths: View<'a>,
     /// Which cache they are of.
+    #[cfg(feature = "cuda")]
     pub(super) cache: u64,
 }
 
@@ -137,6 +138,7 @@ impl<M: CacheMemory> PagedKvCache<M> {
             values: self.values(),
             table: View::from_slice(&batch.table, [sequences, batch.most])?,
             lengths: View::from_slice(&batch.lengths, [sequences])?,
+            #[cfg(feature = "cuda")]
             cache: batch.cache,
         })
     }
