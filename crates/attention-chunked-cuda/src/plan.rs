@@ -108,12 +108,10 @@ fn function(
         let why = format!("a block has at most {most} bytes on this device");
         return Err(limit("a kernel with shared memory of", kernel.shared_bytes, why).into());
     }
-    let source = attention_kernels::source(kernel.source)
-        .unwrap_or_else(|| unreachable!("{} is in the package", kernel.source));
     let variant = launches.compiled_as(problem, kernel);
     let function = runtime
         .kernels
-        .function(runtime.device.context(), source, variant, kernel.entry_point)
+        .named(runtime.device.context(), kernel.source, variant, kernel.entry_point)
         .map_err(|error| failure(NAME, "compiling a kernel", error))?;
     let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     // At most what the device says that a block may have, an int.

@@ -103,6 +103,25 @@ impl KernelCache {
         Ok(function)
     }
 
+    /// As [`function`](Self::function), of the source of this name in `attention-kernels`.
+    ///
+    /// # Errors
+    /// As [`function`](Self::function).
+    ///
+    /// # Panics
+    /// Where there is no source of this name.
+    pub fn named(
+        &self,
+        context: &Arc<CudaContext>,
+        source: &str,
+        variant: Variant,
+        entry_point: &str,
+    ) -> Result<CudaFunction, KernelError> {
+        let source =
+            attention_kernels::source(source).unwrap_or_else(|| unreachable!("{source} is in the package"));
+        self.function(context, source, variant, entry_point)
+    }
+
     /// The module of a source, loaded or to be loaded.
     fn module(
         &self,

@@ -22,7 +22,8 @@ const MOST_NUMBERS: usize = 480;
 pub enum NumberWriteError {
     /// The tensor is no row-major one of i32 on the writer's device and stream.
     #[error(
-        "numbers cannot be written to {tensor}: it must be i32 without gaps, made with the writer's device and stream"
+        "numbers cannot be written to {tensor}: it must be i32 without gaps, made with the writer's device and \
+         stream"
     )]
     Tensor {
         /// The tensor.
@@ -77,10 +78,8 @@ impl NumberWriter {
     /// # Errors
     /// [`KernelError`].
     pub fn new(device: &CudaDevice, kernels: &KernelCache) -> Result<Self, KernelError> {
-        let source =
-            attention_kernels::source(SOURCE).unwrap_or_else(|| unreachable!("{SOURCE} is in the package"));
         let variant = Variant::Helper(Helper::LAUNCHED);
-        let function = kernels.function(device.context(), source, variant, ENTRY_POINT)?;
+        let function = kernels.named(device.context(), SOURCE, variant, ENTRY_POINT)?;
         Ok(Self { device: device.clone(), function })
     }
 

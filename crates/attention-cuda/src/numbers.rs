@@ -190,11 +190,8 @@ impl NumberStore {
     /// [`KernelError`].
     pub fn new(problem: &Problem, device: &CudaDevice, kernels: &KernelCache) -> Result<Self, KernelError> {
         let stored = StoredNumbers::of(problem);
-        let load = |_| {
-            let source = attention_kernels::source(SOURCE)
-                .unwrap_or_else(|| unreachable!("{SOURCE} is in the package"));
-            kernels.function(device.context(), source, Variant::Helper(Helper::LAUNCHED), ENTRY_POINT)
-        };
+        let load =
+            |_| kernels.named(device.context(), SOURCE, Variant::Helper(Helper::LAUNCHED), ENTRY_POINT);
         let function = stored.roles().next().map(load).transpose()?;
         Ok(Self { stored, function })
     }

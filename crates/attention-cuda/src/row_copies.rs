@@ -40,7 +40,8 @@ pub enum RowCopyError {
     /// The tensors of a pair do not go together: other than four axes, another dtype, heads or width, or a
     /// target that has gaps.
     #[error(
-        "rows of {from} cannot be copied to {to}: both need four axes, one dtype, the same rows, and the target no gaps"
+        "rows of {from} cannot be copied to {to}: both need four axes, one dtype, the same rows, and the target \
+         no gaps"
     )]
     Tensors {
         /// What would be copied from.
@@ -51,7 +52,8 @@ pub enum RowCopyError {
     /// The two sources have other rows: they share dtype, heads and the second axis, and may differ in
     /// widths.
     #[error(
-        "rows of {one} and of {other} cannot be copied together: they need one dtype, as many heads, and a second axis alike"
+        "rows of {one} and of {other} cannot be copied together: they need one dtype, as many heads, and a \
+         second axis alike"
     )]
     Pairs {
         /// The first source.
@@ -143,10 +145,8 @@ impl RowCopier {
     /// # Errors
     /// [`KernelError`].
     pub fn new(device: &CudaDevice, kernels: &KernelCache) -> Result<Self, KernelError> {
-        let source =
-            attention_kernels::source(SOURCE).unwrap_or_else(|| unreachable!("{SOURCE} is in the package"));
         let variant = Variant::Helper(Helper::LAUNCHED);
-        let function = kernels.function(device.context(), source, variant, ENTRY_POINT)?;
+        let function = kernels.named(device.context(), SOURCE, variant, ENTRY_POINT)?;
         Ok(Self { device: device.clone(), function })
     }
 
@@ -249,15 +249,13 @@ fn check_pairs([one, other]: [&TensorDesc; 2]) -> Result<(), RowCopyError> {
 }
 
 fn check_runs(from: &TensorDesc, to: &TensorDesc, runs: &[RowRun]) -> Result<(), RowCopyError> {
-    for (which, rows) in [("source", rows(from)), ("target", rows(to))] {
-        for run in runs {
-            let first = if which == "source" { run.from } else { run.to };
-            if first.checked_add(run.count).is_none_or(|end| end > rows) {
-                return Err(RowCopyError::Range { which, first, count: run.count, rows });
-            }
-        }
-    }
-    Ok(())
+    let inside = |which, first: usize, count: usize, rows| match first.checked_add(count) {
+        Some(end) if end <= rows => Ok(()),
+        _ => Err(RowCopyError::Range { which, first, count, rows }),
+    };
+    let (of_source, of_target) = (rows(from), rows(to));
+    runs.iter().try_for_each(|run| inside("source", run.from, run.count, of_source))?;
+    runs.iter().try_for_each(|run| inside("target", run.to, run.count, of_target))
 }
 
 /// What is launched for these runs, whose tensors and rows were checked.

@@ -168,8 +168,6 @@ impl Runtime {
         variant: Variant,
         name: &str,
     ) -> Result<CudaFunction, KernelError> {
-        let source =
-            attention_kernels::source(file).unwrap_or_else(|| unreachable!("the source is in the package"));
-        self.kernels.function(self.device.context(), source, variant, name)
+        self.kernels.named(self.device.context(), file, variant, name)
     }
 }
