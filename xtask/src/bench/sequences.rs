@@ -1,7 +1,6 @@
 //! `cargo xtask bench --suite sequences`: packed and paged calls on the CPU, in turn with the calls that one
 //! would make without them, and with other libraries.
 
-use std::fmt::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -236,6 +235,25 @@ fn line(row: &Row) -> String {
     )
 }
 
+/// What the names of sequences in a record stand for, a comment for each.
+pub(super) fn names_explained<'a>(all: impl Iterator<Item = (&'a str, &'a Sequences)>) -> String {
+    let mut names = Vec::new();
+    let mut text = String::new();
+    for (name, Sequences { lengths, query_heads, key_heads, head_dim }) in all {
+        if names.contains(&name) {
+            continue;
+        }
+        names.push(name);
+        let [rows, keys] = [0, 1].map(|side| lengths.iter().map(|of| of[side]).sum::<usize>());
+        text += &format!(
+            "# {name}: {} sequences of {rows} query rows and {keys} keys in all, {query_heads} heads on {key_heads} \
+             of {head_dim}\n",
+            lengths.len(),
+        );
+    }
+    text
+}
+
 /// The rows as CSV, below comments about the machine, the date and the versions.
 fn csv(rows: &[Row], peers: &[String], threads: usize, turns: usize) -> crate::Result<String> {
     let mut text = format!(
@@ -247,20 +265,7 @@ fn csv(rows: &[Row], peers: &[String], threads: usize, turns: usize) -> crate::R
         env!("CARGO_PKG_VERSION"),
         if peers.is_empty() { "none".to_owned() } else { peers.join(", ") },
     );
-    for case in cases() {
-        if !text.contains(&format!("# {}: ", case.name)) {
-            let Sequences { lengths, query_heads, key_heads, head_dim } = &case.sequences;
-            let totals = [0, 1].map(|side| lengths.iter().map(|of| of[side]).sum::<usize>());
-            writeln!(
-                text,
-                "# {}: {} sequences of {} query rows and {} keys in all, {query_heads} heads on {key_heads} of {head_dim}",
-                case.name,
-                lengths.len(),
-                totals[0],
-                totals[1],
-            )?;
-        }
-    }
+    text += &names_explained(cases().iter().map(|case| (case.name, &case.sequences)));
     text += &row::table(rows)?;
     Ok(text)
 }

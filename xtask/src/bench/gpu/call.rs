@@ -29,15 +29,16 @@ pub(super) struct Data {
     problem: Problem,
 }
 
+/// Words without an order, the same ones for a seed; the upper bits are the better ones.
+fn random_words(seed: u32) -> impl Iterator<Item = u32> {
+    let next = |word: &u32| Some(word.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+    std::iter::successors(Some(seed), next).skip(1)
+}
+
 /// Numbers between -1 and 1 in a tensor of this description.
 fn random(device: &CudaDevice, desc: TensorDesc, seed: u32) -> crate::Result<DeviceTensor> {
     let count = desc.element_count().ok_or("too large")?;
-    let mut state = seed;
-    let words = (0..count).map(|_| {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        state >> 8
-    });
-    let numbers = words.map(|word| word as f32 / (1 << 23) as f32 - 1.0);
+    let numbers = random_words(seed).take(count).map(|word| (word >> 8) as f32 / (1 << 23) as f32 - 1.0);
     let shape = desc.shape();
     Ok(match desc.dtype() {
         DType::Bool => {
@@ -66,13 +67,7 @@ fn random_of_8_bits<T: Float8>(
     let count = desc.element_count().ok_or("too large")?;
     let rounded: Vec<T> =
         (0u8..=255).map(|step| T::from_f32(f32::from(step) / 128.0 - 1.0, Overflow::Saturate)).collect();
-    let mut state = seed;
-    let data: Vec<T> = (0..count)
-        .map(|_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            rounded[(state >> 24) as usize]
-        })
-        .collect();
+    let data: Vec<T> = random_words(seed).take(count).map(|word| rounded[(word >> 24) as usize]).collect();
     Ok(DeviceTensor::from_host(device, View::from_slice(&data, desc.shape())?)?)
 }
 

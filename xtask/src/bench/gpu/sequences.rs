@@ -1,7 +1,6 @@
 //! `cargo xtask bench --suite gpu-sequences`: packed and paged calls, and keys of 8 bits, in turn with the
 //! calls that one would make without them.
 
-use std::fmt::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -14,6 +13,7 @@ use super::call::{Call, Data};
 use super::measured::Times;
 use super::{median, on_device, record};
 use crate::bench::row;
+use crate::bench::sequences::names_explained;
 use crate::{machine, reporting};
 
 /// The same sequences in several ways, which are measured in turn.
@@ -265,20 +265,7 @@ fn csv(rows: &[Row], source: &str, repeats: usize) -> crate::Result<String> {
         "# {source}; cargo xtask bench --suite gpu-sequences: medians of {repeats} turns.\n# ratio is the time beside \
          over the call's own. Starts, lengths and pages are in device memory; keys of 8 bits have a scale by head.\n"
     );
-    for group in groups() {
-        if !text.contains(&format!("# {}: ", group.name)) {
-            let Sequences { lengths, query_heads, key_heads, head_dim } = &group.sequences;
-            let totals = [0, 1].map(|side| lengths.iter().map(|of| of[side]).sum::<usize>());
-            writeln!(
-                text,
-                "# {}: {} sequences of {} query rows and {} keys in all, {query_heads} heads on {key_heads} of {head_dim}",
-                group.name,
-                lengths.len(),
-                totals[0],
-                totals[1],
-            )?;
-        }
-    }
+    text += &names_explained(groups().iter().map(|group| (group.name, &group.sequences)));
     text += &row::table(rows)?;
     Ok(text)
 }
