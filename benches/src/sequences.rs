@@ -22,15 +22,15 @@ pub struct Sequences {
 /// How the rows of sequences lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
-    /// `[B, longest, heads, H]` and no lengths: a call that computes the padding too, as one whose library has
-    /// nothing but rectangles. Of sequences that are equally long, the dense call of the same work.
+    /// `[B, longest, heads, H]` and no lengths: a call that computes the padding too, as one whose library
+    /// has nothing but rectangles. Of sequences that are equally long, the dense call of the same work.
     Rectangle,
     /// The same with lengths, which tell where the padding begins.
     Padded,
     /// One after the other, `[total, heads, H]`, with the starts.
     Packed,
-    /// Query rows as in a rectangle; keys and values in pages of this many tokens, which lie in the pool in an
-    /// order of their own.
+    /// Query rows as in a rectangle; keys and values in pages of this many tokens, which lie in the pool in
+    /// an order of their own.
     Paged {
         /// Tokens of a page.
         page_size: usize,
@@ -106,8 +106,8 @@ impl Sequences {
         4.0 * pairs * (self.query_heads * self.head_dim) as f64
     }
 
-    /// The problem of a layout, queries of one dtype beside keys and values of another, and the numbers of its
-    /// calls, of dtype i32.
+    /// The problem of a layout, queries of one dtype beside keys and values of another, and the numbers of
+    /// its calls, of dtype i32.
     ///
     /// # Errors
     /// [`InvalidCall`] where a length, a start or a page is not an i32.

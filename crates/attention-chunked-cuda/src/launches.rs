@@ -91,7 +91,7 @@ fn multiplied_by(tiles: Tiles) -> &'static str {
 }
 
 /// As [`variant`], of a kernel for batch-invariant calls: those differ in how sums are merged, whatever the
-/// tiles and the dtype of keys are.
+/// tiles are.
 fn variant_batch_invariant(
     entry_point: &str,
     dtype: DType,

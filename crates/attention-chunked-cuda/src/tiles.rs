@@ -144,7 +144,10 @@ impl Shape {
             KINDS.into_iter().flat_map(move |features| {
                 [(false, false), (true, false), (is_wide, true)]
                     .into_iter()
-                    .filter(move |&(large, _)| is_wide || !large)
+                    .filter(move |&(large, batch_invariant)| {
+                        // Keys of 8 bits have no batch-invariant calls.
+                        (is_wide || !large) && !(batch_invariant && eight_bit.is_some())
+                    })
                     .map(move |(large, batch_invariant)| Self {
                         dtype,
                         head,

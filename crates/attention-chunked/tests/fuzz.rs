@@ -48,7 +48,8 @@ fn random_calls_are_right_at_every_level() {
         // A negative scale, and keys that no query sees: the sign of their gradient, 0, once followed the
         // chunks.
         fuzz::assert_case(subject.clone(), &fuzz::FuzzCase::from_seed(5_000_037));
-        // A scale of 1.3e308 and a d_lse of 1.8: their product is beyond f64, dq is not. The reference was wrong.
+        // A scale of 1.3e308 and a d_lse of 1.8: their product is beyond f64, dq is not. The reference was
+        // wrong.
         fuzz::assert_case(subject, &fuzz::FuzzCase::from_seed(3946));
     }
 }

@@ -17,8 +17,8 @@ pub struct OracleGradients {
     pub dsinks: Vec<f64>,
 }
 
-/// The product of three numbers, which overflows only where it is too large itself: the largest and the smallest
-/// are multiplied first, so that what is above 1 meets what is below.
+/// The product of three numbers, which overflows only where it is too large itself: the largest and the
+/// smallest are multiplied first, so that what is above 1 meets what is below.
 pub(crate) fn product(mut factors: [f64; 3]) -> f64 {
     factors.sort_unstable_by(|a, b| a.abs().total_cmp(&b.abs()));
     let [least, middle, most] = factors;

@@ -169,9 +169,9 @@ impl<'c> CallProblem<'c> {
     /// first, a power of two so that nothing is rounded, for queries, and the second, which is finite, for
     /// their products with the numbers that the keys hold.
     ///
-    /// Numbers of 8 bits are not far from 1, and the keys that they stand for may be. With the power of two of
-    /// their scale at the query, products are as large as those of the keys themselves, to within a factor of
-    /// 2, so that none overflows or underflows that a call with wider keys would not lose as well.
+    /// Numbers of 8 bits are not far from 1, and the keys that they stand for may be. With the power of two
+    /// of their scale at the query, products are as large as those of the keys themselves, to within a factor
+    /// of 2, so that none overflows or underflows that a call with wider keys would not lose as well.
     ///
     /// # Panics
     /// As [`key_scale`](Self::key_scale).

@@ -71,7 +71,8 @@ impl<'a> View<'a> {
         (self.raw.desc.dtype() == DType::Bool).then(|| self.host_as())?
     }
 
-    /// The bytes of a view of [`DType::EIGHT_BIT`]; `None` where it has another dtype or is not in host memory.
+    /// The bytes of a view of [`DType::EIGHT_BIT`]; `None` where it has another dtype or is not in host
+    /// memory.
     pub fn host_bytes(&self) -> Option<HostView<'a, u8>> {
         self.raw.desc.dtype().is_eight_bit().then(|| self.host_as())?
     }

@@ -33,7 +33,8 @@ impl Run {
         Self { first: [outer, inner], ahead: [outer, inner + ahead], keys: keys.len() }
     }
 
-    /// Of rows of [`HostView::of_rows`](attention_core::HostView::of_rows), which are in the cache: none is prefetched.
+    /// Of rows of [`HostView::of_rows`](attention_core::HostView::of_rows), which are in the cache: none is
+    /// prefetched.
     pub(super) fn of_rows(keys: usize) -> Self {
         Self { first: [0, 0], ahead: [0, 0], keys }
     }

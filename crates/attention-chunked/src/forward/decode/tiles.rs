@@ -1,6 +1,6 @@
-//! Products and sums of keys and values of 8 bits: a tile of rows at a time is widened into scratch that stays
-//! in the first-level cache, and the kernels for keys and values as they lie run on it. What it is divided by
-//! ([`Operands::unit_of_tile`]), the scale of the products and the rows of the result make up for.
+//! Products and sums of keys and values of 8 bits: a tile of rows at a time is widened into scratch that
+//! stays in the first-level cache, and the kernels for keys and values as they lie run on it. What it is
+//! divided by ([`Operands::unit_of_tile`]), the scale of the products and the rows of the result make up for.
 
 use attention_core::HostView;
 
@@ -11,8 +11,8 @@ use super::sums::WeightedSums;
 use crate::simd::Simd;
 use crate::tensor::{EightBit, OnView, Operands};
 
-/// Calls `work` with keys of a head, or their values, [`TILE_KEYS`] at a time from the first on, wherever they
-/// are: with the number of the first and the widened rows, which are in `room`.
+/// Calls `work` with keys of a head, or their values, [`TILE_KEYS`] at a time from the first on, wherever
+/// they are: with the number of the first and the widened rows, which are in `room`.
 fn for_each_tile<F: Operands, S: Simd<F>>(
     simd: S,
     bytes: &EightBit<'_>,
