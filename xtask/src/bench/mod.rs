@@ -76,6 +76,9 @@ pub(crate) struct Arguments {
         conflicts_with_all = ["quick", "pass", "causal", "mask", "threads", "peer_path", "memory", "run_up_to"]
     )]
     suite: Option<String>,
+    /// With --suite gpu-sequences: only the sequences whose name has this part
+    #[arg(long, requires = "suite", value_name = "TEXT")]
+    filter: Option<String>,
     /// How many turns each side has; as many as fit into some seconds by default
     #[arg(long, value_name = "N", value_parser = positive)]
     repeats: Option<usize>,
@@ -106,6 +109,9 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
     reporting::make_folders_of(
         [&arguments.json, &arguments.record].into_iter().flatten().map(PathBuf::as_path),
     )?;
+    if arguments.filter.is_some() && arguments.suite.as_deref() != Some("gpu-sequences") {
+        return Err("only the suite gpu-sequences is filtered by name".into());
+    }
     if arguments.suite.as_deref() == Some("sequences") {
         if !arguments.shape.is_empty() {
             return Err("the suite of sequences has shapes of its own".into());
@@ -126,6 +132,7 @@ pub(crate) fn run(arguments: &Arguments) -> crate::Result {
         }
         return gpu::sequences::run(&gpu::sequences::Wanted {
             backends: &arguments.backend,
+            filter: arguments.filter.as_deref().unwrap_or(""),
             repeats: arguments.repeats.unwrap_or(3),
             json: arguments.json.as_deref(),
             record: arguments.record.as_deref(),

@@ -128,6 +128,8 @@ fn groups() -> Vec<Group> {
 /// What is wanted of the suite.
 pub(in crate::bench) struct Wanted<'a> {
     pub(in crate::bench) backends: &'a [String],
+    /// What the name of sequences has.
+    pub(in crate::bench) filter: &'a str,
     pub(in crate::bench) repeats: usize,
     pub(in crate::bench) json: Option<&'a Path>,
     pub(in crate::bench) record: Option<&'a Path>,
@@ -163,7 +165,7 @@ pub(in crate::bench) fn run(wanted: &Wanted<'_>) -> crate::Result<bool> {
         backend.available()?;
     }
     let mut rows = Vec::new();
-    for group in groups() {
+    for group in groups().into_iter().filter(|group| group.name.contains(wanted.filter)) {
         for row in measure(&group, &device, &backends, wanted.repeats)? {
             println!("{}", line(&row));
             rows.push(row);
