@@ -36,6 +36,7 @@ macro_rules! fused {
             include_str!("cuda/fused/numbers.cuh"),
             include_str!("cuda/fused/parameters.cuh"),
             include_str!("cuda/fused/sequence.cuh"),
+            include_str!("cuda/fused/schedule.cuh"),
             include_str!("cuda/fused/row.cuh"),
             include_str!("cuda/fused/logits.cuh"),
             include_str!("cuda/fused/dropout.cuh"),
@@ -383,6 +384,15 @@ pub const SOURCES: &[Source] = &[
                 .warps(4)
                 .stages(1)
                 .layout(Packed),
+        ]),
+    },
+    Source {
+        name: "attention_schedule.cu",
+        text: fused!("cuda/fused/schedule.cu"),
+        entry_points: &["attention_schedule_query_tiles", "attention_schedule_key_tiles"],
+        variants: &Variant::fused([
+            Fused::new(F16, 32).tile(128, 0).warps(8).layout(Packed),
+            Fused::new(F16, 32).tile(16, 0).warps(8).layout(Packed),
         ]),
     },
     Source {

@@ -7,11 +7,12 @@ use attention_core::{DType, Gradients, Pass, Problem, Role, RowLayout, Unsupport
 use attention_cuda::StoredNumbers;
 use attention_cuda::cudarc::driver::LaunchConfig;
 use attention_cuda::parameters::{ScratchAddresses, dtype_code};
-use attention_kernels::{Fused, KEYS_PER_SPLIT, KeyGradients, Layout, Variant};
+use attention_kernels::{DTypeCode, Fused, KEYS_PER_SPLIT, KeyGradients, Layout, Variant};
 
 use super::NAME;
 use super::features::{bias_dtype, layout_of, term_stride};
 use super::rows::Rows;
+use super::schedule::{SCHEDULE, SCHEDULES, name_of_schedule};
 use super::tiles::{FEW_ROWS, MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
 
 /// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are split where
@@ -53,6 +54,9 @@ impl Kernel {
             "attention_gradient_of_keys" if self.gradients != KeyGradients::KeyAndValue => ONE_GRADIENT,
             _ => "",
         };
+        if self.source == SCHEDULE {
+            return name_of_schedule(self.entry_point);
+        }
         if launches.shape.batch_invariant && self.is_another_batch_invariant() {
             return variant_batch_invariant(
                 self.entry_point,
@@ -140,7 +144,7 @@ const LAYOUTS: [Layout; 3] = [Layout::Dense, Layout::Packed, Layout::Paged];
 
 /// The variants of every kernel that a plan for this device may choose.
 pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
-    let mut names = BTreeSet::new();
+    let mut names = BTreeSet::from(SCHEDULES.map(name_of_schedule));
     for (dtype, layout) in DType::FLOATS.into_iter().flat_map(|dtype| LAYOUTS.map(|layout| (dtype, layout))) {
         for shape in [None, Some(DType::F8E4M3)].into_iter().flat_map(|keys| Shape::all(dtype, keys)) {
             let of = |entry_point: &str, tiles: Tiles, more: &str| {
@@ -195,8 +199,9 @@ pub(crate) struct Launches {
     /// Splits of the keys (split-KV).
     pub(crate) splits: usize,
     pub(crate) scratch: ScratchLayout,
-    /// Where the numbers of calls that are stored on the device ([`StoredNumbers`]) are, behind the arrays of
-    /// the pass.
+    /// Where the tiles of packed rows are listed for the next kernel, behind the arrays of the pass.
+    pub(crate) schedule: Range<usize>,
+    /// Where the numbers of calls that are stored on the device ([`StoredNumbers`]) are, behind all of these.
     pub(crate) numbers: Range<usize>,
 }
 
@@ -209,7 +214,7 @@ pub(crate) enum ScratchLayout {
 }
 
 impl ScratchLayout {
-    fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::None => 0,
             Self::Partials { state: last, .. } | Self::Rows { deltas: last, .. } => last.end,
@@ -276,6 +281,7 @@ impl Launches {
             pack_gqa: 1,
             splits: 1,
             scratch: ScratchLayout::None,
+            schedule: 0..0,
             numbers: 0..0,
         };
         match problem.pass() {
@@ -289,7 +295,7 @@ impl Launches {
     fn with_numbers(mut self, problem: &Problem) -> Result<Self, Unsupported> {
         let place = || {
             let bytes = StoredNumbers::of(problem).bytes()?;
-            let start = self.scratch.bytes().checked_next_multiple_of(NUMBER)?;
+            let start = self.scratch.bytes().max(self.schedule.end).checked_next_multiple_of(NUMBER)?;
             Some(start..start.checked_add(bytes)?)
         };
         let place = place().ok_or_else(|| {
@@ -307,7 +313,7 @@ impl Launches {
 
     /// Bytes of scratch.
     pub(crate) fn scratch_bytes(&self) -> usize {
-        self.scratch.bytes().max(self.numbers.end)
+        self.scratch.bytes().max(self.schedule.end).max(self.numbers.end)
     }
 
     /// The ranges of two arrays of accumulators with these axes, one behind the other.
@@ -324,7 +330,7 @@ impl Launches {
         })
     }
 
-    fn add(&mut self, kernel: Kernel, blocks: &[usize]) -> Result<(), Unsupported> {
+    pub(crate) fn add(&mut self, kernel: Kernel, blocks: &[usize]) -> Result<(), Unsupported> {
         let count = blocks.iter().try_fold(1usize, |count, &axis| count.checked_mul(axis));
         let blocks = count.and_then(|count| i32::try_from(count).ok()).ok_or_else(|| {
             limit("a grid of blocks", format!("{blocks:?}"), "a kernel has fewer than 2^31 in all")
@@ -393,6 +399,7 @@ impl Launches {
             let [out, state] = self.two_arrays([&of_row(width), &of_row(states)])?;
             self.scratch = ScratchLayout::Partials { out, state };
         }
+        self.set_schedule(&[(queries, self.pack_gqa, heads)])?;
         let kernel = Kernel {
             source: "attention_forward.cu",
             entry_point: "attention_forward",
@@ -401,7 +408,8 @@ impl Launches {
             blocks: 0,
             shared_bytes: self.shape.forward_bytes(tiles),
         };
-        self.add(kernel.clone(), &[queries.tiles(tiles.rows, self.pack_gqa), heads, self.splits, slices])?;
+        let entries = [queries.tiles(tiles.rows, self.pack_gqa), heads];
+        self.add_scheduled(kernel.clone(), tiles.rows, entries, &[self.splits, slices])?;
         if self.splits > 1 {
             let rows = dims.query_heads.saturating_mul(queries.count());
             let tiles = Tiles::of_merge(tiles, batch_invariant);
@@ -426,6 +434,7 @@ impl Launches {
         let of_deltas = [dims.query_heads, queries.count().saturating_mul(2).saturating_add(dims.batch)];
         let [offsets, deltas] = self.two_arrays([&rows, &of_deltas])?;
         self.scratch = ScratchLayout::Rows { offsets, deltas };
+        self.set_schedule(&[(queries, 1, dims.query_heads), (keys, 1, dims.key_heads)])?;
         let wants = |gradient| problem.gradients().contains(gradient);
         let kernel = Kernel {
             source: "attention_backward_rows.cu",
@@ -450,7 +459,8 @@ impl Launches {
             shared_bytes: self.shape.queries_bytes(tiles),
             ..kernel.clone()
         };
-        self.add(of_queries, &[queries.tiles(tiles.rows, 1), dims.query_heads])?;
+        let entries = [queries.tiles(tiles.rows, 1), dims.query_heads];
+        self.add_scheduled(of_queries, tiles.rows, entries, &[])?;
         if wants(Gradients::SINKS) {
             let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
             self.add(sinks, &[dims.query_heads])?;
@@ -472,7 +482,8 @@ impl Launches {
                 blocks: 0,
                 shared_bytes: self.shape.keys_bytes(tiles),
             };
-            self.add(of_keys, &[keys.tiles(tiles.keys, 1), dims.key_heads])?;
+            let entries = [keys.tiles(tiles.keys, 1), dims.key_heads];
+            self.add_scheduled(of_keys, tiles.keys, entries, &[])?;
         }
         if let Some(bias) = problem.tensor(Role::Bias).filter(|_| wants(Gradients::BIAS)) {
             let tiles = self.shape.bias(machine);
@@ -498,6 +509,11 @@ impl Launches {
     pub(crate) fn compiled_as(&self, problem: &Problem, kernel: &Kernel) -> Variant {
         let Shape { dtype, head, features, eight_bit, .. } = self.shape;
         let Tiles { rows, keys, warps, stages, warpgroups, tf32_split } = kernel.tiles;
+        if kernel.source == SCHEDULE {
+            // What operands are makes no difference.
+            let schedule = Fused::new(DTypeCode::F16, 32).tile(rows, keys).warps(warps).layout(self.layout);
+            return Variant::Fused(schedule);
+        }
         // The others have nothing that batch invariance changes.
         let of_sums = ["attention_forward.cu", "attention_merge.cu", "attention_backward_rows.cu"];
         let fused = Fused::new(dtype_code(dtype), kernel.tiles.columns(head))

@@ -7,6 +7,7 @@ mod launches;
 mod plan;
 mod rows;
 mod runtime;
+mod schedule;
 #[cfg(test)]
 mod tests;
 mod tiles;

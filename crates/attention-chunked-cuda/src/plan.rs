@@ -83,6 +83,7 @@ impl ChunkedCudaPlan {
             parameters.set_scratch(addresses);
         }
         parameters.set_all(tensors);
+        parameters.schedule = base + self.launches.schedule.start as u64;
         for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
             // SAFETY: every kernel takes this one struct. The caller promised that its tensors are those of
             // the problem, and that the scratch was admitted, so it has the plan's size. Kernels stay inside

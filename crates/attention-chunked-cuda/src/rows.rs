@@ -85,6 +85,15 @@ mod tests {
         (low, slot - first(low))
     }
 
+    /// `write_schedule` of `fused/schedule.cu` for one chunk of sequences whose rows are these: the sequence
+    /// and the tile of each entry of a head.
+    fn schedule(lengths: &[usize], height: usize, shared: usize) -> Vec<(usize, usize)> {
+        let mut order: Vec<usize> = (0..lengths.len()).collect();
+        order.sort_by_key(|&batch| std::cmp::Reverse(lengths[batch]));
+        let tiles = |batch: usize| (lengths[batch] * shared).div_ceil(height);
+        order.into_iter().flat_map(|batch| (0..tiles(batch)).rev().map(move |tile| (batch, tile))).collect()
+    }
+
     /// Every tile of every sequence, and of the rows behind the last one, is that of one slot.
     #[test]
     fn slots_have_all_tiles_of_packed_rows() {
@@ -112,6 +121,11 @@ mod tests {
                     }
                 }
                 assert!(rows.typical_tiles(height, shared) <= slots);
+                // A schedule has no more tiles, so every one of them has an entry.
+                let mut scheduled = schedule(&[lengths, &[spare]].concat(), height, shared);
+                assert!(scheduled.len() <= slots, "{lengths:?}, {spare}");
+                scheduled.sort_unstable();
+                assert!(scheduled.iter().all(|tile| seen.binary_search(tile).is_ok()));
             }
         }
     }

@@ -56,6 +56,11 @@ impl Tiles {
         Self { tf32_split, ..Self::new(0, 0, forward.warps.min(4), 0) }
     }
 
+    /// Of the kernel that lists tiles of this many rows, or keys.
+    pub(crate) const fn of_schedule(height: usize) -> Self {
+        Self::new(height, 0, 8, 0)
+    }
+
     /// Of the kernels that go over rows without tiles.
     pub(crate) const fn of_rows() -> Self {
         Self::new(0, 0, 8, 0)
@@ -210,6 +215,11 @@ impl Shape {
             true if self.batch_invariant || rows_of_head > 64 => 128,
             true => 64,
         }
+    }
+
+    /// The fewest rows, or keys where these are not streamed, of any kernel's tiles on any device.
+    pub(crate) fn lowest_tile(self) -> usize {
+        if self.is_half() { 16 } else { 8 }
     }
 
     /// The first of these tiles of split products that the device has room for, if it is to have some.

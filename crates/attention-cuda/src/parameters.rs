@@ -159,6 +159,9 @@ pub enum ScratchAddresses {
     },
 }
 
+/// Bytes of a `ScheduledTile` of the kernels (`fused/schedule.cuh`), and its alignment.
+pub const SCHEDULED_TILE: usize = 64;
+
 /// The one argument of every fused attention kernel. Fields have the names that the kernels give them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -229,6 +232,9 @@ pub struct Parameters {
     page_size: i64,
     /// Keys that a sequence's part of the table holds; 0 where there are no pages.
     most_keys: i64,
+    /// Where the tiles of packed rows are listed, entries of [`SCHEDULED_TILE`] bytes; 0 unless set, where no
+    /// kernel reads it.
+    pub schedule: u64,
     /// From here on, of 8-bit keys and values alone.
     key_scales: Scales,
     value_scales: Scales,
@@ -241,7 +247,7 @@ pub struct Parameters {
 // both sides.
 unsafe impl DeviceRepr for Parameters {}
 
-const _: () = assert!(size_of::<Parameters>() == 1720);
+const _: () = assert!(size_of::<Parameters>() == 1728);
 
 /// Whether rows of a tensor can be read 16 bytes at a time, as far as its layout says.
 fn has_aligned_rows(desc: &TensorDesc) -> bool {

@@ -33,6 +33,7 @@ fn structs_are_laid_out_as_in_the_kernels() {
     assert_laid_out!(text, Scales: data, batch_stride, head_stride);
     let (tensor, size, _) = laid_out(text, "Tensor");
     assert_eq!((tensor[1].1, size), (offset_of!(Tensor, stride), size_of::<Tensor>()));
+    assert!(text.contains(&format!("static_assert(sizeof(ScheduledTile) == {SCHEDULED_TILE},")));
     // The host has the tensors as an array.
     let (fields, size, _) = laid_out(text, "Parameters");
     let names: Vec<String> = fields[..ROLES].iter().map(|(name, _)| name.replace('_', "")).collect();
@@ -100,6 +101,7 @@ fn structs_are_laid_out_as_in_the_kernels() {
         pages,
         page_size,
         most_keys,
+        schedule,
         key_scales,
         value_scales,
         key_scale,

@@ -32,6 +32,9 @@ struct Scales {
     long long batch_stride, head_stride;
 };
 
+// In schedule.cuh.
+struct ScheduledTile;
+
 struct Parameters {
     Tensor query, key, value, mask, bias, slopes, sinks, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias,
         d_sinks;
@@ -104,6 +107,8 @@ struct Parameters {
     long long query_rows, key_rows;
     // Pages, rows of a page, and keys that a sequence's part of the table holds, 0 where there are no pages.
     long long pages, page_size, most_keys;
+    // In scratch, where the tiles of packed rows are listed for the next kernel that has such tiles.
+    ScheduledTile *schedule;
 #endif
 // And behind what kernels of wider keys take.
 #if EIGHT_BIT
@@ -114,7 +119,7 @@ struct Parameters {
 };
 
 static_assert(sizeof(Tensor) == 40 && sizeof(SequenceRows) == 32 && sizeof(RowLengths) == 8 && sizeof(Scales) == 24 &&
-                  sizeof(Parameters) == (EIGHT_BIT ? 1720 : LAYOUT == LAYOUT_DENSE ? 1544 : 1664),
+                  sizeof(Parameters) == (EIGHT_BIT ? 1728 : LAYOUT == LAYOUT_DENSE ? 1544 : 1672),
               "the host's layout");
 
 // Bits of `aligned`.

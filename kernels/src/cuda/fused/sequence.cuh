@@ -278,12 +278,13 @@ __device__ inline TileIndex tile_of_block(const Parameters &p, unsigned index, u
 
 #if LAYOUT != LAYOUT_DENSE
 
-// Tiles of packed rows. A grid has slots for them: those of sequence b begin with slot `start * heads /
-// HEIGHT + b`, where `heads` rows of a tile share a position. The next sequence begins behind its tiles,
-// since the quotient of a sum is at least the sum of quotients; so a start says where the slots are, and
-// blocks find their sequence by asking for 32 at a time, without a list. Slots that no tile has are behind
-// those of their sequence. The host sees to it that rows of all heads of a tile, and slots, are fewer than
-// 2^31.
+// Tiles of packed rows, of kernels that have no schedule of them (schedule.cuh): of queries on keys in pages,
+// and before and behind cuDNN's. A grid has slots for them: those of sequence b begin with slot `start *
+// heads / HEIGHT + b`, where `heads` rows of a tile share a position. The next sequence begins behind its
+// tiles, since the quotient of a sum is at least the sum of quotients; so a start says where the slots are,
+// and blocks find their sequence by asking for 32 at a time, without a list. Slots that no tile has are
+// behind those of their sequence. The host sees to it that rows of all heads of a tile, and slots, are fewer
+// than 2^31.
 __device__ inline int first_slot(const Integers &starts, long long rows, int height, int heads, int b) {
     return (int)((unsigned)start_of(starts, rows, b) * (unsigned)heads / (unsigned)height) + b;
 }

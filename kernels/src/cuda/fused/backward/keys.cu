@@ -12,6 +12,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     extern __shared__ __align__(1024) unsigned char memory[];
     const SharedKeys shared = shared_keys(memory);
     const KeyTile tile = key_tile_of_block(p);
+#if LAYOUT == LAYOUT_PACKED
+    if (tile.b < 0) return;
+#endif
     KeySums sums;
 #if ON_WARPGROUPS
     // Each consumer thread arrives: each reads the rows' numbers itself.

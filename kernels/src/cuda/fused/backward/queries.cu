@@ -11,6 +11,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     extern __shared__ __align__(1024) unsigned char memory[];
     const SharedQueries shared = shared_queries(memory);
     const QueryTile tile = query_tile_of_block(p);
+#if LAYOUT == LAYOUT_PACKED
+    if (tile.b < 0) return;
+#endif
     const bool wants_gradient = p.d_query.data != nullptr;
     if (!wants_gradient) {
         bool any_far = false;

@@ -12,6 +12,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     extern __shared__ __align__(1024) unsigned char memory[];
     const SharedTiles shared = shared_tiles(memory);
     const ForwardTile tile = forward_tile(p);
+#if LAYOUT == LAYOUT_PACKED
+    if (tile.b < 0) return;
+#endif
     ForwardRows state;
 #if ON_WARPGROUPS
     const ForwardPipeline pipeline = forward_pipeline(shared);

@@ -1,6 +1,6 @@
 // What a block of the forward kernel works on: a tile of query rows, a range of keys, and a slice of the
 // columns of values.
-// Needs: fused/sequence.cuh.
+// Needs: fused/schedule.cuh.
 
 struct ForwardTile {
     long long b, first_head, key_head;
@@ -30,11 +30,26 @@ __device__ inline ForwardTile forward_tile(const Parameters &p) {
     tile.rows_of_head = (int)(p.query_length * p.pack_gqa);
     const int row_tiles = (tile.rows_of_head + ROWS - 1) / ROWS;
 #endif
+#if LAYOUT == LAYOUT_PACKED
+    // Without a division in front of the load, as a rule.
+    unsigned index = blockIdx.x;
+    tile.split = 0;
+    if (p.splits > 1) {
+        tile.split = (int)(index % (unsigned)p.splits);
+        index /= (unsigned)p.splits;
+    }
+    tile.slice = (int)(index % SLICES);
+    const ScheduledTile place = scheduled_tile(p, index / SLICES);
+#else
     tile.split = (int)(blockIdx.x % (unsigned)p.splits);
     tile.slice = (int)(blockIdx.x / (unsigned)p.splits % SLICES);
+#endif
 #if LAYOUT == LAYOUT_DENSE
     const TileIndex place = tile_of_block(p, blockIdx.x / (unsigned)p.splits / SLICES, row_tiles,
                                           (unsigned)p.query_heads / (unsigned)p.pack_gqa);
+#elif LAYOUT == LAYOUT_PACKED
+    const Sequence &sequence = place.sequence;
+    tile.rows_of_head = sequence.query_rows * p.pack_gqa;
 #else
     const SequenceTile place = query_tile_of(p, ROWS, p.pack_gqa, blockIdx.x / (unsigned)p.splits / SLICES,
                                              (unsigned)p.query_heads / (unsigned)p.pack_gqa);
@@ -45,12 +60,18 @@ __device__ inline ForwardTile forward_tile(const Parameters &p) {
     tile.width = SLICES == 1 ? p.value_head_dim : min(VALUE, p.value_head_dim - tile.first_column);
 #if LAYOUT == LAYOUT_DENSE
     tile.first_row = (row_tiles - 1 - place.tile) * ROWS;
+#elif LAYOUT == LAYOUT_PACKED
+    tile.first_row = place.first;
 #else
     tile.first_row = first_of_tile(place.tile, tile.rows_of_head, ROWS, true);
 #endif
     tile.first_head = (long long)place.head * p.pack_gqa;
     tile.b = place.batch;
+#if LAYOUT == LAYOUT_PACKED
+    tile.key_head = place.key_head;
+#else
     tile.key_head = (unsigned)tile.first_head / (unsigned)p.group;
+#endif
 #if LAYOUT == LAYOUT_DENSE
     tile.sequence = sequence_of(p, tile.b);
 #else

@@ -1,6 +1,6 @@
 // What a block of the kernel for the gradients of keys and values works on: a tile of keys of a key/value
 // head, and the query rows of all heads of its group that see any of them.
-// Needs: fused/sequence.cuh.
+// Needs: fused/schedule.cuh.
 
 struct KeyTile {
     long long b, key_head;
@@ -19,10 +19,10 @@ __device__ inline KeyTile key_tile_of_block(const Parameters &p) {
     tile.key_head = place.head, tile.b = place.batch;
     tile.sequence = sequence_of(p, tile.b);
 #else
-    const SequenceTile place = key_tile_of(p, KEYS, blockIdx.x, (unsigned)p.key_heads);
+    const ScheduledTile place = scheduled_tile(p, blockIdx.x);
     tile.key_head = place.head, tile.b = place.batch;
-    tile.sequence = sequence_of(p, tile.b);
-    tile.first = first_of_tile(place.tile, tile.sequence.key_rows, KEYS, false);
+    tile.sequence = place.sequence;
+    tile.first = place.first;
 #endif
     tile.end = min(tile.first + KEYS, tile.sequence.keys);
     tile.from = tile.to = 0;

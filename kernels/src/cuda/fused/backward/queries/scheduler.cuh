@@ -1,6 +1,6 @@
 // What a block of the kernel for the gradient of queries works on: a tile of query rows of a head, and the
 // keys that they see.
-// Needs: fused/backward/gradients.cuh.
+// Needs: fused/schedule.cuh, fused/backward/gradients.cuh.
 
 struct QueryTile {
     long long b, n, key_head;
@@ -20,10 +20,10 @@ __device__ inline QueryTile query_tile_of_block(const Parameters &p) {
     tile.n = place.head, tile.b = place.batch, tile.key_head = (unsigned)place.head / (unsigned)p.group;
     tile.sequence = sequence_of<true>(p, tile.b);
 #else
-    const SequenceTile place = query_tile_of(p, ROWS, 1, blockIdx.x, (unsigned)p.query_heads);
-    tile.n = place.head, tile.b = place.batch, tile.key_head = (unsigned)place.head / (unsigned)p.group;
-    tile.sequence = sequence_of<true>(p, tile.b);
-    tile.first_t = first_of_tile(place.tile, tile.sequence.query_rows, ROWS, true);
+    const ScheduledTile place = scheduled_tile(p, blockIdx.x);
+    tile.n = place.head, tile.b = place.batch, tile.key_head = place.key_head;
+    tile.sequence = place.sequence;
+    tile.first_t = place.first;
 #endif
     tile.from = tile.to = tile.all_from = tile.all_to = 0;
     if (tile.first_t < tile.sequence.queries) {
