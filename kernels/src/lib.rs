@@ -111,16 +111,19 @@ pub const SOURCES: &[Source] = &[
     },
     Source {
         name: "attention_forward.cu",
-        text: fused!(
-            "cuda/fused/online_softmax.cuh",
-            "cuda/fused/forward/scheduler.cuh",
-            "cuda/fused/forward/pages.cuh",
-            "cuda/fused/forward/widen.cuh",
-            "cuda/fused/forward/producer.cuh",
-            "cuda/fused/forward/consumer.cuh",
-            "cuda/fused/forward/epilogue.cuh",
-            "cuda/fused/forward/splits.cuh",
-            "cuda/fused/forward/forward.cu"
+        text: concat!(
+            "#define FORWARD\n",
+            fused!(
+                "cuda/fused/online_softmax.cuh",
+                "cuda/fused/forward/scheduler.cuh",
+                "cuda/fused/forward/pages.cuh",
+                "cuda/fused/forward/widen.cuh",
+                "cuda/fused/forward/producer.cuh",
+                "cuda/fused/forward/consumer.cuh",
+                "cuda/fused/forward/epilogue.cuh",
+                "cuda/fused/forward/splits.cuh",
+                "cuda/fused/forward/forward.cu"
+            )
         ),
         entry_points: &["attention_forward"],
         variants: &Variant::fused([

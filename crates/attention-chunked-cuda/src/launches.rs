@@ -198,6 +198,8 @@ pub(crate) struct Launches {
     pub(crate) pack_gqa: usize,
     /// Splits of the keys (split-KV).
     pub(crate) splits: usize,
+    /// Tiles of the forward kernel, where its blocks go over several.
+    pub(crate) forward_tiles: u32,
     pub(crate) scratch: ScratchLayout,
     /// Where the tiles of packed rows are listed for the next kernel, behind the arrays of the pass.
     pub(crate) schedule: Range<usize>,
@@ -280,6 +282,7 @@ impl Launches {
             kernels: Vec::new(),
             pack_gqa: 1,
             splits: 1,
+            forward_tiles: 0,
             scratch: ScratchLayout::None,
             schedule: 0..0,
             numbers: 0..0,
@@ -410,6 +413,11 @@ impl Launches {
         };
         let entries = [queries.tiles(tiles.rows, self.pack_gqa), heads];
         self.add_scheduled(kernel.clone(), tiles.rows, entries, &[self.splits, slices])?;
+        if let Some(forward) = self.kernels.last_mut().filter(|_| tiles.warpgroups) {
+            self.forward_tiles = forward.blocks;
+            // As many as run at once: each goes over the tiles that are its own.
+            forward.blocks = forward.blocks.min(u32::try_from(machine.multiprocessors).unwrap_or(u32::MAX));
+        }
         if self.splits > 1 {
             let rows = dims.query_heads.saturating_mul(queries.count());
             let tiles = Tiles::of_merge(tiles, batch_invariant);

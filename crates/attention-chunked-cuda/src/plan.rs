@@ -46,6 +46,7 @@ impl ChunkedCudaPlan {
         // Both fit in 32 bits: there are at most `BUSY_WARPS` splits, or one for `KEYS_PER_SPLIT` keys, and a
         // group has at most `MOST_POSITIONS` heads.
         (of_calls.pack_gqa, of_calls.splits) = (launches.pack_gqa as i32, launches.splits as i32);
+        of_calls.forward_tiles = launches.forward_tiles as i32;
         // Parts of an infinity are NaN. And whether a call hides keys depends on its lengths, which must not
         // decide how rows that are not finite are computed.
         if problem.batch_invariant() || launches.kernels.iter().any(|kernel| kernel.tiles.tf32_split) {

@@ -82,6 +82,8 @@ impl Tiles {
 pub(crate) struct Machine {
     /// Shared memory that a block may have.
     pub(crate) shared_bytes: usize,
+    /// Multiprocessors.
+    pub(crate) multiprocessors: usize,
     /// Whether it has the products of warpgroups, as compute capability 9.0 does.
     pub(crate) warpgroups: bool,
     /// Whether f32 operands are to be split into tf32 parts.
@@ -90,7 +92,8 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// One that every block fits.
-    pub(crate) const ANY: Self = Self { shared_bytes: usize::MAX, warpgroups: false, tf32_split: false };
+    pub(crate) const ANY: Self =
+        Self { shared_bytes: usize::MAX, multiprocessors: 1, warpgroups: false, tf32_split: false };
 
     /// Without products of another kind than those of every device.
     fn plain(self) -> Self {
@@ -100,6 +103,9 @@ impl Machine {
 
 /// Bytes for the barriers between them, which are 8 bytes each.
 const GATES: usize = 128;
+
+/// Bytes for the barriers of the forward kernel and for what its producers say of the tiles of a block.
+const FORWARD_GATES: usize = 512;
 
 /// Columns of a panel: the rows that the products of warpgroups read have 128 bytes.
 const PANEL: usize = 64;
@@ -422,7 +428,7 @@ impl Shape {
         self.tile(tiles, tiles.rows, self.head)
             + of_keys
             + self.staged(tiles)
-            + self.room(tiles, tiles.rows, tiles.keys)
+            + if tiles.warpgroups { FORWARD_GATES } else { self.room(tiles, tiles.rows, tiles.keys) }
     }
 
     /// Bytes of 8-bit keys and values on their way to a tile.

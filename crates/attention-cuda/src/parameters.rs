@@ -217,7 +217,8 @@ pub struct Parameters {
     rows_vary: i32,
     has_lengths: i32,
     is_bottom_right: i32,
-    padding: i32,
+    /// Tiles of the forward kernel, all splits and slices of them, where its blocks go over several.
+    pub forward_tiles: i32,
     lengths: InlineLengths,
     /// From here on, of packed rows and pages alone: kernels of dense rows take no more than what is above.
     query_starts: Integers,

@@ -90,7 +90,7 @@ fn structs_are_laid_out_as_in_the_kernels() {
         rows_vary,
         has_lengths,
         is_bottom_right,
-        padding,
+        forward_tiles,
         lengths,
         query_starts,
         key_value_starts,

@@ -19,10 +19,17 @@ __device__ inline bool mark_rows(const Parameters &p, unsigned found, int *flags
     return true;
 }
 
+// A number that all threads of a warp have, in a register that they share: what branches on it keeps the warp
+// together, and the compiler knows that it does. Threads that may be apart, in the loop of a kernel over its tiles,
+// would have every address of a product brought from their registers to that of the warp.
+__device__ inline int of_warp(int x) { return __reduce_max_sync(~0u, x); }
+
 __device__ inline real dot(const element *a, long long a_stride, const cached *b, long long b_stride, int width) {
     real sum = 0;
-    for (int i = threadIdx.x % 32; i < width; i += 32)
-        sum = fma(widened(a[i * a_stride]), widened(b[i * b_stride]), sum);
+    for (int from = 0; from < width; from += 32) {
+        const int i = from + threadIdx.x % 32;
+        if (i < width) sum = fma(widened(a[i * a_stride]), widened(b[i * b_stride]), sum);
+    }
     return sum_of_warp(sum);
 }
 
@@ -73,17 +80,19 @@ __device__ inline void exact_softmax(const Parameters &p, const Row &row, long l
     const real factor = power_factor(p);
     maximum = -infinity();
     total = 0;
-    for (int key = max(first, row.low); key < min(end, row.high); ++key) {
+    const int to = of_warp(min(end, row.high));
+    for (int key = of_warp(max(first, row.low)); key < to; ++key) {
         real slope;
         const real score = exact_score(p, row, b, n, key, slope);
-        if (score == -infinity()) continue;
         const real top = fmax(maximum, score);
         const Shift shift = shift_of<HALVES>(top, factor);
-        total = fma(total, change_of(shift_of<HALVES>(maximum, factor), shift, factor),
-                    power(exponent_of<HALVES>(score, shift, factor)));
-        maximum = top;
+        const real sum = fma(total, change_of(shift_of<HALVES>(maximum, factor), shift, factor),
+                             power(exponent_of<HALVES>(score, shift, factor)));
+        const bool takes_part = score != -infinity();
+        if (takes_part) total = sum;
+        if (takes_part) maximum = top;
         // NaN stays NaN.
-        if (!(total >= 0)) break;
+        if (__any_sync(~0u, !(total >= 0))) break;
     }
 }
 
@@ -96,10 +105,11 @@ __device__ inline void exact_output(const Parameters &p, const Row &row, long lo
     const DropoutWords dropout = dropout_words(p);
 #pragma unroll
     for (int i = 0; i < VALUE / 32; ++i) sums[i] = 0;
-    for (int key = max(first, row.low); key < min(end, row.high); ++key) {
+    const int to = of_warp(min(end, row.high));
+    for (int key = of_warp(max(first, row.low)); key < to; ++key) {
         real slope;
         const real score = exact_score(p, row, b, n, key, slope);
-        if (score == -infinity() || (drops(p) && !is_kept(p, dropout, row, key))) continue;
+        if (__any_sync(~0u, score == -infinity() || (drops(p) && !is_kept(p, dropout, row, key)))) continue;
         const cached *const value = at_key(p, p.value, row, b, key, n / p.group) + first_column * p.value.stride[3];
         add_row<VALUE>(sums, power(exponent_of<HALVES>(score, shift, factor)), value, p.value.stride[3], width);
     }

@@ -93,7 +93,8 @@ struct Parameters {
     int has_lengths;
     // Whether the last row of each sequence is at its last key, in the place of an offset.
     int is_bottom_right;
-    int padding;
+    // Tiles of the forward kernel, all splits and slices of them, where its blocks go over several.
+    int forward_tiles;
     RowLengths lengths[64];
 // Last, and behind what kernels of dense rows take of the host's struct.
 #if LAYOUT != LAYOUT_DENSE || EIGHT_BIT

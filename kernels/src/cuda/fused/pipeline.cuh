@@ -46,6 +46,18 @@ __device__ inline void mbarrier_arrive_after_copies(Mbarrier *barrier) {
     mbarrier_arrive(barrier);
 }
 
+// Ping-pong: warpgroups of consumers issue their products in turn, so that one has its softmax while the tensor
+// cores have the other's products. Each waits for its turn, issues, and passes the turn on.
+constexpr int WARPGROUPS_OF_CONSUMERS = WARPS / 4;
+__device__ inline int consumer_warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
+__device__ inline void wait_for_turn(int warpgroup) {
+    asm volatile("barrier.cta.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
+}
+__device__ inline void pass_turn(int warpgroup) {
+    const int next = warpgroup + 1 == WARPGROUPS_OF_CONSUMERS ? 0 : warpgroup + 1;
+    asm volatile("barrier.cta.arrive %0, 256;" ::"r"(2 + next) : "memory");
+}
+
 // Prefetches the mask and the bias of a tile into L2. Called by the producer threads of a tile.
 template <int HEIGHT, int WIDTH>
 __device__ inline void prefetch_mask_and_bias(const Parameters &p, long long b, long long n, int first_t, int first) {

@@ -84,7 +84,7 @@ __device__ inline void write_schedule(const Parameters &p, unsigned entries, uns
             entry.batch = (int)(chunk + order[low]);
             entry.head = head;
             entry.key_head = key_head_of(head);
-            entry.first = first_of((int)(of_turn % count_of_tiles), (int)count_of_tiles);
+            entry.first = first_of((int)(of_turn % count_of_tiles), (int)count_of_tiles, head);
             entry.sequence = sequence;
             p.schedule[done + index] = entry;
         }
@@ -102,7 +102,8 @@ __device__ inline int tiles_of_rows(long long rows) { return (int)((rows + ROWS 
 
 #endif
 
-// Tiles of query rows, the last one of a head first: under causal masking it takes longest.
+// Tiles of query rows, the last one of a head first: under causal masking it takes longest. For a kernel
+// whose blocks go over several tiles, in pairs of a long and a short one.
 extern "C" __global__ void __launch_bounds__(BLOCK)
     attention_schedule_query_tiles(const __grid_constant__ Parameters p) {
 #if LAYOUT == LAYOUT_PACKED
@@ -111,7 +112,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         p, count_of_slots(p, p.query_rows, ROWS, p.pack_gqa) * heads, heads,
         [&](const Sequence &sequence) { return tiles_of_rows((long long)sequence.query_rows * p.pack_gqa); },
         [](const Sequence &sequence) { return sequence.keys; },
-        [](int tile, int count) { return (count - 1 - tile) * ROWS; },
+        [&](int tile, int count, int head) {
+            return (p.forward_tiles > 0 ? tile_of_pairs(tile, count, head) : count - 1 - tile) * ROWS;
+        },
         [&](int head) { return (int)((unsigned)(head * p.pack_gqa) / (unsigned)p.group); });
 #endif
 }
@@ -124,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_schedule_key_tiles
                                          : (unsigned)tiles_of_rows(p.key_length) * (unsigned)p.batch;
     write_schedule(
         p, tiles * heads, heads, [](const Sequence &sequence) { return tiles_of_rows(sequence.key_rows); },
-        [](const Sequence &sequence) { return sequence.queries; }, [](int tile, int) { return tile * ROWS; },
+        [](const Sequence &sequence) { return sequence.queries; }, [](int tile, int, int) { return tile * ROWS; },
         [](int head) { return head; });
 #endif
 }

@@ -3,6 +3,15 @@
 // tiles of the longest sequence come first, and entries without a tile last, whose blocks end at once.
 // Needs: fused/sequence.cuh.
 
+// Which of a head's tiles comes at place `index` of `tiles`, in an order for blocks that go over pairs of
+// neighbouring places (forward/scheduler.cuh). Under causal masking the last tile takes longest: it is paired
+// with the first, the last but one with the second. An odd head has the order turned around where the number
+// of tiles is odd, since a pair then reaches from head to head.
+__device__ inline int tile_of_pairs(int index, int tiles, int head) {
+    if ((tiles & head & 1) != 0) index = tiles - 1 - index;
+    return index % 2 ? index / 2 : tiles - 1 - index / 2;
+}
+
 #if LAYOUT == LAYOUT_PACKED
 
 struct alignas(16) ScheduledTile {

@@ -24,8 +24,14 @@ __device__ constexpr int row_stride() {
 // turn(a) ^ turn(b).
 __device__ constexpr int turn_of_row(int row) { return SPLITS ? (((row ^ row >> 2) & 1) << 2 | (row & 2)) * CHUNK : 0; }
 
-// The threads that fill a tile: all of the block, or half of the producers.
-constexpr int LOADING_THREADS = PRODUCER_THREADS > 0 ? PRODUCER_THREADS / 2 : THREADS;
+// The threads that fill a tile: all of the block, or of the producers one of LOADERS parts. FORWARD is defined in
+// the source of the forward kernel.
+#if defined(FORWARD) && !EIGHT_BIT
+#define LOADERS 4
+#else
+#define LOADERS 2
+#endif
+constexpr int LOADING_THREADS = PRODUCER_THREADS > 0 ? PRODUCER_THREADS / LOADERS : THREADS;
 __device__ inline int loading_thread() {
     return PRODUCER_THREADS > 0 ? (threadIdx.x - THREADS) % LOADING_THREADS : threadIdx.x;
 }
@@ -111,7 +117,7 @@ __device__ inline void load_rows(element *tile, const Tensor &tensor, long long 
     if (aligned) {
         // Eight threads copy a row of a panel; a thread's rows are a power of two apart.
         constexpr int ROWS_AT_ONCE = LOADING_THREADS / 8;
-        static_assert(HEIGHT % ROWS_AT_ONCE == 0 && (ROWS_AT_ONCE & ROWS_AT_ONCE - 1) == 0 && ROWS_AT_ONCE >= 8,
+        static_assert(HEIGHT % ROWS_AT_ONCE == 0 && (ROWS_AT_ONCE & ROWS_AT_ONCE - 1) == 0,
                       "every thread has as many rows");
         const int row = loading_thread() / 8, column = loading_thread() % 8 * CHUNK;
         const unsigned to = shared_address(tile + place_of<HEIGHT, DEPTH>(Order::of(row), column));

@@ -14,7 +14,7 @@ __device__ inline void sum_tile(const Parameters &p, const Row (&rows)[row_slots
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
     finish_scores<Checked>(p, rows, first, mask_bias, scores);
-    online_softmax<false>(scores, power_factor(p), row_max, row_sum, scores_scale);
+    online_softmax<false>(scores, power_factor(p), row_max, row_sum, scores_scale, [] {});
 }
 
 // The states of a thread's far rows by slot; bit r of `far` is set where slot r has one.

@@ -69,16 +69,17 @@ __device__ inline void read_mask_and_bias(const Parameters &p, const ForwardRows
 }
 
 // From the products of a tile of keys to weights, in their place. Whether sums of values so far have to be
-// multiplied by `scores_scale`.
+// multiplied by `scores_scale`. `before_last` as in online_softmax.
+template <class BeforeLast>
 __device__ inline bool softmax_step(const Parameters &p, const ForwardTile &tile, ForwardRows &state, real factor,
                                     int first, const RowMaskBias<ROWS, KEYS> &mask_bias,
                                     real (&logits)[row_slots<ROWS>()][column_slots<KEYS>()],
-                                    real (&scores_scale)[row_slots<ROWS>()]) {
+                                    real (&scores_scale)[row_slots<ROWS>()], BeforeLast before_last) {
     if (first < tile.all_from || first + KEYS > tile.all_to)
         finish_scores<Checked>(p, state.rows, first, mask_bias, logits);
     else
         finish_scores<Unchecked>(p, state.rows, first, mask_bias, logits);
-    const bool rescales = online_softmax<HALVES>(logits, factor, state.row_max, state.row_sum, scores_scale);
+    const bool rescales = online_softmax<HALVES>(logits, factor, state.row_max, state.row_sum, scores_scale, before_last);
     apply_dropout(p, state, first, logits);
     return rescales;
 }
@@ -92,33 +93,52 @@ __device__ inline void rescale(ForwardRows &state, const real (&scores_scale)[ro
 
 #if ON_WARPGROUPS
 
-// The product of a tile's weights and values runs beside the softmax of the next one.
+// What a consumer has behind it of its block: tiles that had keys, and tiles of keys.
+struct ConsumedTiles {
+    int queries, steps;
+};
+
+#ifndef PING_PONG
+#define PING_PONG 1
+#endif
+
+// The product of a tile's weights and values runs beside the softmax of the next one, and, where warpgroups take
+// turns, beside that of another warpgroup.
 __device__ inline void consume(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
-                               const ForwardPipeline &pipeline, ForwardRows &state) {
+                               const ForwardPipeline &pipeline, ForwardRows &state, ConsumedTiles &consumed) {
     const real factor = power_factor(p);
+    const int warpgroup = consumer_warpgroup();
     RowMaskBias<ROWS, KEYS> mask_bias;
     real logits[row_slots<ROWS>()][column_slots<KEYS>()], scores_scale[row_slots<ROWS>()];
     FragmentA<KEYS> weights;
-    mbarrier_wait(pipeline.query_full, 0);
-    mbarrier_wait(pipeline.key_full, 0);
-    gemm_ss_async<ROWS, KEYS, HEAD>(logits, shared.query, shared.key);
-    read_mask_and_bias(p, state, tile.from, mask_bias);
+    const int from = tile.from, to = tile.to;
+    int step = consumed.steps;
+    mbarrier_wait(pipeline.query_full, consumed.queries);
+    mbarrier_wait(pipeline.key_full + step % 2, step / 2);
+    if constexpr (PING_PONG) wait_for_turn(warpgroup);
+    gemm_ss_async<ROWS, KEYS, HEAD>(logits, shared.query, shared.key + step % 2 * KEY_TILE);
+    if constexpr (PING_PONG) pass_turn(warpgroup);
+    read_mask_and_bias(p, state, from, mask_bias);
     warpgroup_wait<0>();
     warpgroup_fence_operand(logits);
-    mbarrier_arrive_per_warp(pipeline.key_empty);
-    softmax_step(p, tile, state, factor, tile.from, mask_bias, logits, scores_scale);
+    mbarrier_arrive_per_warp(pipeline.key_empty + step % 2);
+    if (from + KEYS >= to) mbarrier_arrive_per_warp(pipeline.query_empty);
+    softmax_step(p, tile, state, factor, from, mask_bias, logits, scores_scale, [] {});
     pack<KEYS>(weights, logits);
-    int step = 1;
-    for (int first = tile.from + KEYS; first < tile.to; first += KEYS, ++step) {
+    ++step;
+    for (int first = from + KEYS; first < to; first += KEYS, ++step) {
         const int stage = step % 2, last = stage ^ 1;
         mbarrier_wait(pipeline.key_full + stage, step / 2);
-        gemm_ss_async<ROWS, KEYS, HEAD>(logits, shared.query, shared.key + stage * KEY_TILE);
         mbarrier_wait(pipeline.value_full + last, (step - 1) / 2);
+            if constexpr (PING_PONG) wait_for_turn(warpgroup);
+        gemm_ss_async<ROWS, KEYS, HEAD>(logits, shared.query, shared.key + stage * KEY_TILE);
         gemm_rs_async<KEYS, VALUE>(state.outputs, weights, shared.value + last * VALUE_TILE);
+        if constexpr (PING_PONG) pass_turn(warpgroup);
         read_mask_and_bias(p, state, first, mask_bias);
         warpgroup_wait<1>();
         warpgroup_fence_operand(logits);
         mbarrier_arrive_per_warp(pipeline.key_empty + stage);
+        if (first + KEYS >= to) mbarrier_arrive_per_warp(pipeline.query_empty);
 #if BATCH_INVARIANT
         if (first % KEYS_PER_SPLIT == 0) {
             warpgroup_wait<0>();
@@ -126,18 +146,24 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
             end_split(p, tile, state, first);
         }
 #endif
-        const bool rescales = softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale);
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(state.outputs);
-        mbarrier_arrive_per_warp(pipeline.value_empty + last);
-        if (rescales) rescale(state, scores_scale);
+        const bool rescales = softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale, [&] {
+            // The product of the last tile's weights has ended by now, and their registers are free.
+            warpgroup_wait<0>();
+            warpgroup_fence_operand(state.outputs);
+            warpgroup_fence_operand(weights);
+            mbarrier_arrive_per_warp(pipeline.value_empty + last);
+        });
         pack<KEYS>(weights, logits);
+        if (rescales) rescale(state, scores_scale);
     }
     const int last = (step - 1) % 2;
     mbarrier_wait(pipeline.value_full + last, (step - 1) / 2);
     gemm_rs_async<KEYS, VALUE>(state.outputs, weights, shared.value + last * VALUE_TILE);
     warpgroup_wait<0>();
     warpgroup_fence_operand(state.outputs);
+    mbarrier_arrive_per_warp(pipeline.value_empty + last);
+    consumed.steps = step;
+    ++consumed.queries;
 }
 
 #elif EIGHT_BIT
@@ -173,7 +199,8 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
             __syncthreads();
             widen_values();
         }
-        if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale)) rescale(state, scores_scale);
+        if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale, [] {}))
+            rescale(state, scores_scale);
         if constexpr (SHARES_TILE) __syncthreads();
         gemm_rs<ROWS, KEYS, VALUE>(state.outputs, logits, shared.value, shared.workspace);
         __syncthreads();
@@ -211,7 +238,8 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
 #if BATCH_INVARIANT
         if (first > tile.from && first % KEYS_PER_SPLIT == 0) end_split(p, tile, state, first);
 #endif
-        if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale)) rescale(state, scores_scale);
+        if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale, [] {}))
+            rescale(state, scores_scale);
         gemm_rs<ROWS, KEYS, VALUE>(state.outputs, logits, shared.value, shared.workspace);
     }
 }

@@ -22,6 +22,29 @@ __device__ inline unsigned non_finite_rows(const ForwardTile &tile, ForwardRows 
     return non_finite;
 }
 
+// Slots whose row any thread of the row found.
+__device__ inline unsigned in_threads_of_row(unsigned found) {
+    unsigned by_any = 0;
+#pragma unroll
+    for (int r = 0; r < row_slots<ROWS>(); ++r)
+        if (maximum_of_row(found >> r & 1 ? real(1) : real(0)) != 0) by_any |= 1u << r;
+    return by_any;
+}
+
+// Calls `each` with the slot, the thread that leads it and the row of the tile, for the rows of the warp whose
+// threads have their slot in `slots`. By the warp.
+template <class Each>
+__device__ inline void for_rows_of_warp(unsigned slots, Each each) {
+#pragma unroll 1
+    for (int slot = 0; slot < row_slots<ROWS>(); ++slot) {
+        const unsigned own = leads_row() && (slots >> slot & 1) ? 1u << threadIdx.x % 32 : 0;
+        for (unsigned lanes = __reduce_or_sync(~0u, own); lanes != 0; lanes &= lanes - 1) {
+            const int leader = __ffs(lanes) - 1;
+            each(slot, leader, __shfl_sync(~0u, row_at<ROWS>(slot), leader));
+        }
+    }
+}
+
 // Where the results of a split of a row are, in the order of rows.
 __device__ inline long long partial_row(const Parameters &p, const ForwardTile &tile, long long n, long long t) {
     const long long all_rows = count_of_rows(p);
@@ -35,9 +58,10 @@ __device__ inline real *partial_state(const Parameters &p, const ForwardTile &ti
     return p.partial_state + 2 * (BATCH_INVARIANT ? slot * SLICES + tile.slice : slot);
 }
 
-// Stores the rows of the thread, but for those of the tile that `is_computed_again` has.
+// Stores the rows of the thread, but for those in slots that `is_computed_again` names.
+template <class InSlot>
 __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, const ForwardRows &state,
-                                  bool any_again, const int *is_computed_again) {
+                                  InSlot is_computed_again) {
 #if EIGHT_BIT
     const real value_scale = value_scale_of(p, tile.b, tile.key_head);
 #endif
@@ -47,8 +71,7 @@ __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, 
         const int row = tile.first_row + row_at<ROWS>(r);
         const long long n = tile.head_of(p, row), t = tile.t_of(p, row);
         const bool empty = state.row_sum[r] == 0;
-        // Threads of another warp may have found it.
-        const bool again = any_again && is_computed_again[row_at<ROWS>(r)];
+        const bool again = is_computed_again(r);
         if (p.splits > 1) {
             const long long slot = partial_row(p, tile, n, t);
             if (stores_state(tile) && leads_row() && !again) {
@@ -72,6 +95,18 @@ __device__ inline void store_rows(const Parameters &p, const ForwardTile &tile, 
         if (again) continue;
         const bool zero = empty || t >= tile.sequence.queries;
         element *to_row = at(p.out, tile.b, query_row(tile.sequence, t), n) + tile.first_column * p.out.stride[3];
+#if ON_WARPGROUPS && !EIGHT_BIT
+        // Whole rows without a check for each pair, which would be as long as the sums of some tiles of keys.
+        if ((p.aligned & ALIGNED_OUT) && tile.width == VALUE) {
+            const real factor = zero ? real(0) : scale;
+#pragma unroll
+            for (int c = 0; c < output_slots<VALUE>(); c += 2) {
+                const unsigned pair = packed(state.outputs[r][c] * factor, state.outputs[r][c + 1] * factor);
+                *reinterpret_cast<unsigned *>(to_row + column_at(0) + column_offset(c)) = zero ? 0 : pair;
+            }
+            continue;
+        }
+#endif
 #pragma unroll
         for (int c = 0; c < output_slots<VALUE>(); c += NEIGHBOURS) {
             const int column = output_column_at<VALUE>(c);
@@ -141,15 +176,24 @@ __device__ inline void finish_tile(const Parameters &p, const ForwardTile &tile,
     if (spans_splits(p, tile)) {
         end_split(p, tile, state, tile.to);
         take_merged(p, tile, state);
-        store_rows(p, tile, state, false, nullptr);
+        store_rows(p, tile, state, [](int) { return false; });
         return;
     }
 #endif
-    int *const is_computed_again = reinterpret_cast<int *>(memory);
+#if ON_WARPGROUPS
+    // A row has threads of one warp, and other warps may be at another tile.
+    const unsigned found = non_finite_rows(tile, state), again = p.hides_keys ? in_threads_of_row(found) : 0;
+    store_rows(p, tile, state, [=](int r) { return (again >> r & 1) != 0; });
+    if (__builtin_expect(__any_sync(~0u, again != 0), 0))
+        for_rows_of_warp(again, [&](int, int, int local_row) { store_exact_row(p, tile, local_row); });
+#else
+    int *const flags = reinterpret_cast<int *>(memory);
     const bool any_again =
-        mark_rows<ROWS>(p, non_finite_rows(tile, state), is_computed_again, [](int r) { return row_at<ROWS>(r); });
-    store_rows(p, tile, state, any_again, is_computed_again);
+        mark_rows<ROWS>(p, non_finite_rows(tile, state), flags, [](int r) { return row_at<ROWS>(r); });
+    // Threads of another warp may have found a row.
+    store_rows(p, tile, state, [=](int r) { return any_again && flags[row_at<ROWS>(r)]; });
     if (!any_again) return;
     for (int local_row = threadIdx.x / 32; local_row < ROWS; local_row += WARPS)
-        if (is_computed_again[local_row]) store_exact_row(p, tile, local_row);
+        if (flags[local_row]) store_exact_row(p, tile, local_row);
+#endif
 }

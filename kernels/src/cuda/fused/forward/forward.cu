@@ -11,24 +11,37 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     attention_forward(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const SharedTiles shared = shared_tiles(memory);
-    const ForwardTile tile = forward_tile(p);
-#if LAYOUT == LAYOUT_PACKED
-    if (tile.b < 0) return;
-#endif
-    ForwardRows state;
 #if ON_WARPGROUPS
     const ForwardPipeline pipeline = forward_pipeline(shared);
     if (threadIdx.x >= THREADS) {
         warpgroup_reg_dealloc();
-        produce(p, tile, shared, pipeline);
+        produce(p, shared, pipeline);
         return;
     }
     warpgroup_reg_alloc();
-    begin_rows(p, tile, state);
-    if (tile.from < tile.to) consume(p, tile, shared, pipeline, state);
+    if (PING_PONG && consumer_warpgroup() == WARPGROUPS_OF_CONSUMERS - 1) pass_turn(WARPGROUPS_OF_CONSUMERS - 1);
+    ConsumedTiles consumed{0, 0};
+    for (TilesOfBlock tiles(p); tiles.has_tile(p); tiles.advance(p)) {
+#if LAYOUT == LAYOUT_DENSE
+        const ForwardTile tile = forward_tile(p, tiles.index);
 #else
+        const ForwardTile &tile = published_tile(pipeline, tiles.count);
+        if (tile.b < 0) break;
+#endif
+        ForwardRows state;
+        begin_rows(p, tile, state);
+        if (tile.from < tile.to) consume(p, tile, shared, pipeline, state, consumed);
+        finish_tile(p, tile, state, memory);
+#if LAYOUT != LAYOUT_DENSE
+        release_tile(pipeline, tiles.count);
+#endif
+    }
+#else
+    const ForwardTile tile = forward_tile(p, blockIdx.x);
+    if (LAYOUT == LAYOUT_PACKED && tile.b < 0) return;
+    ForwardRows state;
     begin_rows(p, tile, state);
     if (tile.from < tile.to) consume(p, tile, shared, state);
-#endif
     finish_tile(p, tile, state, memory);
+#endif
 }

@@ -1,5 +1,6 @@
 // Loads of the forward kernel, from global to shared memory. On warpgroups (wgmma), producer threads of their
-// own run them, two tiles of keys and values ahead of the consumers; elsewhere all threads do.
+// own run them, two tiles of keys and values ahead of the consumers, and on to the block's next tile of query rows
+// while consumers finish one; elsewhere all threads do.
 // Needs: fused/forward/pages.cuh, fused/forward/widen.cuh, fused/fragments.cuh, fused/pipeline.cuh.
 
 // Tiles of keys, and of values, in shared memory.
@@ -103,95 +104,166 @@ __device__ inline void load_values(const Parameters &p, const ForwardTile &tile,
 
 #if ON_WARPGROUPS
 
-// For each of the two stages of keys and of values, an mbarrier on which consumers wait for the tile
-// (`full`), and one on which producers wait for its last reader (`empty`).
+// For tiles of queries, and for each of the two stages of keys and of values, an mbarrier on which consumers wait
+// for the tile (`full`), and one on which producers wait for its last reader (`empty`). And the same for what a
+// producer says of the tiles of the block: where their rows are, and which keys they see.
 struct ForwardPipeline {
-    Mbarrier *query_full, *key_full, *key_empty, *value_full, *value_empty;
+    Mbarrier *query_full, *query_empty, *key_full, *key_empty, *value_full, *value_empty, *tile_full, *tile_empty;
+    ForwardTile *tile;
 };
 
 // Initialised by one thread, for all threads of the block, which meet here.
 __device__ inline ForwardPipeline forward_pipeline(const SharedTiles &shared) {
     ForwardPipeline pipeline;
     pipeline.query_full = reinterpret_cast<Mbarrier *>(shared.workspace);
-    pipeline.key_full = pipeline.query_full + 1;
+    pipeline.query_empty = pipeline.query_full + 1;
+    pipeline.key_full = pipeline.query_empty + 1;
     pipeline.key_empty = pipeline.key_full + 2;
     pipeline.value_full = pipeline.key_empty + 2;
     pipeline.value_empty = pipeline.value_full + 2;
+    pipeline.tile_full = pipeline.value_empty + 2;
+    pipeline.tile_empty = pipeline.tile_full + 2;
+    pipeline.tile = reinterpret_cast<ForwardTile *>(pipeline.tile_empty + 2);
+    static_assert(14 * sizeof(Mbarrier) + 2 * sizeof(ForwardTile) <= 512, "what the host sets aside");
     if (threadIdx.x == 0) {
         mbarrier_init(pipeline.query_full, LOADING_THREADS);
+        mbarrier_init(pipeline.query_empty, WARPS);
         for (int stage = 0; stage < 2; ++stage) {
             mbarrier_init(pipeline.key_full + stage, LOADING_THREADS);
             mbarrier_init(pipeline.value_full + stage, LOADING_THREADS);
             mbarrier_init(pipeline.key_empty + stage, WARPS);
             mbarrier_init(pipeline.value_empty + stage, WARPS);
+            mbarrier_init(pipeline.tile_full + stage, 1);
+            mbarrier_init(pipeline.tile_empty + stage, WARPS);
         }
     }
     __syncthreads();
     return pipeline;
 }
 
+// Says to consumers what the block's next tile is. By one producer thread.
+__device__ inline void publish_tile(const ForwardPipeline &pipeline, int count, const ForwardTile &tile) {
+    mbarrier_wait(pipeline.tile_empty + count % 2, count / 2 - 1);
+    pipeline.tile[count % 2] = tile;
+    mbarrier_arrive(pipeline.tile_full + count % 2);
+}
+
+// The same tile, for a consumer thread, in shared memory: what the main loop does not read takes no register there.
+__device__ inline const ForwardTile &published_tile(const ForwardPipeline &pipeline, int count) {
+    mbarrier_wait(pipeline.tile_full + count % 2, count / 2);
+    return pipeline.tile[count % 2];
+}
+__device__ inline void release_tile(const ForwardPipeline &pipeline, int count) {
+    mbarrier_arrive_per_warp(pipeline.tile_empty + count % 2);
+}
+
 #if EIGHT_BIT
 
-// All that a producer thread does: half of them load keys, the others queries and values. Bytes of the next
-// tile are copied while those of this one wait for a stage.
-__device__ inline void produce(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
-                               const ForwardPipeline &pipeline) {
-    if (tile.from >= tile.to) return;
-    const KeyPages pages = pages_of(p, tile, tile.from);
-    if (threadIdx.x < THREADS + LOADING_THREADS) {
-        stage_keys(p, tile, tile.from, pages, shared);
-        for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
-            const KeyPages next = pages_of(p, tile, first + KEYS);
-            if (p.pack_gqa == 1) prefetch_mask_and_bias<ROWS, KEYS>(p, tile.b, tile.first_head, tile.first_row, first);
-            cp_async_wait<0>();
-            mbarrier_wait(pipeline.key_empty + step % 2, step / 2 - 1);
-            widen_tile<HEAD>(*shared.staged_key, shared.key + step % 2 * KEY_TILE);
-            mbarrier_arrive_after_copies(pipeline.key_full + step % 2);
-            if (first + KEYS < tile.to) stage_keys(p, tile, first + KEYS, next, shared);
-        }
-    } else {
-        load_queries(p, tile, shared.query);
-        mbarrier_arrive_after_copies(pipeline.query_full);
-        stage_values(p, tile, tile.from, pages, shared);
-        for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
-            const KeyPages next = pages_of(p, tile, first + KEYS);
-            cp_async_wait<0>();
-            mbarrier_wait(pipeline.value_empty + step % 2, step / 2 - 1);
-            widen_tile<VALUE>(*shared.staged_value, shared.value + step % 2 * VALUE_TILE);
-            mbarrier_arrive_after_copies(pipeline.value_full + step % 2);
-            if (first + KEYS < tile.to) stage_values(p, tile, first + KEYS, next, shared);
-        }
+// Half of the producers load keys, the others queries and values, and widen them: bytes of the next tile are copied
+// while those of this one wait for a stage.
+constexpr int WARPS_OF_LOADERS = 2;
+
+// `copy` begins the copies of the tile of keys or values behind a key, and `widen` writes those that have landed
+// to a stage.
+template <class Copy, class Widen>
+__device__ inline void produce_tiles(const Parameters &p, const ForwardTile &tile, int, int step, Mbarrier *full,
+                                     Mbarrier *empty, Copy copy, Widen widen) {
+    copy(tile.from, pages_of(p, tile, tile.from), 0);
+    for (int first = tile.from; first < tile.to; first += KEYS, ++step) {
+        const KeyPages next = pages_of(p, tile, first + KEYS);
+        cp_async_wait<0>();
+        mbarrier_wait(empty + step % 2, step / 2 - 1);
+        widen(step % 2);
+        mbarrier_arrive_after_copies(full + step % 2);
+        if (first + KEYS < tile.to) copy(first + KEYS, next, 0);
     }
 }
 
 #else
 
-// All that a producer thread does: half of them load keys, the others queries and values.
-__device__ inline void produce(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
-                               const ForwardPipeline &pipeline) {
-    KeyPages pages = pages_of(p, tile, tile.from);
-    if (threadIdx.x < THREADS + LOADING_THREADS) {
-        for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
-            const KeyPages next = pages_of(p, tile, first + KEYS);
-            if (p.pack_gqa == 1) prefetch_mask_and_bias<ROWS, KEYS>(p, tile.b, tile.first_head, tile.first_row, first);
-            mbarrier_wait(pipeline.key_empty + step % 2, step / 2 - 1);
-            load_keys(p, tile, first, pages, shared.key + step % 2 * KEY_TILE);
-            mbarrier_arrive_after_copies(pipeline.key_full + step % 2);
-            pages = next;
-        }
-    } else if (tile.from < tile.to) {
-        load_queries(p, tile, shared.query);
-        mbarrier_arrive_after_copies(pipeline.query_full);
-        for (int first = tile.from, step = 0; first < tile.to; first += KEYS, ++step) {
-            const KeyPages next = pages_of(p, tile, first + KEYS);
-            mbarrier_wait(pipeline.value_empty + step % 2, step / 2 - 1);
-            load_values(p, tile, first, pages, shared.value + step % 2 * VALUE_TILE);
-            mbarrier_arrive_after_copies(pipeline.value_full + step % 2);
-            pages = next;
-        }
+// Two producer warps load keys and two values, and one of each pair every other tile of these: the copies of two
+// tiles are under way at once, while each warp waits for its own, fences them, and arrives.
+constexpr int WARPS_OF_LOADERS = 1;
+
+// `copy` begins the copies of the tile of keys or values behind a key, to a stage. `loader` is the stage that this
+// warp fills.
+template <class Copy, class Widen>
+__device__ inline void produce_tiles(const Parameters &p, const ForwardTile &tile, int loader, int step,
+                                     Mbarrier *full, Mbarrier *empty, Copy copy, Widen) {
+    const int skipped = (loader ^ step) & 1;
+    step += skipped;
+    KeyPages pages = pages_of(p, tile, tile.from + skipped * KEYS);
+    for (int first = tile.from + skipped * KEYS; first < tile.to; first += 2 * KEYS, step += 2) {
+        const KeyPages next = pages_of(p, tile, first + 2 * KEYS);
+        mbarrier_wait(empty + loader, step / 2 - 1);
+        copy(first, pages, loader);
+        mbarrier_arrive_after_copies(full + loader);
+        pages = next;
     }
 }
 
 #endif
+
+static_assert(LOADING_THREADS == 32 * WARPS_OF_LOADERS, "LOADERS");
+
+// All that a producer thread does, over the tiles of the block.
+__device__ inline void produce(const Parameters &p, const SharedTiles &shared, const ForwardPipeline &pipeline) {
+    // Tiles of keys of the block's earlier tiles; and those of its earlier tiles that had any.
+    int step = 0, queries = 0;
+    const int warp = __shfl_sync(~0u, (threadIdx.x - THREADS) / 32, 0);
+    // Where one warp loads a tile, the one that has the second tile of values first loads queries.
+    const bool loads_keys = warp < 2;
+    const int loader = warp % 2;
+    for (TilesOfBlock tiles(p); tiles.has_tile(p); tiles.advance(p)) {
+        const ForwardTile tile = forward_tile(p, tiles.index);
+#if LAYOUT != LAYOUT_DENSE
+        if (threadIdx.x == THREADS) publish_tile(pipeline, tiles.count, tile);
+        __syncwarp();
+        // The schedule of packed rows has no tile from here on.
+        if (tile.b < 0) break;
+#endif
+        if (tile.from >= tile.to) continue;
+        if (loads_keys) {
+            produce_tiles(
+                p, tile, loader, step, pipeline.key_full, pipeline.key_empty,
+                [&](int first, const KeyPages &pages, int stage) {
+                    if (p.pack_gqa == 1)
+                        prefetch_mask_and_bias<ROWS, KEYS>(p, tile.b, tile.first_head, tile.first_row, first);
+#if EIGHT_BIT
+                    stage_keys(p, tile, first, pages, shared);
+#else
+                    load_keys(p, tile, first, pages, shared.key + stage * KEY_TILE);
+#endif
+                },
+                [&](int stage) {
+#if EIGHT_BIT
+                    widen_tile<HEAD>(*shared.staged_key, shared.key + stage * KEY_TILE);
+#endif
+                });
+        } else {
+            if (EIGHT_BIT || ((loader ^ step) & 1) != 0) {
+                mbarrier_wait(pipeline.query_empty, queries - 1);
+                load_queries(p, tile, shared.query);
+                mbarrier_arrive_after_copies(pipeline.query_full);
+            }
+            produce_tiles(
+                p, tile, loader, step, pipeline.value_full, pipeline.value_empty,
+                [&](int first, const KeyPages &pages, int stage) {
+#if EIGHT_BIT
+                    stage_values(p, tile, first, pages, shared);
+#else
+                    load_values(p, tile, first, pages, shared.value + stage * VALUE_TILE);
+#endif
+                },
+                [&](int stage) {
+#if EIGHT_BIT
+                    widen_tile<VALUE>(*shared.staged_value, shared.value + stage * VALUE_TILE);
+#endif
+                });
+        }
+        ++queries;
+        step += (tile.to - tile.from + KEYS - 1) / KEYS;
+    }
+}
 
 #endif

@@ -23,8 +23,14 @@ struct ForwardTile {
     __device__ inline bool is_stored(int local_row) const { return first_row + local_row < rows_of_head; }
 };
 
-// The tile of this block. The last tile of a head comes first: under causal masking it takes longest.
-__device__ inline ForwardTile forward_tile(const Parameters &p) {
+// Which of a head's tiles comes at place `index` of `tiles`: on warpgroups, where a block goes over pairs of
+// neighbouring places, by pairs. Elsewhere a tile has a block of its own, and the longest come first.
+__device__ inline int tile_in_turn(int index, int tiles, int head) {
+    return ON_WARPGROUPS ? tile_of_pairs(index, tiles, head) : tiles - 1 - index;
+}
+
+// The tile of this index, in the order of blocks.
+__device__ inline ForwardTile forward_tile(const Parameters &p, unsigned index) {
     ForwardTile tile;
 #if LAYOUT == LAYOUT_DENSE
     tile.rows_of_head = (int)(p.query_length * p.pack_gqa);
@@ -32,7 +38,6 @@ __device__ inline ForwardTile forward_tile(const Parameters &p) {
 #endif
 #if LAYOUT == LAYOUT_PACKED
     // Without a division in front of the load, as a rule.
-    unsigned index = blockIdx.x;
     tile.split = 0;
     if (p.splits > 1) {
         tile.split = (int)(index % (unsigned)p.splits);
@@ -41,17 +46,17 @@ __device__ inline ForwardTile forward_tile(const Parameters &p) {
     tile.slice = (int)(index % SLICES);
     const ScheduledTile place = scheduled_tile(p, index / SLICES);
 #else
-    tile.split = (int)(blockIdx.x % (unsigned)p.splits);
-    tile.slice = (int)(blockIdx.x / (unsigned)p.splits % SLICES);
+    tile.split = (int)(index % (unsigned)p.splits);
+    tile.slice = (int)(index / (unsigned)p.splits % SLICES);
 #endif
 #if LAYOUT == LAYOUT_DENSE
-    const TileIndex place = tile_of_block(p, blockIdx.x / (unsigned)p.splits / SLICES, row_tiles,
+    const TileIndex place = tile_of_block(p, index / (unsigned)p.splits / SLICES, row_tiles,
                                           (unsigned)p.query_heads / (unsigned)p.pack_gqa);
 #elif LAYOUT == LAYOUT_PACKED
     const Sequence &sequence = place.sequence;
     tile.rows_of_head = sequence.query_rows * p.pack_gqa;
 #else
-    const SequenceTile place = query_tile_of(p, ROWS, p.pack_gqa, blockIdx.x / (unsigned)p.splits / SLICES,
+    const SequenceTile place = query_tile_of(p, ROWS, p.pack_gqa, index / (unsigned)p.splits / SLICES,
                                              (unsigned)p.query_heads / (unsigned)p.pack_gqa);
     const Sequence sequence = sequence_of(p, place.batch);
     tile.rows_of_head = sequence.query_rows * p.pack_gqa;
@@ -59,11 +64,14 @@ __device__ inline ForwardTile forward_tile(const Parameters &p) {
     tile.first_column = tile.slice * VALUE;
     tile.width = SLICES == 1 ? p.value_head_dim : min(VALUE, p.value_head_dim - tile.first_column);
 #if LAYOUT == LAYOUT_DENSE
-    tile.first_row = (row_tiles - 1 - place.tile) * ROWS;
+    tile.first_row = tile_in_turn(place.tile, row_tiles, place.batch * (int)p.query_heads + place.head) * ROWS;
 #elif LAYOUT == LAYOUT_PACKED
     tile.first_row = place.first;
 #else
-    tile.first_row = first_of_tile(place.tile, tile.rows_of_head, ROWS, true);
+    const int tiles_of_sequence = (tile.rows_of_head + ROWS - 1) / ROWS;
+    tile.first_row = place.tile < 0 || place.tile >= tiles_of_sequence
+                         ? tiles_of_sequence * ROWS
+                         : tile_in_turn(place.tile, tiles_of_sequence, place.head) * ROWS;
 #endif
     tile.first_head = (long long)place.head * p.pack_gqa;
     tile.b = place.batch;
@@ -103,3 +111,29 @@ __device__ inline ForwardTile forward_tile(const Parameters &p) {
 #endif
     return tile;
 }
+
+#if ON_WARPGROUPS
+
+// The tiles that this block goes over, in turn. A grid has at most one block for each multiprocessor, so that a
+// block's producers load a tile while its consumers store the results of the one before. Where there are more
+// tiles than blocks, a block takes pairs of them (tile_of_pairs), as many pairs apart as there are blocks.
+struct TilesOfBlock {
+    // Tiles before this one, and the index of this one.
+    int count;
+    unsigned index;
+
+    __device__ inline TilesOfBlock(const Parameters &p) : count(0) { find(p); }
+    __device__ inline bool has_tile(const Parameters &p) const { return index < (unsigned)p.forward_tiles; }
+    __device__ inline void advance(const Parameters &p) {
+        ++count;
+        find(p);
+    }
+
+private:
+    __device__ inline void find(const Parameters &p) {
+        const unsigned blocks = gridDim.x, at_once = (unsigned)p.forward_tiles > blocks ? 2 : 1;
+        index = (blockIdx.x + count / at_once * blocks) * at_once + count % at_once;
+    }
+};
+
+#endif
