@@ -105,6 +105,9 @@ families="layout values random position pair tile large bias mask groups small l
             for dtype in f16 bf16; do echo "suite chunked-cuda-without-warpgroups $dtype $pass $family"; done
         done
     done
+    for family in tile/ values/ mask/ bias/ sinks/ lengths/ head-dim/ dropout/ packed/ paged/ eight_bit/ batch_invariant/width; do
+        for dtype in f16 bf16; do echo "suite chunked-cuda-in-one-block $dtype forward $family"; done
+    done
     if [[ -n $candle_tests ]]; then
         echo candle_others
         # Packed and paged sequences have no tensors of candle's.

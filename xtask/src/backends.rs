@@ -33,8 +33,13 @@ const WITHOUT_WARPGROUPS: &str = "chunked-cuda-without-warpgroups";
 /// Our own kernels with f32 multiplied as it is, as for short sequences and large heads.
 const WITHOUT_SPLIT: &str = "chunked-cuda-without-split-f32";
 
+/// Our own kernels with one block of the forward kernel on warpgroups, which goes over all tiles of a call:
+/// few calls of the suite have more tiles than a device has multiprocessors.
+const IN_ONE_BLOCK: &str = "chunked-cuda-in-one-block";
+
 /// All of them.
-const ON_A_DEVICE: [&str; 6] = [CUDNN, ROUNDING, CHUNKED_CUDA, WITHOUT_WARPGROUPS, WITHOUT_SPLIT, auto::NAME];
+const ON_A_DEVICE: [&str; 7] =
+    [CUDNN, ROUNDING, CHUNKED_CUDA, WITHOUT_WARPGROUPS, WITHOUT_SPLIT, IN_ONE_BLOCK, auto::NAME];
 
 /// The backends of these names, or all that are available here if there are none.
 pub(crate) fn named(names: &[String]) -> crate::Result<Vec<Arc<dyn AttentionBackend>>> {
@@ -104,6 +109,9 @@ fn on_a_device(name: &str) -> crate::Result<Arc<dyn AttentionBackend>> {
 fn chunked_cuda(device: &CudaDevice, name: &str) -> ChunkedCudaBackend {
     let mut config =
         ChunkedCudaConfig::default().warpgroups(name != WITHOUT_WARPGROUPS).split_f32(name != WITHOUT_SPLIT);
+    if name == IN_ONE_BLOCK {
+        config = config.sm_margin(usize::MAX);
+    }
     if !is_set(KERNEL_FOLDER) {
         config = config.kernel_folder(std::env::temp_dir().join("attention-kernels"));
     }
@@ -302,7 +310,7 @@ mod tests {
         assert_eq!(
             error,
             "unknown backend 'nosuch'; this build has chunked, cpu, chunked-split-f32, cudnn, cudnn-rounded-groups, chunked-cuda, \
-             chunked-cuda-without-warpgroups, chunked-cuda-without-split-f32, auto-cuda"
+             chunked-cuda-without-warpgroups, chunked-cuda-without-split-f32, chunked-cuda-in-one-block, auto-cuda"
         );
     }
 

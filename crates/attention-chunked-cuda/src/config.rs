@@ -11,6 +11,7 @@ pub struct ChunkedCudaConfig {
     pub(crate) lent_limit: usize,
     pub(crate) warpgroups: bool,
     pub(crate) split_f32: bool,
+    pub(crate) sm_margin: usize,
 }
 
 impl Default for ChunkedCudaConfig {
@@ -22,6 +23,7 @@ impl Default for ChunkedCudaConfig {
             lent_limit: 1 << 30,
             warpgroups: true,
             split_f32: true,
+            sm_margin: 0,
         }
     }
 }
@@ -65,5 +67,13 @@ impl ChunkedCudaConfig {
     #[must_use]
     pub fn split_f32(self, wanted: bool) -> Self {
         Self { split_f32: wanted, ..self }
+    }
+
+    /// Multiprocessors that the forward kernel on warpgroups leaves to other work on the device, as that of a
+    /// collective beside it; 0 by default. It runs on the others, one block to each and on one at least, and
+    /// its blocks go over the tiles of a call: the results have the same bits.
+    #[must_use]
+    pub fn sm_margin(self, multiprocessors: usize) -> Self {
+        Self { sm_margin: multiprocessors, ..self }
     }
 }

@@ -413,7 +413,8 @@ impl Launches {
         };
         let entries = [queries.tiles(tiles.rows, self.pack_gqa), heads];
         self.add_scheduled(kernel.clone(), tiles.rows, entries, &[self.splits, slices])?;
-        if let Some(forward) = self.kernels.last_mut().filter(|_| tiles.warpgroups) {
+        let is_forward = |last: &&mut Kernel| tiles.warpgroups && last.entry_point == kernel.entry_point;
+        if let Some(forward) = self.kernels.last_mut().filter(is_forward) {
             self.forward_tiles = forward.blocks;
             // As many as run at once: each goes over the tiles that are its own.
             forward.blocks = forward.blocks.min(u32::try_from(machine.multiprocessors).unwrap_or(u32::MAX));

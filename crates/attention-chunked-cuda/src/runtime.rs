@@ -33,10 +33,11 @@ impl Runtime {
         let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_bytes = device.context().attribute(most).map_err(silent)?;
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let multiprocessors = device.context().attribute(count).map_err(silent)?;
+        let multiprocessors =
+            usize::try_from(device.context().attribute(count).map_err(silent)?).unwrap_or(0);
         Ok(Self {
             machine: Machine {
-                multiprocessors: usize::try_from(multiprocessors).unwrap_or(0).max(1),
+                multiprocessors: multiprocessors.saturating_sub(config.sm_margin).max(1),
                 shared_bytes: usize::try_from(shared_bytes).unwrap_or(0),
                 warpgroups: (major, minor) == (9, 0) && config.warpgroups,
                 tf32_split: config.split_f32,

@@ -573,6 +573,23 @@ fn numbers_in_device_memory_are_served() {
     }
 }
 
+/// As many blocks as multiprocessors go over the tiles of the forward kernel on warpgroups; elsewhere each tile
+/// has a block.
+#[test]
+fn blocks_on_warpgroups_go_over_all_tiles() {
+    let of = |length: usize, machine: Machine| {
+        let heads = TensorDesc::contiguous(DType::Bf16, [4, length, 16, 128]);
+        let problem = Problem::builder(heads, heads, heads).device(Device::Cuda(0)).build().unwrap();
+        let plan = Launches::of(&problem, machine).unwrap();
+        (plan.kernels[0].blocks, plan.forward_tiles)
+    };
+    assert_eq!(of(4096, HOPPER), (132, 4 * 16 * 32));
+    assert_eq!(of(4096, Machine { multiprocessors: 1, ..HOPPER }), (1, 4 * 16 * 32));
+    // Fewer tiles than multiprocessors.
+    assert_eq!(of(100, Machine { multiprocessors: 1000, ..HOPPER }), (4 * 16, 4 * 16));
+    assert_eq!(of(4096, Machine { warpgroups: false, ..HOPPER }), (4 * 16 * 32, 0));
+}
+
 #[test]
 fn blocks_that_read_the_same_mask_or_bias_are_scheduled_round_robin() {
     let of = |role: Role, shape: [usize; 4]| {

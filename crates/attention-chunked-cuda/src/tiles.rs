@@ -82,7 +82,7 @@ impl Tiles {
 pub(crate) struct Machine {
     /// Shared memory that a block may have.
     pub(crate) shared_bytes: usize,
-    /// Multiprocessors.
+    /// Multiprocessors that blocks which go over several tiles may take, at least one.
     pub(crate) multiprocessors: usize,
     /// Whether it has the products of warpgroups, as compute capability 9.0 does.
     pub(crate) warpgroups: bool,
