@@ -44,13 +44,13 @@ struct Layer {
 pub(crate) type Attend<'a> = &'a mut dyn FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>;
 
 impl Model {
-    /// With the same random numbers for the same seed, whatever the device.
-    pub(crate) fn random(sizes: Sizes, seed: u64, device: &Device) -> Result<Self> {
-        let random = &mut Random(seed);
+    /// With the same random numbers for the same seed, whatever the device, rounded to a dtype.
+    pub(crate) fn random(sizes: Sizes, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+        let random = &mut Random { state: seed, dtype, device: device.clone() };
         let Sizes { vocabulary, width, heads, key_heads, head_dim, hidden, longest, .. } = sizes;
-        let ones = || Tensor::ones(width, DType::F32, device);
+        let ones = || Tensor::ones(width, dtype, device);
         let layers = (0..sizes.layers).map(|_| {
-            let mut linear = |from, to| Linear::random([from, to], random, device);
+            let mut linear = |from, to| Linear::random([from, to], random);
             Ok(Layer {
                 norm: ones()?,
                 query: linear(width, heads * head_dim)?,
@@ -70,17 +70,25 @@ impl Model {
         let rotary = [f64::cos, f64::sin].map(|of: fn(f64) -> f64| {
             let half = head_dim / 2;
             let numbers = (0..longest * half).map(|at| of(angle(at / half, at % half)) as f32).collect();
-            Tensor::from_vec::<_, f32>(numbers, (longest, half), device)
+            Tensor::from_vec::<_, f32>(numbers, (longest, half), device)?.to_dtype(dtype)
         });
         let [cosines, sines] = rotary;
         Ok(Self {
             sizes,
-            embedding: random.normal([vocabulary, width], 1.0, device)?,
+            embedding: random.normal([vocabulary, width], 1.0)?,
             layers,
             norm: ones()?,
-            head: Linear::random([width, vocabulary], random, device)?,
+            head: Linear::random([width, vocabulary], random)?,
             rotary: [cosines?, sines?],
         })
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        self.embedding.dtype()
     }
 
     /// The likeliest token after each of `asked`, which are rows of `tokens`. Token `i` stands at position
@@ -92,8 +100,7 @@ impl Model {
         asked: &[u32],
         attend: Attend<'_>,
     ) -> Result<Vec<u32>> {
-        let device = self.embedding.device();
-        let list = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), device);
+        let list = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), self.device());
         let positions = list(positions)?;
         let [cosines, sines] = &self.rotary;
         let rotary = [cosines.index_select(&positions, 0)?, sines.index_select(&positions, 0)?];
@@ -142,8 +149,8 @@ struct Linear {
 }
 
 impl Linear {
-    fn random([from, to]: [usize; 2], random: &mut Random, device: &Device) -> Result<Self> {
-        Ok(Self { weight: random.normal([from, to], (from as f64).powf(-0.5), device)? })
+    fn random([from, to]: [usize; 2], random: &mut Random) -> Result<Self> {
+        Ok(Self { weight: random.normal([from, to], (from as f64).powf(-0.5))? })
     }
 
     /// `[rows, from]` to `[rows, to]`, in products of [`ROWS`] rows each, the last one filled up with zeros.
@@ -163,21 +170,26 @@ impl Linear {
 }
 
 /// SplitMix64 (Steele, Lea and Flood 2014): candle's CPU device takes no seed.
-struct Random(u64);
+struct Random {
+    state: u64,
+    /// Of the tensors.
+    dtype: DType,
+    device: Device,
+}
 
 impl Random {
     fn uniform(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
+        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Nearly normal: sums of twelve uniform numbers.
-    fn normal(&mut self, [rows, columns]: [usize; 2], deviation: f64, device: &Device) -> Result<Tensor> {
+    fn normal(&mut self, [rows, columns]: [usize; 2], deviation: f64) -> Result<Tensor> {
         let mut number = || ((0..12).map(|_| self.uniform()).sum::<f64>() - 6.0) * deviation;
         let numbers: Vec<f32> = (0..rows * columns).map(|_| number() as f32).collect();
-        Tensor::from_vec(numbers, (rows, columns), device)
+        Tensor::from_vec(numbers, (rows, columns), &self.device)?.to_dtype(self.dtype)
     }
 }

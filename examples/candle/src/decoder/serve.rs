@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use attention_candle::kv_cache::{KvCache, PagedBatch, PagedKvCache, PoolShape, Sequence, TokenShape};
 use attention_candle::{Attention, QueryOffset};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use crate::model::Model;
 
@@ -48,6 +48,8 @@ struct LayerCache {
 
 struct Server<'a> {
     model: &'a Model,
+    /// What prefills and steps have in common.
+    attention: Attention,
     requests: &'a [Request],
     layers: Vec<LayerCache>,
     running: Vec<Running>,
@@ -55,7 +57,12 @@ struct Server<'a> {
 }
 
 fn token(model: &Model) -> TokenShape {
-    TokenShape::new(DType::F32, model.sizes.key_heads, model.sizes.head_dim)
+    TokenShape::new(model.dtype(), model.sizes.key_heads, model.sizes.head_dim)
+}
+
+/// What the calls of all layers have in common: rows of a sequence stand at its end.
+fn attention(batch_invariant: bool) -> Attention {
+    Attention::btnh().causal(true).query_offset(QueryOffset::BottomRight).batch_invariant(batch_invariant)
 }
 
 /// Serves requests by continuous batching: each joins as soon as there is a slot and there are pages for all
@@ -65,17 +72,23 @@ pub(crate) fn together(
     requests: &[Request],
     slots: usize,
     pool: PoolShape,
-    device: &Device,
+    batch_invariant: bool,
 ) -> Result<Served> {
     let layers = (0..model.sizes.layers).map(|_| {
-        let cache = PagedKvCache::new(token(model), pool, device)?;
+        let cache = PagedKvCache::new(token(model), pool, model.device())?;
         let batch = cache.batch([])?;
         Ok(LayerCache { cache, batch })
     });
     let tokens = vec![Vec::new(); requests.len()];
     let served = Served { tokens, ..Served::default() };
-    let mut server =
-        Server { model, requests, layers: layers.collect::<Result<_>>()?, running: Vec::new(), served };
+    let mut server = Server {
+        model,
+        attention: attention(batch_invariant),
+        requests,
+        layers: layers.collect::<Result<_>>()?,
+        running: Vec::new(),
+        served,
+    };
     let pages = |request: usize| requests[request].cached().div_ceil(pool.page_size);
     let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
     while !waiting.is_empty() || !server.running.is_empty() {
@@ -126,7 +139,7 @@ impl Server<'_> {
             }
             self.running.push(Running { request, sequences });
         }
-        let attention = Attention::btnh().packed(&offsets).causal(true);
+        let attention = self.attention.clone().packed(&offsets);
         let layers = &mut self.layers;
         let next = self.model.next(&tokens, &positions, &last, &mut |layer, query, key, value| {
             let LayerCache { cache, batch } = &mut layers[layer];
@@ -148,8 +161,7 @@ impl Server<'_> {
             positions.push((self.requests[request].prompt.len() + done.len() - 1) as u32);
         }
         let all: Vec<u32> = (0..tokens.len() as u32).collect();
-        let attention = Attention::btnh().causal(true).query_offset(QueryOffset::BottomRight);
-        let layers = &mut self.layers;
+        let (layers, attention) = (&mut self.layers, &self.attention);
         let next = self.model.next(&tokens, &positions, &all, &mut |layer, query, key, value| {
             let LayerCache { cache, batch } = &mut layers[layer];
             cache.append_each(batch.sequences(), &key.unsqueeze(1)?, &value.unsqueeze(1)?)?;
@@ -187,10 +199,11 @@ impl Server<'_> {
 }
 
 /// Runs a request alone: a batch of one, with a contiguous cache and dense calls.
-pub(crate) fn alone(model: &Model, request: &Request, device: &Device) -> Result<Vec<u32>> {
-    let caches = (0..model.sizes.layers).map(|_| KvCache::new(token(model), 1, request.cached(), device));
+pub(crate) fn alone(model: &Model, request: &Request, batch_invariant: bool) -> Result<Vec<u32>> {
+    let cache = |_| KvCache::new(token(model), 1, request.cached(), model.device());
+    let caches = (0..model.sizes.layers).map(cache);
     let mut caches = caches.collect::<Result<Vec<_>>>()?;
-    let attention = Attention::btnh().causal(true).query_offset(QueryOffset::BottomRight);
+    let attention = attention(batch_invariant);
     let mut tokens: Vec<u32> = Vec::with_capacity(request.wanted);
     let mut fed = request.prompt.clone();
     let mut position = 0;
