@@ -6,7 +6,7 @@ use attention_core::Row;
 
 use super::terms::{QueryRow, Terms, broadcast};
 use crate::float::Float;
-use crate::simd::{Kernel, Simd, prefetch};
+use crate::simd::{CacheLevel, Kernel, Simd, prefetch};
 use crate::tensor::{Floats, Source, typed};
 
 /// What a row's products meet on their way to logits.
@@ -200,7 +200,7 @@ fn seen(row: &QueryRow, first: usize, columns: usize) -> (usize, usize) {
 #[inline(always)]
 fn ahead<T: Copy>(row: Row<'_, T>, first: usize, columns: usize) {
     if let Some(row) = row.contiguous().and_then(|row| row.get(first..first + columns)) {
-        prefetch(row.as_ptr().cast(), size_of_val(row));
+        prefetch(CacheLevel::First, row.as_ptr().cast(), size_of_val(row));
     }
 }
 

@@ -9,7 +9,7 @@ use super::{Floats, Operands, is_strided};
 use crate::engine::{Engine, FloatRows, STAGE, Staged};
 use crate::float::Float;
 use crate::scratch::extent;
-use crate::simd::{Kernel, Simd, prefetch};
+use crate::simd::{CacheLevel, Kernel, Simd, prefetch};
 
 /// Keys or values: of the query's dtype, or of 8 bits.
 #[derive(Clone, Copy)]
@@ -228,7 +228,7 @@ impl<'a> Rows<'a> {
             let (to, last_to) = to[index * stride..][..width].as_chunks_mut::<GROUP>();
             let mut last = [0; GROUP];
             if let Some(bytes) = row.contiguous() {
-                prefetch(bytes.as_ptr().wrapping_offset(*ahead), bytes.len());
+                prefetch(CacheLevel::First, bytes.as_ptr().wrapping_offset(*ahead), bytes.len());
                 let (bytes, last_bytes) = bytes.as_chunks::<GROUP>();
                 for (bytes, to) in bytes.iter().zip(to) {
                     conversion.group(bytes, to);

@@ -6,7 +6,7 @@ use half::bf16;
 use super::{Floats, Operands, Source, ViewKernel};
 use crate::engine::{Engine, FloatRows, STAGE, Staged};
 use crate::float::Float;
-use crate::simd::{Kernel, Simd, prefetch};
+use crate::simd::{CacheLevel, Kernel, Simd, prefetch};
 
 /// How many positions ahead rows are asked for: those of neighbouring positions are as far apart as all heads
 /// together, which no processor's own prefetching follows.
@@ -99,7 +99,7 @@ impl Kernel for NotFinite<'_, '_> {
         const EXPONENT: u16 = 0x7f80;
         let mut not_finite = 0;
         for (index, row) in self.rows.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
-            prefetch(row.as_ptr().wrapping_offset(self.ahead).cast(), size_of_val(*row));
+            prefetch(CacheLevel::First, row.as_ptr().wrapping_offset(self.ahead).cast(), size_of_val(*row));
             let largest = row.iter().fold(0, |largest, x| (x.to_bits() & EXPONENT).max(largest));
             if largest == EXPONENT {
                 not_finite |= 1 << index;
@@ -140,7 +140,7 @@ impl<F: Float, S: Simd<F>> ViewKernel for StageRows<'_, F, S> {
             let mut nothing_left = F::ZERO;
             let mut done = 0;
             if let Some(from) = from.contiguous() {
-                prefetch(from.as_ptr().wrapping_offset(ahead).cast(), size_of_val(from));
+                prefetch(CacheLevel::First, from.as_ptr().wrapping_offset(ahead).cast(), size_of_val(from));
                 while done + S::LANES <= width {
                     // SAFETY: `done + LANES` is at most `width`, the length of both rows.
                     unsafe {

@@ -58,12 +58,13 @@ impl<F: Float, S: Simd<F>> Dots<'_, F, S> {
         assert!(extent(first + count, STRIDE, self.keys.len()) <= self.tile.len());
         let row_bytes = width * size_of::<T>();
         let mut column = 0;
+        let level = self.keys.prefetched_into();
         for run in self.keys.runs() {
             let rows = run.rows(head);
             let ahead = run.ahead(head);
             for key in 0..run.len() {
                 let row = KeyRow::<STRIDED, T>::new(rows.row(key), width);
-                row.prefetch(ahead, 0, row_bytes);
+                row.prefetch(level, ahead, 0, row_bytes);
                 let mut sums = [simd.splat(F::ZERO); ROWS];
                 let mut done = 0;
                 while done + S::LANES <= width {

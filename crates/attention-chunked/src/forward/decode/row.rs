@@ -4,7 +4,7 @@
 use attention_core::Row;
 
 use crate::float::Float;
-use crate::simd::{Simd, prefetch, prefetch_behind};
+use crate::simd::{CacheLevel, Simd, prefetch, prefetch_behind};
 use crate::tensor::Source;
 
 /// How many keys ahead rows are prefetched: rows of neighbouring keys are as far apart as all heads together,
@@ -33,13 +33,13 @@ impl<'v, const STRIDED: bool, T: Source> KeyRow<'v, STRIDED, T> {
     /// Prefetches `bytes` of the row that lies `ahead` elements behind this one, from its element `at` on;
     /// those before it are prefetched too.
     #[inline(always)]
-    pub(super) fn prefetch(&self, ahead: isize, at: usize, bytes: usize) {
+    pub(super) fn prefetch(&self, level: CacheLevel, ahead: isize, at: usize, bytes: usize) {
         if !STRIDED {
             let from = self.neighbours.as_ptr().wrapping_offset(ahead).wrapping_add(at).cast();
             if at == 0 {
-                prefetch(from, bytes);
+                prefetch(level, from, bytes);
             } else {
-                prefetch_behind(from, bytes);
+                prefetch_behind(level, from, bytes);
             }
         }
     }

@@ -7,6 +7,7 @@ use attention_core::{HeadView, Row, RowPlaces, RowStretch};
 use bytemuck::{Pod, Zeroable};
 
 use super::row::AHEAD;
+use crate::simd::CacheLevel;
 
 /// Keys that are neighbours along the second axis of their tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -24,6 +25,7 @@ pub(super) struct Run {
 pub(super) struct KeyRuns<'r> {
     runs: &'r [Run],
     keys: usize,
+    prefetched_into: CacheLevel,
 }
 
 impl Run {
@@ -65,7 +67,8 @@ impl Run {
 impl<'r> KeyRuns<'r> {
     /// Of keys that are one run.
     pub(super) fn one(run: &'r Run) -> Self {
-        Self { runs: std::slice::from_ref(run), keys: run.keys }
+        let runs = std::slice::from_ref(run);
+        Self { runs, keys: run.keys, prefetched_into: CacheLevel::First }
     }
 
     /// Of keys in pages. `room` has a place for each key and for [`AHEAD`] more, which are prefetched.
@@ -102,12 +105,20 @@ impl<'r> KeyRuns<'r> {
         for run in 0..inside {
             room[run].ahead = room[(run + pieces_ahead).min(count - 1)].first;
         }
-        Self { runs: &room[..inside], keys: keys.len() }
+        Self { runs: &room[..inside], keys: keys.len(), prefetched_into: CacheLevel::Second }
     }
 
     /// How many keys there are.
     pub(super) fn len(&self) -> usize {
         self.keys
+    }
+
+    /// The cache that rows are prefetched into. For pages, whose rows have no pattern, the second-level one:
+    /// with the first-level one, decoding from pages of one key took 1.5 (f32) and 1.2 to 1.4 times (bf16) as
+    /// long on an AMD EPYC.
+    #[inline(always)]
+    pub(super) fn prefetched_into(&self) -> CacheLevel {
+        self.prefetched_into
     }
 
     /// The runs, in the order of the keys.

@@ -112,12 +112,13 @@ impl<F: Float, S: Simd<F>> WeightedSums<'_, F, S> {
         let width = head.width();
         let mut sums = [[simd.splat(F::ZERO); VECTORS]; ROWS];
         let mut index = 0;
+        let level = self.keys.prefetched_into();
         for run in self.keys.runs() {
             let rows = run.rows(head);
             let ahead = run.ahead(head);
             for key in 0..run.len() {
                 let row = KeyRow::<STRIDED, T>::new(rows.row(key), width);
-                row.prefetch(ahead, column, VECTORS * S::LANES * size_of::<T>());
+                row.prefetch(level, ahead, column, VECTORS * S::LANES * size_of::<T>());
                 let mut values = [simd.splat(F::ZERO); VECTORS];
                 for (vector, value) in values.iter_mut().enumerate() {
                     // SAFETY: `group`, the only caller, keeps `column + VECTORS * LANES` within the width of
