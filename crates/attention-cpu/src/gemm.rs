@@ -1,5 +1,5 @@
-//! Matrix products from the crates `gemm-f32` and `gemm-f64` behind checked matrices. This crate's only
-//! `unsafe`.
+//! Matrix products from the crates `gemm-f32` and `gemm-f64` behind checked matrices. Besides
+//! [`prefetch`](crate::prefetch), this crate's only `unsafe`.
 //!
 //! Those two hold what the crate `gemm` dispatches to for real numbers. `gemm` itself also compiles kernels
 //! for complex ones, which take as long to build as all of the real ones, and nothing here uses them.

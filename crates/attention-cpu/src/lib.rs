@@ -14,6 +14,7 @@ mod gemm;
 mod logits;
 mod operand;
 mod packed;
+mod prefetch;
 mod scratch;
 mod sequences;
 mod simd;

@@ -6,6 +6,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::elementary::Compute;
+use crate::prefetch::{AHEAD, prefetch};
 use crate::variants::{OperandRuns, Runs};
 
 /// A way to read the rows of one dtype.
@@ -287,35 +288,62 @@ impl<'a, T: Copy> InOrder<'a, T> for Neighbours<'_, 'a, T> {
     #[inline(always)]
     fn next(&mut self) -> Row<'a, T> {
         let row = self.rows.matrix_row(self.next);
+        if self.rows.shape()[0] - self.next > AHEAD {
+            prefetch(self.rows.matrix_row(self.next + AHEAD));
+        }
         self.next += 1;
         row
     }
 }
 
+/// Rows in pages, and those [`AHEAD`] of them, which are prefetched.
 struct Pages<'b, 'a, T> {
-    rows: &'b HostView<'a, T>,
-    pages: Stretches<'a>,
-    /// The rows of a page that are left.
-    run: RowRun<'a, T>,
+    now: PageRows<'b, 'a, T>,
+    /// `None` where there are no such rows.
+    ahead: Option<PageRows<'b, 'a, T>>,
 }
 
 impl<'b, 'a, T: Copy> Pages<'b, 'a, T> {
     #[inline(always)]
     fn new(rows: &'b HostView<'a, T>, places: &RowPlaces<'a>, first: usize) -> Option<Self> {
-        let mut pages = places.stretches(first..places.rows());
-        let page = pages.next()?;
-        Some(Self { rows, pages, run: rows.stack_rows(page.first, page.rows.len()) })
+        let now = PageRows::new(rows, places, first)?;
+        Some(Self { now, ahead: PageRows::new(rows, places, first.saturating_add(AHEAD)) })
     }
 }
 
 impl<'a, T: Copy> InOrder<'a, T> for Pages<'_, 'a, T> {
     #[inline(always)]
     fn next(&mut self) -> Row<'a, T> {
+        if let Some(row) = self.ahead.as_mut().and_then(PageRows::next) {
+            prefetch(row);
+        }
+        self.now.next().unwrap_or_else(|| unreachable!("read behind the last row"))
+    }
+}
+
+struct PageRows<'b, 'a, T> {
+    rows: &'b HostView<'a, T>,
+    pages: Stretches<'a>,
+    /// The rows of a page that are left.
+    run: RowRun<'a, T>,
+}
+
+impl<'b, 'a, T: Copy> PageRows<'b, 'a, T> {
+    /// `None` where there is no row `first`.
+    #[inline(always)]
+    fn new(rows: &'b HostView<'a, T>, places: &RowPlaces<'a>, first: usize) -> Option<Self> {
+        let mut pages = places.stretches(first.min(places.rows())..places.rows());
+        let page = pages.next()?;
+        Some(Self { rows, pages, run: rows.stack_rows(page.first, page.rows.len()) })
+    }
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Row<'a, T>> {
         loop {
             if let Some(row) = self.run.next() {
-                return row;
+                return Some(row);
             }
-            let page = self.pages.next().unwrap_or_else(|| unreachable!("read behind the last row"));
+            let page = self.pages.next()?;
             self.run = self.rows.stack_rows(page.first, page.rows.len());
         }
     }
