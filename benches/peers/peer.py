@@ -15,8 +15,9 @@ At start, then exit 0 when not ready:
 (materialises the logits), `fused`, or `default` (what a user gets); the answer names what runs.
 `mask` is `none`, `bool` ([B,1,T,S]) or `bias` ([1,N,T,S], in the dtype of the query); causal is
 top-left. `both` is the forward and the backward pass, with gradients for query, key and value.
-`limit_bytes` (optional) refuses a call whose logits would take more than that. `lengths` (optional), query rows
-and keys of each sequence, is for peers that take packed tensors; the ones here compute the whole rectangle.
+`limit_bytes` (optional) refuses a call whose logits would take more than that. `lengths` (optional) are query
+rows and keys of each sequence: the ones here take no packed tensors, so they compute the whole rectangle with a
+boolean mask of the padding keys, [B,1,1,S], and [B,1,T,S] where torch needs a causal call's mask in it.
 
     {"op": "prepare", "b": 1, "t": 512, "s": 512, "n": 8, "k": 8, "h": 64, "hv": 64, "dtype": "f32",
      "pass": "both", "causal": false, "mask": "none", "path": "math", "threads": 2, "limit_bytes": 4000000000}
@@ -65,6 +66,9 @@ def inputs(request):
         mask[..., 0] = True
     elif request["mask"] == "bias":
         bias = random.standard_normal((1, n, t, s), dtype=real)
+    elif request.get("lengths"):
+        keys = np.array([keys for _, keys in request["lengths"]])
+        mask = (np.arange(s) < keys[:, None])[:, None, None, :]
     return tensors, mask, bias
 
 
@@ -99,13 +103,16 @@ class Torch:
         query, key, value, grad = (torch.from_numpy(x).to(dtype).transpose(1, 2) for x in tensors)
         for tensor in (query, key, value):
             tensor.requires_grad_(both)
+        is_causal = request["causal"]
         if mask is not None:
+            if is_causal:
+                mask, is_causal = mask & np.tri(request["t"], request["s"], dtype=bool), False
             attn_mask = torch.from_numpy(mask)
         else:
             attn_mask = None if bias is None else torch.from_numpy(bias).to(dtype)
         options = {
             "attn_mask": attn_mask,
-            "is_causal": request["causal"],
+            "is_causal": is_causal,
             "enable_gqa": request["k"] < request["n"],
         }
 
@@ -121,7 +128,7 @@ class Torch:
             raise Refused(f"torch has no {request['path']} implementation for this call")
         if chosen == SDPBackend.MATH:
             guard(request)
-        return call, chosen.name
+        return call, chosen.name + padded(request)
 
 
 class Jax:
@@ -166,7 +173,12 @@ class Jax:
             function, arguments = jax.jit(both), (query, key, value, mask, bias, grad)
         else:
             function, arguments = jax.jit(forward), (query, key, value, mask, bias)
-        return lambda: jax.block_until_ready(function(*arguments)), "XLA"
+        return lambda: jax.block_until_ready(function(*arguments)), "XLA" + padded(request)
+
+
+def padded(request):
+    """What the name of an implementation is followed by where padding is masked."""
+    return " padded" if request.get("lengths") else ""
 
 
 def guard(request):
