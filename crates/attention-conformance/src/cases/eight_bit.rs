@@ -79,6 +79,7 @@ pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     scales(&mut cases);
     sizes(&mut cases);
+    decoding(&mut cases);
     options(&mut cases);
     places(&mut cases);
     contents(&mut cases);
@@ -161,6 +162,92 @@ fn sizes(cases: &mut Vec<Case>) {
     case.options.key_value_lengths = Some(vec![700, 33, 0, 128]);
     case.dims.key_length = 700;
     cases.push(case);
+}
+
+/// Up to 8 and up to 16 rows to a key/value head, for which kernels on a GPU read the bytes as they are: every
+/// head dimension that they are compiled for and some that are filled up with zeros, pages of every kind of
+/// size, rows that are not aligned, and every option.
+fn decoding(cases: &mut Vec<Case>) {
+    let of_group = |case: &mut Case, index: usize, head: usize, value: usize| {
+        (case.dims.query_heads, case.dims.key_heads) = (4, 1);
+        (case.dims.head_dim, case.dims.value_head_dim) = (head, value);
+        case.content.seed += index as u64;
+        case.options.eight_bit = Some(cache(index));
+    };
+    let widths = [(64, 64), (128, 128), (192, 64), (64, 192), (256, 256), (112, 240), (50, 123), (80, 96)];
+    for (index, (head, value)) in widths.into_iter().enumerate() {
+        for queries in [2, 4] {
+            let rows = 4 * queries;
+            let (index, lengths) = (index + queries / 2, [45, 0, 76, 1]);
+            let mut of_batch_rows =
+                dense(format!("decode-{rows}-rows-{head}-{value}"), [2, queries, 77, 4, 1, 8], cache(0));
+            of_group(&mut of_batch_rows, index, head, value);
+            let name = format!("eight_bit/packed-decode-{rows}-rows-{head}-{value}");
+            let mut one_by_one = of_lengths(name, &[queries, 1, 0, queries], &lengths);
+            of_group(&mut one_by_one, index + 1, head, value);
+            let name = format!("decode-{rows}-rows-{head}-{value}");
+            let mut in_pages = paged(name, [1, 5, 16, 64][index % 4], &[queries; 4], cache(0));
+            in_pages.options.key_value_lengths = Some(lengths.to_vec());
+            in_pages.dims.key_length = 76;
+            of_group(&mut in_pages, index + 2, head, value);
+            cases.extend([of_batch_rows, one_by_one, in_pages]);
+        }
+    }
+    // So many keys that they are split over blocks.
+    for (index, queries) in [2, 4].into_iter().enumerate() {
+        let (rows, lengths) = (4 * queries, [700, 33, 0, 512]);
+        let mut of_batch_rows =
+            dense(format!("decode-{rows}-rows-long"), [1, queries, 700, 4, 1, 8], cache(0));
+        of_group(&mut of_batch_rows, index, 64, 64);
+        let mut one_by_one =
+            of_lengths(format!("eight_bit/packed-decode-{rows}-rows-long"), &[queries; 4], &lengths);
+        of_group(&mut one_by_one, index + 1, 64, 64);
+        let mut in_pages = paged(format!("decode-{rows}-rows-long"), 16, &[queries; 4], cache(0));
+        in_pages.options.key_value_lengths = Some(lengths.to_vec());
+        in_pages.dims.key_length = 700;
+        of_group(&mut in_pages, index + 2, 64, 64);
+        cases.extend([of_batch_rows, one_by_one, in_pages]);
+    }
+    let all = OPTIONS.into_iter().chain([("everything", everything as Edit)]);
+    for (index, (name, edit)) in all.filter(|(name, _)| *name != "d-lse").enumerate() {
+        let queries = 1 + index % 4;
+        let mut of_batch_rows = dense(format!("decode-{name}"), [2, queries, 71, 4, 1, 8], cache(0));
+        of_group(&mut of_batch_rows, index, 64, 64);
+        edit(&mut of_batch_rows);
+        let mut in_pages = paged(format!("decode-{name}"), 16, &[queries; 4], cache(0));
+        of_group(&mut in_pages, index + 1, 64, 128);
+        edit(&mut in_pages);
+        cases.extend([of_batch_rows, in_pages]);
+    }
+    for (index, values) in
+        [Values::NanInOneQuery, Values::NanInOneKey, Values::NanInOneValue].into_iter().enumerate()
+    {
+        for queries in [2, 4] {
+            let mut case = dense(
+                format!("decode-{}-rows-{index}-nan", 4 * queries),
+                [2, queries, 71, 4, 1, 8],
+                cache(0),
+            );
+            of_group(&mut case, index + queries / 2, 64, 128);
+            case.options.causal = true;
+            case.content.values = values;
+            cases.push(case);
+        }
+    }
+    for (index, layout) in
+        [Layout::Transposed, Layout::Padded, Layout::InnerStride, Layout::Reversed { axis: 1 }]
+            .into_iter()
+            .enumerate()
+    {
+        let mut case = dense(format!("decode-layout-{index}"), [2, 2, 71, 4, 1, 8], cache(0));
+        of_group(&mut case, index, 64, 128);
+        case.layouts = Layouts::operands(layout);
+        cases.push(case);
+        let mut case = paged(format!("decode-layout-{index}"), 5, &[2, 2, 2, 2], cache(0));
+        of_group(&mut case, index + 1, 128, 64);
+        case.layouts = Layouts::everything(layout);
+        cases.push(case);
+    }
 }
 
 fn options(cases: &mut Vec<Case>) {
