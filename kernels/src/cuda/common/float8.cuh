@@ -12,9 +12,16 @@ __device__ inline unsigned f16_pair_of_bytes(unsigned four) {
         return __byte_perm(four, 0, HIGH ? 0x3424 : 0x1404);
     } else {
 #if __CUDA_ARCH__ >= 890
+        // Halves of a register are operands of the instruction.
         unsigned both;
-        const unsigned short two = (unsigned short)(HIGH ? four >> 16 : four);
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(two));
+        if constexpr (HIGH)
+            asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high; }"
+                : "=r"(both)
+                : "r"(four));
+        else
+            asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }"
+                : "=r"(both)
+                : "r"(four));
         return both;
 #else
         const unsigned two = __byte_perm(four, 0, HIGH ? 0x3424 : 0x1404);
