@@ -251,6 +251,31 @@ __device__ inline const cached *cached_at(const Tensor &tensor, long long b, lon
 
 #if LAYOUT == LAYOUT_PAGED
 
+#if EIGHT_BIT
+
+// An entry of the table as it is stored, in 32 bits or in 64.
+struct TableEntry {
+    unsigned low, high;
+};
+
+// That of a page of sequence b. Nothing is computed from what is loaded.
+__device__ inline TableEntry entry_of(const Parameters &p, long long b, unsigned index) {
+    const bool is_wide = p.block_table.dtype == DTYPE_I64;
+    const long long place = b * p.block_table_row + (long long)index * p.block_table.stride;
+    const unsigned *const from = static_cast<const unsigned *>(p.block_table.data) + (is_wide ? 2 * place : place);
+    return TableEntry{__ldg(from), is_wide ? __ldg(from + 1) : 0};
+}
+
+// The page, as `page_of` has it.
+__device__ inline int page_of_entry(const Parameters &p, const TableEntry &entry) {
+    const bool is_signed = p.block_table.dtype == DTYPE_I32, is_wide = p.block_table.dtype == DTYPE_I64;
+    const int high = is_wide ? (int)entry.high : is_signed ? (int)entry.low >> 31 : 0;
+    const long long page = (long long)((unsigned long long)(unsigned)high << 32 | entry.low);
+    return (int)max(min(page, p.pages - 1), 0ll);
+}
+
+#endif
+
 // The page of a key of sequence b that exists, and of the keys beside it. There is a page where a key exists.
 __device__ inline long long page_of(const Parameters &p, long long b, unsigned key) {
     const long long index = key / (unsigned)p.page_size;

@@ -8,11 +8,70 @@
 struct KeyPages {
 #if LAYOUT == LAYOUT_PAGED
     static constexpr int PER_LANE = (KEYS + 31) / 32;
+#if EIGHT_BIT
+    // The entries as they are in the table, 0 for keys that do not exist: no instruction needs an entry before
+    // copies do, a tile later.
+    TableEntry entry[PER_LANE];
+    // Which page of its sequence a key is in, and which row of that.
+    unsigned index[PER_LANE], row[PER_LANE];
+#else
     int page[PER_LANE];
+#endif
 #endif
 };
 
 // The pages of the keys from `first` on that exist; no entry of the table is read for others.
+#if LAYOUT == LAYOUT_PAGED && EIGHT_BIT
+
+__device__ inline void read_entries(const Parameters &p, const ForwardTile &tile, KeyPages &pages, int first) {
+#pragma unroll
+    for (int i = 0; i < KeyPages::PER_LANE; ++i) {
+        const int key = first + 32 * i + (int)(threadIdx.x % 32);
+        const bool exists = key < tile.sequence.keys && (KEYS % 32 == 0 || threadIdx.x % 32 < KEYS);
+        pages.entry[i] = exists ? entry_of(p, tile.b, pages.index[i]) : TableEntry{0, 0};
+    }
+}
+
+__device__ inline KeyPages pages_of(const Parameters &p, const ForwardTile &tile, int first) {
+    KeyPages pages;
+#pragma unroll
+    for (int i = 0; i < KeyPages::PER_LANE; ++i) {
+        const unsigned key = (unsigned)first + 32 * i + threadIdx.x % 32;
+        pages.index[i] = key / (unsigned)p.page_size;
+        pages.row[i] = key - pages.index[i] * (unsigned)p.page_size;
+    }
+    read_entries(p, tile, pages, first);
+    return pages;
+}
+
+// From the keys of a tile to those of the next one, without a division.
+struct PageStep {
+    unsigned pages, rows;
+};
+
+__device__ inline PageStep page_step(const Parameters &p) {
+    const unsigned pages = (unsigned)KEYS / (unsigned)p.page_size;
+    return PageStep{computed_here(pages), computed_here((unsigned)KEYS - pages * (unsigned)p.page_size)};
+}
+
+// The pages of the keys from `first` on, KEYS behind those of `pages`.
+__device__ inline KeyPages next_pages(const Parameters &p, const ForwardTile &tile, const PageStep &step,
+                                      KeyPages pages, int first) {
+#pragma unroll
+    for (int i = 0; i < KeyPages::PER_LANE; ++i) {
+        pages.index[i] += step.pages;
+        pages.row[i] += step.rows;
+        if (pages.row[i] >= (unsigned)p.page_size) {
+            pages.row[i] -= (unsigned)p.page_size;
+            ++pages.index[i];
+        }
+    }
+    read_entries(p, tile, pages, first);
+    return pages;
+}
+
+#else
+
 __device__ inline KeyPages pages_of(const Parameters &p, const ForwardTile &tile, int first) {
     KeyPages pages;
 #if LAYOUT == LAYOUT_PAGED
@@ -26,7 +85,48 @@ __device__ inline KeyPages pages_of(const Parameters &p, const ForwardTile &tile
     return pages;
 }
 
+#if EIGHT_BIT
+struct PageStep {};
+__device__ inline PageStep page_step(const Parameters &) { return PageStep{}; }
+__device__ inline KeyPages next_pages(const Parameters &, const ForwardTile &, const PageStep &, KeyPages pages, int) {
+    return pages;
+}
+#endif
+
+#endif
+
 #if LAYOUT == LAYOUT_PAGED
+
+#if EIGHT_BIT
+
+// Where the rows of a tile's keys begin in a tensor whose rows are aligned, counted in 16 bytes from the first
+// row of the first page: 32 bits, which threads exchange at once. Held as pages are.
+struct RowOffsets {
+    int offset[KeyPages::PER_LANE];
+
+    // In elements, which are bytes; `slot` is `row / 32`.
+    __device__ inline long long of(int row, int slot) const {
+        return (long long)__shfl_sync(~0u, offset[slot], row % 32) * 16;
+    }
+};
+
+// Whether that is enough for all rows of a tensor. No stride of an aligned tensor is below 0 then.
+__device__ inline bool has_short_offsets(const Parameters &p, const Tensor &tensor) {
+    const unsigned long long end = (unsigned long long)p.pages * (unsigned long long)tensor.stride[0] +
+                                   (unsigned long long)p.page_size * (unsigned long long)tensor.stride[1];
+    return end >> 35 == 0 && (tensor.stride[0] | tensor.stride[1]) >= 0;
+}
+
+__device__ inline RowOffsets offsets_of(const Parameters &p, const Tensor &tensor, const KeyPages &pages) {
+    RowOffsets offsets;
+#pragma unroll
+    for (int i = 0; i < KeyPages::PER_LANE; ++i)
+        offsets.offset[i] = page_of_entry(p, pages.entry[i]) * (int)(tensor.stride[0] >> 4) +
+                            (int)pages.row[i] * (int)(tensor.stride[1] >> 4);
+    return offsets;
+}
+
+#else
 
 // Where the rows of a tile's keys begin in a tensor, counted in elements from the first row of the first
 // page: held as pages are. Every thread of a warp asks together, for rows of its own.
@@ -55,8 +155,6 @@ __device__ inline RowOffsets offsets_of(const Parameters &p, const Tensor &tenso
     }
     return offsets;
 }
-
-#if !EIGHT_BIT
 
 // Keys from `first` to before `end`, as load_rows has them. By whole warps.
 template <int DEPTH>

@@ -90,8 +90,8 @@ __device__ inline void stage_rows(const Parameters &p, Staged<DEPTH> &staged, co
 #if LAYOUT == LAYOUT_PAGED
     const cached *const origin = cached_at(tensor, 0, 0, tile.key_head) + first_column * tensor.stride[3];
     if constexpr (is_regular<DEPTH>()) {
-        if (aligned) {
-            const RowOffsets offsets = offsets_of(p, tensor, pages, first);
+        if (aligned && has_short_offsets(p, tensor)) {
+            const RowOffsets offsets = offsets_of(p, tensor, pages);
 #pragma unroll
             for (int i = 0; i < copies_of_thread<DEPTH>(); ++i) {
                 const int below = i * rows_at_once<DEPTH>();
