@@ -118,6 +118,7 @@ pub const SOURCES: &[Source] = &[
                 "cuda/fused/forward/scheduler.cuh",
                 "cuda/fused/forward/pages.cuh",
                 "cuda/fused/forward/widen.cuh",
+                "cuda/fused/forward/byte_fragments.cuh",
                 "cuda/fused/forward/producer.cuh",
                 "cuda/fused/forward/consumer.cuh",
                 "cuda/fused/forward/epilogue.cuh",
@@ -211,6 +212,22 @@ pub const SOURCES: &[Source] = &[
                 .stages(1)
                 .layout(Paged)
                 .eight_bit(Some(F8E4M3)),
+            Fused::new(Bf16, 128)
+                .features(Features::LOGITS)
+                .tile(8, 32)
+                .warps(1)
+                .stages(1)
+                .layout(Paged)
+                .eight_bit(Some(F8E4M3)),
+            Fused::new(F16, 64)
+                .value(192)
+                .features(Features::ALL)
+                .tile(8, 32)
+                .warps(1)
+                .stages(1)
+                .layout(Packed)
+                .eight_bit(Some(F8E5M2)),
+            Fused::new(F16, 96).tile(16, 32).warps(1).stages(1).eight_bit(Some(F8E4M3)),
             Fused::new(F16, 96)
                 .features(Features::ALL)
                 .tile(64, 32)

@@ -115,15 +115,20 @@ fn variant_batch_invariant(
 /// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what
 /// multiplies them. Head dimensions and options that share tiles share a variant. So do all tiles of packed
 /// rows, of pages, and of 8-bit keys, that are multiplied alike: where rows lie, and what is widened on the
-/// way to a tile, is apart from how many a tile has. The two dtypes of 8 bits differ in one conversion.
+/// way to a tile, is apart from how many a tile has. Kernels that read bytes as they are have other products,
+/// of 8 or of 16 rows. The two dtypes of 8 bits differ in one conversion.
 fn variant(entry_point: &str, shape: Shape, tiles: Tiles, more: &str, layout: Layout) -> String {
     let Shape { dtype, eight_bit, .. } = shape;
     let name = entry_point.trim_start_matches("attention_").replace('_', " ");
     let Tiles { rows, keys, warps, .. } = tiles;
     let tile = if rows > 0 { format!(" {rows}x{keys}") } else { String::new() };
     let by = multiplied_by(tiles);
-    let keys = if eight_bit.is_some() { ", 8-bit keys" } else { "" };
-    let rows = match layout {
+    let keys = match eight_bit {
+        Some(_) if shape.reads_bytes(tiles) => &format!(", 8-bit keys by {rows} rows"),
+        Some(_) => ", 8-bit keys",
+        None => "",
+    };
+    let of_rows = match layout {
         Layout::Dense if eight_bit.is_some() => "dense",
         Layout::Dense => return format!("{name} {dtype}{tile}, {warps} warps{by}{more}"),
         Layout::Packed => "packed",
@@ -131,7 +136,7 @@ fn variant(entry_point: &str, shape: Shape, tiles: Tiles, more: &str, layout: La
     };
     // Which gradients a kernel gives is apart from where rows lie, too.
     let more = if more == ONE_GRADIENT { "" } else { more };
-    format!("{name} {dtype}{keys}, {rows}{by}{more}")
+    format!("{name} {dtype}{keys}, {of_rows}{by}{more}")
 }
 
 /// Of a forward kernel with split keys, whose partial results another kernel merges.

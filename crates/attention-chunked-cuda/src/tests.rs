@@ -320,8 +320,9 @@ fn keys_of_8_bits_have_kernels_of_their_own() {
             }
             (plan.kernels[0].shared_bytes, defines[0].contains(&"FEATURES=32".to_owned()))
         };
-        let (query_bytes, tile, staged) = (16 * 272, 32 * 272, 32 * 256);
-        let bytes = query_bytes + if code.is_some() { tile + staged } else { 2 * tile };
+        // Four query heads share a key/value head: blocks that read bytes have 8 rows, others 16.
+        let (row, tile, staged) = (272, 32 * 272, 32 * 256);
+        let bytes = if code.is_some() { 8 * row + staged } else { 16 * row + 2 * tile };
         assert_eq!(compiled(&builder.clone().build().unwrap()), (bytes, false));
         if code.is_some() {
             assert_eq!(compiled(&builder.clone().key_scales(scales).build().unwrap()), (bytes, true));

@@ -113,6 +113,10 @@ const PANEL: usize = 64;
 /// Query rows that one warp has: as many as a product on tensor cores.
 pub(crate) const FEW_ROWS: usize = 16;
 
+/// Query rows of a warp that reads keys and values of 8 bits as they are, at least: it computes outputs
+/// transposed, and so many are the columns of a product on tensor cores.
+const FEWEST_ROWS: usize = 8;
+
 /// What decides about tiles.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
@@ -174,7 +178,11 @@ impl Shape {
 
     /// Counts of rows to a head of which the forward pass has other tiles each.
     pub(crate) fn counts_of_rows(self) -> &'static [usize] {
-        if self.large || self.batch_invariant { &[129] } else { &[1, FEW_ROWS + 1, 65] }
+        match (self.large || self.batch_invariant, self.eight_bit) {
+            (true, _) => &[129],
+            (false, None) => &[1, FEW_ROWS + 1, 65],
+            (false, Some(_)) => &[1, FEWEST_ROWS + 1, FEW_ROWS + 1, 65],
+        }
     }
 
     /// Threads of `attention_prepare_gradients` that share a row: so many that each has 16 bytes of it.
@@ -294,7 +302,9 @@ impl Shape {
         }
         if rows_of_head <= FEW_ROWS {
             // One warp to a block: many such blocks have more memory under way than few large ones.
-            return Tiles::new(FEW_ROWS, 32, 1, 1);
+            let fewest = Tiles::new(FEWEST_ROWS, 32, 1, 1);
+            let is_fewest = rows_of_head <= FEWEST_ROWS && self.reads_bytes(fewest);
+            return if is_fewest { fewest } else { Tiles::new(FEW_ROWS, 32, 1, 1) };
         }
         // Two blocks of 16 rows to a warp halve what it reads from shared memory, where registers allow it.
         let rows = if self.features.is_none() && self.depth() <= 128 && rows_of_head > 64 { 128 } else { 64 };
@@ -416,10 +426,21 @@ impl Shape {
         self.tile(tiles, rows, self.head) + self.tile(tiles, rows, self.columns_of_slice())
     }
 
+    /// Whether the forward kernel reads keys and values of 8 bits as they are, `READS_BYTES` of the kernel.
+    pub(crate) fn reads_bytes(self, tiles: Tiles) -> bool {
+        let widths = [self.head, self.columns_of_slice()];
+        self.eight_bit.is_some()
+            && self.is_half()
+            && tiles.warps == 1
+            && widths.into_iter().all(|width| width % 64 == 0 && width <= 256)
+    }
+
     /// Shared memory of the forward kernel.
     pub(crate) fn forward_bytes(self, tiles: Tiles) -> usize {
         let slots = if tiles.warpgroups { 2 } else { 1 };
-        let of_keys = if self.eight_bit.is_some() && tiles.warps == 1 {
+        let of_keys = if self.reads_bytes(tiles) {
+            0
+        } else if self.eight_bit.is_some() && tiles.warps == 1 {
             // Keys and values take turns, `SHARES_TILE` of the kernel.
             self.tile(tiles, tiles.keys, self.head.max(self.columns_of_slice()))
         } else {

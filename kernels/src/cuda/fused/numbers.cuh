@@ -38,6 +38,12 @@
 #define EIGHT_BIT 0
 #endif
 
+// Whether products read keys and values of 8 bits as they are in global memory, and widen them in registers
+// (forward/byte_fragments.cuh): where one warp is a block, so that no other one would widen the same bytes.
+// The host gives such blocks no tiles of widened keys and values (`Shape::reads_bytes`).
+#define READS_BYTES \
+    (EIGHT_BIT && HALVES && WARPS == 1 && HEAD % 64 == 0 && VALUE % 64 == 0 && HEAD <= 256 && VALUE <= 256)
+
 // Whether products run on warpgroups (wgmma). WARPGROUPS says that tiles and threads are made for it.
 #if HALVES && WARPGROUPS && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define ON_WARPGROUPS 1
@@ -73,8 +79,10 @@ constexpr int PRODUCER_THREADS = ON_WARPGROUPS ? 128 : 0;
 static_assert(BLOCK == 32 * WARPS + (HALVES && WARPGROUPS ? 128 : 0), "threads that compute, and those that load");
 // Blocks per multiprocessor, at least: eight warps use all registers. As many blocks of one warp as shared
 // memory of compute capability 9.0 has room for at head dimension 128, where keys are in pages or have 8
-// bits: the compiler takes one register more than that allows otherwise.
-constexpr int MIN_BLOCKS = WARPS >= 8                                                                   ? 1
+// bits: the compiler takes one register more than that allows otherwise. Of blocks that read bytes, as many as
+// registers have room for without spills in the loop.
+constexpr int MIN_BLOCKS = WARPS >= 8                           ? 1
+                           : READS_BYTES && HEAD + VALUE <= 256 ? (ROWS == 8 ? 16 : 12)
                            : (LAYOUT == LAYOUT_PAGED || EIGHT_BIT) && WARPS == 1 && HEAD + VALUE <= 256 ? 10
                                                                                                         : 8 / WARPS;
 

@@ -166,6 +166,43 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
     ++consumed.queries;
 }
 
+#elif READS_BYTES
+
+// A warp alone, which loads and computes. The keys of the next tile are copied once those of this one are
+// multiplied, and values likewise.
+__device__ inline void consume(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
+                               ForwardRows &state) {
+    const real factor = power_factor(p);
+    RowMaskBias<ROWS, KEYS> mask_bias;
+    load_queries(p, tile, shared.query);
+    const PageStep step = page_step(p);
+    KeyPages pages = pages_of(p, tile, tile.from);
+    stage_keys(p, tile, tile.from, pages, shared);
+    stage_values(p, tile, tile.from, pages, shared);
+    pages = next_pages(p, tile, step, pages, tile.from + KEYS);
+    for (int first = tile.from; first < tile.to; first += KEYS) {
+        // Every step begins as many copies, so that waits count them: those past the last key are of zeros.
+        const KeyPages next = next_pages(p, tile, step, pages, first + 2 * KEYS);
+        cp_async_wait<1>();
+        __syncwarp();
+        real logits[row_slots<ROWS>()][column_slots<KEYS>()], scores_scale[row_slots<ROWS>()];
+        read_mask_and_bias(p, state, first, mask_bias);
+        multiply_keys(logits, shared.query, *shared.staged_key);
+        __syncwarp();
+        stage_keys(p, tile, first + KEYS, pages, shared);
+        if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale, [] {}))
+            rescale_transposed(state.outputs, scores_scale);
+        cp_async_wait<1>();
+        __syncwarp();
+        multiply_values(state.outputs, logits, *shared.staged_value);
+        __syncwarp();
+        stage_values(p, tile, first + KEYS, pages, shared);
+        pages = next;
+    }
+    cp_async_wait<0>();
+    transpose_outputs(state.outputs, reinterpret_cast<real *>(shared.staged_key));
+}
+
 #elif EIGHT_BIT
 
 // All threads load and widen. The bytes of the next tile are copied while this one is computed: keys once

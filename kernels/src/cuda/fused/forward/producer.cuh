@@ -31,8 +31,9 @@ __device__ inline SharedTiles shared_tiles(unsigned char *memory) {
     shared.value = shared.key + STAGES_OF_KEYS * KEY_TILE;
 #if EIGHT_BIT
     if constexpr (SHARES_TILE) shared.value = shared.key;
-    element *const end =
-        SHARES_TILE ? shared.key + max(KEY_TILE, VALUE_TILE) : shared.value + STAGES_OF_KEYS * VALUE_TILE;
+    element *const end = READS_BYTES   ? shared.key
+                         : SHARES_TILE ? shared.key + max(KEY_TILE, VALUE_TILE)
+                                       : shared.value + STAGES_OF_KEYS * VALUE_TILE;
     shared.staged_key = reinterpret_cast<Staged<HEAD> *>(end);
     shared.staged_value = reinterpret_cast<Staged<VALUE> *>(shared.staged_key + 1);
     shared.workspace = reinterpret_cast<real *>(shared.staged_value + 1);
@@ -64,14 +65,14 @@ __device__ inline void load_queries(const Parameters &p, const ForwardTile &tile
 
 __device__ inline void stage_keys(const Parameters &p, const ForwardTile &tile, int first, const KeyPages &pages,
                                   const SharedTiles &shared) {
-    stage_rows<HEAD>(p, *shared.staged_key, p.key, tile, pages, first, p.head_dim, p.aligned & ALIGNED_KEY, 0);
+    stage_rows<HEAD, false>(p, *shared.staged_key, p.key, tile, pages, first, p.head_dim, p.aligned & ALIGNED_KEY, 0);
     cp_async_commit();
 }
 
 __device__ inline void stage_values(const Parameters &p, const ForwardTile &tile, int first, const KeyPages &pages,
                                     const SharedTiles &shared) {
-    stage_rows<VALUE>(p, *shared.staged_value, p.value, tile, pages, first, tile.width, p.aligned & ALIGNED_VALUE,
-                      tile.first_column);
+    stage_rows<VALUE, READS_BYTES>(p, *shared.staged_value, p.value, tile, pages, first, tile.width,
+                                   p.aligned & ALIGNED_VALUE, tile.first_column);
     cp_async_commit();
 }
 

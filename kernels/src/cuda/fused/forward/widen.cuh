@@ -51,10 +51,18 @@ __device__ constexpr bool is_regular() {
            KEYS % rows_at_once<DEPTH>() == 0;
 }
 
+// Where values stand among bytes that products read: copies are exclusive-ored with this, so that threads
+// that read eight rows apart read from different banks. Keys, and what is widened, stand in the order of
+// copies.
+template <bool SWIZZLES>
+__device__ constexpr int turn_of_copy(int row) {
+    return SWIZZLES ? row / 8 % 4 * 2 : 0;
+}
+
 // Begins to copy a tile's rows where they are not aligned, or not regular. `row_at` gives the address of a
 // row, or null for a row of zeros; columns from `width` on are zeros too. `there` is any address that may be
 // read.
-template <int DEPTH, class RowAt>
+template <int DEPTH, bool SWIZZLES, class RowAt>
 __device__ inline void stage_tile(Staged<DEPTH> &staged, RowAt row_at, int width, long long inner, bool aligned,
                                   const char *there) {
     constexpr int COPIES = copies_of_tile<DEPTH>();
@@ -62,9 +70,10 @@ __device__ inline void stage_tile(Staged<DEPTH> &staged, RowAt row_at, int width
     for (int index = loading_thread(); index < COPIES; index += LOADING_THREADS) {
         const CopyPlace place = place_of_copy<DEPTH>(index);
         const cached *const from = row_at(place.row);
+        uint4 &to = staged.of[index ^ turn_of_copy<SWIZZLES>(place.row)];
         if (aligned) {
             const bool inside = from && place.column < width;
-            cp_async_16(shared_address(&staged.of[index]), inside ? (const void *)(from + place.column) : there, inside);
+            cp_async_16(shared_address(&to), inside ? (const void *)(from + place.column) : there, inside);
             continue;
         }
         unsigned words[BYTES / 4] = {};
@@ -72,13 +81,13 @@ __device__ inline void stage_tile(Staged<DEPTH> &staged, RowAt row_at, int width
         for (int i = 0; i < BYTES; ++i)
             if (from && place.column + i < width)
                 words[i / 4] |= (unsigned)from[(place.column + i) * inner] << (8 * (i % 4));
-        staged.of[index] = make_uint4(words[0], words[1], words[2], words[3]);
+        to = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
 // Begins to copy the keys, or the values, from `first` on that rows of the tile see, whose pages are given:
 // `width` columns from `first_column` on. Others are zeros.
-template <int DEPTH>
+template <int DEPTH, bool SWIZZLES>
 __device__ inline void stage_rows(const Parameters &p, Staged<DEPTH> &staged, const Tensor &tensor,
                                   const ForwardTile &tile, const KeyPages &pages, int first, int width, bool aligned,
                                   int first_column) {
@@ -96,13 +105,13 @@ __device__ inline void stage_rows(const Parameters &p, Staged<DEPTH> &staged, co
             for (int i = 0; i < copies_of_thread<DEPTH>(); ++i) {
                 const int below = i * rows_at_once<DEPTH>();
                 // Past the last row the address is invalid, and not read.
-                cp_async_16(to + i * LOADING_THREADS * BYTES,
+                cp_async_16((to ^ turn_of_copy<SWIZZLES>(below) * BYTES) + i * LOADING_THREADS * BYTES,
                             origin + offsets.of(own.row + below, below / 32) + own.column, below < rows);
             }
             return;
         }
     }
-    stage_tile<DEPTH>(
+    stage_tile<DEPTH, SWIZZLES>(
         staged,
         [&](int row) {
             const unsigned key = (unsigned)(first + row);
@@ -122,13 +131,15 @@ __device__ inline void stage_rows(const Parameters &p, Staged<DEPTH> &staged, co
 #pragma unroll
             for (int i = 0; i < copies_of_thread<DEPTH>(); ++i) {
                 // Past the last row the address is invalid, and not read.
-                cp_async_16(to + i * LOADING_THREADS * BYTES, from, i * rows_at_once<DEPTH>() < rows);
+                const int below = i * rows_at_once<DEPTH>();
+                cp_async_16((to ^ turn_of_copy<SWIZZLES>(below) * BYTES) + i * LOADING_THREADS * BYTES, from,
+                            below < rows);
                 from += jump;
             }
             return;
         }
     }
-    stage_tile<DEPTH>(
+    stage_tile<DEPTH, SWIZZLES>(
         staged, [=](int row) { return first + row < end ? origin + row * step : (const cached *)nullptr; }, width,
         tensor.stride[3], aligned, tensor.data);
 #endif
