@@ -251,7 +251,7 @@ __device__ inline const cached *cached_at(const Tensor &tensor, long long b, lon
 
 #if LAYOUT == LAYOUT_PAGED
 
-#if EIGHT_BIT
+#if READS_BYTES
 
 // An entry of the table as it is stored, in 32 bits or in 64.
 struct TableEntry {

@@ -8,7 +8,7 @@
 struct KeyPages {
 #if LAYOUT == LAYOUT_PAGED
     static constexpr int PER_LANE = (KEYS + 31) / 32;
-#if EIGHT_BIT
+#if READS_BYTES
     // The entries as they are in the table, 0 for keys that do not exist: no instruction needs an entry before
     // copies do, a tile later.
     TableEntry entry[PER_LANE];
@@ -21,7 +21,7 @@ struct KeyPages {
 };
 
 // The pages of the keys from `first` on that exist; no entry of the table is read for others.
-#if LAYOUT == LAYOUT_PAGED && EIGHT_BIT
+#if LAYOUT == LAYOUT_PAGED && READS_BYTES
 
 __device__ inline void read_entries(const Parameters &p, const ForwardTile &tile, KeyPages &pages, int first) {
 #pragma unroll
@@ -85,7 +85,7 @@ __device__ inline KeyPages pages_of(const Parameters &p, const ForwardTile &tile
     return pages;
 }
 
-#if EIGHT_BIT
+#if READS_BYTES
 struct PageStep {};
 __device__ inline PageStep page_step(const Parameters &) { return PageStep{}; }
 __device__ inline KeyPages next_pages(const Parameters &, const ForwardTile &, const PageStep &, KeyPages pages, int) {
@@ -97,7 +97,7 @@ __device__ inline KeyPages next_pages(const Parameters &, const ForwardTile &, c
 
 #if LAYOUT == LAYOUT_PAGED
 
-#if EIGHT_BIT
+#if READS_BYTES
 
 // Where the rows of a tile's keys begin in a tensor whose rows are aligned, counted in 16 bytes from the first
 // row of the first page: 32 bits, which threads exchange at once. Held as pages are.
@@ -117,7 +117,7 @@ __device__ inline bool has_short_offsets(const Parameters &p, const Tensor &tens
     return end >> 35 == 0 && (tensor.stride[0] | tensor.stride[1]) >= 0;
 }
 
-__device__ inline RowOffsets offsets_of(const Parameters &p, const Tensor &tensor, const KeyPages &pages) {
+__device__ inline RowOffsets offsets_of(const Parameters &p, const Tensor &tensor, const KeyPages &pages, int) {
     RowOffsets offsets;
 #pragma unroll
     for (int i = 0; i < KeyPages::PER_LANE; ++i)
@@ -146,6 +146,9 @@ struct RowOffsets {
     }
 };
 
+// Offsets in 64 bits are enough for every tensor.
+__device__ inline bool has_short_offsets(const Parameters &, const Tensor &) { return true; }
+
 __device__ inline RowOffsets offsets_of(const Parameters &p, const Tensor &tensor, const KeyPages &pages, int first) {
     RowOffsets offsets;
 #pragma unroll
@@ -155,6 +158,10 @@ __device__ inline RowOffsets offsets_of(const Parameters &p, const Tensor &tenso
     }
     return offsets;
 }
+
+#endif
+
+#if !EIGHT_BIT
 
 // Keys from `first` to before `end`, as load_rows has them. By whole warps.
 template <int DEPTH>

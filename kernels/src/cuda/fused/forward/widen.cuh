@@ -70,10 +70,10 @@ __device__ inline void stage_tile(Staged<DEPTH> &staged, RowAt row_at, int width
     for (int index = loading_thread(); index < COPIES; index += LOADING_THREADS) {
         const CopyPlace place = place_of_copy<DEPTH>(index);
         const cached *const from = row_at(place.row);
-        uint4 &to = staged.of[index ^ turn_of_copy<SWIZZLES>(place.row)];
+        const int to = index ^ turn_of_copy<SWIZZLES>(place.row);
         if (aligned) {
             const bool inside = from && place.column < width;
-            cp_async_16(shared_address(&to), inside ? (const void *)(from + place.column) : there, inside);
+            cp_async_16(shared_address(&staged.of[to]), inside ? (const void *)(from + place.column) : there, inside);
             continue;
         }
         unsigned words[BYTES / 4] = {};
@@ -81,7 +81,7 @@ __device__ inline void stage_tile(Staged<DEPTH> &staged, RowAt row_at, int width
         for (int i = 0; i < BYTES; ++i)
             if (from && place.column + i < width)
                 words[i / 4] |= (unsigned)from[(place.column + i) * inner] << (8 * (i % 4));
-        to = make_uint4(words[0], words[1], words[2], words[3]);
+        staged.of[to] = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
@@ -100,7 +100,7 @@ __device__ inline void stage_rows(const Parameters &p, Staged<DEPTH> &staged, co
     const cached *const origin = cached_at(tensor, 0, 0, tile.key_head) + first_column * tensor.stride[3];
     if constexpr (is_regular<DEPTH>()) {
         if (aligned && has_short_offsets(p, tensor)) {
-            const RowOffsets offsets = offsets_of(p, tensor, pages);
+            const RowOffsets offsets = offsets_of(p, tensor, pages, first);
 #pragma unroll
             for (int i = 0; i < copies_of_thread<DEPTH>(); ++i) {
                 const int below = i * rows_at_once<DEPTH>();
