@@ -574,8 +574,8 @@ fn numbers_in_device_memory_are_served() {
     }
 }
 
-/// As many blocks as multiprocessors go over the tiles of the forward kernel on warpgroups; elsewhere each tile
-/// has a block.
+/// As many blocks as multiprocessors go over the tiles of the forward kernel on warpgroups; elsewhere each
+/// tile has a block.
 #[test]
 fn blocks_on_warpgroups_go_over_all_tiles() {
     let of = |length: usize, machine: Machine| {
@@ -700,8 +700,8 @@ fn packed_rows_are_counted_once() {
         (plan.scratch_bytes(), blocks)
     };
     let (few, many) = (launches(packed(1, 4096)), launches(packed(64, 4096)));
-    // One number per sequence and head more, up to a multiple of 64 bytes, and one slot for each sequence, with
-    // an entry of the schedule for each head.
+    // One number per sequence and head more, up to a multiple of 64 bytes, and one slot for each sequence,
+    // with an entry of the schedule for each head.
     assert_eq!(many.0 - few.0, (64 * 4 * 4 - 64) + 63 * 4 * 64);
     assert!(many.1.iter().zip(&few.1).all(|(many, few)| many - few <= 63 * 4), "{many:?}, {few:?}");
     assert_eq!(launches(packed(64, 4096).longest(100, 100)), many);

@@ -164,9 +164,9 @@ fn sizes(cases: &mut Vec<Case>) {
     cases.push(case);
 }
 
-/// Up to 8 and up to 16 rows to a key/value head, for which kernels on a GPU read the bytes as they are: every
-/// head dimension that they are compiled for and some that are filled up with zeros, pages of every kind of
-/// size, rows that are not aligned, and every option.
+/// Up to 8 and up to 16 rows to a key/value head, for which kernels on a GPU read the bytes as they are:
+/// every head dimension that they are compiled for and some that are filled up with zeros, pages of every
+/// kind of size, rows that are not aligned, and every option.
 fn decoding(cases: &mut Vec<Case>) {
     let of_group = |case: &mut Case, index: usize, head: usize, value: usize| {
         (case.dims.query_heads, case.dims.key_heads) = (4, 1);

@@ -20,8 +20,8 @@ __device__ inline bool mark_rows(const Parameters &p, unsigned found, int *flags
 }
 
 // A number that all threads of a warp have, in a register that they share: what branches on it keeps the warp
-// together, and the compiler knows that it does. Threads that may be apart, in the loop of a kernel over its tiles,
-// would have every address of a product brought from their registers to that of the warp.
+// together, and the compiler knows that it does. Threads that may be apart, in the loop of a kernel over its
+// tiles, would have every address of a product brought from their registers to that of the warp.
 __device__ inline int of_warp(int x) { return __reduce_max_sync(~0u, x); }
 
 __device__ inline real dot(const element *a, long long a_stride, const cached *b, long long b_stride, int width) {
@@ -63,9 +63,8 @@ __device__ constexpr int lanes_of_row() {
 // The score of a key and a row (softmax.cuh), by the whole warp.
 __device__ inline real exact_score(const Parameters &p, const Row &row, long long b, long long n, int key,
                                    real &slope) {
-    const real product =
-        dot(at_query(p.query, row, b, n), p.query.stride[3], at_key(p, p.key, row, b, key, n / p.group),
-            p.key.stride[3], p.head_dim);
+    const real product = dot(at_query(p.query, row, b, n), p.query.stride[3],
+                             at_key(p, p.key, row, b, key, n / p.group), p.key.stride[3], p.head_dim);
     if constexpr (NEEDS_LOGITS) return logit<Checked, true>(p, row, key, product, slope);
     slope = 1;
     bool visible = key >= row.low && key < row.high;

@@ -28,8 +28,8 @@ __device__ inline void finish_scores(const Parameters &p, const Row (&rows)[row_
 // Row by row, with the check for a far row (`shift_of`) before the row's exponentials: the instructions for
 // the maximum of one row then fill the gaps between the exponentials of the row before, which wait for the
 // unit that computes them. A check of all rows at once would put every maximum before the first exponential.
-// `before_last` is called before the exponentials of the last row: what follows the softmax, and may only begin
-// behind it, then fills gaps as well.
+// `before_last` is called before the exponentials of the last row: what follows the softmax, and may only
+// begin behind it, then fills gaps as well.
 template <bool FUSES, class BeforeLast>
 __device__ inline bool online_softmax(real (&scores)[row_slots<ROWS>()][column_slots<KEYS>()], real factor,
                                       real (&row_max)[row_slots<ROWS>()], real (&row_sum)[row_slots<ROWS>()],
@@ -41,7 +41,7 @@ __device__ inline bool online_softmax(real (&scores)[row_slots<ROWS>()][column_s
     bool rescales = false;
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
-        real (&row)[KEY_SLOTS] = scores[r];
+        real(&row)[KEY_SLOTS] = scores[r];
         // Several dependency chains for the maximum, and two for the sum.
         real tops[CHAINS];
 #pragma unroll

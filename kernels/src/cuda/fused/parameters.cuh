@@ -120,7 +120,9 @@ struct Parameters {
 };
 
 static_assert(sizeof(Tensor) == 40 && sizeof(SequenceRows) == 32 && sizeof(RowLengths) == 8 && sizeof(Scales) == 24 &&
-                  sizeof(Parameters) == (EIGHT_BIT ? 1728 : LAYOUT == LAYOUT_DENSE ? 1544 : 1672),
+                  sizeof(Parameters) == (EIGHT_BIT                ? 1728
+                                         : LAYOUT == LAYOUT_DENSE ? 1544
+                                                                  : 1672),
               "the host's layout");
 
 // Bits of `aligned`.

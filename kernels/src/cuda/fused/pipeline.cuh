@@ -17,9 +17,9 @@ __device__ inline void mbarrier_arrive(Mbarrier *barrier) {
 }
 
 // One arrival for all threads of the warp, behind what they did before. The first thread arrives under a
-// predicate, not in a branch: in a branch, NVRTC 13.0 computes the mbarrier's address in a register per thread,
-// and in the forward kernel at head dimension 64 it reuses the register of a scaled row max, so all exponents of
-// that row come before the first exponential, which begins about 30 cycles later.
+// predicate, not in a branch: in a branch, NVRTC 13.0 computes the mbarrier's address in a register per
+// thread, and in the forward kernel at head dimension 64 it reuses the register of a scaled row max, so all
+// exponents of that row come before the first exponential, which begins about 30 cycles later.
 __device__ inline void mbarrier_arrive_per_warp(Mbarrier *barrier) {
     __syncwarp();
     asm volatile(
@@ -46,8 +46,8 @@ __device__ inline void mbarrier_arrive_after_copies(Mbarrier *barrier) {
     mbarrier_arrive(barrier);
 }
 
-// Ping-pong: warpgroups of consumers issue their products in turn, so that one has its softmax while the tensor
-// cores have the other's products. Each waits for its turn, issues, and passes the turn on.
+// Ping-pong: warpgroups of consumers issue their products in turn, so that one has its softmax while the
+// tensor cores have the other's products. Each waits for its turn, issues, and passes the turn on.
 constexpr int WARPGROUPS_OF_CONSUMERS = WARPS / 4;
 __device__ inline int consumer_warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
 __device__ inline void wait_for_turn(int warpgroup) {
@@ -95,8 +95,8 @@ struct RingPipeline {
     Mbarrier *once_full, *full, *empty;
 };
 
-// In shared memory from `memory` on, with this many arrivals of consumers to empty a stage. Initialised by one
-// thread, for all threads of the block, which meet here.
+// In shared memory from `memory` on, with this many arrivals of consumers to empty a stage. Initialised by
+// one thread, for all threads of the block, which meet here.
 __device__ inline RingPipeline ring_pipeline(real *memory, int consumer_arrivals) {
     RingPipeline pipeline;
     pipeline.once_full = reinterpret_cast<Mbarrier *>(memory);

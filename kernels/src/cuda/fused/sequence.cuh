@@ -77,8 +77,7 @@ __device__ inline void place_rows(const Parameters &p, long long b, RowLengths &
     if (packs_keys(p)) {
         // Of queries on their own keys, the starts are most often the same tensor.
         if (p.key_value_starts.data == p.query_starts.data && p.key_rows == p.query_rows &&
-            p.key_value_starts.stride == p.query_starts.stride &&
-            p.key_value_starts.dtype == p.query_starts.dtype) {
+            p.key_value_starts.stride == p.query_starts.stride && p.key_value_starts.dtype == p.query_starts.dtype) {
             sequence.first_key = sequence.first_query;
             sequence.key_rows = sequence.query_rows;
         } else {

@@ -43,7 +43,8 @@ __device__ __noinline__ FarStates finish_far_rows(const Parameters &p, long long
         const int row = row_at<ROWS>(r);
         if (row >= row_count) return -infinity();
         const real *const lse = reinterpret_cast<const real *>(p.lse.data);
-        return lse[b * p.lse.stride[0] + (long long)query_row(sequence, first_t + row) * p.lse.stride[1] + n * p.lse.stride[2]];
+        return lse[b * p.lse.stride[0] + (long long)query_row(sequence, first_t + row) * p.lse.stride[1] +
+                   n * p.lse.stride[2]];
     };
     // Rows whose sums are not finite are summed from allowed keys alone: NaN of masked keys reaches them
     // through a bias of -inf or split products.

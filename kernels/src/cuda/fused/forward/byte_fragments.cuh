@@ -26,8 +26,8 @@ __device__ constexpr int index_of_copy(int row, int piece) {
     return row / 2 * (2 * DEPTH / BYTES) + piece / 4 * 8 + row % 2 * 4 + piece % 4;
 }
 
-// Products of queries and keys. A product has 16 rows: with 8 query rows, every thread has two steps of its row
-// as if one of them were of the row 8 below. Their products with keys of the other step are not used.
+// Products of queries and keys. A product has 16 rows: with 8 query rows, every thread has two steps of its
+// row as if one of them were of the row 8 below. Their products with keys of the other step are not used.
 __device__ inline void multiply_keys(real (&products)[row_slots<ROWS>()][column_slots<KEYS>()], const element *queries,
                                      const Staged<HEAD> &keys) {
     constexpr int SLOTS = row_slots<ROWS>(), STRIDE = row_stride<HEAD>(), GROUPS = KEYS / 8;
@@ -55,7 +55,7 @@ __device__ inline void multiply_keys(real (&products)[row_slots<ROWS>()][column_
             for (int step = 0; step < 2; ++step)
 #pragma unroll
                 for (int group = 0; group < GROUPS; ++group) {
-                    real (&sum)[4] = sums[SLOTS == 1 ? step : 0][group];
+                    real(&sum)[4] = sums[SLOTS == 1 ? step : 0][group];
                     if constexpr (SLOTS == 1) {
                         const unsigned factors[4] = {rows[0].x, rows[0].y, rows[0].z, rows[0].w};
                         const unsigned low = words[group][2 * half], high = words[group][2 * half + 1];

@@ -79,7 +79,8 @@ __device__ inline bool softmax_step(const Parameters &p, const ForwardTile &tile
         finish_scores<Checked>(p, state.rows, first, mask_bias, logits);
     else
         finish_scores<Unchecked>(p, state.rows, first, mask_bias, logits);
-    const bool rescales = online_softmax<HALVES>(logits, factor, state.row_max, state.row_sum, scores_scale, before_last);
+    const bool rescales =
+        online_softmax<HALVES>(logits, factor, state.row_max, state.row_sum, scores_scale, before_last);
     apply_dropout(p, state, first, logits);
     return rescales;
 }
@@ -98,12 +99,8 @@ struct ConsumedTiles {
     int queries, steps;
 };
 
-#ifndef PING_PONG
-#define PING_PONG 1
-#endif
-
-// The product of a tile's weights and values runs beside the softmax of the next one, and, where warpgroups take
-// turns, beside that of another warpgroup.
+// The product of a tile's weights and values runs beside the softmax of the next one, and, where warpgroups
+// take turns, beside that of another warpgroup.
 __device__ inline void consume(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
                                const ForwardPipeline &pipeline, ForwardRows &state, ConsumedTiles &consumed) {
     const real factor = power_factor(p);
@@ -115,9 +112,9 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
     int step = consumed.steps;
     mbarrier_wait(pipeline.query_full, consumed.queries);
     mbarrier_wait(pipeline.key_full + step % 2, step / 2);
-    if constexpr (PING_PONG) wait_for_turn(warpgroup);
+    wait_for_turn(warpgroup);
     gemm_ss_async<ROWS, KEYS, HEAD>(logits, shared.query, shared.key + step % 2 * KEY_TILE);
-    if constexpr (PING_PONG) pass_turn(warpgroup);
+    pass_turn(warpgroup);
     read_mask_and_bias(p, state, from, mask_bias);
     warpgroup_wait<0>();
     warpgroup_fence_operand(logits);
@@ -130,10 +127,10 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
         const int stage = step % 2, last = stage ^ 1;
         mbarrier_wait(pipeline.key_full + stage, step / 2);
         mbarrier_wait(pipeline.value_full + last, (step - 1) / 2);
-            if constexpr (PING_PONG) wait_for_turn(warpgroup);
+        wait_for_turn(warpgroup);
         gemm_ss_async<ROWS, KEYS, HEAD>(logits, shared.query, shared.key + stage * KEY_TILE);
         gemm_rs_async<KEYS, VALUE>(state.outputs, weights, shared.value + last * VALUE_TILE);
-        if constexpr (PING_PONG) pass_turn(warpgroup);
+        pass_turn(warpgroup);
         read_mask_and_bias(p, state, first, mask_bias);
         warpgroup_wait<1>();
         warpgroup_fence_operand(logits);

@@ -31,8 +31,8 @@ __device__ inline unsigned in_threads_of_row(unsigned found) {
     return by_any;
 }
 
-// Calls `each` with the slot, the thread that leads it and the row of the tile, for the rows of the warp whose
-// threads have their slot in `slots`. By the warp.
+// Calls `each` with the slot, the thread that leads it and the row of the tile, for the rows of the warp
+// whose threads have their slot in `slots`. By the warp.
 template <class Each>
 __device__ inline void for_rows_of_warp(unsigned slots, Each each) {
 #pragma unroll 1
@@ -149,12 +149,12 @@ __device__ inline void store_exact_row(const Parameters &p, const ForwardTile &t
         const real value_scale = value_scale_of(p, tile.b, tile.key_head);
 #pragma unroll
         for (int i = 0; i < VALUE / 32; ++i) sums[i] = with_value_scale(sums[i] * scale, value_scale);
-        store_row<VALUE>(at(p.out, tile.b, place, n) + tile.first_column * p.out.stride[3], p.out.stride[3],
-                         tile.width, sums, real(1));
+        store_row<VALUE>(at(p.out, tile.b, place, n) + tile.first_column * p.out.stride[3], p.out.stride[3], tile.width,
+                         sums, real(1));
         return;
 #endif
-        store_row<VALUE>(at(p.out, tile.b, place, n) + tile.first_column * p.out.stride[3], p.out.stride[3],
-                         tile.width, sums, scale);
+        store_row<VALUE>(at(p.out, tile.b, place, n) + tile.first_column * p.out.stride[3], p.out.stride[3], tile.width,
+                         sums, scale);
         return;
     }
 #pragma unroll

@@ -19,7 +19,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
         return;
     }
     warpgroup_reg_alloc();
-    if (PING_PONG && consumer_warpgroup() == WARPGROUPS_OF_CONSUMERS - 1) pass_turn(WARPGROUPS_OF_CONSUMERS - 1);
+    // The first turn is that of the first warpgroup.
+    if (consumer_warpgroup() == WARPGROUPS_OF_CONSUMERS - 1) pass_turn(WARPGROUPS_OF_CONSUMERS - 1);
     ConsumedTiles consumed{0, 0};
     for (TilesOfBlock tiles(p); tiles.has_tile(p); tiles.advance(p)) {
 #if LAYOUT == LAYOUT_DENSE

@@ -9,8 +9,8 @@ struct KeyPages {
 #if LAYOUT == LAYOUT_PAGED
     static constexpr int PER_LANE = (KEYS + 31) / 32;
 #if READS_BYTES
-    // The entries as they are in the table, 0 for keys that do not exist: no instruction needs an entry before
-    // copies do, a tile later.
+    // The entries as they are in the table, 0 for keys that do not exist: no instruction needs an entry
+    // before copies do, a tile later.
     TableEntry entry[PER_LANE];
     // Which page of its sequence a key is in, and which row of that.
     unsigned index[PER_LANE], row[PER_LANE];
@@ -99,8 +99,8 @@ __device__ inline KeyPages next_pages(const Parameters &, const ForwardTile &, c
 
 #if READS_BYTES
 
-// Where the rows of a tile's keys begin in a tensor whose rows are aligned, counted in 16 bytes from the first
-// row of the first page: 32 bits, which threads exchange at once. Held as pages are.
+// Where the rows of a tile's keys begin in a tensor whose rows are aligned, counted in 16 bytes from the
+// first row of the first page: 32 bits, which threads exchange at once. Held as pages are.
 struct RowOffsets {
     int offset[KeyPages::PER_LANE];
 
@@ -165,8 +165,9 @@ __device__ inline RowOffsets offsets_of(const Parameters &p, const Tensor &tenso
 
 // Keys from `first` to before `end`, as load_rows has them. By whole warps.
 template <int DEPTH>
-__device__ inline void load_pages(const Parameters &p, element *tile, const Tensor &tensor, const KeyPages &pages, long long b,
-                                  long long head, int first, int end, int width, bool aligned, int first_column) {
+__device__ inline void load_pages(const Parameters &p, element *tile, const Tensor &tensor, const KeyPages &pages,
+                                  long long b, long long head, int first, int end, int width, bool aligned,
+                                  int first_column) {
     const RowOffsets offsets = offsets_of(p, tensor, pages, first);
     const element *const origin = at(tensor, 0, 0, head) + first_column * tensor.stride[3];
 #if ON_WARPGROUPS

@@ -1,6 +1,6 @@
 // Loads of the forward kernel, from global to shared memory. On warpgroups (wgmma), producer threads of their
-// own run them, two tiles of keys and values ahead of the consumers, and on to the block's next tile of query rows
-// while consumers finish one; elsewhere all threads do.
+// own run them, two tiles of keys and values ahead of the consumers, and on to the block's next tile of query
+// rows while consumers finish one; elsewhere all threads do.
 // Needs: fused/forward/pages.cuh, fused/forward/widen.cuh, fused/fragments.cuh, fused/pipeline.cuh.
 
 // Tiles of keys, and of values, in shared memory.
@@ -95,9 +95,8 @@ __device__ inline void load_values(const Parameters &p, const ForwardTile &tile,
     load_pages<VALUE>(p, to, p.value, pages, tile.b, tile.key_head, first, tile.sequence.keys, tile.width,
                       p.aligned & ALIGNED_VALUE, tile.first_column);
 #else
-    load_key_rows<KEYS, VALUE, KeysAcross>(to, p.value, tile.sequence, tile.b, tile.key_head, first,
-                                           tile.sequence.keys, tile.width, p.aligned & ALIGNED_VALUE,
-                                           tile.first_column);
+    load_key_rows<KEYS, VALUE, KeysAcross>(to, p.value, tile.sequence, tile.b, tile.key_head, first, tile.sequence.keys,
+                                           tile.width, p.aligned & ALIGNED_VALUE, tile.first_column);
 #endif
 }
 
@@ -105,9 +104,9 @@ __device__ inline void load_values(const Parameters &p, const ForwardTile &tile,
 
 #if ON_WARPGROUPS
 
-// For tiles of queries, and for each of the two stages of keys and of values, an mbarrier on which consumers wait
-// for the tile (`full`), and one on which producers wait for its last reader (`empty`). And the same for what a
-// producer says of the tiles of the block: where their rows are, and which keys they see.
+// For tiles of queries, and for each of the two stages of keys and of values, an mbarrier on which consumers
+// wait for the tile (`full`), and one on which producers wait for its last reader (`empty`). And the same for
+// what a producer says of the tiles of the block: where their rows are, and which keys they see.
 struct ForwardPipeline {
     Mbarrier *query_full, *query_empty, *key_full, *key_empty, *value_full, *value_empty, *tile_full, *tile_empty;
     ForwardTile *tile;
@@ -149,7 +148,8 @@ __device__ inline void publish_tile(const ForwardPipeline &pipeline, int count, 
     mbarrier_arrive(pipeline.tile_full + count % 2);
 }
 
-// The same tile, for a consumer thread, in shared memory: what the main loop does not read takes no register there.
+// The same tile, for a consumer thread, in shared memory: what the main loop does not read takes no register
+// there.
 __device__ inline const ForwardTile &published_tile(const ForwardPipeline &pipeline, int count) {
     mbarrier_wait(pipeline.tile_full + count % 2, count / 2);
     return pipeline.tile[count % 2];
@@ -160,12 +160,12 @@ __device__ inline void release_tile(const ForwardPipeline &pipeline, int count) 
 
 #if EIGHT_BIT
 
-// Half of the producers load keys, the others queries and values, and widen them: bytes of the next tile are copied
-// while those of this one wait for a stage.
+// Half of the producers load keys, the others queries and values, and widen them: bytes of the next tile are
+// copied while those of this one wait for a stage.
 constexpr int WARPS_OF_LOADERS = 2;
 
-// `copy` begins the copies of the tile of keys or values behind a key, and `widen` writes those that have landed
-// to a stage.
+// `copy` begins the copies of the tile of keys or values behind a key, and `widen` writes those that have
+// landed to a stage.
 template <class Copy, class Widen>
 __device__ inline void produce_tiles(const Parameters &p, const ForwardTile &tile, int, int step, Mbarrier *full,
                                      Mbarrier *empty, Copy copy, Widen widen) {
@@ -182,15 +182,15 @@ __device__ inline void produce_tiles(const Parameters &p, const ForwardTile &til
 
 #else
 
-// Two producer warps load keys and two values, and one of each pair every other tile of these: the copies of two
-// tiles are under way at once, while each warp waits for its own, fences them, and arrives.
+// Two producer warps load keys and two values, and one of each pair every other tile of these: the copies of
+// two tiles are under way at once, while each warp waits for its own, fences them, and arrives.
 constexpr int WARPS_OF_LOADERS = 1;
 
-// `copy` begins the copies of the tile of keys or values behind a key, to a stage. `loader` is the stage that this
-// warp fills.
+// `copy` begins the copies of the tile of keys or values behind a key, to a stage. `loader` is the stage that
+// this warp fills.
 template <class Copy, class Widen>
-__device__ inline void produce_tiles(const Parameters &p, const ForwardTile &tile, int loader, int step,
-                                     Mbarrier *full, Mbarrier *empty, Copy copy, Widen) {
+__device__ inline void produce_tiles(const Parameters &p, const ForwardTile &tile, int loader, int step, Mbarrier *full,
+                                     Mbarrier *empty, Copy copy, Widen) {
     const int skipped = (loader ^ step) & 1;
     step += skipped;
     KeyPages pages = pages_of(p, tile, tile.from + skipped * KEYS);

@@ -114,9 +114,10 @@ __device__ inline ForwardTile forward_tile(const Parameters &p, unsigned index) 
 
 #if ON_WARPGROUPS
 
-// The tiles that this block goes over, in turn. A grid has at most one block for each multiprocessor, so that a
-// block's producers load a tile while its consumers store the results of the one before. Where there are more
-// tiles than blocks, a block takes pairs of them (tile_of_pairs), as many pairs apart as there are blocks.
+// The tiles that this block goes over, in turn. A grid has at most one block for each multiprocessor, so that
+// a block's producers load a tile while its consumers store the results of the one before. Where there are
+// more tiles than blocks, a block takes pairs of them (tile_of_pairs), as many pairs apart as there are
+// blocks.
 struct TilesOfBlock {
     // Tiles before this one, and the index of this one.
     int count;
@@ -129,7 +130,7 @@ struct TilesOfBlock {
         find(p);
     }
 
-private:
+   private:
     __device__ inline void find(const Parameters &p) {
         const unsigned blocks = gridDim.x, at_once = (unsigned)p.forward_tiles > blocks ? 2 : 1;
         index = (blockIdx.x + count / at_once * blocks) * at_once + count % at_once;

@@ -37,43 +37,38 @@ __device__ inline NumberPair *pair_at(real *outputs, int column) {
 // warp.
 __device__ inline void merge_exact_rows(const Parameters &p, const ForwardTile &tile, ForwardRows &state,
                                         unsigned again, int from, int end) {
-    constexpr int ROW_SLOTS = row_slots<ROWS>();
     const real factor = power_factor(p);
     __syncwarp();
-#pragma unroll 1
-    for (int slot = 0; slot < ROW_SLOTS; ++slot) {
+    for_rows_of_warp(again, [&](int slot, int leader, int local_row) {
+        const int index = tile.first_row + local_row;
+        const long long n = tile.head_of(p, index);
+        const Row row = row_of(p, tile.sequence, tile.b, n, tile.t_of(p, index));
+        real row_max, row_sum, sums[VALUE / 32];
+        exact_softmax(p, row, tile.b, n, from, end, row_max, row_sum);
+        exact_output(p, row, tile.b, n, from, end, row_max, tile.first_column, tile.width, sums);
         real merged_max = 0, merged_sum = 0;
 #pragma unroll
-        for (int r = 0; r < ROW_SLOTS; ++r)
+        for (int r = 0; r < row_slots<ROWS>(); ++r)
             if (r == slot) merged_max = state.merged_max[r], merged_sum = state.merged_sum[r];
-        for (unsigned lanes = __ballot_sync(~0u, leads_row() && (again >> slot & 1)); lanes != 0; lanes &= lanes - 1) {
-            const int leader = __ffs(lanes) - 1, local_row = __shfl_sync(~0u, row_at<ROWS>(slot), leader);
-            const int index = tile.first_row + local_row;
-            const long long n = tile.head_of(p, index);
-            const Row row = row_of(p, tile.sequence, tile.b, n, tile.t_of(p, index));
-            real row_max, row_sum, sums[VALUE / 32];
-            exact_softmax(p, row, tile.b, n, from, end, row_max, row_sum);
-            exact_output(p, row, tile.b, n, from, end, row_max, tile.first_column, tile.width, sums);
-            const real earlier_max = __shfl_sync(~0u, merged_max, leader),
-                       earlier_sum = __shfl_sync(~0u, merged_sum, leader);
-            if (row_sum == 0) continue;
-            MergedSplits merged{row_max, row_sum, 0, 1};
-            if (earlier_sum != 0) merged = merge_splits(factor, earlier_max, earlier_sum, row_max, row_sum);
-            real *const outputs = merged_outputs(p, tile, local_row);
+        const real earlier_max = __shfl_sync(~0u, merged_max, leader),
+                   earlier_sum = __shfl_sync(~0u, merged_sum, leader);
+        if (row_sum == 0) return;
+        MergedSplits merged{row_max, row_sum, 0, 1};
+        if (earlier_sum != 0) merged = merge_splits(factor, earlier_max, earlier_sum, row_max, row_sum);
+        real *const outputs = merged_outputs(p, tile, local_row);
 #pragma unroll
-            for (int i = 0; i < VALUE / 32; ++i) {
-                const int column = 32 * i + threadIdx.x % 32;
-                if (column < tile.width)
-                    outputs[column] = earlier_sum == 0 ? sums[i] : merged_value(merged, outputs[column], sums[i]);
-            }
-#pragma unroll
-            for (int r = 0; r < ROW_SLOTS; ++r) {
-                if (r != slot || row_at<ROWS>(r) != local_row) continue;
-                state.merged_max[r] = merged.row_max;
-                state.merged_sum[r] = merged.row_sum;
-            }
+        for (int i = 0; i < VALUE / 32; ++i) {
+            const int column = 32 * i + threadIdx.x % 32;
+            if (column < tile.width)
+                outputs[column] = earlier_sum == 0 ? sums[i] : merged_value(merged, outputs[column], sums[i]);
         }
-    }
+#pragma unroll
+        for (int r = 0; r < row_slots<ROWS>(); ++r) {
+            if (r != slot || row_at<ROWS>(r) != local_row) continue;
+            state.merged_max[r] = merged.row_max;
+            state.merged_sum[r] = merged.row_sum;
+        }
+    });
     __syncwarp();
 }
 
@@ -81,13 +76,8 @@ __device__ inline void merge_exact_rows(const Parameters &p, const ForwardTile &
 __device__ inline void end_split(const Parameters &p, const ForwardTile &tile, ForwardRows &state, int end) {
     const int from = max(tile.from, (end - 1) / KEYS_PER_SPLIT * KEYS_PER_SPLIT);
     const real factor = power_factor(p);
-    // As the epilogue does where a split has a block of its own: a row is computed again where any thread
-    // found it.
-    const unsigned found = non_finite_rows(tile, state);
-    unsigned again = 0;
-#pragma unroll
-    for (int r = 0; r < row_slots<ROWS>(); ++r)
-        if (maximum_of_row(found >> r & 1 ? real(1) : real(0)) != 0) again |= 1u << r;
+    // As the epilogue does where a split has a block of its own.
+    const unsigned again = in_threads_of_row(non_finite_rows(tile, state));
 #pragma unroll
     for (int r = 0; r < row_slots<ROWS>(); ++r) {
         // A split without a key leaves what there is.

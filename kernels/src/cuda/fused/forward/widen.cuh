@@ -157,10 +157,9 @@ __device__ inline unsigned pair_of_f16(unsigned both) {
 }
 __device__ inline uint4 widened_piece(const unsigned (&words)[BYTES / 4], int piece) {
     const unsigned low = words[2 * piece], high = words[2 * piece + 1];
-    return make_uint4(pair_of_f16(f16_pair_of_bytes<EIGHT_BIT, false>(low)),
-                      pair_of_f16(f16_pair_of_bytes<EIGHT_BIT, true>(low)),
-                      pair_of_f16(f16_pair_of_bytes<EIGHT_BIT, false>(high)),
-                      pair_of_f16(f16_pair_of_bytes<EIGHT_BIT, true>(high)));
+    return make_uint4(
+        pair_of_f16(f16_pair_of_bytes<EIGHT_BIT, false>(low)), pair_of_f16(f16_pair_of_bytes<EIGHT_BIT, true>(low)),
+        pair_of_f16(f16_pair_of_bytes<EIGHT_BIT, false>(high)), pair_of_f16(f16_pair_of_bytes<EIGHT_BIT, true>(high)));
 }
 #elif DTYPE == DTYPE_F32
 __device__ inline uint4 widened_piece(const unsigned (&words)[BYTES / 4], int piece) {
@@ -220,8 +219,8 @@ __device__ inline void widen_tile(const Staged<DEPTH> &staged, element *tile) {
             const unsigned words[BYTES / 4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
             for (int piece = 0; piece < PIECES; ++piece)
-                store_piece(shared_address(tile + place_of<KEYS, DEPTH>(KeysAcross::of(place.row),
-                                                                       place.column + piece * CHUNK)),
+                store_piece(shared_address(
+                                tile + place_of<KEYS, DEPTH>(KeysAcross::of(place.row), place.column + piece * CHUNK)),
                             widened_piece(words, piece));
         }
     }

@@ -42,69 +42,66 @@ __device__ inline void warpgroup_wait() {
 #else
 #define WGMMA_TYPES "f32.bf16.bf16"
 #endif
-#define ACCUMULATORS_8(i)                                                                               \
-    "+f"(sums[0][FIRST + 2 * (i)]), "+f"(sums[0][FIRST + 2 * (i) + 1]), "+f"(sums[1][FIRST + 2 * (i)]), \
-        "+f"(sums[1][FIRST + 2 * (i) + 1])
+#define ACCUMULATORS_8(i) \
+    "+f"(sums[0][2 * (i)]), "+f"(sums[0][2 * (i) + 1]), "+f"(sums[1][2 * (i)]), "+f"(sums[1][2 * (i) + 1])
 #define ACCUMULATORS_32(i) ACCUMULATORS_8(i), ACCUMULATORS_8(i + 1), ACCUMULATORS_8(i + 2), ACCUMULATORS_8(i + 3)
 #define ACCUMULATORS_64(i) ACCUMULATORS_32(i), ACCUMULATORS_32(i + 4)
 #define ACCUMULATORS_128(i) ACCUMULATORS_64(i), ACCUMULATORS_64(i + 8)
-#define REGISTERS_FROM_0 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define REGISTERS_FROM_16 \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGISTERS_FROM_32 \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define REGISTERS_FROM_48 \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define REGISTERS_FROM_64 \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define REGISTERS_FROM_80 \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define REGISTERS_FROM_96 \
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define REGISTERS_FROM_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define REGISTERS_FROM_16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_FROM_32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define REGISTERS_FROM_48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_FROM_64 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define REGISTERS_FROM_80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define REGISTERS_FROM_96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define REGISTERS_FROM_112 \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define REGISTERS_OF_64 REGISTERS_FROM_0 ", " REGISTERS_FROM_16
 #define REGISTERS_OF_128 REGISTERS_FROM_0 ", " REGISTERS_FROM_16 ", " REGISTERS_FROM_32 ", " REGISTERS_FROM_48
-#define REGISTERS_OF_160 REGISTERS_FROM_0 ", " REGISTERS_FROM_16 ", " REGISTERS_FROM_32 ", " REGISTERS_FROM_48 ", " REGISTERS_FROM_64
-#define REGISTERS_OF_192 REGISTERS_FROM_0 ", " REGISTERS_FROM_16 ", " REGISTERS_FROM_32 ", " REGISTERS_FROM_48 ", " REGISTERS_FROM_64 ", " REGISTERS_FROM_80
-#define REGISTERS_OF_256 REGISTERS_FROM_0 ", " REGISTERS_FROM_16 ", " REGISTERS_FROM_32 ", " REGISTERS_FROM_48 ", " REGISTERS_FROM_64 ", " REGISTERS_FROM_80 ", " REGISTERS_FROM_96 ", " REGISTERS_FROM_112
+#define REGISTERS_OF_192                                                                                         \
+    REGISTERS_FROM_0 ", " REGISTERS_FROM_16 ", " REGISTERS_FROM_32 ", " REGISTERS_FROM_48 ", " REGISTERS_FROM_64 \
+                     ", " REGISTERS_FROM_80
+#define REGISTERS_OF_256                                                                                         \
+    REGISTERS_FROM_0 ", " REGISTERS_FROM_16 ", " REGISTERS_FROM_32 ", " REGISTERS_FROM_48 ", " REGISTERS_FROM_64 \
+                     ", " REGISTERS_FROM_80 ", " REGISTERS_FROM_96 ", " REGISTERS_FROM_112
 #define ACCUMULATORS_OF_64 ACCUMULATORS_64(0)
 #define ACCUMULATORS_OF_128 ACCUMULATORS_128(0)
-#define ACCUMULATORS_OF_160 ACCUMULATORS_128(0), ACCUMULATORS_32(16)
 #define ACCUMULATORS_OF_192 ACCUMULATORS_128(0), ACCUMULATORS_64(16)
 #define ACCUMULATORS_OF_256 ACCUMULATORS_128(0), ACCUMULATORS_128(16)
 
 // One instruction: 16 columns of a (from `left` on) by those of b (from `right` on), WIDTH columns of
 // accumulators. Overwrites them where `adds` is 0.
-template <int WIDTH, int FIRST, int SLOTS>
+template <int WIDTH, int SLOTS>
 __device__ inline void wgmma_ss(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right, int adds) {
-    static_assert(WIDTH == 64 || WIDTH == 128 || WIDTH == 160 || WIDTH == 192 || WIDTH == 256, "an instruction's width");
-#define WGMMA_SS(WIDTH, LEFT, RIGHT, ADDS)                                                                   \
+    static_assert(WIDTH == 64 || WIDTH == 128, "the widths of the instructions below");
+#define WGMMA_SS(WIDTH, LEFT, RIGHT, ADDS)                                                                     \
     asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %" ADDS ", 0; wgmma.mma_async.sync.aligned.m64n" #WIDTH \
                  "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH "}, %" LEFT ", %" RIGHT ", adds, 1, 1, 0, 0; }"  \
-                 : ACCUMULATORS_OF_##WIDTH                                                                    \
+                 : ACCUMULATORS_OF_##WIDTH                                                                     \
                  : "l"(left), "l"(right), "r"(adds))
-    if constexpr (WIDTH == 64) WGMMA_SS(64, "32", "33", "34");
-    else if constexpr (WIDTH == 128) WGMMA_SS(128, "64", "65", "66");
-    else if constexpr (WIDTH == 160) WGMMA_SS(160, "80", "81", "82");
-    else if constexpr (WIDTH == 192) WGMMA_SS(192, "96", "97", "98");
-    else if constexpr (WIDTH == 256) WGMMA_SS(256, "128", "129", "130");
+    if constexpr (WIDTH == 64)
+        WGMMA_SS(64, "32", "33", "34");
+    else
+        WGMMA_SS(128, "64", "65", "66");
 }
 
 // One instruction: 16 columns of the operand in registers by 16 rows of b from `right` on, added.
-template <int WIDTH, int FIRST, int SLOTS>
+template <int WIDTH, int SLOTS>
 __device__ inline void wgmma_rs(real (&sums)[2][SLOTS], const unsigned (&left)[4], unsigned long long right) {
     static_assert(WIDTH == 64 || WIDTH == 128 || WIDTH == 192 || WIDTH == 256, "an instruction's width");
-#define WGMMA_RS(WIDTH, LEFT_0, LEFT_1, LEFT_2, LEFT_3, RIGHT)                                                   \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH          \
-                 "}, {%" LEFT_0 ", %" LEFT_1 ", %" LEFT_2 ", %" LEFT_3 "}, %" RIGHT ", 1, 1, 1, 1;"                \
-                 : ACCUMULATORS_OF_##WIDTH                                                                      \
+#define WGMMA_RS(WIDTH, LEFT_0, LEFT_1, LEFT_2, LEFT_3, RIGHT)                                           \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH \
+                 "}, {%" LEFT_0 ", %" LEFT_1 ", %" LEFT_2 ", %" LEFT_3 "}, %" RIGHT ", 1, 1, 1, 1;"      \
+                 : ACCUMULATORS_OF_##WIDTH                                                               \
                  : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right))
-    if constexpr (WIDTH == 64) WGMMA_RS(64, "32", "33", "34", "35", "36");
-    else if constexpr (WIDTH == 128) WGMMA_RS(128, "64", "65", "66", "67", "68");
-    else if constexpr (WIDTH == 192) WGMMA_RS(192, "96", "97", "98", "99", "100");
-    else if constexpr (WIDTH == 256) WGMMA_RS(256, "128", "129", "130", "131", "132");
+    if constexpr (WIDTH == 64)
+        WGMMA_RS(64, "32", "33", "34", "35", "36");
+    else if constexpr (WIDTH == 128)
+        WGMMA_RS(128, "64", "65", "66", "67", "68");
+    else if constexpr (WIDTH == 192)
+        WGMMA_RS(192, "96", "97", "98", "99", "100");
+    else if constexpr (WIDTH == 256)
+        WGMMA_RS(256, "128", "129", "130", "131", "132");
 }
 
 // Begins sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. TRANSPOSED matters to mma/tf32_split.cuh
@@ -119,8 +116,8 @@ __device__ inline void gemm_ss_async(real (&sums)[2][column_slots<WIDTH>()], con
 #pragma unroll
     for (int k = 0; k < DEPTH / 16; ++k) {
         const int within = k % 4 * 32;
-        wgmma_ss<WIDTH, 0>(sums, left + (k / 4 * HEIGHT * PANEL_BYTES + within) / 16,
-                           right + (k / 4 * WIDTH * PANEL_BYTES + within) / 16, k > 0);
+        wgmma_ss<WIDTH>(sums, left + (k / 4 * HEIGHT * PANEL_BYTES + within) / 16,
+                        right + (k / 4 * WIDTH * PANEL_BYTES + within) / 16, k > 0);
     }
     warpgroup_commit_batch();
 }
@@ -159,7 +156,7 @@ __device__ inline void gemm_rs_async(real (&sums)[2][output_slots<DEPTH>()], Fra
 #pragma unroll
     for (int k = 0; k < WIDTH / 16; ++k) {
         const unsigned long long rows = right + k * 16 * PANEL_BYTES / 16;
-        wgmma_rs<DEPTH, 0>(sums, weights.of[k], rows);
+        wgmma_rs<DEPTH>(sums, weights.of[k], rows);
     }
     warpgroup_commit_batch();
 }
