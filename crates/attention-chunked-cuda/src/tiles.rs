@@ -233,7 +233,7 @@ impl Shape {
 
     /// The fewest rows, or keys where these are not streamed, of any kernel's tiles on any device.
     pub(crate) fn lowest_tile(self) -> usize {
-        if self.is_half() { 16 } else { 8 }
+        if self.is_half() && self.eight_bit.is_none() { FEW_ROWS } else { FEWEST_ROWS }
     }
 
     /// The first of these tiles of split products that the device has room for, if it is to have some.
