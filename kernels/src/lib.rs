@@ -561,7 +561,7 @@ mod tests {
         for source in table.split("        text: ").skip(1) {
             let text = source.split_once("entry_points").unwrap().0;
             let own = paths(text);
-            let files = if text.starts_with("fused!") { [shared.clone(), own].concat() } else { own };
+            let files = if text.contains("fused!(") { [shared.clone(), own].concat() } else { own };
             for (index, file) in files.iter().enumerate() {
                 let content = std::fs::read_to_string(folder.join(file)).unwrap();
                 let comment = (content.lines().map_while(|line| line.strip_prefix("//")))

@@ -12,7 +12,9 @@ use attention_kernels::{DTypeCode, Fused, KEYS_PER_SPLIT, KeyGradients, Layout, 
 use super::NAME;
 use super::features::{bias_dtype, layout_of, term_stride};
 use super::rows::Rows;
-use super::schedule::{SCHEDULE, SCHEDULES, name_of_schedule};
+use super::schedule::{
+    SCHEDULE, SCHEDULES, blocks_for, has_room, most_entries, name_of_schedule, place_of, schedule_of,
+};
 use super::tiles::{FEW_ROWS, MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
 
 /// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are split where
@@ -347,6 +349,40 @@ impl Launches {
             self.kernels.push(Kernel { blocks: blocks.unsigned_abs(), ..kernel });
         }
         Ok(())
+    }
+
+    /// Sets scratch aside for the longest schedule of the pass (`most_entries`), of the lowest tiles there are
+    /// on any device, since scratch must not depend on it.
+    fn set_schedule(&mut self, of: &[(Rows, usize, usize)]) -> Result<(), Unsupported> {
+        if self.layout == Layout::Packed {
+            let entries = most_entries(self.shape.lowest_tile(), of);
+            self.schedule = place_of(entries, self.scratch.bytes()).ok_or_else(|| {
+                limit("tiles of packed rows", entries, "scratch for them does not fit an address space")
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Adds a kernel whose blocks have a tile of packed rows of some head each, behind one that lists them.
+    fn add_scheduled(
+        &mut self,
+        kernel: Kernel,
+        height: usize,
+        entries: [usize; 2],
+        blocks: &[usize],
+    ) -> Result<(), Unsupported> {
+        if self.layout == Layout::Packed {
+            let (tiles, count) = (Tiles::of_schedule(height), entries[0].saturating_mul(entries[1]));
+            if !has_room(&self.schedule, count) {
+                let lowest = self.shape.lowest_tile();
+                return Err(limit("tiles of rows", height, format!("scratch is for at least {lowest}")));
+            }
+            let entry_point = schedule_of(kernel.entry_point);
+            let gradients = KeyGradients::None;
+            let list = Kernel { source: SCHEDULE, entry_point, tiles, gradients, blocks: 0, shared_bytes: 0 };
+            self.add(list, &[blocks_for(count, tiles)])?;
+        }
+        self.add(kernel, &[&entries[..], blocks].concat())
     }
 
     fn forward(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
