@@ -636,6 +636,7 @@ fn tiles_of_packed_rows_are_listed_in_front() {
     use attention_kernels::Layout;
 
     let cases = cases::of_sequences().into_iter().chain(cases::of_batch_invariance());
+    let cases = cases.chain(cases::of_eight_bits());
     let (mut listed, mut unlisted) = (0, 0);
     for (case, dtype) in cases.flat_map(|case| DType::FLOATS.map(|dtype| (case.clone(), dtype))) {
         let data = case.data(dtype);
@@ -643,7 +644,8 @@ fn tiles_of_packed_rows_are_listed_in_front() {
         for &pass in case.passes() {
             let problem = on_device(&case.problem(&data, pass, FeatureSet::all()).unwrap());
             for machine in [SMALL, AMPERE, HOPPER] {
-                let Ok(plan) = Launches::of(&problem, machine) else { continue };
+                let plan = Launches::of(&problem, machine)
+                    .unwrap_or_else(|refused| panic!("{} {dtype} {pass}: {refused}", case.name));
                 let mut before = None;
                 for kernel in &plan.kernels {
                     let (name, height) = match kernel.entry_point {

@@ -115,6 +115,45 @@ fn batch_rows_have_the_bits_of_calls_of_their_own() -> Result {
     Ok(())
 }
 
+/// A block that goes over all tiles of a call gives them the bits that blocks with one tile each do: sequences of
+/// none, one and several tiles of keys follow each other, sixteen heads of each, so that what a producer loads for
+/// the next tiles must not be what consumers still read.
+#[test]
+#[ignore = "needs a GPU"]
+fn one_block_has_the_bits_of_a_block_for_each_tile() -> Result {
+    let device = device()?;
+    let in_one = ChunkedCudaConfig::default().sm_margin(usize::MAX);
+    let [many, one] =
+        [ChunkedCudaConfig::default(), in_one].map(|config| ChunkedCudaBackend::on(device.clone(), config));
+    let lengths = vec![300, 64, 128, 0, 129, 1, 257, 100];
+    for (dtype, width) in [(DType::Bf16, 64), (DType::Bf16, 128), (DType::F16, 256)] {
+        // As many tiles as a device with 132 multiprocessors has at least.
+        let sizes = Sizes { batch: 8, queries: 70, keys: 300, heads: 16, key_heads: 16, width };
+        for (causal, window) in
+            [(false, Window::UNBOUNDED), (true, Window::UNBOUNDED), (false, Window::new(9, 5))]
+        {
+            let mut step = Step::new(&device, dtype, sizes, 7)?;
+            (step.causal, step.window) = (causal, window);
+            let integers = Integers { key_value_lengths: Some(lengths.clone()), ..Integers::default() };
+            let data = Placed::new(&device, Place::Device(DType::I32, 1), &integers)?;
+            let mut results = Vec::new();
+            for backend in [&many, &one, &one] {
+                let plans = step.plan(backend, data.data()?)?;
+                step.poison()?;
+                step.run(&plans, data.data()?)?;
+                results.push(step.results()?);
+            }
+            assert!(!step.holds_nan(&results[0]), "{dtype}, {width}, causal {causal}, {window}: not written");
+            assert!(results[1] == results[0], "{dtype}, {width}, causal {causal}, {window}: other bits");
+            assert!(
+                results[2] == results[0],
+                "{dtype}, {width}, causal {causal}, {window}: other bits again"
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Where splits of a batch-invariant call have blocks of their own, of a row alone, and where one block goes
 /// over all of them, of the batch: the bits of a row are the same, also where it is computed again because of
 /// NaN that it must not see.

@@ -212,7 +212,8 @@ __device__ inline void produce(const Parameters &p, const SharedTiles &shared, c
     // Tiles of keys of the block's earlier tiles; and those of its earlier tiles that had any.
     int step = 0, queries = 0;
     const int warp = __shfl_sync(~0u, (threadIdx.x - THREADS) / 32, 0);
-    // Where one warp loads a tile, the one that has the second tile of values first loads queries.
+    // Queries are always loaded by the same warps, each of which waits for all ends of `query_empty` in order: a
+    // wait tells an end from the last but one only.
     const bool loads_keys = warp < 2;
     const int loader = warp % 2;
     for (TilesOfBlock tiles(p); tiles.has_tile(p); tiles.advance(p)) {
@@ -242,7 +243,7 @@ __device__ inline void produce(const Parameters &p, const SharedTiles &shared, c
 #endif
                 });
         } else {
-            if (EIGHT_BIT || ((loader ^ step) & 1) != 0) {
+            if (EIGHT_BIT || loader == 1) {
                 mbarrier_wait(pipeline.query_empty, queries - 1);
                 load_queries(p, tile, shared.query);
                 mbarrier_arrive_after_copies(pipeline.query_full);
