@@ -26,26 +26,27 @@ pub(crate) fn schedule_of(entry_point: &str) -> &'static str {
     SCHEDULES[usize::from(entry_point == "attention_gradient_of_keys")]
 }
 
-/// Entries of the longest of some schedules, of tiles of this height: each of so many rows or keys, of so
-/// many heads that share a tile, for so many heads or groups of them.
+/// Entries of the longest of these schedules, with tiles of `height` rows or keys. Each schedule is the rows
+/// or keys, the number of heads that share a tile, and the number of heads, or of groups that share tiles.
 pub(crate) fn most_entries(height: usize, of: &[(Rows, usize, usize)]) -> usize {
     let entries =
         |&(rows, shared, heads): &(Rows, usize, usize)| rows.tiles(height, shared).saturating_mul(heads);
     of.iter().map(entries).max().unwrap_or(0)
 }
 
-/// Where so many entries are behind so many bytes of scratch.
+/// The range of scratch, in bytes, for this number of entries, from the first aligned byte at `behind` or
+/// later; `None` if it does not fit an address space.
 pub(crate) fn place_of(entries: usize, behind: usize) -> Option<Range<usize>> {
     let start = behind.checked_next_multiple_of(SCHEDULED_TILE)?;
     Some(start..start.checked_add(entries.checked_mul(SCHEDULED_TILE)?)?)
 }
 
-/// Whether a place has room for so many entries.
+/// Whether this range of scratch, in bytes, fits the entries.
 pub(crate) fn has_room(place: &Range<usize>, entries: usize) -> bool {
     entries.saturating_mul(SCHEDULED_TILE) <= place.len()
 }
 
-/// Blocks that write so many entries.
+/// Blocks of the kernel that writes the entries.
 pub(crate) fn blocks_for(entries: usize, tiles: Tiles) -> usize {
     entries.div_ceil(tiles.threads()).min(SCHEDULING_BLOCKS)
 }

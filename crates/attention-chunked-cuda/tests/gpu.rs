@@ -115,9 +115,9 @@ fn batch_rows_have_the_bits_of_calls_of_their_own() -> Result {
     Ok(())
 }
 
-/// A block that goes over all tiles of a call gives them the bits that blocks with one tile each do: sequences of
-/// none, one and several tiles of keys follow each other, sixteen heads of each, so that what a producer loads for
-/// the next tiles must not be what consumers still read.
+/// A block that goes over all tiles of a call gives them the bits that blocks with one tile each do.
+/// Sequences of none, one and several tiles of keys follow each other, with sixteen heads each: producers
+/// that load the queries of a later tile must wait until consumers have read those of this one.
 #[test]
 #[ignore = "needs a GPU"]
 fn one_block_has_the_bits_of_a_block_for_each_tile() -> Result {
