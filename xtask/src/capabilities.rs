@@ -37,6 +37,7 @@ const CHOSEN: &[(&str, &str)] = &[
     ("dropout", "--shape 4,4096,4096,16,16,128 --dtype bf16 --dropout 0.1"),
     ("softcap", "--shape 4,4096,4096,16,16,128 --dtype bf16 --softcap 30"),
     ("sinks", "--shape 4,4096,4096,16,16,128 --dtype bf16 --sinks"),
+    ("rows of 262144 keys", "--shape 1,256,262144,16,16,128 --dtype bf16"),
     ("plain, f32", "--shape 4,4096,4096,16,16,128 --dtype f32"),
 ];
 
@@ -126,6 +127,16 @@ fn capabilities(backends: &Backends) -> String {
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         rows.push(row(&format!("drift of long sums, {dtype}"), &|backend| {
             drift(&backend.capabilities().long_sums, dtype)
+        }));
+    }
+    for dtype in [DType::F16, DType::Bf16] {
+        rows.push(row(&format!("longest sums of the class, {dtype}"), &|backend| {
+            let limits = &backend.capabilities().sum_limits;
+            let limit = limits.iter().find(|limit| limit.dtype == dtype);
+            limit.map_or_else(
+                || "any".to_owned(),
+                |limit| format!("{} keys; backward {} query rows", limit.keys, limit.queries),
+            )
         }));
     }
     rows.push(row("scratch grows as", &|backend| backend.capabilities().scratch.to_string()));

@@ -82,6 +82,32 @@ impl LongSums {
     }
 }
 
+/// The longest sums for which a backend's numerics class of a dtype holds, where tensor cores make long sums
+/// drift ([`LongSums`]; docs/numerics.md, "Long sums").
+///
+/// An output and a gradient of queries are sums over the keys that a row attends to, a gradient of keys or
+/// values over the rows that attend to the key. Up to these lengths the drift is at most half a unit in the
+/// last place of a result. A longer call leaves the class: an automatic choice passes the backend over, and
+/// asked for by name it serves the call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct SumLimit {
+    /// The operands' dtype.
+    pub dtype: DType,
+    /// Keys that a row attends to, at most.
+    pub keys: usize,
+    /// Query rows that attend to a key, at most, in the backward pass.
+    pub queries: usize,
+}
+
+impl SumLimit {
+    /// The class of this dtype holds for sums over up to so many keys and query rows.
+    pub const fn new(dtype: DType, keys: usize, queries: usize) -> Self {
+        Self { dtype, keys, queries }
+    }
+}
+
 /// What a backend can do, as data: printed in docs and tables, read by the conformance suite, and the first
 /// thing that [`supports`](crate::AttentionBackend::supports) looks at.
 #[derive(Clone, Debug, PartialEq)]
@@ -102,6 +128,9 @@ pub struct Capabilities {
     /// How far long sums drift, by dtype and from fewer keys to more; empty where none do.
     #[cfg_attr(feature = "serde", serde(default))]
     pub long_sums: Vec<LongSums>,
+    /// The longest sums for which the class of a dtype holds; a dtype without an entry has no limit.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub sum_limits: Vec<SumLimit>,
 }
 
 impl Capabilities {
@@ -112,7 +141,8 @@ impl Capabilities {
         forward: PassCapabilities,
         scratch: ScratchGrowth,
     ) -> Self {
-        Self { device, numerics: numerics.into(), forward, backward: None, scratch, long_sums: Vec::new() }
+        let (numerics, long_sums, sum_limits) = (numerics.into(), Vec::new(), Vec::new());
+        Self { device, numerics, forward, backward: None, scratch, long_sums, sum_limits }
     }
 
     /// With a backward pass.
@@ -127,7 +157,14 @@ impl Capabilities {
         Self { long_sums: long_sums.into(), ..self }
     }
 
-    /// The numerics class for operands of `dtype`, or `None` where the backend does not take them.
+    /// With the longest sums for which classes hold.
+    #[must_use]
+    pub fn with_sum_limits(self, sum_limits: impl Into<Vec<SumLimit>>) -> Self {
+        Self { sum_limits: sum_limits.into(), ..self }
+    }
+
+    /// The numerics class for operands of `dtype`, or `None` where the backend does not take them. Of long
+    /// calls, [`check_sums`](Self::check_sums) says whether it holds.
     pub fn numerics_of(&self, dtype: DType) -> Option<NumericsClass> {
         self.numerics.iter().find(|(candidate, _)| *candidate == dtype).map(|&(_, class)| class)
     }
@@ -138,6 +175,42 @@ impl Capabilities {
             Pass::Forward => Some(&self.forward),
             Pass::Backward => self.backward.as_ref(),
         }
+    }
+
+    /// Checks whether the class of the problem's dtype holds for sums as long as the problem's. Whoever chooses
+    /// by class asks this beside [`numerics_of`](Self::numerics_of); `supports` does not, since a backend
+    /// serves longer calls of those who ask for it by name.
+    ///
+    /// Lengths are the problem's upper bounds, so a call with fewer keys may be refused; a window with both
+    /// bounds counts.
+    ///
+    /// # Errors
+    /// [`Unsupported::LongSums`] with the length and the limit.
+    pub fn check_sums(&self, backend: &str, problem: &Problem) -> Result<(), Unsupported> {
+        let dtype = problem.dtype();
+        let limit = self.sum_limits.iter().find(|limit| limit.dtype == dtype);
+        let (Some(limit), Some(class)) = (limit, self.numerics_of(dtype)) else { return Ok(()) };
+        let (dims, window) = (problem.dims(), problem.window());
+        let right = if problem.causal() { Some(0) } else { window.right };
+        // Keys that a row attends to, and rows that attend to a key, are as many as positions in the window.
+        let in_window = match (window.left, right) {
+            (Some(left), Some(right)) => left.saturating_add(right).saturating_add(1),
+            _ => usize::MAX,
+        };
+        let queries = match problem.pass() {
+            Pass::Forward => 0,
+            Pass::Backward => dims.query_length,
+        };
+        for (what, length, limit) in
+            [("keys", dims.key_length, limit.keys), ("query rows", queries, limit.queries)]
+        {
+            let length = length.min(in_window);
+            if length > limit {
+                let backend = backend.to_owned();
+                return Err(Unsupported::LongSums { backend, dtype, class, what, length, limit });
+            }
+        }
+        Ok(())
     }
 
     /// Checks a problem against these capabilities: device, dtype, pass, features and head dimensions. A
@@ -183,5 +256,44 @@ impl Capabilities {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Gradients, ProblemBuilder, TensorDesc, Window};
+
+    /// Outputs are sums over keys; gradients also over query rows; a window with both bounds limits both.
+    #[test]
+    fn classes_hold_for_sums_up_to_their_limits() {
+        let all = PassCapabilities::new(FeatureSet::all());
+        let numerics = [(DType::F16, NumericsClass::HalfF32), (DType::F32, NumericsClass::F32)];
+        let capabilities = Capabilities::new(DeviceKind::Cpu, numerics, all, ScratchGrowth::Constant)
+            .with_sum_limits([SumLimit::new(DType::F16, 64, 32)]);
+        let check = |dtype, queries, keys, options: fn(ProblemBuilder) -> ProblemBuilder| {
+            let desc = |length| TensorDesc::contiguous(dtype, [1, length, 1, 8]);
+            let builder = Problem::builder(desc(queries), desc(keys), desc(keys));
+            match capabilities.check_sums("toy", &options(builder).build().unwrap()) {
+                Ok(()) => None,
+                Err(Unsupported::LongSums { what, length, limit, .. }) => Some((what, length, limit)),
+                Err(other) => panic!("{other}"),
+            }
+        };
+        let backward = |builder: ProblemBuilder| builder.gradients(Gradients::QKV);
+        assert_eq!(check(DType::F16, 1000, 64, |builder| builder), None);
+        assert_eq!(check(DType::F16, 1, 65, |builder| builder), Some(("keys", 65, 64)));
+        assert_eq!(check(DType::F32, 1, 65, |builder| builder), None);
+        assert_eq!(check(DType::F16, 32, 64, backward), None);
+        assert_eq!(check(DType::F16, 33, 64, backward), Some(("query rows", 33, 32)));
+        assert_eq!(check(DType::F16, 32, 65, backward), Some(("keys", 65, 64)));
+        let window = |builder: ProblemBuilder| builder.window(Window::new(40, 23));
+        assert_eq!(check(DType::F16, 1000, 1000, window), None);
+        let wider = |builder: ProblemBuilder| builder.window(Window::new(40, 24));
+        assert_eq!(check(DType::F16, 1000, 1000, wider), Some(("keys", 65, 64)));
+        // Causal calls see nothing to the right, and are not bounded to the left.
+        let causal = |builder: ProblemBuilder| builder.window(Window::new(63, 24)).causal(true);
+        assert_eq!(check(DType::F16, 1000, 1000, causal), None);
+        assert_eq!(check(DType::F16, 65, 65, |builder| builder.causal(true)), Some(("keys", 65, 64)));
     }
 }

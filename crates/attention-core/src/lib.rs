@@ -35,7 +35,7 @@ pub use backend::AttentionBackend;
 pub use call::{
     BackwardCall, BackwardInputs, BackwardOutputs, CallProblem, ForwardCall, ForwardOutputs, Inputs,
 };
-pub use capabilities::{Capabilities, LongSums, PassCapabilities, ScratchGrowth};
+pub use capabilities::{Capabilities, LongSums, PassCapabilities, ScratchGrowth, SumLimit};
 pub use data::CallData;
 pub use delegate::{Delegate, DelegatePlan};
 pub use device::{Device, DeviceKind};

@@ -14,6 +14,7 @@ mod large;
 mod launch;
 mod layout;
 mod library;
+mod long_sums;
 mod nan_isolation;
 mod numbers;
 mod offline;

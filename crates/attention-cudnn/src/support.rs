@@ -2,10 +2,11 @@
 //! limit.
 
 use attention_core::{
-    Alignment, Capabilities, DType, Device, DeviceKind, Feature, FeatureSet, LongSums, NumericsClass,
-    OffsetRange, Pass, PassCapabilities, Problem, Role, RowLayout, ScratchGrowth, Unsupported,
+    Alignment, Capabilities, DType, Device, DeviceKind, Feature, FeatureSet, NumericsClass, OffsetRange,
+    Pass, PassCapabilities, Problem, Role, RowLayout, ScratchGrowth, Unsupported,
 };
 
+use crate::long_sums::{LONG_SUMS, SUM_LIMITS};
 use crate::places::Places;
 use crate::seen::has_lengths;
 use crate::{CudnnConfig, NAME};
@@ -196,16 +197,6 @@ fn features() -> FeatureSet {
     .collect()
 }
 
-/// The relative errors of long sums, measured with cuDNN 9.19 on an H200, for values of one sign and 256
-/// rows.
-const LONG_SUMS: &[LongSums] = &[
-    LongSums::new(DType::F16, 4096, -2e-5),
-    LongSums::new(DType::F16, 65_536, -4e-4),
-    LongSums::new(DType::F16, 1 << 20, -6.4e-3),
-    LongSums::new(DType::Bf16, 65_536, -7e-4),
-    LongSums::new(DType::Bf16, 1 << 20, -7e-3),
-];
-
 /// What the backend can do on a target.
 pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities {
     // The largest head dimensions that cuDNN's engines take, forward and backward.
@@ -226,6 +217,7 @@ pub(crate) fn capabilities(target: Target, config: &CudnnConfig) -> Capabilities
     Capabilities::new(DeviceKind::Cuda, numerics, pass(in_forward, forward), ScratchGrowth::Linear)
         .with_backward(pass(in_backward, backward))
         .with_long_sums(LONG_SUMS)
+        .with_sum_limits(SUM_LIMITS)
 }
 
 /// The refusal of a value of something.

@@ -88,6 +88,26 @@ pub enum Unsupported {
         /// The class asked for.
         wanted: NumericsClass,
     },
+    /// The call's sums are longer than those for which the backend's numerics class holds, and a class was
+    /// asked for. By its name alone the backend serves the call.
+    #[error(
+        "{backend} does not compute {dtype} in class {class} over {length} {what}: its long sums drift, and the \
+         class holds for up to {limit}; asked for by name it serves the call"
+    )]
+    LongSums {
+        /// The backend.
+        backend: String,
+        /// The problem's dtype.
+        dtype: DType,
+        /// The backend's class for shorter sums, which was asked for.
+        class: NumericsClass,
+        /// What the sums are over: "keys" or "query rows".
+        what: &'static str,
+        /// How many of them, at most.
+        length: usize,
+        /// The most for which the class holds.
+        limit: usize,
+    },
 }
 
 impl Unsupported {

@@ -24,8 +24,9 @@ pub struct Explanation {
     pub scratch_limit: Option<usize>,
     /// The numerics class asked for.
     pub numerics: Option<NumericsClass>,
-    /// What a caller may not mean, in words: keys that a causal call hides from every query row. Where that
-    /// depends on lengths, only the explanation of a call has it, and not that of a problem.
+    /// What a caller may not mean, in words: keys that a causal call hides from every query row (where that
+    /// depends on lengths, only the explanation of a call has it, and not that of a problem), and sums too
+    /// long for the class of an implementation that was asked for by name.
     #[cfg_attr(feature = "serde", serde(default))]
     pub notes: Vec<String>,
     /// What would run, in a form to store; `None` where nothing serves the problem.
@@ -78,7 +79,7 @@ pub enum Cause {
     Device,
     /// Its library or device is not there.
     Unavailable,
-    /// It computes in another numerics class.
+    /// It computes in another numerics class, or its class does not hold for sums as long as the call's.
     Numerics,
     /// It needs more scratch memory than the limit.
     ScratchLimit,
@@ -100,7 +101,9 @@ impl From<&Refusal> for Cause {
             Refusal::Unavailable(_) => Self::Unavailable,
             Refusal::Planning { .. } => Self::Planning,
             Refusal::Unsupported(Unsupported::Device { .. }) => Self::Device,
-            Refusal::Unsupported(Unsupported::Numerics { .. }) => Self::Numerics,
+            Refusal::Unsupported(Unsupported::Numerics { .. } | Unsupported::LongSums { .. }) => {
+                Self::Numerics
+            }
             Refusal::Unsupported(Unsupported::ScratchLimit { .. }) => Self::ScratchLimit,
             Refusal::Unsupported(_) => Self::Unsupported,
         }
@@ -234,12 +237,19 @@ impl Policy {
                 Err(refusal) => refused(&**backend, problem, &refusal),
             });
         }
+        let mut notes: Vec<String> = always_hidden_keys(problem).into_iter().collect();
+        // It was asked for by name: an automatic choice would not have taken it.
+        if let Some((backend, _)) = &chosen
+            && let Err(leaves_its_class) = backend.capabilities().check_sums(backend.name(), problem)
+        {
+            notes.push(leaves_its_class.to_string());
+        }
         Explanation {
             problem: problem.clone(),
             asked_for: self.wanted.implementation.to_string(),
             scratch_limit: self.wanted.scratch_limit,
             numerics: self.wanted.numerics,
-            notes: always_hidden_keys(problem).into_iter().collect(),
+            notes,
             choice: chosen.map(|(_, choice)| choice),
             candidates,
         }

@@ -198,6 +198,7 @@ impl Policy {
             if let Some(class) = numerics.filter(|&numerics| numerics != wanted) {
                 return Err(Unsupported::Numerics { backend: name(), dtype, class, wanted }.into());
             }
+            capabilities.check_sums(backend.name(), problem)?;
         }
         Ok(())
     }

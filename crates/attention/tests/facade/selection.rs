@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use attention::core::Alignment;
+use attention::core::{Alignment, SumLimit};
 use attention::{
-    Attention, AttentionBackend, Cause, Choice, DType, DeviceKind, Dimensions, Error, Implementation,
-    NumericsClass, Problem, Reason, Refusal, Registry, Tensor, Unsupported, Verdict,
+    Attention, AttentionBackend, Cause, Choice, DType, DeviceKind, Dimensions, Error, Gradients,
+    Implementation, NumericsClass, Pass, Problem, Reason, Refusal, Registry, Tensor, Unsupported, Verdict,
 };
 
 use crate::support::{Toy, registry};
@@ -491,4 +491,70 @@ fn a_build_without_features_has_no_implementation() {
     assert!(Registry::shared().names().is_empty());
     let text = attention::explain(&problem()).to_string();
     assert!(text.ends_with("no implementation is registered"), "{text}");
+}
+
+/// An implementation whose class holds for rows of up to 64 keys and for 32 query rows in backward, before
+/// one without a limit; and a problem of so many query rows and keys.
+fn with_sum_limits() -> (Registry, impl Fn(usize, usize, Pass) -> Problem) {
+    let mut drifting = Toy::new("drifting").numerics(&[(DType::F16, NumericsClass::HalfF32)]);
+    drifting.capabilities = drifting.capabilities.with_sum_limits([SumLimit::new(DType::F16, 64, 32)]);
+    let exact = Toy::new("exact").numerics(&[(DType::F16, NumericsClass::HalfF32)]);
+    let problem = |query_length, key_length, pass| {
+        let dims = Dimensions { query_length, key_length, ..problem().dims() };
+        let builder = dims.problem(DType::F16);
+        match pass {
+            Pass::Forward => builder.build(),
+            Pass::Backward => builder.gradients(Gradients::QKV).build(),
+        }
+        .unwrap()
+    };
+    (registry([drifting.arc(), exact.arc()]), problem)
+}
+
+#[test]
+fn auto_does_not_leave_the_class_for_long_sums() {
+    let (registry, problem) = with_sum_limits();
+    let auto = Attention::new().registry(&registry);
+    for (queries, keys, pass, name) in [
+        (1000, 64, Pass::Forward, "drifting"),
+        (1000, 65, Pass::Forward, "exact"),
+        (32, 64, Pass::Backward, "drifting"),
+        (33, 64, Pass::Backward, "exact"),
+        (32, 65, Pass::Backward, "exact"),
+    ] {
+        let problem = problem(queries, keys, pass);
+        assert_eq!(auto.plan(&problem).unwrap().backend().name(), name, "{problem}");
+        let explanation = auto.explain_problem(&problem);
+        assert_eq!(explanation.chosen().unwrap().name, name, "{problem}");
+        assert!(explanation.notes.is_empty());
+    }
+    let explanation = auto.explain_problem(&problem(1, 65, Pass::Forward));
+    let passed_over = explanation.candidate("drifting").unwrap();
+    assert_eq!(passed_over.verdict, Verdict::Refused(Cause::Numerics));
+    assert_eq!(
+        passed_over.reason,
+        "drifting does not compute f16 in class HalfF32 over 65 keys: its long sums drift, and the class holds \
+         for up to 64; asked for by name it serves the call"
+    );
+}
+
+#[test]
+fn a_name_serves_long_sums_and_a_class_refuses_them_with_the_numbers() {
+    let (registry, problem) = with_sum_limits();
+    let long = problem(33, 65, Pass::Backward);
+    let named = Attention::new().registry(&registry).implementation("drifting");
+    assert_eq!(named.plan(&long).unwrap().reason(), Reason::Named);
+    let explanation = named.explain_problem(&long);
+    assert_eq!(explanation.chosen().unwrap().name, "drifting");
+    assert!(matches!(&explanation.notes[..], [note] if note.contains("over 65 keys")), "{explanation}");
+    let both = named.numerics(NumericsClass::HalfF32);
+    let error = both.plan(&long).unwrap_err();
+    let Some(&Unsupported::LongSums { dtype, class, what, length, limit, .. }) = error.unsupported() else {
+        panic!("{error}")
+    };
+    assert_eq!((dtype, class), (DType::F16, NumericsClass::HalfF32));
+    assert_eq!((what, length, limit), ("keys", 65, 64));
+    let error = both.plan(&problem(33, 64, Pass::Backward)).unwrap_err();
+    assert!(error.to_string().contains("over 33 query rows"), "{error}");
+    assert!(both.plan(&problem(32, 64, Pass::Backward)).is_ok());
 }

@@ -12,7 +12,7 @@ use crate::{
 
 variants!(
     Unsupported, UNSUPPORTED, name_of_unsupported:
-    Device, DType, Feature, Pass, Limit, ScratchLimit, LentScratch, Numerics,
+    Device, DType, Feature, Pass, Limit, ScratchLimit, LentScratch, Numerics, LongSums,
 );
 variants!(Error, ERRORS, name_of_error: InvalidCall, Unsupported, Unavailable, Backend, OutOfMemory);
 
@@ -68,6 +68,18 @@ fn every_unsupported_variant_names_the_limit_and_the_value() {
                 wanted: NumericsClass::F32,
             },
             "toy computes f32 in class Tf32, class F32 was asked for",
+        ),
+        (
+            Unsupported::LongSums {
+                backend: backend(),
+                dtype: DType::F16,
+                class: NumericsClass::HalfF32,
+                what: "keys",
+                length: 65,
+                limit: 64,
+            },
+            "toy does not compute f16 in class HalfF32 over 65 keys: its long sums drift, and the class holds \
+             for up to 64; asked for by name it serves the call",
         ),
     ];
     let mut seen = HashSet::new();
