@@ -26,9 +26,14 @@ const DEVICES: &[(&str, &str)] =
 /// Calls of which an automatic choice takes different backends, in words and as options of
 /// `cargo xtask explain`.
 const CHOSEN: &[(&str, &str)] = &[
-    ("plain, bf16", "--shape 4,4096,4096,16,16,128 --dtype bf16"),
-    ("the same, causal", "--shape 4,4096,4096,16,16,128 --dtype bf16 --causal"),
-    ("the same, backward", "--shape 4,4096,4096,16,16,128 --dtype bf16 --causal --pass backward"),
+    ("4 sequences of 4096 tokens, bf16", "--shape 4,4096,4096,16,16,128 --dtype bf16"),
+    ("32 sequences of 512 tokens", "--shape 32,512,512,16,16,128 --dtype bf16"),
+    ("causal, heads of 64", "--shape 4,4096,4096,32,32,64 --dtype bf16 --causal"),
+    ("plain, on an A100", "--shape 32,512,512,16,16,128 --dtype bf16 --device a100@9.19"),
+    ("plain, on an RTX 4090", "--shape 32,512,512,16,16,128 --dtype bf16 --device rtx4090@9.19"),
+    ("plain, on a B200", "--shape 32,512,512,16,16,128 --dtype bf16 --device b200@9.19"),
+    ("4 sequences of 4096, causal", "--shape 4,4096,4096,16,16,128 --dtype bf16 --causal"),
+    ("the same, causal, backward", "--shape 4,4096,4096,16,16,128 --dtype bf16 --causal --pass backward"),
     ("backward of 256 x 256 logits a head", "--shape 4,256,256,16,16,128 --dtype bf16 --pass backward"),
     ("grouped heads, backward", "--shape 4,4096,4096,32,8,128 --dtype bf16 --pass backward"),
     ("decoding", "--shape 32,1,8192,32,8,128 --dtype bf16"),
@@ -195,14 +200,19 @@ fn features(backends: &Backends) -> String {
 /// What an automatic choice takes.
 fn choices() -> crate::Result<String> {
     let rows = CHOSEN.iter().map(|(call, options)| {
-        let explanation = explain::explained(&format!("{options} --device {DEVICE}"))?;
+        let device = if options.contains("--device") { "" } else { &format!(" --device {DEVICE}") };
+        let explanation = explain::explained(&format!("{options}{device}"))?;
         let chosen = explanation.chosen().ok_or_else(|| format!("nothing serves {options}"))?;
         let first = explanation.candidate("cudnn").ok_or("no cudnn")?;
-        let reason = if chosen.name == first.name { String::new() } else { first.reason.clone() };
+        let reason = match chosen.name == first.name {
+            // Behind what every choice says: what decided on the order.
+            true => chosen.reason.split_once("; ").map_or_else(String::new, |(_, why)| why.to_owned()),
+            false => first.reason.clone(),
+        };
         Ok(vec![(*call).to_owned(), format!("`{options}`"), format!("`{}`", chosen.name), reason])
     });
     let rows = rows.collect::<crate::Result<Vec<_>>>()?;
-    Ok(table(&["call", "options of `cargo xtask explain`", "chosen", "why not `cudnn`"], &rows))
+    Ok(table(&["call", "options of `cargo xtask explain`", "chosen", "why"], &rows))
 }
 
 /// The limits of cuDNN that differ between devices.

@@ -133,6 +133,10 @@ impl AttentionBackend for ChunkedCudaBackend {
         self.runtime().map(|_| ())
     }
 
+    fn compute_capability(&self) -> Option<(u32, u32)> {
+        self.runtime().ok().and_then(|runtime| runtime.device.compute_capability().ok())
+    }
+
     /// Those of the device at hand; none where there is no device.
     fn variants(&self) -> Option<&Variants> {
         let _ = self.runtime();

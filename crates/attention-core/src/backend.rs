@@ -41,6 +41,13 @@ pub trait AttentionBackend: Send + Sync + std::fmt::Debug {
     /// [`Unavailable`] names what is missing and where it was looked for.
     fn available(&self) -> Result<(), Unavailable>;
 
+    /// The compute capability of the CUDA device that it works on, `(9, 0)` for Hopper: an automatic choice
+    /// orders implementations by it. What it assumes for its answers where there is no device; `None`, the
+    /// default, where it works on none, or cannot say.
+    fn compute_capability(&self) -> Option<(u32, u32)> {
+        None
+    }
+
     /// Whether it can serve this problem. Pure: runs nothing, allocates no device memory, needs no device.
     ///
     /// # Errors

@@ -98,6 +98,11 @@ pub trait Delegate: Send + Sync + std::fmt::Debug {
         self.inner().available()
     }
 
+    /// As [`AttentionBackend::compute_capability`].
+    fn compute_capability(&self) -> Option<(u32, u32)> {
+        self.inner().compute_capability()
+    }
+
     /// As [`AttentionBackend::supports`].
     ///
     /// # Errors
@@ -143,6 +148,10 @@ impl<D: Delegate> AttentionBackend for D {
 
     fn available(&self) -> Result<(), Unavailable> {
         Delegate::available(self)
+    }
+
+    fn compute_capability(&self) -> Option<(u32, u32)> {
+        Delegate::compute_capability(self)
     }
 
     fn supports(&self, problem: &Problem) -> Result<(), Unsupported> {
@@ -279,6 +288,10 @@ mod tests {
             self.was("available");
             Ok(())
         }
+        fn compute_capability(&self) -> Option<(u32, u32)> {
+            self.was("compute_capability");
+            Some((9, 0))
+        }
         fn supports(&self, _: &Problem) -> Result<(), Unsupported> {
             self.was("supports");
             Ok(())
@@ -379,6 +392,7 @@ mod tests {
         assert_eq!(wrapper.capabilities().numerics, []);
         assert!(wrapper.available().is_ok() && wrapper.supports(&problem).is_ok());
         assert!(wrapper.variants().is_some());
+        assert_eq!(wrapper.compute_capability(), Some((9, 0)));
         assert_eq!(wrapper.scratch_bytes(&problem), Ok(9));
         let plan = wrapper.plan(&problem).unwrap();
         assert_eq!((plan.backend(), plan.problem(), plan.scratch_bytes()), ("asked", &problem, 9));
@@ -400,6 +414,7 @@ mod tests {
             "available",
             "supports",
             "variants",
+            "compute_capability",
             "scratch_bytes",
             "plan",
             "backend",

@@ -120,6 +120,10 @@ impl AttentionBackend for CudnnBackend {
         self.runtime().map(|_| ())
     }
 
+    fn compute_capability(&self) -> Option<(u32, u32)> {
+        Some(self.target().capability)
+    }
+
     fn variants(&self) -> Option<&Variants> {
         Some(&self.variants)
     }

@@ -187,7 +187,7 @@ impl Policy {
         let asked = self.asked(problem);
         // With a name that nothing has in the list, the call fails whatever else is in it.
         let fails = unknown_name(&asked).map(|refusal| format!("the call fails: {refusal}"));
-        for Asked { backend, reason, class } in asked {
+        for Asked { backend, reason, class, crossover } in asked {
             let backend = match backend {
                 Ok(backend) => backend,
                 Err(refusal) => {
@@ -216,10 +216,21 @@ impl Policy {
                 (Ok(served), None) => {
                     let choice = Choice::of(&*backend, problem.dtype(), served.numerics);
                     chosen = Some((backend.clone(), choice));
-                    describe(&*backend, problem, Verdict::Chosen(reason), reason.to_string(), Some(served))
+                    let before = crossover.filter(|crossover| crossover.faster == backend.name());
+                    let why = match before {
+                        Some(crossover) => format!("{reason}; before {}, {crossover}", crossover.slower),
+                        None => reason.to_string(),
+                    };
+                    describe(&*backend, problem, Verdict::Chosen(reason), why, Some(served))
                 }
                 (Ok(served), Some((first, _))) => {
-                    let reason = format!("{} comes before it", first.name());
+                    let after = crossover.filter(|crossover| {
+                        (crossover.faster, crossover.slower) == (first.name(), backend.name())
+                    });
+                    let reason = match after {
+                        Some(crossover) => format!("{} comes before it, {crossover}", first.name()),
+                        None => format!("{} comes before it", first.name()),
+                    };
                     describe(&*backend, problem, Verdict::Eligible, reason, Some(served))
                 }
                 (Err(refusal), _) => refused(&*backend, problem, &refusal),

@@ -2,6 +2,8 @@
 
 mod choice;
 mod chosen;
+mod crossovers;
+mod devices;
 mod explanation;
 mod implementation;
 mod ours;

@@ -6,8 +6,9 @@ use attention_core::{AttentionBackend, NumericsClass, Plan, Problem, Unsupported
 
 use super::Implementation;
 use super::chosen::{Chosen, Reason, Wanted};
+use super::crossovers::{CROSSOVERS, Crossover};
 use super::ours::{is_unknown, missing};
-use super::preference::{CROSSOVERS, order};
+use super::preference::{device_class, order};
 use crate::{Error, Refusal, Registry, hidden_keys};
 
 /// Among what a caller has the choice made, and what he asks of it.
@@ -31,6 +32,8 @@ pub(crate) struct Asked {
     pub(crate) reason: Reason,
     /// The class that it must compute in, by the kind of choice.
     pub(crate) class: Option<NumericsClass>,
+    /// What decided on its place in an automatic choice, if anything did.
+    pub(crate) crossover: Option<&'static Crossover>,
 }
 
 /// The refusal of the first name that nothing has, in this build or another, which is the error of the call.
@@ -117,11 +120,13 @@ impl Policy {
         let reason = |own: Reason| place.map_or(own, Reason::Preferred);
         let mut in_order = |class: NumericsClass, own: Reason| {
             let mut backends = self.registry().backends().to_vec();
-            order(&mut backends, problem, CROSSOVERS);
+            let device = device_class(&backends, problem);
+            let crossovers = order(&mut backends, problem, device, CROSSOVERS);
             asked.extend(backends.into_iter().map(|backend| Asked {
-                backend: Ok(backend),
                 reason: reason(own),
                 class: Some(class),
+                crossover: crossovers.iter().find(|crossover| crossover.is_of(backend.name())).copied(),
+                backend: Ok(backend),
             }));
         };
         match implementation {
@@ -133,11 +138,11 @@ impl Policy {
             Implementation::Named(name) => {
                 let registry = self.registry();
                 let backend = registry.get(name).cloned().ok_or_else(|| missing(name, registry));
-                asked.push(Asked { backend, reason: reason(Reason::Named), class: None });
+                asked.push(Asked { backend, reason: reason(Reason::Named), class: None, crossover: None });
             }
             Implementation::Exactly(backend) => {
                 let backend = Ok(Arc::clone(backend));
-                asked.push(Asked { backend, reason: reason(Reason::Given), class: None });
+                asked.push(Asked { backend, reason: reason(Reason::Given), class: None, crossover: None });
             }
             Implementation::Prefer(list) => {
                 for (index, implementation) in list.iter().enumerate() {
@@ -250,7 +255,7 @@ impl Policy {
             return Err(refusal.clone().into());
         }
         let mut passed_over = Vec::new();
-        for Asked { backend, reason, class } in asked {
+        for Asked { backend, reason, class, .. } in asked {
             let planned = backend.map_err(Obstacle::from).and_then(|backend| {
                 let (served, plan) = self.plan(&*backend, class, problem)?;
                 Ok((backend, served, plan))
