@@ -10,6 +10,7 @@ use attention_cuda::parameters::{ScratchAddresses, dtype_code};
 use attention_kernels::{DTypeCode, Fused, KEYS_PER_SPLIT, KeyGradients, Layout, Variant};
 
 use super::NAME;
+use super::axes::{axes, options_of_kind};
 use super::features::{bias_dtype, layout_of, term_stride};
 use super::rows::Rows;
 use super::schedule::{
@@ -71,6 +72,14 @@ impl Kernel {
         variant(self.entry_point, launches.shape, self.tiles, more, launches.layout)
     }
 
+    /// Its names by what tiles do not say, which are among the backend's [`variants`] too.
+    pub(crate) fn axes(&self, launches: &Launches) -> Vec<String> {
+        if self.source == SCHEDULE {
+            return Vec::new();
+        }
+        axes(self.entry_point, launches.shape, launches.shape.features, self.tiles, launches.layout)
+    }
+
     /// Whether the kernel is compiled otherwise for batch-invariant calls.
     fn is_another_batch_invariant(&self) -> bool {
         ["attention_forward", "attention_merge", "attention_prepare_gradients"].contains(&self.entry_point)
@@ -84,15 +93,6 @@ impl Kernel {
             block_dim: (self.tiles.threads() as u32, 1, 1),
             shared_mem_bytes: self.shared_bytes as u32,
         }
-    }
-}
-
-/// How products of these tiles are computed, as names of variants say it.
-fn multiplied_by(tiles: Tiles) -> &'static str {
-    match (tiles.warpgroups, tiles.tf32_split) {
-        (true, _) => " on warpgroups",
-        (_, true) => " in tf32 parts",
-        _ => "",
     }
 }
 
@@ -111,20 +111,21 @@ fn variant_batch_invariant(
         Layout::Packed => ", packed",
         Layout::Paged => ", paged",
     };
-    format!("{name} {dtype}{rows}, batch invariant{}{more}", multiplied_by(tiles))
+    format!("{name} {dtype}{rows}, batch invariant{}{more}", tiles.multiplied_by())
 }
 
 /// What a kernel is called among the variants of the backend: by its entry point, dtype, tiles and what
-/// multiplies them. Head dimensions and options that share tiles share a variant. So do all tiles of packed
-/// rows, of pages, and of 8-bit keys, that are multiplied alike: where rows lie, and what is widened on the
-/// way to a tile, is apart from how many a tile has. Kernels that read bytes as they are have other products,
-/// of 8 or of 16 rows. The two dtypes of 8 bits differ in one conversion.
+/// multiplies them. Head dimensions, options and stages that share tiles share a variant, and are counted
+/// apart ([`axes`]). All tiles share one of packed rows, of pages, and of 8-bit keys, that are multiplied
+/// alike: where rows lie, and what is widened on the way to a tile, is apart from how many a tile has. Kernels
+/// that read bytes as they are have other products, of 8 or of 16 rows. The two dtypes of 8 bits differ in one
+/// conversion.
 fn variant(entry_point: &str, shape: Shape, tiles: Tiles, more: &str, layout: Layout) -> String {
     let Shape { dtype, eight_bit, .. } = shape;
     let name = entry_point.trim_start_matches("attention_").replace('_', " ");
     let Tiles { rows, keys, warps, .. } = tiles;
     let tile = if rows > 0 { format!(" {rows}x{keys}") } else { String::new() };
-    let by = multiplied_by(tiles);
+    let by = tiles.multiplied_by();
     let keys = match eight_bit {
         Some(_) if shape.reads_bytes(tiles) => &format!(", 8-bit keys by {rows} rows"),
         Some(_) => ", 8-bit keys",
@@ -161,13 +162,20 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
                 true => variant_batch_invariant(entry_point, dtype, tiles, more, layout),
                 false => of(entry_point, tiles, more),
             };
+            type Name<'a> = &'a dyn Fn(&str, Tiles, &str) -> String;
+            let mut insert = |name: Name<'_>, entry_point: &str, tiles: Tiles, more: &str| {
+                names.insert(name(entry_point, tiles, more));
+                for options in options_of_kind(shape.features) {
+                    names.extend(axes(entry_point, shape, options, tiles, layout));
+                }
+            };
             for &rows in shape.counts_of_rows() {
                 let tiles = shape.forward(rows, machine);
                 if shape.forward_bytes(tiles) <= machine.shared_bytes {
                     let merge = Tiles::of_merge(tiles, shape.batch_invariant);
-                    names.insert(of_splits("attention_forward", tiles, ""));
-                    names.insert(of_splits("attention_forward", tiles, SPLIT_KEYS));
-                    names.insert(of_splits("attention_merge", merge, ""));
+                    insert(&of_splits, "attention_forward", tiles, "");
+                    insert(&of_splits, "attention_forward", tiles, SPLIT_KEYS);
+                    insert(&of_splits, "attention_merge", merge, "");
                 }
             }
             // Keys in pages, and those of 8 bits, have no gradients.
@@ -179,16 +187,16 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
             if fits.iter().any(|&bytes| bytes > machine.shared_bytes) {
                 continue;
             }
-            names.insert(of_splits("attention_prepare_gradients", Tiles::of_rows(), ""));
-            names.insert(of("attention_gradient_of_sinks", Tiles::of_rows(), ""));
-            names.insert(of("attention_gradient_of_queries", queries, ""));
-            names.insert(of("attention_gradient_of_keys", keys, ONE_GRADIENT));
+            insert(&of_splits, "attention_prepare_gradients", Tiles::of_rows(), "");
+            insert(&of, "attention_gradient_of_sinks", Tiles::of_rows(), "");
+            insert(&of, "attention_gradient_of_queries", queries, "");
+            insert(&of, "attention_gradient_of_keys", keys, ONE_GRADIENT);
             if !shape.splits_gradients() {
-                names.insert(of("attention_gradient_of_keys", keys, ""));
+                insert(&of, "attention_gradient_of_keys", keys, "");
             }
             // Kernels without an option have no bias.
             if !shape.features.is_none() {
-                names.insert(of("attention_gradient_of_bias", bias, ""));
+                insert(&of, "attention_gradient_of_bias", bias, "");
             }
         }
     }

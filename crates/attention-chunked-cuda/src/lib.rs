@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod axes;
 mod backend;
 mod config;
 mod features;

@@ -25,8 +25,8 @@ pub(crate) struct ChunkedCudaPlan {
     store: NumberStore,
     /// Of the kernels, in order.
     functions: Vec<CudaFunction>,
-    /// As well.
-    runs: Vec<VariantCounter>,
+    /// As well, by each of a kernel's names.
+    runs: Vec<Vec<VariantCounter>>,
 }
 
 impl ChunkedCudaPlan {
@@ -52,8 +52,11 @@ impl ChunkedCudaPlan {
         if problem.batch_invariant() || launches.kernels.iter().any(|kernel| kernel.tiles.tf32_split) {
             of_calls.check_results();
         }
-        let runs =
-            launches.kernels.iter().map(|kernel| variants.counter(&kernel.variant(&launches))).collect();
+        let counters = |kernel: &Kernel| {
+            let names = std::iter::once(kernel.variant(&launches)).chain(kernel.axes(&launches));
+            names.map(|name| variants.counter(&name)).collect()
+        };
+        let runs = launches.kernels.iter().map(counters).collect();
         let (problem, runtime) = (problem.clone(), runtime.clone());
         Ok(Self { problem, runtime, launches, parameters, store, functions, runs })
     }
@@ -92,7 +95,7 @@ impl ChunkedCudaPlan {
             // read on the device.
             unsafe { launch(stream, function, &parameters, kernel.launch_config()) }
                 .map_err(|error| failure(NAME, "running a kernel", error))?;
-            runs.count();
+            runs.iter().for_each(VariantCounter::count);
         }
         Ok(())
     }

@@ -66,6 +66,15 @@ impl Tiles {
         Self::new(0, 0, 8, 0)
     }
 
+    /// How products are computed, as names of variants say it.
+    pub(crate) fn multiplied_by(self) -> &'static str {
+        match (self.warpgroups, self.tf32_split) {
+            (true, _) => " on warpgroups",
+            (_, true) => " in tf32 parts",
+            _ => "",
+        }
+    }
+
     /// Threads of a block.
     pub(crate) fn threads(self) -> usize {
         block_threads(self.warps, self.warpgroups)

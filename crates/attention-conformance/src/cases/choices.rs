@@ -56,6 +56,25 @@ pub(super) fn cases() -> Vec<Case> {
             }
         }
     }
+    // Widths beside each other of which one decides about tiles; keys that are cut where heads are wide; and
+    // rows and keys of few and many at once.
+    for (sizes, value_head_dim) in [
+        ([1, 5, 6, 1, 1, 448], 64),
+        ([1, 5, 6, 1, 1, 32], 512),
+        ([1, 5, 6, 1, 1, 256], 32),
+        ([1, 5, 6, 1, 1, 32], 256),
+        ([1, 3, 600, 1, 1, 200], 200),
+        ([1, 3, 600, 1, 1, 300], 32),
+        ([1, 70, 600, 1, 1, 32], 96),
+        ([1, 150, 170, 1, 1, 96], 96),
+    ] {
+        let [_, rows, keys, .., head_dim] = sizes;
+        let name = format!("choices/rows-{rows}-keys-{keys}-h{head_dim}-hv{value_head_dim}");
+        cases.push(Case::new(name, Dimensions { value_head_dim, ..dims(sizes) }));
+    }
+    let mut case = Case::new("choices/dk-h112", dims([1, 5, 6, 2, 2, 112]));
+    case.options.gradients = Gradients::KEY;
+    cases.push(case);
     let mut case = Case::new("choices/dbias-h192", dims([1, 5, 6, 2, 1, 192]));
     case.options.bias = Some(Broadcast::FULL);
     cases.push(case);

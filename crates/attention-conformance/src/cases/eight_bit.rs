@@ -145,6 +145,7 @@ fn sizes(cases: &mut Vec<Case>) {
         ("large", &[130, 140][..], &[140, 130][..]),
         ("large-and-long-keys", &[200, 1, 300], &[1300, 700, 300]),
         ("decode-long", &[1, 1], &[700, 33]),
+        ("few-rows-long", &[20, 1], &[700, 33]),
     ]
     .into_iter()
     .enumerate()

@@ -118,9 +118,11 @@ fn lengths(cases: &mut Vec<Case>) {
         cases.push(case);
     }
     // Enough rows and keys for every tile of kernels on a GPU, and for keys that are split.
-    for (name, queries, keys) in
-        [("long", &[200, 1, 300][..], &[1300, 700, 300][..]), ("large", &[130, 140], &[140, 130])]
-    {
+    for (name, queries, keys) in [
+        ("long", &[200, 1, 300][..], &[1300, 700, 300][..]),
+        ("large", &[130, 140], &[140, 130]),
+        ("few-rows-long", &[20, 1], &[700, 33]),
+    ] {
         cases.push(of_tiles(of_lengths(format!("packed/{name}"), queries, keys)));
     }
     // The same without grouped heads, whose gradients not every backend sums exactly: empty sequences between

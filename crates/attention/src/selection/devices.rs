@@ -13,9 +13,6 @@ pub(crate) enum DeviceClass {
 }
 
 impl DeviceClass {
-    /// Every class.
-    pub(crate) const ALL: &[Self] = &[Self::Hopper, Self::Blackwell, Self::Other];
-
     /// The class of a compute capability. Where no device is known, that of Hopper, for which backends answer
     /// without a device.
     pub(crate) fn of(compute_capability: Option<(u32, u32)>) -> Self {
