@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use attention_core::{Device, Error, Unavailable, Unsupported};
 use cudarc::driver::sys::CUstreamCaptureStatus;
+use cudarc::driver::sys::cuDriverGetVersion;
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 
 use crate::failure;
@@ -84,7 +85,22 @@ impl CudaDevice {
         let (major, minor) = self.context.compute_capability()?;
         Ok((major.unsigned_abs(), minor.unsigned_abs()))
     }
+
+    /// Whether kernels can be launched by programmatic dependent launch: from compute capability 9.0 on, with
+    /// a driver that can capture such launches in a graph (12.3).
+    ///
+    /// # Errors
+    /// By the driver.
+    pub fn has_programmatic_launches(&self) -> Result<bool, DriverError> {
+        let mut version = 0;
+        // SAFETY: the driver writes one int, to a place for one that is alive.
+        unsafe { cuDriverGetVersion(&raw mut version) }.result()?;
+        Ok(self.compute_capability()? >= (9, 0) && version >= FIRST_PROGRAMMATIC)
+    }
 }
+
+/// The first driver that captures programmatic launches, as `cuDriverGetVersion` says it.
+const FIRST_PROGRAMMATIC: i32 = 12_030;
 
 /// The name of a context's device for views of its memory.
 pub(crate) fn device_of(context: &CudaContext) -> Device {

@@ -27,7 +27,7 @@ pub use device::{CudaDevice, device_count};
 pub use disk::{DiskCache, DiskKey};
 pub use error::KernelError;
 pub use kernels::{KERNEL_FOLDER, KernelCache};
-pub use launch::launch;
+pub use launch::{launch, launch_programmatic};
 pub use number_writes::{NumberWriteError, NumberWriter};
 pub use numbers::{NumberStore, StoredNumbers};
 pub use nvrtc::{Compiled, Nvrtc};
