@@ -77,14 +77,13 @@ constexpr int PRODUCER_THREADS = ON_WARPGROUPS ? 128 : 0;
 // compiled with: a kernel with a smaller bound does not start. A variant for warpgroups keeps it where it is
 // compiled for another architecture.
 static_assert(BLOCK == 32 * WARPS + (HALVES && WARPGROUPS ? 128 : 0), "threads that compute, and those that load");
-// Blocks per multiprocessor, at least: eight warps use all registers. As many blocks of one warp as shared
-// memory of compute capability 9.0 has room for at head dimension 128, where keys are in pages or have 8
-// bits: the compiler takes one register more than that allows otherwise. Of blocks that read bytes, as many
-// as registers have room for without spills in the loop.
+// Blocks per multiprocessor, at least (`least_blocks` of the host): eight warps use all registers. As many
+// blocks of one warp as shared memory of compute capability 9.0 has room for at head dimension 128. Of blocks
+// that read bytes, as many as registers have room for without spills in the loop.
 constexpr int MIN_BLOCKS = WARPS >= 8                           ? 1
                            : READS_BYTES && HEAD + VALUE <= 256 ? (ROWS == 8 ? 16 : 12)
-                           : (LAYOUT == LAYOUT_PAGED || EIGHT_BIT) && WARPS == 1 && HEAD + VALUE <= 256 ? 10
-                                                                                                        : 8 / WARPS;
+                           : WARPS == 1 && HEAD + VALUE <= 256  ? 10
+                                                                : 8 / WARPS;
 
 #if BATCH_INVARIANT
 // The keys of a split of a batch-invariant call, whose splits begin at multiples of it. Each split of a row

@@ -243,6 +243,56 @@ __device__ inline void consume(const Parameters &p, const ForwardTile &tile, con
     cp_async_wait<0>();
 }
 
+#elif WARPS == 1
+
+#define LOADS_ALONE 1
+
+// A warp alone, which loads and computes. The keys of the next tile are copied once those of this one are
+// multiplied, and values likewise: as a rule both are under way, and so few threads have as many bytes under
+// way as there is room for.
+
+// Begins the copies of the first tile, and of the queries, which take longer to find than to copy. Returns
+// the pages of the second tile.
+__device__ inline KeyPages begin_loads(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared) {
+    const KeyPages pages = pages_of(p, tile, tile.from);
+    load_keys(p, tile, tile.from, pages, shared.key);
+    load_values(p, tile, tile.from, pages, shared.value);
+    load_queries(p, tile, shared.query);
+    cp_async_commit();
+    return pages_of(p, tile, tile.from + KEYS);
+}
+
+__device__ inline void consume(const Parameters &p, const ForwardTile &tile, const SharedTiles &shared,
+                               ForwardRows &state, KeyPages pages) {
+    const real factor = power_factor(p);
+    RowMaskBias<ROWS, KEYS> mask_bias;
+    cp_async_wait<0>();
+    for (int first = tile.from; first < tile.to; first += KEYS) {
+        // Groups of copies end in the order in which they begin, and every step begins two, the last one
+        // without a copy.
+        const bool has_next = first + KEYS < tile.to;
+        const KeyPages next = pages_of(p, tile, first + 2 * KEYS);
+        cp_async_wait<1>();
+        __syncwarp();
+        real logits[row_slots<ROWS>()][column_slots<KEYS>()], scores_scale[row_slots<ROWS>()];
+        read_mask_and_bias(p, state, first, mask_bias);
+        gemm_ss<ROWS, KEYS, HEAD>(logits, shared.query, shared.key);
+        __syncwarp();
+        if (has_next) load_keys(p, tile, first + KEYS, pages, shared.key);
+        cp_async_commit();
+        if (softmax_step(p, tile, state, factor, first, mask_bias, logits, scores_scale, [] {}))
+            rescale(state, scores_scale);
+        cp_async_wait<1>();
+        __syncwarp();
+        gemm_rs<ROWS, KEYS, VALUE>(state.outputs, logits, shared.value, shared.workspace);
+        __syncwarp();
+        if (has_next) load_values(p, tile, first + KEYS, pages, shared.value);
+        cp_async_commit();
+        pages = next;
+    }
+    cp_async_wait<0>();
+}
+
 #else
 
 // All threads load the values of a tile beside its logits, and the next keys beside its weighted sums.

@@ -41,8 +41,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     const ForwardTile tile = forward_tile(p, blockIdx.x);
     if (LAYOUT == LAYOUT_PACKED && tile.b < 0) return;
     ForwardRows state;
+#if LOADS_ALONE
+    KeyPages pages;
+    if (tile.from < tile.to) pages = begin_loads(p, tile, shared);
+    begin_rows(p, tile, state);
+    if (tile.from < tile.to) consume(p, tile, shared, state, pages);
+#else
     begin_rows(p, tile, state);
     if (tile.from < tile.to) consume(p, tile, shared, state);
+#endif
     finish_tile(p, tile, state, memory);
 #endif
 }
