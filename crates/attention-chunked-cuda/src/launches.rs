@@ -38,6 +38,9 @@ const MOST_POSITIONS: usize = (1 << 31) - (1 << 16);
 /// Bytes of a number that is stored on the device.
 const NUMBER: usize = size_of::<i64>();
 
+/// Columns of a row that a warp merges.
+const MERGED_COLUMNS: usize = 32;
+
 /// A kernel to launch.
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
@@ -83,6 +86,12 @@ impl Kernel {
     /// Whether the kernel is compiled otherwise for batch-invariant calls.
     fn is_another_batch_invariant(&self) -> bool {
         ["attention_forward", "attention_merge", "attention_prepare_gradients"].contains(&self.entry_point)
+    }
+
+    /// Whether its threads wait for the kernels before it (`wait_for_earlier_kernels`), so that it may be
+    /// launched before these are done.
+    pub(crate) fn waits(&self) -> bool {
+        self.entry_point == "attention_merge"
     }
 
     /// How it is launched. Its threads, and the bound that it is compiled with, are both those of
@@ -478,7 +487,8 @@ impl Launches {
                 shared_bytes: 0,
                 ..kernel
             };
-            self.add(merge, &[rows.saturating_mul(slices).div_ceil(tiles.warps)])?;
+            let pieces = slices * self.shape.columns_of_slice().div_ceil(MERGED_COLUMNS);
+            self.add(merge, &[rows.saturating_mul(pieces).div_ceil(tiles.warps)])?;
         }
         Ok(self)
     }

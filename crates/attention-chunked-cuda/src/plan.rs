@@ -9,7 +9,7 @@ use attention_core::{
 use attention_cuda::cudarc::driver::CudaFunction;
 use attention_cuda::cudarc::driver::sys::CUfunction_attribute;
 use attention_cuda::parameters::ProblemParameters;
-use attention_cuda::{Addresses, NumberStore, failure, launch};
+use attention_cuda::{Addresses, NumberStore, failure, launch, launch_programmatic};
 
 use super::NAME;
 use super::launches::{Kernel, Launches, limit};
@@ -89,12 +89,21 @@ impl ChunkedCudaPlan {
         parameters.set_all(tensors);
         parameters.schedule = base + self.launches.schedule.start as u64;
         for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
+            let config = kernel.launch_config();
             // SAFETY: every kernel takes this one struct. The caller promised that its tensors are those of
             // the problem, and that the scratch was admitted, so it has the plan's size. Kernels stay inside
             // the shapes that the struct gives: they clamp the lengths, offsets, starts and pages that they
-            // read on the device.
-            unsafe { launch(stream, function, &parameters, kernel.launch_config()) }
-                .map_err(|error| failure(NAME, "running a kernel", error))?;
+            // read on the device. A kernel is launched early where the device can, and where all of its
+            // threads wait for the kernels before it in front of their first access to memory, which
+            // `waits` says of the source.
+            unsafe {
+                if kernel.waits() && self.runtime.launches_early {
+                    launch_programmatic(stream, function, &parameters, config)
+                } else {
+                    launch(stream, function, &parameters, config)
+                }
+            }
+            .map_err(|error| failure(NAME, "running a kernel", error))?;
             runs.iter().for_each(VariantCounter::count);
         }
         Ok(())

@@ -15,6 +15,8 @@ pub(crate) struct Runtime {
     /// What is lent to calls without scratch of their own.
     pub(crate) workspaces: Workspaces,
     pub(crate) machine: Machine,
+    /// Whether kernels that wait for those before may be launched early.
+    pub(crate) launches_early: bool,
 }
 
 impl Runtime {
@@ -30,6 +32,7 @@ impl Runtime {
         if major < 8 {
             return Err(unavailable(format!("compute capability {major}.{minor}, where 8.0 is needed")));
         }
+        let launches_early = device.has_programmatic_launches().map_err(silent)?;
         let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_bytes = device.context().attribute(most).map_err(silent)?;
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
@@ -42,6 +45,7 @@ impl Runtime {
                 warpgroups: (major, minor) == (9, 0) && config.warpgroups,
                 tf32_split: config.split_f32,
             },
+            launches_early,
             device,
             kernels: KernelCache::new(config.kernel_folder.clone()).wheel_roots(config.wheel_roots.clone()),
             workspaces: Workspaces::new(config.lent_limit),

@@ -93,6 +93,21 @@ constexpr int MIN_BLOCKS = WARPS >= 8                           ? 1
 constexpr int KEYS_PER_SPLIT = 2048;
 #endif
 
+// Programmatic dependent launch, from compute capability 9.0 on: nothing elsewhere, and in kernels that are
+// launched without it. `launch_dependents` lets blocks of the next kernel of the stream start early once all
+// blocks of this one have called it; what they may read is up to `wait_for_earlier_kernels`, which ends once
+// the kernels before are done, and their writes visible.
+__device__ inline void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // A barrier for all consumer threads.
 __device__ inline void consumer_sync() {
     if constexpr (PRODUCER_THREADS > 0)

@@ -1,20 +1,23 @@
 // Attention forward with split keys, second kernel: combines the partial results of a row that the first
-// kernel left in scratch. One warp per row and slice of its columns.
+// kernel left in scratch. One warp per row and 32 of its columns.
 // Needs: fused/softmax.cuh, fused/exact.cuh.
 
+// A row's columns are shared by warps, one column to a thread: parts of many splits are loaded at once then.
+constexpr int COLUMNS = 1, GROUPS = VALUE / 32, PIECES = SLICES * GROUPS;
 // Splits whose partial outputs a warp loads at once, as many as registers allow.
-constexpr int COLUMNS = VALUE / 32;
 constexpr int WORDS = COLUMNS * (int)(sizeof(real) / sizeof(float));
 constexpr int BATCH = WORDS <= 2 ? 32 : WORDS <= 16 ? 64 / WORDS : 4;
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(const __grid_constant__ Parameters p) {
     const long long all_rows = count_of_rows(p);
-    const long long index = blockIdx.x * (long long)WARPS + threadIdx.x / 32, row = index / SLICES;
-    if (row >= all_rows) return;
-    const int slice = (int)(index % SLICES), first_column = slice * VALUE,
-              width = min(VALUE, p.value_head_dim - first_column);
+    const long long index = blockIdx.x * (long long)WARPS + threadIdx.x / 32, row = index / PIECES;
+    const int piece = (int)(index % PIECES), slice = piece / GROUPS;
+    const int first_column = slice * VALUE + piece % GROUPS * 32 * COLUMNS,
+              width = min(32 * COLUMNS, p.value_head_dim - first_column);
     long long t = row % p.query_length, n = row / p.query_length % p.query_heads,
               b = row / p.query_length / p.query_heads;
+    wait_for_earlier_kernels();
+    if (row >= all_rows || width <= 0) return;
 #if LAYOUT != LAYOUT_DENSE
     if (packs_queries(p)) {
         n = row / p.query_rows;
@@ -34,13 +37,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
     const int lane = threadIdx.x % 32;
     real parts[BATCH][COLUMNS];
     const auto read_batch = [&](int first) {
+        const long long step = all_rows * partial_width(p);
+        const real *from = p.partial_out + first * step + row * partial_width(p) + first_column + lane;
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            // The last split again where there are no more; its weight is 0 below.
-            const long long part = min(first + i, p.splits - 1);
-            const real *const from = p.partial_out + (part * all_rows + row) * partial_width(p) + first_column;
+            // Behind the last split zeros; so is its row sum below.
 #pragma unroll
-            for (int j = 0; j < COLUMNS; ++j) parts[i][j] = 32 * j + lane < width ? from[32 * j + lane] : real(0);
+            for (int j = 0; j < COLUMNS; ++j)
+                parts[i][j] = first + i < p.splits && 32 * j + lane < width ? from[32 * j] : real(0);
+            from += step;
         }
     };
     read_batch(0);
@@ -102,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
     real logsumexp;
     const bool padded = t >= sequence.queries;
     const real scale = finish(p, n, padded, maximum, total, logsumexp);
-    if (slice == 0 && threadIdx.x % 32 == 0) store_logsumexp(p, b, place, n, logsumexp);
+    if (piece == 0 && lane == 0) store_logsumexp(p, b, place, n, logsumexp);
     if (padded || total == 0) {
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) sums[i] = 0;
@@ -113,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) sums[i] = with_value_scale(sums[i] * scale, value_scale);
     }
-    store_row<VALUE>(at(p.out, b, place, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, real(1));
+    store_row<32 * COLUMNS>(at(p.out, b, place, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, real(1));
 #else
-    store_row<VALUE>(at(p.out, b, place, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, scale);
+    store_row<32 * COLUMNS>(at(p.out, b, place, n) + first_column * p.out.stride[3], p.out.stride[3], width, sums, scale);
 #endif
 }

@@ -10,6 +10,8 @@
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     attention_forward(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
+    // The kernel that merges may be made ready: it waits for this one's results.
+    if (p.splits > 1) launch_dependents();
     const SharedTiles shared = shared_tiles(memory);
 #if ON_WARPGROUPS
     const ForwardPipeline pipeline = forward_pipeline(shared);
