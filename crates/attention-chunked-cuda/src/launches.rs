@@ -16,17 +16,13 @@ use super::rows::Rows;
 use super::schedule::{
     SCHEDULE, SCHEDULES, blocks_for, has_room, most_entries, name_of_schedule, place_of, schedule_of,
 };
-use super::tiles::{FEW_ROWS, MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
+use super::splits::{blocks_at_once, most_splits, splits_by_waves};
+use super::tiles::{MOST_DEPTH, MOST_HEAD, Machine, Shape, Tiles};
 
-/// Blocks that keep a device busy: two for each multiprocessor of a large one. The keys are split where
-/// there are fewer. A constant, since the scratch of a problem must not depend on the device.
+/// Blocks that keep a device busy, of batch-invariant calls: two for each multiprocessor of a large one.
+/// Splits that have blocks of their own do so where there are fewer. A constant, since the scratch of a
+/// problem must not depend on the device.
 const BUSY_BLOCKS: usize = 264;
-
-/// The same where one warp is a block, which leave no multiprocessor waiting for the last ones.
-const BUSY_WARPS: usize = 2640;
-
-/// Keys of a split, at least: fewer are not worth the merge.
-const MIN_KEYS_OF_SPLIT: usize = 256;
 
 /// Bytes of partial outputs of a batch-invariant call, at most, where each of its splits has blocks of its
 /// own: above, one block goes over all keys, as where there are blocks enough. The bits are the same.
@@ -430,8 +426,6 @@ impl Launches {
         let heads = dims.query_heads / self.pack_gqa.max(1);
         let blocks =
             queries.typical_tiles(self.shape.nominal_rows(rows_of_head), self.pack_gqa).saturating_mul(heads);
-        let few = self.shape.is_half() && self.shape.depth() <= MOST_DEPTH && rows_of_head <= FEW_ROWS;
-        let busy = if few { BUSY_WARPS } else { BUSY_BLOCKS };
         let slices = self.shape.slices();
         // Numbers of a row of partial outputs, and row max and row sum, of every slice where each may have
         // its own: `partial_width` and `partial_state` of the kernels.
@@ -439,7 +433,9 @@ impl Launches {
             true => (dims.value_head_dim.next_multiple_of(2), 2 * slices),
             false => (dims.value_head_dim, 2),
         };
-        let mut has_partials = false;
+        // Splits that scratch has room for; and whether there is such scratch.
+        let mut room = 1;
+        let has_partials;
         if batch_invariant {
             let splits = dims.key_length.div_ceil(KEYS_PER_SPLIT);
             let numbers = [splits, dims.query_heads, queries.count(), width + states];
@@ -448,14 +444,17 @@ impl Launches {
             has_partials = blocks > 0 && splits > 1;
             if has_partials && blocks < BUSY_BLOCKS && bytes <= MOST_BYTES_OF_SPLITS {
                 self.splits = splits;
+                room = splits;
             }
-        } else if blocks > 0 && blocks < busy {
-            let most = dims.key_length / MIN_KEYS_OF_SPLIT;
-            self.splits = (busy / blocks).clamp(1, most.max(1));
-            has_partials = self.splits > 1;
+        } else {
+            room = most_splits(self.shape, rows_of_head, blocks, dims.key_length);
+            has_partials = room > 1;
+            let key_tiles = dims.key_length.div_ceil(tiles.keys);
+            self.splits =
+                splits_by_waves(blocks, key_tiles, blocks_at_once(self.shape, tiles, machine), room);
         }
         if has_partials {
-            let rows = [self.splits, dims.query_heads, queries.count()];
+            let rows = [room, dims.query_heads, queries.count()];
             let of_row = |numbers: usize| [&rows[..], &[numbers]].concat();
             let [out, state] = self.two_arrays([&of_row(width), &of_row(states)])?;
             self.scratch = ScratchLayout::Partials { out, state };

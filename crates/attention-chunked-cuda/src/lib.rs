@@ -9,6 +9,7 @@ mod plan;
 mod rows;
 mod runtime;
 mod schedule;
+mod splits;
 #[cfg(test)]
 mod tests;
 mod tiles;

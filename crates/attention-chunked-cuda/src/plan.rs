@@ -43,7 +43,7 @@ impl ChunkedCudaPlan {
             .map_err(|error| failure(NAME, "compiling a kernel", error))?;
         let mut parameters = ProblemParameters::new(problem);
         let of_calls = parameters.of_calls();
-        // Both fit in 32 bits: there are at most `BUSY_WARPS` splits, or one for `KEYS_PER_SPLIT` keys, and a
+        // Both fit in 32 bits: there are at most `MOST_WARPS` splits, or one for `KEYS_PER_SPLIT` keys, and a
         // group has at most `MOST_POSITIONS` heads.
         (of_calls.pack_gqa, of_calls.splits) = (launches.pack_gqa as i32, launches.splits as i32);
         of_calls.forward_tiles = launches.forward_tiles as i32;

@@ -41,6 +41,7 @@ impl Runtime {
         Ok(Self {
             machine: Machine {
                 multiprocessors: multiprocessors.saturating_sub(config.sm_margin).max(1),
+                all_multiprocessors: multiprocessors.max(1),
                 shared_bytes: usize::try_from(shared_bytes).unwrap_or(0),
                 warpgroups: (major, minor) == (9, 0) && config.warpgroups,
                 tf32_split: config.split_f32,

@@ -93,6 +93,9 @@ pub(crate) struct Machine {
     pub(crate) shared_bytes: usize,
     /// Multiprocessors that blocks which go over several tiles may take, at least one.
     pub(crate) multiprocessors: usize,
+    /// All that the device has: how keys are split, and so the bits of sums, must not depend on what is left
+    /// to others.
+    pub(crate) all_multiprocessors: usize,
     /// Whether it has the products of warpgroups, as compute capability 9.0 does.
     pub(crate) warpgroups: bool,
     /// Whether f32 operands are to be split into tf32 parts.
@@ -101,8 +104,13 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// One that every block fits.
-    pub(crate) const ANY: Self =
-        Self { shared_bytes: usize::MAX, multiprocessors: 1, warpgroups: false, tf32_split: false };
+    pub(crate) const ANY: Self = Self {
+        shared_bytes: usize::MAX,
+        multiprocessors: 1,
+        all_multiprocessors: 1,
+        warpgroups: false,
+        tf32_split: false,
+    };
 
     /// Without products of another kind than those of every device.
     fn plain(self) -> Self {
@@ -240,6 +248,30 @@ impl Shape {
         }
     }
 
+    /// Whether blocks of the forward pass have one warp, for so many rows of a head or of those that share
+    /// tiles.
+    pub(crate) fn has_blocks_of_one_warp(self, rows_of_head: usize) -> bool {
+        self.is_half() && !self.batch_invariant && self.depth() <= MOST_DEPTH && rows_of_head <= FEW_ROWS
+    }
+
+    /// Blocks of the forward kernel that registers of a multiprocessor have room for, at least: `MIN_BLOCKS`
+    /// of the kernel.
+    pub(crate) fn least_blocks(self, tiles: Tiles) -> usize {
+        let is_small = tiles.columns(self.head) + tiles.columns(self.columns_of_slice()) <= 256;
+        match (tiles.warps, is_small) {
+            (8.., _) => 1,
+            (1, true) if self.reads_bytes(tiles) => {
+                if tiles.rows == FEWEST_ROWS {
+                    16
+                } else {
+                    12
+                }
+            }
+            (1, true) => 10,
+            (warps, _) => 8 / warps,
+        }
+    }
+
     /// The fewest rows, or keys where these are not streamed, of any kernel's tiles on any device.
     pub(crate) fn lowest_tile(self) -> usize {
         if self.is_half() && self.eight_bit.is_none() { FEW_ROWS } else { FEWEST_ROWS }
@@ -309,7 +341,7 @@ impl Shape {
                 _ => Tiles::of_warpgroups(2, 128, 64, 1),
             };
         }
-        if rows_of_head <= FEW_ROWS {
+        if self.has_blocks_of_one_warp(rows_of_head) {
             // One warp to a block: many such blocks have more memory under way than few large ones.
             let fewest = Tiles::new(FEWEST_ROWS, 32, 1, 1);
             let is_fewest = rows_of_head <= FEWEST_ROWS && self.reads_bytes(fewest);

@@ -12,12 +12,27 @@ use attention_core::{DType, Device, FeatureSet, Gradients, Pass, Problem, Proble
 use crate::tiles::Machine;
 
 /// The smallest device, and those for data centres of compute capability 8.0 and 9.0.
-const SMALL: Machine =
-    Machine { shared_bytes: 99 << 10, multiprocessors: 84, warpgroups: false, tf32_split: true };
-const AMPERE: Machine =
-    Machine { shared_bytes: 163 << 10, multiprocessors: 108, warpgroups: false, tf32_split: true };
-const HOPPER: Machine =
-    Machine { shared_bytes: 227 << 10, multiprocessors: 132, warpgroups: true, tf32_split: true };
+const SMALL: Machine = Machine {
+    shared_bytes: 99 << 10,
+    multiprocessors: 84,
+    all_multiprocessors: 84,
+    warpgroups: false,
+    tf32_split: true,
+};
+const AMPERE: Machine = Machine {
+    shared_bytes: 163 << 10,
+    multiprocessors: 108,
+    all_multiprocessors: 108,
+    warpgroups: false,
+    tf32_split: true,
+};
+const HOPPER: Machine = Machine {
+    shared_bytes: 227 << 10,
+    multiprocessors: 132,
+    all_multiprocessors: 132,
+    warpgroups: true,
+    tf32_split: true,
+};
 
 fn on_device(problem: &Problem) -> Problem {
     problem.to_builder().device(Device::Cuda(0)).build().unwrap()
