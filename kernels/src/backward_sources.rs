@@ -24,6 +24,7 @@ pub(crate) const BACKWARD_KEYS: Source = Source {
         "cuda/fused/backward/gradients.cuh",
         "cuda/fused/backward/keys/scheduler.cuh",
         "cuda/fused/backward/keys/producer.cuh",
+        "cuda/fused/backward/keys/logit_gradients.cuh",
         "cuda/fused/backward/keys/consumer.cuh",
         "cuda/fused/backward/keys/epilogue.cuh",
         "cuda/fused/backward/keys.cu"
@@ -59,6 +60,68 @@ pub(crate) const BACKWARD_KEYS: Source = Source {
             .gradients(KeyAndValue)
             .layout(Packed),
         Fused::new(F32, 64).tile(64, 64).warps(4).stages(1).gradients(KeyAndValue).layout(Packed),
+    ]),
+};
+
+pub(crate) const BACKWARD_ONE_PASS: Source = Source {
+    name: "attention_backward_one_pass.cu",
+    text: concat!(
+        "#define ONE_PASS\n",
+        fused!(
+            "cuda/fused/backward/gradients.cuh",
+            "cuda/fused/backward/keys/scheduler.cuh",
+            "cuda/fused/backward/keys/producer.cuh",
+            "cuda/fused/backward/keys/logit_gradients.cuh",
+            "cuda/fused/backward/keys/epilogue.cuh",
+            "cuda/fused/backward/one_pass/turns.cuh",
+            "cuda/fused/backward/one_pass/shared.cuh",
+            "cuda/fused/backward/one_pass/producer.cuh",
+            "cuda/fused/backward/one_pass/weights.cuh",
+            "cuda/fused/backward/one_pass/consumer.cuh",
+            "cuda/fused/backward/one_pass/one_pass.cu"
+        )
+    ),
+    entry_points: &["attention_gradients"],
+    variants: &Variant::fused([
+        Fused::new(Bf16, 128).tile(64, 128).warps(8).warpgroups(true).stages(2).gradients(KeyAndValue),
+        Fused::new(F16, 64).tile(128, 128).warps(8).warpgroups(true).stages(2).gradients(KeyAndValue),
+        Fused::new(F16, 128)
+            .features(Features::ALL)
+            .tile(64, 128)
+            .warps(8)
+            .warpgroups(true)
+            .stages(2)
+            .gradients(KeyAndValue),
+        Fused::new(Bf16, 64)
+            .features(Features::ALL)
+            .tile(64, 128)
+            .warps(8)
+            .warpgroups(true)
+            .stages(2)
+            .gradients(KeyAndValue)
+            .layout(Packed),
+        Fused::new(Bf16, 128)
+            .tile(64, 128)
+            .warps(8)
+            .warpgroups(true)
+            .stages(2)
+            .gradients(KeyAndValue)
+            .layout(Packed),
+    ]),
+};
+
+pub(crate) const BACKWARD_FINISH: Source = Source {
+    name: "attention_backward_finish.cu",
+    text: fused!(
+        "cuda/fused/backward/gradients.cuh",
+        "cuda/fused/backward/keys/scheduler.cuh",
+        "cuda/fused/backward/one_pass/turns.cuh",
+        "cuda/fused/backward/one_pass/finish.cu"
+    ),
+    entry_points: &["attention_finish_queries"],
+    variants: &Variant::fused([
+        Fused::new(Bf16, 128).tile(64, 128).warps(8),
+        Fused::new(F16, 64).features(Features::ALL).tile(128, 128).warps(8).layout(Packed),
     ]),
 };
 

@@ -47,6 +47,8 @@ pub const SOURCES: &[Source] = &[
     backward_sources::BACKWARD_ROWS,
     cudnn_sources::BACKWARD_SUMS,
     backward_sources::BACKWARD_KEYS,
+    backward_sources::BACKWARD_ONE_PASS,
+    backward_sources::BACKWARD_FINISH,
     backward_sources::BACKWARD_QUERIES,
     backward_sources::BACKWARD_BIAS,
     common_sources::SCHEDULE,

@@ -12,6 +12,7 @@ use attention_kernels::{DTypeCode, Fused, KEYS_PER_SPLIT, KeyGradients, Layout, 
 use super::NAME;
 use super::axes::{axes, options_of_kind};
 use super::features::{bias_dtype, layout_of, term_stride};
+use super::one_pass::{ALL_GRADIENTS, FINISH, OnePassScratch, wants_one_pass};
 use super::rows::Rows;
 use super::schedule::{
     SCHEDULE, SCHEDULES, blocks_for, has_room, most_entries, name_of_schedule, place_of, schedule_of,
@@ -196,6 +197,10 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
             insert(&of, "attention_gradient_of_sinks", Tiles::of_rows(), "");
             insert(&of, "attention_gradient_of_queries", queries, "");
             insert(&of, "attention_gradient_of_keys", keys, ONE_GRADIENT);
+            if let Some([tiles, of_finish]) = shape.one_pass(machine) {
+                insert(&of, ALL_GRADIENTS, tiles, "");
+                insert(&of, FINISH, of_finish, "");
+            }
             if !shape.splits_gradients() {
                 insert(&of, "attention_gradient_of_keys", keys, "");
             }
@@ -223,6 +228,8 @@ pub(crate) struct Launches {
     pub(crate) scratch: ScratchLayout,
     /// Where the tiles of packed rows are listed for the next kernel, behind the arrays of the pass.
     pub(crate) schedule: Range<usize>,
+    /// Scratch of the kernel for all three gradients, behind those.
+    pub(crate) one_pass: OnePassScratch,
     /// Where the numbers of calls that are stored on the device ([`StoredNumbers`]) are, behind all of these.
     pub(crate) numbers: Range<usize>,
 }
@@ -305,6 +312,7 @@ impl Launches {
             forward_tiles: 0,
             scratch: ScratchLayout::None,
             schedule: 0..0,
+            one_pass: OnePassScratch::default(),
             numbers: 0..0,
         };
         match problem.pass() {
@@ -318,7 +326,7 @@ impl Launches {
     fn with_numbers(mut self, problem: &Problem) -> Result<Self, Unsupported> {
         let place = || {
             let bytes = StoredNumbers::of(problem).bytes()?;
-            let start = self.scratch.bytes().max(self.schedule.end).checked_next_multiple_of(NUMBER)?;
+            let start = self.scratch_bytes().checked_next_multiple_of(NUMBER)?;
             Some(start..start.checked_add(bytes)?)
         };
         let place = place().ok_or_else(|| {
@@ -336,7 +344,7 @@ impl Launches {
 
     /// Bytes of scratch.
     pub(crate) fn scratch_bytes(&self) -> usize {
-        self.scratch.bytes().max(self.schedule.end).max(self.numbers.end)
+        self.scratch.bytes().max(self.schedule.end).max(self.one_pass.end()).max(self.numbers.end)
     }
 
     /// The ranges of two arrays of accumulators with these axes, one behind the other.
@@ -377,7 +385,7 @@ impl Launches {
     }
 
     /// Adds a kernel whose blocks have a tile of packed rows of some head each, behind one that lists them.
-    fn add_scheduled(
+    pub(crate) fn add_scheduled(
         &mut self,
         kernel: Kernel,
         height: usize,
@@ -532,6 +540,17 @@ impl Launches {
             let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
             self.add(sinks, &[dims.query_heads])?;
         }
+        let one_pass = if wants_one_pass(self.shape, problem) {
+            self.one_pass =
+                OnePassScratch::of(self.shape, problem, self.scratch.bytes().max(self.schedule.end))?;
+            self.shape.one_pass(machine)
+        } else {
+            None
+        };
+        if let Some(tiles) = one_pass {
+            self.add_one_pass(problem, tiles)?;
+            return self.add_bias(problem, machine);
+        }
         let passes: &[KeyGradients] = match (wants(Gradients::KEY), wants(Gradients::VALUE)) {
             (true, true) if self.shape.splits_gradients() => &[KeyGradients::Key, KeyGradients::Value],
             (true, true) => &[KeyGradients::KeyAndValue],
@@ -552,7 +571,13 @@ impl Launches {
             let entries = [keys.tiles(tiles.keys, 1), dims.key_heads];
             self.add_scheduled(of_keys, tiles.keys, entries, &[])?;
         }
-        if let Some(bias) = problem.tensor(Role::Bias).filter(|_| wants(Gradients::BIAS)) {
+        self.add_bias(problem, machine)
+    }
+
+    /// Adds the kernel for the gradient of the bias, where it is wanted.
+    fn add_bias(mut self, problem: &Problem, machine: Machine) -> Result<Self, Unsupported> {
+        let is_wanted = problem.gradients().contains(Gradients::BIAS);
+        if let Some(bias) = problem.tensor(Role::Bias).filter(|_| is_wanted) {
             let tiles = self.shape.bias(machine);
             let of_bias = Kernel {
                 source: "attention_backward_bias.cu",

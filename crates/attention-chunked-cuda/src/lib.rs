@@ -5,6 +5,7 @@ mod backend;
 mod config;
 mod features;
 mod launches;
+mod one_pass;
 mod plan;
 mod rows;
 mod runtime;

@@ -13,6 +13,7 @@ use attention_cuda::{Addresses, NumberStore, failure, launch, launch_programmati
 
 use super::NAME;
 use super::launches::{Kernel, Launches, limit};
+use super::one_pass::ALL_GRADIENTS;
 use super::runtime::Runtime;
 
 /// A problem with everything that its calls share.
@@ -88,8 +89,17 @@ impl ChunkedCudaPlan {
         }
         parameters.set_all(tensors);
         parameters.schedule = base + self.launches.schedule.start as u64;
+        let runs_one_pass = self.launches.kernels.iter().any(|kernel| kernel.entry_point == ALL_GRADIENTS);
+        let mut of_far_rows = None;
+        if runs_one_pass {
+            parameters.set_query_tiles(self.launches.one_pass.addresses(base));
+            // The kernel for the gradient of queries sums far rows, and leaves the gradient to the other.
+            of_far_rows = Some(parameters.without_gradient_of_queries());
+        }
         for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
             let config = kernel.launch_config();
+            let own = of_far_rows.as_ref().filter(|_| kernel.entry_point == "attention_gradient_of_queries");
+            let parameters = own.unwrap_or(&parameters);
             // SAFETY: every kernel takes this one struct. The caller promised that its tensors are those of
             // the problem, and that the scratch was admitted, so it has the plan's size. Kernels stay inside
             // the shapes that the struct gives: they clamp the lengths, offsets, starts and pages that they
@@ -98,9 +108,9 @@ impl ChunkedCudaPlan {
             // `waits` says of the source.
             unsafe {
                 if kernel.waits() && self.runtime.launches_early {
-                    launch_programmatic(stream, function, &parameters, config)
+                    launch_programmatic(stream, function, parameters, config)
                 } else {
-                    launch(stream, function, &parameters, config)
+                    launch(stream, function, parameters, config)
                 }
             }
             .map_err(|error| failure(NAME, "running a kernel", error))?;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use attention_cuda::parameters::SCHEDULED_TILE;
 
+use super::one_pass::ALL_GRADIENTS;
 use super::rows::Rows;
 use super::tiles::Tiles;
 
@@ -23,7 +24,7 @@ pub(crate) fn name_of_schedule(entry_point: &str) -> String {
 
 /// The one of them whose tiles a kernel goes over.
 pub(crate) fn schedule_of(entry_point: &str) -> &'static str {
-    SCHEDULES[usize::from(entry_point == "attention_gradient_of_keys")]
+    SCHEDULES[usize::from(["attention_gradient_of_keys", ALL_GRADIENTS].contains(&entry_point))]
 }
 
 /// Entries of the longest of these schedules, with tiles of `height` rows or keys. Each schedule is the rows

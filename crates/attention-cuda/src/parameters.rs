@@ -159,6 +159,18 @@ pub enum ScratchAddresses {
     },
 }
 
+/// The addresses in scratch of what the kernel for all three gradients has of each tile of query rows
+/// (`fused/backward/one_pass/turns.cuh`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueryTiles {
+    /// Sums of the gradient of queries, in f32, as many for each tile as it has numbers.
+    pub sums: u64,
+    /// Two numbers of 32 bits for each tile, and one for all.
+    pub turns: u64,
+    /// Tiles of all heads and sequences.
+    pub count: i64,
+}
+
 /// Bytes of a `ScheduledTile` of the kernels (`fused/schedule.cuh`), and its alignment.
 pub const SCHEDULED_TILE: usize = 64;
 
@@ -186,6 +198,9 @@ pub struct Parameters {
     partial_out_or_row_offsets: u64,
     /// As above.
     partial_state_or_row_deltas: u64,
+    query_sums: u64,
+    query_turns: u64,
+    query_tiles: i64,
     batch: i64,
     query_length: i64,
     key_length: i64,
@@ -248,7 +263,7 @@ pub struct Parameters {
 // both sides.
 unsafe impl DeviceRepr for Parameters {}
 
-const _: () = assert!(size_of::<Parameters>() == 1728);
+const _: () = assert!(size_of::<Parameters>() == 1752);
 
 /// Whether rows of a tensor can be read 16 bytes at a time, as far as its layout says.
 fn has_aligned_rows(desc: &TensorDesc) -> bool {
@@ -506,11 +521,24 @@ impl Parameters {
         };
     }
 
+    /// Sets the scratch of the kernel for all three gradients of a backward pass.
+    pub fn set_query_tiles(&mut self, QueryTiles { sums, turns, count }: QueryTiles) {
+        (self.query_sums, self.query_turns, self.query_tiles) = (sums, turns, count);
+    }
+
     /// Puts the addresses of a call's tensors, and of its numbers in device memory, in their places.
     pub fn set_all(&mut self, tensors: &Addresses) {
         for (role, address) in tensors.iter() {
             self.set(role, address);
         }
+    }
+
+    /// The same without a place for the gradient of queries.
+    #[must_use]
+    pub fn without_gradient_of_queries(&self) -> Self {
+        let mut other = *self;
+        other.tensors[Role::DQuery as usize].address = 0;
+        other
     }
 
     /// Puts the address of a tensor in its place. Rows count as aligned only where the address is too.

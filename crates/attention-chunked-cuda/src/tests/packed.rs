@@ -73,18 +73,28 @@ fn packed_rows_are_counted_once() {
             .packed_queries(sequences, DType::I32)
             .packed_keys(sequences, DType::I32)
     };
-    let launches = |builder: ProblemBuilder| {
-        let plan = Launches::of(&builder.gradients(Gradients::QKV).build().unwrap(), HOPPER).unwrap();
+    let launches_for = |builder: ProblemBuilder, gradients: Gradients| {
+        let plan = Launches::of(&builder.gradients(gradients).build().unwrap(), HOPPER).unwrap();
         assert_eq!(plan.layout, Layout::Packed);
         let blocks: Vec<u32> = plan.kernels.iter().map(|kernel| kernel.blocks).collect();
         (plan.scratch_bytes(), blocks)
     };
+    // Those that are summed in scratch for each tile of rows are counted below.
+    let launches = |builder: ProblemBuilder| launches_for(builder, Gradients::QUERY | Gradients::KEY);
     let (few, many) = (launches(packed(1, 4096)), launches(packed(64, 4096)));
     // One number per sequence and head more, up to a multiple of 64 bytes, and one slot for each sequence,
     // with an entry of the schedule for each head.
     assert_eq!(many.0 - few.0, (64 * 4 * 4 - 64) + 63 * 4 * 64);
     assert!(many.1.iter().zip(&few.1).all(|(many, few)| many - few <= 63 * 4), "{many:?}, {few:?}");
     assert_eq!(launches(packed(64, 4096).longest(100, 100)), many);
+    // A tile more for each sequence and head, with sums of 128 rows and 64 columns and two numbers of turns.
+    let launches_of_all = |builder: ProblemBuilder| launches_for(builder, Gradients::QKV);
+    let (few, many) = (launches_of_all(packed(1, 4096)), launches_of_all(packed(64, 4096)));
+    let sums = 63 * 4 * (128 * 64 * 4 + 2 * 4);
+    let more = many.0 - few.0 - (64 * 4 * 4 - 64) - 63 * 4 * 64;
+    assert!(more.abs_diff(sums) < 128, "{more}, {sums}");
+    assert!(many.1.iter().zip(&few.1).all(|(many, few)| many - few <= 63 * 4), "{many:?}, {few:?}");
     // Neither rows nor keys: nothing is launched that has nothing to write.
     assert_eq!(launches(packed(3, 0)).1, [0u32; 0]);
+    assert_eq!(launches_of_all(packed(3, 0)).1, [0u32; 0]);
 }

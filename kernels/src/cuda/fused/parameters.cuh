@@ -61,6 +61,12 @@ struct Parameters {
         real *partial_state;
         real *row_deltas;
     };
+    // Scratch of the kernel for all three gradients (backward/one_pass): sums of the gradient of queries, as
+    // many numbers for each tile of query rows as it has; what blocks tell each other of these tiles
+    // (turns.cuh); and how many tiles there are.
+    real *query_sums;
+    unsigned *query_turns;
+    long long query_tiles;
     long long batch, query_length, key_length, query_heads, key_heads;
     long long bias_size[4];
     double scale;
@@ -120,9 +126,9 @@ struct Parameters {
 };
 
 static_assert(sizeof(Tensor) == 40 && sizeof(SequenceRows) == 32 && sizeof(RowLengths) == 8 && sizeof(Scales) == 24 &&
-                  sizeof(Parameters) == (EIGHT_BIT                ? 1728
-                                         : LAYOUT == LAYOUT_DENSE ? 1544
-                                                                  : 1672),
+                  sizeof(Parameters) == (EIGHT_BIT                ? 1752
+                                         : LAYOUT == LAYOUT_DENSE ? 1568
+                                                                  : 1696),
               "the host's layout");
 
 // Bits of `aligned`.

@@ -24,9 +24,9 @@ __device__ constexpr int row_stride() {
 // turn(a) ^ turn(b).
 __device__ constexpr int turn_of_row(int row) { return SPLITS ? (((row ^ row >> 2) & 1) << 2 | (row & 2)) * CHUNK : 0; }
 
-// The threads that fill a tile: all of the block, or of the producers one of LOADERS parts. FORWARD is
-// defined in the source of the forward kernel.
-#if defined(FORWARD) && !EIGHT_BIT
+// The threads that fill a tile: all of the block, or of the producers one of LOADERS parts. FORWARD and
+// ONE_PASS are defined in the sources of the forward kernel and of the one for all three gradients.
+#if (defined(FORWARD) && !EIGHT_BIT) || defined(ONE_PASS)
 #define LOADERS 4
 #else
 #define LOADERS 2

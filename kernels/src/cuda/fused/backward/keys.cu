@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     attention_gradient_of_keys(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const SharedKeys shared = shared_keys(memory);
-    const KeyTile tile = key_tile_of_block(p);
+    const KeyTile tile = key_tile(p, blockIdx.x);
 #if LAYOUT == LAYOUT_PACKED
     if (tile.b < 0) return;
 #endif

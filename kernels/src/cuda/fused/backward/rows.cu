@@ -12,7 +12,10 @@ constexpr int PREPARING_BLOCKS = 6;
 
 extern "C" __global__ void __launch_bounds__(BLOCK, PREPARING_BLOCKS)
     attention_prepare_gradients(const __grid_constant__ Parameters p) {
-    const long long row = (blockIdx.x * (long long)THREADS + threadIdx.x) / WIDE;
+    const long long thread = blockIdx.x * (long long)THREADS + threadIdx.x, row = thread / WIDE;
+    // Fewer than rows, or as many.
+    if (p.query_turns != nullptr)
+        for (long long i = thread; i < 2 * p.query_tiles + 1; i += (long long)gridDim.x * THREADS) p.query_turns[i] = 0;
     const int within = threadIdx.x % WIDE;
     const bool inside = row < count_of_rows(p);
 #if LAYOUT == LAYOUT_DENSE

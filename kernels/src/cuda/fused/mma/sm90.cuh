@@ -44,6 +44,12 @@ __device__ inline void warpgroup_wait() {
 #endif
 #define ACCUMULATORS_8(i) \
     "+f"(sums[0][2 * (i)]), "+f"(sums[0][2 * (i) + 1]), "+f"(sums[1][2 * (i)]), "+f"(sums[1][2 * (i) + 1])
+#define RESULTS_8(i) \
+    "=f"(sums[0][2 * (i)]), "=f"(sums[0][2 * (i) + 1]), "=f"(sums[1][2 * (i)]), "=f"(sums[1][2 * (i) + 1])
+#define RESULTS_32(i) RESULTS_8(i), RESULTS_8(i + 1), RESULTS_8(i + 2), RESULTS_8(i + 3)
+#define RESULTS_OF_32 RESULTS_32(0)
+#define RESULTS_OF_64 RESULTS_32(0), RESULTS_32(4)
+#define RESULTS_OF_128 RESULTS_32(0), RESULTS_32(4), RESULTS_32(8), RESULTS_32(12)
 #define ACCUMULATORS_32(i) ACCUMULATORS_8(i), ACCUMULATORS_8(i + 1), ACCUMULATORS_8(i + 2), ACCUMULATORS_8(i + 3)
 #define ACCUMULATORS_64(i) ACCUMULATORS_32(i), ACCUMULATORS_32(i + 4)
 #define ACCUMULATORS_128(i) ACCUMULATORS_64(i), ACCUMULATORS_64(i + 8)
@@ -56,6 +62,7 @@ __device__ inline void warpgroup_wait() {
 #define REGISTERS_FROM_96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define REGISTERS_FROM_112 \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define REGISTERS_OF_32 REGISTERS_FROM_0
 #define REGISTERS_OF_64 REGISTERS_FROM_0 ", " REGISTERS_FROM_16
 #define REGISTERS_OF_128 REGISTERS_FROM_0 ", " REGISTERS_FROM_16 ", " REGISTERS_FROM_32 ", " REGISTERS_FROM_48
 #define REGISTERS_OF_192                                                                                         \
@@ -64,6 +71,7 @@ __device__ inline void warpgroup_wait() {
 #define REGISTERS_OF_256                                                                                         \
     REGISTERS_FROM_0 ", " REGISTERS_FROM_16 ", " REGISTERS_FROM_32 ", " REGISTERS_FROM_48 ", " REGISTERS_FROM_64 \
                      ", " REGISTERS_FROM_80 ", " REGISTERS_FROM_96 ", " REGISTERS_FROM_112
+#define ACCUMULATORS_OF_32 ACCUMULATORS_32(0)
 #define ACCUMULATORS_OF_64 ACCUMULATORS_64(0)
 #define ACCUMULATORS_OF_128 ACCUMULATORS_128(0)
 #define ACCUMULATORS_OF_192 ACCUMULATORS_128(0), ACCUMULATORS_64(16)
@@ -104,17 +112,76 @@ __device__ inline void wgmma_rs(real (&sums)[2][SLOTS], const unsigned (&left)[4
         WGMMA_RS(256, "128", "129", "130", "131", "132");
 }
 
+// The same, which begins new sums: the registers have no value before. A product that begins behind others
+// must not have one: an instruction that gives them a value between the others and the wait for them makes the
+// compiler wait for each product.
+template <int WIDTH, int SLOTS>
+__device__ inline void wgmma_ss_first(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right) {
+#define WGMMA_SS_FIRST(WIDTH, LEFT, RIGHT, TRANSPOSED)                                                            \
+    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, 0, 0; wgmma.mma_async.sync.aligned.m64n" #WIDTH            \
+                 "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH "}, %" LEFT ", %" RIGHT ", adds, 1, 1, " TRANSPOSED \
+                                                              "; }"                                               \
+                 : RESULTS_OF_##WIDTH                                                                             \
+                 : "l"(left), "l"(right))
+    if constexpr (WIDTH == 64)
+        WGMMA_SS_FIRST(64, "32", "33", "0, 0");
+    else
+        WGMMA_SS_FIRST(128, "64", "65", "0, 0");
+}
+
+// The same of operands of which both are transposed: 16 rows of a by 16 rows of b.
+template <int WIDTH, int SLOTS>
+__device__ inline void wgmma_ss_transposed(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right,
+                                           int adds) {
+    static_assert(WIDTH == 32 || WIDTH == 64, "the widths of the instructions below");
+#define WGMMA_SS_TRANSPOSED(WIDTH, LEFT, RIGHT, ADDS)                                                          \
+    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %" ADDS ", 0; wgmma.mma_async.sync.aligned.m64n" #WIDTH \
+                 "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH "}, %" LEFT ", %" RIGHT ", adds, 1, 1, 1, 1; }"  \
+                 : ACCUMULATORS_OF_##WIDTH                                                                     \
+                 : "l"(left), "l"(right), "r"(adds))
+    if constexpr (WIDTH == 32)
+        WGMMA_SS_TRANSPOSED(32, "16", "17", "18");
+    else
+        WGMMA_SS_TRANSPOSED(64, "32", "33", "34");
+}
+
+template <int WIDTH, int SLOTS>
+__device__ inline void wgmma_ss_transposed_first(real (&sums)[2][SLOTS], unsigned long long left,
+                                                 unsigned long long right) {
+    if constexpr (WIDTH == 32)
+        WGMMA_SS_FIRST(32, "16", "17", "1, 1");
+    else
+        WGMMA_SS_FIRST(64, "32", "33", "1, 1");
+}
+
+// Begins sums = a^T * b, of tiles of HEIGHT rows, of which a warpgroup multiplies 64 columns of a and WIDTH
+// columns of b from these descriptors on.
+template <int HEIGHT, int WIDTH>
+__device__ inline void gemm_transposed_async(real (&sums)[2][column_slots<WIDTH>()], unsigned long long left,
+                                             unsigned long long right) {
+    warpgroup_arrive();
+    wgmma_ss_transposed_first<WIDTH>(sums, left, right);
+#pragma unroll
+    for (int k = 1; k < HEIGHT / 16; ++k) {
+        const int rows = k * 16 * PANEL_BYTES / 16;
+        wgmma_ss_transposed<WIDTH>(sums, left + rows, right + rows, 1);
+    }
+    warpgroup_commit_batch();
+}
+
 // Begins sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. TRANSPOSED matters to mma/tf32_split.cuh
 // alone.
-template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false>
+// BEHIND: behind products that are under way.
+template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false, bool BEHIND = false>
 __device__ inline void gemm_ss_async(real (&sums)[2][column_slots<WIDTH>()], const element *a, const element *b) {
     static_assert(HEIGHT == WARPS * 16 && DEPTH % 64 == 0, "64 rows to a warpgroup, whole panels");
     const unsigned long long left = smem_descriptor(a, threadIdx.x / 128 * 64 * PANEL_BYTES, 16),
                              right = smem_descriptor(b, 0, 16);
-    warpgroup_fence_operand(sums);
+    if constexpr (!BEHIND) warpgroup_fence_operand(sums);
     warpgroup_arrive();
+    if constexpr (BEHIND) wgmma_ss_first<WIDTH>(sums, left, right);
 #pragma unroll
-    for (int k = 0; k < DEPTH / 16; ++k) {
+    for (int k = BEHIND ? 1 : 0; k < DEPTH / 16; ++k) {
         const int within = k % 4 * 32;
         wgmma_ss<WIDTH>(sums, left + (k / 4 * HEIGHT * PANEL_BYTES + within) / 16,
                         right + (k / 4 * WIDTH * PANEL_BYTES + within) / 16, k > 0);

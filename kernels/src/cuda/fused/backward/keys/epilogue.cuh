@@ -1,6 +1,6 @@
 // What the kernel for the gradients of keys and values does behind its main loop: stores the sums, and
 // computes keys again that hold NaN or infinities of query rows that do not see them.
-// Needs: fused/backward/keys/consumer.cuh, fused/exact.cuh.
+// Needs: fused/backward/keys/logit_gradients.cuh, fused/exact.cuh.
 
 __device__ inline void store_gradients(const Parameters &p, const KeyTile &tile, const KeySums &sums,
                                        unsigned char *memory) {

@@ -1,0 +1,144 @@
+//! The kernel for all three gradients, on warpgroups (`fused/backward/one_pass`): which problems have it, its
+//! tiles, and its scratch.
+
+use std::ops::Range;
+
+use attention_core::{DType, Gradients, Pass, Problem, Unsupported};
+use attention_cuda::parameters::QueryTiles;
+use attention_kernels::KeyGradients;
+
+use super::launches::{Kernel, Launches, limit};
+use super::rows::Rows;
+use super::tiles::{Machine, Shape, Tiles};
+
+/// The largest head dimension: the sums of keys and values of two warpgroups, and a tile's part of the
+/// gradient of queries, fill their registers.
+const MOST_HEAD: usize = 128;
+
+/// Keys of a tile: 64 for each of two warpgroups.
+const KEYS: usize = 128;
+
+/// Bytes of a number of sums, and of what blocks tell each other of a tile.
+const SUM: usize = size_of::<f32>();
+const TURN: usize = size_of::<u32>();
+
+/// The entry points, in the order in which they run.
+pub(crate) const ALL_GRADIENTS: &str = "attention_gradients";
+pub(crate) const FINISH: &str = "attention_finish_queries";
+
+/// Where the kernel's scratch is, in bytes, and how many tiles of query rows it is for.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct OnePassScratch {
+    sums: Range<usize>,
+    turns: Range<usize>,
+    tiles: usize,
+}
+
+impl OnePassScratch {
+    /// Where it ends.
+    pub(crate) fn end(&self) -> usize {
+        self.turns.end
+    }
+
+    /// The addresses in scratch that begins at `base`.
+    pub(crate) fn addresses(&self, base: u64) -> QueryTiles {
+        let at = |range: &Range<usize>| base + range.start as u64;
+        // `of` checked that the count fits.
+        QueryTiles { sums: at(&self.sums), turns: at(&self.turns), count: self.tiles as i64 }
+    }
+
+    /// Behind the first `behind` bytes. Sums are passed from one tile of keys to the next, so that a single
+    /// one needs none.
+    pub(crate) fn of(shape: Shape, problem: &Problem, behind: usize) -> Result<Self, Unsupported> {
+        let (queries, keys) = (Rows::of_queries(problem), Rows::of_keys(problem));
+        let rows = shape.rows_of_one_pass();
+        let tiles = queries.tiles(rows, 1).saturating_mul(problem.dims().query_heads);
+        let columns = Tiles::of_one_pass(rows).columns(shape.head);
+        let ranges = || {
+            let numbers = if keys.longest() <= KEYS { 0 } else { tiles.checked_mul(rows * columns)? };
+            let start = behind.checked_next_multiple_of(128)?;
+            let sums = start..start.checked_add(numbers.checked_mul(SUM)?)?;
+            let words = tiles.checked_mul(2)?.checked_add(1)?;
+            let turns = sums.end..sums.end.checked_add(words.checked_mul(TURN)?)?;
+            Some(Self { sums, turns, tiles })
+        };
+        ranges().ok_or_else(|| {
+            limit("tiles of query rows", tiles, "scratch for their sums does not fit an address space")
+        })
+    }
+}
+
+impl Tiles {
+    /// Of the kernel for all three gradients.
+    const fn of_one_pass(rows: usize) -> Self {
+        Self { warpgroups: true, ..Self::new(rows, KEYS, 8, 2) }
+    }
+
+    /// Of the kernel behind it.
+    const fn of_finish(rows: usize) -> Self {
+        Self::new(rows, KEYS, 8, 0)
+    }
+}
+
+impl Shape {
+    /// Whether calls of these shapes have such a kernel, on a device with warpgroups.
+    pub(crate) fn fits_one_pass(self) -> bool {
+        self.is_half() && self.depth() <= MOST_HEAD && self.eight_bit.is_none()
+    }
+
+    fn rows_of_one_pass(self) -> usize {
+        if self.depth() <= 64 && self.features.is_none() { 128 } else { 64 }
+    }
+
+    /// Shared memory of the kernel, as its `SharedOnePass`.
+    pub(crate) fn one_pass_bytes(self, tiles: Tiles) -> usize {
+        let logits = 2 * tiles.rows * tiles.keys * self.dtype.size();
+        let sums = 2 * tiles.rows * tiles.columns(self.head) * SUM;
+        self.keys_bytes(tiles) + logits + sums
+    }
+
+    /// Tiles of the kernel and of the one behind it, where the device has them.
+    pub(crate) fn one_pass(self, machine: Machine) -> Option<[Tiles; 2]> {
+        let rows = self.rows_of_one_pass();
+        let tiles = Tiles::of_one_pass(rows);
+        let fits =
+            machine.warpgroups && self.fits_one_pass() && self.one_pass_bytes(tiles) <= machine.shared_bytes;
+        fits.then_some([tiles, Tiles::of_finish(rows)])
+    }
+}
+
+/// Whether the problem wants all three gradients in half precision: scratch is set aside then, whether or not
+/// the device has the kernel.
+pub(crate) fn wants_one_pass(shape: Shape, problem: &Problem) -> bool {
+    let all = [Gradients::QUERY, Gradients::KEY, Gradients::VALUE];
+    problem.pass() == Pass::Backward
+        && matches!(shape.dtype, DType::F16 | DType::Bf16)
+        && shape.fits_one_pass()
+        && all.into_iter().all(|gradient| problem.gradients().contains(gradient))
+}
+
+impl Launches {
+    /// Adds the kernel and the one behind it.
+    pub(crate) fn add_one_pass(&mut self, problem: &Problem, tiles: [Tiles; 2]) -> Result<(), Unsupported> {
+        let (keys, key_heads) = (Rows::of_keys(problem), problem.dims().key_heads);
+        let [tiles, of_finish] = tiles;
+        let kernel = Kernel {
+            source: "attention_backward_one_pass.cu",
+            entry_point: ALL_GRADIENTS,
+            tiles,
+            gradients: KeyGradients::KeyAndValue,
+            blocks: 0,
+            shared_bytes: self.shape.one_pass_bytes(tiles),
+        };
+        self.add_scheduled(kernel.clone(), tiles.keys, [keys.tiles(tiles.keys, 1), key_heads], &[])?;
+        let finish = Kernel {
+            source: "attention_backward_finish.cu",
+            entry_point: FINISH,
+            tiles: of_finish,
+            gradients: KeyGradients::None,
+            shared_bytes: 0,
+            ..kernel
+        };
+        self.add(finish, &[self.one_pass.tiles.div_ceil(of_finish.warps)])
+    }
+}
