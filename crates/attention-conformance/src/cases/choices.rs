@@ -1,7 +1,7 @@
 //! Cases about choices: sizes and options at which backends take another kernel, for their own sake. What
 //! runs is said by the variants of a report; a variant that no case reaches fails a whole run.
 
-use attention_core::{DType, Dimensions, Gradients, Role};
+use attention_core::{DType, Dimensions, Dropout, Gradients, Role};
 
 use super::case::Edit;
 use super::{
@@ -72,8 +72,20 @@ pub(super) fn cases() -> Vec<Case> {
         let name = format!("choices/rows-{rows}-keys-{keys}-h{head_dim}-hv{value_head_dim}");
         cases.push(Case::new(name, Dimensions { value_head_dim, ..dims(sizes) }));
     }
-    let mut case = Case::new("choices/dk-h112", dims([1, 5, 6, 2, 2, 112]));
-    case.options.gradients = Gradients::KEY;
+    for width in [96, 112] {
+        let mut case = Case::new(format!("choices/dk-h{width}"), dims([1, 5, 6, 2, 2, width]));
+        case.options.gradients = Gradients::KEY;
+        cases.push(case);
+    }
+    // A scale below 0 with one option more, of all gradients and of those of keys and values alone.
+    let mut case = Case::new("choices/mask-scale", dims([2, 70, 140, 2, 1, 16]));
+    case.options.mask = Some(Broadcast::FULL);
+    case.options.scale = Some(-0.25);
+    cases.push(case);
+    let mut case = Case::new("choices/dk-dv-dropout-scale", dims([2, 70, 140, 2, 1, 16]));
+    case.options.dropout = Some(Dropout::new(0.3, 11));
+    case.options.scale = Some(-0.25);
+    case.options.gradients = Gradients::KEY | Gradients::VALUE;
     cases.push(case);
     let mut case = Case::new("choices/dbias-h192", dims([1, 5, 6, 2, 1, 192]));
     case.options.bias = Some(Broadcast::FULL);
