@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
 #endif
     }
 #else
-    const ForwardTile tile = forward_tile(p, blockIdx.x);
+    const ForwardTile tile = forward_tile(p, index_of_block(p, blockIdx.x));
     if (LAYOUT == LAYOUT_PACKED && tile.b < 0) return;
     ForwardRows state;
 #if LOADS_ALONE

@@ -29,7 +29,22 @@ __device__ inline int tile_in_turn(int index, int tiles, int head) {
     return ON_WARPGROUPS ? tile_of_pairs(index, tiles, head) : tiles - 1 - index;
 }
 
-// The tile of this index, in the order of blocks.
+// The index at which a block finds its split, slice and tile: its own, so that splits of a head are
+// neighbours, unless products read bytes. There blocks of all heads of a split are neighbours, since a row of
+// a head is as a rule 128 bytes and that of the next head lies behind it, so that they read the same pages of
+// DRAM at the same time. A grid has the same number of blocks for each head and split.
+__device__ inline unsigned index_of_block(const Parameters &p, unsigned block) {
+#if READS_BYTES && LAYOUT != LAYOUT_PACKED
+    if (p.splits > 1) {
+        const unsigned heads = (unsigned)p.query_heads / (unsigned)p.pack_gqa, splits = (unsigned)p.splits;
+        const unsigned head = block % heads, others = block / heads;
+        return (others / splits * heads + head) * splits + others % splits;
+    }
+#endif
+    return block;
+}
+
+// The tile of this index (index_of_block).
 __device__ inline ForwardTile forward_tile(const Parameters &p, unsigned index) {
     ForwardTile tile;
 #if LAYOUT == LAYOUT_DENSE
