@@ -540,7 +540,8 @@ impl Launches {
             let sinks = Kernel { entry_point: "attention_gradient_of_sinks", ..kernel.clone() };
             self.add(sinks, &[dims.query_heads])?;
         }
-        let one_pass = if wants_one_pass(self.shape, problem) {
+        // The kernel in front sets its tickets to 0, and has no block where there are no rows.
+        let one_pass = if row_count > 0 && wants_one_pass(self.shape, problem) {
             self.one_pass =
                 OnePassScratch::of(self.shape, problem, self.scratch.bytes().max(self.schedule.end))?;
             self.shape.one_pass(machine)

@@ -91,6 +91,22 @@ fn rows_are_summed_before_others_need_them_and_without_a_launch_of_their_own() {
     }
 }
 
+/// The kernel in front of it sets to 0 what its blocks tell each other: without query rows, none does.
+#[test]
+fn all_gradients_have_one_kernel_where_there_are_query_rows() {
+    let launches = |rows: usize, keys: usize| {
+        let desc = |length| TensorDesc::contiguous(DType::Bf16, [2, length, 4, 64]);
+        let builder = Problem::builder(desc(rows), desc(keys), desc(keys)).device(Device::Cuda(0));
+        let plan = Launches::of(&builder.gradients(Gradients::QKV).build().unwrap(), HOPPER).unwrap();
+        plan.kernels.iter().map(|kernel| kernel.entry_point).collect::<Vec<_>>()
+    };
+    assert_eq!(launches(0, 300), ["attention_gradient_of_keys"]);
+    // Rows without keys are zeros, which the last one writes.
+    let last = launches(300, 0).pop();
+    assert_eq!(last, Some("attention_finish_queries"));
+    assert!(launches(300, 300).contains(&"attention_gradients"));
+}
+
 #[test]
 fn scratch_does_not_depend_on_the_device() {
     for pass in [Pass::Forward, Pass::Backward] {
