@@ -55,7 +55,7 @@ impl OnePassScratch {
         let tiles = queries.tiles(rows, 1).saturating_mul(problem.dims().query_heads);
         let columns = Tiles::of_one_pass(rows).columns(shape.head);
         let ranges = || {
-            let numbers = if keys.longest() <= KEYS { 0 } else { tiles.checked_mul(rows * columns)? };
+            let numbers = if keys.most_of_one() <= KEYS { 0 } else { tiles.checked_mul(rows * columns)? };
             let start = behind.checked_next_multiple_of(128)?;
             let sums = start..start.checked_add(numbers.checked_mul(SUM)?)?;
             let words = tiles.checked_mul(2)?.checked_add(1)?;
@@ -131,6 +131,10 @@ impl Launches {
             shared_bytes: self.shape.one_pass_bytes(tiles),
         };
         self.add_scheduled(kernel.clone(), tiles.keys, [keys.tiles(tiles.keys, 1), key_heads], &[])?;
+        // Without keys, the kernel for the gradient of queries has it, which is zeros.
+        if self.kernels.last().is_none_or(|last| last.entry_point != ALL_GRADIENTS) {
+            return Ok(());
+        }
         let finish = Kernel {
             source: "attention_backward_finish.cu",
             entry_point: FINISH,

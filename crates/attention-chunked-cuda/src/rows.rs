@@ -47,6 +47,11 @@ impl Rows {
         self.packed.map_or(self.most, |rows| rows.saturating_sub(others).max(rows.min(1)).min(self.most))
     }
 
+    /// Rows of the longest sequence there can be, where others may be empty.
+    pub(crate) fn most_of_one(self) -> usize {
+        self.packed.map_or(self.most, |rows| rows.min(self.most))
+    }
+
     /// Tiles of this many rows, over all sequences, where `shared` heads share a tile: the blocks of a head,
     /// or of such heads, that a grid has. A grid of packed rows has slots for all tiles that there may be,
     /// `count_of_slots` in `fused/sequence.cuh`.

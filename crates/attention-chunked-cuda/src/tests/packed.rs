@@ -30,7 +30,9 @@ fn tiles_of_packed_rows_are_listed_in_front() {
                         "attention_forward" | "attention_gradient_of_queries" => {
                             ("attention_schedule_query_tiles", kernel.tiles.rows)
                         }
-                        "attention_gradient_of_keys" => ("attention_schedule_key_tiles", kernel.tiles.keys),
+                        "attention_gradient_of_keys" | "attention_gradients" => {
+                            ("attention_schedule_key_tiles", kernel.tiles.keys)
+                        }
                         other => {
                             before = Some((other, kernel.tiles.rows));
                             continue;
@@ -94,6 +96,15 @@ fn packed_rows_are_counted_once() {
     let more = many.0 - few.0 - (64 * 4 * 4 - 64) - 63 * 4 * 64;
     assert!(more.abs_diff(sums) < 128, "{more}, {sums}");
     assert!(many.1.iter().zip(&few.1).all(|(many, few)| many - few <= 63 * 4), "{many:?}, {few:?}");
+    // One tile of keys passes no sum on; more may be of one sequence, whatever the number of sequences is.
+    for (sequences, rows, has_sums) in [(3, 128, false), (3, 130, true), (200, 300, true)] {
+        let bytes = launches_of_all(packed(sequences, rows)).0;
+        assert_eq!(
+            bytes > rows / 128 * 128 * 64 * 4,
+            has_sums,
+            "{sequences} sequences, {rows} rows: {bytes} bytes"
+        );
+    }
     // Neither rows nor keys: nothing is launched that has nothing to write.
     assert_eq!(launches(packed(3, 0)).1, [0u32; 0]);
     assert_eq!(launches_of_all(packed(3, 0)).1, [0u32; 0]);

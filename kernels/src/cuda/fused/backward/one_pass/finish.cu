@@ -11,7 +11,9 @@ __device__ inline void finish_rows(const Parameters &p, const Sequence &sequence
     for (int t = first; t < end; ++t) {
         real sums[HEAD / 32];
         element *const to = at(p.d_query, b, query_row(sequence, t), n);
-        if (is_empty || t >= sequence.queries) {
+        // Positive zeros, whatever the sign of the scale.
+        const bool is_zero = is_empty || t >= sequence.queries;
+        if (is_zero) {
 #pragma unroll
             for (int i = 0; i < HEAD / 32; ++i) sums[i] = 0;
         } else {
@@ -23,7 +25,7 @@ __device__ inline void finish_rows(const Parameters &p, const Sequence &sequence
             const Row row = row_of(p, sequence, b, n, t);
             exact_gradient_of_query(p, row, b, n, PreparedState(sequence), sums);
         }
-        store_row<HEAD>(to, p.d_query.stride[3], p.head_dim, sums, scale_of_sums(p));
+        store_row<HEAD>(to, p.d_query.stride[3], p.head_dim, sums, is_zero ? real(1) : scale_of_sums(p));
     }
 }
 
@@ -42,5 +44,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_finish_queries(con
     const int tile = (int)(slot % slots) - first(b);
 #endif
     const Sequence sequence = sequence_of(p, b);
+    // Slots that no tile has, and, where starts in device memory fall, some in front of a sequence.
+    if (tile < 0 || tile >= (rows_of_queries(p, sequence) + ROWS - 1) / ROWS) return;
     finish_rows(p, sequence, b, n, tile * ROWS, non_finite);
 }
