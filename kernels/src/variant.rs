@@ -428,7 +428,7 @@ mod tests {
 
     #[test]
     fn gradients_have_the_bits_of_the_kernel() {
-        let text = include_str!("cuda/fused/backward/keys/consumer.cuh");
+        let text = include_str!("cuda/fused/backward/keys/logit_gradients.cuh");
         for (name, gradients) in [("WANTS_KEYS", KeyGradients::Key), ("WANTS_VALUES", KeyGradients::Value)] {
             let test = format!("{name} = (WANTED & {}) != 0", gradients as u32);
             assert!(text.contains(&test), "{test}");
