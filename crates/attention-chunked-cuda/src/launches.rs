@@ -197,7 +197,7 @@ pub(crate) fn variants(machine: Machine) -> BTreeSet<String> {
             insert(&of, "attention_gradient_of_sinks", Tiles::of_rows(), "");
             insert(&of, "attention_gradient_of_queries", queries, "");
             insert(&of, "attention_gradient_of_keys", keys, ONE_GRADIENT);
-            if let Some([tiles, of_finish]) = shape.one_pass(machine) {
+            if let Some([tiles, of_finish]) = shape.one_pass(machine).filter(|_| layout == Layout::Dense) {
                 insert(&of, ALL_GRADIENTS, tiles, "");
                 insert(&of, FINISH, of_finish, "");
             }
@@ -541,7 +541,7 @@ impl Launches {
             self.add(sinks, &[dims.query_heads])?;
         }
         // The kernel in front sets its tickets to 0, and has no block where there are no rows.
-        let one_pass = if row_count > 0 && wants_one_pass(self.shape, problem) {
+        let one_pass = if row_count > 0 && wants_one_pass(self.shape, self.layout, problem) {
             self.one_pass =
                 OnePassScratch::of(self.shape, problem, self.scratch.bytes().max(self.schedule.end))?;
             self.shape.one_pass(machine)

@@ -104,6 +104,21 @@ fn all_gradients_have_one_kernel_where_there_are_query_rows() {
     // Rows without keys are zeros, which the second one writes.
     assert_eq!(launches(300, 0), ["attention_prepare_gradients", "attention_gradient_of_queries"]);
     assert_eq!(launches(300, 300)[2..], ["attention_gradients", "attention_finish_queries"]);
+    // Of grouped heads with structure, and of batch-invariant calls, two kernels have them.
+    let desc = |heads| TensorDesc::contiguous(DType::Bf16, [2, 300, heads, 64]);
+    let grouped =
+        Problem::builder(desc(4), desc(2), desc(2)).device(Device::Cuda(0)).gradients(Gradients::QKV);
+    for (builder, has_one) in [
+        (grouped.clone(), true),
+        (grouped.clone().causal(true), false),
+        (grouped.clone().batch_invariant(true), false),
+        (grouped.gradients(Gradients::QUERY | Gradients::KEY), false),
+    ] {
+        let problem = builder.build().unwrap();
+        let plan = Launches::of(&problem, HOPPER).unwrap();
+        let has = plan.kernels.iter().any(|kernel| kernel.entry_point == "attention_gradients");
+        assert_eq!(has, has_one, "{problem}");
+    }
 }
 
 #[test]
