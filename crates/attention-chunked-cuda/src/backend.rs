@@ -10,10 +10,12 @@ use attention_cuda::CudaDevice;
 
 use super::NAME;
 use super::config::ChunkedCudaConfig;
-use super::launches::{Launches, limit, variants};
+use super::launches::Launches;
+use super::limits::limit;
 use super::plan::ChunkedCudaPlan;
 use super::runtime::Runtime;
 use super::tiles::{MOST_DEPTH, MOST_HEAD, MOST_VALUE, Machine};
+use super::variants::variants;
 
 /// Measured on an H200 with values of one sign, 256 rows: f32 in tf32 parts, then halves with the keys cut in
 /// 132 parts, each a sum of its own. Without parts halves drift as cuDNN does.

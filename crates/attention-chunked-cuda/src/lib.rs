@@ -5,6 +5,7 @@ mod backend;
 mod config;
 mod features;
 mod launches;
+mod limits;
 mod one_pass;
 mod plan;
 mod rows;
@@ -14,6 +15,7 @@ mod splits;
 #[cfg(test)]
 mod tests;
 mod tiles;
+mod variants;
 
 pub use backend::ChunkedCudaBackend;
 pub use config::ChunkedCudaConfig;

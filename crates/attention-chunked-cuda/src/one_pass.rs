@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use attention_core::{Gradients, Pass, Problem, Unsupported};
 use attention_cuda::parameters::QueryTiles;
-use attention_kernels::{KeyGradients, Layout};
+use attention_kernels::Layout;
 
-use super::launches::{Kernel, Launches, limit};
+use super::limits::limit;
 use super::rows::Rows;
 use super::tiles::{Machine, Shape, Tiles};
 
@@ -31,7 +31,7 @@ pub(crate) const FINISH: &str = "attention_finish_queries";
 pub(crate) struct OnePassScratch {
     sums: Range<usize>,
     turns: Range<usize>,
-    tiles: usize,
+    pub(crate) tiles: usize,
 }
 
 impl OnePassScratch {
@@ -126,34 +126,4 @@ pub(crate) fn wants_one_pass(shape: Shape, layout: Layout, problem: &Problem) ->
         && !problem.batch_invariant()
         && !(structured && problem.dims().group_size() > 1)
         && all.into_iter().all(|gradient| problem.gradients().contains(gradient))
-}
-
-impl Launches {
-    /// Adds the kernel and the one behind it.
-    pub(crate) fn add_one_pass(&mut self, problem: &Problem, tiles: [Tiles; 2]) -> Result<(), Unsupported> {
-        let (keys, key_heads) = (Rows::of_keys(problem), problem.dims().key_heads);
-        let [tiles, of_finish] = tiles;
-        let kernel = Kernel {
-            source: "attention_backward_one_pass.cu",
-            entry_point: ALL_GRADIENTS,
-            tiles,
-            gradients: KeyGradients::KeyAndValue,
-            blocks: 0,
-            shared_bytes: self.shape.one_pass_bytes(tiles),
-        };
-        self.add_scheduled(kernel.clone(), tiles.keys, [keys.tiles(tiles.keys, 1), key_heads], &[])?;
-        // Without keys, the kernel for the gradient of queries has it, which is zeros.
-        if self.kernels.last().is_none_or(|last| last.entry_point != ALL_GRADIENTS) {
-            return Ok(());
-        }
-        let finish = Kernel {
-            source: "attention_backward_finish.cu",
-            entry_point: FINISH,
-            tiles: of_finish,
-            gradients: KeyGradients::None,
-            shared_bytes: 0,
-            ..kernel
-        };
-        self.add(finish, &[self.one_pass.tiles.div_ceil(of_finish.warps)])
-    }
 }

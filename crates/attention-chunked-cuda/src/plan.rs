@@ -12,7 +12,8 @@ use attention_cuda::parameters::ProblemParameters;
 use attention_cuda::{Addresses, NumberStore, failure, launch, launch_programmatic};
 
 use super::NAME;
-use super::launches::{Kernel, Launches, limit};
+use super::launches::{Kernel, Launches};
+use super::limits::limit;
 use super::one_pass::ALL_GRADIENTS;
 use super::runtime::Runtime;
 

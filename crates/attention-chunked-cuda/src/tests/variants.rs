@@ -7,8 +7,9 @@ use attention_core::{AttentionBackend, DType, FeatureSet, Pass};
 
 use super::{AMPERE, HOPPER, SMALL, every_kind_of_problem, on_device, problems};
 use crate::ChunkedCudaBackend;
-use crate::launches::{Launches, variants};
+use crate::launches::Launches;
 use crate::tiles::{Machine, Shape};
+use crate::variants::variants;
 
 #[test]
 fn every_variant_that_a_plan_chooses_is_listed() {
