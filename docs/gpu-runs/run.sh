@@ -11,8 +11,9 @@
 # In the environment, each of which may be left out: DEVICE_TESTS, the executable of `cargo test --release -p attention-cudnn --test device
 # --no-run`, whose tests run before anything else, alone, since one of them wants 48 GB; OLD_XTASK, that of an older commit, beside which
 # the speed of chunked-cuda is measured at the end, in TURNS turns (2); MORE_TESTS, further executables of tests on a device, as those of
-# attention-cudnn's tests/numbers.rs and attention-chunked-cuda's tests/gpu.rs; ONLY=tests, ONLY=suite or ONLY=speed for that part alone. The
-# whole suite also fails where a variant that a backend lists for this device was run by no job.
+# attention-cudnn's tests/numbers.rs and attention-chunked-cuda's tests/gpu.rs; ONLY=tests, ONLY=suite or ONLY=speed for that part alone; PART=1/2,
+# then PART=2/2 with the same OUT, for every second job where the time of a call is short. The whole suite also fails where a variant that a
+# backend lists for this device was run by no job; of parts, the last one does.
 set -euo pipefail
 
 # The checkout that this script is of: binaries may have been built in another one.
@@ -118,6 +119,10 @@ families="layout values random position pair tile large bias mask groups small l
         echo "candle with_the_forward_pass_recomputed random/"
     fi
 } >"$out/jobs"
+if [[ -n ${PART:-} ]]; then
+    awk -v part="${PART%/*}" -v parts="${PART#*/}" 'NR % parts == part % parts' "$out/jobs" >"$out/jobs.part"
+    mv "$out/jobs.part" "$out/jobs"
+fi
 case $only in
     tests) grep -E '^(gpu|more .*)$' "$out/jobs" >"$out/jobs.tests" || true; mv "$out/jobs.tests" "$out/jobs" ;;
     speed) : >"$out/jobs" ;;
@@ -149,7 +154,7 @@ if compgen -G "$out/*.txt" >/dev/null; then awk '
 # Each log says which variants of a backend its process has run; only all logs together say which were not. Variants of one name are the
 # same kernels whatever the backend was told to leave out.
 variants="$out/variants"
-if [[ $only == all || $only == suite ]]; then
+if [[ $only == all || $only == suite ]] && [[ -z ${PART:-} || ${PART%/*} == "${PART#*/}" ]]; then
     awk '
         BEGIN { FS = " *(│|┆) *" }
         /^Runs of each variant:/ { table = 1; next }
