@@ -3,7 +3,7 @@
 use crate::DTypeCode::{Bf16, F16, F32, F64};
 use crate::KeyGradients::{Key, KeyAndValue};
 use crate::Layout::Packed;
-use crate::sources::fused;
+use crate::fused::fused;
 use crate::{Features, Fused, Source, Variant};
 
 pub(crate) const BACKWARD_ROWS: Source = Source {

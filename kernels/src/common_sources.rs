@@ -2,7 +2,7 @@
 
 use crate::DTypeCode::F16;
 use crate::Layout::Packed;
-use crate::sources::fused;
+use crate::fused::fused;
 use crate::{Fused, Helper, Source, Variant};
 
 pub(crate) const NUMBERS: Source = Source {

@@ -2,7 +2,7 @@
 
 use crate::DTypeCode::{Bf16, F16};
 use crate::Layout::{Packed, Paged};
-use crate::sources::fused;
+use crate::fused::fused;
 use crate::{Features, Fused, Helper, Source, Variant};
 
 pub(crate) const ROWS: Source = Source {

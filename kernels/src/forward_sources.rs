@@ -2,7 +2,7 @@
 
 use crate::DTypeCode::{Bf16, F8E4M3, F8E5M2, F16, F32, F64};
 use crate::Layout::{Packed, Paged};
-use crate::sources::fused;
+use crate::fused::fused;
 use crate::{Features, Fused, Source, Variant};
 
 pub(crate) const FORWARD: Source = Source {

@@ -5,6 +5,7 @@ mod backward_sources;
 mod common_sources;
 mod cudnn_sources;
 mod forward_sources;
+mod fused;
 mod sources;
 #[cfg(test)]
 mod tests;

@@ -73,7 +73,7 @@ fn every_kernel_is_bounded_by_the_threads_it_is_launched_with() {
 fn every_file_follows_those_that_it_needs() {
     let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src"));
     let read = |file: &str| std::fs::read_to_string(folder.join(file)).unwrap();
-    let shared_files = read("sources.rs");
+    let shared_files = read("fused.rs");
     let table =
         ["common", "cudnn", "forward", "backward"].map(|of| read(&format!("{of}_sources.rs"))).concat();
     let paths = |text: &str| -> Vec<String> {
