@@ -5,10 +5,11 @@
 //
 // Blocks take their tiles of keys in the order of tickets, those of a head with the last keys first, and go
 // over query rows from the first to the last. A block waits only for blocks with earlier tickets, which run or
-// have ended: none waits for a block that has not begun, whatever else the device runs. All
-// blocks must read the same lengths and offsets: what changes them while the kernel runs may leave a turn that no
-// block takes. And a block seldom waits: under causal masking a block reaches a row after the blocks with later keys, which begin with later
-// rows.
+// have ended: none waits for a block that has not begun, whatever else the device runs. And a block seldom
+// waits: under causal masking it reaches a row after the blocks with later keys, which begin with later rows.
+//
+// All blocks must read the same lengths and offsets. What changes those in device memory while the kernel runs
+// may leave a turn that no block takes, and a wait that does not end.
 // Needs: fused/backward/keys/scheduler.cuh.
 
 // A tile of query rows of a head, and the turn of a tile of keys in its sum.
