@@ -78,13 +78,16 @@ __device__ inline void cp_async_number(real *to, const real *from) {
 
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+// Makes what this thread has written to shared memory visible to products on warpgroups and to bulk copies, once
+// a barrier has ordered it.
+__device__ inline void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Waits until at most this many of the groups that were committed last are in flight.
 template <int GROUPS>
 __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 #if ON_WARPGROUPS
-    // Makes this thread's copies visible to wgmma, once a barrier has ordered them.
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_shared();
 #endif
 }
 

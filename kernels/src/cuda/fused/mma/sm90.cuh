@@ -78,19 +78,46 @@ __device__ inline void warpgroup_wait() {
 #define ACCUMULATORS_OF_256 ACCUMULATORS_128(0), ACCUMULATORS_128(16)
 
 // One instruction: 16 columns of a (from `left` on) by those of b (from `right` on), WIDTH columns of
-// accumulators. Overwrites them where `adds` is 0.
-template <int WIDTH, int SLOTS>
+// accumulators; or 16 rows of each where both are TRANSPOSED. Overwrites them where `adds` is 0.
+template <int WIDTH, bool TRANSPOSED = false, int SLOTS>
 __device__ inline void wgmma_ss(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right, int adds) {
-    static_assert(WIDTH == 64 || WIDTH == 128, "the widths of the instructions below");
-#define WGMMA_SS(WIDTH, LEFT, RIGHT, ADDS)                                                                     \
-    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %" ADDS ", 0; wgmma.mma_async.sync.aligned.m64n" #WIDTH \
-                 "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH "}, %" LEFT ", %" RIGHT ", adds, 1, 1, 0, 0; }"  \
-                 : ACCUMULATORS_OF_##WIDTH                                                                     \
+    static_assert(TRANSPOSED ? WIDTH == 32 || WIDTH == 64 : WIDTH == 64 || WIDTH == 128,
+                  "the widths of the instructions below");
+#define WGMMA_SS(WIDTH, LEFT, RIGHT, ADDS, TRANSPOSED)                                                            \
+    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %" ADDS ", 0; wgmma.mma_async.sync.aligned.m64n" #WIDTH    \
+                 "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH "}, %" LEFT ", %" RIGHT ", adds, 1, 1, " TRANSPOSED \
+                                                              "; }"                                               \
+                 : ACCUMULATORS_OF_##WIDTH                                                                        \
                  : "l"(left), "l"(right), "r"(adds))
-    if constexpr (WIDTH == 64)
-        WGMMA_SS(64, "32", "33", "34");
+    if constexpr (TRANSPOSED && WIDTH == 32)
+        WGMMA_SS(32, "16", "17", "18", "1, 1");
+    else if constexpr (TRANSPOSED)
+        WGMMA_SS(64, "32", "33", "34", "1, 1");
+    else if constexpr (WIDTH == 64)
+        WGMMA_SS(64, "32", "33", "34", "0, 0");
     else
-        WGMMA_SS(128, "64", "65", "66");
+        WGMMA_SS(128, "64", "65", "66", "0, 0");
+}
+
+// The same, which begins new sums: the registers have no value before. A product that begins behind others
+// must not have one: an instruction that gives them a value between the others and the wait for them makes the
+// compiler wait for each product.
+template <int WIDTH, bool TRANSPOSED = false, int SLOTS>
+__device__ inline void wgmma_ss_first(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right) {
+#define WGMMA_SS_FIRST(WIDTH, LEFT, RIGHT, TRANSPOSED)                                                            \
+    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, 0, 0; wgmma.mma_async.sync.aligned.m64n" #WIDTH            \
+                 "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH "}, %" LEFT ", %" RIGHT ", adds, 1, 1, " TRANSPOSED \
+                                                              "; }"                                               \
+                 : RESULTS_OF_##WIDTH                                                                             \
+                 : "l"(left), "l"(right))
+    if constexpr (TRANSPOSED && WIDTH == 32)
+        WGMMA_SS_FIRST(32, "16", "17", "1, 1");
+    else if constexpr (TRANSPOSED)
+        WGMMA_SS_FIRST(64, "32", "33", "1, 1");
+    else if constexpr (WIDTH == 64)
+        WGMMA_SS_FIRST(64, "32", "33", "0, 0");
+    else
+        WGMMA_SS_FIRST(128, "64", "65", "0, 0");
 }
 
 // One instruction: 16 columns of the operand in registers by 16 rows of b from `right` on, added.
@@ -112,66 +139,23 @@ __device__ inline void wgmma_rs(real (&sums)[2][SLOTS], const unsigned (&left)[4
         WGMMA_RS(256, "128", "129", "130", "131", "132");
 }
 
-// The same, which begins new sums: the registers have no value before. A product that begins behind others
-// must not have one: an instruction that gives them a value between the others and the wait for them makes the
-// compiler wait for each product.
-template <int WIDTH, int SLOTS>
-__device__ inline void wgmma_ss_first(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right) {
-#define WGMMA_SS_FIRST(WIDTH, LEFT, RIGHT, TRANSPOSED)                                                            \
-    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, 0, 0; wgmma.mma_async.sync.aligned.m64n" #WIDTH            \
-                 "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH "}, %" LEFT ", %" RIGHT ", adds, 1, 1, " TRANSPOSED \
-                                                              "; }"                                               \
-                 : RESULTS_OF_##WIDTH                                                                             \
-                 : "l"(left), "l"(right))
-    if constexpr (WIDTH == 64)
-        WGMMA_SS_FIRST(64, "32", "33", "0, 0");
-    else
-        WGMMA_SS_FIRST(128, "64", "65", "0, 0");
-}
-
-// The same of operands of which both are transposed: 16 rows of a by 16 rows of b.
-template <int WIDTH, int SLOTS>
-__device__ inline void wgmma_ss_transposed(real (&sums)[2][SLOTS], unsigned long long left, unsigned long long right,
-                                           int adds) {
-    static_assert(WIDTH == 32 || WIDTH == 64, "the widths of the instructions below");
-#define WGMMA_SS_TRANSPOSED(WIDTH, LEFT, RIGHT, ADDS)                                                          \
-    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %" ADDS ", 0; wgmma.mma_async.sync.aligned.m64n" #WIDTH \
-                 "k16." WGMMA_TYPES " {" REGISTERS_OF_##WIDTH "}, %" LEFT ", %" RIGHT ", adds, 1, 1, 1, 1; }"  \
-                 : ACCUMULATORS_OF_##WIDTH                                                                     \
-                 : "l"(left), "l"(right), "r"(adds))
-    if constexpr (WIDTH == 32)
-        WGMMA_SS_TRANSPOSED(32, "16", "17", "18");
-    else
-        WGMMA_SS_TRANSPOSED(64, "32", "33", "34");
-}
-
-template <int WIDTH, int SLOTS>
-__device__ inline void wgmma_ss_transposed_first(real (&sums)[2][SLOTS], unsigned long long left,
-                                                 unsigned long long right) {
-    if constexpr (WIDTH == 32)
-        WGMMA_SS_FIRST(32, "16", "17", "1, 1");
-    else
-        WGMMA_SS_FIRST(64, "32", "33", "1, 1");
-}
-
 // Begins sums = a^T * b, of tiles of HEIGHT rows, of which a warpgroup multiplies 64 columns of a and WIDTH
 // columns of b from these descriptors on.
 template <int HEIGHT, int WIDTH>
 __device__ inline void gemm_transposed_async(real (&sums)[2][column_slots<WIDTH>()], unsigned long long left,
                                              unsigned long long right) {
     warpgroup_arrive();
-    wgmma_ss_transposed_first<WIDTH>(sums, left, right);
+    wgmma_ss_first<WIDTH, true>(sums, left, right);
 #pragma unroll
     for (int k = 1; k < HEIGHT / 16; ++k) {
         const int rows = k * 16 * PANEL_BYTES / 16;
-        wgmma_ss_transposed<WIDTH>(sums, left + rows, right + rows, 1);
+        wgmma_ss<WIDTH, true>(sums, left + rows, right + rows, 1);
     }
     warpgroup_commit_batch();
 }
 
 // Begins sums = a * b^T, of tiles HEIGHT x DEPTH and WIDTH x DEPTH. TRANSPOSED matters to mma/tf32_split.cuh
-// alone.
-// BEHIND: behind products that are under way.
+// alone. BEHIND says that other products are under way.
 template <int HEIGHT, int WIDTH, int DEPTH, bool TRANSPOSED = false, bool BEHIND = false>
 __device__ inline void gemm_ss_async(real (&sums)[2][column_slots<WIDTH>()], const element *a, const element *b) {
     static_assert(HEIGHT == WARPS * 16 && DEPTH % 64 == 0, "64 rows to a warpgroup, whole panels");

@@ -4,13 +4,7 @@
 
 __device__ inline void consume(const Parameters &p, const KeyTile &tile, const SharedKeys &shared,
                                const RingPipeline &pipeline, KeySums &sums) {
-#pragma unroll
-    for (int r = 0; r < row_slots<KEYS>(); ++r) {
-#pragma unroll
-        for (int c = 0; c < output_slots<HEAD>(); ++c) sums.keys[r][c] = 0;
-#pragma unroll
-        for (int c = 0; c < output_slots<VALUE>(); ++c) sums.values[r][c] = 0;
-    }
+    clear_sums(sums);
     if (tile.steps > 0) {
 #if ON_WARPGROUPS
         mbarrier_wait(pipeline.once_full, 0);

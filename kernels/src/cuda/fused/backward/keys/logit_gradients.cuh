@@ -9,6 +9,16 @@ struct KeySums {
     real keys[row_slots<KEYS>()][output_slots<HEAD>()], values[row_slots<KEYS>()][output_slots<VALUE>()];
 };
 
+__device__ inline void clear_sums(KeySums &sums) {
+#pragma unroll
+    for (int r = 0; r < row_slots<KEYS>(); ++r) {
+#pragma unroll
+        for (int c = 0; c < output_slots<HEAD>(); ++c) sums.keys[r][c] = 0;
+#pragma unroll
+        for (int c = 0; c < output_slots<VALUE>(); ++c) sums.values[r][c] = 0;
+    }
+}
+
 // From products of keys and queries, and of values and d_out, to probabilities after dropout and the
 // gradients of the first products, in their places, for query rows from `t` on of head n. `numbers` holds the
 // offset and the row term of each query row; scores are read where the head has far rows, by the checked

@@ -73,11 +73,9 @@ __device__ inline void load_step(const Parameters &p, const KeyTile &tile, const
 
 #if ON_WARPGROUPS
 
-// All that a producer thread does.
-__device__ inline void produce(const Parameters &p, const KeyTile &tile, const SharedKeys &shared,
-                               const RingPipeline &pipeline) {
-    const bool has_queries = threadIdx.x < THREADS + LOADING_THREADS;
-    if (tile.steps == 0) return;
+// All that a producer thread does that has keys and queries, or else values and d_out.
+__device__ inline void load_operands(const Parameters &p, const KeyTile &tile, const SharedKeys &shared,
+                                     const RingPipeline &pipeline, bool has_queries) {
     if (has_queries)
         load_keys(p, tile, shared);
     else
@@ -96,6 +94,13 @@ __device__ inline void produce(const Parameters &p, const KeyTile &tile, const S
             mbarrier_arrive_after_copies(pipeline.full + stage);
         }
     }
+}
+
+__device__ inline void produce(const Parameters &p, const KeyTile &tile, const SharedKeys &shared,
+                               const RingPipeline &pipeline) {
+    const bool has_queries = threadIdx.x < THREADS + LOADING_THREADS;
+    if (tile.steps == 0) return;
+    load_operands(p, tile, shared, pipeline, has_queries);
 }
 
 #endif

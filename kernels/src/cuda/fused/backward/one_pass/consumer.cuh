@@ -16,10 +16,6 @@ __device__ inline void store_logit_gradients(element *tile, const FragmentA<ROWS
     }
 }
 
-// Makes this thread's stores to shared memory visible to products and bulk copies, once a barrier has ordered
-// them.
-__device__ inline void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 typedef real QueryPart[2][COLUMNS_OF_PART / 4];
 
 // Begins the warpgroup's part of the gradient of the tile's queries: gradients of logits by keys.
@@ -126,13 +122,7 @@ __device__ inline void bring_away(const Parameters &p, const KeyTile &tile, cons
 
 __device__ inline void consume(const Parameters &p, const KeyTile &tile, const SharedOnePass &shared,
                                const OnePassPipeline &pipeline, KeySums &sums) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int c = 0; c < output_slots<HEAD>(); ++c) sums.keys[r][c] = 0;
-#pragma unroll
-        for (int c = 0; c < output_slots<VALUE>(); ++c) sums.values[r][c] = 0;
-    }
+    clear_sums(sums);
     if (tile.steps == 0) return;
     const SharedKeys &operands = shared.operands;
     const DropoutWords dropout = dropout_words(p);

@@ -4,34 +4,6 @@
 
 #if ON_WARPGROUPS
 
-// Goes over the tiles of query rows of all heads of the group, in the order of all roles: `visit(n, t, step)`.
-template <class Visit>
-__device__ inline void for_query_tiles(const Parameters &p, const KeyTile &tile, Visit visit) {
-    int step = 0;
-    for (long long n = tile.key_head * p.group; n < (tile.key_head + 1) * p.group; ++n)
-        for (int t = tile.from; t < tile.to; t += ROWS, ++step) visit(n, t, step);
-}
-
-__device__ inline void load_operands(const Parameters &p, const KeyTile &tile, const SharedOnePass &shared,
-                                     const OnePassPipeline &pipeline, bool has_queries) {
-    const SharedKeys &operands = shared.operands;
-    if (has_queries)
-        load_keys(p, tile, operands);
-    else
-        load_values(p, tile, operands);
-    mbarrier_arrive_after_copies(pipeline.ring.once_full);
-    for_query_tiles(p, tile, [&](long long n, int t, int step) {
-        const int stage = step % STAGES;
-        if (has_queries) prefetch_mask_and_bias<ROWS, KEYS>(p, tile.b, n, t, tile.first);
-        mbarrier_wait(pipeline.ring.empty + stage, step / STAGES - 1);
-        if (has_queries)
-            load_queries(p, tile, operands, stage, n, t);
-        else
-            load_d_out(p, tile, operands, stage, n, t);
-        mbarrier_arrive_after_copies(pipeline.ring.full + stage);
-    });
-}
-
 // Waits until as many blocks have added to the sum, and makes what they wrote visible to this thread, also to
 // its bulk copies.
 __device__ inline void wait_for_blocks(const unsigned *done, int before) {
@@ -74,25 +46,27 @@ __device__ inline void end_bulk_write(unsigned *done) {
 __device__ inline void write_sums(const Parameters &p, const KeyTile &tile, const SharedOnePass &shared,
                                   const OnePassPipeline &pipeline) {
     int writes = 0, last_turns = 0;
-    for_query_tiles(p, tile, [&](long long n, int t, int) {
-        const QueryTurn turn = query_turn(p, tile, n, t);
-        unsigned *const done = blocks_done(p) + turn.slot;
-        if (turn.is_last) {
-            if (turn.before == 0) return;
-            wait_for_blocks(done, turn.before);
-            mbarrier_wait(pipeline.last_turn_seen, last_turns++ - 1);
-            mbarrier_arrive(pipeline.last_turn);
-            return;
+    for (long long n = tile.key_head * p.group; n < (tile.key_head + 1) * p.group; ++n) {
+        for (int t = tile.from; t < tile.to; t += ROWS) {
+            const QueryTurn turn = query_turn(p, tile, n, t);
+            unsigned *const done = blocks_done(p) + turn.slot;
+            if (turn.is_last) {
+                if (turn.before == 0) continue;
+                wait_for_blocks(done, turn.before);
+                mbarrier_wait(pipeline.last_turn_seen, last_turns++ - 1);
+                mbarrier_arrive(pipeline.last_turn);
+                continue;
+            }
+            const int place = writes % 2;
+            if (turn.before > 0) wait_for_blocks(done, turn.before);
+            mbarrier_wait(pipeline.sums_full + place, writes / 2);
+            begin_bulk_write(p.query_sums + turn.slot * QUERY_SUMS, shared.query_sums + place * QUERY_SUMS,
+                             turn.before > 0);
+            mbarrier_arrive(pipeline.sums_empty + place);
+            end_bulk_write(done);
+            ++writes;
         }
-        const int place = writes % 2;
-        if (turn.before > 0) wait_for_blocks(done, turn.before);
-        mbarrier_wait(pipeline.sums_full + place, writes / 2);
-        begin_bulk_write(p.query_sums + turn.slot * QUERY_SUMS, shared.query_sums + place * QUERY_SUMS,
-                         turn.before > 0);
-        mbarrier_arrive(pipeline.sums_empty + place);
-        end_bulk_write(done);
-        ++writes;
-    });
+    }
 }
 
 __device__ inline void produce(const Parameters &p, const KeyTile &tile, const SharedOnePass &shared,
@@ -100,7 +74,7 @@ __device__ inline void produce(const Parameters &p, const KeyTile &tile, const S
     const int warp = producer_warp();
     if (tile.steps == 0) return;
     if (warp < LOADING_WARPS)
-        load_operands(p, tile, shared, pipeline, warp == 0);
+        load_operands(p, tile, shared.operands, pipeline.ring, warp == 0);
     else if (warp == WRITER && threadIdx.x % 32 == 0)
         write_sums(p, tile, shared, pipeline);
 }

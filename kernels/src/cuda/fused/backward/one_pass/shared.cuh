@@ -38,12 +38,9 @@ __device__ inline int producer_warp() { return __shfl_sync(~0u, (threadIdx.x - T
 
 __device__ inline SharedOnePass shared_one_pass(unsigned char *memory) {
     SharedOnePass shared;
-    SharedKeys &operands = shared.operands;
-    operands.key = reinterpret_cast<element *>(memory);
-    operands.value = operands.key + tile_size<KEYS, HEAD>();
-    operands.queries = operands.value + tile_size<KEYS, VALUE>();
-    operands.d_outs = operands.queries + STAGES * QUERY_TILE;
-    shared.logits = operands.d_outs + STAGES * D_OUT_TILE;
+    SharedKeys &operands = shared.operands = shared_keys(memory);
+    // Between the operands, which are aligned to what products ask for, and the numbers behind them.
+    shared.logits = reinterpret_cast<element *>(operands.numbers);
     shared.query_sums = reinterpret_cast<real *>(shared.logits + 2 * LOGIT_TILE);
     operands.numbers = shared.query_sums + 2 * QUERY_SUMS;
     operands.workspace = operands.numbers + STAGES * NUMBERS;
