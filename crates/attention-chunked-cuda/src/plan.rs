@@ -29,6 +29,8 @@ pub(crate) struct ChunkedCudaPlan {
     functions: Vec<CudaFunction>,
     /// As well, by each of a kernel's names.
     runs: Vec<Vec<VariantCounter>>,
+    /// Whether one of them gives all three gradients.
+    has_one_pass: bool,
 }
 
 impl ChunkedCudaPlan {
@@ -59,8 +61,9 @@ impl ChunkedCudaPlan {
             names.map(|name| variants.counter(&name)).collect()
         };
         let runs = launches.kernels.iter().map(counters).collect();
+        let has_one_pass = launches.kernels.iter().any(|kernel| kernel.entry_point == ALL_GRADIENTS);
         let (problem, runtime) = (problem.clone(), runtime.clone());
-        Ok(Self { problem, runtime, launches, parameters, store, functions, runs })
+        Ok(Self { problem, runtime, launches, parameters, store, functions, runs, has_one_pass })
     }
 
     /// Launches the kernels on an admitted call's tensors.
@@ -90,13 +93,11 @@ impl ChunkedCudaPlan {
         }
         parameters.set_all(tensors);
         parameters.schedule = base + self.launches.schedule.start as u64;
-        let runs_one_pass = self.launches.kernels.iter().any(|kernel| kernel.entry_point == ALL_GRADIENTS);
-        let mut of_far_rows = None;
-        if runs_one_pass {
+        // The kernel for the gradient of queries sums far rows, and leaves the gradient to the one that has all.
+        let of_far_rows = self.has_one_pass.then(|| {
             parameters.set_query_tiles(self.launches.one_pass.addresses(base));
-            // The kernel for the gradient of queries sums far rows, and leaves the gradient to the other.
-            of_far_rows = Some(parameters.without_gradient_of_queries());
-        }
+            parameters.without_gradient_of_queries()
+        });
         for ((kernel, function), runs) in self.launches.kernels.iter().zip(&self.functions).zip(&self.runs) {
             let config = kernel.launch_config();
             let own = of_far_rows.as_ref().filter(|_| kernel.entry_point == "attention_gradient_of_queries");
