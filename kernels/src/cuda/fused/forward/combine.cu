@@ -4,9 +4,8 @@
 
 // A row's columns are shared by warps, one column to a thread: parts of many splits are loaded at once then.
 constexpr int COLUMNS = 1, GROUPS = VALUE / 32, PIECES = SLICES * GROUPS;
-// Splits whose partial outputs a warp loads at once, as many as registers allow.
-constexpr int WORDS = COLUMNS * (int)(sizeof(real) / sizeof(float));
-constexpr int BATCH = WORDS <= 2 ? 32 : WORDS <= 16 ? 64 / WORDS : 4;
+// Splits whose partial outputs a warp loads at once: one for each thread, which reads its row max and row sum.
+constexpr int BATCH = 32;
 
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) attention_merge(const __grid_constant__ Parameters p) {
     const long long all_rows = count_of_rows(p);
