@@ -107,16 +107,17 @@ impl Shape {
     }
 }
 
-/// Whether a problem with rows in this layout is given the kernel where the device has it: all three gradients in
-/// half precision, of dense rows. Scratch is set aside then, whether or not the device has it.
+/// Whether a problem with rows in this layout is given the kernel where the device has it: all three
+/// gradients in half precision, of dense rows. Scratch is set aside then, whether or not the device has it.
 ///
-/// Not for grouped heads of which rows see other keys each (causal, windows): a tile of keys goes over the rows of all
-/// heads of the group, so there are few tiles, of very different lengths, and the device waits for the last ones
-/// (0.94 of the two kernels at 4 x 4096, 32 heads on 8, causal; 1.10 without a mask).
+/// Not for grouped heads of which rows see other keys each (causal, windows): a tile of keys goes over the
+/// rows of all heads of the group, so there are few tiles, of very different lengths, and the device waits
+/// for the last ones (0.94 of the two kernels at 4 x 4096, 32 heads on 8, causal; 1.10 without a mask).
 ///
-/// Not for packed rows, which the kernel takes: in a run of the suite, a call with many short sequences ended with an
-/// access to memory outside of the context, in f16, where the same call passed in bf16. That is not understood. So not
-/// for batch-invariant calls either, whose sequences have the same bits dense and packed.
+/// Not for packed rows, which the kernel takes: in a run of the suite, a call with many short sequences
+/// ended with an access to memory outside of the context, in f16, where the same call passed in bf16. That
+/// is not understood. So not for batch-invariant calls either, whose sequences have the same bits dense and
+/// packed.
 pub(crate) fn wants_one_pass(shape: Shape, layout: Layout, problem: &Problem) -> bool {
     let all = [Gradients::QUERY, Gradients::KEY, Gradients::VALUE];
     let structured = problem.causal() || !problem.window().is_unbounded();

@@ -1,9 +1,9 @@
-//! How many parts the keys are split into (split-KV), so that few rows keep a device busy.
+//! How many splits the keys have (split-KV), so that a small number of query rows keeps a device busy.
 
 use super::tiles::{Machine, Shape, Tiles};
 
-/// Blocks of all splits, at most: two waves of a large device. The scratch of a problem has room for as many
-/// splits as this allows, since it must not depend on the device.
+/// Blocks of all splits, at most: two waves of a large device. The scratch of a problem is large
+/// enough for as many splits as this allows, since it must not depend on the device.
 const MOST_BLOCKS: usize = 264;
 
 /// The same where one warp is a block, of which a multiprocessor has ten.
@@ -71,7 +71,7 @@ mod tests {
         })
     }
 
-    /// The scratch that every device has of a problem holds the parts that any device splits it in.
+    /// The scratch of a problem, which is the same on every device, is large enough for the splits of any.
     #[test]
     fn scratch_holds_the_splits_of_every_device() {
         let mut seen = std::collections::BTreeSet::new();

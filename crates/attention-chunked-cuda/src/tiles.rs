@@ -254,8 +254,8 @@ impl Shape {
         self.is_half() && !self.batch_invariant && self.depth() <= MOST_DEPTH && rows_of_head <= FEW_ROWS
     }
 
-    /// Blocks of the forward kernel that registers of a multiprocessor have room for, at least: `MIN_BLOCKS`
-    /// of the kernel.
+    /// Blocks of the forward kernel that fit the registers of a multiprocessor, at least: `MIN_BLOCKS` of the
+    /// kernel.
     pub(crate) fn least_blocks(self, tiles: Tiles) -> usize {
         let is_small = tiles.columns(self.head) + tiles.columns(self.columns_of_slice()) <= 256;
         match (tiles.warps, is_small) {

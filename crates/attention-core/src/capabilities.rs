@@ -178,7 +178,7 @@ impl Capabilities {
     }
 
     /// Checks whether the class of the problem's dtype holds for sums as long as the problem's. Whoever chooses
-    /// by class asks this beside [`numerics_of`](Self::numerics_of); `supports` does not, since a backend
+    /// by class asks this as well as [`numerics_of`](Self::numerics_of); `supports` does not, since a backend
     /// serves longer calls of those who ask for it by name.
     ///
     /// Lengths are the problem's upper bounds, so a call with fewer keys may be refused; a window with both

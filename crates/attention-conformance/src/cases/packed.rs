@@ -117,8 +117,8 @@ fn lengths(cases: &mut Vec<Case>) {
         edit(&mut case);
         cases.push(case);
     }
-    // All keys are of one sequence among empty ones, a few more than a tile has, and no row or key behind it: room
-    // that is set aside for sequences of at least one key would be too small.
+    // All keys are of one sequence among empty ones, more than a tile has, and no row or key is behind it:
+    // scratch for sequences of at least one key would be too small.
     for (name, edit) in [("plain", (|_| ()) as Edit), ("bottom-right", OPTIONS[1].1)] {
         let mut case = of_lengths(format!("packed/one-among-empty-{name}"), &[0, 140, 0, 0], &[0, 130, 0, 0]);
         case.sequences =

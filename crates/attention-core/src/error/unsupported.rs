@@ -91,8 +91,8 @@ pub enum Unsupported {
     /// The call's sums are longer than those for which the backend's numerics class holds, and a class was
     /// asked for. By its name alone the backend serves the call.
     #[error(
-        "{backend} does not compute {dtype} in class {class} over {length} {what}: its long sums drift, and the \
-         class holds for up to {limit}; asked for by name it serves the call"
+        "{backend} does not compute {dtype} in class {class} over {length} {what}: its long sums drift, and \
+         the class holds for up to {limit}; asked for by name it serves the call"
     )]
     LongSums {
         /// The backend.

@@ -149,8 +149,8 @@ pub(crate) const CROSSOVERS: &[Crossover] = &[
     Crossover {
         applies: is_large_forward,
         calls: "forward from 4096 x 4096 logits a head",
-        figures: "826 us beside 831, causal 462 beside 495 (heads of 128); 746 beside 759, causal 404 beside 466 \
-                  (of 256); 1677 beside 1704, causal 913 beside 1013 (grouped)",
+        figures: "826 us beside 831, causal 462 beside 495 (heads of 128); 746 beside 759, causal 404 beside \
+                  466 (of 256); 1677 beside 1704, causal 913 beside 1013 (grouped)",
         record: FORWARD,
         ..OURS
     },
@@ -191,8 +191,8 @@ pub(crate) const CROSSOVERS: &[Crossover] = &[
                 && problem.dims().query_length >= 1024
         },
         calls: "packed sequences, the longest of 1024 tokens or more",
-        figures: "741 us beside 894, causal 453 beside 609 (32 of 1 to 2048); 189 beside 247 (16 x 1024, causal); \
-                  backward 2581 beside 2829, causal 1847 beside 1919 and 714 beside 764",
+        figures: "741 us beside 894, causal 453 beside 609 (32 of 1 to 2048); 189 beside 247 (16 x 1024, \
+                  causal); backward 2581 beside 2829, causal 1847 beside 1919 and 714 beside 764",
         record: SEQUENCES,
         ..CUDNN
     },

@@ -174,8 +174,8 @@ fn other_devices_take_our_kernels_until_a_record_says_otherwise() {
         let reason = &explanation.candidate("cudnn").unwrap().reason;
         assert_eq!(
             reason,
-            "chunked-cuda comes before it, all calls on compute capabilities but 9.0, 10.0 and 10.3: nothing was \
-             measured, and this library's kernels come first until a record says otherwise"
+            "chunked-cuda comes before it, all calls on compute capabilities but 9.0, 10.0 and 10.3: nothing \
+             was measured, and this library's kernels come first until a record says otherwise"
         );
     }
 }
